@@ -1,0 +1,313 @@
+"""Every knob of a run: typed dataclasses, one `Config` with a section each, and `validate()`.
+
+A config file (`configs/*.py`) has a `get_config()` that returns a `Config`. Flags change single fields:
+`--config=configs/sep_tiny.py --config.training.steps=100`. An unknown field fails with the nearest name.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+PATTERNS = ("separator", "dense", "sink_window", "fixed_interval")
+SEPARATOR_POLICIES = ("punctuation", "paper", "ids")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: the message says which, what was given, what is expected and how to fix it."""
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class RopeConfig:
+    """Rotary position embedding and its scalings (names as in Hugging Face configs)."""
+
+    base: float = 10_000.0
+    fraction: float = 1.0  # share of each head's dimensions that is rotated; GPT-NeoX 0.25
+    scaling: str = "none"  # "none" | "linear" | "llama3" | "yarn"
+    factor: float = 1.0  # how many times longer than `original_context`
+    original_context: int = 8192  # context length the base was trained at
+    low_frequency_factor: float = 1.0  # llama3
+    high_frequency_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ModelConfig:
+    """The shape of one decoder. Llama, GPT-NeoX, GPT-2 and Falcon are settings of it, not classes."""
+
+    vocab_size: int = 8192  # V, rows of the embedding; at least the tokenizer's size
+    num_layers: int = 4  # L
+    embed_dim: int = 256  # D
+    num_heads: int = 4  # N
+    num_kv_heads: int = 4  # K; N / K queries share a key head (1 = multi-query)
+    head_dim: int = 64  # H
+    mlp_dim: int = 1024  # F
+    norm: str = "rmsnorm"  # "rmsnorm" | "layernorm"
+    norm_epsilon: float = 1e-5
+    activation: str = "silu"  # "silu" | "gelu" | "gelu_tanh"
+    gated_mlp: bool = True  # SwiGLU when activation is silu
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    parallel_residual: bool = False  # attention and MLP read the same input (GPT-NeoX, Falcon)
+    shared_norm: bool = False  # with parallel_residual: one norm feeds both (Falcon-7B)
+    position_embedding: str = "rope"  # "rope" | "learned" (GPT-2)
+    max_positions: int = 2048  # rows of the learned table; with rope only a note of the training context
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    tie_embeddings: bool = True
+    dtype: str = "float32"  # of activations and matmul inputs; parameters, norms and softmax stay float32
+    remat: str = "none"  # "none" | "dots" (keep matmul outputs) | "full" (keep layer inputs only)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class AttentionConfig:
+    """Who attends to whom, and how much a cache may hold (METHOD letters in brackets)."""
+
+    pattern: str = "separator"  # one of PATTERNS
+    num_sinks: int = 4  # [a] first tokens of each document, always visible
+    window_size: int = 64  # [n, w] keys of the local window, the query itself included
+    layer_windows: tuple[int, ...] = ()  # one n per layer; empty: window_size everywhere
+    separators: str = "punctuation"  # one of SEPARATOR_POLICIES
+    separator_ids: tuple[int, ...] = ()  # for separators="ids"
+    interval: int = 8  # [delta] for pattern="fixed_interval": every delta-th token is kept
+    max_separators: int = 64  # [s] slots in a bounded streaming cache
+    cache_size: int = 0  # [c] slots of the streaming cache; 0: 2 * (a + s + w)
+    document_mask: bool = True  # False: the official row-wise behaviour, documents of a row see each other
+    capacity: int = 0  # packed global keys per row; 0: as many as the row is long. Fewer saves memory.
+    implementation: str | None = None  # of separator_attention; None: the best that fits the device
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class DataConfig:
+    """Where text comes from and how it becomes batches."""
+
+    name: str = "embedded"  # "embedded" | a folder of .txt files | any TFDS text dataset
+    data_dir: str = ""  # where TFDS keeps prepared datasets; empty: <workdir>/data
+    text_key: str = "text"  # field that holds the text in a TFDS dataset
+    train_split: str = "train"
+    eval_split: str = "validation"
+    tokenizer: str = ""  # SentencePiece .model or Hugging Face tokenizer.json; empty: train one on the corpus
+    tokenizer_vocab_size: int = 8192  # size of the SentencePiece model trained on first run
+    sequence_length: int = 256  # T
+    batch_size: int = 8  # B: rows per optimizer step, over all devices
+    num_workers: int = 0  # Grain worker processes; 0: threads of this process
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-4
+    warmup_steps: int = 50
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1  # on matrices only
+    clip_norm: float = 1.0  # global gradient norm
+    accumulation_steps: int = 1  # micro-batches per step; divides data.batch_size
+    z_loss: float = 0.0  # weight of log(Z)^2
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class TrainingConfig:
+    """Length of the run and the rhythm of its reports."""
+
+    steps: int = 1000
+    log_every: int = 10
+    eval_every: int = 200
+    eval_batches: int = 8
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 3
+    seed: int = 0
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1: all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Config:
+    """One runnable experiment."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def validate(config: Config) -> Config:
+    """Returns `config` unchanged, or raises `ConfigError` naming the first setting that cannot work."""
+    _validate_model(config.model)
+    validate_attention(config.attention, config.model.num_layers)
+    _validate_training(config)
+    return config
+
+
+def validate_attention(attention: AttentionConfig, num_layers: int) -> AttentionConfig:
+    """Checks one attention section against the number of layers it is to serve."""
+    _one_of("attention.pattern", attention.pattern, PATTERNS)
+    _one_of("attention.separators", attention.separators, SEPARATOR_POLICIES)
+    _at_least("attention.num_sinks", attention.num_sinks, 0)
+    _at_least("attention.window_size", attention.window_size, 1)
+    _at_least("attention.interval", attention.interval, 1)
+    _at_least("attention.max_separators", attention.max_separators, 0)
+    _at_least("attention.capacity", attention.capacity, 0)
+    for n in attention.layer_windows:
+        _at_least("attention.layer_windows", n, 1)
+    if attention.layer_windows and len(attention.layer_windows) != num_layers:
+        raise ConfigError(
+            f"attention.layer_windows has {len(attention.layer_windows)} windows but the model has {num_layers} "
+            "layers; give one window per layer, or leave it empty to use attention.window_size everywhere"
+        )
+    if attention.separators == "ids" and not attention.separator_ids and attention.pattern == "separator":
+        raise ConfigError('attention.separators="ids" needs attention.separator_ids, got none; list the token ids')
+    held = attention.num_sinks + attention.max_separators + attention.window_size
+    if attention.cache_size and held >= attention.cache_size:
+        raise ConfigError(
+            f"attention.cache_size={attention.cache_size} must exceed num_sinks + max_separators + window_size = "
+            f"{attention.num_sinks} + {attention.max_separators} + {attention.window_size} = {held}; "
+            f"set cache_size to {held + 1} or more (0 picks {2 * held})"
+        )
+    return attention
+
+
+def layer_windows(attention: AttentionConfig, num_layers: int, length: int) -> tuple[int, ...]:
+    """The window n of every layer; a dense layer is a window of `length`, which must cover the whole sequence."""
+    if attention.pattern == "dense":
+        return (length,) * num_layers
+    return attention.layer_windows or (attention.window_size,) * num_layers
+
+
+def _validate_model(model: ModelConfig) -> None:
+    for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
+        _at_least(f"model.{name}", getattr(model, name), 1)
+    _one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
+    _one_of("model.activation", model.activation, ("silu", "gelu", "gelu_tanh"))
+    _one_of("model.position_embedding", model.position_embedding, ("rope", "learned"))
+    _one_of("model.dtype", model.dtype, ("float32", "bfloat16", "float16"))
+    _one_of("model.remat", model.remat, ("none", "dots", "full"))
+    _one_of("model.rope.scaling", model.rope.scaling, ("none", "linear", "llama3", "yarn"))
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.num_kv_heads}; "
+            "every key head serves the same number of query heads"
+        )
+    rotated = model.rope.fraction * model.head_dim
+    if model.position_embedding == "rope" and (rotated % 2 or not 0 < model.rope.fraction <= 1):
+        raise ConfigError(
+            f"model.rope.fraction={model.rope.fraction} of head_dim={model.head_dim} rotates {rotated:g} dimensions; "
+            "it must be an even number above 0 and at most head_dim"
+        )
+    if model.shared_norm and not model.parallel_residual:
+        raise ConfigError("model.shared_norm=True needs model.parallel_residual=True: only a parallel block has one norm")
+
+
+def _validate_training(config: Config) -> None:
+    data, optimizer, training = config.data, config.optimizer, config.training
+    for section, names in (
+        ("data", ("tokenizer_vocab_size", "sequence_length", "batch_size")),
+        ("optimizer", ("accumulation_steps",)),
+        ("training", ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")),
+    ):
+        for name in names:
+            _at_least(f"{section}.{name}", getattr(getattr(config, section), name), 1)
+    _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
+    _at_least("data.num_workers", data.num_workers, 0)
+    if not data.tokenizer and data.tokenizer_vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} exceeds model.vocab_size={config.model.vocab_size}; "
+            "the embedding needs a row per token: raise model.vocab_size or lower data.tokenizer_vocab_size"
+        )
+    if data.batch_size % optimizer.accumulation_steps:
+        raise ConfigError(
+            f"data.batch_size={data.batch_size} is not a multiple of optimizer.accumulation_steps="
+            f"{optimizer.accumulation_steps}; every micro-batch has the same number of rows"
+        )
+    if optimizer.warmup_steps > training.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds training.steps={training.steps}; "
+            "the learning rate would never be reached: lower the warm-up"
+        )
+    if config.model.position_embedding == "learned" and data.sequence_length > config.model.max_positions:
+        raise ConfigError(
+            f"data.sequence_length={data.sequence_length} exceeds model.max_positions={config.model.max_positions}, "
+            "the rows of the learned position table; shorten the sequences or raise max_positions"
+        )
+    axes = dataclasses.asdict(config.mesh)
+    if sum(size == -1 for size in axes.values()) > 1 or any(size < 1 and size != -1 for size in axes.values()):
+        raise ConfigError(f"mesh={axes}: every axis needs a size of 1 or more, and at most one may be -1 (the rest)")
+
+
+def _one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        nearest = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{hint}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value} must be {least} or more")
+
+
+def to_json(config: Any) -> str:
+    """A config (or any section of one) as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`; raises `ConfigError` for fields that this version does not know."""
+    return _from_dict(Config, json.loads(text), "")
+
+
+def _from_dict(cls: Any, values: dict[str, Any], path: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    kwargs = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ConfigError(f"unknown setting {path + name!r}{_nearest(name, fields)}; it was saved by another version")
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            value = _from_dict(kind, value, f"{path}{name}.")
+        kwargs[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**kwargs)
+
+
+def field_paths(cls: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every field, sections included: `model`, `model.vocab_size`, ..."""
+    for field in dataclasses.fields(cls):
+        yield prefix + field.name
+        if dataclasses.is_dataclass(field.type):
+            yield from field_paths(field.type, f"{prefix}{field.name}.")
+
+
+def check_flags(argv: Sequence[str], known: Sequence[str]) -> None:
+    """Raises `ConfigError` with the nearest name for flags that neither the config nor `known` has.
+
+    Args:
+      argv: the command line, program name first.
+      known: names of the program's own flags, without dashes.
+    """
+    names = [*known, "config", *(f"config.{path}" for path in field_paths())]
+    names += ["help", "helpshort", "helpfull", "helpxml", "flagfile"]
+    for argument in argv[1:]:
+        if argument == "--":
+            return
+        match = re.match(r"--?([A-Za-z_][\w.]*)", argument)
+        if match and match[1] not in names and match[1].removeprefix("no") not in names:
+            raise ConfigError(f"unknown flag --{match[1]}{_nearest(match[1], names)}")
+
+
+def _nearest(name: str, names: Any) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,21 @@
+"""Batch: what the data pipeline hands to the training step."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Bool, Int32
+
+from sepjax.array_typing import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rows of documents. NumPy on the host, jax.Array once placed on a mesh; all arrays share one shape."""
+
+    tokens: Int32[Array, "B T"]  # token ids; 0 where padding
+    targets: Int32[Array, "B T"]  # the next token of the same document
+    loss_mask: Bool[Array, "B T"]  # which targets are scored
+    positions: Int32[Array, "B T"]  # 0, 1, 2, ... within each document (piece)
+    segment_ids: Int32[Array, "B T"]  # 1, 2, ... for the documents of a row, 0 for padding
+    is_separator: Bool[Array, "B T"]  # tokens that stay visible for ever, sinks aside

@@ -1,0 +1,217 @@
+"""SeparatorLayout: the definition of who attends to whom.
+
+A token i sees token j of its own document when
+
+    j <= i  and  ( is_separator[j]  or  position[j] < num_sinks  or  i - j <= n - 1 )
+
+(arXiv 2412.12094, section 3; n counts the query itself). The keys that stay visible for ever, sinks and separators, are
+the *global* keys. Pack them, in order, into one dense array, and every query sees two contiguous ranges:
+
+    tokens        0 1 2 3 4 5 6 7 8 9 ...          G = global key
+                  G . . G . G . . G .
+    packed        0     1   2     3                token 9 with n = 3 sees
+                  [far: 0 1 2      )[near: 7 8 9]  packed 0..2 and tokens 7..9; token 8 is packed 3, but near
+
+    far range     [far_start_i, far_end_i)   packed indices: first global key of i's document, number of global keys at
+                                             positions <= i - n
+    near range    [near_start_i, i]          near_start_i = max(document start, i - n + 1)
+
+No key is in both, so one online softmax runs over the two. Dense (n >= T), StreamingLLM's mask (no separators), FixLLM
+(every delta-th token) and per-layer windows are layouts too: the same arrays with other numbers in them.
+"""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int32
+
+from sepjax.array_typing import Array, SegmentIds, SeparatorFlags
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SeparatorLayout:
+    """Visible ranges of every query, computed once per batch in O(T) and shared by all heads and layers.
+
+    Made by `build_layout`. `far_start`, `far_end` and `near_start` never decrease along a row. A padding token i has the
+    empty ranges far_start = far_end and near_start = i + 1: it sees nothing and nothing sees it.
+    """
+
+    global_index: Int32[Array, "B S"]  # token position of each packed key, increasing; T where the row has no more
+    num_global: Int32[Array, "B"]  # global keys of the row; above S the packed array is incomplete (see `overflows`)
+    global_count: Int32[Array, "B T"]  # global keys at positions <= i
+    document_start: Int32[Array, "B T"]  # first token of i's document
+    far_start: Int32[Array, "B T"]
+    far_end: Int32[Array, "B T"]
+    near_start: Int32[Array, "B T"]
+
+    @property
+    def length(self) -> int:
+        """T, the tokens of a row."""
+        return self.far_start.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """S, the packed keys that a row has room for."""
+        return self.global_index.shape[1]
+
+    def with_window(self, window_size: int | Int32[Array, ""]) -> Self:
+        """The same documents, sinks and separators seen through another window n, which may be traced."""
+        i = jnp.arange(self.length, dtype=jnp.int32)
+        is_token = self.near_start <= i
+        near_start = jnp.maximum(self.document_start, i - window_size + 1)
+        far_end = jnp.maximum(self.far_start, _count_up_to(self.global_count, i - window_size))
+        return dataclasses.replace(
+            self,
+            far_end=jnp.where(is_token, far_end, self.far_start),
+            near_start=jnp.where(is_token, near_start, i + 1),
+        )
+
+    def with_capacity(self, capacity: int) -> Self:
+        """The same layout with room for `capacity` packed keys."""
+        return dataclasses.replace(self, global_index=_pack(self.global_count, capacity))
+
+    def overflows(self) -> Bool[Array, ""]:
+        """Whether some row has more global keys than the packed array has room for."""
+        return jnp.any(self.num_global > self.capacity)
+
+    def is_global(self) -> Bool[Array, "B T"]:
+        """Which tokens are global keys: sinks and separators that are not padding."""
+        return jnp.diff(self.global_count, axis=1, prepend=0) > 0
+
+    def as_mask(self) -> Bool[Array, "B T T"]:
+        """The mask [b, i, j], true where query i sees key j. For tests, pictures and small T: it is quadratic."""
+        j = jnp.arange(self.length, dtype=jnp.int32)
+        rank = self.global_count[:, None, :] - 1  # packed index of key j, where it is global
+        far = self.is_global()[:, None, :] & (self.far_start[..., None] <= rank) & (rank < self.far_end[..., None])
+        near = (self.near_start[..., None] <= j) & (j <= j[:, None])
+        return far | near
+
+    def keys_per_query(self) -> Int32[Array, "B T"]:
+        """Number of keys that each query sees; 0 for padding."""
+        i = jnp.arange(self.length, dtype=jnp.int32)
+        return (self.far_end - self.far_start) + (i - self.near_start + 1)
+
+    def num_pairs(self) -> Array:
+        """Visible (query, key) pairs of each row, [B].
+
+        int64 NumPy when called outside jit. Inside, int32 up to T = 65535 and float32 beyond, where a count may pass 2^31.
+        """
+        keys = self.keys_per_query()
+        if not isinstance(keys, jax.core.Tracer):
+            return np.asarray(keys).sum(axis=1, dtype=np.int64)
+        return jnp.sum(keys, axis=1, dtype=jnp.int32 if self.length < 2**16 else jnp.float32)
+
+    def attention_fraction(self) -> Float[Array, ""]:
+        """Visible pairs over the causal pairs of the same documents, over all rows."""
+        i = jnp.arange(self.length, dtype=jnp.int32)
+        causal = jnp.where(self.near_start <= i, i - self.document_start + 1, 0)
+        visible = jnp.sum(self.keys_per_query(), dtype=jnp.float32)
+        return visible / jnp.maximum(jnp.sum(causal, dtype=jnp.float32), 1.0)
+
+    def kv_kept(self) -> Float[Array, ""]:
+        """The paper's r.KV: keys that each document's last query sees over the document's length, averaged."""
+        i = jnp.arange(self.length, dtype=jnp.int32)
+        is_token = self.near_start <= i
+        next_start = jnp.roll(jnp.where(is_token, self.document_start, i), -1, axis=1).at[:, -1].set(self.length)
+        is_last = is_token & (next_start != self.document_start)
+        kept = self.keys_per_query() / (i - self.document_start + 1)
+        return jnp.sum(jnp.where(is_last, kept, 0.0)) / jnp.maximum(jnp.sum(is_last), 1)
+
+
+def build_layout(
+    is_separator: SeparatorFlags,
+    *,
+    window_size: int | Int32[Array, ""],
+    num_sinks: int,
+    segment_ids: SegmentIds | None = None,
+    capacity: int | None = None,
+    document_mask: bool = True,
+) -> SeparatorLayout:
+    """Builds the layout of packed rows. Pure and jittable.
+
+    Args:
+      is_separator: bool[B, T], tokens that stay visible for ever. Flags on padding are ignored.
+      window_size: n >= 1, keys of the local window, the query itself included; n >= T is dense causal attention.
+        It may be traced.
+      num_sinks: a >= 0, first tokens of every document that stay visible for ever.
+      segment_ids: int32[B, T], 0 for padding; a document is a run of equal ids above 0. None: each row is one document.
+      capacity: S, room for packed keys; None: T, which cannot overflow. Outside jit, a row with more global keys raises;
+        inside jit `separator_attention` computes such batches exactly, with room for T.
+      document_mask: False gives the official code's row-wise behaviour: all documents of a row are one, and only leading
+        padding shifts the sinks; padding elsewhere counts as text.
+
+    Raises:
+      ValueError: for shapes that disagree, n < 1, a < 0, or (outside jit) too small a capacity.
+    """
+    if is_separator.ndim != 2:
+        raise ValueError(f"is_separator must be bool[B, T], got shape {is_separator.shape}")
+    B, T = is_separator.shape
+    if segment_ids is not None and segment_ids.shape != (B, T):
+        raise ValueError(f"segment_ids must have is_separator's shape {(B, T)}, got {segment_ids.shape}")
+    if not isinstance(window_size, jax.core.Tracer) and int(window_size) < 1:
+        raise ValueError(f"window_size={window_size} must be 1 or more: the query itself is part of its window")
+    if num_sinks < 0:
+        raise ValueError(f"num_sinks={num_sinks} must be 0 or more")
+
+    i = jnp.arange(T, dtype=jnp.int32)
+    is_token, starts = _documents(segment_ids, B, T, document_mask)
+    document_start = jax.lax.cummax(jnp.where(starts, i, 0), axis=1)
+    is_global = is_token & (jnp.asarray(is_separator) | (i - document_start < num_sinks))
+    global_count = jnp.cumsum(is_global, axis=1, dtype=jnp.int32)
+    layout = SeparatorLayout(
+        global_index=_pack(global_count, T if capacity is None else capacity),
+        num_global=global_count[:, -1],
+        global_count=global_count,
+        document_start=document_start,
+        far_start=jnp.where(is_token, _count_up_to(global_count, document_start - 1), global_count),
+        far_end=global_count,
+        near_start=jnp.where(is_token, document_start, i + 1),
+    )
+    if capacity is not None:
+        _refuse_overflow(layout)
+    return layout.with_window(window_size)
+
+
+def _documents(segment_ids: SegmentIds | None, B: int, T: int, document_mask: bool) -> tuple[jax.Array, jax.Array]:
+    """Which positions hold tokens, and which of them start a document."""
+    if segment_ids is None:
+        is_token = jnp.ones((B, T), bool)
+        return is_token, is_token & (jnp.arange(T) == 0)
+    segment_ids = jnp.asarray(segment_ids)
+    if not document_mask:
+        segment_ids = jax.lax.cummax((segment_ids != 0).astype(jnp.int32), axis=1)
+    previous = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :T]
+    is_token = segment_ids != 0
+    return is_token, is_token & (segment_ids != previous)
+
+
+def _count_up_to(global_count: jax.Array, position: jax.Array) -> jax.Array:
+    """global_count at `position`, [T] or [B, T]; 0 before the row starts."""
+    position = jnp.broadcast_to(position, global_count.shape)
+    count = jnp.take_along_axis(global_count, jnp.maximum(position, 0), axis=1)
+    return jnp.where(position < 0, 0, count)
+
+
+def _pack(global_count: jax.Array, capacity: int) -> jax.Array:
+    """Positions of the first `capacity` global keys of each row, then T."""
+    B, T = global_count.shape
+    is_global = jnp.diff(global_count, axis=1, prepend=0) > 0
+    slot = jnp.where(is_global, global_count - 1, capacity)  # beyond the end: dropped
+    index = jnp.full((B, capacity), T, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    return index.at[jnp.arange(B)[:, None], slot].set(positions, mode="drop")
+
+
+def _refuse_overflow(layout: SeparatorLayout) -> None:
+    if isinstance(layout.num_global, jax.core.Tracer):
+        return
+    most = int(jnp.max(layout.num_global))
+    if most > layout.capacity:
+        raise ValueError(
+            f"a row has {most} sinks and separators but capacity={layout.capacity}; raise capacity to {most} or more, or "
+            "leave it out for one that cannot overflow"
+        )

@@ -1,0 +1,143 @@
+"""Which tokens are separators: a bool table over the vocabulary, for any tokenizer.
+
+A separator closes a segment of text; its key and value then stand for the whole segment (arXiv 2412.12094). The paper
+lists nine: `. , ? ! ; :` space, tab, newline. Fixed id lists miss the merged tokens of real vocabularies (`."`, `\n\n`),
+so the default policy reads the vocabulary itself.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sepjax.config import AttentionConfig
+
+PAPER_SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
+
+_PUNCTUATION = re.compile(r"""([.,?!;:]+["'”’»)\]}]*)+""")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def separator_table(tokenizer: Any, policy: str | Sequence[int] = "punctuation") -> np.ndarray:
+    """Returns bool[V]: which token ids are separators.
+
+    Args:
+      tokenizer: a `sepjax.data.tokenizer.Tokenizer`, a `sentencepiece.SentencePieceProcessor` or a
+        `tokenizers.Tokenizer`.
+      policy: "punctuation": the token's text, spaces aside, is separator characters with closing quotes or brackets
+        after them, or it is nothing but spaces, tabs and newlines; "paper": the text is exactly one of
+        `PAPER_SEPARATORS`; or the ids themselves.
+
+    Raises:
+      ValueError: for an unknown policy, ids outside the vocabulary, or a tokenizer of an unknown kind.
+    """
+    texts = token_texts(tokenizer)
+    if not isinstance(policy, str):
+        return _table_of_ids(policy, len(texts))
+    if policy == "punctuation":
+        return np.array([_is_punctuation(text) for text in texts], bool)
+    if policy == "paper":
+        return np.array([text in PAPER_SEPARATORS for text in texts], bool)
+    raise ValueError(f'unknown separator policy {policy!r}; use "punctuation", "paper" or a list of token ids')
+
+
+def configured_table(tokenizer: Any, attention: AttentionConfig) -> np.ndarray:
+    """Returns the bool[V] table that an attention config asks for; all False for patterns without separators."""
+    if attention.pattern != "separator":
+        return np.zeros(len(token_texts(tokenizer)), bool)
+    policy = attention.separator_ids if attention.separators == "ids" else attention.separators
+    return separator_table(tokenizer, policy)
+
+
+def flag_separators(tokens: Any, positions: Any, table: Any, attention: AttentionConfig) -> Any:
+    """Returns bool, shaped like `tokens`: which tokens stay visible for ever (sinks aside).
+
+    Works on NumPy and JAX arrays alike, inside jit too.
+
+    Args:
+      tokens: int32[...] token ids.
+      positions: int32[...] positions within the document, from 0.
+      table: bool[V] from `configured_table`. Ids at or beyond V are no separators.
+      attention: its `pattern` decides; "fixed_interval" flags every `interval`-th token and needs no table.
+    """
+    if attention.pattern == "fixed_interval":
+        return (positions + 1) % attention.interval == 0
+    if attention.pattern != "separator":
+        return tokens < 0
+    inside = tokens < len(table)
+    return inside & table[tokens * inside]
+
+
+def token_texts(tokenizer: Any) -> list[str | None]:
+    """The text of every token id; None for control tokens (BOS, EOS, ...), which no policy may flag."""
+    if hasattr(tokenizer, "token_texts"):
+        return tokenizer.token_texts()
+    if hasattr(tokenizer, "id_to_piece"):
+        return _sentencepiece_texts(tokenizer)
+    if hasattr(tokenizer, "id_to_token"):
+        return _hugging_face_texts(tokenizer)
+    raise ValueError(
+        f"cannot read the vocabulary of a {type(tokenizer).__name__}; expected a sepjax Tokenizer, a "
+        "sentencepiece.SentencePieceProcessor or a tokenizers.Tokenizer"
+    )
+
+
+def _sentencepiece_texts(processor: Any) -> list[str | None]:
+    texts: list[str | None] = []
+    for i in range(processor.get_piece_size()):
+        if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+            texts.append(None)
+        else:
+            texts.append(_piece_text(processor.id_to_piece(i)))
+    return texts
+
+
+def _piece_text(piece: str) -> str:
+    byte = _BYTE_TOKEN.fullmatch(piece)
+    return chr(int(byte[1], 16)) if byte else piece.replace("▁", " ")
+
+
+def _hugging_face_texts(tokenizer: Any) -> list[str | None]:
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    texts: list[str | None] = [None] * max(size, 1 + max(vocabulary.values(), default=-1))
+    added = tokenizer.get_added_tokens_decoder()
+    byte_level = '"ByteLevel"' in tokenizer.to_str()
+    for piece, i in vocabulary.items():
+        if i in added:
+            texts[i] = None if added[i].special else added[i].content
+        else:
+            texts[i] = _byte_level_text(piece) if byte_level else _piece_text(piece)
+    return texts
+
+
+def _byte_level_text(piece: str) -> str:
+    values = bytes(_BYTE_OF_CHARACTER[c] for c in piece if c in _BYTE_OF_CHARACTER)
+    return values.decode("utf-8", errors="replace")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's byte-level alphabet: printable bytes stand for themselves, the others for characters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()
+
+
+def _is_punctuation(text: str | None) -> bool:
+    if not text:
+        return False
+    visible = re.sub(r"[ \t\r\n]", "", text)
+    return not visible or _PUNCTUATION.fullmatch(visible) is not None
+
+
+def _table_of_ids(ids: Sequence[int], size: int) -> np.ndarray:
+    table = np.zeros(size, bool)
+    outside = [i for i in ids if not 0 <= i < size]
+    if outside:
+        raise ValueError(f"separator ids {outside[:5]} are outside the vocabulary of {size} tokens (0 to {size - 1})")
+    table[list(ids)] = True
+    return table
