@@ -209,7 +209,7 @@ def _validate_model(model: ModelConfig) -> None:
             "it must be an even number above 0 and at most head_dim"
         )
     if model.shared_norm and not model.parallel_residual:
-        raise ConfigError("model.shared_norm=True needs model.parallel_residual=True: only a parallel block has one norm")
+        raise ConfigError("model.shared_norm=True needs model.parallel_residual=True: a serial block has two norms")
 
 
 def _validate_training(config: Config) -> None:
@@ -226,7 +226,7 @@ def _validate_training(config: Config) -> None:
     if not data.tokenizer and data.tokenizer_vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} exceeds model.vocab_size={config.model.vocab_size}; "
-            "the embedding needs a row per token: raise model.vocab_size or lower data.tokenizer_vocab_size"
+            "the embedding needs a row a token: raise model.vocab_size or lower data.tokenizer_vocab_size"
         )
     if data.batch_size % optimizer.accumulation_steps:
         raise ConfigError(
@@ -275,7 +275,7 @@ def _from_dict(cls: Any, values: dict[str, Any], path: str) -> Any:
     kwargs = {}
     for name, value in values.items():
         if name not in fields:
-            raise ConfigError(f"unknown setting {path + name!r}{_nearest(name, fields)}; it was saved by another version")
+            raise ConfigError(f"unknown setting {path + name!r}{_nearest(name, fields)}; another version saved it")
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
             value = _from_dict(kind, value, f"{path}{name}.")

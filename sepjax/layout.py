@@ -36,8 +36,8 @@ from sepjax.array_typing import Array, SegmentIds, SeparatorFlags
 class SeparatorLayout:
     """Visible ranges of every query, computed once per batch in O(T) and shared by all heads and layers.
 
-    Made by `build_layout`. `far_start`, `far_end` and `near_start` never decrease along a row. A padding token i has the
-    empty ranges far_start = far_end and near_start = i + 1: it sees nothing and nothing sees it.
+    Made by `build_layout`. `far_start`, `far_end` and `near_start` never decrease along a row. A padding token i has
+    the empty ranges far_start = far_end and near_start = i + 1: it sees nothing and nothing sees it.
     """
 
     global_index: Int32[Array, "B S"]  # token position of each packed key, increasing; T where the row has no more
@@ -98,7 +98,7 @@ class SeparatorLayout:
     def num_pairs(self) -> Array:
         """Visible (query, key) pairs of each row, [B].
 
-        int64 NumPy when called outside jit. Inside, int32 up to T = 65535 and float32 beyond, where a count may pass 2^31.
+        int64 NumPy when called outside jit. Inside, int32 up to T = 65535 and float32 beyond, where counts pass 2^31.
         """
         keys = self.keys_per_query()
         if not isinstance(keys, jax.core.Tracer):
@@ -138,11 +138,11 @@ def build_layout(
       window_size: n >= 1, keys of the local window, the query itself included; n >= T is dense causal attention.
         It may be traced.
       num_sinks: a >= 0, first tokens of every document that stay visible for ever.
-      segment_ids: int32[B, T], 0 for padding; a document is a run of equal ids above 0. None: each row is one document.
-      capacity: S, room for packed keys; None: T, which cannot overflow. Outside jit, a row with more global keys raises;
-        inside jit `separator_attention` computes such batches exactly, with room for T.
-      document_mask: False gives the official code's row-wise behaviour: all documents of a row are one, and only leading
-        padding shifts the sinks; padding elsewhere counts as text.
+      segment_ids: int32[B, T], 0 for padding; a document is a run of equal ids other than 0. None: a row is a document.
+      capacity: S, room for packed keys; None: T, which cannot overflow. Outside jit, a row with more global keys
+        raises; inside jit `separator_attention` computes such batches exactly, with room for T.
+      document_mask: False gives the official code's row-wise behaviour: all documents of a row are one, and only
+        leading padding shifts the sinks; padding elsewhere counts as text.
 
     Raises:
       ValueError: for shapes that disagree, n < 1, a < 0, or (outside jit) too small a capacity.
@@ -212,6 +212,6 @@ def _refuse_overflow(layout: SeparatorLayout) -> None:
     most = int(jnp.max(layout.num_global))
     if most > layout.capacity:
         raise ValueError(
-            f"a row has {most} sinks and separators but capacity={layout.capacity}; raise capacity to {most} or more, or "
-            "leave it out for one that cannot overflow"
+            f"a row has {most} sinks and separators but capacity={layout.capacity}; raise capacity to {most} or more, "
+            "or leave it out for one that cannot overflow"
         )

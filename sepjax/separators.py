@@ -1,8 +1,8 @@
 """Which tokens are separators: a bool table over the vocabulary, for any tokenizer.
 
 A separator closes a segment of text; its key and value then stand for the whole segment (arXiv 2412.12094). The paper
-lists nine: `. , ? ! ; :` space, tab, newline. Fixed id lists miss the merged tokens of real vocabularies (`."`, `\n\n`),
-so the default policy reads the vocabulary itself.
+lists nine: `. , ? ! ; :` space, tab, newline. Fixed id lists miss the merged tokens of real vocabularies (`."`,
+`\n\n`), so the default policy reads the vocabulary itself.
 """
 
 import re

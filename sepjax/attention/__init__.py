@@ -1,0 +1,1 @@
+"""The attention op: `separator_attention` and its implementations."""

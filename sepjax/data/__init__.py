@@ -1,0 +1,1 @@
+"""Text to batches: tokenizer, corpora, packing, pipeline."""

@@ -1,0 +1,1 @@
+"""One decoder whose config expresses Llama, GPT-NeoX, GPT-2 and Falcon."""

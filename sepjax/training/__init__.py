@@ -1,0 +1,1 @@
+"""Loss, optimizer, train state and train step."""
