@@ -1,0 +1,117 @@
+"""One decoder-only Transformer. Its `ModelConfig` expresses Llama, GPT-NeoX, GPT-2 and Falcon.
+
+Flax NNX modules behind a functional boundary: `split` a model once into a hashable graph definition and a plain nested
+dict of arrays, hand the dict through `jax.jit` and `jax.grad`, and `merge` inside.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sepjax.array_typing import Float, Positions, Tokens
+from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.model.layers import Attend, Block, make_norm
+from sepjax.sharding import constrain
+
+type Params = dict[str, Any]
+
+
+class Transformer(nnx.Module):
+    """Embedding, L scanned blocks, final norm, head.
+
+    Attributes:
+      config: the shape.
+      attention: who attends to whom, by default; callers may pass another attention config to what uses it.
+      layers: one `Block` whose parameters have a leading axis L.
+    """
+
+    def __init__(self, config: ModelConfig, attention: AttentionConfig | None = None, *, rngs: nnx.Rngs):
+        self.config = config
+        self.attention = attention or AttentionConfig()
+        self.embedding = _embedding(config.vocab_size, config, rngs)
+        learned = config.position_embedding == "learned"
+        self.position_embedding = _embedding(config.max_positions, config, rngs) if learned else None
+        self.layers = _stack(config, rngs)
+        self.final_norm = make_norm(config, rngs)
+        self.head = None if config.tie_embeddings else _head(config, rngs)
+
+    def __call__(
+        self, tokens: Tokens, positions: Positions, attend: Attend, layer_inputs: Any = None
+    ) -> tuple[Float[jax.Array, "B T D"], Any]:
+        """Runs the blocks.
+
+        Args:
+          tokens: int32[B, T].
+          positions: int32[B, T] within each document; read by learned position embeddings only.
+          attend: the attention, called once a layer (see `sepjax.model.layers.Attend`).
+          layer_inputs: a pytree of arrays with a leading axis L; each layer's `attend` gets its slice.
+
+        Returns:
+          The hidden states after the final norm, [B, T, D], and what `attend` returned, stacked along L.
+        """
+        x = self.embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        x = constrain(x, "batch", "length", "hidden")
+        graph, params = split(self.layers)
+
+        def layer(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
+            params, layer_input = inputs
+            return merge(graph, params)(x, attend, layer_input)
+
+        x, layer_outputs = jax.lax.scan(_rematerialised(layer, self.config.remat), x, (params, layer_inputs))
+        return self.final_norm(x), layer_outputs
+
+    def logits(self, hidden: Float[jax.Array, "*B D"]) -> Float[jax.Array, "*B V"]:
+        """Scores of the next token, float32[..., V], from hidden states [..., D]."""
+        kernel = self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
+        dtype = jnp.dtype(self.config.dtype)
+        return jnp.matmul(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def create(config: ModelConfig, attention: AttentionConfig | None, key: jax.Array) -> Transformer:
+    """A new model with random parameters."""
+    return Transformer(config, attention, rngs=nnx.Rngs(params=key))
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """A model's hashable structure and its parameters as a nested dict of arrays."""
+    graph, state = nnx.split(model)
+    return graph, nnx.to_pure_dict(state)
+
+
+def merge(graph: nnx.GraphDef, params: Params) -> Any:
+    """The inverse of `split`. Cheap; meant for use inside jitted functions."""
+    return nnx.merge(graph, params)
+
+
+def abstract(config: ModelConfig, attention: AttentionConfig | None = None) -> tuple[nnx.GraphDef, Params]:
+    """`split` of a model without its memory: the leaves are `jax.ShapeDtypeStruct`."""
+    return split(nnx.eval_shape(lambda: create(config, attention, jax.random.key(0))))
+
+
+def _embedding(rows: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Embed:
+    init = nnx.initializers.normal(0.02)
+    return nnx.Embed(rows, config.embed_dim, embedding_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def _head(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
+    init = nnx.initializers.normal(0.02)
+    return nnx.Linear(config.embed_dim, config.vocab_size, use_bias=False, kernel_init=init, rngs=rngs)
+
+
+def _stack(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    """One block whose every parameter has a leading axis of layers, each layer drawn from a key of its own."""
+    keys = jax.random.split(rngs.params(), config.num_layers)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(params=0))))
+    return nnx.merge(graph, jax.vmap(lambda key: split(Block(config, rngs=nnx.Rngs(params=key)))[1])(keys))
+
+
+def _rematerialised(layer: Any, remat: str) -> Any:
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # scan already keeps the two passes apart

@@ -1,0 +1,161 @@
+"""The mesh, and one table from logical axes to mesh axes.
+
+Mesh axes: `data` and `fsdp` split the batch, `fsdp` also the parameters, `tensor` splits heads, feed-forward and
+vocabulary, `context` the sequence. Everything outside kernels is plain `jax.jit` over sharded arrays; the compiler puts
+the collectives in. Multi-host runs need nothing else: `jax.distributed.initialize()` comes first and
+`jax.make_mesh` sees all devices.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sepjax.config import ConfigError, MeshConfig
+
+# logical axis -> mesh axes. `embed` is a parameter's model dimension, `hidden` the same dimension of activations.
+RULES: dict[str | None, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": ("context",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "hidden": (),
+    None: (),
+}
+
+# last parts of a parameter's path -> logical axes. Stacked layers have one more axis, in front, which stays whole.
+PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
+    "embedding/embedding": ("vocab", "embed"),
+    "position_embedding/embedding": (None, "embed"),
+    "head/kernel": ("embed", "vocab"),
+    "query/kernel": ("embed", "heads", None),
+    "key/kernel": ("embed", "heads", None),
+    "value/kernel": ("embed", "heads", None),
+    "query/bias": ("heads", None),
+    "key/bias": ("heads", None),
+    "value/bias": ("heads", None),
+    "out/kernel": ("heads", None, "embed"),
+    "out/bias": ("embed",),
+    "up/kernel": ("embed", "mlp"),
+    "gate/kernel": ("embed", "mlp"),
+    "down/kernel": ("mlp", "embed"),
+    "up/bias": ("mlp",),
+    "gate/bias": ("mlp",),
+    "down/bias": ("embed",),
+    "attention_norm/scale": (None,),
+    "attention_norm/bias": (None,),
+    "mlp_norm/scale": (None,),
+    "mlp_norm/bias": (None,),
+    "final_norm/scale": (None,),
+    "final_norm/bias": (None,),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp`, `tensor`, `context` over all devices (or those given).
+
+    Raises:
+      ConfigError: when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if -1 in sizes.values() and len(devices) % fixed == 0:
+        sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(
+            f"mesh {sizes} does not fit {len(devices)} devices: the sizes must multiply to that number; "
+            "set one axis to -1 to take what is left"
+        )
+    axis_types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+
+
+def check_batch(mesh: Mesh, rows: int) -> None:
+    """Raises `ConfigError` when `rows` do not split evenly over the axes that share the batch."""
+    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if rows % ways:
+        raise ConfigError(
+            f"a (micro-)batch of {rows} rows does not split over {ways} devices (mesh {', '.join(RULES['batch'])}); "
+            "change data.batch_size, optimizer.accumulation_steps or the mesh to fit"
+        )
+
+
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of parameters, or for any tree that holds such trees (optimizer moments).
+
+    Leaves whose path names no parameter (step counters) are replicated. An axis that does not divide is left whole.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        axes = PARAMETER_AXES.get("/".join(names[-2:]), ())
+        axes = (None,) * (leaf.ndim - len(axes)) + axes
+        return NamedSharding(mesh, _spec(mesh, axes, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How [B, T] arrays of a batch lie on the mesh."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["length"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells the compiler how an activation lies on the ambient mesh (`jax.set_mesh`); without one, does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(mesh, axes, x.shape))
+
+
+def manual_over_batch_and_heads(
+    op: Callable[..., jax.Array], in_axes: tuple[PartitionSpec, ...], out_axes: PartitionSpec
+) -> Callable[..., jax.Array]:
+    """Runs `op` on each device's own rows and heads, so that what it loops over is its own data.
+
+    Args:
+      op: takes arrays or pytrees of arrays.
+      in_axes: logical axes of each argument ("batch", "heads", None); a pytree's leaves all share its entry.
+      out_axes: logical axes of the result.
+
+    Returns:
+      `op` under `jax.shard_map` on the ambient mesh, or `op` itself when there is none. A logical axis that some
+      argument cannot divide stays whole everywhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return op
+
+    def sharded(*args: Any) -> jax.Array:
+        shapes = [(axes, leaf.shape) for axes, arg in zip(in_axes, args, strict=True) for leaf in jax.tree.leaves(arg)]
+
+        def physical(axes: PartitionSpec) -> PartitionSpec:
+            whole = {name for a, shape in shapes for name, n in zip(a, shape, strict=False) if n % _ways(mesh, name)}
+            return PartitionSpec(*(RULES[None if name in whole else name] or None for name in axes))
+
+        specs = tuple(physical(axes) for axes in in_axes)
+        run = jax.shard_map(op, mesh=mesh, in_specs=specs, out_specs=physical(out_axes), check_vma=False)
+        return run(*args)
+
+    return sharded
+
+
+def _ways(mesh: Any, name: str | None) -> int:
+    return math.prod(mesh.shape[axis] for axis in RULES[name])
+
+
+def _spec(mesh: Any, axes: Sequence[str | None], shape: tuple[int, ...]) -> PartitionSpec:
+    return PartitionSpec(
+        *(RULES[name] or None if n % _ways(mesh, name) == 0 else None for name, n in zip(axes, shape, strict=True))
+    )
