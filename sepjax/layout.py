@@ -21,7 +21,6 @@ No key is in both, so one online softmax runs over the two. Dense (n >= T), Stre
 """
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +47,9 @@ class SeparatorLayout:
     far_end: Int32[Array, "B T"]
     near_start: Int32[Array, "B T"]
 
+    # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings, None): jaxtyping must not check __init__.
+    __no_type_check__ = True
+
     @property
     def length(self) -> int:
         """T, the tokens of a row."""
@@ -58,7 +60,7 @@ class SeparatorLayout:
         """S, the packed keys that a row has room for."""
         return self.global_index.shape[1]
 
-    def with_window(self, window_size: int | Int32[Array, ""]) -> Self:
+    def with_window(self, window_size: int | Int32[Array, ""]) -> "SeparatorLayout":
         """The same documents, sinks and separators seen through another window n, which may be traced."""
         i = jnp.arange(self.length, dtype=jnp.int32)
         is_token = self.near_start <= i
@@ -70,7 +72,7 @@ class SeparatorLayout:
             near_start=jnp.where(is_token, near_start, i + 1),
         )
 
-    def with_capacity(self, capacity: int) -> Self:
+    def with_capacity(self, capacity: int) -> "SeparatorLayout":
         """The same layout with room for `capacity` packed keys."""
         return dataclasses.replace(self, global_index=_pack(self.global_count, capacity))
 
