@@ -1,21 +1,27 @@
 """Every knob of a run: typed dataclasses, one `Config` with a section each, and `validate()`.
 
 A config file (`configs/*.py`) has a `get_config()` that returns a `Config`. Flags change single fields:
-`--config=configs/sep_tiny.py --config.training.steps=100`. An unknown field fails with the nearest name.
+`--config=configs/sep_tiny.py --config.training.steps=100` (`sepjax.flags`).
 """
 
 import dataclasses
 import difflib
+import importlib.util
 import json
-import re
-from collections.abc import Iterator, Sequence
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 PATTERNS = ("separator", "dense", "sink_window", "fixed_interval")
 SEPARATOR_POLICIES = ("punctuation", "paper", "ids")
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """A mistake that the user can mend: entry points print the message alone, without a traceback."""
+
+
+class ConfigError(UserError, ValueError):
     """A setting that cannot work: the message says which, what was given, what is expected and how to fix it."""
 
 
@@ -147,6 +153,7 @@ class Config:
 
 def validate(config: Config) -> Config:
     """Returns `config` unchanged, or raises `ConfigError` naming the first setting that cannot work."""
+    _check_types(config, "")
     _validate_model(config.model)
     validate_attention(config.attention, config.model.num_layers)
     _validate_training(config)
@@ -197,6 +204,9 @@ def _validate_model(model: ModelConfig) -> None:
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16", "float16"))
     _one_of("model.remat", model.remat, ("none", "dots", "full"))
     _one_of("model.rope.scaling", model.rope.scaling, ("none", "linear", "llama3", "yarn"))
+    _at_least("model.max_positions", model.max_positions, 1)
+    _at_least("model.rope.factor", model.rope.factor, 1)
+    _at_least("model.rope.original_context", model.rope.original_context, 1)
     if model.num_heads % model.num_kv_heads:
         raise ConfigError(
             f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.num_kv_heads}; "
@@ -221,12 +231,18 @@ def _validate_training(config: Config) -> None:
     ):
         for name in names:
             _at_least(f"{section}.{name}", getattr(getattr(config, section), name), 1)
-    _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
+    for name in ("warmup_steps", "learning_rate", "final_learning_rate", "weight_decay", "z_loss"):
+        _at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} must be 0 or more and below 1")
+    if not optimizer.clip_norm > 0:
+        raise ConfigError(f"optimizer.clip_norm={optimizer.clip_norm} must be above 0; a large one never clips")
     _at_least("data.num_workers", data.num_workers, 0)
     if not data.tokenizer and data.tokenizer_vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} exceeds model.vocab_size={config.model.vocab_size}; "
-            "the embedding needs a row a token: raise model.vocab_size or lower data.tokenizer_vocab_size"
+            f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} exceeds model.vocab_size={config.model.vocab_size}"
+            "; the embedding needs a row a token: raise model.vocab_size or lower data.tokenizer_vocab_size"
         )
     if data.batch_size % optimizer.accumulation_steps:
         raise ConfigError(
@@ -248,16 +264,35 @@ def _validate_training(config: Config) -> None:
         raise ConfigError(f"mesh={axes}: every axis needs a size of 1 or more, and at most one may be -1 (the rest)")
 
 
-def _one_of(name: str, value: object, choices: Sequence[str]) -> None:
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        nearest = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{hint}")
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{nearest(value, choices)}")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
+def _at_least(name: str, value: float, least: int) -> None:
+    if not value >= least:  # so that NaN fails too
         raise ConfigError(f"{name}={value} must be {least} or more")
+
+
+def _check_types(section: Any, path: str) -> None:
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), path + field.name
+        if not _is_a(value, field.type):
+            raise ConfigError(f"{name}={value!r} has the wrong type, expected {_type_name(field.type)}")
+        if dataclasses.is_dataclass(value):
+            _check_types(value, f"{name}.")
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, typing.get_args(kind)[0]) for item in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not typing.get_origin(kind) else str(kind)
 
 
 def to_json(config: Any) -> str:
@@ -266,16 +301,24 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`; raises `ConfigError` for fields that this version does not know."""
-    return _from_dict(Config, json.loads(text), "")
+    """The inverse of `to_json`; raises `ConfigError` for text that is no JSON, unknown fields and wrong types."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"a saved config must be JSON, got {text[:40]!r}...: {error}") from error
+    config = _from_dict(Config, values, "")
+    _check_types(config, "")
+    return config
 
 
-def _from_dict(cls: Any, values: dict[str, Any], path: str) -> Any:
+def _from_dict(cls: Any, values: Any, path: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"saved config: {path.rstrip('.') or 'the whole'} is {values!r}, expected a JSON object")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     kwargs = {}
     for name, value in values.items():
         if name not in fields:
-            raise ConfigError(f"unknown setting {path + name!r}{_nearest(name, fields)}; another version saved it")
+            raise ConfigError(f"unknown setting {path + name!r}{nearest(name, fields)}; another version saved it")
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
             value = _from_dict(kind, value, f"{path}{name}.")
@@ -283,31 +326,42 @@ def _from_dict(cls: Any, values: dict[str, Any], path: str) -> Any:
     return cls(**kwargs)
 
 
-def field_paths(cls: Any = Config, prefix: str = "") -> Iterator[str]:
-    """Dotted names of every field, sections included: `model`, `model.vocab_size`, ..."""
+def field_types(cls: Any = Config, prefix: str = "") -> dict[str, str]:
+    """Dotted name -> type of every single setting: {"model.vocab_size": "int", ...}."""
+    types = {}
     for field in dataclasses.fields(cls):
-        yield prefix + field.name
-        if dataclasses.is_dataclass(field.type):
-            yield from field_paths(field.type, f"{prefix}{field.name}.")
+        name = prefix + field.name
+        types |= field_types(field.type, f"{name}.") if dataclasses.is_dataclass(field.type) else {name: field.type}
+    return {name: _type_name(kind) for name, kind in types.items()}
 
 
-def check_flags(argv: Sequence[str], known: Sequence[str]) -> None:
-    """Raises `ConfigError` with the nearest name for flags that neither the config nor `known` has.
+def load_config(path: str | Path) -> Config:
+    """Runs a config file and returns what its `get_config()` returns.
 
-    Args:
-      argv: the command line, program name first.
-      known: names of the program's own flags, without dashes.
+    A config that changes another one loads it from its own folder, whatever the working directory:
+    `load_config(Path(__file__).with_name("sep_small.py"))`.
+
+    Raises:
+      ConfigError: there is no such file, it has no `get_config`, or that returns no `Config`.
     """
-    names = [*known, "config", *(f"config.{path}" for path in field_paths())]
-    names += ["help", "helpshort", "helpfull", "helpxml", "flagfile"]
-    for argument in argv[1:]:
-        if argument == "--":
-            return
-        match = re.match(r"--?([A-Za-z_][\w.]*)", argument)
-        if match and match[1] not in names and match[1].removeprefix("no") not in names:
-            raise ConfigError(f"unknown flag --{match[1]}{_nearest(match[1], names)}")
+    path = Path(path)
+    if not path.is_file():
+        names = [file.name for file in path.parent.glob("*.py")]
+        raise ConfigError(f"no config file {str(path)!r}{nearest(path.name, names)}")
+    spec = importlib.util.spec_from_file_location(f"sepjax_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{str(path)!r} is no config file: expected a Python file, *.py, with a get_config()")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{str(path)!r} has no get_config(); define one that returns a sepjax.config.Config")
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise ConfigError(f"get_config() of {str(path)!r} returned a {type(config).__name__}, expected a Config")
+    return config
 
 
-def _nearest(name: str, names: Any) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ "; did you mean ...?" with the one of `names` that `name` resembles most, or nothing when none does."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

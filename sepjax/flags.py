@@ -1,0 +1,118 @@
+"""The command line of the entry points: typed config overrides, and mistakes answered in one line.
+
+    if __name__ == "__main__":  # so that importing the file defines no flags
+        WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+        run_main(lambda config: train(config, WORKDIR.value), with_config=True)
+
+`--config=FILE` names a config file, `--config.section.field=value` changes one field of what it returns.
+"""
+
+import contextlib
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sepjax.config import Config, ConfigError, UserError, field_types, load_config, nearest, validate
+
+_FLAG = re.compile(r"--?([A-Za-z_][\w.]*)")
+
+
+def run_main(main: Callable[..., None], *, with_config: bool = False) -> None:
+    """Parses the command line, runs `main` and ends the program.
+
+    A `UserError` (a wrong flag or setting), an `OSError` (a missing file, a full disk) or a malformed command line ends
+    it with `error: ...` on stderr and exit code 2; `--verbosity=1` shows where it was raised. Anything else is a bug
+    and keeps its traceback.
+
+    Args:
+      main: called with the validated `Config` if `with_config`, else without arguments.
+      with_config: adds the flag `--config`, which is then required.
+    """
+
+    def parser(argv: Sequence[str]) -> list[Config]:
+        with one_line_errors():
+            return parse(argv, flags.FLAGS, with_config=with_config)
+
+    def run(arguments: list[Config]) -> None:
+        with one_line_errors():
+            main(*arguments)
+
+    app.run(run, flags_parser=parser)
+
+
+def parse(argv: Sequence[str], flag_values: flags.FlagValues, *, with_config: bool) -> list[Config]:
+    """Parses `argv`, program name first, into `flag_values`; returns the arguments of `main`: [config] or [].
+
+    Raises:
+      ConfigError: an unknown flag or config field (with the nearest name), a value of the wrong type, a config that
+        cannot work, an argument that is no flag, or no `--config`.
+      flags.Error: the command line is wrong in another way.
+    """
+    asks_help = any(re.match(r"--?help", argument) for argument in argv[1:])
+    check_flags(argv, [*flag_values, *flags.FLAGS], with_config=with_config)
+    if with_config and not asks_help and not any(re.match(r"--?config(=|$)", argument) for argument in argv[1:]):
+        raise ConfigError("flag --config is required: a config file, for example --config=configs/sep_tiny.py")
+    holders = [_define_config(argv, flag_values)] if with_config else []
+    try:
+        positional = flag_values(argv)[1:]
+    except flags.IllegalFlagValueError as error:
+        raise ConfigError(f"{error}{_expected_type(str(error))}") from error
+    if positional:
+        raise ConfigError(f"unexpected argument {positional[0]!r}; everything is a flag here: --name=value")
+    return [validate(holder.value) for holder in holders]
+
+
+def check_flags(argv: Sequence[str], known: Sequence[str], *, with_config: bool) -> None:
+    """Raises `ConfigError` with the nearest name for flags that are neither `known` nor fields of the config.
+
+    Args:
+      argv: the command line, program name first.
+      known: names of the program's own flags, without dashes.
+      with_config: whether `config` and its fields are flags too.
+    """
+    names = [*known, "help", "helpshort", "helpfull", "helpxml", "flagfile", "undefok"]
+    if with_config:
+        names += ["config", *(f"config.{path}" for path in field_types())]
+    for argument in argv[1:]:
+        if argument == "--":
+            return
+        match = _FLAG.match(argument)
+        if match and match[1] not in names and match[1].removeprefix("no") not in names:
+            flag = f"--{match[1]}"
+            raise ConfigError(f"unknown flag {flag}{nearest(flag, [f'--{name}' for name in names])}")
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns the user's mistakes inside the block into `error: ...` on stderr and exit code 2."""
+    try:
+        yield
+    except (UserError, OSError, flags.Error) as error:
+        logging.debug("The error below was raised here:", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _define_config(argv: Sequence[str], flag_values: flags.FlagValues) -> flags.FlagHolder[Config]:
+    sections = ", ".join(field.name for field in dataclasses.fields(Config))
+    holder = config_flags.DEFINE_config_dataclass(
+        "config",
+        Config(),
+        f"config file; --config.SECTION.FIELD=VALUE after it changes one field. Sections: {sections}.",
+        flag_values,
+        sys_argv=list(argv),
+        parse_fn=load_config,
+    )
+    flag_values["config"].default_as_str = ""  # --help would print every field
+    flag_values.register_key_flag_for_module(argv[0], flag_values["config"])  # so that --help lists it
+    return holder
+
+
+def _expected_type(message: str) -> str:
+    """What a config field takes, for absl's message "flag --config.a.b=value: ..."."""
+    match = re.match(r"flag --config\.([\w.]+)=", message)
+    return f"; expected {field_types()[match[1]]}" if match else ""
