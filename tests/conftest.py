@@ -1,0 +1,28 @@
+"""Test set-up: eight virtual CPU devices, Hypothesis without chance, and marks for tests that need an accelerator.
+
+Tests run on the CPU wherever they are. To run those for an accelerator, name it:
+`JAX_PLATFORMS=cuda python -m pytest -m gpu`, `JAX_PLATFORMS=tpu python -m pytest -m tpu`.
+"""
+
+import os
+
+import hypothesis
+import jax
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the programs that tests start
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_num_cpu_devices", 8)
+
+# The same examples in every run: a failure in CI is the same failure here. No deadline: the first example compiles.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, database=None)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=500)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    platform = jax.default_backend()
+    for item in items:
+        for mark in ("gpu", "tpu"):
+            if item.get_closest_marker(mark) and platform != mark:
+                item.add_marker(pytest.mark.skip(reason=f"needs a {mark.upper()}, runs on {platform}; see conftest.py"))
