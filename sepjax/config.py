@@ -269,7 +269,7 @@ def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{nearest(value, choices)}")
 
 
-def _at_least(name: str, value: float, least: int) -> None:
+def _at_least(name: str, value: int | float, least: int) -> None:
     if not value >= least:  # so that NaN fails too
         raise ConfigError(f"{name}={value} must be {least} or more")
 

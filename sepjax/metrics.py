@@ -1,0 +1,257 @@
+"""What a run reports: one line on the console, `metrics.jsonl`, TensorBoard events, `run_meta.json`.
+
+Only process 0 writes; on the others everything here does nothing.
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX.event_file_writer import EventsWriter
+
+# Generated code, whose names a type checker cannot see.
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+from sepjax.config import UserError
+
+_PACKAGES = ("sepjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+
+
+class MetricWriter:
+    """Writes each step's metrics everywhere; a context manager.
+
+    On resuming, lines of `metrics.jsonl` after `resume_step` and a line torn by a crash are dropped, and TensorBoard is
+    told to hide its events of those steps, so that the record reads as if the run had never stopped.
+    """
+
+    def __init__(self, workdir: Path | str, *, total_steps: int, resume_step: int = 0):
+        """Opens the files, or raises `UserError` where they cannot be written.
+
+        Args:
+          workdir: folder of the run; made if need be.
+          total_steps: of the run, for the progress line.
+          resume_step: steps already done.
+        """
+        self._path = Path(workdir) / "metrics.jsonl"
+        self._total_steps = total_steps
+        self._first: tuple[int, float] | None = None  # step and time of the first line, for the time left
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        with _writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _keep_steps(self._path, resume_step)
+            self._file = self._path.open("a", encoding="utf-8")
+            # The suffix keeps two starts within one second apart: the library names files by the second.
+            self._events = EventsWriter(str(self._path.parent / "events"), f".{resume_step}.{os.getpid()}")
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records the metrics of `step`, scalars or 0-d arrays, and prints their line.
+
+        A number that is not finite becomes null in `metrics.jsonl`, for JSON has no word for it.
+
+        Raises:
+          UserError: the disk is full or the folder read-only. What was written before stays.
+        """
+        if not self._active:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        now = time.time()
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        with _writing(self._path):
+            self._file.write(json.dumps({"step": step, "time": round(now, 3), **finite}) + "\n")
+            self._file.flush()
+            self._events.write_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+            self._events.flush()
+        print(progress_line(step, self._total_steps, values, self._seconds_left(step)), flush=True)
+
+    def _seconds_left(self, step: int) -> float | None:
+        now = time.monotonic()
+        if self._first is None or step <= self._first[0]:
+            self._first = self._first or (step, now)
+            return None
+        first_step, first_time = self._first
+        return (now - first_time) / (step - first_step) * (self._total_steps - step)
+
+    def close(self) -> None:
+        """Closes the files. Safe to call twice."""
+        if self._active:
+            self._active = False
+            with _writing(self._path), contextlib.closing(self._events):
+                self._file.close()
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def progress_line(
+    step: int, total_steps: int, values: Mapping[str, float], seconds_left: int | float | None = None
+) -> str:
+    """The console's line; shows the metrics it knows and leaves out those that `values` lacks.
+
+    step   120/1000  loss 4.213  lr 9.8e-04  |g| 0.83  12,345 tok/s  MFU 31.2 %  attention 22.1 %  eta 1:23
+    """
+    formats = {
+        "train/loss": lambda x: f"loss {x:.3f}",
+        "eval/loss": lambda x: f"eval loss {x:.3f}",
+        "eval/perplexity": lambda x: f"eval perplexity {x:.4g}",
+        "optim/learning_rate": lambda x: f"lr {x:.1e}",
+        "optim/grad_norm": lambda x: f"|g| {x:.2f}",
+        "throughput/tokens_per_second": lambda x: f"{x:,.0f} tok/s",
+        "throughput/mfu": lambda x: f"MFU {100 * x:.1f} %",
+        "sep/attention_fraction": lambda x: f"attention {100 * x:.1f} %",
+    }
+    parts = [f"step {step:{len(str(total_steps)) + 1}d}/{total_steps}"]
+    parts += [show(values[name]) for name, show in formats.items() if name in values]
+    if seconds_left is not None:
+        hours, rest = divmod(round(seconds_left), 3600)
+        minutes, seconds = divmod(rest, 60)
+        parts.append(f"eta {hours}:{minutes:02d}:{seconds:02d}" if hours else f"eta {minutes}:{seconds:02d}")
+    return "  ".join(parts)
+
+
+class Throughput:
+    """Tokens per second since the last `rate()`, pauses left out.
+
+    Devices run ahead of Python: fetch a result of the last step (its loss) before `rate()` and before a pause, or the
+    clock misses their work.
+    """
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._tokens, self._start = 0, time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        """Counts the tokens of a step."""
+        self._tokens += tokens
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stops the clock inside the block: evaluation, checkpoints."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - start
+
+    def rate(self) -> float:
+        """Tokens per second since the last call (or since the start); begins a new interval."""
+        rate = self._tokens / max(time.perf_counter() - self._start, 1e-9)
+        self._restart()
+        return rate
+
+
+def run_meta(workdir: Path | str, *, seed: int) -> None:
+    """Writes `run_meta.json`: where a run's numbers come from.
+
+    Commit of sepjax (null outside a checkout) and whether its files had changes, versions, devices, command line and
+    seed of the newest start; `starts` has the time, commit and command line of every start.
+
+    Raises:
+      UserError: the file cannot be written, or what is there is not JSON.
+    """
+    if jax.process_index() != 0:
+        return
+    path = Path(workdir) / "run_meta.json"
+    commit, dirty = _commit(Path(__file__).resolve().parents[1])
+    start = {"time": datetime.datetime.now(datetime.UTC).isoformat(), "commit": commit, "argv": sys.argv}
+    meta = {
+        "commit": commit,
+        "dirty": dirty,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "processes": jax.process_count(),
+        "argv": sys.argv,
+        "seed": seed,
+        "starts": [*_earlier_starts(path), start],
+    }
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, json.dumps(meta, indent=2) + "\n")
+
+
+def _earlier_starts(path: Path) -> list[Any]:
+    if not path.exists():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["starts"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is not what sepjax writes ({error!r}); move it away to go on") from error
+
+
+def _commit(root: Path) -> tuple[str | None, bool | None]:
+    """The checked-out commit of `root` and whether tracked files differ from it; (None, None) outside a checkout."""
+    if not (root / ".git").exists():
+        return None, None
+    try:
+        commit, changes = (
+            subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout of another user
+        return None, None
+    return commit.strip(), bool(changes.strip())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _keep_steps(path: Path, last_step: int) -> None:
+    """Drops the lines of `path` after `last_step`, and a last line that a crash has torn."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path} line {number} is not JSON ({error}); move the file away to go on") from error
+        if record["step"] <= last_step:
+            kept.append(line.rstrip("\n") + "\n")
+    _replace(path, "".join(kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; make room or give another --workdir, then start again: "
+            "the run goes on from its last checkpoint"
+        ) from error
