@@ -32,7 +32,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
 PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "embedding/embedding": ("vocab", "embed"),
     "position_embedding/embedding": (None, "embed"),
-    "head/kernel": ("embed", "vocab"),
+    "head/embedding": ("vocab", "embed"),
     "query/kernel": ("embed", "heads", None),
     "key/kernel": ("embed", "heads", None),
     "value/kernel": ("embed", "heads", None),
@@ -54,6 +54,18 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "final_norm/scale": (None,),
     "final_norm/bias": (None,),
 }
+
+
+def join_cluster() -> None:
+    """Connects this process with the others of a TPU pod, Slurm job or the like, where JAX detects one.
+
+    Must come before anything touches a device. On a single machine it does nothing.
+    """
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "coordinator_address" not in str(error):  # JAX's way of saying that it sees no cluster
+            raise
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

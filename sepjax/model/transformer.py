@@ -35,7 +35,7 @@ class Transformer(nnx.Module):
         self.position_embedding = _embedding(config.max_positions, config, rngs) if learned else None
         self.layers = _stack(config, rngs)
         self.final_norm = make_norm(config, rngs)
-        self.head = None if config.tie_embeddings else _head(config, rngs)
+        self.head = None if config.tie_embeddings else _embedding(config.vocab_size, config, rngs)
 
     def __call__(
         self, tokens: Tokens, positions: Positions, attend: Attend, layer_inputs: Any = None
@@ -66,9 +66,13 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[jax.Array, "*B D"]) -> Float[jax.Array, "*B V"]:
         """Scores of the next token, float32[..., V], from hidden states [..., D]."""
-        kernel = self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
         dtype = jnp.dtype(self.config.dtype)
-        return jnp.matmul(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+        kernel = self.output_embedding().astype(dtype)
+        return jnp.einsum("...d,vd->...v", hidden.astype(dtype), kernel, preferred_element_type=jnp.float32)
+
+    def output_embedding(self) -> Float[jax.Array, "V D"]:
+        """A row for each token, whose product with a hidden state is its logit: the head's, or the tied embedding's."""
+        return (self.head or self.embedding).embedding[...]
 
 
 def create(config: ModelConfig, attention: AttentionConfig | None, key: jax.Array) -> Transformer:
@@ -95,11 +99,6 @@ def abstract(config: ModelConfig, attention: AttentionConfig | None = None) -> t
 def _embedding(rows: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Embed:
     init = nnx.initializers.normal(0.02)
     return nnx.Embed(rows, config.embed_dim, embedding_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
-
-
-def _head(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
-    init = nnx.initializers.normal(0.02)
-    return nnx.Linear(config.embed_dim, config.vocab_size, use_bias=False, kernel_init=init, rngs=rngs)
 
 
 def _stack(config: ModelConfig, rngs: nnx.Rngs) -> Block:

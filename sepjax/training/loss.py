@@ -1,0 +1,116 @@
+"""Next-token cross-entropy over packed rows, without ever holding the logits of a whole batch."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from sepjax.array_typing import Array, Bool, Float, Int32
+from sepjax.sharding import RULES
+
+_CHUNK_ELEMENTS = 2**28  # logits held at a time on a device: 1 GiB in float32
+
+
+def cross_entropy_sums(
+    hidden: Float[jax.Array, "B T D"],
+    head: Float[jax.Array, "V D"],
+    targets: Int32[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    z_loss: float = 0.0,
+) -> tuple[Float[jax.Array, ""], Float[jax.Array, ""]]:
+    """Sums, not means, so that micro-batches and devices with different token counts add up exactly.
+
+    Args:
+      hidden: final hidden states; their dtype is that of the matmuls, accumulation and softmax are float32.
+      head: the output embedding, a row for each token.
+      targets: the next token of every position.
+      loss_mask: which positions count.
+      z_loss: weight of log(Z)^2 (arXiv 2204.02311), which keeps the softmax's normaliser near 1.
+
+    Returns:
+      float32 (objective, negative log-likelihood in nats), both summed over `loss_mask`. Differentiate the first; the
+      second is a report, with no gradient.
+    """
+    chunks = _number_of_chunks(hidden.shape[0], hidden.shape[1], head.shape[0])
+    objective, nll = _chunked(hidden, head, targets, loss_mask, z_loss, chunks)
+    return objective, jax.lax.stop_gradient(nll)
+
+
+def _number_of_chunks(B: int, T: int, V: int) -> int:
+    """The fewest chunks of a row, dividing T, whose logits fit `_CHUNK_ELEMENTS` on each device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for name in ("batch", "length") for axis in RULES[name])
+    least = max(1, -(-B * T * V // (ways * _CHUNK_ELEMENTS)))
+    return next(chunks for chunks in range(min(least, T), T + 1) if T % chunks == 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked(hidden, head, targets, loss_mask, z_loss, chunks):
+    head = head.astype(hidden.dtype)
+
+    def body(sums, chunk):
+        _, log_z, target_logit = _logits(chunk[0], head, chunk[1])
+        return _add(sums, log_z, target_logit, chunk[2], z_loss), None
+
+    return jax.lax.scan(body, _zeros(), _split(chunks, hidden, targets, loss_mask))[0]
+
+
+def _forward(hidden, head, targets, loss_mask, z_loss, chunks):
+    """Takes the gradients along with the loss, while a chunk's logits are at hand: nothing is computed twice."""
+    head_dtype, head = head.dtype, head.astype(hidden.dtype)
+
+    def body(carry, chunk):
+        sums, head_gradient = carry
+        h, target, mask = chunk
+        logits, log_z, target_logit = _logits(h, head, target)
+        p = jnp.exp(logits - log_z[..., None]) * (1 + 2 * z_loss * log_z[..., None])
+        gradient = jnp.where(mask[..., None], p - jax.nn.one_hot(target, logits.shape[-1]), 0.0).astype(h.dtype)
+        h_gradient = jnp.einsum("btv,vd->btd", gradient, head, preferred_element_type=jnp.float32)
+        head_gradient += jnp.einsum("btv,btd->vd", gradient, h, preferred_element_type=jnp.float32)
+        return (_add(sums, log_z, target_logit, mask, z_loss), head_gradient), h_gradient.astype(h.dtype)
+
+    start = (_zeros(), jnp.zeros(head.shape, jnp.float32))
+    (sums, head_gradient), h_gradient = jax.lax.scan(body, start, _split(chunks, hidden, targets, loss_mask))
+    return sums, (_join(h_gradient), head_gradient.astype(head_dtype))
+
+
+def _backward(z_loss, chunks, gradients, cotangents):
+    objective, _ = cotangents
+    hidden_gradient, head_gradient = (g * objective.astype(g.dtype) for g in gradients)
+    return hidden_gradient, head_gradient, None, None
+
+
+_chunked.defvjp(_forward, _backward)
+
+
+def _logits(h: jax.Array, head: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    logits = jnp.einsum("btd,vd->btv", h, head, preferred_element_type=jnp.float32)
+    target_logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return logits, jax.nn.logsumexp(logits, axis=-1), target_logit
+
+
+def _zeros() -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros(()), jnp.zeros(())
+
+
+def _add(
+    sums: tuple[jax.Array, jax.Array], log_z: jax.Array, target_logit: jax.Array, mask: jax.Array, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
+    nll = jnp.where(mask, log_z - target_logit, 0.0)
+    objective = nll + jnp.where(mask, z_loss * log_z**2, 0.0)
+    return sums[0] + objective.sum(), sums[1] + nll.sum()
+
+
+def _split(chunks: int, *arrays: Array) -> tuple[jax.Array, ...]:
+    """[B, T, ...] to [chunks, B, T / chunks, ...]; chunk c has the tokens t with t % chunks == c.
+
+    Strided, so that a T sharded over devices stays sharded within every chunk.
+    """
+    return tuple(jnp.moveaxis(jnp.asarray(a).reshape(a.shape[0], -1, chunks, *a.shape[2:]), 2, 0) for a in arrays)
+
+
+def _join(chunked: jax.Array) -> jax.Array:
+    """The inverse of `_split`."""
+    a = jnp.moveaxis(chunked, 0, 2)
+    return a.reshape(a.shape[0], -1, *a.shape[3:])

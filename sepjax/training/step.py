@@ -1,0 +1,124 @@
+"""TrainState and the pure functions over it: `create_state`, `train_step`, `eval_step`."""
+
+import collections
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from sepjax.array_typing import Array, Int32
+from sepjax.config import Config, layer_windows
+from sepjax.data.batch import Batch
+from sepjax.model.attend import batch_layout, forward
+from sepjax.model.transformer import Params, abstract, create, merge, split
+from sepjax.sharding import parameter_shardings
+from sepjax.training.loss import cross_entropy_sums
+from sepjax.training.optimizer import learning_rate_schedule, make_optimizer
+
+type Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes. Parameters and moments are float32."""
+
+    step: Int32[Array, ""]  # optimizer steps done
+    params: Params
+    optimizer: Any  # optax state
+
+
+def create_state(config: Config) -> TrainState:
+    """A fresh state from `config.training.seed`; jit it with `out_shardings` so that it is born sharded."""
+    _, params = split(create(config.model, config.attention, jax.random.key(config.training.seed)))
+    optimizer = make_optimizer(config.optimizer, config.training.steps).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without its memory. Moments lie as their parameters do."""
+    shapes = jax.eval_shape(lambda: create_state(config))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        parameter_shardings(shapes, mesh),
+    )
+
+
+def model_graph(config: Config) -> nnx.GraphDef:
+    """The model's structure, to be merged with `TrainState.params`."""
+    return abstract(config.model, config.attention)[0]
+
+
+def train_step(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One optimizer step over `optimizer.accumulation_steps` micro-batches.
+
+    Pure. Close over `config` and `graph`, jit, and donate `state`.
+
+    Returns:
+      The next state, and float32 scalars under the names that are logged.
+    """
+    gradients, objective, nll, count = _accumulate(config, graph, state.params, batch)
+    scale = 1.0 / jnp.maximum(count, 1.0)
+    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+    metrics = {
+        "train/loss": nll * scale,
+        "train/objective": objective * scale,
+        "optim/grad_norm": optax.global_norm(gradients),
+        "optim/learning_rate": learning_rate_schedule(config.optimizer, config.training.steps)(state.step),
+        **attention_statistics(config, batch),
+    }
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), metrics
+
+
+def eval_step(config: Config, graph: nnx.GraphDef, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Sums over a batch: negative log-likelihood in nats, and tokens scored (both float32 scalars)."""
+    _, (_, nll) = _loss(params, config, graph, batch)
+    return nll, jnp.sum(batch.loss_mask, dtype=jnp.float32)
+
+
+def attention_statistics(config: Config, batch: Batch) -> Metrics:
+    """What the layouts of this batch let through, counted and averaged over layers (METHOD section 5)."""
+    T = batch.tokens.shape[1]
+    windows = layer_windows(config.attention, config.model.num_layers, T)
+    layout = batch_layout(batch.is_separator, batch.segment_ids, config.attention, windows[0])
+    layers = [(layout.with_window(n), times / len(windows)) for n, times in collections.Counter(windows).items()]
+    is_token = batch.segment_ids != 0
+    return {
+        "sep/attention_fraction": sum((seen.attention_fraction() * w for seen, w in layers), jnp.zeros(())),
+        "sep/kv_kept": sum((seen.kv_kept() * w for seen, w in layers), jnp.zeros(())),
+        "sep/separator_fraction": jnp.sum(batch.is_separator & is_token) / jnp.maximum(jnp.sum(is_token), 1),
+        "sep/pairs_per_row": sum((jnp.mean(seen.num_pairs()) * w for seen, w in layers), jnp.zeros(())),
+    }
+
+
+def _loss(params: Params, config: Config, graph: nnx.GraphDef, batch: Batch) -> tuple[jax.Array, Any]:
+    model = merge(graph, params)
+    hidden, _ = forward(model, batch.tokens, batch.positions, batch.is_separator, batch.segment_ids, config.attention)
+    sums = cross_entropy_sums(hidden, model.output_embedding(), batch.targets, batch.loss_mask, config.optimizer.z_loss)
+    return sums[0], sums
+
+
+def _accumulate(config: Config, graph: nnx.GraphDef, params: Params, batch: Batch) -> Any:
+    """Summed gradients, objective, negative log-likelihood and token count over the micro-batches."""
+    steps = config.optimizer.accumulation_steps
+    gradient = jax.value_and_grad(_loss, has_aux=True)
+
+    def micro(batch: Batch) -> Any:
+        (_, (objective, nll)), gradients = gradient(params, config, graph, batch)
+        return gradients, objective, nll, jnp.sum(batch.loss_mask, dtype=jnp.float32)
+
+    if steps == 1:
+        return micro(batch)
+    # Micro-batch m takes the rows b with b % steps == m, so that every device keeps its own rows.
+    batches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, steps, *x.shape[1:]), 1, 0), batch)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, jax.tree.map(lambda x: x[0], batches))
+    )
+    return jax.lax.scan(lambda total, b: (jax.tree.map(jnp.add, total, micro(b)), None), zeros, batches)[0]

@@ -1,0 +1,203 @@
+"""The decoder: every family's shape, who may influence whom, and that scan, remat and sharding change nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from sepjax.config import AttentionConfig, MeshConfig, ModelConfig, RopeConfig
+from sepjax.model.attend import forward
+from sepjax.model.layers import Block
+from sepjax.model.transformer import Transformer, abstract, create, merge, split
+from sepjax.sharding import make_mesh, parameter_shardings
+
+V, T = 97, 24
+LLAMA = ModelConfig(
+    vocab_size=V, num_layers=3, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, tie_embeddings=False
+)
+BIASED = {"norm": "layernorm", "gated_mlp": False, "attention_bias": True, "mlp_bias": True}
+FAMILIES = {
+    "llama": LLAMA,
+    "gpt_neox": dataclasses.replace(
+        LLAMA, num_kv_heads=4, activation="gelu", parallel_residual=True, rope=RopeConfig(fraction=0.25), **BIASED
+    ),
+    "gpt2": dataclasses.replace(
+        LLAMA, num_kv_heads=4, activation="gelu_tanh", position_embedding="learned", tie_embeddings=True, **BIASED
+    ),
+    "falcon": dataclasses.replace(
+        LLAMA,
+        num_kv_heads=1,
+        norm="layernorm",
+        activation="gelu",
+        gated_mlp=False,
+        parallel_residual=True,
+        shared_norm=True,
+        tie_embeddings=True,
+    ),
+}
+ATTENTION = AttentionConfig(num_sinks=2, window_size=4)
+
+
+def rows(seed: int = 0, B: int = 2):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, V, (B, T)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    return tokens, positions, rng.random((B, T)) < 0.2
+
+
+def logits(model: Transformer, *batch, **kwargs):
+    return model.logits(forward(model, *batch, **kwargs)[0])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return create(FAMILIES[request.param], ATTENTION, jax.random.key(0))
+
+
+def test_families_give_float32_logits(model):
+    out = logits(model, *rows())
+    assert out.shape == (2, T, V)
+    assert out.dtype == jnp.float32
+    assert np.isfinite(out).all()
+
+
+def test_parameters_are_float32_and_named_in_the_sharding_table(model):
+    _, params = split(model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    mesh = make_mesh(MeshConfig(data=-1))
+    shardings = jax.tree.leaves(parameter_shardings(params, mesh))
+    assert len(shardings) == len(jax.tree.leaves(params))
+
+
+def test_gradient_follows_the_mask(model):
+    """d logits[i] / d embedding of token j is zero exactly where no path of layers leads from j to i."""
+    tokens, positions, is_separator = rows(B=1)
+    segment_ids = np.repeat([[1, 2]], T // 2, axis=1).astype(np.int32)
+    positions = np.concatenate([positions[:, : T // 2]] * 2, axis=1)
+    graph, params = split(model)
+    clean = params["embedding"]["embedding"]
+    # Each position reads a row of its own, so that the gradient tells positions apart.
+    table = jnp.concatenate([clean[tokens[0]], clean])
+
+    def output(table, i):
+        changed = merge(graph, params | {"embedding": {"embedding": table}})
+        row = jnp.arange(T, dtype=jnp.int32)[None]
+        return jnp.sum(forward(changed, row, positions, is_separator, segment_ids)[0][0, i] ** 2)
+
+    for i in (0, 5, T // 2, T - 1):
+        touched = jnp.abs(jax.grad(output)(table, i)[:T]).sum(axis=1) > 0
+        start = 0 if i < T // 2 else T // 2
+        assert not touched[:start].any(), "another document leaked in"
+        assert not touched[i + 1 :].any(), "the future leaked in"
+        assert touched[i]
+        assert touched[start]  # a sink
+
+
+def test_a_far_token_reaches_nobody_but_through_separators():
+    """One layer, no sinks: exactly the tokens of the mask's row have a gradient."""
+    config = dataclasses.replace(LLAMA, num_layers=1)
+    model = create(config, dataclasses.replace(ATTENTION, num_sinks=0), jax.random.key(1))
+    tokens, positions, _ = rows(B=1)
+    is_separator = np.zeros((1, T), bool)
+    is_separator[0, [3, 11]] = True
+    graph, params = split(model)
+    table = params["embedding"]["embedding"][tokens[0]]
+
+    def output(table):
+        changed = merge(graph, params | {"embedding": {"embedding": table}})
+        return jnp.sum(forward(changed, jnp.arange(T, dtype=jnp.int32)[None], positions, is_separator)[0][0, 20] ** 2)
+
+    touched = np.flatnonzero(np.abs(jax.grad(output)(table)).sum(axis=1) > 0)
+    np.testing.assert_array_equal(touched, [3, 11, 17, 18, 19, 20])
+
+
+def test_scan_equals_a_python_loop_over_layers(model):
+    tokens, positions, is_separator = rows()
+    seen = []
+
+    def loop(model, tokens, positions, attend, windows):
+        x = model.embedding(tokens)
+        if model.position_embedding is not None:
+            x = x + model.position_embedding(positions)
+        graph, params = split(model.layers)
+        for i in range(model.config.num_layers):
+            block: Block = merge(graph, jax.tree.map(lambda p, i=i: p[i], params))
+            x, _ = block(x, attend, windows[i])
+            seen.append(i)
+        return model.final_norm(x), None
+
+    class Unrolled(Transformer):
+        __call__ = loop
+
+    unrolled = Unrolled(model.config, ATTENTION, rngs=_rngs())
+    graph, _ = split(unrolled)
+    unrolled = merge(graph, split(model)[1])
+    np.testing.assert_allclose(
+        logits(unrolled, tokens, positions, is_separator), logits(model, tokens, positions, is_separator), atol=1e-5
+    )
+    assert seen == [0, 1, 2]
+
+
+def _rngs():
+    from flax import nnx
+
+    return nnx.Rngs(params=0)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(remat):
+    model = create(LLAMA, ATTENTION, jax.random.key(0))
+    batch = rows()
+    _, params = split(model)
+
+    def gradient(config):
+        graph, _ = abstract(config, ATTENTION)
+        return jax.jit(jax.grad(lambda p: jnp.sum(logits(merge(graph, p), *batch) ** 2)))(params)
+
+    plain, saved = gradient(LLAMA), gradient(dataclasses.replace(LLAMA, remat=remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * np.abs(a).max()), plain, saved)
+
+
+def test_layer_windows_are_data():
+    """H: a dense first layer. Layers that differ in n share one compiled body."""
+    model = create(LLAMA, ATTENTION, jax.random.key(0))
+    batch = rows()
+    equal = dataclasses.replace(ATTENTION, layer_windows=(4, 4, 4))
+    np.testing.assert_allclose(logits(model, *batch, attention=equal), logits(model, *batch), atol=1e-5)
+    dense = dataclasses.replace(ATTENTION, layer_windows=(T, T, T))
+    pattern = dataclasses.replace(ATTENTION, pattern="dense")
+    np.testing.assert_allclose(
+        logits(model, *batch, attention=dense), logits(model, *batch, attention=pattern), atol=1e-4
+    )
+    head = dataclasses.replace(ATTENTION, layer_windows=(T, 4, 4))
+    assert np.abs(logits(model, *batch, attention=head) - logits(model, *batch)).max() > 1e-3
+
+
+def test_bfloat16_keeps_float32_parameters_and_logits():
+    config = dataclasses.replace(LLAMA, dtype="bfloat16")
+    low = create(config, ATTENTION, jax.random.key(0))
+    batch = rows()
+    hidden, _ = forward(low, *batch)
+    assert hidden.dtype == jnp.bfloat16
+    out = low.logits(hidden)
+    assert out.dtype == jnp.float32
+    exact = logits(create(LLAMA, ATTENTION, jax.random.key(0)), *batch)
+    assert np.abs(out - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    "sizes", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8)]
+)
+def test_meshes_change_nothing(sizes):
+    model = create(LLAMA, ATTENTION, jax.random.key(0))
+    batch = rows(B=8)
+    expected = logits(model, *batch)
+    graph, params = split(model)
+    mesh: Mesh = make_mesh(sizes)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, parameter_shardings(params, mesh))
+        out = jax.jit(lambda p: logits(merge(graph, p), *batch))(placed)
+    np.testing.assert_allclose(out, expected, atol=2e-5)

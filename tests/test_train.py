@@ -1,0 +1,202 @@
+"""train.py, evaluate.py and python -m sepjax.generate as a user runs them; what a kill or a bad input does to a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sepjax.checkpoint import load_params
+
+ROOT = Path(__file__).parent.parent
+SENTENCES = ("The cat sat on the mat, and looked.", "Where is the dog? It ran away!", "One; two: three. Four, five.")
+CONFIG = """
+from sepjax.config import (AttentionConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig)
+
+def get_config():
+    return Config(
+        model=ModelConfig(vocab_size=320, num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=16,
+                          mlp_dim=64),
+        attention=AttentionConfig(num_sinks=2, window_size=8, max_separators=8),
+        data=DataConfig(name={corpus!r}, tokenizer_vocab_size=300, sequence_length=32, batch_size=4),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        training=TrainingConfig(steps=24, log_every=1, eval_every=12, eval_batches=1, checkpoint_every=5),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    """A tiny config over a folder of texts."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for number in range(30):
+        (folder / f"{number}.txt").write_text(" ".join(rng.choice(SENTENCES, 12)) + "\n")
+    path = tmp_path_factory.mktemp("configs") / "tiny.py"
+    path.write_text(CONFIG.format(corpus=str(folder)))
+    return path
+
+
+def start(program: str, *flags: str) -> subprocess.Popen:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    script = ["-m", program] if program.startswith("sepjax.") else [str(ROOT / program)]
+    command = [sys.executable, *script, *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(program: str, *flags: str, code: int = 0) -> tuple[str, str]:
+    process = start(program, *flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err[-4000:]
+    return out, err
+
+
+def losses(workdir: Path) -> dict[int, dict[str, float]]:
+    keep = ("train/loss", "eval/loss", "optim/grad_norm", "sep/attention_fraction")
+    merged: dict[int, dict[str, float]] = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        merged.setdefault(record["step"], {}).update({k: v for k, v in record.items() if k in keep})
+    return merged
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, tmp_path_factory) -> Path:
+    """The workdir of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    out, _ = run("train.py", f"--config={config_file}", f"--workdir={workdir}")
+    assert "MFU" in out
+    assert "attention" in out
+    return workdir
+
+
+def test_a_run_leaves_everything_that_design_names(finished):
+    steps = losses(finished)
+    assert sorted(steps) == list(range(1, 25))
+    assert steps[24]["train/loss"] < steps[1]["train/loss"] - 0.5
+    assert {s for s, values in steps.items() if "eval/loss" in values} == {12, 24}
+    assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir() if p.name.isdigit()) == [15, 20, 24]
+    assert {"config.json", "run_meta.json", "tokenizer"} <= {p.name for p in finished.iterdir()}
+    assert list(finished.rglob("*tfevents*"))
+
+
+def test_sigkill_and_resume_is_bit_identical(config_file, finished, tmp_path):
+    workdir = tmp_path / "run"
+    flags = (f"--config={config_file}", f"--workdir={workdir}")
+    process = start("train.py", *flags)
+    deadline = time.monotonic() + 240
+    # Killed between checkpoints, with steps 11.. done but not saved.
+    while not (workdir / "checkpoints" / "10").exists() or max(losses(workdir)) < 12:
+        assert process.poll() is None, process.communicate()[1][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if max(losses(workdir)) >= 24:
+        pytest.fail("the run ended before it could be killed; make it longer")
+    out, _ = run("train.py", *flags)
+    assert "resumes at step" in out
+    assert losses(workdir) == losses(finished)
+    assert_same_parameters(workdir, finished)
+
+
+def assert_same_parameters(a: Path, b: Path) -> None:
+    (_, ours, step), (_, theirs, other) = load_params(a), load_params(b)
+    assert step == other
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_an_interrupted_first_checkpoint_is_no_checkpoint(config_file, finished, tmp_path):
+    """Orbax's temporary folder of a first save that a kill cut short: the run starts over, and readers are told."""
+    workdir = tmp_path / "run"
+    torn = workdir / "checkpoints" / "5.orbax-checkpoint-tmp-123"
+    (torn / "params").mkdir(parents=True)
+    (torn / "params" / "_METADATA").write_text("{")
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        load_params(workdir)
+    out, _ = run("train.py", f"--config={config_file}", f"--workdir={workdir}")
+    assert "starts" in out
+    assert losses(workdir) == losses(finished)
+
+
+def test_a_workdir_of_another_config_is_refused(config_file, finished):
+    before = (finished / "config.json").read_text()
+    _, err = run("train.py", f"--config={config_file}", f"--workdir={finished}", "--config.model.num_layers=3", code=2)
+    assert "model.num_layers: 2 in the workdir, 3 now" in err
+    assert "Traceback" not in err
+    assert (finished / "config.json").read_text() == before
+
+
+def test_evaluate_compares_patterns(finished, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(SENTENCES * 4))
+    out, _ = run("evaluate.py", f"--workdir={finished}", f"--text={text}", f"--output={tmp_path / 'scores.json'}")
+    scores = {score["pattern"]: score for score in json.loads((tmp_path / "scores.json").read_text())["scores"]}
+    assert list(scores) == ["separator", "dense", "sink_window", "fixed_interval"]
+    assert all(pattern in out for pattern in scores)
+    assert scores["dense"]["kv_kept"] == 1.0
+    assert scores["sink_window"]["kv_kept"] < scores["separator"]["kv_kept"] < 1.0
+    assert {score["bytes"] for score in scores.values()} == {len(text.read_bytes())}
+    for score in scores.values():  # bits per byte and perplexity are two views of one sum
+        nats = np.log(score["perplexity"]) * score["tokens"]
+        assert score["bits_per_byte"] == pytest.approx(nats / np.log(2) / score["bytes"], rel=1e-6)
+
+
+def test_generate_uses_the_workdir(finished):
+    out, _ = run("sepjax.generate", f"--workdir={finished}", "--prompt=The cat", "--max_new_tokens=20")
+    assert out.startswith("The cat")
+    assert len(out) > len("The cat") + 5
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "message"),
+    [
+        ("evaluate.py", ["--workdir=/nowhere"], "/nowhere"),
+        ("evaluate.py", ["--workdir={run}", "--text=/no/such/text"], "/no/such/text"),
+        ("evaluate.py", ["--workdir={run}", "--text={tmp}/empty.txt"], "empty"),
+        ("evaluate.py", ["--workdir={run}", "--text={tmp}/latin.txt"], "UTF-8"),
+        ("evaluate.py", ["--workdir={run}", "--patterns=separater"], "separator"),
+        ("evaluate.py", ["--workdr={run}"], "workdir"),
+        ("train.py", ["--config={config}", "--workdir=/proc/run"], "/proc/run"),
+        ("train.py", ["--config={config}", "--workdir={tmp}/a", "--config.modle.num_layers=3"], "model"),
+        ("train.py", ["--config={config}", "--workdir={tmp}/a", "--config.attention.cache_size=18"], "cache_size"),
+        (
+            "train.py",
+            ["--config={config}", "--workdir={tmp}/a", "--config.data.tokenizer={tmp}/bad.model"],
+            "bad.model",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(program, flags, message, config_file, finished, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "bad.model").write_bytes(b"\x00not a model")
+    filled = [flag.format(run=finished, tmp=tmp_path, config=config_file) for flag in flags]
+    _, err = run(program, *filled, code=2)
+    last = err.strip().splitlines()[-1]
+    assert err.count("error: ") == 1, err[-2000:]
+    assert "Traceback" not in err
+    assert message in last or message in err.split("error: ")[1]
+
+
+def test_a_full_disk_keeps_the_older_checkpoints(config_file, finished):
+    """/dev/full cannot hold metrics: the run ends with the reason, and the checkpoints are as they were."""
+    checkpoints = sorted(p.name for p in (finished / "checkpoints").iterdir())
+    backup = (finished / "metrics.jsonl").read_bytes()
+    (finished / "metrics.jsonl").unlink()
+    (finished / "metrics.jsonl").symlink_to("/dev/full")
+    try:
+        _, err = run(
+            "train.py", f"--config={config_file}", f"--workdir={finished}", "--config.training.steps=26", code=2
+        )
+    finally:
+        (finished / "metrics.jsonl").unlink()
+        (finished / "metrics.jsonl").write_bytes(backup)
+    assert "metrics.jsonl" in err
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == checkpoints

@@ -1,0 +1,71 @@
+"""Chunked cross-entropy with gradients of its own, against plain autodiff of the textbook formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sepjax.training import loss
+
+B, T, D, V = 3, 12, 16, 50
+
+
+def problem(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
+    return hidden, head, rng.integers(0, V, (B, T)).astype(np.int32), rng.random((B, T)) < 0.7
+
+
+def textbook(hidden, head, targets, mask, z_loss):
+    logits = hidden @ head.T
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.sum((nll + z_loss * log_z**2) * mask), jnp.sum(nll * mask)
+
+
+@pytest.mark.parametrize("elements", [2**28, B * V * 4, 1], ids=["one chunk", "three chunks", "a token a chunk"])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_equals_the_textbook_with_gradients(monkeypatch, elements, z_loss):
+    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", elements)
+    hidden, head, targets, mask = problem()
+    got = loss.cross_entropy_sums(hidden, head, targets, mask, z_loss)
+    np.testing.assert_allclose(got, textbook(hidden, head, targets, mask, z_loss), rtol=1e-5)
+
+    def gradients(f):
+        return jax.grad(lambda h, w: 3.0 * f(h, w, targets, mask, z_loss)[0], argnums=(0, 1))(hidden, head)
+
+    for a, b in zip(gradients(loss.cross_entropy_sums), gradients(textbook), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_masked_targets_count_for_nothing():
+    hidden, head, targets, mask = problem()
+    other = np.where(mask, targets, (targets + 1) % V)
+    np.testing.assert_array_equal(
+        loss.cross_entropy_sums(hidden, head, targets, mask), loss.cross_entropy_sums(hidden, head, other, mask)
+    )
+
+
+def test_chunks_bound_the_memory(monkeypatch):
+    """No array as large as the whole batch's logits is left in the gradient's program."""
+    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", B * V * 2)
+    hidden, head, targets, mask = problem()
+    text = jax.jit(jax.grad(lambda h: loss.cross_entropy_sums(h, head, targets, mask)[0])).lower(hidden).as_text()
+    assert f"{B}x2x{V}xf32" in text
+    assert f"{B}x{T}x{V}xf32" not in text
+
+
+def test_the_report_has_no_gradient():
+    hidden, head, targets, mask = problem()
+    gradient = jax.grad(lambda h: loss.cross_entropy_sums(h, head, targets, mask)[1])(hidden)
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_bfloat16_hidden_keeps_a_float32_head_gradient():
+    hidden, head, targets, mask = problem()
+    gradient = jax.grad(lambda w: loss.cross_entropy_sums(hidden.astype(jnp.bfloat16), w, targets, mask)[0])(head)
+    exact = jax.grad(lambda w: textbook(hidden, w, targets, mask, 0.0)[0])(head)
+    assert gradient.dtype == jnp.float32
+    assert jnp.linalg.norm(gradient - exact) < 0.03 * jnp.linalg.norm(exact)  # bfloat16 keeps 8 bits: 2^-8 an input

@@ -1,0 +1,192 @@
+"""The train step: what it must not depend on, and one golden step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sepjax.config import AttentionConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from sepjax.data.batch import Batch
+from sepjax.model.attend import forward
+from sepjax.model.transformer import merge
+from sepjax.sharding import batch_sharding, make_mesh
+from sepjax.training.optimizer import decayed_parameters, learning_rate_schedule
+from sepjax.training.step import (
+    abstract_state,
+    attention_statistics,
+    create_state,
+    eval_step,
+    model_graph,
+    train_step,
+)
+
+V, B, T = 61, 8, 32
+CONFIG = Config(
+    model=ModelConfig(vocab_size=V, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32),
+    attention=AttentionConfig(num_sinks=2, window_size=6),
+    data=DataConfig(tokenizer_vocab_size=V, sequence_length=T, batch_size=B),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+    training=TrainingConfig(steps=100),
+)
+
+
+def make_batch(seed: int = 0, lengths: tuple[int, ...] = (12, 20)) -> Batch:
+    """Rows of documents of these lengths, then padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, V, (B, T + 1)).astype(np.int32)
+    segments, positions = np.zeros(T, np.int32), np.zeros(T, np.int32)
+    start = 0
+    for number, length in enumerate(lengths, start=1):
+        segments[start : start + length] = number
+        positions[start : start + length] = np.arange(length)
+        start += length
+    segments, positions = (np.tile(x, (B, 1)) for x in (segments, positions))
+    mask = (segments > 0) & (rng.random((B, T)) < 0.8)
+    return Batch(tokens[:, :-1], tokens[:, 1:], mask, positions, segments, rng.random((B, T)) < 0.15)
+
+
+def run(config: Config, batches: list[Batch]):
+    graph = model_graph(config)
+    step = jax.jit(lambda state, batch: train_step(config, graph, state, batch))
+    state = create_state(config)
+    metrics = {}
+    for batch in batches:
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+def assert_close(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
+
+
+def test_loss_falls_on_a_repeated_batch():
+    batch = make_batch()
+    _, first = run(CONFIG, [batch])
+    state, last = run(CONFIG, [batch] * 60)
+    assert float(first["train/loss"]) == pytest.approx(np.log(V), abs=0.2)  # a new model knows nothing
+    assert float(last["train/loss"]) < 0.5 * float(first["train/loss"])
+    assert int(state.step) == 60
+
+
+def test_micro_batches_add_up_to_the_whole_batch():
+    """Sums over tokens, not means of means: micro-batches with different token counts must give the same step."""
+    batch = make_batch()
+    batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & (np.arange(B)[:, None] % 4 != 1))
+    whole, metrics = run(CONFIG, [batch] * 3)
+    micro = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, accumulation_steps=4))
+    parts, part_metrics = run(micro, [batch] * 3)
+    assert_close(whole.params, parts.params, 2e-5)
+    assert_close(metrics, part_metrics, 1e-4)
+
+
+def test_packing_is_invisible_to_documents():
+    """The same documents scored in rows of two or in rows of one: the same summed loss."""
+    graph, params = model_graph(CONFIG), create_state(CONFIG).params
+    packed = make_batch(lengths=(12, 20))
+    nll, count = eval_step(CONFIG, graph, params, packed)
+
+    def only(part: slice) -> Batch:
+        def cut(x):
+            return np.pad(x[:, part], ((0, 0), (0, T - (part.stop - part.start))))
+
+        return jax.tree.map(cut, packed)
+
+    apart = [eval_step(CONFIG, graph, params, only(part)) for part in (slice(0, 12), slice(12, 32))]
+    assert float(nll) == pytest.approx(sum(float(a[0]) for a in apart), rel=1e-5)
+    assert float(count) == sum(float(a[1]) for a in apart) == packed.loss_mask.sum()
+
+
+def test_same_seed_same_bits():
+    batches = [make_batch(seed) for seed in range(3)]
+    (first, _), (second, _) = run(CONFIG, batches), run(CONFIG, batches)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("sizes", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str)
+def test_meshes_give_the_same_step(sizes):
+    batches = [make_batch(seed) for seed in range(3)]
+    expected, expected_metrics = run(CONFIG, batches)
+    mesh, graph = make_mesh(sizes), model_graph(CONFIG)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(CONFIG, mesh))
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda: create_state(CONFIG), out_shardings=shardings)()
+        step = jax.jit(lambda s, b: train_step(CONFIG, graph, s, b), out_shardings=(shardings, None), donate_argnums=0)
+        for batch in batches:
+            state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
+    assert_close(metrics, expected_metrics, 1e-4)
+    # Adam divides by the root of the second moment: where a gradient is nearly zero its rounding decides the direction,
+    # so parameters agree to a fraction of the learning rate, not to rounding.
+    assert_close(state.params, expected.params, 0.1 * CONFIG.optimizer.learning_rate)
+
+
+def test_decay_spares_biases_and_norms():
+    config = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, norm="layernorm", attention_bias=True, mlp_bias=True)
+    )
+    flat = jax.tree_util.tree_leaves_with_path(decayed_parameters(create_state(config).params))
+    decayed = {path[-1].key for path, decays in flat if decays}
+    spared = {path[-1].key for path, decays in flat if not decays}
+    assert decayed == {"kernel", "embedding"}
+    assert spared == {"scale", "bias"}
+
+
+def test_schedule_warms_up_and_ends_where_it_should():
+    optimizer = OptimizerConfig(learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=10)
+    schedule = learning_rate_schedule(optimizer, 100)
+    assert float(schedule(0)) == 0.0
+    assert float(schedule(5)) == pytest.approx(3e-4)
+    assert float(schedule(10)) == pytest.approx(6e-4)
+    assert float(schedule(55)) == pytest.approx(3.3e-4, rel=1e-3)
+    assert float(schedule(100)) == float(schedule(1000)) == pytest.approx(6e-5)
+
+
+def test_clipping_bounds_the_step_but_not_the_report():
+    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, clip_norm=1e-3))
+    _, metrics = run(config, [make_batch()])
+    assert float(metrics["optim/grad_norm"]) > 1e-2
+
+
+def test_statistics_are_counted_from_the_mask():
+    config = dataclasses.replace(CONFIG, attention=dataclasses.replace(CONFIG.attention, layer_windows=(6, T)))
+    batch = make_batch()
+    got = attention_statistics(config, batch)
+    i, j = np.arange(T)[:, None], np.arange(T)[None]
+    fractions, kept, pairs = [], [], []
+    for n in (6, T):
+        seg = batch.segment_ids
+        causal = (seg[:, :, None] == seg[:, None]) & (j <= i)
+        visible = causal & (batch.is_separator[:, None] | (batch.positions[:, None] < 2) | (i - j < n))
+        fractions.append(visible.sum() / causal.sum())
+        pairs.append(visible.sum() / B)
+        kept.append(np.mean([visible[:, 11].sum(1) / 12, visible[:, 31].sum(1) / 20]))
+    assert float(got["sep/attention_fraction"]) == pytest.approx(np.mean(fractions), rel=1e-5)
+    assert float(got["sep/kv_kept"]) == pytest.approx(np.mean(kept), rel=1e-5)
+    assert float(got["sep/pairs_per_row"]) == pytest.approx(np.mean(pairs), rel=1e-5)
+    assert float(got["sep/separator_fraction"]) == pytest.approx(batch.is_separator.mean(), rel=1e-5)
+
+
+def test_golden_step():
+    """Two steps against a loop written out here: plain logits, optax's cross-entropy, clip, AdamW."""
+    batch, graph = make_batch(), model_graph(CONFIG)
+    params = create_state(CONFIG).params
+
+    def mean_loss(params):
+        model = merge(graph, params)
+        hidden, _ = forward(model, batch.tokens, batch.positions, batch.is_separator, batch.segment_ids)
+        nll = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), batch.targets)
+        return jnp.sum(nll * batch.loss_mask) / batch.loss_mask.sum()
+
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    adam = optax.adamw(lambda step: 5e-3 * step, b1=0.9, b2=0.95, weight_decay=0.1, mask=mask)  # warm-up: 0, 5e-3
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adam)
+    moments = optimizer.init(params)
+    for _ in range(2):
+        updates, moments = optimizer.update(jax.grad(mean_loss)(params), moments, params)
+        params = optax.apply_updates(params, updates)
+    state, _ = run(CONFIG, [batch] * 2)
+    assert_close(
+        state.params, params, 0.02 * 5e-3
+    )  # Adam turns rounding of near-zero gradients into a share of its step

@@ -1,0 +1,117 @@
+"""The training run, top to bottom.
+
+    python train.py --config=configs/sep_tiny.py --workdir=runs/tiny [--config.training.steps=100 ...]
+
+Started again on the same workdir, it resumes from the newest checkpoint, bit for bit. On a TPU pod or a cluster that
+JAX recognises, start the same command on every host.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
+
+from sepjax import sharding
+from sepjax.checkpoint import Checkpointer, claim_workdir
+from sepjax.config import Config
+from sepjax.data.batch import Batch
+from sepjax.flags import run_main
+from sepjax.flops import flops_report, peak_flops
+from sepjax.metrics import MetricWriter, Throughput, run_meta
+from sepjax.training.step import TrainState, abstract_state, create_state, eval_step, model_graph, train_step
+
+
+def train(config: Config, workdir: Path) -> TrainState:
+    """Trains until `config.training.steps`, or from the newest checkpoint on; returns the last state."""
+    # Mesh: every device of every host. Workdir: one config for its whole life.
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, config.data.batch_size // config.optimizer.accumulation_steps)
+    claim_workdir(workdir, config)
+    run_meta(workdir, seed=config.training.seed)
+
+    # Data: text -> tokens -> packed rows. Each host reads its own share of the documents.
+    data_dir = config.data.data_dir or str(workdir / "data")
+    tokenizer = prepare_tokenizer(config, data_dir, workdir / "tokenizer")
+    here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = training_batches(config, tokenizer, data_dir, seed=config.training.seed, **here)
+    place = functools.partial(_place, sharding.batch_sharding(mesh))
+
+    # State and steps: pure functions under plain jit; parameters are born in their shards.
+    graph, target = model_graph(config), abstract_state(config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, target)
+    step_fn = functools.partial(train_step, config, graph)
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    eval_fn = jax.jit(functools.partial(eval_step, config, graph))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        rows = evaluation_batches(config, tokenizer, data_dir, **here)
+        return _evaluate(
+            eval_fn, state, [place(b) for b, _ in zip(rows, range(config.training.eval_batches), strict=False)]
+        )
+
+    with jax.set_mesh(mesh), Checkpointer(workdir, config.training.keep_checkpoints) as checkpoints:
+        if checkpoints.latest_step is None:
+            state = jax.jit(functools.partial(create_state, config), out_shardings=shardings)()
+        else:
+            state = checkpoints.restore(target, batches)
+        start, peak = int(state.step), peak_flops(config.model.dtype)
+        _announce(config, workdir, mesh, state, peak)
+
+        # The loop. The host runs ahead of the devices; it waits for them only where it reads metrics.
+        with MetricWriter(workdir, total_steps=config.training.steps, resume_step=start) as writer:
+            throughput = Throughput()
+            for step in range(start + 1, config.training.steps + 1):
+                state, metrics = step_fn(state, place(next(batches)))
+                throughput.add(config.data.batch_size * config.data.sequence_length)
+                if _due(step, config.training.log_every, config):
+                    metrics = {name: float(value) for name, value in metrics.items()}
+                    pairs = metrics.pop("sep/pairs_per_row")
+                    writer.write(step, metrics | flops_report(config, pairs, throughput.rate(), peak))
+                with throughput.pause():
+                    if _due(step, config.training.eval_every, config):
+                        writer.write(step, evaluate(state))
+                    if _due(step, config.training.checkpoint_every, config):
+                        checkpoints.save(state, batches, config)
+    return state
+
+
+def _due(step: int, every: int, config: Config) -> bool:
+    return step % every == 0 or step == config.training.steps
+
+
+def _place(batch_sharding: jax.sharding.NamedSharding, batch: Batch) -> Batch:
+    """From this host's rows to arrays over the whole mesh."""
+    return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, batch_sharding), batch)
+
+
+def _evaluate(eval_fn: Callable[..., Any], state: TrainState, batches: list[Batch]) -> dict[str, float]:
+    sums = [eval_fn(state.params, batch) for batch in batches]
+    loss = sum(float(nll) for nll, _ in sums) / max(sum(float(count) for _, count in sums), 1.0)
+    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+
+
+def _announce(config: Config, workdir: Path, mesh: jax.sharding.Mesh, state: TrainState, peak: object) -> None:
+    if jax.process_index() != 0:
+        return
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} {dict(mesh.shape)}, peak {peak}"
+    begins = f"resumes at step {int(state.step)}" if int(state.step) else "starts"
+    print(
+        f"{workdir}: {begins}; {parameters:,} parameters, {config.attention.pattern} attention; {devices}", flush=True
+    )
+
+
+if __name__ == "__main__":
+    WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: made if missing, resumed if not", required=True)
+
+    def main(config: Config) -> None:
+        """Runs under absl: Grain's worker processes need that."""
+        sharding.join_cluster()
+        train(config, Path(WORKDIR.value))
+
+    run_main(main, with_config=True)
