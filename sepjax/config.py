@@ -277,10 +277,14 @@ def _at_least(name: str, value: int | float, least: int) -> None:
 def _check_types(section: Any, path: str) -> None:
     for field in dataclasses.fields(section):
         value, name = getattr(section, field.name), path + field.name
-        if not _is_a(value, field.type):
-            raise ConfigError(f"{name}={value!r} has the wrong type, expected {_type_name(field.type)}")
+        _check_type(name, value, field.type)
         if dataclasses.is_dataclass(value):
             _check_types(value, f"{name}.")
+
+
+def _check_type(name: str, value: object, kind: Any) -> None:
+    if not _is_a(value, kind):
+        raise ConfigError(f"{name}={value!r} has the wrong type, expected {_type_name(kind)}")
 
 
 def _is_a(value: object, kind: Any) -> bool:
@@ -306,9 +310,7 @@ def from_json(text: str) -> Config:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"a saved config must be JSON, got {text[:40]!r}...: {error}") from error
-    config = _from_dict(Config, values, "")
-    _check_types(config, "")
-    return config
+    return _from_dict(Config, values, "")
 
 
 def _from_dict(cls: Any, values: Any, path: str) -> Any:
@@ -321,8 +323,10 @@ def _from_dict(cls: Any, values: Any, path: str) -> Any:
             raise ConfigError(f"unknown setting {path + name!r}{nearest(name, fields)}; another version saved it")
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
-            value = _from_dict(kind, value, f"{path}{name}.")
+            kwargs[name] = _from_dict(kind, value, f"{path}{name}.")
+            continue
         kwargs[name] = tuple(value) if isinstance(value, list) else value
+        _check_type(path + name, kwargs[name], kind)
     return cls(**kwargs)
 
 
