@@ -1,0 +1,130 @@
+"""separator_attention: checks the arguments and chooses the implementation."""
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import jax.numpy as jnp
+from jaxtyping import Float32
+
+from sepjax.array_typing import Array, Keys, Queries
+from sepjax.attention import reference, xla
+from sepjax.layout import SeparatorLayout
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+# Best first. Every function takes (q, k, v, layout, *, scale) and returns (out, lse); None: not built yet.
+_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Any, Any]] | None] = {
+    "mosaic_gpu": None,
+    "tpu": None,
+    "xla": xla.attend,
+    "reference": reference.attend,
+}
+
+
+@overload
+def separator_attention(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    layout: SeparatorLayout,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+    return_lse: Literal[False] = False,
+) -> Queries: ...
+
+
+@overload
+def separator_attention(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    layout: SeparatorLayout,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[Queries, Float32[Array, "B T N"]]: ...
+
+
+def separator_attention(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    layout: SeparatorLayout,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Queries | tuple[Queries, Float32[Array, "B T N"]]:
+    """Attention in which every query sees its window, and the sinks and separators before it.
+
+    The answer is exact whatever the layout's capacity: a row with more global keys than that (possible under jit only)
+    is computed with room for all of its tokens. Differentiable once in q, k and v, through both outputs.
+
+    Args:
+      q: [B, T, N, H], float32, bfloat16 or float16.
+      k: [B, T, K, H] of q's dtype; N is a multiple of K, and query heads kN/K ... (k + 1)N/K - 1 share key head k.
+      v: like k.
+      layout: who sees whom, from `build_layout`, for the same B and T.
+      scale: of the scores; None: H ** -0.5.
+      implementation: "xla" (memory linear in T, any backend), "reference" (the definition, quadratic), "mosaic_gpu",
+        "tpu", or None: the best that fits. A named implementation never falls back to another.
+      return_lse: also return the log of the sum of the exponentiated scores.
+
+    Returns:
+      [B, T, N, H] in q's dtype, 0 for a query that sees nothing (padding); with `return_lse` also float32[B, T, N],
+      -inf for such a query.
+
+    Raises:
+      ValueError: for shapes or dtypes that disagree, or an unknown implementation.
+      NotImplementedError: for an implementation that cannot serve this call.
+    """
+    _check(q, k, v, layout)
+    attend = _choose(implementation)
+    out, lse = attend(q, k, v, layout, scale=q.shape[-1] ** -0.5 if scale is None else float(scale))
+    return (out, lse) if return_lse else out
+
+
+def _choose(implementation: str | None) -> Callable[..., tuple[Any, Any]]:
+    if implementation is None:
+        return next(attend for attend in _IMPLEMENTATIONS.values() if attend is not None)
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown; expected None or one of {', '.join(_IMPLEMENTATIONS)}"
+        )
+    attend = _IMPLEMENTATIONS[implementation]
+    if attend is None:
+        built = ", ".join(repr(name) for name, attend in _IMPLEMENTATIONS.items() if attend is not None)
+        raise NotImplementedError(
+            f"implementation={implementation!r} is not built yet, and a named implementation never falls back to "
+            f"another; use None (the best that is built) or one of {built}"
+        )
+    return attend
+
+
+def _check(q: Queries, k: Keys, v: Keys, layout: SeparatorLayout) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"expected q[B, T, N, H] and k, v[B, T, K, H], got q{list(q.shape)}, k{list(k.shape)}, v{list(v.shape)}; "
+            "k and v have one shape, heads before the head size"
+        )
+    if (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
+        raise ValueError(
+            f"q{list(q.shape)} and k{list(k.shape)} must agree in B, T and H; queries and keys are the same tokens "
+            "(for queries after cached keys see sepjax.cache)"
+        )
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q has N={q.shape[2]} heads, k has K={k.shape[2]}; N must be a multiple of K: every key head serves the "
+            "same number of query heads"
+        )
+    if not (q.dtype == k.dtype == v.dtype and jnp.dtype(q.dtype).name in _DTYPES):
+        raise ValueError(
+            f"q, k and v must share one dtype of {', '.join(_DTYPES)}, got {q.dtype}, {k.dtype}, {v.dtype}; cast them"
+        )
+    if layout.far_start.shape != q.shape[:2]:
+        raise ValueError(
+            f"the layout is for [B, T] = {list(layout.far_start.shape)} but q is {list(q.shape)}; build it from the "
+            "tokens of this batch"
+        )

@@ -1,0 +1,243 @@
+"""separator_attention in plain XLA: packed keys, block by block, memory linear in T, on any backend.
+
+A block of queries visits two arrays of keys, in each the tiles that its queries' ranges touch:
+
+    far     packed global keys   | . x x x x . . . . . |   x: from the smallest far_start to the largest far_end
+    near    all keys             | . . . . . . . x x . |      from the smallest near_start to the last query
+
+Where these hulls begin and how many tiles they take is data: the work follows the number of separators, n may be
+traced, and a packed array with room for T keys costs memory only. All tiles of a block go through one online softmax in
+float32. The backward pass recomputes the probabilities from `lse`; no array of size T x T or T x S exists in either.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float32
+
+from sepjax.array_typing import Array, Keys, Queries
+from sepjax.layout import SeparatorLayout
+
+_BLOCK = 64  # queries of a block, and keys of a tile; the fastest on a CPU from T = 256 to 4096
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def attend(
+    q: Queries, k: Keys, v: Keys, layout: SeparatorLayout, *, scale: float
+) -> tuple[Queries, Float32[Array, "B T N"]]:
+    """`separator_attention` and its log-sum-exp; the arguments are checked there."""
+    q, k, v, layout = _vary_alike((q, k, v, layout))
+    return _attend(q, k, v, layout, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, layout, scale):
+    return _with_room(layout, lambda layout: _forward(q, k, v, layout, scale))
+
+
+def _attend_forward(q, k, v, layout, scale):
+    out, lse = _attend(q, k, v, layout, scale)
+    return (out, lse), (q, k, v, layout, out, lse)
+
+
+def _attend_backward(scale, residuals, cotangents):
+    q, k, v, layout, out, lse = residuals
+    d_out, d_lse = cotangents
+    # With P = exp(S - lse): dS = P * (dP - sum(P * dP) + dlse), and sum(P * dP) = sum(O * dO).
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
+    # A query that sees nothing has masked scores only: any finite lse gives them probability 0.
+    lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    grads = _with_room(layout, lambda layout: _backward(q, k, v, layout, scale, d_out, lse, delta))
+    return *grads, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _with_room[R](layout: SeparatorLayout, run: Callable[[SeparatorLayout], R]) -> R:
+    """`run` on a layout whose packed array holds every global key: the one given, or one with room for all T."""
+    if layout.capacity >= layout.length:
+        return run(layout)
+    return lax.cond(layout.overflows(), lambda: run(layout.with_capacity(layout.length)), lambda: run(layout))
+
+
+def _forward(q, k, v, layout, scale):
+    block = min(_BLOCK, layout.length)
+    near, far = _ranges(layout, block)
+    near_keys, far_keys = (
+        (_near_keys(k, block), _near_keys(v, block)),
+        (_far_keys(k, layout, block), _far_keys(v, layout, block)),
+    )
+
+    def attend_block(x):
+        q, near, far = x
+
+        def step(keys, first, visible, state):
+            top, total, acc = state
+            k, v = (_tile(x, first, block) for x in keys)
+            s = _scores(q, k, visible, scale)
+            new_top = jnp.maximum(top, jnp.max(s, axis=-1))
+            p = jnp.exp(s - new_top[..., None])
+            shrink = jnp.exp(top - new_top)
+            acc = acc * shrink[..., None] + _dot("bkgqc,bkch->bkgqh", p.astype(v.dtype), v)
+            return new_top, total * shrink + jnp.sum(p, axis=-1), acc
+
+        # The lowest finite number, not -inf: exp(-inf - top) is then 0 for a masked score, never NaN.
+        lowest = jnp.full_like(q, jnp.finfo(jnp.float32).min, jnp.float32, shape=q.shape[:-1])
+        state = lowest, jnp.zeros_like(lowest), jnp.zeros_like(q, jnp.float32)
+        state = _visit(far, block, functools.partial(step, far_keys), state)
+        top, total, acc = _visit(near, block, functools.partial(step, near_keys), state)
+        seen = total > 0
+        total = jnp.where(seen, total, 1.0)
+        return (acc / total[..., None]).astype(q.dtype), jnp.where(seen, top + jnp.log(total), -jnp.inf)
+
+    out, lse = lax.map(attend_block, (_blocks(q, k, block), near, far))
+    return _unblocks(out, layout.length), _unblocks(lse, layout.length)
+
+
+def _backward(q, k, v, layout, scale, d_out, lse, delta):
+    block = min(_BLOCK, layout.length)
+    near, far = _ranges(layout, block)
+    near_keys, far_keys = (
+        (_near_keys(k, block), _near_keys(v, block)),
+        (_far_keys(k, layout, block), _far_keys(v, layout, block)),
+    )
+
+    def block_gradients(d_keys, x):
+        q, d_out, lse, delta, near, far = x
+
+        def step(keys, first, visible, state):
+            dq, dk, dv = state
+            k, v = (_tile(x, first, block) for x in keys)
+            p = jnp.exp(_scores(q, k, visible, scale) - lse[..., None])
+            dp = _dot("bkgqh,bkch->bkgqc", d_out, v)
+            ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
+            dq = dq + _dot("bkgqc,bkch->bkgqh", ds, k)
+            dk = _add_tile(dk, first, _dot("bkgqc,bkgqh->bkch", ds, q))
+            dv = _add_tile(dv, first, _dot("bkgqc,bkgqh->bkch", p.astype(q.dtype), d_out))
+            return dq, dk, dv
+
+        d_near, d_far = d_keys
+        dq = jnp.zeros_like(q, jnp.float32)
+        dq, *d_far = _visit(far, block, functools.partial(step, far_keys), (dq, *d_far))
+        dq, *d_near = _visit(near, block, functools.partial(step, near_keys), (dq, *d_near))
+        return (d_near, d_far), dq.astype(q.dtype)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (list(near_keys), list(far_keys)))
+    xs = (*(_blocks(x, k, block) for x in (q, d_out, lse, delta)), near, far)
+    (d_near, d_far), dq = lax.scan(block_gradients, zeros, xs)
+    dk, dv = (_unpack(near, far, layout).astype(k.dtype) for near, far in zip(d_near, d_far, strict=True))
+    return _unblocks(dq, layout.length), dk, dv
+
+
+class _Ranges(NamedTuple):
+    """What query blocks see of one array of keys. The first axis, nb, counts the blocks; Q is a block's length."""
+
+    start: jax.Array  # int32[nb, B, Q]: each query sees the keys [start, end)
+    end: jax.Array  # int32[nb, B, Q]
+    first: jax.Array  # int32[nb]: the first key of the block's first tile
+    tiles: jax.Array  # int32[nb]: tiles from there to the last key that a query of the block sees
+
+
+def _ranges(layout: SeparatorLayout, block: int) -> tuple[_Ranges, _Ranges]:
+    """The near and the far ranges; queries beyond T, which fill the last block, see nothing."""
+    i = jnp.arange(layout.length, dtype=jnp.int32)
+
+    def blocks(start, end):
+        start, end = (_split(x, block) for x in (start, end))
+        some = start < end
+        first = jnp.min(jnp.where(some, start, jnp.iinfo(jnp.int32).max), axis=(1, 2))
+        stop = jnp.max(jnp.where(some, end, 0), axis=(1, 2))
+        first = jnp.minimum(first, stop)
+        return _Ranges(start, end, first, -(-(stop - first) // block))
+
+    end = jnp.broadcast_to(i + 1, layout.near_start.shape)
+    return blocks(layout.near_start, end), blocks(layout.far_start, layout.far_end)
+
+
+def _visit(ranges, block, step, state):
+    """Folds `step(first key, visible[B, Q, block], state)` over the tiles of one query block."""
+
+    def tile(t, state):
+        first = ranges.first + t * block
+        key = first + jnp.arange(block, dtype=jnp.int32)
+        visible = (ranges.start[..., None] <= key) & (key < ranges.end[..., None])
+        return step(first, visible, state)
+
+    return lax.fori_loop(0, ranges.tiles, tile, state)
+
+
+def _scores(q, k, visible, scale):
+    """float32[B, K, G, Q, block], -inf where a query does not see a key."""
+    return jnp.where(visible[:, None, None], _dot("bkgqh,bkch->bkgqc", q, k) * scale, -jnp.inf)
+
+
+def _dot(equation, x, y):
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _tile(x, first, block):
+    return lax.dynamic_slice_in_dim(x, first, block, axis=2)
+
+
+def _add_tile(x, first, tile):
+    return lax.dynamic_update_slice_in_dim(x, _tile(x, first, tile.shape[2]) + tile, first, axis=2)
+
+
+def _near_keys(x, block):
+    """[B, T, K, H] -> [B, K, T + block, H]: a tile that begins at any key is in bounds."""
+    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, block), (0, 0)))
+
+
+def _far_keys(x, layout, block):
+    """[B, T, K, H] -> [B, K, S + block, H]: the packed global keys; what fills the rest is never visible."""
+    index = jnp.minimum(layout.global_index, layout.length - 1)
+    return _near_keys(jnp.take_along_axis(x, index[:, :, None, None], axis=1), block)
+
+
+def _unpack(near, far, layout):
+    """float32 [B, K, T + block, H] and [B, K, S + block, H] -> their sum [B, T, K, H] in the order of the tokens.
+
+    Every global key reads its packed gradient: a gather, so nothing depends on the order of additions.
+    """
+    rank = jnp.maximum(layout.global_count - 1, 0)
+    far = jnp.take_along_axis(far, rank[:, None, :, None], axis=2)
+    far = jnp.where(layout.is_global()[:, None, :, None], far, 0.0)
+    return (near[:, :, : layout.length] + far).swapaxes(1, 2)
+
+
+def _split(x, block):
+    """[B, T, ...] -> [nb, B, Q, ...], zeros after the last token."""
+    B, T, *rest = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -T % block)) + ((0, 0),) * len(rest))
+    return x.reshape(B, -1, block, *rest).swapaxes(0, 1)
+
+
+def _blocks(x, k, block):
+    """[B, T, N, ...] -> [nb, B, K, G, Q, ...], the G = N / K query heads beside the key head that they share."""
+    x = _split(x, block)
+    x = x.reshape(*x.shape[:3], k.shape[2], -1, *x.shape[4:])
+    return jnp.moveaxis(x, 2, 4)
+
+
+def _unblocks(x, T):
+    """[nb, B, K, G, Q, ...] -> [B, T, N, ...]."""
+    x = jnp.moveaxis(x, (0, 4), (1, 2))  # [B, nb, Q, K, G, ...]
+    B, nb, Q, K, G, *rest = x.shape
+    return x.reshape(B, nb * Q, K * G, *rest)[:, :T]
+
+
+def _vary_alike(tree):
+    """Inside `jax.shard_map`, marks every array as varying over the mesh axes that any of them varies over."""
+    varying = [jax.typeof(x).mat.varying for x in jax.tree.leaves(tree)]
+    axes = frozenset().union(*varying)
+
+    def cast(x):
+        missing = tuple(axes - jax.typeof(x).mat.varying)
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
