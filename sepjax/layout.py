@@ -25,6 +25,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Bool, Float, Int32
 
 from sepjax.array_typing import Array, SegmentIds, SeparatorFlags
@@ -47,7 +48,7 @@ class SeparatorLayout:
     far_end: Int32[Array, "B T"]
     near_start: Int32[Array, "B T"]
 
-    # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings, None): jaxtyping must not check __init__.
+    # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
     __no_type_check__ = True
 
     @property
@@ -61,7 +62,8 @@ class SeparatorLayout:
         return self.global_index.shape[1]
 
     def with_window(self, window_size: int | Int32[Array, ""]) -> "SeparatorLayout":
-        """The same documents, sinks and separators seen through another window n, which may be traced."""
+        """The same documents, sinks and separators seen through another window n >= 1, which may be traced."""
+        window_size = _checked_window(window_size, self.length)
         i = jnp.arange(self.length, dtype=jnp.int32)
         is_token = self.near_start <= i
         near_start = jnp.maximum(self.document_start, i - window_size + 1)
@@ -103,7 +105,7 @@ class SeparatorLayout:
         int64 NumPy when called outside jit. Inside, int32 up to T = 65535 and float32 beyond, where counts pass 2^31.
         """
         keys = self.keys_per_query()
-        if not isinstance(keys, jax.core.Tracer):
+        if not isinstance(keys, Tracer):
             return np.asarray(keys).sum(axis=1, dtype=np.int64)
         return jnp.sum(keys, axis=1, dtype=jnp.int32 if self.length < 2**16 else jnp.float32)
 
@@ -147,22 +149,22 @@ def build_layout(
         leading padding shifts the sinks; padding elsewhere counts as text.
 
     Raises:
-      ValueError: for shapes that disagree, n < 1, a < 0, or (outside jit) too small a capacity.
+      ValueError: for shapes that disagree, T = 0, n < 1, a < 0, S < 0, or (outside jit) too small a capacity.
     """
-    if is_separator.ndim != 2:
-        raise ValueError(f"is_separator must be bool[B, T], got shape {is_separator.shape}")
+    if is_separator.ndim != 2 or is_separator.shape[1] == 0:
+        raise ValueError(f"is_separator must be bool[B, T] with T >= 1, got shape {is_separator.shape}")
     B, T = is_separator.shape
     if segment_ids is not None and segment_ids.shape != (B, T):
         raise ValueError(f"segment_ids must have is_separator's shape {(B, T)}, got {segment_ids.shape}")
-    if not isinstance(window_size, jax.core.Tracer) and int(window_size) < 1:
-        raise ValueError(f"window_size={window_size} must be 1 or more: the query itself is part of its window")
     if num_sinks < 0:
         raise ValueError(f"num_sinks={num_sinks} must be 0 or more")
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"capacity={capacity} must be 0 or more; leave it out for one that cannot overflow")
 
     i = jnp.arange(T, dtype=jnp.int32)
     is_token, starts = _documents(segment_ids, B, T, document_mask)
     document_start = jax.lax.cummax(jnp.where(starts, i, 0), axis=1)
-    is_global = is_token & (jnp.asarray(is_separator) | (i - document_start < num_sinks))
+    is_global = is_token & (jnp.asarray(is_separator) | (i - document_start < min(num_sinks, T)))
     global_count = jnp.cumsum(is_global, axis=1, dtype=jnp.int32)
     layout = SeparatorLayout(
         global_index=_pack(global_count, T if capacity is None else capacity),
@@ -178,6 +180,15 @@ def build_layout(
     return layout.with_window(window_size)
 
 
+def _checked_window(window_size: int | Int32[Array, ""], length: int) -> int | Int32[Array, ""]:
+    """n >= 1. A plain number is cut to T, which says the same and fits int32 whatever was meant by "no window"."""
+    if isinstance(window_size, Tracer):
+        return window_size
+    if int(window_size) < 1:
+        raise ValueError(f"window_size={window_size} must be 1 or more: the query itself is part of its window")
+    return min(int(window_size), length)
+
+
 def _documents(segment_ids: SegmentIds | None, B: int, T: int, document_mask: bool) -> tuple[jax.Array, jax.Array]:
     """Which positions hold tokens, and which of them start a document."""
     if segment_ids is None:
@@ -191,14 +202,14 @@ def _documents(segment_ids: SegmentIds | None, B: int, T: int, document_mask: bo
     return is_token, is_token & (segment_ids != previous)
 
 
-def _count_up_to(global_count: jax.Array, position: jax.Array) -> jax.Array:
+def _count_up_to(global_count: Array, position: jax.Array) -> jax.Array:
     """global_count at `position`, [T] or [B, T]; 0 before the row starts."""
     position = jnp.broadcast_to(position, global_count.shape)
     count = jnp.take_along_axis(global_count, jnp.maximum(position, 0), axis=1)
     return jnp.where(position < 0, 0, count)
 
 
-def _pack(global_count: jax.Array, capacity: int) -> jax.Array:
+def _pack(global_count: Array, capacity: int) -> jax.Array:
     """Positions of the first `capacity` global keys of each row, then T."""
     B, T = global_count.shape
     is_global = jnp.diff(global_count, axis=1, prepend=0) > 0
@@ -209,9 +220,9 @@ def _pack(global_count: jax.Array, capacity: int) -> jax.Array:
 
 
 def _refuse_overflow(layout: SeparatorLayout) -> None:
-    if isinstance(layout.num_global, jax.core.Tracer):
+    if isinstance(layout.num_global, Tracer):
         return
-    most = int(jnp.max(layout.num_global))
+    most = int(jnp.max(layout.num_global, initial=0))
     if most > layout.capacity:
         raise ValueError(
             f"a row has {most} sinks and separators but capacity={layout.capacity}; raise capacity to {most} or more, "

@@ -5,18 +5,21 @@ lists nine: `. , ? ! ; :` space, tab, newline. Fixed id lists miss the merged to
 `\n\n`), so the default policy reads the vocabulary itself.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sepjax.config import AttentionConfig
 
 PAPER_SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
 
-_PUNCTUATION = re.compile(r"""([.,?!;:]+["'”’»)\]}]*)+""")
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_PUNCTUATION = re.compile(r"""[.,?!;:][.,?!;:"'”’»)\]}]*""")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def separator_table(tokenizer: Any, policy: str | Sequence[int] = "punctuation") -> np.ndarray:
@@ -58,14 +61,16 @@ def flag_separators(tokens: Any, positions: Any, table: Any, attention: Attentio
     Args:
       tokens: int32[...] token ids.
       positions: int32[...] positions within the document, from 0.
-      table: bool[V] from `configured_table`. Ids at or beyond V are no separators.
+      table: bool[V] from `configured_table`. Ids outside 0 ... V - 1 are no separators.
       attention: its `pattern` decides; "fixed_interval" flags every `interval`-th token and needs no table.
     """
     if attention.pattern == "fixed_interval":
         return (positions + 1) % attention.interval == 0
+    inside = (tokens >= 0) & (tokens < len(table))
     if attention.pattern != "separator":
-        return tokens < 0
-    inside = tokens < len(table)
+        return inside & False
+    if isinstance(tokens, jax.Array):  # a tracer cannot index a NumPy table
+        table = jnp.asarray(table)
     return inside & table[tokens * inside]
 
 
@@ -94,7 +99,7 @@ def _sentencepiece_texts(processor: Any) -> list[str | None]:
 
 
 def _piece_text(piece: str) -> str:
-    byte = _BYTE_TOKEN.fullmatch(piece)
+    byte = BYTE_TOKEN.fullmatch(piece)
     return chr(int(byte[1], 16)) if byte else piece.replace("▁", " ")
 
 
@@ -103,7 +108,7 @@ def _hugging_face_texts(tokenizer: Any) -> list[str | None]:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     texts: list[str | None] = [None] * max(size, 1 + max(vocabulary.values(), default=-1))
     added = tokenizer.get_added_tokens_decoder()
-    byte_level = '"ByteLevel"' in tokenizer.to_str()
+    byte_level = _is_byte_level(tokenizer)
     for piece, i in vocabulary.items():
         if i in added:
             texts[i] = None if added[i].special else added[i].content
@@ -112,8 +117,13 @@ def _hugging_face_texts(tokenizer: Any) -> list[str | None]:
     return texts
 
 
+def _is_byte_level(tokenizer: Any) -> bool:
+    settings = json.loads(tokenizer.to_str())
+    return '"ByteLevel"' in json.dumps([settings["pre_tokenizer"], settings["decoder"]])
+
+
 def _byte_level_text(piece: str) -> str:
-    values = bytes(_BYTE_OF_CHARACTER[c] for c in piece if c in _BYTE_OF_CHARACTER)
+    values = bytes(BYTE_OF_CHARACTER[c] for c in piece if c in BYTE_OF_CHARACTER)
     return values.decode("utf-8", errors="replace")
 
 
@@ -124,7 +134,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF_CHARACTER = _byte_alphabet()
+BYTE_OF_CHARACTER = _byte_alphabet()
 
 
 def _is_punctuation(text: str | None) -> bool:
