@@ -1,0 +1,50 @@
+"""Tokens a second of the input pipeline alone.
+
+    python -m sepjax.data.bench --config=configs/sep_small.py --data_dir=/tmp/data [--config.data.num_workers=2]
+
+Prepares what is missing first (corpus, tokenizer), then times batches as train.py would draw them, after the first one.
+The last line is JSON.
+"""
+
+import json
+import os
+import time
+
+from absl import flags
+
+from sepjax.config import Config
+from sepjax.data.pipeline import prepare_tokenizer, training_batches
+from sepjax.flags import run_main
+
+
+def measure(config: Config, data_dir: str, seconds: float) -> dict[str, float]:
+    """Draws batches for about `seconds`; returns rates, with CPU time of this process where it does all the work."""
+    tokenizer = prepare_tokenizer(config, data_dir, f"{data_dir}/tokenizer")
+    batches = training_batches(config, tokenizer, data_dir, seed=config.training.seed)
+    began = time.perf_counter()
+    next(batches)
+    first = time.perf_counter() - began
+    tokens, began, cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - began < seconds:
+        tokens += next(batches).tokens.size
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+    batches.close()
+    rates = {"tokens_per_second": tokens / wall, "seconds": wall, "seconds_to_first_batch": first}
+    return rates if config.data.num_workers else rates | {"tokens_per_cpu_second": tokens / cpu}
+
+
+def main(config: Config) -> None:
+    """Prints the rates: one line to read, one of JSON."""
+    rates = measure(config, DATA_DIR.value, SECONDS.value)
+    data = config.data
+    print(
+        f"{rates['tokens_per_second']:,.0f} tokens/s, {data.name}, batches of {data.batch_size} x "
+        f"{data.sequence_length}, {data.num_workers} workers; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
+    print(json.dumps(rates))
+
+
+if __name__ == "__main__":  # Grain's worker processes import this file again
+    DATA_DIR = flags.DEFINE_string("data_dir", None, "folder of prepared datasets and the tokenizer", required=True)
+    SECONDS = flags.DEFINE_float("seconds", 10.0, "how long to draw batches", lower_bound=0.0)
+    run_main(main, with_config=True)

@@ -1,0 +1,95 @@
+"""Any folder of .txt files, or one .txt file, as a TFDS dataset: one document per file."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from sepjax.data.corpora.splits import FEATURES, fingerprint, held_out
+from sepjax.data.errors import DataError
+
+TRAIN_SHARE = 0.95  # of a single file
+_BORDERS = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"\s"))  # of paragraphs, lines, words
+
+
+class TextFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Files found recursively, in order of their paths; UTF-8, with any kind of line ends.
+
+    Splits: a folder's files go to train or validation by a hash of their relative path. A single file is cut at a
+    paragraph's end: the last 5 % are validation. With `hold_out=False` all is one split, train, and every file whole.
+    The config's name is a fingerprint of the files' names, sizes and times: changed files are prepared anew.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, path: str | os.PathLike[str], hold_out: bool = True, **kwargs: Any):
+        """`path` is a folder or a file; `kwargs` are TFDS's, such as data_dir. Raises DataError without .txt files."""
+        root = Path(path).expanduser().resolve()
+        self._files = {str(file.relative_to(root.parent)): file for file in _text_files(root)}
+        self._hold_out = hold_out
+        facts = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in self._files.items()]
+        super().__init__(config=fingerprint([hold_out, str(root), *facts]), **kwargs)
+
+    @classmethod
+    def get_builder_config(cls, name: str, version: Any = None) -> tfds.core.BuilderConfig:
+        """Any fingerprint is a config."""
+        return tfds.core.BuilderConfig(name=name)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(FEATURES))
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
+        if not self._hold_out:
+            return {"train": self._generate_examples(set(self._files))}
+        if len(self._files) == 1:
+            return {"train": self._generate_examples(part=0), "validation": self._generate_examples(part=1)}
+        validation = held_out(list(self._files))
+        return {
+            "train": self._generate_examples(set(self._files) - validation),
+            "validation": self._generate_examples(validation),
+        }
+
+    def _generate_examples(
+        self, names: set[str] | None = None, *, part: int | None = None
+    ) -> Iterator[tuple[str, dict[str, str]]]:
+        for name, file in self._files.items():
+            if names is None or name in names:
+                text = _read(file)
+                yield name, {"name": name, "text": text if part is None else _cut(text, file)[part]}
+
+
+def _text_files(root: Path) -> list[Path]:
+    if root.is_file():
+        return [root]
+    files = sorted(file for file in root.rglob("*.txt") if file.is_file())
+    if not files:
+        raise DataError(f"folder {str(root)!r} holds no .txt files; each should be one document in UTF-8")
+    return files
+
+
+def _read(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{str(file)!r} is not UTF-8 text: {error.reason} at byte {error.start}; convert it, for example with "
+            "iconv -f LATIN1 -t UTF-8"
+        ) from error
+    if not text.strip():
+        raise DataError(f"{str(file)!r} is empty; remove it or fill it")
+    return text
+
+
+def _cut(text: str, file: Path) -> tuple[str, str]:
+    """The text up to the last border in its first 95 %, and the rest; neither is blank."""
+    end = int(TRAIN_SHARE * len(text))
+    for border in _BORDERS:
+        for match in reversed(list(border.finditer(text, end // 2, end))):
+            if text[: match.end()].strip() and text[match.end() :].strip():
+                return text[: match.end()], text[match.end() :]
+    if end and text[:end].strip() and text[end:].strip():
+        return text[:end], text[end:]
+    raise DataError(f"{str(file)!r} is too short to hold back 5 % for validation; give more text")

@@ -1,0 +1,100 @@
+"""Documents to rows of T tokens: concatenate and cut, nothing dropped and nothing padded.
+
+A document is [BOS] + ids + [EOS]; its inputs are all but the last of these, its targets all but the first. The inputs
+of all documents follow each other in one stream, cut every T tokens:
+
+    documents     B a b c E   B d E   B e f g h i E          T = 4
+    rows          B a b c | B d B e | f g h i
+    targets       a b c E | d E e f | g h i E
+    segment_ids   1 1 1 1 | 1 1 2 2 | 1 1 1 1
+    positions     0 1 2 3 | 0 1 0 1 | 0 1 2 3
+
+A document that crosses a row's end goes on in the next row as a new piece: a new segment whose positions restart from
+0, so that it has sinks of its own. What stood before is out of its sight, but its first token still has its target.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64
+
+from sepjax.data.batch import Batch
+from sepjax.data.tokenizer import Tokenizer
+
+# is_separator, bool[B, T], from tokens and positions
+type FlagSeparators = Callable[
+    [Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]],
+    Bool[np.ndarray, "B T"],
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStream:
+    """Inputs and targets of consecutive documents, and where each token comes from."""
+
+    tokens: Int32[np.ndarray, "N"]
+    targets: Int32[np.ndarray, "N"]
+    documents: Int64[np.ndarray, "N"]  # index of the document
+    offsets: Int32[np.ndarray, "N"]  # position within the document
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, part: slice) -> "TokenStream":
+        return TokenStream(self.tokens[part], self.targets[part], self.documents[part], self.offsets[part])
+
+    def start(self) -> tuple[int, int] | None:
+        """Document and offset of the first token; None where there is none."""
+        return (int(self.documents[0]), int(self.offsets[0])) if len(self) else None
+
+    @classmethod
+    def empty(cls) -> Self:
+        """A stream of no tokens."""
+        return cls(*(np.zeros(0, dtype) for dtype in (np.int32, np.int32, np.int64, np.int32)))
+
+    @classmethod
+    def join(cls, streams: Sequence[Self]) -> Self:
+        """The streams, one after the other; at least one."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(np.concatenate([getattr(stream, name) for stream in streams]) for name in names))
+
+    @classmethod
+    def encode(cls, tokenizer: Tokenizer, texts: Sequence[str], first: int = 0) -> Self:
+        """The stream of `texts`, documents `first`, `first` + 1, ..."""
+        ids, lengths = tokenizer.encode_flat(texts)
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        lengths = lengths + (bos is not None) + (eos is not None)
+        starts, ends = np.cumsum(lengths) - lengths, np.cumsum(lengths)
+        documents = np.repeat(np.arange(first, first + len(texts)), lengths)
+        offsets = (np.arange(len(documents)) - np.repeat(starts, lengths)).astype(np.int32)
+        is_first, is_last = offsets == 0, np.zeros(len(documents), bool)
+        is_last[ends[lengths > 0] - 1] = True
+        special = (is_first & (bos is not None)) | (is_last & (eos is not None))
+        full = np.empty(len(documents), np.int32)
+        full[~special] = ids
+        if bos is not None:
+            full[is_first] = bos
+        if eos is not None:
+            full[is_last] = eos
+        return cls(full[~is_last], full[~is_first], documents[~is_last], offsets[~is_last])
+
+
+def pack_rows(stream: TokenStream, length: int, flag_separators: FlagSeparators) -> Batch:
+    """Cuts a stream of N tokens into ceil(N / T) rows of T = `length`, the last of them padded; NumPy arrays."""
+    missing = -len(stream) % length
+    tokens, targets = (np.pad(x, (0, missing)).reshape(-1, length) for x in (stream.tokens, stream.targets))
+    starts = np.pad(stream.offsets == 0, (0, missing)).reshape(-1, length)
+    is_token = (np.arange(tokens.size) < len(stream)).reshape(-1, length)
+    starts[:, 0] = True
+    index = np.arange(length, dtype=np.int32)
+    positions = (index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)) * is_token
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        loss_mask=is_token,
+        positions=positions,
+        segment_ids=np.cumsum(starts, axis=1, dtype=np.int32) * is_token,
+        is_separator=flag_separators(tokens, positions) & is_token,
+    )

@@ -1,0 +1,216 @@
+"""What a run reads: its tokenizer, endless training batches and finite evaluation batches, each host its own rows."""
+
+import functools
+import math
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, override
+
+import grain
+import jax
+import numpy as np
+from etils import epath
+
+from sepjax.config import Config, ConfigError
+from sepjax.data.batch import Batch
+from sepjax.data.errors import DataError
+from sepjax.data.locks import exclusive
+from sepjax.data.packing import FlagSeparators, TokenStream, pack_rows
+from sepjax.data.reader import BatchReader, Shard
+from sepjax.data.sources import TextSource, text_source
+from sepjax.data.tokenizer import FILES, Tokenizer, train_sentencepiece
+from sepjax.separators import configured_table, flag_separators
+
+_TOKENIZER_CHARACTERS = 10_000_000  # of the corpus, spread over it, that a tokenizer is trained on
+
+
+def prepare_tokenizer(config: Config, data_dir: str, tokenizer_dir: str | os.PathLike[str]) -> Tokenizer:
+    """The run's tokenizer, kept in `tokenizer_dir`.
+
+    It is read from there if it is there; else it is `data.tokenizer`, or trained on the training split, and saved.
+
+    Raises:
+      ConfigError: the vocabulary is larger than model.vocab_size.
+      DataError, OSError: a file cannot be used, read or written.
+    """
+    folder = epath.Path(tokenizer_dir)
+    if not _holds_tokenizer(folder):
+        with exclusive(folder):
+            if not _holds_tokenizer(folder):
+                _make_tokenizer(config, data_dir).save(folder)
+    tokenizer = Tokenizer.load(folder)
+    _check_vocabulary(config, tokenizer)
+    return tokenizer
+
+
+def training_batches(
+    config: Config, tokenizer: Tokenizer, data_dir: str, *, seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator[Batch]:
+    """Shuffled batches of the training split, for ever: this process's data.batch_size / process_count rows of each.
+
+    Every epoch each document is read once, by one process, in an order that depends on `seed` and the epoch. The
+    iterator's `get_state()` is JSON; `set_state()` continues bit for bit, with prefetching threads or worker processes.
+
+    Raises:
+      ConfigError: rows, documents or vocabulary do not fit.
+      DataError, OSError: see `text_source`; from `next`, DataError where the documents have no token at all.
+    """
+    _check_vocabulary(config, tokenizer)
+    rows = _rows_per_process(config, process_count)
+    source = text_source(config.data, data_dir, config.data.train_split)
+    workers = max(config.data.num_workers, 1)
+    if len(source) < process_count * workers:
+        raise ConfigError(
+            f"{source.name} has {len(source)} documents for {process_count} processes of {workers} readers each, and "
+            "every reader needs one; use fewer processes, a smaller data.num_workers or more, shorter files"
+        )
+    readers = [
+        BatchReader(
+            source,
+            tokenizer,
+            _separator_flags(config, tokenizer),
+            Shard(len(source), process_index + process_count * worker, process_count * workers, seed % 2**32),
+            rows=rows,
+            length=config.data.sequence_length,
+        )
+        for worker in range(workers)
+    ]
+    made_by = {
+        "documents": len(source),
+        "vocab_size": tokenizer.vocab_size,
+        "rows": rows,
+        "sequence_length": config.data.sequence_length,
+        "seed": seed,
+        "process_index": process_index,
+        "process_count": process_count,
+        "num_workers": config.data.num_workers,
+    }
+    return iter(_Labelled(_prefetched(readers, config.data.num_workers), made_by))
+
+
+def evaluation_batches(
+    config: Config, tokenizer: Tokenizer, data_dir: str, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """One pass over the evaluation split in the dataset's own order; all processes yield the same number of batches.
+
+    The last batch is padded to its full size. Raises as `training_batches` does, and DataError if there is no token.
+    """
+    _check_vocabulary(config, tokenizer)
+    rows = _rows_per_process(config, process_count)
+    source = text_source(config.data, data_dir, config.data.eval_split)
+    flag, mine = _separator_flags(config, tokenizer), slice(process_index * rows, (process_index + 1) * rows)
+    for batch in _one_pass(source, tokenizer, flag, config.data.batch_size, config.data.sequence_length):
+        yield jax.tree.map(lambda x: x[mine], batch)
+
+
+def _one_pass(
+    source: TextSource, tokenizer: Tokenizer, flag: FlagSeparators, rows: int, length: int
+) -> Iterator[Batch]:
+    """Batches of all processes together."""
+    size, stream, unread, is_empty = rows * length, TokenStream.empty(), 0, True
+    while unread < len(source) or len(stream):
+        if unread < len(source) and len(stream) < size:
+            texts = source[unread : unread + source.documents_for(size - len(stream))]
+            stream = TokenStream.join([stream, TokenStream.encode(tokenizer, texts, unread)])
+            unread += len(texts)
+        else:
+            batch, stream, is_empty = pack_rows(stream[:size], length, flag), stream[size:], False
+            yield jax.tree.map(lambda x: np.pad(x, ((0, rows - len(x)), (0, 0))), batch)
+    if is_empty:
+        raise DataError(f"{source.name} has no tokens to evaluate on")
+
+
+def _prefetched(readers: list[BatchReader], num_workers: int) -> grain.IterDataset[Batch]:
+    """The readers' batches in turn, made ahead by a thread, or by a process each; a block ahead, so that none waits."""
+    ahead = readers[0].batches_per_block + 1
+    if not num_workers:
+        return grain.experimental.ThreadPrefetchIterDataset(readers[0], prefetch_buffer_size=ahead)
+    # Batches come through pipes: shared memory is 64 MB in a plain container and leaks when a run is stopped.
+    no_shared_memory = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+    one_process = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=ahead)
+    workers = [
+        grain.experimental.WithOptionsIterDataset(reader, no_shared_memory).mp_prefetch(one_process)
+        for reader in readers
+    ]
+    return grain.experimental.InterleaveIterDataset(workers, cycle_length=num_workers)
+
+
+class _Labelled(grain.IterDataset[Batch]):
+    """Puts what made the batches into the state, so that a state of another pipeline is refused, not misread."""
+
+    def __init__(self, parent: grain.IterDataset[Batch], made_by: dict[str, int]):
+        super().__init__(parent)
+        self.made_by = made_by
+
+    @override
+    def __iter__(self) -> "_LabelledIterator":
+        return _LabelledIterator(iter(self._parent), self.made_by)
+
+
+class _LabelledIterator(grain.DatasetIterator[Batch]):
+    def __init__(self, parent: grain.DatasetIterator[Batch], made_by: dict[str, int]):
+        super().__init__(parent)
+        self._made_by = made_by
+
+    @override
+    def __next__(self) -> Batch:
+        return next(self._parent)
+
+    @override
+    def get_state(self) -> dict[str, Any]:
+        return {"made_by": self._made_by, "state": self._parent.get_state()}
+
+    @override
+    def set_state(self, state: dict[str, Any]) -> None:
+        saved = state["made_by"]
+        differ = [f"{k}={saved.get(k)}, now {v}" for k, v in self._made_by.items() if saved.get(k) != v]
+        if differ:
+            raise ConfigError(
+                f"the checkpoint's place in the data was reached with {'; '.join(differ)}; resume with what it was, or "
+                "start a new workdir"
+            )
+        self._parent.set_state(state["state"])
+
+
+def _make_tokenizer(config: Config, data_dir: str) -> Tokenizer:
+    if config.data.tokenizer:
+        return Tokenizer.load(config.data.tokenizer)
+    source = text_source(config.data, data_dir, config.data.train_split)
+    return train_sentencepiece(_sample(source, _TOKENIZER_CHARACTERS), config.data.tokenizer_vocab_size)
+
+
+def _sample(source: TextSource, num_characters: int) -> Iterator[str]:
+    """Documents spread evenly over the source, up to about `num_characters`."""
+    step = math.ceil(len(source) * source.bytes_per_document / num_characters)
+    for i in range(0, len(source), step):
+        text = source[i][:num_characters]
+        num_characters -= len(text)
+        yield text
+
+
+def _holds_tokenizer(folder: epath.Path) -> bool:
+    return any((folder / name).exists() for name in FILES)
+
+
+def _separator_flags(config: Config, tokenizer: Tokenizer) -> FlagSeparators:
+    table = configured_table(tokenizer, config.attention)
+    return functools.partial(flag_separators, table=table, attention=config.attention)
+
+
+def _rows_per_process(config: Config, process_count: int) -> int:
+    rows, remainder = divmod(config.data.batch_size, process_count)
+    if remainder or not rows:
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size} must be a multiple of the {process_count} processes: each "
+            "reads its own rows"
+        )
+    return rows
+
+
+def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size={config.model.vocab_size}; the "
+            f"embedding needs a row a token: set model.vocab_size to {tokenizer.vocab_size} or more"
+        )

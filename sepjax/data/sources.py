@@ -1,0 +1,163 @@
+"""Where documents come from: the embedded corpus, files of text, or any TFDS text dataset; read without TensorFlow."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, overload, override
+
+import tensorflow_datasets as tfds
+
+from sepjax.config import DataConfig
+from sepjax.data.corpora.embedded.embedded import Embedded
+from sepjax.data.corpora.text_folder.text_folder import TextFolder
+from sepjax.data.errors import DataError
+from sepjax.data.locks import exclusive
+
+_FORMAT = "array_record"
+_BYTES_PER_TOKEN = 3  # how far to read ahead; a wrong guess costs another read
+_DOCUMENTS_AT_ONCE = 1024
+
+
+class TextSource(Sequence[str]):
+    """Documents by index, read from disk when asked for.
+
+    Attributes:
+      name: dataset, fingerprint and split, for messages.
+      bytes_per_document: in the mean.
+    """
+
+    def __init__(self, folder: str, split: str, key: str):
+        """Opens `split` of the TFDS dataset that is prepared in `folder`; `key` is the field that holds the text.
+
+        Raises:
+          DataError: there is no such split or field, or the data are not in array_record.
+        """
+        self._place = (folder, split, key)
+        self._key = key
+        builder: Any = tfds.builder_from_directory(folder)
+        info = builder.info
+        self.name = f"{info.full_name}:{split}"
+        self.bytes_per_document = max(int(info.dataset_size) / max(info.splits.total_num_examples, 1), 1.0)
+        _check_field(dict(info.features.items()), key, info.full_name)
+        try:
+            self._records: Any = builder.as_data_source(split)
+        except (ValueError, NotImplementedError) as error:
+            raise DataError(
+                f"cannot read split {split!r} of {info.full_name} in {folder}: {_first_line(error)}; it has the splits "
+                f"{', '.join(info.splits)} and must be prepared with file_format={_FORMAT}"
+            ) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the files itself."""
+        return TextSource, self._place
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    @override
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        chosen = range(len(self))[index]
+        return self.read(chosen) if isinstance(chosen, range) else self.read([chosen])[0]
+
+    def read(self, indices: Sequence[int]) -> list[str]:
+        """The documents at `indices`, which is quicker than one by one."""
+        return [self._text(record, i) for record, i in zip(self._records.__getitems__(indices), indices, strict=True)]
+
+    def _text(self, record: dict[str, Any], index: int) -> str:
+        try:
+            return record[self._key].decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"document {index} of {self.name} is not UTF-8 text: {error.reason}") from error
+
+    def documents_for(self, num_tokens: int) -> int:
+        """How many documents to read for about so many tokens: 1 or more."""
+        return min(1 + int(num_tokens * _BYTES_PER_TOKEN / self.bytes_per_document), _DOCUMENTS_AT_ONCE)
+
+
+def text_source(data: DataConfig, data_dir: str, split: str) -> TextSource:
+    """The documents of one split of `data.name`; our own corpora are prepared in `data_dir` on first use.
+
+    Args:
+      data: `name` is "embedded", an existing .txt file or a folder of them, or the name of a TFDS dataset that is
+        prepared in `data_dir` as array_record; `text_key` is the field of the latter that holds the text.
+      data_dir: where TFDS keeps prepared datasets.
+      split: "train", "validation", or whatever TFDS understands ("train[:10%]"). "all" of files on disk keeps every
+        file whole, holding back none.
+
+    Raises:
+      DataError: there is no such dataset, split or field, or files are empty or no UTF-8 text.
+      OSError: `data_dir` cannot be written.
+    """
+    builder, key = _builder(data, data_dir, split)
+    return TextSource(str(builder.data_path), split, key)
+
+
+def _builder(data: DataConfig, data_dir: str, split: str) -> tuple[Any, str]:
+    """A builder whose data are on disk, and the name of its text field."""
+    folder = str(Path(data_dir).expanduser()) if "://" not in data_dir else data_dir
+    if data.name == "embedded":
+        return _prepared(lambda: Embedded(data_dir=folder, file_format=_FORMAT), folder), "text"
+    if Path(data.name).expanduser().exists():
+        hold_out = split != "all"
+        return _prepared(
+            lambda: TextFolder(path=data.name, hold_out=hold_out, data_dir=folder, file_format=_FORMAT), folder
+        ), "text"
+    try:
+        builder = tfds.builder(data.name, data_dir=folder, file_format=_FORMAT)
+    except ValueError as error:
+        raise DataError(
+            f"data.name={data.name!r} is neither 'embedded', nor an existing file or folder, nor a TFDS dataset in "
+            f"data_dir={folder!r}: {_first_line(error)}"
+        ) from error
+    if not _is_prepared(builder):
+        raise DataError(
+            f"TFDS dataset {data.name!r} is not prepared: looked in {builder.data_path}. Nothing is downloaded "
+            f"unasked; run: tfds build {data.name} --file_format={_FORMAT} --data_dir={folder}, or set data.data_dir"
+        )
+    return builder, data.text_key
+
+
+def _prepared(make: Callable[[], Any], folder: str) -> Any:
+    """The builder, once its data are on disk: prepared here, or by the process that came first."""
+    builder = make()
+    if _is_prepared(builder):
+        return builder
+    with exclusive(Path(folder) / builder.name if "://" not in folder else folder):
+        builder = make()  # reads what another process has written in the meantime
+        if not _is_prepared(builder):
+            print(f"preparing the corpus in {builder.data_path} (once)", file=sys.stderr, flush=True)
+            _prepare(builder)
+    return builder
+
+
+def _prepare(builder: Any) -> None:
+    """Writes into a folder beside and renames it, so that data are whole or absent."""
+    tfds.disable_progress_bar()
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(download_config=config)
+
+
+def _is_prepared(builder: Any) -> bool:
+    return (builder.data_path / "dataset_info.json").exists()
+
+
+def _check_field(features: dict[str, Any], key: str, name: str) -> None:
+    texts = [repr(k) for k, feature in features.items() if isinstance(feature, tfds.features.Text)]
+    if repr(key) not in texts:
+        raise DataError(
+            f"dataset {name} has no text field {key!r}; set data.text_key to one of its texts: "
+            f"{', '.join(texts) or 'it has none'}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,210 @@
+"""Text to token ids and back: SentencePiece models trained here, Hugging Face `tokenizers` files for imported models.
+
+With a model of `train_sentencepiece`, `decode(encode(text)) == text` for any text: nothing is normalised, spaces and
+newlines are kept, and characters outside the vocabulary are spelt in bytes.
+"""
+
+import codecs
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Self
+
+import numpy as np
+import sentencepiece
+from etils import epath
+from jaxtyping import Int32, Int64
+
+from sepjax.data.errors import DataError
+from sepjax.data.tokenizer_models import SentencePieceModel, TokenizerModel, read_model
+from sepjax.separators import token_texts
+
+FILES = ("tokenizer.json", "tokenizer.model")  # what a tokenizer's folder holds one of; the first is read first
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
+_LINE = 8192  # characters; SentencePiece's trainer drops lines of more than 65536 bytes
+
+
+class Tokenizer:
+    """A vocabulary with its special tokens. Immutable.
+
+    Attributes:
+      vocab_size: V, one more than the largest token id.
+      bos_id, eos_id: ids of the tokens that start and end a document; None where the vocabulary has none.
+      starts_with_space: whether encoding puts a space before every text, which decoding takes away (Llama 2, not ours).
+    """
+
+    def __init__(self, model: TokenizerModel):
+        self._model = model
+        self._bytes = model.token_bytes()
+        self.vocab_size = len(self._bytes)
+        self.bos_id = model.bos_id
+        self.eos_id = model.eos_id
+        self.starts_with_space = model.starts_with_space
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For Grain's worker processes."""
+        return Tokenizer, (self._model,)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a SentencePiece model or a tokenizer.json: the file itself, or the folder that holds it.
+
+        Raises:
+          FileNotFoundError: there is no such file, or none of `FILES` in the folder.
+          DataError: the file is neither kind, or damaged.
+        """
+        file = _tokenizer_file(epath.Path(path))
+        beside = {name: file.parent / name for name in _BESIDE}
+        try:
+            return cls(read_model(file.read_bytes(), {n: p.read_bytes() for n, p in beside.items() if p.exists()}))
+        except ValueError as error:
+            raise DataError(
+                f"cannot read tokenizer {str(file)!r}: {error}; expected a SentencePiece model or a Hugging Face "
+                "tokenizer.json: replace the file, or remove it to have one trained on the corpus"
+            ) from error
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes tokenizer.model or tokenizer.json into `folder`, made if missing. A reader never sees half a file."""
+        target = epath.Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, content in self._model.files().items():
+            partial = target / f"{name}.{os.getpid()}.partial"
+            partial.write_bytes(content)
+            partial.replace(target / name)
+
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        """The ids of `text`, after BOS if asked for and known; no EOS."""
+        return self.encode_batch([text], bos=bos)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, bos: bool = False) -> list[list[int]]:
+        """`encode` of each text."""
+        ids, lengths = self.encode_flat(texts)
+        start = [self.bos_id] if bos and self.bos_id is not None else []
+        return [start + part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(texts) else []
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "N"], Int64[np.ndarray, "texts"]]:
+        """The ids of all texts, one after the other, and how many each text has: the fast way for many texts.
+
+        Raises:
+          DataError: a text holds half of a surrogate pair, which is no Unicode text.
+        """
+        try:
+            return self._model.encode(texts)
+        except (RuntimeError, TypeError, UnicodeEncodeError) as error:
+            for number, text in enumerate(texts):
+                _check_unicode(number, text)
+            raise error
+
+    def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
+        """The text of `ids`; control tokens write nothing, bytes that are no UTF-8 become U+FFFD.
+
+        Args:
+          ids: token ids.
+          continues: whether text stands before these ids, so that a leading space is the text's own even where
+            `starts_with_space`.
+
+        Raises:
+          ValueError: an id is not in the vocabulary.
+        """
+        decoder = IncrementalDecoder(self, continues=continues)
+        return "".join([*map(decoder.feed, ids), decoder.flush()])
+
+    def token_texts(self) -> list[str | None]:
+        """The text of every token id; None for control tokens. For `sepjax.separators`."""
+        return token_texts(self._model.vocabulary)
+
+    def token_bytes(self, i: int) -> bytes:
+        """What token `i` writes: not always whole characters. Raises ValueError for an id outside the vocabulary."""
+        if not 0 <= i < self.vocab_size:
+            raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size} tokens")
+        return self._bytes[i]
+
+
+class IncrementalDecoder:
+    """Decodes token ids one at a time, in whole characters; all it returns joins to `Tokenizer.decode` of all ids.
+
+    A character may be spelt by several tokens: its bytes wait until the last one arrives.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, continues: bool = False):
+        """See `Tokenizer.decode` for `continues`."""
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drops_space = tokenizer.starts_with_space and not continues
+
+    def feed(self, i: int) -> str:
+        """The characters that token `i` completes, possibly none."""
+        data = self._tokenizer.token_bytes(i)
+        if self._drops_space and data:
+            data = data.removeprefix(b" ")
+            self._drops_space = False
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """What is left of an unfinished character: U+FFFD or nothing. The next `feed` starts a new one."""
+        return self._utf8.decode(b"", final=True)
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-pair-encoding SentencePiece model; the same texts give the same model.
+
+    Newlines and tabs are tokens of their own, digits too, words never merge with punctuation, and any character can be
+    spelt in bytes. Texts too short for `vocab_size` give a smaller vocabulary.
+
+    Raises:
+      DataError: there is no text, or `vocab_size` has no room for the bytes and characters themselves.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n", "\t"],
+            max_sentence_length=8 * _LINE,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if "sentences_.empty()" in str(error):
+            raise DataError("no text to train a tokenizer on: every document is empty") from error
+        if "required_chars" in str(error):
+            needed = str(error).partition(" vs ")[2].partition(".")[0]
+            raise DataError(
+                f"a tokenizer of {vocab_size} tokens has no room for the 256 bytes, special tokens and the corpus's "
+                f"characters; raise data.tokenizer_vocab_size to {needed} or more"
+            ) from error
+        raise
+    return Tokenizer(SentencePieceModel(model.getvalue()))
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in filter(None, text.split("\n")):
+            yield from (line[i : i + _LINE] for i in range(0, len(line), _LINE))
+
+
+def _tokenizer_file(path: epath.Path) -> epath.Path:
+    if not path.is_dir():
+        return path
+    for name in FILES:
+        if (path / name).exists():
+            return path / name
+    raise FileNotFoundError(f"no tokenizer in folder {str(path)!r}: expected one of {', '.join(FILES)}")
+
+
+def _check_unicode(number: int, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"text {number} holds half of a surrogate pair, {text[error.start]!r} at character {error.start}; "
+            "it is no Unicode text: decode its source with errors='replace'"
+        ) from error

@@ -1,0 +1,241 @@
+"""The two kinds of vocabulary behind a `Tokenizer`: a SentencePiece model and a Hugging Face `tokenizers` one.
+
+Both answer the same few questions (`TokenizerModel`); everything built on them is in `tokenizer.py`.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from itertools import batched, chain
+from typing import Any, Protocol, override
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from jaxtyping import Int32, Int64
+
+from sepjax.separators import BYTE_OF_CHARACTER, BYTE_TOKEN
+
+SPACE = "▁"  # U+2581, what SentencePiece writes for a space
+_UNKNOWN = "\ufffd".encode()
+_PIECES, _NORMALIZER = 1, 3  # fields of SentencePiece's ModelProto, written in this order
+_PART = re.compile(r"[\s\S]{512}[^\n]*\n*|[\s\S]+")  # half a kilobyte or more, up to the end of a run of newlines
+_PARTS_AT_ONCE = 8192  # bounds the Python integers alive at a time
+_DECODERS_OF_PIECES = {"Sequence", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
+_START_AND_END = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"))
+
+
+class TokenizerModel(Protocol):
+    """What `Tokenizer` needs to know of a vocabulary."""
+
+    vocabulary: Any  # the wrapped object, as `sepjax.separators.token_texts` reads it
+    bos_id: int | None
+    eos_id: int | None
+    starts_with_space: bool  # whether encoding puts a space before the text, which decoding takes away
+
+    def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "N"], Int64[np.ndarray, "texts"]]:
+        """The ids of all texts, one after the other, and how many each text has; no special tokens."""
+        ...
+
+    def token_bytes(self) -> list[bytes]:
+        """What each token id writes; nothing for control tokens."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """File names and contents that `load_model` reads back."""
+        ...
+
+
+class SentencePieceModel(TokenizerModel):
+    """A SentencePiece model, ours or an imported one."""
+
+    def __init__(self, proto: bytes):
+        if not {_PIECES, _NORMALIZER} <= _fields(proto):
+            raise ValueError("it is cut short: pieces or normalizer are missing")
+        self.vocabulary = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.bos_id = _known(self.vocabulary.bos_id())
+        self.eos_id = _known(self.vocabulary.eos_id())
+        self.starts_with_space = self.vocabulary.encode("a", out_type=str)[0].startswith(SPACE)
+        pieces = [self.vocabulary.id_to_piece(i) for i in range(self.vocabulary.get_piece_size())]
+        # No piece reaches over a newline and none is added or dropped: a text may be cut behind any newline.
+        self._cuts_at_newlines = "".join(
+            self.vocabulary.encode(" \n  a\n", out_type=str)
+        ) == f"{SPACE}\n{SPACE}{SPACE}a\n" and not any("\n" in piece and piece.strip("\n") for piece in pieces)
+        space = [self.vocabulary.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self._space_character = space if all(self.vocabulary.is_byte(i) for i in space) else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For Grain's worker processes."""
+        return SentencePieceModel, (self.vocabulary.serialized_model_proto(),)
+
+    @override
+    def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "N"], Int64[np.ndarray, "texts"]]:
+        parts_of = [self._parts(text) for text in texts]
+        ids, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        for parts in batched(chain.from_iterable(parts_of), _PARTS_AT_ONCE):
+            encoded = self._encode_parts(parts)
+            lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+            ids.append(np.fromiter(chain.from_iterable(encoded), np.int32, lengths[-1].sum()))
+        return np.concatenate(ids), _sums(np.concatenate(lengths), [len(parts) for parts in parts_of])
+
+    def _parts(self, text: str) -> list[str]:
+        """Cuts the text where that cannot change its ids: BPE is slow on long texts, and one core deep."""
+        parts = _PART.findall(text) if self._cuts_at_newlines else [text]
+        if self._space_character and SPACE in text:  # SentencePiece would read this character as a space
+            parts = [piece for part in parts for piece in re.split(f"({SPACE})", part)]
+        return parts
+
+    def _encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
+        encoded = self.vocabulary.encode(list(parts))
+        if self._space_character:
+            return [self._space_character if part == SPACE else ids for part, ids in zip(parts, encoded, strict=True)]
+        return encoded
+
+    @override
+    def token_bytes(self) -> list[bytes]:
+        return [self._bytes_of(i) for i in range(self.vocabulary.get_piece_size())]
+
+    def _bytes_of(self, i: int) -> bytes:
+        if self.vocabulary.is_unknown(i):
+            return _UNKNOWN
+        if self.vocabulary.is_control(i) or self.vocabulary.is_unused(i):
+            return b""
+        return _piece_bytes(self.vocabulary.id_to_piece(i))
+
+    @override
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self.vocabulary.serialized_model_proto()}
+
+
+class HuggingFaceModel(TokenizerModel):
+    """A Hugging Face tokenizer.json, which itself does not say which tokens are BOS and EOS: `special` does."""
+
+    def __init__(self, text: str, special: dict[str, str | None] | None = None):
+        self.vocabulary = tokenizers.Tokenizer.from_str(text)
+        self.vocabulary.no_truncation()
+        self.vocabulary.no_padding()
+        self._special = special or _usual_specials(self.vocabulary)
+        self.bos_id = self._id(self._special.get("bos_token"))
+        self.eos_id = self._id(self._special.get("eos_token"))
+        kinds = set(re.findall(r'"type": *"(\w+)"', json.dumps(json.loads(text).get("decoder") or {})))
+        self._is_byte_level = "ByteLevel" in kinds
+        if not self._is_byte_level and (not kinds or kinds - _DECODERS_OF_PIECES):
+            raise ValueError(f"its decoder {sorted(kinds)} is none of byte-level BPE or SentencePiece-like")
+        first = self.vocabulary.encode("a", add_special_tokens=False).tokens
+        self.starts_with_space = not self._is_byte_level and first[0].startswith(SPACE)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For Grain's worker processes."""
+        return HuggingFaceModel, (self.vocabulary.to_str(), self._special)
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self.vocabulary.token_to_id(token)
+
+    @override
+    def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "N"], Int64[np.ndarray, "texts"]]:
+        encodings = self.vocabulary.encode_batch_fast(list(texts), add_special_tokens=False)
+        encoded = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return np.concatenate([np.zeros(0, np.int32), *encoded]), lengths
+
+    @override
+    def token_bytes(self) -> list[bytes]:
+        added = self.vocabulary.get_added_tokens_decoder()
+        vocabulary = self.vocabulary.get_vocab(with_added_tokens=True)
+        table = [b""] * (1 + max(vocabulary.values()))
+        for piece, i in vocabulary.items():
+            if i in added:
+                table[i] = b"" if added[i].special else added[i].content.encode()
+            else:
+                table[i] = _alphabet_bytes(piece) if self._is_byte_level else _piece_bytes(piece)
+        return table
+
+    @override
+    def files(self) -> dict[str, bytes]:
+        special = json.dumps(self._special, indent=2) + "\n"
+        return {"tokenizer_config.json": special.encode(), "tokenizer.json": self.vocabulary.to_str().encode()}
+
+
+def read_model(content: bytes, beside: dict[str, bytes]) -> TokenizerModel:
+    """The model in a file's `content`; `beside` holds the JSON files next to it, which may name BOS and EOS.
+
+    Raises:
+      ValueError: it is neither kind, or damaged; the message is a reason to put behind the file's name.
+    """
+    if not content:
+        raise ValueError("it is empty")
+    try:
+        if content.lstrip()[:1] == b"{":
+            return HuggingFaceModel(content.decode(), _named_specials(beside))
+        return SentencePieceModel(content)
+    except Exception as error:  # both libraries raise bare RuntimeError and Exception
+        raise ValueError(str(error).strip().partition("\n")[0]) from error
+
+
+def _fields(proto: bytes) -> set[int]:
+    """Numbers of a protobuf message's top-level fields.
+
+    A file cut between two pieces is a valid, smaller model to the library; here it shows.
+    """
+    fields, at = set(), 0
+    while at < len(proto):
+        key, at = _varint(proto, at)
+        if key & 7 != 2:  # ModelProto holds messages only
+            raise ValueError("it is no SentencePiece model")
+        size, at = _varint(proto, at)
+        fields.add(key >> 3)
+        at += size
+    return fields if at == len(proto) else set()
+
+
+def _varint(proto: bytes, at: int) -> tuple[int, int]:
+    """The number that starts at byte `at`, and where it ends."""
+    value = shift = 0
+    while at < len(proto):
+        value |= (proto[at] & 127) << shift
+        if proto[at] < 128:
+            return value, at + 1
+        at, shift = at + 1, shift + 7
+    raise ValueError("it is cut short")
+
+
+def _known(i: int) -> int | None:
+    return i if i >= 0 else None
+
+
+def _sums(lengths: Int64[np.ndarray, "parts"], counts: Sequence[int]) -> Int64[np.ndarray, "texts"]:
+    """Adds up the first counts[0] lengths, the next counts[1], ..."""
+    ends = np.concatenate([[0], np.cumsum(lengths)])[np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])]
+    return np.diff(ends)
+
+
+def _piece_bytes(piece: str) -> bytes:
+    byte = BYTE_TOKEN.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
+
+
+def _alphabet_bytes(piece: str) -> bytes:
+    """A piece of a byte-level vocabulary; one with characters outside the byte alphabet stands for itself."""
+    if all(c in BYTE_OF_CHARACTER for c in piece):
+        return bytes(BYTE_OF_CHARACTER[c] for c in piece)
+    return piece.encode()
+
+
+def _named_specials(beside: dict[str, bytes]) -> dict[str, str | None] | None:
+    for content in beside.values():
+        named = json.loads(content)
+        if "bos_token" in named or "eos_token" in named:
+            return {key: _content(named.get(key)) for key in ("bos_token", "eos_token")}
+    return None
+
+
+def _content(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _usual_specials(vocabulary: tokenizers.Tokenizer) -> dict[str, str | None]:
+    """GPT-2's and GPT-NeoX's one token for both, else the pairs of Llama, Llama 3 and Gemma."""
+    for bos, eos in (("<|endoftext|>", "<|endoftext|>"), *_START_AND_END):
+        if vocabulary.token_to_id(bos) is not None and vocabulary.token_to_id(eos) is not None:
+            return {"bos_token": bos, "eos_token": eos}
+    return {"bos_token": None, "eos_token": None}
