@@ -20,6 +20,14 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Compiling takes most of the suite's time, and tests compile the same programs again and again, in every run.
+    # They are kept in .pytest_cache; `pytest --cache-clear` forgets them.
+    if hasattr(config, "cache"):
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     platform = jax.default_backend()
     for item in items:
