@@ -7,7 +7,7 @@ A block of queries visits two arrays of keys, in each the tiles that its queries
 
 Where these hulls begin and how many tiles they take is data: the work follows the number of separators, n may be
 traced, and a packed array with room for T keys costs memory only. All tiles of a block go through one online softmax in
-float32. The backward pass recomputes the probabilities from `lse`; no array of size T x T or T x S exists in either.
+float32. The backward pass recomputes the weights of each tile; no array of size T x T or T x S exists in either.
 """
 
 import functools
@@ -36,23 +36,24 @@ def attend(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, layout, scale):
-    return _with_room(layout, lambda layout: _forward(q, k, v, layout, scale))
+    return _attend_forward(q, k, v, layout, scale)[0]
 
 
 def _attend_forward(q, k, v, layout, scale):
-    out, lse = _attend(q, k, v, layout, scale)
-    return (out, lse), (q, k, v, layout, out, lse)
+    out, top, total = _with_room(layout, lambda layout: _forward(q, k, v, layout, scale))
+    lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
+    return (out, lse), (q, k, v, layout, out, top, total)
 
 
 def _attend_backward(scale, residuals, cotangents):
-    q, k, v, layout, out, lse = residuals
+    # Weights are recomputed as exp(S - top) / total: exp(S - lse) would carry the rounding of a large lse.
+    q, k, v, layout, out, top, total = residuals
     d_out, d_lse = cotangents
-    # With P = exp(S - lse): dS = P * (dP - sum(P * dP) + dlse), and sum(P * dP) = sum(O * dO).
+    norm = jnp.where(total > 0, 1 / total, 0.0)
+    # dS = P * (dP - sum(P * dP) + dlse), where sum(P * dP) = sum(O * dO).
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
-    # A query that sees nothing has masked scores only: any finite lse gives them probability 0.
-    lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
-    grads = _with_room(layout, lambda layout: _backward(q, k, v, layout, scale, d_out, lse, delta))
-    return *grads, None
+    rows = q, d_out, top, norm, delta
+    return *_with_room(layout, lambda layout: _backward(rows, k, v, layout, scale)), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -66,12 +67,10 @@ def _with_room[R](layout: SeparatorLayout, run: Callable[[SeparatorLayout], R]) 
 
 
 def _forward(q, k, v, layout, scale):
+    """Returns out, and of every query the largest score and the sum of exp(score - largest): 0 if it sees nothing."""
     block = min(_BLOCK, layout.length)
     near, far = _ranges(layout, block)
-    near_keys, far_keys = (
-        (_near_keys(k, block), _near_keys(v, block)),
-        (_far_keys(k, layout, block), _far_keys(v, layout, block)),
-    )
+    near_keys, far_keys = _keys(k, v, layout, block)
 
     def attend_block(x):
         q, near, far = x
@@ -91,29 +90,26 @@ def _forward(q, k, v, layout, scale):
         state = lowest, jnp.zeros_like(lowest), jnp.zeros_like(q, jnp.float32)
         state = _visit(far, block, functools.partial(step, far_keys), state)
         top, total, acc = _visit(near, block, functools.partial(step, near_keys), state)
-        seen = total > 0
-        total = jnp.where(seen, total, 1.0)
-        return (acc / total[..., None]).astype(q.dtype), jnp.where(seen, top + jnp.log(total), -jnp.inf)
+        out = acc / jnp.where(total > 0, total, 1.0)[..., None]
+        return out.astype(q.dtype), top, total
 
-    out, lse = lax.map(attend_block, (_blocks(q, k, block), near, far))
-    return _unblocks(out, layout.length), _unblocks(lse, layout.length)
+    blocks = lax.map(attend_block, (_blocks(q, k, block), near, far))
+    return tuple(_unblocks(x, layout.length) for x in blocks)
 
 
-def _backward(q, k, v, layout, scale, d_out, lse, delta):
+def _backward(rows, k, v, layout, scale):
+    """Returns dq, dk, dv; `rows` has what belongs to queries: q, d_out, top, 1 / total and delta."""
     block = min(_BLOCK, layout.length)
     near, far = _ranges(layout, block)
-    near_keys, far_keys = (
-        (_near_keys(k, block), _near_keys(v, block)),
-        (_far_keys(k, layout, block), _far_keys(v, layout, block)),
-    )
+    near_keys, far_keys = _keys(k, v, layout, block)
 
     def block_gradients(d_keys, x):
-        q, d_out, lse, delta, near, far = x
+        (q, d_out, top, norm, delta), near, far = x
 
         def step(keys, first, visible, state):
             dq, dk, dv = state
             k, v = (_tile(x, first, block) for x in keys)
-            p = jnp.exp(_scores(q, k, visible, scale) - lse[..., None])
+            p = jnp.exp(_scores(q, k, visible, scale) - top[..., None]) * norm[..., None]
             dp = _dot("bkgqh,bkch->bkgqc", d_out, v)
             ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
             dq = dq + _dot("bkgqc,bkch->bkgqh", ds, k)
@@ -127,8 +123,8 @@ def _backward(q, k, v, layout, scale, d_out, lse, delta):
         dq, *d_near = _visit(near, block, functools.partial(step, near_keys), (dq, *d_near))
         return (d_near, d_far), dq.astype(q.dtype)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (list(near_keys), list(far_keys)))
-    xs = (*(_blocks(x, k, block) for x in (q, d_out, lse, delta)), near, far)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (near_keys, far_keys))
+    xs = [_blocks(x, k, block) for x in rows], near, far
     (d_near, d_far), dq = lax.scan(block_gradients, zeros, xs)
     dk, dv = (_unpack(near, far, layout).astype(k.dtype) for near, far in zip(d_near, d_far, strict=True))
     return _unblocks(dq, layout.length), dk, dv
@@ -188,15 +184,14 @@ def _add_tile(x, first, tile):
     return lax.dynamic_update_slice_in_dim(x, _tile(x, first, tile.shape[2]) + tile, first, axis=2)
 
 
-def _near_keys(x, block):
-    """[B, T, K, H] -> [B, K, T + block, H]: a tile that begins at any key is in bounds."""
-    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, block), (0, 0)))
+def _keys(k, v, layout, block):
+    """Near (k, v) [B, K, T + block, H] and far (k, v) [B, K, S + block, H]: a tile from any key on is in bounds."""
+    index = jnp.minimum(layout.global_index, layout.length - 1)[:, :, None, None]  # never visible where cut
 
+    def room(x):
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, block), (0, 0)))
 
-def _far_keys(x, layout, block):
-    """[B, T, K, H] -> [B, K, S + block, H]: the packed global keys; what fills the rest is never visible."""
-    index = jnp.minimum(layout.global_index, layout.length - 1)
-    return _near_keys(jnp.take_along_axis(x, index[:, :, None, None], axis=1), block)
+    return [room(x) for x in (k, v)], [room(jnp.take_along_axis(x, index, axis=1)) for x in (k, v)]
 
 
 def _unpack(near, far, layout):

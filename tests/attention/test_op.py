@@ -1,0 +1,364 @@
+"""One suite for every implementation of separator_attention, against a brute force in float64 NumPy.
+
+The tolerance is derived, not chosen: an implementation may err at most twice as much as the textbook formula computed
+in the same precision, plus one rounding of the largest term that the result sums up.
+"""
+
+import functools
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sepjax.attention import reference, separator_attention
+from sepjax.layout import build_layout
+
+RESULTS = ("out", "lse", "dq", "dk", "dv")
+IMPLEMENTATIONS = ("reference", "xla")
+OPS = {name: functools.partial(separator_attention, implementation=name, return_lse=True) for name in IMPLEMENTATIONS}
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+# (B, T, N, K, H). Blocks are of 64 queries: one token; two blocks, grouped heads; three blocks, one key head.
+ONE_TOKEN, GROUPED, MULTI_QUERY = (2, 1, 2, 2, 8), (2, 70, 4, 2, 8), (1, 150, 3, 1, 16)
+
+
+def tensors(shape, dtype=jnp.float32, seed=0):
+    """q, k, v and the cotangents of out and lse."""
+    B, T, N, K, H = shape
+    draw = np.random.default_rng(seed).standard_normal
+    q, k, v, d_out = (jnp.asarray(draw((B, T, heads, H)), dtype) for heads in (N, K, K, N))
+    return q, k, v, d_out, jnp.asarray(draw((B, T, N)), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def results(op, q, k, v, d_out, d_lse, layout):
+    """RESULTS of an implementation."""
+    outputs, vjp = jax.vjp(lambda q, k, v: op(q, k, v, layout), q, k, v)
+    return *outputs, *vjp((d_out, d_lse))
+
+
+def brute_force(q, k, v, d_out, d_lse, mask, dtype=np.float64):
+    """RESULTS by the textbook formulas, every operation in `dtype`."""
+    q, k, v, d_out, d_lse = (np.asarray(x).astype(dtype) for x in (q, k, v, d_out, d_lse))
+    heads_per_key, scale = q.shape[2] // k.shape[2], dtype(q.shape[3] ** -0.5)
+    keys, values = (np.repeat(x, heads_per_key, axis=2) for x in (k, v))
+    mask = np.asarray(mask)[:, None]
+    sees_some = mask.any(-1, keepdims=True)
+    scores = np.where(mask, np.einsum("bthd,bshd->bhts", q, keys) * scale, -np.inf)
+    top = np.where(sees_some, scores.max(-1, keepdims=True), 0)
+    total = np.where(sees_some, np.exp(scores - top).sum(-1, keepdims=True), 1)
+    p = np.exp(scores - top) / total
+    lse = np.where(sees_some, top + np.log(total), -np.inf)[..., 0].swapaxes(1, 2)
+
+    dp = np.einsum("bthd,bshd->bhts", d_out, values)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True) + d_lse.swapaxes(1, 2)[..., None]) * scale
+    dk, dv = np.einsum("bhts,bthd->bshd", ds, q), np.einsum("bhts,bthd->bshd", p, d_out)
+    dk, dv = (x.reshape(*k.shape[:3], heads_per_key, -1).sum(3) for x in (dk, dv))
+    return np.einsum("bhts,bshd->bthd", p, values), lse, np.einsum("bhts,bshd->bthd", ds, keys), dk, dv
+
+
+def largest_terms(q, k, v, d_out, d_lse):
+    """For each of RESULTS the size of the terms that it sums up; they may cancel, their rounding does not."""
+    q, k, v, d_out = (np.abs(np.asarray(x).astype(np.float64)).max(axis=(0, 1, 2)) for x in (q, k, v, d_out))
+    score, d_score = (q @ k) * len(q) ** -0.5, (d_out @ v + np.abs(d_lse).max()) * len(q) ** -0.5
+    return v.max(), score, d_score * k.max(), d_score * q.max(), d_out.max()
+
+
+def assert_errs_at_most_twice_as_much(got, plain, exact, terms, dtype=jnp.float32):
+    """`plain` is the textbook formula in the precision of `dtype`; all hold RESULTS."""
+    for name, x, y, z, term in zip(RESULTS, got, plain, exact, terms, strict=True):
+        x, y, z = (np.asarray(a).astype(np.float64) for a in (x, y, z))
+        finite = np.isfinite(z)
+        np.testing.assert_array_equal(x[~finite], z[~finite], err_msg=name)
+        error, allowed = (np.max(np.abs(a[finite] - z[finite]), initial=0) for a in (x, y))
+        floor = float(jnp.finfo(dtype).eps) * term
+        assert error <= 2 * allowed + floor, f"{name}: error {error:.3g}, textbook formula {allowed:.3g} ({floor:.3g})"
+
+
+def check(got, inputs, mask, part=slice(None)):
+    """float32 against float64; `part` is of which rows and tokens `got` is."""
+    plain, exact = (brute_force(*inputs, mask, dtype) for dtype in (np.float32, np.float64))
+    assert_errs_at_most_twice_as_much(got, [x[part] for x in plain], [x[part] for x in exact], largest_terms(*inputs))
+
+
+@st.composite
+def layouts(draw, shape):
+    """Separators, documents and padding anywhere; every n and a that differ, and some beyond T."""
+    B, T = shape[:2]
+    cuts = np.zeros((B, T), np.int32)
+    for b, i in draw(st.lists(st.tuples(st.integers(0, B - 1), st.integers(0, T - 1)), max_size=6)):
+        cuts[b, i] = 1
+    ids = draw(st.permutations([0, 1, 2, 3])) if draw(st.booleans()) else [1] * 4  # one of four is padding
+    return build_layout(
+        draw(hnp.arrays(bool, (B, T))),
+        window_size=draw(st.integers(1, T + 2)),
+        num_sinks=draw(st.integers(0, 5) | st.just(T)),
+        segment_ids=np.asarray(ids, np.int32)[np.cumsum(cuts, axis=1) % 4],
+    )
+
+
+@every_op
+@pytest.mark.parametrize("shape", [ONE_TOKEN, GROUPED, MULTI_QUERY], ids=["T = 1", "grouped", "multi-query"])
+@given(data=st.data())
+def test_equals_the_definition(op, shape, data):
+    inputs, layout = tensors(shape), data.draw(layouts(shape))
+    check(results(op, *inputs, layout), inputs, layout.as_mask())
+
+
+B, T = GROUPED[:2]
+SPARSE = np.random.default_rng(0).random((B, T)) < 0.15
+NONE, ALL = np.zeros((B, T), bool), np.ones((B, T), bool)
+LEFT_PADDING = np.repeat([[0, 1], [1, 1]], [9, T - 9], axis=1).astype(np.int32)
+DOCUMENTS = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [20, 1, 40, T - 61], axis=1).astype(np.int32)
+EDGE_CASES = {
+    "n = 1": (SPARSE, 1, 2, None),
+    "n = T": (SPARSE, T, 2, None),
+    "n above T": (SPARSE, 2**40, 2, None),
+    "n = a block": (SPARSE, 64, 2, None),
+    "n = a block and one": (SPARSE, 65, 2, None),
+    "a = 0": (SPARSE, 5, 0, None),
+    "a = T": (SPARSE, 5, T, None),
+    "a above T": (SPARSE, 5, 2**40, None),
+    "no separators": (NONE, 5, 3, None),
+    "neither separators nor sinks": (NONE, 5, 0, None),
+    "only separators": (ALL, 5, 0, None),
+    "a separator among the sinks": (np.arange(T) % 30 == 1, 5, 3, None),
+    "left padding": (SPARSE, 5, 2, LEFT_PADDING),
+    "several documents and padding": (SPARSE, 5, 2, DOCUMENTS),
+    "only padding": (ALL, 5, 2, np.zeros((B, T), np.int32)),
+}
+
+
+@every_op
+@pytest.mark.parametrize("case", EDGE_CASES)
+def test_edge_case(op, case):
+    is_separator, n, a, segment_ids = EDGE_CASES[case]
+    is_separator = np.broadcast_to(is_separator, (B, T))
+    layout = build_layout(is_separator, window_size=n, num_sinks=a, segment_ids=segment_ids)
+    inputs = tensors(GROUPED)
+    check(results(op, *inputs, layout), inputs, layout.as_mask())
+
+
+def sparse_layout(**settings):
+    return build_layout(SPARSE, **{"window_size": 5, "num_sinks": 2, "segment_ids": DOCUMENTS} | settings)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_half_precision(dtype):
+    inputs, layout = tensors(GROUPED, dtype), sparse_layout()
+    plain = functools.partial(reference.attend, scale=GROUPED[-1] ** -0.5, dtype=dtype)
+    got = results(OPS["xla"], *inputs, layout)
+    assert [x.dtype for x in got] == [dtype, jnp.float32, dtype, dtype, dtype]
+    exact = brute_force(*inputs, layout.as_mask())
+    assert_errs_at_most_twice_as_much(got, results(plain, *inputs, layout), exact, largest_terms(*inputs), dtype)
+
+
+def test_large_scores_do_not_overflow():
+    q, k, *rest = tensors(GROUPED)
+    inputs, layout = (100 * q, 100 * k, *rest), sparse_layout()
+    check(results(OPS["xla"], *inputs, layout), inputs, layout.as_mask())
+
+
+@every_op
+def test_scale(op):
+    q, k, v, *_ = tensors(GROUPED)
+    layout = sparse_layout()
+    scaled, _ = op(q, k, v, layout, scale=0.5)
+    default, _ = op(q * (0.5 * GROUPED[-1] ** 0.5), k, v, layout)
+    np.testing.assert_allclose(scaled, default, rtol=1e-5, atol=1e-5)
+
+
+def test_lse_is_asked_for():
+    q, k, v, *_ = tensors(GROUPED)
+    out = separator_attention(q, k, v, sparse_layout())
+    np.testing.assert_array_equal(out, separator_attention(q, k, v, sparse_layout(), return_lse=True)[0])
+
+
+@every_op
+def test_same_input_same_bits(op):
+    inputs, layout = tensors(GROUPED), sparse_layout()
+    first, second = (results(op, *inputs, layout) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@every_op
+def test_gradients_reach_the_visible_keys_and_no_others(op):
+    """Causality, and the whole mask: dv of one output is nonzero exactly where its query looks."""
+    q, k, v, d_out, d_lse = tensors(GROUPED)
+    layout = sparse_layout()
+    mask = np.asarray(layout.as_mask())
+    for i in range(T):
+        one = jnp.zeros_like(d_out).at[:, i].set(1.0)
+        *_, dq, dk, dv = results(op, q, k, v, one, jnp.zeros_like(d_lse), layout)
+        np.testing.assert_array_equal(np.asarray(dv).any((2, 3)), mask[:, i])
+        assert not np.asarray(dk)[~mask[:, i]].any()
+        assert not np.asarray(dq)[:, np.arange(T) != i].any()
+
+
+@every_op
+def test_other_documents_and_later_tokens_change_no_bit(op):
+    """What a query cannot see is worth exactly nothing."""
+    q, k, v, *_ = tensors(GROUPED)
+    noise = [10 * x for x in tensors(GROUPED, seed=1)[:3]]
+    layout = sparse_layout()
+    inside = (np.arange(T) >= 21) & (np.arange(T) < 50)  # the first part of the third document of row 0
+    mixed = [jnp.where(inside[:, None, None], x, y) for x, y in zip((q, k, v), noise, strict=True)]
+    before, after = op(q, k, v, layout), op(*mixed, layout)
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_array_equal(np.asarray(x)[0, inside], np.asarray(y)[0, inside])
+
+
+@every_op
+def test_a_document_is_the_same_alone_and_packed(op):
+    inputs, layout = tensors(GROUPED), sparse_layout()
+    part = (slice(0, 1), slice(21, 61))
+    alone = results(op, *(x[part] for x in inputs), build_layout(SPARSE[part], window_size=5, num_sinks=2))
+    packed = [x[part] for x in results(op, *inputs, layout)]
+    for one in (alone, packed):
+        check(one, inputs, layout.as_mask(), part)
+
+
+@every_op
+def test_windows_that_differ_between_scanned_and_rematerialised_layers(op):
+    q, k, v, d_out, _ = tensors(GROUPED)
+    windows, layout = (3, T, 17), sparse_layout()
+
+    def layer(x, layout):
+        return x + op(x, k, v, layout)[0]
+
+    def scanned(x):
+        body = jax.checkpoint(lambda x, n: (layer(x, layout.with_window(n)), None))
+        return jax.lax.scan(body, x, jnp.asarray(windows))[0]
+
+    def unrolled(x):
+        for n in windows:
+            mask_of_its_own = sparse_layout(window_size=n)
+            x = x + OPS["reference"](x, k, v, mask_of_its_own)[0]
+        return x
+
+    for run in (lambda f: f(q), lambda f: jax.vjp(f, q)[1](d_out)[0]):
+        np.testing.assert_allclose(*(jax.jit(functools.partial(run, f))() for f in (scanned, unrolled)), atol=2e-5)
+
+
+@pytest.mark.parametrize("capacity", [0, 5])
+def test_too_little_room_for_the_separators_is_exact_under_jit(capacity):
+    inputs = tensors(GROUPED)
+
+    @jax.jit
+    def run(is_separator, *inputs):
+        layout = build_layout(is_separator, window_size=5, num_sinks=0, capacity=capacity)
+        return results(OPS["xla"], *inputs, layout), layout.overflows()
+
+    for is_separator, overflows in ((SPARSE, True), (np.arange(T) < np.full((B, 1), capacity), False)):
+        mask = build_layout(is_separator, window_size=5, num_sinks=0).as_mask()
+        got, overflowed = run(is_separator, *inputs)
+        assert bool(overflowed) == overflows
+        check(got, inputs, mask)
+
+
+def array_sizes(jaxpr):
+    """Elements of every array that a program computes, its inner programs included."""
+    for equation in jaxpr.eqns:
+        yield from (x.aval.size for x in equation.outvars)
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from array_sizes(getattr(inner, "jaxpr", inner))
+
+
+def test_nothing_of_quadratic_size_is_ever_computed():
+    shape = (1, 1024, 2, 1, 8)
+    inputs = tensors(shape)
+    layout = build_layout(np.zeros((1, 1024), bool), window_size=64, num_sinks=4)
+
+    def largest(op):
+        return max(array_sizes(jax.make_jaxpr(functools.partial(results, op))(*inputs, layout).jaxpr))
+
+    assert largest(OPS["reference"]) >= 1024**2, "the measure itself: the definition does build [T, T]"
+    assert largest(OPS["xla"]) <= 1.1 * inputs[0].size, "q, with the room that the last block and tile need"
+
+
+def test_memory_grows_linearly():
+    def temporary_bytes(T):
+        inputs = jax.eval_shape(lambda: tensors((1, T, 2, 1, 8)))
+        layout = jax.eval_shape(lambda: build_layout(jnp.zeros((1, T), bool), window_size=64, num_sinks=4))
+        return results.lower(OPS["xla"], *inputs, layout).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(4096) <= 2.1 * temporary_bytes(2048)
+
+
+needs_four_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices; tests/conftest.py makes them")
+
+
+@pytest.fixture
+def mesh():
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((2, 2), ("data", "tensor"), axis_types=auto, devices=jax.devices()[:4])
+
+
+@needs_four_devices
+@pytest.mark.parametrize("K", [2, 1])
+@pytest.mark.parametrize("manual", [False, True], ids=["jit", "shard_map"])
+def test_rows_and_heads_on_several_devices(mesh, K, manual):
+    heads = "tensor" if K > 1 else None  # a key head that all query heads share is on every device
+    specs = [jax.P("data", None, x) for x in ("tensor", heads, heads, "tensor", "tensor")]
+    inputs, layout = tensors((2, 70, 4, K, 8)), sparse_layout()
+
+    def op(q, k, v, layout):
+        if not manual:
+            return OPS["xla"](q, k, v, layout)
+        in_specs, out_specs = (*specs[:3], jax.P("data")), tuple(specs[3:])
+        return jax.shard_map(OPS["xla"], mesh=mesh, in_specs=in_specs, out_specs=out_specs)(q, k, v, layout)
+
+    placed = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(inputs, specs, strict=True)]
+    rows = jax.device_put(layout, jax.NamedSharding(mesh, jax.P("data")))
+    check(results(op, *placed, rows), inputs, layout.as_mask())
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Calls as users make them, without the type checker of the tests, which would refuse bad shapes first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("q", "k", "v", "message"),
+    [
+        ((2, 70, 32), (2, 70, 2, 8), (2, 70, 2, 8), r"expected q\[B, T, N, H\].*got q\[2, 70, 32\]"),
+        ((2, 70, 4, 8), (2, 70, 2, 8), (2, 70, 1, 8), r"expected q.*v\[2, 70, 1, 8\]"),
+        (
+            (2, 70, 4, 8),
+            (2, 71, 2, 8),
+            (2, 71, 2, 8),
+            r"q\[2, 70, 4, 8\] and k\[2, 71, 2, 8\] must agree in B, T and H",
+        ),
+        ((2, 70, 4, 8), (2, 70, 2, 9), (2, 70, 2, 9), "must agree in B, T and H"),
+        ((2, 70, 4, 8), (2, 70, 3, 8), (2, 70, 3, 8), "N=4 heads, k has K=3; N must be a multiple of K"),
+        ((1, 70, 4, 8), (1, 70, 2, 8), (1, 70, 2, 8), r"layout is for \[B, T\] = \[2, 70\] but q is \[1, 70, 4, 8\]"),
+    ],
+)
+def test_shapes_that_disagree(q, k, v, message):
+    with pytest.raises(ValueError, match=message):
+        separator_attention(jnp.zeros(q), jnp.zeros(k), jnp.zeros(v), sparse_layout())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("int32", "int32")])
+def test_dtypes_that_do_not_fit(dtypes):
+    q, k = (jnp.zeros((2, 70, 2, 8), dtype) for dtype in dtypes)
+    with pytest.raises(ValueError, match=f"one dtype of float32, bfloat16, float16, got {dtypes[0]}, {dtypes[1]}"):
+        separator_attention(q, k, k, sparse_layout())
+
+
+def test_a_named_implementation_never_falls_back():
+    q, k, v, *_ = tensors(GROUPED)
+    with pytest.raises(ValueError, match="implementation='cudnn' is unknown; expected None or one of mosaic_gpu, tpu"):
+        separator_attention(q, k, v, sparse_layout(), implementation="cudnn")
+    for name in ("mosaic_gpu", "tpu"):
+        with pytest.raises(NotImplementedError, match=f"'{name}' is not built yet.*one of 'xla', 'reference'"):
+            separator_attention(q, k, v, sparse_layout(), implementation=name)
