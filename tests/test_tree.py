@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "sharding": BASE,
     "attention": BASE | {"separators", "layout", "sharding"},
     "cache": BASE | {"separators", "layout", "sharding", "attention"},
-    "data": BASE | {"separators", "layout", "sharding"},
+    "flags": {"config"},
+    "data": BASE | {"separators", "layout", "sharding", "flags"},  # flags: for python -m sepjax.data.bench
     "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
     "training": BASE | {"separators", "layout", "sharding", "attention", "cache", "data", "model"},
 }
