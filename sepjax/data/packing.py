@@ -15,7 +15,6 @@ A document that crosses a row's end goes on in the next row as a new piece: a ne
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Self
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -50,18 +49,18 @@ class TokenStream:
         return (int(self.documents[0]), int(self.offsets[0])) if len(self) else None
 
     @classmethod
-    def empty(cls) -> Self:
+    def empty(cls) -> "TokenStream":
         """A stream of no tokens."""
         return cls(*(np.zeros(0, dtype) for dtype in (np.int32, np.int32, np.int64, np.int32)))
 
     @classmethod
-    def join(cls, streams: Sequence[Self]) -> Self:
+    def join(cls, streams: Sequence["TokenStream"]) -> "TokenStream":
         """The streams, one after the other; at least one."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(*(np.concatenate([getattr(stream, name) for stream in streams]) for name in names))
 
     @classmethod
-    def encode(cls, tokenizer: Tokenizer, texts: Sequence[str], first: int = 0) -> Self:
+    def encode(cls, tokenizer: Tokenizer, texts: Sequence[str], first: int = 0) -> "TokenStream":
         """The stream of `texts`, documents `first`, `first` + 1, ..."""
         ids, lengths = tokenizer.encode_flat(texts)
         bos, eos = tokenizer.bos_id, tokenizer.eos_id

@@ -8,7 +8,7 @@ import codecs
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -46,7 +46,7 @@ class Tokenizer:
         return Tokenizer, (self._model,)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         """Reads a SentencePiece model or a tokenizer.json: the file itself, or the folder that holds it.
 
         Raises:

@@ -3,11 +3,12 @@
 Both answer the same few questions (`TokenizerModel`); everything built on them is in `tokenizer.py`.
 """
 
+import abc
 import json
 import re
 from collections.abc import Sequence
 from itertools import batched, chain
-from typing import Any, Protocol, override
+from typing import Any, override
 
 import numpy as np
 import sentencepiece
@@ -25,7 +26,7 @@ _DECODERS_OF_PIECES = {"Sequence", "Metaspace", "Replace", "ByteFallback", "Fuse
 _START_AND_END = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"))
 
 
-class TokenizerModel(Protocol):
+class TokenizerModel(abc.ABC):
     """What `Tokenizer` needs to know of a vocabulary."""
 
     vocabulary: Any  # the wrapped object, as `sepjax.separators.token_texts` reads it
@@ -33,17 +34,17 @@ class TokenizerModel(Protocol):
     eos_id: int | None
     starts_with_space: bool  # whether encoding puts a space before the text, which decoding takes away
 
+    @abc.abstractmethod
     def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "N"], Int64[np.ndarray, "texts"]]:
         """The ids of all texts, one after the other, and how many each text has; no special tokens."""
-        ...
 
+    @abc.abstractmethod
     def token_bytes(self) -> list[bytes]:
         """What each token id writes; nothing for control tokens."""
-        ...
 
+    @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
-        """File names and contents that `load_model` reads back."""
-        ...
+        """File names and contents that `read_model` reads back."""
 
 
 class SentencePieceModel(TokenizerModel):
