@@ -17,7 +17,7 @@ from absl import flags
 import sepjax
 from sepjax.checkpoint import load_config
 from sepjax.config import PATTERNS, AttentionConfig, Config, validate_attention
-from sepjax.data.sources import text_documents
+from sepjax.data.sources import text_source
 from sepjax.evaluation import perplexity
 from sepjax.flags import run_main
 
@@ -36,8 +36,9 @@ def evaluate(
     """Scores the run in `workdir` under each of `patterns`; 0 and "" stand for the run's own settings."""
     config = load_config(workdir)
     attentions = [_attention(config, pattern, window_size) for pattern in patterns]
-    documents = text_documents(config.data, config.data.data_dir or str(workdir / "data"), text)
-    documents = documents[:max_documents] if max_documents else documents
+    data = dataclasses.replace(config.data, name=text) if text else config.data
+    source = text_source(data, data.data_dir or str(workdir / "data"), "all" if text else data.eval_split)
+    documents = source[: max_documents or len(source)]
     model, tokenizer = sepjax.load(workdir, step=step)
     length = length or config.data.sequence_length
     return perplexity.score_patterns(model, tokenizer, documents, attentions, length=length, batch_size=batch_size)

@@ -38,6 +38,8 @@ def run_main(main: Callable[..., None], *, with_config: bool = False) -> None:
             return parse(argv, flags.FLAGS, with_config=with_config)
 
     def run(arguments: list[Config]) -> None:
+        if not flags.FLAGS["verbosity"].present:  # absl's own default lets Orbax and TFDS narrate every file
+            logging.set_verbosity(logging.WARNING)
         with one_line_errors():
             main(*arguments)
 

@@ -149,9 +149,9 @@ def test_evaluate_compares_patterns(finished, tmp_path):
 
 
 def test_generate_uses_the_workdir(finished):
-    out, _ = run("sepjax.generate", f"--workdir={finished}", "--prompt=The cat", "--max_new_tokens=20")
-    assert out.startswith("The cat")
-    assert len(out) > len("The cat") + 5
+    out, err = run("sepjax.generate", f"--workdir={finished}", "--prompt=The cat", "--max_new_tokens=20")
+    assert len(out.strip()) > 5
+    assert "20 tokens" in err
 
 
 @pytest.mark.parametrize(

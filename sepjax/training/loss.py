@@ -50,7 +50,7 @@ def _chunked(hidden, head, targets, loss_mask, z_loss, chunks):
     head = head.astype(hidden.dtype)
 
     def body(sums, chunk):
-        _, log_z, target_logit = _logits(chunk[0], head, chunk[1])
+        _, log_z, target_logit = _softmax(chunk[0], head, chunk[1])
         return _add(sums, log_z, target_logit, chunk[2], z_loss), None
 
     return jax.lax.scan(body, _zeros(), _split(chunks, hidden, targets, loss_mask))[0]
@@ -63,9 +63,9 @@ def _forward(hidden, head, targets, loss_mask, z_loss, chunks):
     def body(carry, chunk):
         sums, head_gradient = carry
         h, target, mask = chunk
-        logits, log_z, target_logit = _logits(h, head, target)
-        p = jnp.exp(logits - log_z[..., None]) * (1 + 2 * z_loss * log_z[..., None])
-        gradient = jnp.where(mask[..., None], p - jax.nn.one_hot(target, logits.shape[-1]), 0.0).astype(h.dtype)
+        p, log_z, target_logit = _softmax(h, head, target)
+        scale = jnp.where(mask, 1 + 2 * z_loss * log_z, 0.0)[..., None]
+        gradient = (p * scale - jax.nn.one_hot(target, p.shape[-1]) * mask[..., None]).astype(h.dtype)
         h_gradient = jnp.einsum("btv,vd->btd", gradient, head, preferred_element_type=jnp.float32)
         head_gradient += jnp.einsum("btv,btd->vd", gradient, h, preferred_element_type=jnp.float32)
         return (_add(sums, log_z, target_logit, mask, z_loss), head_gradient), h_gradient.astype(h.dtype)
@@ -84,10 +84,14 @@ def _backward(z_loss, chunks, gradients, cotangents):
 _chunked.defvjp(_forward, _backward)
 
 
-def _logits(h: jax.Array, head: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _softmax(h: jax.Array, head: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Probabilities [B, t, V], log-normaliser [B, t] and the target's logit [B, t], with one exponential per logit."""
     logits = jnp.einsum("btd,vd->btv", h, head, preferred_element_type=jnp.float32)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exp = jnp.exp(logits - top)
+    total = jnp.sum(exp, axis=-1, keepdims=True)
     target_logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return logits, jax.nn.logsumexp(logits, axis=-1), target_logit
+    return exp / total, (top + jnp.log(total))[..., 0], target_logit
 
 
 def _zeros() -> tuple[jax.Array, jax.Array]:

@@ -27,6 +27,9 @@ type Metrics = dict[str, jax.Array]
 class TrainState:
     """Everything that a step changes. Parameters and moments are float32."""
 
+    # It is also a tree of shapes or shardings (`abstract_state`): jaxtyping must not check __init__.
+    __no_type_check__ = True
+
     step: Int32[Array, ""]  # optimizer steps done
     params: Params
     optimizer: Any  # optax state
@@ -70,7 +73,7 @@ def train_step(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Ba
     metrics = {
         "train/loss": nll * scale,
         "train/objective": objective * scale,
-        "optim/grad_norm": optax.global_norm(gradients),
+        "optim/grad_norm": optax.tree.norm(gradients),
         "optim/learning_rate": learning_rate_schedule(config.optimizer, config.training.steps)(state.step),
         **attention_statistics(config, batch),
     }
@@ -117,8 +120,11 @@ def _accumulate(config: Config, graph: nnx.GraphDef, params: Params, batch: Batc
     if steps == 1:
         return micro(batch)
     # Micro-batch m takes the rows b with b % steps == m, so that every device keeps its own rows.
-    batches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, steps, *x.shape[1:]), 1, 0), batch)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, jax.tree.map(lambda x: x[0], batches))
-    )
-    return jax.lax.scan(lambda total, b: (jax.tree.map(jnp.add, total, micro(b)), None), zeros, batches)[0]
+    arrays, structure = jax.tree.flatten(batch)
+    arrays = [jnp.moveaxis(x.reshape(-1, steps, x.shape[1]), 1, 0) for x in arrays]
+
+    def add(total: Any, arrays: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, micro(structure.unflatten(arrays))), None
+
+    shapes = jax.eval_shape(lambda: micro(structure.unflatten([x[0] for x in arrays])))
+    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), arrays)[0]

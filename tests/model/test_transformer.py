@@ -1,6 +1,7 @@
 """The decoder: every family's shape, who may influence whom, and that scan, remat and sharding change nothing."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,8 @@ FAMILIES = {
         tie_embeddings=True,
     ),
 }
-ATTENTION = AttentionConfig(num_sinks=2, window_size=4)
+# The op has tests of its own; its definition compiles quickest.
+ATTENTION = AttentionConfig(num_sinks=2, window_size=4, implementation="reference")
 
 
 def rows(seed: int = 0, B: int = 2):
@@ -48,8 +50,14 @@ def rows(seed: int = 0, B: int = 2):
     return tokens, positions, rng.random((B, T)) < 0.2
 
 
-def logits(model: Transformer, *batch, **kwargs):
-    return model.logits(forward(model, *batch, **kwargs)[0])
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _logits(graph, params, batch, attention):
+    model = merge(graph, params)
+    return model.logits(forward(model, *batch, attention=attention)[0])
+
+
+def logits(model: Transformer, *batch, attention: AttentionConfig = ATTENTION):
+    return _logits(*split(model), batch, attention)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -87,8 +95,9 @@ def test_gradient_follows_the_mask(model):
         row = jnp.arange(T, dtype=jnp.int32)[None]
         return jnp.sum(forward(changed, row, positions, is_separator, segment_ids)[0][0, i] ** 2)
 
+    gradient = jax.jit(jax.grad(output))
     for i in (0, 5, T // 2, T - 1):
-        touched = jnp.abs(jax.grad(output)(table, i)[:T]).sum(axis=1) > 0
+        touched = jnp.abs(gradient(table, i)[:T]).sum(axis=1) > 0
         start = 0 if i < T // 2 else T // 2
         assert not touched[:start].any(), "another document leaked in"
         assert not touched[i + 1 :].any(), "the future leaked in"
@@ -110,7 +119,7 @@ def test_a_far_token_reaches_nobody_but_through_separators():
         changed = merge(graph, params | {"embedding": {"embedding": table}})
         return jnp.sum(forward(changed, jnp.arange(T, dtype=jnp.int32)[None], positions, is_separator)[0][0, 20] ** 2)
 
-    touched = np.flatnonzero(np.abs(jax.grad(output)(table)).sum(axis=1) > 0)
+    touched = np.flatnonzero(np.abs(jax.jit(jax.grad(output))(table)).sum(axis=1) > 0)
     np.testing.assert_array_equal(touched, [3, 11, 17, 18, 19, 20])
 
 
@@ -180,9 +189,8 @@ def test_bfloat16_keeps_float32_parameters_and_logits():
     config = dataclasses.replace(LLAMA, dtype="bfloat16")
     low = create(config, ATTENTION, jax.random.key(0))
     batch = rows()
-    hidden, _ = forward(low, *batch)
-    assert hidden.dtype == jnp.bfloat16
-    out = low.logits(hidden)
+    assert jax.eval_shape(lambda: forward(low, *batch)[0]).dtype == jnp.bfloat16
+    out = logits(low, *batch)
     assert out.dtype == jnp.float32
     exact = logits(create(LLAMA, ATTENTION, jax.random.key(0)), *batch)
     assert np.abs(out - exact).max() < 0.05 * np.abs(exact).max()
