@@ -3,7 +3,6 @@
 import functools
 import math
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any, override
 
@@ -126,13 +125,9 @@ def _prefetched(readers: list[BatchReader], num_workers: int) -> grain.IterDatas
     ahead = readers[0].batches_per_block + 1
     if not num_workers:
         return grain.experimental.ThreadPrefetchIterDataset(readers[0], prefetch_buffer_size=ahead)
-    # Batches come through pipes: shared memory is 64 MB in a plain container and leaks when a run is stopped.
-    no_shared_memory = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+    # Workers hand batches over in /dev/shm, where a block is about 10 MB; a container may have as little as 64 MB.
     one_process = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=ahead)
-    workers = [
-        grain.experimental.WithOptionsIterDataset(reader, no_shared_memory).mp_prefetch(one_process)
-        for reader in readers
-    ]
+    workers = [reader.mp_prefetch(one_process) for reader in readers]
     return grain.experimental.InterleaveIterDataset(workers, cycle_length=num_workers)
 
 

@@ -41,7 +41,7 @@ def tokenizer(corpus) -> Tokenizer:
     return train_sentencepiece([file.read_text() for file in sorted(corpus.iterdir())], 400)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config(corpus) -> Config:
     """Batches of 4 rows of 32 tokens of the corpus."""
     return Config(

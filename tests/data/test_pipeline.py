@@ -1,0 +1,284 @@
+"""Batches: every document once an epoch on one host, the same bits after a restore, finite evaluation, clear errors."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sepjax.config import Config, ConfigError
+from sepjax.data import reader as reader_module
+from sepjax.data.batch import Batch
+from sepjax.data.bench import measure
+from sepjax.data.errors import DataError
+from sepjax.data.packing import TokenStream, pack_rows
+from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
+from sepjax.data.reader import BatchReader, Shard
+from sepjax.data.sources import text_source
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.separators import configured_table, flag_separators
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Blocks of 4 batches of 4 x 32 tokens, so that tests cross their borders."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader_module, "_BLOCK_TOKENS", 512)
+        yield
+
+
+@pytest.fixture
+def batches(config, tokenizer, data_dir) -> Iterator[grain.DatasetIterator]:
+    iterator = training_batches(config, tokenizer, data_dir, seed=7)
+    yield iterator
+    iterator.close()
+
+
+def assert_same(a: Batch, b: Batch) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def rows_of(batches: list[Batch]) -> Counter[bytes]:
+    return Counter(row.tobytes() for batch in batches for row in np.concatenate([batch.tokens, batch.targets], axis=1))
+
+
+@given(
+    num_documents=st.integers(1, 60), count=st.integers(1, 8), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 3)
+)
+def test_every_epoch_gives_every_document_to_one_reader(num_documents, count, seed, epoch):
+    shards = [
+        Shard(num_documents, index, min(count, num_documents), seed) for index in range(min(count, num_documents))
+    ]
+    taken = [shard[i + epoch * len(shard)] for shard in shards for i in range(len(shard))]
+    assert sorted(taken) == list(range(num_documents))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    def order(seed: int, epoch: int) -> list[int]:
+        return [Shard(100, 0, 1, seed)[i + 100 * epoch] for i in range(100)]
+
+    assert order(1, 0) == order(1, 0)
+    assert len({tuple(order(seed, epoch)) for seed, epoch in ((1, 0), (9, 0), (1, 1), (1, 2))}) == 4
+    assert order(1, 0) != sorted(order(1, 0))
+
+
+def test_batches_are_the_documents_packed_and_mixed(config, tokenizer, data_dir):
+    """Three epochs of them against a plain packing of the shard's documents in order, block by block."""
+    source = text_source(config.data, data_dir, "train")
+    shard = Shard(len(source), 0, 1, seed=3)
+    table = configured_table(tokenizer, config.attention)
+
+    def flag(tokens, positions):
+        return flag_separators(tokens, positions, table, config.attention)
+
+    texts = [source[shard[i]] for i in range(3 * len(source))]
+    expected = pack_rows(TokenStream.encode(tokenizer, texts), 32, flag)
+    iterator = iter(BatchReader(source, tokenizer, flag, shard, rows=4, length=32))
+    for block in range(len(expected.tokens) // 16):
+        rows = jax.tree.map(lambda x, block=block: x[16 * block : 16 * block + 16], expected)
+        dealt = [next(iterator) for _ in range(4)]
+        assert rows_of(dealt) == rows_of([rows])
+        assert any(not np.array_equal(dealt[i].tokens, rows.tokens[4 * i : 4 * i + 4]) for i in range(4))
+        for name in ("positions", "segment_ids", "is_separator", "loss_mask"):
+            both = [np.concatenate([getattr(b, name) for b in dealt]), getattr(rows, name)]
+            assert Counter(row.tobytes() for row in both[0]) == Counter(row.tobytes() for row in both[1])
+
+
+def test_separators_are_flagged(config, tokenizer, batches):
+    batch = next(batches)
+    texts = tokenizer.token_texts()
+    for token, flag in zip(batch.tokens.ravel(), batch.is_separator.ravel(), strict=True):
+        assert flag == (texts[token] is not None and not texts[token].strip(" .,?!;:\n\t"))
+    assert batch.is_separator.any()
+    assert batch.tokens.dtype == batch.targets.dtype == batch.positions.dtype == batch.segment_ids.dtype == np.int32
+
+
+def test_processes_share_the_documents(config, tokenizer, data_dir):
+    """Each its rows of a batch; the first block of each holds only documents of its shard."""
+    source = text_source(config.data, data_dir, "train")
+    for index in range(2):
+        iterator = training_batches(config, tokenizer, data_dir, seed=7, process_index=index, process_count=2)
+        first = [next(iterator) for _ in range(8)]
+        iterator.close()
+        shard = Shard(len(source), index, 2, seed=7)
+        stream = TokenStream.encode(tokenizer, [source[shard[i]] for i in range(2 * len(shard))])
+        assert first[0].tokens.shape == (2, 32)
+        expected = pack_rows(stream[: 16 * 32], 32, lambda tokens, positions: tokens < 0)
+        assert rows_of(first) == rows_of([expected])
+
+
+@given(before=st.integers(0, 40), between=st.integers(0, 6))
+def test_a_restored_iterator_goes_on_bit_for_bit(config, tokenizer, data_dir, before, between):
+    """From anywhere in a block or an epoch (about 26 batches), with the thread reading ahead; the state is JSON."""
+    original = training_batches(config, tokenizer, data_dir, seed=7)
+    for _ in range(before):
+        next(original)
+    state = json.dumps(original.get_state())
+    expected = [next(original) for _ in range(6)]
+    other = training_batches(config, tokenizer, data_dir, seed=7)
+    for _ in range(between):  # a restored iterator may have been used
+        next(other)
+    other.set_state(json.loads(state))
+    assert other.get_state() == json.loads(state)
+    for batch in expected:
+        assert_same(next(other), batch)
+    assert other.get_state() == original.get_state()
+    original.close()
+    other.close()
+
+
+def test_a_place_reached_otherwise_is_refused(config, with_data, tokenizer, data_dir, batches):
+    state = batches.get_state()
+    other = training_batches(with_data(sequence_length=16), tokenizer, data_dir, seed=8)
+    before = other.get_state()
+    with pytest.raises(ConfigError, match="sequence_length=32, now 16; seed=7, now 8"):
+        other.set_state(state)
+    assert other.get_state() == before
+    other.close()
+
+
+WORKERS = """
+import json, sys
+from absl import app
+
+def main(argv):
+    from sepjax.config import Config, DataConfig, ModelConfig
+    from sepjax.data.pipeline import training_batches
+    from sepjax.data.tokenizer import Tokenizer
+    corpus, data_dir, tokenizer = argv[1:]
+    config = Config(model=ModelConfig(vocab_size=400),
+                    data=DataConfig(name=corpus, sequence_length=32, batch_size=4, num_workers=2))
+    tokenizer = Tokenizer.load(tokenizer)
+    first = training_batches(config, tokenizer, data_dir, seed=7)
+    for _ in range(70):
+        next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    expected = [next(first) for _ in range(5)]
+    second = training_batches(config, tokenizer, data_dir, seed=7)
+    second.set_state(state)
+    for batch in expected:
+        again = next(second)
+        assert (again.tokens == batch.tokens).all() and (again.positions == batch.positions).all()
+    print("rows", sum(len(batch.tokens) for batch in expected))
+    first.close(), second.close()
+
+if __name__ == "__main__":
+    app.run(main)
+"""
+
+
+def test_worker_processes_resume_too(corpus, data_dir, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer")
+    (tmp_path / "program.py").write_text(textwrap.dedent(WORKERS))
+    command = [sys.executable, str(tmp_path / "program.py"), str(corpus), data_dir, str(tmp_path / "tokenizer")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "rows 20"
+
+
+def test_evaluation_is_one_pass(config, tokenizer, data_dir):
+    batches = list(evaluation_batches(config, tokenizer, data_dir))
+    source = text_source(config.data, data_dir, "validation")
+    stream = TokenStream.encode(tokenizer, list(source))
+    assert {batch.tokens.shape for batch in batches} == {(4, 32)}
+    assert len(batches) == -(-len(stream) // 128)
+    assert np.concatenate([b.tokens[b.loss_mask] for b in batches]).tolist() == stream.tokens.tolist()
+    assert np.concatenate([b.targets[b.loss_mask] for b in batches]).tolist() == stream.targets.tolist()
+    assert not batches[-1].is_separator[~batches[-1].loss_mask].any()
+    assert not batches[-1].segment_ids[~batches[-1].loss_mask].any()
+    for batch, again in zip(batches, evaluation_batches(config, tokenizer, data_dir), strict=True):
+        assert_same(batch, again)
+
+
+def test_evaluation_rows_do_not_depend_on_the_number_of_processes(config, tokenizer, data_dir):
+    alone = list(evaluation_batches(config, tokenizer, data_dir))
+    parts = [list(evaluation_batches(config, tokenizer, data_dir, process_index=i, process_count=4)) for i in range(4)]
+    for i, batch in enumerate(alone):
+        together = jax.tree.map(lambda *rows: np.concatenate(rows), *(part[i] for part in parts))
+        assert_same(together, batch)
+    assert {len(part) for part in parts} == {len(alone)}
+
+
+def test_a_batch_larger_than_the_corpus_repeats_it_and_says_so(with_data, tokenizer, data_dir, caplog):
+    iterator = training_batches(with_data(batch_size=512), tokenizer, data_dir, seed=7)
+    assert next(iterator).tokens.shape == (512, 32)
+    iterator.close()
+    assert "less than one batch of 512 rows of 32" in caplog.text
+
+
+def test_documents_without_tokens_are_an_error(with_data, tmp_path, tokenizer):
+    """Single characters under a vocabulary without BOS and EOS: no pair of tokens, and no endless search for one."""
+    (tmp_path / "texts").mkdir()
+    for number in range(3):
+        (tmp_path / "texts" / f"{number}.txt").write_text("a")
+    tokenizer = Tokenizer(tokenizer._model)
+    tokenizer.bos_id = tokenizer.eos_id = None
+    settings = with_data(name=str(tmp_path / "texts"))
+    with pytest.raises(DataError, match="no tokens in the 2 documents"):
+        next(training_batches(settings, tokenizer, str(tmp_path / "data"), seed=0))
+    with pytest.raises(DataError, match="no tokens to evaluate on"):
+        next(evaluation_batches(settings, tokenizer, str(tmp_path / "data")))
+
+
+def test_settings_that_do_not_fit_are_refused(config: Config, with_data, tokenizer, data_dir):
+    small = Config(model=type(config.model)(vocab_size=399), data=config.data)
+    for make in (training_batches, evaluation_batches):
+        seed = {"seed": 0} if make is training_batches else {}
+        with pytest.raises(ConfigError, match=r"tokenizer has 400 tokens but model.vocab_size=399"):
+            next(make(small, tokenizer, data_dir, **seed))
+        with pytest.raises(ConfigError, match=r"batch_size=4 must be a multiple of the 3 processes"):
+            next(make(config, tokenizer, data_dir, process_count=3, **seed))
+    with pytest.raises(ConfigError, match=r"documents for 2 processes of 30 readers"):
+        training_batches(with_data(num_workers=30), tokenizer, data_dir, seed=0, process_count=2)
+
+
+def test_a_tokenizer_is_trained_once_and_kept(config, data_dir, tmp_path):
+    first = prepare_tokenizer(config, data_dir, tmp_path / "run" / "tokenizer")
+    file = tmp_path / "run" / "tokenizer" / "tokenizer.model"
+    written = file.stat()
+    second = prepare_tokenizer(config, data_dir, tmp_path / "run" / "tokenizer")
+    assert file.stat() == written
+    assert first.vocab_size == 400
+    assert second.encode("the cat sat.") == first.encode("the cat sat.")
+
+
+def test_an_empty_folder_of_an_interrupted_run_is_no_tokenizer(config, data_dir, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.model.1.partial").write_bytes(b"half")
+    assert prepare_tokenizer(config, data_dir, tmp_path / "tokenizer").vocab_size == 400
+
+
+def test_a_named_tokenizer_is_copied(config, with_data, tokenizer, data_dir, tmp_path):
+    tokenizer.save(tmp_path / "mine")
+    settings = with_data(tokenizer=str(tmp_path / "mine" / "tokenizer.model"))
+    prepare_tokenizer(settings, data_dir, tmp_path / "run")
+    (tmp_path / "mine" / "tokenizer.model").unlink()
+    assert prepare_tokenizer(settings, data_dir, tmp_path / "run").encode("a cat") == tokenizer.encode("a cat")
+
+
+def test_a_damaged_tokenizer_is_an_error_not_a_reason_to_train(config, data_dir, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\x00not a model")
+    with pytest.raises(DataError, match=r"tokenizer\.model"):
+        prepare_tokenizer(config, data_dir, tmp_path)
+    assert (tmp_path / "tokenizer.model").read_bytes() == b"\x00not a model"
+
+
+def test_the_bench_measures(config, data_dir):
+    rates = measure(config, data_dir, seconds=0.05)
+    assert rates["tokens_per_second"] > 0
+    assert rates["tokens_per_cpu_second"] > 0
+    assert rates["seconds"] >= 0.05
