@@ -22,7 +22,10 @@ from jaxtyping import Float32
 from sepjax.array_typing import Array, Keys, Queries
 from sepjax.layout import SeparatorLayout
 
-_BLOCK = 64  # queries of a block, and keys of a tile; the fastest on a CPU from T = 256 to 4096
+# Queries of a block, and keys of a tile. A CPU has little work for a short window when they are few (fastest of 32 to
+# 256 at T = 256 and 2048); on a GPU the steps of a loop cost more than the keys that a larger tile wastes (H100, bf16,
+# T = 32768, forward: 656 ms with 64, 42 ms with 512).
+_BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 64, 512
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -68,7 +71,7 @@ def _with_room[R](layout: SeparatorLayout, run: Callable[[SeparatorLayout], R]) 
 
 def _forward(q, k, v, layout, scale):
     """Returns out, and of every query the largest score and the sum of exp(score - largest): 0 if it sees nothing."""
-    block = min(_BLOCK, layout.length)
+    block = _block_length(layout)
     near, far = _ranges(layout, block)
     near_keys, far_keys = _keys(k, v, layout, block)
 
@@ -99,7 +102,7 @@ def _forward(q, k, v, layout, scale):
 
 def _backward(rows, k, v, layout, scale):
     """Returns dq, dk, dv; `rows` has what belongs to queries: q, d_out, top, 1 / total and delta."""
-    block = min(_BLOCK, layout.length)
+    block = _block_length(layout)
     near, far = _ranges(layout, block)
     near_keys, far_keys = _keys(k, v, layout, block)
 
@@ -137,6 +140,10 @@ class _Ranges(NamedTuple):
     end: jax.Array  # int32[nb, B, Q]
     first: jax.Array  # int32[nb]: the first key of the block's first tile
     tiles: jax.Array  # int32[nb]: tiles from there to the last key that a query of the block sees
+
+
+def _block_length(layout: SeparatorLayout) -> int:
+    return min(_BLOCK_ON_CPU if jax.default_backend() == "cpu" else _BLOCK_ELSEWHERE, layout.length)
 
 
 def _ranges(layout: SeparatorLayout, block: int) -> tuple[_Ranges, _Ranges]:
