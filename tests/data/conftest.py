@@ -21,11 +21,11 @@ def sentences(rng: np.random.Generator, count: int) -> str:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A folder of 40 files of very different lengths."""
+    """A folder of 40 files of very different lengths; an epoch of them is about 20 batches of `config`."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     for number in range(40):
-        (folder / f"{number:02}.txt").write_text(sentences(rng, int(rng.integers(1, 30))))
+        (folder / f"{number:02}.txt").write_text(sentences(rng, int(rng.integers(1, 14))))
     return folder
 
 

@@ -13,7 +13,7 @@ import grain
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sepjax.config import Config, ConfigError
@@ -85,9 +85,10 @@ def test_batches_are_the_documents_packed_and_mixed(config, tokenizer, data_dir)
         return flag_separators(tokens, positions, table, config.attention)
 
     texts = [source[shard[i]] for i in range(3 * len(source))]
-    expected = pack_rows(TokenStream.encode(tokenizer, texts), 32, flag)
+    stream = TokenStream.encode(tokenizer, texts)
+    expected = pack_rows(stream, 32, flag)
     iterator = iter(BatchReader(source, tokenizer, flag, shard, rows=4, length=32))
-    for block in range(len(expected.tokens) // 16):
+    for block in range(len(stream) // 512):
         rows = jax.tree.map(lambda x, block=block: x[16 * block : 16 * block + 16], expected)
         dealt = [next(iterator) for _ in range(4)]
         assert rows_of(dealt) == rows_of([rows])
@@ -120,9 +121,10 @@ def test_processes_share_the_documents(config, tokenizer, data_dir):
         assert rows_of(first) == rows_of([expected])
 
 
-@given(before=st.integers(0, 40), between=st.integers(0, 6))
+@settings(max_examples=15)
+@given(before=st.integers(0, 50), between=st.integers(0, 6))
 def test_a_restored_iterator_goes_on_bit_for_bit(config, tokenizer, data_dir, before, between):
-    """From anywhere in a block or an epoch (about 26 batches), with the thread reading ahead; the state is JSON."""
+    """From anywhere in a block (4 batches) or in three epochs, with the thread reading ahead; the state is JSON."""
     original = training_batches(config, tokenizer, data_dir, seed=7)
     for _ in range(before):
         next(original)
@@ -190,27 +192,27 @@ def test_worker_processes_resume_too(corpus, data_dir, tokenizer, tmp_path):
     assert done.stdout.strip() == "rows 20"
 
 
-def test_evaluation_is_one_pass(config, tokenizer, data_dir):
-    batches = list(evaluation_batches(config, tokenizer, data_dir))
-    source = text_source(config.data, data_dir, "validation")
-    stream = TokenStream.encode(tokenizer, list(source))
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_evaluation_is_one_pass(config, with_data, tokenizer, data_dir, split):
+    batches = list(evaluation_batches(with_data(eval_split=split), tokenizer, data_dir))
+    stream = TokenStream.encode(tokenizer, list(text_source(config.data, data_dir, split)))
     assert {batch.tokens.shape for batch in batches} == {(4, 32)}
     assert len(batches) == -(-len(stream) // 128)
     assert np.concatenate([b.tokens[b.loss_mask] for b in batches]).tolist() == stream.tokens.tolist()
     assert np.concatenate([b.targets[b.loss_mask] for b in batches]).tolist() == stream.targets.tolist()
     assert not batches[-1].is_separator[~batches[-1].loss_mask].any()
     assert not batches[-1].segment_ids[~batches[-1].loss_mask].any()
-    for batch, again in zip(batches, evaluation_batches(config, tokenizer, data_dir), strict=True):
+    for batch, again in zip(batches, evaluation_batches(with_data(eval_split=split), tokenizer, data_dir), strict=True):
         assert_same(batch, again)
 
 
-def test_evaluation_rows_do_not_depend_on_the_number_of_processes(config, tokenizer, data_dir):
-    alone = list(evaluation_batches(config, tokenizer, data_dir))
-    parts = [list(evaluation_batches(config, tokenizer, data_dir, process_index=i, process_count=4)) for i in range(4)]
-    for i, batch in enumerate(alone):
-        together = jax.tree.map(lambda *rows: np.concatenate(rows), *(part[i] for part in parts))
-        assert_same(together, batch)
+def test_evaluation_rows_do_not_depend_on_the_number_of_processes(with_data, tokenizer, data_dir):
+    whole = with_data(eval_split="train")
+    alone = list(evaluation_batches(whole, tokenizer, data_dir))
+    parts = [list(evaluation_batches(whole, tokenizer, data_dir, process_index=i, process_count=4)) for i in range(4)]
     assert {len(part) for part in parts} == {len(alone)}
+    for i, batch in enumerate(alone):
+        assert_same(jax.tree.map(lambda *rows: np.concatenate(rows), *(part[i] for part in parts)), batch)
 
 
 def test_a_batch_larger_than_the_corpus_repeats_it_and_says_so(with_data, tokenizer, data_dir, caplog):
@@ -227,11 +229,11 @@ def test_documents_without_tokens_are_an_error(with_data, tmp_path, tokenizer):
         (tmp_path / "texts" / f"{number}.txt").write_text("a")
     tokenizer = Tokenizer(tokenizer._model)
     tokenizer.bos_id = tokenizer.eos_id = None
-    settings = with_data(name=str(tmp_path / "texts"))
+    blank = with_data(name=str(tmp_path / "texts"))
     with pytest.raises(DataError, match="no tokens in the 2 documents"):
-        next(training_batches(settings, tokenizer, str(tmp_path / "data"), seed=0))
+        next(training_batches(blank, tokenizer, str(tmp_path / "data"), seed=0))
     with pytest.raises(DataError, match="no tokens to evaluate on"):
-        next(evaluation_batches(settings, tokenizer, str(tmp_path / "data")))
+        next(evaluation_batches(blank, tokenizer, str(tmp_path / "data")))
 
 
 def test_settings_that_do_not_fit_are_refused(config: Config, with_data, tokenizer, data_dir):
@@ -264,10 +266,10 @@ def test_an_empty_folder_of_an_interrupted_run_is_no_tokenizer(config, data_dir,
 
 def test_a_named_tokenizer_is_copied(config, with_data, tokenizer, data_dir, tmp_path):
     tokenizer.save(tmp_path / "mine")
-    settings = with_data(tokenizer=str(tmp_path / "mine" / "tokenizer.model"))
-    prepare_tokenizer(settings, data_dir, tmp_path / "run")
+    named = with_data(tokenizer=str(tmp_path / "mine" / "tokenizer.model"))
+    prepare_tokenizer(named, data_dir, tmp_path / "run")
     (tmp_path / "mine" / "tokenizer.model").unlink()
-    assert prepare_tokenizer(settings, data_dir, tmp_path / "run").encode("a cat") == tokenizer.encode("a cat")
+    assert prepare_tokenizer(named, data_dir, tmp_path / "run").encode("a cat") == tokenizer.encode("a cat")
 
 
 def test_a_damaged_tokenizer_is_an_error_not_a_reason_to_train(config, data_dir, tmp_path):
