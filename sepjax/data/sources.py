@@ -142,8 +142,13 @@ def _prepare(builder: Any) -> None:
     """Writes into a folder beside and renames it, so that data are whole or absent."""
     tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(try_download_gcs=False)
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(download_config=config)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(download_config=config)
+    except RuntimeError as error:  # how TFDS and ArrayRecord report a full disk
+        if "write" not in str(error):
+            raise
+        raise OSError(f"cannot write the corpus to {builder.data_path}: {_first_line(error)}") from error
 
 
 def _is_prepared(builder: Any) -> bool:

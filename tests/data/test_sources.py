@@ -1,12 +1,14 @@
 """Documents from files, from the installation and from prepared datasets: complete, split for good, errors by name."""
 
 import os
+import resource
 import sys
 import textwrap
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -263,6 +265,29 @@ def test_one_prepares_and_the_others_wait(tmp_path, capsys):
 def test_a_data_dir_that_cannot_be_written_is_an_os_error(corpus):
     with pytest.raises(OSError, match="/proc"):
         read(corpus, "/proc/data")
+
+
+def test_a_full_disk_is_an_os_error_that_leaves_nothing(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(np.random.default_rng(0).bytes(400_000).hex())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # stands for a disk with no more room
+    try:
+        with pytest.raises(OSError, match=r"cannot write the corpus to .*text_folder.*write\(\) failed"):
+            read(tmp_path / "texts", tmp_path / "data", "all")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "data").rglob("*array_record*"))
+    assert len(read(tmp_path / "texts", tmp_path / "data", "all")) == 1
+
+
+def test_an_interrupted_preparation_is_done_again(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    builder = TextFolder(path=tmp_path / "a.txt", hold_out=False, data_dir=tmp_path / "data")
+    torn = builder.data_path.parent / "incomplete.ABCDEF_1.0.0"
+    torn.mkdir(parents=True)
+    (torn / "text_folder-train.array_record-00000-of-00001").write_bytes(b"half")
+    assert list(read(tmp_path / "a.txt", tmp_path / "data", "all")) == ["text"]
 
 
 def test_object_stores_need_no_lock():
