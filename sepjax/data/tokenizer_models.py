@@ -57,13 +57,12 @@ class SentencePieceModel(TokenizerModel):
         self.bos_id = _known(self.vocabulary.bos_id())
         self.eos_id = _known(self.vocabulary.eos_id())
         self.starts_with_space = self.vocabulary.encode("a", out_type=str)[0].startswith(SPACE)
+        # Our kind of model adds and drops nothing and no piece reaches over a newline: texts may be cut behind one.
         pieces = [self.vocabulary.id_to_piece(i) for i in range(self.vocabulary.get_piece_size())]
-        # No piece reaches over a newline and none is added or dropped: a text may be cut behind any newline.
-        self._cuts_at_newlines = "".join(
-            self.vocabulary.encode(" \n  a\n", out_type=str)
-        ) == f"{SPACE}\n{SPACE}{SPACE}a\n" and not any("\n" in piece and piece.strip("\n") for piece in pieces)
+        probe = "".join(self.vocabulary.encode(" \n  a\n", out_type=str)).replace(SPACE, " ")
+        self._is_plain = probe == " \n  a\n" and not any("\n" in piece and piece.strip("\n") for piece in pieces)
         space = [self.vocabulary.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self._space_character = space if all(self.vocabulary.is_byte(i) for i in space) else None
+        self._space_character = space if self._is_plain and all(map(self.vocabulary.is_byte, space)) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For Grain's worker processes."""
@@ -81,7 +80,7 @@ class SentencePieceModel(TokenizerModel):
 
     def _parts(self, text: str) -> list[str]:
         """Cuts the text where that cannot change its ids: BPE is slow on long texts, and one core deep."""
-        parts = _PART.findall(text) if self._cuts_at_newlines else [text]
+        parts = _PART.findall(text) if self._is_plain else [text]
         if self._space_character and SPACE in text:  # SentencePiece would read this character as a space
             parts = [piece for part in parts for piece in re.split(f"({SPACE})", part)]
         return parts

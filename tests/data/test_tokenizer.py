@@ -1,9 +1,11 @@
 """Tokenizers: what goes in comes out, one token at a time too, and files that are damaged say so."""
 
+import io
 import json
 import random
 
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -129,6 +131,23 @@ def test_many_texts_encode_as_each_alone(kinds, kind, texts):
     assert ids.tolist() == [i for text in texts for i in tokenizer.encode(text)]
     assert lengths.tolist() == [len(tokenizer.encode(text)) for text in texts]
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_an_imported_sentencepiece_model_encodes_as_its_library(tmp_path):
+    """One that puts a space before every text must see each text whole, the sign for a space included."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()), model_writer=model, vocab_size=330, model_type="bpe",
+        byte_fallback=True, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "llama.model").write_bytes(model.getvalue())
+    tokenizer = Tokenizer.load(tmp_path / "llama.model")
+    library = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert tokenizer.starts_with_space
+    for text in ("Rain fell, and the cats ran home.", "the▁cats ran\nhome " * 200):
+        ids = tokenizer.encode(text)
+        assert ids == library.encode(text)
+        assert tokenizer.decode(ids) == library.decode(ids)
 
 
 def test_bos_comes_first_when_asked_for(tokenizer):
