@@ -1,0 +1,223 @@
+"""SeparatorCache: the keys and values that generation keeps, in fixed shapes (METHOD section 3).
+
+A row holds its sinks, every separator it has seen and the last W tokens, each at its original position. All else is
+overwritten the moment it leaves the window:
+
+    slot       0 .......... S-1 | S ........ S+W-1          C = S + W slots
+               global region      ring of recent tokens
+               in order, from 0   position p lies in slot S + p % W
+
+    tokens     G . G . . G . . G    (G: sink or separator), seen through W = 4 with S = 3:
+
+    position   0 2 -1 | 8 5 6 7     tokens 0 and 2 have left the window and were copied; 5 and 8 are still in the ring
+    append 9   0 2  5 | 8 9 6 7     token 5 = 9 - W leaves its ring slot for the global region, token 9 takes its place
+
+A token is never in two slots. Layers may see windows n <= W: what is older than n is hidden, not dropped.
+"""
+
+import dataclasses
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+from sepjax.array_typing import Array, Bool, Float, Int32
+from sepjax.config import ModelConfig
+
+
+def bucket(size: int) -> int:
+    """The least of 0, 64, 128, 256, ... that is at least `size`: few distinct shapes, so few compilations."""
+    return 0 if size <= 0 else 64 << max(0, (size - 1) // 64).bit_length()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SeparatorCache:
+    """Keys and values of all layers, and what every slot holds. Made by `create` or `from_prompt`."""
+
+    k: Float[jax.Array, "L B K C H"]  # keys, rotated by their absolute positions
+    v: Float[jax.Array, "L B K C H"]
+    position: Int32[jax.Array, "B C"]  # of the token in each slot; -1: empty
+    is_global: Bool[jax.Array, "B C"]  # the token stays visible for ever; False where empty
+    length: Int32[jax.Array, "B"]  # tokens seen, which is the position of the next one
+    num_global: Int32[jax.Array, "B"]  # tokens that needed a global slot; above S some were lost (see `append`)
+    window_size: int = dataclasses.field(metadata={"static": True})  # W
+
+    # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
+    __no_type_check__ = True
+
+    @classmethod
+    def create(cls, config: ModelConfig, batch_size: int, *, window_size: int, capacity: int) -> "SeparatorCache":
+        """An empty cache for `batch_size` rows.
+
+        Args:
+          config: gives L, K, H and the type of keys and values.
+          batch_size: B.
+          window_size: W >= 1, the largest window of any layer; or the whole length, and nothing is ever evicted.
+          capacity: S >= 0, slots of the global region.
+
+        Raises:
+          ValueError: for W < 1 or S < 0.
+        """
+        if window_size < 1 or capacity < 0:
+            raise ValueError(
+                f"a cache needs window_size >= 1 and capacity >= 0, got window_size={window_size}, capacity={capacity}"
+            )
+        slots = (batch_size, capacity + window_size)
+        shape = (config.num_layers, batch_size, config.num_kv_heads, slots[1], config.head_dim)
+        return cls(
+            k=jnp.zeros(shape, config.dtype),
+            v=jnp.zeros(shape, config.dtype),
+            position=jnp.full(slots, -1, jnp.int32),
+            is_global=jnp.zeros(slots, bool),
+            length=jnp.zeros(batch_size, jnp.int32),
+            num_global=jnp.zeros(batch_size, jnp.int32),
+            window_size=window_size,
+        )
+
+    @classmethod
+    def from_prompt(
+        cls,
+        k: Float[Array, "L B T K H"],
+        v: Float[Array, "L B T K H"],
+        is_global: Bool[Array, "B T"],
+        lengths: Int32[Array, "B"],
+        *,
+        window_size: int,
+        capacity: int,
+    ) -> "SeparatorCache":
+        """The cache after right-padded prompts: what appending their tokens one by one would have made.
+
+        Args:
+          k: keys of every token, rotated.
+          v: values of every token.
+          is_global: which tokens are sinks or separators; ignored at and beyond a row's length.
+          lengths: tokens of each row, 0 to T.
+          window_size: W, as for `create`.
+          capacity: S; rows with more global tokens before their last W overflow, as `append` describes.
+        """
+        B, T = is_global.shape
+        rows = jnp.arange(B)[:, None]
+        i = jnp.arange(T, dtype=jnp.int32)
+        evicted = is_global & (i < lengths[:, None] - window_size)
+        count = jnp.cumsum(evicted, axis=1, dtype=jnp.int32)
+        packed = jnp.full((B, capacity), -1, jnp.int32)
+        packed = packed.at[rows, jnp.where(evicted, count - 1, capacity)].set(i, mode="drop")
+        last = lengths[:, None] - 1
+        ring = last - (last - jnp.arange(window_size, dtype=jnp.int32)) % window_size  # negative where not yet reached
+        position = jnp.maximum(jnp.concatenate([packed, ring], axis=1), -1)
+        filled = position >= 0
+
+        def take(x: Array) -> jax.Array:
+            return jnp.swapaxes(jnp.where(filled[..., None, None], x[:, rows, position], 0), 2, 3)
+
+        return cls(
+            k=take(k),
+            v=take(v),
+            position=position,
+            is_global=filled & is_global[rows, position],
+            length=jnp.asarray(lengths),
+            num_global=jnp.sum(evicted, axis=1, dtype=jnp.int32),
+            window_size=window_size,
+        )
+
+    @property
+    def capacity(self) -> int:
+        """S, slots of the global region."""
+        return self.position.shape[1] - self.window_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def held(self) -> Int32[jax.Array, "B"]:
+        """Tokens that each row holds; over `length`, the tokens it has seen, this is the measured `kv_kept`."""
+        return jnp.sum(self.position >= 0, axis=1, dtype=jnp.int32)
+
+    def visible(self, window_size: int | Int32[Array, ""]) -> Bool[jax.Array, "B C"]:
+        """The slots that the next token of each row sees through a window n <= W, itself excluded."""
+        distance = self.length[:, None] - self.position
+        return (self.position >= 0) & (self.is_global | (distance < window_size))
+
+    def is_full(self) -> Bool[jax.Array, "B"]:
+        """Rows whose next token would push a global one out of the ring with no slot left for it: `grow` first."""
+        _, leaves = self._leaving()
+        return leaves & (self.num_global >= self.capacity)
+
+    def overflowed(self) -> Bool[jax.Array, ""]:
+        """Whether some row has lost a global token, because `append` was called though it was full."""
+        return jnp.any(self.num_global > self.capacity)
+
+    def append(
+        self,
+        k: Float[Array, "L B K H"],
+        v: Float[Array, "L B K H"],
+        is_global: Bool[Array, "B"],
+        active: Bool[Array, "B"] | None = None,
+    ) -> "SeparatorCache":
+        """Adds the next token of every row; one that leaves the window stays only if it is global.
+
+        Args:
+          k: its keys in every layer, rotated.
+          v: its values.
+          is_global: whether it is a sink or a separator.
+          active: rows to change, the others stay as they are; None: all.
+
+        Raises:
+          ValueError: a row is full. Inside jit nothing can be raised: the token that needed the slot is lost and
+            `overflowed` tells, so check `is_full` before.
+        """
+        if active is None:
+            active = jnp.ones_like(self.length, bool)
+        if not isinstance(self.length, jax.core.Tracer) and bool(jnp.any(self.is_full() & active)):
+            raise ValueError(f"a row needs more than capacity={self.capacity} global slots; grow the cache first")
+        ring, leaves = self._leaving()
+        leaves &= active
+        B, C = self.position.shape
+        rows = jnp.arange(B)
+        copy_to = jnp.where(leaves & (self.num_global < self.capacity), self.num_global, C)  # C and beyond: nowhere
+        slots = jnp.stack([copy_to, jnp.where(active, ring, C + 1)], axis=1)
+
+        # One write for both, once the new key is known: with two, XLA copies the cache that the layers still read.
+        def put(x: jax.Array, new: Array) -> jax.Array:
+            pair = jnp.stack([x[rows, ring], new], axis=1)
+            return x.at[rows[:, None], slots].set(pair, mode="drop", unique_indices=True)
+
+        def put_heads(x: jax.Array, new: Array) -> jax.Array:  # indexed axes come first: [B, 2, L, K, H]
+            pair = jnp.stack([x[:, rows, :, ring], jnp.swapaxes(new, 0, 1)], axis=1)
+            return x.at[:, rows[:, None], :, slots].set(pair, mode="drop", unique_indices=True)
+
+        return dataclasses.replace(
+            self,
+            k=put_heads(self.k, k),
+            v=put_heads(self.v, v),
+            position=put(self.position, self.length),
+            is_global=put(self.is_global, is_global),
+            length=self.length + active,
+            num_global=self.num_global + leaves,
+        )
+
+    def grow(self, capacity: int) -> "SeparatorCache":
+        """A copy with `capacity` slots in its global region, which must be no fewer than now."""
+        if capacity < self.capacity:
+            raise ValueError(f"a cache of capacity {self.capacity} cannot shrink to {capacity}: tokens would be lost")
+
+        def widen(x: jax.Array, axis: int, empty: int) -> jax.Array:
+            shape = list(x.shape)
+            shape[axis] = capacity - self.capacity
+            held, ring = jnp.split(x, [self.capacity], axis)
+            return jnp.concatenate([held, jnp.full(shape, empty, x.dtype), ring], axis)
+
+        return dataclasses.replace(
+            self,
+            k=widen(self.k, 3, 0),
+            v=widen(self.v, 3, 0),
+            position=widen(self.position, 1, -1),
+            is_global=widen(self.is_global, 1, 0),
+        )
+
+    def _leaving(self) -> tuple[jax.Array, jax.Array]:
+        """The ring slot of each row's next token, and whether a global token lies there, to be copied first."""
+        ring = self.capacity + self.length % self.window_size
+        return ring, self.is_global[jnp.arange(len(ring)), ring]
