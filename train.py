@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 from absl import flags
-from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
 
 from sepjax import sharding
 from sepjax.checkpoint import Checkpointer, claim_workdir
 from sepjax.config import Config
 from sepjax.data.batch import Batch
+from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
 from sepjax.flags import run_main
 from sepjax.flops import flops_report, peak_flops
 from sepjax.metrics import MetricWriter, Throughput, run_meta

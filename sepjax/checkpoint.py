@@ -10,7 +10,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -71,14 +71,15 @@ class Checkpointer:
             data=_grain().CheckpointRestore(data),
         )
         read = self._manager.restore(step, args=items)
-        count = jax.device_put(np.int32(step), target.step.sharding)
+        counter: Any = target.step
+        count = jax.device_put(np.int32(step), counter.sharding)
         return dataclasses.replace(target, step=count, params=read["params"], optimizer=read["optimizer"])
 
     def wait(self) -> None:
         """Blocks until the write under way, if any, is complete; raises what went wrong with it."""
         self._manager.wait_until_finished()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(

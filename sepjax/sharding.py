@@ -68,7 +68,7 @@ def join_cluster() -> None:
             raise
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes `data`, `fsdp`, `tensor`, `context` over all devices (or those given).
 
     Raises:
@@ -132,8 +132,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def manual_over_batch_and_heads(
-    op: Callable[..., jax.Array], in_axes: tuple[PartitionSpec, ...], out_axes: PartitionSpec
-) -> Callable[..., jax.Array]:
+    op: Callable[..., Any], in_axes: tuple[PartitionSpec, ...], out_axes: PartitionSpec
+) -> Callable[..., Any]:
     """Runs `op` on each device's own rows and heads, so that what it loops over is its own data.
 
     Args:
@@ -149,7 +149,7 @@ def manual_over_batch_and_heads(
     if mesh.empty or mesh.size == 1:
         return op
 
-    def sharded(*args: Any) -> jax.Array:
+    def sharded(*args: Any) -> Any:
         shapes = [(axes, leaf.shape) for axes, arg in zip(in_axes, args, strict=True) for leaf in jax.tree.leaves(arg)]
 
         def physical(axes: PartitionSpec) -> PartitionSpec:

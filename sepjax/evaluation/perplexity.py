@@ -1,8 +1,8 @@
 """Perplexity and bits per byte of whole texts, under any attention pattern, with the keys kept counted.
 
-Protocol: each document is [BOS] + tokens, cut into windows of T tokens that do not overlap. Every token but BOS is scored
-exactly once, given the tokens before it in its window. Each window is a row of its own, so `kv_kept` is what the last
-query of a window sees over the window's length.
+Protocol: each document is [BOS] + tokens, cut into windows of T tokens that do not overlap. Every token but BOS is
+scored exactly once, given the tokens before it in its window. Each window is a row of its own, so `kv_kept` is what the
+last query of a window sees over the window's length.
 """
 
 import dataclasses

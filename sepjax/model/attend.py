@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from sepjax.array_typing import Float, Positions, SegmentIds, SeparatorFlags, Tokens
+from sepjax.array_typing import Float, Positions, Queries, SegmentIds, SeparatorFlags, Tokens
 from sepjax.attention import dense_attention, separator_attention
 from sepjax.config import AttentionConfig, ModelConfig, layer_windows
 from sepjax.layout import SeparatorLayout, build_layout
@@ -75,7 +75,7 @@ type _Rows = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def _packed(layout: SeparatorLayout, attention: AttentionConfig, *, one_window: bool) -> _Rows:
-    def op(q: jax.Array, k: jax.Array, v: jax.Array, layout: SeparatorLayout) -> jax.Array:
+    def op(q: jax.Array, k: jax.Array, v: jax.Array, layout: SeparatorLayout) -> Queries:
         return separator_attention(q, k, v, layout, implementation=attention.implementation)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> jax.Array:

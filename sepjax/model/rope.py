@@ -48,7 +48,7 @@ def _yarn(frequencies: jax.Array, rope: RopeConfig, rotated: int) -> jax.Array:
 
 def rope_table(
     positions: Int32[Array, "*shape"], rope: RopeConfig, head_dim: int
-) -> tuple[Float[Array, "*shape R"], Float[Array, "*shape R"]]:
+) -> tuple[Float[jax.Array, "*shape R"], Float[jax.Array, "*shape R"]]:
     """Cosine and sine of every position's angles, float32[..., R/2]."""
     frequencies, factor = rope_frequencies(rope, head_dim)
     angles = jnp.asarray(positions, jnp.float32)[..., None] * frequencies

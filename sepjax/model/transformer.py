@@ -51,9 +51,9 @@ class Transformer(nnx.Module):
         Returns:
           The hidden states after the final norm, [B, T, D], and what `attend` returned, stacked along L.
         """
-        x = self.embedding(tokens)
+        x = self.embedding(jnp.asarray(tokens))
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
+            x = x + self.position_embedding(jnp.asarray(positions))
         x = constrain(x, "batch", "length", "hidden")
         graph, params = split(self.layers)
 

@@ -19,7 +19,7 @@ from sepjax.sharding import parameter_shardings
 from sepjax.training.loss import cross_entropy_sums
 from sepjax.training.optimizer import learning_rate_schedule, make_optimizer
 
-type Metrics = dict[str, jax.Array]
+type Metrics = dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +70,7 @@ def train_step(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Ba
     gradients = jax.tree.map(lambda g: g * scale, gradients)
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
     metrics = {
         "train/loss": nll * scale,
         "train/objective": objective * scale,
@@ -77,7 +78,7 @@ def train_step(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Ba
         "optim/learning_rate": learning_rate_schedule(config.optimizer, config.training.steps)(state.step),
         **attention_statistics(config, batch),
     }
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), metrics
+    return TrainState(state.step + 1, params, moments), metrics
 
 
 def eval_step(config: Config, graph: nnx.GraphDef, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
