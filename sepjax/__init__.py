@@ -1,3 +1,21 @@
 """SepLLM in JAX: separator-sparse attention, KV-cache compression and endless streaming generation."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sepjax.generate import generate, stream
+    from sepjax.loading import load
+
+__all__ = ["__version__", "generate", "load", "stream"]
+
 __version__ = "0.1.0"
+
+_HOMES = {"generate": "sepjax.generate", "stream": "sepjax.generate", "load": "sepjax.loading"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for: `import sepjax` alone brings neither JAX nor a model."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sepjax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

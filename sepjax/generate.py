@@ -1,0 +1,234 @@
+"""Text from a model: `generate` for whole answers, `stream` for text as it comes, and a command line.
+
+    model, tokenizer = sepjax.load("runs/tiny")
+    sepjax.generate(model, tokenizer, ["The function", "A list"], max_new_tokens=64)[0].text
+
+    python -m sepjax.generate --workdir=runs/tiny --prompt="The function" [--temperature=0.8 --seed=1 ...]
+
+Both drive the same compiled steps (`sepjax.generation.decoding`) and give the same tokens. A row of a batch is what it
+would be alone: padding, neighbours and growing caches change none of its tokens.
+"""
+
+import contextlib
+import dataclasses
+import sys
+import time
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from sepjax.cache import bucket
+from sepjax.config import PATTERNS, AttentionConfig
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.flags import run_main
+from sepjax.generation.driver import CacheUse, Job, StreamEvent, run
+from sepjax.generation.prompts import Prompt, PromptError
+from sepjax.loading import load
+from sepjax.model.transformer import Transformer
+from sepjax.sampling import Sampling
+
+_STEPS_BETWEEN_STOP_CHECKS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """The answer to one prompt."""
+
+    text: str  # after the prompt, up to the stop string
+    token_ids: tuple[int, ...]  # all that were drawn: the end-of-text token or those of the stop string included
+    finish_reason: str  # "stop" | "eos" | "length"
+    prompt_tokens: int  # BOS included
+    cache: CacheUse  # at the last token
+
+    @property
+    def kv_kept(self) -> float:
+        """Share of the tokens seen that the cache still held at the end."""
+        return self.cache.kv_kept
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: str | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | Sequence[int] = 0,
+    stop: str | Sequence[str] = (),
+    stop_at_eos: bool = True,
+    attention: AttentionConfig | None = None,
+) -> list[Generation]:
+    """Continues prompts, all in one batch; returns an answer to each.
+
+    Args:
+      model: from `sepjax.load`.
+      tokenizer: the model's.
+      prompts: one text, or a list whose items are texts (BOS is put in front where there is one) or token ids.
+      max_new_tokens: tokens after which an answer ends.
+      temperature: 0 always takes the best token; above, `top_k`, `top_p` and `min_p` say what to draw from
+        (`sepjax.sampling`).
+      top_k: the k best tokens; 0: all.
+      top_p: the fewest tokens that together reach this probability.
+      min_p: tokens at least so many times as probable as the best.
+      seed: of the draws; one a prompt makes each answer independent of its place in the list.
+      stop: texts that end an answer, and are no part of it.
+      stop_at_eos: whether the end-of-text token ends an answer.
+      attention: another pattern than the model was trained with.
+
+    Raises:
+      ConfigError: settings out of range or impossible together.
+      PromptError: a prompt without tokens, or with ids that are none.
+      TypeError: prompts or stop strings that are no text.
+    """
+    job = Job.create(
+        model, tokenizer, prompts, max_new_tokens, Sampling.create(temperature, top_k, top_p, min_p), seed, stop,
+        stop_at_eos, attention,
+    )  # fmt: skip
+    answers: list[list[StreamEvent]] = [[] for _ in job.prompts]
+    for row, event in run(job, _STEPS_BETWEEN_STOP_CHECKS if job.stop else bucket(max_new_tokens)):
+        answers[row].append(event)
+    return [_join(ids, events) for ids, events in zip(job.prompts, answers, strict=True)]
+
+
+def stream(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    stop_at_eos: bool = True,
+    attention: AttentionConfig | None = None,
+) -> Iterator[StreamEvent]:
+    """Continues one prompt, an event a token; the texts of all events join to what `generate` answers.
+
+    `max_new_tokens=None` goes on without end (with `stop_at_eos=False` past every end of text too). The cache then
+    grows by the sinks and separators alone. The other arguments and errors are those of `generate`; errors come from
+    this call, not from the first event.
+    """
+    job = Job.create(
+        model, tokenizer, [prompt], max_new_tokens, Sampling.create(temperature, top_k, top_p, min_p), seed, stop,
+        stop_at_eos, attention,
+    )  # fmt: skip
+    return (event for _, event in run(job, 1))
+
+
+def _join(prompt: Sequence[int], events: Sequence[StreamEvent]) -> Generation:
+    last = events[-1]
+    assert last.finish_reason is not None  # `run` ends when every row has
+    token_ids = tuple(i for event in events for i in event.token_ids)
+    text = "".join(event.text for event in events)
+    return Generation(text, token_ids, last.finish_reason, len(prompt), last.cache)
+
+
+def _answer_one(model: Transformer, tokenizer: Tokenizer, prompt: Prompt, **settings: Any) -> None:
+    """Prints the text as it comes; Ctrl-C ends it."""
+    times: list[float] = []
+    cache = None
+    with contextlib.suppress(KeyboardInterrupt):
+        for event in stream(model, tokenizer, prompt, **settings):
+            print(event.text, end="", flush=True)
+            times.append(time.perf_counter())
+            cache = event.cache
+    print()
+    if cache is None:
+        return
+    rate = ""
+    if len(times) > 2:  # the first two tokens wait for the compilation of prefill and step
+        rate = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s after compilation"
+    print(f"{len(times)} tokens{rate}; {_describe(cache)}", file=sys.stderr)
+
+
+def _answer_all(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], **settings: Any) -> None:
+    """Prints the answers to a batch of prompts, each under its prompt."""
+    begun = time.perf_counter()
+    answers = generate(model, tokenizer, prompts, **settings)
+    seconds = time.perf_counter() - begun
+    for prompt, answer in zip(prompts, answers, strict=True):
+        print(f">>> {prompt}\n{answer.text}\n")
+    total = sum(len(answer.token_ids) for answer in answers)
+    cache = CacheUse(*(sum(sizes) for sizes in zip(*(dataclasses.astuple(a.cache) for a in answers), strict=True)))
+    print(f"{total} tokens, {total / seconds:.1f} tokens/s with compilation; {_describe(cache)}", file=sys.stderr)
+
+
+def _describe(cache: CacheUse) -> str:
+    return f"cache holds {cache.held} of {cache.seen} tokens ({cache.kv_kept:.1%}), {cache.bytes:,} bytes"
+
+
+def _read_prompts(prompts: Sequence[str], file: str) -> list[str]:
+    """The texts of --prompt and --prompt_file."""
+    texts = list(prompts)
+    if file:
+        try:
+            texts.append(Path(file).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise PromptError(f"--prompt_file={file} is no UTF-8 text: {error}; convert it first") from error
+    if not texts:
+        raise PromptError('nothing to continue; give --prompt="..." (once a text) or --prompt_file')
+    return texts
+
+
+class _CallableModule(types.ModuleType):
+    """Makes `sepjax.generate(...)` work: Python binds this module to that name once anything has imported it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Generation]:
+        """See `generate`."""
+        return generate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+
+if __name__ == "__main__":
+    WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run that train.py wrote", required=True)
+    STEP = flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
+    PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; several times: a batch")
+    FILE = flags.DEFINE_string("prompt_file", "", "UTF-8 file whose whole text is a prompt")
+    LENGTH = flags.DEFINE_integer("max_new_tokens", 128, "tokens after which an answer ends")
+    ENDLESS = flags.DEFINE_bool("stream", False, "go on without end, past every end of text, until --stop or Ctrl-C")
+    TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: always the best token; above: draw")
+    TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k best tokens; 0: all")
+    TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together reach this probability")
+    MIN_P = flags.DEFINE_float("min_p", 0.0, "draw from tokens at least so many times as probable as the best")
+    SEED = flags.DEFINE_integer("seed", 0, "of the draws")
+    STOP = flags.DEFINE_multi_string("stop", [], "text that ends an answer; several times: any of them")
+    PATTERN = flags.DEFINE_enum("pattern", None, list(PATTERNS), "attention pattern; default: as in training")
+    WINDOW = flags.DEFINE_integer("window_size", None, "n of every layer; default: as in training")
+
+    def main() -> None:
+        """Answers the prompts."""
+        prompts = _read_prompts(PROMPT.value, FILE.value)
+        if ENDLESS.value and len(prompts) > 1:
+            raise PromptError(f"--stream continues one prompt, got {len(prompts)}; leave it out for a batch")
+        model, tokenizer = load(WORKDIR.value, step=STEP.value)
+        changes: dict[str, Any] = {} if PATTERN.value is None else {"pattern": PATTERN.value}
+        if WINDOW.value is not None:
+            changes |= {"window_size": WINDOW.value, "layer_windows": ()}
+        settings = {
+            "max_new_tokens": None if ENDLESS.value else LENGTH.value,
+            "stop_at_eos": not ENDLESS.value,
+            "temperature": TEMPERATURE.value,
+            "top_k": TOP_K.value,
+            "top_p": TOP_P.value,
+            "min_p": MIN_P.value,
+            "seed": SEED.value,
+            "stop": STOP.value,
+            "attention": dataclasses.replace(model.attention, **changes),
+        }
+        if len(prompts) == 1:
+            _answer_one(model, tokenizer, prompts[0], **settings)
+        else:
+            _answer_all(model, tokenizer, prompts, **settings)
+
+    run_main(main)

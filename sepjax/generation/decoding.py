@@ -1,0 +1,261 @@
+"""Generation on the device: a prompt fills the cache, then one step a token.
+
+    prefill   the prompts in one pass, with the layout and attention of training   -> logits of the next token, cache
+    decode_step   one token of every row against the cache                         -> logits of the next token, cache
+
+A decode step's attention is the last row of the training mask (METHOD section 3), so both give the same scores.
+`start` and `advance` are these two with sampling, compiled: what `sepjax.generate` drives.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.cache import SeparatorCache
+from sepjax.config import AttentionConfig, layer_windows
+from sepjax.model.attend import forward
+from sepjax.model.layers import Attend
+from sepjax.model.rope import rope_table, rotate
+from sepjax.model.transformer import Params, Transformer, merge
+from sepjax.sampling import Sampling, sample
+from sepjax.separators import flag_separators
+
+
+def prefill(
+    graph: nnx.GraphDef,
+    params: Params,
+    tokens: Tokens,
+    lengths: Int32[Array, "B"],
+    table: Bool[Array, "_"],
+    attention: AttentionConfig,
+    *,
+    window_size: int,
+    capacity: int,
+) -> tuple[Float[jax.Array, "B V"], SeparatorCache]:
+    """Runs right-padded prompts, each row one document.
+
+    Args:
+      graph: from `sepjax.model.transformer.split`, with `params`.
+      params: the parameters.
+      tokens: int32[B, T], any ids beyond a row's length.
+      lengths: tokens of each prompt, 1 to T.
+      table: bool over the vocabulary, from `sepjax.separators.configured_table`.
+      attention: the pattern.
+      window_size: W of the cache: the largest window of any layer, or a length that no row will pass.
+      capacity: S of the cache, at least the sinks and separators before any row's last W tokens.
+
+    Returns:
+      float32 scores of the token after each prompt, and the cache.
+    """
+    model = merge(graph, params)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    is_separator = flag_separators(tokens, positions, table, attention)
+    segment_ids = None  # the padding comes last, where causality alone hides it
+    if attention.pattern != "dense":
+        segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+    hidden, (k, v) = forward(model, tokens, positions, is_separator, segment_ids, attention, keep_keys=True)
+    is_global = _is_global(tokens, positions, table, attention)
+    cache = SeparatorCache.from_prompt(k, v, is_global, lengths, window_size=window_size, capacity=capacity)
+    return model.logits(hidden[jnp.arange(len(lengths)), lengths - 1]), cache
+
+
+def decode_step(
+    graph: nnx.GraphDef,
+    params: Params,
+    cache: SeparatorCache,
+    tokens: Int32[Array, "B"],
+    table: Bool[Array, "_"],
+    attention: AttentionConfig,
+    active: Bool[Array, "B"] | None = None,
+) -> tuple[Float[jax.Array, "B V"], SeparatorCache]:
+    """Runs the next token of every row and appends it to the cache.
+
+    Args:
+      graph: from `sepjax.model.transformer.split`, with `params`.
+      params: the parameters.
+      cache: what came before. Donate it where this is jitted.
+      tokens: one token a row.
+      table: as for `prefill`.
+      attention: as for `prefill`.
+      active: rows that the cache shall take up, the others stay as they are and their scores mean nothing; None: all.
+
+    Returns:
+      float32 scores of the token after this one, and the cache with this one. `SeparatorCache.append` says what
+      happens to a full row.
+    """
+    model: Transformer = merge(graph, params)
+    windows = jnp.asarray(layer_windows(attention, model.config.num_layers, cache.window_size), jnp.int32)
+    positions = cache.length[:, None]
+    attend = _attend_cache(model, cache)
+    hidden, (k, v) = model(tokens[:, None], positions, attend, (windows, cache.k, cache.v))
+    is_global = _is_global(tokens, cache.length, table, attention)
+    return model.logits(hidden[:, 0]), cache.append(k[:, :, 0], v[:, :, 0], is_global, active)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is wanted of every row. All are arrays: other values are no other program."""
+
+    table: Bool[
+        Array, "_"
+    ]  # which token ids are separators; as long as the tokenizer's vocabulary, no id beyond is drawn
+    sampling: Sampling
+    end_token: Int32[jax.Array, ""]  # the row ends after it; -1: no token ends it
+    max_new_tokens: Int32[jax.Array, ""]  # the row ends after so many
+
+    # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
+    __no_type_check__ = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Where every row stands between two steps."""
+
+    cache: SeparatorCache  # of all tokens but the last drawn
+    token: Int32[jax.Array, "B"]  # drawn last
+    count: Int32[jax.Array, "B"]  # tokens drawn
+    done: Bool[jax.Array, "B"]  # ended; the row and its cache change no more
+    key: jax.Array  # typed PRNG keys, [B]; the draw number `count` uses fold_in(key, count)
+
+    __no_type_check__ = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """A record of M steps, one column a step, for the host."""
+
+    token: Int32[jax.Array, "B M"]  # drawn; -1 where the row had ended or no step was made
+    held: Int32[jax.Array, "B M"]  # tokens in the row's cache at that step
+    seen: Int32[jax.Array, "B M"]  # tokens the row's cache had seen
+    is_full: Bool[jax.Array, ""]  # the steps stopped because the cache must grow first
+
+    __no_type_check__ = True
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "attention", "window_size", "capacity"))
+def start(
+    graph: nnx.GraphDef,
+    params: Params,
+    tokens: Tokens,
+    lengths: Int32[Array, "B"],
+    keys: jax.Array,
+    request: Request,
+    attention: AttentionConfig,
+    *,
+    window_size: int,
+    capacity: int,
+) -> tuple[DecodeState, Steps]:
+    """Prefills prompts (see `prefill`) and draws the first token of every row with its key of `keys`."""
+    logits, cache = prefill(
+        graph, params, tokens, lengths, request.table, attention, window_size=window_size, capacity=capacity
+    )
+    zeros = jnp.zeros_like(lengths)
+    state = _draw(logits, DecodeState(cache, zeros, zeros, zeros > 0, keys), request)
+    return state, Steps(state.token[:, None], cache.held()[:, None], cache.length[:, None], _must_grow(state))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "attention", "num_steps"), donate_argnames=("state",))
+def advance(
+    graph: nnx.GraphDef,
+    params: Params,
+    state: DecodeState,
+    request: Request,
+    attention: AttentionConfig,
+    *,
+    num_steps: int,
+) -> tuple[DecodeState, Steps]:
+    """Decodes and draws up to `num_steps` tokens a row; fewer when all rows have ended or the cache must grow.
+
+    `state` is donated: its arrays are used up.
+    """
+
+    def body(carry: tuple[jax.Array, DecodeState, Steps]) -> tuple[jax.Array, DecodeState, Steps]:
+        i, state, steps = carry
+        active = ~state.done
+        logits, cache = decode_step(graph, params, state.cache, state.token, request.table, attention, active)
+        state = _draw(logits, dataclasses.replace(state, cache=cache), request)
+        steps = Steps(
+            token=steps.token.at[:, i].set(jnp.where(active, state.token, -1)),
+            held=steps.held.at[:, i].set(cache.held()),
+            seen=steps.seen.at[:, i].set(cache.length),
+            is_full=_must_grow(state),
+        )
+        return i + 1, state, steps
+
+    def goes_on(carry: tuple[jax.Array, DecodeState, Steps]) -> jax.Array:
+        i, state, steps = carry
+        return (i < num_steps) & ~jnp.all(state.done) & ~steps.is_full
+
+    none = jnp.full((len(state.token), num_steps), -1, jnp.int32)
+    carry = (jnp.int32(0), state, Steps(none, none, none, _must_grow(state)))
+    _, state, steps = jax.lax.while_loop(goes_on, body, carry)
+    return state, steps
+
+
+def _draw(logits: jax.Array, state: DecodeState, request: Request) -> DecodeState:
+    """Draws the next token of every row that has not ended."""
+    keys = jax.vmap(jax.random.fold_in)(state.key, state.count)
+    drawn = sample(logits[:, : len(request.table)], keys, request.sampling)
+    count = state.count + ~state.done
+    ends = (drawn == request.end_token) | (count >= request.max_new_tokens)
+    return dataclasses.replace(
+        state, token=jnp.where(state.done, state.token, drawn), count=count, done=state.done | ends
+    )
+
+
+def _must_grow(state: DecodeState) -> jax.Array:
+    return jnp.any(state.cache.is_full() & ~state.done)
+
+
+def _is_global(tokens: Array, positions: Array, table: Array, attention: AttentionConfig) -> jax.Array:
+    """Which tokens stay visible for ever. A dense pattern evicts nothing, so it needs none."""
+    if attention.pattern == "dense":
+        return jnp.zeros(tokens.shape, bool)
+    return flag_separators(tokens, positions, table, attention) | (positions < attention.num_sinks)
+
+
+def _attend_cache(model: Transformer, cache: SeparatorCache) -> Attend:
+    """Attention of one token a row over the slots it sees and itself; returns its rotated key and its value.
+
+    The layers only read the cache: the new keys of all of them are written at once, in place, by `append`. (Written in
+    the scan over layers they would make it copy the whole cache every token.)
+    """
+    config = model.config
+    uses_rope = config.position_embedding == "rope"
+    angles = rope_table(cache.length[:, None], config.rope, config.head_dim) if uses_rope else None
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        window, k_cache, v_cache = layer
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        B, _, N, H = q.shape
+        q = q.reshape(B, config.num_kv_heads, -1, H)
+        out = _attend_slots(q, k[:, 0], v[:, 0], k_cache, v_cache, cache.visible(window))
+        return out.astype(v.dtype).reshape(B, 1, N, H), (k, v)
+
+    return attend
+
+
+def _attend_slots(
+    q: Float[jax.Array, "B K G H"],
+    k: Float[jax.Array, "B K H"],
+    v: Float[jax.Array, "B K H"],
+    k_cache: Float[jax.Array, "B K C H"],
+    v_cache: Float[jax.Array, "B K C H"],
+    visible: Bool[jax.Array, "B C"],
+) -> Float[jax.Array, "B K G H"]:
+    """Attention of G queries a key head over the visible slots and the token's own key; scores, softmax in float32."""
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], einsum("BKGH,BKCH->BKGC", q, k_cache), -jnp.inf)
+    own = einsum("BKGH,BKH->BKG", q, k)[..., None]
+    weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * q.shape[-1] ** -0.5, axis=-1)
+    out = einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
+    return out + weights[..., -1:] * v[:, :, None]

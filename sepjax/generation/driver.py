@@ -1,0 +1,149 @@
+"""The host's side of generation: a checked job, driven on the device until every row has ended."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sepjax.cache import SeparatorCache, bucket
+from sepjax.config import AttentionConfig, validate_attention
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.generation.decoding import Request, Steps, advance, start
+from sepjax.generation.prompts import (
+    cache_sizes,
+    check_length,
+    check_stop,
+    check_vocabulary,
+    encode_prompts,
+    pad_prompts,
+    row_keys,
+)
+from sepjax.generation.stopping import TextUntilStop
+from sepjax.model.transformer import Params, Transformer, split
+from sepjax.sampling import Sampling
+from sepjax.separators import configured_table
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheUse:
+    """What a row's cache holds, counted and measured."""
+
+    held: int  # tokens in the cache
+    seen: int  # tokens that have passed through it
+    bytes: int  # of this row's part of all arrays
+
+    @property
+    def kv_kept(self) -> float:
+        """Share of the tokens seen that is still held."""
+        return self.held / self.seen
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamEvent:
+    """One new token."""
+
+    text: str  # what is now certain to follow: whole characters, nothing of a stop string; may be empty
+    token_ids: tuple[int, ...]
+    finish_reason: str | None  # None: goes on; "stop": a stop string; "eos": the end-of-text token; "length"
+    cache: CacheUse
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A checked request, ready for the device."""
+
+    graph: nnx.GraphDef
+    params: Params
+    tokenizer: Tokenizer
+    attention: AttentionConfig
+    prompts: list[list[int]]
+    request: Request
+    keys: jax.Array
+    sizes: dict[str, int]  # of the cache
+    stop: tuple[str, ...]
+
+    @classmethod
+    def create(
+        cls,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        prompts: Any,
+        max_new_tokens: int | None,
+        sampling: Sampling,
+        seed: int | Sequence[int],
+        stop: str | Sequence[str],
+        stop_at_eos: bool,
+        attention: AttentionConfig | None,
+    ) -> "Job":
+        """Checks everything that can be wrong. See `sepjax.generate` for the arguments and errors."""
+        attention = validate_attention(attention or model.attention, model.config.num_layers)
+        check_vocabulary(model, tokenizer)
+        ids = encode_prompts(tokenizer, prompts)
+        check_length(model, ids, max_new_tokens, attention)
+        table = configured_table(tokenizer, attention)
+        end = tokenizer.eos_id if stop_at_eos and tokenizer.eos_id is not None else -1
+        limit = 2**31 - 1 if max_new_tokens is None else max_new_tokens
+        graph, params = split(model)
+        return cls(
+            graph=graph,
+            params=params,
+            tokenizer=tokenizer,
+            attention=attention,
+            prompts=ids,
+            request=Request(jnp.asarray(table), sampling, jnp.int32(end), jnp.int32(limit)),
+            keys=row_keys(seed, len(ids)),
+            sizes=cache_sizes(ids, max_new_tokens, table, attention, model.config.num_layers),
+            stop=check_stop(stop),
+        )
+
+
+class _Row:
+    """The host's side of one row: its text and whether it has ended."""
+
+    def __init__(self, job: Job, ids: Sequence[int]):
+        continues = any(job.tokenizer.token_bytes(i) for i in ids)
+        self._text = TextUntilStop(job.tokenizer, job.stop, continues=continues)
+        self._end, self._left = int(job.request.end_token), int(job.request.max_new_tokens)
+        self.finish_reason: str | None = None
+
+    def take(self, token: int, cache: CacheUse) -> StreamEvent:
+        """The event of one more token."""
+        self._left -= 1
+        text = self._text.feed(token)
+        if self._text.stopped:
+            self.finish_reason = "stop"
+        elif token == self._end or not self._left:
+            self.finish_reason = "eos" if token == self._end else "length"
+            text += self._text.flush()
+        return StreamEvent(text, (token,), self.finish_reason, cache)
+
+
+def run(job: Job, num_steps: int) -> Iterator[tuple[int, StreamEvent]]:
+    """Yields (row, event) for every token of every row, `num_steps` steps at a time on the device."""
+    rows = [_Row(job, ids) for ids in job.prompts]
+    tokens, lengths = pad_prompts(job.prompts)
+    state, steps = start(job.graph, job.params, tokens, lengths, job.keys, job.request, job.attention, **job.sizes)
+    while True:
+        steps = jax.device_get(steps)
+        yield from _events(rows, steps, state.cache.nbytes // len(rows))
+        ended = np.array([row.finish_reason is not None for row in rows])
+        if ended.all():
+            return
+        cache = _grow(state.cache, bucket(state.cache.capacity + 1)) if steps.is_full else state.cache
+        state = dataclasses.replace(state, cache=cache, done=state.done | ended)
+        state, steps = advance(job.graph, job.params, state, job.request, job.attention, num_steps=num_steps)
+
+
+_grow = jax.jit(SeparatorCache.grow, static_argnums=1)
+
+
+def _events(rows: Sequence[_Row], steps: Steps, nbytes: int) -> Iterator[tuple[int, StreamEvent]]:
+    for i in range(steps.token.shape[1]):
+        for b, row in enumerate(rows):
+            if row.finish_reason is None and steps.token[b, i] >= 0:
+                use = CacheUse(int(steps.held[b, i]), int(steps.seen[b, i]), nbytes)
+                yield b, row.take(int(steps.token[b, i]), use)

@@ -1,0 +1,161 @@
+"""What the user asks of generation, checked and made arrays."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sepjax.array_typing import Int32
+from sepjax.cache import bucket
+from sepjax.config import AttentionConfig, ConfigError, UserError, layer_windows
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.model.transformer import Transformer
+from sepjax.separators import flag_separators
+
+Prompt = str | Sequence[int]
+
+
+class PromptError(UserError, ValueError):
+    """A prompt that nothing can be generated from: the message says which, and why."""
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Any) -> list[list[int]]:
+    """Token ids of one text, or of a list whose items are texts or lists of token ids.
+
+    Texts get BOS in front where the tokenizer has one; token ids are taken as they are.
+
+    Raises:
+      TypeError: something else than that.
+      PromptError: no prompts, a prompt of no tokens, or an id outside the vocabulary.
+    """
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if not isinstance(prompts, (Sequence, np.ndarray)):
+        raise TypeError(f"prompts must be a text or a list of prompts, got {type(prompts).__name__}")
+    if not len(prompts):
+        raise PromptError("prompts is an empty list; give at least one")
+    return [_encode(tokenizer, number, prompt) for number, prompt in enumerate(prompts)]
+
+
+def _encode(tokenizer: Tokenizer, number: int, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt, bos=True)
+    elif isinstance(prompt, (Sequence, np.ndarray)) and not isinstance(prompt, bytes):
+        ids = [operator.index(i) for i in prompt]
+    else:
+        hint = "; the ids of one prompt go in a list of their own: [[1, 2, 3]]" if hasattr(prompt, "__index__") else ""
+        raise TypeError(f"prompt {number} must be a text or a list of token ids, got {type(prompt).__name__}{hint}")
+    if not ids:
+        missing = " and the tokenizer has no BOS token to start from" if isinstance(prompt, str) else ""
+        raise PromptError(f"prompt {number} has no tokens{missing}; give it at least one")
+    outside = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
+    if outside:
+        raise PromptError(
+            f"prompt {number} has token ids outside the vocabulary of {tokenizer.vocab_size} tokens: {outside[:5]}"
+        )
+    return ids
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B"]]:
+    """Right-padded token ids, T in a bucket so that prompts of other lengths need no other program; and the lengths."""
+    lengths = np.array([len(ids) for ids in prompts], np.int32)
+    tokens = np.zeros((len(prompts), bucket(int(lengths.max()))), np.int32)
+    for row, ids in zip(tokens, prompts, strict=True):
+        row[: len(ids)] = ids
+    return tokens, lengths
+
+
+def cache_sizes(
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | None,
+    table: np.ndarray,
+    attention: AttentionConfig,
+    num_layers: int,
+) -> dict[str, int]:
+    """`window_size` and `capacity` of the cache for these prompts; None: without end.
+
+    The window is the largest of any layer, or the whole length where that is shorter: then nothing is evicted. The
+    capacity has room for the prompts' global tokens and for one new token in four being global; it grows if need be.
+    """
+    longest = max(map(len, prompts))
+    total = bucket(longest + (max_new_tokens or 0))
+    windows = layer_windows(attention, num_layers, total)
+    window_size = max(windows) if max_new_tokens is None else min(max(windows), total)
+    capacity = max(_count_global(ids[:-window_size], table, attention) for ids in prompts)
+    if max_new_tokens is None:
+        capacity += 64
+    else:
+        capacity = min(capacity + max_new_tokens // 4, total - window_size)
+    return {"window_size": window_size, "capacity": bucket(capacity)}
+
+
+def _count_global(ids: Sequence[int], table: np.ndarray, attention: AttentionConfig) -> int:
+    positions = np.arange(len(ids))
+    is_separator = flag_separators(np.array(ids, np.int32), positions, table, attention)
+    return int(np.sum(is_separator | (positions < attention.num_sinks)))
+
+
+def row_keys(seed: int | Sequence[int], num_rows: int) -> jax.Array:
+    """A typed PRNG key a row: fold_in(key(seed), row), or of a seed a row fold_in(key(seed), 0).
+
+    So a row of a batch with seeds of its own draws what it would draw alone.
+
+    Raises:
+      ConfigError: not one seed, nor as many as rows, or one outside 0 to 2^32 - 1.
+    """
+    one = np.ndim(seed) == 0
+    seeds = [seed] * num_rows if one else list(seed)
+    if len(seeds) != num_rows:
+        raise ConfigError(f"seed must be one number or one a prompt: got {len(seeds)} seeds for {num_rows} prompts")
+    outside = [s for s in seeds if not 0 <= s < 2**32]
+    if outside:
+        raise ConfigError(f"seed={outside[0]} must be between 0 and 2^32 - 1")
+    return _fold(np.array(seeds, np.uint32), np.arange(num_rows, dtype=np.uint32) * one)
+
+
+@jax.jit
+def _fold(seeds: jax.Array, rows: jax.Array) -> jax.Array:
+    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds, rows)
+
+
+def check_stop(stop: Any) -> tuple[str, ...]:
+    """Stop strings as a tuple; raises TypeError for other things than text, ConfigError for an empty one."""
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) for s in stop):
+        raise TypeError(f"stop must be a text or a list of texts, got {stop!r}")
+    if "" in stop:
+        raise ConfigError("a stop string is empty: it would end every text before its first token")
+    return stop
+
+
+def check_length(
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int | None, attention: AttentionConfig
+) -> None:
+    """Raises ConfigError for lengths that the model or its cache cannot have; None: without end. TypeError: no int."""
+    if max_new_tokens is not None and not 1 <= operator.index(max_new_tokens) < 2**31:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} must be 1 or more")
+    if max_new_tokens is None and attention.pattern == "dense":
+        raise ConfigError(
+            'pattern="dense" keeps every token, so a stream without end would need a cache without end; set '
+            "max_new_tokens, or use a pattern that evicts"
+        )
+    if model.config.position_embedding != "learned":
+        return
+    rows, longest = model.config.max_positions, max(map(len, prompts))
+    if max_new_tokens is None or longest + max_new_tokens - 1 > rows:
+        length = "a stream without end" if max_new_tokens is None else f"{longest} prompt + {max_new_tokens} new tokens"
+        raise ConfigError(
+            f"{length} would pass the {rows} learned positions of the model (model.max_positions); set max_new_tokens "
+            f"to {max(0, rows + 1 - longest)} or less, or shorten the prompt"
+        )
+
+
+def check_vocabulary(model: Transformer, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError for a tokenizer with ids that the model has no embedding for."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.config.vocab_size} embeddings; "
+            "they do not belong together: load both from the same folder"
+        )

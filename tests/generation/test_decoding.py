@@ -1,0 +1,111 @@
+"""Decoding from the cache against the masked forward pass, every row at every step."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sepjax.config import AttentionConfig, ModelConfig, RopeConfig, layer_windows
+from sepjax.generation.decoding import decode_step, prefill
+from sepjax.model.attend import forward
+from sepjax.model.transformer import create, merge, split
+from sepjax.separators import flag_separators
+
+V, T = 37, 24
+LLAMA = ModelConfig(
+    vocab_size=V, num_layers=3, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, max_positions=T
+)
+NEOX = dataclasses.replace(
+    LLAMA,
+    num_kv_heads=4,
+    norm="layernorm",
+    activation="gelu",
+    gated_mlp=False,
+    attention_bias=True,
+    mlp_bias=True,
+    parallel_residual=True,
+    rope=RopeConfig(fraction=0.25),
+    tie_embeddings=False,
+)
+GPT2 = dataclasses.replace(NEOX, parallel_residual=False, position_embedding="learned", tie_embeddings=True)
+FALCON = dataclasses.replace(NEOX, num_kv_heads=1, shared_norm=True, rope=RopeConfig(scaling="llama3", factor=4.0))
+SEPARATOR = AttentionConfig(window_size=5, num_sinks=2)
+
+CASES = {  # every kind of model, pattern, window and number of sinks at least once
+    "llama": (LLAMA, SEPARATOR),
+    "neox, partial rotary, a window a layer": (NEOX, dataclasses.replace(SEPARATOR, layer_windows=(7, 2, 4))),
+    "gpt2, learned positions, outer layers dense": (GPT2, dataclasses.replace(SEPARATOR, layer_windows=(99, 4, 99))),
+    "falcon, one key head, fixed interval": (
+        FALCON,
+        dataclasses.replace(SEPARATOR, pattern="fixed_interval", interval=3),
+    ),
+    "window of one, no sinks": (LLAMA, AttentionConfig(window_size=1, num_sinks=0)),
+    "sinks beyond the text": (LLAMA, AttentionConfig(pattern="sink_window", window_size=3, num_sinks=50)),
+    "dense": (LLAMA, AttentionConfig(pattern="dense")),
+}
+
+# These programs run a few times for a few milliseconds: compiling them takes the time.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.partial(compiled, static_argnums=(0, 4))
+def forward_logits(graph, params, tokens, table, attention):
+    """The scores of the masked forward pass, [B, T, V]."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    model = merge(graph, params)
+    is_separator = flag_separators(tokens, positions, table, attention)
+    return model.logits(forward(model, tokens, positions, is_separator, None, attention)[0])
+
+
+@functools.partial(compiled, static_argnums=(0, 5))
+def decoded_logits(graph, params, tokens, lengths, table, attention):
+    """The scores of prefill and decode steps, [B, T, V]; 0 inside the prompts. And the last cache."""
+    windows = layer_windows(attention, 3, T)
+    sizes = {"window_size": min(max(windows), T), "capacity": T}
+    B = len(lengths)
+    padded = jnp.where(jnp.arange(T) < lengths[:, None], tokens, V - 1)  # what stands in padding must not matter
+    logits, cache = prefill(graph, params, padded, lengths, table, attention, **sizes)
+    out = jnp.zeros((B, T, V)).at[jnp.arange(B), lengths - 1].set(logits)
+
+    def step(carry, _):
+        cache, out = carry
+        at, active = jnp.minimum(cache.length, T - 1), cache.length < T
+        token = tokens[jnp.arange(B), at]
+        logits, cache = decode_step(graph, params, cache, token, table, attention, active)
+        return (cache, out.at[jnp.arange(B), jnp.where(active, at, T)].set(logits, mode="drop")), None
+
+    (cache, out), _ = jax.lax.scan(step, (cache, out), None, length=T)
+    return out, cache
+
+
+@functools.cache
+def model_of(config):
+    """A model whose attention matters: at the initial scale all weights would be nearly alike."""
+    graph, params = split(create(config, None, jax.random.key(1)))
+    return graph, jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
+
+
+@pytest.mark.parametrize("case", CASES)
+@given(seed=st.integers(0, 1000), lengths=st.lists(st.integers(1, T), min_size=3, max_size=3))
+@settings(max_examples=5)
+def test_decoding_equals_the_masked_forward_pass_at_every_step(case, seed, lengths):
+    config, attention = CASES[case]
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, V, (3, T), dtype=np.int32)
+    table = jnp.asarray(random.random(V) < random.random())
+    graph, params = model_of(config)
+    expected = forward_logits(graph, params, tokens, table, attention)
+    got, cache = decoded_logits(graph, params, tokens, np.array(lengths, np.int32), table, attention)
+    assert cache.length.tolist() == [T] * 3
+    assert not cache.overflowed()
+    decoded = np.arange(T) >= np.array(lengths)[:, None] - 1
+    error = np.abs(np.asarray(got - expected))[decoded].max()
+    # Five products a layer and the head follow one another, each a sum of at most F terms: their roundings walk at
+    # random, relative to the largest score. (A key too many or too few is thousands of times as much.)
+    roundings = (5 * config.num_layers + 1) * config.mlp_dim
+    assert error <= roundings**0.5 * np.finfo(np.float32).eps * np.abs(expected).max()

@@ -1,0 +1,76 @@
+"""Text until a stop string, however the tokens cut it."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
+from sepjax.generation.stopping import TextUntilStop
+
+ALPHABET = "abé"  # é: two bytes
+TEXT = st.text(ALPHABET, max_size=12)
+STOPS = st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_sentencepiece(["ab aé éé ba. abba éab"], 270)
+
+
+def cut(tokenizer, text, pieces):
+    """Token ids that spell `text`: in bytes, and from each of the places `pieces` on in the tokenizer's own pieces."""
+    byte_ids = {tokenizer.token_bytes(i): i for i in reversed(range(tokenizer.vocab_size))}
+    ids, start = [], 0
+    for end in [*sorted(p for p in pieces if p < len(text)), len(text)]:
+        part = text[start:end]
+        ids += tokenizer.encode(part) if start % 2 else [byte_ids[bytes([b])] for b in part.encode()]
+        start = end
+    assert tokenizer.decode(ids) == text
+    return ids
+
+
+def before_stop(text, stops):
+    """The definition, character by character: the text before the first stop string to be complete, and whether any."""
+    for end in range(len(text) + 1):
+        starts = [end - len(s) for s in stops if text[:end].endswith(s)]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+@given(text=TEXT, stops=STOPS, pieces=st.lists(st.integers(0, 12), max_size=4, unique=True))
+@settings(max_examples=300)
+def test_text_ends_before_the_first_complete_stop_string(tokenizer, text, stops, pieces):
+    expected, stopped = before_stop(text, stops)
+    until_stop = TextUntilStop(tokenizer, tuple(stops), continues=True)
+    out = ""
+    for token in cut(tokenizer, text, pieces):
+        out += until_stop.feed(token)
+        assert expected.startswith(out)  # nothing of a stop string came out, even for a moment
+        if until_stop.stopped:
+            break
+    else:
+        out += until_stop.flush()
+    assert (out, until_stop.stopped) == (expected, stopped)
+
+
+@given(text=TEXT, stops=STOPS)
+def test_text_waits_no_longer_than_it_could_begin_a_stop_string(tokenizer, text, stops):
+    until_stop = TextUntilStop(tokenizer, tuple(stops), continues=True)
+    out = ""
+    for i, token in enumerate(cut(tokenizer, text, [])):
+        out += until_stop.feed(token)
+        if until_stop.stopped:
+            break
+        whole = text.encode()[: i + 1].decode(errors="ignore")
+        held = whole.removeprefix(out)
+        assert not held or any(s.startswith(held) for s in stops)
+
+
+def test_an_unfinished_character_comes_out_at_the_end_only(tokenizer):
+    first, second = cut(tokenizer, "é", [])
+    until_stop = TextUntilStop(tokenizer, ("é!",), continues=True)
+    assert (until_stop.feed(first), until_stop.flush()) == ("", "�")
+    until_stop = TextUntilStop(tokenizer, ("é!",), continues=True)
+    assert [until_stop.feed(i) for i in (first, second, first)] == ["", "", ""]
+    assert until_stop.flush() == "é�"

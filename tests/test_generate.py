@@ -1,0 +1,382 @@
+"""generate and stream against the forward pass without a cache; batches, seeds, stops, growth, the command."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sepjax
+from sepjax.checkpoint import Checkpointer
+from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig
+from sepjax.data.errors import DataError
+from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
+from sepjax.generate import generate, stream
+from sepjax.generation.prompts import PromptError, check_stop, encode_prompts
+from sepjax.loading import LoadError
+from sepjax.model.attend import forward
+from sepjax.model.transformer import Transformer, create, merge, split
+from sepjax.separators import configured_table, flag_separators
+from sepjax.training.step import create_state
+
+ROOT = Path(__file__).parent.parent
+TEXTS = ["The cat sat on the mat, and looked.", "Où est-il? It ran away!", "One; two: three. Four, five."] * 3
+PROMPTS = ["The cat", "", "Où est-il? It ran away! One; two", "mat, and. looked"]
+SHAPE = ModelConfig(
+    vocab_size=320, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, max_positions=128
+)
+SEPARATOR = AttentionConfig(window_size=6, num_sinks=2)
+EVERYTHING_KEPT = AttentionConfig(pattern="fixed_interval", interval=1, window_size=6)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_sentencepiece(TEXTS, 300)
+
+
+def make_model(shape: ModelConfig, attention: AttentionConfig = SEPARATOR) -> Transformer:
+    """A random model whose attention matters, unlike at the initial scale, and that seldom spells in bytes."""
+    graph, params = split(create(shape, attention, jax.random.key(3)))
+    params = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
+    params["embedding"]["embedding"] = params["embedding"]["embedding"].at[3:259].multiply(0.3)
+    return merge(graph, params)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return make_model(SHAPE)
+
+
+@pytest.fixture(scope="module")
+def answers(model, tokenizer):
+    """What the prompts are answered with, greedily."""
+    return generate(model, tokenizer, PROMPTS, max_new_tokens=40, stop_at_eos=False)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def best_next(graph, params, tokens, attention, table):
+    """The best token after each of [1, 128] tokens, from one masked forward pass without any cache."""
+    model, positions = merge(graph, params), jnp.arange(128, dtype=jnp.int32)[None]
+    is_separator = flag_separators(tokens, positions, table, attention)
+    hidden, _ = forward(model, tokens, positions, is_separator, None, attention)
+    return jnp.argmax(model.logits(hidden[0])[:, : len(table)], axis=-1)
+
+
+def check_greedy(model, tokenizer, prompt, answer, attention):
+    """Every token of the answer is the best after those before it."""
+    start = tokenizer.encode(prompt, bos=True)
+    tokens = np.zeros((1, 128), np.int32)
+    tokens[0, : len(start) + len(answer.token_ids)] = [*start, *answer.token_ids]
+    best = best_next(*split(model), tokens, attention, jnp.asarray(configured_table(tokenizer, attention)))
+    assert answer.token_ids == tuple(best[len(start) - 1 :][: len(answer.token_ids)].tolist())
+
+
+@contextlib.contextmanager
+def counted_compilations():
+    """A list that gets an entry for every program that XLA compiles."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_ragged_batch_is_what_whole_forward_passes_give(model, tokenizer, answers):
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        check_greedy(model, tokenizer, prompt, answer, SEPARATOR)
+        assert len(answer.token_ids) == 40
+        assert answer.text == tokenizer.decode(answer.token_ids, continues=bool(prompt))
+        assert answer.finish_reason == "length"
+        assert answer.prompt_tokens == len(tokenizer.encode(prompt, bos=True))
+    assert len({answer.token_ids for answer in answers}) == len(PROMPTS)  # it does depend on the prompt
+
+
+def test_each_row_is_what_it_would_be_alone_and_what_stream_gives(model, tokenizer, answers):
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        events = list(stream(model, tokenizer, prompt, max_new_tokens=40, stop_at_eos=False))
+        assert tuple(i for event in events for i in event.token_ids) == answer.token_ids
+        assert "".join(event.text for event in events) == answer.text
+        assert [event.finish_reason for event in events] == [None] * 39 + ["length"]
+        assert (events[-1].cache.held, events[-1].cache.seen) == (answer.cache.held, answer.cache.seen)
+    reversed_batch = generate(model, tokenizer, PROMPTS[::-1], max_new_tokens=40, stop_at_eos=False)
+    assert [a.token_ids for a in reversed_batch[::-1]] == [a.token_ids for a in answers]
+
+
+def test_draws_depend_on_a_rows_own_seed_only(model, tokenizer):
+    settings = {"max_new_tokens": 40, "temperature": 1.3, "top_k": 50, "top_p": 0.95, "min_p": 0.001}
+    seeds = [5, 6, 5, 7]
+    together = generate(model, tokenizer, PROMPTS, seed=seeds, **settings)
+    for prompt, seed, answer in zip(PROMPTS, seeds, together, strict=True):
+        events = list(stream(model, tokenizer, prompt, seed=seed, **settings))
+        assert tuple(i for event in events for i in event.token_ids) == answer.token_ids
+        assert "".join(event.text for event in events) == answer.text
+        assert events[-1].finish_reason == answer.finish_reason
+    same_prompt = generate(model, tokenizer, PROMPTS[:1] * 4, seed=5, **settings)
+    assert same_prompt[0] == dataclasses.replace(together[0], cache=same_prompt[0].cache)
+    assert len({answer.token_ids for answer in same_prompt}) == 4  # one seed gives every row draws of its own
+    assert generate(model, tokenizer, PROMPTS[:1] * 4, seed=6, **settings)[0] != same_prompt[0]
+
+
+def test_caches_grow_without_a_trace(model, tokenizer):
+    """Every token kept for ever by growing the global region is dense attention."""
+    prompts = [PROMPTS[2], ""]
+    kept = generate(model, tokenizer, prompts, max_new_tokens=95, stop_at_eos=False, attention=EVERYTHING_KEPT)
+    for prompt, answer in zip(prompts, kept, strict=True):
+        assert answer.cache.held == answer.cache.seen == answer.prompt_tokens + 94
+        assert answer.cache.bytes == cache_bytes(6 + 128)  # it did grow, from 64
+        assert len(answer.token_ids) == 95
+        check_greedy(model, tokenizer, prompt, answer, AttentionConfig(pattern="dense"))
+
+
+def cache_bytes(slots: int) -> int:
+    """Of one row: k and v of L, K, H in float32, position and is_global; length and num_global."""
+    return slots * (2 * 2 * 2 * 8 * 4 + 4 + 1) + 4 + 4
+
+
+def test_the_cache_holds_what_the_method_says(model, tokenizer, answers):
+    table = configured_table(tokenizer, SEPARATOR)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = [*tokenizer.encode(prompt, bos=True), *answer.token_ids[:-1]]
+        kept = sum(i >= len(ids) - 6 or i < 2 or bool(table[token]) for i, token in enumerate(ids))
+        assert (answer.cache.held, answer.cache.seen) == (kept, len(ids))
+        assert answer.kv_kept == kept / len(ids) < 1
+        assert answer.cache.bytes == cache_bytes(6 + 64)
+
+
+def test_an_endless_stream_of_sinks_and_window_never_grows(model, tokenizer):
+    attention = dataclasses.replace(SEPARATOR, pattern="sink_window")
+    events = stream(model, tokenizer, "The", stop_at_eos=False, attention=attention)
+    last = next(itertools.islice(events, 299, None))
+    assert (last.cache.held, last.finish_reason) == (2 + 6, None)
+    assert last.cache.seen == len(tokenizer.encode("The", bos=True)) + 299
+
+
+def test_stop_strings_end_a_row_across_tokens_and_leave_the_others_alone(model, tokenizer, answers):
+    text = answers[0].text
+    middle = next(i for i in range(8, len(text)) if text.index(text[i : i + 6]) == i)
+    stop = text[middle : middle + 6]
+    settings = {"max_new_tokens": 40, "stop_at_eos": False}
+    stopped = generate(model, tokenizer, PROMPTS, stop=[stop, "never in it"], **settings)
+    assert (stopped[0].text, stopped[0].finish_reason) == (text[:middle], "stop")
+    assert stopped[0].token_ids == answers[0].token_ids[: len(stopped[0].token_ids)]
+    assert stop in tokenizer.decode(stopped[0].token_ids, continues=True)
+    assert stop not in tokenizer.decode(stopped[0].token_ids[:-1], continues=True)
+    events = list(stream(model, tokenizer, PROMPTS[0], stop=stop, **settings))
+    assert "".join(event.text for event in events) == text[:middle]
+    assert tuple(i for event in events for i in event.token_ids) == stopped[0].token_ids
+    assert (events[-1].finish_reason, events[-1].cache.seen) == ("stop", stopped[0].cache.seen)
+    for before, after in zip(answers[1:], stopped[1:], strict=True):
+        if stop not in before.text:
+            assert before == after
+
+
+def test_the_end_token_ends_a_row(model, tokenizer, answers):
+    ends_early = copy.copy(tokenizer)
+    drawn = answers[0].token_ids
+    at = next(i for i in range(3, 40) if drawn.index(drawn[i]) == i)
+    ends_early.eos_id = drawn[at]
+    for answer, whole in zip(generate(model, ends_early, PROMPTS, max_new_tokens=40), answers, strict=True):
+        size = whole.token_ids.index(drawn[at]) + 1 if drawn[at] in whole.token_ids else 40
+        assert answer.token_ids == whole.token_ids[:size]
+        assert answer.finish_reason == ("eos" if drawn[at] in whole.token_ids else "length")
+    assert len(generate(model, ends_early, PROMPTS[:1], max_new_tokens=40)[0].token_ids) == at + 1
+    events = list(stream(model, ends_early, PROMPTS[0], max_new_tokens=40))
+    assert (len(events), events[-1].finish_reason) == (at + 1, "eos")
+
+
+def test_text_comes_in_whole_characters(model, tokenizer):
+    for seed in range(5):  # hot draws spell many bytes that are part of a character, or of none
+        events = list(stream(model, tokenizer, "é", max_new_tokens=40, temperature=5.0, seed=seed, stop_at_eos=False))
+        ids = [i for event in events for i in event.token_ids]
+        whole = tokenizer.decode(ids, continues=True)
+        assert "".join(event.text for event in events) == whole
+        assert any(event.text == "" for event in events)
+        for n in range(len(events)):
+            assert whole.startswith("".join(event.text for event in events[:n]))
+
+
+def test_no_token_beyond_the_tokenizer_is_drawn(model, tokenizer):
+    assert tokenizer.vocab_size < model.config.vocab_size
+    answer = generate(model, tokenizer, "a", max_new_tokens=100, temperature=50.0, stop_at_eos=False)[0]
+    assert max(answer.token_ids) < tokenizer.vocab_size
+
+
+def test_other_lengths_and_settings_compile_nothing(model, tokenizer, answers):
+    generate(model, tokenizer, PROMPTS, max_new_tokens=40, stop="x")
+    with counted_compilations() as compiled:
+        generate(model, tokenizer, PROMPTS[::-1], max_new_tokens=64, temperature=0.7, top_k=3, top_p=0.5, min_p=0.1)
+        generate(model, tokenizer, ["a", "b, c", [1, 2, 3], "d" * 50], max_new_tokens=3, seed=[1, 2, 3, 4])
+        generate(model, tokenizer, PROMPTS, max_new_tokens=30, stop=["y", "zz"], stop_at_eos=False)
+    assert compiled == []
+    with counted_compilations() as compiled:
+        generate(model, tokenizer, PROMPTS[:3], max_new_tokens=3)
+    assert compiled  # the counter counts
+
+
+def test_the_pattern_can_be_another_than_in_training(model, tokenizer, answers):
+    dense = AttentionConfig(pattern="dense")
+    dense_model = make_model(SHAPE, dense)  # the same parameters
+    expected = generate(dense_model, tokenizer, PROMPTS, max_new_tokens=40, stop_at_eos=False)
+    got = generate(model, tokenizer, PROMPTS, max_new_tokens=40, stop_at_eos=False, attention=dense)
+    assert got == expected
+    assert [a.token_ids for a in got] != [a.token_ids for a in answers]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be 1 or more"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be"),
+        ({"top_p": 0.0}, "top_p=0.0 must be"),
+        ({"seed": [1, 2]}, "got 2 seeds for 1 prompts"),
+        ({"seed": -1}, "seed=-1 must be"),
+        ({"stop": ["a", ""]}, "stop string is empty"),
+        ({"attention": AttentionConfig(window_size=0)}, "attention.window_size=0"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(model, tokenizer, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(model, tokenizer, "a", **settings)
+
+
+def test_a_dense_stream_without_end_is_refused_at_once(model, tokenizer):
+    with pytest.raises(ConfigError, match="cache without end"):
+        stream(model, tokenizer, "a", attention=AttentionConfig(pattern="dense"))
+
+
+def test_learned_positions_have_an_end(tokenizer):
+    learned = make_model(dataclasses.replace(SHAPE, position_embedding="learned", max_positions=20))
+    prompt = tokenizer.encode("The cat", bos=True)
+    most = 20 - len(prompt) + 1
+    assert len(generate(learned, tokenizer, [prompt], max_new_tokens=most, stop_at_eos=False)[0].token_ids) == most
+    with pytest.raises(ConfigError, match=f"20 learned positions .* max_new_tokens to {most} or less"):
+        generate(learned, tokenizer, [prompt], max_new_tokens=most + 1)
+    with pytest.raises(ConfigError, match="without end would pass the 20 learned positions"):
+        stream(learned, tokenizer, [prompt][0])
+
+
+def test_prompts_that_are_none_are_refused(model, tokenizer):
+    no_start = copy.copy(tokenizer)
+    no_start.bos_id = None
+    for prompts, message in (
+        (["a", []], "prompt 1 has no tokens"),
+        ([], "empty list"),
+        ([[0, 300_000]], r"outside the vocabulary of \d+ tokens: \[300000\]"),
+        ([[-1]], r"\[-1\]"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            generate(model, tokenizer, prompts, max_new_tokens=1)
+    with pytest.raises(PromptError, match="no BOS token"):
+        generate(model, no_start, "", max_new_tokens=1)
+    with pytest.raises(DataError, match="surrogate"):
+        generate(model, tokenizer, "\ud800", max_new_tokens=1)
+    for prompts, message in ((3, "got int"), ([1, 2], r"\[\[1, 2, 3\]\]"), ([None], "got NoneType"), ([b"a"], "bytes")):
+        with pytest.raises(TypeError, match=message):
+            encode_prompts(tokenizer, prompts)
+    with pytest.raises(TypeError, match="stop must be"):
+        check_stop(["a", 1])
+
+
+def test_a_tokenizer_too_large_for_the_model_is_refused(tokenizer):
+    small = make_model(dataclasses.replace(SHAPE, vocab_size=tokenizer.vocab_size - 1))
+    with pytest.raises(ConfigError, match=f"{tokenizer.vocab_size} tokens but the model only"):
+        generate(small, tokenizer, "a", max_new_tokens=1)
+
+
+@pytest.fixture(scope="module")
+def workdir(tokenizer, tmp_path_factory) -> Path:
+    """What train.py leaves after no steps at all."""
+    folder = tmp_path_factory.mktemp("run")
+    config = Config(model=SHAPE, attention=SEPARATOR, data=DataConfig(sequence_length=32))
+    with Checkpointer(folder, 1) as checkpoints:
+        checkpoints.save(create_state(config), iter(grain.MapDataset.range(1).to_iter_dataset()), config)
+    tokenizer.save(folder / "tokenizer")
+    return folder
+
+
+def command(*flags: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-m", "sepjax.generate", *flags]
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_run_is_loaded_and_the_names_of_the_package_work(workdir, tokenizer):
+    model, loaded = sepjax.load(workdir)
+    assert (model.config, model.attention) == (SHAPE, SEPARATOR)
+    assert loaded.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+    (answer,) = sepjax.generate(model, loaded, "The cat", max_new_tokens=5, stop_at_eos=False)
+    events = sepjax.stream(model, loaded, "The cat", max_new_tokens=5, stop_at_eos=False)
+    assert "".join(event.text for event in events) == answer.text
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = sepjax.lode
+
+
+def test_other_paths_say_what_they_are(workdir, tmp_path):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "model.safetensors").touch()
+    (tmp_path / "model.gguf").touch()
+    for path, kind, message in (
+        (tmp_path / "nothing", FileNotFoundError, "no such folder"),
+        (tmp_path / "hub", LoadError, "Hugging Face folder, which is not supported yet"),
+        (tmp_path / "model.gguf", LoadError, "GGUF file, which is not supported yet"),
+        (tmp_path, LoadError, "folder without checkpoints"),
+    ):
+        with pytest.raises(kind, match=message):
+            sepjax.load(path)
+    with pytest.raises(FileNotFoundError, match="step 7"):
+        sepjax.load(workdir, step=7)
+
+
+def test_the_command_answers_a_batch(workdir, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Four, five")
+    flags = ["--prompt=The cat", f"--prompt_file={tmp_path}/prompt.txt", "--max_new_tokens=6", "--temperature=0.8"]
+    flags += [
+        "--top_k=9",
+        "--top_p=0.9",
+        "--min_p=0.01",
+        "--seed=4",
+        "--stop=zzz",
+        "--pattern=dense",
+        "--window_size=3",
+    ]
+    done = command(f"--workdir={workdir}", *flags)
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = sepjax.load(workdir)
+    attention = AttentionConfig(pattern="dense", num_sinks=2)
+    sampling = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 4}
+    prompts = ["The cat", "Four, five"]
+    expected = generate(model, tokenizer, prompts, max_new_tokens=6, stop="zzz", attention=attention, **sampling)
+    pairs = zip(prompts, expected, strict=True)
+    assert done.stdout == "".join(f">>> {prompt}\n{answer.text}\n\n" for prompt, answer in pairs)
+    seen = sum(answer.cache.seen for answer in expected)
+    assert f"cache holds {seen} of {seen} tokens (100.0%)" in done.stderr.splitlines()[-1]
+
+
+def test_mistakes_on_the_command_line_are_one_line(workdir, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("Où".encode("latin-1"))
+    for flags, message in (
+        ([f"--workdir={workdir}", "--prompt=a", "--temprature=1"], "temperature"),
+        ([f"--workdir={workdir}", f"--prompt_file={tmp_path}/latin.txt"], "UTF-8"),
+        ([f"--workdir={workdir}", "--prompt=a", "--stream", "--pattern=dense"], "without end"),
+    ):
+        done = command(*flags)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ")
+        assert message in line

@@ -1,0 +1,115 @@
+"""Sampling against its definition written out token by token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from sepjax.config import ConfigError
+from sepjax.sampling import Sampling, filter_logits, sample
+
+V = 8
+LOGITS = st.lists(st.integers(-12, 12).map(lambda x: x / 4), min_size=V, max_size=V)  # with ties
+filtered = jax.jit(filter_logits)
+drawn = jax.jit(sample)
+
+
+def keys(number, seed=0):
+    return jax.random.split(jax.random.key(seed), number)
+
+
+def kept(logits, top_k, top_p, min_p):
+    """Which tokens stay, token by token; None where rounding alone would decide."""
+    ids = set(range(V))
+    if top_k:
+        ids = {i for i in ids if sum(logits[j] > logits[i] for j in ids) < top_k}
+    weight = {i: np.exp(logits[i] - max(logits)) for i in ids}
+    better = {i: sum(weight[j] for j in ids if logits[j] > logits[i]) / sum(weight.values()) for i in ids}
+    if any(abs(p - top_p) < 1e-5 for p in better.values()):
+        return None
+    ratios = [np.exp(x - max(logits)) for x in logits]
+    if any(abs(r - min_p) < 1e-5 * min_p for r in ratios):
+        return None
+    return {i for i in ids if (better[i] < top_p or top_p == 1) and ratios[i] >= min_p}
+
+
+@given(
+    logits=LOGITS,
+    temperature=st.sampled_from([0.25, 1.0, 2.0]),
+    top_k=st.integers(0, V + 2),
+    top_p=st.sampled_from([1e-6, 0.3, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.01, 0.4, 0.999]),
+)
+def test_what_is_left_is_what_the_definition_leaves(logits, temperature, top_k, top_p, min_p):
+    expected = kept([x / temperature for x in logits], top_k, top_p, min_p)
+    assume(expected is not None)
+    got = np.asarray(filtered(jnp.array([logits]), Sampling.create(temperature, top_k, top_p, min_p)))[0]
+    assert set(np.flatnonzero(got > -np.inf).tolist()) == expected
+    assert int(np.argmax(logits)) in expected
+    scores = (np.array(logits) - max(logits)) / temperature
+    np.testing.assert_array_equal(got[list(expected)], scores[list(expected)].astype(np.float32))
+
+
+@given(logits=LOGITS, seed=st.integers(0, 99), top_k=st.integers(0, 3))
+def test_temperature_zero_takes_the_best_and_top_one_one_of_the_best(logits, seed, top_k):
+    row = jnp.array([logits])
+    assert drawn(row, keys(1, seed), Sampling.create(0.0, top_k, 0.5, 0.5)).tolist() == [int(np.argmax(logits))]
+    assert logits[int(drawn(row, keys(1, seed), Sampling.create(3.0, 1))[0])] == max(logits)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-3])
+def test_tiny_temperatures_take_the_best(temperature):
+    logits = jnp.array([[0.0, 5.0, 4.0]])
+    assert drawn(logits, keys(1), Sampling.create(temperature)).tolist() == [1]
+
+
+def test_draws_have_the_probabilities_of_the_scores():
+    draws, logits = 20_000, np.array([0.0, 1.0, 2.0, -1.0])
+    tokens = drawn(jnp.tile(jnp.array(logits), (draws, 1)), keys(draws), Sampling.create(0.7, 0, 1.0, 0.05))
+    weights = np.exp(logits / 0.7)
+    weights[weights < 0.05 * weights.max()] = 0
+    expected = weights / weights.sum()
+    spread = np.sqrt(expected * (1 - expected) / draws)
+    assert np.all(np.abs(np.bincount(tokens, minlength=4) / draws - expected) <= 5 * spread)
+
+
+@given(rows=st.lists(LOGITS, min_size=3, max_size=3), seed=st.integers(0, 99))
+def test_a_row_draws_what_it_would_draw_alone(rows, seed):
+    sampling = Sampling.create(1.5, 5, 0.9, 0.01)
+    together = drawn(jnp.array(rows), keys(3, seed), sampling)
+    alone = [drawn(jnp.array([row]), keys(3, seed)[i : i + 1], sampling)[0] for i, row in enumerate(rows)]
+    assert together.tolist() == alone
+
+
+def test_top_p_keeps_at_least_the_best_and_top_p_one_keeps_the_tail():
+    logits = jnp.array([[0.0] + [-80.0] * (V - 1)])  # the tail is beyond float32's rounding of the sum
+    left = {p: int((filtered(logits, Sampling.create(1.0, V, p)) > -jnp.inf).sum()) for p in (1e-9, 1.0)}
+    assert left == {1e-9: 1, 1.0: V}
+
+
+def test_other_settings_are_the_same_program():
+    program = jax.jit(lambda *args: sample(*args))
+    for sampling in (Sampling.create(), Sampling.create(1.0, 2, 0.3, 0.4), Sampling.create(0.5, top_p=0.9)):
+        program(jnp.zeros((2, V)), keys(2), sampling)
+    assert program._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+        ("min_p", -0.1),
+        ("min_p", 2.0),
+    ],
+)
+def test_settings_out_of_range_are_named(name, value):
+    with pytest.raises(ConfigError, match=f"{name}={value} must be"):
+        Sampling.create(**{name: value})
