@@ -200,3 +200,12 @@ def test_a_full_disk_keeps_the_older_checkpoints(config_file, finished):
         (finished / "metrics.jsonl").write_bytes(backup)
     assert "metrics.jsonl" in err
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == checkpoints
+
+
+def test_sep_small_itself_trains_with_no_download(tmp_path):
+    """The 160M shape on the embedded corpus, a few steps, as the README gives it but for batch, length and steps."""
+    small = ("data.batch_size=2", "data.sequence_length=64", "optimizer.accumulation_steps=1", "training.steps=2")
+    flags = [f"--config.{flag}" for flag in (*small, "optimizer.warmup_steps=1", "training.eval_batches=1")]
+    out, _ = run("train.py", f"--config={ROOT / 'configs' / 'sep_small.py'}", f"--workdir={tmp_path / 'run'}", *flags)
+    assert "162,322,944 parameters" in out
+    assert set(losses(tmp_path / "run")) >= {2}

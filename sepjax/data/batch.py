@@ -13,6 +13,9 @@ from sepjax.array_typing import Array
 class Batch:
     """Packed rows of documents. NumPy on the host, jax.Array once placed on a mesh; all arrays share one shape."""
 
+    # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
+    __no_type_check__ = True
+
     tokens: Int32[Array, "B T"]  # token ids; 0 where padding
     targets: Int32[Array, "B T"]  # the next token of the same document
     loss_mask: Bool[Array, "B T"]  # which targets are scored

@@ -33,7 +33,7 @@ class Score:
     perplexity: float  # per token
     bits_per_byte: float  # of the UTF-8 text
     kv_kept: float  # keys of the last row over the row's length, averaged over layers and windows
-    attention_fraction: float  # visible over causal pairs, averaged over layers and batches
+    attention_fraction: float  # visible over causal pairs, averaged over layers
     tokens: int  # scored
     bytes: int
     tokens_per_second: float  # after compilation
@@ -93,21 +93,21 @@ def _score(
     graph, params = split(model)
     step = jax.jit(functools.partial(_sums, graph, attention))
     table = configured_table(tokenizer, attention)
-    sums, seconds = np.zeros(5), 0.0
+    sums, seconds = np.zeros(6), 0.0
     for number, batch in enumerate(_batches(windows, table, attention, length, batch_size)):
         if number == 0:
             jax.block_until_ready(step(params, *batch))  # compile outside the timing
         began = time.perf_counter()
         sums += np.asarray(step(params, *batch), np.float64)
         seconds += time.perf_counter() - began
-    nll, tokens, kept, fraction, rows = sums
+    nll, tokens, kept, rows, visible, causal = sums.tolist()
     return Score(
         pattern=attention.pattern,
         window_size=max(layer_windows(attention, model.config.num_layers, length)),
         perplexity=math.exp(min(nll / tokens, 700.0)),
         bits_per_byte=nll / math.log(2) / num_bytes,
         kv_kept=kept / rows,
-        attention_fraction=fraction / rows,
+        attention_fraction=visible / causal,
         tokens=int(tokens),
         bytes=num_bytes,
         tokens_per_second=tokens / seconds,
@@ -137,7 +137,7 @@ def _sums(
     segment_ids: jax.Array,
     is_separator: jax.Array,
 ) -> jax.Array:
-    """float32[5]: negative log-likelihood, tokens, and kv_kept and attention_fraction times rows, rows."""
+    """float32[6]: negative log-likelihood, tokens, kv_kept times rows, rows, visible pairs, causal pairs."""
     model = merge(graph, params)
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -147,9 +147,10 @@ def _sums(
     layout = batch_layout(is_separator, segment_ids, attention, windows[0])
     seen = [layout.with_window(n) for n in windows]
     rows = jnp.sum(segment_ids[:, 0] != 0)
-    kept = sum((s.kv_kept() for s in seen), jnp.zeros(())) / len(seen) * rows
-    fraction = sum((s.attention_fraction() for s in seen), jnp.zeros(())) / len(seen) * rows
-    return jnp.stack([nll, jnp.sum(segment_ids != 0), kept, fraction, rows])
+    kept = jnp.mean(jnp.stack([s.kv_kept() for s in seen])) * rows
+    visible = jnp.mean(jnp.stack([jnp.sum(s.num_pairs(), dtype=jnp.float32) for s in seen]))
+    causal = jnp.sum(layout.with_window(T).num_pairs(), dtype=jnp.float32)
+    return jnp.stack([nll, jnp.sum(segment_ids != 0), kept, rows, visible, causal])
 
 
 def table(scores: Iterable[Score]) -> str:

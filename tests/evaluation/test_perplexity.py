@@ -1,0 +1,111 @@
+"""Scores of texts against sums written out by hand."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation.perplexity import score_patterns, table
+from sepjax.model.attend import forward
+from sepjax.model.transformer import create, merge, split
+
+LENGTH = 16
+ATTENTION = AttentionConfig(num_sinks=2, window_size=4, separators="ids", separator_ids=(ord("."), ord(" ")))
+PATTERNS = [dataclasses.replace(ATTENTION, pattern=p) for p in ("separator", "dense", "sink_window", "fixed_interval")]
+TEXTS = ["A cat. A dog, a mat. The end of it.", "Short.", "", "Ünïcode is two bytes."]
+
+
+class Bytes(Tokenizer):
+    """A tokenizer whose tokens are bytes, with BOS 256."""
+
+    bos_id, eos_id, vocab_size = 256, None, 257
+
+    def __init__(self):
+        pass
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def token_texts(self):
+        return [chr(i) for i in range(256)] + [None]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(
+        vocab_size=257, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32
+    )
+    return create(config, ATTENTION, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def scores(model):
+    return {s.pattern: s for s in score_patterns(model, Bytes(), TEXTS, PATTERNS, length=LENGTH, batch_size=3)}
+
+
+def windows():
+    for text in TEXTS:
+        ids = [256, *text.encode()]
+        for i in range(0, len(ids) - 1, LENGTH):
+            yield np.array(ids[i : i + LENGTH + 1], np.int32)
+
+
+def test_equals_a_loop_over_windows_one_at_a_time(model, scores):
+    """Padding and batch neighbours must not show: here each window is alone, unpadded, with the full softmax."""
+    graph, params = split(model)
+    exact = dataclasses.replace(ATTENTION, implementation="reference")
+
+    def alone(params, *batch):
+        model = merge(graph, params)
+        return model.logits(forward(model, *batch, attention=exact)[0])
+
+    nll = 0.0
+    for window in windows():
+        tokens = window[None, :-1]
+        positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+        is_separator = np.isin(tokens, ATTENTION.separator_ids)
+        logits = jax.jit(alone)(params, tokens, positions, is_separator)[0]
+        nll -= float(jnp.sum(jax.nn.log_softmax(logits)[np.arange(len(window) - 1), window[1:]]))
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert scores["separator"].tokens == scores["separator"].bytes == size  # a byte a token; BOS is no target
+    assert scores["separator"].perplexity == pytest.approx(math.exp(nll / size), rel=1e-4)
+    assert scores["separator"].bits_per_byte == pytest.approx(nll / size / math.log(2), rel=1e-4)
+
+
+def test_kv_kept_is_counted_from_the_last_rows(scores):
+    kept = []
+    for window in windows():
+        T = len(window) - 1
+        j = np.arange(T)
+        kept.append(np.mean(np.isin(window[:-1], ATTENTION.separator_ids) | (j < 2) | (T - 1 - j < 4)))
+    assert scores["separator"].kv_kept == pytest.approx(np.mean(kept), rel=1e-5)
+    assert scores["dense"].kv_kept == scores["dense"].attention_fraction == 1.0
+    assert scores["sink_window"].kv_kept < scores["separator"].kv_kept
+
+
+def test_a_window_over_everything_is_dense(model, scores):
+    wide = dataclasses.replace(ATTENTION, window_size=LENGTH)
+    (score,) = score_patterns(model, Bytes(), TEXTS, [wide], length=LENGTH)
+    assert score.perplexity == pytest.approx(scores["dense"].perplexity, rel=1e-5)
+
+
+def test_batch_size_changes_nothing(model, scores):
+    (score,) = score_patterns(model, Bytes(), TEXTS, PATTERNS[:1], length=LENGTH, batch_size=1)
+    assert score.perplexity == pytest.approx(scores["separator"].perplexity, rel=1e-6)
+    assert score.kv_kept == pytest.approx(scores["separator"].kv_kept, rel=1e-6)
+    assert score.attention_fraction == pytest.approx(scores["separator"].attention_fraction, rel=1e-6)
+
+
+def test_the_table_has_a_row_a_pattern(scores):
+    lines = table(scores.values()).splitlines()
+    assert [line.split()[0] for line in lines] == ["pattern", *scores]
+
+
+def test_nothing_to_score_is_an_error(model):
+    with pytest.raises(ValueError, match="no text to score"):
+        score_patterns(model, Bytes(), ["", ""], PATTERNS, length=LENGTH)
