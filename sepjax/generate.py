@@ -5,7 +5,7 @@
 
     python -m sepjax.generate --workdir=runs/tiny --prompt="The function" [--temperature=0.8 --seed=1 ...]
 
-Both drive the same compiled steps (`sepjax.generation.decoding`) and give the same tokens. A row of a batch is what it
+Both drive the same compiled steps (`sepjax.generation.loop`) and give the same tokens. A row of a batch is what it
 would be alone: padding, neighbours and growing caches change none of its tokens.
 """
 

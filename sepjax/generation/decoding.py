@@ -4,10 +4,8 @@
     decode_step   one token of every row against the cache                         -> logits of the next token, cache
 
 A decode step's attention is the last row of the training mask (METHOD section 3), so both give the same scores.
-`start` and `advance` are these two with sampling, compiled: what `sepjax.generate` drives.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -22,7 +20,6 @@ from sepjax.model.attend import forward
 from sepjax.model.layers import Attend
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import Params, Transformer, merge
-from sepjax.sampling import Sampling, sample
 from sepjax.separators import flag_separators
 
 
@@ -95,124 +92,6 @@ def decode_step(
     hidden, (k, v) = model(tokens[:, None], positions, attend, (windows, cache.k, cache.v))
     is_global = _is_global(tokens, cache.length, table, attention)
     return model.logits(hidden[:, 0]), cache.append(k[:, :, 0], v[:, :, 0], is_global, active)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is wanted of every row. All are arrays: other values are no other program."""
-
-    table: Bool[
-        Array, "_"
-    ]  # which token ids are separators; as long as the tokenizer's vocabulary, no id beyond is drawn
-    sampling: Sampling
-    end_token: Int32[jax.Array, ""]  # the row ends after it; -1: no token ends it
-    max_new_tokens: Int32[jax.Array, ""]  # the row ends after so many
-
-    # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
-    __no_type_check__ = True
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """Where every row stands between two steps."""
-
-    cache: SeparatorCache  # of all tokens but the last drawn
-    token: Int32[jax.Array, "B"]  # drawn last
-    count: Int32[jax.Array, "B"]  # tokens drawn
-    done: Bool[jax.Array, "B"]  # ended; the row and its cache change no more
-    key: jax.Array  # typed PRNG keys, [B]; the draw number `count` uses fold_in(key, count)
-
-    __no_type_check__ = True
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """A record of M steps, one column a step, for the host."""
-
-    token: Int32[jax.Array, "B M"]  # drawn; -1 where the row had ended or no step was made
-    held: Int32[jax.Array, "B M"]  # tokens in the row's cache at that step
-    seen: Int32[jax.Array, "B M"]  # tokens the row's cache had seen
-    is_full: Bool[jax.Array, ""]  # the steps stopped because the cache must grow first
-
-    __no_type_check__ = True
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "attention", "window_size", "capacity"))
-def start(
-    graph: nnx.GraphDef,
-    params: Params,
-    tokens: Tokens,
-    lengths: Int32[Array, "B"],
-    keys: jax.Array,
-    request: Request,
-    attention: AttentionConfig,
-    *,
-    window_size: int,
-    capacity: int,
-) -> tuple[DecodeState, Steps]:
-    """Prefills prompts (see `prefill`) and draws the first token of every row with its key of `keys`."""
-    logits, cache = prefill(
-        graph, params, tokens, lengths, request.table, attention, window_size=window_size, capacity=capacity
-    )
-    zeros = jnp.zeros_like(lengths)
-    state = _draw(logits, DecodeState(cache, zeros, zeros, zeros > 0, keys), request)
-    return state, Steps(state.token[:, None], cache.held()[:, None], cache.length[:, None], _must_grow(state))
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "attention", "num_steps"), donate_argnames=("state",))
-def advance(
-    graph: nnx.GraphDef,
-    params: Params,
-    state: DecodeState,
-    request: Request,
-    attention: AttentionConfig,
-    *,
-    num_steps: int,
-) -> tuple[DecodeState, Steps]:
-    """Decodes and draws up to `num_steps` tokens a row; fewer when all rows have ended or the cache must grow.
-
-    `state` is donated: its arrays are used up.
-    """
-
-    def body(carry: tuple[jax.Array, DecodeState, Steps]) -> tuple[jax.Array, DecodeState, Steps]:
-        i, state, steps = carry
-        active = ~state.done
-        logits, cache = decode_step(graph, params, state.cache, state.token, request.table, attention, active)
-        state = _draw(logits, dataclasses.replace(state, cache=cache), request)
-        steps = Steps(
-            token=steps.token.at[:, i].set(jnp.where(active, state.token, -1)),
-            held=steps.held.at[:, i].set(cache.held()),
-            seen=steps.seen.at[:, i].set(cache.length),
-            is_full=_must_grow(state),
-        )
-        return i + 1, state, steps
-
-    def goes_on(carry: tuple[jax.Array, DecodeState, Steps]) -> jax.Array:
-        i, state, steps = carry
-        return (i < num_steps) & ~jnp.all(state.done) & ~steps.is_full
-
-    none = jnp.full((len(state.token), num_steps), -1, jnp.int32)
-    carry = (jnp.int32(0), state, Steps(none, none, none, _must_grow(state)))
-    _, state, steps = jax.lax.while_loop(goes_on, body, carry)
-    return state, steps
-
-
-def _draw(logits: jax.Array, state: DecodeState, request: Request) -> DecodeState:
-    """Draws the next token of every row that has not ended."""
-    keys = jax.vmap(jax.random.fold_in)(state.key, state.count)
-    drawn = sample(logits[:, : len(request.table)], keys, request.sampling)
-    count = state.count + ~state.done
-    ends = (drawn == request.end_token) | (count >= request.max_new_tokens)
-    return dataclasses.replace(
-        state, token=jnp.where(state.done, state.token, drawn), count=count, done=state.done | ends
-    )
-
-
-def _must_grow(state: DecodeState) -> jax.Array:
-    return jnp.any(state.cache.is_full() & ~state.done)
 
 
 def _is_global(tokens: Array, positions: Array, table: Array, attention: AttentionConfig) -> jax.Array:

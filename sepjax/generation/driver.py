@@ -12,7 +12,7 @@ from flax import nnx
 from sepjax.cache import SeparatorCache, bucket
 from sepjax.config import AttentionConfig, validate_attention
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.generation.decoding import Request, Steps, advance, start
+from sepjax.generation.loop import Request, Steps, make_advance, start
 from sepjax.generation.prompts import (
     cache_sizes,
     check_length,
@@ -127,15 +127,16 @@ def run(job: Job, num_steps: int) -> Iterator[tuple[int, StreamEvent]]:
     rows = [_Row(job, ids) for ids in job.prompts]
     tokens, lengths = pad_prompts(job.prompts)
     state, steps = start(job.graph, job.params, tokens, lengths, job.keys, job.request, job.attention, **job.sizes)
+    advance = make_advance(job.graph, job.attention, num_steps)
     while True:
         steps = jax.device_get(steps)
         yield from _events(rows, steps, state.cache.nbytes // len(rows))
         ended = np.array([row.finish_reason is not None for row in rows])
         if ended.all():
             return
-        cache = _grow(state.cache, bucket(state.cache.capacity + 1)) if steps.is_full else state.cache
-        state = dataclasses.replace(state, cache=cache, done=state.done | ended)
-        state, steps = advance(job.graph, job.params, state, job.request, job.attention, num_steps=num_steps)
+        if steps.is_full:
+            state = dataclasses.replace(state, cache=_grow(state.cache, bucket(state.cache.capacity + 1)))
+        state, steps = advance(job.params, state, ended, job.request)
 
 
 _grow = jax.jit(SeparatorCache.grow, static_argnums=1)

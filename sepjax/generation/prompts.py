@@ -105,14 +105,16 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> jax.Array:
     Raises:
       ConfigError: not one seed, nor as many as rows, or one outside 0 to 2^32 - 1.
     """
-    one = np.ndim(seed) == 0
-    seeds = [seed] * num_rows if one else list(seed)
+    if isinstance(seed, (int, np.integer)):
+        seeds, rows = [int(seed)] * num_rows, np.arange(num_rows, dtype=np.uint32)
+    else:
+        seeds, rows = list(seed), np.zeros(num_rows, np.uint32)
     if len(seeds) != num_rows:
         raise ConfigError(f"seed must be one number or one a prompt: got {len(seeds)} seeds for {num_rows} prompts")
     outside = [s for s in seeds if not 0 <= s < 2**32]
     if outside:
         raise ConfigError(f"seed={outside[0]} must be between 0 and 2^32 - 1")
-    return _fold(np.array(seeds, np.uint32), np.arange(num_rows, dtype=np.uint32) * one)
+    return _fold(np.array(seeds, np.uint32), rows)
 
 
 @jax.jit
