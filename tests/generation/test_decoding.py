@@ -109,3 +109,17 @@ def test_decoding_equals_the_masked_forward_pass_at_every_step(case, seed, lengt
     # random, relative to the largest score. (A key too many or too few is thousands of times as much.)
     roundings = (5 * config.num_layers + 1) * config.mlp_dim
     assert error <= roundings**0.5 * np.finfo(np.float32).eps * np.abs(expected).max()
+
+
+def test_bfloat16_decoding_is_as_exact_as_the_bfloat16_forward_pass():
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, V, (3, T), dtype=np.int32)
+    table = jnp.asarray(random.random(V) < 0.3)
+    config, (_, params) = dataclasses.replace(LLAMA, dtype="bfloat16"), model_of(LLAMA)
+    graph, _ = model_of(config)
+    exact = forward_logits(model_of(LLAMA)[0], params, tokens, table, SEPARATOR)
+    whole = forward_logits(graph, params, tokens, table, SEPARATOR)
+    got, cache = decoded_logits(graph, params, tokens, np.ones(3, np.int32), table, SEPARATOR)
+    assert cache.k.dtype == jnp.bfloat16
+    error, allowed = (float(jnp.abs(x - exact).max()) for x in (got, whole))
+    assert 0 < error <= 2 * allowed
