@@ -6,8 +6,10 @@
                             /config      the Config as JSON
 """
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from sepjax.config import Config, ConfigError, from_json, to_json
+from sepjax.config import Config, ConfigError, UserError, from_json, to_json
 from sepjax.model.transformer import Params, abstract
 from sepjax.sharding import make_mesh, parameter_shardings
 
@@ -32,8 +34,15 @@ _FREE += ("training.checkpoint_every", "training.keep_checkpoints", "data.data_d
 _FREE += ("mesh.", "attention.implementation", "attention.capacity", "attention.cache_size", "attention.max_separators")
 
 
+class CheckpointError(UserError, OSError):
+    """A checkpoint that could not be written."""
+
+
 class Checkpointer:
-    """Saves and restores one run; a context manager that waits for the last write when it closes."""
+    """Saves and restores one run; a context manager that waits for the last write when it closes.
+
+    A write that fails raises `CheckpointError`, then or at the next save; older checkpoints stay as they are.
+    """
 
     def __init__(self, workdir: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
@@ -55,7 +64,8 @@ class Checkpointer:
             data=_grain().CheckpointSave(data),
             config=ocp.args.JsonSave(json.loads(to_json(config))),
         )
-        self._manager.save(step, args=items, force=True)
+        with self._writing():
+            self._manager.save(step, args=items, force=True)
 
     def restore(self, target: "TrainState", data: "grain.DatasetIterator") -> "TrainState":
         """Reads the newest checkpoint straight into its shards, and sets `data` to where it was.
@@ -75,17 +85,31 @@ class Checkpointer:
         count = jax.device_put(np.int32(step), counter.sharding)
         return dataclasses.replace(target, step=count, params=read["params"], optimizer=read["optimizer"])
 
-    def wait(self) -> None:
-        """Blocks until the write under way, if any, is complete; raises what went wrong with it."""
-        self._manager.wait_until_finished()
-
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        if error is None:
+            with self._writing():
+                self._manager.close()
+        else:  # the run has a reason to stop already; another one must not hide it
+            with contextlib.suppress(OSError, ValueError):
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says what a failed write leaves. Orbax writes in the background; TensorStore's errors are ValueErrors."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            complete = steps_on_disk(Path(self._manager.directory))
+            raise CheckpointError(
+                f"cannot write a checkpoint in {self._manager.directory}: {str(error).splitlines()[0][:300]}; "
+                + (f"the newest complete one is of step {complete[-1]}, " if complete else "there is none yet, ")
+                + "and the same command goes on from there once files can be written"
+            ) from error
 
 
 def _grain() -> Any:
@@ -132,9 +156,14 @@ def load_config(workdir: Path | str) -> Config:
     return from_json((_step_folder(Path(workdir), None) / "config" / "metadata").read_text())
 
 
+def steps_on_disk(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, in order."""
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
 def _step_folder(workdir: Path, step: int | None) -> Path:
     folder = directory(workdir)
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    steps = steps_on_disk(folder)
     if not steps:
         raise FileNotFoundError(f"no complete checkpoint in {folder}; is {workdir} the folder that train.py wrote?")
     if step is not None and step not in steps:
