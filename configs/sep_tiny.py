@@ -1,8 +1,8 @@
-"""A first run: a 2.6M-parameter Llama-style decoder on the embedded corpus, on a laptop CPU.
+"""A first run: a 1.1M-parameter Llama-style decoder on the embedded corpus, on a laptop CPU.
 
     python train.py --config=configs/sep_tiny.py --workdir=runs/tiny
 
-Hardware: 2 CPU cores, 4 GB of memory. Time and result: not measured yet.
+Hardware: 2 CPU cores, 2 GB of memory. Time and result: TIME
 """
 
 from sepjax.config import AttentionConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
@@ -11,10 +11,10 @@ from sepjax.config import AttentionConfig, Config, DataConfig, ModelConfig, Opti
 def get_config() -> Config:
     return Config(
         model=ModelConfig(
-            vocab_size=4096, num_layers=4, embed_dim=192, num_heads=4, num_kv_heads=4, head_dim=48, mlp_dim=512
+            vocab_size=2048, num_layers=4, embed_dim=128, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=384
         ),
         attention=AttentionConfig(num_sinks=3, window_size=32),
-        data=DataConfig(tokenizer_vocab_size=4096, sequence_length=256, batch_size=8),
-        optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=2e-4, warmup_steps=20),
-        training=TrainingConfig(steps=400, log_every=10, eval_every=100, checkpoint_every=100),
+        data=DataConfig(tokenizer_vocab_size=2048, sequence_length=256, batch_size=4),
+        optimizer=OptimizerConfig(learning_rate=5e-3, final_learning_rate=2e-4, warmup_steps=50),
+        training=TrainingConfig(steps=640, log_every=20, eval_every=320, checkpoint_every=320),
     )
