@@ -128,7 +128,7 @@ def _listed_peak(device_kind: str) -> tuple[str, float] | None:
 
 
 def _measure_matmul(n: int, dtype: str, device: Any, seconds: float = 0.2) -> float:
-    x = jax.device_put(jnp.ones((n, n), dtype), device)
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (n, n), dtype), device)  # zeros or ones run too fast
     matmul = jax.jit(jnp.matmul)
     matmul(x, x).block_until_ready()
     best, end = float("inf"), time.perf_counter() + seconds
