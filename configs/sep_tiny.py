@@ -2,7 +2,8 @@
 
     python train.py --config=configs/sep_tiny.py --workdir=runs/tiny
 
-Hardware: 2 CPU cores, 2 GB of memory. Time and result: TIME
+Hardware: 2 CPU cores, 2 GB of memory. Time: 2.7 minutes. Expected: eval/loss 4.54, below 4.7 in any case
+(docs/results.md).
 """
 
 from sepjax.config import AttentionConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig

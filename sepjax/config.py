@@ -81,7 +81,7 @@ class AttentionConfig:
     max_separators: int = 64  # [s] slots in a bounded streaming cache
     cache_size: int = 0  # [c] slots of the streaming cache; 0: 2 * (a + s + w)
     document_mask: bool = True  # False: the official row-wise behaviour, documents of a row see each other
-    capacity: int = 0  # packed global keys per row; 0: as many as the row is long. Fewer saves memory.
+    capacity: int = 0  # packed global keys per row; 0: as many as the row is long (docs/decisions.md, 17)
     implementation: str | None = None  # of separator_attention; None: the best that fits the device
 
 
