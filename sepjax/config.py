@@ -107,7 +107,7 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-4
-    warmup_steps: int = 50
+    warmup_steps: int = 50  # a shorter run ends within its warm-up
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.1  # on matrices only
@@ -223,7 +223,7 @@ def _validate_model(model: ModelConfig) -> None:
 
 
 def _validate_training(config: Config) -> None:
-    data, optimizer, training = config.data, config.optimizer, config.training
+    data, optimizer = config.data, config.optimizer
     for section, names in (
         ("data", ("tokenizer_vocab_size", "sequence_length", "batch_size")),
         ("optimizer", ("accumulation_steps",)),
@@ -248,11 +248,6 @@ def _validate_training(config: Config) -> None:
         raise ConfigError(
             f"data.batch_size={data.batch_size} is not a multiple of optimizer.accumulation_steps="
             f"{optimizer.accumulation_steps}; every micro-batch has the same number of rows"
-        )
-    if optimizer.warmup_steps > training.steps:
-        raise ConfigError(
-            f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds training.steps={training.steps}; "
-            "the learning rate would never be reached: lower the warm-up"
         )
     if config.model.position_embedding == "learned" and data.sequence_length > config.model.max_positions:
         raise ConfigError(

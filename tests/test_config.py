@@ -274,7 +274,6 @@ def test_a_program_ends_with_one_line_for_mistakes_and_a_traceback_for_bugs(
         (Config(optimizer=OptimizerConfig(b2=1.0)), "optimizer.b2=1.0 must be 0 or more and below 1"),
         (Config(optimizer=OptimizerConfig(clip_norm=0.0)), "optimizer.clip_norm=0.0 must be above 0"),
         (Config(training=TrainingConfig(steps=0)), "training.steps=0 must be 1 or more"),
-        (Config(training=TrainingConfig(steps=49)), "warmup_steps=50 exceeds training.steps=49"),
         (
             Config(model=ModelConfig(position_embedding="learned", max_positions=128)),
             "sequence_length=256 exceeds model.max_positions=128",

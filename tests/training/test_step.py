@@ -190,3 +190,8 @@ def test_golden_step():
     assert_close(
         state.params, params, 0.02 * 5e-3
     )  # Adam turns rounding of near-zero gradients into a share of its step
+
+
+def test_a_run_shorter_than_its_warm_up_ends_within_it():
+    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1e-3, warmup_steps=50), 5)
+    assert float(schedule(4)) == pytest.approx(1e-3 * 4 / 50)
