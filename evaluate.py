@@ -2,6 +2,7 @@
 
     python evaluate.py --workdir=runs/tiny                          the validation split of its corpus
     python evaluate.py --workdir=runs/tiny --text=book.txt          a file, or a folder of .txt files
+    python evaluate.py --workdir=runs/tiny --split=train[:1%]       another split of the corpus, as TFDS writes it
     python evaluate.py --workdir=runs/tiny --patterns=separator,dense --window_size=64 --length=1024
 
 Prints a table and writes <workdir>/evaluation.json (or --output). "KV kept" is counted, never a formula.
@@ -28,6 +29,7 @@ def evaluate(
     *,
     step: int | None = None,
     text: str = "",
+    split: str = "",
     length: int = 0,
     window_size: int = 0,
     batch_size: int = 8,
@@ -37,7 +39,7 @@ def evaluate(
     config = load_config(workdir)
     attentions = [_attention(config, pattern, window_size) for pattern in patterns]
     data = dataclasses.replace(config.data, name=text) if text else config.data
-    source = text_source(data, data.data_dir or str(workdir / "data"), "all" if text else data.eval_split)
+    source = text_source(data, data.data_dir or str(workdir / "data"), split or ("all" if text else data.eval_split))
     documents = source[: max_documents or len(source)]
     model, tokenizer = sepjax.load(workdir, step=step)
     length = length or config.data.sequence_length
@@ -54,7 +56,8 @@ def _attention(config: Config, pattern: str, window_size: int) -> AttentionConfi
 if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run that train.py wrote", required=True)
     STEP = flags.DEFINE_integer("step", None, "checkpoint to score; default: the newest")
-    TEXT = flags.DEFINE_string("text", "", "a .txt file or a folder of them; default: the run's validation split")
+    TEXT = flags.DEFINE_string("text", "", "a .txt file, a folder of them or a TFDS dataset; default: the run's corpus")
+    SPLIT = flags.DEFINE_string("split", "", "of that data, as TFDS names it; default: all of --text, or validation")
     PATTERN = flags.DEFINE_list("patterns", list(PATTERNS), "attention patterns to compare")
     LENGTH = flags.DEFINE_integer("length", 0, "tokens of a window; default: as in training", lower_bound=0)
     WINDOW = flags.DEFINE_integer("window_size", 0, "n of every layer; default: as in training", lower_bound=0)
@@ -70,6 +73,7 @@ if __name__ == "__main__":
             PATTERN.value,
             step=STEP.value,
             text=TEXT.value,
+            split=SPLIT.value,
             length=LENGTH.value,
             window_size=WINDOW.value,
             batch_size=BATCH.value,

@@ -42,7 +42,10 @@ def separator_table(tokenizer: Any, policy: str | Sequence[int] = "punctuation")
         return np.array([_is_punctuation(text) for text in texts], bool)
     if policy == "paper":
         return np.array([text in PAPER_SEPARATORS for text in texts], bool)
-    raise ValueError(f'unknown separator policy {policy!r}; use "punctuation", "paper" or a list of token ids')
+    raise ValueError(
+        f'unknown separator policy {policy!r}; use "punctuation", "paper" or a list of token ids '
+        '(a fixed interval goes by position: attention.pattern="fixed_interval")'
+    )
 
 
 def configured_table(tokenizer: Any, attention: AttentionConfig) -> np.ndarray:
