@@ -18,7 +18,7 @@ import numpy as np
 
 from sepjax.config import AttentionConfig, layer_windows
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.model.attend import batch_layout, forward
+from sepjax.model.attend import forward, layer_layouts
 from sepjax.model.transformer import Transformer, merge, split
 from sepjax.separators import configured_table, flag_separators
 from sepjax.training.loss import cross_entropy_sums
@@ -143,13 +143,12 @@ def _sums(
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     hidden, _ = forward(model, tokens, positions, is_separator, segment_ids, attention)
     _, nll = cross_entropy_sums(hidden, model.output_embedding(), targets, segment_ids != 0)
-    windows = layer_windows(attention, model.config.num_layers, T)
-    layout = batch_layout(is_separator, segment_ids, attention, windows[0])
-    seen = [layout.with_window(n) for n in windows]
+    layers = layer_layouts(is_separator, segment_ids, attention, model.config.num_layers)
     rows = jnp.sum(segment_ids[:, 0] != 0)
-    kept = jnp.mean(jnp.stack([s.kv_kept() for s in seen])) * rows
-    visible = jnp.mean(jnp.stack([jnp.sum(s.num_pairs(), dtype=jnp.float32) for s in seen]))
-    causal = jnp.sum(layout.with_window(T).num_pairs(), dtype=jnp.float32)
+    kept = sum((layout.kv_kept() * share for layout, share in layers), jnp.zeros(())) * rows
+    pairs = [(jnp.sum(layout.num_pairs(), dtype=jnp.float32), share) for layout, share in layers]
+    visible = sum((count * share for count, share in pairs), jnp.zeros(()))
+    causal = jnp.sum(layers[0][0].with_window(T).num_pairs(), dtype=jnp.float32)
     return jnp.stack([nll, jnp.sum(segment_ids != 0), kept, rows, visible, causal])
 
 

@@ -1,5 +1,6 @@
 """Attention over whole packed rows, as the blocks call it: training, scoring and prefill."""
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,15 @@ def batch_layout(
         capacity=min(attention.capacity, is_separator.shape[1]) or None,
         document_mask=attention.document_mask,
     )
+
+
+def layer_layouts(
+    is_separator: SeparatorFlags, segment_ids: SegmentIds | None, attention: AttentionConfig, num_layers: int
+) -> list[tuple[SeparatorLayout, float]]:
+    """The distinct layouts of the layers, each with its share of the layers: for statistics averaged over layers."""
+    windows = layer_windows(attention, num_layers, is_separator.shape[1])
+    layout = batch_layout(is_separator, segment_ids, attention, windows[0])
+    return [(layout.with_window(n), times / num_layers) for n, times in collections.Counter(windows).items()]
 
 
 type _Rows = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]

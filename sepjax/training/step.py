@@ -1,6 +1,5 @@
 """TrainState and the pure functions over it: `create_state`, `train_step`, `eval_step`."""
 
-import collections
 import dataclasses
 from typing import Any
 
@@ -11,9 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sepjax.array_typing import Array, Int32
-from sepjax.config import Config, layer_windows
+from sepjax.config import Config
 from sepjax.data.batch import Batch
-from sepjax.model.attend import batch_layout, forward
+from sepjax.model.attend import forward, layer_layouts
 from sepjax.model.transformer import Params, abstract, create, merge, split
 from sepjax.sharding import parameter_shardings
 from sepjax.training.loss import cross_entropy_sums
@@ -89,10 +88,7 @@ def eval_step(config: Config, graph: nnx.GraphDef, params: Params, batch: Batch)
 
 def attention_statistics(config: Config, batch: Batch) -> Metrics:
     """What the layouts of this batch let through, counted and averaged over layers (METHOD section 5)."""
-    T = batch.tokens.shape[1]
-    windows = layer_windows(config.attention, config.model.num_layers, T)
-    layout = batch_layout(batch.is_separator, batch.segment_ids, config.attention, windows[0])
-    layers = [(layout.with_window(n), times / len(windows)) for n, times in collections.Counter(windows).items()]
+    layers = layer_layouts(batch.is_separator, batch.segment_ids, config.attention, config.model.num_layers)
     is_token = batch.segment_ids != 0
     return {
         "sep/attention_fraction": sum((seen.attention_fraction() * w for seen, w in layers), jnp.zeros(())),
