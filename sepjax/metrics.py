@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from sepjax.config import UserError
+from sepjax.provenance import checkout
 
 _PACKAGES = ("sepjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
@@ -173,7 +173,7 @@ def run_meta(workdir: Path | str, *, seed: int) -> None:
     if jax.process_index() != 0:
         return
     path = Path(workdir) / "run_meta.json"
-    commit, dirty = _commit(Path(__file__).resolve().parents[1])
+    commit, dirty = checkout(Path(__file__).resolve().parents[1])
     start = {"time": datetime.datetime.now(datetime.UTC).isoformat(), "commit": commit, "argv": sys.argv}
     meta = {
         "commit": commit,
@@ -198,20 +198,6 @@ def _earlier_starts(path: Path) -> list[Any]:
         return json.loads(path.read_text(encoding="utf-8"))["starts"]
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} is not what sepjax writes ({error!r}); move it away to go on") from error
-
-
-def _commit(root: Path) -> tuple[str | None, bool | None]:
-    """The checked-out commit of `root` and whether tracked files differ from it; (None, None) outside a checkout."""
-    if not (root / ".git").exists():
-        return None, None
-    try:
-        commit, changes = (
-            subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout of another user
-        return None, None
-    return commit.strip(), bool(changes.strip())
 
 
 def _version(package: str) -> str | None:

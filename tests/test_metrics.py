@@ -3,7 +3,6 @@
 import gc
 import json
 import resource
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -231,15 +230,3 @@ def test_run_meta_tells_where_a_run_comes_from_and_every_start(tmp_path: Path) -
     (tmp_path / "run_meta.json").write_text("torn")
     with pytest.raises(UserError, match="move it away"):
         metrics.run_meta(tmp_path, seed=7)
-
-
-def test_commit_is_that_of_the_checkout_and_none_outside(tmp_path: Path) -> None:
-    assert metrics._commit(tmp_path) == (None, None)
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
-    (tmp_path / "file").write_text("1")
-    for arguments in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "x"]):
-        subprocess.run([*git, *arguments], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    assert metrics._commit(tmp_path) == (head, False)
-    (tmp_path / "file").write_text("2")
-    assert metrics._commit(tmp_path) == (head, True)

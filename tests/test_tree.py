@@ -14,6 +14,7 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "pyproject.toml", ROOT / ".ci" / "run"])
 
 BASE = {"config", "array_typing"}
+BENCH = {"flags", "provenance", "timing"}  # what a `bench.py` needs
 # Room -> the rooms it may import from, besides itself. Rooms that are not listed are above all of these.
 MAY_IMPORT = {
     "array_typing": set(),
@@ -21,12 +22,15 @@ MAY_IMPORT = {
     "separators": BASE,
     "layout": BASE | {"separators"},
     "sharding": BASE,
-    "attention": BASE | {"separators", "layout", "sharding"},
+    "provenance": set(),
+    "timing": set(),
+    "flops": {"config"},
+    "attention": BASE | {"separators", "layout", "sharding"} | BENCH,
     "cache": BASE | {"separators", "layout", "sharding", "attention"},
     "flags": {"config"},
-    "data": BASE | {"separators", "layout", "sharding", "flags"},  # flags: for python -m sepjax.data.bench
+    "data": BASE | {"separators", "layout", "sharding"} | BENCH,
     "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
-    "training": BASE | {"separators", "layout", "sharding", "attention", "cache", "data", "model"},
+    "training": BASE | {"separators", "layout", "sharding", "attention", "cache", "data", "model", "flops"} | BENCH,
 }
 
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow", "torch"}
