@@ -18,6 +18,7 @@ def get_config() -> Config:
     config.model.head_dim = 128
     config.model.mlp_dim = 8192
     config.model.remat = "dots"
+    config.model.scan_layers = True
     config.optimizer.learning_rate = 2e-4
     config.optimizer.final_learning_rate = 2e-5
     config.mesh.data, config.mesh.fsdp = 1, -1

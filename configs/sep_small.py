@@ -48,6 +48,7 @@ def get_config() -> Config:
             rope=RopeConfig(fraction=0.25),
             tie_embeddings=False,
             dtype="bfloat16",
+            scan_layers=False,
         ),
         attention=AttentionConfig(num_sinks=3, window_size=64),
         data=DataConfig(tokenizer_vocab_size=16384, sequence_length=2048, batch_size=1024),

@@ -1,5 +1,11 @@
-"""The parts of a decoder block. Parameters are float32; `ModelConfig.dtype` is the type of activations and matmuls."""
+"""The parts of a decoder block. Parameters are float32; `ModelConfig.dtype` is the type of activations and matmuls.
 
+What the backward pass keeps is chosen for accelerators, where memory traffic costs more than arithmetic: the inputs of
+matrices, and of norms and activations their inputs alone (docs/decisions.md, 18).
+"""
+
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,18 +20,87 @@ from sepjax.sharding import constrain
 # without their rotary embedding: who attends knows which positions they have.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
-_ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
 _INIT_STD = 0.02
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, x * Phi(x)."""
+    return jax.nn.gelu(x, approximate=False) if x.dtype == jnp.float32 else _gelu_16_bit(x)
+
+
+@jax.custom_vjp
+def _gelu_16_bit(x: jax.Array) -> jax.Array:
+    """GELU in float32 arithmetic, rounded once. With XLA's erf or erfc a GPU would wait for arithmetic, not memory."""
+    y = x.astype(jnp.float32)
+    return (y * _normal(y)[0]).astype(x.dtype)
+
+
+def _gelu_16_bit_backward(x: jax.Array, d_out: jax.Array) -> tuple[jax.Array]:
+    y = x.astype(jnp.float32)
+    cumulative, density = _normal(y)
+    return ((d_out.astype(jnp.float32) * (cumulative + y * density)).astype(x.dtype),)
+
+
+_gelu_16_bit.defvjp(lambda x: (_gelu_16_bit(x), x), _gelu_16_bit_backward)
+
+
+def _normal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Phi(x) and its derivative, float32: absolute errors below 3e-7 (Abramowitz and Stegun, 26.2.17)."""
+    density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    t = 1 / (1 + 0.2316419 * jnp.abs(x))
+    tail = 0.0
+    for coefficient in (1.330274429, -1.821255978, 1.781477937, -0.356563782, 0.319381530):
+        tail = (tail + coefficient) * t
+    tail = density * tail  # of |x| upwards
+    return jnp.where(x < 0, tail, 1 - tail), density
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": _gelu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 def make_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm | nnx.LayerNorm:
     """RMSNorm or LayerNorm over the embedding; statistics in float32."""
     kind = nnx.RMSNorm if config.norm == "rmsnorm" else nnx.LayerNorm
     return kind(config.embed_dim, epsilon=config.norm_epsilon, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+class Linear(nnx.LinearGeneral):
+    """`nnx.LinearGeneral` over the last axes, as one product of flat features. It has the same parameters."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x[..., *inputs] to [..., *outputs]."""
+        return self.add_bias(self.product(x))
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """The mapping without its bias."""
+        lead = x.shape[: x.ndim - len(self.in_features)]
+        kernel = self.kernel[...].astype(self.dtype).reshape(math.prod(self.in_features), -1)
+        return _matmul(x.astype(self.dtype).reshape(*lead, -1), kernel).reshape(*lead, *self.out_features)
+
+    def add_bias(self, y: jax.Array) -> jax.Array:
+        """`product(x)` with the bias, if there is one."""
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+@jax.custom_vjp
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x[..., I] @ kernel[I, O], whose two backward products stay by themselves."""
+    return x @ kernel
+
+
+def _matmul_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Behind the barrier no operand is shared with another product. XLA would merge products that share one, and copy
+    # their other operands side by side for it: 0.9 GB a layer at 32k tokens of the 160M shape.
+    x, kernel = residuals
+    x, dy = jax.lax.optimization_barrier((x, dy))
+    tokens = tuple(range(x.ndim - 1))
+    return (
+        jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ()))),
+        jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ()))),
+    )
+
+
+_matmul.defvjp(lambda x, kernel: (_matmul(x, kernel), (x, kernel)), _matmul_backward)
 
 
 def _linear(
@@ -35,9 +110,9 @@ def _linear(
     bias: bool,
     std: float,
     rngs: nnx.Rngs,
-) -> nnx.LinearGeneral:
+) -> Linear:
     axis = tuple(range(-len(inputs), 0)) if isinstance(inputs, tuple) else -1
-    return nnx.LinearGeneral(
+    return Linear(
         inputs,
         outputs,
         axis=axis,
@@ -75,13 +150,20 @@ class MLP(nnx.Module):
         self.gate = _linear(config, D, F, bias, _INIT_STD, rngs) if config.gated_mlp else None
         self.down = _linear(config, F, D, bias, _residual_std(config), rngs)
         self.activation = config.activation
+        self.scanned = config.scan_layers
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x[B, T, D] to [B, T, D]."""
-        activation = _ACTIVATIONS[self.activation]
-        hidden = self.up(x)
-        hidden = activation(hidden) if self.gate is None else activation(self.gate(x)) * hidden
+        # From products without biases: the sums would be arrays of their own, kept for the backward pass.
+        projections = (self.up,) if self.gate is None else (self.gate, self.up)
+        hidden = _keep_inputs(self._activate, self.scanned)(*(f.product(x) for f in projections))
         return self.down(constrain(hidden, "batch", "length", "mlp"))
+
+    def _activate(self, *products: jax.Array) -> jax.Array:
+        activation = _ACTIVATIONS[self.activation]
+        if self.gate is None:
+            return activation(self.up.add_bias(products[0]))
+        return activation(self.gate.add_bias(products[0])) * self.up.add_bias(products[1])
 
 
 class Block(nnx.Module):
@@ -100,15 +182,23 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, attend: Attend, layer_input: Any) -> tuple[jax.Array, Any]:
         """Maps the residual stream x[B, T, D] to [B, T, D] and what `attend` returned for this layer."""
-        normed = self.attention_norm(x)
+        normed = _keep_inputs(self.attention_norm)(x)
         attended, layer_output = self.attention(normed, attend, layer_input)
         if not self.parallel:
             x = x + attended
-        mlp_input = normed if self.mlp_norm is None else self.mlp_norm(x)
-        x = x + self.mlp(mlp_input)
-        if self.parallel:
-            x = x + attended
+        out = self.mlp(normed if self.mlp_norm is None else _keep_inputs(self.mlp_norm)(x))
+        # Adding to `attended`, which nobody else needs, a matmul can do in place; x must live on.
+        x = x + (attended + out if self.parallel else out)
         return constrain(x, "batch", "length", "hidden"), layer_output
+
+
+def _keep_inputs(f: Callable[..., jax.Array], scanned: bool = True) -> Callable[..., jax.Array]:
+    """`f`, an elementwise function or a norm, computed again in the backward pass from its inputs.
+
+    Without a scan between the passes, XLA would see the same computation twice and keep the first one's results after
+    all, unless told that it must not. Where those are few (norms: their statistics) that is welcome.
+    """
+    return jax.checkpoint(f, prevent_cse=not scanned)
 
 
 def _residual_std(config: ModelConfig) -> float:

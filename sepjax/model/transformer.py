@@ -10,12 +10,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sepjax.array_typing import Float, Positions, Tokens
+from sepjax.array_typing import Array, Float, Int32, Positions, Tokens
 from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.model.layers import Attend, Block, make_norm
 from sepjax.sharding import constrain
 
 type Params = dict[str, Any]
+
+
+class Embedding(nnx.Embed):
+    """`nnx.Embed` that reads rows before it converts them, so that tokens add up their gradients in float32."""
+
+    def __call__(self, ids: Int32[Array, "B T"]) -> Float[jax.Array, "B T D"]:
+        """The rows of ids[B, T], [B, T, D] in the activations' dtype."""
+        return jnp.take(self.embedding[...], jnp.asarray(ids), axis=0).astype(self.dtype)
 
 
 class Transformer(nnx.Module):
@@ -51,17 +59,20 @@ class Transformer(nnx.Module):
         Returns:
           The hidden states after the final norm, [B, T, D], and what `attend` returned, stacked along L.
         """
-        x = self.embedding(jnp.asarray(tokens))
+        x = self.embedding(tokens)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(jnp.asarray(positions))
-        x = constrain(x, "batch", "length", "hidden")
+            x = x + self.position_embedding(positions)
+        # Behind the barrier the rows are written once, in 16 bits; without, every use of x would gather them again.
+        x = jax.lax.optimization_barrier(constrain(x, "batch", "length", "hidden"))
         graph, params = split(self.layers)
 
         def layer(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
             params, layer_input = inputs
             return merge(graph, params)(x, attend, layer_input)
 
-        x, layer_outputs = jax.lax.scan(_rematerialised(layer, self.config.remat), x, (params, layer_inputs))
+        unroll = 1 if self.config.scan_layers else self.config.num_layers
+        layer = _rematerialised(layer, self.config)
+        x, layer_outputs = jax.lax.scan(layer, x, (params, layer_inputs), unroll=unroll)
         return self.final_norm(x), layer_outputs
 
     def logits(self, hidden: Float[jax.Array, "*B D"]) -> Float[jax.Array, "*B V"]:
@@ -96,9 +107,9 @@ def abstract(config: ModelConfig, attention: AttentionConfig | None = None) -> t
     return split(nnx.eval_shape(lambda: create(config, attention, jax.random.key(0))))
 
 
-def _embedding(rows: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Embed:
+def _embedding(rows: int, config: ModelConfig, rngs: nnx.Rngs) -> Embedding:
     init = nnx.initializers.normal(0.02)
-    return nnx.Embed(rows, config.embed_dim, embedding_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
+    return Embedding(rows, config.embed_dim, embedding_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
 def _stack(config: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -108,9 +119,9 @@ def _stack(config: ModelConfig, rngs: nnx.Rngs) -> Block:
     return nnx.merge(graph, jax.vmap(lambda key: split(Block(config, rngs=nnx.Rngs(params=key)))[1])(keys))
 
 
-def _rematerialised(layer: Any, remat: str) -> Any:
-    if remat == "none":
+def _rematerialised(layer: Any, config: ModelConfig) -> Any:
+    if config.remat == "none":
         return layer
     policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # scan already keeps the two passes apart
+    policy = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else policies.nothing_saveable
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not config.scan_layers)  # a scan keeps the passes apart

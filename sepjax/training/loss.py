@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.sharding import RULES
@@ -66,9 +67,9 @@ def _forward(hidden, head, targets, loss_mask, z_loss, chunks):
         p, log_z, target_logit = _softmax(h, head, target)
         scale = jnp.where(mask, 1 + 2 * z_loss * log_z, 0.0)[..., None]
         gradient = (p * scale - jax.nn.one_hot(target, p.shape[-1]) * mask[..., None]).astype(h.dtype)
-        h_gradient = jnp.einsum("btv,vd->btd", gradient, head, preferred_element_type=jnp.float32)
+        h_gradient = jnp.einsum("btv,vd->btd", gradient, head, preferred_element_type=h.dtype)
         head_gradient += jnp.einsum("btv,btd->vd", gradient, h, preferred_element_type=jnp.float32)
-        return (_add(sums, log_z, target_logit, mask, z_loss), head_gradient), h_gradient.astype(h.dtype)
+        return (_add(sums, log_z, target_logit, mask, z_loss), head_gradient), h_gradient
 
     start = (_zeros(), jnp.zeros(head.shape, jnp.float32))
     (sums, head_gradient), h_gradient = jax.lax.scan(body, start, _split(chunks, hidden, targets, loss_mask))
@@ -85,13 +86,29 @@ _chunked.defvjp(_forward, _backward)
 
 
 def _softmax(h: jax.Array, head: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Probabilities [B, t, V], log-normaliser [B, t] and the target's logit [B, t], with one exponential per logit."""
+    """Probabilities [B, t, V], log-normaliser [B, t] and the target's logit [B, t]."""
     logits = jnp.einsum("btd,vd->btv", h, head, preferred_element_type=jnp.float32)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    exp = jnp.exp(logits - top)
-    total = jnp.sum(exp, axis=-1, keepdims=True)
+    top, total = jax.lax.platform_dependent(logits, cuda=_top_and_total_at_once, default=_top_and_total)
     target_logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return exp / total, (top + jnp.log(total))[..., 0], target_logit
+    return jnp.exp(logits - top[..., None]) / total[..., None], top + jnp.log(total), target_logit
+
+
+def _top_and_total(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest logit of each token and the sum of exp(logit - largest), in two passes."""
+    top = jnp.max(logits, axis=-1)
+    return top, jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
+
+
+def _top_and_total_at_once(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same in one pass: a GPU waits for memory here, and has exponentials to spare."""
+
+    def add(x: tuple[jax.Array, jax.Array], y: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        top = jnp.maximum(x[0], y[0])
+        return top, x[1] * jnp.exp(x[0] - top) + y[1] * jnp.exp(y[0] - top)
+
+    # The lowest finite number, not -inf: its exp(lowest - top) is 0, never NaN.
+    nothing = np.float32(jnp.finfo(jnp.float32).min), np.float32(0)
+    return jax.lax.reduce((logits, jnp.ones_like(logits)), nothing, add, (logits.ndim - 1,))
 
 
 def _zeros() -> tuple[jax.Array, jax.Array]:

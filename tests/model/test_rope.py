@@ -102,3 +102,17 @@ def test_yarn_scaling():
 def test_dtype_is_kept():
     x, positions, config = heads(0)
     assert rotate(x.astype(jnp.bfloat16), rope_table(positions, config, HEAD)).dtype == jnp.bfloat16
+
+
+def test_the_gradient_is_that_of_the_formula():
+    """Written as complex numbers, which plain autodiff takes apart by itself."""
+    x, positions, config = heads(3, fraction=0.5)
+    cos, sin = rope_table(positions, config, HEAD)
+
+    def formula(x):
+        quarter = HEAD // 4
+        z = (x[..., :quarter] + 1j * x[..., quarter : 2 * quarter]) * (cos + 1j * sin)[..., None, :]
+        return jnp.concatenate([z.real, z.imag, x[..., 2 * quarter :]], axis=-1)
+
+    for f, g in zip(*(jax.vjp(f, x) for f in (formula, lambda x: rotate(x, (cos, sin)))), strict=True):
+        np.testing.assert_allclose(*((h(jnp.sin(x))[0] if callable(h) else h) for h in (f, g)), atol=1e-6)

@@ -156,8 +156,9 @@ def _rngs():
     return nnx.Rngs(params=0)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_remat_and_scan_change_no_gradient(remat, scan_layers):
     model = create(LLAMA, ATTENTION, jax.random.key(0))
     batch = rows()
     _, params = split(model)
@@ -166,7 +167,7 @@ def test_remat_changes_no_gradient(remat):
         graph, _ = abstract(config, ATTENTION)
         return jax.jit(jax.grad(lambda p: jnp.sum(logits(merge(graph, p), *batch) ** 2)))(params)
 
-    plain, saved = gradient(LLAMA), gradient(dataclasses.replace(LLAMA, remat=remat))
+    plain, saved = gradient(LLAMA), gradient(dataclasses.replace(LLAMA, remat=remat, scan_layers=scan_layers))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * np.abs(a).max()), plain, saved)
 
 

@@ -40,6 +40,17 @@ def test_equals_the_textbook_with_gradients(monkeypatch, elements, z_loss):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_one_pass_equals_two(scale):
+    """The largest logit and the sum beside it, also where all are equal and where one is far above the rest."""
+    logits = scale * jnp.asarray(np.random.default_rng(0).normal(size=(B, T, V)), jnp.float32)
+    logits = logits.at[0, 0].set(-3.0).at[0, 1, 7].set(1e30).at[0, 2].set(jnp.finfo(jnp.float32).min)
+    top, total = loss._top_and_total_at_once(logits)
+    expected_top, expected = loss._top_and_total(logits)
+    np.testing.assert_array_equal(top, expected_top)
+    np.testing.assert_allclose(total, expected, rtol=V * 2**-23)  # V additions, each rounded
+
+
 def test_masked_targets_count_for_nothing():
     hidden, head, targets, mask = problem()
     other = np.where(mask, targets, (targets + 1) % V)
