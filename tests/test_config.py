@@ -31,7 +31,7 @@ from sepjax.config import (
     to_json,
     validate,
 )
-from sepjax.flags import parse
+from sepjax.flags import parse, whole_numbers
 from sepjax.flops import matmul_parameters
 
 ROOT = Path(__file__).parents[1]
@@ -359,3 +359,11 @@ def test_field_types_covers_every_field_once() -> None:
     assert len(field_types()) == count(Config)
     assert field_types()["attention.implementation"] == "str | None"
     assert field_types()["attention.layer_windows"] == "tuple[int, ...]"
+
+
+def test_lists_of_whole_numbers():
+    assert whole_numbers("lengths", ["1", "20"]) == (1, 20)
+    assert whole_numbers("lengths", []) == ()
+    for wrong in (["2k"], ["0"], ["-1"], [""]):
+        with pytest.raises(ConfigError, match="--lengths takes whole numbers of 1 or more"):
+            whole_numbers("lengths", wrong)

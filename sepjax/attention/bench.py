@@ -29,7 +29,7 @@ from absl import flags
 
 from sepjax.attention import dense_attention, separator_attention
 from sepjax.config import ConfigError
-from sepjax.flags import run_main
+from sepjax.flags import run_main, whole_numbers
 from sepjax.layout import SeparatorLayout, build_layout
 from sepjax.provenance import heading, provenance
 from sepjax.timing import Timing, time_calls
@@ -98,9 +98,6 @@ class Row:
 
 def check(settings: Settings) -> None:
     """Raises `ConfigError` for settings that cannot work."""
-    for name in ("lengths", "document_lengths"):
-        if any(length < 1 for length in getattr(settings, name)):
-            raise ConfigError(f"--{name} must be 1 or more, got {getattr(settings, name)}")
     if not settings.lengths or not settings.implementations:
         raise ConfigError("--lengths and --implementations need one entry or more")
     for name in settings.implementations:
@@ -285,13 +282,6 @@ def main(settings: Settings, json_file: str | None) -> None:
         Path(json_file).write_text(json.dumps(report(source, settings, table), indent=2) + "\n", encoding="utf-8")
 
 
-def _integers(name: str, values: list[str]) -> tuple[int, ...]:
-    try:
-        return tuple(int(value) for value in values)
-    except ValueError as error:
-        raise ConfigError(f"--{name} takes whole numbers with commas between them, got {','.join(values)!r}") from error
-
-
 if __name__ == "__main__":
     DEFAULT = Settings()
     LENGTHS = flags.DEFINE_list("lengths", list(map(str, DEFAULT.lengths)), "tokens of a row, T")
@@ -311,7 +301,7 @@ if __name__ == "__main__":
 
     def _main() -> None:
         settings = Settings(
-            lengths=_integers("lengths", LENGTHS.value),
+            lengths=whole_numbers("lengths", LENGTHS.value),
             tokens=TOKENS.value,
             density=DENSITY.value,
             window_size=WINDOW.value,
@@ -320,7 +310,7 @@ if __name__ == "__main__":
             num_kv_heads=KV_HEADS.value,
             head_dim=HEAD_DIM.value,
             dtype=DTYPE.value,
-            document_lengths=_integers("document_lengths", DOCUMENTS.value),
+            document_lengths=whole_numbers("document_lengths", DOCUMENTS.value),
             implementations=tuple(IMPLEMENTATIONS.value),
             repeats=REPEATS.value,
             seconds=SECONDS.value,

@@ -97,16 +97,9 @@ def test_a_figure_that_is_missing_says_why():
         ({"implementations": ("nonsense",)}, "--implementations=nonsense"),
         ({"implementations": ()}, "--implementations"),
         ({"num_heads": 3, "num_kv_heads": 2}, "multiple"),
-        ({"lengths": (16, 0)}, "--lengths"),
-        ({"document_lengths": (-1,)}, "--document_lengths"),
+        ({"lengths": ()}, "--lengths"),
     ],
 )
 def test_settings_that_cannot_work_are_errors(changes, names):
     with pytest.raises(ConfigError, match=names):
         bench.check(dataclasses.replace(SMALL, **changes))
-
-
-def test_lists_of_numbers():
-    assert bench._integers("lengths", ["1", "20"]) == (1, 20)
-    with pytest.raises(ConfigError, match="--lengths takes whole numbers"):
-        bench._integers("lengths", ["2k"])

@@ -1,0 +1,201 @@
+"""Training tokens a second of a config against the same model with dense attention, over sequence lengths.
+
+    python -m sepjax.training.bench --config=configs/sep_small.py [--lengths=2048,8192,32768 --json=bench.json]
+
+Whole optimizer steps of `train_step` on random tokens, without a data pipeline; separators are drawn at random with the
+density given, a row is one document. The baseline is the config with attention.pattern="dense" and no document mask,
+which on NVIDIA GPUs runs in cuDNN's flash attention. A step has --tokens tokens in each micro-batch at every length.
+MFU is that of `sepjax.flops`: needed FLOPs, so the separator model is given credit for its own pairs only.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from sepjax.config import Config, ConfigError, validate
+from sepjax.data.batch import Batch
+from sepjax.flags import run_main, whole_numbers
+from sepjax.flops import Peak, flops_report, peak_flops
+from sepjax.provenance import heading, provenance
+from sepjax.sharding import batch_sharding, check_batch, make_mesh, replicated
+from sepjax.timing import Timing, time_calls
+from sepjax.training.step import abstract_state, create_state, model_graph, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured, besides the config."""
+
+    lengths: tuple[int, ...] = (2048, 8192, 32768)  # T of each line of the table
+    tokens: int = 32768  # of a micro-batch
+    accumulation_steps: int = 1  # micro-batches of a step; the optimizer's share shrinks with them
+    density: float = 0.12  # share of tokens that are separators
+    repeats: int = 5  # timed loops
+    seconds: float = 3.0  # for the loops of one figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """One model at one length."""
+
+    timing: Timing  # of a step
+    tokens_per_second: float
+    mfu: float
+    mfu_dense_equivalent: float
+    attention_fraction: float  # visible pairs over causal pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    length: int
+    rows: int  # of a step
+    model: Speed  # the config as it is
+    dense: Speed
+
+
+def measure(config: Config, settings: Settings, peak: Peak) -> Iterator[Row]:
+    """Yields the lines of the table as they are measured.
+
+    Raises:
+      ConfigError: the config is dense itself, or cannot run at one of the lengths.
+    """
+    if config.attention.pattern == "dense":
+        raise ConfigError('attention.pattern="dense" is the baseline itself; give a config with another pattern')
+    for configs in [_both(config, settings, length) for length in settings.lengths]:  # all are checked first
+        data = configs[0].data
+        model, dense = (_speed(config, settings, peak) for config in configs)
+        yield Row(data.sequence_length, data.batch_size, model, dense)
+
+
+def _both(config: Config, settings: Settings, length: int) -> tuple[Config, Config]:
+    """The config at one length, and its dense baseline."""
+    steps = settings.accumulation_steps
+    rows = steps * max(1, settings.tokens // length)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, sequence_length=length, batch_size=rows),
+        optimizer=dataclasses.replace(config.optimizer, accumulation_steps=steps),
+    )
+    if config.model.position_embedding == "learned" and length > config.model.max_positions:
+        raise ConfigError(
+            f"--lengths={length} exceeds model.max_positions={config.model.max_positions}, the rows of the table of "
+            "learned positions; leave it out or raise max_positions"
+        )
+    attention = dataclasses.replace(config.attention, pattern="dense", document_mask=False, implementation=None)
+    return validate(config), validate(dataclasses.replace(config, attention=attention))
+
+
+def _speed(config: Config, settings: Settings, peak: Peak) -> Speed:
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.data.batch_size // config.optimizer.accumulation_steps)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    step = jax.jit(
+        functools.partial(train_step, config, model_graph(config)),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+    )
+    with jax.set_mesh(mesh):
+        state = jax.jit(functools.partial(create_state, config), out_shardings=shardings)()
+        batch = jax.device_put(_batch(config, settings.density), batch_sharding(mesh))
+
+        def run() -> dict[str, Any]:
+            nonlocal state
+            state, metrics = step(state, batch)
+            return metrics
+
+        timing = time_calls(run, repeats=settings.repeats, seconds=settings.seconds)
+        metrics = run()
+    rate = config.data.batch_size * config.data.sequence_length / timing.milliseconds * 1e3
+    report = flops_report(config, float(metrics["sep/pairs_per_row"]), rate, peak)
+    return Speed(
+        timing,
+        rate,
+        report["throughput/mfu"],
+        report["throughput/mfu_dense_equivalent"],
+        float(metrics["sep/attention_fraction"]),
+    )
+
+
+def _batch(config: Config, density: float) -> Batch:
+    """Random tokens; each row one document."""
+    rng = np.random.default_rng(config.training.seed)
+    shape = B, T = config.data.batch_size, config.data.sequence_length
+    tokens = rng.integers(0, config.model.vocab_size, (B, T + 1), dtype=np.int32)
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_mask=np.ones(shape, bool),
+        positions=np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+        segment_ids=np.ones(shape, np.int32),
+        is_separator=rng.random(shape) < density,
+    )
+
+
+def table_head(config: Config, settings: Settings, peak: Peak) -> str:
+    """The settings in words, and the names of the columns."""
+    a, m = config.attention, config.model
+    columns = f"{'ms/step':>10}{'tokens/s':>12}{'MFU':>7}"
+    return (
+        f"L={m.num_layers} D={m.embed_dim} N={m.num_heads} K={m.num_kv_heads} H={m.head_dim} F={m.mlp_dim} "
+        f"V={m.vocab_size}, {m.dtype}, remat {m.remat}, {'scanned' if m.scan_layers else 'unrolled'} layers; "
+        f"{settings.accumulation_steps} x {settings.tokens} tokens a step\n"
+        f"{a.pattern}: n={a.window_size} {a.layer_windows or ''} a={a.num_sinks}, separators {settings.density:.0%} at "
+        f"random; peak {peak}\n\n"
+        f"{'':13}{a.pattern:>29}{'dense':>29}\n{'T':>7}{'rows':>6}{columns}{columns}{'speed-up':>10}{'pairs':>8}"
+    )
+
+
+def table_line(row: Row) -> str:
+    """One line under `table_head`."""
+    speeds = "".join(
+        f"{s.timing.milliseconds:>10.2f}{s.tokens_per_second:>12,.0f}{s.mfu:>7.1%}" for s in (row.model, row.dense)
+    )
+    gain = row.model.tokens_per_second / row.dense.tokens_per_second
+    return f"{row.length:>7}{row.rows:>6}{speeds}{gain:>10.2f}{row.model.attention_fraction:>8.1%}"
+
+
+def main(config: Config, settings: Settings, json_file: str | None) -> None:
+    """Prints the table line by line, then writes the JSON file."""
+    source, peak = provenance(), peak_flops(config.model.dtype)
+    print(heading(source), table_head(config, settings, peak), sep="\n", flush=True)
+    rows = []
+    for row in measure(config, settings, peak):
+        rows.append(row)
+        print(table_line(row), flush=True)
+    if json_file:
+        report = {"settings": dataclasses.asdict(settings), "config": dataclasses.asdict(config), "peak": str(peak)}
+        report = source | report | {"rows": [dataclasses.asdict(row) for row in rows]}
+        Path(json_file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    DEFAULT = Settings()
+    LENGTHS = flags.DEFINE_list("lengths", list(map(str, DEFAULT.lengths)), "tokens of a row, T")
+    TOKENS = flags.DEFINE_integer("tokens", DEFAULT.tokens, "tokens of a micro-batch", lower_bound=1)
+    STEPS = flags.DEFINE_integer("accumulation_steps", DEFAULT.accumulation_steps, "micro-batches", lower_bound=1)
+    DENSITY = flags.DEFINE_float("density", DEFAULT.density, "share of separators", lower_bound=0, upper_bound=1)
+    REPEATS = flags.DEFINE_integer("repeats", DEFAULT.repeats, "timed loops of a figure", lower_bound=1)
+    SECONDS = flags.DEFINE_float("seconds", DEFAULT.seconds, "for the timed loops of a figure", lower_bound=0)
+    JSON = flags.DEFINE_string("json", None, "file for all figures and settings")
+
+    def _main(config: Config) -> None:
+        settings = Settings(
+            lengths=whole_numbers("lengths", LENGTHS.value),
+            tokens=TOKENS.value,
+            accumulation_steps=STEPS.value,
+            density=DENSITY.value,
+            repeats=REPEATS.value,
+            seconds=SECONDS.value,
+        )
+        main(config, settings, JSON.value)
+
+    run_main(_main, with_config=True)
