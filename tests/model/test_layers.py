@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sepjax.model.layers import Linear, _gelu, _normal
+from sepjax.model.layers import Linear, _gelu
 from sepjax.model.transformer import Embedding
 
 GRID = np.linspace(-12, 12, 4001).astype(np.float32)
@@ -21,16 +21,9 @@ def gelu_and_slope(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x * cumulative, cumulative + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
 
 
-def test_normal_distribution():
-    cumulative, density = _normal(jnp.asarray(GRID))
-    exact = [0.5 * math.erfc(-v / math.sqrt(2)) for v in GRID.astype(float)]
-    np.testing.assert_allclose(cumulative, exact, atol=3e-7)
-    np.testing.assert_allclose(density, np.exp(-0.5 * GRID.astype(float) ** 2) / math.sqrt(2 * math.pi), atol=1e-7)
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_gelu_errs_no_more_than_one_rounding(dtype):
-    """Half a unit in the last place for the result, and what float32 and the polynomial bring (3e-7 times |x|)."""
+    """Half a unit in the last place for the result, and what float32 arithmetic brings: a few 2^-24 times |x| <= 12."""
     x = jnp.asarray(GRID, dtype)
     out, vjp = jax.vjp(_gelu, x)
     exact, slope = gelu_and_slope(np.asarray(x, np.float32))
