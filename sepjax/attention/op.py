@@ -1,24 +1,19 @@
 """separator_attention: checks the arguments and chooses the implementation."""
 
-from collections.abc import Callable
-from typing import Any, Literal, overload
+from types import ModuleType
+from typing import Literal, overload
 
 import jax.numpy as jnp
 from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Keys, Queries
-from sepjax.attention import reference, xla
+from sepjax.attention import mosaic_gpu, reference, tpu, xla
 from sepjax.layout import SeparatorLayout
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
-# Best first. Every function takes (q, k, v, layout, *, scale) and returns (out, lse); None: not built yet.
-_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Any, Any]] | None] = {
-    "mosaic_gpu": None,
-    "tpu": None,
-    "xla": xla.attend,
-    "reference": reference.attend,
-}
+# Best first. `attend(q, k, v, layout, *, scale)` returns (out, lse); `unsupported(q)` says why it cannot serve a call.
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu, "tpu": tpu, "xla": xla, "reference": reference}
 
 
 @overload
@@ -68,8 +63,9 @@ def separator_attention(
       v: like k.
       layout: who sees whom, from `build_layout`, for the same B and T.
       scale: of the scores; None: H ** -0.5.
-      implementation: "xla" (memory linear in T, any backend), "reference" (the definition, quadratic), "mosaic_gpu",
-        "tpu", or None: the best that fits. A named implementation never falls back to another.
+      implementation: "mosaic_gpu" (Hopper GPUs), "tpu", "xla" (memory linear in T, any device), "reference" (the
+        definition, quadratic), or None: the first of these that serves the call on the device that is traced for (the
+        mesh's under `jax.set_mesh`, else the default one). A named implementation never falls back to another.
       return_lse: also return the log of the sum of the exponentiated scores.
 
     Returns:
@@ -81,26 +77,28 @@ def separator_attention(
       NotImplementedError: for an implementation that cannot serve this call.
     """
     _check(q, k, v, layout)
-    attend = _choose(implementation)
-    out, lse = attend(q, k, v, layout, scale=q.shape[-1] ** -0.5 if scale is None else float(scale))
+    out, lse = choose(implementation, q).attend(
+        q, k, v, layout, scale=q.shape[-1] ** -0.5 if scale is None else float(scale)
+    )
     return (out, lse) if return_lse else out
 
 
-def _choose(implementation: str | None) -> Callable[..., tuple[Any, Any]]:
+def choose(implementation: str | None, q: Queries) -> ModuleType:
+    """The module that serves a call with queries like `q`; errors as in `separator_attention`."""
     if implementation is None:
-        return next(attend for attend in _IMPLEMENTATIONS.values() if attend is not None)
+        return next(module for module in _IMPLEMENTATIONS.values() if module.unsupported(q) is None)
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; expected None or one of {', '.join(_IMPLEMENTATIONS)}"
         )
-    attend = _IMPLEMENTATIONS[implementation]
-    if attend is None:
-        built = ", ".join(repr(name) for name, attend in _IMPLEMENTATIONS.items() if attend is not None)
+    module = _IMPLEMENTATIONS[implementation]
+    reason = module.unsupported(q)
+    if reason is not None:
         raise NotImplementedError(
-            f"implementation={implementation!r} is not built yet, and a named implementation never falls back to "
-            f"another; use None (the best that is built) or one of {built}"
+            f"implementation={implementation!r} cannot serve this call: {reason}. A named implementation never falls "
+            "back to another; use None (the best that fits) or 'xla' (runs anywhere)"
         )
-    return attend
+    return module
 
 
 def _check(q: Queries, k: Keys, v: Keys, layout: SeparatorLayout) -> None:

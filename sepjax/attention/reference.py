@@ -9,6 +9,11 @@ from sepjax.array_typing import Array, Keys, Queries
 from sepjax.layout import SeparatorLayout
 
 
+def unsupported(q: Queries) -> str | None:
+    """Nothing is: the definition serves every call."""
+    return None
+
+
 def attend(
     q: Queries, k: Keys, v: Keys, layout: SeparatorLayout, *, scale: float, dtype: DTypeLike = jnp.float32
 ) -> tuple[Queries, Float32[Array, "B T N"]]:

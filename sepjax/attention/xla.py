@@ -11,7 +11,6 @@ float32. The backward pass recomputes the weights of each tile; no array of size
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from jax import lax
 from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Keys, Queries
+from sepjax.attention.packing import unpack, vary_alike, with_room
 from sepjax.layout import SeparatorLayout
 
 # Queries of a block, and keys of a tile. A CPU has little work for a short window when they are few (fastest of 32 to
@@ -28,12 +28,17 @@ from sepjax.layout import SeparatorLayout
 _BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 64, 512
 
 
+def unsupported(q: Queries) -> str | None:
+    """Nothing is: plain XLA runs on any device, for every dtype and head size."""
+    return None
+
+
 @functools.partial(jax.jit, static_argnames="scale")
 def attend(
     q: Queries, k: Keys, v: Keys, layout: SeparatorLayout, *, scale: float
 ) -> tuple[Queries, Float32[Array, "B T N"]]:
     """`separator_attention` and its log-sum-exp; the arguments are checked there."""
-    q, k, v, layout = _vary_alike((q, k, v, layout))
+    q, k, v, layout = vary_alike((q, k, v, layout))
     return _attend(q, k, v, layout, scale)
 
 
@@ -43,7 +48,7 @@ def _attend(q, k, v, layout, scale):
 
 
 def _attend_forward(q, k, v, layout, scale):
-    out, top, total = _with_room(layout, lambda layout: _forward(q, k, v, layout, scale))
+    out, top, total = with_room(layout, lambda layout: _forward(q, k, v, layout, scale))
     lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
     return (out, lse), (q, k, v, layout, out, top, total)
 
@@ -56,17 +61,10 @@ def _attend_backward(scale, residuals, cotangents):
     # dS = P * (dP - sum(P * dP) + dlse), where sum(P * dP) = sum(O * dO).
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
     rows = q, d_out, top, norm, delta
-    return *_with_room(layout, lambda layout: _backward(rows, k, v, layout, scale)), None
+    return *with_room(layout, lambda layout: _backward(rows, k, v, layout, scale)), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _with_room[R](layout: SeparatorLayout, run: Callable[[SeparatorLayout], R]) -> R:
-    """`run` on a layout whose packed array holds every global key: the one given, or one with room for all T."""
-    if layout.capacity >= layout.length:
-        return run(layout)
-    return lax.cond(layout.overflows(), lambda: run(layout.with_capacity(layout.length)), lambda: run(layout))
 
 
 def _forward(q, k, v, layout, scale):
@@ -129,7 +127,11 @@ def _backward(rows, k, v, layout, scale):
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (near_keys, far_keys))
     xs = [_blocks(x, k, block) for x in rows], near, far
     (d_near, d_far), dq = lax.scan(block_gradients, zeros, xs)
-    dk, dv = (_unpack(near, far, layout).astype(k.dtype) for near, far in zip(d_near, d_far, strict=True))
+
+    def to_tokens(near, far):  # float32 [B, K, T + block, H] and [B, K, S + block, H] -> their sum [B, T, K, H]
+        return (near[:, :, : layout.length] + unpack(far, layout, axis=2)).swapaxes(1, 2).astype(k.dtype)
+
+    dk, dv = map(to_tokens, d_near, d_far)
     return _unblocks(dq, layout.length), dk, dv
 
 
@@ -201,17 +203,6 @@ def _keys(k, v, layout, block):
     return [room(x) for x in (k, v)], [room(jnp.take_along_axis(x, index, axis=1)) for x in (k, v)]
 
 
-def _unpack(near, far, layout):
-    """float32 [B, K, T + block, H] and [B, K, S + block, H] -> their sum [B, T, K, H] in the order of the tokens.
-
-    Every global key reads its packed gradient: a gather, so nothing depends on the order of additions.
-    """
-    rank = jnp.maximum(layout.global_count - 1, 0)
-    far = jnp.take_along_axis(far, rank[:, None, :, None], axis=2)
-    far = jnp.where(layout.is_global()[:, None, :, None], far, 0.0)
-    return (near[:, :, : layout.length] + far).swapaxes(1, 2)
-
-
 def _split(x, block):
     """[B, T, ...] -> [nb, B, Q, ...], zeros after the last token."""
     B, T, *rest = x.shape
@@ -231,15 +222,3 @@ def _unblocks(x, T):
     x = jnp.moveaxis(x, (0, 4), (1, 2))  # [B, nb, Q, K, G, ...]
     B, nb, Q, K, G, *rest = x.shape
     return x.reshape(B, nb * Q, K * G, *rest)[:, :T]
-
-
-def _vary_alike(tree):
-    """Inside `jax.shard_map`, marks every array as varying over the mesh axes that any of them varies over."""
-    varying = [jax.typeof(x).mat.varying for x in jax.tree.leaves(tree)]
-    axes = frozenset().union(*varying)
-
-    def cast(x):
-        missing = tuple(axes - jax.typeof(x).mat.varying)
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)
