@@ -1,0 +1,92 @@
+"""What the suites of all implementations measure with: inputs, a brute force, random layouts, and the 2x rule.
+
+The tolerance is derived, not chosen: an implementation may err at most twice as much as the textbook formula computed
+in the same precision, plus one rounding of the largest term that the result sums up.
+"""
+
+import functools
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from sepjax.layout import build_layout
+
+RESULTS = ("out", "lse", "dq", "dk", "dv")
+
+
+def tensors(shape, dtype=jnp.float32, seed=0):
+    """q, k, v and the cotangents of out and lse."""
+    B, T, N, K, H = shape
+    draw = np.random.default_rng(seed).standard_normal
+    q, k, v, d_out = (jnp.asarray(draw((B, T, heads, H)), dtype) for heads in (N, K, K, N))
+    return q, k, v, d_out, jnp.asarray(draw((B, T, N)), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def results(op, q, k, v, d_out, d_lse, layout):
+    """RESULTS of an implementation."""
+    outputs, vjp = jax.vjp(lambda q, k, v: op(q, k, v, layout), q, k, v)
+    return *outputs, *vjp((d_out, d_lse))
+
+
+def brute_force(q, k, v, d_out, d_lse, mask, dtype=np.float64):
+    """RESULTS by the textbook formulas, every operation in `dtype`."""
+    q, k, v, d_out, d_lse = (np.asarray(x).astype(dtype) for x in (q, k, v, d_out, d_lse))
+    heads_per_key, scale = q.shape[2] // k.shape[2], dtype(q.shape[3] ** -0.5)
+    keys, values = (np.repeat(x, heads_per_key, axis=2) for x in (k, v))
+    mask = np.asarray(mask)[:, None]
+    sees_some = mask.any(-1, keepdims=True)
+    scores = np.where(mask, np.einsum("bthd,bshd->bhts", q, keys) * scale, -np.inf)
+    top = np.where(sees_some, scores.max(-1, keepdims=True), 0)
+    total = np.where(sees_some, np.exp(scores - top).sum(-1, keepdims=True), 1)
+    p = np.exp(scores - top) / total
+    lse = np.where(sees_some, top + np.log(total), -np.inf)[..., 0].swapaxes(1, 2)
+
+    dp = np.einsum("bthd,bshd->bhts", d_out, values)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True) + d_lse.swapaxes(1, 2)[..., None]) * scale
+    dk, dv = np.einsum("bhts,bthd->bshd", ds, q), np.einsum("bhts,bthd->bshd", p, d_out)
+    dk, dv = (x.reshape(*k.shape[:3], heads_per_key, -1).sum(3) for x in (dk, dv))
+    return np.einsum("bhts,bshd->bthd", p, values), lse, np.einsum("bhts,bshd->bthd", ds, keys), dk, dv
+
+
+def largest_terms(q, k, v, d_out, d_lse):
+    """For each of RESULTS the size of the terms that it sums up; they may cancel, their rounding does not."""
+    q, k, v, d_out = (np.abs(np.asarray(x).astype(np.float64)).max(axis=(0, 1, 2)) for x in (q, k, v, d_out))
+    score, d_score = (q @ k) * len(q) ** -0.5, (d_out @ v + np.abs(d_lse).max()) * len(q) ** -0.5
+    return v.max(), score, d_score * k.max(), d_score * q.max(), d_out.max()
+
+
+def assert_errs_at_most_twice_as_much(got, plain, exact, terms, dtype=jnp.float32):
+    """`plain` is the textbook formula in the precision of `dtype`; all hold RESULTS."""
+    for name, x, y, z, term in zip(RESULTS, got, plain, exact, terms, strict=True):
+        x, y, z = (np.asarray(a).astype(np.float64) for a in (x, y, z))
+        finite = np.isfinite(z)
+        np.testing.assert_array_equal(x[~finite], z[~finite], err_msg=name)
+        error, allowed = (np.max(np.abs(a[finite] - z[finite]), initial=0) for a in (x, y))
+        floor = float(jnp.finfo(dtype).eps) * term
+        assert error <= 2 * allowed + floor, f"{name}: error {error:.3g}, textbook formula {allowed:.3g} ({floor:.3g})"
+
+
+def check(got, inputs, mask, part=slice(None)):
+    """float32 against float64; `part` is of which rows and tokens `got` is."""
+    plain, exact = (brute_force(*inputs, mask, dtype) for dtype in (np.float32, np.float64))
+    assert_errs_at_most_twice_as_much(got, [x[part] for x in plain], [x[part] for x in exact], largest_terms(*inputs))
+
+
+@st.composite
+def layouts(draw, shape):
+    """Separators, documents and padding anywhere; every n and a that differ, and some beyond T."""
+    B, T = shape[:2]
+    cuts = np.zeros((B, T), np.int32)
+    for b, i in draw(st.lists(st.tuples(st.integers(0, B - 1), st.integers(0, T - 1)), max_size=6)):
+        cuts[b, i] = 1
+    ids = draw(st.permutations([0, 1, 2, 3])) if draw(st.booleans()) else [1] * 4  # one of four is padding
+    return build_layout(
+        draw(hnp.arrays(bool, (B, T))),
+        window_size=draw(st.integers(1, T + 2)),
+        num_sinks=draw(st.integers(0, 5) | st.just(T)),
+        segment_ids=np.asarray(ids, np.int32)[np.cumsum(cuts, axis=1) % 4],
+    )
