@@ -15,6 +15,7 @@ from typing import Any
 
 PATTERNS = ("separator", "dense", "sink_window", "fixed_interval")
 SEPARATOR_POLICIES = ("punctuation", "paper", "ids")
+STREAM_POSITIONS = ("slot", "absolute")
 
 
 class UserError(Exception):
@@ -83,6 +84,8 @@ class AttentionConfig:
     interval: int = 8  # [delta] for pattern="fixed_interval": every delta-th token is kept
     max_separators: int = 64  # [s] slots in a bounded streaming cache
     cache_size: int = 0  # [c] slots of the streaming cache; 0: 2 * (a + s + w)
+    stream_positions: str = "slot"  # one of STREAM_POSITIONS: what a bounded cache rotates by, its slots or the text
+    keep_all_separators: bool = False  # in a bounded cache: a full one ends the stream, no separator makes room
     document_mask: bool = True  # False: the official row-wise behaviour, documents of a row see each other
     capacity: int = 0  # packed global keys per row; 0: as many as the row is long (docs/decisions.md, 17)
     implementation: str | None = None  # of separator_attention; None: the best that fits the device
@@ -167,6 +170,7 @@ def validate_attention(attention: AttentionConfig, num_layers: int) -> Attention
     """Checks one attention section against the number of layers it is to serve."""
     _one_of("attention.pattern", attention.pattern, PATTERNS)
     _one_of("attention.separators", attention.separators, SEPARATOR_POLICIES)
+    _one_of("attention.stream_positions", attention.stream_positions, STREAM_POSITIONS)
     _at_least("attention.num_sinks", attention.num_sinks, 0)
     _at_least("attention.window_size", attention.window_size, 1)
     _at_least("attention.interval", attention.interval, 1)
@@ -182,7 +186,14 @@ def validate_attention(attention: AttentionConfig, num_layers: int) -> Attention
     if attention.separators == "ids" and not attention.separator_ids and attention.pattern == "separator":
         raise ConfigError('attention.separators="ids" needs attention.separator_ids, got none; list the token ids')
     held = attention.num_sinks + attention.max_separators + attention.window_size
+    if attention.pattern == "sink_window":  # StreamingLLM: no separators, and the window may take all the rest
+        held -= attention.max_separators + 1
     if attention.cache_size and held >= attention.cache_size:
+        if attention.pattern == "sink_window":
+            raise ConfigError(
+                f"attention.cache_size={attention.cache_size} must be at least num_sinks + window_size = "
+                f"{attention.num_sinks} + {attention.window_size} = {held + 1}; raise it or lower window_size"
+            )
         raise ConfigError(
             f"attention.cache_size={attention.cache_size} must exceed num_sinks + max_separators + window_size = "
             f"{attention.num_sinks} + {attention.max_separators} + {attention.window_size} = {held}; "

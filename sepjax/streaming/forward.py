@@ -1,0 +1,139 @@
+"""The forward pass over a run of tokens and a bounded cache: one token or hundreds, with the same result.
+
+Between two compactions a cache only grows, so a run of tokens up to a row's next compaction needs one pass. Every token
+sees the entries that were there when it came and those of the run before it:
+
+    keys       sinks, separators | ring | the run itself         the query is turned to fit each (`StreamingCache`)
+    visible    all that is there | p >= first_recent            and the run's are not younger than the query
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.config import AttentionConfig
+from sepjax.model.layers import Attend
+from sepjax.model.rope import rope_table, rotate
+from sepjax.separators import flag_separators
+from sepjax.streaming.cache import StreamingCache
+
+type Run = Callable[[Tokens, Int32[Array, "B T"], Attend, Any], tuple[jax.Array, Any]]
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def stream_pass(
+    run_layers: Run,
+    cache: StreamingCache,
+    tokens: Tokens,
+    counts: Int32[Array, "B"],
+    table: Bool[Array, "_"],
+    attention: AttentionConfig,
+) -> tuple[Float[jax.Array, "B T D"], StreamingCache]:
+    """Runs the next tokens of every row and takes them up.
+
+    Args:
+      run_layers: a `Transformer`, or what maps (tokens, positions, attend, layer_inputs) to hidden states as it does.
+      cache: what came before; no row `is_due`. Donate it where this is jitted.
+      tokens: int32[B, T], any ids at and beyond a row's count.
+      counts: tokens that each row takes up, 0 to `cache.room(T)`. Hidden states beyond mean nothing.
+      table: bool over the vocabulary, from `sepjax.separators.configured_table`.
+      attention: the pattern that `cache.sizes` were made for.
+
+    Returns:
+      Hidden states after the final norm, and the cache, whose rows may be due now: `compact` it before the next pass.
+    """
+    T = tokens.shape[1]
+    offsets = cache.seen_low[:, None] + jnp.arange(T, dtype=jnp.int32)
+    is_separator = flag_separators(tokens, offsets, table, attention)
+    attend = _attend_one(cache) if T == 1 else _attend_many(cache, T)
+    hidden, (k, v) = run_layers(tokens, offsets, attend, (cache.k, cache.v))
+    return hidden, cache.append(k, v, is_separator, counts)
+
+
+def _turn_queries(cache: StreamingCache, num_tokens: int, head_dim: int) -> Callable[[jax.Array], list[jax.Array]]:
+    """Maps x[B, T, heads, H] to its rotations towards sinks, separators and recent entries."""
+    tables = [rope_table(p, cache.sizes.rope, head_dim) for p in cache.query_positions(num_tokens)]
+    return lambda x: [rotate(x, table) for table in tables]
+
+
+def _attend_one(cache: StreamingCache) -> Attend:
+    """Attention of one token a row. All zones in one product: the turned queries are rows of it, and cost nothing."""
+    a, old = cache.sizes.num_sinks, cache.sizes.num_sinks + cache.sizes.max_separators
+    turn = _turn_queries(cache, 1, cache.k.shape[-1])
+    recent = cache.recent_positions() >= cache.first_recent(1)
+    visible = jnp.concatenate([cache.visible_old(), recent], axis=1)[:, None, None]
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        k_cache, v_cache = layer
+        B, _, N, H = q.shape
+        k = turn(k)[-1]
+        queries = jnp.stack([x.reshape(B, k.shape[2], -1, H) for x in turn(q)], axis=2)  # [B, K, zone, G, H]
+        scores = _einsum("BKZGH,BKCH->BKZGC", queries, k_cache)
+        parts = scores[:, :, 0, :, :a], scores[:, :, 1, :, a:old], scores[:, :, 2, :, old:]
+        scores = jnp.where(visible, jnp.concatenate(parts, axis=-1), -jnp.inf)
+        own = _einsum("BKGH,BKH->BKG", queries[:, :, 2], k[:, 0])[..., None]
+        weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * H**-0.5, axis=-1)
+        out = _einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
+        out += weights[..., -1:] * v[:, 0, :, None]
+        return out.astype(v.dtype).reshape(B, 1, N, H), (k, v)
+
+    return attend
+
+
+def _attend_many(cache: StreamingCache, num_tokens: int) -> Attend:
+    """Attention of a run of tokens a row."""
+    a, old, H = cache.sizes.num_sinks, cache.sizes.num_sinks + cache.sizes.max_separators, cache.k.shape[-1]
+    turn = _turn_queries(cache, num_tokens, H)
+    first = cache.first_recent(num_tokens)[..., None]
+    own = cache.next_recent[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
+    p = jnp.concatenate([cache.recent_positions(), own], axis=1)[:, None]  # of the keys in ring and run
+    sees_recent = ((first <= p) & (p <= own[..., None]))[:, None, None]  # [B, 1, 1, T, R + T]
+    sees_old = cache.visible_old()[:, None, None, None]
+
+    def scores(q: jax.Array, k: jax.Array, visible: jax.Array) -> jax.Array:
+        return jnp.where(visible, _einsum("BTKGH,BKSH->BKGTS", q, k) * H**-0.5, -jnp.inf)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        k_cache, v_cache = layer
+        K = k.shape[2]
+        k = turn(k)[-1]
+        to_sinks, to_separators, to_recent = (x.reshape(*x.shape[:2], K, -1, H) for x in turn(q))
+        k_recent, v_recent = (
+            jnp.concatenate([x[:, :, old:], jnp.swapaxes(new, 1, 2)], axis=2) for x, new in ((k_cache, k), (v_cache, v))
+        )
+        recent = scores(to_recent, k_recent, sees_recent)
+        if not old:
+            return _rows(_join(recent, v_recent), q), (k, v)
+        among_old = jnp.concatenate(
+            [
+                scores(to_sinks, k_cache[:, :, :a], sees_old[..., :a]),
+                scores(to_separators, k_cache[:, :, a:old], sees_old[..., a:]),
+            ],
+            axis=-1,
+        )
+        return _rows(_join_two(recent, v_recent, among_old, v_cache[:, :, :old]), q), (k, v)
+
+    return attend
+
+
+def _rows(out: jax.Array, q: jax.Array) -> jax.Array:
+    """[B, K, G, T, H] to the shape and type of q[B, T, N, H]."""
+    return jnp.moveaxis(out.astype(q.dtype), 3, 1).reshape(q.shape)
+
+
+def _join(scores: jax.Array, v: jax.Array) -> jax.Array:
+    """[B, K, G, T, H]: values weighted by softmax."""
+    return _einsum("BKGTS,BKSH->BKGTH", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+
+
+def _join_two(scores: jax.Array, v: jax.Array, other_scores: jax.Array, other_v: jax.Array) -> jax.Array:
+    """One softmax over two sets of keys, without laying them side by side. Every query sees itself in the first."""
+    top = jnp.maximum(jnp.max(scores, axis=-1), jnp.max(other_scores, axis=-1))[..., None]
+    weights, other_weights = jnp.exp(scores - top), jnp.exp(other_scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.sum(other_weights, axis=-1, keepdims=True)
+    out = _einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v)
+    return (out + _einsum("BKGTS,BKSH->BKGTH", other_weights.astype(v.dtype), other_v)) / total

@@ -1,0 +1,94 @@
+"""The numbers that fix a bounded streaming cache: how many entries of each zone, and how they are rotated."""
+
+import dataclasses
+
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig, RopeConfig
+
+_ALIGN = 16  # slots: products over a number of slots that is no multiple of it miss the tensor cores
+_COUNT = 2**30  # counters wrap near here, far from the end of int32
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSizes:
+    """Limits of a `StreamingCache` (METHOD section 4), hashable: another value is another program. Made by `create`."""
+
+    num_sinks: int  # a
+    max_separators: int  # s
+    window_size: int  # w
+    cache_size: int  # c
+    absolute: bool  # keys keep the positions of their tokens in the text; False: entry k has position k
+    drops_separators: bool  # the oldest separator makes room when s are kept; False: that is an error of the host's
+    count_wrap: int  # seen tokens are counted as high * count_wrap + low
+    rope: RopeConfig
+
+    @classmethod
+    def create(cls, config: ModelConfig, attention: AttentionConfig) -> "StreamSizes":
+        """The sizes that a config asks for.
+
+        Raises:
+          ConfigError: the pattern keeps everything, layers differ in their windows, the cache has no room for its
+            zones, or the model's positions are learned and so have an end.
+        """
+        if attention.pattern == "dense":
+            raise ConfigError(
+                'attention.pattern="dense" keeps every token, which no bounded cache can; use "separator", '
+                '"sink_window" or "fixed_interval", or do without streaming'
+            )
+        if len(set(attention.layer_windows)) > 1:
+            raise ConfigError(
+                f"attention.layer_windows={attention.layer_windows}: a bounded cache has one window for all layers; "
+                "leave layer_windows empty and set window_size"
+            )
+        if config.position_embedding == "learned":
+            raise ConfigError(
+                f"the model has {config.max_positions} learned positions, so a stream of it has an end; only models "
+                'with model.position_embedding="rope" stream through a bounded cache'
+            )
+        window = attention.layer_windows[0] if attention.layer_windows else attention.window_size
+        separators = 0 if attention.pattern == "sink_window" else attention.max_separators
+        held = attention.num_sinks + separators + window
+        size = attention.cache_size or 2 * (attention.num_sinks + attention.max_separators + window)
+        if held > size:
+            raise ConfigError(
+                f"attention.cache_size={size} has no room for num_sinks + max_separators + window_size = "
+                f"{attention.num_sinks} + {separators} + {window} = {held}; set cache_size to {held + 1} or more"
+            )
+        if (
+            attention.keep_all_separators and attention.pattern != "sink_window"
+        ):  # as many as fit, and none is ever dropped
+            separators = size - attention.num_sinks - window
+        interval = attention.interval if attention.pattern == "fixed_interval" else 1
+        return cls(
+            num_sinks=attention.num_sinks,
+            max_separators=separators,
+            window_size=window,
+            cache_size=size,
+            absolute=attention.stream_positions == "absolute",
+            drops_separators=not attention.keep_all_separators,
+            count_wrap=_COUNT - _COUNT % interval,  # a multiple, so that `low` tells every interval-th token
+            rope=config.rope,
+        )
+
+    @property
+    def slots(self) -> int:
+        """C: sinks, separators, and a ring that holds all the rest of c + 1 entries."""
+        least = self.max_separators + self.cache_size + 1
+        return -(-least // _ALIGN) * _ALIGN
+
+    @property
+    def ring(self) -> int:
+        """R, slots of the ring."""
+        return self.slots - self.num_sinks - self.max_separators
+
+    @property
+    def chunk(self) -> int:
+        """Tokens between two compactions of a full cache, aligned: a run of so many wastes least."""
+        tokens = self.cache_size + 1 - self.num_sinks - self.max_separators - self.window_size
+        if not self.max_separators:  # evictions do not end a run
+            tokens = max(tokens, self.cache_size // 2)
+        return -(-max(tokens, self.cache_size // 8, 1) // 8) * 8
+
+    @property
+    def rotation_limit(self) -> int:
+        """Positions at which rotations start again from 0: small angles are exact in float32."""
+        return 2 * self.slots

@@ -1,0 +1,173 @@
+"""Runs of tokens over the bounded cache against a model that keeps plain lists of un-rotated keys, token by token."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sepjax.config import AttentionConfig, ModelConfig, RopeConfig
+from sepjax.model.rope import rope_table, rotate
+from sepjax.model.transformer import create, merge, split
+from sepjax.streaming.cache import StreamingCache
+from sepjax.streaming.forward import stream_pass
+from sepjax.streaming.sizes import StreamSizes
+from tests.streaming.common import ListStream
+
+V, T = 37, 90
+LLAMA = ModelConfig(vocab_size=V, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
+NEOX = dataclasses.replace(
+    LLAMA,
+    num_kv_heads=4,
+    norm="layernorm",
+    activation="gelu",
+    gated_mlp=False,
+    attention_bias=True,
+    mlp_bias=True,
+    parallel_residual=True,
+    rope=RopeConfig(fraction=0.5, scaling="yarn", factor=4.0, original_context=64),
+    tie_embeddings=False,
+)
+SEPARATOR = AttentionConfig(num_sinks=2, max_separators=3, window_size=4, cache_size=14)
+CASES = {
+    "llama": (LLAMA, SEPARATOR),
+    "neox, partial yarn rotary": (NEOX, SEPARATOR),
+    "a + s + w = c - 1": (LLAMA, dataclasses.replace(SEPARATOR, cache_size=10)),
+    "StreamingLLM": (LLAMA, AttentionConfig(pattern="sink_window", num_sinks=2, window_size=12, cache_size=14)),
+    "sinks only, in bursts": (LLAMA, dataclasses.replace(SEPARATOR, max_separators=0)),
+    "no sinks, fixed interval": (
+        LLAMA,
+        dataclasses.replace(SEPARATOR, num_sinks=0, pattern="fixed_interval", interval=3),
+    ),
+    "absolute positions": (LLAMA, dataclasses.replace(SEPARATOR, stream_positions="absolute")),
+}
+
+
+@functools.cache
+def model_of(config):
+    """A model whose attention matters: at the initial scale all weights would be nearly alike."""
+    graph, params = split(create(config, None, jax.random.key(1)))
+    return graph, jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def list_step(graph, params, token, k_list, v_list, k_positions, q_position):
+    """One token over lists of un-rotated keys [L, n, K, H], padded; positions of the padding are -1."""
+    model = merge(graph, params)
+    config = model.config
+    q_table = rope_table(q_position[None, None], config.rope, config.head_dim)
+    k_table = rope_table(k_positions[None], config.rope, config.head_dim)
+
+    def attend(q, k, v, layer):
+        keys, values = (jnp.concatenate([x[None], new], axis=1) for x, new in zip(layer, (k, v), strict=True))
+        group = q.shape[2] // k.shape[2]
+        turned = jnp.repeat(rotate(keys, k_table), group, axis=2)
+        scores = jnp.einsum("btnh,bsnh->bnts", rotate(q, q_table), turned) * q.shape[-1] ** -0.5
+        scores = jnp.where(jnp.append(k_positions[:-1] >= 0, True), scores, -jnp.inf)
+        out = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, axis=-1), jnp.repeat(values, group, axis=2))
+        return out, (k, v)
+
+    hidden, (k, v) = model(token[None, None], jnp.zeros((1, 1), jnp.int32), attend, (k_list, v_list))
+    return model.logits(hidden[0, 0]), k[:, 0, 0], v[:, 0, 0]
+
+
+def list_logits(config, attention, tokens, is_separator):
+    """The scores after every token of one row, [T, V], by METHOD section 4 as it is written."""
+    graph, params = model_of(config)
+    sizes = StreamSizes.create(config, attention)
+    row = ListStream(sizes.num_sinks, sizes.max_separators, sizes.window_size, sizes.cache_size)
+    shape = (len(tokens), 2, config.num_layers, config.num_kv_heads, config.head_dim)
+    store, out = np.zeros(shape, np.float32), []
+    for i, token in enumerate(tokens):
+        seen, c = row.attended(), sizes.cache_size
+        numbers = np.resize([*seen, 0], c)
+        positions = np.full(c + 1, -1, np.int32)
+        positions[: len(seen)] = list(seen) if sizes.absolute else list(seen.values())
+        positions[-1] = position = i if sizes.absolute else len(seen)
+        k, v = (jnp.moveaxis(store[numbers, x], 0, 1) for x in (0, 1))
+        logits, new_k, new_v = list_step(graph, params, jnp.int32(token), k, v, positions, jnp.int32(position))
+        store[i, 0], store[i, 1] = new_k, new_v
+        out.append(np.asarray(logits))
+        row.append(bool(is_separator[i]))
+    return np.stack(out)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def one_pass(graph, params, cache, tokens, counts, attention, table):
+    model = merge(graph, params)
+    hidden, cache = stream_pass(model, cache, tokens, counts, table, attention)
+    return model.logits(hidden), cache.compact()
+
+
+def streamed_logits(config, attention, tokens, lengths, table, run):
+    """The scores of every row, [B, T, V], in runs of up to `run` tokens; and the last cache."""
+    graph, params = model_of(config)
+    B = len(lengths)
+    cache = StreamingCache.create(config, B, StreamSizes.create(config, attention))
+    out, at = np.zeros((B, T, V), np.float32), np.zeros(B, int)
+    while (at < lengths).any():
+        counts = np.minimum(np.asarray(cache.room(run)), lengths - at).astype(np.int32)
+        part = np.full((B, run), V - 1, np.int32)  # what stands in padding must not matter
+        for b in range(B):
+            part[b, : counts[b]] = tokens[b, at[b] :][: counts[b]]
+        logits, cache = one_pass(graph, params, cache, part, counts, attention, table)
+        for b in range(B):
+            out[b, at[b] :][: counts[b]] = logits[b, : counts[b]]
+        at += counts
+    return out, cache
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_runs_give_what_lists_of_unrotated_keys_give_token_by_token(case):
+    config, attention = CASES[case]
+    random = np.random.default_rng(7)
+    lengths = np.array([T, 61, 1])
+    tokens = random.integers(0, V, (3, T), dtype=np.int32)
+    table = random.random(V) < 0.3
+    is_separator = table[tokens]
+    if attention.pattern == "fixed_interval":
+        is_separator = np.broadcast_to((np.arange(T) + 1) % 3 == 0, tokens.shape)
+    expected = [list_logits(config, attention, tokens[b, :n], is_separator[b]) for b, n in enumerate(lengths)]
+    caches = []
+    for run in (1, 4, 16):
+        got, cache = streamed_logits(config, attention, tokens, lengths, jnp.asarray(table), run)
+        caches.append(cache)
+        for b, rows in enumerate(expected):
+            # Five products a layer and the head follow one another, each a sum of at most F terms: their roundings
+            # walk at random, relative to the largest score. Angles err by the size of the positions.
+            roundings = ((5 * config.num_layers + 1) * config.mlp_dim) ** 0.5
+            bound = (roundings + 2 * T) * np.finfo(np.float32).eps * np.abs(rows).max()
+            assert np.abs(got[b, : len(rows)] - rows).max() <= bound
+    for cache in caches[1:]:  # the same zones; rotations may have started again at other tokens
+        for name in ("num_sinks", "num_separators", "num_recent", "dropped", "seen_low", "seen_high"):
+            np.testing.assert_array_equal(getattr(cache, name), getattr(caches[0], name))
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    config, attention = CASES["llama"]
+    random = np.random.default_rng(8)
+    tokens = random.integers(0, V, (3, T), dtype=np.int32)
+    table = jnp.asarray(random.random(V) < 0.3)
+    lengths = np.array([T, 61, 40])
+    together, _ = streamed_logits(config, attention, tokens, lengths, table, 8)
+    tokens[1:] = random.integers(0, V, (2, T))
+    others, _ = streamed_logits(config, attention, tokens, np.array([T, 3, T]), table, 8)
+    np.testing.assert_array_equal(together[0], others[0])
+
+
+def test_bfloat16_errs_no_more_than_twice_what_lists_in_bfloat16_do():
+    """Keys that are turned when they move are as good as keys that are turned anew every time."""
+    config, attention = CASES["llama"]
+    random = np.random.default_rng(9)
+    tokens = random.integers(0, V, (3, T), dtype=np.int32)
+    table = random.random(V) < 0.3
+    half = dataclasses.replace(config, dtype="bfloat16")
+    lengths = np.array([T] * 3)
+    exact = np.stack([list_logits(config, attention, row, table[row]) for row in tokens])
+    lists = np.stack([list_logits(half, attention, row, table[row]) for row in tokens])
+    for run in (1, 16):
+        got, _ = streamed_logits(half, attention, tokens, lengths, jnp.asarray(table), run)
+        error, floor = (np.sqrt(np.mean((x - exact) ** 2)) for x in (got, lists))
+        assert error <= 2 * floor
