@@ -1,4 +1,4 @@
-"""Scores a run on text, under several attention patterns side by side.
+"""Scores a run or a pretrained model on text, under several attention patterns side by side.
 
     python evaluate.py --workdir=runs/tiny                          the validation split of its corpus
     python evaluate.py --workdir=runs/tiny --text=book.txt          a file, or a folder of .txt files
@@ -6,21 +6,33 @@
     python evaluate.py --workdir=runs/tiny --patterns=separator,dense --window_size=64 --length=1024
 
 Prints a table and writes <workdir>/evaluation.json (or --output). "KV kept" is counted, never a formula.
+
+    python evaluate.py --task=streaming --workdir=smollm2 --text=books/ --budgets=4/64/256/800,4/64/224/324 \
+        --output=streaming.json
+
+streams whole documents through bounded caches of sinks/separators/window/cache slots (docs/streaming.md), and prints
+perplexity, the slots that were held, bytes and tokens/s. "separator" is scored beside "sink_window" at equal slots
+(w = c - a). The curve by position goes beside the output, as .csv and .png. --text may be an .npz of token ids, one
+array a document.
 """
 
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 import sepjax
 from sepjax.checkpoint import load_config
-from sepjax.config import PATTERNS, AttentionConfig, Config, validate_attention
+from sepjax.config import PATTERNS, AttentionConfig, Config, ConfigError, validate_attention
 from sepjax.data.sources import text_source
-from sepjax.evaluation import perplexity
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation import curves, perplexity, streaming
+from sepjax.evaluation.documents import Document, documents_of, read_documents
 from sepjax.flags import run_main
+from sepjax.provenance import provenance
 
 
 def evaluate(
@@ -53,24 +65,89 @@ def _attention(config: Config, pattern: str, window_size: int) -> AttentionConfi
     return validate_attention(attention, config.model.num_layers)
 
 
+def stream(
+    path: Path,
+    patterns: Sequence[str],
+    budgets: Sequence[str],
+    *,
+    step: int | None = None,
+    text: str = "",
+    split: str = "",
+    line_wise: bool = False,
+    max_tokens: int = 0,
+    rows: int = 32,
+    chunk: int = 0,
+) -> list[streaming.StreamScore]:
+    """Streams text through the bounded cache of each pattern and budget "a/s/w/c"; no budget: the model's own."""
+    model, tokenizer = sepjax.load(path, step=step)
+    attentions = [
+        stream_attention(model.attention, pattern, budget, model.config.num_layers)
+        for budget in budgets or [""]
+        for pattern in patterns
+    ]
+    cut = {"line_wise": line_wise, "max_tokens": max_tokens}
+    documents = read_documents(Path(text), tokenizer, **cut) if text else _corpus(path, split, tokenizer, **cut)
+    return streaming.score_streams(model, tokenizer, documents, attentions, rows=rows, chunk=chunk)
+
+
+def _corpus(path: Path, split: str, tokenizer: Tokenizer, **cut: Any) -> list[Document]:
+    """The documents of a run's own corpus."""
+    data = load_config(path).data
+    source = text_source(data, data.data_dir or str(path / "data"), split or data.eval_split)
+    return documents_of(tokenizer, source, **cut)
+
+
+def stream_attention(attention: AttentionConfig, pattern: str, budget: str, num_layers: int) -> AttentionConfig:
+    """A pattern at a budget. Without separators their slots go to the window: w = c - a, StreamingLLM."""
+    attention = dataclasses.replace(attention, pattern=pattern)
+    if budget:
+        numbers = budget.split("/")
+        if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
+            raise ConfigError(f"--budgets takes sinks/separators/window/cache, like 4/64/256/800, got {budget!r}")
+        a, s, w, c = map(int, numbers)
+        sizes = {"num_sinks": a, "max_separators": s, "window_size": w, "cache_size": c}
+        attention = dataclasses.replace(attention, layer_windows=(), **sizes)
+    if pattern == "sink_window":
+        a, s, w = attention.num_sinks, attention.max_separators, attention.window_size
+        c = attention.cache_size or 2 * (a + s + w)
+        attention = dataclasses.replace(attention, layer_windows=(), window_size=c - a, cache_size=c)
+    return validate_attention(attention, num_layers)
+
+
+def write_curve(output: Path, scores: Sequence[streaming.StreamScore]) -> str:
+    """Writes the curve beside `output`; returns what to say about it."""
+    curves.write_csv(output.with_suffix(".csv"), scores)
+    try:
+        curves.write_png(output.with_suffix(".png"), scores)
+    except curves.PictureError as error:
+        return f"{output.with_suffix('.csv')} (no picture: {error})"
+    return f"{output.with_suffix('.csv')}, {output.with_suffix('.png')}"
+
+
 if __name__ == "__main__":
-    WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run that train.py wrote", required=True)
+    WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, a GGUF file or smollm2", required=True)
+    TASK = flags.DEFINE_enum("task", "perplexity", ["perplexity", "streaming"], "windows, or whole documents streamed")
     STEP = flags.DEFINE_integer("step", None, "checkpoint to score; default: the newest")
     TEXT = flags.DEFINE_string("text", "", "a .txt file, a folder of them or a TFDS dataset; default: the run's corpus")
     SPLIT = flags.DEFINE_string("split", "", "of that data, as TFDS names it; default: all of --text, or validation")
-    PATTERN = flags.DEFINE_list("patterns", list(PATTERNS), "attention patterns to compare")
+    PATTERN = flags.DEFINE_list(
+        "patterns", None, "attention patterns to compare; default: all, or for streams separator,sink_window"
+    )
     LENGTH = flags.DEFINE_integer("length", 0, "tokens of a window; default: as in training", lower_bound=0)
     WINDOW = flags.DEFINE_integer("window_size", 0, "n of every layer; default: as in training", lower_bound=0)
     BATCH = flags.DEFINE_integer("batch_size", 8, "windows of a forward pass", lower_bound=1)
     MAXIMUM = flags.DEFINE_integer("max_documents", 0, "score only the first so many; 0: all", lower_bound=0)
-    OUTPUT = flags.DEFINE_string("output", "", "JSON file; default: <workdir>/evaluation.json")
+    BUDGETS = flags.DEFINE_list("budgets", [], "of streams: sinks/separators/window/cache, each; default: the model's")
+    TOKENS = flags.DEFINE_integer("max_tokens", 0, "stream only the first so many; 0: all", lower_bound=0)
+    ROWS = flags.DEFINE_integer("rows", 32, "documents streamed at a time, at most", lower_bound=1)
+    CHUNK = flags.DEFINE_integer("chunk", 0, "tokens of a pass; 0: as many as fit; 1: token by token", lower_bound=0)
+    LINES = flags.DEFINE_bool("line_wise", False, "the official protocol: a BOS a line, its last token left out")
+    OUTPUT = flags.DEFINE_string("output", "", "JSON file; default: <workdir>/evaluation.json or streaming.json")
 
-    def main() -> None:
-        """Prints the table and writes the JSON."""
-        workdir = Path(WORKDIR.value)
+    def _windows(output: Path) -> list[perplexity.Score]:
         scores = evaluate(
-            workdir,
-            PATTERN.value,
+            Path(WORKDIR.value),
+            PATTERN.value or PATTERNS,
             step=STEP.value,
             text=TEXT.value,
             split=SPLIT.value,
@@ -80,9 +157,33 @@ if __name__ == "__main__":
             max_documents=MAXIMUM.value,
         )
         print(perplexity.table(scores))
-        output = Path(OUTPUT.value or workdir / "evaluation.json")
+        return scores
+
+    def _streams(output: Path) -> list[streaming.StreamScore]:
+        scores = stream(
+            Path(WORKDIR.value),
+            PATTERN.value or ("separator", "sink_window"),
+            BUDGETS.value,
+            step=STEP.value,
+            text=TEXT.value,
+            split=SPLIT.value,
+            line_wise=LINES.value,
+            max_tokens=TOKENS.value,
+            rows=ROWS.value,
+            chunk=CHUNK.value,
+        )
+        print(curves.table(scores))
+        print(f"curve by position: {write_curve(output, scores)}")
+        return scores
+
+    def main() -> None:
+        """Prints the table and writes the JSON."""
+        workdir, streams = Path(WORKDIR.value), TASK.value == "streaming"
+        folder = workdir if workdir.is_dir() else Path()
+        output = Path(OUTPUT.value or folder / ("streaming.json" if streams else "evaluation.json"))
+        scores = (_streams if streams else _windows)(output)
         result = {"workdir": str(workdir), "text": TEXT.value, "scores": [dataclasses.asdict(s) for s in scores]}
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        output.write_text(json.dumps(provenance() | result, indent=2) + "\n")
         print(f"written to {output}")
 
     run_main(main)

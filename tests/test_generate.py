@@ -23,6 +23,7 @@ from sepjax.data.errors import DataError
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
 from sepjax.generate import generate, stream
 from sepjax.generation.prompts import PromptError, check_stop, encode_prompts
+from sepjax.hub.gguf_file import GGUFError
 from sepjax.loading import LoadError
 from sepjax.model.attend import forward
 from sepjax.model.transformer import Transformer, create, merge, split
@@ -334,7 +335,7 @@ def test_other_paths_say_what_they_are(workdir, tmp_path):
     for path, kind, message in (
         (tmp_path / "nothing", FileNotFoundError, "no such folder"),
         (tmp_path / "hub", LoadError, "Hugging Face folder, which is not supported yet"),
-        (tmp_path / "model.gguf", LoadError, "GGUF file, which is not supported yet"),
+        (tmp_path / "model.gguf", GGUFError, "no complete GGUF file"),
         (tmp_path, LoadError, "folder without checkpoints"),
     ):
         with pytest.raises(kind, match=message):

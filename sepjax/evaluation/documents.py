@@ -1,0 +1,133 @@
+"""Documents to be streamed and scored, and how they are dealt to the rows of a batch.
+
+Protocol: a document is [BOS] + tokens, and every token but BOS is scored. The official code's protocol (`line_wise`) is
+another: every line has a BOS of its own, the cache goes on from line to line, and the last token of a line is never
+seen.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sepjax.array_typing import Array, Int32
+from sepjax.config import UserError
+from sepjax.data.tokenizer import Tokenizer
+
+
+class StreamError(UserError, ValueError):
+    """Documents that cannot be streamed as asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Tokens to feed, and after each the one it is to predict."""
+
+    inputs: Int32[np.ndarray, "N"]
+    targets: Int32[np.ndarray, "N"]
+
+
+def documents_of(
+    tokenizer: Tokenizer, texts: Iterable[str], *, line_wise: bool = False, max_tokens: int = 0
+) -> list[Document]:
+    """Tokenises texts, whole or by the official protocol, up to `max_tokens` scored ones; 0: all.
+
+    Raises:
+      StreamError: `line_wise` without a BOS token.
+    """
+    if line_wise and tokenizer.bos_id is None:
+        raise StreamError("the line-wise protocol puts a BOS in front of every line, but the tokenizer has none")
+
+    def ids() -> Iterator[Document]:
+        for text in texts:
+            if line_wise:
+                lines = [tokenizer.encode(line, bos=True) for line in text.splitlines() if line.strip()]
+                pairs = [(line[:-1], line[1:]) for line in lines]
+                yield Document(*(np.array([i for pair in pairs for i in pair[side]], np.int32) for side in (0, 1)))
+            else:
+                yield from whole_documents([tokenizer.encode(text)], tokenizer.bos_id)
+
+    return _first(ids(), max_tokens)
+
+
+def whole_documents(
+    texts: Iterable[Sequence[int] | np.ndarray], bos_id: int | None, *, max_tokens: int = 0
+) -> list[Document]:
+    """Documents of token ids, each after one BOS if there is one."""
+    start = np.array([] if bos_id is None else [bos_id], np.int32)
+    whole = (np.concatenate([start, np.asarray(ids, np.int32)]) for ids in texts)
+    return _first((Document(ids[:-1], ids[1:]) for ids in whole), max_tokens)
+
+
+def read_documents(path: Path, tokenizer: Tokenizer, *, line_wise: bool = False, max_tokens: int = 0) -> list[Document]:
+    """Documents of a UTF-8 text file, of a folder's .txt files in order of their names, or of an .npz of token ids.
+
+    Raises:
+      FileNotFoundError: there is nothing there.
+      StreamError: no UTF-8 text, ids outside the vocabulary, or token ids with `line_wise`.
+    """
+    if path.suffix == ".npz":
+        if line_wise:
+            raise StreamError(f"the line-wise protocol needs lines of text, and {str(path)!r} has token ids")
+        with np.load(path, allow_pickle=False) as arrays:
+            texts = [arrays[name].astype(np.int32).reshape(-1) for name in arrays.files]
+        most = max((int(ids.max(initial=0)) for ids in texts), default=0)
+        if most >= tokenizer.vocab_size:
+            raise StreamError(f"{str(path)!r} has token id {most}, but the vocabulary only {tokenizer.vocab_size}")
+        return whole_documents(texts, tokenizer.bos_id, max_tokens=max_tokens)
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    return documents_of(tokenizer, map(_read_text, files), line_wise=line_wise, max_tokens=max_tokens)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StreamError(f"{str(path)!r} is no UTF-8 text: {error}; convert it first") from error
+
+
+def _first(documents: Iterable[Document], max_tokens: int) -> list[Document]:
+    taken, left = [], max_tokens or math.inf
+    for document in documents:
+        size = int(min(len(document.inputs), left))
+        if size:
+            taken.append(Document(document.inputs[:size], document.targets[:size]))
+        left -= size
+        if left <= 0:
+            break
+    return taken
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """Documents dealt to rows, one after the other."""
+
+    inputs: Int32[Array, "B N"]
+    targets: Int32[Array, "B N"]
+    ends: Int32[Array, "B X"]  # where each document of the lane ends; the last end repeats
+
+    __no_type_check__ = True
+
+    @classmethod
+    def create(cls, documents: Sequence[Document], rows: int) -> "Lanes":
+        """The longest document goes first, each to the lane that has least: all lanes end at about the same time."""
+        longest = max(len(document.inputs) for document in documents)
+        total = sum(len(document.inputs) for document in documents)
+        lanes: list[list[Document]] = [[] for _ in range(min(rows, len(documents), -(-total // longest)))]
+        sizes = [0] * len(lanes)
+        for document in sorted(documents, key=lambda document: -len(document.inputs)):
+            lane = sizes.index(min(sizes))
+            lanes[lane].append(document)
+            sizes[lane] += len(document.inputs)
+        ends = np.zeros((len(lanes), 1 + max(map(len, lanes))), np.int32)
+        inputs, targets = (np.zeros((len(lanes), max(sizes)), np.int32) for _ in range(2))
+        for b, lane in enumerate(lanes):
+            inputs[b, : sizes[b]] = np.concatenate([document.inputs for document in lane])
+            targets[b, : sizes[b]] = np.concatenate([document.targets for document in lane])
+            ends[b] = sizes[b]
+            ends[b, : len(lane)] = np.cumsum([len(document.inputs) for document in lane])
+        return cls(inputs, targets, ends)

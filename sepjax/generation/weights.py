@@ -1,0 +1,28 @@
+"""Parameters as generation and scoring want them: converted once, not in every step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from sepjax.config import ModelConfig
+from sepjax.model.transformer import Params
+
+
+def working_copy(params: Params, config: ModelConfig) -> Params:
+    """The matrices in the type of the matmuls; vectors (norms and biases) stay float32, in which they are used.
+
+    The results are those of the parameters themselves, bit for bit: layers convert a matrix before they use it.
+    Parameters that have their type already are returned as they are.
+    """
+    return _convert(params, jnp.dtype(config.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _convert(params: Params, dtype: jnp.dtype) -> Params:
+    def convert(path: tuple, x: jax.Array) -> jax.Array:
+        stacked = any(getattr(key, "key", None) == "layers" for key in path)
+        is_vector = x.ndim - stacked < 2 or getattr(path[-1], "key", None) == "bias"
+        return x if is_vector else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(convert, params)

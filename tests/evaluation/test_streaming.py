@@ -1,0 +1,153 @@
+"""Streamed scores against sums over tokens taken one at a time, alone."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation.documents import Lanes, StreamError, documents_of, whole_documents
+from sepjax.evaluation.streaming import EDGES, score_streams, token_nll
+from sepjax.model.transformer import create, merge, split
+from sepjax.streaming.cache import StreamingCache
+from sepjax.streaming.forward import stream_pass
+from sepjax.streaming.sizes import StreamSizes
+
+ATTENTION = AttentionConfig(
+    num_sinks=2, window_size=4, max_separators=3, cache_size=14, separators="ids", separator_ids=(ord("."), ord(" "))
+)
+SINKS = dataclasses.replace(ATTENTION, pattern="sink_window", window_size=12)
+TEXTS = ["A cat. A dog, a mat. The end of it, at last.\nNot yet.", "Short.", "", "Ünïcode is two bytes. " * 4]
+
+
+class Bytes(Tokenizer):
+    """A tokenizer whose tokens are bytes, with BOS 256."""
+
+    bos_id, eos_id, vocab_size = 256, None, 257
+
+    def __init__(self):
+        pass
+
+    def encode(self, text, *, bos=False):
+        return [256] * bos + list(text.encode())
+
+    def token_texts(self):
+        return [chr(i) for i in range(256)] + [None]
+
+    def token_bytes(self, i):
+        return bytes([i]) if i < 256 else b""
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(
+        vocab_size=257, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32
+    )
+    graph, params = split(create(config, ATTENTION, jax.random.key(0)))
+    return merge(graph, jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params))
+
+
+def token_by_token(model, document, attention):
+    """(-log p of every target, entries met by every token), one token at a time in a row of its own."""
+    graph, params = split(model)
+    table = jnp.isin(jnp.arange(257), jnp.array(attention.separator_ids)) & (attention.pattern == "separator")
+
+    @jax.jit
+    def step(params, cache, token):
+        model = merge(graph, params)
+        hidden, cache = stream_pass(model, cache, token[None, None], jnp.ones(1, jnp.int32), table, attention)
+        return jax.nn.log_softmax(model.logits(hidden)[0, 0]), cache.compact()
+
+    cache = StreamingCache.create(model.config, 1, StreamSizes.create(model.config, attention))
+    nll, held = [], []
+    for token, target in zip(document.inputs, document.targets, strict=True):
+        held.append(int(cache.held()[0]))
+        scores, cache = step(params, cache, jnp.int32(token))
+        nll.append(-float(scores[target]))
+    return nll, held, int(cache.held()[0])
+
+
+@pytest.mark.parametrize("attention", [ATTENTION, SINKS], ids=["separator", "sink_window"])
+def test_equals_a_loop_over_tokens_one_at_a_time(model, attention):
+    documents = documents_of(Bytes(), TEXTS)
+    alone = [token_by_token(model, document, attention) for document in documents]
+    nll, held = (np.concatenate([each[x] for each in alone]) for x in (0, 1))
+    before = np.concatenate([np.arange(len(document.inputs)) + 1 for document in documents])
+    kept = [last / len(document.inputs) for (_, _, last), document in zip(alone, documents, strict=True)]
+    for rows, chunk in ((1, 1), (2, 5), (32, 0)):
+        (score,) = score_streams(model, Bytes(), documents, [attention], rows=rows, chunk=chunk)
+        size = sum(len(text.encode()) for text in TEXTS)
+        assert score.tokens == score.bytes == size  # a byte a token; BOS is no target
+        assert score.perplexity == pytest.approx(math.exp(nll.mean()), rel=1e-4)
+        assert score.bits_per_byte == pytest.approx(nll.sum() / math.log(2) / size, rel=1e-4)
+        assert score.slots_held == pytest.approx(held.mean(), rel=1e-6)
+        assert score.slots_most == held.max() <= 14
+        assert score.kv_kept == pytest.approx(np.mean(kept), rel=1e-5)
+        assert score.compilations == 0
+        assert sum(bucket.tokens for bucket in score.buckets) == size
+        for bucket in score.buckets:
+            inside = (before >= bucket.start) & (before < bucket.end)
+            assert bucket.tokens == inside.sum()
+            assert bucket.perplexity == pytest.approx(math.exp(nll[inside].mean()), rel=1e-4)
+
+
+def test_bytes_are_one_rows_part_of_the_arrays(model):
+    (score,) = score_streams(model, Bytes(), documents_of(Bytes(), TEXTS), [ATTENTION], rows=2)
+    cache = StreamingCache.create(model.config, 2, StreamSizes.create(model.config, ATTENTION))
+    assert score.cache_bytes == cache.nbytes // 2
+
+
+def test_buckets_begin_with_the_first_token_and_grow_by_half_octaves():
+    assert EDGES[:4] == (1, 16, 23, 32)
+    assert EDGES[-1] > 2**20
+
+
+def test_lanes_hold_every_document_once_and_end_together():
+    random = np.random.default_rng(0)
+    documents = whole_documents([random.integers(0, 99, n) for n in (50, 3, 20, 20, 9, 1, 17)], None)
+    lanes = Lanes.create(documents, 32)
+    assert len(lanes.inputs) == 3  # 117 tokens beside a document of 49 fill no fourth
+    found = []
+    for b in range(3):
+        starts = [0, *lanes.ends[b, :-1].tolist()]
+        found += [lanes.inputs[b, i:j].tolist() for i, j in zip(starts, lanes.ends[b].tolist(), strict=True) if j > i]
+    assert sorted(found) == sorted(document.inputs.tolist() for document in documents if len(document.inputs))
+    assert max(lanes.ends[:, -1]) == 49
+
+
+def test_the_official_protocol_starts_every_line_anew_and_drops_its_last_token():
+    (document,) = documents_of(Bytes(), ["ab\n\ncd"], line_wise=True)
+    assert document.inputs.tolist() == [256, ord("a"), 256, ord("c")]
+    assert document.targets.tolist() == [*b"abcd"]
+    no_start = Bytes()
+    no_start.bos_id = None
+    with pytest.raises(StreamError, match="has none"):
+        documents_of(no_start, ["a"], line_wise=True)
+
+
+def test_the_first_tokens_are_taken():
+    documents = documents_of(Bytes(), TEXTS, max_tokens=57)
+    assert [len(document.inputs) for document in documents] == [53, 4]
+    assert [len(document.inputs) for document in documents_of(Bytes(), TEXTS, max_tokens=62)] == [53, 6, 3]
+
+
+def test_nothing_to_score_is_an_error(model):
+    with pytest.raises(StreamError, match="no text to score"):
+        score_streams(model, Bytes(), documents_of(Bytes(), ["", ""]), [ATTENTION])
+    with pytest.raises(ConfigError, match="keeps every token"):
+        score_streams(model, Bytes(), documents_of(Bytes(), ["ab"]), [AttentionConfig(pattern="dense")])
+
+
+def test_losses_are_those_of_the_whole_logits(monkeypatch):
+    random = np.random.default_rng(1)
+    hidden, head = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((2, 9, 8), (31, 8)))
+    targets = random.integers(0, 31, (2, 9)).astype(np.int32)
+    scores = jax.nn.log_softmax(hidden @ head.T)
+    expected = -np.take_along_axis(np.asarray(scores), targets[..., None], axis=-1)[..., 0]
+    for limit in (31, 31 * 7, 2**28):
+        monkeypatch.setattr("sepjax.evaluation.streaming._LOGITS", limit)
+        np.testing.assert_allclose(token_nll(hidden, head, targets), expected, rtol=2e-5)
