@@ -31,7 +31,7 @@ def _gelu(x: jax.Array) -> jax.Array:
     return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": _gelu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": _gelu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 def make_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm | nnx.LayerNorm:
@@ -136,7 +136,7 @@ class MLP(nnx.Module):
         return self.down(constrain(hidden, "batch", "length", "mlp"))
 
     def _activate(self, *products: jax.Array) -> jax.Array:
-        activation = _ACTIVATIONS[self.activation]
+        activation = ACTIVATIONS[self.activation]
         if self.gate is None:
             return activation(self.up.add_bias(products[0]))
         return activation(self.gate.add_bias(products[0])) * self.up.add_bias(products[1])

@@ -24,15 +24,18 @@ ring's size, once in thousands of tokens.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import ModelConfig
 from sepjax.model.rope import rope_frequencies, rotate
 from sepjax.streaming.sizes import StreamSizes
+
+# All layers in one array, for scans over layers; or an array each, which steps of one token read without a copy.
+type Layers = Float[jax.Array, "L B K C H"] | tuple[Float[jax.Array, "B K C H"], ...]
 
 
 @jax.tree_util.register_dataclass
@@ -40,8 +43,8 @@ from sepjax.streaming.sizes import StreamSizes
 class StreamingCache:
     """Keys and values of all layers, and where each row's zones begin and end. Made by `create`."""
 
-    k: Float[jax.Array, "L B K C H"]  # keys, each rotated by its position in its zone
-    v: Float[jax.Array, "L B K C H"]
+    k: Layers  # keys, each rotated by its position in its zone
+    v: Layers
     is_separator: Bool[jax.Array, "B R"]  # of the token in each slot of the ring
     num_sinks: Int32[jax.Array, "B"]  # entries of the initial zone
     num_separators: Int32[jax.Array, "B"]  # entries of the separator zone
@@ -57,12 +60,24 @@ class StreamingCache:
     __no_type_check__ = True
 
     @classmethod
-    def create(cls, config: ModelConfig, batch_size: int, sizes: StreamSizes) -> "StreamingCache":
-        """An empty cache for `batch_size` rows."""
-        shape = (config.num_layers, batch_size, config.num_kv_heads, sizes.slots, config.head_dim)
+    def create(
+        cls, config: ModelConfig, batch_size: int, sizes: StreamSizes, *, by_layer: bool = False
+    ) -> "StreamingCache":
+        """An empty cache for `batch_size` rows; `by_layer`: with an array for each layer."""
+        shape = (batch_size, config.num_kv_heads, sizes.slots, config.head_dim)
+
+        def empty() -> Layers:
+            if by_layer:
+                return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+            return jnp.zeros((config.num_layers, *shape), config.dtype)
+
         zeros = (jnp.zeros(batch_size, jnp.int32) for _ in range(8))  # one array each: a donated one must not be two
-        ring = jnp.zeros((batch_size, sizes.ring), bool)
-        return cls(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), ring, *zeros, sizes=sizes)
+        return cls(empty(), empty(), jnp.zeros((batch_size, sizes.ring), bool), *zeros, sizes=sizes)
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+        return self.k[0].shape[-1]
 
     @property
     def nbytes(self) -> int:
@@ -163,9 +178,9 @@ class StreamingCache:
         to = jnp.where(is_sink, sink, sizes.num_sinks + sizes.max_separators + slot)
         to = jnp.where(taken, to, sizes.slots + i)  # beyond the end: nowhere
 
-        def put(x: jax.Array, new: Array) -> jax.Array:  # indexed axes come first: [B, T, L, K, H]
-            new = jnp.moveaxis(jnp.asarray(new), 0, 2)
-            return x.at[:, rows, :, to].set(new, mode="drop", unique_indices=True)
+        def put(x: jax.Array, new: jax.Array) -> jax.Array:  # indexed axes come first: [B, T, (L,) K, H]
+            new = jnp.moveaxis(new, (-4, -3), (0, 1))
+            return x.at[*_layer_axis(x), rows, :, to].set(new, mode="drop", unique_indices=True)
 
         new_sinks = jnp.minimum(counts, sizes.num_sinks - self.num_sinks)
         low = self.seen_low + counts
@@ -173,8 +188,8 @@ class StreamingCache:
         flags = self.is_separator.at[rows, jnp.where(taken & ~is_sink, slot, sizes.ring + i)]
         return dataclasses.replace(
             self,
-            k=put(self.k, k),
-            v=put(self.v, v),
+            k=_each(put, self.k, jnp.asarray(k)),
+            v=_each(put, self.v, jnp.asarray(v)),
             is_separator=flags.set(is_separator, mode="drop", unique_indices=True),
             num_sinks=self.num_sinks + new_sinks,
             num_recent=held - self.num_separators - self.num_sinks - new_sinks,
@@ -184,11 +199,18 @@ class StreamingCache:
         )
 
     def compact(self) -> "StreamingCache":
-        """Compacts the rows that hold more than c entries; the others stay as they are. Cheap, but not for nothing."""
-        cache = self._move_separators() if self.sizes.max_separators else self
+        """Compacts the rows that are due; the others stay as they are. Costs next to nothing where none is due."""
+
+        # Loops that run once or never: unlike the branches of a `cond`, they change the cache in place.
+        def is_full(cache: StreamingCache) -> jax.Array:
+            return jnp.any(cache.held() > cache.sizes.cache_size)
+
+        cache = (
+            jax.lax.while_loop(is_full, StreamingCache._move_separators, self) if self.sizes.max_separators else self
+        )
         if self.sizes.absolute:
             return cache
-        return jax.lax.cond(jnp.any(cache._turns()), StreamingCache._turn_back, lambda cache: cache, cache)
+        return jax.lax.while_loop(lambda cache: jnp.any(cache._turns()), StreamingCache._turn_back, cache)
 
     def _move_separators(self) -> "StreamingCache":
         a, s, w, R = self.sizes.num_sinks, self.sizes.max_separators, self.sizes.window_size, self.sizes.ring
@@ -207,14 +229,18 @@ class StreamingCache:
         n = (self.next_separator + jnp.maximum(found - s, 0))[:, None] + j
         moved = j < jnp.minimum(found, s)[:, None]
         to = jnp.where(moved, a + n % s, self.sizes.slots + j)
-        k, v = (x[:, rows, :, a + s + source % R] for x in (self.k, self.v))  # [B, s, L, K, H]
-        if not self.sizes.absolute:
-            k = self._turn(k, n - source, axis=2)
+        turn = 0 if self.sizes.absolute else n - source
+
+        def move(x: jax.Array, turn: jax.Array | int) -> jax.Array:
+            found = x[*_layer_axis(x), rows, :, a + s + source % R]  # [B, s, (L,) K, H]
+            found = found if isinstance(turn, int) else self._turn(found, turn)
+            return x.at[*_layer_axis(x), rows, :, to].set(found, mode="drop", unique_indices=True)
+
         kept = self.num_separators + found
         return dataclasses.replace(
             self,
-            k=self.k.at[:, rows, :, to].set(k, mode="drop", unique_indices=True),
-            v=self.v.at[:, rows, :, to].set(v, mode="drop", unique_indices=True),
+            k=_each(lambda x: move(x, turn), self.k),
+            v=_each(lambda x: move(x, 0), self.v),
             num_separators=jnp.minimum(kept, s),
             num_recent=jnp.where(full, w, self.num_recent),
             next_separator=self.next_separator + found,
@@ -235,18 +261,24 @@ class StreamingCache:
         separators = jnp.where(self.next_separator >= limit, self.next_separator // max(s, 1) * s, 0)
         by = [jnp.zeros((len(recent), a), jnp.int32)]
         by += [jnp.repeat(-x[:, None], size, axis=1) for x, size in ((separators, s), (recent, R))]
-        k = self._turn(jnp.moveaxis(self.k, 2, 3), jnp.concatenate(by, axis=1), axis=0)
+        by = jnp.concatenate(by, axis=1)
+
+        def turn(k: jax.Array) -> jax.Array:  # [(L,) B, K, C, H]
+            keys = jnp.moveaxis(k, (-4, -2), (0, 1))
+            return jnp.moveaxis(self._turn(keys, by), (0, 1), (-4, -2))
+
         return dataclasses.replace(
             self,
-            k=jnp.moveaxis(k, 3, 2),
+            k=_each(turn, self.k),
             next_recent=self.next_recent - recent,
             next_separator=self.next_separator - separators,
         )
 
-    def _turn(self, k: jax.Array, by: jax.Array, *, axis: int) -> jax.Array:
-        """Rotates keys by so many positions more; `by` lacks their axis of layers. A rotation by 0 changes no bit."""
-        frequencies, _ = rope_frequencies(self.sizes.rope, k.shape[-1])  # the factor of YaRN is in them already
-        angles = jnp.expand_dims(by.astype(jnp.float32)[..., None] * frequencies, axis)
+    def _turn(self, k: jax.Array, by: jax.Array) -> jax.Array:
+        """Rotates keys [B, S, ..., H] by so many positions more, [B, S]. A rotation by 0 changes no bit."""
+        frequencies, _ = rope_frequencies(self.sizes.rope, self.head_dim)  # the factor of YaRN is in them already
+        angles = by.astype(jnp.float32)[..., None] * frequencies
+        angles = angles.reshape(*by.shape, *(1 for _ in k.shape[2:-2]), -1)
         return rotate(k, (jnp.cos(angles), jnp.sin(angles)))
 
 
@@ -259,7 +291,13 @@ def last_at(slot: jax.Array, end: jax.Array, size: int) -> jax.Array:
     return last - (last - slot) % max(size, 1)
 
 
-def used_bytes(cache: StreamingCache) -> int:
-    """Bytes of keys and values that one row's entries take up, as measured from the arrays; for reports."""
-    per_slot = (cache.k.nbytes + cache.v.nbytes) / np.prod(cache.k.shape[1:4:2])
-    return int(per_slot * float(jnp.max(cache.held())))
+def _layer_axis(x: jax.Array) -> tuple[slice, ...]:
+    """What stands before the batch in an index of [L, B, K, C, H] or [B, K, C, H]."""
+    return (slice(None),) * (x.ndim - 4)
+
+
+def _each(f: Callable[..., jax.Array], x: Layers, *others: jax.Array) -> Layers:
+    """`f` of the array of all layers, or of each layer's."""
+    if not isinstance(x, tuple):
+        return f(x, *others)
+    return tuple(f(layer, *(y[i] for y in others)) for i, layer in enumerate(x))

@@ -63,7 +63,7 @@ def _turn_queries(cache: StreamingCache, num_tokens: int, head_dim: int) -> Call
 def _attend_one(cache: StreamingCache) -> Attend:
     """Attention of one token a row. All zones in one product: the turned queries are rows of it, and cost nothing."""
     a, old = cache.sizes.num_sinks, cache.sizes.num_sinks + cache.sizes.max_separators
-    turn = _turn_queries(cache, 1, cache.k.shape[-1])
+    turn = _turn_queries(cache, 1, cache.head_dim)
     recent = cache.recent_positions() >= cache.first_recent(1)
     visible = jnp.concatenate([cache.visible_old(), recent], axis=1)[:, None, None]
 
@@ -86,7 +86,7 @@ def _attend_one(cache: StreamingCache) -> Attend:
 
 def _attend_many(cache: StreamingCache, num_tokens: int) -> Attend:
     """Attention of a run of tokens a row."""
-    a, old, H = cache.sizes.num_sinks, cache.sizes.num_sinks + cache.sizes.max_separators, cache.k.shape[-1]
+    a, old, H = cache.sizes.num_sinks, cache.sizes.num_sinks + cache.sizes.max_separators, cache.head_dim
     turn = _turn_queries(cache, num_tokens, H)
     first = cache.first_recent(num_tokens)[..., None]
     own = cache.next_recent[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)

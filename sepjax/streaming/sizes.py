@@ -4,7 +4,7 @@ import dataclasses
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig, RopeConfig
 
-_ALIGN = 16  # slots: products over a number of slots that is no multiple of it miss the tensor cores
+_ALIGN = 64  # slots: what a tensor core's product takes at a time; other numbers are padded by copying
 _COUNT = 2**30  # counters wrap near here, far from the end of int32
 
 

@@ -218,9 +218,9 @@ def test_reset_rows_begin_again_and_the_others_do_not_notice():
 
 def test_bytes_are_those_of_the_arrays():
     sizes = sizes_of("usual")
-    assert (sizes.slots, sizes.ring) == (32, 27)
+    assert (sizes.slots, sizes.ring) == (64, 59)
     cache = StreamingCache.create(CONFIG, ROWS, sizes)
-    assert cache.nbytes == 2 * (2 * ROWS * 2 * 32 * 4 * 4) + ROWS * 27 + 8 * 4 * ROWS
+    assert cache.nbytes == 2 * (2 * ROWS * 2 * 64 * 4 * 4) + ROWS * 59 + 8 * 4 * ROWS
 
 
 @pytest.mark.parametrize(
