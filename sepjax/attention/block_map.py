@@ -6,9 +6,9 @@ Keys lie in one array, near ones (all tokens of the row) before far ones (its pa
     block 3         .   .   n   n   .   . | f   f   .         n: from the smallest near_start to the block's last query
     block 4         .   .   .   n   n   . | f   f   .         f: from the smallest far_start to the largest far_end
 
-A kernel walks over a list of visits, (row, block, tile) packed into one int32 each, so that its grid has exactly as many
-steps as there are tiles to compute, whatever the layout. The list sorted by block serves the output and dQ, the one
-sorted by tile serves dK and dV. All of it is O(blocks * tiles) work in XLA; nothing of size T x T or T x S appears.
+A kernel walks over a list of visits, (row, block, tile) packed into one int32 each, so that its grid has exactly as
+many steps as there are tiles to compute, whatever the layout. The list sorted by block serves the output and dQ, the
+one sorted by tile serves dK and dV. All of it is O(blocks * tiles) work in XLA; nothing of size T x T or T x S appears.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Tiling:
     @property
     def widths(self) -> tuple[int, int, int]:
         """Bits of row, block and tile in a packed visit; two more say that it is the first or last of its group."""
-        return tuple((n - 1).bit_length() for n in (self.rows, self.blocks, self.tiles))
+        return (self.rows - 1).bit_length(), (self.blocks - 1).bit_length(), (self.tiles - 1).bit_length()
 
     @property
     def most_query_visits(self) -> int:
@@ -69,7 +69,7 @@ class Tiling:
         """Every tile once more, where nobody sees it, and a block between two that see a tile which it does not."""
         return self.most_query_visits + self.blocks + self.tiles
 
-    def pack(self, row: Array, block: Array, tile: Array, first: Array, last: Array) -> jax.Array:
+    def pack(self, row: jax.Array, block: jax.Array, tile: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
         """int32, from the high bits down: row, block, tile, first, last."""
         _, block_bits, tile_bits = self.widths
         word = (((row << block_bits) | block) << tile_bits) | tile

@@ -7,6 +7,7 @@ long as that list, so the time follows the number of visible tiles, and n and th
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,15 +21,19 @@ from jaxtyping import Float32
 from sepjax.array_typing import Array, Keys, Queries
 from sepjax.attention import tpu_kernels as kernels
 from sepjax.attention.block_map import Tiling, Visits, block_map, key_visits, query_visits
-from sepjax.attention.packing import unpack, with_room
+from sepjax.attention.packing import unpack, vary_alike, with_room
 from sepjax.attention.target import target
 from sepjax.layout import SeparatorLayout
 
 # Scalar memory is 1 MiB on every TPU since v4 and holds the list of visits of one call.
 _VISIT_BYTES = 3 * 2**18
+_LONGEST = 2**19  # tokens of a row whose visits are sure to fit there
 _VMEM_BYTES = 48 * 2**20  # a v5p core and a TPU7x core have 64 MiB, the others more; the compiler's default is 16
 _HEAD_SIZES = (64, 128, 256)
-_LANES_PER_STEP = 2048  # query rows of a step, over its heads
+_QUERIES_PER_STEP = 2048  # over the heads of a step
+
+# What the compiler is told that a call costs, before there are data (METHOD: density of English prose; the paper's n).
+_TYPICAL_DENSITY, _TYPICAL_WINDOW = 0.12, 256
 
 
 def unsupported(q: Queries) -> str | None:
@@ -40,6 +45,8 @@ def unsupported(q: Queries) -> str | None:
         return f"it computes in bfloat16 or float32, got {q.dtype}"
     if q.shape[3] not in _HEAD_SIZES:
         return f"it serves head sizes {', '.join(map(str, _HEAD_SIZES))}, got {q.shape[3]}"
+    if q.shape[1] > _LONGEST:
+        return f"it serves rows of up to {_LONGEST} tokens, whose visits fit scalar memory, got {q.shape[1]}"
     return None
 
 
@@ -57,6 +64,7 @@ def attend(
 
     `interpret` runs the kernels on a CPU, for tests: as plain JAX (True), or in the simulator of a TPU's memories.
     """
+    q, k, v, layout = vary_alike((q, k, v, layout))
     return _attend(q, k, v, layout, scale, interpret)
 
 
@@ -68,7 +76,7 @@ def _attend(q, k, v, layout, scale, interpret):
 def _attend_forward(q, k, v, layout, scale, interpret):
     run = functools.partial(_forward, scale=scale, interpret=interpret)
     out, top, total = with_room(layout, lambda layout: _in_row_groups(run, (q, k, v, layout)))
-    lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
+    lse = jnp.where(total > 0, top * math.log(2) + jnp.log(total), -jnp.inf)
     return (out, lse), (q, k, v, layout, out, top, total)
 
 
@@ -80,7 +88,8 @@ def _attend_backward(scale, interpret, residuals, cotangents):
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
     rows = jnp.stack([top, norm, delta], axis=1)
     run = functools.partial(_backward, scale=scale, interpret=interpret)
-    gradients = with_room(layout, lambda layout: _in_row_groups(run, (q, k, v, d_out, rows, layout)))
+    arrays = vary_alike((q, k, v, d_out, rows, layout))
+    gradients = with_room(arrays[-1], lambda layout: _in_row_groups(run, (*arrays[:-1], layout)))
     return *gradients, None
 
 
@@ -114,7 +123,7 @@ def _plan(q: Array, k: Array, layout: SeparatorLayout) -> _Plan:
     blocks = -(-T // side)
     tiling = Tiling(B, blocks, blocks, -(-layout.capacity // side), block=side, tile=side)
     # At least two groups where there are two heads: v4 and v5p chips split them over their two cores.
-    most = max(1, min(_LANES_PER_STEP // side, N // 2))
+    most = max(1, min(_QUERIES_PER_STEP // side, N // 2))
     if most >= N // K:
         step_keys = _largest_divisor(K, most // (N // K))
         return _Plan(tiling, N, K, step_keys * (N // K), step_keys, H)
@@ -122,10 +131,10 @@ def _plan(q: Array, k: Array, layout: SeparatorLayout) -> _Plan:
 
 
 def tile_length(T: int) -> int:
-    """Queries of a block and keys of a tile, for rows of T tokens; docs/kernels.md says why."""
+    """Queries of a block and keys of a tile, for rows of T tokens; docs/kernels_tpu.md says why."""
     if T <= 128:
         return 128
-    return 256 if T < 2**15 else 512 if T <= 2**17 else 1024
+    return 256 if T < 2**17 else 512 if T <= 2**18 else 1024
 
 
 def _largest_divisor(n: int, most: int) -> int:
@@ -145,13 +154,15 @@ def _in_row_groups(run: Callable[..., Any], arrays: Any) -> Any:
 
 
 def _forward(q, k, v, layout, *, scale, interpret):
-    """Returns out [B, T, N, H], and of every query the largest score and the sum of exp(score - largest), [B, T, N]."""
+    """Returns out [B, T, N, H], and of every query two float32[B, T, N]: the largest score, times log2(e), and the sum
+    of exp(score - largest).
+    """
     plan = _plan(q, k, layout)
     tiling = plan.tiling
     visits = query_visits(block_map(layout, tiling), tiling)
     keys, values = (_near_and_far(x, layout, tiling) for x in (k, v))
-    queries = _heads_first(q, tiling)
-    row = jax.ShapeDtypeStruct((*queries.shape[:2], 1, queries.shape[2]), jnp.float32)
+    queries = _tokens_last(q, tiling)
+    row = jax.ShapeDtypeStruct((*queries.shape[:2], 1, queries.shape[3]), jnp.float32)
     out, top, total = _call(
         kernels.forward_kernel,
         visits,
@@ -170,7 +181,7 @@ def _backward(q, k, v, d_out, rows, layout, *, scale, interpret):
     tiling = plan.tiling
     map = block_map(layout, tiling)
     keys, values = (_near_and_far(x, layout, tiling) for x in (k, v))
-    queries, d_outs = (_heads_first(x, tiling) for x in (q, d_out))
+    queries, d_outs = (_tokens_last(x, tiling) for x in (q, d_out))
     rows = _pad(jnp.transpose(rows, (0, 3, 1, 2)), 3, tiling.blocks * tiling.block)
     operands = [("ranges", _ranges(layout, tiling)), ("queries", queries), ("keys", keys), ("keys", values)]
     operands += [("queries", d_outs), ("rows", rows)]
@@ -183,12 +194,14 @@ def _backward(q, k, v, d_out, rows, layout, *, scale, interpret):
 
 
 def _call(kernel, visits: Visits, *, plan: _Plan, operands, results, scale, interpret):
-    """Runs `kernel` over `visits`. Operands and results are (kind, array or its shape); `_block` says what kinds are."""
+    """Runs `kernel` over `visits`. Operands and results are (kind, array or its shape), kinds as `_block` has them."""
     by_key = kernel is kernels.key_gradient_kernel
     # (head group, visit) or, sorted by tile, (key head group, visit, query head group that shares it).
-    grid = (plan.query_groups, visits.count)
+    grid: Any = (plan.query_groups, visits.count)
+    semantics = (pltpu.PARALLEL, pltpu.ARBITRARY)
     if by_key:
         grid = (plan.key_groups, visits.count, plan.query_groups // plan.key_groups)
+        semantics = (pltpu.PARALLEL, pltpu.ARBITRARY, pltpu.ARBITRARY)
     accumulator = pltpu.VMEM((plan.step_queries, plan.head_size, plan.tiling.block), jnp.float32)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
@@ -197,17 +210,18 @@ def _call(kernel, visits: Visits, *, plan: _Plan, operands, results, scale, inte
         out_specs=[_block(plan, kind, x, by_key) for kind, x in results],
         scratch_shapes=[] if by_key else [accumulator],
     )
+    arrays = vary_alike((visits.words, *(x for _, x in operands)))
+    varying = jax.typeof(arrays[0]).mat
     run = pl.pallas_call(
         functools.partial(kernel, tiling=plan.tiling, scale=scale),
         grid_spec=grid_spec,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in results],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", *("arbitrary",) * (len(grid) - 1)), vmem_limit_bytes=_VMEM_BYTES
-        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for _, x in results],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_VMEM_BYTES),
+        cost_estimate=_cost(kernel, plan, operands + results),
         interpret=interpret,
         name=f"separator_attention_{kernel.__name__.removesuffix('_kernel')}",
     )
-    return run(visits.words, *(x for _, x in operands))
+    return run(*arrays)
 
 
 def _block(plan: _Plan, kind: str, x, by_key: bool) -> pl.BlockSpec:
@@ -215,9 +229,9 @@ def _block(plan: _Plan, kind: str, x, by_key: bool) -> pl.BlockSpec:
     tiling = plan.tiling
     shape = {
         "ranges": (1, 4, tiling.block),  # of int32[B, 4, T]
-        "queries": (1, plan.step_queries, tiling.block, plan.head_size),  # of [B, N, T, H]
+        "queries": (1, plan.step_queries, plan.head_size, tiling.block),  # of [B, N, H, T]
         "rows": (1, plan.step_queries, x.shape[2], tiling.block),  # of float32[B, N, 1 or 3, T]
-        "keys": (1, plan.step_keys, tiling.tile, plan.head_size),  # of [B, K, T + S, H]
+        "keys": (1, plan.step_keys, plan.head_size, tiling.tile),  # of [B, K, H, T + S]
     }[kind]
 
     def index(*ids):
@@ -228,12 +242,28 @@ def _block(plan: _Plan, kind: str, x, by_key: bool) -> pl.BlockSpec:
         key_group = ids[0] if by_key else ids[0] // per_key
         return {
             "ranges": (visit.row, 0, visit.block),
-            "queries": (visit.row, group, visit.block, 0),
+            "queries": (visit.row, group, 0, visit.block),
             "rows": (visit.row, group, 0, visit.block),
-            "keys": (visit.row, key_group, visit.tile, 0),
+            "keys": (visit.row, key_group, 0, visit.tile),
         }[kind]
 
     return pl.BlockSpec(shape, index)
+
+
+def _cost(kernel, plan: _Plan, arrays) -> pl.CostEstimate:
+    """What is needed for typical text: two FLOPs a pair, head dimension and product; every used byte moved once.
+
+    How many pairs are visible is data. The compiler wants a figure when it decides what to run beside the kernel.
+    """
+    products = {kernels.forward_kernel: 2, kernels.query_gradient_kernel: 3, kernels.key_gradient_kernel: 4}[kernel]
+    T = arrays[0][1].shape[2]
+    global_keys = min(_TYPICAL_DENSITY * T, plan.tiling.far_tiles * plan.tiling.tile)
+    pairs = plan.tiling.rows * plan.query_heads * T * (min(_TYPICAL_WINDOW, T) + global_keys / 2)
+    used = {"keys": (T + global_keys) / (plan.tiling.tiles * plan.tiling.tile)}
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize * used.get(kind, 1) for kind, x in arrays)
+    return pl.CostEstimate(
+        flops=int(2 * products * pairs * plan.head_size), transcendentals=int(pairs), bytes_accessed=int(moved)
+    )
 
 
 def _ranges(layout: SeparatorLayout, tiling: Tiling) -> jax.Array:
@@ -245,32 +275,33 @@ def _ranges(layout: SeparatorLayout, tiling: Tiling) -> jax.Array:
 
 
 def _near_and_far(x: Array, layout: SeparatorLayout, tiling: Tiling) -> jax.Array:
-    """[B, T, K, H] -> [B, K, T + S, H], both parts filled up to whole tiles: near keys, then the packed global ones."""
+    """[B, T, K, H] -> [B, K, H, T + S], both parts filled up to whole tiles: near keys, then the packed global ones."""
     near = _pad(jnp.asarray(x), 1, tiling.near_tiles * tiling.tile)
     index = jnp.minimum(layout.global_index, layout.length - 1)  # slots that hold no key are never visible
     far = jnp.take_along_axis(jnp.asarray(x), index[:, :, None, None], axis=1)
     far = _pad(far, 1, tiling.far_tiles * tiling.tile)
-    return jnp.concatenate([near, far], axis=1).swapaxes(1, 2)
+    return jnp.transpose(jnp.concatenate([near, far], axis=1), (0, 2, 3, 1))
 
 
 def _to_tokens(x: jax.Array, layout: SeparatorLayout, tiling: Tiling) -> jax.Array:
-    """The transpose of `_near_and_far`: gradients [B, K, T + S, H] -> [B, T, K, H], by a gather.
+    """The transpose of `_near_and_far`: gradients [B, K, H, T + S] -> [B, T, K, H], by a gather.
 
     Far tiles that hold no key were never written: nothing of them may reach the sum, not even as 0 * NaN.
     """
-    near, far = jnp.split(x, [tiling.near_tiles * tiling.tile], axis=2)
-    near = near[:, :, : layout.length]
-    return (near + unpack(far, layout, axis=2) if tiling.far_tiles else near).swapaxes(1, 2)
+    x = jnp.transpose(x, (0, 3, 1, 2))
+    near, far = jnp.split(x, [tiling.near_tiles * tiling.tile], axis=1)
+    near = near[:, : layout.length]
+    return near + unpack(far, layout, axis=1) if tiling.far_tiles else near
 
 
-def _heads_first(x: Array, tiling: Tiling) -> jax.Array:
-    """[B, T, N, H] -> [B, N, T, H], filled up to whole blocks."""
-    return _pad(jnp.asarray(x), 1, tiling.blocks * tiling.block).swapaxes(1, 2)
+def _tokens_last(x: Array, tiling: Tiling) -> jax.Array:
+    """[B, T, N, H] -> [B, N, H, T], filled up to whole blocks."""
+    return jnp.transpose(_pad(jnp.asarray(x), 1, tiling.blocks * tiling.block), (0, 2, 3, 1))
 
 
 def _tokens_first(x: jax.Array, like: Array) -> jax.Array:
-    """The inverse of `_heads_first`."""
-    return x[:, :, : like.shape[1]].swapaxes(1, 2)
+    """The inverse of `_tokens_last`."""
+    return jnp.transpose(x[..., : like.shape[1]], (0, 3, 1, 2))
 
 
 def _pad(x: jax.Array, axis: int, length: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """The arithmetic of separator_attention on a TPU: three Pallas kernels, each a walk over a list of visits.
 
-A step computes one tile of keys against one block of queries, for a few heads. Scores are kept transposed, a query in
-each lane:
+A step computes one tile of keys against one block of queries, for a few heads. Arrays lie transposed, [..., H, T]: a
+token in each lane, so that nothing is padded to 128 lanes where H is 64. So do the scores, a query in each lane:
 
                       queries  ->  lanes
         keys     s s s s s s s s      visible: key >= start[query] & key < end[query], ranges lie along lanes
@@ -10,11 +10,14 @@ each lane:
      sublanes    -----------------
                  t t t t t t t t      (maximum, sum) [1, block]: one register per 1024 queries, not one per 8
 
-so the softmax state of a block is a few rows, and rescaling broadcasts along sublanes. Only the output and dQ, which
-accumulate as [H, block], are transposed, once per block. Softmax and accumulation are float32; matmuls take q's dtype.
+The softmax state of a block is a few rows, and rescaling broadcasts along sublanes. A head's scores are issued before
+the head in front of it is done with: one head at a time would leave the matrix units idle at every softmax. Softmax and
+accumulation are float32, in powers of two, which is what the hardware has; matmuls take q's dtype.
 """
 
 import functools
+import math
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +25,7 @@ from jax.experimental import pallas as pl
 
 from sepjax.attention.block_map import Tiling, Visit
 
-LOWEST = float(jnp.finfo(jnp.float32).min)  # not -inf: exp(-inf - LOWEST) is 0 for a masked score, never NaN
+LOWEST = float(jnp.finfo(jnp.float32).min)  # not -inf: exp2(-inf - LOWEST) is 0 for a masked score, never NaN
 
 # Rows of the int32[B, 4, T] array of ranges. Far keys are numbered after near ones, as they lie in the array.
 NEAR_START, NEAR_END, FAR_START, FAR_END = range(4)
@@ -33,8 +36,8 @@ TOP, NORM, DELTA = range(3)
 def forward_kernel(words, ranges, q, k, v, out, top, total, acc, *, tiling: Tiling, scale: float):
     """Grid (head groups, visits by block): one online softmax over all tiles that a block visits.
 
-    Blocks: ranges [1, 4, Q]; q, out [1, h, Q, H]; k, v [1, h', C, H]; top, total [1, h, 1, Q], the largest score and
-    the sum of exp(score - top); scratch acc [h, H, Q]. h query heads share h' key heads, in order.
+    Blocks: ranges [1, 4, Q]; q, out [1, h, H, Q]; k, v [1, h', H, C]; top, total [1, h, 1, Q], the largest score times
+    log2(e) and the sum of exp2(score * log2(e) - top); scratch acc [h, H, Q]. h query heads share h' key heads.
     """
     visit = tiling.unpack(words[pl.program_id(1)])
 
@@ -45,21 +48,21 @@ def forward_kernel(words, ranges, q, k, v, out, top, total, acc, *, tiling: Tili
         acc[...] = jnp.zeros_like(acc)
 
     visible = _visible(visit, ranges, tiling)
-    for head, shared in _heads(q, k):
-        s = _scores(q[0, head], k[0, shared], visible, scale)
+    heads = _heads(q, k)
+    for (head, shared), s in _ahead(lambda head, shared: _scores(q[0, head], k[0, shared], visible, scale), heads):
         old_top = top[0, head]
         new_top = jnp.maximum(old_top, jnp.max(s, axis=0, keepdims=True))
-        p = jnp.exp(s - new_top)
-        shrink = jnp.exp(old_top - new_top)
+        p = jnp.exp2(s - new_top)
+        shrink = jnp.exp2(old_top - new_top)
         top[0, head] = new_top
         total[0, head] = total[0, head] * shrink + jnp.sum(p, axis=0, keepdims=True)
-        acc[head] = acc[head] * shrink + _dot_tn(v[0, shared], p.astype(v.dtype))
+        acc[head] = acc[head] * shrink + _dot(v[0, shared], p.astype(v.dtype))
 
     @pl.when(visit.last)
     def _():
-        for head, _ in _heads(q, k):
+        for head, _ in heads:
             norm = jnp.where(total[0, head] > 0, total[0, head], 1.0)
-            out[0, head] = (acc[head] / norm).T.astype(out.dtype)
+            out[0, head] = (acc[head] / norm).astype(out.dtype)
 
 
 def query_gradient_kernel(words, ranges, q, k, v, d_out, rows, dq, acc, *, tiling: Tiling, scale: float):
@@ -70,19 +73,19 @@ def query_gradient_kernel(words, ranges, q, k, v, d_out, rows, dq, acc, *, tilin
     def _():
         acc[...] = jnp.zeros_like(acc)
 
-    visible = _visible(visit, ranges, tiling)
-    for head, shared in _heads(q, k):
-        _, ds = _weights(q[0, head], k[0, shared], v[0, shared], d_out[0, head], rows[0, head], visible, scale)
-        acc[head] += _dot_tn(k[0, shared], ds.astype(k.dtype))
+    heads = _heads(q, k)
+    for (head, shared), products in _ahead(_backward_products(visit, ranges, q, k, v, d_out, tiling, scale), heads):
+        _, ds = _weights(*products, rows[0, head])
+        acc[head] += _dot(k[0, shared], ds.astype(k.dtype))
 
     @pl.when(visit.last)
     def _():
-        for head, _ in _heads(q, k):
-            dq[0, head] = (acc[head] * scale).T.astype(dq.dtype)
+        for head, _ in heads:
+            dq[0, head] = (acc[head] * scale).astype(dq.dtype)
 
 
 def key_gradient_kernel(words, ranges, q, k, v, d_out, rows, dk, dv, *, tiling: Tiling, scale: float):
-    """Grid (key head groups, visits by tile, query head groups of a key head). dk, dv: float32 [1, h', C, H]."""
+    """Grid (key head groups, visits by tile, query head groups of a key head). dk, dv: float32 [1, h', H, C]."""
     visit = tiling.unpack(words[pl.program_id(1)])
     group, groups = pl.program_id(2), pl.num_programs(2)
 
@@ -91,11 +94,11 @@ def key_gradient_kernel(words, ranges, q, k, v, d_out, rows, dk, dv, *, tiling: 
         dk[...] = jnp.zeros_like(dk)
         dv[...] = jnp.zeros_like(dv)
 
-    visible = _visible(visit, ranges, tiling)
-    for head, shared in _heads(q, k):
-        p, ds = _weights(q[0, head], k[0, shared], v[0, shared], d_out[0, head], rows[0, head], visible, scale)
-        dv[0, shared] += _dot(p.astype(q.dtype), d_out[0, head])
-        dk[0, shared] += _dot(ds.astype(q.dtype), q[0, head])
+    heads = _heads(q, k)
+    for (head, shared), products in _ahead(_backward_products(visit, ranges, q, k, v, d_out, tiling, scale), heads):
+        p, ds = _weights(*products, rows[0, head])
+        dv[0, shared] += _dot_nt(d_out[0, head], p.astype(q.dtype))
+        dk[0, shared] += _dot_nt(q[0, head], ds.astype(q.dtype))
 
     @pl.when(visit.last & (group == groups - 1))
     def _():
@@ -105,6 +108,16 @@ def key_gradient_kernel(words, ranges, q, k, v, d_out, rows, dk, dv, *, tiling: 
 def _heads(q, k):
     """(query head, key head) of a step."""
     return [(head, head * k.shape[1] // q.shape[1]) for head in range(q.shape[1])]
+
+
+def _ahead[R](compute: Callable[..., R], heads: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], R]]:
+    """Each head with `compute(*head)`, which is issued before the head in front of it is done with."""
+    following = compute(*heads[0])
+    for i, head in enumerate(heads):
+        result = following
+        if i + 1 < len(heads):
+            following = compute(*heads[i + 1])
+        yield head, result
 
 
 def _visible(visit: Visit, ranges, tiling: Tiling) -> jax.Array:
@@ -118,15 +131,25 @@ def _visible(visit: Visit, ranges, tiling: Tiling) -> jax.Array:
 
 
 def _scores(q, k, visible, scale):
-    """float32[C, Q], -inf where a query does not see a key."""
-    return jnp.where(visible, _dot_nt(k, q) * scale, -jnp.inf)
+    """float32[C, Q], times log2(e): -inf where a query does not see a key."""
+    return jnp.where(visible, _dot_tn(k, q) * (scale * math.log2(math.e)), -jnp.inf)
 
 
-def _weights(q, k, v, d_out, rows, visible, scale):
+def _backward_products(visit, ranges, q, k, v, d_out, tiling, scale):
+    """The scores and the gradient of the weights of a head, [C, Q] each, as a function of (head, key head)."""
+    visible = _visible(visit, ranges, tiling)
+
+    def products(head: int, shared: int) -> tuple[jax.Array, jax.Array]:
+        return _scores(q[0, head], k[0, shared], visible, scale), _dot_tn(v[0, shared], d_out[0, head])
+
+    return products
+
+
+def _weights(s, dp, rows):
     """Softmax weights [C, Q] and the gradient of the scores over `scale`, from rows [3, Q]."""
     top, norm, delta = (rows[i : i + 1] for i in (TOP, NORM, DELTA))
-    p = jnp.exp(_scores(q, k, visible, scale) - top) * norm
-    return p, p * (_dot_nt(v, d_out) - delta)
+    p = jnp.exp2(s - top) * norm
+    return p, p * (dp - delta)
 
 
 def _contract(x, y, x_axis, y_axis):
