@@ -26,8 +26,7 @@ from absl import flags
 
 import sepjax
 from sepjax.checkpoint import load_config
-from sepjax.config import PATTERNS, AttentionConfig, Config, ConfigError, validate_attention
-from sepjax.data.sources import text_source
+from sepjax.config import PATTERNS, AttentionConfig, Config, ConfigError, DataConfig, validate_attention
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation import curves, perplexity, streaming
 from sepjax.evaluation.documents import Document, documents_of, read_documents
@@ -51,11 +50,18 @@ def evaluate(
     config = load_config(workdir)
     attentions = [_attention(config, pattern, window_size) for pattern in patterns]
     data = dataclasses.replace(config.data, name=text) if text else config.data
-    source = text_source(data, data.data_dir or str(workdir / "data"), split or ("all" if text else data.eval_split))
+    source = _source(data, data.data_dir or str(workdir / "data"), split or ("all" if text else data.eval_split))
     documents = source[: max_documents or len(source)]
     model, tokenizer = sepjax.load(workdir, step=step)
     length = length or config.data.sequence_length
     return perplexity.score_patterns(model, tokenizer, documents, attentions, length=length, batch_size=batch_size)
+
+
+def _source(data: DataConfig, folder: str, split: str) -> Sequence[str]:
+    """The documents of a corpus. Imported late: token ids and text files are scored without TFDS."""
+    from sepjax.data.sources import text_source
+
+    return text_source(data, folder, split)
 
 
 def _attention(config: Config, pattern: str, window_size: int) -> AttentionConfig:
@@ -93,7 +99,7 @@ def stream(
 def _corpus(path: Path, split: str, tokenizer: Tokenizer, **cut: Any) -> list[Document]:
     """The documents of a run's own corpus."""
     data = load_config(path).data
-    source = text_source(data, data.data_dir or str(path / "data"), split or data.eval_split)
+    source = _source(data, data.data_dir or str(path / "data"), split or data.eval_split)
     return documents_of(tokenizer, source, **cut)
 
 

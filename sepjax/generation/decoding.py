@@ -15,12 +15,15 @@ from flax import nnx
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.cache import SeparatorCache
-from sepjax.config import AttentionConfig, layer_windows
+from sepjax.config import AttentionConfig, ModelConfig, layer_windows
+from sepjax.generation.layerwise import runner
 from sepjax.model.attend import forward
 from sepjax.model.layers import Attend
 from sepjax.model.rope import rope_table, rotate
-from sepjax.model.transformer import Params, Transformer, merge
+from sepjax.model.transformer import Params, merge
 from sepjax.separators import flag_separators
+from sepjax.streaming.cache import StreamingCache
+from sepjax.streaming.forward import stream_pass
 
 
 def prefill(
@@ -73,8 +76,8 @@ def decode_step(
     """Runs the next token of every row and appends it to the cache.
 
     Args:
-      graph: from `sepjax.model.transformer.split`, with `params`.
-      params: the parameters.
+      graph: from `sepjax.model.transformer.split`.
+      params: the parameters that came with it, or those of `sepjax.generation.layerwise.by_layer`.
       cache: what came before. Donate it where this is jitted.
       tokens: one token a row.
       table: as for `prefill`.
@@ -85,13 +88,28 @@ def decode_step(
       float32 scores of the token after this one, and the cache with this one. `SeparatorCache.append` says what
       happens to a full row.
     """
-    model: Transformer = merge(graph, params)
+    model = runner(graph, params)
     windows = jnp.asarray(layer_windows(attention, model.config.num_layers, cache.window_size), jnp.int32)
     positions = cache.length[:, None]
-    attend = _attend_cache(model, cache)
+    attend = _attend_cache(model.config, cache)
     hidden, (k, v) = model(tokens[:, None], positions, attend, (windows, cache.k, cache.v))
     is_global = _is_global(tokens, cache.length, table, attention)
     return model.logits(hidden[:, 0]), cache.append(k[:, :, 0], v[:, :, 0], is_global, active)
+
+
+def stream_step(
+    graph: nnx.GraphDef,
+    params: Params,
+    cache: StreamingCache,
+    tokens: Int32[Array, "B"],
+    table: Bool[Array, "_"],
+    attention: AttentionConfig,
+    active: Bool[Array, "B"],
+) -> tuple[Float[jax.Array, "B V"], StreamingCache]:
+    """`decode_step` over a bounded cache, which is compacted where that is due. See there for the arguments."""
+    model = runner(graph, params)
+    hidden, cache = stream_pass(model, cache, tokens[:, None], active.astype(jnp.int32), table, attention)
+    return model.logits(hidden[:, 0]), cache.compact()
 
 
 def _is_global(tokens: Array, positions: Array, table: Array, attention: AttentionConfig) -> jax.Array:
@@ -101,13 +119,12 @@ def _is_global(tokens: Array, positions: Array, table: Array, attention: Attenti
     return flag_separators(tokens, positions, table, attention) | (positions < attention.num_sinks)
 
 
-def _attend_cache(model: Transformer, cache: SeparatorCache) -> Attend:
+def _attend_cache(config: ModelConfig, cache: SeparatorCache) -> Attend:
     """Attention of one token a row over the slots it sees and itself; returns its rotated key and its value.
 
     The layers only read the cache: the new keys of all of them are written at once, in place, by `append`. (Written in
     the scan over layers they would make it copy the whole cache every token.)
     """
-    config = model.config
     uses_rope = config.position_embedding == "rope"
     angles = rope_table(cache.length[:, None], config.rope, config.head_dim) if uses_rope else None
 

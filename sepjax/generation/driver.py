@@ -12,6 +12,7 @@ from flax import nnx
 from sepjax.cache import SeparatorCache, bucket
 from sepjax.config import AttentionConfig, validate_attention
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.generation.layerwise import by_layer
 from sepjax.generation.loop import Request, Steps, make_advance, start
 from sepjax.generation.prompts import (
     cache_sizes,
@@ -57,7 +58,8 @@ class Job:
     """A checked request, ready for the device."""
 
     graph: nnx.GraphDef
-    params: Params
+    params: Params  # the model's own, for prompts
+    step_params: Params  # laid out for single steps
     tokenizer: Tokenizer
     attention: AttentionConfig
     prompts: list[list[int]]
@@ -86,11 +88,12 @@ class Job:
         check_length(model, ids, max_new_tokens, attention)
         table = configured_table(tokenizer, attention)
         end = tokenizer.eos_id if stop_at_eos and tokenizer.eos_id is not None else -1
-        limit = 2**31 - 1 if max_new_tokens is None else max_new_tokens
+        limit = -1 if max_new_tokens is None else max_new_tokens
         graph, params = split(model)
         return cls(
             graph=graph,
             params=params,
+            step_params=by_layer(params, model.config),
             tokenizer=tokenizer,
             attention=attention,
             prompts=ids,
@@ -108,11 +111,16 @@ class _Row:
         continues = any(job.tokenizer.token_bytes(i) for i in ids)
         self._text = TextUntilStop(job.tokenizer, job.stop, continues=continues)
         self._end, self._left = int(job.request.end_token), int(job.request.max_new_tokens)
+        if self._left < 0:  # positions are int32
+            self._left = 2**31 - 1 - len(ids)
+        self._seen = len(ids) - 1
         self.finish_reason: str | None = None
 
-    def take(self, token: int, cache: CacheUse) -> StreamEvent:
-        """The event of one more token."""
+    def take(self, token: int, held: int, nbytes: int) -> StreamEvent:
+        """The event of one more token, after which the cache holds so many of all that it has seen."""
         self._left -= 1
+        self._seen += 1
+        cache = CacheUse(held, self._seen, nbytes)
         text = self._text.feed(token)
         if self._text.stopped:
             self.finish_reason = "stop"
@@ -136,7 +144,7 @@ def run(job: Job, num_steps: int) -> Iterator[tuple[int, StreamEvent]]:
             return
         if steps.is_full:
             state = dataclasses.replace(state, cache=_grow(state.cache, bucket(state.cache.capacity + 1)))
-        state, steps = advance(job.params, state, ended, job.request)
+        state, steps = advance(job.step_params, state, ended, job.request)
 
 
 _grow = jax.jit(SeparatorCache.grow, static_argnums=1)
@@ -146,5 +154,4 @@ def _events(rows: Sequence[_Row], steps: Steps, nbytes: int) -> Iterator[tuple[i
     for i in range(steps.token.shape[1]):
         for b, row in enumerate(rows):
             if row.finish_reason is None and steps.token[b, i] >= 0:
-                use = CacheUse(int(steps.held[b, i]), int(steps.seen[b, i]), nbytes)
-                yield b, row.take(int(steps.token[b, i]), use)
+                yield b, row.take(int(steps.token[b, i]), int(steps.held[b, i]), nbytes)

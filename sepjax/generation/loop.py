@@ -11,9 +11,12 @@ from flax import nnx
 from sepjax.array_typing import Array, Bool, Int32, Tokens
 from sepjax.cache import SeparatorCache
 from sepjax.config import AttentionConfig
-from sepjax.generation.decoding import decode_step, prefill
+from sepjax.generation.decoding import decode_step, prefill, stream_step
 from sepjax.model.transformer import Params
 from sepjax.sampling import Sampling, sample
+from sepjax.streaming.cache import StreamingCache
+
+COUNT_WRAP = 2**30
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +27,7 @@ class Request:
     table: Bool[jax.Array, "_"]  # separators among the tokenizer's ids; ids that it does not reach are never drawn
     sampling: Sampling
     end_token: Int32[jax.Array, ""]  # the row ends after it; -1: no token ends it
-    max_new_tokens: Int32[jax.Array, ""]  # the row ends after so many
+    max_new_tokens: Int32[jax.Array, ""]  # the row ends after so many; -1: never
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
     __no_type_check__ = True
@@ -35,9 +38,9 @@ class Request:
 class DecodeState:
     """Where every row stands between two steps."""
 
-    cache: SeparatorCache  # of all tokens but the last drawn
+    cache: SeparatorCache | StreamingCache  # of all tokens but the last drawn
     token: Int32[jax.Array, "B"]  # drawn last
-    count: Int32[jax.Array, "B"]  # tokens drawn
+    count: Int32[jax.Array, "B"]  # tokens drawn; see `_draw` for streams that outlast the counter
     done: Bool[jax.Array, "B"]  # ended; the row and its cache change no more
     key: jax.Array  # typed PRNG keys, [B]; the draw number `count` uses fold_in(key, count)
 
@@ -51,8 +54,7 @@ class Steps:
 
     token: Int32[jax.Array, "B M"]  # drawn; -1 where the row had ended or no step was made
     held: Int32[jax.Array, "B M"]  # tokens in the row's cache at that step
-    seen: Int32[jax.Array, "B M"]  # tokens the row's cache had seen
-    is_full: Bool[jax.Array, ""]  # the steps stopped because the cache must grow first
+    is_full: Bool[jax.Array, ""]  # the steps stopped because the cache has no room for another separator
 
     __no_type_check__ = True
 
@@ -76,7 +78,7 @@ def start(
     )
     zeros = jnp.zeros_like(lengths)
     state = _draw(logits, DecodeState(cache, zeros, zeros, zeros > 0, keys), request)
-    return state, Steps(state.token[:, None], cache.held()[:, None], cache.length[:, None], _must_grow(state))
+    return state, Steps(state.token[:, None], cache.held()[:, None], _is_full(state))
 
 
 @functools.cache
@@ -107,13 +109,16 @@ def advance(
     def body(carry: tuple[jax.Array, DecodeState, Steps]) -> tuple[jax.Array, DecodeState, Steps]:
         i, state, steps = carry
         active = ~state.done
-        logits, cache = decode_step(graph, params, state.cache, state.token, request.table, attention, active)
+        inputs = state.token, request.table, attention, active
+        if isinstance(state.cache, StreamingCache):
+            logits, cache = stream_step(graph, params, state.cache, *inputs)
+        else:
+            logits, cache = decode_step(graph, params, state.cache, *inputs)
         state = _draw(logits, dataclasses.replace(state, cache=cache), request)
         steps = Steps(
             token=steps.token.at[:, i].set(jnp.where(active, state.token, -1)),
             held=steps.held.at[:, i].set(cache.held()),
-            seen=steps.seen.at[:, i].set(cache.length),
-            is_full=_must_grow(state),
+            is_full=_is_full(state),
         )
         return i + 1, state, steps
 
@@ -123,21 +128,33 @@ def advance(
 
     state = dataclasses.replace(state, done=state.done | ended)
     none = jnp.full((len(ended), num_steps), -1, jnp.int32)
-    carry = (jnp.int32(0), state, Steps(none, none, none, _must_grow(state)))
+    carry = (jnp.int32(0), state, Steps(none, none, _is_full(state)))
     _, state, steps = jax.lax.while_loop(goes_on, body, carry)
     return state, steps
 
 
 def _draw(logits: jax.Array, state: DecodeState, request: Request) -> DecodeState:
-    """Draws the next token of every row that has not ended."""
+    """Draws the next token of every row that has not ended.
+
+    A row without end may draw more often than int32 counts: at 2^30 the count starts again, with another key.
+    """
     keys = jax.vmap(jax.random.fold_in)(state.key, state.count)
     drawn = sample(logits[:, : len(request.table)], keys, request.sampling)
     count = state.count + ~state.done
-    ends = (drawn == request.end_token) | (count >= request.max_new_tokens)
+    ends = (drawn == request.end_token) | ((count >= request.max_new_tokens) & (request.max_new_tokens >= 0))
+    wraps = count >= COUNT_WRAP
+    other = jax.vmap(jax.random.fold_in)(state.key, jnp.full_like(count, COUNT_WRAP))
     return dataclasses.replace(
-        state, token=jnp.where(state.done, state.token, drawn), count=count, done=state.done | ends
+        state,
+        token=jnp.where(state.done, state.token, drawn),
+        count=jnp.where(wraps, 0, count),
+        done=state.done | ends,
+        key=jnp.where(wraps, other, state.key),
     )
 
 
-def _must_grow(state: DecodeState) -> jax.Array:
-    return jnp.any(state.cache.is_full() & ~state.done)
+def _is_full(state: DecodeState) -> jax.Array:
+    cache = state.cache
+    if isinstance(cache, SeparatorCache):
+        return jnp.any(cache.is_full() & ~state.done)
+    return jnp.any((cache.dropped > 0) & ~state.done) & (not cache.sizes.drops_separators)

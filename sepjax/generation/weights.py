@@ -15,7 +15,8 @@ def working_copy(params: Params, config: ModelConfig) -> Params:
     The results are those of the parameters themselves, bit for bit: layers convert a matrix before they use it.
     Parameters that have their type already are returned as they are.
     """
-    return _convert(params, jnp.dtype(config.dtype))
+    dtype = jnp.dtype(config.dtype)
+    return params if all(x.dtype == dtype for x in jax.tree.leaves(params)) else _convert(params, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)

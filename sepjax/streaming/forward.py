@@ -71,11 +71,14 @@ def _attend_one(cache: StreamingCache) -> Attend:
         k_cache, v_cache = layer
         B, _, N, H = q.shape
         k = turn(k)[-1]
-        queries = jnp.stack([x.reshape(B, k.shape[2], -1, H) for x in turn(q)], axis=2)  # [B, K, zone, G, H]
+        turned = turn(q)[-1:] if cache.sizes.absolute else turn(q)
+        queries = jnp.stack([x.reshape(B, k.shape[2], -1, H) for x in turned], axis=2)  # [B, K, zone, G, H]
         scores = _einsum("BKZGH,BKCH->BKZGC", queries, k_cache)
-        parts = scores[:, :, 0, :, :a], scores[:, :, 1, :, a:old], scores[:, :, 2, :, old:]
+        parts = [scores[:, :, -1]]
+        if not cache.sizes.absolute:
+            parts = [scores[:, :, 0, :, :a], scores[:, :, 1, :, a:old], scores[:, :, 2, :, old:]]
         scores = jnp.where(visible, jnp.concatenate(parts, axis=-1), -jnp.inf)
-        own = _einsum("BKGH,BKH->BKG", queries[:, :, 2], k[:, 0])[..., None]
+        own = _einsum("BKGH,BKH->BKG", queries[:, :, -1], k[:, 0])[..., None]
         weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * H**-0.5, axis=-1)
         out = _einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
         out += weights[..., -1:] * v[:, 0, :, None]

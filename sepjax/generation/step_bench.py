@@ -1,0 +1,195 @@
+"""Decoding steps of a config's shape against the memory they must read, with random weights and full bounded caches.
+
+    python -m sepjax.generation.step_bench --config=configs/llama3_8b.py [--budget=4/64/256/800 --batch_sizes=1,auto]
+
+A step at batch 1 reads every weight once; the bar is the time that takes at the memory's own speed, measured here on a
+large array. "auto" is the largest batch that fits. `--dense_context=32768` measures the same code beside it with a
+cache that holds so many tokens and evicts none. The last line is JSON.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from sepjax.config import AttentionConfig, Config, ConfigError, validate_attention
+from sepjax.flags import run_main
+from sepjax.generation.layerwise import by_layer
+from sepjax.generation.loop import DecodeState, Request, make_advance
+from sepjax.model.transformer import Params, abstract
+from sepjax.provenance import heading, provenance
+from sepjax.sampling import Sampling
+from sepjax.streaming.cache import StreamingCache
+from sepjax.streaming.sizes import StreamSizes
+from sepjax.timing import time_calls
+
+_STEPS = 32  # in a call
+_SPARE = 0.06  # of the memory, for what a step computes
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpeed:
+    """Steps of one cache at one batch size."""
+
+    name: str
+    rows: int
+    milliseconds: float  # a step
+    tokens_per_second: float
+    weight_bytes: int  # that a step reads: all but the rows of the embedding
+    cache_bytes: int
+    share_of_bandwidth: float  # the time to read weights and keys and values once, over the time of the step
+    share_of_weights: float  # the same for the weights alone: the bar at batch 1
+
+
+def measure(
+    config: Config, caches: dict[str, AttentionConfig], batch_sizes: Sequence[str], seconds: float
+) -> Iterator[StepSpeed]:
+    """Yields a figure for each cache and batch size, a number or "auto"."""
+    graph, shapes = abstract(config.model, config.attention)
+    params = random_params(jax.eval_shape(lambda x: by_layer(x, config.model), shapes))
+    bandwidth = memory_bandwidth()
+    for name, attention in caches.items():
+        for size in batch_sizes:
+            yield _largest(config, graph, params, name, attention, size, bandwidth, seconds)
+
+
+def random_params(shapes: Params) -> Params:
+    """Arrays of these shapes: ones where vectors, else normal with deviation 0.02."""
+
+    def make(x: jax.ShapeDtypeStruct) -> jax.Array:
+        if x.ndim == 1:
+            return jnp.ones(x.shape, x.dtype)
+        return 0.02 * jax.random.normal(jax.random.key(0), x.shape, x.dtype)
+
+    made = {x: jax.jit(lambda x=x: make(x)) for x in set(jax.tree.leaves(shapes))}
+    return jax.tree.map(lambda x: made[x](), shapes)
+
+
+def memory_bandwidth() -> float:
+    """Bytes a second of reading, or of copying where that is faster, a gigabyte (64 MB on a CPU)."""
+    size = 2**25 if jax.default_backend() == "cpu" else 2**29
+    x = jnp.ones(size, jnp.bfloat16)
+    read = time_calls(lambda: jax.jit(lambda x: jnp.max(x))(x), repeats=5, seconds=0.5)
+    copy = time_calls(lambda: jax.jit(lambda x: -x)(x), repeats=5, seconds=0.5)
+    return max(x.nbytes / read.milliseconds, 2 * x.nbytes / copy.milliseconds) * 1e3
+
+
+def _largest(config, graph, params, name, attention, size, bandwidth, seconds) -> StepSpeed:
+    """The figure at `size` rows; of "auto", at as many as fit."""
+    sizes = StreamSizes.create(config.model, attention)
+    row = jax.eval_shape(lambda: StreamingCache.create(config.model, 1, sizes, by_layer=True))
+    rows = _that_fit(_nbytes(params), _nbytes(row)) if size == "auto" else int(size)
+    while True:
+        try:
+            return _speed(config, graph, params, name, attention, sizes, rows, bandwidth, seconds)
+        except jax.errors.JaxRuntimeError as error:
+            if size != "auto" or "RESOURCE_EXHAUSTED" not in str(error) or rows == 1:
+                raise
+            rows = max(1, min(rows - 1, rows * 15 // 16))
+
+
+def _that_fit(weights: int, row: int) -> int:
+    stats = jax.devices()[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        raise ConfigError("--batch_sizes=auto needs a device that tells its memory; give numbers instead")
+    rows = max(1, int((stats["bytes_limit"] * (1 - _SPARE) - weights) / row))
+    return rows if rows < 16 else rows // 8 * 8
+
+
+def _speed(config, graph, params, name, attention, sizes, rows, bandwidth, seconds) -> StepSpeed:
+    advance = make_advance(graph, attention, _STEPS)
+    zeros = jnp.zeros(rows, jnp.int32)
+    state = DecodeState(
+        full_cache(config, sizes, rows), zeros, zeros + 1, zeros > 0, jax.random.split(jax.random.key(0), rows)
+    )
+    cache_bytes = state.cache.nbytes
+    table = jax.random.uniform(jax.random.key(1), (config.model.vocab_size,)) < 0.12
+    request = Request(table, Sampling.create(), jnp.int32(-1), jnp.int32(-1))
+    none = jnp.zeros(rows, bool)
+
+    def run() -> jax.Array:
+        nonlocal state
+        state, steps = advance(params, state, none, request)
+        return steps.token
+
+    milliseconds = time_calls(run, repeats=3, seconds=seconds).milliseconds / _STEPS
+    weights = _nbytes(params) - (0 if config.model.tie_embeddings else _nbytes(params["embedding"]))
+    return StepSpeed(
+        name=name,
+        rows=rows,
+        milliseconds=milliseconds,
+        tokens_per_second=rows / milliseconds * 1e3,
+        weight_bytes=weights,
+        cache_bytes=cache_bytes,
+        share_of_bandwidth=(weights + cache_bytes) / bandwidth / milliseconds * 1e3,
+        share_of_weights=weights / bandwidth / milliseconds * 1e3,
+    )
+
+
+def full_cache(config: Config, sizes: StreamSizes, rows: int) -> StreamingCache:
+    """A cache as after a long text: every zone full, the rows at different distances from their next compaction."""
+    cache = StreamingCache.create(config.model, rows, sizes, by_layer=True)
+    b = jnp.arange(rows, dtype=jnp.int32)
+    free = sizes.cache_size + 1 - sizes.num_sinks - sizes.max_separators - sizes.window_size
+    recent = sizes.window_size + b * 37 % free
+    return dataclasses.replace(
+        cache,
+        is_separator=jax.random.uniform(jax.random.key(2), cache.is_separator.shape) < 0.12,
+        num_sinks=cache.num_sinks + sizes.num_sinks,
+        num_separators=cache.num_separators + sizes.max_separators,
+        num_recent=recent,
+        next_separator=cache.next_separator + sizes.max_separators,
+        next_recent=recent + sizes.num_sinks,
+        seen_low=recent + sizes.num_sinks,
+    )
+
+
+def _nbytes(tree: object) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def caches_of(
+    attention: AttentionConfig, num_layers: int, budget: str, dense_context: int
+) -> dict[str, AttentionConfig]:
+    """The bounded cache of a budget a/s/w/c, and one that holds `dense_context` tokens and is never full; 0: none."""
+    numbers = budget.split("/")
+    if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
+        raise ConfigError(f"--budget takes sinks/separators/window/cache, like 4/64/256/800, got {budget!r}")
+    a, s, w, c = map(int, numbers)
+    sizes = {"num_sinks": a, "max_separators": s, "window_size": w, "cache_size": c}
+    bounded = dataclasses.replace(attention, pattern="separator", layer_windows=(), **sizes)
+    caches = {budget: validate_attention(bounded, num_layers)}
+    if dense_context:
+        room = dense_context + 4096  # for the tokens of the measurement
+        dense = dataclasses.replace(
+            bounded, pattern="sink_window", num_sinks=0, window_size=dense_context, cache_size=room,
+            stream_positions="absolute",
+        )  # fmt: skip
+        caches[f"dense {dense_context}"] = validate_attention(dense, num_layers)
+    return caches
+
+
+if __name__ == "__main__":
+    BUDGET = flags.DEFINE_string("budget", "4/64/256/800", "of the bounded cache: sinks/separators/window/cache")
+    ROWS = flags.DEFINE_list("batch_sizes", ["1", "auto"], "rows of a step; auto: as many as fit")
+    DENSE = flags.DEFINE_integer("dense_context", 0, "tokens of a dense cache to measure beside it; 0: none")
+    SECONDS = flags.DEFINE_float("seconds", 3.0, "for each figure", lower_bound=0)
+
+    def main(config: Config) -> None:
+        """Prints a line a figure, then JSON."""
+        source = provenance()
+        print(heading(source))
+        caches = caches_of(config.attention, config.model.num_layers, BUDGET.value, DENSE.value)
+        columns = f"{'ms/step':>10}{'tokens/s':>12}{'weights':>10}{'all':>8}{'cache bytes':>18}"
+        print(f"{'cache':<16}{'rows':>6}{columns}   (weights, all: time to read them once over the step's)")
+        figures = []
+        for x in measure(config, caches, ROWS.value, SECONDS.value):
+            shares = f"{x.share_of_weights:>10.1%}{x.share_of_bandwidth:>8.1%}{x.cache_bytes:>18,}"
+            print(f"{x.name:<16}{x.rows:>6}{x.milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}{shares}", flush=True)
+            figures.append(dataclasses.asdict(x))
+        print(json.dumps(source | {"figures": figures}))
+
+    run_main(main, with_config=True)
