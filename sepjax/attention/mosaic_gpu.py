@@ -14,12 +14,13 @@ from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Keys, Queries
 from sepjax.attention import mosaic_gpu_kernels as kernels
-from sepjax.attention.mosaic_gpu_kernels import KEYS, Shape, Tiles
+from sepjax.attention.mosaic_gpu_kernels import KeyTiles, Shape, Tiles
 from sepjax.attention.packing import unpack, vary_alike, with_room
 from sepjax.attention.target import target
 from sepjax.layout import SeparatorLayout
 
 _HEAD_SIZES = (64, 128, 256)
+_H100_SMS = 132  # where the device does not tell
 _PACK_ROWS, _PACK_COLUMNS = 32, 1024  # of a block that packs keys: two of 64 KiB fit its shared memory
 
 
@@ -47,12 +48,12 @@ def attend(
 
 
 def _aligned(arrays, layout):
-    """Rows of tokens and of packed keys filled up to a multiple of kernels.ALIGNMENT."""
+    """Rows of tokens filled up to a multiple of kernels.ALIGNMENT, packed keys to one of _PACK_ROWS."""
     extra = -layout.length % kernels.ALIGNMENT
     if extra:
         arrays = [jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in arrays]
     room = max(layout.capacity, 1)
-    return *arrays, layout.with_capacity(room + -room % kernels.ALIGNMENT)
+    return *arrays, layout.with_capacity(room + -room % _PACK_ROWS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -71,19 +72,20 @@ def _attend_forward(q, k, v, layout, scale, length):
 def _attend_backward(scale, length, residuals, cotangents):
     q, k, v, far_k, far_v, layout, out, lse = residuals
     shape = _shape(q, k, layout, scale)
-    d_out, d_lse = (jnp.pad(x, ((0, 0), (0, shape.T - length)) + ((0, 0),) * (x.ndim - 2)) for x in cotangents)
-    # dS = P * (dP - sum(P * dP) + dlse), where sum(P * dP) = sum(O * dO).
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
-    delta = jnp.pad(delta.swapaxes(1, 2), ((0, 0), (0, 0), (0, shape.padded - shape.T)))
-    inputs = q, k, v, far_k, far_v, _ranges(layout, shape.padded), d_out, lse, delta
-    dq = kernels.query_gradient(shape, _query_gradient_tiles(shape))(*inputs)
-    splits = _splits(shape)
-    far_dk, far_dv, dk, dv = kernels.key_gradients(shape, splits, stages=4 if shape.H == 64 else 2)(
-        *inputs, *_visitors(layout, shape)
-    )
+    d_out, d_lse = cotangents
+    d_out = jnp.pad(d_out, ((0, 0), (0, shape.T - length), (0, 0), (0, 0)))
+    d_lse = jnp.pad(d_lse.swapaxes(1, 2), ((0, 0), (0, 0), (0, shape.padded - length)))
+    if shape.H > 128:
+        sums = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+        d_lse -= jnp.pad(sums, ((0, 0), (0, 0), (0, shape.padded - shape.T)))
+    inputs = q, k, v, far_k, far_v, _ranges(layout, shape.padded), d_out
+    dq, delta = kernels.query_gradient(shape, _query_gradient_tiles(shape))(*inputs, out, lse, d_lse)
+    tiles = _key_gradient_tiles(shape)
+    visitors = _visitors(layout, shape, tiles.keys)
+    far_dk, far_dv, dk, dv = kernels.key_gradients(shape, tiles)(*inputs, lse, delta, *visitors)
 
     def combine(far, near):
-        far = unpack(far, layout, axis=1).reshape(shape.B, length, shape.K, splits, shape.H)
+        far = unpack(far, layout, axis=1).reshape(shape.B, length, shape.K, tiles.splits, shape.H)
         return (near[:, :length].astype(jnp.float32) + jnp.sum(far.astype(jnp.float32), axis=3)).astype(near.dtype)
 
     pad = ((0, 0), (0, shape.T - length), (0, 0), (0, 0))
@@ -94,7 +96,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _shape(q, k, layout, scale):
-    return Shape(*q.shape[:3], *k.shape[2:], layout.capacity, q.dtype, scale)
+    return Shape(*q.shape[:3], *k.shape[2:], layout.capacity, q.dtype, scale, target().num_cores or _H100_SMS)
 
 
 def _heads(shape: Shape) -> int:
@@ -111,18 +113,16 @@ def _query_gradient_tiles(shape: Shape) -> Tiles:
     return Tiles(keys, stages, _heads(shape))
 
 
-def _splits(shape: Shape) -> int:
-    """Into how many blocks of threads the query heads of a packed block go: enough that the heaviest is no bottleneck."""
-    return next(
-        s
-        for s in range(1, shape.group + 1)
-        if shape.group % s == 0 and (shape.B * shape.K * s >= 8 or s == shape.group)
-    )
+def _key_gradient_tiles(shape: Shape) -> KeyTiles:
+    ways = [s for s in range(1, shape.group + 1) if shape.group % s == 0]
+    splits = next((s for s in ways if shape.B * shape.K * s >= 8), shape.group)
+    return KeyTiles(splits, stages={64: 4, 128: 2, 256: 1}[shape.H], shared=shape.H == 256)
 
 
 def _pack(shape, k, v, layout):
     heads = max(h for h in range(1, shape.K + 1) if shape.K % h == 0 and h * shape.H <= max(_PACK_COLUMNS, shape.H))
-    return kernels.pack(shape, _PACK_ROWS, heads)(k, v, layout.global_index, layout.num_global)
+    index = jnp.minimum(layout.global_index, shape.T - 1)  # slots that hold no key are never visible
+    return kernels.pack(shape, _PACK_ROWS, heads)(k, v, index, layout.num_global)
 
 
 def _ranges(layout: SeparatorLayout, padded: int) -> jax.Array:
@@ -140,20 +140,22 @@ def _ranges(layout: SeparatorLayout, padded: int) -> jax.Array:
     )
 
 
-def _visitors(layout: SeparatorLayout, shape: Shape) -> tuple[jax.Array, jax.Array]:
+def _visitors(layout: SeparatorLayout, shape: Shape, keys: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """For each block of packed keys and of tokens the queries [first, last) that see some of it, int32 [B, 2, blocks].
 
-    Ranges never decrease along a row, so counting is searching. A block without global keys has last = -1.
+    Ranges never decrease along a row, so counting is searching. A packed block without global keys has last = -1; the
+    third result, int32 [1], counts the packed blocks that have some, in the row that has most.
     """
 
     def count(condition):
         return jnp.sum(condition, axis=2, dtype=jnp.int32)
 
-    first_key = jnp.arange(-(-shape.S // KEYS), dtype=jnp.int32)[:, None] * KEYS
+    first_key = jnp.arange(-(-shape.S // keys), dtype=jnp.int32)[:, None] * keys
     far_first = count(layout.far_end[:, None] <= first_key)
-    far_last = count(layout.far_start[:, None] < first_key + KEYS)
+    far_last = count(layout.far_start[:, None] < first_key + keys)
     far_last = jnp.where(first_key[:, 0] < layout.num_global[:, None], far_last, -1)
-    first_key = jnp.arange(-(-shape.T // KEYS), dtype=jnp.int32)[:, None] * KEYS
-    near_last = count(layout.near_start[:, None] < first_key + KEYS)
+    first_key = jnp.arange(-(-shape.T // keys), dtype=jnp.int32)[:, None] * keys
+    near_last = count(layout.near_start[:, None] < first_key + keys)
     near_first = jnp.broadcast_to(first_key[:, 0], near_last.shape)
-    return jnp.stack([far_first, far_last], axis=1), jnp.stack([near_first, near_last], axis=1)
+    far_blocks = -(-jnp.max(layout.num_global, keepdims=True) // keys)
+    return jnp.stack([far_first, far_last], axis=1), jnp.stack([near_first, near_last], axis=1), far_blocks

@@ -18,11 +18,13 @@ class Target:
     Attributes:
       platform: "cpu", "gpu" or "tpu".
       kind: the vendor's name, such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite".
+      num_cores: of a GPU its SMs; 0 where the device does not tell.
       capability: of an NVIDIA GPU, such as "9.0"; "" for other devices, and for GPUs whose capability is unknown.
     """
 
     platform: str
     kind: str
+    num_cores: int = 0
     capability: str = ""
 
     def __str__(self) -> str:
@@ -33,8 +35,14 @@ class Target:
 def target() -> Target:
     """The device that is traced for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None or device.platform is None or device.platform in (jax.default_backend(), None):
+    if device is None or device.platform == jax.default_backend():
         real = jax.devices()[0]
-        return Target(real.platform, real.device_kind, str(getattr(real, "compute_capability", "")))
+        return Target(
+            real.platform,
+            real.device_kind,
+            getattr(real, "core_count", 0),
+            str(getattr(real, "compute_capability", "")),
+        )
     platform = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
-    return Target(platform, device.device_kind, "9.0" if any(name in device.device_kind for name in _HOPPER) else "")
+    capability = "9.0" if any(name in device.device_kind for name in _HOPPER) else ""
+    return Target(platform, device.device_kind, device.num_cores or 0, capability)

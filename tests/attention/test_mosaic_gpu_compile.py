@@ -1,0 +1,84 @@
+"""The Hopper kernels compiled for an H100 that is not there: XLA, Mosaic and ptxas as on the real one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from sepjax.attention import separator_attention
+from sepjax.layout import build_layout
+from tests.attention.common import results
+
+# What the compiler needs to know of the device: an NVIDIA H100 80GB HBM3.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84978434048
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 minor: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@pytest.fixture(scope="module")
+def h100():
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology="1x1x1")
+    return jax.sharding.Mesh(
+        np.asarray(topology.devices).reshape(1), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+
+
+def compiled(mesh, shape, dtype, op):
+    """Forward and backward of `op` for (B, T, N, K, H)."""
+    B, T, N, K, H = shape
+    placed = jax.NamedSharding(mesh, jax.P())
+
+    def struct(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    def run(is_separator, *inputs):
+        layout = build_layout(is_separator, window_size=64, num_sinks=4)
+        return results(op, *inputs, layout)
+
+    inputs = struct(B, T, N, H), struct(B, T, K, H), struct(B, T, K, H), struct(B, T, N, H)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(run).lower(struct(B, T, dtype=bool), *inputs, struct(B, T, N, dtype=jnp.float32))
+        return lowered.compile()
+
+
+KERNEL = functools.partial(separator_attention, implementation="mosaic_gpu", return_lse=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 390, 8, 2, 128), jnp.bfloat16),
+        ((2, 384, 12, 12, 64), jnp.float16),
+        ((1, 1, 4, 1, 256), jnp.bfloat16),
+    ],
+    ids=["grouped heads of 128, bfloat16", "heads of 64, float16", "multi-query heads of 256, T = 1"],
+)
+def test_compiles_for_an_h100(h100, shape, dtype):
+    text = compiled(h100, shape, dtype, KERNEL).as_text()
+    assert text.count("mosaic_gpu") >= 4, "packing, forward, dQ, dK with dV"
