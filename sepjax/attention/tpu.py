@@ -64,6 +64,8 @@ def attend(
 
     `interpret` runs the kernels on a CPU, for tests: as plain JAX (True), or in the simulator of a TPU's memories.
     """
+    if scale <= 0:  # the kernels look for the largest product of query and key, which is then the largest score
+        q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
     q, k, v, layout = vary_alike((q, k, v, layout))
     return _attend(q, k, v, layout, scale, interpret)
 
@@ -76,12 +78,12 @@ def _attend(q, k, v, layout, scale, interpret):
 def _attend_forward(q, k, v, layout, scale, interpret):
     run = functools.partial(_forward, scale=scale, interpret=interpret)
     out, top, total = with_room(layout, lambda layout: _in_row_groups(run, (q, k, v, layout)))
-    lse = jnp.where(total > 0, top * math.log(2) + jnp.log(total), -jnp.inf)
+    lse = jnp.where(total > 0, top * scale + jnp.log(total), -jnp.inf)
     return (out, lse), (q, k, v, layout, out, top, total)
 
 
 def _attend_backward(scale, interpret, residuals, cotangents):
-    # As in xla.py: weights are recomputed as exp(S - top) / total, since exp(S - lse) carries the rounding of the lse.
+    # As in xla.py, weights are recomputed as exp(S - top) / total: exp(S - lse) would carry the rounding of the lse.
     q, k, v, layout, out, top, total = residuals
     d_out, d_lse = cotangents
     norm = jnp.where(total > 0, 1 / total, 0.0)
@@ -154,8 +156,8 @@ def _in_row_groups(run: Callable[..., Any], arrays: Any) -> Any:
 
 
 def _forward(q, k, v, layout, *, scale, interpret):
-    """Returns out [B, T, N, H], and of every query two float32[B, T, N]: the largest score, times log2(e), and the sum
-    of exp(score - largest).
+    """Returns out [B, T, N, H], and of every query two float32[B, T, N]: the largest product with a key that it sees,
+    and the sum of exp(scale * (product - largest)).
     """
     plan = _plan(q, k, layout)
     tiling = plan.tiling

@@ -12,7 +12,7 @@ token in each lane, so that nothing is padded to 128 lanes where H is 64. So do 
 
 The softmax state of a block is a few rows, and rescaling broadcasts along sublanes. A head's scores are issued before
 the head in front of it is done with: one head at a time would leave the matrix units idle at every softmax. Softmax and
-accumulation are float32, in powers of two, which is what the hardware has; matmuls take q's dtype.
+accumulation are float32; matmuls take q's dtype.
 """
 
 import functools
@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 
 from sepjax.attention.block_map import Tiling, Visit
 
-LOWEST = float(jnp.finfo(jnp.float32).min)  # not -inf: exp2(-inf - LOWEST) is 0 for a masked score, never NaN
+LOWEST = float(jnp.finfo(jnp.float32).min)  # not -inf: exp(-inf - LOWEST) is 0 for a masked score, never NaN
 
 # Rows of the int32[B, 4, T] array of ranges. Far keys are numbered after near ones, as they lie in the array.
 NEAR_START, NEAR_END, FAR_START, FAR_END = range(4)
@@ -36,8 +36,9 @@ TOP, NORM, DELTA = range(3)
 def forward_kernel(words, ranges, q, k, v, out, top, total, acc, *, tiling: Tiling, scale: float):
     """Grid (head groups, visits by block): one online softmax over all tiles that a block visits.
 
-    Blocks: ranges [1, 4, Q]; q, out [1, h, H, Q]; k, v [1, h', H, C]; top, total [1, h, 1, Q], the largest score times
-    log2(e) and the sum of exp2(score * log2(e) - top); scratch acc [h, H, Q]. h query heads share h' key heads.
+    Blocks: ranges [1, 4, Q]; q, out [1, h, H, Q]; k, v [1, h', H, C]; top, total [1, h, 1, Q], the largest product of
+    query and key and the sum of exp(scale * (product - top)); scratch acc [h, H, Q]. h query heads share h' key heads.
+    scale > 0.
     """
     visit = tiling.unpack(words[pl.program_id(1)])
 
@@ -49,11 +50,11 @@ def forward_kernel(words, ranges, q, k, v, out, top, total, acc, *, tiling: Tili
 
     visible = _visible(visit, ranges, tiling)
     heads = _heads(q, k)
-    for (head, shared), s in _ahead(lambda head, shared: _scores(q[0, head], k[0, shared], visible, scale), heads):
+    for (head, shared), s in _ahead(lambda head, shared: _products(q[0, head], k[0, shared], visible), heads):
         old_top = top[0, head]
         new_top = jnp.maximum(old_top, jnp.max(s, axis=0, keepdims=True))
-        p = jnp.exp2(s - new_top)
-        shrink = jnp.exp2(old_top - new_top)
+        p = _exp(s - new_top, scale)
+        shrink = _exp(old_top - new_top, scale)
         top[0, head] = new_top
         total[0, head] = total[0, head] * shrink + jnp.sum(p, axis=0, keepdims=True)
         acc[head] = acc[head] * shrink + _dot(v[0, shared], p.astype(v.dtype))
@@ -74,8 +75,8 @@ def query_gradient_kernel(words, ranges, q, k, v, d_out, rows, dq, acc, *, tilin
         acc[...] = jnp.zeros_like(acc)
 
     heads = _heads(q, k)
-    for (head, shared), products in _ahead(_backward_products(visit, ranges, q, k, v, d_out, tiling, scale), heads):
-        _, ds = _weights(*products, rows[0, head])
+    for (head, shared), pair in _ahead(_both_products(visit, ranges, q, k, v, d_out, tiling), heads):
+        _, ds = _weights(*pair, rows[0, head], scale)
         acc[head] += _dot(k[0, shared], ds.astype(k.dtype))
 
     @pl.when(visit.last)
@@ -95,8 +96,8 @@ def key_gradient_kernel(words, ranges, q, k, v, d_out, rows, dk, dv, *, tiling: 
         dv[...] = jnp.zeros_like(dv)
 
     heads = _heads(q, k)
-    for (head, shared), products in _ahead(_backward_products(visit, ranges, q, k, v, d_out, tiling, scale), heads):
-        p, ds = _weights(*products, rows[0, head])
+    for (head, shared), pair in _ahead(_both_products(visit, ranges, q, k, v, d_out, tiling), heads):
+        p, ds = _weights(*pair, rows[0, head], scale)
         dv[0, shared] += _dot_nt(d_out[0, head], p.astype(q.dtype))
         dk[0, shared] += _dot_nt(q[0, head], ds.astype(q.dtype))
 
@@ -130,25 +131,30 @@ def _visible(visit: Visit, ranges, tiling: Tiling) -> jax.Array:
     return (key >= start - first) & (key < end - first)
 
 
-def _scores(q, k, visible, scale):
-    """float32[C, Q], times log2(e): -inf where a query does not see a key."""
-    return jnp.where(visible, _dot_tn(k, q) * (scale * math.log2(math.e)), -jnp.inf)
+def _products(q, k, visible):
+    """float32[C, Q], of which the scores are `scale` times as much: -inf where a query does not see a key."""
+    return jnp.where(visible, _dot_tn(k, q), -jnp.inf)
 
 
-def _backward_products(visit, ranges, q, k, v, d_out, tiling, scale):
-    """The scores and the gradient of the weights of a head, [C, Q] each, as a function of (head, key head)."""
+def _exp(difference, scale):
+    """exp(scale * difference) with one multiplication, after the subtraction: large scores are not rounded again."""
+    return jnp.exp2(difference * (scale * math.log2(math.e)))
+
+
+def _both_products(visit, ranges, q, k, v, d_out, tiling):
+    """`_products` and the gradient of the weights of a head, [C, Q] each, as a function of (head, key head)."""
     visible = _visible(visit, ranges, tiling)
 
     def products(head: int, shared: int) -> tuple[jax.Array, jax.Array]:
-        return _scores(q[0, head], k[0, shared], visible, scale), _dot_tn(v[0, shared], d_out[0, head])
+        return _products(q[0, head], k[0, shared], visible), _dot_tn(v[0, shared], d_out[0, head])
 
     return products
 
 
-def _weights(s, dp, rows):
-    """Softmax weights [C, Q] and the gradient of the scores over `scale`, from rows [3, Q]."""
+def _weights(s, dp, rows, scale):
+    """Softmax weights [C, Q] and the gradient of the scores, from rows [3, Q]."""
     top, norm, delta = (rows[i : i + 1] for i in (TOP, NORM, DELTA))
-    p = jnp.exp2(s - top) * norm
+    p = _exp(s - top, scale) * norm
     return p, p * (dp - delta)
 
 
