@@ -4,13 +4,15 @@
     sepjax.generate(model, tokenizer, ["The function", "A list"], max_new_tokens=64)[0].text
 
     python -m sepjax.generate --workdir=runs/tiny --prompt="The function" [--temperature=0.8 --seed=1 ...]
+    python -m sepjax.generate --workdir=runs/tiny --prompt="The function" --stream    without end, in constant memory
+    python -m sepjax.generate --workdir=smollm2 --chat                                in turns, over one bounded cache
 
 Both drive the same compiled steps (`sepjax.generation.loop`) and give the same tokens. A row of a batch is what it
 would be alone: padding, neighbours and growing caches change none of its tokens.
 """
 
-import contextlib
 import dataclasses
+import os
 import sys
 import time
 import types
@@ -21,10 +23,12 @@ from typing import Any
 from absl import flags
 
 from sepjax.cache import bucket
-from sepjax.config import PATTERNS, AttentionConfig
+from sepjax.config import PATTERNS, AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.flags import run_main
+from sepjax.generation.chat import ChatFormat, chat, interrupt_flag
 from sepjax.generation.driver import CacheUse, Job, StreamEvent, run
+from sepjax.generation.endless import EndlessStream
 from sepjax.generation.prompts import Prompt, PromptError
 from sepjax.loading import load
 from sepjax.model.transformer import Transformer
@@ -99,7 +103,7 @@ def generate(
 def stream(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompt: Prompt,
+    prompt: Prompt | None = None,
     *,
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
@@ -110,18 +114,45 @@ def stream(
     stop: str | Sequence[str] = (),
     stop_at_eos: bool = True,
     attention: AttentionConfig | None = None,
+    bounded: bool | None = None,
+    max_repeats: int = 0,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Iterator[StreamEvent]:
-    """Continues one prompt, an event a token; the texts of all events join to what `generate` answers.
+    """Continues one prompt, an event a token.
 
-    `max_new_tokens=None` goes on without end (with `stop_at_eos=False` past every end of text too). The cache then
-    grows by the sinks and separators alone. The other arguments and errors are those of `generate`; errors come from
-    this call, not from the first event.
+    With `max_new_tokens` the texts of all events join to what `generate` answers. Without, the stream has no end (with
+    `stop_at_eos=False` not even at an end of text) and runs over a bounded cache: at most `attention.cache_size`
+    entries, whatever the length of prompt and text (docs/streaming.md).
+
+    Args:
+      model: from `sepjax.load`.
+      tokenizer: the model's.
+      prompt: a text or token ids; None: nothing yet, for a bounded stream that is resumed or fed later.
+      bounded: whether to use the bounded cache; None: where there is no `max_new_tokens`. A bounded stream is an
+        `EndlessStream`: it takes further input with `feed` and goes to disk with `save`.
+      max_repeats: ends a bounded stream ("repetition") once it has repeated the same run of tokens more often in a
+        row; 0: never.
+      resume: folder of a bounded stream that was saved; it goes on there, token for token.
+
+    The other arguments and errors are those of `generate`; errors come from this call, not from the first event.
     """
-    job = Job.create(
-        model, tokenizer, [prompt], max_new_tokens, Sampling.create(temperature, top_k, top_p, min_p), seed, stop,
-        stop_at_eos, attention,
+    sampling = Sampling.create(temperature, top_k, top_p, min_p)
+    if not (max_new_tokens is None if bounded is None else bounded):
+        if prompt is None or max_repeats or resume is not None:
+            raise ConfigError("a missing prompt, max_repeats and resume are for bounded streams; add bounded=True")
+        job = Job.create(
+            model, tokenizer, [prompt], max_new_tokens, sampling, seed, stop, stop_at_eos, attention
+        )  # fmt: skip
+        return (event for _, event in run(job, 1))
+    events = EndlessStream(
+        model, tokenizer, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop,
+        stop_at_eos=stop_at_eos, max_repeats=max_repeats, attention=attention,
     )  # fmt: skip
-    return (event for _, event in run(job, 1))
+    if resume is not None:
+        events.restore(resume)
+    if prompt is not None:
+        events.feed(prompt)
+    return events
 
 
 def _join(prompt: Sequence[int], events: Sequence[StreamEvent]) -> Generation:
@@ -132,16 +163,21 @@ def _join(prompt: Sequence[int], events: Sequence[StreamEvent]) -> Generation:
     return Generation(text, token_ids, last.finish_reason, len(prompt), last.cache)
 
 
-def _answer_one(model: Transformer, tokenizer: Tokenizer, prompt: Prompt, **settings: Any) -> None:
-    """Prints the text as it comes; Ctrl-C ends it."""
+def _answer_one(events: Iterator[StreamEvent], save: str = "") -> None:
+    """Prints the text as it comes; Ctrl-C ends it. A bounded stream is saved then, if asked for."""
     times: list[float] = []
     cache = None
-    with contextlib.suppress(KeyboardInterrupt):
-        for event in stream(model, tokenizer, prompt, **settings):
+    with interrupt_flag() as interrupted:
+        for event in events:
             print(event.text, end="", flush=True)
             times.append(time.perf_counter())
             cache = event.cache
+            if interrupted:
+                break
     print()
+    if save and isinstance(events, EndlessStream):
+        events.save(save)
+        print(f"saved in {save}; --resume={save} goes on from here", file=sys.stderr)
     if cache is None:
         return
     rate = ""
@@ -191,12 +227,19 @@ sys.modules[__name__].__class__ = _CallableModule
 
 
 if __name__ == "__main__":
-    WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run that train.py wrote", required=True)
+    WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, a GGUF file or smollm2", required=True)
     STEP = flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
     PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; several times: a batch")
     FILE = flags.DEFINE_string("prompt_file", "", "UTF-8 file whose whole text is a prompt")
-    LENGTH = flags.DEFINE_integer("max_new_tokens", 128, "tokens after which an answer ends")
+    LENGTH = flags.DEFINE_integer("max_new_tokens", None, "tokens after which an answer ends; default: 128")
     ENDLESS = flags.DEFINE_bool("stream", False, "go on without end, past every end of text, until --stop or Ctrl-C")
+    CHAT = flags.DEFINE_bool("chat", False, "talk in turns over one bounded cache; Ctrl-C cuts an answer short")
+    SYSTEM = flags.DEFINE_string("system", "", "with --chat: instructions in front of the first turn")
+    RESUME = flags.DEFINE_string("resume", None, "folder of a saved stream or conversation to go on with")
+    SAVE = flags.DEFINE_string("save", "", "with --stream: folder to keep the stream in when it ends")
+    REPEATS = flags.DEFINE_integer(
+        "max_repeats", 12, "end an endless text that repeats one run of tokens more often in a row; 0: never"
+    )
     TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: always the best token; above: draw")
     TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k best tokens; 0: all")
     TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together reach this probability")
@@ -205,30 +248,46 @@ if __name__ == "__main__":
     STOP = flags.DEFINE_multi_string("stop", [], "text that ends an answer; several times: any of them")
     PATTERN = flags.DEFINE_enum("pattern", None, list(PATTERNS), "attention pattern; default: as in training")
     WINDOW = flags.DEFINE_integer("window_size", None, "n of every layer; default: as in training")
+    SINKS = flags.DEFINE_integer("num_sinks", None, "first tokens that are always seen; default: as in training")
+    KEPT = flags.DEFINE_integer("max_separators", None, "separators that a bounded cache keeps; default: the config's")
+    SLOTS = flags.DEFINE_integer("cache_size", None, "entries of a bounded cache; default: the config's")
 
-    def main() -> None:
-        """Answers the prompts."""
-        prompts = _read_prompts(PROMPT.value, FILE.value)
-        if ENDLESS.value and len(prompts) > 1:
-            raise PromptError(f"--stream continues one prompt, got {len(prompts)}; leave it out for a batch")
-        model, tokenizer = load(WORKDIR.value, step=STEP.value)
+    def _attention(model: Transformer) -> AttentionConfig:
         changes: dict[str, Any] = {} if PATTERN.value is None else {"pattern": PATTERN.value}
         if WINDOW.value is not None:
             changes |= {"window_size": WINDOW.value, "layer_windows": ()}
-        settings = {
-            "max_new_tokens": None if ENDLESS.value else LENGTH.value,
+        for name, flag in (("num_sinks", SINKS), ("max_separators", KEPT), ("cache_size", SLOTS)):
+            changes |= {} if flag.value is None else {name: flag.value}
+        return dataclasses.replace(model.attention, **changes)
+
+    def main() -> None:
+        """Answers the prompts, or talks."""
+        endless = ENDLESS.value or CHAT.value
+        needs_none = CHAT.value or (RESUME.value and not PROMPT.value and not FILE.value)
+        prompts = [] if needs_none else _read_prompts(PROMPT.value, FILE.value)
+        if endless and len(prompts) > 1:
+            raise PromptError(f"--stream continues one prompt, got {len(prompts)}; leave it out for a batch")
+        model, tokenizer = load(WORKDIR.value, step=STEP.value)
+        settings: dict[str, Any] = {
+            "max_new_tokens": LENGTH.value if endless else LENGTH.value or 128,
             "stop_at_eos": not ENDLESS.value,
             "temperature": TEMPERATURE.value,
             "top_k": TOP_K.value,
             "top_p": TOP_P.value,
             "min_p": MIN_P.value,
             "seed": SEED.value,
-            "stop": STOP.value,
-            "attention": dataclasses.replace(model.attention, **changes),
+            "stop": [*STOP.value, *(ChatFormat.of(tokenizer).stop if CHAT.value else ())],
+            "attention": _attention(model),
         }
-        if len(prompts) == 1:
-            _answer_one(model, tokenizer, prompts[0], **settings)
-        else:
+        if endless or RESUME.value:
+            settings |= {"bounded": True, "max_repeats": REPEATS.value, "resume": RESUME.value}
+        if CHAT.value:
+            events = stream(model, tokenizer, **settings)
+            assert isinstance(events, EndlessStream)
+            chat(events, tokenizer, system=SYSTEM.value)
+        elif len(prompts) > 1:
             _answer_all(model, tokenizer, prompts, **settings)
+        else:
+            _answer_one(stream(model, tokenizer, *prompts, **settings), SAVE.value)
 
     run_main(main)

@@ -162,7 +162,7 @@ def test_the_cache_holds_what_the_method_says(model, tokenizer, answers):
 
 def test_an_endless_stream_of_sinks_and_window_never_grows(model, tokenizer):
     attention = dataclasses.replace(SEPARATOR, pattern="sink_window")
-    events = stream(model, tokenizer, "The", stop_at_eos=False, attention=attention)
+    events = stream(model, tokenizer, "The", stop_at_eos=False, attention=attention, bounded=False)
     last = next(itertools.islice(events, 299, None))
     assert (last.cache.held, last.finish_reason) == (2 + 6, None)
     assert last.cache.seen == len(tokenizer.encode("The", bos=True)) + 299

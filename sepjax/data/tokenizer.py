@@ -113,6 +113,15 @@ class Tokenizer:
         """The text of every token id; None for control tokens. For `sepjax.separators`."""
         return token_texts(self._model.vocabulary)
 
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token by its name, such as "<|im_end|>"; None where the vocabulary has no such token."""
+        vocabulary = self._model.vocabulary
+        if hasattr(vocabulary, "token_to_id"):
+            i = vocabulary.token_to_id(name)
+        else:  # SentencePiece answers with the unknown token's id
+            i = next((i for i in [vocabulary.piece_to_id(name)] if vocabulary.id_to_piece(i) == name), None)
+        return i if i is not None and self.token_texts()[i] is None else None
+
     def token_bytes(self, i: int) -> bytes:
         """What token `i` writes: not always whole characters. Raises ValueError for an id outside the vocabulary."""
         if not 0 <= i < self.vocab_size:
@@ -139,6 +148,15 @@ class IncrementalDecoder:
             data = data.removeprefix(b" ")
             self._drops_space = False
         return self._utf8.decode(data)
+
+    def state(self) -> dict[str, Any]:
+        """Where the text stands, for `restore`: plain JSON."""
+        return {"bytes": list(self._utf8.getstate()[0]), "drops_space": self._drops_space}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken."""
+        self._utf8.setstate((bytes(state["bytes"]), 0))
+        self._drops_space = state["drops_space"]
 
     def flush(self) -> str:
         """What is left of an unfinished character: U+FFFD or nothing. The next `feed` starts a new one."""

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sepjax.array_typing import Array, Bool, Int32, Tokens
+from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.cache import SeparatorCache
 from sepjax.config import AttentionConfig
 from sepjax.generation.decoding import decode_step, prefill, stream_step
-from sepjax.model.transformer import Params
+from sepjax.model.transformer import Params, merge
 from sepjax.sampling import Sampling, sample
 from sepjax.streaming.cache import StreamingCache
+from sepjax.streaming.forward import stream_pass
 
 COUNT_WRAP = 2**30
 
@@ -131,6 +132,60 @@ def advance(
     carry = (jnp.int32(0), state, Steps(none, none, _is_full(state)))
     _, state, steps = jax.lax.while_loop(goes_on, body, carry)
     return state, steps
+
+
+@functools.cache
+def make_consume(
+    graph: nnx.GraphDef, attention: AttentionConfig
+) -> Callable[..., tuple[StreamingCache, jax.Array, jax.Array]]:
+    """`consume` compiled for one model and pattern, its cache donated."""
+    return jax.jit(functools.partial(consume, graph, attention), donate_argnums=1)
+
+
+def consume(
+    graph: nnx.GraphDef,
+    attention: AttentionConfig,
+    params: Params,
+    cache: StreamingCache,
+    logits: Float[Array, "B V"],
+    tokens: Tokens,
+    left: Int32[Array, "B"],
+    table: Bool[Array, "_"],
+) -> tuple[StreamingCache, Float[jax.Array, "B V"], Int32[jax.Array, "B"]]:
+    """Takes up some of the next tokens of every row: to its next compaction, at most T.
+
+    Args:
+      graph: from `sepjax.model.transformer.split`, with `params`.
+      attention: the pattern.
+      params: the parameters.
+      cache: no row of it is due.
+      logits: of each row's last token so far.
+      tokens: int32[B, T], the next ones.
+      left: how many of them there are, 0 to T.
+      table: separators among the tokenizer's ids.
+
+    Returns:
+      The cache, the scores after each row's last token now, and how many it took up.
+    """
+    model = merge(graph, params)
+    counts = jnp.minimum(cache.room(tokens.shape[1]), left)
+    hidden, cache = stream_pass(model, cache, tokens, counts, table, attention)
+    last = hidden[jnp.arange(len(left)), jnp.maximum(counts - 1, 0)]
+    return cache.compact(), jnp.where(counts[:, None] > 0, model.logits(last), logits), counts
+
+
+@jax.jit
+def begin(
+    cache: StreamingCache,
+    logits: Float[jax.Array, "B V"],
+    count: Int32[jax.Array, "B"],
+    key: jax.Array,
+    request: Request,
+) -> tuple[DecodeState, Steps]:
+    """The state, and its record, after drawing every row's next token from the scores of a text taken up before."""
+    zeros = jnp.zeros_like(count)
+    state = _draw(logits, DecodeState(cache.by_layer(), zeros, count, zeros > 0, key), request)
+    return state, Steps(state.token[:, None], cache.held()[:, None], _is_full(state))
 
 
 def _draw(logits: jax.Array, state: DecodeState, request: Request) -> DecodeState:

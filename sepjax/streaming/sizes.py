@@ -31,8 +31,8 @@ class StreamSizes:
         """
         if attention.pattern == "dense":
             raise ConfigError(
-                'attention.pattern="dense" keeps every token, which no bounded cache can; use "separator", '
-                '"sink_window" or "fixed_interval", or do without streaming'
+                'attention.pattern="dense" keeps every token, so a stream without end would need a cache without end; '
+                'use "separator", "sink_window" or "fixed_interval", or set max_new_tokens'
             )
         if len(set(attention.layer_windows)) > 1:
             raise ConfigError(
@@ -41,8 +41,8 @@ class StreamSizes:
             )
         if config.position_embedding == "learned":
             raise ConfigError(
-                f"the model has {config.max_positions} learned positions, so a stream of it has an end; only models "
-                'with model.position_embedding="rope" stream through a bounded cache'
+                f"a stream without end would pass the {config.max_positions} learned positions of the model; only "
+                'models with model.position_embedding="rope" stream through a bounded cache'
             )
         window = attention.layer_windows[0] if attention.layer_windows else attention.window_size
         separators = 0 if attention.pattern == "sink_window" else attention.max_separators

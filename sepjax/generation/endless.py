@@ -1,0 +1,254 @@
+"""A stream over a bounded cache: text goes in, text comes out, for as long as one likes, in constant memory.
+
+    feed    new input, in passes up to the next compaction (`consume`)         pending -> cache, scores
+    next    the next token is drawn from the scores, then decoded (`advance`)   an event a token
+
+What the device holds between two tokens is one `DecodeState`; with a few words of the host's it can be saved at any
+token and goes on from there as if nothing had happened.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from sepjax.cache import bucket
+from sepjax.config import AttentionConfig, ConfigError, UserError, validate_attention
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.generation.driver import CacheUse, StreamEvent
+from sepjax.generation.layerwise import by_layer
+from sepjax.generation.loop import DecodeState, Request, Steps, begin, make_advance, make_consume
+from sepjax.generation.prompts import Prompt, check_stop, check_vocabulary, encode_prompts, row_keys
+from sepjax.generation.stopping import RepetitionGuard, TextUntilStop
+from sepjax.model.transformer import Transformer, split
+from sepjax.sampling import Sampling
+from sepjax.separators import configured_table
+from sepjax.streaming.cache import StreamingCache
+from sepjax.streaming.sizes import StreamSizes
+
+
+class StreamStateError(UserError, ValueError):
+    """A saved stream that does not belong to this model or these settings."""
+
+
+class EndlessStream(Iterator[StreamEvent]):
+    """Events of one text, or of the turns of a conversation.
+
+    Attributes:
+      finish_reason: why the turn has ended; None while it goes on. A new turn begins with `feed`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_at_eos: bool = True,
+        max_repeats: int = 0,
+        attention: AttentionConfig | None = None,
+    ):
+        """See `sepjax.stream`. Nothing is generated before something was fed."""
+        self._attention = validate_attention(attention or model.attention, model.config.num_layers)
+        check_vocabulary(model, tokenizer)
+        self._sizes = StreamSizes.create(model.config, self._attention)
+        self._config, self._tokenizer, self._stop = model.config, tokenizer, check_stop(stop)
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={max_new_tokens} must be 1 or more")
+        if max_repeats < 0:
+            raise ConfigError(f"max_repeats={max_repeats} must be 0 (as often as it likes) or more")
+        self._max_new_tokens, self._max_repeats = max_new_tokens, max_repeats
+        self._graph, self._params = split(model)
+        self._step_params = by_layer(self._params, model.config)
+        end = tokenizer.eos_id if stop_at_eos and tokenizer.eos_id is not None else -1
+        table = jnp.asarray(configured_table(tokenizer, self._attention))
+        self._request = Request(table, sampling or Sampling.create(), jnp.int32(end), jnp.int32(-1))
+        self._advance = make_advance(self._graph, self._attention, 1)
+        self._state = _empty(model, self._sizes, row_keys(seed, 1))
+        self._pending: list[int] = []
+        self._has_drawn = self._is_full = False
+        self._seen = 0
+        self._begin_turn(continues=False)
+
+    def _begin_turn(self, *, continues: bool) -> None:
+        self._text = TextUntilStop(self._tokenizer, self._stop, continues=continues)
+        self._guard = RepetitionGuard(self._max_repeats)
+        self._left = -1 if self._max_new_tokens is None else self._max_new_tokens
+        self.finish_reason: str | None = None
+
+    def feed(self, prompt: Prompt) -> None:
+        """Appends input: a text (after BOS, if it is the first and there is one) or token ids. A new turn begins.
+
+        Raises:
+          PromptError: no tokens, or ids outside the vocabulary.
+        """
+        if isinstance(prompt, str) and (self._seen or self._pending):
+            prompt = self._tokenizer.encode(prompt)
+        (ids,) = encode_prompts(self._tokenizer, [prompt])
+        if self._has_drawn and not self._pending:  # the last token drawn has not been taken up yet
+            self._pending.append(int(self._state.token[0]))
+        self._pending += ids
+        self._begin_turn(continues=any(self._tokenizer.token_bytes(i) for i in ids))
+
+    @property
+    def cache(self) -> CacheUse:
+        """What the cache holds now."""
+        return CacheUse(int(self._state.cache.held()[0]), self._seen, self._state.cache.nbytes)
+
+    @property
+    def cache_size(self) -> int:
+        """c: the most entries that the cache may hold."""
+        return self._sizes.cache_size
+
+    @property
+    def last_token(self) -> int | None:
+        """The token drawn last; None before the first."""
+        return int(self._state.token[0]) if self._has_drawn else None
+
+    def __next__(self) -> StreamEvent:
+        """Draws the next token. An interruption leaves the stream as it was before the token."""
+        if self.finish_reason is not None or not (self._has_drawn or self._pending):
+            raise StopIteration
+        if self._is_full:
+            raise ConfigError(
+                f"the cache has no room for another separator: with keep_all_separators, cache_size="
+                f"{self._sizes.cache_size} holds {self._sizes.max_separators}; raise it or let the oldest go"
+            )
+        if self._pending:
+            steps = self._take_up()
+        else:
+            self._check_positions(1)
+            none = np.zeros(1, bool)
+            self._state, steps = self._advance(self._step_params, self._state, none, self._request)
+            self._seen += 1
+        self._has_drawn = True
+        return self._event(jax.device_get(steps))
+
+    def _take_up(self) -> Steps:
+        """Feeds the pending tokens and draws the next one."""
+        self._check_positions(len(self._pending))
+        tokens = np.array([self._pending], np.int32)
+        consume = make_consume(self._graph, self._attention)
+        cache: Any = self._state.cache
+        cache = cache.stacked()
+        logits = jnp.zeros((1, self._config.vocab_size), jnp.float32)
+        at = 0
+        while at < tokens.shape[1]:
+            part = tokens[:, at : at + self._sizes.chunk]
+            padded = np.zeros((1, min(self._sizes.chunk, bucket(part.shape[1]))), np.int32)
+            padded[:, : part.shape[1]] = part
+            left = np.array([part.shape[1]], np.int32)
+            cache, logits, taken = consume(self._params, cache, logits, padded, left, self._request.table)
+            at += int(taken[0])
+        self._state, steps = begin(cache, logits, self._state.count, self._state.key, self._request)
+        self._seen += tokens.shape[1]
+        self._pending = []
+        return steps
+
+    def _check_positions(self, more: int) -> None:
+        """Slot numbers have no end; positions in the text are int32."""
+        if self._sizes.absolute and self._seen + more >= 2**31:
+            raise ConfigError(
+                'attention.stream_positions="absolute" counts tokens of the text up to 2^31, which this stream reaches '
+                'now; use "slot" for streams without end'
+            )
+
+    def _event(self, steps: Steps) -> StreamEvent:
+        token = int(steps.token[0, 0])
+        self._is_full = bool(steps.is_full)
+        self._left -= 1
+        text = self._text.feed(token)
+        if self._text.stopped:
+            self.finish_reason = "stop"
+        elif token == int(self._request.end_token):
+            self.finish_reason = "eos"
+        elif not self._left:
+            self.finish_reason = "length"
+        elif self._guard.feed(token):
+            self.finish_reason = "repetition"
+        if self.finish_reason not in (None, "stop"):
+            text += self._text.flush()
+        use = CacheUse(int(steps.held[0, 0]), self._seen, self._state.cache.nbytes)
+        return StreamEvent(text, (token,), self.finish_reason, use)
+
+    # -- on disk ----------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes all that `restore` needs, in place of what was there. A reader never sees half of it."""
+        folder = Path(folder).absolute()
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(partial / "state", _arrays(self._state))
+        words = {
+            "model": dataclasses.asdict(self._config),
+            "sizes": dataclasses.asdict(self._sizes),
+            "pending": self._pending,
+            "has_drawn": self._has_drawn,
+            "is_full": self._is_full,
+            "seen": self._seen,
+            "left": self._left,
+            "finish_reason": self.finish_reason,
+            "text": self._text.state(),
+            "guard": self._guard.state(),
+        }
+        (partial / "stream.json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    def restore(self, folder: str | os.PathLike[str]) -> None:
+        """Goes on where `save` was called, token for token.
+
+        Raises:
+          FileNotFoundError: nothing was saved there.
+          StreamStateError: it was saved of a model of another shape, or with a cache of other sizes.
+        """
+        folder = Path(folder).absolute()
+        words = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
+        for name, ours in (("model", self._config), ("sizes", self._sizes)):
+            mine = json.loads(json.dumps(dataclasses.asdict(ours)))
+            different = sorted(key for key in mine.keys() | words[name].keys() if mine.get(key) != words[name].get(key))
+            if different:
+                key = different[0]
+                raise StreamStateError(
+                    f"the stream in {str(folder)!r} was saved with {name}.{key}={words[name].get(key)!r}, "
+                    f"expected {mine.get(key)!r}; load the same model and give the same cache settings"
+                )
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _arrays(self._state))
+        with ocp.StandardCheckpointer() as reader:
+            arrays = reader.restore(folder / "state", target)
+        self._state = _with_arrays(self._state, arrays)
+        self._pending, self._has_drawn = words["pending"], words["has_drawn"]
+        self._is_full, self._seen, self._left = words["is_full"], words["seen"], words["left"]
+        self.finish_reason = words["finish_reason"]
+        self._text.restore(words["text"])
+        self._guard.restore(words["guard"])
+
+
+def _empty(model: Transformer, sizes: StreamSizes, keys: jax.Array) -> DecodeState:
+    cache = StreamingCache.create(model.config, 1, sizes, by_layer=True)
+    token, count = (jnp.zeros(1, jnp.int32) for _ in range(2))
+    return DecodeState(cache, token, count, jnp.zeros(1, bool), keys)
+
+
+def _arrays(state: DecodeState) -> dict[str, jax.Array]:
+    """The state's leaves under their numbers, the keys as plain numbers."""
+    plain = dataclasses.replace(state, key=jax.random.key_data(state.key))
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(plain))}
+
+
+def _with_arrays(state: DecodeState, arrays: Any) -> DecodeState:
+    leaves = [arrays[str(i)] for i in range(len(arrays))]
+    plain = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    return dataclasses.replace(plain, key=jax.random.wrap_key_data(plain.key))

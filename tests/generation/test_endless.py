@@ -1,0 +1,233 @@
+"""Streams over a bounded cache: against the method's lists, across turns, to disk and back, and for a long time."""
+
+import dataclasses
+import gc
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sepjax.compilations import counted_compilations
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.data.tokenizer import train_sentencepiece
+from sepjax.generate import stream
+from sepjax.generation.endless import StreamStateError
+from sepjax.generation.loop import COUNT_WRAP
+from sepjax.generation.prompts import PromptError
+from sepjax.generation.stopping import RepetitionGuard
+from sepjax.model.transformer import create, merge, split
+from sepjax.separators import configured_table
+from tests.streaming.common import ListStream
+from tests.streaming.test_forward import list_step
+
+TEXTS = ["The cat sat on the mat, and looked.", "Où est-il? It ran away!", "One; two: three. Four, five."] * 3
+SHAPE = ModelConfig(vocab_size=320, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
+ATTENTION = AttentionConfig(num_sinks=2, max_separators=3, window_size=6, cache_size=20)
+PROMPT = "One; two: three. Four, five. The cat sat on the mat, and looked. Où est-il?"
+HOT = {"temperature": 1.5, "seed": 3, "stop_at_eos": False}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_sentencepiece(TEXTS, 300)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random model whose attention matters, and that seldom spells in bytes."""
+    graph, params = split(create(SHAPE, ATTENTION, jax.random.key(3)))
+    params = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
+    params["embedding"]["embedding"] = params["embedding"]["embedding"].at[3:259].multiply(0.3)
+    return merge(graph, params)
+
+
+def ids_of(events):
+    return [i for event in events for i in event.token_ids]
+
+
+def take(events, count):
+    return list(itertools.islice(events, count))
+
+
+def best_by_lists(model, tokenizer, ids):
+    """The best token after each of `ids`, and the entries held then, by METHOD section 4 as it is written."""
+    graph, params = split(model)
+    table = configured_table(tokenizer, ATTENTION)
+    row = ListStream(2, 3, 6, 20)
+    store, best, held = np.zeros((len(ids), 2, 2, 2, 8), np.float32), [], []
+    for i, token in enumerate(ids):
+        seen = row.attended()
+        positions = np.full(21, -1, np.int32)
+        positions[: len(seen)] = list(seen.values())
+        positions[-1] = len(seen)
+        k, v = (jnp.moveaxis(store[np.resize([*seen, 0], 20), x], 0, 1) for x in (0, 1))
+        logits, new_k, new_v = list_step(graph, params, jnp.int32(token), k, v, positions, jnp.int32(len(seen)))
+        store[i, 0], store[i, 1] = new_k, new_v
+        row.append(bool(table[token]))
+        best.append(int(jnp.argmax(logits[: len(table)])))
+        held.append(len(row.entries))
+    return best, held
+
+
+def test_prompts_and_text_are_what_lists_give(model, tokenizer):
+    """A prompt longer than the cache, and text past many compactions."""
+    events = take(stream(model, tokenizer, PROMPT, stop_at_eos=False), 60)
+    prompt, drawn = tokenizer.encode(PROMPT, bos=True), ids_of(events)
+    assert len(prompt) > ATTENTION.cache_size
+    best, held = best_by_lists(model, tokenizer, [*prompt, *drawn])
+    assert drawn == best[len(prompt) - 1 : -1]
+    assert [event.cache.held for event in events] == held[len(prompt) - 1 : -1]
+    assert [event.cache.seen for event in events] == list(range(len(prompt), len(prompt) + 60))
+    assert "".join(event.text for event in events) == tokenizer.decode(drawn, continues=True)
+
+
+def test_turns_continue_the_cache(model, tokenizer):
+    """Two turns are one text: what was drawn in the first, the last token included, is seen by the second."""
+    events = stream(model, tokenizer, "The cat", max_new_tokens=15, stop_at_eos=False, bounded=True)
+    first = ids_of(events)
+    assert (len(first), events.finish_reason) == (15, "length")
+    assert list(events) == []
+    events.feed("mat, and.")
+    second = take(events, 9)
+    whole = [*tokenizer.encode("The cat", bos=True), *first, *tokenizer.encode("mat, and.")]
+    best, _ = best_by_lists(model, tokenizer, [*whole, *ids_of(second)])
+    assert ids_of(second) == best[len(whole) - 1 : -1]
+    assert second[0].cache.seen == len(whole)
+    assert events.cache.seen == len(whole) + 8
+
+
+@pytest.mark.parametrize("at", [0, 1, 17])
+def test_a_saved_stream_goes_on_as_if_nothing_had_happened(model, tokenizer, tmp_path, at):
+    settings = HOT | {"stop": "zzz", "max_repeats": 50}
+    expected = take(stream(model, tokenizer, "é The cat", **settings), 60)
+    events = stream(model, tokenizer, "é The cat", **settings)
+    before = take(events, at)
+    events.save(tmp_path / "saved")
+    take(events, 5)
+    resumed = stream(model, tokenizer, resume=tmp_path / "saved", **settings | {"seed": 99})
+    assert [*before, *take(resumed, 60 - at)] == expected  # text, tokens, slots, bytes
+    events.save(tmp_path / "saved")  # over the old one
+    assert take(stream(model, tokenizer, resume=tmp_path / "saved", **settings), 1) == [expected[at + 5]]
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_stream_of_other_settings_is_not_resumed(model, tokenizer, tmp_path):
+    events = stream(model, tokenizer, "The cat")
+    next(events)
+    events.save(tmp_path / "saved")
+    other = dataclasses.replace(ATTENTION, window_size=7)
+    with pytest.raises(StreamStateError, match=r"sizes\.window_size=6, expected 7"):
+        stream(model, tokenizer, resume=tmp_path / "saved", attention=other)
+    with pytest.raises(FileNotFoundError):
+        stream(model, tokenizer, resume=tmp_path / "nothing")
+
+
+def live_bytes():
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+def test_nothing_is_compiled_and_nothing_grows_after_the_first_tokens(model, tokenizer):
+    events = stream(model, tokenizer, PROMPT, **HOT)
+    take(events, 50)
+    before = live_bytes()
+    with counted_compilations() as compiled:
+        for _ in range(4):
+            take(events, 50)
+            assert live_bytes() == before
+        events.feed(PROMPT)
+        take(events, 3)
+    assert compiled == []
+    assert live_bytes() == before
+
+
+def test_draws_go_on_when_their_counter_starts_again(model, tokenizer):
+    events = stream(model, tokenizer, "The cat", **HOT)
+    next(events)
+    events._state = dataclasses.replace(events._state, count=events._state.count + COUNT_WRAP - 3)
+    key = np.array(jax.random.key_data(events._state.key))
+    drawn = take(events, 10)
+    assert len(drawn) == 10
+    assert 0 <= int(events._state.count[0]) < 10
+    assert (jax.random.key_data(events._state.key) != key).any()
+
+
+def test_absolute_positions_end_with_a_word_before_they_overflow(model, tokenizer):
+    attention = dataclasses.replace(ATTENTION, stream_positions="absolute")
+    events = stream(model, tokenizer, "The cat", attention=attention, stop_at_eos=False)
+    take(events, 3)
+    events._seen = 2**31 - 2
+    next(events)
+    with pytest.raises(ConfigError, match=r'use "slot" for streams without end'):
+        next(events)
+
+
+def test_a_cache_that_keeps_every_separator_says_when_it_is_full(model, tokenizer):
+    attention = dataclasses.replace(ATTENTION, keep_all_separators=True)
+    events = stream(model, tokenizer, "a" * 5 + "." * 12, attention=attention, stop_at_eos=False)
+
+    def many_turns():
+        for _ in range(500):
+            next(events)
+            events.feed(tokenizer.encode(". , ; "))
+
+    with pytest.raises(ConfigError, match=r"no room for another separator.*cache_size=20 holds 12"):
+        many_turns()
+
+
+def test_repetition_is_noticed_and_rows_of_dashes_are_not():
+    def first(tokens, most):
+        guard = RepetitionGuard(most)
+        return next((i for i, token in enumerate(tokens) if guard.feed(token)), None)
+
+    random = np.random.default_rng(0).integers(0, 50, 400).tolist()
+    assert first(random, 3) is None
+    assert first([1, 2, 3] * 100, 0) is None
+    assert first([7] * 30, 2) is None  # fewer than LEAST repeated
+    assert first([*random, *[1, 2, 3] * 100], 20) == 400 + 3 * 21 - 1
+    assert first([*random, *list(range(100, 164)) * 9], 4) == 400 + 64 * 5 - 1
+    assert first([*random, *list(range(100, 165)) * 9], 4) is None  # longer than LONGEST
+
+
+def test_repetition_ends_a_turn_and_the_next_begins_afresh(model, tokenizer):
+    events = stream(model, tokenizer, "The cat", stop_at_eos=False, max_repeats=3)  # greedy: ends in a circle
+    drawn = take(events, 3000)
+    assert drawn[-1].finish_reason == events.finish_reason == "repetition"
+    events.feed("mat")
+    assert next(events).finish_reason is None
+
+
+def test_mistakes_are_named_at_once(model, tokenizer):
+    with pytest.raises(ConfigError, match="bounded=True"):
+        stream(model, tokenizer, max_new_tokens=3)
+    with pytest.raises(ConfigError, match="max_repeats=-1"):
+        stream(model, tokenizer, "a", max_repeats=-1)
+    with pytest.raises(ConfigError, match="max_new_tokens=0"):
+        stream(model, tokenizer, "a", max_new_tokens=0, bounded=True)
+    with pytest.raises(PromptError, match="no tokens"):
+        stream(model, tokenizer, [])
+    assert list(stream(model, tokenizer)) == []
+
+
+@pytest.mark.soak
+def test_ten_million_tokens(model, tokenizer):
+    """Prompts of 100,000 tokens, a hundred times: live bytes do not grow, and the last are answered as by a new stream.
+
+    What came before is forgotten but for sinks and separators; after a text without separators nothing else is left.
+    """
+    random = np.random.default_rng(0)
+    plain = [i for i, text in enumerate(tokenizer.token_texts()) if text and text.isalpha()]
+    attention = dataclasses.replace(ATTENTION, pattern="sink_window", window_size=18)
+    events = stream(model, tokenizer, [1, 5], attention=attention, stop_at_eos=False)
+    sizes = []
+    for _ in range(100):
+        text = random.choice(plain, 100_000).tolist()
+        events.feed(text)
+        drawn = take(events, 20)
+        sizes.append(live_bytes())
+    assert events.cache.seen > 10_000_000
+    assert len(set(sizes[1:])) == 1
+    fresh = stream(model, tokenizer, [1, 5, *text[-5000:]], attention=attention, stop_at_eos=False)
+    assert ids_of(take(fresh, 20)) == ids_of(drawn)
