@@ -260,3 +260,22 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer):
     for i in (-1, tokenizer.vocab_size):
         with pytest.raises(ValueError, match=f"token id {i} is outside the vocabulary of {tokenizer.vocab_size}"):
             tokenizer.decode([i])
+
+
+def test_control_tokens_are_found_by_name():
+    for tokenizer, control in ((byte_level(), "<|endoftext|>"), (train_sentencepiece([TEXT], 300), "<s>")):
+        i = tokenizer.control_id(control)
+        assert i is not None
+        assert tokenizer.token_bytes(i) == b""
+        assert tokenizer.control_id("<|no such token|>") is None
+        assert tokenizer.control_id("a") is None  # a token, but no control token
+
+
+def test_a_decoder_goes_on_where_its_state_was_taken():
+    tokenizer = byte_level()
+    ids = tokenizer.encode("é€🙂 end")
+    for cut in range(len(ids) + 1):
+        first, second = IncrementalDecoder(tokenizer), IncrementalDecoder(tokenizer, continues=True)
+        text = "".join(map(first.feed, ids[:cut]))
+        second.restore(json.loads(json.dumps(first.state())))
+        assert text + "".join(map(second.feed, ids[cut:])) + second.flush() == "é€🙂 end"

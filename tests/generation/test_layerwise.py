@@ -1,0 +1,63 @@
+"""Models laid out for single steps against the models themselves."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sepjax.generation.layerwise import Layerwise, by_layer, runner
+from sepjax.generation.weights import working_copy
+from sepjax.model.transformer import Transformer, create, split
+from tests.generation.test_decoding import FALCON, GPT2, LLAMA, NEOX, model_of
+
+MODELS = {"llama": LLAMA, "neox": NEOX, "gpt2": GPT2, "falcon": FALCON}
+TOKENS = np.random.default_rng(0).integers(0, LLAMA.vocab_size, (2, 5), dtype=np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(graph, params):
+    """Scores, and what an attention that shifts values by its layer's input returns of every layer."""
+    model = runner(graph, params)
+
+    def attend(q, k, v, layer):
+        shift, _ = layer
+        mixed = jnp.cumsum(v, axis=1) + shift + 0.1 * jnp.mean(k, axis=1, keepdims=True)
+        return q + jnp.repeat(mixed, q.shape[2] // v.shape[2], axis=2), (k, v)
+
+    positions = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), TOKENS.shape)
+    hidden, outputs = model(TOKENS, positions, attend, (jnp.arange(3.0), jnp.zeros(3)))
+    return model.logits(hidden), outputs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_results_as_the_model(name):
+    graph, params = model_of(MODELS[name])
+    laid_out = by_layer(params, MODELS[name])
+    assert isinstance(runner(graph, laid_out), Layerwise)
+    assert isinstance(runner(graph, params), Transformer)
+    expected, got = run(graph, params), run(graph, laid_out)
+    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        assert x.shape == y.shape
+        # Sums of at most F terms, five a layer, relative to the largest.
+        roundings = ((5 * 3 + 1) * LLAMA.mlp_dim) ** 0.5
+        assert np.abs(x - y).max() <= roundings * np.finfo(np.float32).eps * np.abs(x).max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_converted_once_is_converted_in_every_step(name):
+    config = dataclasses.replace(MODELS[name], dtype="bfloat16")
+    graph, params = split(create(config, None, jax.random.key(2)))
+    params = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(3), x.shape), params)
+    copy = working_copy(params, config)
+    jax.tree.map(np.testing.assert_array_equal, run(graph, params), run(graph, copy))
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(copy["layers"]["attention"])}
+    assert dtypes == ({"bfloat16", "float32"} if config.attention_bias else {"bfloat16"})
+    assert {str(x.dtype) for x in jax.tree.leaves(copy["final_norm"])} == {"float32"}
+
+
+def test_nothing_is_copied_where_nothing_is_converted():
+    _, params = model_of(LLAMA)
+    assert working_copy(params, LLAMA) is params

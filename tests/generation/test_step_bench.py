@@ -1,0 +1,65 @@
+"""The benchmark of single steps on a shape that takes no time."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from sepjax.config import Config, ConfigError, DataConfig, ModelConfig
+from sepjax.generation.step_bench import caches_of, full_cache, measure, random_params
+from sepjax.streaming.sizes import StreamSizes
+
+MODEL = ModelConfig(
+    vocab_size=300, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48,
+    tie_embeddings=False, dtype="bfloat16",
+)  # fmt: skip
+CONFIG = Config(model=MODEL, data=DataConfig(tokenizer_vocab_size=300))
+
+
+def test_every_cache_and_batch_size_gets_a_figure():
+    caches = caches_of(CONFIG.attention, 2, "2/3/6/20", 50)
+    figures = list(measure(CONFIG, caches, ["1", "3"], seconds=0.01))
+    assert [(x.name, x.rows) for x in figures] == [("2/3/6/20", 1), ("2/3/6/20", 3), ("dense 50", 1), ("dense 50", 3)]
+    read = 2 * (300 * 32 + 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)) + 4 * 5 * 32  # bfloat16; norms float32
+    for x in figures:
+        assert x.weight_bytes == read
+        assert x.tokens_per_second == pytest.approx(x.rows / x.milliseconds * 1e3)
+        assert x.share_of_bandwidth / x.share_of_weights == pytest.approx((read + x.cache_bytes) / read)
+    assert figures[1].cache_bytes == 3 * figures[0].cache_bytes
+
+
+def test_full_caches_are_full_and_rows_are_not_in_step():
+    attention = caches_of(CONFIG.attention, 2, "2/3/6/20", 0)["2/3/6/20"]
+    cache = full_cache(CONFIG, StreamSizes.create(MODEL, attention), 8)
+    held = np.asarray(cache.held())
+    assert held.min() >= 2 + 3 + 6
+    assert held.max() <= 20
+    assert len(set(held.tolist())) > 4
+    assert not np.asarray(cache.is_due()).any()
+    assert np.asarray(cache.visible_old()).all()
+
+
+def test_a_dense_cache_sees_everything_at_its_own_place():
+    attention = caches_of(CONFIG.attention, 2, "2/3/6/20", 50)["dense 50"]
+    sizes = StreamSizes.create(MODEL, attention)
+    assert (sizes.num_sinks, sizes.max_separators, sizes.window_size, sizes.absolute) == (0, 0, 50, True)
+    assert sizes.cache_size == 50 + 4096
+
+
+def test_random_parameters_have_the_shapes_and_scales_they_should():
+    shapes = {"a": jax.ShapeDtypeStruct((64, 64), np.float32), "b": jax.ShapeDtypeStruct((8,), np.float32)}
+    params = random_params(shapes)
+    assert np.std(params["a"]) == pytest.approx(0.02, rel=0.1)
+    assert (params["b"] == 1).all()
+
+
+def test_settings_that_cannot_work_are_named():
+    with pytest.raises(ConfigError, match="sinks/separators/window/cache"):
+        caches_of(CONFIG.attention, 2, "4/64", 0)
+    with pytest.raises(ConfigError, match="cache_size"):
+        caches_of(CONFIG.attention, 2, "4/64/256/300", 0)
+    caches = caches_of(dataclasses.replace(CONFIG.attention), 2, "2/3/6/20", 0)
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ConfigError, match="give numbers instead"):
+            next(measure(CONFIG, caches, ["auto"], seconds=0.01))
