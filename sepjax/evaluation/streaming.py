@@ -21,14 +21,16 @@ from sepjax.compilations import counted_compilations
 from sepjax.config import AttentionConfig
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.documents import Document, Lanes, StreamError
+from sepjax.generation.layerwise import Layerwise, by_layer, runner
 from sepjax.generation.weights import working_copy
-from sepjax.model.transformer import Transformer, merge, split
+from sepjax.model.transformer import Transformer, split
 from sepjax.separators import configured_table
 from sepjax.streaming.cache import StreamingCache
 from sepjax.streaming.forward import stream_pass
 from sepjax.streaming.sizes import StreamSizes
 
 _LOGITS = 2**28  # held at a time: 1 GiB in float32
+_SHORT = 64  # tokens of a row in a pass, up to which layers are not scanned
 _PASSES = 64  # on the device between two looks of the host
 # Half octaves of the number of tokens before the one that is scored.
 EDGES = tuple(sorted({1, *(round(2 ** (i / 2)) for i in range(8, 42))}))
@@ -94,10 +96,9 @@ def score_streams(
     """
     if not documents:
         raise StreamError("no text to score: every document is empty")
-    params = working_copy(split(model)[1], model.config)
     lanes = Lanes.create(documents, rows)
     num_bytes = sum(len(tokenizer.token_bytes(int(i))) * n for i, n in _counted(documents))
-    return [_score(model, params, tokenizer, lanes, attention, chunk, num_bytes) for attention in attentions]
+    return [_score(model, tokenizer, lanes, attention, chunk, num_bytes) for attention in attentions]
 
 
 def _counted(documents: Sequence[Document]) -> Iterator[tuple[int, int]]:
@@ -140,7 +141,6 @@ class _Sums:
 
 def _score(
     model: Transformer,
-    params: Any,
     tokenizer: Tokenizer,
     lanes: Lanes,
     attention: AttentionConfig,
@@ -150,11 +150,15 @@ def _score(
     sizes = StreamSizes.create(model.config, attention)
     chunk = chunk or min(sizes.chunk, lanes.inputs.shape[1])
     table = jnp.asarray(configured_table(tokenizer, attention))
-    run = jax.jit(functools.partial(_passes, split(model)[0], attention, chunk), donate_argnums=1)
+    graph, params = split(model)
+    # Short passes wait for memory and for each other, as single steps do; long ones for arithmetic.
+    short = chunk <= _SHORT
+    params = (by_layer if short else working_copy)(params, model.config)
+    run = jax.jit(functools.partial(_passes, graph, attention, chunk), donate_argnums=1)
     on_device = jax.device_put(lanes)
 
     def start() -> _State:
-        cache = StreamingCache.create(model.config, len(lanes.inputs), sizes)
+        cache = StreamingCache.create(model.config, len(lanes.inputs), sizes, by_layer=short)
         return _State(cache, *(jnp.zeros(len(lanes.inputs), jnp.int32) for _ in range(3)))
 
     jax.block_until_ready(run(params, start(), on_device, table, jnp.int32(1)))  # compiles outside the timing
@@ -220,7 +224,7 @@ def _passes(
     limit: jax.Array,
 ) -> tuple[_State, _Sums]:
     """Up to `limit` passes, fewer when all lanes are through."""
-    model = merge(graph, params)
+    model = runner(graph, params)
 
     def body(carry: tuple[jax.Array, _State, _Sums]) -> tuple[jax.Array, _State, _Sums]:
         i, state, sums = carry
@@ -234,7 +238,7 @@ def _passes(
 
 
 def _one_pass(
-    model: Transformer,
+    model: Transformer | Layerwise,
     attention: AttentionConfig,
     chunk: int,
     state: _State,

@@ -68,6 +68,7 @@ class Layerwise:
         self._layers = params["layers"]
         self.config = self._model.config
         self.logits = self._model.logits
+        self.output_embedding = self._model.output_embedding
 
     def __call__(
         self, tokens: Tokens, positions: Positions, attend: Attend, layer_inputs: Any
