@@ -162,6 +162,21 @@ class StreamingCache:
         """p of what lies in each slot of the ring, whether it is still an entry or not."""
         return last_at(jnp.arange(self.sizes.ring), self.next_recent[:, None], self.sizes.ring)
 
+    def recent_turn(self) -> tuple[jax.Array, jax.Array] | None:
+        """Cosine and sine, [B, A, R/2], that turn the keys of sink and separator slots to fit queries of the recent.
+
+        For the next pass, in which the three positions of a query differ by constants. That needs separators (`room`);
+        None: the keys fit as they are.
+        """
+        if self.sizes.absolute:
+            return None
+        sinks, separators, recent = self.query_positions(1)[:, :, 0]
+        zones = zip(
+            (recent - sinks, recent - separators), (self.sizes.num_sinks, self.sizes.max_separators), strict=True
+        )
+        by = jnp.concatenate([jnp.repeat(shift[:, None], size, axis=1) for shift, size in zones], axis=1)
+        return self._angles(by)
+
     # -- what changes ---------------------------------------------------------------------------------------------
 
     def append(
@@ -288,10 +303,13 @@ class StreamingCache:
 
     def _turn(self, k: jax.Array, by: jax.Array) -> jax.Array:
         """Rotates keys [B, S, ..., H] by so many positions more, [B, S]. A rotation by 0 changes no bit."""
-        frequencies, _ = rope_frequencies(self.sizes.rope, self.head_dim)  # the factor of YaRN is in them already
+        cos, sin = (t.reshape(*by.shape, *(1 for _ in k.shape[2:-2]), -1) for t in self._angles(by))
+        return rotate(k, (cos, sin))
+
+    def _angles(self, by: jax.Array) -> tuple[jax.Array, jax.Array]:
+        frequencies, _ = rope_frequencies(self.sizes.rope, self.head_dim)  # the factor of YaRN is in the keys already
         angles = by.astype(jnp.float32)[..., None] * frequencies
-        angles = angles.reshape(*by.shape, *(1 for _ in k.shape[2:-2]), -1)
-        return rotate(k, (jnp.cos(angles), jnp.sin(angles)))
+        return jnp.cos(angles), jnp.sin(angles)
 
 
 def last_at(slot: jax.Array, end: jax.Array, size: int) -> jax.Array:

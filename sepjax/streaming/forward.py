@@ -3,8 +3,11 @@
 Between two compactions a cache only grows, so a run of tokens up to a row's next compaction needs one pass. Every token
 sees the entries that were there when it came and those of the run before it:
 
-    keys       sinks, separators | ring | the run itself         the query is turned to fit each (`StreamingCache`)
+    keys       sinks, separators | ring | the run itself
     visible    all that is there | p >= first_recent            and the run's are not younger than the query
+
+Queries and keys of different zones must be turned to fit each other (`StreamingCache`): one token turns its query three
+times, which costs nothing; many tokens turn the few old keys once.
 """
 
 import functools
@@ -88,39 +91,64 @@ def _attend_one(cache: StreamingCache) -> Attend:
 
 
 def _attend_many(cache: StreamingCache, num_tokens: int) -> Attend:
-    """Attention of a run of tokens a row."""
-    a, old, H = cache.sizes.num_sinks, cache.sizes.num_sinks + cache.sizes.max_separators, cache.head_dim
-    turn = _turn_queries(cache, num_tokens, H)
-    first = cache.first_recent(num_tokens)[..., None]
-    own = cache.next_recent[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
-    p = jnp.concatenate([cache.recent_positions(), own], axis=1)[:, None]  # of the keys in ring and run
-    sees_recent = ((first <= p) & (p <= own[..., None]))[:, None, None]  # [B, 1, 1, T, R + T]
-    sees_old = cache.visible_old()[:, None, None, None]
-
-    def scores(q: jax.Array, k: jax.Array, visible: jax.Array) -> jax.Array:
-        return jnp.where(visible, _einsum("BTKGH,BKSH->BKGTS", q, k) * H**-0.5, -jnp.inf)
+    """Attention of a run of tokens a row, over all keys side by side, the old ones turned to fit the recent ones."""
+    old = cache.sizes.num_sinks + cache.sizes.max_separators
+    if old and not cache.sizes.max_separators and not cache.sizes.absolute:
+        return _attend_past_evictions(cache, num_tokens)
+    recent_table = rope_table(cache.query_positions(num_tokens)[-1], cache.sizes.rope, cache.head_dim)
+    sees_recent = _sees_recent(cache, num_tokens)
+    table = cache.recent_turn() if old else None
+    sees_old = jnp.broadcast_to(cache.visible_old()[:, None], (*sees_recent.shape[:2], old))
+    visible = jnp.concatenate([sees_old, sees_recent], axis=-1)[:, None, None]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         k_cache, v_cache = layer
-        K = k.shape[2]
-        k = turn(k)[-1]
-        to_sinks, to_separators, to_recent = (x.reshape(*x.shape[:2], K, -1, H) for x in turn(q))
-        k_recent, v_recent = (
-            jnp.concatenate([x[:, :, old:], jnp.swapaxes(new, 1, 2)], axis=2) for x, new in ((k_cache, k), (v_cache, v))
-        )
-        recent = scores(to_recent, k_recent, sees_recent)
-        if not old:
-            return _rows(_join(recent, v_recent), q), (k, v)
-        among_old = jnp.concatenate(
-            [
-                scores(to_sinks, k_cache[:, :, :a], sees_old[..., :a]),
-                scores(to_separators, k_cache[:, :, a:old], sees_old[..., a:]),
-            ],
-            axis=-1,
-        )
-        return _rows(_join_two(recent, v_recent, among_old, v_cache[:, :, :old]), q), (k, v)
+        q, k = rotate(q, recent_table), rotate(k, recent_table)
+        old_keys = k_cache[:, :, :old]
+        if table is not None:
+            old_keys = jnp.swapaxes(rotate(jnp.swapaxes(old_keys, 1, 2), table), 1, 2)
+        keys = jnp.concatenate([old_keys, k_cache[:, :, old:], jnp.swapaxes(k, 1, 2)], axis=2)
+        values = jnp.concatenate([v_cache, jnp.swapaxes(v, 1, 2)], axis=2)
+        scores = _scores(q, keys, visible)
+        return _rows(_einsum("BKGTS,BKSH->BKGTH", jax.nn.softmax(scores, axis=-1).astype(v.dtype), values), q), (k, v)
 
     return attend
+
+
+def _attend_past_evictions(cache: StreamingCache, num_tokens: int) -> Attend:
+    """The same without separators, where a run goes on past evictions: a query's positions then differ by more than
+    constants, and the sinks need one of their own.
+    """
+    a = cache.sizes.num_sinks
+    to_sinks, _, to_recent = (
+        rope_table(p, cache.sizes.rope, cache.head_dim) for p in cache.query_positions(num_tokens)
+    )
+    sees_recent, sees_sinks = _sees_recent(cache, num_tokens)[:, None, None], cache.visible_old()[:, None, None, None]
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        k_cache, v_cache = layer
+        k = rotate(k, to_recent)
+        keys, values = (
+            jnp.concatenate([x[:, :, a:], jnp.swapaxes(new, 1, 2)], axis=2) for x, new in ((k_cache, k), (v_cache, v))
+        )
+        recent = _scores(rotate(q, to_recent), keys, sees_recent)
+        sinks = _scores(rotate(q, to_sinks), k_cache[:, :, :a], sees_sinks)
+        return _rows(_join(recent, values, sinks, v_cache[:, :, :a]), q), (k, v)
+
+    return attend
+
+
+def _sees_recent(cache: StreamingCache, num_tokens: int) -> Bool[jax.Array, "B T S"]:
+    """Which of the R entries of the ring and the T tokens of the run each of the latter sees."""
+    own = cache.query_positions(num_tokens)[-1]
+    p = jnp.concatenate([cache.recent_positions(), own], axis=1)[:, None]
+    return (cache.first_recent(num_tokens)[..., None] <= p) & (p <= own[..., None])
+
+
+def _scores(q: jax.Array, k: jax.Array, visible: jax.Array) -> jax.Array:
+    """Scores of q[B, T, N, H] against k[B, K, S, H], float32[B, K, G, T, S]; -inf where a key is not visible."""
+    q = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[-1])
+    return jnp.where(visible, _einsum("BTKGH,BKSH->BKGTS", q, k) * q.shape[-1] ** -0.5, -jnp.inf)
 
 
 def _rows(out: jax.Array, q: jax.Array) -> jax.Array:
@@ -128,12 +156,7 @@ def _rows(out: jax.Array, q: jax.Array) -> jax.Array:
     return jnp.moveaxis(out.astype(q.dtype), 3, 1).reshape(q.shape)
 
 
-def _join(scores: jax.Array, v: jax.Array) -> jax.Array:
-    """[B, K, G, T, H]: values weighted by softmax."""
-    return _einsum("BKGTS,BKSH->BKGTH", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-
-
-def _join_two(scores: jax.Array, v: jax.Array, other_scores: jax.Array, other_v: jax.Array) -> jax.Array:
+def _join(scores: jax.Array, v: jax.Array, other_scores: jax.Array, other_v: jax.Array) -> jax.Array:
     """One softmax over two sets of keys, without laying them side by side. Every query sees itself in the first."""
     top = jnp.maximum(jnp.max(scores, axis=-1), jnp.max(other_scores, axis=-1))[..., None]
     weights, other_weights = jnp.exp(scores - top), jnp.exp(other_scores - top)
