@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
@@ -118,6 +118,7 @@ def stream(sizes, flags, cuts, cache=None):
 
 @pytest.mark.parametrize("name", SIZES)
 @given(data=st.data())
+@settings(max_examples=12)
 def test_slots_borders_and_attended_sets_are_those_of_a_list(name, data):
     density = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     random = np.random.default_rng(data.draw(st.integers(0, 10_000)))
