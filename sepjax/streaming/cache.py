@@ -290,9 +290,10 @@ class StreamingCache:
         by += [jnp.repeat(-x[:, None], size, axis=1) for x, size in ((separators, s), (recent, R))]
         by = jnp.concatenate(by, axis=1)
 
-        def turn(k: jax.Array) -> jax.Array:  # [(L,) B, K, C, H]
-            keys = jnp.moveaxis(k, (-4, -2), (0, 1))
-            return jnp.moveaxis(self._turn(keys, by), (0, 1), (-4, -2))
+        cos, sin = (t[:, None] for t in self._angles(by))
+
+        def turn(k: jax.Array) -> jax.Array:  # [(L,) B, K, C, H]; with transposed axes the cache might be copied
+            return rotate(k[..., None, :], (cos, sin))[..., 0, :]
 
         return dataclasses.replace(
             self,

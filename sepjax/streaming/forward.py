@@ -85,7 +85,9 @@ def _attend_one(cache: StreamingCache) -> Attend:
         weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * H**-0.5, axis=-1)
         out = _einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
         out += weights[..., -1:] * v[:, 0, :, None]
-        return out.astype(v.dtype).reshape(B, 1, N, H), (k, v)
+        # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
+        out, k, v = jax.lax.optimization_barrier((out.astype(v.dtype), k, v))
+        return out.reshape(B, 1, N, H), (k, v)
 
     return attend
 
@@ -106,7 +108,8 @@ def _attend_many(cache: StreamingCache, num_tokens: int) -> Attend:
         q, k = rotate(q, recent_table), rotate(k, recent_table)
         old_keys = k_cache[:, :, :old]
         if table is not None:
-            old_keys = jnp.swapaxes(rotate(jnp.swapaxes(old_keys, 1, 2), table), 1, 2)
+            cos, sin = (t[:, None] for t in table)
+            old_keys = rotate(old_keys[..., None, :], (cos, sin))[..., 0, :]
         keys = jnp.concatenate([old_keys, k_cache[:, :, old:], jnp.swapaxes(k, 1, 2)], axis=2)
         values = jnp.concatenate([v_cache, jnp.swapaxes(v, 1, 2)], axis=2)
         scores = _scores(q, keys, visible)
