@@ -4,7 +4,7 @@
 
 A step at batch 1 reads every weight once; the bar is the time that takes at the memory's own speed, measured here on a
 large array. "auto" is the largest batch that fits. `--dense_context=32768` measures the same code beside it with a
-cache that holds so many tokens and evicts none. The last line is JSON.
+cache that holds so many tokens. The last line is JSON.
 """
 
 import dataclasses
@@ -154,7 +154,7 @@ def _nbytes(tree: object) -> int:
 def caches_of(
     attention: AttentionConfig, num_layers: int, budget: str, dense_context: int
 ) -> dict[str, AttentionConfig]:
-    """The bounded cache of a budget a/s/w/c, and one that holds `dense_context` tokens and is never full; 0: none."""
+    """The bounded cache of a budget a/s/w/c, and one that holds the last `dense_context` tokens and a few more; 0: none."""
     numbers = budget.split("/")
     if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
         raise ConfigError(f"--budget takes sinks/separators/window/cache, like 4/64/256/800, got {budget!r}")
@@ -163,7 +163,7 @@ def caches_of(
     bounded = dataclasses.replace(attention, pattern="separator", layer_windows=(), **sizes)
     caches = {budget: validate_attention(bounded, num_layers)}
     if dense_context:
-        room = dense_context + 4096  # for the tokens of the measurement
+        room = dense_context + 64  # then the oldest go, in bursts, which only moves a number
         dense = dataclasses.replace(
             bounded, pattern="sink_window", num_sinks=0, window_size=dense_context, cache_size=room,
             stream_positions="absolute",

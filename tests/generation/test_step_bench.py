@@ -45,7 +45,7 @@ def test_a_dense_cache_sees_everything_at_its_own_place():
     attention = caches_of(CONFIG.attention, 2, "2/3/6/20", 50)["dense 50"]
     sizes = StreamSizes.create(MODEL, attention)
     assert (sizes.num_sinks, sizes.max_separators, sizes.window_size, sizes.absolute) == (0, 0, 50, True)
-    assert sizes.cache_size == 50 + 4096
+    assert sizes.cache_size == 50 + 64
 
 
 def test_random_parameters_have_the_shapes_and_scales_they_should():
