@@ -154,7 +154,7 @@ def _nbytes(tree: object) -> int:
 def caches_of(
     attention: AttentionConfig, num_layers: int, budget: str, dense_context: int
 ) -> dict[str, AttentionConfig]:
-    """The bounded cache of a budget a/s/w/c, and one that holds the last `dense_context` tokens and a few more; 0: none."""
+    """The bounded cache of a budget a/s/w/c, and one of the last `dense_context` tokens and a few more; 0: none."""
     numbers = budget.split("/")
     if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
         raise ConfigError(f"--budget takes sinks/separators/window/cache, like 4/64/256/800, got {budget!r}")
