@@ -37,7 +37,7 @@ class StreamSizes:
         if len(set(attention.layer_windows)) > 1:
             raise ConfigError(
                 f"attention.layer_windows={attention.layer_windows}: a bounded cache has one window for all layers; "
-                "leave layer_windows empty and set window_size"
+                "leave layer_windows empty and set window_size, or stream over a growing cache (bounded=False)"
             )
         if config.position_embedding == "learned":
             raise ConfigError(
