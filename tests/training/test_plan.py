@@ -1,0 +1,101 @@
+"""Steps compiled for pods that are not here, and what is said of them."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from sepjax.config import Config, ConfigError, ModelConfig, UserError, load_config
+from sepjax.sharding import make_mesh
+from sepjax.training import plan
+
+pytest.importorskip("libtpu", reason="the compiler for TPUs: python -m pip install -e '.[dev]'")
+plan.compile_here()
+
+ROOT = Path(__file__).parents[2]
+SMALL = Config(
+    model=ModelConfig(
+        vocab_size=512, num_layers=3, embed_dim=128, num_heads=2, num_kv_heads=2, head_dim=64, mlp_dim=256
+    )
+)
+
+
+def small(**changes):
+    data = dataclasses.replace(SMALL.data, sequence_length=256, batch_size=8, tokenizer_vocab_size=512)
+    return dataclasses.replace(SMALL, data=data, **changes)
+
+
+def test_sep_small_fits_256_chips(capsys):
+    """The whole step of the 160M shape on v5e:16x16: 1.8 GiB of state, and a third of a chip's memory in all."""
+    config = load_config(ROOT / "configs" / "sep_small.py")
+    config.optimizer.accumulation_steps = 4
+    found = plan.make_plan(config, "v5e:16x16", 5)
+    with capsys.disabled():
+        print(f"\n{plan.report(found, config)}")
+    one = make_mesh(SMALL.mesh, jax.devices()[:1])
+    parameters = sum(x.size for x in jax.tree.leaves(plan.abstract_state(config, one).params))
+    assert found.mesh == {"data": 256, "fsdp": 1, "tensor": 1, "context": 1}
+    assert found.hbm is not None
+    assert found.memory.outputs < 2**20, "the state is updated in place"
+    assert found.memory.arguments == pytest.approx(3 * 4 * parameters, rel=0.02), "parameters and two moments"
+    assert found.memory.total < 6 * 2**30 < found.hbm
+    # Replicated parameters: gradients are summed over all chips, and nothing else of size moves.
+    assert {x.kind for x in found.collectives} == {"all-reduce"}
+    assert found.largest[0].bytes < 2**29
+
+
+def test_a_sharded_step_runs_the_kernels_on_each_chip():
+    """Rows over `data`, parameters over `fsdp`, heads over `tensor`; the batch in two micro-batches."""
+    config = small(
+        mesh=dataclasses.replace(SMALL.mesh, data=2, fsdp=2, tensor=2),
+        optimizer=dataclasses.replace(SMALL.optimizer, accumulation_steps=2),
+    )
+    mesh = make_mesh(config.mesh, plan.topology_devices("v5e:2x4"))
+    text = plan.compile_step(config, mesh).as_text() or ""
+    for kernel in ("forward", "query_gradient", "key_gradient"):
+        assert f"separator_attention_{kernel}" in text
+    found = {x.kind: x for x in plan.Program(text).collectives()}
+    assert found["all-gather"].times >= config.optimizer.accumulation_steps * config.model.num_layers, "fsdp gathers"
+
+
+def test_no_such_topology():
+    with pytest.raises(UserError, match=r"--topology=v9:2x2: .*v9; expected a TPU and the grid of its chips, such as"):
+        plan.topology_devices("v9:2x2")
+
+
+def test_no_compiler(monkeypatch):
+    def missing(**_):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr(plan.topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match="libtpu, which is not installed; python -m pip install"):
+        plan.topology_devices("v5e:16x16")
+
+
+def test_what_does_not_fit():
+    with pytest.raises(ConfigError, match=r"mesh.*does not fit 16 devices"):
+        plan.make_plan(small(mesh=dataclasses.replace(SMALL.mesh, data=3)), "v5e:4x4", 1)
+    with pytest.raises(ConfigError, match="of 8 rows does not split over 16 devices"):
+        plan.make_plan(small(), "v5e:4x4", 1)
+    wide = dataclasses.replace(SMALL.model, mlp_dim=2**21)
+    with pytest.raises(UserError, match=r"the step does not fit TPU v5 lite: .*15\.75G.*mesh\.fsdp"):
+        plan.make_plan(small(model=wide), "v5e:2x2", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v5e:4x4"], "error: expected `plan`"),
+        (["plan", "--topology=v9:1x1"], "error: --topology=v9:1x1"),
+        (["plan", "--topologi=v5e:4x4"], "error: unknown flag --topologi"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_answered_in_one_line(arguments, message):
+    command = [sys.executable, "-m", "sepjax.sharding", *arguments, "--config=configs/sep_tiny.py"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
