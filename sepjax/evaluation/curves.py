@@ -58,7 +58,7 @@ def write_png(path: Path, scores: Sequence[StreamScore]) -> None:
     axes = figure.add_subplot()
     for s in scores:
         axes.plot([b.start for b in s.buckets], [b.perplexity for b in s.buckets], marker=".", label=label(s))
-    axes.set(xscale="log", xlabel="tokens of the document before", ylabel="perplexity", ylim=(0, None))
-    axes.grid(alpha=0.3)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the document before", ylabel="perplexity")
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=120, metadata={"Software": None})
