@@ -98,6 +98,11 @@ def _accumulator(rows: int, columns: int) -> Any:
     return plgpu.ACC((rows, columns), jnp.float32)
 
 
+def accumulate(products: Callable[..., None], *sums: Any) -> tuple[Any, ...]:
+    """Registers to which `products`, given an accumulator for each, adds by wgmma."""
+    return pl.run_state(lambda accumulators: products(*accumulators))(tuple(plgpu.ACC.init(x) for x in sums))
+
+
 def _registers(shape: tuple[int, ...], fill: float, layout: Any) -> Any:
     return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
 
@@ -238,7 +243,9 @@ class _QueryBlocks:
         far_chunks = pl.cdiv(self.ranges[b, FAR_END, last] - far_lo, CHUNK)
         near_keys = jnp.minimum(last + 1, self.shape.T) - near_lo
         chunks = far_chunks + pl.cdiv(jnp.maximum(near_keys, 0), CHUNK)
-        steps = pl.cdiv(chunks * CHUNK, self.tiles.keys)
+        # At least one, masked whole where the block sees nothing: the warpgroups take turns step by step, and one that
+        # waits for its turn at the end of a block is waiting for the other's next step.
+        steps = jnp.maximum(pl.cdiv(chunks * CHUNK, self.tiles.keys), 1)
         return _QueryBlock(b, group * self.tiles.heads, token, far_lo, near_lo, far_chunks, steps)
 
     def block_of(self, task: Any, wg: Any) -> tuple[_QueryBlock, _Rows]:
@@ -342,18 +349,20 @@ class _QueryBlocks:
 
         return short_mask if short else mask
 
-    def loader(self, near: tuple, far: tuple, tiles: tuple, ready: tuple, free: tuple, load_rows: Callable) -> None:
-        """What the loading warpgroup does: the rows of every block, and its tiles of keys and of values.
+    def loader(
+        self, near: tuple, far: tuple, tiles: tuple, ready: tuple, free: tuple, load_rows: Callable, rows_free: Any
+    ) -> None:
+        """What the loading warp does: the rows of every block, and its tiles of keys and of values.
 
         The first tile is asked for before the rows, whose shared memory is in use until the block before is done.
         """
         stages = self.tiles.stages
 
-        def run(i, block, t):
+        def run(i, block, state):
             def rows():
-                load_rows(i, block)
-
-            pl.when(block.steps == 0)(rows)
+                for w in range(2):
+                    pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(rows_free.at[w]))
+                    load_rows(block, w)
 
             def step(step, t):
                 slot = lax.rem(t, stages)
@@ -364,9 +373,19 @@ class _QueryBlocks:
                         pl.when(step == 0)(rows)
                 return t + 1
 
-            return lax.fori_loop(0, block.steps, step, t)
+            return i + 1, lax.fori_loop(0, block.steps, step, state[1])
 
-        _each_task(self.shape.num_sms, self.total, self.block, run, jnp.int32(0))
+        done, t = _each_task(self.shape.num_sms, self.total, self.block, run, (jnp.int32(0), jnp.int32(0)))
+        for w in range(2):
+            pl.when(done > 0)(lambda w=w: plgpu.barrier_wait(rows_free.at[w]))
+        for x in free:
+            _await_each(x, stages, t)
+
+
+def _await_each(free: Any, stages: int, loaded: Any) -> None:
+    """Waits until the last tiles that were loaded are done with: no barrier is left with an arrival unseen."""
+    for slot in range(stages):
+        pl.when(loaded > slot)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
 
 
 def _in_one_warp(load: Callable[[], None]) -> None:
@@ -442,7 +461,7 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
                     ahead = lax.rem(t + 1, stages)
                     pl.when(step + 1 < rows.steps)(lambda: plgpu.barrier_wait(k_ready.at[ahead]))
 
-                acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
+                (acc,) = accumulate(weigh, acc)
                 plgpu.barrier_arrive(v_free.at[slot])
                 return t + 1, acc, top, total
 
@@ -457,7 +476,7 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
                 plgpu.barrier_arrive(v_free.at[slot])
                 return t + 1
 
-            pl.when(rows.steps > 0)(lambda: plgpu.barrier_wait(k_ready.at[lax.rem(t, stages)]))
+            plgpu.barrier_wait(k_ready.at[lax.rem(t, stages)])
             acc = _registers((ROWS, H), 0.0, plgpu.Layout.WGMMA)
             top, total = (_registers((ROWS,), x, _PER_ROW) for x in (_LOWEST, 0.0))
             t, acc, top, total = lax.fori_loop(0, rows.steps, step, (t, acc, top, total))
@@ -474,9 +493,7 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
                 copies += [(out.at[part], o_ref.at[block.b, tokens, head])]
                 copies += [(lse.at[part], lse_ref.at[block.b, head, tokens])]
             _store(copies)
-            if roomy:
-                pl.when(rows.steps == 0)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
-            else:
+            if not roomy:
                 _wait_until_stored()
                 plgpu.barrier_arrive(q_free.at[wg])
             return t
@@ -501,14 +518,12 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
         def _():
             plgpu.set_max_registers(40 if H == 64 else 24, action="decrease")
 
-            def load_rows(i, block):
-                for w in range(2):
-                    pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(q_free.at[w]))
-                    blocks.load_rows(block, w, [(q_ref, q_smem.at[w])], [], range_smem.at[w], q_ready.at[w])
+            def load_rows(block, w):
+                blocks.load_rows(block, w, [(q_ref, q_smem.at[w])], [], range_smem.at[w], q_ready.at[w])
 
             tiles, ready, free = (k_smem, v_smem), (k_ready, v_ready), (k_free, v_free)
             near, far = (k_ref, v_ref), (far_k_ref, far_v_ref)
-            _in_one_warp(lambda: blocks.loader(near, far, tiles, ready, free, load_rows))
+            _in_one_warp(lambda: blocks.loader(near, far, tiles, ready, free, load_rows, q_free))
 
     blocks = _QueryBlocks(shape, tiles, None)
     scratch = (
@@ -576,7 +591,7 @@ def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
                 if roomy:
                     pl.when(step == rows.steps - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
                 ds = ds.astype(shape.dtype)
-                dq = pl.run_state(lambda dq: plgpu.wgmma(dq, ds, k_smem.at[slot]))(plgpu.ACC.init(dq))
+                (dq,) = accumulate(lambda dq: plgpu.wgmma(dq, ds, k_smem.at[slot]), dq)
                 plgpu.barrier_arrive(k_free.at[slot])
                 return t + 1, dq
 
@@ -600,9 +615,7 @@ def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
                 copies += [(out.at[part], dq_ref.at[block.b, tokens, head])]
                 copies += [(delta_smem.at[part], delta_ref.at[block.b, head, tokens])]
             _store(copies)
-            if roomy:
-                pl.when(rows.steps == 0)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
-            else:
+            if not roomy:
                 _wait_until_stored()
                 plgpu.barrier_arrive(q_free.at[wg])
             return t
@@ -626,17 +639,15 @@ def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
         def _():
             plgpu.set_max_registers(24, action="decrease")
 
-            def load_rows(i, block):
-                for w in range(2):
-                    pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(q_free.at[w]))
-                    per_head = [(q_ref, q_smem.at[w]), (do_ref, do_smem.at[w])]
-                    per_head += [(o_ref, o_smem.at[w])] if roomy else []
-                    per_row = [(lse_ref, row_smem.at[w, 0]), (d_lse_ref, row_smem.at[w, 1])]
-                    blocks.load_rows(block, w, per_head, per_row, range_smem.at[w], q_ready.at[w])
+            def load_rows(block, w):
+                per_head = [(q_ref, q_smem.at[w]), (do_ref, do_smem.at[w])]
+                per_head += [(o_ref, o_smem.at[w])] if roomy else []
+                per_row = [(lse_ref, row_smem.at[w, 0]), (d_lse_ref, row_smem.at[w, 1])]
+                blocks.load_rows(block, w, per_head, per_row, range_smem.at[w], q_ready.at[w])
 
             tiles, ready, free = (k_smem, v_smem), (k_ready, v_ready), (k_free, v_free)
             near, far = (k_ref, v_ref), (far_k_ref, far_v_ref)
-            _in_one_warp(lambda: blocks.loader(near, far, tiles, ready, free, load_rows))
+            _in_one_warp(lambda: blocks.loader(near, far, tiles, ready, free, load_rows, q_free))
 
     blocks = _QueryBlocks(shape, tiles, None)
     extra = ROWS if roomy else ALIGNMENT
@@ -769,11 +780,11 @@ def key_gradients(shape: Shape, tiles: KeyTiles) -> Callable[..., Any]:
                     factors = pl.run_scoped(weights_only, _accumulator(ROWS, ROWS))
                 others = [x for name, x in (("dk", q), ("dv", do)) if name in results]
 
-                def accumulate(sums):
+                def add(*sums):
                     for total, factor, other in reversed(list(zip(sums, factors, others, strict=True))):
                         plgpu.wgmma(total, factor, other)
 
-                return pl.run_state(accumulate)(tuple(plgpu.ACC.init(x) for x in sums))
+                return accumulate(add, *sums)
 
             def step(_, state):
                 t, sums = state
@@ -824,7 +835,7 @@ def key_gradients(shape: Shape, tiles: KeyTiles) -> Callable[..., Any]:
             pl.when(block.is_far)(lambda: copy(far_k_ref, far_v_ref))
             pl.when(_not(block.is_far))(lambda: copy(k_ref, v_ref))
 
-        def run(i, block, t):
+        def run(i, block, state):
             start_row = jnp.where(block.is_far, FAR_START, NEAR_START)
             pl.when(block.steps == 0)(lambda: load_keys(i, block))
 
@@ -844,9 +855,11 @@ def key_gradients(shape: Shape, tiles: KeyTiles) -> Callable[..., Any]:
                 pl.when(step == 0)(lambda: load_keys(i, block))
                 return t + 1
 
-            return lax.fori_loop(0, block.steps, step, t)
+            return i + 1, lax.fori_loop(0, block.steps, step, state[1])
 
-        _each_task(shape.num_sms, total, prepare, run, jnp.int32(0))
+        done, t = _each_task(shape.num_sms, total, prepare, run, (jnp.int32(0), jnp.int32(0)))
+        pl.when(done > 0)(lambda: plgpu.barrier_wait(k_free))
+        _await_each(free, stages, t)
 
     def kernel(refs, scratch):
         far_q_ref, near_q_ref, far_blocks_ref = refs[9:12]

@@ -1,0 +1,116 @@
+"""The Hopper kernels simulated on a CPU: warpgroups, barriers, copies and shared memory, with races and deadlocks found.
+
+The simulator knows no wgmma with a factor in registers, nor accumulators that start from registers; here they are sums.
+It also wants a fence between reading shared memory and a copy into it. A read whose value went into what was computed
+before an arrival is over by then, on the real one too: here an arrival counts as that fence.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sepjax.attention import mosaic_gpu, mosaic_gpu_kernels, reference
+from sepjax.layout import build_layout
+from tests.attention.common import (
+    assert_errs_at_most_twice_as_much,
+    brute_force,
+    largest_terms,
+    results,
+    tensors,
+)
+
+
+class _Sum:
+    def __init__(self, value):
+        self.value = value
+
+
+def _accumulate(products, *sums):
+    sums = [_Sum(x) for x in sums]
+    products(*sums)
+    return tuple(x.value for x in sums)
+
+
+def _wgmma(accumulator, a, b, wgmma=plgpu.wgmma):
+    if not isinstance(accumulator, _Sum):
+        return wgmma(accumulator, a, b)
+    product = jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32), precision="highest")
+    accumulator.value += product
+    return None
+
+
+def _arrive(barrier, arrive=plgpu.barrier_arrive):
+    plgpu.commit_smem()
+    arrive(barrier)
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """`mosaic_gpu.attend` on a simulated GPU of 2 SMs, each of which computes many blocks."""
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=params))
+    monkeypatch.setattr(plgpu, "wgmma", _wgmma)
+    monkeypatch.setattr(plgpu, "barrier_arrive", _arrive)
+    monkeypatch.setattr(mosaic_gpu_kernels, "accumulate", _accumulate)
+    shape = mosaic_gpu._shape
+    monkeypatch.setattr(mosaic_gpu, "_shape", lambda *args: dataclasses.replace(shape(*args), num_sms=2))
+    mosaic_gpu.attend.clear_cache()  # compiled programs of this test are of no use to others
+    yield
+    mosaic_gpu.attend.clear_cache()
+    assert not gpu_callbacks.get_races().races_found
+
+
+def flags(shape, density):
+    return np.random.default_rng(0).random(shape[:2]) < density
+
+
+def documents(shape, *lengths):
+    ids = np.repeat(np.arange(len(lengths)), lengths)
+    return np.tile(np.resize(ids, shape[1]).astype(np.int32), (shape[0], 1))
+
+
+# (B, T, N, K, H), density, n, a, lengths of documents, the first of them padding.
+CASES = {
+    "documents and padding, one head a key head": ((2, 200, 2, 2, 64), 0.2, 30, 3, (5, 90, 1, 60, 44)),
+    "grouped heads, blocks beyond the last token": ((2, 260, 4, 2, 64), 0.2, 20, 3, None),
+    "four heads of 128 a key head": ((1, 136, 4, 1, 128), 0.2, 40, 3, (0, 50, 86)),
+    "heads of 256": ((1, 72, 2, 1, 256), 0.2, 20, 3, None),
+    "every token a separator": ((2, 78, 2, 1, 64), 1.0, 5, 0, None),
+    "no key but the own": ((1, 78, 2, 1, 64), 0.0, 1, 0, None),
+}
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_definition(case):
+    shape, density, window_size, num_sinks, lengths = CASES[case]
+    layout = build_layout(
+        flags(shape, density),
+        window_size=window_size,
+        num_sinks=num_sinks,
+        segment_ids=None if lengths is None else documents(shape, *lengths),
+    )
+    inputs, scale = tensors(shape, jnp.bfloat16), shape[-1] ** -0.5
+    got = results(functools.partial(mosaic_gpu.attend, scale=scale), *inputs, layout)
+    plain = results(functools.partial(reference.attend, scale=scale, dtype=jnp.bfloat16), *inputs, layout)
+    exact = brute_force(*inputs, layout.as_mask())
+    assert_errs_at_most_twice_as_much(got, plain, exact, largest_terms(*inputs), jnp.bfloat16)
+
+
+@pytest.mark.usefixtures("simulated")
+def test_packing_moves_every_global_key_and_nothing_else():
+    shape = (2, 100, 2, 2, 64)
+    _, k, v, *_ = tensors(shape, jnp.bfloat16)
+    layout = build_layout(flags(shape, 0.9), window_size=5, num_sinks=2)
+    q, k, v, layout = mosaic_gpu._aligned((k, k, v), layout)
+    packed = mosaic_gpu._pack(mosaic_gpu._shape(q, k, layout, 1.0), k, v, layout)
+    for row, count in enumerate(np.asarray(layout.num_global)):
+        for source, target in zip((k, v), packed, strict=True):
+            index = np.asarray(layout.global_index)[row, :count]
+            np.testing.assert_array_equal(np.asarray(target)[row, :count], np.asarray(source)[row, index])
