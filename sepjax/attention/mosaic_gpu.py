@@ -44,6 +44,11 @@ def attend(
     if scale <= 0:  # the kernels take the largest score before they scale it
         q, scale = q * (-1 if scale < 0 else 0), abs(scale) or 1.0
     q, k, v, layout = vary_alike((q, k, v, layout))
+    if jax.typeof(q).mat.varying:
+        raise NotImplementedError(
+            "the Hopper kernels run inside jax.shard_map only without its check of varying axes, which Mosaic GPU does "
+            "not know; pass check_vma=False to jax.shard_map"
+        )
     return with_room(layout, lambda layout: _attend(*_aligned((q, k, v), layout), scale, q.shape[1]))
 
 
@@ -96,7 +101,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _shape(q, k, layout, scale):
-    return Shape(*q.shape[:3], *k.shape[2:], layout.capacity, q.dtype, scale, target().num_cores or _H100_SMS)
+    B, T, N, H = q.shape
+    return Shape(B, T, N, k.shape[2], H, layout.capacity, q.dtype, scale, target().num_cores or _H100_SMS)
 
 
 def _heads(shape: Shape) -> int:

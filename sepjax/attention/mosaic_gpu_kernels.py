@@ -91,16 +91,22 @@ class Tiles:
 
 def _smem(*shape: int, dtype: Any) -> Any:
     """Shared memory in the order that wgmma reads."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((ALIGNMENT, 64)), plgpu.SwizzleTransform(128)))
+    # The checker takes the two for abstract classes, whose methods are made elsewhere.
+    tiling = plgpu.TilingTransform((ALIGNMENT, 64))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+
+
+_ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _accumulator(rows: int, columns: int) -> Any:
-    return plgpu.ACC((rows, columns), jnp.float32)
+    return _ACC((rows, columns), jnp.float32)
 
 
 def accumulate(products: Callable[..., None], *sums: Any) -> tuple[Any, ...]:
     """Registers to which `products`, given an accumulator for each, adds by wgmma."""
-    return pl.run_state(lambda accumulators: products(*accumulators))(tuple(plgpu.ACC.init(x) for x in sums))
+    return pl.run_state(lambda accumulators: products(*accumulators))(tuple(_ACC.init(x) for x in sums))
 
 
 def _registers(shape: tuple[int, ...], fill: float, layout: Any) -> Any:
@@ -504,7 +510,7 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
         _wait_until_stored(last=True)
 
     def kernel(refs, scratch):
-        q_ref, k_ref, v_ref, far_k_ref, far_v_ref, ranges_ref, *_ = refs
+        q_ref, k_ref, v_ref, far_k_ref, far_v_ref, ranges_ref = refs[:6]
         q_smem, _, _, range_smem, k_smem, v_smem, q_ready, k_ready, v_ready, q_free, k_free, v_free, _ = scratch
         wg = lax.axis_index("wg")
         blocks = _QueryBlocks(shape, tiles, ranges_ref)
@@ -624,7 +630,7 @@ def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
         _wait_until_stored(last=True)
 
     def kernel(refs, scratch):
-        q_ref, k_ref, v_ref, far_k_ref, far_v_ref, ranges_ref, do_ref, o_ref, lse_ref, d_lse_ref, *_ = refs
+        q_ref, k_ref, v_ref, far_k_ref, far_v_ref, ranges_ref, do_ref, o_ref, lse_ref, d_lse_ref = refs[:10]
         q_smem, do_smem, o_smem, _, row_smem, range_smem, _ = scratch[:7]
         k_smem, v_smem, q_ready, k_ready, v_ready, q_free, k_free, v_free = scratch[7:]
         wg = lax.axis_index("wg")

@@ -43,13 +43,14 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @pytest.fixture(scope="module")
 def h100():
+    pytest.importorskip("jax_plugins.xla_cuda13", reason='compiling for a GPU needs pip install -e ".[compile]"')
     topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology="1x1x1")
     return jax.sharding.Mesh(
         np.asarray(topology.devices).reshape(1), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
     )
 
 
-def compiled(mesh, shape, dtype, op):
+def lowered(mesh, shape, dtype, op):
     """Forward and backward of `op` for (B, T, N, K, H)."""
     B, T, N, K, H = shape
     placed = jax.NamedSharding(mesh, jax.P())
@@ -63,8 +64,7 @@ def compiled(mesh, shape, dtype, op):
 
     inputs = struct(B, T, N, H), struct(B, T, K, H), struct(B, T, K, H), struct(B, T, N, H)
     with jax.set_mesh(mesh):
-        lowered = jax.jit(run).lower(struct(B, T, dtype=bool), *inputs, struct(B, T, N, dtype=jnp.float32))
-        return lowered.compile()
+        return jax.jit(run).lower(struct(B, T, dtype=bool), *inputs, struct(B, T, N, dtype=jnp.float32))
 
 
 KERNEL = functools.partial(separator_attention, implementation="mosaic_gpu", return_lse=True)
@@ -80,5 +80,25 @@ KERNEL = functools.partial(separator_attention, implementation="mosaic_gpu", ret
     ids=["grouped heads of 128, bfloat16", "heads of 64, float16", "multi-query heads of 256, T = 1"],
 )
 def test_compiles_for_an_h100(h100, shape, dtype):
-    text = compiled(h100, shape, dtype, KERNEL).as_text()
-    assert text.count("mosaic_gpu") >= 4, "packing, forward, dQ, dK with dV"
+    """Within an H100's shared memory and registers: ptxas would refuse, and Mosaic before it."""
+    compiled = lowered(h100, shape, dtype, KERNEL).compile()
+    assert compiled.as_text().count("mosaic_gpu") >= 4, "packing, forward, dQ, dK with dV"
+
+
+def test_it_is_chosen_for_an_h100_that_is_not_there(h100):
+    text = lowered(
+        h100, (1, 128, 2, 1, 64), jnp.bfloat16, functools.partial(separator_attention, return_lse=True)
+    ).as_text()
+    assert "mosaic_gpu" in text
+    text = lowered(
+        h100, (1, 128, 2, 1, 64), jnp.float32, functools.partial(separator_attention, return_lse=True)
+    ).as_text()
+    assert "mosaic_gpu" not in text, "float32 is for the XLA form"
+
+
+def test_inside_shard_map(h100):
+    heads, rows = jax.P("data", None, None, None), jax.P("data")
+    specs = {"in_specs": (heads, heads, heads, rows), "out_specs": (heads, jax.P("data", None, None))}
+    lowered(h100, (2, 128, 2, 1, 64), jnp.bfloat16, jax.shard_map(KERNEL, mesh=h100, **specs, check_vma=False))
+    with pytest.raises(NotImplementedError, match="pass check_vma=False to"):
+        lowered(h100, (2, 128, 2, 1, 64), jnp.bfloat16, jax.shard_map(KERNEL, mesh=h100, **specs))

@@ -1,4 +1,4 @@
-"""The Hopper kernels simulated on a CPU: warpgroups, barriers, copies and shared memory, with races and deadlocks found.
+"""The Hopper kernels simulated on a CPU: warpgroups, barriers, copies, shared memory; races and deadlocks are found.
 
 The simulator knows no wgmma with a factor in registers, nor accumulators that start from registers; here they are sums.
 It also wants a fence between reading shared memory and a copy into it. A read whose value went into what was computed
@@ -8,7 +8,6 @@ before an arrival is over by then, on the real one too: here an arrival counts a
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
