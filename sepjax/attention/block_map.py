@@ -183,11 +183,14 @@ def _spread(
     first, stop = first.ravel(), stop.ravel()
     offset = jnp.cumsum(stop - first) - (stop - first)
 
-    def at_places(x: jax.Array) -> jax.Array:
-        """x of the range that holds each place, from the differences at the places where ranges begin."""
-        return jnp.cumsum(jnp.zeros(most, jnp.int32).at[offset].add(jnp.diff(x, prepend=0), mode="drop"))
+    place = jnp.arange(most, dtype=jnp.int32)
+    begun = offset <= place[:, None]  # a comparison and a sum: XLA's scatters serve a TPU badly, and some crash it
 
-    members = jnp.arange(most, dtype=jnp.int32) + at_places(first - offset)
+    def at_places(x: jax.Array) -> jax.Array:
+        """x of the range that holds each place, from its differences between the ranges that have begun there."""
+        return jnp.sum(jnp.where(begun, jnp.diff(x, prepend=0), 0), axis=1, dtype=jnp.int32)
+
+    members = place + at_places(first - offset)
     return [at_places(x.ravel()) for x in labels], members, offset[-1] + stop[-1] - first[-1]
 
 

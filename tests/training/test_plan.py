@@ -48,13 +48,14 @@ def test_sep_small_fits_256_chips(capsys):
     assert found.largest[0].bytes < 2**29
 
 
-def test_a_sharded_step_runs_the_kernels_on_each_chip():
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
+def test_a_sharded_step_runs_the_kernels_on_each_chip(topology):
     """Rows over `data`, parameters over `fsdp`, heads over `tensor`; the batch in two micro-batches."""
     config = small(
         mesh=dataclasses.replace(SMALL.mesh, data=2, fsdp=2, tensor=2),
         optimizer=dataclasses.replace(SMALL.optimizer, accumulation_steps=2),
     )
-    mesh = make_mesh(config.mesh, plan.topology_devices("v5e:2x4"))
+    mesh = make_mesh(config.mesh, plan.topology_devices(topology))
     text = plan.compile_step(config, mesh).as_text() or ""
     for kernel in ("forward", "query_gradient", "key_gradient"):
         assert f"separator_attention_{kernel}" in text
