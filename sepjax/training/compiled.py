@@ -100,7 +100,9 @@ class Program:
         names = {name for name, _ in self._runs(self.entry, 1, into_fusions=False)}
         for name in names:
             for x in self.computations[name]:
-                if x.op.endswith("-done") or (x.op in _NO_ARRAYS and not (x.op == "parameter" and name == self.entry)):
+                if x.op in _NO_ARRAYS and not (x.op == "parameter" and name == self.entry):
+                    continue
+                if x.op.endswith(("-start", "-update")):  # its -done has the result alone
                     continue
                 source = x.source() or x.op
                 for array in _ARRAY.finditer(x.type):
@@ -117,7 +119,7 @@ class Program:
             if x.op == "while":
                 inner *= self._trips(x.rest)
                 called = re.findall(r"body=%?([\w.\-]+)", x.rest)
-            elif x.op in ("call", "async-start") or (x.op == "fusion" and into_fusions):
+            elif x.op in ("call", "call-start", "async-start") or (x.op == "fusion" and into_fusions):
                 called = re.findall(r"(?:calls|to_apply|called_computation)=%?([\w.\-]+)", x.rest)
             elif x.op == "conditional":
                 called = re.findall(r"%?([\w.\-]+)", "".join(re.findall(r"branch_computations=\{([^}]*)\}", x.rest)))

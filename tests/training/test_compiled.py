@@ -61,7 +61,7 @@ def test_largest_arrays_of_a_program_written_by_hand():
     found = Program(BY_HAND).largest(4)
     assert found[:2] == [
         LargeArray("f32[4,16,10]", 4 * 16 * ROW, 1, "state.params['head']"),
-        LargeArray("f32[64,10]", 64 * ROW, 1, "all-gather-start"),
+        LargeArray("f32[64,10]", 64 * ROW, 1, "all-gather-done"),
     ]
     assert LargeArray("bf16[64,100]", 64 * 128 * 2, 1, "jit(step)/gather") in found
     assert len(found) == 4
