@@ -20,7 +20,7 @@ from sepjax.layout import build_layout
 from sepjax.training.plan import compile_here
 from tests.attention.common import results
 
-pytest.importorskip("libtpu", reason="the compiler for TPUs: python -m pip install -e '.[dev]'")
+pytest.importorskip("libtpu", reason="the compiler for TPUs: python -m pip install -e '.[compile]'")
 compile_here()
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}

@@ -13,7 +13,7 @@ from sepjax.config import Config, ConfigError, ModelConfig, UserError, load_conf
 from sepjax.sharding import make_mesh
 from sepjax.training import plan
 
-pytest.importorskip("libtpu", reason="the compiler for TPUs: python -m pip install -e '.[dev]'")
+pytest.importorskip("libtpu", reason="the compiler for TPUs: python -m pip install -e '.[compile]'")
 plan.compile_here()
 
 ROOT = Path(__file__).parents[2]
