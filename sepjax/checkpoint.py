@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _FREE = ("training.steps", "training.log_every", "training.eval_every", "training.eval_batches")
 _FREE += ("training.checkpoint_every", "training.keep_checkpoints", "data.data_dir", "data.num_workers")
 _FREE += ("mesh.", "attention.implementation", "attention.capacity", "attention.cache_size", "attention.max_separators")
+_FREE += ("attention.stream_positions", "attention.keep_all_separators")
 
 
 class CheckpointError(UserError, OSError):

@@ -1,5 +1,6 @@
 """train.py, evaluate.py and python -m sepjax.generate as a user runs them; what a kill or a bad input does to a run."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from sepjax.checkpoint import load_params
+from sepjax.checkpoint import differing_fields, load_params
+from sepjax.config import Config
 
 ROOT = Path(__file__).parent.parent
 SENTENCES = ("The cat sat on the mat, and looked.", "Where is the dog? It ran away!", "One; two: three. Four, five.")
@@ -131,6 +133,16 @@ def test_a_workdir_of_another_config_is_refused(config_file, finished):
     assert "model.num_layers: 2 in the workdir, 3 now" in err
     assert "Traceback" not in err
     assert (finished / "config.json").read_text() == before
+
+
+def test_what_training_does_not_use_may_change_when_it_is_resumed():
+    def with_attention(**changes):
+        return dataclasses.replace(Config(), attention=dataclasses.replace(Config().attention, **changes))
+
+    assert differing_fields(Config(), with_attention(stream_positions="absolute", keep_all_separators=True)) == []
+    assert differing_fields(Config(), with_attention(window_size=7)) == [
+        ("attention.window_size", Config().attention.window_size, 7)
+    ]
 
 
 def test_evaluate_compares_patterns(finished, tmp_path):
