@@ -102,7 +102,7 @@ def check(settings: Settings) -> None:
         raise ConfigError("--lengths and --implementations need one entry or more")
     for name in settings.implementations:
         try:
-            jax.eval_shape(lambda name=name: _separator(name)(*_inputs(settings, 1, 256)[:4]))
+            jax.eval_shape(lambda name=name: _separator(name)(*make_inputs(settings, 1, 256)[:4]))
         except (ValueError, NotImplementedError) as error:
             raise ConfigError(f"--implementations={name}: {error}") from error
 
@@ -111,7 +111,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     """Yields the lines of the table as they are measured."""
     for length in settings.lengths:
         rows = settings.rows(length)
-        inputs = _inputs(settings, rows, length)
+        inputs = make_inputs(settings, rows, length)
         layout = inputs[3]
         make_layout = jax.jit(functools.partial(_layout, settings, rows, length))
         layout_time = time_calls(make_layout, repeats=settings.repeats, seconds=settings.seconds / 5)
@@ -180,7 +180,7 @@ def _passes(op: Op, passes: str) -> Callable[..., Any]:
     return jax.jit(both)
 
 
-def _inputs(settings: Settings, rows: int, length: int) -> tuple[Any, ...]:
+def make_inputs(settings: Settings, rows: int, length: int) -> tuple[Any, ...]:
     """Random (q, k, v, layout, cotangent of the output)."""
 
     def draw(key: jax.Array, heads: int) -> jax.Array:

@@ -64,7 +64,7 @@ def test_writes_a_table_and_json(capsys, tmp_path):
 
 
 def test_pairs_are_those_of_the_mask():
-    layout = bench._inputs(SMALL, 1, 64)[3]
+    layout = bench.make_inputs(SMALL, 1, 64)[3]
     first = next(r for r in bench.measure(dataclasses.replace(SMALL, lengths=(64,))))
     assert first.pairs == np.asarray(layout.as_mask()).sum()
     assert first.dense_pairs == 64 * 65 // 2

@@ -1,0 +1,99 @@
+"""The kernels of implementation="mosaic_gpu" one by one: milliseconds, and TFLOP/s by needed pairs.
+
+    python -m sepjax.attention.kernel_bench [--lengths=2048,32768 --num_heads=32 --num_kv_heads=8 --head_dim=128]
+
+What docs/kernels.md logs. Inputs are those of `sepjax.attention.bench`; it needs a Hopper GPU.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from sepjax.attention import mosaic_gpu, mosaic_gpu_kernels
+from sepjax.attention.bench import Settings, make_inputs
+from sepjax.config import ConfigError
+from sepjax.flags import run_main, whole_numbers
+from sepjax.provenance import heading, provenance
+from sepjax.timing import time_calls
+
+# FLOPs of one (query, key) pair, over N * H, where a kernel computes pairs.
+_FLOPS = {"forward": 4, "dQ": 6, "dK and dV": 8}
+
+
+def stages(
+    q: jax.Array, k: jax.Array, v: jax.Array, layout: Any, d_out: jax.Array
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, a call of the compiled kernel) of everything that a training step runs, in its order."""
+    q, k, v, layout = mosaic_gpu._aligned((q, k, v), layout)
+    shape = mosaic_gpu._shape(q, k, layout, q.shape[-1] ** -0.5)
+    tiles = mosaic_gpu._key_gradient_tiles(shape)
+
+    def compiled(f: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+        return functools.partial(jax.jit(f), *args)
+
+    run = compiled(lambda layout: mosaic_gpu._ranges(layout, shape.padded), layout)
+    yield "ranges", run
+    ranges = run()
+    run = compiled(lambda k, v, layout: mosaic_gpu._pack(shape, k, v, layout), k, v, layout)
+    yield "packing", run
+    keys = k, v, *run(), ranges
+    run = compiled(mosaic_gpu_kernels.forward(shape, mosaic_gpu._forward_tiles(shape)), q, *keys)
+    yield "forward", run
+    out, lse = run()
+    kernel = mosaic_gpu_kernels.query_gradient(shape, mosaic_gpu._query_gradient_tiles(shape))
+    run = compiled(kernel, q, *keys, d_out, out, lse, jnp.zeros_like(lse))
+    yield "dQ", run
+    _, delta = run()
+    run = compiled(lambda layout: mosaic_gpu._visitors(layout, shape, tiles.keys), layout)
+    yield "visitors", run
+    kernel = mosaic_gpu_kernels.key_gradients(shape, tiles)
+    yield "dK and dV", compiled(kernel, q, *keys, d_out, lse, delta, *run())
+
+
+def main(settings: Settings) -> None:
+    """Prints a line for each length.
+
+    Raises:
+      ConfigError: the kernels cannot serve these settings on this device.
+    """
+    reason = mosaic_gpu.unsupported(jnp.empty((1, 1, settings.num_heads, settings.head_dim), settings.dtype))
+    if reason is not None:
+        raise ConfigError(f"these kernels cannot run: {reason}")
+    print(heading(provenance()), settings, "milliseconds (TFLOP/s by needed pairs)", sep="\n", flush=True)
+    for length in settings.lengths:
+        inputs = make_inputs(settings, settings.rows(length), length)
+        flops = int(inputs[3].num_pairs().sum()) * settings.num_heads * settings.head_dim
+        times = []
+        for name, run in stages(*inputs):
+            timing = time_calls(run, repeats=settings.repeats, seconds=settings.seconds)
+            rate = f" ({_FLOPS[name] * flops / timing.milliseconds / 1e9:.0f})" if name in _FLOPS else ""
+            times.append(f"{name} {timing.milliseconds:.3f}{rate}")
+        print(f"T = {length}, {settings.rows(length)} rows: {', '.join(times)}", flush=True)
+
+
+if __name__ == "__main__":
+    DEFAULT = Settings()
+    LENGTHS = flags.DEFINE_list("lengths", ["2048", "4096", "32768"], "tokens of a row, T")
+    HEADS = flags.DEFINE_integer("num_heads", DEFAULT.num_heads, "query heads, N", lower_bound=1)
+    KV_HEADS = flags.DEFINE_integer("num_kv_heads", DEFAULT.num_kv_heads, "key heads, K", lower_bound=1)
+    HEAD_DIM = flags.DEFINE_integer("head_dim", DEFAULT.head_dim, "head size, H: 64, 128 or 256", lower_bound=1)
+    WINDOW = flags.DEFINE_integer("window_size", DEFAULT.window_size, "keys of the window, n", lower_bound=1)
+    DENSITY = flags.DEFINE_float("density", DEFAULT.density, "share of separators", lower_bound=0, upper_bound=1)
+
+    def _main() -> None:
+        settings = Settings(
+            lengths=whole_numbers("lengths", LENGTHS.value),
+            num_heads=HEADS.value,
+            num_kv_heads=KV_HEADS.value,
+            head_dim=HEAD_DIM.value,
+            window_size=WINDOW.value,
+            density=DENSITY.value,
+            seconds=0.2,
+        )
+        main(settings)
+
+    run_main(_main)
