@@ -138,7 +138,7 @@ def _products(q, k, visible):
 
 def _exp(difference, scale):
     """exp(scale * difference) with one multiplication, after the subtraction: large scores are not rounded again."""
-    return jnp.exp(difference * scale)
+    return jnp.exp2(difference * (scale * math.log2(math.e)))
 
 
 def _both_products(visit, ranges, q, k, v, d_out, tiling):
