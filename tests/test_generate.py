@@ -22,6 +22,7 @@ from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, Mode
 from sepjax.data.errors import DataError
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
 from sepjax.generate import generate, stream
+from sepjax.generation import driver
 from sepjax.generation.prompts import PromptError, check_stop, encode_prompts
 from sepjax.hub.gguf_file import GGUFError
 from sepjax.loading import LoadError
@@ -166,6 +167,14 @@ def test_an_endless_stream_of_sinks_and_window_never_grows(model, tokenizer):
     last = next(itertools.islice(events, 299, None))
     assert (last.cache.held, last.finish_reason) == (2 + 6, None)
     assert last.cache.seen == len(tokenizer.encode("The", bos=True)) + 299
+
+
+def test_a_stream_over_the_growing_cache_ends_with_the_positions_that_int32_has(model, tokenizer, monkeypatch):
+    prompt = tokenizer.encode("The", bos=True)
+    assert driver._LAST_POSITION == np.iinfo(np.int32).max
+    monkeypatch.setattr(driver, "_LAST_POSITION", len(prompt) + 5)
+    *events, last = stream(model, tokenizer, "The", stop_at_eos=False, bounded=False)
+    assert (len(events), {event.finish_reason for event in events}, last.finish_reason) == (4, {None}, "length")
 
 
 def test_stop_strings_end_a_row_across_tokens_and_leave_the_others_alone(model, tokenizer, answers):

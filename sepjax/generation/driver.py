@@ -104,6 +104,9 @@ class Job:
         )
 
 
+_LAST_POSITION = 2**31 - 1  # positions are int32: a stream over the growing cache ends there
+
+
 class _Row:
     """The host's side of one row: its text and whether it has ended."""
 
@@ -111,8 +114,8 @@ class _Row:
         continues = any(job.tokenizer.token_bytes(i) for i in ids)
         self._text = TextUntilStop(job.tokenizer, job.stop, continues=continues)
         self._end, self._left = int(job.request.end_token), int(job.request.max_new_tokens)
-        if self._left < 0:  # positions are int32
-            self._left = 2**31 - 1 - len(ids)
+        if self._left < 0:
+            self._left = _LAST_POSITION - len(ids)
         self._seen = len(ids) - 1
         self.finish_reason: str | None = None
 
