@@ -171,7 +171,7 @@ def test_an_endless_stream_of_sinks_and_window_never_grows(model, tokenizer):
 
 def test_a_stream_over_the_growing_cache_ends_with_the_positions_that_int32_has(model, tokenizer, monkeypatch):
     prompt = tokenizer.encode("The", bos=True)
-    assert driver._LAST_POSITION == np.iinfo(np.int32).max
+    assert np.iinfo(np.int32).max == driver._LAST_POSITION
     monkeypatch.setattr(driver, "_LAST_POSITION", len(prompt) + 5)
     *events, last = stream(model, tokenizer, "The", stop_at_eos=False, bounded=False)
     assert (len(events), {event.finish_reason for event in events}, last.finish_reason) == (4, {None}, "length")
