@@ -15,11 +15,10 @@ from jaxtyping import Float32
 from sepjax.array_typing import Array, Keys, Queries
 from sepjax.attention import mosaic_gpu_kernels as kernels
 from sepjax.attention.mosaic_gpu_kernels import KeyTiles, Shape, Tiles
-from sepjax.attention.packing import unpack, vary_alike, with_room
+from sepjax.attention.packing import packed_index, unpack, unserved, vary_alike, with_positive_scale, with_room
 from sepjax.attention.target import target
 from sepjax.layout import SeparatorLayout
 
-_HEAD_SIZES = (64, 128, 256)
 _H100_SMS = 132  # where the device does not tell
 _PACK_ROWS, _PACK_COLUMNS = 32, 1024  # of a block that packs keys: two of 64 KiB fit its shared memory
 
@@ -29,11 +28,7 @@ def unsupported(q: Queries) -> str | None:
     device = target()
     if device.capability != "9.0":
         return f"it needs an NVIDIA Hopper GPU (compute capability 9.0), the device is {device}"
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it computes in bfloat16 or float16, got {q.dtype}"
-    if q.shape[3] not in _HEAD_SIZES:
-        return f"it serves head sizes {', '.join(map(str, _HEAD_SIZES))}, got {q.shape[3]}"
-    return None
+    return unserved(q, (jnp.bfloat16, jnp.float16))
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -41,8 +36,7 @@ def attend(
     q: Queries, k: Keys, v: Keys, layout: SeparatorLayout, *, scale: float
 ) -> tuple[Queries, Float32[Array, "B T N"]]:
     """`separator_attention` and its log-sum-exp; the arguments are checked there and by `unsupported`."""
-    if scale <= 0:  # the kernels take the largest score before they scale it
-        q, scale = q * (-1 if scale < 0 else 0), abs(scale) or 1.0
+    q, scale = with_positive_scale(q, scale)
     q, k, v, layout = vary_alike((q, k, v, layout))
     if jax.typeof(q).mat.varying:
         raise NotImplementedError(
@@ -80,7 +74,7 @@ def _attend_backward(scale, length, residuals, cotangents):
     d_out, d_lse = cotangents
     d_out = jnp.pad(d_out, ((0, 0), (0, shape.T - length), (0, 0), (0, 0)))
     d_lse = jnp.pad(d_lse.swapaxes(1, 2), ((0, 0), (0, 0), (0, shape.padded - length)))
-    if shape.H > 128:
+    if not shape.roomy:
         sums = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
         d_lse -= jnp.pad(sums, ((0, 0), (0, 0), (0, shape.padded - shape.T)))
     inputs = q, k, v, far_k, far_v, _ranges(layout, shape.padded), d_out
@@ -127,8 +121,7 @@ def _key_gradient_tiles(shape: Shape) -> KeyTiles:
 
 def _pack(shape, k, v, layout):
     heads = max(h for h in range(1, shape.K + 1) if shape.K % h == 0 and h * shape.H <= max(_PACK_COLUMNS, shape.H))
-    index = jnp.minimum(layout.global_index, shape.T - 1)  # slots that hold no key are never visible
-    return kernels.pack(shape, _PACK_ROWS, heads)(k, v, index, layout.num_global)
+    return kernels.pack(shape, _PACK_ROWS, heads)(k, v, packed_index(layout), layout.num_global)
 
 
 def _ranges(layout: SeparatorLayout, padded: int) -> jax.Array:

@@ -65,6 +65,11 @@ class Shape:
         return self.N // self.K
 
     @property
+    def roomy(self) -> bool:
+        """Whether shared memory has room for a block's output, and for O in dQ, beside its queries."""
+        return self.H <= 128
+
+    @property
     def padded(self) -> int:
         """Tokens of `ranges`, lse and delta: whole blocks of every kernel."""
         return pl.cdiv(self.T, 2 * ROWS) * 2 * ROWS
@@ -317,6 +322,15 @@ class _QueryBlocks:
             for source, target in copies:
                 plgpu.copy_gmem_to_smem(source, target, ready)
 
+    def store_rows(self, block: _QueryBlock, wg: Any, per_head: tuple, per_row: tuple) -> None:
+        """Starts the copies of a warpgroup's rows: (tile, target [B, T, N, H]) and (row, target [B, N, padded])."""
+        copies = []
+        for rows, token, head in self.segments(block, wg):
+            tokens = pl.ds(token, rows.size)
+            copies += [(per_head[0].at[rows], per_head[1].at[block.b, tokens, head])]
+            copies += [(per_row[0].at[rows], per_row[1].at[block.b, head, tokens])]
+        _store(copies)
+
     def row_copies(self, per_head: int, per_row: int) -> int:
         """How many copies `load_rows` starts."""
         return self.tiles.segments * (per_head + per_row + 4)
@@ -419,13 +433,12 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
     """
     H, keys, stages = shape.H, tiles.keys, tiles.stages
     scale = shape.scale * LOG2E
-    roomy = H <= 128  # there is shared memory for the output beside the queries
 
     def compute(blocks, refs, scratch, wg):
         *_, o_ref, lse_ref = refs
         q, out, lse, mine = (x.at[wg] for x in scratch[:4])
         k_smem, v_smem, q_ready, k_ready, v_ready, q_free, k_free, v_free, order = scratch[4:]
-        out = out if roomy else q
+        out = out if shape.roomy else q
 
         def take_turns():
             # While one warpgroup has the tensor cores, the other does its softmax.
@@ -448,7 +461,7 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
 
                 s = pl.run_scoped(scores, _accumulator(ROWS, keys))
                 plgpu.barrier_arrive(k_free.at[slot])
-                if roomy:
+                if shape.roomy:
                     pl.when(step == rows.steps - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
                 s = mask(s, step * keys)
                 new_top = jnp.maximum(top, s.max(axis=1) * scale)
@@ -493,13 +506,8 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
             _wait_until_stored()
             out[...] = (acc * _along_rows(1 / total_or_one, acc.shape)).astype(shape.dtype)
             lse[...] = jnp.where(total > 0, top + jnp.log2(total_or_one), jnp.inf)
-            copies = []
-            for part, token, head in blocks.segments(block, wg):
-                tokens = pl.ds(token, part.size)
-                copies += [(out.at[part], o_ref.at[block.b, tokens, head])]
-                copies += [(lse.at[part], lse_ref.at[block.b, head, tokens])]
-            _store(copies)
-            if not roomy:
+            blocks.store_rows(block, wg, (out, o_ref), (lse, lse_ref))
+            if not shape.roomy:
                 _wait_until_stored()
                 plgpu.barrier_arrive(q_free.at[wg])
             return t
@@ -534,7 +542,7 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
     blocks = _QueryBlocks(shape, tiles, None)
     scratch = (
         _smem(2, ROWS, H, dtype=shape.dtype),
-        _smem(2, ROWS if roomy else ALIGNMENT, H, dtype=shape.dtype),
+        _smem(2, ROWS if shape.roomy else ALIGNMENT, H, dtype=shape.dtype),
         plgpu.SMEM((2, ROWS), jnp.float32),
         plgpu.SMEM((2, 4, ROWS), jnp.int32),
         _smem(stages, keys, H, dtype=shape.dtype),
@@ -557,17 +565,16 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
 def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
     """q, k, v, packed k and v, ranges, d_out, out, lse, d_lse -> dq [B, T, N, H], and delta for `key_gradients`.
 
-    lse, d_lse, delta: float32[B, N, padded]. dS = P * (dP - delta), where delta = sum(O * dO) - d_lse. There is shared
-    memory for O up to H = 128; beyond, `d_lse` must have sum(O * dO) subtracted.
+    lse, d_lse, delta: float32[B, N, padded]. dS = P * (dP - delta), where delta = sum(O * dO) - d_lse. Without room for
+    O in shared memory (`Shape.roomy`) `d_lse` must have sum(O * dO) subtracted.
     """
     H, keys, stages = shape.H, tiles.keys, tiles.stages
-    roomy = H <= 128
 
     def compute(blocks, refs, scratch, wg):
         dq_ref, delta_ref = refs[-2:]
         q, do, o, out, per_row, mine, delta_smem = (x.at[wg] for x in scratch[:7])
         k_smem, v_smem, q_ready, k_ready, v_ready, q_free, k_free, v_free = scratch[7:]
-        out = out if roomy else q
+        out = out if shape.roomy else q
 
         def run(i, ready, t):
             block, rows = ready
@@ -575,7 +582,7 @@ def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
             mask = blocks.mask(block, rows, mine)
             lse, d_lse = (plgpu.load(per_row.at[x], layout=_PER_ROW) for x in range(2))
             delta = -d_lse
-            if roomy:
+            if shape.roomy:
                 products = [plgpu.load(x, layout=plgpu.Layout.WGMMA).astype(jnp.float32) for x in (o, do)]
                 delta = (products[0] * products[1]).sum(axis=1) - d_lse
 
@@ -594,7 +601,7 @@ def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
 
                 ds = pl.run_scoped(products, *[_accumulator(ROWS, keys)] * 2)
                 plgpu.barrier_arrive(v_free.at[slot])
-                if roomy:
+                if shape.roomy:
                     pl.when(step == rows.steps - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
                 ds = ds.astype(shape.dtype)
                 (dq,) = accumulate(lambda dq: plgpu.wgmma(dq, ds, k_smem.at[slot]), dq)
@@ -615,13 +622,8 @@ def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
             _wait_until_stored()
             out[...] = (dq * shape.scale).astype(shape.dtype)
             delta_smem[...] = delta
-            copies = []
-            for part, token, head in blocks.segments(block, wg):
-                tokens = pl.ds(token, part.size)
-                copies += [(out.at[part], dq_ref.at[block.b, tokens, head])]
-                copies += [(delta_smem.at[part], delta_ref.at[block.b, head, tokens])]
-            _store(copies)
-            if not roomy:
+            blocks.store_rows(block, wg, (out, dq_ref), (delta_smem, delta_ref))
+            if not shape.roomy:
                 _wait_until_stored()
                 plgpu.barrier_arrive(q_free.at[wg])
             return t
@@ -647,7 +649,7 @@ def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
 
             def load_rows(block, w):
                 per_head = [(q_ref, q_smem.at[w]), (do_ref, do_smem.at[w])]
-                per_head += [(o_ref, o_smem.at[w])] if roomy else []
+                per_head += [(o_ref, o_smem.at[w])] if shape.roomy else []
                 per_row = [(lse_ref, row_smem.at[w, 0]), (d_lse_ref, row_smem.at[w, 1])]
                 blocks.load_rows(block, w, per_head, per_row, range_smem.at[w], q_ready.at[w])
 
@@ -656,7 +658,7 @@ def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
             _in_one_warp(lambda: blocks.loader(near, far, tiles, ready, free, load_rows, q_free))
 
     blocks = _QueryBlocks(shape, tiles, None)
-    extra = ROWS if roomy else ALIGNMENT
+    extra = ROWS if shape.roomy else ALIGNMENT
     scratch = (
         _smem(2, ROWS, H, dtype=shape.dtype),
         _smem(2, ROWS, H, dtype=shape.dtype),
@@ -667,7 +669,7 @@ def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
         plgpu.SMEM((2, ROWS), jnp.float32),
         _smem(stages, keys, H, dtype=shape.dtype),
         _smem(stages, keys, H, dtype=shape.dtype),
-        plgpu.Barrier(num_arrivals=blocks.row_copies(3 if roomy else 2, 2), num_barriers=2),
+        plgpu.Barrier(num_arrivals=blocks.row_copies(3 if shape.roomy else 2, 2), num_barriers=2),
         plgpu.Barrier(num_arrivals=keys // CHUNK, num_barriers=stages),
         plgpu.Barrier(num_arrivals=keys // CHUNK, num_barriers=stages),
         plgpu.Barrier(num_barriers=2),

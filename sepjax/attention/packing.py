@@ -1,12 +1,42 @@
-"""What every packed implementation does around its kernel: room for all global keys, and their gradients' way back."""
+"""What packed implementations do around their kernels: say whom they serve, pack keys, bring gradients back."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
+from sepjax.array_typing import Array, Queries
 from sepjax.layout import SeparatorLayout
+
+_HEAD_SIZES = (64, 128, 256)  # of the kernels for accelerators
+
+
+def unserved(q: Queries, dtypes: tuple[DTypeLike, DTypeLike]) -> str | None:
+    """Why kernels for two dtypes cannot serve queries like `q`, whatever the device, or None when they can."""
+    if q.dtype not in dtypes:
+        return f"it computes in {' or '.join(jnp.dtype(x).name for x in dtypes)}, got {q.dtype}"
+    if q.shape[3] not in _HEAD_SIZES:
+        return f"it serves head sizes {', '.join(map(str, _HEAD_SIZES))}, got {q.shape[3]}"
+    return None
+
+
+def with_positive_scale(q: Queries, scale: float) -> tuple[Queries, float]:
+    """Queries and a scale above 0 that give the same scores: kernels look for the largest before they scale it."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
+
+
+def packed_index(layout: SeparatorLayout) -> jax.Array:
+    """int32[B, S]: the token of each packed key, and some token for slots that hold none, which nobody sees."""
+    return jnp.minimum(layout.global_index, layout.length - 1)
+
+
+def pack(x: Array, layout: SeparatorLayout) -> jax.Array:
+    """[B, T, K, H] of tokens -> [B, S, K, H] of packed keys."""
+    return jnp.take_along_axis(jnp.asarray(x), packed_index(layout)[:, :, None, None], axis=1)
 
 
 def with_room[R](layout: SeparatorLayout, run: Callable[[SeparatorLayout], R]) -> R:

@@ -21,7 +21,7 @@ from jaxtyping import Float32
 from sepjax.array_typing import Array, Keys, Queries
 from sepjax.attention import tpu_kernels as kernels
 from sepjax.attention.block_map import Tiling, Visits, block_map, key_visits, query_visits
-from sepjax.attention.packing import unpack, vary_alike, with_room
+from sepjax.attention.packing import pack, unpack, unserved, vary_alike, with_positive_scale, with_room
 from sepjax.attention.target import target
 from sepjax.layout import SeparatorLayout
 
@@ -29,7 +29,6 @@ from sepjax.layout import SeparatorLayout
 _VISIT_BYTES = 3 * 2**18
 _LONGEST = 2**19  # tokens of a row whose visits are sure to fit there
 _VMEM_BYTES = 48 * 2**20  # a v5p core and a TPU7x core have 64 MiB, the others more; the compiler's default is 16
-_HEAD_SIZES = (64, 128, 256)
 _QUERIES_PER_STEP = 2048  # over the heads of a step
 
 # What the compiler is told that a call costs, before there are data (METHOD: density of English prose; the paper's n).
@@ -41,13 +40,10 @@ def unsupported(q: Queries) -> str | None:
     device = target()
     if device.platform != "tpu":
         return f"it needs a TPU, the device is {device}"
-    if q.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"it computes in bfloat16 or float32, got {q.dtype}"
-    if q.shape[3] not in _HEAD_SIZES:
-        return f"it serves head sizes {', '.join(map(str, _HEAD_SIZES))}, got {q.shape[3]}"
-    if q.shape[1] > _LONGEST:
+    reason = unserved(q, (jnp.bfloat16, jnp.float32))
+    if reason is None and q.shape[1] > _LONGEST:
         return f"it serves rows of up to {_LONGEST} tokens, whose visits fit scalar memory, got {q.shape[1]}"
-    return None
+    return reason
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
@@ -64,8 +60,7 @@ def attend(
 
     `interpret` runs the kernels on a CPU, for tests: as plain JAX (True), or in the simulator of a TPU's memories.
     """
-    if scale <= 0:  # the kernels look for the largest product of query and key, which is then the largest score
-        q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
+    q, scale = with_positive_scale(q, scale)
     q, k, v, layout = vary_alike((q, k, v, layout))
     return _attend(q, k, v, layout, scale, interpret)
 
@@ -279,9 +274,7 @@ def _ranges(layout: SeparatorLayout, tiling: Tiling) -> jax.Array:
 def _near_and_far(x: Array, layout: SeparatorLayout, tiling: Tiling) -> jax.Array:
     """[B, T, K, H] -> [B, K, H, T + S], both parts filled up to whole tiles: near keys, then the packed global ones."""
     near = _pad(jnp.asarray(x), 1, tiling.near_tiles * tiling.tile)
-    index = jnp.minimum(layout.global_index, layout.length - 1)  # slots that hold no key are never visible
-    far = jnp.take_along_axis(jnp.asarray(x), index[:, :, None, None], axis=1)
-    far = _pad(far, 1, tiling.far_tiles * tiling.tile)
+    far = _pad(pack(x, layout), 1, tiling.far_tiles * tiling.tile)
     return jnp.transpose(jnp.concatenate([near, far], axis=1), (0, 2, 3, 1))
 
 

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Keys, Queries
-from sepjax.attention.packing import unpack, vary_alike, with_room
+from sepjax.attention.packing import pack, unpack, vary_alike, with_room
 from sepjax.layout import SeparatorLayout
 
 # Queries of a block, and keys of a tile. A CPU has little work for a short window when they are few (fastest of 32 to
@@ -195,12 +195,11 @@ def _add_tile(x, first, tile):
 
 def _keys(k, v, layout, block):
     """Near (k, v) [B, K, T + block, H] and far (k, v) [B, K, S + block, H]: a tile from any key on is in bounds."""
-    index = jnp.minimum(layout.global_index, layout.length - 1)[:, :, None, None]  # never visible where cut
 
     def room(x):
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, block), (0, 0)))
 
-    return [room(x) for x in (k, v)], [room(jnp.take_along_axis(x, index, axis=1)) for x in (k, v)]
+    return [room(x) for x in (k, v)], [room(pack(x, layout)) for x in (k, v)]
 
 
 def _split(x, block):
