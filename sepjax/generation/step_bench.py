@@ -72,8 +72,9 @@ def memory_bandwidth() -> float:
     """Bytes a second of reading, or of copying where that is faster, a gigabyte (64 MB on a CPU)."""
     size = 2**25 if jax.default_backend() == "cpu" else 2**29
     x = jnp.ones(size, jnp.bfloat16)
-    read = time_calls(lambda: jax.jit(lambda x: jnp.max(x))(x), repeats=5, seconds=0.5)
-    copy = time_calls(lambda: jax.jit(lambda x: -x)(x), repeats=5, seconds=0.5)
+    reading, copying = jax.jit(jnp.max), jax.jit(jnp.negative)
+    read = time_calls(lambda: reading(x), repeats=5, seconds=0.5)
+    copy = time_calls(lambda: copying(x), repeats=5, seconds=0.5)
     return max(x.nbytes / read.milliseconds, 2 * x.nbytes / copy.milliseconds) * 1e3
 
 

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from sepjax.compilations import counted_compilations
 from sepjax.config import Config, ConfigError, DataConfig, ModelConfig
-from sepjax.generation.step_bench import caches_of, full_cache, measure, random_params
+from sepjax.generation.step_bench import caches_of, full_cache, measure, memory_bandwidth, random_params
 from sepjax.streaming.sizes import StreamSizes
 
 MODEL = ModelConfig(
@@ -64,3 +65,9 @@ def test_settings_that_cannot_work_are_named():
     if jax.default_backend() == "cpu":
         with pytest.raises(ConfigError, match="give numbers instead"):
             next(measure(CONFIG, caches, ["auto"], seconds=0.01))
+
+
+def test_the_memory_speed_is_not_that_of_the_compiler():
+    with counted_compilations() as compiled:
+        assert memory_bandwidth() > 0
+    assert len(compiled) <= 4  # the array, its maximum, its negative: not one more a call
