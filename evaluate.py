@@ -7,7 +7,7 @@
 
 Prints a table and writes <workdir>/evaluation.json (or --output). "KV kept" is counted, never a formula.
 
-    python evaluate.py --task=streaming --workdir=smollm2 --text=books/ --budgets=4/64/256/800,4/64/224/324 \
+    python evaluate.py --task=streaming --model=smollm2-135m --text=books/ --budgets=4/64/256/800,4/64/224/324 \
         --output=streaming.json
 
 streams whole documents through bounded caches of sinks/separators/window/cache slots (docs/streaming.md), and prints
@@ -18,6 +18,7 @@ array a document.
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from sepjax.config import PATTERNS, AttentionConfig, Config, ConfigError, DataCo
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation import curves, perplexity, streaming
 from sepjax.evaluation.documents import Document, documents_of, read_documents
-from sepjax.flags import run_main
+from sepjax.flags import one_of_two, run_main
+from sepjax.model.transformer import Transformer
 from sepjax.provenance import provenance
 
 
@@ -45,16 +47,30 @@ def evaluate(
     window_size: int = 0,
     batch_size: int = 8,
     max_documents: int = 0,
+    **settings: Any,
 ) -> list[perplexity.Score]:
-    """Scores the run in `workdir` under each of `patterns`; 0 and "" stand for the run's own settings."""
-    config = load_config(workdir)
+    """Scores a run or a pretrained model under each of `patterns`; 0 and "" stand for its own settings.
+
+    Further `settings` are those of `sepjax.load`.
+    """
+    model, tokenizer = sepjax.load(workdir, step=step, **settings)
+    config = _config(workdir, model)
     attentions = [_attention(config, pattern, window_size) for pattern in patterns]
     data = dataclasses.replace(config.data, name=text) if text else config.data
-    source = _source(data, data.data_dir or str(workdir / "data"), split or ("all" if text else data.eval_split))
-    documents = source[: max_documents or len(source)]
-    model, tokenizer = sepjax.load(workdir, step=step)
+    with tempfile.TemporaryDirectory() as scratch:  # a pretrained model has no folder for prepared data
+        folder = data.data_dir or str(workdir / "data" if (workdir / "checkpoints").is_dir() else scratch)
+        source = _source(data, folder, split or ("all" if text else data.eval_split))
+        documents = list(source[: max_documents or len(source)])
     length = length or config.data.sequence_length
     return perplexity.score_patterns(model, tokenizer, documents, attentions, length=length, batch_size=batch_size)
+
+
+def _config(path: Path, model: Transformer) -> Config:
+    """The config of a run, or for a pretrained model one with its settings and windows of 2048 tokens."""
+    if (path / "checkpoints").is_dir():
+        return load_config(path)
+    data = DataConfig(sequence_length=min(2048, model.config.max_positions))
+    return Config(model=model.config, attention=model.attention, data=data)
 
 
 def _source(data: DataConfig, folder: str, split: str) -> Sequence[str]:
@@ -83,9 +99,13 @@ def stream(
     max_tokens: int = 0,
     rows: int = 32,
     chunk: int = 0,
+    **settings: Any,
 ) -> list[streaming.StreamScore]:
-    """Streams text through the bounded cache of each pattern and budget "a/s/w/c"; no budget: the model's own."""
-    model, tokenizer = sepjax.load(path, step=step)
+    """Streams text through the bounded cache of each pattern and budget "a/s/w/c"; no budget: the model's own.
+
+    Further `settings` are those of `sepjax.load`.
+    """
+    model, tokenizer = sepjax.load(path, step=step, **settings)
     attentions = [
         stream_attention(model.attention, pattern, budget, model.config.num_layers)
         for budget in budgets or [""]
@@ -98,6 +118,8 @@ def stream(
 
 def _corpus(path: Path, split: str, tokenizer: Tokenizer, **cut: Any) -> list[Document]:
     """The documents of a run's own corpus."""
+    if not (path / "checkpoints").is_dir():
+        raise ConfigError("a pretrained model has no corpus of its own: give --text")
     data = load_config(path).data
     source = _source(data, data.data_dir or str(path / "data"), split or data.eval_split)
     return documents_of(tokenizer, source, **cut)
@@ -131,7 +153,12 @@ def write_curve(output: Path, scores: Sequence[streaming.StreamScore]) -> str:
 
 
 if __name__ == "__main__":
-    WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, a GGUF file or smollm2", required=True)
+    WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run of train.py")
+    MODEL = flags.DEFINE_string(
+        "model", None, "a pretrained model: smollm2-135m, a Hugging Face folder, a GGUF file, an id on the hub"
+    )
+    DOWNLOAD = flags.DEFINE_bool("download", False, "with --model=OWNER/NAME: fetch it from the Hugging Face hub")
+    DTYPE = flags.DEFINE_string("dtype", None, "with --model: of the arithmetic; default: bfloat16, on a CPU float32")
     TASK = flags.DEFINE_enum("task", "perplexity", ["perplexity", "streaming"], "windows, or whole documents streamed")
     STEP = flags.DEFINE_integer("step", None, "checkpoint to score; default: the newest")
     TEXT = flags.DEFINE_string("text", "", "a .txt file, a folder of them or a TFDS dataset; default: the run's corpus")
@@ -150,33 +177,36 @@ if __name__ == "__main__":
     LINES = flags.DEFINE_bool("line_wise", False, "the official protocol: a BOS a line, its last token left out")
     OUTPUT = flags.DEFINE_string("output", "", "JSON file; default: <workdir>/evaluation.json or streaming.json")
 
-    def _windows(output: Path) -> list[perplexity.Score]:
+    def _loading() -> dict[str, Any]:
+        return {"step": STEP.value, "dtype": DTYPE.value, "download": DOWNLOAD.value}
+
+    def _windows(path: Path) -> list[perplexity.Score]:
         scores = evaluate(
-            Path(WORKDIR.value),
+            path,
             PATTERN.value or PATTERNS,
-            step=STEP.value,
             text=TEXT.value,
             split=SPLIT.value,
             length=LENGTH.value,
             window_size=WINDOW.value,
             batch_size=BATCH.value,
             max_documents=MAXIMUM.value,
+            **_loading(),
         )
         print(perplexity.table(scores))
         return scores
 
-    def _streams(output: Path) -> list[streaming.StreamScore]:
+    def _streams(path: Path, output: Path) -> list[streaming.StreamScore]:
         scores = stream(
-            Path(WORKDIR.value),
+            path,
             PATTERN.value or ("separator", "sink_window"),
             BUDGETS.value,
-            step=STEP.value,
             text=TEXT.value,
             split=SPLIT.value,
             line_wise=LINES.value,
             max_tokens=TOKENS.value,
             rows=ROWS.value,
             chunk=CHUNK.value,
+            **_loading(),
         )
         print(curves.table(scores))
         print(f"curve by position: {write_curve(output, scores)}")
@@ -184,11 +214,14 @@ if __name__ == "__main__":
 
     def main() -> None:
         """Prints the table and writes the JSON."""
-        workdir, streams = Path(WORKDIR.value), TASK.value == "streaming"
-        folder = workdir if workdir.is_dir() else Path()
+        path, streams = (
+            Path(one_of_two("workdir", WORKDIR.value, "model", MODEL.value)),
+            TASK.value == "streaming",
+        )
+        folder = path if (path / "checkpoints").is_dir() else Path()
         output = Path(OUTPUT.value or folder / ("streaming.json" if streams else "evaluation.json"))
-        scores = (_streams if streams else _windows)(output)
-        result = {"workdir": str(workdir), "text": TEXT.value, "scores": [dataclasses.asdict(s) for s in scores]}
+        scores = _streams(path, output) if streams else _windows(path)
+        result = {"workdir": str(path), "text": TEXT.value, "scores": [dataclasses.asdict(s) for s in scores]}
         output.write_text(json.dumps(provenance() | result, indent=2) + "\n")
         print(f"written to {output}")
 

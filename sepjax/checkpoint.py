@@ -65,6 +65,10 @@ class Checkpointer:
             data=_grain().CheckpointSave(data),
             config=ocp.args.JsonSave(json.loads(to_json(config))),
         )
+        self.write(step, items)
+
+    def write(self, step: int, items: ocp.args.Composite) -> None:
+        """Starts writing items that are named as in this file's heading."""
         with self._writing():
             self._manager.save(step, args=items, force=True)
 
@@ -150,6 +154,19 @@ def load_params(workdir: Path | str, step: int | None = None, mesh: Mesh | None 
     )
     with ocp.StandardCheckpointer() as reader:
         return config, reader.restore(folder / "params", target), int(folder.name)
+
+
+def save_params(workdir: Path, config: Config, params: Params) -> None:
+    """Writes parameters that no run of ours made as step 0 of a workdir: what `load_params` reads.
+
+    Raises:
+      CheckpointError: the files cannot be written.
+    """
+    items = ocp.args.Composite(
+        params=ocp.args.StandardSave(params), config=ocp.args.JsonSave(json.loads(to_json(config)))
+    )
+    with Checkpointer(workdir, keep=1) as checkpointer:
+        checkpointer.write(0, items)
 
 
 def load_config(workdir: Path | str) -> Config:

@@ -322,6 +322,11 @@ def from_json(text: str) -> Config:
     return _from_dict(Config, values, "")
 
 
+def from_json_section(cls: Any, values: Any, path: str = "") -> Any:
+    """One section of a config from parsed JSON; `path` stands before names in errors. Raises as `from_json` does."""
+    return _from_dict(cls, values, path)
+
+
 def _from_dict(cls: Any, values: Any, path: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"saved config: {path.rstrip('.') or 'the whole'} is {values!r}, expected a JSON object")

@@ -97,6 +97,14 @@ def whole_numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
     return tuple(map(int, values))
 
 
+def one_of_two(first: str, first_value: str | None, second: str, second_value: str | None) -> str:
+    """The value of the one of two flags that is given; raises `ConfigError` for none or both."""
+    if bool(first_value) == bool(second_value):
+        given = "got both" if first_value else "got neither"
+        raise ConfigError(f"give --{first} or --{second}, one of them: {given}")
+    return str(first_value or second_value)
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns the user's mistakes inside the block into `error: ...` on stderr and exit code 2."""

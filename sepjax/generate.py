@@ -5,7 +5,7 @@
 
     python -m sepjax.generate --workdir=runs/tiny --prompt="The function" [--temperature=0.8 --seed=1 ...]
     python -m sepjax.generate --workdir=runs/tiny --prompt="The function" --stream    without end, in constant memory
-    python -m sepjax.generate --workdir=smollm2 --chat                                in turns, over one bounded cache
+    python -m sepjax.generate --model=smollm2-135m --chat                             in turns, over one bounded cache
 
 Both drive the same compiled steps (`sepjax.generation.loop`) and give the same tokens. A row of a batch is what it
 would be alone: padding, neighbours and growing caches change none of its tokens.
@@ -25,7 +25,7 @@ from absl import flags
 from sepjax.cache import bucket
 from sepjax.config import PATTERNS, AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.flags import run_main
+from sepjax.flags import one_of_two, run_main
 from sepjax.generation.chat import ChatFormat, chat, interrupt_flag
 from sepjax.generation.driver import CacheUse, Job, StreamEvent, run
 from sepjax.generation.endless import EndlessStream
@@ -227,7 +227,12 @@ sys.modules[__name__].__class__ = _CallableModule
 
 
 if __name__ == "__main__":
-    WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, a GGUF file or smollm2", required=True)
+    WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run of train.py")
+    MODEL = flags.DEFINE_string(
+        "model", None, "a pretrained model: smollm2-135m, a Hugging Face folder, a GGUF file, an id on the hub"
+    )
+    DOWNLOAD = flags.DEFINE_bool("download", False, "with --model=OWNER/NAME: fetch it from the Hugging Face hub")
+    DTYPE = flags.DEFINE_string("dtype", None, "with --model: of the arithmetic; default: bfloat16, on a CPU float32")
     STEP = flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest")
     PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; several times: a batch")
     FILE = flags.DEFINE_string("prompt_file", "", "UTF-8 file whose whole text is a prompt")
@@ -267,7 +272,8 @@ if __name__ == "__main__":
         prompts = [] if needs_none else _read_prompts(PROMPT.value, FILE.value)
         if endless and len(prompts) > 1:
             raise PromptError(f"--stream continues one prompt, got {len(prompts)}; leave it out for a batch")
-        model, tokenizer = load(WORKDIR.value, step=STEP.value)
+        path = one_of_two("workdir", WORKDIR.value, "model", MODEL.value)
+        model, tokenizer = load(path, step=STEP.value, dtype=DTYPE.value, download=DOWNLOAD.value)
         settings: dict[str, Any] = {
             "max_new_tokens": LENGTH.value if endless else LENGTH.value or 128,
             "stop_at_eos": not ENDLESS.value,

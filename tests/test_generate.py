@@ -343,7 +343,7 @@ def test_other_paths_say_what_they_are(workdir, tmp_path):
     (tmp_path / "model.gguf").touch()
     for path, kind, message in (
         (tmp_path / "nothing", FileNotFoundError, "no such folder"),
-        (tmp_path / "hub", LoadError, "Hugging Face folder, which is not supported yet"),
+        (tmp_path / "hub", LoadError, "a folder without checkpoints or config"),
         (tmp_path / "model.gguf", GGUFError, "no complete GGUF file"),
         (tmp_path, LoadError, "folder without checkpoints"),
     ):

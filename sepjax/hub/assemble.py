@@ -1,0 +1,175 @@
+"""Parameters put together from a source of named tensors, each shard from its own part."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from sepjax.config import ModelConfig
+from sepjax.hub.errors import HubError
+from sepjax.hub.families import flat_shapes, rows_of
+from sepjax.hub.tables import Family, Row, Shape
+from sepjax.model.transformer import Params, abstract
+from sepjax.sharding import parameter_shardings
+
+_QUIET = 3.0  # seconds that loading may take before it says how far it is
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Named tensors of a checkpoint."""
+
+    path: Any  # for messages
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """Every tensor's shape, by its full name in the family's table."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """A tensor's type."""
+        ...
+
+    def view(self, name: str) -> np.ndarray:
+        """A tensor, read no sooner than its numbers are used if that can be."""
+        ...
+
+
+class Progress:
+    """Says on stderr how far loading is, once it has taken a few seconds."""
+
+    def __init__(self, what: str, total: int):
+        self._what, self._total, self._done, self._said = what, total, 0, False
+        self._begun = time.perf_counter()
+
+    def add(self, nbytes: int) -> None:
+        """So many bytes more."""
+        self._done += nbytes
+        if time.perf_counter() - self._begun > _QUIET:
+            self._said = True
+            share = min(1.0, self._done / max(self._total, 1))
+            print(f"\rloading {self._what}: {share:4.0%} of {self._total / 1e9:.1f} GB", end="", file=sys.stderr)
+
+    def close(self) -> None:
+        """Ends the line."""
+        if self._said:
+            print(file=sys.stderr)
+
+
+def assemble(
+    source: Source, family: Family, config: ModelConfig, *, param_dtype: str | None = None, mesh: Mesh | None = None
+) -> Params:
+    """Our parameters from a source, straight into their shards: no host array ever holds more than a shard's part.
+
+    Args:
+      source: the tensors.
+      family: the table of their names.
+      config: the shape that they must have.
+      param_dtype: of the parameters; None: the source's own.
+      mesh: where they go (`sepjax.sharding.parameter_shardings`); None: the first device.
+
+    Raises:
+      HubError: a tensor is missing, unknown or of another shape or no floating-point numbers; names it.
+    """
+    shapes = flat_shapes(config)
+    rows = rows_of(family, config, shapes)
+    _check(source, family, config, rows, shapes)
+    tree = abstract(config)[1]
+    shardings = parameter_shardings(tree, mesh) if mesh else jax.tree.map(lambda _: _first_device(), tree)
+    where = {name: (row, i) for row in rows for i, name in enumerate(row.ours)}
+    dtypes = {name: _dtype(source, row, config, param_dtype) for name, (row, _) in where.items()}
+    sizes = {
+        name: math.prod(shape) * dtypes[name].itemsize * (config.num_layers if where[name][0].in_layers else 1)
+        for name, shape in shapes.items()
+    }
+    progress = Progress(str(source.path), sum(sizes.values()))
+
+    def build(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+        name = "/".join(key.key for key in path if key.key != "layers")
+        row, part = where[name]
+        read = _reader(source, row, part, [shapes[ours] for ours in row.ours], leaf.shape, dtypes[name])
+        array = jax.make_array_from_callback(leaf.shape, sharding, read)
+        progress.add(sizes[name])
+        return array
+
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    arrays: dict[int, jax.Array] = {}
+    try:
+        # The largest first: a parameter is in memory twice for a moment, and by then little else is.
+        for i in sorted(range(len(leaves)), key=lambda i: -math.prod(leaves[i][1].shape)):
+            arrays[i] = jax.block_until_ready(build(*leaves[i], jax.tree.leaves(shardings)[i]))
+    finally:
+        progress.close()
+    return jax.tree.unflatten(structure, [arrays[i] for i in range(len(leaves))])
+
+
+def _first_device() -> SingleDeviceSharding:
+    return SingleDeviceSharding(jax.devices()[0])
+
+
+def _reader(
+    source: Source, row: Row, part: int, shapes: Sequence[Shape], whole: Shape, dtype: np.dtype
+) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
+    """Reads the part of a parameter that an index selects: of stacked layers one after the other."""
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = tuple(slice(None) for _ in whole) if index is None else index
+        if not row.in_layers:
+            return np.ascontiguousarray(row.kind.split(source.view(row.theirs), shapes)[part][index], dtype)
+        layers = range(whole[0])[index[0]]
+        out = np.empty((len(layers), *(len(range(n)[i]) for n, i in zip(whole[1:], index[1:], strict=True))), dtype)
+        for target, layer in zip(out, layers, strict=True):
+            target[...] = row.kind.split(source.view(row.theirs.format(layer)), shapes)[part][index[1:]]
+        return out
+
+    return read
+
+
+def _dtype(source: Source, row: Row, config: ModelConfig, wanted: str | None) -> np.dtype:
+    found = {source.dtype(name) for name in _names([row], config)}
+    strange = [dtype for dtype in found if not jax.numpy.issubdtype(dtype, jax.numpy.floating) or dtype.itemsize < 2]
+    if strange:
+        raise HubError(
+            f"{str(source.path)!r}: tensor {row.theirs.format(0)!r} holds {strange[0]} numbers; quantised checkpoints "
+            "are not supported: take one in float32, float16 or bfloat16, or a GGUF file"
+        )
+    if wanted:
+        return np.dtype(jax.numpy.dtype(wanted))
+    return found.pop() if len(found) == 1 and found != {np.dtype(np.float64)} else np.dtype(np.float32)
+
+
+def _names(rows: Iterable[Row], config: ModelConfig) -> list[str]:
+    return [row.theirs.format(i) for row in rows for i in (range(config.num_layers) if row.in_layers else (0,))]
+
+
+def _check(
+    source: Source, family: Family, config: ModelConfig, rows: Sequence[Row], shapes: Mapping[str, Shape]
+) -> None:
+    there = source.shapes()
+    names = _names(rows, config)
+    missing = [name for name in names if name not in there]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise HubError(
+            f"{str(source.path)!r} lacks tensor {missing[0]!r}{more}; its config describes a {family.name} of "
+            f"{config.num_layers} layers: the files do not belong together, or some are missing"
+        )
+    for row in rows:
+        expected = row.kind.theirs([shapes[name] for name in row.ours])
+        for name in _names([row], config):
+            if there[name] != expected:
+                raise HubError(
+                    f"{str(source.path)!r}: tensor {name!r} has shape {list(there[name])}, expected {list(expected)} "
+                    "by its config; the files do not belong together"
+                )
+    known = {*names, *(row.theirs for row in family.table(config) if config.tie_embeddings and "head/" in row.ours[0])}
+    unknown = sorted(name for name in set(there) - known if not family.ignored.fullmatch(name))
+    if unknown:
+        raise HubError(
+            f"{str(source.path)!r} has tensor {unknown[0]!r}, which a {family.name} with its config does not have; the "
+            "result would not be that model"
+        )

@@ -1,0 +1,73 @@
+"""Orbax <-> Hugging Face, either way and from GGUF.
+
+    python -m sepjax.hub convert --source=FOLDER --target=runs/imported          a workdir, as train.py writes them
+    python -m sepjax.hub convert --source=runs/tiny --target=exported            a Hugging Face folder
+
+The direction follows the source: a workdir becomes a folder that transformers opens, anything else a workdir. A workdir
+keeps the origin's config.json and tokenizer files under `hub/`, so that a model that comes in and goes out again is the
+same, tensor for tensor.
+"""
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from sepjax.checkpoint import load_params, save_params
+from sepjax.config import Config, DataConfig
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.hub.errors import HubError
+from sepjax.hub.export import save_folder
+from sepjax.hub.folder import TOKENIZER_FILES, is_folder
+from sepjax.hub.gguf_file import packaged_file
+from sepjax.loading import load
+from sepjax.model.transformer import Transformer, abstract, merge, split
+
+_ORIGIN = "hub"  # folder of a workdir with the origin's files
+
+
+def convert(source: Path, target: Path, *, dtype: str | None = None, step: int | None = None) -> str:
+    """Converts a model; returns what was written, in a sentence.
+
+    Args:
+      source: a workdir, a Hugging Face folder, a GGUF file or "smollm2-135m".
+      target: a folder that is not there or is empty.
+      dtype: of the tensors of a Hugging Face folder; None: the origin's where that is known, else the parameters' own.
+      step: which checkpoint of a workdir; None: the newest.
+
+    Raises:
+      HubError: the target is not empty, or as `sepjax.load` and `save_folder` raise it.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise HubError(f"{str(target)!r} is there already; choose a folder that is new or empty")
+    if (source / "checkpoints").is_dir():
+        return _to_hugging_face(source, target, dtype, step)
+    if dtype:
+        raise HubError(f"dtype={dtype!r} is for Hugging Face folders; a workdir keeps float32 parameters")
+    return _to_workdir(source, target)
+
+
+def _to_hugging_face(source: Path, target: Path, dtype: str | None, step: int | None) -> str:
+    config, params, step = load_params(source, step)
+    tokenizer = Tokenizer.load(source / "tokenizer")
+    model: Transformer = merge(abstract(config.model, config.attention)[0], params)
+    origin = source / _ORIGIN
+    save_folder(model, tokenizer, target, dtype=dtype, like=origin if origin.is_dir() else None)
+    return f"step {step} of {source} as a Hugging Face folder in {target}"
+
+
+def _to_workdir(source: Path, target: Path) -> str:
+    model, tokenizer = load(source, param_dtype="float32")
+    length = min(model.config.max_positions, 2048)
+    data = DataConfig(sequence_length=length, tokenizer_vocab_size=tokenizer.vocab_size, tokenizer="tokenizer")
+    tokenizer.save(target / "tokenizer")
+    if is_folder(source):
+        (target / _ORIGIN).mkdir()
+        for name in ("config.json", *TOKENIZER_FILES):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / _ORIGIN / name)
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), split(model)[1])
+    save_params(target, Config(model=model.config, attention=model.attention, data=data), params)
+    kind = "Hugging Face folder" if is_folder(source) else "GGUF file"
+    return f"the {kind} {packaged_file(str(source)) or source} as step 0 of a run in {target}"

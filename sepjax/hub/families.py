@@ -1,0 +1,92 @@
+"""The families, and which of them a config.json or one of our shapes belongs to."""
+
+import dataclasses
+from typing import Any
+
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig, from_json_section, nearest, validate_attention
+from sepjax.hub import falcon, gpt2, gpt_neox, llama
+from sepjax.hub.errors import HubError
+from sepjax.hub.fields import Fields
+from sepjax.hub.tables import Family, Row
+from sepjax.model.transformer import Params, abstract
+
+FAMILIES = (llama.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY, falcon.FAMILY)
+KEY = "sepllm"  # of a config.json, where our settings are
+
+# What a pretrained model is used with unless told otherwise: the paper's training-free window and streaming cache.
+ATTENTION = AttentionConfig(num_sinks=4, window_size=256, max_separators=64, cache_size=800)
+
+
+def family_of(fields: Fields) -> Family:
+    """The family of a config.json. Raises HubError for an architecture that is not supported."""
+    kinds = {kind: family for family in FAMILIES for kind in family.model_types}
+    kind = fields.values.get("model_type")
+    if not isinstance(kind, str) or kind not in kinds:
+        hint = nearest(kind, kinds) if isinstance(kind, str) else ""
+        fields.refuse("model_type", f"supported architectures are {', '.join(kinds)}{hint}")
+    return kinds[str(kind)]
+
+
+def read_model_config(fields: Fields, family: Family, dtype: str) -> ModelConfig:
+    """Our shape of a config.json, with `dtype` for activations and matmuls."""
+    config = dataclasses.replace(family.read_config(fields), dtype=dtype)
+    if config.num_heads % config.num_kv_heads:
+        raise HubError(
+            f"{str(fields.path)!r}: {config.num_heads} query heads are no multiple of {config.num_kv_heads} key heads"
+        )
+    return config
+
+
+def read_attention(fields: Fields, num_layers: int) -> AttentionConfig:
+    """Our settings under "sepllm", or the ones for models that were not trained with separators."""
+    values = fields.values.get(KEY)
+    try:
+        attention = ATTENTION if values is None else from_json_section(AttentionConfig, values, f"{KEY}.")
+        return validate_attention(attention, num_layers)
+    except ConfigError as error:
+        raise HubError(f"{str(fields.path)!r}: {error}") from error
+
+
+def family_for(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
+    """The family that a shape of ours can be written as, and its keys of config.json.
+
+    Raises:
+      HubError: none; says why for each.
+    """
+    reasons = []
+    for family in FAMILIES:
+        try:
+            return family, family.write_config(config)
+        except HubError as error:
+            reasons.append(f"{family.name}: {error}")
+    raise HubError("no architecture of transformers has this model's shape; " + "; ".join(reasons))
+
+
+def rows_of(family: Family, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[Row]:
+    """The rows for what a model has; `shapes` are of `flat_shapes`. Together they make up every parameter."""
+    rows = [row for row in family.table(config) if all(name in shapes for name in row.ours)]
+    covered = {name for row in rows for name in row.ours}
+    if covered != set(shapes):
+        raise HubError(f"the family {family.name} has no name for {', '.join(sorted(set(shapes) - covered))}")
+    return rows
+
+
+def flat_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter, a layer's once: "attention/query/kernel" [D, N, H], "embedding/embedding"."""
+    return {name: leaf.shape[in_layers:] for name, in_layers, leaf in flat(abstract(config)[1])}
+
+
+def flat(params: Params) -> list[tuple[str, bool, Any]]:
+    """(path, whether layers are stacked in it, leaf) of every parameter, the path without "layers/"."""
+    found = []
+
+    def walk(tree: Params, path: tuple[str, ...]) -> None:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, (*path, name))
+            else:
+                in_layers = path[:1] == ("layers",)
+                found.append(("/".join((*path, name)[in_layers:]), in_layers, value))
+
+    walk(params, ())
+    return found

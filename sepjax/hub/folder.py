@@ -1,0 +1,130 @@
+"""Hugging Face folders: config.json, safetensors in one file or several, the tokenizer's files."""
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from jax.sharding import Mesh
+
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.hub.assemble import assemble
+from sepjax.hub.errors import HubError
+from sepjax.hub.families import family_of, read_attention, read_model_config
+from sepjax.hub.fields import Fields
+from sepjax.hub.safetensors_file import SafetensorsFile
+from sepjax.hub.tables import Family, Shape
+from sepjax.model.transformer import Transformer, abstract, merge
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_HEADS = {"lm_head.weight", "embed_out.weight"}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a model's folder: it has config.json and weights, in whatever form."""
+    kinds = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.h5", "*.msgpack")
+    return (path / "config.json").is_file() and any(True for kind in kinds for _ in path.glob(kind))
+
+
+def load_folder(
+    path: Path, *, dtype: str, param_dtype: str | None = None, mesh: Mesh | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """Reads a model and its tokenizer.
+
+    Args:
+      path: the folder.
+      dtype: of activations and matmuls.
+      param_dtype: of the parameters; None: the file's own.
+      mesh: where the parameters go; None: the first device.
+
+    Raises:
+      HubError: an architecture, tensor, key or tokenizer that does not fit, damaged files; names them.
+      FileNotFoundError: there is no tokenizer.
+      sepjax.data.errors.DataError: the tokenizer's file is damaged.
+    """
+    fields = Fields.read(path / "config.json")
+    family = family_of(fields)
+    config = read_model_config(fields, family, dtype)
+    attention = read_attention(fields, config.num_layers)
+    tokenizer = Tokenizer.load(path)
+    check_tokenizer(path, tokenizer, config.vocab_size)
+    params = assemble(Weights(path, family), family, config, param_dtype=param_dtype, mesh=mesh)
+    graph, _ = abstract(config, attention)
+    return merge(graph, params), tokenizer
+
+
+def check_tokenizer(path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises HubError for a tokenizer with ids that the model has no embedding for."""
+    if tokenizer.vocab_size > vocab_size:
+        raise HubError(
+            f"{str(path)!r}: the tokenizer has {tokenizer.vocab_size} tokens, but config.json has vocab_size="
+            f"{vocab_size}; they do not belong together"
+        )
+
+
+class Weights:
+    """The tensors of a folder, by the family's full names."""
+
+    def __init__(self, path: Path, family: Family):
+        """Opens the files and checks the index against them."""
+        self.path = path
+        files = _files(path)
+        self._where: dict[str, tuple[SafetensorsFile, str]] = {}
+        bare = not any(name.startswith(family.prefix) for file in files for name in file.entries)
+        for file in files:
+            for name in file.entries:
+                # Files of the bare model leave out the prefix that its tensors have inside the one with a head.
+                full = f"{family.prefix}{name}" if bare and name not in _HEADS else name
+                if full in self._where:
+                    raise HubError(
+                        f"tensor {name!r} is in {str(self._where[full][0].path)!r} and in {str(file.path)!r}"
+                    )
+                self._where[full] = file, name
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """See `Source`."""
+        return {full: file.entries[name].shape for full, (file, name) in self._where.items()}
+
+    def dtype(self, name: str) -> np.dtype:
+        """See `Source`."""
+        file, theirs = self._where[name]
+        return file.entries[theirs].dtype
+
+    def view(self, name: str) -> np.ndarray:
+        """See `Source`."""
+        file, theirs = self._where[name]
+        return file.view(theirs)
+
+
+def _files(path: Path) -> list[SafetensorsFile]:
+    if (path / INDEX).is_file():
+        return _indexed(path)
+    if (path / SINGLE).is_file():
+        return [SafetensorsFile(path / SINGLE)]
+    raise HubError(
+        f"{str(path)!r} has neither {SINGLE} nor {INDEX}; other weight files are not read, since they may run code: "
+        "convert them with transformers (save_pretrained) first"
+    )
+
+
+def _indexed(path: Path) -> list[SafetensorsFile]:
+    index = Fields.read(path / INDEX)
+    places = index.values.get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise HubError(f"{str(path / INDEX)!r}: weight_map is {str(places)[:60]}, expected tensor names with files")
+    for tensor, name in places.items():
+        plain = isinstance(name, str) and name and "\\" not in name and "\0" not in name
+        if not plain or PurePosixPath(name).name != name or name in (".", ".."):
+            raise HubError(
+                f"{str(path / INDEX)!r}: tensor {tensor!r} is in {str(name)[:80]!r}, expected a file of the same folder"
+            )
+        if not (path / name).is_file():
+            raise HubError(f"{str(path)!r} lacks the file {name!r}, in which {INDEX} has tensor {tensor!r}")
+    files = {name: SafetensorsFile(path / name) for name in sorted(set(places.values()))}
+    for tensor, name in places.items():
+        if tensor not in files[name].entries:
+            raise HubError(f"{str(path / name)!r} lacks tensor {tensor!r}, which {INDEX} has there")
+    return list(files.values())

@@ -1,0 +1,32 @@
+"""Models of the Hugging Face hub: from the local cache, and over the network only when that is asked for."""
+
+from pathlib import Path
+
+from sepjax.hub.errors import HubError
+
+# Nothing else is ever fetched: no code, no pickled weights.
+_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json"]
+_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"]
+
+
+def fetch(name: str, *, download: bool) -> Path:
+    """The folder of the model `name` ("owner/model") in the hub's cache, downloaded first if `download`.
+
+    Raises:
+      HubError: it is not there and must not or cannot be downloaded.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=_FILES, local_files_only=not download)
+    except LocalEntryNotFoundError as error:
+        if download:
+            raise HubError(f"cannot download {name!r}: {error}") from error
+        raise HubError(
+            f"there is no {name!r} here, neither as a path nor in the hub's local cache; to download it from the "
+            "Hugging Face hub, say so: --download, or sepjax.load(..., download=True)"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise HubError(f"cannot download {name!r}: {error}") from error
+    return Path(folder)

@@ -1,0 +1,92 @@
+"""Every family against transformers: figures that it gave (golden.*), and itself where torch is installed."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sepjax
+from sepjax.config import AttentionConfig, ConfigError
+from sepjax.hub.export import save_folder
+from sepjax.model.attend import forward
+from sepjax.model.transformer import merge, split
+
+spec = importlib.util.spec_from_file_location("tiny_checkpoints", Path(__file__).with_name("tiny.py"))
+tiny = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny)
+
+GOLDEN = tiny.golden()
+SEPARATORS = AttentionConfig(
+    num_sinks=tiny.SINKS, window_size=tiny.WINDOW, separators="ids", separator_ids=tuple(range(11)), max_separators=8
+)
+DENSE = AttentionConfig(pattern="dense")
+TORCH = sys.executable if importlib.util.find_spec("torch") else os.environ.get("SEPJAX_TORCH_PYTHON")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tokenizer_text):
+    """name -> (folder, model, tokenizer), of files in one piece and in three."""
+    found = {}
+    for number, (name, variant) in enumerate(GOLDEN.items()):
+        folder = tmp_path_factory.mktemp(name)
+        tiny.write_checkpoint(folder, variant["config"], variant["shapes"], files=1 + 2 * (number % 2))
+        (folder / "tokenizer.json").write_text(tokenizer_text)
+        found[name] = (folder, *sepjax.load(folder))
+    return found
+
+
+def logits(model, attention):
+    graph, params = split(model)
+
+    @jax.jit
+    def run(params, tokens):
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        model = merge(graph, params)
+        return model.logits(forward(model, tokens, positions, tokens < 11, None, attention)[0])
+
+    return np.asarray(run(params, jnp.asarray(tiny.tokens(), jnp.int32)))
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_logits_dense_and_masked_are_those_of_transformers(models, name):
+    _, model, _ = models[name]
+    np.testing.assert_allclose(logits(model, DENSE), GOLDEN[name]["logits"], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits(model, SEPARATORS), GOLDEN[name]["masked"], atol=1e-4, rtol=0)
+    assert np.abs(GOLDEN[name]["masked"] - GOLDEN[name]["logits"]).max() > 1  # the mask matters
+
+
+@pytest.mark.parametrize("name", ["llama", "pythia", "gpt2", "falcon-7b", "falcon-40b"])
+def test_greedy_text_is_that_of_transformers(models, name):
+    _, model, tokenizer = models[name]
+    settings = {"max_new_tokens": tiny.NEW_TOKENS, "stop_at_eos": False, "attention": DENSE}
+    (answer,) = sepjax.generate(model, tokenizer, [tiny.tokens()[0].tolist()], **settings)
+    assert answer.token_ids == tuple(GOLDEN[name]["greedy"].tolist())
+
+
+def test_gpt2_does_not_stream_past_its_positions(models):
+    _, model, tokenizer = models["gpt2"]
+    with pytest.raises(ConfigError, match="64 learned positions"):
+        sepjax.stream(model, tokenizer, "the")
+
+
+def test_the_tiny_checkpoints_cover_every_family():
+    from sepjax.hub.families import FAMILIES
+
+    kinds = {variant["config"]["model_type"] for variant in GOLDEN.values()}
+    assert kinds == {kind for family in FAMILIES for kind in family.model_types}
+
+
+@pytest.mark.skipif(TORCH is None, reason="needs torch and transformers here, or SEPJAX_TORCH_PYTHON")
+@pytest.mark.parametrize("name", GOLDEN)
+def test_transformers_opens_what_is_written_and_agrees(models, name, tmp_path):
+    _, model, tokenizer = models[name]
+    save_folder(model, tokenizer, tmp_path / "out")
+    script = Path(__file__).with_name("torch_reference.py")
+    subprocess.run([TORCH, script, "logits", tmp_path / "out", tmp_path / "logits.npy"], check=True)
+    np.testing.assert_allclose(logits(model, DENSE), np.load(tmp_path / "logits.npy"), atol=1e-4, rtol=0)

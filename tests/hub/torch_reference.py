@@ -1,0 +1,77 @@
+"""What transformers makes of the tiny checkpoints. Needs torch and transformers, and none of sepjax.
+
+python tests/hub/torch_reference.py golden              writes golden.json and golden.npz
+python tests/hub/torch_reference.py logits FOLDER OUT   logits of the model in a folder, as .npy
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+
+def logits(model, visible=None):
+    ids = torch.tensor(tiny.tokens())
+    mask = None
+    if visible is not None:
+        mask = torch.where(torch.tensor(visible)[:, None], 0.0, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits.numpy()
+
+
+def greedy(model):
+    ids = torch.tensor(tiny.tokens()[:1])
+    for _ in range(tiny.NEW_TOKENS):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, tiny.LENGTH :].numpy()
+
+
+def build(kind, settings):
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    shapes = {}
+    with torch.no_grad():
+        for name, x in model.state_dict().items():
+            if name not in tied:  # in files GPT-NeoX's head has a name that the module no longer has
+                in_file = name.replace("lm_head", "embed_out") if kind == "gpt_neox" else name
+                shapes[in_file] = list(x.shape)
+                x.copy_(torch.from_numpy(tiny.weight(in_file, tuple(x.shape))))
+    return model, shapes
+
+
+def write_golden():
+    manifest, arrays = {}, {}
+    for name, (kind, settings) in tiny.VARIANTS.items():
+        model, shapes = build(kind, settings)
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        keep = {
+            k: v
+            for k, v in config.items()
+            if k in settings or k in ("model_type", "rope_parameters", "rms_norm_eps", "num_ln_in_parallel_attn")
+        }
+        manifest[name] = {"config": keep, "shapes": shapes, "transformers": transformers.__version__}
+        results = {"logits": logits(model), "masked": logits(model, tiny.visible()), "greedy": greedy(model)}
+        arrays |= {f"{name}/{key}": value for key, value in results.items()}
+        print(name, float(np.abs(results["logits"]).max()), float(np.abs(results["logits"] - results["masked"]).max()))
+    (tiny.HERE / "golden.json").write_text(
+        "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in manifest.items()) + "\n}\n"
+    )
+    np.savez_compressed(tiny.HERE / "golden.npz", **arrays)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "golden":
+        write_golden()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            sys.argv[2], dtype=torch.float32, attn_implementation="eager"
+        )
+        np.save(sys.argv[3], logits(model.eval()))
