@@ -18,7 +18,7 @@ from sepjax.cache import SeparatorCache
 from sepjax.config import AttentionConfig, ModelConfig, layer_windows
 from sepjax.generation.layerwise import runner
 from sepjax.model.attend import forward
-from sepjax.model.layers import Attend
+from sepjax.model.layers import Attend, once
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import Params, merge
 from sepjax.separators import flag_separators
@@ -126,7 +126,7 @@ def _attend_cache(config: ModelConfig, cache: SeparatorCache) -> Attend:
     the scan over layers they would make it copy the whole cache every token.)
     """
     uses_rope = config.position_embedding == "rope"
-    angles = rope_table(cache.length[:, None], config.rope, config.head_dim) if uses_rope else None
+    angles = once(rope_table(cache.length[:, None], config.rope, config.head_dim)) if uses_rope else None
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         window, k_cache, v_cache = layer

@@ -23,6 +23,15 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 _INIT_STD = 0.02
 
 
+def once[T](x: T) -> T:
+    """Arrays that all layers share, such as rotation tables and masks, computed once.
+
+    Where layers are not scanned, XLA computes such things anew inside each layer's kernels, as if a cosine cost nothing:
+    it made the rotation of one token's queries by far the slowest small kernel of a decoding step.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
 def _gelu(x: jax.Array) -> jax.Array:
     """Exact GELU. 16 bits go through float32: its erf costs less than a 16-bit erfc, and the result is rounded once."""
     if x.dtype == jnp.float32:

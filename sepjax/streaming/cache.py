@@ -203,11 +203,15 @@ class StreamingCache:
         lasts = i >= counts[:, None] - sizes.ring  # what is older would be overwritten at once
         taken = (i < counts[:, None]) & (is_sink | lasts)
         to = jnp.where(is_sink, sink, sizes.num_sinks + sizes.max_separators + slot)
-        to = jnp.where(taken, to, sizes.slots + i)  # beyond the end: nowhere
+        mode = "promise_in_bounds"  # for one token: the slot of the next is free, so a row may write and not take it up
+        if T > 1:
+            mode, to = "drop", jnp.where(taken, to, sizes.slots + i)  # beyond the end: nowhere
 
         def put(x: jax.Array, new: jax.Array) -> jax.Array:  # indexed axes come first: [B, T, (L,) K, H]
+            if to.size == 1:  # XLA would compare the slot with the end, in a kernel of its own for every layer
+                return jax.lax.dynamic_update_slice_in_dim(x, jnp.swapaxes(new, -3, -2), to[0, 0], axis=x.ndim - 2)
             new = jnp.moveaxis(new, (-4, -3), (0, 1))
-            return x.at[*_layer_axis(x), rows, :, to].set(new, mode="drop", unique_indices=True)
+            return x.at[*_layer_axis(x), rows, :, to].set(new, mode=mode, unique_indices=True)
 
         new_sinks = jnp.minimum(counts, sizes.num_sinks - self.num_sinks)
         low = self.seen_low + counts

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig
-from sepjax.model.layers import Attend
+from sepjax.model.layers import Attend, once
 from sepjax.model.rope import rope_table, rotate
 from sepjax.separators import flag_separators
 from sepjax.streaming.cache import StreamingCache
@@ -59,8 +59,8 @@ def stream_pass(
 
 def _turn_queries(cache: StreamingCache, num_tokens: int, head_dim: int) -> Callable[[jax.Array], list[jax.Array]]:
     """Maps x[B, T, heads, H] to its rotations towards sinks, separators and recent entries."""
-    tables = [rope_table(p, cache.sizes.rope, head_dim) for p in cache.query_positions(num_tokens)]
-    return lambda x: [rotate(x, table) for table in tables]
+    tables = once(rope_table(cache.query_positions(num_tokens), cache.sizes.rope, head_dim))
+    return lambda x: [rotate(x, table) for table in zip(*tables, strict=True)]
 
 
 def _attend_one(cache: StreamingCache) -> Attend:
@@ -68,7 +68,7 @@ def _attend_one(cache: StreamingCache) -> Attend:
     a, old = cache.sizes.num_sinks, cache.sizes.num_sinks + cache.sizes.max_separators
     turn = _turn_queries(cache, 1, cache.head_dim)
     recent = cache.recent_positions() >= cache.first_recent(1)
-    visible = jnp.concatenate([cache.visible_old(), recent], axis=1)[:, None, None]
+    visible = once(jnp.concatenate([cache.visible_old(), recent], axis=1)[:, None, None])
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         k_cache, v_cache = layer
