@@ -15,7 +15,7 @@ from flax import nnx
 from sepjax.array_typing import Float, Positions, Tokens
 from sepjax.config import ModelConfig
 from sepjax.generation.weights import working_copy
-from sepjax.model.layers import ACTIVATIONS, Attend, Block
+from sepjax.model.layers import ACTIVATIONS, Attend, Block, output_bias
 from sepjax.model.transformer import Params, Transformer, merge, split
 
 _QKV, _INTO = ("query", "key", "value"), ("gate", "up")
@@ -31,7 +31,16 @@ def by_layer(params: Params, config: ModelConfig) -> Params:
 @jax.jit
 def _take(layers: Params, i: jax.Array) -> Params:
     layer = jax.tree.map(lambda x: x[i], layers)
-    return layer | {"attention": _join(layer["attention"], _QKV), "mlp": _join(layer["mlp"], _INTO)}
+    return layer | {"attention": _join(_one_bias(layer["attention"]), _QKV), "mlp": _join(layer["mlp"], _INTO)}
+
+
+def _one_bias(attention: Params) -> Params:
+    """`attention` with the bias of values in that of the output, where `Attention` has it too."""
+    value, out = attention["value"], attention["out"]
+    if "bias" not in value or "bias" not in out:
+        return attention
+    bias = output_bias(value["bias"], out["kernel"], out["bias"])
+    return attention | {"value": value | {"bias": jnp.zeros_like(value["bias"])}, "out": out | {"bias": bias}}
 
 
 def _join(matrices: Params, names: Sequence[str]) -> Params:

@@ -26,7 +26,7 @@ _INIT_STD = 0.02
 def once[T](x: T) -> T:
     """Arrays that all layers share, such as rotation tables and masks, computed once.
 
-    Where layers are not scanned, XLA computes such things anew inside each layer's kernels, as if a cosine cost nothing:
+    Where layers are not scanned, XLA computes such things anew inside each layer's kernels, as if a cosine were free:
     it made the rotation of one token's queries by far the slowest small kernel of a decoding step.
     """
     return jax.lax.optimization_barrier(x)
@@ -121,9 +121,29 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, attend: Attend, layer_input: Any) -> tuple[jax.Array, Any]:
         """Maps x[B, T, D] to the attention's output [B, T, D] and what `attend` returned for this layer."""
-        q, k, v = (constrain(f(x), "batch", "length", "heads", None) for f in (self.query, self.key, self.value))
+        value = self.value if self._output_bias() is None else self.value.product
+        q, k, v = (constrain(f(x), "batch", "length", "heads", None) for f in (self.query, self.key, value))
         out, layer_output = attend(q, k, v, layer_input)
-        return self.out(out), layer_output
+        return self._output(out), layer_output
+
+    def _output(self, attended: jax.Array) -> jax.Array:
+        bias = self._output_bias()
+        return self.out(attended) if bias is None else (y := self.out.product(attended)) + bias.astype(y.dtype)
+
+    def _output_bias(self) -> jax.Array | None:
+        if self.value.bias is None or self.out.bias is None:
+            return None
+        return output_bias(self.value.bias[...], self.out.kernel[...].astype(self.out.dtype), self.out.bias[...])
+
+
+def output_bias(value: jax.Array, out_kernel: jax.Array, out: jax.Array) -> jax.Array:
+    """The biases of values, [K, H], and of the output projection, [D], as one of the latter, [D].
+
+    The weights of a softmax sum to 1: what is added to every value is added to the result. Added to all values, and its
+    gradient summed over them, it would be three passes over the values of every layer.
+    """
+    per_head = jnp.repeat(value, out_kernel.shape[0] // value.shape[0], axis=0)
+    return out + jnp.einsum("NH,NHD->D", per_head, out_kernel.astype(value.dtype))
 
 
 class MLP(nnx.Module):

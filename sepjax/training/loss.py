@@ -8,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32
+from sepjax.attention.target import target
 from sepjax.sharding import RULES
 
-_CHUNK_ELEMENTS = 2**28  # logits held at a time on a device: 1 GiB in float32
+# Logits held at a time on a device: 1 GiB in float32, 2 on a GPU, which has the memory. Each chunk costs a pass over the
+# head's gradient, read and written.
+_CHUNK_ELEMENTS = 2**28
+_GPU_CHUNKS = 2
 
 
 def cross_entropy_sums(
@@ -42,7 +46,8 @@ def _number_of_chunks(B: int, T: int, V: int) -> int:
     """The fewest chunks of a row, dividing T, whose logits fit `_CHUNK_ELEMENTS` on each device."""
     mesh = jax.sharding.get_abstract_mesh()
     ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for name in ("batch", "length") for axis in RULES[name])
-    least = max(1, -(-B * T * V // (ways * _CHUNK_ELEMENTS)))
+    elements = _CHUNK_ELEMENTS * (_GPU_CHUNKS if target().platform == "gpu" else 1)
+    least = max(1, -(-B * T * V // (ways * elements)))
     return next(chunks for chunks in range(min(least, T), T + 1) if T % chunks == 0)
 
 
