@@ -109,7 +109,7 @@ def _forward_tiles(shape: Shape) -> Tiles:
 
 
 def _query_gradient_tiles(shape: Shape) -> Tiles:
-    keys, stages = {64: (128, 2), 128: (64, 2), 256: (64, 1)}[shape.H]
+    keys, stages = {64: (64, 4), 128: (64, 2), 256: (64, 1)}[shape.H]
     return Tiles(keys, stages, _heads(shape))
 
 
