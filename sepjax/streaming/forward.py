@@ -57,25 +57,20 @@ def stream_pass(
     return hidden, cache.append(k, v, is_separator, counts)
 
 
-def _turn_queries(cache: StreamingCache, num_tokens: int, head_dim: int) -> Callable[[jax.Array], list[jax.Array]]:
-    """Maps x[B, T, heads, H] to its rotations towards sinks, separators and recent entries."""
-    tables = once(rope_table(cache.query_positions(num_tokens), cache.sizes.rope, head_dim))
-    return lambda x: [rotate(x, table) for table in zip(*tables, strict=True)]
-
-
 def _attend_one(cache: StreamingCache) -> Attend:
     """Attention of one token a row. All zones in one product: the turned queries are rows of it, and cost nothing."""
     a, old = cache.sizes.num_sinks, cache.sizes.num_sinks + cache.sizes.max_separators
-    turn = _turn_queries(cache, 1, cache.head_dim)
+    zones = slice(-1, None) if cache.sizes.absolute else slice(None)
+    cos, sin = once(rope_table(cache.query_positions(1)[zones], cache.sizes.rope, cache.head_dim))
     recent = cache.recent_positions() >= cache.first_recent(1)
     visible = once(jnp.concatenate([cache.visible_old(), recent], axis=1)[:, None, None])
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         k_cache, v_cache = layer
         B, _, N, H = q.shape
-        k = turn(k)[-1]
-        turned = turn(q)[-1:] if cache.sizes.absolute else turn(q)
-        queries = jnp.stack([x.reshape(B, k.shape[2], -1, H) for x in turned], axis=2)  # [B, K, zone, G, H]
+        k = rotate(k, (cos[-1], sin[-1]))
+        queries = rotate(jnp.broadcast_to(q, (len(cos), *q.shape)), (cos, sin))
+        queries = jnp.moveaxis(queries.reshape(-1, B, k.shape[2], N // k.shape[2], H), 0, 2)  # [B, K, zone, G, H]
         scores = _einsum("BKZGH,BKCH->BKZGC", queries, k_cache)
         parts = [scores[:, :, -1]]
         if not cache.sizes.absolute:
