@@ -11,8 +11,8 @@ from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.attention.target import target
 from sepjax.sharding import RULES
 
-# Logits held at a time on a device: 1 GiB in float32, 2 on a GPU. Each chunk costs a pass over the gradient of the head,
-# read and written.
+# Logits held at a time on a device: 1 GiB in float32, 2 on a GPU. Each chunk costs a pass over the gradient of the
+# head, read and written.
 _CHUNK_ELEMENTS = 2**28
 _GPU_CHUNKS = 2
 
