@@ -1,19 +1,25 @@
-"""Scores a run or a pretrained model on text, under several attention patterns side by side.
+"""Scores a run or a pretrained model, under several attention patterns side by side. "KV kept" is counted.
 
     python evaluate.py --workdir=runs/tiny                          the validation split of its corpus
     python evaluate.py --workdir=runs/tiny --text=book.txt          a file, or a folder of .txt files
     python evaluate.py --workdir=runs/tiny --split=train[:1%]       another split of the corpus, as TFDS writes it
     python evaluate.py --workdir=runs/tiny --patterns=separator,dense --window_size=64 --length=1024
+    python evaluate.py --model=smollm2-135m --text=books/ --compare           at equal KV, with standard errors
 
-Prints a table and writes <workdir>/evaluation.json (or --output). "KV kept" is counted, never a formula.
+Prints a table and writes <workdir>/evaluation.json (or --output).
 
-    python evaluate.py --task=streaming --model=smollm2-135m --text=books/ --budgets=4/64/256/800,4/64/224/324 \
-        --output=streaming.json
+    python evaluate.py --task=streaming --model=smollm2-135m --text=books/ --budgets=4/64/256/800,4/64/224/324
 
 streams whole documents through bounded caches of sinks/separators/window/cache slots (docs/streaming.md), and prints
 perplexity, the slots that were held, bytes and tokens/s. "separator" is scored beside "sink_window" at equal slots
 (w = c - a). The curve by position goes beside the output, as .csv and .png. --text may be an .npz of token ids, one
 array a document.
+
+    python evaluate.py --task=needle --model=smollm2-135m --text=books/ --lengths=512,1024 --depths=0,50,100
+    python evaluate.py --task=gsm8k_cot,mmlu --model=smollm2-135m --patterns=dense,separator,sink_window
+
+hides a number in long texts (a heat map goes beside the output), or runs tasks of EleutherAI's lm-eval
+(docs/pretrained.md), from the hub or from local files (--task_data).
 """
 
 import dataclasses
@@ -29,9 +35,11 @@ import sepjax
 from sepjax.checkpoint import load_config
 from sepjax.config import PATTERNS, AttentionConfig, Config, ConfigError, DataConfig, validate_attention
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation import curves, perplexity, streaming
-from sepjax.evaluation.documents import Document, documents_of, read_documents
-from sepjax.flags import one_of_two, run_main
+from sepjax.evaluation import compare, curves, needle, perplexity, streaming, tasks
+from sepjax.evaluation.documents import Document, documents_of, read_documents, read_texts
+from sepjax.flags import one_of_two, run_main, whole_numbers
+from sepjax.hub.chat_template import ChatTemplate
+from sepjax.hub.gguf_file import packaged_file
 from sepjax.model.transformer import Transformer
 from sepjax.provenance import provenance
 
@@ -47,6 +55,8 @@ def evaluate(
     window_size: int = 0,
     batch_size: int = 8,
     max_documents: int = 0,
+    max_tokens: int = 0,
+    bos: bool = True,
     **settings: Any,
 ) -> list[perplexity.Score]:
     """Scores a run or a pretrained model under each of `patterns`; 0 and "" stand for its own settings.
@@ -56,13 +66,36 @@ def evaluate(
     model, tokenizer = sepjax.load(workdir, step=step, **settings)
     config = _config(workdir, model)
     attentions = [_attention(config, pattern, window_size) for pattern in patterns]
-    data = dataclasses.replace(config.data, name=text) if text else config.data
-    with tempfile.TemporaryDirectory() as scratch:  # a pretrained model has no folder for prepared data
-        folder = data.data_dir or str(workdir / "data" if (workdir / "checkpoints").is_dir() else scratch)
-        source = _source(data, folder, split or ("all" if text else data.eval_split))
-        documents = list(source[: max_documents or len(source)])
+    documents = _documents(workdir, config, text, split, max_documents)
     length = length or config.data.sequence_length
-    return perplexity.score_patterns(model, tokenizer, documents, attentions, length=length, batch_size=batch_size)
+    return perplexity.score_patterns(
+        model, tokenizer, documents, attentions, length=length, batch_size=batch_size, max_tokens=max_tokens, bos=bos
+    )
+
+
+def evaluate_at_equal_kv(
+    workdir: Path,
+    *,
+    step: int | None = None,
+    text: str = "",
+    split: str = "",
+    length: int = 0,
+    window_size: int = 0,
+    batch_size: int = 8,
+    max_documents: int = 0,
+    max_tokens: int = 0,
+    bos: bool = True,
+    **settings: Any,
+) -> list[compare.Compared]:
+    """All patterns on the same windows, each with as many keys as the separators keep; arguments as for `evaluate`."""
+    model, tokenizer = sepjax.load(workdir, step=step, **settings)
+    config = _config(workdir, model)
+    documents = _documents(workdir, config, text, split, max_documents)
+    attention = _attention(config, "separator", window_size)
+    length = length or config.data.sequence_length
+    return compare.compare(
+        model, tokenizer, documents, attention, length=length, batch_size=batch_size, max_tokens=max_tokens, bos=bos
+    )
 
 
 def _config(path: Path, model: Transformer) -> Config:
@@ -71,6 +104,18 @@ def _config(path: Path, model: Transformer) -> Config:
         return load_config(path)
     data = DataConfig(sequence_length=min(2048, model.config.max_positions))
     return Config(model=model.config, attention=model.attention, data=data)
+
+
+def _documents(path: Path, config: Config, text: str, split: str, most: int) -> list[str]:
+    """The texts to score: of files, or of a split of a corpus."""
+    if text and not split and not (path / "checkpoints").is_dir() and Path(text).exists():
+        documents: Sequence[str] = read_texts(Path(text))
+        return list(documents[: most or len(documents)])
+    data = dataclasses.replace(config.data, name=text) if text else config.data
+    with tempfile.TemporaryDirectory() as scratch:  # a pretrained model has no folder for prepared data
+        folder = data.data_dir or str(path / "data" if (path / "checkpoints").is_dir() else scratch)
+        documents = _source(data, folder, split or ("all" if text else data.eval_split))
+        return list(documents[: most or len(documents)])
 
 
 def _source(data: DataConfig, folder: str, split: str) -> Sequence[str]:
@@ -142,14 +187,60 @@ def stream_attention(attention: AttentionConfig, pattern: str, budget: str, num_
     return validate_attention(attention, num_layers)
 
 
-def write_curve(output: Path, scores: Sequence[streaming.StreamScore]) -> str:
-    """Writes the curve beside `output`; returns what to say about it."""
-    curves.write_csv(output.with_suffix(".csv"), scores)
+def find_needles(
+    path: Path,
+    patterns: Sequence[str],
+    *,
+    text: str,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    window_size: int = 0,
+    trials: int = 10,
+    batch_tokens: int = 65_536,
+    **settings: Any,
+) -> list[needle.Cell]:
+    """Hides needles in the joined texts of `text`; further `settings` are those of `sepjax.load`."""
+    if not text:
+        raise ConfigError("--task=needle hides its needles in --text: a .txt file or a folder of them")
+    model, tokenizer = sepjax.load(path, **settings)
+    attentions = [_attention(_config(path, model), pattern, window_size) for pattern in patterns]
+    haystack = "\n\n".join(read_texts(Path(text)))
+    return needle.needle_grid(
+        model, tokenizer, haystack, attentions, lengths=lengths, depths=depths, trials=trials, batch_tokens=batch_tokens
+    )
+
+
+def run_tasks(
+    path: Path, names: Sequence[str], patterns: Sequence[str], *, window_size: int = 0, **options: Any
+) -> list[tasks.TaskScore]:
+    """Runs tasks of lm-eval; `options` are those of `sepjax.evaluation.tasks.run_tasks` and `sepjax.load`."""
+    loading = {name: options.pop(name) for name in ("step", "dtype", "download") if name in options}
+    model, tokenizer = sepjax.load(path, **loading)
+    attentions = [
+        dataclasses.replace(_attention(_config(path, model), pattern, window_size), cache_size=0)
+        for pattern in patterns
+    ]
+    template = ChatTemplate.find(packaged_file(str(path)) or path) if options.get("apply_chat_template") else None
+    scores = []
+    for score in tasks.run_tasks(model, tokenizer, names, attentions, chat_template=template, **options):
+        scores.append(score)
+        print(tasks.table([score]), flush=True)
+    return scores
+
+
+def write_files(output: Path, what: Any, scores: Sequence[Any]) -> str:
+    """Writes `what`'s CSV and picture beside `output`; returns what to say about it."""
+    what.write_csv(output.with_suffix(".csv"), scores)
     try:
-        curves.write_png(output.with_suffix(".png"), scores)
+        what.write_png(output.with_suffix(".png"), scores)
     except curves.PictureError as error:
         return f"{output.with_suffix('.csv')} (no picture: {error})"
     return f"{output.with_suffix('.csv')}, {output.with_suffix('.png')}"
+
+
+def write_curve(output: Path, scores: Sequence[streaming.StreamScore]) -> str:
+    """Writes the curve by position beside `output`; returns what to say about it."""
+    return write_files(output, curves, scores)
 
 
 if __name__ == "__main__":
@@ -159,43 +250,63 @@ if __name__ == "__main__":
     )
     DOWNLOAD = flags.DEFINE_bool("download", False, "with --model=OWNER/NAME: fetch it from the Hugging Face hub")
     DTYPE = flags.DEFINE_string("dtype", None, "with --model: of the arithmetic; default: bfloat16, on a CPU float32")
-    TASK = flags.DEFINE_enum("task", "perplexity", ["perplexity", "streaming"], "windows, or whole documents streamed")
+    TASK = flags.DEFINE_list(
+        "task", ["perplexity"], "perplexity (of windows), streaming (of whole documents), needle, or tasks of lm-eval"
+    )
     STEP = flags.DEFINE_integer("step", None, "checkpoint to score; default: the newest")
     TEXT = flags.DEFINE_string("text", "", "a .txt file, a folder of them or a TFDS dataset; default: the run's corpus")
     SPLIT = flags.DEFINE_string("split", "", "of that data, as TFDS names it; default: all of --text, or validation")
     PATTERN = flags.DEFINE_list(
         "patterns", None, "attention patterns to compare; default: all, or for streams separator,sink_window"
     )
+    COMPARE = flags.DEFINE_bool("compare", False, "perplexity of all patterns at equal KV, with standard errors")
     LENGTH = flags.DEFINE_integer("length", 0, "tokens of a window; default: as in training", lower_bound=0)
     WINDOW = flags.DEFINE_integer("window_size", 0, "n of every layer; default: as in training", lower_bound=0)
-    BATCH = flags.DEFINE_integer("batch_size", 8, "windows of a forward pass", lower_bound=1)
+    BATCH = flags.DEFINE_integer("batch_size", 8, "windows of a forward pass, answers of a task", lower_bound=1)
     MAXIMUM = flags.DEFINE_integer("max_documents", 0, "score only the first so many; 0: all", lower_bound=0)
+    BOS = flags.DEFINE_bool("bos", True, "whether each document begins with BOS")
     BUDGETS = flags.DEFINE_list("budgets", [], "of streams: sinks/separators/window/cache, each; default: the model's")
-    TOKENS = flags.DEFINE_integer("max_tokens", 0, "stream only the first so many; 0: all", lower_bound=0)
+    TOKENS = flags.DEFINE_integer(
+        "max_tokens", 0, "stream only the first so many, or of windows score only so many a document; 0: all",
+        lower_bound=0,
+    )  # fmt: skip
     ROWS = flags.DEFINE_integer("rows", 32, "documents streamed at a time, at most", lower_bound=1)
     CHUNK = flags.DEFINE_integer("chunk", 0, "tokens of a pass; 0: as many as fit; 1: token by token", lower_bound=0)
     LINES = flags.DEFINE_bool("line_wise", False, "the official protocol: a BOS a line, its last token left out")
-    OUTPUT = flags.DEFINE_string("output", "", "JSON file; default: <workdir>/evaluation.json or streaming.json")
+    LENGTHS = flags.DEFINE_list("lengths", ["512", "1024", "2048"], "of needle texts: tokens")
+    DEPTHS = flags.DEFINE_list("depths", ["0", "25", "50", "75", "100"], "of needles: percent of the text before it")
+    TRIALS = flags.DEFINE_integer("trials", 10, "needle texts of each length and depth", lower_bound=1)
+    DATA = flags.DEFINE_string("task_data", None, "folder of local datasets for tasks; default: the hub's")
+    LIMIT = flags.DEFINE_integer("limit", 0, "documents of each task; 0: all", lower_bound=0)
+    SHOTS = flags.DEFINE_integer("num_fewshot", None, "examples before each question; default: the task's own number")
+    EQUAL = flags.DEFINE_bool("equal_kv", True, "in tasks: other patterns keep as many keys as the separators did")
+    CHAT = flags.DEFINE_bool("apply_chat_template", False, "in tasks: prompts in the model's chat template")
+    FORWARD = flags.DEFINE_integer("batch_tokens", 65_536, "tokens of a pass that scores tasks", lower_bound=1)
+    OUTPUT = flags.DEFINE_string("output", "", "JSON file; default: <workdir>/evaluation.json or <task>.json")
 
     def _loading() -> dict[str, Any]:
         return {"step": STEP.value, "dtype": DTYPE.value, "download": DOWNLOAD.value}
 
-    def _windows(path: Path) -> list[perplexity.Score]:
-        scores = evaluate(
-            path,
-            PATTERN.value or PATTERNS,
-            text=TEXT.value,
-            split=SPLIT.value,
-            length=LENGTH.value,
-            window_size=WINDOW.value,
-            batch_size=BATCH.value,
-            max_documents=MAXIMUM.value,
-            **_loading(),
-        )
+    def _windows(path: Path, output: Path) -> Sequence[Any]:
+        settings: dict[str, Any] = _loading() | {
+            "text": TEXT.value,
+            "split": SPLIT.value,
+            "length": LENGTH.value,
+            "window_size": WINDOW.value,
+            "batch_size": BATCH.value,
+            "max_documents": MAXIMUM.value,
+            "max_tokens": TOKENS.value,
+            "bos": BOS.value,
+        }
+        if COMPARE.value:
+            compared = evaluate_at_equal_kv(path, **settings)
+            print(compare.table(compared))
+            return compared
+        scores = evaluate(path, PATTERN.value or PATTERNS, **settings)
         print(perplexity.table(scores))
         return scores
 
-    def _streams(path: Path, output: Path) -> list[streaming.StreamScore]:
+    def _streams(path: Path, output: Path) -> Sequence[Any]:
         scores = stream(
             path,
             PATTERN.value or ("separator", "sink_window"),
@@ -212,15 +323,49 @@ if __name__ == "__main__":
         print(f"curve by position: {write_curve(output, scores)}")
         return scores
 
+    def _needles(path: Path, output: Path) -> Sequence[Any]:
+        cells = find_needles(
+            path,
+            PATTERN.value or ("dense", "separator", "sink_window"),
+            text=TEXT.value,
+            lengths=whole_numbers("lengths", LENGTHS.value),
+            depths=[n / 100 for n in whole_numbers("depths", DEPTHS.value, least=0)],
+            window_size=WINDOW.value,
+            trials=TRIALS.value,
+            batch_tokens=FORWARD.value,
+            **_loading(),
+        )
+        print(needle.table(cells))
+        print(f"cells and heat map: {write_files(output, needle, cells)}")
+        return cells
+
+    def _tasks(path: Path, output: Path) -> Sequence[Any]:
+        return run_tasks(
+            path,
+            TASK.value,
+            PATTERN.value or ("dense", "separator", "sink_window"),
+            window_size=WINDOW.value,
+            data=Path(DATA.value) if DATA.value else None,
+            limit=LIMIT.value,
+            num_fewshot=SHOTS.value,
+            equal_kv=EQUAL.value,
+            batch_size=BATCH.value,
+            batch_tokens=FORWARD.value,
+            apply_chat_template=CHAT.value,
+            **_loading(),
+        )
+
     def main() -> None:
         """Prints the table and writes the JSON."""
-        path, streams = (
-            Path(one_of_two("workdir", WORKDIR.value, "model", MODEL.value)),
-            TASK.value == "streaming",
-        )
+        path = Path(one_of_two("workdir", WORKDIR.value, "model", MODEL.value))
+        programs = {"perplexity": _windows, "streaming": _streams, "needle": _needles}
+        ours = [name for name in TASK.value if name in programs]
+        if not TASK.value or (ours and len(TASK.value) > 1):
+            raise ConfigError(f"--task={','.join(TASK.value)}: give one of {', '.join(programs)}, or tasks of lm-eval")
+        name = "evaluation" if "perplexity" in ours else ours[0] if ours else "tasks"
         folder = path if (path / "checkpoints").is_dir() else Path()
-        output = Path(OUTPUT.value or folder / ("streaming.json" if streams else "evaluation.json"))
-        scores = _streams(path, output) if streams else _windows(path)
+        output = Path(OUTPUT.value or folder / f"{name}.json")
+        scores = programs.get(TASK.value[0], _tasks)(path, output)
         result = {"workdir": str(path), "text": TEXT.value, "scores": [dataclasses.asdict(s) for s in scores]}
         output.write_text(json.dumps(provenance() | result, indent=2) + "\n")
         print(f"written to {output}")

@@ -88,11 +88,11 @@ def check_flags(argv: Sequence[str], known: Sequence[str], *, with_config: bool)
             raise ConfigError(f"unknown flag {flag}{nearest(flag, [f'--{name}' for name in names])}")
 
 
-def whole_numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
-    """The entries of a list flag as whole numbers of 1 or more; raises `ConfigError` for anything else."""
-    if not all(value.isdecimal() and int(value) for value in values):
+def whole_numbers(flag: str, values: Sequence[str], *, least: int = 1) -> tuple[int, ...]:
+    """The entries of a list flag as whole numbers of `least` or more; raises `ConfigError` for anything else."""
+    if not all(value.isdecimal() and int(value) >= least for value in values):
         raise ConfigError(
-            f"--{flag} takes whole numbers of 1 or more with commas between them, got {','.join(values)!r}"
+            f"--{flag} takes whole numbers of {least} or more with commas between them, got {','.join(values)!r}"
         )
     return tuple(map(int, values))
 

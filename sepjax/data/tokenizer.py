@@ -30,6 +30,7 @@ class Tokenizer:
     Attributes:
       vocab_size: V, one more than the largest token id.
       bos_id, eos_id: ids of the tokens that start and end a document; None where the vocabulary has none.
+      adds_bos: whether texts get BOS in front when the model is used as its makers do (Llama's; not GPT's).
       starts_with_space: whether encoding puts a space before every text, which decoding takes away (Llama 2, not ours).
     """
 
@@ -39,6 +40,7 @@ class Tokenizer:
         self.vocab_size = len(self._bytes)
         self.bos_id = model.bos_id
         self.eos_id = model.eos_id
+        self.adds_bos = model.adds_bos
         self.starts_with_space = model.starts_with_space
 
     def __reduce__(self) -> tuple[Any, ...]:

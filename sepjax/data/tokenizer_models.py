@@ -32,6 +32,7 @@ class TokenizerModel(abc.ABC):
     vocabulary: Any  # the wrapped object, as `sepjax.separators.token_texts` reads it
     bos_id: int | None
     eos_id: int | None
+    adds_bos: bool  # whether the model's own tokenizer puts BOS in front of texts; ours are trained so
     starts_with_space: bool  # whether encoding puts a space before the text, which decoding takes away
 
     @abc.abstractmethod
@@ -56,6 +57,7 @@ class SentencePieceModel(TokenizerModel):
         self.vocabulary = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self.bos_id = _known(self.vocabulary.bos_id())
         self.eos_id = _known(self.vocabulary.eos_id())
+        self.adds_bos = self.bos_id is not None
         self.starts_with_space = self.vocabulary.encode("a", out_type=str)[0].startswith(SPACE)
         # Our kind of model adds and drops nothing and no piece reaches over a newline: texts may be cut behind one.
         pieces = [self.vocabulary.id_to_piece(i) for i in range(self.vocabulary.get_piece_size())]
@@ -121,6 +123,7 @@ class HuggingFaceModel(TokenizerModel):
         self._is_byte_level = "ByteLevel" in kinds
         if not self._is_byte_level and (not kinds or kinds - _DECODERS_OF_PIECES):
             raise ValueError(f"its decoder {sorted(kinds)} is none of byte-level BPE or SentencePiece-like")
+        self.adds_bos = self.bos_id is not None and self.vocabulary.encode("a").ids[0] == self.bos_id
         first = self.vocabulary.encode("a", add_special_tokens=False).tokens
         self.starts_with_space = not self._is_byte_level and first[0].startswith(SPACE)
 

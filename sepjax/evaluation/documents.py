@@ -78,8 +78,20 @@ def read_documents(path: Path, tokenizer: Tokenizer, *, line_wise: bool = False,
         if most >= tokenizer.vocab_size:
             raise StreamError(f"{str(path)!r} has token id {most}, but the vocabulary only {tokenizer.vocab_size}")
         return whole_documents(texts, tokenizer.bos_id, max_tokens=max_tokens)
+    return documents_of(tokenizer, read_texts(path), line_wise=line_wise, max_tokens=max_tokens)
+
+
+def read_texts(path: Path) -> list[str]:
+    """The text of a UTF-8 file, or of a folder's .txt files in order of their names.
+
+    Raises:
+      FileNotFoundError: there is nothing there.
+      StreamError: no UTF-8 text, or a folder without .txt files.
+    """
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    return documents_of(tokenizer, map(_read_text, files), line_wise=line_wise, max_tokens=max_tokens)
+    if not files:
+        raise StreamError(f"{str(path)!r} has no .txt files")
+    return [_read_text(file) for file in files]
 
 
 def _read_text(path: Path) -> str:

@@ -49,7 +49,7 @@ class Progress:
     def add(self, nbytes: int) -> None:
         """So many bytes more."""
         self._done += nbytes
-        if time.perf_counter() - self._begun > _QUIET:
+        if time.perf_counter() - self._begun > _QUIET and sys.stderr.isatty():
             self._said = True
             share = min(1.0, self._done / max(self._total, 1))
             print(f"\rloading {self._what}: {share:4.0%} of {self._total / 1e9:.1f} GB", end="", file=sys.stderr)

@@ -101,6 +101,11 @@ def load_gguf(
     return merge(graph, params), tokenizer
 
 
+def read_fields(path: Path) -> dict[str, Any]:
+    """The file's metadata; each value's `contents()` is a Python object. Raises GGUFError as `load_gguf` does."""
+    return {name: field for name, field in _open(path).fields.items() if not name.startswith("GGUF.")}
+
+
 def _open(path: Path) -> Any:
     try:
         import gguf

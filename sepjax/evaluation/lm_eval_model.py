@@ -1,0 +1,231 @@
+"""A model of ours for EleutherAI's lm-eval, which brings prompts and scoring (https://github.com/EleutherAI/lm-evaluation-harness).
+
+Continuations are scored by `sepjax.evaluation.scoring` under the pattern's mask; answers are generated over the real
+cache, which evicts what the pattern drops. Of every request the keys that were held and the tokens seen are noted.
+Importing this module registers the model as "sepjax": `lm_eval --model sepjax --model_args path=smollm2-135m`, from a
+program that has imported it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, override
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+
+import sepjax
+from sepjax.config import PATTERNS, AttentionConfig, ConfigError, UserError, nearest, validate_attention
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation.scoring import Continuation, score_continuations
+from sepjax.hub.chat_template import ChatTemplate
+from sepjax.model.transformer import Transformer
+
+_MAX_NEW = 256  # tokens of an answer where the task does not say: lm-eval's own default
+_IGNORED = {"do_sample", "until", "max_gen_toks", "max_new_tokens", "temperature", "top_k", "top_p", "seed"}
+
+
+class RequestError(UserError, ValueError):
+    """A request of a task that this model cannot serve."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What one request held of what it saw: keys at the last token, averaged over layers, or slots of the cache."""
+
+    held: float
+    seen: int
+    generated: int  # tokens; 0: none, a continuation was scored
+
+
+class SepjaxLM(TemplateLM):
+    """See this module. `uses` has a `Use` for each request, by its identity."""
+
+    def __init__(
+        self,
+        model: Transformer | None = None,
+        tokenizer: Tokenizer | None = None,
+        attention: AttentionConfig | None = None,
+        *,
+        path: str = "",
+        pattern: str = "",
+        window_size: int = 0,
+        batch_size: int | str = 64,
+        batch_tokens: int = 65_536,
+        chat_template: ChatTemplate | None = None,
+        **ignored: Any,
+    ):
+        """A loaded model, or `path` of one; then `pattern` and `window_size` may change the attention.
+
+        Args:
+          model: from `sepjax.load`.
+          tokenizer: the model's.
+          attention: the pattern; None: the model's own.
+          path: what `sepjax.load` reads, instead of model and tokenizer.
+          pattern: attention.pattern.
+          window_size: attention.window_size.
+          batch_size: answers generated at a time.
+          batch_tokens: tokens of a forward pass that scores.
+          chat_template: the model's, for `--apply_chat_template`.
+          ignored: of lm-eval's command line (device, max_batch_size), which do not apply.
+        """
+        super().__init__()
+        if model is None or tokenizer is None:
+            model, tokenizer = sepjax.load(path)
+        self._model, self._tokenizer, self._chat_template = model, tokenizer, chat_template
+        self.attention = _changed(attention or model.attention, pattern, window_size, model.config.num_layers)
+        self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 64
+        self._batch_tokens = batch_tokens
+        self.uses: dict[int, Use] = {}
+
+    @property
+    @override
+    def eot_token_id(self) -> int:
+        return self.prefix_token_id if self._tokenizer.eos_id is None else self._tokenizer.eos_id
+
+    @property
+    @override
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: BOS."""
+        found = self._tokenizer.bos_id if self._tokenizer.bos_id is not None else self._tokenizer.eos_id
+        if found is None:
+            raise RequestError("a task scores text without a context, but the tokenizer has neither BOS nor EOS")
+        return found
+
+    @property
+    def max_length(self) -> int:
+        """Positions of the model."""
+        return self._model.config.max_positions
+
+    @override
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self._tokenizer.encode(string, bos=self._adds_bos(add_special_tokens))
+
+    def _adds_bos(self, asked: bool | None) -> bool:
+        """BOS where the model's own tokenizer puts one: Llama's does, byte-level ones do not."""
+        return self._tokenizer.adds_bos if asked is None else asked
+
+    @override
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        pairs = [self._pair(*request.args) for request in requests]
+        found = self._score(pairs)
+        for request, x in zip(requests, found, strict=True):
+            self.uses[id(request)] = Use(x.held, x.seen, 0)
+        return [(x.logprob, x.is_greedy) for x in found]
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if context:
+            return self._encode_pair(context, continuation)
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        return [self.prefix_token_id], ids
+
+    @override
+    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        found = self._score([(context, continuation) for _, context, continuation in requests])
+        return [(x.logprob, x.is_greedy) for x in found]
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Continuation]:
+        return score_continuations(
+            self._model,
+            self._tokenizer,
+            pairs,
+            self.attention,
+            max_length=self.max_length,
+            batch_tokens=self._batch_tokens,
+        )
+
+    @override
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Whole texts in windows of the model's positions, each token once, as lm-eval cuts them."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        pairs, owners = [], []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(
+                token_list=ids, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            for window in map(make_disjoint_window, windows):
+                pairs.append(window)
+                owners.append(number)
+        found = self._score(pairs)
+        totals = [0.0] * len(requests)
+        for owner, x in zip(owners, found, strict=True):
+            totals[owner] += x.logprob
+            self.uses[id(requests[owner])] = Use(x.held, x.seen, 0)
+        return totals
+
+    @override
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        answers: list[str] = [""] * len(requests)
+        for settings, numbers in _by_settings(requests).items():
+            most, stop = settings
+            ids = {i: self._prompt(requests[i].args[0], most) for i in numbers}
+            # Prompts of like length together: the same few shapes, and little padding.
+            ordered = sorted(numbers, key=lambda i: -len(ids[i]))
+            for first in range(0, len(ordered), self._batch_size):
+                batch = ordered[first : first + self._batch_size]
+                filled = [*batch, *batch[-1:] * (min(self._batch_size, len(ordered)) - len(batch))]
+                found = sepjax.generate(
+                    self._model, self._tokenizer, [ids[i] for i in filled],
+                    max_new_tokens=most, stop=list(stop), attention=self.attention,
+                )  # fmt: skip
+                for i, answer in zip(batch, found, strict=False):
+                    answers[i] = answer.text
+                    self.uses[id(requests[i])] = Use(float(answer.cache.held), answer.cache.seen, len(answer.token_ids))
+        return answers
+
+    def _prompt(self, text: str, new_tokens: int) -> list[int]:
+        """The last tokens of a prompt that leave room for the answer."""
+        ids = self.tok_encode(text)
+        room = self.max_length - new_tokens
+        if room < 1:
+            raise RequestError(f"{new_tokens} new tokens leave no room for a prompt in {self.max_length} positions")
+        return ids[-room:] if ids else [self.prefix_token_id]
+
+    @property
+    @override
+    def tokenizer_name(self) -> str:
+        return "sepjax"
+
+    @override
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return self._template().source
+
+    @override
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self._template().render(chat_history, add_generation_prompt=add_generation_prompt)
+
+    def _template(self) -> ChatTemplate:
+        if self._chat_template is None:
+            raise RequestError("the model has no chat template; leave out --apply_chat_template")
+        return self._chat_template
+
+
+register_model("sepjax")(SepjaxLM)
+
+
+def _changed(attention: AttentionConfig, pattern: str, window_size: int, num_layers: int) -> AttentionConfig:
+    if pattern and pattern not in PATTERNS:
+        raise ConfigError(f"pattern={pattern!r} is not one of {', '.join(PATTERNS)}{nearest(pattern, PATTERNS)}")
+    changes: dict[str, Any] = {"pattern": pattern} if pattern else {}
+    if window_size:
+        changes |= {"window_size": int(window_size), "layer_windows": ()}
+    changes["cache_size"] = 0  # of streams; tasks use the growing cache
+    return validate_attention(dataclasses.replace(attention, **changes), num_layers)
+
+
+def _by_settings(requests: Sequence[Instance]) -> dict[tuple[int, tuple[str, ...]], list[int]]:
+    """Requests that may be answered together, by (new tokens, stop strings)."""
+    groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+    for number, request in enumerate(requests):
+        arguments: Any = request.args
+        settings = dict(arguments[1])
+        unknown = sorted(set(settings) - _IGNORED)
+        if unknown or settings.get("do_sample") or settings.get("temperature"):
+            raise RequestError(f"only greedy answers are served, got the generation settings {settings}")
+        until = settings.get("until") or ()
+        stop = (until,) if isinstance(until, str) else tuple(until)
+        most = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or _MAX_NEW)
+        groups.setdefault((most, tuple(s for s in stop if s)), []).append(number)
+    return groups

@@ -1,0 +1,183 @@
+"""A needle in a haystack: is a number, told once somewhere in a long text, still known at its end?
+
+    haystack ... The secret number of the harbour is 48213. ... haystack. The secret number of the harbour is [48213]
+
+At each length and depth several texts are made, each with its own place name and number. Found means that every token
+of the number is the model's best one: what greedy decoding would write. The mean log-probability tells more of a weak
+model.
+"""
+
+import csv
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sepjax.config import AttentionConfig, UserError
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation.curves import PictureError
+from sepjax.evaluation.scoring import score_continuations
+from sepjax.model.transformer import Transformer
+
+_PLACES = ("harbour", "library", "mill", "castle", "bakery", "theatre", "station", "garden", "tower", "market")
+_NEEDLE = " The secret number of the {place} is {number}."
+_QUESTION = "\n\nQuestion: What is the secret number of the {place}?\nAnswer: The secret number of the {place} is"
+
+
+class NeedleError(UserError, ValueError):
+    """A grid that cannot be made from the text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One length and depth under one pattern."""
+
+    pattern: str
+    window_size: int
+    length: int  # tokens of the text, question included
+    depth: float  # where the needle is: 0 at the beginning, 1 just before the question
+    found: float  # share of the texts
+    error: float  # one standard error of it
+    logprob: float  # of the number, in nats, averaged
+    kv_kept: float  # keys that the last token sees over tokens
+    trials: int
+
+
+def needle_grid(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    haystack: str,
+    patterns: Sequence[AttentionConfig],
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    trials: int = 10,
+    seed: int = 0,
+    batch_tokens: int = 65_536,
+) -> list[Cell]:
+    """Scores every length and depth under each pattern, on the same texts.
+
+    Args:
+      model: from `sepjax.load`.
+      tokenizer: the model's.
+      haystack: text, of at least the longest length.
+      patterns: the attention settings.
+      lengths: tokens of the texts.
+      depths: 0 to 1.
+      trials: texts of each length and depth.
+      seed: of places, numbers and pieces of the haystack.
+      batch_tokens: tokens of a forward pass.
+
+    Raises:
+      NeedleError: the haystack is too short, a length too short for needle and question, a depth outside 0 to 1.
+    """
+    if not lengths or not depths or any(not 0 <= depth <= 1 for depth in depths):
+        raise NeedleError(f"needs lengths, and depths from 0 to 1: got {list(lengths)} and {list(depths)}")
+    hay = tokenizer.encode(haystack)
+    rng = np.random.default_rng(seed)
+    texts = [
+        (length, depth, _text(tokenizer, hay, length, depth, rng))
+        for length in lengths
+        for depth in depths
+        for _ in range(trials)
+    ]
+    cells = []
+    for attention in patterns:
+        scores = score_continuations(
+            model, tokenizer, [pair for *_, pair in texts], attention, batch_tokens=batch_tokens
+        )
+        for length in lengths:
+            for depth in depths:
+                those = [s for s, (n, d, _) in zip(scores, texts, strict=True) if (n, d) == (length, depth)]
+                cells.append(_cell(attention, length, depth, those))
+    return cells
+
+
+def _text(
+    tokenizer: Tokenizer, hay: Sequence[int], length: int, depth: float, rng: np.random.Generator
+) -> tuple[list[int], list[int]]:
+    """A context of `length` tokens with the number's, and the number."""
+    place, number = str(rng.choice(_PLACES)), str(rng.integers(10_000, 100_000))
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    needle = tokenizer.encode(_NEEDLE.format(place=place, number=number))
+    question = tokenizer.encode(_QUESTION.format(place=place))
+    answer = tokenizer.encode(_QUESTION.format(place=place) + f" {number}")[len(question) :]
+    room = length - len(start) - len(needle) - len(question) - len(answer)
+    if room < 1 or len(hay) < room:
+        raise NeedleError(
+            f"a text of {length} tokens needs {max(room, 1)} of haystack between needle and question; the haystack has "
+            f"{len(hay)}: give a longer --text or other --lengths"
+        )
+    at = int(rng.integers(0, len(hay) - room + 1))
+    piece, before = list(hay[at : at + room]), round(depth * room)
+    return [*start, *piece[:before], *needle, *piece[before:], *question], answer
+
+
+def _cell(attention: AttentionConfig, length: int, depth: float, scores: Sequence[Any]) -> Cell:
+    found = np.array([s.is_greedy for s in scores], float)
+    return Cell(
+        pattern=attention.pattern,
+        window_size=attention.window_size,
+        length=length,
+        depth=depth,
+        found=float(found.mean()),
+        error=float(np.sqrt(found.mean() * (1 - found.mean()) / max(len(found) - 1, 1))),
+        logprob=float(np.mean([s.logprob for s in scores])),
+        kv_kept=float(np.mean([s.held / s.seen for s in scores])),
+        trials=len(found),
+    )
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """A row for each pattern and length: the share found at each depth."""
+    depths = sorted({cell.depth for cell in cells})
+    lines = [
+        f"{'pattern':<16}{'n':>6}{'length':>8}{'KV kept':>9}   found at depth " + "".join(f"{d:>7.0%}" for d in depths)
+    ]
+    for key in dict.fromkeys((c.pattern, c.window_size, c.length) for c in cells):
+        row = [c for c in cells if (c.pattern, c.window_size, c.length) == key]
+        kept = np.mean([c.kv_kept for c in row])
+        found = "".join(f"{c.found:>7.0%}" for c in sorted(row, key=lambda c: c.depth))
+        lines.append(f"{key[0]:<16}{key[1]:>6}{key[2]:>8}{kept:>9.1%}   {'':<15}{found}")
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, cells: Iterable[Cell]) -> None:
+    """A row for each cell."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in dataclasses.fields(Cell)])
+        writer.writerows([getattr(cell, field.name) for field in dataclasses.fields(Cell)] for cell in cells)
+
+
+def write_png(path: Path, cells: Sequence[Cell]) -> None:
+    """A heat map for each pattern: length across, depth down, the share found as colour.
+
+    Raises:
+      PictureError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise PictureError('the map is drawn by matplotlib, which is missing: pip install "sepjax[plot]"') from error
+    patterns = list(dict.fromkeys((c.pattern, c.window_size) for c in cells))
+    lengths, depths = (sorted({getattr(c, name) for c in cells}) for name in ("length", "depth"))
+    figure = Figure(figsize=(1.5 + 3.2 * len(patterns), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(patterns), squeeze=False, sharey=True)[0]
+    image = None
+    for axis, (pattern, window) in zip(axes, patterns, strict=True):
+        there = {(c.depth, c.length): c for c in cells if (c.pattern, c.window_size) == (pattern, window)}
+        values = [[there[d, n].found for n in lengths] for d in depths]
+        kept = np.mean([c.kv_kept for c in there.values()])
+        image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axis.set(title=f"{pattern} n={window}, {kept:.0%} kept", xlabel="tokens")
+        axis.set_xticks(range(len(lengths)), lengths)
+        axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
+    axes[0].set_ylabel("depth of the needle")
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="found")
+    figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -1,0 +1,187 @@
+"""lm-eval's own tasks on local data: prompts and scoring are its, log-probabilities and answers ours."""
+
+import dataclasses
+import json
+import random
+import warnings
+
+import numpy as np
+import pytest
+
+import sepjax
+from sepjax.config import ConfigError
+from sepjax.evaluation.scoring import score_continuations
+
+pytest.importorskip("lm_eval")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of lm-eval and what it imports
+    import lm_eval.evaluator
+
+    from sepjax.evaluation import tasks
+    from sepjax.evaluation.lm_eval_data import TaskDataError, local_datasets
+    from sepjax.evaluation.lm_eval_model import RequestError, SepjaxLM, _changed
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+WORDS = ["the", "cat,", "a", "dog.", "One", "bird;", "and", "fish!", "Where", "is", "it?", "Here:", "there."]
+
+
+def sentence(rng, words):
+    return " ".join(rng.choice(WORDS) for _ in range(words))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folders in the hub's form and in the short one."""
+    root, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    rows = {
+        "lambada/lambada_test": [{"text": sentence(rng, 12)} for _ in range(5)],
+        "gsm8k/test": [{"question": sentence(rng, 8), "answer": "#### 7"} for _ in range(3)],
+        "piqa/validation": [
+            {"query": f"Question: {sentence(rng, 9)}", "choices": ["a", "some, too."], "gold": i % 2} for i in range(4)
+        ],
+        "winogrande/validation": [
+            {"context_options": ["She saw Ann so Ann", "She saw Ann so Anna"], "continuation": "left, then.", "gold": 1}
+        ],
+        "arc_easy/test": [{"query": "Question: Why? Or, who?", "choices": ["a", "b", "c"], "gold": 2}],
+        "mmlu/mmlu_test": [
+            {"subject": s, "question": sentence(rng, 9), "choices": list("wxyz"), "answer": 1}
+            for s in ("anatomy", "virology") for _ in range(2)
+        ],
+        "mmlu/mmlu_dev": [
+            {"subject": s, "question": "What?", "choices": list("wxyz"), "answer": i}
+            for s in ("anatomy", "virology") for i in range(4)
+        ],
+    }  # fmt: skip
+    for name, values in rows.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
+    return root
+
+
+@pytest.fixture(scope="module")
+def separators(byte_model):
+    return dataclasses.replace(byte_model.attention, cache_size=0)
+
+
+def run(model, tokenizer, names, patterns, data, **settings):
+    settings = {"batch_tokens": 2048, "batch_size": 2} | settings
+    return list(tasks.run_tasks(model, tokenizer, names, patterns, data=data, **settings))
+
+
+def test_scores_are_those_of_a_manual_computation(byte_model, byte_tokenizer, separators, data):
+    (score,) = run(byte_model, byte_tokenizer, ["lambada_openai"], [separators], data)
+    texts = [json.loads(line)["text"] for line in (data / "lambada/lambada_test.jsonl").read_text().splitlines()]
+    pairs = [text.rsplit(" ", 1) for text in texts]
+    requests = [(byte_tokenizer.encode(a), byte_tokenizer.encode(f" {b}")) for a, b in pairs]
+    found = score_continuations(byte_model, byte_tokenizer, requests, separators)
+    expected = np.exp(-np.mean([x.logprob for x in found]))
+    assert score.metrics["perplexity,none"] == pytest.approx(expected, rel=1e-4)
+    assert score.metrics["acc,none"] == np.mean([x.is_greedy for x in found])
+    assert score.kv_kept == pytest.approx(np.mean([x.held / x.seen for x in found]))
+    assert score.errors["perplexity,none"] > 0
+    assert (score.documents, score.requests, score.refused) == (5, 5, "")
+    assert 0 < score.kv_kept < 0.9
+
+
+def test_answers_come_from_the_cache_that_evicts(byte_model, byte_tokenizer, separators, data, monkeypatch):
+    prompts = []
+    original = sepjax.generate
+
+    def spy(model, tokenizer, ids, **settings):
+        prompts.extend(ids)
+        return original(model, tokenizer, ids, **settings | {"max_new_tokens": 6})
+
+    monkeypatch.setattr("sepjax.generate", spy)
+    (score,) = run(byte_model, byte_tokenizer, ["gsm8k_cot"], [separators], data, limit=2, num_fewshot=1)
+    assert score.metrics.keys() == {"exact_match,strict-match", "exact_match,flexible-extract"}
+    answers = original(
+        byte_model, byte_tokenizer, prompts, attention=separators, max_new_tokens=6, stop=["Q:", "</s>", "<|im_end|>"]
+    )
+    assert score.kv_kept == pytest.approx(np.mean([a.cache.held / a.cache.seen for a in answers]))
+    assert score.kv_kept < 0.5
+    assert score.generated == sum(len(a.token_ids) for a in answers)
+    text = byte_tokenizer.decode(prompts[0])
+    assert text.startswith("Q: There are 15 trees in the grove.")  # lm-eval's own prompt
+    assert text.endswith("\nA:")
+
+
+def test_equal_kv_and_groups(byte_model, byte_tokenizer, separators, data):
+    patterns = [dataclasses.replace(separators, pattern=p) for p in ("dense", "separator", "sink_window")]
+    with local_datasets(data):
+        manager = tasks._manager("mmlu_virology")
+    assert "mmlu" in manager.all_tasks
+    scores = run(byte_model, byte_tokenizer, ["mmlu_virology"], patterns, data, num_fewshot=2)
+    dense, kept, window = scores
+    assert (dense.kv_kept, dense.pattern, dense.documents, dense.requests) == (1, "dense", 2, 8)
+    assert window.kv_kept == pytest.approx(kept.kv_kept, abs=0.01)
+    assert window.window_size > kept.window_size
+    assert all("acc,none" in s.metrics for s in scores)
+    assert "not reported" not in tasks.table(scores)
+
+
+def test_without_compression_there_is_no_score(byte_model, byte_tokenizer, separators, data):
+    wide = dataclasses.replace(separators, window_size=500)
+    (piqa,) = run(byte_model, byte_tokenizer, ["piqa"], [wide], data)
+    assert (piqa.metrics, piqa.errors, piqa.kv_kept) == ({}, {}, 1)
+    assert "nothing was compressed" in piqa.refused
+    assert "not reported: nothing was compressed" in tasks.table([piqa])
+
+
+def test_short_rows_are_spelt_out_for_the_tasks(byte_model, byte_tokenizer, separators, data):
+    narrow = dataclasses.replace(separators, window_size=3, num_sinks=1)
+    for name, documents, requests in (("piqa", 4, 8), ("winogrande", 1, 2), ("arc_easy", 1, 3)):
+        (score,) = run(byte_model, byte_tokenizer, [name], [narrow], data)
+        assert (score.documents, score.requests, score.refused) == (documents, requests, "")
+    with local_datasets(data):
+        import datasets
+
+        (row,) = datasets.load_dataset("allenai/winogrande", "winogrande_xl")["validation"]
+        assert row == {"sentence": "She saw Ann so _ left, then.", "option1": "Ann", "option2": "Anna", "answer": "2"}
+        (row,) = datasets.load_dataset("allenai/ai2_arc", "ARC-Easy")["test"]
+        assert row["answerKey"] == "C"
+        assert len(datasets.load_dataset("cais/mmlu", "anatomy")["dev"]) == 4
+
+
+def test_missing_datasets_are_named(byte_model, byte_tokenizer, separators, data):
+    with pytest.raises(TaskDataError, match=r"no folder for the dataset .*hellaswag; it has arc_easy, gsm8k"):
+        run(byte_model, byte_tokenizer, ["hellaswag"], [separators], data)
+
+
+def test_damaged_data_and_unknown_names_are_named(byte_model, byte_tokenizer, separators, tmp_path, data):
+    (tmp_path / "piqa").mkdir()
+    for content, message in (("{", "line 1, is no JSON"), ("[1]", "line 1, is a list"), ("\n", "no rows")):
+        (tmp_path / "piqa" / "validation.jsonl").write_text(content)
+        with pytest.raises(TaskDataError, match=message):
+            run(byte_model, byte_tokenizer, ["piqa"], [separators], tmp_path)
+    row = {"query": "?", "choices": ["only one"], "gold": 0}
+    (tmp_path / "piqa" / "validation.jsonl").write_text(json.dumps(row))
+    with pytest.raises(TaskDataError, match="not in its short form"):
+        run(byte_model, byte_tokenizer, ["piqa"], [separators], tmp_path)
+    (tmp_path / "piqa" / "validation.jsonl").rename(tmp_path / "piqa" / "other.jsonl")
+    row = {"goal": "?", "sol1": "a", "sol2": "b", "label": 0}
+    (tmp_path / "piqa" / "other.jsonl").write_text(json.dumps(row))
+    with pytest.raises(TaskDataError, match=r"no split 'validation', only other\.jsonl"):
+        run(byte_model, byte_tokenizer, ["piqa"], [separators], tmp_path)
+    with pytest.raises(TaskDataError, match="no folder"):
+        run(byte_model, byte_tokenizer, ["piqa"], [separators], tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="did you mean 'separator'"):
+        _changed(separators, "separators", 0, 2)
+
+
+def test_rolling_scores_and_settings_that_are_not_served(byte_model, byte_tokenizer, separators):
+    from lm_eval.api.instance import Instance
+
+    lm = SepjaxLM(byte_model, byte_tokenizer, separators)
+    text = "A cat, a dog. And so on."
+    ids = byte_tokenizer.encode(text)
+    (found,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    (whole,) = score_continuations(byte_model, byte_tokenizer, [([0], ids)], separators)
+    assert found == pytest.approx(whole.logprob, abs=1e-4)
+    for settings in ({"do_sample": True}, {"temperature": 0.7}, {"num_beams": 4}):
+        with pytest.raises(RequestError, match="only greedy"):
+            lm.generate_until([Instance("generate_until", {}, ("a", settings), 0)])
+    with pytest.raises(RequestError, match="no chat template"):
+        lm.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert lm_eval.evaluator
