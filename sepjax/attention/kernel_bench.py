@@ -15,6 +15,7 @@ from absl import flags
 
 from sepjax.attention import mosaic_gpu, mosaic_gpu_kernels
 from sepjax.attention.bench import Settings, make_inputs
+from sepjax.attention.ranges import whole_rows
 from sepjax.config import ConfigError
 from sepjax.flags import run_main, whole_numbers
 from sepjax.provenance import heading, provenance
@@ -35,7 +36,7 @@ def stages(
     def compiled(f: Callable[..., Any], *args: Any) -> Callable[[], Any]:
         return functools.partial(jax.jit(f), *args)
 
-    run = compiled(lambda layout: mosaic_gpu._ranges(layout, shape.padded), layout)
+    run = compiled(lambda layout: mosaic_gpu._ranges(whole_rows(layout), shape.padded), layout)
     yield "ranges", run
     ranges = run()
     run = compiled(lambda k, v, layout: mosaic_gpu._pack(shape, k, v, layout), k, v, layout)
@@ -48,7 +49,7 @@ def stages(
     run = compiled(kernel, q, *keys, d_out, out, lse, jnp.zeros_like(lse))
     yield "dQ", run
     _, delta = run()
-    run = compiled(lambda layout: mosaic_gpu._visitors(layout, shape, tiles.keys), layout)
+    run = compiled(lambda layout: mosaic_gpu._visitors(whole_rows(layout), shape, tiles.keys), layout)
     yield "visitors", run
     kernel = mosaic_gpu_kernels.key_gradients(shape, tiles)
     yield "dK and dV", compiled(kernel, q, *keys, d_out, lse, delta, *run())

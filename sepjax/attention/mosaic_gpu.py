@@ -16,6 +16,7 @@ from sepjax.array_typing import Array, Keys, Queries
 from sepjax.attention import mosaic_gpu_kernels as kernels
 from sepjax.attention.mosaic_gpu_kernels import KeyTiles, Shape, Tiles
 from sepjax.attention.packing import packed_index, unpack, unserved, vary_alike, with_positive_scale, with_room
+from sepjax.attention.ranges import Ranges, whole_rows
 from sepjax.attention.target import target
 from sepjax.layout import SeparatorLayout
 
@@ -37,22 +38,43 @@ def attend(
 ) -> tuple[Queries, Float32[Array, "B T N"]]:
     """`separator_attention` and its log-sum-exp; the arguments are checked there and by `unsupported`."""
     q, scale = with_positive_scale(q, scale)
-    q, k, v, layout = vary_alike((q, k, v, layout))
-    if jax.typeof(q).mat.varying:
+    q, k, v, layout = _checked((q, k, v, layout))
+    return with_room(layout, lambda layout: _attend(*_aligned((q, k, v), layout), scale, q.shape[1]))
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def attend_ranges(
+    q: Queries, near: tuple[Array, Array], far: tuple[Array, Array], seen: Ranges, *, scale: float
+) -> tuple[Queries, Float32[Array, "B T N"]]:
+    """`attend` over near and far (k, v), each [B, keys, K, H], of which the queries see `seen`."""
+    q, scale = with_positive_scale(q, scale)
+    q, near, far, seen = _checked((q, near, far, seen))
+    length = q.shape[1]
+    near = (_filled(x, kernels.ALIGNMENT) for x in near)
+    far = (_filled(x, _PACK_ROWS) for x in far)
+    return _attend_ranges(_filled(q, kernels.ALIGNMENT), *near, *far, seen, scale, length)
+
+
+def _checked(arrays):
+    arrays = vary_alike(arrays)
+    if jax.typeof(arrays[0]).mat.varying:
         raise NotImplementedError(
             "the Hopper kernels run inside jax.shard_map only without its check of varying axes, which Mosaic GPU does "
             "not know; pass check_vma=False to jax.shard_map"
         )
-    return with_room(layout, lambda layout: _attend(*_aligned((q, k, v), layout), scale, q.shape[1]))
+    return arrays
+
+
+def _filled(x, unit):
+    """[B, T, ...] with T filled up to a multiple of `unit`, at least one."""
+    extra = -x.shape[1] % unit if x.shape[1] else unit
+    return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) if extra else x
 
 
 def _aligned(arrays, layout):
     """Rows of tokens filled up to a multiple of kernels.ALIGNMENT, packed keys to one of _PACK_ROWS."""
-    extra = -layout.length % kernels.ALIGNMENT
-    if extra:
-        arrays = [jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in arrays]
     room = max(layout.capacity, 1)
-    return *arrays, layout.with_capacity(room + -room % _PACK_ROWS)
+    return *(_filled(x, kernels.ALIGNMENT) for x in arrays), layout.with_capacity(room + -room % _PACK_ROWS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -62,29 +84,19 @@ def _attend(q, k, v, layout, scale, length):
 
 def _attend_forward(q, k, v, layout, scale, length):
     shape = _shape(q, k, layout, scale)
-    far_k, far_v = _pack(shape, k, v, layout)
-    out, lse = kernels.forward(shape, _forward_tiles(shape))(q, k, v, far_k, far_v, _ranges(layout, shape.padded))
-    natural = jnp.where(jnp.isinf(lse), -jnp.inf, lse * math.log(2))[:, :, :length].swapaxes(1, 2)
-    return (out[:, :length], natural), (q, k, v, far_k, far_v, layout, out, lse)
+    far = _pack(shape, k, v, layout)
+    results, saved = _forward(shape, (q, k, v, *far), whole_rows(layout), length)
+    return results, (saved, layout)
 
 
 def _attend_backward(scale, length, residuals, cotangents):
-    q, k, v, far_k, far_v, layout, out, lse = residuals
+    saved, layout = residuals
+    q, k = saved[0][:2]
     shape = _shape(q, k, layout, scale)
-    d_out, d_lse = cotangents
-    d_out = jnp.pad(d_out, ((0, 0), (0, shape.T - length), (0, 0), (0, 0)))
-    d_lse = jnp.pad(d_lse.swapaxes(1, 2), ((0, 0), (0, 0), (0, shape.padded - length)))
-    if not shape.roomy:
-        sums = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-        d_lse -= jnp.pad(sums, ((0, 0), (0, 0), (0, shape.padded - shape.T)))
-    inputs = q, k, v, far_k, far_v, _ranges(layout, shape.padded), d_out
-    dq, delta = kernels.query_gradient(shape, _query_gradient_tiles(shape))(*inputs, out, lse, d_lse)
-    tiles = _key_gradient_tiles(shape)
-    visitors = _visitors(layout, shape, tiles.keys)
-    far_dk, far_dv, dk, dv = kernels.key_gradients(shape, tiles)(*inputs, lse, delta, *visitors)
+    dq, far_dk, far_dv, dk, dv = _backward(shape, saved, whole_rows(layout), length, cotangents)
 
     def combine(far, near):
-        far = unpack(far, layout, axis=1).reshape(shape.B, length, shape.K, tiles.splits, shape.H)
+        far = unpack(far, layout, axis=1).reshape(shape.B, length, shape.K, -1, shape.H)
         return (near[:, :length].astype(jnp.float32) + jnp.sum(far.astype(jnp.float32), axis=3)).astype(near.dtype)
 
     pad = ((0, 0), (0, shape.T - length), (0, 0), (0, 0))
@@ -94,9 +106,61 @@ def _attend_backward(scale, length, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _shape(q, k, layout, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attend_ranges(q, k, v, far_k, far_v, seen, scale, length):
+    return _attend_ranges_forward(q, k, v, far_k, far_v, seen, scale, length)[0]
+
+
+def _attend_ranges_forward(q, k, v, far_k, far_v, seen, scale, length):
+    results, saved = _forward(_shape(q, k, far_k, scale), (q, k, v, far_k, far_v), seen, length)
+    return results, (saved, seen)
+
+
+def _attend_ranges_backward(scale, length, residuals, cotangents):
+    saved, seen = residuals
+    q, k, _, far_k, _ = saved[0]
+    shape = _shape(q, k, far_k, scale)
+    dq, far_dk, far_dv, dk, dv = _backward(shape, saved, seen, length, cotangents)
+    is_key = (jnp.arange(shape.S) < seen.num_far[:, None])[..., None, None]  # others may never have been written
+
+    def combine(far):
+        far = far.reshape(shape.B, shape.S, shape.K, -1, shape.H).astype(jnp.float32)
+        return jnp.where(is_key, jnp.sum(far, axis=3), 0).astype(shape.dtype)
+
+    return dq, dk, dv, combine(far_dk), combine(far_dv), None
+
+
+_attend_ranges.defvjp(_attend_ranges_forward, _attend_ranges_backward)
+
+
+def _forward(shape, arrays, seen, length):
+    """`attend`'s results for aligned (q, k, v, packed k, packed v), and what `_backward` needs of it."""
+    out, lse = kernels.forward(shape, _forward_tiles(shape))(*arrays, _ranges(seen, shape.padded))
+    natural = jnp.where(jnp.isinf(lse), -jnp.inf, lse * math.log(2))[:, :, :length].swapaxes(1, 2)
+    return (out[:, :length], natural), (arrays, out, lse)
+
+
+def _backward(shape, saved, seen, length, cotangents):
+    """dq, the packed dk and dv in parts (`KeyTiles.splits`), and the near dk and dv."""
+    arrays, out, lse = saved
+    d_out, d_lse = cotangents
+    d_out = jnp.pad(d_out, ((0, 0), (0, shape.T - length), (0, 0), (0, 0)))
+    d_lse = jnp.pad(d_lse.swapaxes(1, 2), ((0, 0), (0, 0), (0, shape.padded - length)))
+    if not shape.roomy:
+        sums = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+        d_lse -= jnp.pad(sums, ((0, 0), (0, 0), (0, shape.padded - shape.T)))
+    inputs = *arrays, _ranges(seen, shape.padded), d_out
+    dq, delta = kernels.query_gradient(shape, _query_gradient_tiles(shape))(*inputs, out, lse, d_lse)
+    tiles = _key_gradient_tiles(shape)
+    visitors = _visitors(seen, shape, tiles.keys)
+    return dq, *kernels.key_gradients(shape, tiles)(*inputs, lse, delta, *visitors)
+
+
+def _shape(q, k, packed, scale):
+    """`packed`: the packed keys, or the layout that says how many there are room for."""
     B, T, N, H = q.shape
-    return Shape(B, T, N, k.shape[2], H, layout.capacity, q.dtype, scale, target().num_cores or _H100_SMS)
+    S = packed.capacity if isinstance(packed, SeparatorLayout) else packed.shape[1]
+    return Shape(B, T, N, k.shape[2], H, S, k.shape[1], q.dtype, scale, target().num_cores or _H100_SMS)
 
 
 def _heads(shape: Shape) -> int:
@@ -124,37 +188,36 @@ def _pack(shape, k, v, layout):
     return kernels.pack(shape, _PACK_ROWS, heads)(k, v, packed_index(layout), layout.num_global)
 
 
-def _ranges(layout: SeparatorLayout, padded: int) -> jax.Array:
-    """int32 [B, 4, padded]: far start and end, near start and end; tokens beyond T see nothing."""
+def _ranges(seen: Ranges, padded: int) -> jax.Array:
+    """int32 [B, 4, padded]: far start and end, near start and end; queries beyond the last see nothing."""
     i = jnp.arange(padded, dtype=jnp.int32)
-    last = layout.num_global[:, None]
 
     def pad(x, beyond):
-        x = jnp.pad(x, ((0, 0), (0, padded - layout.length)))
-        return jnp.where(i < layout.length, x, beyond)
+        x = jnp.pad(x, ((0, 0), (0, padded - seen.queries)))
+        return jnp.where(i < seen.queries, x, beyond)
 
-    near_end = jnp.broadcast_to(i + 1, (last.shape[0], padded))
-    return jnp.stack(
-        [pad(layout.far_start, last), pad(layout.far_end, last), pad(layout.near_start, i + 1), near_end], axis=1
-    )
+    far_last, near_last = seen.far_end[:, -1:], seen.near_end[:, -1:]
+    far = [pad(x, far_last) for x in (seen.far_start, seen.far_end)]
+    near = [pad(x, near_last) for x in (seen.near_start, seen.near_end)]
+    return jnp.stack(far + near, axis=1)
 
 
-def _visitors(layout: SeparatorLayout, shape: Shape, keys: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For each block of packed keys and of tokens the queries [first, last) that see some of it, int32 [B, 2, blocks].
+def _visitors(seen: Ranges, shape: Shape, keys: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """For each block of packed keys and of near keys the queries [first, last) that see some, int32 [B, 2, blocks].
 
     Ranges never decrease along a row, so counting is searching. A packed block without global keys has last = -1; the
     third result, int32 [1], counts the packed blocks that have some, in the row that has most.
     """
 
-    def count(condition):
-        return jnp.sum(condition, axis=2, dtype=jnp.int32)
+    def queries_before(starts, ends, first_key):
+        first = jnp.sum(ends[:, None] <= first_key[:, None], axis=2, dtype=jnp.int32)
+        last = jnp.sum(starts[:, None] < first_key[:, None] + keys, axis=2, dtype=jnp.int32)
+        return first, last
 
-    first_key = jnp.arange(-(-shape.S // keys), dtype=jnp.int32)[:, None] * keys
-    far_first = count(layout.far_end[:, None] <= first_key)
-    far_last = count(layout.far_start[:, None] < first_key + keys)
-    far_last = jnp.where(first_key[:, 0] < layout.num_global[:, None], far_last, -1)
-    first_key = jnp.arange(-(-shape.T // keys), dtype=jnp.int32)[:, None] * keys
-    near_last = count(layout.near_start[:, None] < first_key + keys)
-    near_first = jnp.broadcast_to(first_key[:, 0], near_last.shape)
-    far_blocks = -(-jnp.max(layout.num_global, keepdims=True) // keys)
-    return jnp.stack([far_first, far_last], axis=1), jnp.stack([near_first, near_last], axis=1), far_blocks
+    first_key = jnp.arange(-(-shape.S // keys), dtype=jnp.int32) * keys
+    far_first, far_last = queries_before(seen.far_start, seen.far_end, first_key)
+    far_last = jnp.where(first_key < seen.num_far[:, None], far_last, -1)
+    first_key = jnp.arange(-(-shape.near // keys), dtype=jnp.int32) * keys
+    near = queries_before(seen.near_start, seen.near_end, first_key)
+    far_blocks = -(-jnp.max(seen.num_far, keepdims=True) // keys)
+    return jnp.stack([far_first, far_last], axis=1), jnp.stack(near, axis=1), far_blocks

@@ -47,14 +47,15 @@ FAR_START, FAR_END, NEAR_START, NEAR_END = range(4)  # rows of the `ranges` that
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the kernels are compiled for; T and S are multiples of ALIGNMENT."""
+    """What the kernels are compiled for; T, S and `near` are multiples of ALIGNMENT."""
 
     B: int
-    T: int
+    T: int  # queries of a row
     N: int
     K: int
     H: int
     S: int
+    near: int  # near keys of a row: its own tokens, as a rule as many as T
     dtype: Any
     scale: float
     num_sms: int  # of the GPU
@@ -252,8 +253,7 @@ class _QueryBlocks:
         far_lo = _aligned(self.ranges[b, FAR_START, token])
         near_lo = _aligned(self.ranges[b, NEAR_START, token])
         far_chunks = pl.cdiv(self.ranges[b, FAR_END, last] - far_lo, CHUNK)
-        near_keys = jnp.minimum(last + 1, self.shape.T) - near_lo
-        chunks = far_chunks + pl.cdiv(jnp.maximum(near_keys, 0), CHUNK)
+        chunks = far_chunks + pl.cdiv(self.ranges[b, NEAR_END, last] - near_lo, CHUNK)
         # At least one, masked whole where the block sees nothing: the warpgroups take turns step by step, and one that
         # waits for its turn at the end of a block is waiting for the other's next step.
         steps = jnp.maximum(pl.cdiv(chunks * CHUNK, self.tiles.keys), 1)
@@ -269,7 +269,8 @@ class _QueryBlocks:
         near = at(NEAR_START, last) + block.shift, at(NEAR_END, token) + block.shift
         steps = block.steps
         if self.tiles.tokens > ROWS:  # otherwise both warpgroups have the same tokens
-            steps = jnp.minimum(lax.div(jnp.maximum(last + block.shift, 0), self.tiles.keys) + 1, steps)
+            end = at(NEAR_END, last) + block.shift
+            steps = jnp.minimum(jnp.maximum(pl.cdiv(end, self.tiles.keys), 1), steps)
         return block, _Rows(*far, *near, steps)
 
     def segments(self, block: _QueryBlock, wg: Any) -> list[tuple[Any, Any, Any]]:
@@ -280,7 +281,7 @@ class _QueryBlocks:
         return [(pl.ds(s * length, length), token, head + s) for s in range(self.tiles.segments)]
 
     def load_tile(self, block: _QueryBlock, near: Any, far: Any, tile: Any, ready: Any, step: Any) -> None:
-        """Starts the copies of one tile of virtual keys: near and far are [B, T or S, K, H] in device memory.
+        """Starts the copies of one tile of virtual keys: near [B, near, K, H] and far [B, S, K, H] are in device memory.
 
         A tile of one kind is one copy. Each kind of tile arrives as often as it has chunks.
         """
@@ -724,11 +725,12 @@ def key_gradients(shape: Shape, tiles: KeyTiles) -> Callable[..., Any]:
 
     far_queries, near_queries: int32 [B, 2, blocks of keys]: first query that sees the block, and one past the last, -1
     for a block without keys; far_blocks: int32 [1], packed blocks that hold keys in some row.
-    Returns packed dk, dv [B, S, K * splits, H], the parts of a head side by side, and near dk, dv [B, T, K, H].
+    Returns packed dk, dv [B, S, K * splits, H], the parts of a head side by side, and near dk, dv
+    [B, near, K, H].
     Heavy blocks, early in the packed array, come first.
     """
     H, KEYS, stages, splits = shape.H, tiles.keys, tiles.stages, tiles.splits
-    near_tasks = pl.cdiv(shape.T, KEYS) * shape.B * shape.K
+    near_tasks = pl.cdiv(shape.near, KEYS) * shape.B * shape.K
     outputs = ("dk",), ("dv",)
 
     def prepare_with(far_q_ref, near_q_ref, far_tasks):
@@ -900,7 +902,7 @@ def key_gradients(shape: Shape, tiles: KeyTiles) -> Callable[..., Any]:
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     )
     far = jax.ShapeDtypeStruct((shape.B, shape.S, shape.K * splits, H), shape.dtype)
-    near = jax.ShapeDtypeStruct((shape.B, shape.T, shape.K, H), shape.dtype)
+    near = jax.ShapeDtypeStruct((shape.B, shape.near, shape.K, H), shape.dtype)
     return _launch(kernel, (far, far, near, near), scratch, shape.num_sms)
 
 

@@ -6,6 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Keys, Queries
+from sepjax.attention.ranges import Ranges
 from sepjax.layout import SeparatorLayout
 
 
@@ -21,11 +22,30 @@ def attend(
 
     `dtype` is that of every operation. Tests measure with it how much error a lower precision makes on its own.
     """
+    return _attend(q, k, v, layout.as_mask(), scale, dtype)
+
+
+def attend_ranges(
+    q: Queries, near: tuple[Array, Array], far: tuple[Array, Array], seen: Ranges, *, scale: float
+) -> tuple[Queries, Float32[Array, "B T N"]]:
+    """`attend` over near and far (k, v), each [B, keys, K, H], of which the queries see `seen`."""
+
+    def mask(start, end, keys):
+        j = jnp.arange(keys, dtype=jnp.int32)
+        return (start[..., None] <= j) & (j < end[..., None])
+
+    seen_near = mask(seen.near_start, seen.near_end, near[0].shape[1])
+    seen_far = mask(seen.far_start, seen.far_end, far[0].shape[1])
+    k, v = (jnp.concatenate(pair, axis=1) for pair in zip(near, far, strict=True))
+    return _attend(q, k, v, jnp.concatenate([seen_near, seen_far], axis=2), scale, jnp.float32)
+
+
+def _attend(q, k, v, mask, scale, dtype):
     B, T, N, H = q.shape
     K = k.shape[2]
     queries, keys, values = (jnp.asarray(x).astype(dtype) for x in (q, k, v))
     queries = queries.reshape(B, T, K, N // K, H)  # the N / K query heads beside the key head that they share
-    mask = layout.as_mask()[:, None, None]  # [B, 1, 1, T, T]
+    mask = mask[:, None, None]  # [B, 1, 1, T, keys]
 
     scores = jnp.einsum("btkgh,bskh->bkgts", queries, keys, precision="highest") * scale
     scores = jnp.where(mask, scores, -jnp.inf)

@@ -20,6 +20,7 @@ from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Keys, Queries
 from sepjax.attention.packing import pack, unpack, vary_alike, with_room
+from sepjax.attention.ranges import Ranges, whole_rows
 from sepjax.layout import SeparatorLayout
 
 # Queries of a block, and keys of a tile. A CPU has little work for a short window when they are few (fastest of 32 to
@@ -48,30 +49,77 @@ def _attend(q, k, v, layout, scale):
 
 
 def _attend_forward(q, k, v, layout, scale):
-    out, top, total = with_room(layout, lambda layout: _forward(q, k, v, layout, scale))
-    lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
-    return (out, lse), (q, k, v, layout, out, top, total)
+    seen = whole_rows(layout)
+    run = lambda layout: _forward(q, (k, v), [pack(x, layout) for x in (k, v)], seen, scale)  # noqa: E731
+    out, top, total = with_room(layout, run)
+    return (out, _lse(top, total)), (q, k, v, layout, out, top, total)
 
 
 def _attend_backward(scale, residuals, cotangents):
-    # Weights are recomputed as exp(S - top) / total: exp(S - lse) would carry the rounding of a large lse.
     q, k, v, layout, out, top, total = residuals
-    d_out, d_lse = cotangents
-    norm = jnp.where(total > 0, 1 / total, 0.0)
-    # dS = P * (dP - sum(P * dP) + dlse), where sum(P * dP) = sum(O * dO).
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
-    rows = q, d_out, top, norm, delta
-    return *with_room(layout, lambda layout: _backward(rows, k, v, layout, scale)), None
+    rows = _rows(q, out, top, total, cotangents)
+
+    def run(layout):
+        far = [pack(x, layout) for x in (k, v)]
+        dq, d_near, d_far = _backward(rows, (k, v), far, whole_rows(layout), scale)
+        return dq, *((x + unpack(y, layout, axis=2)).swapaxes(1, 2).astype(k.dtype) for x, y in zip(d_near, d_far))
+
+    return *with_room(layout, run), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(q, k, v, layout, scale):
-    """Returns out, and of every query the largest score and the sum of exp(score - largest): 0 if it sees nothing."""
-    block = _block_length(layout)
-    near, far = _ranges(layout, block)
-    near_keys, far_keys = _keys(k, v, layout, block)
+@functools.partial(jax.jit, static_argnames="scale")
+def attend_ranges(
+    q: Queries, near: tuple[Array, Array], far: tuple[Array, Array], seen: Ranges, *, scale: float
+) -> tuple[Queries, Float32[Array, "B T N"]]:
+    """`attend` over near and far (k, v), each [B, keys, K, H], of which the queries see `seen`."""
+    q, near, far, seen = vary_alike((q, near, far, seen))
+    return _attend_ranges(q, near, far, seen, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_ranges(q, near, far, seen, scale):
+    return _attend_ranges_forward(q, near, far, seen, scale)[0]
+
+
+def _attend_ranges_forward(q, near, far, seen, scale):
+    out, top, total = _forward(q, near, far, seen, scale)
+    return (out, _lse(top, total)), (q, near, far, seen, out, top, total)
+
+
+def _attend_ranges_backward(scale, residuals, cotangents):
+    q, near, far, seen, out, top, total = residuals
+    dq, *gradients = _backward(_rows(q, out, top, total, cotangents), near, far, seen, scale)
+    return dq, *(tuple(x.swapaxes(1, 2).astype(q.dtype) for x in pair) for pair in gradients), None
+
+
+_attend_ranges.defvjp(_attend_ranges_forward, _attend_ranges_backward)
+
+
+def _lse(top, total):
+    return jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
+
+
+def _rows(q, out, top, total, cotangents):
+    """What belongs to queries in the backward pass: q, d_out, top, 1 / total and delta."""
+    # Weights are recomputed as exp(S - top) / total: exp(S - lse) would carry the rounding of a large lse.
+    d_out, d_lse = cotangents
+    norm = jnp.where(total > 0, 1 / total, 0.0)
+    # dS = P * (dP - sum(P * dP) + dlse), where sum(P * dP) = sum(O * dO).
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
+    return q, d_out, top, norm, delta
+
+
+def _forward(q, near, far, seen, scale):
+    """Returns out, and of every query the largest score and the sum of exp(score - largest): 0 if it sees nothing.
+
+    near, far: (k, v), each [B, keys, K, H].
+    """
+    block, K = _block_length(seen), near[0].shape[2]
+    near_seen, far_seen = _tiles(seen, block)
+    near_keys, far_keys = _keys(near, block), _keys(far, block)
 
     def attend_block(x):
         q, near, far = x
@@ -94,15 +142,15 @@ def _forward(q, k, v, layout, scale):
         out = acc / jnp.where(total > 0, total, 1.0)[..., None]
         return out.astype(q.dtype), top, total
 
-    blocks = lax.map(attend_block, (_blocks(q, k, block), near, far))
-    return tuple(_unblocks(x, layout.length) for x in blocks)
+    blocks = lax.map(attend_block, (_blocks(q, K, block), near_seen, far_seen))
+    return tuple(_unblocks(x, seen.queries) for x in blocks)
 
 
-def _backward(rows, k, v, layout, scale):
-    """Returns dq, dk, dv; `rows` has what belongs to queries: q, d_out, top, 1 / total and delta."""
-    block = _block_length(layout)
-    near, far = _ranges(layout, block)
-    near_keys, far_keys = _keys(k, v, layout, block)
+def _backward(rows, near, far, seen, scale):
+    """Returns dq, and float32 [B, K, keys, H] dk and dv of near and of far keys; `rows` is what `_rows` returns."""
+    block, K = _block_length(seen), near[0].shape[2]
+    near_seen, far_seen = _tiles(seen, block)
+    near_keys, far_keys = _keys(near, block), _keys(far, block)
 
     def block_gradients(d_keys, x):
         (q, d_out, top, norm, delta), near, far = x
@@ -125,17 +173,13 @@ def _backward(rows, k, v, layout, scale):
         return (d_near, d_far), dq.astype(q.dtype)
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (near_keys, far_keys))
-    xs = [_blocks(x, k, block) for x in rows], near, far
-    (d_near, d_far), dq = lax.scan(block_gradients, zeros, xs)
-
-    def to_tokens(near, far):  # float32 [B, K, T + block, H] and [B, K, S + block, H] -> their sum [B, T, K, H]
-        return (near[:, :, : layout.length] + unpack(far, layout, axis=2)).swapaxes(1, 2).astype(k.dtype)
-
-    dk, dv = map(to_tokens, d_near, d_far)
-    return _unblocks(dq, layout.length), dk, dv
+    xs = [_blocks(x, K, block) for x in rows], near_seen, far_seen
+    d_keys, dq = lax.scan(block_gradients, zeros, xs)
+    d_near, d_far = ([x[:, :, : x.shape[2] - block] for x in pair] for pair in d_keys)
+    return _unblocks(dq, seen.queries), d_near, d_far
 
 
-class _Ranges(NamedTuple):
+class _Tiles(NamedTuple):
     """What query blocks see of one array of keys. The first axis, nb, counts the blocks; Q is a block's length."""
 
     start: jax.Array  # int32[nb, B, Q]: each query sees the keys [start, end)
@@ -144,13 +188,12 @@ class _Ranges(NamedTuple):
     tiles: jax.Array  # int32[nb]: tiles from there to the last key that a query of the block sees
 
 
-def _block_length(layout: SeparatorLayout) -> int:
-    return min(_BLOCK_ON_CPU if jax.default_backend() == "cpu" else _BLOCK_ELSEWHERE, layout.length)
+def _block_length(seen: Ranges) -> int:
+    return min(_BLOCK_ON_CPU if jax.default_backend() == "cpu" else _BLOCK_ELSEWHERE, seen.queries)
 
 
-def _ranges(layout: SeparatorLayout, block: int) -> tuple[_Ranges, _Ranges]:
-    """The near and the far ranges; queries beyond T, which fill the last block, see nothing."""
-    i = jnp.arange(layout.length, dtype=jnp.int32)
+def _tiles(seen: Ranges, block: int) -> tuple[_Tiles, _Tiles]:
+    """The near and the far tiles; queries beyond T, which fill the last block, see nothing."""
 
     def blocks(start, end):
         start, end = (_split(x, block) for x in (start, end))
@@ -158,10 +201,9 @@ def _ranges(layout: SeparatorLayout, block: int) -> tuple[_Ranges, _Ranges]:
         first = jnp.min(jnp.where(some, start, jnp.iinfo(jnp.int32).max), axis=(1, 2))
         stop = jnp.max(jnp.where(some, end, 0), axis=(1, 2))
         first = jnp.minimum(first, stop)
-        return _Ranges(start, end, first, -(-(stop - first) // block))
+        return _Tiles(start, end, first, -(-(stop - first) // block))
 
-    end = jnp.broadcast_to(i + 1, layout.near_start.shape)
-    return blocks(layout.near_start, end), blocks(layout.far_start, layout.far_end)
+    return blocks(seen.near_start, seen.near_end), blocks(seen.far_start, seen.far_end)
 
 
 def _visit(ranges, block, step, state):
@@ -193,13 +235,9 @@ def _add_tile(x, first, tile):
     return lax.dynamic_update_slice_in_dim(x, _tile(x, first, tile.shape[2]) + tile, first, axis=2)
 
 
-def _keys(k, v, layout, block):
-    """Near (k, v) [B, K, T + block, H] and far (k, v) [B, K, S + block, H]: a tile from any key on is in bounds."""
-
-    def room(x):
-        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, block), (0, 0)))
-
-    return [room(x) for x in (k, v)], [room(pack(x, layout)) for x in (k, v)]
+def _keys(keys, block):
+    """(k, v) [B, K, keys + block, H]: a tile from any key on is in bounds."""
+    return [jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, block), (0, 0))) for x in keys]
 
 
 def _split(x, block):
@@ -209,10 +247,10 @@ def _split(x, block):
     return x.reshape(B, -1, block, *rest).swapaxes(0, 1)
 
 
-def _blocks(x, k, block):
+def _blocks(x, K, block):
     """[B, T, N, ...] -> [nb, B, K, G, Q, ...], the G = N / K query heads beside the key head that they share."""
     x = _split(x, block)
-    x = x.reshape(*x.shape[:3], k.shape[2], -1, *x.shape[4:])
+    x = x.reshape(*x.shape[:3], K, -1, *x.shape[4:])
     return jnp.moveaxis(x, 2, 4)
 
 

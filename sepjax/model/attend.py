@@ -1,6 +1,7 @@
 """Attention over whole packed rows, as the blocks call it: training, scoring and prefill."""
 
 import collections
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,14 +9,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from sepjax.array_typing import Float, Positions, Queries, SegmentIds, SeparatorFlags, Tokens
+from sepjax.array_typing import Array, Float, Positions, Queries, SegmentIds, SeparatorFlags, Tokens
 from sepjax.attention import dense_attention, separator_attention
-from sepjax.config import AttentionConfig, ModelConfig, layer_windows
+from sepjax.attention.context_parallel import (
+    ContextPlan,
+    context_attention,
+    fits,
+    from_context_order,
+    to_context_order,
+)
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig, layer_windows
 from sepjax.layout import SeparatorLayout, build_layout
 from sepjax.model.layers import Attend
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import Transformer
-from sepjax.sharding import manual_over_batch_and_heads
+from sepjax.sharding import constrain, manual_over_mesh, ways
 
 
 def forward(
@@ -27,6 +35,7 @@ def forward(
     attention: AttentionConfig | None = None,
     *,
     keep_keys: bool = False,
+    context_order: bool = False,
 ) -> tuple[Float[jax.Array, "B T D"], Any]:
     """Hidden states of packed rows under an attention pattern.
 
@@ -38,19 +47,35 @@ def forward(
       segment_ids: int32[B, T], 0 for padding; None: each row is one document.
       attention: the pattern; None: the model's own.
       keep_keys: also return the keys (rotated) and values of every layer, (k, v) each [L, B, T, K, H], for a cache.
+      context_order: leave the hidden states in the order in which the mesh's axis `context` splits rows
+        (`in_context_order`): they are not sent around once more, and a sum over tokens does not care.
 
     Returns:
       Hidden states [B, T, D] for `model.logits`, and (k, v) or None.
     """
     attention = attention or model.attention
     windows = layer_windows(attention, model.config.num_layers, tokens.shape[1])
-    if attention.pattern == "dense":
+    if ways("length") > 1:
+        layout = batch_layout(is_separator, segment_ids, attention, windows[0])
+        attend_rows = _over_context(layout, attention, windows)
+    elif attention.pattern == "dense":
         attend_rows = _dense(segment_ids if attention.document_mask else None)
     else:
         layout = batch_layout(is_separator, segment_ids, attention, windows[0])
         attend_rows = _packed(layout, attention, one_window=len(set(windows)) == 1)
+    tokens, positions = in_context_order(tokens), in_context_order(positions)
     attend = _with_rope(model.config, positions, attend_rows, keep_keys)
-    return model(tokens, positions, attend, jnp.asarray(windows, jnp.int32))
+    hidden, kept = model(tokens, positions, attend, jnp.asarray(windows, jnp.int32))
+    return hidden if context_order else _in_text_order(hidden), kept
+
+
+def in_context_order(x: Array) -> Array:
+    """[B, T] as the mesh's axis `context` splits it, so that every device has as much work; else as it is."""
+    return x if ways("length") == 1 else constrain(to_context_order(x, ways("length")), "batch", "length")
+
+
+def _in_text_order(x: jax.Array) -> jax.Array:
+    return x if ways("length") == 1 else from_context_order(x, ways("length"))
 
 
 def batch_layout(
@@ -62,6 +87,9 @@ def batch_layout(
     """
     if attention.pattern == "dense":
         is_separator, window_size = jnp.zeros_like(is_separator), is_separator.shape[1]
+    # Every device of the axis `context` has the layout of whole rows: a few bytes a token, once for all layers.
+    is_separator = constrain(jnp.asarray(is_separator), "batch", None)
+    segment_ids = None if segment_ids is None else constrain(jnp.asarray(segment_ids), "batch", None)
     return build_layout(
         is_separator,
         window_size=window_size,
@@ -91,7 +119,43 @@ def _packed(layout: SeparatorLayout, attention: AttentionConfig, *, one_window: 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> jax.Array:
         seen = layout if one_window else layout.with_window(window)
         heads = PartitionSpec("batch", None, "heads", None)
-        return manual_over_batch_and_heads(op, (heads, heads, heads, PartitionSpec("batch")), heads)(q, k, v, seen)
+        return manual_over_mesh(op, (heads, heads, heads, PartitionSpec("batch")), heads)(q, k, v, seen)
+
+    return attend
+
+
+# Of a device's tokens the share that has room among the global keys that it sends, unless attention.capacity says
+# otherwise: twice the density of separators in English prose. More is answered exactly, by sending all keys.
+_ROOM_FOR_GLOBAL_KEYS = 0.25
+
+
+def _over_context(layout: SeparatorLayout, attention: AttentionConfig, windows: tuple[int, ...]) -> _Rows:
+    """Attention over rows that the axis `context` splits; q, k and v arrive and leave in context order."""
+    T, C = layout.length, ways("length")
+    if T % (2 * C):
+        raise ConfigError(
+            f"data.sequence_length={T} does not split over mesh.context={C} devices: each gets two chunks of a row, so "
+            f"it must be a multiple of {2 * C}"
+        )
+    room = attention.capacity or round(T * _ROOM_FOR_GLOBAL_KEYS)
+    capacity = min(max(-(-room // C), 1), T // C)
+    sparse = [n for n in windows if n < T]
+    plans = [ContextPlan(C, halo=max(sparse) - 1, capacity=capacity)] if sparse else []
+    plans += [ContextPlan(C, halo=T, capacity=capacity, dense=True)] if len(sparse) < len(windows) else []
+    is_roomy = fits(layout, C, capacity)
+    heads, rows = PartitionSpec("batch", "length", "heads", None), PartitionSpec("batch")
+
+    def run(plan: ContextPlan, *args: Any) -> jax.Array:
+        def op(*args: Any) -> Queries:
+            return context_attention(*args, plan=plan, implementation=attention.implementation)[0]
+
+        return manual_over_mesh(op, (heads, heads, heads, rows, PartitionSpec()), heads)(*args)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> jax.Array:
+        args = q, k, v, layout.with_window(window) if len(set(windows)) > 1 else layout, is_roomy
+        if len(plans) == 1:
+            return run(plans[0], *args)
+        return jax.lax.cond(window >= T, functools.partial(run, plans[1]), functools.partial(run, plans[0]), *args)
 
     return attend
 
@@ -100,9 +164,9 @@ def _dense(segment_ids: SegmentIds | None) -> _Rows:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> jax.Array:
         heads = PartitionSpec("batch", None, "heads", None)
         if segment_ids is None:
-            return manual_over_batch_and_heads(dense_attention, (heads, heads, heads), heads)(q, k, v)
+            return manual_over_mesh(dense_attention, (heads, heads, heads), heads)(q, k, v)
         specs = (heads, heads, heads, PartitionSpec("batch"))
-        return manual_over_batch_and_heads(dense_attention, specs, heads)(q, k, v, segment_ids)
+        return manual_over_mesh(dense_attention, specs, heads)(q, k, v, segment_ids)
 
     return attend
 
@@ -114,6 +178,7 @@ def _with_rope(config: ModelConfig, positions: Positions, attend_rows: _Rows, ke
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> tuple[jax.Array, Any]:
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
-        return attend_rows(q, k, v, window), (k, v) if keep_keys else None
+        kept = tuple(_in_text_order(x) for x in (k, v)) if keep_keys else None
+        return attend_rows(q, k, v, window), kept
 
     return attend

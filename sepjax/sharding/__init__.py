@@ -131,14 +131,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(mesh, axes, x.shape))
 
 
-def manual_over_batch_and_heads(
+def manual_over_mesh(
     op: Callable[..., Any], in_axes: tuple[PartitionSpec, ...], out_axes: PartitionSpec
 ) -> Callable[..., Any]:
-    """Runs `op` on each device's own rows and heads, so that what it loops over is its own data.
+    """Runs `op` on each device's own rows, tokens and heads, so that what it loops over is its own data.
 
     Args:
       op: takes arrays or pytrees of arrays.
-      in_axes: logical axes of each argument ("batch", "heads", None); a pytree's leaves all share its entry.
+      in_axes: logical axes of each argument ("batch", "length", "heads", None); a pytree's leaves all share its entry.
       out_axes: logical axes of the result.
 
     Returns:
@@ -161,6 +161,12 @@ def manual_over_batch_and_heads(
         return run(*args)
 
     return sharded
+
+
+def ways(name: str) -> int:
+    """Parts that the ambient mesh (`jax.set_mesh`) splits a logical axis into; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _ways(mesh, name)
 
 
 def _ways(mesh: Any, name: str | None) -> int:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from sepjax.array_typing import Array, Int32
 from sepjax.config import Config
 from sepjax.data.batch import Batch
-from sepjax.model.attend import forward, layer_layouts
+from sepjax.model.attend import forward, in_context_order, layer_layouts
 from sepjax.model.transformer import Params, abstract, create, merge, split
 from sepjax.sharding import parameter_shardings
 from sepjax.training.loss import cross_entropy_sums
@@ -100,8 +100,10 @@ def attention_statistics(config: Config, batch: Batch) -> Metrics:
 
 def _loss(params: Params, config: Config, graph: nnx.GraphDef, batch: Batch) -> tuple[jax.Array, Any]:
     model = merge(graph, params)
-    hidden, _ = forward(model, batch.tokens, batch.positions, batch.is_separator, batch.segment_ids, config.attention)
-    sums = cross_entropy_sums(hidden, model.output_embedding(), batch.targets, batch.loss_mask, config.optimizer.z_loss)
+    inputs = batch.tokens, batch.positions, batch.is_separator, batch.segment_ids
+    hidden, _ = forward(model, *inputs, config.attention, context_order=True)
+    targets, loss_mask = in_context_order(batch.targets), in_context_order(batch.loss_mask)
+    sums = cross_entropy_sums(hidden, model.output_embedding(), targets, loss_mask, config.optimizer.z_loss)
     return sums[0], sums
 
 
