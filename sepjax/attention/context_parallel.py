@@ -146,9 +146,8 @@ def _attend(attend, plan, capacity, q, k, v, layout):
         device = _Device(_Chunks(layout.with_capacity(layout.length), plan.ways), device.index)
     pack, compact = device.pack_moves(capacity), device.chunks.compact_moves(capacity)
     far = [_move(_gathered(_move(x, *pack), plan), *compact) for x in (k, v)]
-    seen = Ranges(
-        *(device.part(x) for x in (layout.far_start, layout.far_end)), near_start, near_end, layout.num_global
-    )
+    far_start, far_end = device.part(layout.far_start), device.part(layout.far_end)
+    seen = Ranges(far_start, far_end, near_start, near_end, jnp.asarray(layout.num_global))
     return attend(q, tuple(near), tuple(far), seen)
 
 
@@ -168,7 +167,7 @@ class _Chunks:
         """Global keys on each device."""
         return self.early + self.late
 
-    def compact_moves(self, capacity: int) -> "tuple[jax.Array, jax.Array, jax.Array]":
+    def compact_moves(self, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`_move`'s arguments from the gathered keys, `capacity` places a device, to all global keys of the row."""
         C, before = self.ways, self.before
         g = jnp.arange(min(C * capacity, self.layout.length), dtype=jnp.int32)
@@ -181,7 +180,8 @@ class _Chunks:
         early = self.early[..., None]
         key = jnp.where(r < early, before[:, :C, None] + r, before[:, 2 * C - 1 : C - 1 : -1, None] + r - early)
         holds = r < self.device_counts[..., None]
-        return index, *(x.reshape(len(x), C * capacity) for x in (jnp.clip(key, 0, len(g) - 1), holds))
+        key = jnp.clip(key, 0, len(g) - 1)
+        return index, key.reshape(len(key), C * capacity), holds.reshape(len(holds), C * capacity)
 
 
 class _Device:
@@ -207,7 +207,7 @@ class _Device:
         start = self.part(self.chunks.layout.near_start) + shift
         return start, jnp.broadcast_to(i + 1 + shift, start.shape)
 
-    def pack_moves(self, capacity: int) -> "tuple[jax.Array, jax.Array, jax.Array]":
+    def pack_moves(self, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`_move`'s arguments from this device's tokens to its packed global keys, those of the early chunk first."""
         u, layout = self.chunks.length, self.chunks.layout
         early, late = (self.chunks.before[:, n, None] for n in self.numbers)

@@ -50,9 +50,8 @@ def attend_ranges(
     q, scale = with_positive_scale(q, scale)
     q, near, far, seen = _checked((q, near, far, seen))
     length = q.shape[1]
-    near = (_filled(x, kernels.ALIGNMENT) for x in near)
-    far = (_filled(x, _PACK_ROWS) for x in far)
-    return _attend_ranges(_filled(q, kernels.ALIGNMENT), *near, *far, seen, scale, length)
+    arrays = [_filled(x, kernels.ALIGNMENT) for x in (q, *near)] + [_filled(x, _PACK_ROWS) for x in far]
+    return _attend_ranges(*arrays, seen, scale, length)
 
 
 def _checked(arrays):

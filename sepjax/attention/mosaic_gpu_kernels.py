@@ -281,7 +281,7 @@ class _QueryBlocks:
         return [(pl.ds(s * length, length), token, head + s) for s in range(self.tiles.segments)]
 
     def load_tile(self, block: _QueryBlock, near: Any, far: Any, tile: Any, ready: Any, step: Any) -> None:
-        """Starts the copies of one tile of virtual keys: near [B, near, K, H] and far [B, S, K, H] are in device memory.
+        """Starts the copies of one tile of virtual keys from device memory: near [B, near, K, H], far [B, S, K, H].
 
         A tile of one kind is one copy. Each kind of tile arrives as often as it has chunks.
         """

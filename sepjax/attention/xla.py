@@ -62,7 +62,8 @@ def _attend_backward(scale, residuals, cotangents):
     def run(layout):
         far = [pack(x, layout) for x in (k, v)]
         dq, d_near, d_far = _backward(rows, (k, v), far, whole_rows(layout), scale)
-        return dq, *((x + unpack(y, layout, axis=2)).swapaxes(1, 2).astype(k.dtype) for x, y in zip(d_near, d_far))
+        pairs = zip(d_near, d_far, strict=True)
+        return dq, *((x + unpack(y, layout, axis=2)).swapaxes(1, 2).astype(k.dtype) for x, y in pairs)
 
     return *with_room(layout, run), None
 

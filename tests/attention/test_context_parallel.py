@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepjax.attention import context_parallel, separator_attention
+from sepjax.attention import context_parallel
 from sepjax.attention.context_parallel import ContextPlan, context_attention, from_context_order, to_context_order
 from sepjax.layout import build_layout
 from tests.attention.common import check, layouts, results, tensors
@@ -90,7 +90,7 @@ def test_each_device_has_an_early_and_a_late_chunk():
 def test_lengths_that_do_not_fit_are_named():
     q, k, v, *_ = tensors((1, 36, 2, 2, 8))
     layout = build_layout(np.zeros((1, 36), bool), window_size=2, num_sinks=1)
-    with pytest.raises(ValueError, match="T=36 tokens do not split over 4 devices: .* a multiple of 8"):
+    with pytest.raises(ValueError, match=r"T=36 tokens do not split over 4 devices: .* a multiple of 8"):
         over(ContextPlan(4, halo=1, capacity=4))(q, k, v, layout)
     with pytest.raises(ValueError, match="capacity=0 must be 1 or more"):
         over(ContextPlan(2, halo=1, capacity=0))(q, k, v, layout)

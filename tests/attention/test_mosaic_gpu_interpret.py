@@ -8,6 +8,7 @@ before an arrival is over by then, on the real one too: here an arrival counts a
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sepjax.attention import kernel_bench, mosaic_gpu, mosaic_gpu_kernels, reference
 from sepjax.attention.bench import Settings, make_inputs
+from sepjax.attention.ranges import Ranges
 from sepjax.config import ConfigError
 from sepjax.layout import build_layout
 from tests.attention.common import (
@@ -61,9 +63,11 @@ def simulated(monkeypatch):
     monkeypatch.setattr(mosaic_gpu_kernels, "accumulate", _accumulate)
     shape = mosaic_gpu._shape
     monkeypatch.setattr(mosaic_gpu, "_shape", lambda *args: dataclasses.replace(shape(*args), num_sms=2))
-    mosaic_gpu.attend.clear_cache()  # compiled programs of this test are of no use to others
+    for op in (mosaic_gpu.attend, mosaic_gpu.attend_ranges):
+        op.clear_cache()  # compiled programs of this test are of no use to others
     yield
-    mosaic_gpu.attend.clear_cache()
+    for op in (mosaic_gpu.attend, mosaic_gpu.attend_ranges):
+        op.clear_cache()
     assert not gpu_callbacks.get_races().races_found
 
 
@@ -102,6 +106,29 @@ def test_equals_the_definition(case):
     plain = results(functools.partial(reference.attend, scale=scale, dtype=jnp.bfloat16), *inputs, layout)
     exact = brute_force(*inputs, layout.as_mask())
     assert_errs_at_most_twice_as_much(got, plain, exact, largest_terms(*inputs), jnp.bfloat16)
+
+
+@pytest.mark.usefixtures("simulated")
+def test_more_keys_than_queries():
+    """What a device of a mesh sees: two chunks of 40 queries, each behind a halo of 20 keys, and 100 far keys."""
+    B, N, K, H, keys, num_far = 2, 4, 2, 64, 120, 100
+    near_end = np.tile(np.r_[21:61, 81:121], (B, 1)).astype(np.int32)
+    far_end = np.sort(np.random.default_rng(0).integers(0, num_far - 9, near_end.shape)).astype(np.int32)
+    seen = Ranges(far_end // 3, far_end, near_end - 20, near_end, np.full(B, num_far - 9, np.int32))
+    (q, _, _, d_out, d_lse), (_, *near, _, _), (_, *far, _, _) = (
+        tensors((B, T, N, K, H), jnp.bfloat16, seed) for seed, T in enumerate((80, keys, num_far))
+    )
+    scale = H**-0.5
+
+    def run(op, *arrays):
+        outputs, vjp = jax.vjp(lambda q, near, far: op(q, near, far, seen, scale=scale), *arrays)
+        return outputs, vjp((d_out.astype(arrays[0].dtype), d_lse))
+
+    arrays = q, tuple(near), tuple(far)
+    exact = run(reference.attend_ranges, *jax.tree.map(lambda x: x.astype(jnp.float32), arrays))
+    got = run(mosaic_gpu.attend_ranges, *arrays)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=0.03, atol=0.03), got, exact)
+    assert all((np.asarray(x)[:, num_far - 9 :] == 0).all() for x in got[1][2]), "nobody sees the last far keys"
 
 
 @pytest.mark.usefixtures("simulated")
