@@ -39,7 +39,7 @@ from sepjax.evaluation import compare, curves, needle, perplexity, streaming, ta
 from sepjax.evaluation.documents import Document, documents_of, read_documents, read_texts
 from sepjax.flags import one_of_two, run_main, whole_numbers
 from sepjax.hub.chat_template import ChatTemplate
-from sepjax.hub.gguf_file import packaged_file
+from sepjax.loading import locate
 from sepjax.model.transformer import Transformer
 from sepjax.provenance import provenance
 
@@ -220,7 +220,7 @@ def run_tasks(
         dataclasses.replace(_attention(_config(path, model), pattern, window_size), cache_size=0)
         for pattern in patterns
     ]
-    template = ChatTemplate.find(packaged_file(str(path)) or path) if options.get("apply_chat_template") else None
+    template = ChatTemplate.find(locate(path)) if options.get("apply_chat_template") else None
     scores = []
     for score in tasks.run_tasks(model, tokenizer, names, attentions, chat_template=template, **options):
         scores.append(score)

@@ -30,7 +30,8 @@ from sepjax.generation.chat import ChatFormat, chat, interrupt_flag
 from sepjax.generation.driver import CacheUse, Job, StreamEvent, run
 from sepjax.generation.endless import EndlessStream
 from sepjax.generation.prompts import Prompt, PromptError
-from sepjax.loading import load
+from sepjax.hub.chat_template import ChatTemplate
+from sepjax.loading import load, locate
 from sepjax.model.transformer import Transformer
 from sepjax.sampling import Sampling
 
@@ -192,7 +193,8 @@ def _answer_all(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prom
     answers = generate(model, tokenizer, prompts, **settings)
     seconds = time.perf_counter() - begun
     for prompt, answer in zip(prompts, answers, strict=True):
-        print(f">>> {prompt}\n{answer.text}\n")
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+        print(f">>> {text}\n{answer.text}\n")
     total = sum(len(answer.token_ids) for answer in answers)
     cache = CacheUse(*(sum(sizes) for sizes in zip(*(dataclasses.astuple(a.cache) for a in answers), strict=True)))
     print(f"{total} tokens, {total / seconds:.1f} tokens/s with compilation; {_describe(cache)}", file=sys.stderr)
@@ -202,9 +204,9 @@ def _describe(cache: CacheUse) -> str:
     return f"cache holds {cache.held} of {cache.seen} tokens ({cache.kv_kept:.1%}), {cache.bytes:,} bytes"
 
 
-def _read_prompts(prompts: Sequence[str], file: str) -> list[str]:
+def _read_prompts(prompts: Sequence[str], file: str) -> list[Prompt]:
     """The texts of --prompt and --prompt_file."""
-    texts = list(prompts)
+    texts: list[Prompt] = list(prompts)
     if file:
         try:
             texts.append(Path(file).read_text(encoding="utf-8"))
@@ -213,6 +215,14 @@ def _read_prompts(prompts: Sequence[str], file: str) -> list[str]:
     if not texts:
         raise PromptError('nothing to continue; give --prompt="..." (once a text) or --prompt_file')
     return texts
+
+
+def _as_messages(path: Path, tokenizer: Tokenizer, texts: Sequence[Prompt]) -> list[Prompt]:
+    """Token ids of each text as a user's message, up to where the answer begins."""
+    template = ChatTemplate.find(path)
+    if template is None:
+        raise PromptError(f"{str(path)!r} has no chat template; leave out --apply_chat_template")
+    return [tokenizer.encode(template.render([{"role": "user", "content": str(text)}])) for text in texts]
 
 
 class _CallableModule(types.ModuleType):
@@ -245,6 +255,7 @@ if __name__ == "__main__":
     REPEATS = flags.DEFINE_integer(
         "max_repeats", 12, "end an endless text that repeats one run of tokens more often in a row; 0: never"
     )
+    TEMPLATE = flags.DEFINE_bool("apply_chat_template", False, "put each prompt into the model's chat template")
     TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: always the best token; above: draw")
     TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k best tokens; 0: all")
     TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together reach this probability")
@@ -269,11 +280,13 @@ if __name__ == "__main__":
         """Answers the prompts, or talks."""
         endless = ENDLESS.value or CHAT.value
         needs_none = CHAT.value or (RESUME.value and not PROMPT.value and not FILE.value)
-        prompts = [] if needs_none else _read_prompts(PROMPT.value, FILE.value)
+        prompts: list[Prompt] = [] if needs_none else _read_prompts(PROMPT.value, FILE.value)
         if endless and len(prompts) > 1:
             raise PromptError(f"--stream continues one prompt, got {len(prompts)}; leave it out for a batch")
         path = one_of_two("workdir", WORKDIR.value, "model", MODEL.value)
         model, tokenizer = load(path, step=STEP.value, dtype=DTYPE.value, download=DOWNLOAD.value)
+        if TEMPLATE.value:
+            prompts = _as_messages(locate(path), tokenizer, prompts)
         settings: dict[str, Any] = {
             "max_new_tokens": LENGTH.value if endless else LENGTH.value or 128,
             "stop_at_eos": not ENDLESS.value,

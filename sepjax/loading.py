@@ -53,11 +53,7 @@ def load(
       FileNotFoundError: there is no such path, no complete checkpoint, not that step, or no tokenizer.
       sepjax.data.errors.DataError: the tokenizer's file is damaged.
     """
-    source = packaged_file(os.fspath(path)) or Path(path)
-    if not source.exists():
-        if not _HUB_ID.fullmatch(os.fspath(path)):
-            raise FileNotFoundError(f"no such folder: {os.fspath(path)!r}; expected {_KINDS}")
-        source = fetch(os.fspath(path), download=download)
+    source = locate(path, download=download)
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if value not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"{name}={value!r} must be float32, bfloat16 or float16")
@@ -71,6 +67,16 @@ def load(
     config, params, _ = load_params(source, step, mesh)
     graph, _ = abstract(config.model, config.attention)
     return merge(graph, params), Tokenizer.load(source / "tokenizer")
+
+
+def locate(path: str | os.PathLike[str], *, download: bool = False) -> Path:
+    """The folder or file that `load` reads; raises as it does."""
+    source = packaged_file(os.fspath(path)) or Path(path)
+    if source.exists():
+        return source
+    if not _HUB_ID.fullmatch(os.fspath(path)):
+        raise FileNotFoundError(f"no such folder: {os.fspath(path)!r}; expected {_KINDS}")
+    return fetch(os.fspath(path), download=download)
 
 
 def _kind(path: Path) -> str:

@@ -93,6 +93,7 @@ def run_tasks(
     for task in tasks:
         reference: TaskScore | None = None
         uses: list[Any] = []
+        encoded: dict[str, np.ndarray] = {}
         for attention in patterns:
             if equal_kv and reference is not None and attention.pattern in ("sink_window", "fixed_interval"):
                 attention = window_of_equal_kept(attention, [u.seen for u in uses], reference.kv_kept)
@@ -100,6 +101,7 @@ def run_tasks(
             lm = SepjaxLM(
                 model, tokenizer, attention,
                 batch_size=batch_size, batch_tokens=batch_tokens, chat_template=chat_template,
+                encoded=encoded,
             )  # fmt: skip
             began = time.perf_counter()
             results = _evaluate(lm, task, data, limit, num_fewshot, apply_chat_template)
