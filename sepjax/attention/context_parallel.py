@@ -130,25 +130,40 @@ def context_attention(
     )
 
 
+def gathered_keys(
+    k: Keys, v: Keys, layout: SeparatorLayout, *, plan: ContextPlan
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """What `context_attention` sends, with room for `plan.capacity` global keys: near (k, v) and far (k, v)."""
+    return _keys(plan, plan.capacity, _device(layout, plan), k, v)
+
+
 def _attend(attend, plan, capacity, q, k, v, layout):
-    device = _Device(_Chunks(layout, plan.ways), lax.axis_index(plan.axis))
-    sends_all = plan.sends_all(layout.length)
-    if sends_all:
-        near = [from_context_order(_gathered(x, plan), plan.ways) for x in (k, v)]
-    else:
-        near = [_with_halo(x, plan) for x in (k, v)]
-    near_start, near_end = device.near_ranges(0 if sends_all else plan.halo, sends_all)
-    if plan.dense:
-        zeros = jnp.zeros_like(near_start)
-        far, seen = [x[:, :0] for x in (k, v)], Ranges(zeros, zeros, near_start, near_end, zeros[:, 0])
-        return attend(q, tuple(near), tuple(far), seen)
     if capacity == q.shape[1] and layout.capacity < layout.length:
-        device = _Device(_Chunks(layout.with_capacity(layout.length), plan.ways), device.index)
+        layout = layout.with_capacity(layout.length)
+    device = _device(layout, plan)
+    near, far = _keys(plan, capacity, device, k, v)
+    near_start, near_end = device.near_ranges(plan.halo, plan.sends_all(layout.length))
+    far_start, far_end = (device.part(x) for x in (layout.far_start, layout.far_end))
+    num_far = jnp.asarray(layout.num_global)
+    if plan.dense:
+        far_start, far_end, num_far = (jnp.zeros_like(x) for x in (far_start, far_end, num_far))
+    return attend(q, near, far, Ranges(far_start, far_end, near_start, near_end, num_far))
+
+
+def _device(layout: SeparatorLayout, plan: ContextPlan) -> "_Device":
+    return _Device(_Chunks(layout, plan.ways), lax.axis_index(plan.axis))
+
+
+def _keys(plan, capacity, device, k, v):
+    """Near and far (k, v)."""
+    if plan.sends_all(device.chunks.layout.length):
+        near = tuple(from_context_order(_gathered(x, plan), plan.ways) for x in (k, v))
+    else:
+        near = tuple(_with_halo(x, plan) for x in (k, v))
+    if plan.dense:
+        return near, tuple(jnp.asarray(x)[:, :0] for x in (k, v))
     pack, compact = device.pack_moves(capacity), device.chunks.compact_moves(capacity)
-    far = [_move(_gathered(_move(x, *pack), plan), *compact) for x in (k, v)]
-    far_start, far_end = device.part(layout.far_start), device.part(layout.far_end)
-    seen = Ranges(far_start, far_end, near_start, near_end, jnp.asarray(layout.num_global))
-    return attend(q, tuple(near), tuple(far), seen)
+    return near, tuple(_move(_gathered(_move(x, *pack), plan), *compact) for x in (k, v))
 
 
 class _Chunks:
