@@ -9,7 +9,7 @@ Every part is measured against one device of the same host, and written to the J
     attention    rows of 128k, 512k, 1M tokens split over `context`: packed global keys and a halo are sent, against the
                  same kernels with all keys sent and every earlier token seen (dense context parallelism)
     checkpoint   a state of one device is saved, read into the shards of all, goes on, and comes back to one
-    generation   tokens/s of a batch with weights and cache split over `tensor`
+    longest      training steps of one device on single rows of 512k and 1M tokens (not measured unless asked for)
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from sepjax.flags import run_main, whole_numbers
 from sepjax.provenance import heading, provenance
 from sepjax.sharding import bench_attention, bench_training
 
-PARTS = ("training", "attention", "checkpoint", "generation")
+PARTS = ("training", "attention", "checkpoint", "longest")
 
 
 def parts(
@@ -38,6 +38,7 @@ def parts(
         "training": lambda: bench_training.measure(training),
         "attention": lambda: bench_attention.measure(attention),
         "checkpoint": lambda: bench_training.move_checkpoint(training),
+        "longest": lambda: bench_training.longest(training),
     }
 
 
@@ -55,6 +56,8 @@ def line(figures: dict[str, Any]) -> str:
         if x in figures
     ]
     words += [f"{x} {figures[x]:.3f}" for x in ("mfu", "efficiency") if x in figures]
+    if "memory_bytes" in figures:
+        words.append(f"{figures['memory_bytes'] / 2**30:.1f} GiB")
     if "bytes_received" in figures:
         words.append(f"{figures['bytes_received'] / 2**20:.1f} MiB received")
     if "largest_loss_difference" in figures:
@@ -82,13 +85,14 @@ def main(chosen: tuple[str, ...], training: Any, attention: Any, json_file: str 
 
 if __name__ == "__main__":
     DEFAULT, LONG = bench_training.Settings(), bench_attention.Settings()
-    CHOSEN = flags.DEFINE_list("parts", list(PARTS), f"of {', '.join(PARTS)}")
+    CHOSEN = flags.DEFINE_list("parts", list(PARTS[:-1]), f"of {', '.join(PARTS)}")
     CONFIGS = flags.DEFINE_list("configs", list(DEFAULT.configs), "files in configs/, without .py")
     AXES = flags.DEFINE_list("axes", list(DEFAULT.axes), "meshes, each of one axis over all devices")
     LENGTH = flags.DEFINE_integer("length", DEFAULT.length, "tokens of a row in training", lower_bound=1)
     LONG_LENGTH = flags.DEFINE_integer("long_length", DEFAULT.long_length, "the same on `context`", lower_bound=1)
     TOKENS = flags.DEFINE_integer("tokens", DEFAULT.tokens, "of a device's micro-batch", lower_bound=1)
     LENGTHS = flags.DEFINE_list("lengths", list(map(str, LONG.lengths)), "tokens of a row of attention alone")
+    LONGEST = flags.DEFINE_list("longest", list(map(str, DEFAULT.longest)), "tokens of a row in the part longest")
     SECONDS = flags.DEFINE_float("seconds", DEFAULT.seconds, "for the timed loops of a figure", lower_bound=0)
     JSON = flags.DEFINE_string("json", None, "file for all figures and settings")
 
@@ -99,7 +103,8 @@ if __name__ == "__main__":
                     raise ConfigError(f"--{name}={entry} is none of {', '.join(known)}{nearest(entry, known)}")
         training = dataclasses.replace(
             DEFAULT, configs=tuple(CONFIGS.value), axes=tuple(AXES.value), length=LENGTH.value,
-            long_length=LONG_LENGTH.value, tokens=TOKENS.value, seconds=SECONDS.value,
+            long_length=LONG_LENGTH.value, longest=whole_numbers("longest", LONGEST.value),
+            tokens=TOKENS.value, seconds=SECONDS.value,
         )  # fmt: skip
         lengths = whole_numbers("lengths", LENGTHS.value)
         main(tuple(CHOSEN.value), training, dataclasses.replace(LONG, lengths=lengths), JSON.value)

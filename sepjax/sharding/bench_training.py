@@ -38,6 +38,7 @@ class Settings:
       tokens: of a device's micro-batch; models wider than 1024 take half.
       micro_batches: of a step on the mesh.
       density: share of separators.
+      longest: T of single rows that one device trains on, layer inputs kept and all else computed again.
       steps: whose losses are compared.
       seconds: of the timed loops of a figure.
     """
@@ -49,6 +50,7 @@ class Settings:
     tokens: int = 32768
     micro_batches: int = 2
     density: float = 0.12
+    longest: tuple[int, ...] = (2**19, 2**20)
     steps: int = 4
     seconds: float = 3.0
 
@@ -67,6 +69,26 @@ def measure(settings: Settings) -> Iterator[Figures]:
                 alone[length] = _figures(name, one, devices[:1], settings)
                 yield alone[length]
             yield _figures(name, config, devices, settings, alone[length])
+
+
+def longest(settings: Settings) -> Iterator[Figures]:
+    """Yields the figures of one device at rows of `settings.longest` tokens: one row a step, remat "full"."""
+    for length in settings.longest:
+        name = settings.configs[0]
+        yield _figures(
+            name, longest_config(name, length), jax.devices()[:1], dataclasses.replace(settings, steps=2, seconds=0.0)
+        )
+
+
+def longest_config(name: str, length: int) -> Config:
+    """One row of `length` tokens a step, with as little kept for the backward pass as there is a setting for."""
+    config = load_config(_CONFIGS / f"{name}.py")
+    config.mesh = MeshConfig(1, 1, 1, 1)
+    config.model.remat, config.model.scan_layers = "full", True
+    config.model.max_positions = max(config.model.max_positions, length)
+    config.data.sequence_length = length
+    config.optimizer.warmup_steps = 0
+    return _with_batch(config, 1, 1)
 
 
 def _config(name: str, settings: Settings, length: int, axis: str, ways: int) -> tuple[Config, int]:
@@ -94,19 +116,22 @@ def _figures(
 ) -> Figures:
     run = Run(config, devices)
     batch = run.place(random_batch(config, settings.density))
-    state, losses, pairs = run.fresh_state(), [], 0.0
+    state, losses, pairs, milliseconds = run.fresh_state(), [], 0.0, 0.0
     for _ in range(settings.steps):
+        start = time.perf_counter()
         state, metrics = run.step(state, batch)
         losses.append(float(metrics["train/loss"]))
         pairs = float(metrics["sep/pairs_per_row"])
+        milliseconds = (time.perf_counter() - start) * 1e3
 
     def again() -> Any:
         nonlocal state
         state, metrics = run.step(state, batch)
         return metrics
 
-    timing = time_calls(again, repeats=3, seconds=settings.seconds)
-    rate = config.data.batch_size * config.data.sequence_length / timing.milliseconds * 1e3
+    if milliseconds < 3e3 * settings.seconds:  # else the last of the steps above says it
+        milliseconds = time_calls(again, repeats=3, seconds=settings.seconds).milliseconds
+    rate = config.data.batch_size * config.data.sequence_length / milliseconds * 1e3
     peak = peak_flops(config.model.dtype)
     peak = dataclasses.replace(peak, flops_per_second=peak.flops_per_second / jax.device_count() * len(devices))
     figures = {
@@ -117,7 +142,7 @@ def _figures(
         "length": config.data.sequence_length,
         "rows": config.data.batch_size,
         "micro_batches": config.optimizer.accumulation_steps,
-        "milliseconds": timing.milliseconds,
+        "milliseconds": milliseconds,
         "tokens_per_second": rate,
         "mfu": flops_report(config, pairs, rate, peak)["throughput/mfu"],
         "losses": losses,
