@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import ModelConfig
+from sepjax.sharding import constrain
 
 
 def bucket(size: int) -> int:
@@ -109,7 +110,7 @@ class SeparatorCache:
         filled = position >= 0
 
         def take(x: Array) -> jax.Array:
-            return jnp.swapaxes(jnp.where(filled[..., None, None], x[:, rows, position], 0), 2, 3)
+            return _placed(jnp.swapaxes(jnp.where(filled[..., None, None], x[:, rows, position], 0), 2, 3))
 
         return cls(
             k=take(k),
@@ -186,7 +187,7 @@ class SeparatorCache:
 
         def put_heads(x: jax.Array, new: Array) -> jax.Array:  # indexed axes come first: [B, 2, L, K, H]
             pair = jnp.stack([x[:, rows, :, ring], jnp.swapaxes(new, 0, 1)], axis=1)
-            return x.at[:, rows[:, None], :, slots].set(pair, mode="drop", unique_indices=True)
+            return _placed(x.at[:, rows[:, None], :, slots].set(pair, mode="drop", unique_indices=True))
 
         return dataclasses.replace(
             self,
@@ -221,3 +222,8 @@ class SeparatorCache:
         """The ring slot of each row's next token, and whether a global token lies there, to be copied first."""
         ring = self.capacity + self.length % self.window_size
         return ring, self.is_global[jnp.arange(len(ring)), ring]
+
+
+def _placed(x: jax.Array) -> jax.Array:
+    """[L, B, K, C, H], on a mesh split as the activations that it comes from: rows, and heads where they divide."""
+    return constrain(x, None, "batch", "heads", None, None)

@@ -179,6 +179,20 @@ def _with_rope(config: ModelConfig, positions: Positions, attend_rows: _Rows, ke
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
         kept = tuple(_in_text_order(x) for x in (k, v)) if keep_keys else None
+        k, v = (_for_each_device(x, q.shape[2]) for x in (k, v))
         return attend_rows(q, k, v, window), kept
 
     return attend
+
+
+def _for_each_device(x: jax.Array, num_heads: int) -> jax.Array:
+    """Key heads repeated as often as it takes for the axis that splits the query heads to split them too.
+
+    With more devices than key heads, each has one that it shares with others. Nothing is sent: what the axis does not
+    divide lies on all of its devices. The gradients of the copies are added up.
+    """
+    parts, K = ways("heads"), x.shape[2]
+    if K % parts == 0 or num_heads % parts:
+        return x
+    times = next(n for n in range(1, num_heads // K + 1) if num_heads // K % n == 0 and K * n % parts == 0)
+    return constrain(jnp.repeat(x, times, axis=2), "batch", "length", "heads", None)

@@ -145,9 +145,9 @@ def manual_over_mesh(
       `op` under `jax.shard_map` on the ambient mesh, or `op` itself when there is none. A logical axis that some
       argument cannot divide stays whole everywhere.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if on_one_device():
         return op
+    mesh = jax.sharding.get_abstract_mesh()
 
     def sharded(*args: Any) -> Any:
         shapes = [(axes, leaf.shape) for axes, arg in zip(in_axes, args, strict=True) for leaf in jax.tree.leaves(arg)]
@@ -161,6 +161,12 @@ def manual_over_mesh(
         return run(*args)
 
     return sharded
+
+
+def on_one_device() -> bool:
+    """Whether there is no ambient mesh (`jax.set_mesh`), or one of a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
 
 
 def ways(name: str) -> int:

@@ -1,4 +1,4 @@
-"""Attention over rows that all devices share, against sending every key: part of `sepjax.sharding.bench`."""
+"""Attention over rows that all devices share, against sending every key: part of `sepjax.mesh_bench`."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Training steps, checkpoints and generation on a mesh against one device: parts of `sepjax.sharding.bench`."""
+"""Training steps and checkpoints on a mesh against one device: parts of `sepjax.mesh_bench`."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from sepjax.training.step import TrainState, abstract_state, create_state, model
 
 LOSS_BOUND = 5e-3  # nats, at losses near 10: what the rounding of 16-bit activations in another order may change
 AXES = ("data", "fsdp", "tensor", "context")
-_CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 type Figures = dict[str, Any]
 
@@ -82,7 +82,7 @@ def longest(settings: Settings) -> Iterator[Figures]:
 
 def longest_config(name: str, length: int) -> Config:
     """One row of `length` tokens a step, with as little kept for the backward pass as there is a setting for."""
-    config = load_config(_CONFIGS / f"{name}.py")
+    config = load_config(CONFIGS / f"{name}.py")
     config.mesh = MeshConfig(1, 1, 1, 1)
     config.model.remat, config.model.scan_layers = "full", True
     config.model.max_positions = max(config.model.max_positions, length)
@@ -93,7 +93,7 @@ def longest_config(name: str, length: int) -> Config:
 
 def _config(name: str, settings: Settings, length: int, axis: str, ways: int) -> tuple[Config, int]:
     """The config on a mesh of one axis, and the rows of a micro-batch."""
-    config = load_config(_CONFIGS / f"{name}.py")
+    config = load_config(CONFIGS / f"{name}.py")
     tokens = settings.tokens if config.model.embed_dim <= 1024 else settings.tokens // 2
     share = 1 if axis == "tensor" else ways  # activations between the matrices are whole on each device of `tensor`
     split = ways if axis in ("data", "fsdp") else 1

@@ -5,9 +5,10 @@ import json
 import jax
 import pytest
 
-from sepjax.sharding import bench, bench_attention, bench_training
+from sepjax import mesh_bench
+from sepjax.mesh_bench import attention, generation, training
 
-TRAINING = bench_training.Settings(
+TRAINING = training.Settings(
     configs=("sep_tiny",),
     axes=("context",),
     length=64,
@@ -17,9 +18,10 @@ TRAINING = bench_training.Settings(
     steps=2,
     seconds=0.0,
 )
-ATTENTION = bench_attention.Settings(
+ATTENTION = attention.Settings(
     lengths=(512,), num_heads=2, num_kv_heads=1, head_dim=16, dtype="float32", passes=("forward",), seconds=0.0
 )
+GENERATION = generation.Settings("sep_tiny", rows=2, prompt=64, new=4, capacity=64)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +36,9 @@ def two_devices():
 @pytest.mark.usefixtures("two_devices")
 def test_every_part_runs_and_agrees(tmp_path, capsys):
     file = tmp_path / "mesh.json"
-    bench.main(("training", "attention"), TRAINING, ATTENTION, str(file))
-    one, mesh, separators, dense, alone = json.loads(file.read_text())["figures"]
+    settings = mesh_bench.Settings(TRAINING, ATTENTION, GENERATION)
+    mesh_bench.main(("training", "attention", "generation"), settings, str(file))
+    one, mesh, separators, dense, alone, *generated = json.loads(file.read_text())["figures"]
     assert (one["devices"], mesh["devices"], mesh["mesh"]) == (1, 2, {"context": 2})
     assert mesh["losses_agree"]
     assert mesh["losses"][1] < mesh["losses"][0] - 0.01, "the optimizer moves, so gradients are compared too"
@@ -46,4 +49,7 @@ def test_every_part_runs_and_agrees(tmp_path, capsys):
     assert dense["bytes_received"] == 256 * token
     # A window of 256 needs all keys of a device that has 256: the halo is as large. 12 % of the keys come on top.
     assert separators["bytes_received"] > dense["bytes_received"]
+    assert [x["devices"] for x in generated] == [1, 2]
+    assert all(x["all_steps_ran"] and x["same_tokens"] == 1 for x in generated)
+    assert generated[1]["cache_bytes_per_device"] < 0.6 * generated[0]["cache_bytes_per_device"]
     assert "losses agree" in capsys.readouterr().out

@@ -1,0 +1,70 @@
+"""Generation with weights and cache split over a mesh: the same tokens as on one device."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sepjax.config import AttentionConfig, MeshConfig, ModelConfig
+from sepjax.generation.loop import Request, make_advance, start
+from sepjax.model.attend import forward
+from sepjax.model.transformer import abstract, create, merge, split
+from sepjax.sampling import Sampling
+from sepjax.sharding import make_mesh, parameter_shardings
+
+MODEL = ModelConfig(vocab_size=64, num_layers=2, embed_dim=32, num_heads=8, num_kv_heads=2, head_dim=8, mlp_dim=64)
+ATTENTION = AttentionConfig(num_sinks=2, window_size=8)
+ROWS, LENGTH, NEW = 4, 32, 12
+
+
+def answers(mesh):
+    """New tokens, and the shape [L, B, K, C, H] of a device's part of the cached keys."""
+    graph, params = split(create(MODEL, ATTENTION, jax.random.key(0)))
+    params = jax.tree.map(lambda x: 20 * x if x.ndim > 2 else x, params)  # so that no two tokens are nearly as likely
+    rng = np.random.default_rng(0)
+    request = Request(jnp.arange(64) % 7 == 0, Sampling.create(), jnp.int32(-1), jnp.int32(NEW))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, parameter_shardings(params, mesh))
+        tokens, lengths = rng.integers(0, 64, (ROWS, LENGTH)).astype(np.int32), np.array([32, 9, 20, 1], np.int32)
+        keys = jax.random.split(jax.random.key(1), ROWS)
+        state, first = start(graph, params, tokens, lengths, keys, request, ATTENTION, window_size=8, capacity=64)
+        state, rest = make_advance(graph, ATTENTION, NEW)(params, state, np.zeros(ROWS, bool), request)
+    keys = state.cache.k
+    return np.concatenate([first.token, rest.token], axis=1), keys.sharding.shard_shape(keys.shape)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return answers(make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]))[0]
+
+
+def test_weights_and_cache_over_tensor_and_rows_over_data(alone):
+    tokens, part = answers(make_mesh(MeshConfig(2, 1, 2, 1), jax.devices()[:4]))
+    np.testing.assert_array_equal(tokens, alone)
+    assert len({tuple(row) for row in tokens}) == ROWS, "every row has something else to say"
+    assert part == (2, ROWS // 2, 1, 72, 8), "rows and key heads are split"
+
+
+def test_fewer_key_heads_than_devices(alone):
+    """Two key heads on four devices: each keeps both in its cache, and computes two of the eight query heads."""
+    tokens, _ = answers(make_mesh(MeshConfig(1, 1, 4, 1), jax.devices()[:4]))
+    np.testing.assert_array_equal(tokens, alone)
+
+
+def test_every_device_computes_its_own_query_heads(monkeypatch):
+    """Also where there are fewer key heads than devices: one of 8 query heads each, with the key head that it sees."""
+    seen = []
+
+    def record(q, k, v, layout, **settings):
+        seen.append((q.shape, k.shape))
+        return q
+
+    monkeypatch.setattr("sepjax.model.attend.separator_attention", record)
+    mesh = make_mesh(MeshConfig(1, 1, 8, 1))
+    graph, shapes = abstract(dataclasses.replace(MODEL, scan_layers=True), ATTENTION)
+    batch = jnp.zeros((ROWS, LENGTH), jnp.int32)
+    with jax.set_mesh(mesh):
+        jax.eval_shape(lambda p: forward(merge(graph, p), batch, batch, batch > 0, attention=ATTENTION)[0], shapes)
+    assert set(seen) == {((ROWS, LENGTH, 1, 8), (ROWS, LENGTH, 1, 8))}
