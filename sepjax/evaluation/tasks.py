@@ -33,7 +33,7 @@ class TaskScore:
     task: str
     pattern: str
     num_sinks: int
-    window_size: int
+    window_size: int  # 0: dense
     interval: int
     metrics: dict[str, float]  # "acc,none", "exact_match,strict-match", ...
     errors: dict[str, float | None]  # standard errors of the same names
@@ -173,8 +173,8 @@ def _score(task: str, attention: AttentionConfig, lm: Any, results: dict[str, An
     return TaskScore(
         task=task,
         pattern=attention.pattern,
-        num_sinks=attention.num_sinks,
-        window_size=attention.window_size,
+        num_sinks=0 if attention.pattern == "dense" else attention.num_sinks,
+        window_size=0 if attention.pattern == "dense" else attention.window_size,
         interval=attention.interval,
         metrics={} if refused else {k: float(v) for k, v in named.items() if "_stderr," not in k},
         errors={} if refused else {k.replace("_stderr", ""): float(v) for k, v in named.items() if "_stderr," in k},

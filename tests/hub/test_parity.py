@@ -1,5 +1,6 @@
 """Every family against transformers: figures that it gave (golden.*), and itself where torch is installed."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -67,6 +68,19 @@ def test_greedy_text_is_that_of_transformers(models, name):
     settings = {"max_new_tokens": tiny.NEW_TOKENS, "stop_at_eos": False, "attention": DENSE}
     (answer,) = sepjax.generate(model, tokenizer, [tiny.tokens()[0].tolist()], **settings)
     assert answer.token_ids == tuple(GOLDEN[name]["greedy"].tolist())
+
+
+def test_training_free_through_both_caches(models):
+    _, model, tokenizer = models["pythia"]
+    ids = tiny.tokens()[0].tolist()
+    settings = {"max_new_tokens": 8, "stop_at_eos": False}
+    (answer,) = sepjax.generate(model, tokenizer, [ids], attention=SEPARATORS, **settings)
+    assert answer.token_ids[0] == int(GOLDEN["pythia"]["masked"][0, -1].argmax())
+    assert answer.cache.held < answer.cache.seen  # it evicted
+    bounded = dataclasses.replace(SEPARATORS, max_separators=4, cache_size=16)
+    events = list(sepjax.stream(model, tokenizer, ids, attention=bounded, bounded=True, **settings))
+    assert len(events) == 8
+    assert all(event.cache.held <= 16 < event.cache.seen for event in events)
 
 
 def test_gpt2_does_not_stream_past_its_positions(models):
