@@ -32,6 +32,7 @@ class Score:
     pattern: str
     window_size: int  # n; for per-layer windows the largest
     perplexity: float  # per token
+    window_perplexity: float  # the mean of each window's own, a convention of other programs; always larger
     bits_per_byte: float  # of the UTF-8 text
     kv_kept: float  # keys of the last row over the row's length, averaged over layers and windows
     attention_fraction: float  # visible over causal pairs, averaged over layers
@@ -173,6 +174,7 @@ def _total(x: WindowScores, num_bytes: int) -> Score:
         pattern=x.attention.pattern,
         window_size=max(layer_windows(x.attention, x.num_layers, max(x.lengths))),
         perplexity=math.exp(min(nll / tokens, 700.0)),
+        window_perplexity=float(np.mean(np.exp(np.minimum(x.nll / x.tokens, 700.0)))),
         bits_per_byte=nll / math.log(2) / num_bytes,
         kv_kept=x.kv_kept,
         attention_fraction=x.pairs[0] / x.pairs[1],

@@ -64,6 +64,11 @@ def test_cut_documents_without_bos(byte_model, byte_tokenizer):
     settings = {"length": 32, "batch_size": 4, "max_tokens": 50, "bos": False}
     (score,) = score_patterns(byte_model, byte_tokenizer, [TEXT], [byte_model.attention], **settings)
     assert (score.tokens, score.bytes) == (49, 49)
+    parts = [
+        score_patterns(byte_model, byte_tokenizer, [text], [byte_model.attention], **settings)[0].perplexity
+        for text in (TEXT[:33], TEXT[32:50])
+    ]
+    assert score.window_perplexity == pytest.approx(np.mean(parts), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
