@@ -35,7 +35,7 @@ class Cell:
     """One length and depth under one pattern."""
 
     pattern: str
-    window_size: int
+    window_size: int  # 0: dense
     length: int  # tokens of the text, question included
     depth: float  # where the needle is: 0 at the beginning, 1 just before the question
     found: float  # share of the texts
@@ -119,7 +119,7 @@ def _cell(attention: AttentionConfig, length: int, depth: float, scores: Sequenc
     found = np.array([s.is_greedy for s in scores], float)
     return Cell(
         pattern=attention.pattern,
-        window_size=attention.window_size,
+        window_size=0 if attention.pattern == "dense" else attention.window_size,
         length=length,
         depth=depth,
         found=float(found.mean()),
@@ -140,7 +140,7 @@ def table(cells: Sequence[Cell]) -> str:
         row = [c for c in cells if (c.pattern, c.window_size, c.length) == key]
         kept = np.mean([c.kv_kept for c in row])
         found = "".join(f"{c.found:>7.0%}" for c in sorted(row, key=lambda c: c.depth))
-        lines.append(f"{key[0]:<16}{key[1]:>6}{key[2]:>8}{kept:>9.1%}   {'':<15}{found}")
+        lines.append(f"{key[0]:<16}{key[1] or '':>6}{key[2]:>8}{kept:>9.1%}   {'':<15}{found}")
     return "\n".join(lines)
 
 
@@ -174,7 +174,7 @@ def write_png(path: Path, cells: Sequence[Cell]) -> None:
         values = [[there[d, n].found for n in lengths] for d in depths]
         kept = np.mean([c.kv_kept for c in there.values()])
         image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set(title=f"{pattern} n={window}, {kept:.0%} kept", xlabel="tokens")
+        axis.set(title=f"{pattern}{f' n={window}' if window else ''}, {kept:.0%} kept", xlabel="tokens")
         axis.set_xticks(range(len(lengths)), lengths)
         axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
     axes[0].set_ylabel("depth of the needle")

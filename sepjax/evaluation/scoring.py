@@ -10,7 +10,7 @@ that one compiled program scores a whole benchmark and nothing is spent on paddi
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -86,7 +86,7 @@ def score_continuations(
     packed = _pack(inputs, length)
     table = configured_table(tokenizer, attention)
     graph, params = split(model)
-    step = jax.jit(functools.partial(_score_rows, graph, attention))
+    step = _make_step(graph, attention)
     params = working_copy(params, model.config)
     logprob, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
     held: list[float] = [0.0] * len(requests)
@@ -162,6 +162,12 @@ def _batches(
         where = entries[:, 1:].reshape(-1, min(_CHUNK, len(entries)), 3)
         arrays = (tokens, positions, segments, is_separator, where)
         yield _Batch(arrays, entries[: len(scored), 0], places)
+
+
+@functools.cache
+def _make_step(graph: Any, attention: AttentionConfig) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """`_score_rows` compiled for one model and pattern: tasks with rows of one length share the program."""
+    return jax.jit(functools.partial(_score_rows, graph, attention))
 
 
 def _score_rows(

@@ -195,7 +195,7 @@ def table(scores: Iterable[TaskScore]) -> str:
         f"{'documents':>11}{'tokens/s':>10}"
     ]
     for s in scores:
-        head = f"{s.task:<18}{s.pattern:<16}{s.num_sinks:>3}{s.window_size:>6}{s.kv_kept:>9.1%}  "
+        head = f"{s.task:<18}{s.pattern:<16}{s.num_sinks:>3}{s.window_size or '':>6}{s.kv_kept:>9.1%}  "
         if s.refused:
             lines.append(f"{head}not reported: {s.refused}")
         for name, value in s.metrics.items():
