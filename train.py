@@ -2,8 +2,8 @@
 
     python train.py --config=configs/sep_tiny.py --workdir=runs/tiny [--config.training.steps=100 ...]
 
-Started again on the same workdir, it resumes from the newest checkpoint, bit for bit. On a TPU pod or a cluster that
-JAX recognises, start the same command on every host.
+Started again on the same workdir, it resumes from the newest checkpoint, bit for bit, whatever ended it
+(docs/reliability.md). On a TPU pod or a cluster that JAX recognises, start the same command on every host.
 """
 
 import functools
@@ -16,22 +16,36 @@ import jax
 from absl import flags
 
 from sepjax import sharding
-from sepjax.checkpoint import Checkpointer, claim_workdir
+from sepjax.checkpoint import Checkpointer
 from sepjax.config import Config
 from sepjax.data.batch import Batch
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
 from sepjax.flags import run_main
 from sepjax.flops import flops_report, peak_flops
 from sepjax.metrics import MetricWriter, Throughput, run_meta
+from sepjax.training.guard import StepGuard, StopNotice, Watchdog
 from sepjax.training.step import TrainState, abstract_state, create_state, eval_step, model_graph, train_step
+from sepjax.workdir import claim_workdir, hold_workdir
 
 
-def train(config: Config, workdir: Path) -> TrainState:
-    """Trains until `config.training.steps`, or from the newest checkpoint on; returns the last state."""
+def train(config: Config, workdir: Path, *, new_data: bool = False, step_timeout: float = 0.0) -> TrainState:
+    """Trains until `config.training.steps`, or from the newest checkpoint on; returns the last state.
+
+    Args:
+      config: the experiment.
+      workdir: folder of the run, which no other process may use meanwhile.
+      new_data: whether the data section may be another than before (`sepjax.workdir`); data then start anew.
+      step_timeout: seconds after which a step that hangs ends the program; 0: never.
+    """
+    with hold_workdir(workdir):
+        return _train(config, workdir, new_data, step_timeout)
+
+
+def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float) -> TrainState:
     # Mesh: every device of every host. Workdir: one config for its whole life.
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.data.batch_size // config.optimizer.accumulation_steps)
-    claim_workdir(workdir, config)
+    claim_workdir(workdir, config, new_data=new_data)
     run_meta(workdir, seed=config.training.seed)
 
     # Data: text -> tokens -> packed rows. Each host reads its own share of the documents.
@@ -54,29 +68,49 @@ def train(config: Config, workdir: Path) -> TrainState:
             eval_fn, state, [place(b) for b, _ in zip(rows, range(config.training.eval_batches), strict=False)]
         )
 
-    with jax.set_mesh(mesh), Checkpointer(workdir, config.training.keep_checkpoints) as checkpoints:
+    def remake() -> None:
+        claim_workdir(workdir, config)
+        tokenizer.save(workdir / "tokenizer")
+        run_meta(workdir, seed=config.training.seed)
+
+    peak, keep = peak_flops(config.model.dtype), config.training.keep_checkpoints
+    with (
+        jax.set_mesh(mesh),
+        Checkpointer(workdir, keep, remake) as checkpoints,
+        StopNotice() as notice,
+        Watchdog(step_timeout) as watchdog,
+    ):
         if checkpoints.latest_step is None:
             state = jax.jit(functools.partial(create_state, config), out_shardings=shardings)()
         else:
-            state = checkpoints.restore(target, batches)
-        start, peak = int(state.step), peak_flops(config.model.dtype)
+            state = checkpoints.restore(target, batches, config, new_data=new_data)
+        start = int(state.step)
         _announce(config, workdir, mesh, state, peak)
 
-        # The loop. The host runs ahead of the devices; it waits for them only where it reads metrics.
+        # The loop. The host runs two steps ahead of the devices, and waits for them where it reads metrics.
         with MetricWriter(workdir, total_steps=config.training.steps, resume_step=start) as writer:
             throughput = Throughput()
+            most, skipped = config.training.max_skipped_steps, int(state.health.skipped)
+            guard = StepGuard(watchdog, most, skipped, checkpoints.describe)
             for step in range(start + 1, config.training.steps + 1):
                 state, metrics = step_fn(state, place(next(batches)))
+                guard.follow(step, metrics)
                 throughput.add(config.data.batch_size * config.data.sequence_length)
+                stops = notice.reached(step)
                 if _due(step, config.training.log_every, config):
+                    guard.catch_up()
                     metrics = {name: float(value) for name, value in metrics.items()}
                     pairs = metrics.pop("sep/pairs_per_row")
                     writer.write(step, metrics | flops_report(config, pairs, throughput.rate(), peak))
-                with throughput.pause():
+                with throughput.pause(), watchdog.pause():
                     if _due(step, config.training.eval_every, config):
                         writer.write(step, evaluate(state))
-                    if _due(step, config.training.checkpoint_every, config):
+                    if stops or _due(step, config.training.checkpoint_every, config):
+                        guard.catch_up()
                         checkpoints.save(state, batches, config)
+                if stops and step < config.training.steps:
+                    checkpoints.check()
+                    raise notice.stopped(step)
     return state
 
 
@@ -108,10 +142,12 @@ def _announce(config: Config, workdir: Path, mesh: jax.sharding.Mesh, state: Tra
 
 if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: made if missing, resumed if not", required=True)
+    NEW_DATA = flags.DEFINE_bool("new_data", False, "go on with another data section, from its beginning")
+    TIMEOUT = flags.DEFINE_float("step_timeout", 1800.0, "seconds after which a step that hangs ends the run; 0: never")
 
     def main(config: Config) -> None:
         """Runs under absl: Grain's worker processes need that."""
         sharding.join_cluster()
-        train(config, Path(WORKDIR.value))
+        train(config, Path(WORKDIR.value), new_data=NEW_DATA.value, step_timeout=TIMEOUT.value)
 
     run_main(main, with_config=True)

@@ -4,12 +4,16 @@
                             /optimizer   optax moments
                             /data        the data iterator, one file a process
                             /config      the Config as JSON
+                            /health      skipped steps and the mean loss, JSON
+                            /sepjax_files.json    sizes and checksums (`sepjax.checkpoint_files`)
 """
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,78 +21,192 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from sepjax.checkpoint_files import damage, remove_unfinished, seal, set_aside, steps_on_disk
 from sepjax.config import Config, ConfigError, UserError, from_json, to_json
+from sepjax.console import say
 from sepjax.model.transformer import Params, abstract
 from sepjax.sharding import make_mesh, parameter_shardings
+from sepjax.workdir import check_same_run
 
 if TYPE_CHECKING:
     import grain
 
     from sepjax.training.step import TrainState
 
-# Settings that a resumed run may change: they touch neither the parameters' path nor the order of the data.
-_FREE = ("training.steps", "training.log_every", "training.eval_every", "training.eval_batches")
-_FREE += ("training.checkpoint_every", "training.keep_checkpoints", "data.data_dir", "data.num_workers")
-_FREE += ("mesh.", "attention.implementation", "attention.capacity", "attention.cache_size", "attention.max_separators")
-_FREE += ("attention.stream_positions", "attention.keep_all_separators")
+_ITEMS = ("params", "optimizer", "data", "config")
+_SEAL_EVERY = 0.5  # seconds between looks for a checkpoint that has become complete
 
 
 class CheckpointError(UserError, OSError):
-    """A checkpoint that could not be written."""
+    """A checkpoint that could not be written, or none that can be read."""
 
 
 class Checkpointer:
     """Saves and restores one run; a context manager that waits for the last write when it closes.
 
-    A write that fails raises `CheckpointError`, then or at the next save; older checkpoints stay as they are.
+    A write that fails is told on stderr and the next one tries again: older checkpoints stay as they are, and the run
+    goes on. If the last one fails, closing raises `CheckpointError`.
     """
 
-    def __init__(self, workdir: Path, keep: int):
+    def __init__(self, workdir: Path, keep: int, remake: Callable[[], None] | None = None):
+        """`remake` puts back what else belongs into a workdir that has vanished."""
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(directory(workdir), options=options)
+        self._folder, self._remake = directory(workdir), remake
+        self._writing: int | None = None  # step whose write may still go on
+        self._failed: CheckpointError | None = None  # of the newest write
+        self._seals = _Seals(self._folder)
 
     @property
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint. Interrupted ones do not count."""
         return self._manager.latest_step()
 
+    def describe(self) -> str:
+        """Which checkpoint is the newest complete one, in words."""
+        self.wait()
+        return _newest(self._folder)
+
     def save(self, state: "TrainState", data: "grain.DatasetIterator", config: Config) -> None:
         """Starts writing a checkpoint of `state.step`; returns once the arrays are copied off the devices."""
+        self.wait()
         step = int(state.step)
-        if step == self.latest_step:
+        if step in self._manager.all_steps() and self._folder.is_dir():
             return
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave(state.optimizer),
             data=_grain().CheckpointSave(data),
             config=ocp.args.JsonSave(json.loads(to_json(config))),
+            health=ocp.args.JsonSave({name: x.item() for name, x in vars(jax.device_get(state.health)).items()}),
         )
-        self.write(step, items)
+        try:
+            self._ensure_workdir()
+            self.write(step, items)
+        except (CheckpointError, OSError) as error:
+            self._note(step, error)
 
     def write(self, step: int, items: ocp.args.Composite) -> None:
-        """Starts writing items that are named as in this file's heading."""
-        with self._writing():
+        """Starts writing items that are named as in this file's heading. Raises CheckpointError."""
+        with _naming(self._folder):
             self._manager.save(step, args=items, force=True)
+        self._writing = step
+        self._seals.expect(step)
 
-    def restore(self, target: "TrainState", data: "grain.DatasetIterator") -> "TrainState":
-        """Reads the newest checkpoint straight into its shards, and sets `data` to where it was.
-
-        `target` has the state's shapes, dtypes and shardings (`sepjax.training.step.abstract_state`).
-        """
-        step = self.latest_step
+    def wait(self) -> None:
+        """Waits for the write that goes on, if any. If it has failed, says so."""
+        step, self._writing = self._writing, None
         if step is None:
-            raise FileNotFoundError(f"no complete checkpoint in {self._manager.directory}")
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(target.params),
-            optimizer=ocp.args.StandardRestore(target.optimizer),
-            data=_grain().CheckpointRestore(data),
+            return
+        try:
+            with _naming(self._folder):
+                self._manager.wait_until_finished()
+        except CheckpointError as error:
+            self._note(step, error)
+        else:
+            self._failed = None
+            self._seals.seal()
+
+    def check(self) -> None:
+        """Waits, and raises CheckpointError if the newest write has failed."""
+        self.wait()
+        if self._failed is not None:
+            raise self._failed
+
+    def restore(
+        self, target: "TrainState", data: "grain.DatasetIterator", config: Config, *, new_data: bool = False
+    ) -> "TrainState":
+        """Reads the newest checkpoint that is whole straight into its shards, and sets `data` to where it was.
+
+        Damaged ones are named on stderr, and set aside once an older one could be read.
+
+        Args:
+          target: the state's shapes, dtypes and shardings (`sepjax.training.step.abstract_state`).
+          data: the training batches.
+          config: of the run as it goes on.
+          new_data: whether a checkpoint of other data may be used; `data` then stays where it is.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint.
+          ConfigError: the newest one does not fit `config` or the code; names what differs.
+          CheckpointError: none can be read.
+        """
+        torn: list[tuple[int, str]] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            reason = _agreed(damage(self._folder / str(step), _ITEMS, share=(jax.process_index(), jax.process_count())))
+            if reason is None:
+                try:
+                    state = self._read(step, target, data, config, new_data)
+                except UserError:
+                    raise
+                except Exception as error:  # Orbax, TensorStore and Grain raise all kinds for damaged files
+                    reason = _first_line(error)
+                else:
+                    self._set_aside([step for step, _ in torn])
+                    return state
+            torn.append((step, reason))
+            _say(f"warning: the checkpoint of step {step} cannot be used: {reason}")
+        if not torn:
+            raise FileNotFoundError(f"no complete checkpoint in {self._folder}")
+        raise CheckpointError(
+            f"none of the {len(torn)} checkpoints in {self._folder} can be read; the newest, of step {torn[0][0]}: "
+            f"{torn[0][1]}. Bring back a copy, or move the folder away to start over"
         )
-        read = self._manager.restore(step, args=items)
-        counter: Any = target.step
-        count = jax.device_put(np.int32(step), counter.sharding)
-        return dataclasses.replace(target, step=count, params=read["params"], optimizer=read["optimizer"])
+
+    def _read(
+        self, step: int, target: "TrainState", data: "grain.DatasetIterator", config: Config, new_data: bool
+    ) -> "TrainState":
+        folder = self._folder / str(step)
+        is_new = check_same_run(from_json((folder / "config" / "metadata").read_text()), config, folder, new_data)
+        check_shapes(folder / "params", target.params)
+        items: dict[str, Any] = {
+            "params": ocp.args.StandardRestore(target.params),
+            "optimizer": ocp.args.StandardRestore(target.optimizer),
+        }
+        if not is_new:
+            items["data"] = _grain().CheckpointRestore(data)
+        if (folder / "health").is_dir():
+            items["health"] = ocp.args.JsonRestore()
+        read = self._manager.restore(step, args=ocp.args.Composite(**items))
+        numbers = {"step": step, "skipped": 0, "loss_mean": 0.0} | dict(read.get("health") or {})
+        replicated: Any = target.step
+        scalars = {
+            name: jax.device_put(np.float32(x) if isinstance(x, float) else np.int32(x), replicated.sharding)
+            for name, x in numbers.items()
+        }
+        health = dataclasses.replace(target.health, skipped=scalars["skipped"], loss_mean=scalars["loss_mean"])
+        return dataclasses.replace(
+            target, step=scalars["step"], params=read["params"], optimizer=read["optimizer"], health=health
+        )
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            if jax.process_index() == 0:
+                _say(f"the damaged checkpoint of step {step} is now {set_aside(self._folder / str(step))}")
+        if steps:
+            sync("sepjax_torn_checkpoints")
+            self._manager.reload()
+
+    def _ensure_workdir(self) -> None:
+        if self._folder.is_dir():
+            return
+        _say(f"warning: {self._folder} has vanished, with every checkpoint in it; it is made anew")
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True)
+            if self._remake:
+                self._remake()
+        sync("sepjax_remade_workdir")
+        self._manager.reload()
+
+    def _note(self, step: int, error: Exception) -> None:
+        error = error if isinstance(error, CheckpointError) else CheckpointError(str(error))
+        self._failed = error
+        if jax.process_index() == 0:
+            remove_unfinished(self._folder, step)
+        _say(f"warning: step {step} is not saved: {error}")
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -96,25 +214,124 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            with self._writing():
-                self._manager.close()
-        else:  # the run has a reason to stop already; another one must not hide it
+        try:
+            self.wait()
             with contextlib.suppress(OSError, ValueError):
                 self._manager.close()
+        finally:
+            self._seals.close()
+        if error is None and self._failed is not None:
+            raise self._failed
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Says what a failed write leaves. Orbax writes in the background; TensorStore's errors are ValueErrors."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            complete = steps_on_disk(Path(self._manager.directory))
-            raise CheckpointError(
-                f"cannot write a checkpoint in {self._manager.directory}: {str(error).splitlines()[0][:300]}; "
-                + (f"the newest complete one is of step {complete[-1]}, " if complete else "there is none yet, ")
-                + "and the same command goes on from there once files can be written"
-            ) from error
+
+class _Seals:
+    """Writes the manifest of every checkpoint soon after it has become complete; on process 0, in the background."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._expected: set[int] = set()
+        self._lock, self._end = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="seals", daemon=True)
+
+    def expect(self, step: int) -> None:
+        """`step` is being written."""
+        if jax.process_index() != 0:
+            return
+        with self._lock:
+            self._expected.add(step)
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def seal(self) -> None:
+        """Seals what is complete by now."""
+        with self._lock, contextlib.suppress(OSError):  # no manifest is better than no run
+            for step in self._expected.intersection(steps_on_disk(self._folder)):
+                self._expected.discard(step)
+                seal(self._folder / str(step))
+
+    def _watch(self) -> None:
+        while not self._end.wait(_SEAL_EVERY):
+            if self._expected:
+                self.seal()
+
+    def close(self) -> None:
+        """Seals for the last time."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.seal()
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Says what a failed write leaves. Orbax writes in the background; TensorStore's errors are ValueErrors.
+
+    Orbax logs each failure with several tracebacks; the message here has what a user needs of them.
+    """
+    log = logging.getLogger("absl")
+    log.addFilter(_is_not_orbax)
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"cannot write a checkpoint in {folder}: {_first_line(error)}; {_newest(folder)}, "
+            "and the same command goes on from there once files can be written"
+        ) from error
+    finally:
+        log.removeFilter(_is_not_orbax)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return "/orbax/" not in record.pathname
+
+
+def _newest(folder: Path) -> str:
+    complete = steps_on_disk(folder)
+    return f"the newest complete one is of step {complete[-1]}" if complete else "there is no complete one yet"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def _say(message: str) -> None:
+    if jax.process_index() == 0:
+        say(message)
+
+
+def _agreed(reason: str | None) -> str | None:
+    """The same answer on every process: damage that one has found counts for all."""
+    if jax.process_count() == 1:
+        return reason
+    found = multihost_utils.process_allgather(np.array(reason is not None))
+    return reason or ("another process found its files damaged" if found.any() else None)
+
+
+def sync(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def check_shapes(folder: Path, params: Any) -> None:
+    """Raises ConfigError, naming the parameters, where those of a checkpoint are not those of the model."""
+    saved: Any = ocp.StandardCheckpointer().metadata(folder).item_metadata
+    there, here = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (saved.tree, params))
+    )
+    differ = [
+        f"\n  {name}: {there.get(name, 'nothing')} saved, {here.get(name, 'nothing')} now"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differ:
+        more = f"\n  and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise ConfigError(
+            f"the parameters in {folder} are not those of this config and code; go back to the config and version that "
+            f"wrote them:{''.join(differ[:5])}{more}"
+        )
 
 
 def _grain() -> Any:
@@ -142,6 +359,8 @@ def load_params(workdir: Path | str, step: int | None = None, mesh: Mesh | None 
 
     Raises:
       FileNotFoundError: no such run, no complete checkpoint, or not that step.
+      CheckpointError: its files are damaged. Without `step` damaged checkpoints are passed over with a warning.
+      ConfigError: the parameters are not those of the saved config, or another version saved it.
     """
     folder = _step_folder(Path(workdir), step)
     config = from_json((folder / "config" / "metadata").read_text())
@@ -152,8 +371,16 @@ def load_params(workdir: Path | str, step: int | None = None, mesh: Mesh | None 
         shapes,
         parameter_shardings(shapes, mesh),
     )
-    with ocp.StandardCheckpointer() as reader:
-        return config, reader.restore(folder / "params", target), int(folder.name)
+    try:
+        check_shapes(folder / "params", target)
+        with ocp.StandardCheckpointer() as reader:
+            return config, reader.restore(folder / "params", target), int(folder.name)
+    except UserError:
+        raise
+    except Exception as error:  # see Checkpointer.restore
+        raise CheckpointError(
+            f"cannot read {folder / 'params'}: {_first_line(error)}; use an older checkpoint (--step) or a copy"
+        ) from error
 
 
 def save_params(workdir: Path, config: Config, params: Params) -> None:
@@ -174,50 +401,17 @@ def load_config(workdir: Path | str) -> Config:
     return from_json((_step_folder(Path(workdir), None) / "config" / "metadata").read_text())
 
 
-def steps_on_disk(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, in order."""
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
-
-
 def _step_folder(workdir: Path, step: int | None) -> Path:
+    """The newest checkpoint whose files are whole, or that of `step`."""
     folder = directory(workdir)
     steps = steps_on_disk(folder)
     if not steps:
         raise FileNotFoundError(f"no complete checkpoint in {folder}; is {workdir} the folder that train.py wrote?")
     if step is not None and step not in steps:
         raise FileNotFoundError(f"no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}")
-    return folder / str(steps[-1] if step is None else step)
-
-
-def claim_workdir(workdir: Path, config: Config) -> None:
-    """Writes `config.json` into a new workdir, or checks that an old one belongs to this config.
-
-    Raises:
-      ConfigError: when the workdir holds a run of another config; names the fields that differ.
-    """
-    path = workdir / "config.json"
-    if path.exists():
-        differences = differing_fields(from_json(path.read_text()), config)
-        if differences:
-            lines = "".join(f"\n  {name}: {old!r} in the workdir, {new!r} now" for name, old, new in differences)
-            raise ConfigError(
-                f"{workdir} holds a run of another config; choose another --workdir, or go back to:{lines}"
-            )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(to_json(config))
-        temporary.replace(path)
-
-
-def differing_fields(saved: Config, now: Config) -> list[tuple[str, Any, Any]]:
-    """(dotted name, saved value, new value) of the settings that a resumed run must not change."""
-    old, new = (_flat(dataclasses.asdict(config)) for config in (saved, now))
-    return [(name, old[name], new[name]) for name in new if old[name] != new[name] and not name.startswith(_FREE)]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    for candidate in reversed(steps) if step is None else [step]:
+        reason = damage(folder / str(candidate), ("params", "config"))
+        if reason is None:
+            return folder / str(candidate)
+        _say(f"warning: the checkpoint of step {candidate} cannot be used: {reason}")
+    raise CheckpointError(f"no checkpoint in {folder} can be used{f' of step {step}' if step is not None else ''}")

@@ -19,7 +19,15 @@ STREAM_POSITIONS = ("slot", "absolute")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: entry points print the message alone, without a traceback."""
+    """A mistake that the user can mend: entry points print the message alone, without a traceback.
+
+    Attributes:
+      exit_code: of the program (docs/reliability.md lists them).
+      label: what the message begins with.
+    """
+
+    exit_code = 2
+    label = "error"
 
 
 class ConfigError(UserError, ValueError):
@@ -105,6 +113,7 @@ class DataConfig:
     sequence_length: int = 256  # T
     batch_size: int = 8  # B: rows per optimizer step, over all devices
     num_workers: int = 0  # Grain worker processes; 0: threads of this process
+    max_bad_documents: int = 0  # unreadable documents that a reader passes over; one more is an error
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -132,6 +141,8 @@ class TrainingConfig:
     eval_batches: int = 8
     checkpoint_every: int = 200
     keep_checkpoints: int = 3
+    max_skipped_steps: int = 0  # steps in a row that may fail (numbers not finite, a spike): they are not applied
+    spike_factor: float = 0.0  # a loss above so many times the running mean fails its step; 0: no loss does
     seed: int = 0
 
 
@@ -253,6 +264,14 @@ def _validate_training(config: Config) -> None:
     if not optimizer.clip_norm > 0:
         raise ConfigError(f"optimizer.clip_norm={optimizer.clip_norm} must be above 0; a large one never clips")
     _at_least("data.num_workers", data.num_workers, 0)
+    _at_least("data.max_bad_documents", data.max_bad_documents, 0)
+    for name in ("max_skipped_steps", "spike_factor"):
+        _at_least(f"training.{name}", getattr(config.training, name), 0)
+    if 0 < config.training.spike_factor <= 1:
+        raise ConfigError(
+            f"training.spike_factor={config.training.spike_factor} would fail ordinary steps; set it above 1, for "
+            "example to 2, or to 0"
+        )
     if not data.tokenizer and data.tokenizer_vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} exceeds model.vocab_size={config.model.vocab_size}"

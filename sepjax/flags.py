@@ -107,13 +107,13 @@ def one_of_two(first: str, first_value: str | None, second: str, second_value: s
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns the user's mistakes inside the block into `error: ...` on stderr and exit code 2."""
+    """Turns the user's mistakes inside the block into `error: ...` on stderr and exit code 2, or the error's own."""
     try:
         yield
     except (UserError, OSError, flags.Error) as error:
         logging.debug("The error below was raised here:", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        print(f"{getattr(error, 'label', 'error')}: {error}", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", 2)) from None
 
 
 def _define_config(argv: Sequence[str], flag_values: flags.FlagValues) -> flags.FlagHolder[Config]:

@@ -24,6 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from sepjax.config import UserError
+from sepjax.console import say
 from sepjax.provenance import checkout
 
 _PACKAGES = ("sepjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
@@ -50,22 +51,38 @@ class MetricWriter:
         self._active = jax.process_index() == 0
         if not self._active:
             return
+        self._resume_step = resume_step
+        self._unwritten = b""  # lines that a full disk has not taken yet
+        self._is_failing = False  # and has said so
         with _writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _keep_steps(self._path, resume_step)
-            self._file = self._path.open("a", encoding="utf-8")
-            # The suffix keeps two starts within one second apart: the library names files by the second.
-            self._events = EventsWriter(str(self._path.parent / "events"), f".{resume_step}.{os.getpid()}")
-            start = SessionLog(status=SessionLog.START)
-            self._events.write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+            self._open()
+
+    def _open(self) -> None:
+        self._file = self._path.open("ab", buffering=0)
+        self._events: EventsWriter | None = self._open_events()
+
+    def _reopen(self) -> None:
+        before, events = self._file, self._events
+        self._open()
+        before.close()
+        if events is not None:
+            events.close()
+
+    def _open_events(self) -> EventsWriter:
+        # The suffix keeps two starts within one second apart: the library names files by the second.
+        suffix = f".{self._resume_step}.{os.getpid()}"
+        events = EventsWriter(str(self._path.parent / "events"), suffix)
+        start = SessionLog(status=SessionLog.START)
+        events.write_event(Event(wall_time=time.time(), step=self._resume_step + 1, session_log=start))
+        return events
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records the metrics of `step`, scalars or 0-d arrays, and prints their line.
 
-        A number that is not finite becomes null in `metrics.jsonl`, for JSON has no word for it.
-
-        Raises:
-          UserError: the disk is full or the folder read-only. What was written before stays.
+        A number that is not finite becomes null in `metrics.jsonl`, for JSON has no word for it. What cannot be written
+        (a full disk) is told once, kept, and written with a later line.
         """
         if not self._active:
             return
@@ -73,12 +90,34 @@ class MetricWriter:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         now = time.time()
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        with _writing(self._path):
-            self._file.write(json.dumps({"step": step, "time": round(now, 3), **finite}) + "\n")
-            self._file.flush()
-            self._events.write_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+        self._unwritten += (json.dumps({"step": step, "time": round(now, 3), **finite}) + "\n").encode()
+        self._write_out()
+        self._write_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+        say(progress_line(step, self._total_steps, values, self._seconds_left(step)), error=False)
+
+    def _write_out(self) -> None:
+        try:
+            if not self._path.exists():  # the workdir has vanished, and may be back
+                self._reopen()
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
+        except OSError as error:
+            if not self._is_failing:
+                say(f"warning: {_cannot_write(self._path, error)}; lines are kept for later")
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+    def _write_event(self, event: Event) -> None:
+        """Drops the event where it cannot be written: `metrics.jsonl` is the record, TensorBoard a view of it."""
+        try:
+            if self._events is None:
+                self._resume_step = event.step  # a new file must not hide what the old one has
+                self._events = self._open_events()
+            self._events.write_event(event)
             self._events.flush()
-        print(progress_line(step, self._total_steps, values, self._seconds_left(step)), flush=True)
+        except OSError:
+            self._events = None  # it may hold half a record now
 
     def _seconds_left(self, step: int) -> float | None:
         now = time.monotonic()
@@ -89,11 +128,16 @@ class MetricWriter:
         return (now - first_time) / (step - first_step) * (self._total_steps - step)
 
     def close(self) -> None:
-        """Closes the files. Safe to call twice."""
+        """Closes the files. Safe to call twice. Raises `UserError` where there are lines that could not be written."""
         if self._active:
             self._active = False
-            with _writing(self._path), contextlib.closing(self._events):
-                self._file.close()
+            self._write_out()
+            with contextlib.suppress(OSError):
+                if self._events is not None:
+                    self._events.close()
+            with _writing(self._path), contextlib.closing(self._file):
+                while self._unwritten:
+                    self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -238,6 +282,10 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; make room or give another --workdir, then start again: "
+            f"{_cannot_write(path, error)}; make room or give another --workdir, then start again: "
             "the run goes on from its last checkpoint"
         ) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return f"cannot write {path}: {error.strerror or error}"

@@ -3,6 +3,7 @@
 import gc
 import json
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,20 +162,43 @@ def small_disk() -> Iterator[None]:
 
 # The library leaves its file to the garbage collector when the last flush fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path: Path, small_disk: None) -> None:
-    written = []
+def test_a_full_disk_loses_no_line_and_stops_no_run(
+    tmp_path: Path, small_disk: None, capsys: pytest.CaptureFixture
+) -> None:
     writer = metrics.MetricWriter(tmp_path, total_steps=100)
-    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: File too large; make room"):  # noqa: PT012
-        for step in range(100):
-            writer.write(step, {"train/loss": 1.0})
-            written.append(step)
-    with pytest.raises(UserError, match="File too large"):  # what could not be written is not forgotten in silence
+    for step in range(50):
+        writer.write(step, {"train/loss": 1.0})
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 300
+    assert capsys.readouterr().err.count("File too large; lines are kept for later") == 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))  # room again
+    writer.write(50, {"train/loss": 1.0})
+    writer.close()
+    gc.collect()
+    assert [record["step"] for record in _records(tmp_path)] == list(range(51))
+    last = max(tmp_path.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime_ns)
+    assert b"train/loss" in last.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_lines_that_a_full_disk_never_took_are_a_clear_error(tmp_path: Path, small_disk: None, capsys) -> None:
+    writer = metrics.MetricWriter(tmp_path, total_steps=100)
+    for step in range(50):
+        writer.write(step, {"train/loss": 1.0})
+    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: File too large; make room"):
         writer.close()
     del writer
     gc.collect()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines[: len(written)]] == written
-    assert written
+
+
+def test_a_workdir_that_vanishes_gets_its_records_again(tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    with metrics.MetricWriter(workdir, total_steps=5) as writer:
+        writer.write(1, {"train/loss": 1.0})
+        shutil.rmtree(workdir)
+        writer.write(2, {"train/loss": 2.0})  # nowhere to write
+        workdir.mkdir()
+        writer.write(3, {"train/loss": 3.0})
+    assert [record["step"] for record in _records(workdir)] == [2, 3]
 
 
 def test_a_workdir_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:

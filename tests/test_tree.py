@@ -24,13 +24,16 @@ MAY_IMPORT = {
     "sharding": BASE,
     "provenance": set(),
     "timing": set(),
+    "console": set(),
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"} | BENCH,
     "cache": BASE | {"separators", "layout", "sharding", "attention"},
     "flags": {"config"},
     "data": BASE | {"separators", "layout", "sharding"} | BENCH,
     "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
-    "training": BASE | {"separators", "layout", "sharding", "attention", "cache", "data", "model", "flops"} | BENCH,
+    "training": BASE
+    | {"separators", "layout", "sharding", "attention", "cache", "data", "model", "flops", "console"}
+    | BENCH,
 }
 
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow", "torch"}

@@ -9,6 +9,7 @@ from typing import Any, override
 import grain
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 
 from sepjax.config import Config, ConfigError
@@ -17,7 +18,7 @@ from sepjax.data.errors import DataError
 from sepjax.data.locks import exclusive
 from sepjax.data.packing import FlagSeparators, TokenStream, pack_rows
 from sepjax.data.reader import BatchReader, Shard
-from sepjax.data.sources import TextSource, text_source
+from sepjax.data.sources import BadDocuments, TextSource, text_source
 from sepjax.data.tokenizer import FILES, Tokenizer, train_sentencepiece
 from sepjax.separators import configured_table, flag_separators
 
@@ -72,10 +73,12 @@ def training_batches(
             Shard(len(source), process_index + process_count * worker, process_count * workers, seed % 2**32),
             rows=rows,
             length=config.data.sequence_length,
+            max_bad=config.data.max_bad_documents,
         )
         for worker in range(workers)
     ]
-    made_by = {
+    made_by: dict[str, int | str] = {
+        "dataset": source.name,
         "documents": len(source),
         "vocab_size": tokenizer.vocab_size,
         "rows": rows,
@@ -99,18 +102,20 @@ def evaluation_batches(
     rows = _rows_per_process(config, process_count)
     source = text_source(config.data, data_dir, config.data.eval_split)
     flag, mine = _separator_flags(config, tokenizer), slice(process_index * rows, (process_index + 1) * rows)
-    for batch in _one_pass(source, tokenizer, flag, config.data.batch_size, config.data.sequence_length):
+    size = config.data.batch_size, config.data.sequence_length
+    for batch in _one_pass(source, tokenizer, flag, *size, BadDocuments(config.data.max_bad_documents)):
         yield jax.tree.map(lambda x: x[mine], batch)
 
 
 def _one_pass(
-    source: TextSource, tokenizer: Tokenizer, flag: FlagSeparators, rows: int, length: int
+    source: TextSource, tokenizer: Tokenizer, flag: FlagSeparators, rows: int, length: int, bad: BadDocuments
 ) -> Iterator[Batch]:
     """Batches of all processes together."""
     size, stream, unread, is_empty = rows * length, TokenStream.empty(), 0, True
     while unread < len(source) or len(stream):
         if unread < len(source) and len(stream) < size:
-            texts = source[unread : unread + source.documents_for(size - len(stream))]
+            end = min(unread + source.documents_for(size - len(stream)), len(source))
+            texts = bad.read(source, range(unread, end))
             stream = TokenStream.join([stream, TokenStream.encode(tokenizer, texts, unread)])
             unread += len(texts)
         else:
@@ -134,7 +139,7 @@ def _prefetched(readers: list[BatchReader], num_workers: int) -> grain.IterDatas
 class _Labelled(grain.IterDataset[Batch]):
     """Puts what made the batches into the state, so that a state of another pipeline is refused, not misread."""
 
-    def __init__(self, parent: grain.IterDataset[Batch], made_by: dict[str, int]):
+    def __init__(self, parent: grain.IterDataset[Batch], made_by: dict[str, int | str]):
         super().__init__(parent)
         self.made_by = made_by
 
@@ -144,13 +149,21 @@ class _Labelled(grain.IterDataset[Batch]):
 
 
 class _LabelledIterator(grain.DatasetIterator[Batch]):
-    def __init__(self, parent: grain.DatasetIterator[Batch], made_by: dict[str, int]):
+    def __init__(self, parent: grain.DatasetIterator[Batch], made_by: dict[str, int | str]):
         super().__init__(parent)
         self._made_by = made_by
 
     @override
     def __next__(self) -> Batch:
-        return next(self._parent)
+        try:
+            return next(self._parent)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise DataError(
+                f"a process that reads data has died: {error} It may have been killed for memory: lower "
+                "data.num_workers. The same command goes on from the last checkpoint"
+            ) from error
 
     @override
     def get_state(self) -> dict[str, Any]:
@@ -159,7 +172,12 @@ class _LabelledIterator(grain.DatasetIterator[Batch]):
     @override
     def set_state(self, state: dict[str, Any]) -> None:
         saved = state["made_by"]
-        differ = [f"{k}={saved.get(k)}, now {v}" for k, v in self._made_by.items() if saved.get(k) != v]
+        before, now = saved.get("dataset", self._made_by["dataset"]), self._made_by["dataset"]
+        if before != now:  # other files, or the same ones copied: only their contents would tell
+            logging.warning("the data are %s, they were %s; the run goes on at the same place in them", now, before)
+        differ = [
+            f"{k}={saved.get(k)}, now {v}" for k, v in self._made_by.items() if k != "dataset" and saved.get(k) != v
+        ]
         if differ:
             raise ConfigError(
                 f"the checkpoint's place in the data was reached with {'; '.join(differ)}; resume with what it was, or "
@@ -172,14 +190,15 @@ def _make_tokenizer(config: Config, data_dir: str) -> Tokenizer:
     if config.data.tokenizer:
         return Tokenizer.load(config.data.tokenizer)
     source = text_source(config.data, data_dir, config.data.train_split)
-    return train_sentencepiece(_sample(source, _TOKENIZER_CHARACTERS), config.data.tokenizer_vocab_size)
+    sample = _sample(source, _TOKENIZER_CHARACTERS, BadDocuments(config.data.max_bad_documents))
+    return train_sentencepiece(sample, config.data.tokenizer_vocab_size)
 
 
-def _sample(source: TextSource, num_characters: int) -> Iterator[str]:
+def _sample(source: TextSource, num_characters: int, bad: BadDocuments) -> Iterator[str]:
     """Documents spread evenly over the source, up to about `num_characters`."""
     step = math.ceil(len(source) * source.bytes_per_document / num_characters)
     for i in range(0, len(source), step):
-        text = source[i][:num_characters]
+        text = bad.read(source, [i])[0][:num_characters]
         num_characters -= len(text)
         yield text
 

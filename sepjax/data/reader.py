@@ -22,7 +22,7 @@ from absl import logging
 from sepjax.data.batch import Batch
 from sepjax.data.errors import DataError
 from sepjax.data.packing import FlagSeparators, TokenStream, pack_rows
-from sepjax.data.sources import TextSource
+from sepjax.data.sources import BadDocuments, TextSource
 from sepjax.data.tokenizer import Tokenizer
 
 _BLOCK_TOKENS = 2**19  # rows are mixed over about so many tokens: several books
@@ -66,6 +66,7 @@ class BatchReader(grain.IterDataset[Batch]):
         *,
         rows: int,
         length: int,
+        max_bad: int = 0,
     ):
         super().__init__()
         self.source = source
@@ -74,6 +75,7 @@ class BatchReader(grain.IterDataset[Batch]):
         self.shard = shard
         self.rows = rows
         self.length = length
+        self.max_bad = max_bad
         self.batches_per_block = min(max(_BLOCK_TOKENS // (rows * length), 1), _BLOCK_BATCHES)
 
     @override
@@ -86,6 +88,7 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         super().__init__()
         self._reader = reader
         self._is_small = False  # and has said so
+        self._bad = BadDocuments(reader.max_bad)
         self.set_state({"document": 0, "offset": 0, "block": 0, "batch": 0})
 
     @override
@@ -130,7 +133,7 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         """The next documents, about `num_tokens` of them; right after a restore from the block's first token on."""
         reader, first = self._reader, self._unread
         count = reader.source.documents_for(num_tokens)
-        texts = reader.source.read([reader.shard[i] for i in range(first, first + count)])
+        texts = self._bad.read(reader.source, [reader.shard[i] for i in range(first, first + count)])
         self._unread += count
         read = TokenStream.encode(reader.tokenizer, texts, first)
         return read[self._state["offset"] :] if first == self._state["document"] else read

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, overload, override
 
 import tensorflow_datasets as tfds
+from absl import logging
+from google.protobuf.json_format import ParseError
 
-from sepjax.config import DataConfig
+from sepjax.config import DataConfig, UserError
 from sepjax.data.corpora.embedded.embedded import Embedded
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
 from sepjax.data.errors import DataError
@@ -36,13 +38,20 @@ class TextSource(Sequence[str]):
         """
         self._place = (folder, split, key)
         self._key = key
-        builder: Any = tfds.builder_from_directory(folder)
+        try:
+            builder: Any = tfds.builder_from_directory(folder)
+        except Exception as error:  # of JSON, of protocol buffers, of files
+            raise DataError(f"cannot read the dataset in {folder}: {_first_line(error)}; prepare it anew") from error
         info = builder.info
         self.name = f"{info.full_name}:{split}"
         self.bytes_per_document = max(int(info.dataset_size) / max(info.splits.total_num_examples, 1), 1.0)
         _check_field(dict(info.features.items()), key, info.full_name)
         try:
+            if not info.splits[split].num_examples:
+                raise DataError(f"split {split!r} of {info.full_name} has no documents; choose another one")
             self._records: Any = builder.as_data_source(split)
+        except DataError:
+            raise
         except (ValueError, NotImplementedError) as error:
             raise DataError(
                 f"cannot read split {split!r} of {info.full_name} in {folder}: {_first_line(error)}; it has the splits "
@@ -68,8 +77,19 @@ class TextSource(Sequence[str]):
         return self.read(chosen) if isinstance(chosen, range) else self.read([chosen])[0]
 
     def read(self, indices: Sequence[int]) -> list[str]:
-        """The documents at `indices`, which is quicker than one by one."""
-        return [self._text(record, i) for record, i in zip(self._records.__getitems__(indices), indices, strict=True)]
+        """The documents at `indices`, which is quicker than one by one. Raises DataError for damaged files."""
+        try:
+            records = self._records.__getitems__(indices)
+            return [self._text(record, i) for record, i in zip(records, indices, strict=True)]
+        except DataError:
+            raise
+        except Exception as error:  # ArrayRecord and TFDS raise all kinds
+            if len(indices) > 1:
+                return [text for i in indices for text in self.read([i])]
+            raise DataError(
+                f"document {indices[0]} of {self.name} cannot be read: {_first_line(error)}; prepare the dataset anew "
+                f"(your own text: remove {self._place[0]}), or pass over such documents with data.max_bad_documents"
+            ) from error
 
     def _text(self, record: dict[str, Any], index: int) -> str:
         try:
@@ -80,6 +100,33 @@ class TextSource(Sequence[str]):
     def documents_for(self, num_tokens: int) -> int:
         """How many documents to read for about so many tokens: 1 or more."""
         return min(1 + int(num_tokens * _BYTES_PER_TOKEN / self.bytes_per_document), _DOCUMENTS_AT_ONCE)
+
+
+class BadDocuments:
+    """Documents that cannot be read: passed over as empty ones, each named once, up to `most` of them."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._found: set[int] = set()
+
+    def read(self, source: TextSource, indices: Sequence[int]) -> list[str]:
+        """The documents at `indices`. Raises DataError for one bad document more than `most`."""
+        try:
+            return source.read(indices)
+        except DataError as error:
+            if not self.most:
+                raise
+            if len(indices) > 1:
+                return [text for i in indices for text in self.read(source, [i])]
+            if indices[0] not in self._found:
+                self._note(indices[0], error)
+            return [""]
+
+    def _note(self, index: int, error: DataError) -> None:
+        if len(self._found) >= self.most:
+            raise DataError(f"{error}; data.max_bad_documents={self.most} of them were passed over before") from error
+        self._found.add(index)
+        logging.warning("passed over, %d of at most %d: %s", len(self._found), self.most, error)
 
 
 def text_source(data: DataConfig, data_dir: str, split: str) -> TextSource:
@@ -96,7 +143,15 @@ def text_source(data: DataConfig, data_dir: str, split: str) -> TextSource:
       DataError: there is no such dataset, split or field, or files are empty or no UTF-8 text.
       OSError: `data_dir` cannot be written.
     """
-    builder, key = _builder(data, data_dir, split)
+    try:
+        builder, key = _builder(data, data_dir, split)
+    except UserError:
+        raise
+    except (ParseError, ValueError, KeyError) as error:
+        raise DataError(
+            f"cannot read the dataset {data.name!r} in {data_dir}: {_first_line(error)}; if its files are damaged, "
+            "remove them to have it prepared anew"
+        ) from error
     return TextSource(str(builder.data_path), split, key)
 
 

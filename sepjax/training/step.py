@@ -9,8 +9,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from sepjax.array_typing import Array, Int32
-from sepjax.config import Config
+from sepjax.array_typing import Array, Bool, Float, Int32
+from sepjax.config import Config, TrainingConfig
 from sepjax.data.batch import Batch
 from sepjax.model.attend import forward, in_context_order, layer_layouts
 from sepjax.model.transformer import Params, abstract, create, merge, split
@@ -21,6 +21,20 @@ from sepjax.training.optimizer import learning_rate_schedule, make_optimizer
 type Metrics = dict[str, Array]
 
 
+_MEAN_OF = 50  # steps that the running mean of the loss is taken over, about
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """What is known of the steps so far."""
+
+    __no_type_check__ = True
+
+    skipped: Int32[Array, ""]  # steps that were not applied
+    loss_mean: Float[Array, ""]  # running mean of the loss of those that were, in nats a token; 0 before the first
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -29,16 +43,18 @@ class TrainState:
     # It is also a tree of shapes or shardings (`abstract_state`): jaxtyping must not check __init__.
     __no_type_check__ = True
 
-    step: Int32[Array, ""]  # optimizer steps done
+    step: Int32[Array, ""]  # steps done, those that were not applied included
     params: Params
     optimizer: Any  # optax state
+    health: Health
 
 
 def create_state(config: Config) -> TrainState:
     """A fresh state from `config.training.seed`; jit it with `out_shardings` so that it is born sharded."""
     _, params = split(create(config.model, config.attention, jax.random.key(config.training.seed)))
     optimizer = make_optimizer(config.optimizer, config.training.steps).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer)
+    health = Health(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer, health)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -59,6 +75,9 @@ def model_graph(config: Config) -> nnx.GraphDef:
 def train_step(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One optimizer step over `optimizer.accumulation_steps` micro-batches.
 
+    A step fails where loss or gradient norm are not finite, or the loss is a spike (`training.spike_factor`): then
+    parameters and moments stay as they are, bit for bit, and `optim/skipped_steps` counts one more.
+
     Pure. Close over `config` and `graph`, jit, and donate `state`.
 
     Returns:
@@ -67,17 +86,36 @@ def train_step(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Ba
     gradients, objective, nll, count = _accumulate(config, graph, state.params, batch)
     scale = 1.0 / jnp.maximum(count, 1.0)
     gradients = jax.tree.map(lambda g: g * scale, gradients)
+    norm = optax.tree.norm(gradients)
+    good = jnp.isfinite(objective) & jnp.isfinite(norm)
+    good, health = _judge(config.training, state.health, nll * scale, good)
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     updates, moments = optimizer.update(gradients, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)
+    params, moments = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old), (params, moments), (state.params, state.optimizer)
+    )
+    schedule = learning_rate_schedule(config.optimizer, config.training.steps)
     metrics = {
         "train/loss": nll * scale,
         "train/objective": objective * scale,
-        "optim/grad_norm": optax.tree.norm(gradients),
-        "optim/learning_rate": learning_rate_schedule(config.optimizer, config.training.steps)(state.step),
+        "optim/grad_norm": norm,
+        "optim/learning_rate": schedule(state.step - state.health.skipped),
+        "optim/skipped_steps": health.skipped.astype(jnp.float32),
         **attention_statistics(config, batch),
     }
-    return TrainState(state.step + 1, params, moments), metrics
+    return TrainState(state.step + 1, params, moments, health), metrics
+
+
+def _judge(
+    training: TrainingConfig, health: Health, loss: Float[Array, ""], good: Bool[Array, ""]
+) -> tuple[Bool[Array, ""], Health]:
+    """Whether a step is applied, and what is known after it."""
+    is_first = health.loss_mean == 0
+    if training.spike_factor:
+        good &= is_first | (loss <= training.spike_factor * health.loss_mean)
+    mean = jnp.where(is_first, loss, health.loss_mean + (loss - health.loss_mean) / _MEAN_OF)
+    return good, Health(health.skipped + ~good, jnp.where(good, mean, health.loss_mean))
 
 
 def eval_step(config: Config, graph: nnx.GraphDef, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

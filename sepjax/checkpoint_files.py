@@ -1,0 +1,94 @@
+"""Whether the files of a checkpoint are whole: sizes and checksums, written once it is complete, read before its use.
+
+<workdir>/checkpoints/<step>/sepjax_files.json      {"files": {"params/d/1f3a...": [size, crc32], ...}}
+<workdir>/torn_checkpoints/<step>[.2, .3, ...]      what was found damaged, set aside
+
+Orbax renames a checkpoint into its place when all is written, so a kill leaves none half done. Crashes of a machine,
+copies that break off and bad disks do, and Orbax itself reads a flipped bit without a word.
+"""
+
+import json
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+
+MANIFEST = "sepjax_files.json"
+_CHUNK = 1 << 24
+_MOST = 64 << 30  # bytes of a checkpoint above which only sizes are kept: one host would read for too long
+
+
+def seal(folder: Path) -> None:
+    """Writes the manifest of a complete checkpoint. Raises OSError where that cannot be done."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    total = sum(path.stat().st_size for path in paths)
+    files = {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path) if total <= _MOST else None]
+        for path in paths
+    }
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps({"files": files}))
+    partial.replace(folder / MANIFEST)
+
+
+def damage(folder: Path, items: Sequence[str], *, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint's files; None: nothing that can be seen without Orbax.
+
+    Args:
+      folder: of one step.
+      items: what must be in it ("params", ...).
+      share: (index, count): checksums of every count-th file from the index-th on, so that processes share the work.
+    """
+    missing = [name for name in items if not (folder / name).is_dir()]
+    if missing:
+        return f"it lacks {', '.join(missing)}"
+    try:
+        text = (folder / MANIFEST).read_text()
+    except FileNotFoundError:
+        return None  # killed before it was sealed, or of another version
+    try:
+        files = {name: (int(size), checksum) for name, (size, checksum) in json.loads(text)["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    for number, (name, (size, checksum)) in enumerate(sorted(files.items())):
+        path = folder / name
+        if ".." in Path(name).parts or path.is_symlink() or not path.is_file():
+            return f"{name} is missing"
+        if (found := path.stat().st_size) != size:
+            return f"{name} has {found} of {size} bytes"
+        if checksum is not None and number % share[1] == share[0] and _checksum(path) != checksum:
+            return f"the contents of {name} have changed"
+    return None
+
+
+def set_aside(folder: Path) -> Path:
+    """Moves a damaged checkpoint out of the way, so that its step can be written again; returns where it is now."""
+    target = folder.parent.parent / "torn_checkpoints"
+    target.mkdir(exist_ok=True)
+    place = target / folder.name
+    for number in range(2, 1000):
+        if not place.exists():
+            break
+        place = target / f"{folder.name}.{number}"
+    return Path(shutil.move(folder, place))
+
+
+def remove_unfinished(folder: Path, step: int) -> None:
+    """Deletes what a failed write of a step has left: on a full disk its room is needed."""
+    for path in folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def steps_on_disk(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, in order."""
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum

@@ -1,0 +1,171 @@
+"""SIGKILL, SIGTERM and hanging readers, sent to real processes: docs/reliability.md, promises 1, 2, 6 and 7."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.reliability.common import (
+    EVERY,
+    STEPS,
+    assert_same,
+    checkpoints,
+    done,
+    finish,
+    losses,
+    start,
+    wait_until,
+    write_config,
+)
+
+ON_GPU = os.environ["JAX_PLATFORMS"] == "cuda"
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("reliability"), on_gpu=ON_GPU)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config_file) -> Path:
+    """The workdir of a run that nothing disturbed."""
+    workdir = config_file.parent / "undisturbed"
+    finish(start(config_file, workdir))
+    assert sorted(losses(workdir)) == list(range(1, STEPS + 1))
+    return workdir
+
+
+def kill(config_file: Path, workdir: Path, seed: int, after: int, *, while_saving: bool) -> int:
+    """Starts or resumes a run and kills it at a random moment after step `after`; returns the last step recorded."""
+    rng = np.random.default_rng(seed)
+    process = start(config_file, workdir)
+    target = after + int(rng.integers(1, EVERY + 1))
+    wait_until(process, lambda: done(workdir) >= target)
+    if while_saving:
+        wait_until(process, lambda: any((workdir / "checkpoints").glob("*tmp*")) or done(workdir) >= STEPS - 1)
+    time.sleep(float(rng.uniform(0, 0.02)))
+    process.kill()
+    out, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, (out, err)
+    return done(workdir)
+
+
+def kill_again_and_again(config_file: Path, undisturbed: Path, workdir: Path, seeds: range) -> None:
+    last = 0
+    for seed in seeds:
+        last = kill(config_file, workdir, seed, last, while_saving=bool(seed % 2))
+        if last >= STEPS - 2 * EVERY:
+            break
+    assert 0 < last < STEPS
+    out, err = finish(start(config_file, workdir))
+    assert "resumes at step" in out
+    assert "is gone without having ended; this one takes over" in err  # the lock file still names the killed process
+    assert_same(workdir, undisturbed, STEPS)
+
+
+def test_killed_five_times_a_run_is_bit_for_bit_what_it_would_have_been(config_file, undisturbed, tmp_path):
+    """Between saves and during them, each time on what the last kill has left."""
+    kill_again_and_again(config_file, undisturbed, tmp_path / "run", range(5))
+
+
+@pytest.mark.gpu
+def test_killed_on_a_gpu_with_deterministic_flags(config_file, undisturbed, tmp_path):
+    kill_again_and_again(config_file, undisturbed, tmp_path / "run", range(3))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(5))
+def test_five_seeds_of_five_kills(config_file, undisturbed, tmp_path, seed):
+    kill_again_and_again(config_file, undisturbed, tmp_path / "run", range(10 * seed, 10 * seed + 5))
+
+
+def test_sigterm_saves_within_seconds_twice_in_a_row(config_file, undisturbed, tmp_path):
+    workdir, last = tmp_path / "run", 0
+    for wanted in (6, 17):  # no multiples of EVERY: nothing would be saved there without the signal
+        process = start(config_file, workdir, f"--config.training.checkpoint_every={1000}")
+        wait_until(process, lambda wanted=wanted: done(workdir) >= wanted)
+        sent = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # impatient schedulers send more than one
+        out, err = finish(process, 75)
+        assert time.monotonic() - sent < 10
+        saved = checkpoints(workdir)[-1]
+        assert f"stopped: SIGTERM: the checkpoint of step {saved} is complete" in err
+        assert "Traceback" not in err
+        assert (f"resumes at step {last}" in out) == (last > 0)
+        assert wanted <= saved < STEPS
+        last = saved
+    finish(start(config_file, workdir, f"--config.training.checkpoint_every={1000}"))
+    assert_same(workdir, undisturbed, STEPS)
+
+
+def test_a_second_run_is_refused_and_a_reader_that_hangs_ends_the_first(config_file, tmp_path):
+    workdir = tmp_path / "run"
+    flags = ("--config.data.num_workers=1", "--config.training.steps=100000", "--step_timeout=6")
+    first = start(config_file, workdir, *flags, "--config.training.checkpoint_every=10")
+    wait_until(first, lambda: done(workdir) >= 12)
+    second = start(config_file, workdir, *flags)
+    _, err = finish(second, 2)
+    assert f"is in use: process {first.pid} on " in err
+    assert err.count("\n") == 1, err
+    (reader,) = [p for p in children(first.pid) if "spawn_main" in command(p)]
+    os.kill(reader, signal.SIGSTOP)  # alive, and silent for ever
+    _, err = finish(first, 4)
+    assert "hangs: nothing for 6 s" in err
+    assert "in __next__" in err  # the stack of the thread that waits for data
+    assert checkpoints(workdir)
+    wait_until_gone(reader)
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for file in Path(f"/proc/{pid}/task").glob("*/children") for p in file.read_text().split()]
+
+
+def command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_reader_that_dies_is_named(config_file, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(config_file, workdir, "--config.data.num_workers=1", "--config.training.steps=100000")
+    wait_until(process, lambda: done(workdir) >= 6)
+    (reader,) = [p for p in children(process.pid) if "spawn_main" in command(p)]
+    os.kill(reader, signal.SIGKILL)
+    _, err = finish(process, 2)
+    assert "error: a process that reads data has died" in err
+
+
+def test_a_folder_that_becomes_read_only_costs_checkpoints_and_no_step(config_file, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(config_file, workdir)
+    wait_until(process, lambda: (workdir / "checkpoints" / str(EVERY)).is_dir())
+    (workdir / "checkpoints").chmod(0o555)
+    _, err = finish(process, 2)
+    (workdir / "checkpoints").chmod(0o755)
+    assert "is not saved: cannot write a checkpoint" in err
+    assert err.splitlines()[-1].startswith("error: cannot write a checkpoint")
+    assert "ermission denied" in err.splitlines()[-1]
+    assert sorted(losses(workdir)) == list(range(1, STEPS + 1))
+    kept = checkpoints(workdir)
+    assert kept
+    assert kept[-1] < STEPS
+    out, _ = finish(start(config_file, workdir))
+    assert f"resumes at step {kept[-1]}" in out
+    assert_same(workdir, undisturbed, STEPS)
+
+
+def test_a_workdir_without_permission_is_one_line(config_file, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    _, err = finish(start(config_file, tmp_path / "locked" / "run"), 2)
+    assert err.startswith("error: [Errno 13] Permission denied")
+    assert err.count("\n") == 1, err

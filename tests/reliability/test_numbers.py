@@ -1,0 +1,233 @@
+"""Numbers that are not finite, spikes, and full, vanished or read-only disks under a run: promises 4 and 5."""
+
+import dataclasses
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train as program
+from sepjax.checkpoint import CheckpointError
+from sepjax.checkpoint_files import MANIFEST
+from sepjax.config import Config, ConfigError, validate
+from sepjax.training import guard
+from sepjax.training.guard import BadNumbers, StepGuard, Watchdog
+from sepjax.training.step import create_state, model_graph, train_step
+from tests.reliability.common import EVERY, STEPS, assert_same, checkpoints, losses
+from tests.training.test_step import CONFIG, make_batch
+
+
+def with_training(config: Config, **values: object) -> Config:
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **values))
+
+
+def poisoned(params, value: float):
+    """Parameters whose first weight is `value`: what a bad batch or a bad memory cell does to a loss."""
+    leaves, structure = jax.tree.flatten(params)
+    leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].set(value)
+    return structure.unflatten(leaves)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_of_bad_numbers_changes_no_bit(value: float):
+    graph, batch = model_graph(CONFIG), make_batch()
+    step = jax.jit(lambda state, batch: train_step(CONFIG, graph, state, batch))
+    state, _ = step(create_state(CONFIG), batch)
+    bad = dataclasses.replace(state, params=poisoned(state.params, value))
+    after, metrics = step(bad, batch)
+    assert not np.isfinite(float(metrics["optim/grad_norm"]))
+    assert float(metrics["optim/skipped_steps"]) == int(after.health.skipped) == 1
+    assert int(after.step) == int(bad.step) + 1
+    assert float(after.health.loss_mean) == float(bad.health.loss_mean)
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.optimizer), (bad.params, bad.optimizer))
+    # Back to health, the next step is the one that would have come without it, at the same learning rate.
+    healed = dataclasses.replace(after, params=state.params)
+    (ours, our_metrics), (theirs, metrics) = step(healed, batch), step(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, (ours.params, ours.optimizer), (theirs.params, theirs.optimizer))
+    assert our_metrics["optim/learning_rate"] == metrics["optim/learning_rate"]
+
+
+def test_a_spike_is_judged_by_the_running_mean():
+    config = with_training(CONFIG, spike_factor=1.5)
+    graph, batch = model_graph(config), make_batch()
+    step = jax.jit(lambda state, batch: train_step(config, graph, state, batch))
+    state, metrics = step(create_state(config), batch)
+    assert float(state.health.loss_mean) == float(metrics["train/loss"])
+    low = dataclasses.replace(state.health, loss_mean=jnp.float32(0.5 * float(metrics["train/loss"])))
+    after, metrics = step(dataclasses.replace(state, health=low), batch)
+    assert float(metrics["optim/skipped_steps"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    after, metrics = step(state, batch)
+    assert float(metrics["optim/skipped_steps"]) == 0
+    with pytest.raises(ConfigError, match=r"training.spike_factor=0.5 would fail ordinary steps"):
+        validate(with_training(CONFIG, spike_factor=0.5))
+
+
+def poison_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the loss of these steps NaN, inside the compiled step."""
+    real = program.train_step
+
+    def step_of_nan(config, graph, state, batch):
+        poison = jnp.isin(state.step + 1, jnp.array(sorted(steps)))
+        scaled = jax.tree.map(lambda x: jnp.where(poison, x * jnp.nan, x), state.params)
+        after, metrics = real(config, graph, dataclasses.replace(state, params=scaled), batch)
+        # A bad step returns the parameters that it was given: hand back those from before the poison.
+        params = jax.tree.map(lambda new, old: jnp.where(poison, old, new), after.params, state.params)
+        return dataclasses.replace(after, params=params), metrics
+
+    monkeypatch.setattr(program, "train_step", step_of_nan)
+
+
+def test_nan_ends_the_run_and_names_the_step_and_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+    poison_at({2 * EVERY + 3}, monkeypatch)
+    with pytest.raises(BadNumbers) as error:
+        program.train(tiny, tmp_path / "run")
+    assert error.value.exit_code == 3
+    assert f"step {2 * EVERY + 3} failed and was not applied: loss nan" in str(error.value)
+    assert f"the newest complete one is of step {2 * EVERY}" in str(error.value)
+    assert checkpoints(tmp_path / "run") == [EVERY, 2 * EVERY]
+    assert max(losses(tmp_path / "run")) == 2 * EVERY + 2
+
+
+def test_nan_is_skipped_and_counted_as_often_as_the_config_says(tiny, tmp_path, monkeypatch, capsys):
+    poison_at({5, 6, 9}, monkeypatch)
+    config = with_training(tiny, steps=12, max_skipped_steps=2)
+    state = program.train(config, tmp_path / "run")
+    assert int(state.health.skipped) == 3
+    counts = [values["optim/skipped_steps"] for _, values in sorted(losses(tmp_path / "run").items())]
+    assert counts == [0, 0, 0, 0, 1, 2, 2, 2, 3, 3, 3, 3]
+    assert losses(tmp_path / "run")[5]["train/loss"] is None
+    err = capsys.readouterr().err
+    assert "warning: step 6 failed and was not applied: loss nan, |g| nan (skipped so far: 2)" in err
+    with pytest.raises(BadNumbers, match=r"step 6 failed .*, the 2\. in a row; .* above 1"):
+        program.train(with_training(config, max_skipped_steps=1), tmp_path / "other")
+
+
+def test_the_count_of_skipped_steps_survives_a_restart(tiny, tmp_path, monkeypatch):
+    poison_at({3, 6}, monkeypatch)
+    config = with_training(tiny, steps=8, max_skipped_steps=1)
+    program.train(config, tmp_path / "whole")
+    program.train(with_training(config, steps=4), tmp_path / "run")
+    monkeypatch.undo()
+    poison_at({3, 6}, monkeypatch)
+    # Another length is another schedule: compare the counts alone.
+    state = program.train(config, tmp_path / "run")
+    assert int(state.health.skipped) == 2
+    assert losses(tmp_path / "run")[8]["optim/skipped_steps"] == 2
+
+
+@pytest.fixture
+def room() -> Iterator[Callable[[int | None], None]]:
+    """Sets how large a file may grow, in bytes: the operating system refuses the rest, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0] if size is None else size, limits[1]))
+
+    yield limit
+    limit(None)
+
+
+def at_step(step: int, workdir: Path, do: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls `do` once when `step` has been recorded and the last checkpoint before it is complete, if it can be."""
+    real, pending = program.MetricWriter.write, [do]
+
+    def write(self, now, metrics):
+        real(self, now, metrics)
+        if now >= step and pending:
+            deadline = time.monotonic() + 3
+            while not (workdir / "checkpoints" / "8" / MANIFEST).exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            pending.pop()()
+
+    monkeypatch.setattr(program.MetricWriter, "write", write)
+
+
+# Orbax leaves files and futures of a failed write to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
+    tiny, whole, tmp_path, room, monkeypatch, capsys
+):
+    """Full from step 10 to step 22: two checkpoints fail, the older stay, the run goes on and ends as it would have."""
+    workdir = tmp_path / "run"
+    at_step(10, workdir, lambda: (room(9000), at_step(22, workdir, lambda: room(None), monkeypatch)), monkeypatch)
+    program.train(tiny, workdir)
+    err = capsys.readouterr().err
+    assert "warning: step 12 is not saved: cannot write a checkpoint" in err
+    assert "the newest complete one is of step 8" in err
+    assert "warning: step 24 is not saved" not in err
+    assert not list((workdir / "checkpoints").glob("*tmp*"))  # failed writes give their room back
+    assert_same(workdir, whole, STEPS)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_stays_full_is_an_error_at_the_end(tiny, tmp_path, room, monkeypatch):
+    at_step(10, tmp_path / "run", lambda: room(9000), monkeypatch)
+    with pytest.raises(CheckpointError, match=r"cannot write a checkpoint in .*; the newest complete one is of step 8"):
+        program.train(with_training(tiny, steps=16), tmp_path / "run")
+    room(None)
+    assert checkpoints(tmp_path / "run") == [4, 8]
+
+
+def test_a_workdir_that_vanishes_is_made_anew(tiny, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    config = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, data_dir=str(tmp_path / "data")))
+    at_step(10, workdir, lambda: shutil.rmtree(workdir), monkeypatch)
+    program.train(with_training(config, steps=20), workdir)
+    assert (
+        f"{workdir}/checkpoints has vanished, with every checkpoint in it; it is made anew" in capsys.readouterr().err
+    )
+    assert checkpoints(workdir) == [12, 16, 20]
+    assert {"config.json", "run_meta.json", "tokenizer"} <= {p.name for p in workdir.iterdir()}
+    monkeypatch.undo()
+    program.train(with_training(config, steps=24), workdir)
+    assert "resumes at step 20" in capsys.readouterr().out
+
+
+def test_the_watchdog_prints_stacks_once_of_a_step_that_takes_long(monkeypatch, capfd):
+    monkeypatch.setattr(guard, "_LEAST_STALL", 0.3)
+    with Watchdog(0.0) as watchdog:
+        for step in range(1, 9):
+            time.sleep(0.005)
+            watchdog.beat(step)
+        with watchdog.pause():
+            time.sleep(0.7)  # an evaluation
+        watchdog.beat(9)
+        assert capfd.readouterr().err == ""
+        a_step_that_hangs()
+        watchdog.beat(10)
+    err = capfd.readouterr().err
+    assert err.count("watchdog: step 10 takes ") == 1
+    assert "in a_step_that_hangs" in err
+
+
+def a_step_that_hangs() -> None:
+    time.sleep(1.2)
+
+
+def test_the_host_is_never_more_than_two_steps_ahead():
+    class Metric:
+        """Like a device's scalar: reading it waits."""
+
+        def __init__(self, step: int):
+            self.step = step
+
+        def __int__(self) -> int:
+            read.append(self.step)
+            return 0
+
+    read: list[int] = []
+    follower = StepGuard(Watchdog(0.0), 0, 0, str)
+    for step in range(1, 6):
+        follower.follow(step, {"optim/skipped_steps": Metric(step)})
+        assert read == list(range(1, step - 1))
+    follower.catch_up()
+    assert read == [1, 2, 3, 4, 5]
