@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sepjax.checkpoint_files import damage, remove_unfinished, seal, set_aside, steps_on_disk
+from sepjax.checkpoint_files import Seals, damage, remove_unfinished, set_aside, steps_on_disk
 from sepjax.config import Config, ConfigError, UserError, from_json, to_json
 from sepjax.console import say
 from sepjax.model.transformer import Params, abstract
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from sepjax.training.step import TrainState
 
 _ITEMS = ("params", "optimizer", "data", "config")
-_SEAL_EVERY = 0.5  # seconds between looks for a checkpoint that has become complete
 
 
 class CheckpointError(UserError, OSError):
@@ -58,7 +56,7 @@ class Checkpointer:
         self._folder, self._remake = directory(workdir), remake
         self._writing: int | None = None  # step whose write may still go on
         self._failed: CheckpointError | None = None  # of the newest write
-        self._seals = _Seals(self._folder)
+        self._seals = Seals(self._folder)
 
     @property
     def latest_step(self) -> int | None:
@@ -222,44 +220,6 @@ class Checkpointer:
             self._seals.close()
         if error is None and self._failed is not None:
             raise self._failed
-
-
-class _Seals:
-    """Writes the manifest of every checkpoint soon after it has become complete; on process 0, in the background."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._expected: set[int] = set()
-        self._lock, self._end = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="seals", daemon=True)
-
-    def expect(self, step: int) -> None:
-        """`step` is being written."""
-        if jax.process_index() != 0:
-            return
-        with self._lock:
-            self._expected.add(step)
-        if not self._thread.is_alive():
-            self._thread.start()
-
-    def seal(self) -> None:
-        """Seals what is complete by now."""
-        with self._lock, contextlib.suppress(OSError):  # no manifest is better than no run
-            for step in self._expected.intersection(steps_on_disk(self._folder)):
-                self._expected.discard(step)
-                seal(self._folder / str(step))
-
-    def _watch(self) -> None:
-        while not self._end.wait(_SEAL_EVERY):
-            if self._expected:
-                self.seal()
-
-    def close(self) -> None:
-        """Seals for the last time."""
-        self._end.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        self.seal()
 
 
 @contextlib.contextmanager

@@ -7,16 +7,20 @@ Orbax renames a checkpoint into its place when all is written, so a kill leaves 
 copies that break off and bad disks do, and Orbax itself reads a flipped bit without a word.
 """
 
+import contextlib
 import json
 import shutil
+import threading
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 
 MANIFEST = "sepjax_files.json"
 _CHUNK = 1 << 24
+_SEAL_EVERY = 0.5  # seconds between looks for a checkpoint that has become complete
 _MOST = 64 << 30  # bytes of a checkpoint above which only sizes are kept: one host would read for too long
 
 
@@ -31,6 +35,44 @@ def seal(folder: Path) -> None:
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps({"files": files}))
     partial.replace(folder / MANIFEST)
+
+
+class Seals:
+    """Writes the manifest of every checkpoint soon after it has become complete; on process 0, in the background."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._expected: set[int] = set()
+        self._lock, self._end = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="seals", daemon=True)
+
+    def expect(self, step: int) -> None:
+        """`step` is being written."""
+        if jax.process_index() != 0:
+            return
+        with self._lock:
+            self._expected.add(step)
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def seal(self) -> None:
+        """Seals what is complete by now."""
+        with self._lock, contextlib.suppress(OSError):  # no manifest is better than no run
+            for step in self._expected.intersection(steps_on_disk(self._folder)):
+                self._expected.discard(step)
+                seal(self._folder / str(step))
+
+    def _watch(self) -> None:
+        while not self._end.wait(_SEAL_EVERY):
+            if self._expected:
+                self.seal()
+
+    def close(self) -> None:
+        """Seals for the last time."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.seal()
 
 
 def damage(folder: Path, items: Sequence[str], *, share: tuple[int, int] = (0, 1)) -> str | None:

@@ -19,15 +19,10 @@ STREAM_POSITIONS = ("slot", "absolute")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: entry points print the message alone, without a traceback.
+    """A mistake that the user can mend: entry points print the message alone, without a traceback."""
 
-    Attributes:
-      exit_code: of the program (docs/reliability.md lists them).
-      label: what the message begins with.
-    """
-
-    exit_code = 2
-    label = "error"
+    exit_code = 2  # of the program (docs/reliability.md)
+    label = "error"  # before the message
 
 
 class ConfigError(UserError, ValueError):

@@ -1,4 +1,4 @@
-"""train.py, evaluate.py and python -m sepjax.generate as a user runs them; what a bad input does to a run (kills: tests/reliability)."""
+"""train.py, evaluate.py and python -m sepjax.generate as a user runs them, and what bad input does to them."""
 
 import dataclasses
 import json
