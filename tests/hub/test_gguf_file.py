@@ -13,6 +13,7 @@ from sepjax.config import AttentionConfig, ModelConfig, RopeConfig
 from sepjax.hub.errors import HubError
 from sepjax.hub.gguf_file import GGUFError, load_gguf, packaged_file
 from sepjax.model.attend import forward
+from sepjax.model.rope import rope_frequencies
 from sepjax.model.transformer import create, merge, split
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abc.,Ġ1", "Ġa", "bc", "ab", "abc"]
@@ -38,7 +39,9 @@ def interleave(kernel, config):
     return np.moveaxis(halves, 1, 2).reshape(N * H, D)
 
 
-def write(path, config=CONFIG, *, leave_out=(), architecture="llama", pre="smollm", quantised=False, extra=()):
+def write(
+    path, config=CONFIG, *, leave_out=(), architecture="llama", pre="smollm", quantised=False, extra=(), factors=None
+):
     """Writes a random model; returns its parameters as ours."""
     graph, params = split(create(config, None, jax.random.key(5)))
     params = jax.tree.map(lambda x: np.asarray(8 * x if x.ndim > 2 else x), params)
@@ -68,6 +71,8 @@ def write(path, config=CONFIG, *, leave_out=(), architecture="llama", pre="smoll
                 writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
             else:
                 writer.add_tensor(name, data)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
     for name in extra:
         writer.add_tensor(name, np.ones(3, np.float32))
     writer.write_header_to_file()
@@ -153,6 +158,25 @@ def test_the_tokenizer_splits_digits_and_knows_its_control_tokens(tmp_path):
     assert tokenizer.decode(tokenizer.encode("abc a11, bc.")) == "abc a11, bc."
     assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 2)  # <|im_start|> starts a turn, no text
     assert tokenizer.encode("<|im_start|>a") == [1, 3]
+
+
+def test_the_scaling_of_llama_3_1_is_found_in_its_divisors(tmp_path):
+    config = dataclasses.replace(CONFIG, rope=RopeConfig(base=5e7))
+    rope = RopeConfig(base=5e7, scaling="llama3", factor=8.0)
+    wide = np.asarray(rope_frequencies(config.rope, 8)[0] / rope_frequencies(rope, 8)[0], np.float32)
+    write(tmp_path / "m.gguf", config, factors=wide)
+    assert load_gguf(tmp_path / "m.gguf", dtype="float32")[0].config == dataclasses.replace(config, rope=rope)
+    for bad in (wide[:3], wide * 1.1):
+        write(tmp_path / "m.gguf", config, factors=np.ascontiguousarray(bad))
+        with pytest.raises(GGUFError, match=r"'rope_freqs\.weight' scales the rotary embedding in another way"):
+            load_gguf(tmp_path / "m.gguf", dtype="float32")
+
+
+def test_the_splitting_of_llama_3(tmp_path):
+    write(tmp_path / "m.gguf", pre="llama-bpe")
+    _, tokenizer = load_gguf(tmp_path / "m.gguf", dtype="float32")
+    assert [TOKENS[i] for i in tokenizer.encode("abc abc, 11.")] == ["abc", "Ġa", "bc", ",", "Ġ", "1", "1", "."]
+    assert tokenizer.decode(tokenizer.encode("abc abc, 11.")) == "abc abc, 11."
 
 
 def test_a_read_model_generates(tmp_path):
