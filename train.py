@@ -48,12 +48,13 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float) -
     claim_workdir(workdir, config, new_data=new_data)
     run_meta(workdir, seed=config.training.seed)
 
-    # Data: text -> tokens -> packed rows. Each host reads its own share of the documents.
+    # Data: text -> tokens -> packed rows. Each host reads its own share of the documents: for the rows on its devices.
     data_dir = config.data.data_dir or str(workdir / "data")
     tokenizer = prepare_tokenizer(config, data_dir, workdir / "tokenizer")
-    here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    share = sharding.row_share(mesh, config.data.batch_size)
+    here = {"process_index": share.index, "process_count": share.count}
     batches = training_batches(config, tokenizer, data_dir, seed=config.training.seed, **here)
-    place = functools.partial(_place, sharding.batch_sharding(mesh))
+    place = functools.partial(_place, share, sharding.batch_sharding(mesh))
 
     # State and steps: pure functions under plain jit; parameters are born in their shards.
     graph, target = model_graph(config), abstract_state(config, mesh)
@@ -118,9 +119,9 @@ def _due(step: int, every: int, config: Config) -> bool:
     return step % every == 0 or step == config.training.steps
 
 
-def _place(batch_sharding: jax.sharding.NamedSharding, batch: Batch) -> Batch:
+def _place(share: sharding.RowShare, batch_sharding: jax.sharding.NamedSharding, batch: Batch) -> Batch:
     """From this host's rows to arrays over the whole mesh."""
-    return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, batch_sharding), batch)
+    return jax.tree.map(lambda x: share.place(x, batch_sharding), batch)
 
 
 def _evaluate(eval_fn: Callable[..., Any], state: TrainState, batches: list[Batch]) -> dict[str, float]:

@@ -8,6 +8,7 @@ the collectives in. Multi-host runs need nothing else: `jax.distributed.initiali
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,10 +58,21 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
 
 
 def join_cluster() -> None:
-    """Connects this process with the others of a TPU pod, Slurm job or the like, where JAX detects one.
+    """Connects this process with the others of a TPU pod, Slurm, Kubernetes or MPI job, where JAX detects one.
 
-    Must come before anything touches a device. On a single machine it does nothing.
+    Elsewhere the variables JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say
+    it. Must come before anything touches a device. On a single machine it does nothing.
+
+    Raises:
+      ConfigError: the variables are incomplete or no numbers.
     """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if len(given) > 1:
+        if len(given) < len(names) or not all(given[name].isdecimal() for name in names[1:]):
+            raise ConfigError(f"to join processes set all of {', '.join(names)}, the last two to numbers; got {given}")
+        jax.distributed.initialize(given[names[0]], int(given[names[1]]), int(given[names[2]]))
+        return
     try:
         jax.distributed.initialize()
     except ValueError as error:
@@ -116,6 +128,55 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How [B, T] arrays of a batch lie on the mesh."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["length"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShare:
+    """The rows of a batch that a process reads: those that its devices hold some part of.
+
+    Processes whose devices split the same rows (over `tensor` or `context`) read the same ones.
+
+    Attributes:
+      index: of this process's rows among the `count` shares, which are disjoint and of one size.
+      count: shares of the batch.
+      ranges: [first, last) rows, in order.
+    """
+
+    index: int
+    count: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def place(self, x: Any, sharding: NamedSharding) -> jax.Array:
+        """This process's rows [B / count, T] as its part of an array [B, T] over the whole mesh."""
+        begins = [sum(last - first for first, last in self.ranges[:i]) for i in range(len(self.ranges))]
+
+        def part(index: Any) -> Any:
+            first, last, _ = index[0].indices(len(x) * self.count)
+            at = next(b + first - f for b, (f, end) in zip(begins, self.ranges, strict=True) if f <= first < end)
+            return x[at : at + last - first, index[1]]
+
+        return jax.make_array_from_callback((len(x) * self.count, x.shape[1]), sharding, part)
+
+
+def row_share(mesh: Mesh, rows: int, process: int | None = None) -> RowShare:
+    """Which of a batch's rows a process (None: this one) reads.
+
+    Raises:
+      ConfigError: some processes would share a part of their rows.
+    """
+    length = _ways(mesh, "length")
+    held: dict[int, set[tuple[int, int]]] = {}
+    for device, index in batch_sharding(mesh).devices_indices_map((rows, length)).items():
+        held.setdefault(device.process_index, set()).add(index[0].indices(rows)[:2])
+    shares = sorted({tuple(sorted(ranges)) for ranges in held.values()})
+    sizes = {sum(last - first for first, last in ranges) for ranges in shares}
+    if len(sizes) > 1 or sizes.pop() * len(shares) != rows:
+        raise ConfigError(
+            f"{len(held)} processes hold rows that overlap in part on mesh {dict(mesh.shape)}; "
+            f"make data * fsdp = {_ways(mesh, 'batch')} a multiple or a divisor of the number of processes"
+        )
+    mine = tuple(sorted(held[jax.process_index() if process is None else process]))
+    return RowShare(shares.index(mine), len(shares), mine)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

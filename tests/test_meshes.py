@@ -1,0 +1,185 @@
+"""train.py on meshes of virtual devices and on two processes: the same losses and batches, checkpoints that move."""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sepjax.config import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    validate,
+)
+from sepjax.sharding import check_batch, join_cluster, make_mesh, row_share
+from train import train
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+# Losses are near 5; float32 sums in another order, through a few steps of Adam.
+BOUND = 2e-4
+SENTENCES = ("The cat sat on the mat, and looked.", "Where is the dog? It ran away!", "One; two: three. Four, five.")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    """Four query and two key heads; a constant learning rate, so that the length of a run changes nothing."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for number in range(30):
+        (folder / f"{number}.txt").write_text(" ".join(rng.choice(SENTENCES, 12)) + "\n")
+    return Config(
+        model=ModelConfig(
+            vocab_size=320, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64
+        ),
+        attention=AttentionConfig(num_sinks=2, window_size=8, max_separators=8, layer_windows=(8, 32)),
+        data=DataConfig(name=str(folder), tokenizer_vocab_size=300, sequence_length=32, batch_size=8),
+        optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-3, warmup_steps=2),
+        training=TrainingConfig(steps=STEPS, log_every=1, eval_every=STEPS, eval_batches=1, checkpoint_every=2),
+    )
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """The last loss written of every step."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def train_on(
+    devices: int, mesh: tuple[int, ...], config: Config, workdir: Path, steps: int = STEPS
+) -> dict[int, float]:
+    """Trains on the first of the virtual devices."""
+    training = dataclasses.replace(config.training, steps=steps)
+    config = validate(dataclasses.replace(config, mesh=MeshConfig(*mesh), training=training))
+    some = jax.devices()[:devices]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *args: some)
+        train(config, workdir)
+    return losses(workdir)
+
+
+def assert_same(got: dict[int, float], expected: dict[int, float]) -> None:
+    assert sorted(got) == sorted(expected)
+    np.testing.assert_allclose(list(got.values()), [expected[step] for step in got], atol=BOUND)
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory) -> dict[int, float]:
+    """A run on one device that nothing disturbed."""
+    found = train_on(1, (1, 1, 1, 1), config, tmp_path_factory.mktemp("alone"))
+    assert found[STEPS] < found[1] - 0.3, "it learns, so the losses would show other gradients or batches"
+    return found
+
+
+@pytest.mark.parametrize("mesh", [(-1, 1, 1, 1), (4, 2, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)], ids=str)
+def test_every_mesh_gives_the_same_losses(mesh, config, alone, tmp_path):
+    assert_same(train_on(8, mesh, config, tmp_path), alone)
+
+
+def test_a_run_moves_from_one_device_to_four_and_to_two(config, alone, tmp_path):
+    """The state is read into other shards, and the batches go on where they were."""
+    train_on(1, (1, 1, 1, 1), config, tmp_path, steps=2)
+    train_on(4, (1, 2, 1, 2), config, tmp_path, steps=4)
+    assert_same(train_on(2, (1, 1, 2, 1), config, tmp_path), alone)
+
+
+def test_two_processes_train_save_restore_and_end(config, tmp_path):
+    """Four devices each, joined by gloo; the second time on a mesh with all four axes but one."""
+    attention = dataclasses.replace(config.attention, layer_windows=())
+    model = dataclasses.replace(config.model, num_layers=1)  # compiles in less time
+    config = dataclasses.replace(config, attention=attention, model=model)
+    file = tmp_path / "config.py"
+    file.write_text(f"from sepjax.config import *\ndef get_config():\n    return {config!r}\n")
+    workdir = tmp_path / "run"
+    _two_processes(file, workdir, "--config.mesh.data=2", "--config.mesh.fsdp=4")
+    first = losses(workdir)
+    assert sorted(first) == list(range(1, STEPS + 1))
+    assert first[STEPS] < first[1] - 0.3
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    mesh = [f"--config.mesh.{axis}=2" for axis in ("fsdp", "tensor", "context")]
+    (out, _), _ = _two_processes(file, workdir, "--config.mesh.data=1", *mesh)
+    assert f"resumes at step {STEPS - 2}" in out
+    assert_same(losses(workdir), first)
+
+
+def _two_processes(config_file: Path, workdir: Path, *flags: str) -> list[tuple[str, str]]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT), "JAX_NUM_PROCESSES": "2"}
+    shared |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={config_file}", f"--workdir={workdir}", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen(command, env=os.environ | shared | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(2)
+    ]
+    try:
+        ends = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, err) in zip(processes, ends, strict=True):
+        assert process.returncode == 0, err[-4000:]
+    return ends
+
+
+class _Device:
+    """A device of another process, as far as a mesh is concerned."""
+
+    platform, device_kind = "cpu", "cpu"
+
+    def __init__(self, number: int, per_process: int):
+        self.id, self.process_index = number, number // per_process
+
+    def __repr__(self) -> str:
+        return f"device {self.id}"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "per_process", "shares"),
+    [((8, 1, 1, 1), 2, 4), ((2, 2, 1, 2), 2, 4), ((1, 2, 2, 2), 4, 2), ((1, 2, 2, 2), 2, 2), ((1, 1, 2, 4), 4, 1)],
+    ids=str,
+)
+def test_every_row_is_read_by_those_who_hold_it(mesh, per_process, shares):
+    """The shares are disjoint and complete, and processes whose devices split the same rows read the same ones."""
+    devices = np.array([_Device(i, per_process) for i in range(8)]).reshape(mesh)
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor", "context"))
+    found = [row_share(mesh, 16, process) for process in range(8 // per_process)]
+    assert {x.count for x in found} == {shares}
+    rows = {x.index: [row for first, last in x.ranges for row in range(first, last)] for x in found}
+    assert sorted(row for part in rows.values() for row in part) == list(range(16))
+    assert all(rows[x.index] == [row for a, b in x.ranges for row in range(a, b)] for x in found)
+
+
+def test_rows_that_would_be_shared_in_part_are_refused():
+    devices = np.array([_Device(i, 2) for i in (0, 2, 4, 1, 3, 5)]).reshape(3, 1, 2, 1)  # rows of 0 1, 2 0, 1 2
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor", "context"))
+    with pytest.raises(ConfigError, match="3 processes hold rows that overlap in part"):
+        row_share(mesh, 6, 0)
+
+
+def test_a_mesh_that_does_not_fit_names_both_numbers(config):
+    with pytest.raises(ConfigError, match=r"'data': 3.* does not fit 8 devices"):
+        make_mesh(MeshConfig(data=3))
+    with pytest.raises(ConfigError, match=r"a .* of 6 rows does not split over 8 devices"):
+        check_batch(make_mesh(MeshConfig(data=8)), 6)
+
+
+def test_a_cluster_named_in_part_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ConfigError, match="JAX_PROCESS_ID"):
+        join_cluster()
