@@ -10,8 +10,9 @@ begins with it and "_": openai/gsm8k, cais/mmlu, EleutherAI/lambada_openai (lamb
 """
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,10 @@ def local_datasets(folder: Path | None) -> Iterator[None]:
     if not folder.is_dir():
         raise TaskDataError(f"no folder {str(folder)!r} with a task's datasets")
     original = datasets.load_dataset
+    read = functools.cache(_rows)  # MMLU asks for one file 57 times
 
     def load_dataset(path: str, name: str | None = None, **_: Any) -> "_Splits":
-        return _read(folder, path, name)
+        return _splits(_home(folder, path, name), path, name, read)
 
     datasets.load_dataset = load_dataset  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -75,11 +77,10 @@ class _Missing(list):
         raise TaskDataError(f"{str(self._home)!r} has no split {self._split!r}, only {there}")
 
 
-def _read(folder: Path, path: str, name: str | None) -> _Splits:
-    home = _home(folder, path, name)
+def _splits(home: Path, path: str, name: str | None, read: Callable[[Path], list[Row]]) -> _Splits:
     splits = {}
     for file in sorted(home.glob("*.jsonl")):
-        rows = _rows(file)
+        rows = read(file)
         if name and name != "all" and rows and "subject" in rows[0]:
             rows = [row for row in rows if row["subject"] == name]
         if rows:

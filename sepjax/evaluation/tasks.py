@@ -5,6 +5,7 @@ kept everything, because every prompt fits its window, is refused: its score wou
 """
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -142,6 +143,7 @@ def _evaluate(
     return results
 
 
+@functools.cache
 def _manager(task: str) -> Any:
     """lm-eval's index of the folders whose names the task's begins with: of all of them it takes many seconds."""
     import lm_eval.tasks
