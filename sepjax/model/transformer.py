@@ -22,8 +22,14 @@ class Embedding(nnx.Embed):
     """`nnx.Embed` that reads rows before it converts them, so that tokens add up their gradients in float32."""
 
     def __call__(self, ids: Int32[Array, "B T"]) -> Float[jax.Array, "B T D"]:
-        """The rows of ids[B, T], [B, T, D] in the activations' dtype."""
-        return jnp.take(self.embedding[...], jnp.asarray(ids), axis=0).astype(self.dtype)
+        """The rows of ids[B, T], [B, T, D] in the activations' dtype.
+
+        On a mesh every device of `fsdp` reads its part of D for the tokens of all of them, and an all-to-all brings
+        each its own tokens. The table, far larger than the activations, stays where it is; so does its gradient.
+        """
+        ids = constrain(jnp.asarray(ids), "rows of fsdp", "length")
+        x = jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
+        return constrain(constrain(x, "rows of fsdp", "length", "embed"), "batch", "length", "hidden")
 
 
 class Transformer(nnx.Module):

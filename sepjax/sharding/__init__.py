@@ -18,8 +18,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from sepjax.config import ConfigError, MeshConfig
 
 # logical axis -> mesh axes. `embed` is a parameter's model dimension, `hidden` the same dimension of activations.
+# `rows of fsdp` is the batch where the devices of `fsdp` have the same rows, and a part of `embed` each.
 RULES: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "rows of fsdp": ("data",),
     "length": ("context",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
@@ -84,7 +86,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes `data`, `fsdp`, `tensor`, `context` over all devices (or those given).
 
     Raises:
-      ConfigError: when the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or do not lie on their torus.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
@@ -97,7 +99,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             "set one axis to -1 to take what is left"
         )
     axis_types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+    except NotImplementedError as error:  # a TPU's torus, of which every mesh axis takes whole axes
+        raise ConfigError(
+            f"mesh {sizes} does not lie on the {len(devices)} chips: {str(error).splitlines()[0][:300]}; make each size "
+            "a product of sides of the chips' grid"
+        ) from error
 
 
 def check_batch(mesh: Mesh, rows: int) -> None:
