@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +58,8 @@ class Checkpointer:
         self._writing: int | None = None  # step whose write may still go on
         self._failed: CheckpointError | None = None  # of the newest write
         self._seals = Seals(self._folder)
+        # Orbax logs each failure with several tracebacks; the messages here have what a user needs of them.
+        logging.getLogger("absl").addFilter(_is_not_orbax)
 
     @property
     def latest_step(self) -> int | None:
@@ -83,6 +86,7 @@ class Checkpointer:
         )
         try:
             self._ensure_workdir()
+            _probe(self._folder)
             self.write(step, items)
         except (CheckpointError, OSError) as error:
             self._note(step, error)
@@ -200,7 +204,8 @@ class Checkpointer:
         self._manager.reload()
 
     def _note(self, step: int, error: Exception) -> None:
-        error = error if isinstance(error, CheckpointError) else CheckpointError(str(error))
+        if not isinstance(error, CheckpointError):
+            error = CheckpointError(f"cannot write a checkpoint in {self._folder}: {error}; {_newest(self._folder)}")
         self._failed = error
         if jax.process_index() == 0:
             remove_unfinished(self._folder, step)
@@ -218,18 +223,22 @@ class Checkpointer:
                 self._manager.close()
         finally:
             self._seals.close()
+            logging.getLogger("absl").removeFilter(_is_not_orbax)
         if error is None and self._failed is not None:
             raise self._failed
 
 
+def _probe(folder: Path) -> None:
+    """Raises OSError where nothing can be made in the folder: Orbax would wait for a thread that has died of it."""
+    if jax.process_index() == 0:
+        probe = folder / f".probe.{os.getpid()}"
+        probe.mkdir()
+        probe.rmdir()
+
+
 @contextlib.contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Says what a failed write leaves. Orbax writes in the background; TensorStore's errors are ValueErrors.
-
-    Orbax logs each failure with several tracebacks; the message here has what a user needs of them.
-    """
-    log = logging.getLogger("absl")
-    log.addFilter(_is_not_orbax)
+    """Says what a failed write leaves. Orbax writes in the background; TensorStore's errors are ValueErrors."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -237,8 +246,6 @@ def _naming(folder: Path) -> Iterator[None]:
             f"cannot write a checkpoint in {folder}: {_first_line(error)}; {_newest(folder)}, "
             "and the same command goes on from there once files can be written"
         ) from error
-    finally:
-        log.removeFilter(_is_not_orbax)
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:

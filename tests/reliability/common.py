@@ -1,6 +1,5 @@
 """Tiny runs that tests disturb: started as a user starts them, or in this process."""
 
-import ctypes
 import json
 import os
 import subprocess
@@ -18,6 +17,10 @@ ROOT = Path(__file__).parents[2]
 SENTENCES = ("The cat sat on the mat, and looked.", "Where is the dog? It ran away!", "One; two: three. Four, five.")
 EVERY = 4  # steps between two checkpoints
 STEPS = 40
+# Permissions count for root too from here on: prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE), then Python again.
+OBEY_PERMISSIONS = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 CONFIG = """
 from sepjax.config import (AttentionConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig)
@@ -48,11 +51,6 @@ def write_config(folder: Path, *, on_gpu: bool = False) -> Path:
     return path
 
 
-def obey_permissions() -> None:
-    """From now on permissions count for root too: prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE), before Python starts."""
-    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
-
-
 def start(config_file: Path, workdir: Path, *flags: str) -> subprocess.Popen:
     """train.py as a process of its own. Compiled programs are kept beside the config, so that restarts are quick."""
     environment = os.environ | {
@@ -62,15 +60,9 @@ def start(config_file: Path, workdir: Path, *flags: str) -> subprocess.Popen:
     }
     if os.environ["JAX_PLATFORMS"] == "cuda":  # the same bits in every process: no atomics, no timing of candidates
         environment["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
-    command = [sys.executable, str(ROOT / "train.py"), f"--config={config_file}", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=obey_permissions,
-    )
+    program = [sys.executable, str(ROOT / "train.py"), f"--config={config_file}", f"--workdir={workdir}", *flags]
+    command, out = [sys.executable, "-c", OBEY_PERMISSIONS, *program], subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=out, stderr=out, text=True)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
