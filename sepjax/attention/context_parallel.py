@@ -87,7 +87,7 @@ def context_attention(
     k: Keys,
     v: Keys,
     layout: SeparatorLayout,
-    is_roomy: Bool[Array, ""],
+    is_roomy: Bool[Array, ""] | bool,
     *,
     plan: ContextPlan,
     scale: float | None = None,
@@ -99,7 +99,8 @@ def context_attention(
       q: [B, T / C, N, H], this device's part of the rows in context order.
       k: [B, T / C, K, H]; v: like k.
       layout: of whole rows, [B, T] in the order of the text, the same on all devices of the axis.
-      is_roomy: `fits(layout, C, plan.capacity)`, the same on all devices of the mesh.
+      is_roomy: `fits(layout, C, plan.capacity)`, the same on all devices of the mesh; or True, where that is known: the
+        other case is then not compiled.
       plan: with plan.halo >= n - 1 for the n that the layout was made with; a larger n would miss keys.
       scale, implementation: as in `separator_attention`.
 
@@ -120,8 +121,8 @@ def context_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     attend = functools.partial(choose(implementation, q).attend_ranges, scale=scale)
     run = functools.partial(_attend, attend, plan)
-    if plan.dense or plan.capacity >= q.shape[1]:
-        return run(q.shape[1], q, k, v, layout)
+    if plan.dense or is_roomy is True or plan.capacity >= q.shape[1]:
+        return run(min(plan.capacity, q.shape[1]), q, k, v, layout)
     return lax.cond(
         is_roomy,
         lambda *args: run(plan.capacity, *args),

@@ -20,6 +20,9 @@ if __name__ == "__main__":
     LENGTHS = flags.DEFINE_list("lengths", list(map(str, DEFAULT.attention.lengths)), "tokens of a row of attention")
     LONGEST = flags.DEFINE_list("longest", list(map(str, DEFAULT.training.longest)), "tokens of a row in that part")
     SECONDS = flags.DEFINE_float("seconds", DEFAULT.training.seconds, "for the loops of a figure", lower_bound=0)
+    SCAN = flags.DEFINE_bool(
+        "scan_layers", DEFAULT.training.scan_layers, "compile one layer; --noscan_layers: as configs say"
+    )
     JSON = flags.DEFINE_string("json", None, "file for all figures and settings")
 
     def _known(flag: str, given: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
@@ -38,6 +41,7 @@ if __name__ == "__main__":
             longest=whole_numbers("longest", LONGEST.value),
             tokens=TOKENS.value,
             seconds=SECONDS.value,
+            scan_layers=SCAN.value,
         )
         attention = dataclasses.replace(DEFAULT.attention, lengths=whole_numbers("lengths", LENGTHS.value))
         generation = dataclasses.replace(DEFAULT.generation, config=CONFIGS.value[-1])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from sepjax.attention import dense_attention, separator_attention
 from sepjax.attention.context_parallel import ContextPlan, context_attention, fits, gathered_keys
+from sepjax.config import ConfigError
 from sepjax.layout import SeparatorLayout, build_layout
 from sepjax.timing import Timing, time_calls
 from sepjax.training.compiled import Program
@@ -25,6 +26,7 @@ class Settings:
     lengths: tuple[int, ...] = (2**17, 2**19, 2**20)
     dense_lengths: tuple[int, ...] = (2**17, 2**19)  # of those, where one device also computes dense rows with cuDNN
     density: float = 0.12
+    room: float = 1.1  # for global keys, over those that the density lets expect
     window_size: int = 256
     num_sinks: int = 4
     num_heads: int = 8
@@ -35,8 +37,8 @@ class Settings:
     seconds: float = 1.0
 
     def plans(self, length: int, ways: int) -> dict[str, ContextPlan]:
-        """Separators: room for a tenth more global keys than are expected. Dense: all keys."""
-        room = math.ceil((1.1 * self.density * length + self.num_sinks) / ways)
+        """Separators: the packed global keys and a halo are sent. Dense: all keys."""
+        room = math.ceil((self.room * self.density * length + self.num_sinks) / ways)
         return {
             "separators": ContextPlan(ways, halo=self.window_size - 1, capacity=min(room, length // ways)),
             "dense": ContextPlan(ways, halo=length, capacity=0, dense=True),
@@ -60,6 +62,9 @@ def _figures(settings: Settings, length: int, pattern: str, devices: list[Any]) 
     mesh = jax.make_mesh((ways,), ("context",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
     with jax.set_mesh(mesh):
         layout = jax.jit(functools.partial(_layout, settings, length, pattern))()
+        is_roomy = plan.dense or bool(fits(layout, ways, plan.capacity))
+        if not is_roomy:
+            raise ConfigError(f"a device has more than {plan.capacity} global keys at T={length}; raise Settings.room")
         arrays = _inputs(settings, length, mesh)
         figures = {
             "part": "attention",
@@ -67,7 +72,6 @@ def _figures(settings: Settings, length: int, pattern: str, devices: list[Any]) 
             "devices": ways,
             "length": length,
             "shape": [settings.num_heads, settings.num_kv_heads, settings.head_dim],
-            "fits": plan.dense or bool(fits(layout, ways, plan.capacity)),
             "pairs": int(layout.num_pairs().sum()),
         }
         for passes in settings.passes:
@@ -122,9 +126,12 @@ def _attention(plan: ContextPlan, passes: str) -> Callable[..., Any]:
     def op(q: jax.Array, k: jax.Array, v: jax.Array, layout: SeparatorLayout) -> Any:
         if plan.ways == 1:
             return separator_attention(q, k, v, layout)
-        attend: Any = functools.partial(context_attention, plan=plan)
-        run: Any = _over_mesh(attend, (rows, rows, rows, jax.P(), jax.P()), (rows, rows))
-        return run(q, k, v, layout, fits(layout, plan.ways, plan.capacity))[0]
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, layout: SeparatorLayout) -> Any:
+            return context_attention(q, k, v, layout, True, plan=plan)[0]
+
+        run: Any = _over_mesh(attend, (rows, rows, rows, jax.P()), rows)
+        return run(q, k, v, layout)
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array, layout: SeparatorLayout) -> Any:
         return op(q, k, v, layout)

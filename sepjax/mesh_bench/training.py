@@ -41,6 +41,8 @@ class Settings:
       longest: T of single rows that one device trains on, layer inputs kept and all else computed again.
       steps: whose losses are compared.
       seconds: of the timed loops of a figure.
+      scan_layers: one compiled layer in place of each config's own choice. Unrolled ones are faster (docs/decisions.md,
+        18), but on four meshes and one device they take most of a measurement to compile.
     """
 
     configs: tuple[str, ...] = ("sep_small", "sep_large")
@@ -53,6 +55,7 @@ class Settings:
     longest: tuple[int, ...] = (2**19, 2**20)
     steps: int = 4
     seconds: float = 3.0
+    scan_layers: bool = True
 
 
 def measure(settings: Settings) -> Iterator[Figures]:
@@ -101,6 +104,7 @@ def _config(name: str, settings: Settings, length: int, axis: str, ways: int) ->
     steps = settings.micro_batches * ways * tokens // (rows * length) or 1
     config.mesh = MeshConfig(**{x: ways if x == axis else 1 for x in AXES})
     config.data.sequence_length = length
+    config.model.scan_layers |= settings.scan_layers
     # The optimizer begins at once: losses that fall tell more of the gradients than losses of a random model.
     config.optimizer.warmup_steps = 0
     return _with_batch(config, rows * steps, steps), rows
@@ -203,7 +207,6 @@ def random_batch(config: Config, density: float) -> Batch:
 def move_checkpoint(settings: Settings) -> Iterator[Figures]:
     """One device -> `fsdp` over all -> one device, two steps on each, against six steps on one device."""
     everywhere, _ = _config(settings.configs[0], settings, settings.length, "fsdp", jax.device_count())
-    everywhere.model.scan_layers = True
     alone = dataclasses.replace(everywhere, mesh=MeshConfig(1, 1, 1, 1))
     rows = max(1, settings.tokens // settings.length)
     alone = dataclasses.replace(

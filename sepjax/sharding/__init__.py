@@ -103,8 +103,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
     except NotImplementedError as error:  # a TPU's torus, of which every mesh axis takes whole axes
         raise ConfigError(
-            f"mesh {sizes} does not lie on the {len(devices)} chips: {str(error).splitlines()[0][:300]}; make each size "
-            "a product of sides of the chips' grid"
+            f"mesh {sizes} does not lie on the {len(devices)} chips: {str(error).splitlines()[0][:300]}; make "
+            "each size a product of sides of the chips' grid"
         ) from error
 
 
