@@ -1,12 +1,13 @@
-"""A training step compiled ahead of time for TPUs that are elsewhere: memory, collectives, largest arrays.
+"""A training step compiled ahead of time for TPUs or H100s that are elsewhere: memory, collectives, largest arrays.
 
-The step is the one that `train.py` runs, on the mesh that the config asks for; `libtpu` has the compiler for every TPU
-and needs none. The command is `python -m sepjax.sharding plan`.
+The step is the one that `train.py` runs, on the mesh that the config asks for; `libtpu` has the compiler for every TPU,
+the CUDA plugin of JAX that for GPUs, and neither needs a device. The command is `python -m sepjax.sharding plan`.
 """
 
 import dataclasses
 import functools
 import os
+import re
 from typing import Any
 
 import jax
@@ -17,11 +18,13 @@ from jax.sharding import Mesh
 from sepjax.config import Config, UserError
 from sepjax.data.batch import Batch
 from sepjax.sharding import batch_sharding, check_batch, make_mesh, replicated
+from sepjax.training import h100
 from sepjax.training.compiled import Collective, LargeArray, Program
 from sepjax.training.step import abstract_state, model_graph, train_step
 
 # GiB that the compiler gives to a program on one JAX device: a chip, for TPU7x half a chip.
 _HBM = {"TPU v5 lite": 15.75, "TPU v5": 95.73, "TPU v6 lite": 31.24, "TPU7x": 94.74}
+_HBM["NVIDIA H100 80GB HBM3"] = h100.MEMORY / 2**30  # the driver and NCCL take some of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Plan:
 
 
 def compile_here() -> None:
-    """Lets libtpu compile without a TPU and without a word, in several processes at once; call it before any device."""
+    """Lets compilers run without a device and without a word, in several processes at once; call it before any device."""
     jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of cuDNN's version, which only running needs
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_ID": "0"}
     quiet |= {"TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for name, value in quiet.items():
@@ -61,24 +65,42 @@ def compile_here() -> None:
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """The devices of a topology such as "v5e:16x16" or "v5p:8x8x16", none of which is here.
+    """The devices of a topology such as "v5e:16x16", "v5p:8x8x16" or "h100:4x8" (hosts, GPUs), none of which is here.
 
     Raises:
-      UserError: there is no such topology, or no libtpu.
+      UserError: there is no such topology, or its compiler is not installed.
     """
+    if topology.startswith("h100:"):
+        return _h100s(topology)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
         raise UserError(
             f"--topology={topology}: {reason}; expected a TPU and the grid of its chips, such as v5e:16x16, v6e:16x16, "
-            "v5p:8x8x16 or tpu7x:4x4x8"
+            "v5p:8x8x16 or tpu7x:4x4x8, or h100:4x8 for 4 hosts of 8 GPUs"
         ) from error
     except RuntimeError as error:
         raise UserError(
             f"--topology={topology} needs the compiler for TPUs, the package libtpu, which is not installed; "
             'python -m pip install "sepjax[tpu]"'
         ) from error
+
+
+def _h100s(topology: str) -> list[Any]:
+    found = re.fullmatch(r"h100:(\d+)x(\d+)", topology)
+    if not found or not int(found[1]) * int(found[2]):
+        raise UserError(f"--topology={topology}: expected h100:HOSTSxGPUS, such as h100:1x8 or h100:16x8")
+    try:
+        description = topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=h100.TARGET_CONFIG, topology=f"1x{found[1]}x{found[2]}"
+        )
+    except (NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"--topology={topology} needs JAX's compiler for NVIDIA GPUs, the package jax-cuda13-plugin, which is not "
+            f'installed or does not load; python -m pip install "sepjax[compile]" ({str(error)[:100]})'
+        ) from error
+    return list(description.devices)
 
 
 def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:

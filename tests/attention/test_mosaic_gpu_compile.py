@@ -6,48 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 
 from sepjax.attention import separator_attention
 from sepjax.layout import build_layout
+from sepjax.training.plan import topology_devices
 from tests.attention.common import results
-
-# What the compiler needs to know of the device: an NVIDIA H100 80GB HBM3.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84978434048
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 minor: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 @pytest.fixture(scope="module")
 def h100():
     pytest.importorskip("jax_plugins.xla_cuda13", reason='compiling for a GPU needs pip install -e ".[compile]"')
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology="1x1x1")
-    return jax.sharding.Mesh(
-        np.asarray(topology.devices).reshape(1), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
-    )
+    devices = np.asarray(topology_devices("h100:1x1"))
+    return jax.sharding.Mesh(devices.reshape(1), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def lowered(mesh, shape, dtype, op):

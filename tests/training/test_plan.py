@@ -100,3 +100,21 @@ def test_mistakes_on_the_command_line_are_answered_in_one_line(arguments, messag
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
+
+
+def test_h100s_of_several_hosts():
+    """Two hosts of four GPUs: the same report, from XLA's compiler for NVIDIA GPUs."""
+    pytest.importorskip("jax_plugins.xla_cuda13", reason='compiling for a GPU needs pip install -e ".[compile]"')
+    config = small(mesh=dataclasses.replace(SMALL.mesh, data=2, fsdp=2, tensor=2))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1, dtype="bfloat16"))
+    found = plan.make_plan(config, "h100:2x4", 3)
+    assert found.device_kind.startswith("NVIDIA H100")
+    assert found.hbm is not None
+    assert 0 < found.memory.total < found.hbm
+    assert {"all-gather", "all-reduce"} <= {x.kind for x in found.collectives}
+
+
+@pytest.mark.parametrize("topology", ["h100:8", "h100:0x8", "h100:"])
+def test_a_wrong_number_of_gpus(topology):
+    with pytest.raises(UserError, match="expected h100:HOSTSxGPUS"):
+        plan.topology_devices(topology)
