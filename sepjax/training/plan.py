@@ -55,7 +55,7 @@ class Plan:
 
 
 def compile_here() -> None:
-    """Lets compilers run without a device and without a word, in several processes at once; call it before any device."""
+    """Lets compilers run without a device or a word, in several processes at once; call it before any device."""
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of cuDNN's version, which only running needs
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_ID": "0"}
