@@ -45,6 +45,8 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float) -
     # Mesh: every device of every host. Workdir: one config for its whole life.
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.data.batch_size // config.optimizer.accumulation_steps)
+    sharding.check_heads(mesh, config.model.num_heads)
+    sharding.check_length(mesh, config.data.sequence_length)
     claim_workdir(workdir, config, new_data=new_data)
     run_meta(workdir, seed=config.training.seed)
 

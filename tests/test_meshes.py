@@ -24,7 +24,7 @@ from sepjax.config import (
     TrainingConfig,
     validate,
 )
-from sepjax.sharding import check_batch, join_cluster, make_mesh, row_share
+from sepjax.sharding import check_batch, check_heads, check_length, join_cluster, make_mesh, row_share
 from train import train
 
 ROOT = Path(__file__).parents[1]
@@ -171,11 +171,15 @@ def test_rows_that_would_be_shared_in_part_are_refused():
         row_share(mesh, 6, 0)
 
 
-def test_a_mesh_that_does_not_fit_names_both_numbers(config):
+def test_a_mesh_that_does_not_fit_names_both_numbers():
     with pytest.raises(ConfigError, match=r"'data': 3.* does not fit 8 devices"):
         make_mesh(MeshConfig(data=3))
     with pytest.raises(ConfigError, match=r"a .* of 6 rows does not split over 8 devices"):
         check_batch(make_mesh(MeshConfig(data=8)), 6)
+    with pytest.raises(ConfigError, match=r"num_heads=4 does not split over mesh\.tensor=8"):
+        check_heads(make_mesh(MeshConfig(data=1, tensor=8)), 4)
+    with pytest.raises(ConfigError, match=r"sequence_length=72 does not split over mesh\.context=8 .* multiple of 16"):
+        check_length(make_mesh(MeshConfig(data=1, context=8)), 72)
 
 
 def test_a_cluster_named_in_part_is_refused(monkeypatch):

@@ -18,7 +18,7 @@ from sepjax.attention.context_parallel import (
     from_context_order,
     to_context_order,
 )
-from sepjax.config import AttentionConfig, ConfigError, ModelConfig, layer_windows
+from sepjax.config import AttentionConfig, ModelConfig, layer_windows
 from sepjax.layout import SeparatorLayout, build_layout
 from sepjax.model.layers import Attend
 from sepjax.model.rope import rope_table, rotate
@@ -132,11 +132,6 @@ _ROOM_FOR_GLOBAL_KEYS = 0.25
 def _over_context(layout: SeparatorLayout, attention: AttentionConfig, windows: tuple[int, ...]) -> _Rows:
     """Attention over rows that the axis `context` splits; q, k and v arrive and leave in context order."""
     T, C = layout.length, ways("length")
-    if T % (2 * C):
-        raise ConfigError(
-            f"data.sequence_length={T} does not split over mesh.context={C} devices: each gets two chunks of a row, so "
-            f"it must be a multiple of {2 * C}"
-        )
     room = attention.capacity or round(T * _ROOM_FOR_GLOBAL_KEYS)
     capacity = min(max(-(-room // C), 1), T // C)
     sparse = [n for n in windows if n < T]

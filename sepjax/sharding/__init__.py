@@ -118,6 +118,25 @@ def check_batch(mesh: Mesh, rows: int) -> None:
         )
 
 
+def check_heads(mesh: Mesh, num_heads: int) -> None:
+    """Raises `ConfigError` when the query heads do not split evenly over `tensor`."""
+    parts = _ways(mesh, "heads")
+    if num_heads % parts:
+        raise ConfigError(
+            f"model.num_heads={num_heads} does not split over mesh.tensor={parts} devices; choose one that divides it"
+        )
+
+
+def check_length(mesh: Mesh, length: int) -> None:
+    """Raises `ConfigError` when a row does not split into an early and a late chunk for each device of `context`."""
+    parts = _ways(mesh, "length")
+    if parts > 1 and length % (2 * parts):
+        raise ConfigError(
+            f"data.sequence_length={length} does not split over mesh.context={parts} devices: each gets two chunks of "
+            f"a row, so it must be a multiple of {2 * parts}"
+        )
+
+
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree of parameters, or for any tree that holds such trees (optimizer moments).
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from sepjax.config import Config, UserError
 from sepjax.data.batch import Batch
-from sepjax.sharding import batch_sharding, check_batch, make_mesh, replicated
+from sepjax.sharding import batch_sharding, check_batch, check_heads, check_length, make_mesh, replicated
 from sepjax.training import h100
 from sepjax.training.compiled import Collective, LargeArray, Program
 from sepjax.training.step import abstract_state, model_graph, train_step
@@ -107,9 +107,11 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     """`train.py`'s step for a mesh of devices that need not be here.
 
     Raises:
-      UserError: the batch does not split over the mesh, or a device's memory is too small.
+      UserError: batch, heads or rows do not split over the mesh, or a device's memory is too small.
     """
     check_batch(mesh, config.data.batch_size // config.optimizer.accumulation_steps)
+    check_heads(mesh, config.model.num_heads)
+    check_length(mesh, config.data.sequence_length)
     state = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = functools.partial(train_step, config, model_graph(config))
