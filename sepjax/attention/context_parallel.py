@@ -162,7 +162,7 @@ def _keys(plan, capacity, device, k, v):
     else:
         near = tuple(_with_halo(x, plan) for x in (k, v))
     if plan.dense:
-        return near, tuple(jnp.asarray(x)[:, :0] for x in (k, v))
+        return near, tuple(jnp.asarray(x)[:, :1] for x in (k, v))  # one that nobody sees
     pack, compact = device.pack_moves(capacity), device.chunks.compact_moves(capacity)
     return near, tuple(_move(_gathered(_move(x, *pack), plan), *compact) for x in (k, v))
 
