@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepjax.attention import reference, separator_attention
+from sepjax.attention import reference, separator_attention, tpu, xla
+from sepjax.attention.op import choose
 from sepjax.layout import build_layout
 from tests.attention.common import (
     assert_errs_at_most_twice_as_much,
@@ -301,3 +302,12 @@ def test_a_named_implementation_never_falls_back():
         reason = f"'{name}' cannot serve this call: it needs {needs}.*the device is cpu.*use None .*or 'xla'"
         with pytest.raises(NotImplementedError, match=reason):
             separator_attention(q, k, v, sparse_layout(), implementation=name)
+
+
+def test_the_tpu_kernels_serve_whole_rows_only(monkeypatch):
+    monkeypatch.setattr(tpu, "unsupported", lambda q: None)
+    q, *_ = tensors(GROUPED)
+    assert choose(None, q) is tpu
+    assert choose(None, q, over_ranges=True) is xla
+    with pytest.raises(NotImplementedError, match="'tpu' cannot serve this call: its kernels take whole rows"):
+        choose("tpu", q, over_ranges=True)
