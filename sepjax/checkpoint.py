@@ -59,7 +59,8 @@ class Checkpointer:
         self._failed: CheckpointError | None = None  # of the newest write
         self._seals = Seals(self._folder)
         # Orbax logs each failure with several tracebacks; the messages here have what a user needs of them.
-        logging.getLogger("absl").addFilter(_is_not_orbax)
+        self._quiet = _quiet()
+        self._quiet.__enter__()
 
     @property
     def latest_step(self) -> int | None:
@@ -223,7 +224,7 @@ class Checkpointer:
                 self._manager.close()
         finally:
             self._seals.close()
-            logging.getLogger("absl").removeFilter(_is_not_orbax)
+            self._quiet.__exit__(None, None, None)
         if error is None and self._failed is not None:
             raise self._failed
 
@@ -248,8 +249,19 @@ def _naming(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_not_orbax(record: logging.LogRecord) -> bool:
-    return "/orbax/" not in record.pathname
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what Orbax logs from the console."""
+
+    def is_not_orbax(record: logging.LogRecord) -> bool:
+        return "/orbax/" not in record.pathname
+
+    log = logging.getLogger("absl")
+    log.addFilter(is_not_orbax)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_not_orbax)
 
 
 def _newest(folder: Path) -> str:
@@ -283,7 +295,8 @@ def sync(name: str) -> None:
 
 def check_shapes(folder: Path, params: Any) -> None:
     """Raises ConfigError, naming the parameters, where those of a checkpoint are not those of the model."""
-    saved: Any = ocp.StandardCheckpointer().metadata(folder).item_metadata
+    with _quiet():  # it misses a file that only whole checkpoints have
+        saved: Any = ocp.StandardCheckpointer().metadata(folder).item_metadata
     there, here = (
         {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (saved.tree, params))

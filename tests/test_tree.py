@@ -38,6 +38,14 @@ MAY_IMPORT = {
 
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow", "torch"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "os.system", "torch.load"}
+UNSAFE_CALLS |= {"yaml.full_load", "yaml.unsafe_load", "os.popen", "subprocess.getoutput", "runpy.run_path"}
+# Rooms that may reach the network, when the user asks for it.
+NETWORK = {"requests", "urllib", "http", "httpx", "aiohttp", "ftplib", "socket", "huggingface_hub", "datasets"}
+MAY_REACH_IT = {
+    "sepjax/hub/remote.py",  # the hub, with --download
+    "sepjax/workdir.py",  # this host's name
+    "sepjax/evaluation/lm_eval_data.py",  # datasets of the tasks that evaluate.py is asked for
+}
 UNSAFE_ARGUMENTS = {"allow_pickle", "shell"}
 
 
@@ -101,6 +109,12 @@ def test_the_checks_find_what_they_look_for() -> None:
 @pytest.mark.parametrize("path", PRODUCT, ids=_name)
 def test_product_code_runs_nothing_that_hides_in_data(path: Path) -> None:
     assert unsafe(path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=_name)
+def test_product_code_reaches_the_network_in_one_place(path: Path) -> None:
+    found = {name.split(".")[0] for name, _ in imports(path.read_text())} & NETWORK
+    assert not found or _name(path) in MAY_REACH_IT
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("sepjax/**/*.py")), ids=_name)

@@ -51,12 +51,13 @@ def write_config(folder: Path, *, on_gpu: bool = False) -> Path:
     return path
 
 
-def start(config_file: Path, workdir: Path, *flags: str) -> subprocess.Popen:
+def start(config_file: Path, workdir: Path, *flags: str, extra: dict[str, str] | None = None) -> subprocess.Popen:
     """train.py as a process of its own. Compiled programs are kept beside the config, so that restarts are quick."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **(extra or {}),
     }
     if os.environ["JAX_PLATFORMS"] == "cuda":  # the same bits in every process: no atomics, no timing of candidates
         environment["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"

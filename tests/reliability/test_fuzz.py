@@ -255,8 +255,9 @@ def fresh(folder: Path) -> Path:
 
 def neighbours(world: World) -> dict[str, float]:
     """Files where a path that leaves its folder would come out; native code passes by the audit hook."""
-    places = [world.root.parent, Path.cwd(), Path.home(), world.config_file.parent]
-    return {str(p): p.stat().st_mtime for place in places for p in place.iterdir() if p.is_file()}
+    own = [p for place in (world.root.parent, world.config_file.parent) for p in place.iterdir() if p.is_file()]
+    theirs = [p for place in (Path.cwd(), Path.home()) for p in place.iterdir()]  # may be edited meanwhile
+    return {str(p): p.stat().st_mtime for p in own} | dict.fromkeys(map(str, theirs), 0.0)
 
 
 def rounds(world: World, name: str, seed: int, tally: collections.Counter) -> None:

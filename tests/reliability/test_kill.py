@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -169,3 +171,30 @@ def test_a_workdir_without_permission_is_one_line(config_file, tmp_path):
     _, err = finish(start(config_file, tmp_path / "locked" / "run"), 2)
     assert err.startswith("error: [Errno 13] Permission denied")
     assert err.count("\n") == 1, err
+
+
+def start_two(config_file: Path, workdir: Path, *flags: str) -> list[subprocess.Popen]:
+    """Two processes of one run, as on two hosts."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    both = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [start(config_file, workdir, *flags, extra=both | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+
+
+@pytest.mark.soak
+def test_two_processes_stop_together_when_one_is_told_to(config_file, tmp_path):
+    for process in start_two(config_file, tmp_path / "whole"):
+        finish(process)
+    workdir, flag = tmp_path / "run", "--config.training.checkpoint_every=1000"
+    processes = start_two(config_file, workdir, flag)
+    wait_until(processes[0], lambda: done(workdir) >= 6)
+    processes[1].send_signal(signal.SIGTERM)  # the one that records nothing
+    for process in processes:
+        _, err = finish(process, 75)
+        assert "the checkpoint of step" in err
+    saved = checkpoints(workdir)[-1]
+    assert 6 <= saved < STEPS
+    for process in start_two(config_file, workdir, flag):
+        finish(process)
+    assert losses(workdir) == losses(tmp_path / "whole")
