@@ -266,7 +266,11 @@ def _quiet() -> Iterator[None]:
 
 def _newest(folder: Path) -> str:
     complete = steps_on_disk(folder)
-    return f"the newest complete one is of step {complete[-1]}" if complete else "there is no complete one yet"
+    return (
+        f"the newest complete checkpoint is of step {complete[-1]}"
+        if complete
+        else "there is no complete checkpoint yet"
+    )
 
 
 def _first_line(error: Exception) -> str:

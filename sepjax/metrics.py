@@ -209,7 +209,8 @@ def run_meta(workdir: Path | str, *, seed: int) -> None:
     """Writes `run_meta.json`: where a run's numbers come from.
 
     Commit of sepjax (null outside a checkout) and whether its files had changes, versions, devices, command line and
-    seed of the newest start; `starts` has the time, commit and command line of every start.
+    seed of the newest start; `starts` has the time, commit and command line of every start. Other code than at the last
+    start is a warning.
 
     Raises:
       UserError: the file cannot be written, or what is there is not JSON.
@@ -218,6 +219,10 @@ def run_meta(workdir: Path | str, *, seed: int) -> None:
         return
     path = Path(workdir) / "run_meta.json"
     commit, dirty = checkout(Path(__file__).resolve().parents[1])
+    earlier = _earlier_starts(path)
+    if earlier and earlier[-1].get("commit") != commit:
+        before = earlier[-1].get("commit")
+        say(f"warning: sepjax is at commit {commit}; at the last start of this run it was at {before}")
     start = {"time": datetime.datetime.now(datetime.UTC).isoformat(), "commit": commit, "argv": sys.argv}
     meta = {
         "commit": commit,
@@ -228,7 +233,7 @@ def run_meta(workdir: Path | str, *, seed: int) -> None:
         "processes": jax.process_count(),
         "argv": sys.argv,
         "seed": seed,
-        "starts": [*_earlier_starts(path), start],
+        "starts": [*earlier, start],
     }
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,8 +244,8 @@ def _earlier_starts(path: Path) -> list[Any]:
     if not path.exists():
         return []
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["starts"]
-    except (ValueError, KeyError) as error:
+        return [dict(start) for start in json.loads(path.read_text(encoding="utf-8"))["starts"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not what sepjax writes ({error!r}); move it away to go on") from error
 
 
@@ -259,12 +264,12 @@ def _keep_steps(path: Path, last_step: int) -> None:
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            step = int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path} line {number} is not JSON ({error}); move the file away to go on") from error
-        if record["step"] <= last_step:
+            raise UserError(f"{path} line {number} is not JSON of ours ({error}); move it away to go on") from error
+        if step <= last_step:
             kept.append(line.rstrip("\n") + "\n")
     _replace(path, "".join(kept))
 

@@ -137,7 +137,7 @@ def test_resuming_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(UserError, match="line 2 is not JSON"):
+    with pytest.raises(UserError, match="line 2 is not JSON of ours"):
         metrics.MetricWriter(tmp_path, total_steps=5)
     assert "nonsense" in (tmp_path / "metrics.jsonl").read_text()
 
@@ -243,7 +243,7 @@ def test_throughput_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert throughput.rate() == 10  # a new interval
 
 
-def test_run_meta_tells_where_a_run_comes_from_and_every_start(tmp_path: Path) -> None:
+def test_run_meta_tells_where_a_run_comes_from_and_every_start(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     metrics.run_meta(tmp_path, seed=7)
     metrics.run_meta(tmp_path, seed=7)
     meta = json.loads((tmp_path / "run_meta.json").read_text())
@@ -251,6 +251,12 @@ def test_run_meta_tells_where_a_run_comes_from_and_every_start(tmp_path: Path) -
     assert meta["versions"]["jax"] == jax.__version__
     assert meta["devices"] == [device.device_kind for device in jax.devices()]
     assert [start["argv"] for start in meta["starts"]] == [meta["argv"]] * 2
-    (tmp_path / "run_meta.json").write_text("torn")
-    with pytest.raises(UserError, match="move it away"):
-        metrics.run_meta(tmp_path, seed=7)
+    assert capsys.readouterr().err == ""
+    meta["starts"][-1]["commit"] = "0123abc"
+    (tmp_path / "run_meta.json").write_text(json.dumps(meta))
+    metrics.run_meta(tmp_path, seed=7)
+    assert "at the last start of this run it was at 0123abc" in capsys.readouterr().err
+    for text in ("torn", "[]", '{"starts": [1]}'):
+        (tmp_path / "run_meta.json").write_text(text)
+        with pytest.raises(UserError, match="move it away"):
+            metrics.run_meta(tmp_path, seed=7)

@@ -90,7 +90,7 @@ def test_nan_ends_the_run_and_names_the_step_and_the_last_good_checkpoint(tiny, 
         program.train(tiny, tmp_path / "run")
     assert error.value.exit_code == 3
     assert f"step {2 * EVERY + 3} failed and was not applied: loss nan" in str(error.value)
-    assert f"the newest complete one is of step {2 * EVERY}" in str(error.value)
+    assert f"the newest complete checkpoint is of step {2 * EVERY}" in str(error.value)
     assert checkpoints(tmp_path / "run") == [EVERY, 2 * EVERY]
     assert max(losses(tmp_path / "run")) == 2 * EVERY + 2
 
@@ -161,7 +161,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
     program.train(tiny, workdir)
     err = capsys.readouterr().err
     assert "warning: step 12 is not saved: cannot write a checkpoint" in err
-    assert "the newest complete one is of step 8" in err
+    assert "the newest complete checkpoint is of step 8" in err
     assert "warning: step 24 is not saved" not in err
     assert not list((workdir / "checkpoints").glob("*tmp*"))  # failed writes give their room back
     assert_same(workdir, whole, STEPS)
@@ -171,7 +171,9 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_stays_full_is_an_error_at_the_end(tiny, tmp_path, room, monkeypatch):
     at_step(10, tmp_path / "run", lambda: room(9000), monkeypatch)
-    with pytest.raises(CheckpointError, match=r"cannot write a checkpoint in .*; the newest complete one is of step 8"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot write a checkpoint in .*; the newest complete checkpoint is of step 8"
+    ):
         program.train(with_training(tiny, steps=16), tmp_path / "run")
     room(None)
     assert checkpoints(tmp_path / "run") == [4, 8]
