@@ -11,7 +11,6 @@
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,8 +23,16 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sepjax.checkpoint_files import Seals, damage, remove_unfinished, set_aside, steps_on_disk
-from sepjax.config import Config, ConfigError, UserError, from_json, to_json
+from sepjax.checkpoint_files import (
+    Seals,
+    check_shapes,
+    damage,
+    quiet,
+    remove_unfinished,
+    set_aside,
+    steps_on_disk,
+)
+from sepjax.config import Config, UserError, from_json, to_json
 from sepjax.console import say
 from sepjax.model.transformer import Params, abstract
 from sepjax.sharding import make_mesh, parameter_shardings
@@ -59,7 +66,7 @@ class Checkpointer:
         self._failed: CheckpointError | None = None  # of the newest write
         self._seals = Seals(self._folder)
         # Orbax logs each failure with several tracebacks; the messages here have what a user needs of them.
-        self._quiet = _quiet()
+        self._quiet = quiet()
         self._quiet.__enter__()
 
     @property
@@ -249,21 +256,6 @@ def _naming(folder: Path) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what Orbax logs from the console."""
-
-    def is_not_orbax(record: logging.LogRecord) -> bool:
-        return "/orbax/" not in record.pathname
-
-    log = logging.getLogger("absl")
-    log.addFilter(is_not_orbax)
-    try:
-        yield
-    finally:
-        log.removeFilter(is_not_orbax)
-
-
 def _newest(folder: Path) -> str:
     complete = steps_on_disk(folder)
     return (
@@ -295,27 +287,6 @@ def sync(name: str) -> None:
     """Waits for all processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def check_shapes(folder: Path, params: Any) -> None:
-    """Raises ConfigError, naming the parameters, where those of a checkpoint are not those of the model."""
-    with _quiet():  # it misses a file that only whole checkpoints have
-        saved: Any = ocp.StandardCheckpointer().metadata(folder).item_metadata
-    there, here = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (saved.tree, params))
-    )
-    differ = [
-        f"\n  {name}: {there.get(name, 'nothing')} saved, {here.get(name, 'nothing')} now"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    ]
-    if differ:
-        more = f"\n  and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise ConfigError(
-            f"the parameters in {folder} are not those of this config and code; go back to the config and version that "
-            f"wrote them:{''.join(differ[:5])}{more}"
-        )
 
 
 def _grain() -> Any:

@@ -9,14 +9,18 @@ copies that break off and bad disks do, and Orbax itself reads a flipped bit wit
 
 import contextlib
 import json
+import logging
 import shutil
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+from sepjax.config import ConfigError
 
 MANIFEST = "sepjax_files.json"
 _CHUNK = 1 << 24
@@ -126,6 +130,42 @@ def remove_unfinished(folder: Path, step: int) -> None:
 def steps_on_disk(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, in order."""
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what Orbax logs from the console."""
+
+    def is_not_orbax(record: logging.LogRecord) -> bool:
+        return "/orbax/" not in record.pathname
+
+    log = logging.getLogger("absl")
+    log.addFilter(is_not_orbax)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_not_orbax)
+
+
+def check_shapes(folder: Path, params: Any) -> None:
+    """Raises ConfigError, naming the parameters, where those of a checkpoint are not those of the model."""
+    with quiet():  # it misses a file that only whole checkpoints have
+        saved: Any = ocp.StandardCheckpointer().metadata(folder).item_metadata
+    there, here = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (saved.tree, params))
+    )
+    differ = [
+        f"\n  {name}: {there.get(name, 'nothing')} saved, {here.get(name, 'nothing')} now"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differ:
+        more = f"\n  and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise ConfigError(
+            f"the parameters in {folder} are not those of this config and code; go back to the config and version that "
+            f"wrote them:{''.join(differ[:5])}{more}"
+        )
 
 
 def _checksum(path: Path) -> int:
