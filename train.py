@@ -105,11 +105,13 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float) -
                     metrics = {name: float(value) for name, value in metrics.items()}
                     pairs = metrics.pop("sep/pairs_per_row")
                     writer.write(step, metrics | flops_report(config, pairs, throughput.rate(), peak))
-                with throughput.pause(), watchdog.pause():
-                    if _due(step, config.training.eval_every, config):
+                if _due(step, config.training.eval_every, config):
+                    guard.catch_up()
+                    with throughput.pause(), watchdog.pause():
                         writer.write(step, evaluate(state))
-                    if stops or _due(step, config.training.checkpoint_every, config):
-                        guard.catch_up()
+                if stops or _due(step, config.training.checkpoint_every, config):
+                    guard.catch_up()
+                    with throughput.pause(), watchdog.pause():
                         checkpoints.save(state, batches, config)
                 if stops and step < config.training.steps:
                     checkpoints.check()

@@ -106,7 +106,7 @@ def test_sigterm_saves_within_seconds_twice_in_a_row(config_file, undisturbed, t
 
 def test_a_second_run_is_refused_and_a_reader_that_hangs_ends_the_first(config_file, tmp_path):
     workdir = tmp_path / "run"
-    flags = ("--config.data.num_workers=1", "--config.training.steps=100000", "--step_timeout=6")
+    flags = ("--config.data.num_workers=1", "--config.training.steps=100000", "--step_timeout=14")
     first = start(config_file, workdir, *flags, "--config.training.checkpoint_every=10")
     wait_until(first, lambda: done(workdir) >= 12)
     second = start(config_file, workdir, *flags)
@@ -116,7 +116,8 @@ def test_a_second_run_is_refused_and_a_reader_that_hangs_ends_the_first(config_f
     (reader,) = [p for p in children(first.pid) if "spawn_main" in command(p)]
     os.kill(reader, signal.SIGSTOP)  # alive, and silent for ever
     _, err = finish(first, 4)
-    assert "hangs: nothing for 6 s" in err
+    assert "takes 10 s so far, the median step " in err
+    assert "hangs: nothing for 14 s" in err
     assert "in __next__" in err  # the stack of the thread that waits for data
     assert checkpoints(workdir)
     wait_until_gone(reader)
@@ -137,6 +138,7 @@ def wait_until_gone(pid: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.soak
 def test_a_reader_that_dies_is_named(config_file, tmp_path):
     workdir = tmp_path / "run"
     process = start(config_file, workdir, "--config.data.num_workers=1", "--config.training.steps=100000")
@@ -164,13 +166,6 @@ def test_a_folder_that_becomes_read_only_costs_checkpoints_and_no_step(config_fi
     out, _ = finish(start(config_file, workdir))
     assert f"resumes at step {kept[-1]}" in out
     assert_same(workdir, undisturbed, STEPS)
-
-
-def test_a_workdir_without_permission_is_one_line(config_file, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o555)
-    _, err = finish(start(config_file, tmp_path / "locked" / "run"), 2)
-    assert err.startswith("error: [Errno 13] Permission denied")
-    assert err.count("\n") == 1, err
 
 
 def start_two(config_file: Path, workdir: Path, *flags: str) -> list[subprocess.Popen]:

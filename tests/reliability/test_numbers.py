@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import train as program
-from sepjax.checkpoint import CheckpointError
+from sepjax.checkpoint import CheckpointError, load_params
 from sepjax.checkpoint_files import MANIFEST
 from sepjax.config import Config, ConfigError, validate
 from sepjax.training import guard
@@ -110,16 +110,15 @@ def test_nan_is_skipped_and_counted_as_often_as_the_config_says(tiny, tmp_path, 
 
 
 def test_the_count_of_skipped_steps_survives_a_restart(tiny, tmp_path, monkeypatch):
-    poison_at({3, 6}, monkeypatch)
-    config = with_training(tiny, steps=8, max_skipped_steps=1)
-    program.train(config, tmp_path / "whole")
-    program.train(with_training(config, steps=4), tmp_path / "run")
-    monkeypatch.undo()
-    poison_at({3, 6}, monkeypatch)
-    # Another length is another schedule: compare the counts alone.
+    poison_at({5, 6, 9}, monkeypatch)
+    config = with_training(tiny, steps=12, max_skipped_steps=2)  # the program of the test above
+    with monkeypatch.context() as notice:
+        notice.setattr(guard.StopNotice, "reached", lambda self, step: step == 7)
+        with pytest.raises(guard.Stopped, match="the checkpoint of step 7 is complete"):
+            program.train(config, tmp_path / "run")
     state = program.train(config, tmp_path / "run")
-    assert int(state.health.skipped) == 2
-    assert losses(tmp_path / "run")[8]["optim/skipped_steps"] == 2
+    assert int(state.health.skipped) == 3
+    assert losses(tmp_path / "run")[12]["optim/skipped_steps"] == 3
 
 
 @pytest.fixture
@@ -174,7 +173,7 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end(tiny, tmp_path, room, mon
     with pytest.raises(
         CheckpointError, match=r"cannot write a checkpoint in .*; the newest complete checkpoint is of step 8"
     ):
-        program.train(with_training(tiny, steps=16), tmp_path / "run")
+        program.train(tiny, tmp_path / "run")
     room(None)
     assert checkpoints(tmp_path / "run") == [4, 8]
 
@@ -183,15 +182,13 @@ def test_a_workdir_that_vanishes_is_made_anew(tiny, tmp_path, monkeypatch, capsy
     workdir = tmp_path / "run"
     config = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, data_dir=str(tmp_path / "data")))
     at_step(10, workdir, lambda: shutil.rmtree(workdir), monkeypatch)
-    program.train(with_training(config, steps=20), workdir)
+    program.train(config, workdir)
     assert (
         f"{workdir}/checkpoints has vanished, with every checkpoint in it; it is made anew" in capsys.readouterr().err
     )
-    assert checkpoints(workdir) == [12, 16, 20]
+    assert checkpoints(workdir) == [32, 36, 40]
     assert {"config.json", "run_meta.json", "tokenizer"} <= {p.name for p in workdir.iterdir()}
-    monkeypatch.undo()
-    program.train(with_training(config, steps=24), workdir)
-    assert "resumes at step 20" in capsys.readouterr().out
+    assert load_params(workdir)[2] == STEPS
 
 
 def test_the_watchdog_prints_stacks_once_of_a_step_that_takes_long(monkeypatch, capfd):
