@@ -208,7 +208,7 @@ TARGETS: dict[str, tuple[Callable[[World, st.DataObject], None], int]] = {  # an
 }
 
 _WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod"}
-_OWN = re.compile(r"/(__pycache__|\.hypothesis)(/|$)")  # Python's and Hypothesis's own
+_OWN = re.compile(r"/(__pycache__|\.hypothesis|\.pytest_cache|\.ruff_cache)(/|$)")  # the tools' own
 _watched: list[Path] = []  # where writing is allowed, while an example runs
 _outside: list[str] = []
 
@@ -257,7 +257,8 @@ def neighbours(world: World) -> dict[str, float]:
     """Files where a path that leaves its folder would come out; native code passes by the audit hook."""
     own = [p for place in (world.root.parent, world.config_file.parent) for p in place.iterdir() if p.is_file()]
     theirs = [p for place in (Path.cwd(), Path.home()) for p in place.iterdir()]  # may be edited meanwhile
-    return {str(p): p.stat().st_mtime for p in own} | dict.fromkeys(map(str, theirs), 0.0)
+    names = [str(p) for p in theirs if not _OWN.search(str(p))]
+    return {str(p): p.stat().st_mtime for p in own} | dict.fromkeys(names, 0.0)
 
 
 def rounds(world: World, name: str, seed: int, tally: collections.Counter) -> None:
