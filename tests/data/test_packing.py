@@ -19,6 +19,7 @@ class Letters(TokenizerModel):
 
     vocabulary = None
     starts_with_space = False
+    adds_bos = False
 
     def __init__(self, bos_id: int | None, eos_id: int | None):
         self.bos_id, self.eos_id = bos_id, eos_id
