@@ -387,6 +387,6 @@ def test_mistakes_on_the_command_line_are_one_line(workdir, tmp_path):
     ):
         done = command(*flags)
         assert (done.returncode, done.stdout) == (2, "")
-        (line,) = done.stderr.splitlines()
-        assert line.startswith("error: ")
-        assert message in line
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr

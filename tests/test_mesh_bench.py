@@ -40,6 +40,7 @@ def two_devices():
         yield
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("two_devices")
 def test_every_part_runs_and_agrees(tmp_path, capsys):
     file = tmp_path / "mesh.json"

@@ -68,8 +68,14 @@ def kernels(program):
 EVERY_KERNEL = {f"separator_attention_{name}" for name in ("forward", "query_gradient", "key_gradient")}
 
 
-@pytest.mark.parametrize("T", SHAPES)
-@pytest.mark.parametrize("chip", CHIPS)
+# All shapes for one chip and one shape for each of the others; the rest, minutes of it, with -m soak.
+ALWAYS = {*(("v5e", T) for T in SHAPES), ("v5p", 32768), ("v6e", 8192), ("tpu7x", 2048)}
+EVERY_PAIR = [
+    pytest.param(chip, T, marks=[] if (chip, T) in ALWAYS else pytest.mark.soak) for chip in CHIPS for T in SHAPES
+]
+
+
+@pytest.mark.parametrize(("chip", "T"), EVERY_PAIR)
 def test_kernels_compile_and_are_what_is_chosen(chip, T):
     """With no implementation named: the target is the mesh's device, whatever this machine is."""
     assert kernels(compiled_kernels(chip, T)) == EVERY_KERNEL
