@@ -86,6 +86,7 @@ def test_a_run_leaves_everything_that_design_names(finished):
     assert list(finished.rglob("*tfevents*"))
 
 
+@pytest.mark.soak  # tests/reliability/test_torn.py has the like of it for every later checkpoint
 def test_an_interrupted_first_checkpoint_is_no_checkpoint(config_file, tmp_path):
     """Orbax's temporary folder of a first save that a kill cut short: the run starts over, and readers are told."""
     workdir = tmp_path / "run"

@@ -74,7 +74,7 @@ def run_and_check(op, shape, dtype, layout, factor=1):
 
 @every_shape
 @every_dtype
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_equals_the_definition(shape, dtype, data):
     run_and_check(PLAIN, shape, dtype, data.draw(layouts(shape)))

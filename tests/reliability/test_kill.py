@@ -149,6 +149,7 @@ def test_a_reader_that_dies_is_named(config_file, tmp_path):
     assert "error: a process that reads data has died" in err
 
 
+@pytest.mark.soak
 def test_a_folder_that_becomes_read_only_costs_checkpoints_and_no_step(config_file, undisturbed, tmp_path):
     workdir = tmp_path / "run"
     process = start(config_file, workdir)

@@ -102,6 +102,7 @@ def test_mistakes_on_the_command_line_are_answered_in_one_line(arguments, messag
     assert message in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.soak
 def test_h100s_of_several_hosts():
     """Two hosts of four GPUs: the same report, from XLA's compiler for NVIDIA GPUs."""
     pytest.importorskip("jax_plugins.xla_cuda13", reason='compiling for a GPU needs pip install -e ".[compile]"')
