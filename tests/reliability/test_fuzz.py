@@ -77,7 +77,8 @@ WORD_TOKENIZER = {
     "version": "1.0",
     "added_tokens": [{"id": 0, "content": "<unk>", "special": True, "single_word": False, "lstrip": False,
                       "rstrip": False, "normalized": False}],
-    "pre_tokenizer": {"type": "Whitespace"},
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
     "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "The": 1, "cat": 2, ",": 3, ".": 4}, "unk_token": "<unk>"},
 }  # fmt: skip
 
@@ -288,9 +289,7 @@ def test_nothing_crashes_hangs_or_writes_elsewhere(name, world):
     before, tally = neighbours(world), collections.Counter()
     rounds(world, name, 0, tally)
     assert neighbours(world) == before
-    assert tally
-    # Both happen: the examples are neither all valid nor all nonsense. In few of them a damaged tokenizer still loads.
-    assert len(tally) == 2 or name == "tokenizer files", tally
+    assert len(tally) == 2, tally  # both happen: the examples are neither all valid nor all nonsense
 
 
 @pytest.mark.soak
