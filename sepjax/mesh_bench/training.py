@@ -17,6 +17,7 @@ from sepjax.data.batch import Batch
 from sepjax.flops import flops_report, peak_flops
 from sepjax.sharding import batch_sharding, make_mesh, replicated
 from sepjax.timing import time_calls
+from sepjax.training.bench import random_batch
 from sepjax.training.compiled import Program
 from sepjax.training.step import TrainState, abstract_state, create_state, model_graph, train_step
 
@@ -187,21 +188,6 @@ class Run:
     def place(self, batch: Batch) -> Batch:
         """A batch on the mesh."""
         return jax.device_put(batch, batch_sharding(self.mesh))
-
-
-def random_batch(config: Config, density: float) -> Batch:
-    """Random tokens; each row is one document."""
-    rng = np.random.default_rng(config.training.seed)
-    shape = B, T = config.data.batch_size, config.data.sequence_length
-    tokens = rng.integers(0, config.model.vocab_size, (B, T + 1), dtype=np.int32)
-    return Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        loss_mask=np.ones(shape, bool),
-        positions=np.tile(np.arange(T, dtype=np.int32), (B, 1)),
-        segment_ids=np.ones(shape, np.int32),
-        is_separator=rng.random(shape) < density,
-    )
 
 
 def move_checkpoint(settings: Settings) -> Iterator[Figures]:

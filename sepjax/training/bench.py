@@ -105,7 +105,7 @@ def _speed(config: Config, settings: Settings, peak: Peak) -> Speed:
     )
     with jax.set_mesh(mesh):
         state = jax.jit(functools.partial(create_state, config), out_shardings=shardings)()
-        batch = jax.device_put(_batch(config, settings.density), batch_sharding(mesh))
+        batch = jax.device_put(random_batch(config, settings.density), batch_sharding(mesh))
 
         def run() -> dict[str, Any]:
             nonlocal state
@@ -125,8 +125,8 @@ def _speed(config: Config, settings: Settings, peak: Peak) -> Speed:
     )
 
 
-def _batch(config: Config, density: float) -> Batch:
-    """Random tokens; each row one document."""
+def random_batch(config: Config, density: float) -> Batch:
+    """Random tokens of `config`'s shape, a share `density` of them separators; each row is one document."""
     rng = np.random.default_rng(config.training.seed)
     shape = B, T = config.data.batch_size, config.data.sequence_length
     tokens = rng.integers(0, config.model.vocab_size, (B, T + 1), dtype=np.int32)

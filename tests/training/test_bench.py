@@ -30,7 +30,7 @@ def test_writes_a_table_and_json_with_mfu_by_the_pairs_of_the_mask(capsys, tmp_p
     assert (row["length"], row["rows"]) == (16, 32)
 
     config, dense = bench._both(CONFIG, settings, 16)
-    is_separator = bench._batch(config, settings.density).is_separator
+    is_separator = bench.random_batch(config, settings.density).is_separator
     i, j = np.indices((16, 16))
     visible = (j <= i) & (is_separator[:, None, :] | (j < 2) | (i - j < 4))
     peak = float(report["peak"].split()[0]) * 1e12
