@@ -118,7 +118,8 @@ def fuzz_flags(world: World, data: st.DataObject) -> None:
     good = st.sampled_from([("training.steps", "7"), ("attention.window_size", "9"), ("data.name", "embedded")])
     pairs = data.draw(st.lists(good, max_size=2) | st.lists(good | st.tuples(names, values), max_size=4))
     given = [f"--config.{name}={value}" if name in field_types() else f"--{name}={value}" for name, value in pairs]
-    argv = ["train.py", f"--config={world.config_file}", *given, *data.draw(st.just([]) | st.lists(any_text, max_size=1))]
+    other = data.draw(st.just([]) | st.lists(any_text, max_size=1))
+    argv = ["train.py", f"--config={world.config_file}", *given, *other]
     if not any("help" in argument for argument in argv):
         parse(argv, flags.FlagValues(), with_config=True)
 
@@ -291,9 +292,9 @@ def test_nothing_crashes_hangs_or_writes_elsewhere(name, world):
     before, tally = neighbours(world), collections.Counter()
     rounds(world, name, 0, tally)
     assert neighbours(world) == before
-    # The examples are neither all valid nor all nonsense. What a seed draws depends on the modules that other tests have
-    # imported (Hypothesis takes constants from them), so each outcome must be so likely that no seed misses it. That is
-    # not so for refused checkpoints, one in eight of a few.
+    # The examples are neither all valid nor all nonsense. What a seed draws depends on the modules that other tests
+    # have imported (Hypothesis takes constants from them), so each outcome must be so likely that no seed misses it.
+    # That is not so for refused checkpoints, one in eight of a few.
     assert len(tally) == 2 or (name == "checkpoints" and "checkpoints: answered" in tally), tally
 
 

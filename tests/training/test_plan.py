@@ -29,9 +29,14 @@ def small(**changes):
     return dataclasses.replace(SMALL, data=data, **changes)
 
 
-def test_sep_small_fits_256_chips(capsys):
-    """The whole step of the 160M shape on v5e:16x16: 1.8 GiB of state, and a third of a chip's memory in all."""
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.soak)])
+def test_sep_small_fits_256_chips(scan_layers, capsys):
+    """The whole step of the 160M shape on v5e:16x16: 1.8 GiB of state, and a third of a chip's memory in all.
+
+    Scanned layers compile in a third of the time and take as much memory.
+    """
     config = load_config(ROOT / "configs" / "sep_small.py")
+    config.model.scan_layers = scan_layers
     config.optimizer.accumulation_steps = 4
     found = plan.make_plan(config, "v5e:16x16", 5)
     with capsys.disabled():
