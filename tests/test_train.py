@@ -172,7 +172,7 @@ def test_bad_input_is_one_line(program, flags, message, config_file, finished, t
 
 
 def test_sep_small_itself_trains_with_no_download(tmp_path):
-    """The 160M shape on the embedded corpus, as the README gives it but for batch, length, steps and time to compile."""
+    """The 160M shape on the embedded corpus, as the README gives it, but smaller and quicker to compile."""
     small = ("data.batch_size=2", "data.sequence_length=64", "optimizer.accumulation_steps=1", "training.steps=2")
     quick = ("optimizer.warmup_steps=1", "training.eval_batches=1", "model.scan_layers=True")
     flags = [f"--config.{flag}" for flag in (*small, *quick)]
