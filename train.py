@@ -23,12 +23,15 @@ from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training
 from sepjax.flags import run_main
 from sepjax.flops import flops_report, peak_flops
 from sepjax.metrics import MetricWriter, Throughput, run_meta
+from sepjax.training.begin import adopt_shape, first_state, given_tokenizer
 from sepjax.training.guard import StepGuard, StopNotice, Watchdog
-from sepjax.training.step import TrainState, abstract_state, create_state, eval_step, model_graph, train_step
+from sepjax.training.step import TrainState, abstract_state, eval_step, model_graph, train_step
 from sepjax.workdir import claim_workdir, hold_workdir
 
 
-def train(config: Config, workdir: Path, *, new_data: bool = False, step_timeout: float = 0.0) -> TrainState:
+def train(
+    config: Config, workdir: Path, *, new_data: bool = False, step_timeout: float = 0.0, download: bool = False
+) -> TrainState:
     """Trains until `config.training.steps`, or from the newest checkpoint on; returns the last state.
 
     Args:
@@ -36,13 +39,15 @@ def train(config: Config, workdir: Path, *, new_data: bool = False, step_timeout
       workdir: folder of the run, which no other process may use meanwhile.
       new_data: whether the data section may be another than before (`sepjax.workdir`); data then start anew.
       step_timeout: seconds after which a step that hangs ends the program; 0: never.
+      download: whether `training.init_from` may be fetched from the Hugging Face hub.
     """
     with hold_workdir(workdir):
-        return _train(config, workdir, new_data, step_timeout)
+        return _train(config, workdir, new_data, step_timeout, download)
 
 
-def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float) -> TrainState:
-    # Mesh: every device of every host. Workdir: one config for its whole life.
+def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float, download: bool) -> TrainState:
+    # Mesh: every device of every host. Workdir: one config for its whole life. Post-training: another model's shape.
+    config = adopt_shape(config, workdir, download=download)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.data.batch_size // config.optimizer.accumulation_steps)
     sharding.check_heads(mesh, config.model.num_heads)
@@ -52,7 +57,8 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float) -
 
     # Data: text -> tokens -> packed rows. Each host reads its own share of the documents: for the rows on its devices.
     data_dir = config.data.data_dir or str(workdir / "data")
-    tokenizer = prepare_tokenizer(config, data_dir, workdir / "tokenizer")
+    given = given_tokenizer(config, download=download)
+    tokenizer = prepare_tokenizer(config, data_dir, workdir / "tokenizer", given)
     share = sharding.row_share(mesh, config.data.batch_size)
     here = {"process_index": share.index, "process_count": share.count}
     batches = training_batches(config, tokenizer, data_dir, seed=config.training.seed, **here)
@@ -84,7 +90,7 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float) -
         Watchdog(step_timeout) as watchdog,
     ):
         if checkpoints.latest_step is None:
-            state = jax.jit(functools.partial(create_state, config), out_shardings=shardings)()
+            state = first_state(config, workdir, mesh, shardings, download=download)
         else:
             state = checkpoints.restore(target, batches, config, new_data=new_data)
         start = int(state.step)
@@ -148,11 +154,13 @@ def _announce(config: Config, workdir: Path, mesh: jax.sharding.Mesh, state: Tra
 if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: made if missing, resumed if not", required=True)
     NEW_DATA = flags.DEFINE_bool("new_data", False, "go on with another data section, from its beginning")
+    DOWNLOAD = flags.DEFINE_bool("download", False, "fetch --config.training.init_from from the Hugging Face hub")
     TIMEOUT = flags.DEFINE_float("step_timeout", 1800.0, "seconds after which a step that hangs ends the run; 0: never")
 
     def main(config: Config) -> None:
         """Runs under absl: Grain's worker processes need that."""
         sharding.join_cluster()
-        train(config, Path(WORKDIR.value), new_data=NEW_DATA.value, step_timeout=TIMEOUT.value)
+        options = {"new_data": NEW_DATA.value, "step_timeout": TIMEOUT.value, "download": DOWNLOAD.value}
+        train(config, Path(WORKDIR.value), **options)
 
     run_main(main, with_config=True)

@@ -139,6 +139,7 @@ class TrainingConfig:
     max_skipped_steps: int = 0  # steps in a row that may fail (numbers not finite, a spike): they are not applied
     spike_factor: float = 0.0  # a loss above so many times the running mean fails its step; 0: no loss does
     seed: int = 0
+    init_from: str = ""  # what a new run begins with instead of random numbers: whatever sepjax.load reads
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -267,7 +268,13 @@ def _validate_training(config: Config) -> None:
             f"training.spike_factor={config.training.spike_factor} would fail ordinary steps; set it above 1, for "
             "example to 2, or to 0"
         )
-    if not data.tokenizer and data.tokenizer_vocab_size > config.model.vocab_size:
+    source = config.training.init_from
+    if source and data.tokenizer:
+        raise ConfigError(
+            f"data.tokenizer={data.tokenizer!r} with training.init_from={source!r}: a pretrained model goes with its "
+            "own tokenizer; leave it empty"
+        )
+    if not data.tokenizer and not source and data.tokenizer_vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} exceeds model.vocab_size={config.model.vocab_size}"
             "; the embedding needs a row a token: raise model.vocab_size or lower data.tokenizer_vocab_size"

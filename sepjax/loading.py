@@ -7,11 +7,11 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from sepjax.checkpoint import load_params
-from sepjax.config import ConfigError, UserError
+from sepjax.checkpoint import load_config, load_params
+from sepjax.config import ConfigError, ModelConfig, UserError
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.hub.folder import is_folder, load_folder
-from sepjax.hub.gguf_file import load_gguf, packaged_file
+from sepjax.hub.folder import folder_shape, is_folder, load_folder
+from sepjax.hub.gguf_file import gguf_shape, load_gguf, packaged_file
 from sepjax.hub.remote import fetch
 from sepjax.model.transformer import Transformer, abstract, merge
 
@@ -62,11 +62,25 @@ def load(
         return load_gguf(source, dtype=compute, param_dtype=param_dtype, mesh=mesh)
     if is_folder(source):
         return load_folder(source, dtype=compute, param_dtype=param_dtype, mesh=mesh)
-    if not any((source / name).exists() for name in ("checkpoints", "run_meta.json")):
-        raise LoadError(f"{os.fspath(path)!r} is {_kind(source)}; expected {_KINDS}")
+    _check_is_run(path, source)
     config, params, _ = load_params(source, step, mesh)
     graph, _ = abstract(config.model, config.attention)
     return merge(graph, params), Tokenizer.load(source / "tokenizer")
+
+
+def load_shape(path: str | os.PathLike[str], *, download: bool = False) -> tuple[ModelConfig, Tokenizer]:
+    """The shape and the tokenizer of what `load` reads, without its parameters; takes and raises what `load` does.
+
+    The dtype is float32 where a run has none.
+    """
+    source = locate(path, download=download)
+    if source.is_file() and source.suffix == ".gguf":
+        return gguf_shape(source, dtype="float32")
+    if is_folder(source):
+        model, _, tokenizer = folder_shape(source, dtype="float32")
+        return model, tokenizer
+    _check_is_run(path, source)
+    return load_config(source).model, Tokenizer.load(source / "tokenizer")
 
 
 def locate(path: str | os.PathLike[str], *, download: bool = False) -> Path:
@@ -77,6 +91,11 @@ def locate(path: str | os.PathLike[str], *, download: bool = False) -> Path:
     if not _HUB_ID.fullmatch(os.fspath(path)):
         raise FileNotFoundError(f"no such folder: {os.fspath(path)!r}; expected {_KINDS}")
     return fetch(os.fspath(path), download=download)
+
+
+def _check_is_run(path: str | os.PathLike[str], source: Path) -> None:
+    if not any((source / name).exists() for name in ("checkpoints", "run_meta.json")):
+        raise LoadError(f"{os.fspath(path)!r} is {_kind(source)}; expected {_KINDS}")
 
 
 def _kind(path: Path) -> str:

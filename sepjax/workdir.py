@@ -104,11 +104,16 @@ def claim_workdir(workdir: Path, config: Config, *, new_data: bool = False) -> N
     """Writes `config.json` into a new workdir, or checks that an old one belongs to this config.
 
     Raises:
-      ConfigError: when the workdir holds a run of another config; names the fields that differ.
+      ConfigError: when the workdir holds a run of another config (names the fields that differ), or a converted model.
     """
     path = workdir / "config.json"
     if path.exists():
         check_same_run(from_json(path.read_text()), config, workdir, new_data)
+    elif (workdir / "checkpoints" / "0").is_dir():  # no run of ours saves before its first step
+        raise ConfigError(
+            f"{workdir} holds a converted model, parameters without a run; to train it, begin a run in another folder: "
+            f"--workdir=... --config.training.init_from={workdir}"
+        )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")

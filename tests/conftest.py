@@ -32,7 +32,13 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+# Files of few tests that take a minute: begun last, one would keep one worker busy while the others have nothing left.
+FIRST = ("reliability/test_kill.py", "test_meshes.py", "training/test_plan.py", "attention/test_mosaic_gpu_interpret.py")
+FIRST += ("test_train.py", "reliability/test_numbers.py", "reliability/test_torn.py", "attention/test_tpu.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not str(item.path).endswith(FIRST))
     platform = jax.default_backend()
     for item in items:
         for mark in ("gpu", "tpu"):

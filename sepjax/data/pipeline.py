@@ -3,7 +3,7 @@
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, override
 
 import grain
@@ -25,10 +25,21 @@ from sepjax.separators import configured_table, flag_separators
 _TOKENIZER_CHARACTERS = 10_000_000  # of the corpus, spread over it, that a tokenizer is trained on
 
 
-def prepare_tokenizer(config: Config, data_dir: str, tokenizer_dir: str | os.PathLike[str]) -> Tokenizer:
+def prepare_tokenizer(
+    config: Config,
+    data_dir: str,
+    tokenizer_dir: str | os.PathLike[str],
+    given: Callable[[], Tokenizer] | None = None,
+) -> Tokenizer:
     """The run's tokenizer, kept in `tokenizer_dir`.
 
     It is read from there if it is there; else it is `data.tokenizer`, or trained on the training split, and saved.
+
+    Args:
+      config: the experiment.
+      data_dir: where prepared datasets are.
+      tokenizer_dir: a folder of the run.
+      given: reads the tokenizer of a pretrained model, which then takes the place of both.
 
     Raises:
       ConfigError: the vocabulary is larger than model.vocab_size.
@@ -38,7 +49,7 @@ def prepare_tokenizer(config: Config, data_dir: str, tokenizer_dir: str | os.Pat
     if not _holds_tokenizer(folder):
         with exclusive(folder):
             if not _holds_tokenizer(folder):
-                _make_tokenizer(config, data_dir).save(folder)
+                (given() if given else _make_tokenizer(config, data_dir)).save(folder)
     tokenizer = Tokenizer.load(folder)
     _check_vocabulary(config, tokenizer)
     return tokenizer

@@ -62,12 +62,19 @@ def _to_workdir(source: Path, target: Path) -> str:
     length = min(model.config.max_positions, 2048)
     data = DataConfig(sequence_length=length, tokenizer_vocab_size=tokenizer.vocab_size, tokenizer="tokenizer")
     tokenizer.save(target / "tokenizer")
-    if is_folder(source):
-        (target / _ORIGIN).mkdir()
-        for name in ("config.json", *TOKENIZER_FILES):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / _ORIGIN / name)
+    keep_origin(source, target)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), split(model)[1])
     save_params(target, Config(model=model.config, attention=model.attention, data=data), params)
     kind = "Hugging Face folder" if is_folder(source) else "GGUF file"
     return f"the {kind} {packaged_file(str(source)) or source} as step 0 of a run in {target}"
+
+
+def keep_origin(source: Path, workdir: Path) -> None:
+    """Copies what a Hugging Face folder, or a workdir that came from one, has besides its tensors into a workdir."""
+    origin = source if is_folder(source) else source / _ORIGIN
+    if not origin.is_dir():
+        return
+    (workdir / _ORIGIN).mkdir(exist_ok=True)
+    for name in ("config.json", *TOKENIZER_FILES):
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, workdir / _ORIGIN / name)

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from jax.sharding import Mesh
 
+from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.assemble import assemble
 from sepjax.hub.errors import HubError
@@ -45,15 +46,20 @@ def load_folder(
       FileNotFoundError: there is no tokenizer.
       sepjax.data.errors.DataError: the tokenizer's file is damaged.
     """
-    fields = Fields.read(path / "config.json")
-    family = family_of(fields)
-    config = read_model_config(fields, family, dtype)
-    attention = read_attention(fields, config.num_layers)
-    tokenizer = Tokenizer.load(path)
-    check_tokenizer(path, tokenizer, config.vocab_size)
+    config, attention, tokenizer = folder_shape(path, dtype=dtype)
+    family = family_of(Fields.read(path / "config.json"))
     params = assemble(Weights(path, family), family, config, param_dtype=param_dtype, mesh=mesh)
     graph, _ = abstract(config, attention)
     return merge(graph, params), tokenizer
+
+
+def folder_shape(path: Path, *, dtype: str) -> tuple[ModelConfig, AttentionConfig, Tokenizer]:
+    """The settings and the tokenizer of a folder, without its tensors; raises as `load_folder` does."""
+    fields = Fields.read(path / "config.json")
+    config = read_model_config(fields, family_of(fields), dtype)
+    tokenizer = Tokenizer.load(path)
+    check_tokenizer(path, tokenizer, config.vocab_size)
+    return config, read_attention(fields, config.num_layers), tokenizer
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:

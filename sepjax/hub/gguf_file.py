@@ -106,15 +106,24 @@ def load_gguf(
       HubError: a tensor is missing, unknown or of another shape.
     """
     reader = _open(path)
+    config, tokenizer = _shape(path, reader, dtype)
+    reader.fields.clear()  # with every token an object, larger than the file
+    graph, _ = abstract(config, validate_attention(ATTENTION, config.num_layers))
+    params = assemble(_Tensors(path, reader, config), _FAMILY, config, param_dtype=param_dtype, mesh=mesh)
+    return merge(graph, params), tokenizer
+
+
+def gguf_shape(path: Path, *, dtype: str) -> tuple[ModelConfig, Tokenizer]:
+    """The settings and the tokenizer of a file, without its tensors; raises as `load_gguf` does."""
+    return _shape(path, _open(path), dtype)
+
+
+def _shape(path: Path, reader: Any, dtype: str) -> tuple[ModelConfig, Tokenizer]:
     fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     config = _model_config(path, fields, {tensor.name: tensor for tensor in reader.tensors}, dtype)
     tokenizer = _tokenizer(path, fields)
     check_tokenizer(path, tokenizer, config.vocab_size)
-    reader.fields.clear()  # with every token an object, larger than the file
-    del fields
-    graph, _ = abstract(config, validate_attention(ATTENTION, config.num_layers))
-    params = assemble(_Tensors(path, reader, config), _FAMILY, config, param_dtype=param_dtype, mesh=mesh)
-    return merge(graph, params), tokenizer
+    return config, tokenizer
 
 
 def read_fields(path: Path) -> dict[str, Any]:

@@ -49,9 +49,15 @@ class TrainState:
     health: Health
 
 
-def create_state(config: Config) -> TrainState:
-    """A fresh state from `config.training.seed`; jit it with `out_shardings` so that it is born sharded."""
-    _, params = split(create(config.model, config.attention, jax.random.key(config.training.seed)))
+def create_state(config: Config, params: Params | None = None) -> TrainState:
+    """A fresh state; jit it with `out_shardings` so that it is born sharded.
+
+    Args:
+      config: the experiment.
+      params: float32 parameters to begin with; None: random ones from `training.seed`.
+    """
+    if params is None:
+        _, params = split(create(config.model, config.attention, jax.random.key(config.training.seed)))
     optimizer = make_optimizer(config.optimizer, config.training.steps).init(params)
     health = Health(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer, health)

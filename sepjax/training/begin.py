@@ -1,0 +1,90 @@
+"""What a run begins with: random parameters, or those of another run or a pretrained model (post-training)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from sepjax.config import Config, ConfigError, ModelConfig, from_json, validate
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.hub.convert import keep_origin
+from sepjax.loading import load, load_shape, locate
+from sepjax.model.transformer import split
+from sepjax.training.step import TrainState, create_state
+
+_OURS = ("dtype", "scan_layers", "remat")  # how a model is computed, which its files do not say
+
+
+def adopt_shape(config: Config, workdir: Path, *, download: bool = False) -> Config:
+    """The config with the model section of `training.init_from`; without one, `config` itself.
+
+    A model section that is left at its defaults becomes the source's; what it sets must be the same there, but for
+    dtype, scan_layers and remat. A run that has begun has the shape in its config.json, and needs its source no longer.
+
+    Args:
+      config: the experiment.
+      workdir: of the run.
+      download: whether a hub id may be fetched.
+
+    Raises:
+      ConfigError: the model section sets something that is otherwise in the source.
+      OSError, UserError: as `sepjax.load`.
+    """
+    source, begun = config.training.init_from, workdir / "config.json"
+    if not source:
+        return config
+    there = from_json(begun.read_text()).model if begun.exists() else load_shape(source, download=download)[0]
+    shape = dataclasses.replace(there, **{name: getattr(config.model, name) for name in _OURS})
+    default = ModelConfig()
+    wrong = [
+        f"model.{name}={given!r}, but {getattr(shape, name)!r} there"
+        for name, given in vars(config.model).items()
+        if given not in (getattr(default, name), getattr(shape, name))
+    ]
+    if wrong:
+        raise ConfigError(
+            f"training.init_from={source!r} has another shape than the model section: {'; '.join(wrong)}; leave the "
+            "section at its defaults, for they stand for the source's shape"
+        )
+    return validate(dataclasses.replace(config, model=shape))
+
+
+def given_tokenizer(config: Config, *, download: bool = False) -> Callable[[], Tokenizer] | None:
+    """Reads the tokenizer of `training.init_from`; None without one."""
+    source = config.training.init_from
+    return (lambda: load_shape(source, download=download)[1]) if source else None
+
+
+def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, download: bool = False) -> TrainState:
+    """The state before step 1: parameters from `training.init_from`, or drawn from `training.seed`; in their shards.
+
+    Of a Hugging Face folder the config and tokenizer files are kept in the workdir, for `python -m sepjax.hub convert`.
+
+    Args:
+      config: as `adopt_shape` gave it.
+      workdir: of the run.
+      mesh: where the parameters go.
+      shardings: a `TrainState` of them.
+      download: whether a hub id may be fetched.
+
+    Raises:
+      ConfigError: the source has another shape by now.
+      OSError, UserError: as `sepjax.load`.
+    """
+    if not config.training.init_from:
+        return jax.jit(functools.partial(create_state, config), out_shardings=shardings)()
+    source = locate(config.training.init_from, download=download)
+    model, _ = load(source, param_dtype="float32", mesh=mesh)
+    if (found := dataclasses.replace(model.config, **{x: getattr(config.model, x) for x in _OURS})) != config.model:
+        raise ConfigError(
+            f"training.init_from={config.training.init_from!r} has another shape than when this run began: {found}, "
+            f"expected {config.model}; bring the source back, or start a new workdir"
+        )
+    if jax.process_index() == 0:
+        keep_origin(source, workdir)
+    begin = functools.partial(create_state, config)
+    return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(split(model)[1])

@@ -1,0 +1,144 @@
+"""`training.init_from`: a run that begins with the parameters, the shape and the tokenizer of another model."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import sepjax
+from sepjax.checkpoint import load_params
+from sepjax.config import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from sepjax.hub.convert import convert
+from sepjax.hub.errors import HubError
+from sepjax.hub.safetensors_file import SafetensorsFile
+from sepjax.loading import LoadError
+from sepjax.model.transformer import split
+from tests.hub import tiny
+from train import train
+
+GOLDEN = tiny.golden()["pythia"]
+
+
+@pytest.fixture
+def source(tmp_path, tokenizer_text):
+    folder = tmp_path / "pythia"
+    tiny.write_checkpoint(
+        folder, GOLDEN["config"] | {"torch_dtype": "float32", "a_key_of_theirs": [1]}, GOLDEN["shapes"]
+    )
+    (folder / "tokenizer.json").write_text(tokenizer_text)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path, source):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        words = rng.choice(["the cat, ", "in and out. ", "then an ant! ", "who ran? "], 20)
+        (corpus / f"{number}.txt").write_text("".join(words) + "\n")
+    return Config(
+        attention=AttentionConfig(num_sinks=2, window_size=8),
+        data=DataConfig(name=str(corpus), sequence_length=32, batch_size=8),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+        training=TrainingConfig(
+            steps=4, log_every=1, eval_every=4, eval_batches=1, checkpoint_every=2, init_from=str(source)
+        ),
+    )
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Compiles in less time."""
+    some = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: some)
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def assert_same(params, others):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), params, others)
+
+
+def test_what_no_step_changes_goes_out_as_it_came_in(config, source, tmp_path):
+    """A learning rate of 0: the parameters of a run are its source's, and so is the exported folder, bit for bit."""
+    optimizer = OptimizerConfig(learning_rate=0.0, final_learning_rate=0.0, warmup_steps=0)
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    train(dataclasses.replace(config, optimizer=optimizer, mesh=mesh), tmp_path / "run")
+    saved, params, step = load_params(tmp_path / "run")
+    model, tokenizer = sepjax.load(source)
+    assert step == 4
+    assert (saved.model, saved.attention) == (model.config, config.attention)
+    assert_same(params, split(model)[1])
+    _, own = sepjax.load(tmp_path / "run")
+    assert own.encode("then an ant!") == tokenizer.encode("then an ant!")
+    convert(tmp_path / "run", tmp_path / "out")
+    theirs, ours = (SafetensorsFile(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    assert {name: theirs.view(name).tobytes() for name in theirs.entries} == {
+        name: ours.view(name).tobytes() for name in ours.entries
+    }
+    keys = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert keys.pop("sepllm")["window_size"] == 8
+    assert keys == json.loads((source / "config.json").read_text())
+
+
+@pytest.mark.usefixtures("one_device")
+def test_it_learns_and_resumes_without_its_source(config, source, tmp_path):
+    train(config, tmp_path / "run")
+    whole = losses(tmp_path / "run")
+    assert whole[4] < whole[1] - 0.3
+    shutil.rmtree(source)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    train(config, tmp_path / "run")
+    assert losses(tmp_path / "run") == whole
+    # A run may begin with another: its first loss is about what the other's next would have been.
+    training = dataclasses.replace(config.training, init_from=str(tmp_path / "run"))
+    train(dataclasses.replace(config, training=training), tmp_path / "again")
+    assert losses(tmp_path / "again")[1] < whole[1] - 0.3
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_shape_of_its_own_is_refused_and_computing_is_not(config, tmp_path):
+    model = ModelConfig(dtype="bfloat16", remat="full", scan_layers=False, num_layers=2, embed_dim=99, mlp_dim=7)
+    message = r"another shape than the model section: model\.embed_dim=99, but 32 there; model\.mlp_dim=7, but 64 there"
+    with pytest.raises(ConfigError, match=message):
+        train(dataclasses.replace(config, model=model), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    model = dataclasses.replace(model, embed_dim=ModelConfig().embed_dim, mlp_dim=64)
+    state = train(dataclasses.replace(config, model=model), tmp_path / "run")
+    assert int(state.step) == 4
+    assert load_params(tmp_path / "run")[0].model.remat == "full"
+
+
+def test_mistakes_are_named(config, source, tmp_path):
+    def begin(init_from=str(source), **data):
+        training = dataclasses.replace(config.training, init_from=init_from)
+        data = dataclasses.replace(config.data, **data)
+        train(dataclasses.replace(config, training=training, data=data), tmp_path / "run")
+
+    with pytest.raises(ConfigError, match=r"data\.tokenizer='x' with training\.init_from=.*leave it empty"):
+        begin(tokenizer="x")
+    with pytest.raises(FileNotFoundError, match="no such folder: 'nowhere'"):
+        begin("nowhere")
+    with pytest.raises(LoadError, match="is a folder without checkpoints or config"):
+        begin(config.data.name)
+    convert(source, tmp_path / "converted")
+    with pytest.raises(ConfigError, match=r"a converted model.*--config\.training\.init_from=.*converted"):
+        train(config, tmp_path / "converted")
+    with pytest.raises(HubError, match=r"no .owner/name. here.*--download"):
+        begin("owner/name")
