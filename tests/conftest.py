@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Files of few tests that take a minute: begun last, one would keep one worker busy while the others have nothing left.
-FIRST = ("reliability/test_kill.py", "test_meshes.py", "training/test_plan.py", "attention/test_mosaic_gpu_interpret.py")
+FIRST = ("reliability/test_kill.py", "test_meshes.py", "training/test_plan.py", "test_mosaic_gpu_interpret.py")
 FIRST += ("test_train.py", "reliability/test_numbers.py", "reliability/test_torn.py", "attention/test_tpu.py")
 
 
