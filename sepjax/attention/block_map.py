@@ -1,9 +1,10 @@
 """Which tiles of keys a block of queries visits, and the transpose: which blocks visit a tile.
 
-Keys lie in one array, near ones (all tokens of the row) before far ones (its packed global keys):
+Keys lie in one array, near ones (all tokens of the row) before far ones (its packed global keys). On a mesh whose axis
+`context` splits rows, both are those that a device was sent, and it has fewer queries than keys (`ranges.Ranges`):
 
     tile            0   1   2   3   4   5 | 6   7   8         6 tiles of near keys, then 3 of far keys
-    block 3         .   .   n   n   .   . | f   f   .         n: from the smallest near_start to the block's last query
+    block 3         .   .   n   n   .   . | f   f   .         n: from the smallest near_start to the largest near_end
     block 4         .   .   .   n   n   . | f   f   .         f: from the smallest far_start to the largest far_end
 
 A kernel walks over a list of visits, (row, block, tile) packed into one int32 each, so that its grid has exactly as
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Int32
 
 from sepjax.array_typing import Array
-from sepjax.layout import SeparatorLayout
+from sepjax.attention.ranges import Ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +30,11 @@ class Tiling:
     Attributes:
       rows: B.
       blocks: query blocks of a row.
-      near_tiles: tiles of the row's own keys; they come first.
+      near_tiles: tiles of the near keys, at least one; they come first.
       far_tiles: tiles of the packed global keys.
       block: queries of a block.
       tile: keys of a tile.
+      is_whole: the ranges are those of whole rows (`ranges.whole_rows`), which have fewer visits than others may have.
     """
 
     rows: int
@@ -41,6 +43,7 @@ class Tiling:
     far_tiles: int
     block: int
     tile: int
+    is_whole: bool
 
     @property
     def tiles(self) -> int:
@@ -54,19 +57,27 @@ class Tiling:
 
     @property
     def most_query_visits(self) -> int:
-        """No layout has more visits than this in a row.
+        """No ranges have more visits than this in a row.
 
-        Query i's window hides keys above x = i - n only. With e the last query of a block, its far keys are at most
-        the e - n + 1 packed ones up to there, its near keys begin no earlier than block - 1 below that: together they
-        span e + block keys, in tiles that two cuts may split.
+        Any block of a part of a row may see every key: in a dense layer the late chunk of a device does. In a whole
+        row, query i's window hides keys above x = i - n only. With e the last query of a block, its far keys are at
+        most the e - n + 1 packed ones up to there, its near keys begin no earlier than block - 1 below that: together
+        they span e + block keys, in tiles that two cuts may split.
         """
+        if not self.is_whole:
+            return self.blocks * self.tiles
         slack = 2 + -(-(self.block - 1) // self.tile)
         last = (((i + 1) * self.block - 1) // self.tile for i in range(self.blocks))
         return sum(min(e + slack, self.tiles) for e in last)
 
     @property
     def most_key_visits(self) -> int:
-        """Every tile once more, where nobody sees it, and a block between two that see a tile which it does not."""
+        """Every tile once more, where nobody sees it, and a block between two that see a tile which it does not.
+
+        No pair of the two is visited twice.
+        """
+        if not self.is_whole:
+            return self.blocks * self.tiles
         return self.most_query_visits + self.blocks + self.tiles
 
     def pack(self, row: jax.Array, block: jax.Array, tile: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
@@ -113,20 +124,19 @@ class BlockMap(NamedTuple):
     used_stop: Int32[Array, "B"]  # far tiles from here on hold no key at all
 
 
-def block_map(layout: SeparatorLayout, tiling: Tiling) -> BlockMap:
+def block_map(seen: Ranges, tiling: Tiling) -> BlockMap:
     """The tiles between the first and the last key that some query of a block sees, far ones numbered after near ones.
 
-    A block that sees nothing (padding) gets its own near tile, so that every block has a visit to write its output.
+    A block that sees no near key (padding) gets its own near tile, or the last where there are fewer tiles than
+    blocks, so that every block has a visit to write its output.
     """
-    near_end = jnp.broadcast_to(jnp.arange(1, layout.length + 1, dtype=jnp.int32), layout.near_start.shape)
-    near_first, near_stop = _tile_range(layout.near_start, near_end, tiling)
-    far_first, far_stop = (
-        x + tiling.near_tiles for x in _tile_range(layout.far_start, jnp.asarray(layout.far_end), tiling)
-    )
+    near_first, near_stop = _tile_range(seen.near_start, seen.near_end, tiling)
+    far_first, far_stop = (x + tiling.near_tiles for x in _tile_range(seen.far_start, seen.far_end, tiling))
     own = jnp.arange(tiling.blocks, dtype=jnp.int32) * tiling.block // tiling.tile
+    own = jnp.minimum(own, tiling.near_tiles - 1)
     empty = near_first == near_stop
     near_first, near_stop = jnp.where(empty, own, near_first), jnp.where(empty, own + 1, near_stop)
-    held = jnp.minimum(layout.num_global, layout.capacity)
+    held = jnp.minimum(seen.num_far, tiling.far_tiles * tiling.tile)
     return BlockMap(near_first, near_stop, far_first, far_stop, tiling.near_tiles - (-held // tiling.tile))
 
 
@@ -162,7 +172,9 @@ def key_visits(map: BlockMap, tiling: Tiling) -> Visits:
 def _tile_range(start: Array, end: Array, tiling: Tiling) -> tuple[jax.Array, jax.Array]:
     """First and last + 1 tile of the hull of every block's ranges [start, end); equal where all are empty."""
     room = tiling.blocks * tiling.block - start.shape[1]
-    start, end = (jnp.pad(x, ((0, 0), (0, room))).reshape(-1, tiling.blocks, tiling.block) for x in (start, end))
+    start, end = (
+        jnp.pad(jnp.asarray(x), ((0, 0), (0, room))).reshape(-1, tiling.blocks, tiling.block) for x in (start, end)
+    )
     some = start < end
     stop = jnp.max(jnp.where(some, end, 0), axis=-1)
     first = jnp.minimum(jnp.min(jnp.where(some, start, jnp.iinfo(jnp.int32).max), axis=-1), stop)

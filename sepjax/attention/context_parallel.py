@@ -119,7 +119,7 @@ def context_attention(
     if plan.capacity < 1 and not plan.dense:
         raise ValueError(f"capacity={plan.capacity} must be 1 or more; {q.shape[1]} cannot overflow")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    attend = functools.partial(choose(implementation, q, over_ranges=True).attend_ranges, scale=scale)
+    attend = functools.partial(choose(implementation, q).attend_ranges, scale=scale)
     run = functools.partial(_attend, attend, plan)
     if plan.dense or is_roomy is True or plan.capacity >= q.shape[1]:
         return run(min(plan.capacity, q.shape[1]), q, k, v, layout)

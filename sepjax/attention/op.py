@@ -12,7 +12,8 @@ from sepjax.layout import SeparatorLayout
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
-# Best first. `attend(q, k, v, layout, *, scale)` returns (out, lse); `unsupported(q)` says why it cannot serve a call.
+# Best first. `attend(q, k, v, layout, *, scale)` returns (out, lse), `attend_ranges` the same over any two arrays of
+# keys (`ranges.Ranges`); `unsupported(q)` says why neither can serve a call.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu, "tpu": tpu, "xla": xla, "reference": reference}
 
 
@@ -83,25 +84,16 @@ def separator_attention(
     return (out, lse) if return_lse else out
 
 
-def choose(implementation: str | None, q: Queries, *, over_ranges: bool = False) -> ModuleType:
-    """The module that serves a call with queries like `q`; errors as in `separator_attention`.
-
-    over_ranges: the call is of `attend_ranges`, which the TPU kernels have not: their block maps are of whole rows.
-    """
-
-    def unsupported(module: ModuleType) -> str | None:
-        if over_ranges and not hasattr(module, "attend_ranges"):
-            return "its kernels take whole rows, not the part of a row that a device of the mesh axis 'context' has"
-        return module.unsupported(q)
-
+def choose(implementation: str | None, q: Queries) -> ModuleType:
+    """The module that serves a call with queries like `q`; errors as in `separator_attention`."""
     if implementation is None:
-        return next(module for module in _IMPLEMENTATIONS.values() if unsupported(module) is None)
+        return next(module for module in _IMPLEMENTATIONS.values() if module.unsupported(q) is None)
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; expected None or one of {', '.join(_IMPLEMENTATIONS)}"
         )
     module = _IMPLEMENTATIONS[implementation]
-    reason = unsupported(module)
+    reason = module.unsupported(q)
     if reason is not None:
         raise NotImplementedError(
             f"implementation={implementation!r} cannot serve this call: {reason}. A named implementation never falls "

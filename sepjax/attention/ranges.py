@@ -5,6 +5,7 @@ A layout's own rows are the plain case: near keys are the row, far keys its pack
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,10 @@ class Ranges:
     def queries(self) -> int:
         """Queries of a row."""
         return self.far_start.shape[1]
+
+    def change(self, f: Callable[[Array], jax.Array]) -> "Ranges":
+        """The ranges of other queries: `f` maps each int32[B, Q] to another number of them."""
+        return Ranges(f(self.far_start), f(self.far_end), f(self.near_start), f(self.near_end), self.num_far)
 
 
 def whole_rows(layout: SeparatorLayout) -> Ranges:

@@ -26,7 +26,13 @@ def attend(
 
 
 def attend_ranges(
-    q: Queries, near: tuple[Array, Array], far: tuple[Array, Array], seen: Ranges, *, scale: float
+    q: Queries,
+    near: tuple[Array, Array],
+    far: tuple[Array, Array],
+    seen: Ranges,
+    *,
+    scale: float,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Queries, Float32[Array, "B T N"]]:
     """`attend` over near and far (k, v), each [B, keys, K, H], of which the queries see `seen`."""
 
@@ -37,7 +43,7 @@ def attend_ranges(
     seen_near = mask(seen.near_start, seen.near_end, near[0].shape[1])
     seen_far = mask(seen.far_start, seen.far_end, far[0].shape[1])
     k, v = (jnp.concatenate(pair, axis=1) for pair in zip(near, far, strict=True))
-    return _attend(q, k, v, jnp.concatenate([seen_near, seen_far], axis=2), scale, jnp.float32)
+    return _attend(q, k, v, jnp.concatenate([seen_near, seen_far], axis=2), scale, dtype)
 
 
 def _attend(q, k, v, mask, scale, dtype):

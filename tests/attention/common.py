@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
+from sepjax.attention.ranges import Ranges
 from sepjax.layout import build_layout
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
@@ -90,3 +91,34 @@ def layouts(draw, shape):
         num_sinks=draw(st.integers(0, 5) | st.just(T)),
         segment_ids=np.asarray(ids, np.int32)[np.cumsum(cuts, axis=1) % 4],
     )
+
+
+@st.composite
+def ranges(draw, shape):
+    """Ranges of any kind, of rows, queries, near keys and far keys: few steps as of documents, many as of windows."""
+    B, Q, near, far = shape
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+
+    def borders(most):
+        steps = draw(st.sampled_from([1, 3, Q]))
+        values = np.sort(rng.integers(0, most, (B, steps), endpoint=True, dtype=np.int32))
+        return np.take_along_axis(values, np.sort(rng.integers(0, steps, (B, Q))), axis=1)
+
+    def start_and_end(most):
+        start = borders(most)
+        return start, np.maximum(start, borders(most))  # empty in places
+
+    num_far = rng.integers(0, far, B, endpoint=True, dtype=np.int32)
+    far_start, far_end = (np.minimum(x, num_far[:, None]) for x in start_and_end(far))
+    return Ranges(far_start, far_end, *start_and_end(near), num_far)
+
+
+def ranges_mask(seen, near, far):
+    """bool[B, Q, near + far]: who sees whom."""
+
+    def seen_of(start, end, keys):
+        j = np.arange(keys)
+        return (np.asarray(start)[..., None] <= j) & (j < np.asarray(end)[..., None])
+
+    parts = seen_of(seen.near_start, seen.near_end, near), seen_of(seen.far_start, seen.far_end, far)
+    return np.concatenate(parts, axis=2)

@@ -1,6 +1,7 @@
 """One suite for every implementation that runs on any device, against a brute force in float64 NumPy (common.py)."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepjax.attention import reference, separator_attention, tpu, xla
+from sepjax.attention import reference, separator_attention
 from sepjax.attention.op import choose
 from sepjax.layout import build_layout
 from tests.attention.common import (
@@ -304,10 +305,11 @@ def test_a_named_implementation_never_falls_back():
             separator_attention(q, k, v, sparse_layout(), implementation=name)
 
 
-def test_the_tpu_kernels_serve_whole_rows_only(monkeypatch):
-    monkeypatch.setattr(tpu, "unsupported", lambda q: None)
+@pytest.mark.parametrize("name", ["mosaic_gpu", "tpu", "xla", "reference"])
+def test_every_implementation_serves_parts_of_rows(name, monkeypatch):
+    """What the mesh axis `context` needs of whatever is chosen."""
+    module = importlib.import_module(f"sepjax.attention.{name}")
+    monkeypatch.setattr(module, "unsupported", lambda q: None)
     q, *_ = tensors(GROUPED)
-    assert choose(None, q) is tpu
-    assert choose(None, q, over_ranges=True) is xla
-    with pytest.raises(NotImplementedError, match="'tpu' cannot serve this call: its kernels take whole rows"):
-        choose("tpu", q, over_ranges=True)
+    assert choose(name, q) is module
+    assert callable(choose(name, q).attend_ranges)

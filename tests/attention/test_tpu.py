@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sepjax.attention import reference, tpu
+from sepjax.attention import reference, tpu, tpu_calls
 from sepjax.attention.bench import FLOPS_PER_PAIR
 from sepjax.layout import build_layout
 from tests.attention.common import (
@@ -266,7 +266,7 @@ def test_no_room_and_no_global_keys():
 def test_rows_whose_lists_do_not_fit_together_go_one_after_the_other(monkeypatch):
     inputs, layout = tensors(GROUPED), sparse_layout()
     together = results(PLAIN, *inputs, layout)
-    monkeypatch.setattr(tpu, "_VISIT_BYTES", 60)
+    monkeypatch.setattr(tpu_calls, "_VISIT_BYTES", 60)
 
     def apart(q, k, v, layout):
         return tpu.attend.__wrapped__(q, k, v, layout, scale=q.shape[-1] ** -0.5, interpret=True)

@@ -15,7 +15,9 @@ import pytest
 from jax.experimental import topologies
 
 from sepjax.attention import reference, separator_attention, tpu, xla
+from sepjax.attention.context_parallel import ContextPlan, context_attention, fits
 from sepjax.attention.op import choose
+from sepjax.attention.ranges import Ranges
 from sepjax.layout import build_layout
 from sepjax.training.plan import compile_here
 from tests.attention.common import results
@@ -91,6 +93,57 @@ def test_float32_compiles(chip):
 def test_long_rows_compile(T):
     """Just below T = 128k, where tiles grow, the tables are largest; 512k is the longest that is served."""
     assert kernels(compiled(mesh_of(CHIPS["v5e"]), (1, T, 2, 1, 64), jnp.bfloat16)) == EVERY_KERNEL
+
+
+# Parts of rows, as `context` makes them: queries, near and far keys of a device, (N, K, H). The first is a part of 1M
+# tokens, whose list of visits does not fit scalar memory at once; then a part of 128k, a dense layer, large heads.
+PARTS = {
+    "1M over 8": ((1, 2**17, 2**17 + 510, 2**18), (2, 2, 64), jnp.bfloat16),
+    "128k over 16": ((1, 8192, 8192 + 510, 2**15), (16, 4, 128), jnp.bfloat16),
+    "dense": ((2, 8192, 2**16, 1), (4, 1, 128), jnp.bfloat16),
+    "float32": ((2, 300, 700, 200), (4, 2, 256), jnp.float32),
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_parts_of_rows_compile(chip, part):
+    (B, Q, near, far), (N, K, H), dtype = PARTS[part]
+    mesh = mesh_of(CHIPS[chip])
+
+    def both(q, near, far, seen, *cotangents):
+        op = functools.partial(tpu.attend_ranges, scale=H**-0.5)
+        outputs, vjp = jax.vjp(lambda *arrays: op(*arrays, seen), q, near, far)
+        return outputs, vjp(cotangents)
+
+    def of(shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+
+    border = of((B, Q), jnp.int32)
+    keys = [(of((B, n, K, H)),) * 2 for n in (near, far)]
+    seen = Ranges(border, border, border, border, of((B,), jnp.int32))
+    with jax.set_mesh(mesh):
+        arguments = of((B, Q, N, H)), *keys, seen, of((B, Q, N, H)), of((B, Q, N), jnp.float32)
+        assert kernels(jax.jit(both).lower(*arguments).compile()) == EVERY_KERNEL
+
+
+def test_a_row_over_several_chips():
+    """Context parallelism has the kernels inside, with room for the global keys that are sent and without."""
+    mesh, part = mesh_of("v5e:2x2", chips_per_host=(2, 2, 1)), jax.P(None, "data")
+    plan = ContextPlan(4, halo=255, capacity=128, axis="data")
+    specs = {"in_specs": (part, part, part, jax.P(), jax.P()), "out_specs": (part, part)}
+    mapped = jax.shard_map(functools.partial(context_attention, plan=plan), mesh=mesh, **specs, check_vma=False)
+
+    def op(q, k, v, layout):
+        return mapped(q, k, v, layout, fits(layout, plan.ways, plan.capacity))
+
+    text = compiled(mesh, (1, 2048, 4, 2, 64), jnp.bfloat16, op).as_text()
+    found = re.findall(r"%separator_attention_(\w+?)(?:\.\d+)? = ", text)
+    assert sorted(found) == sorted(2 * ["forward", "query_gradient", "key_gradient"]), "two branches, and no other form"
+    assert text.count('custom_call_target="tpu_custom_call"') == len(found), "Mosaic's"
+    assert re.search("all-gather", text)
+    assert re.search("collective-permute", text)
 
 
 def largest_array(program):

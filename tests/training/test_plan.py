@@ -53,11 +53,19 @@ def test_sep_small_fits_256_chips(scan_layers, capsys):
     assert found.largest[0].bytes < 2**29
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
-def test_a_sharded_step_runs_the_kernels_on_each_chip(topology):
-    """Rows over `data`, parameters over `fsdp`, heads over `tensor`; the batch in two micro-batches."""
+@pytest.mark.parametrize(
+    ("topology", "axis"),
+    [
+        ("v5e:2x4", "tensor"),
+        ("v5p:2x2x2", "tensor"),
+        ("v5e:2x4", "context"),
+        pytest.param("v5p:2x2x2", "context", marks=pytest.mark.soak),
+    ],
+)
+def test_a_sharded_step_runs_the_kernels_on_each_chip(topology, axis):
+    """Rows over `data`, parameters over `fsdp`, heads over `tensor` or tokens over `context`; two micro-batches."""
     config = small(
-        mesh=dataclasses.replace(SMALL.mesh, data=2, fsdp=2, tensor=2),
+        mesh=dataclasses.replace(SMALL.mesh, data=2, fsdp=2, **{axis: 2}),
         optimizer=dataclasses.replace(SMALL.optimizer, accumulation_steps=2),
     )
     mesh = make_mesh(config.mesh, plan.topology_devices(topology))
