@@ -111,7 +111,7 @@ def test_in_simulated_memories(dtype):
 @pytest.mark.parametrize("sizes", [FEWER, pytest.param((1, 520, 300, 200), marks=pytest.mark.soak)])
 def test_queries_whose_list_does_not_fit_go_in_parts(sizes, monkeypatch):
     """Two parts of a row, each with its own list; gradients of keys are sums over both."""
-    monkeypatch.setattr(tpu_calls, "_VISIT_BYTES", 40 if sizes != FEWER else 20)
+    monkeypatch.setattr(tpu_calls, "_VISIT_BYTES", 24 if sizes != FEWER else 20)
     assert tpu_calls._tiling(*sizes, False)[1] == 2
     heads, seen = (2, 1, 64), windows(sizes)
     kernels = functools.partial(tpu.attend_ranges.__wrapped__, interpret=True)
