@@ -16,6 +16,7 @@ import jax
 from absl import flags
 
 from sepjax import sharding
+from sepjax.begin import adopt_shape, first_state, given_tokenizer
 from sepjax.checkpoint import Checkpointer
 from sepjax.config import Config
 from sepjax.data.batch import Batch
@@ -23,7 +24,6 @@ from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training
 from sepjax.flags import run_main
 from sepjax.flops import flops_report, peak_flops
 from sepjax.metrics import MetricWriter, Throughput, run_meta
-from sepjax.training.begin import adopt_shape, first_state, given_tokenizer
 from sepjax.training.guard import StepGuard, StopNotice, Watchdog
 from sepjax.training.step import TrainState, abstract_state, eval_step, model_graph, train_step
 from sepjax.workdir import claim_workdir, hold_workdir

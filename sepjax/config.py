@@ -268,13 +268,7 @@ def _validate_training(config: Config) -> None:
             f"training.spike_factor={config.training.spike_factor} would fail ordinary steps; set it above 1, for "
             "example to 2, or to 0"
         )
-    source = config.training.init_from
-    if source and data.tokenizer:
-        raise ConfigError(
-            f"data.tokenizer={data.tokenizer!r} with training.init_from={source!r}: a pretrained model goes with its "
-            "own tokenizer; leave it empty"
-        )
-    if not data.tokenizer and not source and data.tokenizer_vocab_size > config.model.vocab_size:
+    if not data.tokenizer and not config.training.init_from and data.tokenizer_vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} exceeds model.vocab_size={config.model.vocab_size}"
             "; the embedding needs a row a token: raise model.vocab_size or lower data.tokenizer_vocab_size"

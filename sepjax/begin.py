@@ -31,12 +31,17 @@ def adopt_shape(config: Config, workdir: Path, *, download: bool = False) -> Con
       download: whether a hub id may be fetched.
 
     Raises:
-      ConfigError: the model section sets something that is otherwise in the source.
+      ConfigError: the model section sets something that is otherwise in the source, or there is a data.tokenizer.
       OSError, UserError: as `sepjax.load`.
     """
     source, begun = config.training.init_from, workdir / "config.json"
     if not source:
         return config
+    if config.data.tokenizer:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer!r} with training.init_from={source!r}: a model goes with its own "
+            "tokenizer; leave it empty"
+        )
     there = from_json(begun.read_text()).model if begun.exists() else load_shape(source, download=download)[0]
     shape = dataclasses.replace(there, **{name: getattr(config.model, name) for name in _OURS})
     default = ModelConfig()
