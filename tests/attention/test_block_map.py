@@ -118,9 +118,9 @@ def test_every_query_may_see_every_key(sizes, sides):
 @every_side
 @pytest.mark.parametrize("density", [0, 0.3, 1])
 def test_no_window_needs_more_room_than_there_is(block, tile, density):
-    """The bounds on the lists' lengths are arithmetic; here is every window of three densities."""
+    """The bounds on the lists' lengths are arithmetic; here is every second window of three densities, and all of T."""
     is_separator = np.random.default_rng(0).random((B, T)) < density
-    for n in range(1, T + 1):
+    for n in (*range(1, T, 2), T):
         check_rows(build_layout(is_separator, window_size=n, num_sinks=2), block, tile)
 
 

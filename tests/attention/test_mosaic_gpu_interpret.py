@@ -82,8 +82,8 @@ def documents(shape, *lengths):
 
 # (B, T, N, K, H), density, n, a, lengths of documents, the first of them padding.
 CASES = {
-    "documents and padding, one head a key head": ((2, 200, 2, 2, 64), 0.2, 30, 3, (5, 90, 1, 60, 44)),
-    "grouped heads, blocks beyond the last token": ((2, 260, 4, 2, 64), 0.2, 20, 3, None),
+    "documents and padding, one head a key head": ((2, 140, 1, 1, 64), 0.2, 30, 3, (5, 60, 1, 40, 34)),
+    "grouped heads, blocks beyond the last token": ((1, 200, 4, 2, 64), 0.2, 20, 3, None),
     "four heads of 128 a key head": ((1, 136, 4, 1, 128), 0.2, 40, 3, (0, 50, 86)),
     "heads of 256": ((1, 72, 2, 1, 256), 0.2, 20, 3, None),
     "every token a separator": ((2, 78, 2, 1, 64), 1.0, 5, 0, None),
