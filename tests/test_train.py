@@ -171,7 +171,7 @@ def test_bad_input_is_one_line(program, flags, message, config_file, finished, t
     assert message in last or message in err.split("error: ")[1]
 
 
-@pytest.mark.soak  # every config is traced in tests/training/test_every_config.py, and this one planned in test_plan.py
+@pytest.mark.soak  # every config is traced in tests/training/test_every_config.py, and a smaller run is above
 def test_sep_small_itself_trains_with_no_download(tmp_path):
     """The 160M shape on the embedded corpus, as the README gives it, but smaller and quicker to compile."""
     small = ("data.batch_size=2", "data.sequence_length=64", "optimizer.accumulation_steps=1", "training.steps=2")

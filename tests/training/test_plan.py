@@ -30,7 +30,8 @@ def small(**changes):
     return dataclasses.replace(SMALL, data=data, **changes)
 
 
-@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.soak)])
+@pytest.mark.soak  # a minute on two cores, and two as configured
+@pytest.mark.parametrize("scan_layers", [True, False])
 def test_sep_small_fits_256_chips(scan_layers, capsys):
     """The whole step of the 160M shape on v5e:16x16: 1.8 GiB of state, and a third of a chip's memory in all.
 
