@@ -43,7 +43,7 @@ def adopt_shape(config: Config, workdir: Path, *, download: bool = False) -> Con
             "tokenizer; leave it empty"
         )
     there = from_json(begun.read_text()).model if begun.exists() else load_shape(source, download=download)[0]
-    shape = dataclasses.replace(there, **{name: getattr(config.model, name) for name in _OURS})
+    shape = _computed_alike(there, config.model)
     default = ModelConfig()
     wrong = [
         f"model.{name}={given!r}, but {getattr(shape, name)!r} there"
@@ -84,7 +84,7 @@ def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, do
         return jax.jit(functools.partial(create_state, config), out_shardings=shardings)()
     source = locate(config.training.init_from, download=download)
     model, _ = load(source, param_dtype="float32", mesh=mesh)
-    if (found := dataclasses.replace(model.config, **{x: getattr(config.model, x) for x in _OURS})) != config.model:
+    if (found := _computed_alike(model.config, config.model)) != config.model:
         raise ConfigError(
             f"training.init_from={config.training.init_from!r} has another shape than when this run began: {found}, "
             f"expected {config.model}; bring the source back, or start a new workdir"
@@ -93,3 +93,7 @@ def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, do
         keep_origin(source, workdir)
     begin = functools.partial(create_state, config)
     return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(split(model)[1])
+
+
+def _computed_alike(shape: ModelConfig, like: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(shape, **{name: getattr(like, name) for name in _OURS})

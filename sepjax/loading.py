@@ -77,8 +77,7 @@ def load_shape(path: str | os.PathLike[str], *, download: bool = False) -> tuple
     if source.is_file() and source.suffix == ".gguf":
         return gguf_shape(source, dtype="float32")
     if is_folder(source):
-        model, _, tokenizer = folder_shape(source, dtype="float32")
-        return model, tokenizer
+        return folder_shape(source, dtype="float32")
     _check_is_run(path, source)
     return load_config(source).model, Tokenizer.load(source / "tokenizer")
 

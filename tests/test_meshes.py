@@ -1,7 +1,6 @@
 """train.py on meshes of virtual devices and on two processes: the same losses and batches, checkpoints that move."""
 
 import dataclasses
-import json
 import os
 import shutil
 import socket
@@ -25,6 +24,7 @@ from sepjax.config import (
     validate,
 )
 from sepjax.sharding import check_batch, check_heads, check_length, join_cluster, make_mesh, row_share
+from tests.runs import losses
 from train import train
 
 ROOT = Path(__file__).parents[1]
@@ -50,12 +50,6 @@ def config(tmp_path_factory) -> Config:
         optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-3, warmup_steps=2),
         training=TrainingConfig(steps=STEPS, log_every=1, eval_every=STEPS, eval_batches=1, checkpoint_every=2),
     )
-
-
-def losses(workdir: Path) -> dict[int, float]:
-    """The last loss written of every step."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
 def train_on(

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from jax.sharding import Mesh
 
-from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.config import ModelConfig
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.assemble import assemble
 from sepjax.hub.errors import HubError
@@ -46,20 +46,24 @@ def load_folder(
       FileNotFoundError: there is no tokenizer.
       sepjax.data.errors.DataError: the tokenizer's file is damaged.
     """
-    config, attention, tokenizer = folder_shape(path, dtype=dtype)
-    family = family_of(Fields.read(path / "config.json"))
+    fields = Fields.read(path / "config.json")
+    config, tokenizer = _shape(path, fields, dtype)
+    family, attention = family_of(fields), read_attention(fields, config.num_layers)
     params = assemble(Weights(path, family), family, config, param_dtype=param_dtype, mesh=mesh)
     graph, _ = abstract(config, attention)
     return merge(graph, params), tokenizer
 
 
-def folder_shape(path: Path, *, dtype: str) -> tuple[ModelConfig, AttentionConfig, Tokenizer]:
+def folder_shape(path: Path, *, dtype: str) -> tuple[ModelConfig, Tokenizer]:
     """The settings and the tokenizer of a folder, without its tensors; raises as `load_folder` does."""
-    fields = Fields.read(path / "config.json")
+    return _shape(path, Fields.read(path / "config.json"), dtype)
+
+
+def _shape(path: Path, fields: Fields, dtype: str) -> tuple[ModelConfig, Tokenizer]:
     config = read_model_config(fields, family_of(fields), dtype)
     tokenizer = Tokenizer.load(path)
     check_tokenizer(path, tokenizer, config.vocab_size)
-    return config, read_attention(fields, config.num_layers), tokenizer
+    return config, tokenizer
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -26,6 +26,7 @@ from sepjax.hub.safetensors_file import SafetensorsFile
 from sepjax.loading import LoadError
 from sepjax.model.transformer import split
 from tests.hub import tiny
+from tests.runs import losses
 from train import train
 
 GOLDEN = tiny.golden()["pythia"]
@@ -64,11 +65,6 @@ def one_device(monkeypatch):
     """Compiles in less time."""
     some = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *args: some)
-
-
-def losses(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
 def assert_same(params, others):
