@@ -204,14 +204,15 @@ def _ranges(seen: Ranges, padded: int) -> jax.Array:
 def _visitors(seen: Ranges, shape: Shape, keys: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """For each block of packed keys and of near keys the queries [first, last) that see some, int32 [B, 2, blocks].
 
-    Ranges never decrease along a row, so counting is searching. A packed block without global keys has last = -1; the
+    Ranges never decrease along a row, so searching is counting. A packed block without global keys has last = -1; the
     third result, int32 [1], counts the packed blocks that have some, in the row that has most.
     """
 
+    @functools.partial(jax.vmap, in_axes=(0, 0, None))
     def queries_before(starts, ends, first_key):
-        first = jnp.sum(ends[:, None] <= first_key[:, None], axis=2, dtype=jnp.int32)
-        last = jnp.sum(starts[:, None] < first_key[:, None] + keys, axis=2, dtype=jnp.int32)
-        return first, last
+        # Unrolled: one kernel. Comparing all with all takes XLA a minute to compile for a row of a million tokens.
+        search = functools.partial(jnp.searchsorted, method="scan_unrolled")
+        return search(ends, first_key, side="right"), search(starts, first_key + keys)
 
     first_key = jnp.arange(-(-shape.S // keys), dtype=jnp.int32) * keys
     far_first, far_last = queries_before(seen.far_start, seen.far_end, first_key)
