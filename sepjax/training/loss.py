@@ -9,12 +9,16 @@ import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.attention.target import target
-from sepjax.sharding import RULES
+from sepjax.sharding import RULES, ways
 
 # Logits held at a time on a device: 1 GiB in float32, 2 on a GPU. Each chunk costs a pass over the gradient of the
 # head, read and written.
 _CHUNK_ELEMENTS = 2**28
 _GPU_CHUNKS = 2
+
+# Exponentials over the target's may sum up to this, as they do where its probability is 2^-80: no product of theirs
+# is near overflow then.
+_LARGEST_TOTAL = 2.0**80
 
 
 def cross_entropy_sums(
@@ -56,7 +60,7 @@ def _chunked(hidden, head, targets, loss_mask, z_loss, chunks):
     head = head.astype(hidden.dtype)
 
     def body(sums, chunk):
-        _, log_z, target_logit = _softmax(chunk[0], head, chunk[1])
+        _, log_z, target_logit = _softmax(_logits(chunk[0], head), chunk[1])
         return _add(sums, log_z, target_logit, chunk[2], z_loss), None
 
     return jax.lax.scan(body, _zeros(), _split(chunks, hidden, targets, loss_mask))[0]
@@ -65,20 +69,65 @@ def _chunked(hidden, head, targets, loss_mask, z_loss, chunks):
 def _forward(hidden, head, targets, loss_mask, z_loss, chunks):
     """Takes the gradients along with the loss, while a chunk's logits are at hand: nothing is computed twice."""
     head_dtype, head = head.dtype, head.astype(hidden.dtype)
+    gradients = _gradients_in_one_read if _reads_once(hidden.dtype) else _gradients
 
     def body(carry, chunk):
         sums, head_gradient = carry
         h, target, mask = chunk
-        p, log_z, target_logit = _softmax(h, head, target)
-        scale = jnp.where(mask, 1 + 2 * z_loss * log_z, 0.0)[..., None]
-        gradient = (p * scale - jax.nn.one_hot(target, p.shape[-1]) * mask[..., None]).astype(h.dtype)
+        log_z, target_logit, gradient, factor = gradients(h, head, target, mask, z_loss)
         h_gradient = jnp.einsum("btv,vd->btd", gradient, head, preferred_element_type=h.dtype)
+        if factor is not None:
+            h, h_gradient = ((x * factor).astype(x.dtype) for x in (h, h_gradient))
         head_gradient += jnp.einsum("btv,btd->vd", gradient, h, preferred_element_type=jnp.float32)
         return (_add(sums, log_z, target_logit, mask, z_loss), head_gradient), h_gradient
 
     start = (_zeros(), jnp.zeros(head.shape, jnp.float32))
     (sums, head_gradient), h_gradient = jax.lax.scan(body, start, _split(chunks, hidden, targets, loss_mask))
     return sums, (_join(h_gradient), head_gradient.astype(head_dtype))
+
+
+def _gradients(h, head, target, mask, z_loss):
+    """Loss and gradient of a chunk's logits [B, t, V], as (log-normaliser, target's logit, gradient, factor on it).
+
+    The factor, float32 [B, t, 1], is a token's: whoever multiplies by the gradient brings it in afterwards.
+    """
+    p, log_z, target_logit = _softmax(_logits(h, head), target)
+    scale = jnp.where(mask, 1 + 2 * z_loss * log_z, 0.0)[..., None]
+    gradient = (p * scale - jax.nn.one_hot(target, p.shape[-1]) * mask[..., None]).astype(h.dtype)
+    return log_z, target_logit, gradient, None
+
+
+def _gradients_in_one_read(h, head, target, mask, z_loss):
+    """`_gradients` with one read of the logits in place of two.
+
+    Exponentials over the target's logit need no largest one: a single pass writes them in h's dtype and sums them up.
+    Dividing by the sum is left to the factor. Only the target's own entry needs the sum: it is written afterwards, in
+    its place, so that nothing is subtracted from what has been rounded.
+    """
+    logits = _logits(h, head)
+    target_logit = _entry(logits, target)
+
+    def over(reference):
+        exponentials = jnp.exp(logits - reference[..., None])
+        return reference, jnp.sum(exponentials, axis=-1), exponentials.astype(h.dtype)
+
+    # No time through the loop, but where some target is nearly impossible: then once, over the largest logits.
+    reference, total, exponentials, _ = jax.lax.while_loop(
+        lambda state: state[3] & ~jnp.all(state[1] < _LARGEST_TOTAL),
+        lambda state: (*over(jnp.max(logits, axis=-1)), jnp.bool_(False)),
+        (*over(target_logit), jnp.bool_(True)),
+    )
+    log_z = reference + jnp.log(total)
+    scale = 1 + 2 * z_loss * log_z
+    scale = jnp.where(jnp.abs(scale) < 1e-3, 1e-3, scale)  # divided by
+    own = jnp.exp(target_logit - reference) - total / scale
+    factor = jnp.where(mask, scale / total, 0.0)[..., None]
+    return log_z, target_logit, _with_entry(exponentials, target, own), factor
+
+
+def _reads_once(dtype: jnp.dtype) -> bool:
+    """Whether `_gradients_in_one_read` is worth it, and its exponentials have the range that they need."""
+    return target().platform == "gpu" and ways("vocab") == 1 and dtype != jnp.float16
 
 
 def _backward(z_loss, chunks, gradients, cotangents):
@@ -90,12 +139,24 @@ def _backward(z_loss, chunks, gradients, cotangents):
 _chunked.defvjp(_forward, _backward)
 
 
-def _softmax(h: jax.Array, head: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _logits(h: jax.Array, head: jax.Array) -> jax.Array:
+    return jnp.einsum("btd,vd->btv", h, head, preferred_element_type=jnp.float32)
+
+
+def _entry(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[b, t, index[b, t]]."""
+    return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
+
+
+def _with_entry(x: jax.Array, index: jax.Array, value: jax.Array) -> jax.Array:
+    """x with x[b, t, index[b, t]] = value[b, t]."""
+    return jax.vmap(jax.vmap(lambda x, i, y: x.at[i].set(y)))(x, index, value.astype(x.dtype))
+
+
+def _softmax(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Probabilities [B, t, V], log-normaliser [B, t] and the target's logit [B, t]."""
-    logits = jnp.einsum("btd,vd->btv", h, head, preferred_element_type=jnp.float32)
     top, total = jax.lax.platform_dependent(logits, cuda=_top_and_total_at_once, default=_top_and_total)
-    target_logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return jnp.exp(logits - top[..., None]) / total[..., None], top + jnp.log(total), target_logit
+    return jnp.exp(logits - top[..., None]) / total[..., None], top + jnp.log(total), _entry(logits, target)
 
 
 def _top_and_total(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

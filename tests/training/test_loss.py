@@ -25,9 +25,16 @@ def textbook(hidden, head, targets, mask, z_loss):
     return jnp.sum((nll + z_loss * log_z**2) * mask), jnp.sum(nll * mask)
 
 
+@pytest.fixture(params=[False, True], ids=["two reads", "one read"])
+def reads_once(request, monkeypatch) -> bool:
+    """How the gradient's program reads the logits: what GPUs do runs anywhere."""
+    monkeypatch.setattr(loss, "_reads_once", lambda dtype: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("elements", [2**28, B * V * 4, 1], ids=["one chunk", "three chunks", "a token a chunk"])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_equals_the_textbook_with_gradients(monkeypatch, elements, z_loss):
+def test_equals_the_textbook_with_gradients(monkeypatch, reads_once, elements, z_loss):
     monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", elements)
     hidden, head, targets, mask = problem()
     got = loss.cross_entropy_sums(hidden, head, targets, mask, z_loss)
@@ -38,6 +45,31 @@ def test_equals_the_textbook_with_gradients(monkeypatch, elements, z_loss):
 
     for a, b in zip(gradients(loss.cross_entropy_sums), gradients(textbook), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("far", [40.0, 100.0, 1e4], ids=["far", "past the exponentials' range", "very far"])
+def test_targets_that_are_nearly_impossible_or_certain(reads_once, far):
+    """One token's target is `far` below the largest logit; another's is that largest one, and its p rounds to 1."""
+    hidden, head, targets, mask = problem()
+    hidden = hidden.at[0, :2].set(0).at[0, :2, 0].set(1.0)
+    head = head.at[7, 0].set(far + float(head[targets[0, 0], 0]))
+    targets[0, 0], targets[0, 1], mask[0, :2] = (targets[0, 0] + (targets[0, 0] == 7)) % V, 7, True
+
+    def both(f):
+        return jax.value_and_grad(lambda h, w: f(h, w, targets, mask, 0.0)[0], argnums=(0, 1))(hidden, head)
+
+    (value, got), (expected_value, expected) = both(loss.cross_entropy_sums), both(textbook)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 * far + 1e-4)
+
+
+def test_an_infinite_logit_is_not_hidden(reads_once):
+    hidden, head, targets, mask = problem()
+    head = head.at[7, 0].set(jnp.inf)
+    value, gradient = jax.value_and_grad(lambda h: loss.cross_entropy_sums(h, head, targets, mask)[0])(hidden)
+    assert not np.isfinite(value)
+    assert not np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
@@ -51,12 +83,17 @@ def test_one_pass_equals_two(scale):
     np.testing.assert_allclose(total, expected, rtol=V * 2**-23)  # V additions, each rounded
 
 
-def test_masked_targets_count_for_nothing():
+def test_masked_targets_count_for_nothing(reads_once):
     hidden, head, targets, mask = problem()
     other = np.where(mask, targets, (targets + 1) % V)
-    np.testing.assert_array_equal(
-        loss.cross_entropy_sums(hidden, head, targets, mask), loss.cross_entropy_sums(hidden, head, other, mask)
-    )
+
+    def both(targets):
+        return jax.value_and_grad(lambda h: loss.cross_entropy_sums(h, head, targets, mask)[0])(hidden)
+
+    (a, da), (b, db) = both(targets), both(other)
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(da[~mask], 0.0)
+    np.testing.assert_allclose(da, db, atol=1e-6)
 
 
 def test_chunks_bound_the_memory(monkeypatch):
@@ -74,7 +111,7 @@ def test_the_report_has_no_gradient():
     np.testing.assert_array_equal(gradient, 0.0)
 
 
-def test_bfloat16_hidden_keeps_a_float32_head_gradient():
+def test_bfloat16_hidden_keeps_a_float32_head_gradient(reads_once):
     hidden, head, targets, mask = problem()
     gradient = jax.grad(lambda w: loss.cross_entropy_sums(hidden.astype(jnp.bfloat16), w, targets, mask)[0])(head)
     exact = jax.grad(lambda w: textbook(hidden, w, targets, mask, 0.0)[0])(head)
