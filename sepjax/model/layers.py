@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sepjax.config import ModelConfig
-from sepjax.sharding import constrain
+from sepjax.sharding import constrain, ways
 
 # attend(q[B,T,N,H], k[B,T,K,H], v[B,T,K,H], layer_input) -> (out[B,T,N,H], layer_output). Queries and keys arrive
 # without their rotary embedding: who attends knows which positions they have.
@@ -59,8 +60,11 @@ class Linear(nnx.LinearGeneral):
     def product(self, x: jax.Array) -> jax.Array:
         """The mapping without its bias."""
         lead = x.shape[: x.ndim - len(self.in_features)]
-        kernel = self.kernel[...].astype(self.dtype).reshape(math.prod(self.in_features), -1)
-        return _matmul(x.astype(self.dtype).reshape(*lead, -1), kernel).reshape(*lead, *self.out_features)
+        return _matmul(x.astype(self.dtype).reshape(*lead, -1), self.flat_kernel()).reshape(*lead, *self.out_features)
+
+    def flat_kernel(self) -> jax.Array:
+        """The kernel of flat features, [I, O], in the dtype of the product."""
+        return self.kernel[...].astype(self.dtype).reshape(math.prod(self.in_features), -1)
 
     def add_bias(self, y: jax.Array) -> jax.Array:
         """`product(x)` with the bias, if there is one."""
@@ -86,6 +90,22 @@ def _matmul_backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> t
 
 
 _matmul.defvjp(lambda x, kernel: (_matmul(x, kernel), (x, kernel)), _matmul_backward)
+
+
+@jax.custom_vjp
+def _matmuls(x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """x[..., I] @ kernel[I, O] for each, whose gradients are written side by side: two backward products in all."""
+    return tuple(x @ kernel for kernel in kernels)
+
+
+def _matmuls_backward(residuals: tuple, dys: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x, kernels = residuals
+    dx, dkernel = _matmul_backward((x, jnp.concatenate(kernels, axis=-1)), jnp.concatenate(dys, axis=-1))
+    ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1]
+    return dx, tuple(jnp.split(dkernel, ends, axis=-1))
+
+
+_matmuls.defvjp(lambda x, kernels: (_matmuls(x, kernels), (x, kernels)), _matmuls_backward)
 
 
 def _linear(
@@ -121,10 +141,20 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, attend: Attend, layer_input: Any) -> tuple[jax.Array, Any]:
         """Maps x[B, T, D] to the attention's output [B, T, D] and what `attend` returned for this layer."""
-        value = self.value if self._output_bias() is None else self.value.product
-        q, k, v = (constrain(f(x), "batch", "length", "heads", None) for f in (self.query, self.key, value))
+        q, k, v = (constrain(y, "batch", "length", "heads", None) for y in self._projections(x))
         out, layer_output = attend(q, k, v, layer_input)
         return self._output(out), layer_output
+
+    def _projections(self, x: jax.Array) -> list[jax.Array]:
+        """Queries, keys and values [B, T, heads, H]."""
+        linears = self.query, self.key, self.value
+        if ways("heads") > 1:  # side by side, the heads of a device would not be
+            products = [f.product(x) for f in linears]
+        else:
+            flat = _matmuls(x.astype(self.query.dtype), tuple(f.flat_kernel() for f in linears))
+            products = [y.reshape(*x.shape[:-1], *f.out_features) for f, y in zip(linears, flat, strict=True)]
+        biased = linears if self._output_bias() is None else linears[:2]
+        return [f.add_bias(y) if f in biased else y for f, y in zip(linears, products, strict=True)]
 
     def _output(self, attended: jax.Array) -> jax.Array:
         bias = self._output_bias()
