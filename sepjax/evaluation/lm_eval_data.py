@@ -105,7 +105,7 @@ def _home(folder: Path, path: str, name: str | None) -> Path:
 
 def _rows(file: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:

@@ -6,8 +6,10 @@ Importing this module registers the model as "sepjax": `lm_eval --model sepjax -
 program that has imported it.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, override
 
 import numpy as np
@@ -40,7 +42,13 @@ class Use:
 
 
 class SepjaxLM(TemplateLM):
-    """See this module. `uses` has a `Use` for each request, by its identity."""
+    """See this module.
+
+    Attributes:
+      uses: a `Use` for each request, by its identity.
+      seconds: spent on requests so far: encoding, compilation and the device, but not lm-eval's prompts and statistics.
+      computed: tokens that went through the model in that time; an input that requests share counts once.
+    """
 
     def __init__(
         self,
@@ -81,6 +89,8 @@ class SepjaxLM(TemplateLM):
         self._batch_tokens = batch_tokens
         self._encoded = {} if encoded is None else encoded
         self.uses: dict[int, Use] = {}
+        self.seconds = 0.0
+        self.computed = 0
 
     @property
     @override
@@ -115,8 +125,18 @@ class SepjaxLM(TemplateLM):
         ids, lengths = self._tokenizer.encode_flat(new)
         self._encoded.update(zip(new, np.split(ids, np.cumsum(lengths)[:-1]) if new else [], strict=True))
 
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - began
+
     @override
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        with self._timed():
+            return self._loglikelihood(requests)
+
+    def _loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         texts = [request.args for request in requests]
         # What `_encode_pair` will ask for.
         self._encode_ahead(text for pair in texts for text in (pair[0].rstrip(), "".join(pair)) if text)
@@ -138,7 +158,7 @@ class SepjaxLM(TemplateLM):
         return [(x.logprob, x.is_greedy) for x in found]
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Continuation]:
-        return score_continuations(
+        scored = score_continuations(
             self._model,
             self._tokenizer,
             pairs,
@@ -146,10 +166,16 @@ class SepjaxLM(TemplateLM):
             max_length=self.max_length,
             batch_tokens=self._batch_tokens,
         )
+        self.computed += sum(x.computed for x in scored)
+        return scored
 
     @override
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Whole texts in windows of the model's positions, each token once, as lm-eval cuts them."""
+        with self._timed():
+            return self._loglikelihood_rolling(requests)
+
+    def _loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         pairs, owners = [], []
@@ -170,6 +196,10 @@ class SepjaxLM(TemplateLM):
 
     @override
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        with self._timed():
+            return self._generate_until(requests)
+
+    def _generate_until(self, requests: list[Instance]) -> list[str]:
         answers: list[str] = [""] * len(requests)
         for settings, numbers in _by_settings(requests).items():
             most, stop = settings
@@ -186,6 +216,7 @@ class SepjaxLM(TemplateLM):
                 for i, answer in zip(batch, found, strict=False):
                     answers[i] = answer.text
                     self.uses[id(requests[i])] = Use(float(answer.cache.held), answer.cache.seen, len(answer.token_ids))
+                    self.computed += answer.cache.seen
         return answers
 
     def _prompt(self, text: str, new_tokens: int) -> list[int]:

@@ -42,6 +42,7 @@ class Continuation:
     is_greedy: bool  # whether every token is the best one
     held: float  # keys that the input's last token sees, averaged over layers
     seen: int  # tokens of the input
+    computed: int  # of these, those that were run for this request: 0 where another request has the same input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,11 @@ def score_continuations(
         for request, row, last in batch.places:
             held[request] = float(kept[row, last])
     seen = {request: len(x.ids) for x in inputs for request, _, _ in x.scored}
-    return [Continuation(float(logprob[i]), bool(greedy[i]), held[i], seen[i]) for i in range(len(requests))]
+    computed = {x.scored[0][0]: len(x.ids) for x in inputs}
+    return [
+        Continuation(float(logprob[i]), bool(greedy[i]), held[i], seen[i], computed.get(i, 0))
+        for i in range(len(requests))
+    ]
 
 
 def _inputs(requests: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int) -> list[_Input]:

@@ -7,7 +7,6 @@ kept everything, because every prompt fits its window, is refused: its score wou
 import dataclasses
 import functools
 import os
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +40,9 @@ class TaskScore:
     requests: int
     documents: int
     kv_kept: float  # held over seen at the last token, averaged over requests
-    tokens: int  # seen, over all requests
+    tokens: int  # that the model computed, prompts and answers; an input that requests share counts once
     generated: int
-    seconds: float  # of all the model's work for this task, compilation included
+    seconds: float  # that it took: encoding, compilation and the device, without lm-eval's prompts and statistics
     refused: str  # why there is no score; empty: there is one
 
     @property
@@ -104,9 +103,7 @@ def run_tasks(
                 batch_size=batch_size, batch_tokens=batch_tokens, chat_template=chat_template,
                 encoded=encoded,
             )  # fmt: skip
-            began = time.perf_counter()
-            results = _evaluate(lm, task, data, limit, num_fewshot, apply_chat_template)
-            score = _score(task, attention, lm, results, time.perf_counter() - began)
+            score = _score(task, attention, lm, _evaluate(lm, task, data, limit, num_fewshot, apply_chat_template))
             if attention.pattern == "separator" and not score.refused:
                 reference, uses = score, list(lm.uses.values())
             yield score
@@ -160,7 +157,7 @@ def _manager(task: str) -> Any:
     return every
 
 
-def _score(task: str, attention: AttentionConfig, lm: Any, results: dict[str, Any], seconds: float) -> TaskScore:
+def _score(task: str, attention: AttentionConfig, lm: Any, results: dict[str, Any]) -> TaskScore:
     uses = list(lm.uses.values())
     kept = float(np.mean([use.held / use.seen for use in uses]))
     refused = ""
@@ -183,9 +180,9 @@ def _score(task: str, attention: AttentionConfig, lm: Any, results: dict[str, An
         requests=len(uses),
         documents=sum(x.get("effective", 0) for x in samples.values()),
         kv_kept=kept,
-        tokens=sum(use.seen for use in uses),
+        tokens=lm.computed,
         generated=sum(use.generated for use in uses),
-        seconds=seconds,
+        seconds=lm.seconds,
         refused=refused,
     )
 
@@ -193,7 +190,7 @@ def _score(task: str, attention: AttentionConfig, lm: Any, results: dict[str, An
 def table(scores: Iterable[TaskScore]) -> str:
     """The scores as a text table, a line a metric."""
     lines = [
-        f"{'task':<18}{'pattern':<16}{'a':>3}{'n':>6}{'KV kept':>9}  {'metric':<30}{'value':>9}{'stderr':>9}"
+        f"{'task':<18}{'pattern':<16}{'a':>3}{'n':>6}{'KV kept':>9}  {'metric':<30}{'value':>10}{'stderr':>10}"
         f"{'documents':>11}{'tokens/s':>10}"
     ]
     for s in scores:
@@ -204,7 +201,7 @@ def table(scores: Iterable[TaskScore]) -> str:
             error = s.errors.get(name)
             stderr = "" if error is None else f"{error:.{_TABLE_DIGITS}f}"
             lines.append(
-                f"{head}{name.removesuffix(',none'):<30}{value:>9.{_TABLE_DIGITS}f}{stderr:>9}{s.documents:>11,}"
+                f"{head}{name.removesuffix(',none'):<30}{value:>10.{_TABLE_DIGITS}f}{stderr:>10}{s.documents:>11,}"
                 f"{s.tokens_per_second:>10,.0f}"
             )
     return "\n".join(lines)

@@ -85,6 +85,7 @@ def test_the_best_continuation_is_greedy(byte_model, byte_tokenizer):
     best = max(range(257), key=lambda i: scores[i].logprob)
     assert [i for i in range(257) if scores[i].is_greedy] == [best]
     assert sum(np.exp(s.logprob) for s in scores) == pytest.approx(1, abs=1e-5)
+    assert [s.computed for s in scores] == [len(context)] + 256 * [0]  # the same input, run once
 
 
 def test_long_contexts_lose_their_beginning(byte_model, byte_tokenizer):

@@ -82,6 +82,8 @@ def test_scores_are_those_of_a_manual_computation(byte_model, byte_tokenizer, se
     assert score.kv_kept == pytest.approx(np.mean([x.held / x.seen for x in found]))
     assert score.errors["perplexity,none"] > 0
     assert (score.documents, score.requests, score.refused) == (5, 5, "")
+    assert score.tokens == sum(x.seen for x in found)
+    assert 0 < score.tokens_per_second < np.inf
     assert 0 < score.kv_kept < 0.9
 
 
@@ -102,6 +104,7 @@ def test_answers_come_from_the_cache_that_evicts(byte_model, byte_tokenizer, sep
     assert score.kv_kept == pytest.approx(np.mean([a.cache.held / a.cache.seen for a in answers]))
     assert score.kv_kept < 0.5
     assert score.generated == sum(len(a.token_ids) for a in answers)
+    assert score.tokens == sum(a.cache.seen for a in answers)
     text = byte_tokenizer.decode(prompts[0])
     assert text.startswith("Q: There are 15 trees in the grove.")  # lm-eval's own prompt
     assert text.endswith("\nA:")
