@@ -42,7 +42,7 @@ def adopt_shape(config: Config, workdir: Path, *, download: bool = False) -> Con
             f"data.tokenizer={config.data.tokenizer!r} with training.init_from={source!r}: a model goes with its own "
             "tokenizer; leave it empty"
         )
-    there = from_json(begun.read_text()).model if begun.exists() else load_shape(source, download=download)[0]
+    there = from_json(begun.read_bytes()).model if begun.exists() else load_shape(source, download=download)[0]
     shape = _computed_alike(there, config.model)
     default = ModelConfig()
     wrong = [

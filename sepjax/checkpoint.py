@@ -170,7 +170,7 @@ class Checkpointer:
         self, step: int, target: "TrainState", data: "grain.DatasetIterator", config: Config, new_data: bool
     ) -> "TrainState":
         folder = self._folder / str(step)
-        is_new = check_same_run(from_json((folder / "config" / "metadata").read_text()), config, folder, new_data)
+        is_new = check_same_run(from_json((folder / "config" / "metadata").read_bytes()), config, folder, new_data)
         check_shapes(folder / "params", target.params)
         items: dict[str, Any] = {
             "params": ocp.args.StandardRestore(target.params),
@@ -318,7 +318,7 @@ def load_params(workdir: Path | str, step: int | None = None, mesh: Mesh | None 
       ConfigError: the parameters are not those of the saved config, or another version saved it.
     """
     folder = _step_folder(Path(workdir), step)
-    config = from_json((folder / "config" / "metadata").read_text())
+    config = from_json((folder / "config" / "metadata").read_bytes())
     mesh = mesh or make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1, context=1), jax.devices()[:1])
     shapes = abstract(config.model, config.attention)[1]
     target = jax.tree.map(
@@ -353,7 +353,7 @@ def save_params(workdir: Path, config: Config, params: Params) -> None:
 
 def load_config(workdir: Path | str) -> Config:
     """The config of the newest checkpoint of a run; raises as `load_params` does."""
-    return from_json((_step_folder(Path(workdir), None) / "config" / "metadata").read_text())
+    return from_json((_step_folder(Path(workdir), None) / "config" / "metadata").read_bytes())
 
 
 def _step_folder(workdir: Path, step: int | None) -> Path:

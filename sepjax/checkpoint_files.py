@@ -91,12 +91,12 @@ def damage(folder: Path, items: Sequence[str], *, share: tuple[int, int] = (0, 1
     if missing:
         return f"it lacks {', '.join(missing)}"
     try:
-        text = (folder / MANIFEST).read_text()
+        content = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         return None  # killed before it was sealed, or of another version
     try:
-        files = {name: (int(size), checksum) for name, (size, checksum) in json.loads(text)["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        files = {name: (int(size), checksum) for name, (size, checksum) in json.loads(content)["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):  # the first where it is no JSON, or not even text
         return f"{MANIFEST} is damaged"
     for number, (name, (size, checksum)) in enumerate(sorted(files.items())):
         path = folder / name

@@ -328,11 +328,11 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_json(text: str) -> Config:
+def from_json(text: str | bytes) -> Config:
     """The inverse of `to_json`; raises `ConfigError` for text that is no JSON, unknown fields and wrong types."""
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or bytes that are no text
         raise ConfigError(f"a saved config must be JSON, got {text[:40]!r}...: {error}") from error
     return _from_dict(Config, values, "")
 

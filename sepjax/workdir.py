@@ -108,7 +108,7 @@ def claim_workdir(workdir: Path, config: Config, *, new_data: bool = False) -> N
     """
     path = workdir / "config.json"
     if path.exists():
-        check_same_run(from_json(path.read_text()), config, workdir, new_data)
+        check_same_run(from_json(path.read_bytes()), config, workdir, new_data)
     elif (workdir / "checkpoints" / "0").is_dir():  # no run of ours saves before its first step
         raise ConfigError(
             f"{workdir} holds a converted model, parameters without a run; to train it, begin a run in another folder: "

@@ -212,10 +212,10 @@ class EndlessStream(Iterator[StreamEvent]):
 
         Raises:
           FileNotFoundError: nothing was saved there.
-          StreamStateError: it was saved of a model of another shape, or with a cache of other sizes.
+          StreamStateError: stream.json is damaged, or of a model of another shape, or of a cache of other sizes.
         """
         folder = Path(folder).absolute()
-        words = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
+        words = _description(folder / "stream.json")
         for name, ours in (("model", self._config), ("sizes", self._sizes)):
             mine = json.loads(json.dumps(dataclasses.asdict(ours)))
             different = sorted(key for key in mine.keys() | words[name].keys() if mine.get(key) != words[name].get(key))
@@ -234,6 +234,23 @@ class EndlessStream(Iterator[StreamEvent]):
         self.finish_reason = words["finish_reason"]
         self._text.restore(words["text"])
         self._guard.restore(words["guard"])
+
+
+_WORDS = {
+    "model": dict, "sizes": dict, "pending": list, "has_drawn": bool, "is_full": bool, "seen": int, "left": int,
+    "finish_reason": str | None, "text": dict, "guard": dict,
+}  # fmt: skip
+
+
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        words = json.loads(path.read_bytes())
+        damaged = [name for name, kind in _WORDS.items() if not isinstance(words[name], kind)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StreamStateError(f"{str(path)!r} is not what a stream saves ({error!r}); use another copy") from error
+    if damaged:
+        raise StreamStateError(f"{str(path)!r} has {damaged[0]}={words[damaged[0]]!r}; use another copy")
+    return words
 
 
 def _empty(model: Transformer, sizes: StreamSizes, keys: jax.Array) -> DecodeState:

@@ -64,7 +64,10 @@ class ChatTemplate:
                 (x.get("template") for x in source if isinstance(x, dict) and x.get("name") == "default"), None
             )
         if (folder / _FILE).is_file():
-            source = (folder / _FILE).read_text(encoding="utf-8")
+            try:
+                source = (folder / _FILE).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise HubError(f"{str(folder / _FILE)!r} is no UTF-8 text: {error}") from error
         return cls(source, {k: _text(v) for k, v in values.items() if k.endswith("_token")}) if source else None
 
     @classmethod

@@ -124,6 +124,16 @@ def test_a_stream_of_other_settings_is_not_resumed(model, tokenizer, tmp_path):
         stream(model, tokenizer, resume=tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("content", [b"\x80{}", b"{}", b"[]"], ids=["no text", "nothing in it", "no object"])
+def test_a_damaged_description_of_a_stream_is_named(model, tokenizer, tmp_path, content):
+    events = stream(model, tokenizer, "The cat")
+    next(events)
+    events.save(tmp_path / "saved")
+    (tmp_path / "saved" / "stream.json").write_bytes(content)
+    with pytest.raises(StreamStateError, match=r"stream\.json' is not what a stream saves"):
+        stream(model, tokenizer, resume=tmp_path / "saved")
+
+
 def live_bytes():
     gc.collect()
     return sum(x.nbytes for x in jax.live_arrays())

@@ -67,6 +67,10 @@ def torn_unsealed(step: Path) -> None:
     os.truncate(largest(step / "params"), 1000)
 
 
+def manifest_no_text(step: Path) -> None:
+    (step / MANIFEST).write_bytes(b"\x80" + (step / MANIFEST).read_bytes())
+
+
 def empty(step: Path) -> None:
     shutil.rmtree(step)
     step.mkdir()
@@ -81,6 +85,7 @@ BREAKS = [
     (half_copied, "it lacks optimizer"),
     (no_bytes_of_data, "Expecting value"),
     (torn_unsealed, "reading array"),
+    (manifest_no_text, "sepjax_files.json is damaged"),
     (empty, "it lacks params"),
 ]
 
