@@ -24,11 +24,9 @@ from sepjax.generation.prompts import (
     row_keys,
 )
 from sepjax.generation.stopping import TextUntilStop
-from sepjax.generation.weights import working_copy
 from sepjax.model.transformer import Params, Transformer, split
 from sepjax.sampling import Sampling
 from sepjax.separators import configured_table
-from sepjax.sharding import on_one_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +93,7 @@ class Job:
         return cls(
             graph=graph,
             params=params,
-            # Joined matrices do not split over a mesh as their parts do.
-            step_params=by_layer(params, model.config) if on_one_device() else working_copy(params, model.config),
+            step_params=by_layer(params, model.config),
             tokenizer=tokenizer,
             attention=attention,
             prompts=ids,

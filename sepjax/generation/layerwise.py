@@ -2,9 +2,11 @@
 
 `Transformer` scans over stacked parameters. That compiles fast, but a step of one token then copies each layer's
 matrices out of their stack before it reads them, and small products wait for one another where one would do. Decoding
-is nothing but reading matrices, so they are laid out for it once.
+is nothing but reading matrices, so they are laid out for it once. On a mesh of several devices matrices are not joined:
+side by side, the heads of a device would not be.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,20 +19,23 @@ from sepjax.config import ModelConfig
 from sepjax.generation.weights import working_copy
 from sepjax.model.layers import ACTIVATIONS, Attend, Block, output_bias
 from sepjax.model.transformer import Params, Transformer, merge, split
+from sepjax.sharding import on_one_device
 
 _QKV, _INTO = ("query", "key", "value"), ("gate", "up")
 
 
 def by_layer(params: Params, config: ModelConfig) -> Params:
     """Parameters for `Layerwise`, in the matmuls' type: "layers" is a tuple of a dict for each."""
-    params = working_copy(params, config)
-    layers = tuple(_take(params["layers"], jnp.int32(i)) for i in range(config.num_layers))
+    params, join = working_copy(params, config), on_one_device()
+    layers = tuple(_take(params["layers"], jnp.int32(i), join=join) for i in range(config.num_layers))
     return params | {"layers": layers}
 
 
-@jax.jit
-def _take(layers: Params, i: jax.Array) -> Params:
+@functools.partial(jax.jit, static_argnames="join")
+def _take(layers: Params, i: jax.Array, *, join: bool) -> Params:
     layer = jax.tree.map(lambda x: x[i], layers)
+    if not join:
+        return layer
     return layer | {"attention": _join(_one_bias(layer["attention"]), _QKV), "mlp": _join(layer["mlp"], _INTO)}
 
 
@@ -93,7 +98,9 @@ class Layerwise:
         return self._model.final_norm(x), jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
     def _block(self, block: Block, layer: Params, x: jax.Array, attend: Attend, layer_input: Any) -> Any:
-        """`Block.__call__` with joined matrices."""
+        """`Block.__call__`, with joined matrices where they are."""
+        if _name(_QKV) not in layer["attention"]:
+            return block(x, attend, layer_input)
         normed = block.attention_norm(x)
         q, k, v = self._heads(_product(normed, layer["attention"][_name(_QKV)]))
         out, layer_output = attend(q, k, v, layer_input)

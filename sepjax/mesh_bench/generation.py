@@ -49,7 +49,7 @@ def _figures(settings: Settings, config: Config, devices: list[Any]) -> tuple[Fi
     rows, new, graph = settings.rows, settings.new, model_graph(config)
     with jax.set_mesh(make_mesh(MeshConfig(1, 1, len(devices), 1), devices)) as _:
         params = _params(config)
-        step_params = by_layer(params, config.model) if len(devices) == 1 else params
+        step_params = by_layer(params, config.model)
         request = _request(settings, config)
         prompts = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, settings.prompt), np.int32)
         keys, lengths = jax.random.split(jax.random.key(2), rows), np.full(rows, settings.prompt, np.int32)

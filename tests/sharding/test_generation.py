@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sepjax.config import AttentionConfig, MeshConfig, ModelConfig
+from sepjax.generation.layerwise import by_layer
 from sepjax.generation.loop import Request, make_advance, start
 from sepjax.model.attend import forward
 from sepjax.model.transformer import abstract, create, merge, split
@@ -19,7 +20,7 @@ ATTENTION = AttentionConfig(num_sinks=2, window_size=8)
 ROWS, LENGTH, NEW = 4, 32, 12
 
 
-def answers(mesh):
+def answers(mesh, laid_out=lambda params: params):
     """New tokens, and the shape [L, B, K, C, H] of a device's part of the cached keys."""
     graph, params = split(create(MODEL, ATTENTION, jax.random.key(0)))
     params = jax.tree.map(lambda x: 20 * x if x.ndim > 2 else x, params)  # so that no two tokens are nearly as likely
@@ -30,7 +31,7 @@ def answers(mesh):
         tokens, lengths = rng.integers(0, 64, (ROWS, LENGTH)).astype(np.int32), np.array([32, 9, 20, 1], np.int32)
         keys = jax.random.split(jax.random.key(1), ROWS)
         state, first = start(graph, params, tokens, lengths, keys, request, ATTENTION, window_size=8, capacity=64)
-        state, rest = make_advance(graph, ATTENTION, NEW)(params, state, np.zeros(ROWS, bool), request)
+        state, rest = make_advance(graph, ATTENTION, NEW)(laid_out(params), state, np.zeros(ROWS, bool), request)
     keys = state.cache.k
     return np.concatenate([first.token, rest.token], axis=1), keys.sharding.shard_shape(keys.shape)
 
@@ -45,6 +46,24 @@ def test_weights_and_cache_over_tensor_and_rows_over_data(alone):
     np.testing.assert_array_equal(tokens, alone)
     assert len({tuple(row) for row in tokens}) == ROWS, "every row has something else to say"
     assert part == (2, ROWS // 2, 1, 72, 8), "rows and key heads are split"
+
+
+def test_layers_of_their_own_on_a_mesh(alone):
+    """What `sepjax.generate` steps with: each layer's matrices apart, split as in their stack, none of them joined."""
+    seen = {}
+
+    def laid_out(params):
+        seen.update(stacked=params["layers"], layers=by_layer(params, MODEL)["layers"])
+        return by_layer(params, MODEL)
+
+    tokens, _ = answers(make_mesh(MeshConfig(1, 2, 2, 1), jax.devices()[:4]), laid_out)
+    np.testing.assert_array_equal(tokens, alone)
+    for layer in seen["layers"]:
+        jax.tree.map(
+            lambda x, y: np.testing.assert_equal(x.sharding.shard_shape(x.shape), y.sharding.shard_shape(y.shape)[1:]),
+            layer,
+            seen["stacked"],
+        )
 
 
 def test_fewer_key_heads_than_devices(alone):
