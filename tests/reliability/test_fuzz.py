@@ -173,7 +173,7 @@ def fuzz_safetensors(world: World, data: st.DataObject) -> None:
     for file in _files(folder):
         assert file.path.parent == folder
         for name in file.entries:
-            np.sum(file.view(name).astype(np.float32))
+            file.view(name).tobytes()  # every byte is read; any of them may make a NaN
     Fields.read(folder / INDEX) if (folder / INDEX).exists() else SafetensorsFile(folder / SINGLE)
 
 
