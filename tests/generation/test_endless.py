@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sepjax.compilations import counted_compilations
-from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig
 from sepjax.data.tokenizer import train_sentencepiece
 from sepjax.generate import stream
 from sepjax.generation.endless import StreamStateError
@@ -19,6 +19,7 @@ from sepjax.generation.prompts import PromptError
 from sepjax.generation.stopping import RepetitionGuard
 from sepjax.model.transformer import create, merge, split
 from sepjax.separators import configured_table
+from sepjax.sharding import make_mesh, parameter_shardings
 from tests.streaming.common import ListStream
 from tests.streaming.test_forward import list_step
 
@@ -132,6 +133,21 @@ def test_a_damaged_description_of_a_stream_is_named(model, tokenizer, tmp_path, 
     (tmp_path / "saved" / "stream.json").write_bytes(content)
     with pytest.raises(StreamStateError, match=r"stream\.json' is not what a stream saves"):
         stream(model, tokenizer, resume=tmp_path / "saved")
+
+
+def test_a_stream_on_a_mesh_says_the_same(model, tokenizer, tmp_path):
+    """Weights over `fsdp` and `tensor`, the cache's key heads over `tensor`; saved there, it goes on on one device."""
+    expected = ids_of(take(stream(model, tokenizer, PROMPT), 40))
+    graph, params = split(model)
+    mesh = make_mesh(MeshConfig(1, 2, 2, 1), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, parameter_shardings(params, mesh))
+        events = stream(merge(graph, params), tokenizer, PROMPT)
+        assert ids_of(take(events, 30)) == expected[:30]
+        keys = events._state.cache.k[0]
+        assert keys.sharding.shard_shape(keys.shape)[1] == SHAPE.num_kv_heads // 2
+        events.save(tmp_path / "saved")
+    assert ids_of(take(stream(model, tokenizer, resume=tmp_path / "saved"), 10)) == expected[30:]
 
 
 def live_bytes():
