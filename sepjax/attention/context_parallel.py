@@ -123,10 +123,12 @@ def context_attention(
     run = functools.partial(_attend, attend, plan)
     if plan.dense or is_roomy is True or plan.capacity >= q.shape[1]:
         return run(min(plan.capacity, q.shape[1]), q, k, v, layout)
+    # The other case computes its keys and results again for the gradients. Kept, they would be arrays as long as the
+    # whole row, for every layer, made and filled with zeros in the case that never needs them.
     return lax.cond(
         is_roomy,
         lambda *args: run(plan.capacity, *args),
-        lambda *args: run(args[0].shape[1], *args),
+        jax.checkpoint(lambda *args: run(args[0].shape[1], *args)),
         *(q, k, v, layout),
     )
 

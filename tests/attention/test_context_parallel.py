@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -78,6 +79,27 @@ def test_too_small_a_packed_array_is_no_loss():
     full, inputs = build_layout(FLAGS, window_size=4, num_sinks=3), tensors(SHAPE)
     got = results(over(ContextPlan(4, halo=3, capacity=9)), *inputs, full.with_capacity(5))
     check(got, inputs, full.as_mask())
+
+
+def test_what_is_kept_for_the_gradients_is_a_devices_part():
+    """Neither case keeps, or fills with zeros for the other, arrays of the length of the row."""
+    layout, inputs = build_layout(FLAGS, window_size=4, num_sinks=3), tensors(SHAPE)
+    op = over(ContextPlan(8, halo=3, capacity=2))
+    jaxpr = jax.make_jaxpr(jax.grad(lambda q, k, v: op(q, k, v, layout)[0].sum(), argnums=(0, 1, 2)))(*inputs[:3])
+
+    def conds(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "cond":
+                yield eqn
+            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                if hasattr(inner, "eqns"):
+                    yield from conds(getattr(inner, "jaxpr", inner))
+
+    found = list(conds(jaxpr.jaxpr))
+    assert len(found) == 2, "forward and backward"
+    B, T, _, K, H = SHAPE
+    sizes = [x.aval.size for eqn in found for x in eqn.outvars if jnp.issubdtype(x.aval.dtype, jnp.floating)]
+    assert max(sizes) < B * T * K * H
 
 
 def test_each_device_has_an_early_and_a_late_chunk():
