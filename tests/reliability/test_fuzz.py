@@ -182,7 +182,7 @@ def fuzz_checkpoints(world: World, data: st.DataObject) -> None:
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(world.run / "checkpoints", copy / "checkpoints")
     paths = sorted(copy.rglob("*"), key=str)
-    for path in data.draw(st.lists(st.sampled_from(paths), min_size=1, max_size=3)):
+    for path in data.draw(st.lists(st.sampled_from(paths), min_size=1, max_size=3, unique=True)):
         if path.is_dir():
             shutil.rmtree(path)
             if data.draw(st.booleans()):

@@ -71,6 +71,18 @@ def manifest_no_text(step: Path) -> None:
     (step / MANIFEST).write_bytes(b"\x80" + (step / MANIFEST).read_bytes())
 
 
+def link_to_a_device(step: Path) -> None:
+    """Without the manifest, which would tell at once; and the manifest itself could be one."""
+    (step / MANIFEST).unlink()
+    (step / "config" / "metadata").unlink()
+    (step / "config" / "metadata").symlink_to("/dev/zero")
+
+
+def manifest_on_a_device(step: Path) -> None:
+    (step / MANIFEST).unlink()
+    (step / MANIFEST).symlink_to("/dev/zero")
+
+
 def empty(step: Path) -> None:
     shutil.rmtree(step)
     step.mkdir()
@@ -86,6 +98,8 @@ BREAKS = [
     (no_bytes_of_data, "Expecting value"),
     (torn_unsealed, "reading array"),
     (manifest_no_text, "sepjax_files.json is damaged"),
+    (link_to_a_device, "config/metadata is a link or a device"),
+    (manifest_on_a_device, "sepjax_files.json is a link or a device"),
     (empty, "it lacks params"),
 ]
 
