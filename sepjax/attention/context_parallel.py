@@ -123,14 +123,25 @@ def context_attention(
     run = functools.partial(_attend, attend, plan)
     if plan.dense or is_roomy is True or plan.capacity >= q.shape[1]:
         return run(min(plan.capacity, q.shape[1]), q, k, v, layout)
-    # The other case computes its keys and results again for the gradients. Kept, they would be arrays as long as the
-    # whole row, for every layer, made and filled with zeros in the case that never needs them.
     return lax.cond(
         is_roomy,
-        lambda *args: run(plan.capacity, *args),
-        jax.checkpoint(lambda *args: run(args[0].shape[1], *args)),
+        functools.partial(run, plan.capacity),
+        functools.partial(_head_by_head, functools.partial(run, q.shape[1])),
         *(q, k, v, layout),
     )
+
+
+def _head_by_head(run, q, k, v, layout):
+    """`run` for one key head after the other, which keeps nothing of it for the gradients but computes it again.
+
+    For the case that hardly ever comes: all its keys at once, of every layer, would be most of the memory of a long row
+    (and a `cond` keeps what either case needs, filled with zeros for the one that was not taken).
+    """
+    K = k.shape[2]
+    heads = [jnp.moveaxis(x.reshape(*x.shape[:2], K, -1, x.shape[-1]), 2, 0) for x in (q, k, v)]
+    results = lax.map(jax.checkpoint(lambda x: run(*x, layout)), tuple(heads))
+    out, lse = (jnp.moveaxis(x, 0, 2) for x in results)
+    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
 
 def gathered_keys(
@@ -175,7 +186,8 @@ class _Chunks:
     def __init__(self, layout: SeparatorLayout, ways: int):
         self.layout, self.ways = layout, ways
         self.length = layout.length // (2 * ways)
-        ends = jnp.asarray(layout.global_count)[:, self.length - 1 :: self.length]
+        # As the last of each chunk: a strided slice of a long row needs more VMEM on a TPU than there is.
+        ends = jnp.asarray(layout.global_count).reshape(-1, 2 * ways, self.length)[:, :, -1]
         self.before = jnp.pad(ends, ((0, 0), (1, 0)))  # int32[B, 2C + 1]: global keys before each chunk
         counts = jnp.diff(self.before, axis=1)
         self.early, self.late = counts[:, :ways], counts[:, : ways - 1 : -1]  # int32[B, C]: of a device's two chunks
