@@ -100,7 +100,7 @@ def damage(folder: Path, items: Sequence[str], *, share: tuple[int, int] = (0, 1
         return None  # killed before it was sealed, or of another version
     try:
         files = {name: (int(size), checksum) for name, (size, checksum) in json.loads(content)["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):  # the first where it is no JSON, or not even text
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):  # no JSON, or other than ours
         return f"{MANIFEST} is damaged"
     for number, (name, (size, checksum)) in enumerate(sorted(files.items())):
         path = folder / name

@@ -332,7 +332,7 @@ def from_json(text: str | bytes) -> Config:
     """The inverse of `to_json`; raises `ConfigError` for text that is no JSON, unknown fields and wrong types."""
     try:
         values = json.loads(text)
-    except ValueError as error:  # no JSON, or bytes that are no text
+    except (ValueError, RecursionError) as error:  # bytes that are no text are a ValueError too
         raise ConfigError(f"a saved config must be JSON, got {text[:40]!r}...: {error}") from error
     return _from_dict(Config, values, "")
 

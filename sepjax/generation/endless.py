@@ -246,7 +246,7 @@ def _description(path: Path) -> dict[str, Any]:
     try:
         words = json.loads(path.read_bytes())
         damaged = [name for name, kind in _WORDS.items() if not isinstance(words[name], kind)]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise StreamStateError(f"{str(path)!r} is not what a stream saves ({error!r}); use another copy") from error
     if damaged:
         raise StreamStateError(f"{str(path)!r} has {damaged[0]}={words[damaged[0]]!r}; use another copy")

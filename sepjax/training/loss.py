@@ -89,7 +89,7 @@ def _forward(hidden, head, targets, loss_mask, z_loss, chunks):
 def _gradients(h, head, target, mask, z_loss):
     """Loss and gradient of a chunk's logits [B, t, V], as (log-normaliser, target's logit, gradient, factor on it).
 
-    The factor, float32 [B, t, 1], is a token's: whoever multiplies by the gradient brings it in afterwards.
+    The factor, float32 [B, t, 1], is a token's: whoever multiplies by the gradient brings it in. None: it is 1.
     """
     p, log_z, target_logit = _softmax(_logits(h, head), target)
     scale = jnp.where(mask, 1 + 2 * z_loss * log_z, 0.0)[..., None]
