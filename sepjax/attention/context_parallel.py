@@ -261,13 +261,14 @@ def _move(x, index, source, is_moved):
 
     The gradient is a gather too: x[j], where is_moved[j], went to y[source[j]]; what else y has, nobody looks at.
     """
-    return jnp.take_along_axis(x, index[:, :, None, None], axis=1)
+    return _take(x.reshape(*x.shape[:2], -1), index[..., None]).reshape(*index.shape, *x.shape[2:])
 
 
 def _move_back(residuals, dy):
     source, is_moved = residuals
-    dx = jnp.take_along_axis(dy, source[:, :, None, None], axis=1)
-    return jnp.where(is_moved[:, :, None, None], dx, jnp.zeros((), dy.dtype)), None, None, None
+    dx = _take(dy.reshape(*dy.shape[:2], -1), source[..., None])
+    dx = jnp.where(is_moved[..., None], dx, jnp.zeros((), dy.dtype))
+    return dx.reshape(*source.shape, *dy.shape[2:]), None, None, None
 
 
 _move.defvjp(lambda x, index, source, moved: (_move(x, index, source, moved), (source, moved)), _move_back)
@@ -275,7 +276,8 @@ _move.defvjp(lambda x, index, source, moved: (_move(x, index, source, moved), (s
 
 def _gathered(x: jax.Array, plan: ContextPlan) -> jax.Array:
     """[B, X, K, H] of every device side by side."""
-    return lax.all_gather(x, plan.axis, axis=1, tiled=True)
+    flat = lax.all_gather(x.reshape(*x.shape[:2], -1), plan.axis, axis=1, tiled=True)
+    return flat.reshape(*flat.shape[:2], *x.shape[2:])
 
 
 def _with_halo(x: jax.Array, plan: ContextPlan) -> jax.Array:

@@ -35,10 +35,11 @@ class Memory:
     outputs: int  # what is not in place of an argument
     temporaries: int
     program: int
+    peak: int  # in use at once, as XLA counts; `total` is more where temporaries take each other's places
 
     @property
     def total(self) -> int:
-        """All of them together."""
+        """Arguments, outputs, temporaries and program together."""
         return self.arguments + self.outputs + self.temporaries + self.program
 
 
@@ -142,6 +143,7 @@ def make_plan(config: Config, topology: str, largest: int) -> Plan:
         outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         temporaries=sizes.temp_size_in_bytes,
         program=sizes.generated_code_size_in_bytes,
+        peak=sizes.peak_memory_in_bytes,
     )
     kind, program = devices[0].device_kind, Program(compiled.as_text() or "")
     hbm = int(_HBM[kind] * 2**30) if kind in _HBM else None
@@ -151,7 +153,10 @@ def make_plan(config: Config, topology: str, largest: int) -> Plan:
 def report(plan: Plan, config: Config) -> str:
     """A plan in words and tables; GiB are 2^30 bytes."""
     memory, steps = plan.memory, config.optimizer.accumulation_steps
-    share = f" of {_gib(plan.hbm)} ({memory.total / plan.hbm:.0%})" if plan.hbm else ""
+
+    def share(size: int) -> str:
+        return f"{_gib(size):>8}" + (f" of {_gib(plan.hbm)} ({size / plan.hbm:.0%})" if plan.hbm else "")
+
     devices = functools.reduce(int.__mul__, plan.mesh.values())
     lines = [
         f"{devices} x {plan.device_kind}, mesh {plan.mesh}",
@@ -163,7 +168,8 @@ def report(plan: Plan, config: Config) -> str:
         f"  {'outputs not in their place':<32}{_gib(memory.outputs):>8}",
         f"  {'temporaries':<32}{_gib(memory.temporaries):>8}",
         f"  {'program':<32}{_gib(memory.program):>8}",
-        f"  {'together':<32}{_gib(memory.total):>8}{share}",
+        f"  {'together':<32}{share(memory.total)}",
+        f"  {'in use at once, at the most':<32}{share(memory.peak)}",
         "",
         f"collectives of a step{'times':>13}{'GiB':>10}  over",
         *(f"  {x.kind:<20}{x.times:>12}{_gib(x.bytes):>10}  {x.axes}" for x in plan.collectives or []),

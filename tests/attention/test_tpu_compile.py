@@ -140,7 +140,8 @@ def test_a_row_over_several_chips():
 
     text = compiled(mesh, (1, 2048, 4, 2, 64), jnp.bfloat16, op).as_text()
     found = re.findall(r"%separator_attention_(\w+?)(?:\.\d+)? = ", text)
-    assert sorted(found) == sorted(2 * ["forward", "query_gradient", "key_gradient"]), "two branches, and no other form"
+    # Two branches and no other form; the one without room computes its results again for the gradients.
+    assert sorted(found) == sorted(2 * ["forward", "query_gradient", "key_gradient"] + ["forward"])
     assert text.count('custom_call_target="tpu_custom_call"') == len(found), "Mosaic's"
     assert re.search("all-gather", text)
     assert re.search("collective-permute", text)

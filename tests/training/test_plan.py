@@ -50,6 +50,7 @@ def test_sep_small_fits_256_chips(scan_layers, capsys):
     assert found.memory.outputs < 2**20, "the state is updated in place"
     assert found.memory.arguments == pytest.approx(3 * 4 * parameters, rel=0.02), "parameters and two moments"
     assert found.memory.total < 6 * 2**30 < found.hbm
+    assert found.memory.arguments < found.memory.peak <= found.memory.total
     # Replicated parameters: gradients are summed over all chips, and nothing else of size moves.
     assert {x.kind for x in found.collectives} == {"all-reduce"}
     assert found.largest[0].bytes < 2**29
