@@ -169,15 +169,23 @@ def _device(layout: SeparatorLayout, plan: ContextPlan) -> "_Device":
 
 
 def _keys(plan, capacity, device, k, v):
-    """Near and far (k, v)."""
+    """Near and far (k, v).
+
+    On their way heads are side by side, [B, X, K * H]: rows of [12, 64] would fill a TPU's tiles of 16 x 128.
+    """
+    heads = k.shape[2:]
+    k, v = (jnp.asarray(x).reshape(*x.shape[:2], -1) for x in (k, v))
     if plan.sends_all(device.chunks.layout.length):
         near = tuple(from_context_order(_gathered(x, plan), plan.ways) for x in (k, v))
     else:
         near = tuple(_with_halo(x, plan) for x in (k, v))
     if plan.dense:
-        return near, tuple(jnp.asarray(x)[:, :1] for x in (k, v))  # one that nobody sees
-    pack, compact = device.pack_moves(capacity), device.chunks.compact_moves(capacity)
-    return near, tuple(_move(_gathered(_move(x, *pack), plan), *compact) for x in (k, v))
+        far = k[:, :1], v[:, :1]  # one that nobody sees
+    else:
+        pack, compact = device.pack_moves(capacity), device.chunks.compact_moves(capacity)
+        far = tuple(_move(_gathered(_move(x, *pack), plan), *compact) for x in (k, v))
+    near, far = (tuple(x.reshape(*x.shape[:2], *heads) for x in keys) for keys in (near, far))
+    return near, far
 
 
 class _Chunks:
@@ -257,31 +265,29 @@ def _take(x: Array, index: Array) -> jax.Array:
 
 @jax.custom_vjp
 def _move(x, index, source, is_moved):
-    """x[B, X, K, H] -> [B, Y, K, H], y[i] = x[index[i]].
+    """x[B, X, F] -> [B, Y, F], y[i] = x[index[i]].
 
     The gradient is a gather too: x[j], where is_moved[j], went to y[source[j]]; what else y has, nobody looks at.
     """
-    return _take(x.reshape(*x.shape[:2], -1), index[..., None]).reshape(*index.shape, *x.shape[2:])
+    return _take(x, index[..., None])
 
 
 def _move_back(residuals, dy):
     source, is_moved = residuals
-    dx = _take(dy.reshape(*dy.shape[:2], -1), source[..., None])
-    dx = jnp.where(is_moved[..., None], dx, jnp.zeros((), dy.dtype))
-    return dx.reshape(*source.shape, *dy.shape[2:]), None, None, None
+    dx = _take(dy, source[..., None])
+    return jnp.where(is_moved[..., None], dx, jnp.zeros((), dy.dtype)), None, None, None
 
 
 _move.defvjp(lambda x, index, source, moved: (_move(x, index, source, moved), (source, moved)), _move_back)
 
 
 def _gathered(x: jax.Array, plan: ContextPlan) -> jax.Array:
-    """[B, X, K, H] of every device side by side."""
-    flat = lax.all_gather(x.reshape(*x.shape[:2], -1), plan.axis, axis=1, tiled=True)
-    return flat.reshape(*flat.shape[:2], *x.shape[2:])
+    """[B, X, F] of every device side by side."""
+    return lax.all_gather(x, plan.axis, axis=1, tiled=True)
 
 
 def _with_halo(x: jax.Array, plan: ContextPlan) -> jax.Array:
-    """[B, T / C, K, H] -> the near keys: each of the two chunks behind the `plan.halo` tokens before it.
+    """[B, T / C, F] -> the near keys: each of the two chunks behind the `plan.halo` tokens before it.
 
     A hop fetches from the chunk that is `hop` further left; before the row there are zeros, which nobody sees. Chunk
     2C - 1 - c - hop is the late one of device c + hop or, past the middle of the row, the early one of another.
