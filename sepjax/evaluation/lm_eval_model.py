@@ -6,10 +6,10 @@ Importing this module registers the model as "sepjax": `lm_eval --model sepjax -
 program that has imported it.
 """
 
-import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, override
 
 import numpy as np
@@ -39,6 +39,20 @@ class Use:
     held: float
     seen: int
     generated: int  # tokens; 0: none, a continuation was scored
+
+
+def _timed[**P, R](answer: Callable[P, R]) -> Callable[P, R]:
+    """A method of `SepjaxLM` whose time is added to `seconds`."""
+
+    @functools.wraps(answer)
+    def timed(*args: P.args, **kwargs: P.kwargs) -> R:
+        lm: Any = args[0]
+        began = time.perf_counter()
+        result = answer(*args, **kwargs)
+        lm.seconds += time.perf_counter() - began
+        return result
+
+    return timed
 
 
 class SepjaxLM(TemplateLM):
@@ -125,18 +139,9 @@ class SepjaxLM(TemplateLM):
         ids, lengths = self._tokenizer.encode_flat(new)
         self._encoded.update(zip(new, np.split(ids, np.cumsum(lengths)[:-1]) if new else [], strict=True))
 
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - began
-
     @override
+    @_timed
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        with self._timed():
-            return self._loglikelihood(requests)
-
-    def _loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         texts = [request.args for request in requests]
         # What `_encode_pair` will ask for.
         self._encode_ahead(text for pair in texts for text in (pair[0].rstrip(), "".join(pair)) if text)
@@ -170,12 +175,9 @@ class SepjaxLM(TemplateLM):
         return scored
 
     @override
+    @_timed
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Whole texts in windows of the model's positions, each token once, as lm-eval cuts them."""
-        with self._timed():
-            return self._loglikelihood_rolling(requests)
-
-    def _loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         pairs, owners = [], []
@@ -195,11 +197,8 @@ class SepjaxLM(TemplateLM):
         return totals
 
     @override
+    @_timed
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        with self._timed():
-            return self._generate_until(requests)
-
-    def _generate_until(self, requests: list[Instance]) -> list[str]:
         answers: list[str] = [""] * len(requests)
         for settings, numbers in _by_settings(requests).items():
             most, stop = settings
