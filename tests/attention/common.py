@@ -33,6 +33,15 @@ def results(op, q, k, v, d_out, d_lse, layout):
     return *outputs, *vjp((d_out, d_lse))
 
 
+def equations(jaxpr):
+    """Every equation of a program, those of its inner programs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from equations(getattr(inner, "jaxpr", inner))
+
+
 def brute_force(q, k, v, d_out, d_lse, mask, dtype=np.float64):
     """RESULTS by the textbook formulas, every operation in `dtype`."""
     q, k, v, d_out, d_lse = (np.asarray(x).astype(dtype) for x in (q, k, v, d_out, d_lse))

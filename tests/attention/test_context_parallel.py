@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sepjax.attention import context_parallel
 from sepjax.attention.context_parallel import ContextPlan, context_attention, from_context_order, to_context_order
 from sepjax.layout import build_layout
-from tests.attention.common import check, layouts, results, tensors
+from tests.attention.common import check, equations, layouts, results, tensors
 
 P = jax.P
 ROWS = P(None, "context")
@@ -85,20 +85,12 @@ def test_what_is_kept_for_the_gradients_is_a_devices_part():
     """Neither case keeps, or fills with zeros for the other, arrays of the length of the row."""
     layout, inputs = build_layout(FLAGS, window_size=4, num_sinks=3), tensors(SHAPE)
     op = over(ContextPlan(8, halo=3, capacity=2))
-    jaxpr = jax.make_jaxpr(jax.grad(lambda q, k, v: op(q, k, v, layout)[0].sum(), argnums=(0, 1, 2)))(*inputs[:3])
-
-    def conds(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "cond":
-                yield eqn
-            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-                if hasattr(inner, "eqns"):
-                    yield from conds(getattr(inner, "jaxpr", inner))
-
-    found = list(conds(jaxpr.jaxpr))
-    assert len(found) == 2, "forward and backward"
+    gradient = jax.grad(lambda q, k, v: op(q, k, v, layout)[0].sum(), argnums=(0, 1, 2))
+    program = jax.make_jaxpr(gradient)(*inputs[:3]).jaxpr
+    conds = [equation for equation in equations(program) if equation.primitive.name == "cond"]
+    assert len(conds) == 2, "forward and backward"
     B, T, _, K, H = SHAPE
-    sizes = [x.aval.size for eqn in found for x in eqn.outvars if jnp.issubdtype(x.aval.dtype, jnp.floating)]
+    sizes = [x.aval.size for cond in conds for x in cond.outvars if jnp.issubdtype(x.aval.dtype, jnp.floating)]
     assert max(sizes) < B * T * K * H
 
 

@@ -22,6 +22,7 @@ from sepjax.layout import build_layout
 from tests.attention.common import (
     assert_errs_at_most_twice_as_much,
     brute_force,
+    equations,
     largest_terms,
     layouts,
     results,
@@ -300,22 +301,13 @@ def test_rows_and_heads_on_several_devices():
     check(results(mapped, *inputs, layout), GROUPED, inputs, layout)
 
 
-def pallas_calls(jaxpr):
-    """The kernels of a program, those of its inner programs included."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
-            yield equation
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                yield from pallas_calls(getattr(inner, "jaxpr", inner))
-
-
 def test_the_stated_cost_is_the_needed_one():
     """FLOPs and bytes for typical text, within a tenth of those of such a text."""
     shape = B, T, N, K, H = 1, 8192, 8, 2, 128
     inputs = jax.eval_shape(lambda: tensors(shape, jnp.bfloat16))
     layout = build_layout(np.random.default_rng(0).random((B, T)) < 0.12, window_size=256, num_sinks=4)
-    calls = list(pallas_calls(jax.make_jaxpr(functools.partial(results, PLAIN))(*inputs, layout).jaxpr))
+    program = jax.make_jaxpr(functools.partial(results, PLAIN))(*inputs, layout).jaxpr
+    calls = [equation for equation in equations(program) if equation.primitive.name == "pallas_call"]
     forward, *gradients = (call.params["cost_estimate"] for call in calls)
     needed = int(layout.num_pairs()[0]) * N * H
     assert forward.flops == pytest.approx(FLOPS_PER_PAIR["forward"] * needed, rel=0.1)
