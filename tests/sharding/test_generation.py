@@ -53,8 +53,9 @@ def test_layers_of_their_own_on_a_mesh(alone):
     seen = {}
 
     def laid_out(params):
-        seen.update(stacked=params["layers"], layers=by_layer(params, MODEL)["layers"])
-        return by_layer(params, MODEL)
+        step_params = by_layer(params, MODEL)
+        seen.update(stacked=params["layers"], layers=step_params["layers"])
+        return step_params
 
     tokens, _ = answers(make_mesh(MeshConfig(1, 2, 2, 1), jax.devices()[:4]), laid_out)
     np.testing.assert_array_equal(tokens, alone)

@@ -86,6 +86,9 @@ def test_one_pass_equals_two(scale):
 def test_masked_targets_count_for_nothing(reads_once):
     hidden, head, targets, mask = problem()
     other = np.where(mask, targets, (targets + 1) % V)
+    np.testing.assert_array_equal(
+        loss.cross_entropy_sums(hidden, head, targets, mask), loss.cross_entropy_sums(hidden, head, other, mask)
+    )
 
     def both(targets):
         return jax.value_and_grad(lambda h: loss.cross_entropy_sums(h, head, targets, mask)[0])(hidden)
