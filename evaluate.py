@@ -4,9 +4,13 @@
     python evaluate.py --workdir=runs/tiny --text=book.txt          a file, or a folder of .txt files
     python evaluate.py --workdir=runs/tiny --split=train[:1%]       another split of the corpus, as TFDS writes it
     python evaluate.py --workdir=runs/tiny --patterns=separator,dense --window_size=64 --length=1024
-    python evaluate.py --model=smollm2-135m --text=books/ --compare           at equal KV, with standard errors
+    python evaluate.py --model=smollm2-135m --text=books/ --compare           at equal KV (--compare_at=pairs: pairs)
+    python evaluate.py --model=smollm2-135m --text=books/ --far=600 --arms="dense; sink_window n=657; separator n=256;
+        rare: separator n=256 ids=@rare.npy; sink_window n=kv:rare; separator windows=64*29,4096"
 
-Prints a table and writes <workdir>/evaluation.json (or --output).
+Prints a table of perplexities and one by slice (bigrams that did not stand in the row before, that stood near, far:
+sepjax/evaluation/slices.py), with errors paired over documents, and writes all of it to <workdir>/evaluation.json (or
+--output).
 
     python evaluate.py --task=streaming --model=smollm2-135m --text=books/ --budgets=4/64/256/800,4/64/224/324
 
@@ -25,7 +29,8 @@ hides a number in long texts (a heat map goes beside the output), or runs tasks 
 import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +40,10 @@ import sepjax
 from sepjax.checkpoint import load_config
 from sepjax.config import PATTERNS, AttentionConfig, Config, ConfigError, DataConfig, validate_attention
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation import compare, curves, needle, perplexity, streaming, tasks
+from sepjax.evaluation import compare, curves, needle, perplexity, report, streaming, tasks
+from sepjax.evaluation.arms import Arm, fixed_arms, parse_arms, plain_arms, stream_attention
 from sepjax.evaluation.documents import Document, documents_of, read_documents, read_texts
+from sepjax.evaluation.equal import density as window_density
 from sepjax.flags import one_of_two, run_main, whole_numbers
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import locate
@@ -48,54 +55,46 @@ def evaluate(
     workdir: Path,
     patterns: Sequence[str] = PATTERNS,
     *,
+    arms: str = "",
+    equal: str = "",
     step: int | None = None,
     text: str = "",
     split: str = "",
     length: int = 0,
     window_size: int = 0,
-    batch_size: int = 8,
     max_documents: int = 0,
     max_tokens: int = 0,
     bos: bool = True,
+    batch_size: int = 8,
+    baseline: str = "",
+    near: int = 0,
+    far: int = 0,
     **settings: Any,
-) -> list[perplexity.Score]:
+) -> list[compare.Score]:
     """Scores a run or a pretrained model under each of `patterns`; 0 and "" stand for its own settings.
 
-    Further `settings` are those of `sepjax.load`.
+    `arms` (`sepjax.evaluation.arms`) take the place of `patterns`, and so does `equal`: all patterns at the separators'
+    "kv" or "pairs". Further `settings` are those of `sepjax.load`.
     """
     model, tokenizer = sepjax.load(workdir, step=step, **settings)
     config = _config(workdir, model)
-    attentions = [_attention(config, pattern, window_size) for pattern in patterns]
+    attentions = [_attention(config, pattern, window_size) for pattern in ["separator", *patterns]]
     documents = _documents(workdir, config, text, split, max_documents)
     length = length or config.data.sequence_length
-    return perplexity.score_patterns(
-        model, tokenizer, documents, attentions, length=length, batch_size=batch_size, max_tokens=max_tokens, bos=bos
-    )
+    windows = perplexity.token_windows(tokenizer, documents, length, bos=bos, max_tokens=max_tokens)
+    if arms:
+        compared = parse_arms(arms, dataclasses.replace(attentions[0], cache_size=0), config.model.num_layers)
+    elif equal:
+        density = window_density(attentions[0], tokenizer, windows.ids)
+        compared = compare.at_equal_kv(attentions[0], density, equal)
+    else:
+        compared = plain_arms(attentions[1:])
 
+    def load(path: str) -> tuple[Transformer, Tokenizer]:
+        return sepjax.load(path, **settings) if path else (model, tokenizer)
 
-def evaluate_at_equal_kv(
-    workdir: Path,
-    *,
-    step: int | None = None,
-    text: str = "",
-    split: str = "",
-    length: int = 0,
-    window_size: int = 0,
-    batch_size: int = 8,
-    max_documents: int = 0,
-    max_tokens: int = 0,
-    bos: bool = True,
-    **settings: Any,
-) -> list[compare.Compared]:
-    """All patterns on the same windows, each with as many keys as the separators keep; arguments as for `evaluate`."""
-    model, tokenizer = sepjax.load(workdir, step=step, **settings)
-    config = _config(workdir, model)
-    documents = _documents(workdir, config, text, split, max_documents)
-    attention = _attention(config, "separator", window_size)
-    length = length or config.data.sequence_length
-    return compare.compare(
-        model, tokenizer, documents, attention, length=length, batch_size=batch_size, max_tokens=max_tokens, bos=bos
-    )
+    cut = {"length": length, "batch_size": batch_size}
+    return compare.score_arms(load, windows, compared, baseline=baseline, near=near, far=far, **cut)
 
 
 def _config(path: Path, model: Transformer) -> Config:
@@ -142,23 +141,25 @@ def stream(
     split: str = "",
     line_wise: bool = False,
     max_tokens: int = 0,
-    rows: int = 32,
-    chunk: int = 0,
-    **settings: Any,
+    arms: str = "",
+    loading: Mapping[str, Any] = types.MappingProxyType({}),
+    **options: Any,
 ) -> list[streaming.StreamScore]:
     """Streams text through the bounded cache of each pattern and budget "a/s/w/c"; no budget: the model's own.
 
-    Further `settings` are those of `sepjax.load`.
+    `arms` take the place of patterns and budgets. `loading` is for `sepjax.load`, `options` for `score_streams`.
     """
-    model, tokenizer = sepjax.load(path, step=step, **settings)
-    attentions = [
+    model, tokenizer = sepjax.load(path, step=step, **loading)
+    attentions: list[AttentionConfig | Arm] = [
         stream_attention(model.attention, pattern, budget, model.config.num_layers)
         for budget in budgets or [""]
         for pattern in patterns
     ]
+    if arms:
+        attentions = [*fixed_arms(arms, model.attention, model.config.num_layers)]
     cut = {"line_wise": line_wise, "max_tokens": max_tokens}
     documents = read_documents(Path(text), tokenizer, **cut) if text else _corpus(path, split, tokenizer, **cut)
-    return streaming.score_streams(model, tokenizer, documents, attentions, rows=rows, chunk=chunk)
+    return streaming.score_streams(model, tokenizer, documents, attentions, **options)
 
 
 def _corpus(path: Path, split: str, tokenizer: Tokenizer, **cut: Any) -> list[Document]:
@@ -168,23 +169,6 @@ def _corpus(path: Path, split: str, tokenizer: Tokenizer, **cut: Any) -> list[Do
     data = load_config(path).data
     source = _source(data, data.data_dir or str(path / "data"), split or data.eval_split)
     return documents_of(tokenizer, source, **cut)
-
-
-def stream_attention(attention: AttentionConfig, pattern: str, budget: str, num_layers: int) -> AttentionConfig:
-    """A pattern at a budget. Without separators their slots go to the window: w = c - a, StreamingLLM."""
-    attention = dataclasses.replace(attention, pattern=pattern)
-    if budget:
-        numbers = budget.split("/")
-        if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
-            raise ConfigError(f"--budgets takes sinks/separators/window/cache, like 4/64/256/800, got {budget!r}")
-        a, s, w, c = map(int, numbers)
-        sizes = {"num_sinks": a, "max_separators": s, "window_size": w, "cache_size": c}
-        attention = dataclasses.replace(attention, layer_windows=(), **sizes)
-    if pattern == "sink_window":
-        a, s, w = attention.num_sinks, attention.max_separators, attention.window_size
-        c = attention.cache_size or 2 * (a + s + w)
-        attention = dataclasses.replace(attention, layer_windows=(), window_size=c - a, cache_size=c)
-    return validate_attention(attention, num_layers)
 
 
 def find_needles(
@@ -259,7 +243,19 @@ if __name__ == "__main__":
     PATTERN = flags.DEFINE_list(
         "patterns", None, "attention patterns to compare; default: all, or for streams separator,sink_window"
     )
-    COMPARE = flags.DEFINE_bool("compare", False, "perplexity of all patterns at equal KV, with standard errors")
+    ARMS = flags.DEFINE_string(
+        "arms", "", "what to compare, freely: see sepjax/evaluation/arms.py; in place of --patterns"
+    )
+    COMPARE = flags.DEFINE_bool("compare", False, "perplexity of all patterns at equal KV")
+    COMPARE_AT = flags.DEFINE_enum("compare_at", "kv", ["kv", "pairs"], "what --compare makes equal")
+    BASELINE = flags.DEFINE_string("baseline", "", "the arm that differences are from; default: the first")
+    NEAR = flags.DEFINE_integer(
+        "near", 0, "tokens of the slice of near repetitions; 0: the smallest window", lower_bound=0
+    )
+    FAR = flags.DEFINE_integer(
+        "far", 0, "tokens beyond which a repetition is far; 0: the largest window, of streams the largest cache",
+        lower_bound=0,
+    )  # fmt: skip
     LENGTH = flags.DEFINE_integer("length", 0, "tokens of a window; default: as in training", lower_bound=0)
     WINDOW = flags.DEFINE_integer("window_size", 0, "n of every layer; default: as in training", lower_bound=0)
     BATCH = flags.DEFINE_integer("batch_size", 8, "windows of a forward pass, answers of a task", lower_bound=1)
@@ -287,23 +283,32 @@ if __name__ == "__main__":
     def _loading() -> dict[str, Any]:
         return {"step": STEP.value, "dtype": DTYPE.value, "download": DOWNLOAD.value}
 
+    def _slices() -> dict[str, Any]:
+        return {"baseline": BASELINE.value, "near": NEAR.value, "far": FAR.value}
+
+    def _print_slices(scores: Sequence[Any]) -> None:
+        first = scores[0]
+        print("\n" + report.slice_table([(s.arm, s.slices) for s in scores], first.near, first.far, first.baseline))
+
     def _windows(path: Path, output: Path) -> Sequence[Any]:
-        settings: dict[str, Any] = _loading() | {
-            "text": TEXT.value,
-            "split": SPLIT.value,
-            "length": LENGTH.value,
-            "window_size": WINDOW.value,
-            "batch_size": BATCH.value,
-            "max_documents": MAXIMUM.value,
-            "max_tokens": TOKENS.value,
-            "bos": BOS.value,
-        }
-        if COMPARE.value:
-            compared = evaluate_at_equal_kv(path, **settings)
-            print(compare.table(compared))
-            return compared
-        scores = evaluate(path, PATTERN.value or PATTERNS, **settings)
-        print(perplexity.table(scores))
+        scores = evaluate(
+            path,
+            PATTERN.value or PATTERNS,
+            arms=ARMS.value,
+            equal=COMPARE_AT.value if COMPARE.value else "",
+            text=TEXT.value,
+            split=SPLIT.value,
+            length=LENGTH.value,
+            window_size=WINDOW.value,
+            batch_size=BATCH.value,
+            max_documents=MAXIMUM.value,
+            max_tokens=TOKENS.value,
+            bos=BOS.value,
+            **_slices(),
+            **_loading(),
+        )
+        print(report.table(scores))
+        _print_slices(scores)
         return scores
 
     def _streams(path: Path, output: Path) -> Sequence[Any]:
@@ -315,11 +320,14 @@ if __name__ == "__main__":
             split=SPLIT.value,
             line_wise=LINES.value,
             max_tokens=TOKENS.value,
+            arms=ARMS.value,
+            loading=_loading(),
             rows=ROWS.value,
             chunk=CHUNK.value,
-            **_loading(),
+            **_slices(),
         )
         print(curves.table(scores))
+        _print_slices(scores)
         print(f"curve by position: {write_curve(output, scores)}")
         return scores
 
@@ -367,7 +375,7 @@ if __name__ == "__main__":
         output = Path(OUTPUT.value or folder / f"{name}.json")
         scores = programs.get(TASK.value[0], _tasks)(path, output)
         result = {"workdir": str(path), "text": TEXT.value, "scores": [dataclasses.asdict(s) for s in scores]}
-        output.write_text(json.dumps(provenance() | result, indent=2) + "\n")
+        output.write_text(json.dumps(report.plain(provenance() | result), indent=2, allow_nan=False) + "\n")
         print(f"written to {output}")
 
     run_main(main)

@@ -1,125 +1,210 @@
-"""Perplexity of dense, separators, StreamingLLM and fixed intervals at equal KV, with standard errors.
+"""Perplexity of several patterns on the same tokens: at equal KV or pairs, by slice, with errors paired over documents.
 
-Every pattern scores the same tokens of the same windows. The error of a difference is taken from paired windows: one
-that is hard for one pattern is hard for all, so it is much smaller than the errors of the perplexities themselves.
+`sepjax.evaluation.slices` says which slices there are, and what is recovered of the far one.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from sepjax.config import AttentionConfig, validate_attention
+from sepjax.config import AttentionConfig, ConfigError, layer_windows, nearest, validate_attention
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation.equal import window_of_equal_kept
-from sepjax.evaluation.perplexity import WindowScores, score_windows, token_windows
+from sepjax.evaluation.arms import Arm, distances, plain_arms
+from sepjax.evaluation.equal import window_of_equal
+from sepjax.evaluation.perplexity import TextWindows, WindowLosses, score_windows, token_windows
+from sepjax.evaluation.slices import References, ScoredTokens, Slice, by_position, sliced, spread
 from sepjax.model.transformer import Transformer
+
+type Load = Callable[[str], tuple[Transformer, Tokenizer]]  # from an arm's `model`
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
-    """One pattern. Errors are one standard error over windows."""
+class Score:
+    """How well one pattern predicts a set of documents. Errors are one standard error, paired over documents."""
 
+    arm: str
     pattern: str
-    num_sinks: int
-    window_size: int
-    interval: int
+    window_size: int  # n; for per-layer windows the largest
+    perplexity: float  # per token
+    perplexity_error: float | None
+    window_perplexity: float  # the mean of each window's own, a convention of other programs; always larger
+    bits_per_byte: float  # of the UTF-8 text
+    baseline: str  # the arm that differences are from
+    difference: float  # nats a token more than the baseline
+    difference_error: float | None  # None: of a single window
     kv_kept: float  # keys of each window's last row over its length, averaged over layers and windows
-    perplexity: float
-    perplexity_error: float
-    difference: float  # nats a token more than the first pattern
-    difference_error: float  # paired over windows
-    tokens: int
+    layer_kept: tuple[float, ...]  # the same of each layer
+    keys: float  # that a window's last row sees, summed over all layers, averaged over windows: counted
+    attention_fraction: float  # visible over causal pairs, averaged over layers
+    near: int  # tokens: see `sepjax.evaluation.slices`
+    far: int
+    slices: tuple[Slice, ...]
+    positions: tuple[Slice, ...]
+    tokens: int  # scored
+    bytes: int
+    documents: int
     windows: int
-    tokens_per_second: float
+    tokens_per_second: float  # after compilation
+    model: str  # of arms that have their own
+    attention: AttentionConfig
 
 
-def compare(
+def score_patterns(
     model: Transformer,
     tokenizer: Tokenizer,
     documents: Iterable[str],
-    attention: AttentionConfig,
+    attentions: Sequence[AttentionConfig],
     *,
     length: int,
     batch_size: int = 8,
     max_tokens: int = 0,
     bos: bool = True,
-) -> list[Compared]:
-    """Scores documents under each pattern; the windows of the last two keep what the separators kept.
-
-    Args:
-      model: from `sepjax.load`.
-      tokenizer: the model's.
-      documents: texts.
-      attention: the settings of the separators; the others take their sinks, and a fixed interval takes every
-        `interval`-th token, the number nearest to the separators' own density.
-      length: T, tokens of a window.
-      batch_size: windows of a forward pass.
-      max_tokens: of each document; 0: all.
-      bos: whether documents begin with BOS.
-
-    Raises:
-      ValueError: there is nothing to score.
-    """
+) -> list[Score]:
+    """`score_arms` of plain patterns, the first of which is the baseline."""
     windows = token_windows(tokenizer, documents, length, bos=bos, max_tokens=max_tokens)
-
-    def score(changed: AttentionConfig) -> WindowScores:
-        changed = validate_attention(dataclasses.replace(changed, cache_size=0), model.config.num_layers)
-        return score_windows(model, tokenizer, windows, changed, length=length, batch_size=batch_size)
-
-    separators = score(dataclasses.replace(attention, pattern="separator"))
-    lengths = [len(window) - 1 for window in windows]
-    interval = max(1, round(1 / max(separators.separator_fraction, 1e-3)))
-    others = [
-        window_of_equal_kept(
-            dataclasses.replace(attention, pattern=pattern, interval=interval), lengths, separators.kv_kept
-        )
-        for pattern in ("sink_window", "fixed_interval")
-    ]
-    scores = [score(dataclasses.replace(attention, pattern="dense")), separators, *map(score, others)]
-    return [_compared(x, scores[0]) for x in scores]
-
-
-def _compared(x: WindowScores, first: WindowScores) -> Compared:
-    mean, error = ratio_error(x.nll, x.tokens)
-    difference, difference_error = ratio_error(x.nll - first.nll, x.tokens)
-    a = x.attention
-    return Compared(
-        pattern=a.pattern,
-        num_sinks=0 if a.pattern == "dense" else a.num_sinks,
-        window_size=int(max(x.lengths)) if a.pattern == "dense" else a.window_size,
-        interval=a.interval if a.pattern == "fixed_interval" else 0,
-        kv_kept=x.kv_kept,
-        perplexity=math.exp(mean),
-        perplexity_error=math.exp(mean) * error,
-        difference=difference,
-        difference_error=difference_error,
-        tokens=int(x.tokens.sum()),
-        windows=len(x.tokens),
-        tokens_per_second=float(x.tokens.sum()) / x.seconds,
+    return score_arms(
+        lambda _: (model, tokenizer), windows, plain_arms(attentions), length=length, batch_size=batch_size
     )
 
 
-def ratio_error(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    """sum(sums) / sum(counts) and its standard error over windows (linearised); NaN for a single window."""
-    mean = float(sums.sum() / counts.sum())
-    n = len(sums)
-    if n < 2:
-        return mean, math.nan
-    residuals = sums - mean * counts
-    return mean, math.sqrt(float(np.sum(residuals**2)) * n / (n - 1)) / float(counts.sum())
+def score_arms(
+    load: Load,
+    windows: TextWindows,
+    arms: Sequence[Arm],
+    *,
+    length: int,
+    batch_size: int = 8,
+    baseline: str = "",
+    near: int = 0,
+    far: int = 0,
+) -> list[Score]:
+    """Scores the same windows under each arm.
+
+    Args:
+      load: gives the model and tokenizer of an arm; called once for each of their `model`s that differ.
+      windows: from `token_windows`.
+      arms: what to compare, by names that differ. "n=kv:NAME" has the arm NAME before it.
+      length: T, tokens of a row.
+      batch_size: rows of a forward pass, at most.
+      baseline: the arm that differences are from; "": the first.
+      near: tokens, the end of the slice `near`; 0: the smallest window.
+      far: tokens, where the slice `far` begins; 0: the largest window below T.
+
+    Raises:
+      ConfigError: no such baseline, near exceeds far, or settings that do not fit the model.
+      TextError: a learned position table is shorter than `length`.
+    """
+    names = [arm.name for arm in arms]
+    first = baseline_index(names, baseline)
+    loaded = functools.lru_cache(maxsize=1)(load)
+    scores: list[WindowLosses] = []
+    for arm in arms:
+        model, tokenizer = loaded(arm.model)
+        attention = _fitted(arm, tokenizer, windows, dict(zip(names, scores, strict=False)))
+        attention = validate_attention(attention, model.config.num_layers)
+        scores.append(score_windows(model, tokenizer, windows, attention, length=length, batch_size=batch_size))
+    near, far = distances([x.attention for x in scores], len(scores[0].kept), length, near, far)
+    refer = references(arms, [x.kv_kept for x in scores], first)
+    tokens = ScoredTokens.create(
+        [w[:-1] for w in windows.ids], [w[1:] for w in windows.ids], windows.documents.tolist()
+    )
+    return [_score(arms, scores, i, refer[i], windows, tokens, near, far) for i in range(len(arms))]
 
 
-def table(scores: Sequence[Compared]) -> str:
-    """The comparison as a text table."""
-    lines = [
-        f"{'pattern':<16}{'a':>3}{'n':>7}{'every':>7}{'KV kept':>9}{'perplexity':>12}{'+-':>8}"
-        f"{'nats/token over dense':>24}{'+-':>9}{'tokens/s':>11}"
+def at_equal_kv(attention: AttentionConfig, density: float, equal: str = "kv") -> list[Arm]:
+    """Dense, separators, StreamingLLM and fixed intervals; the last two with windows as costly as the separators.
+
+    Args:
+      attention: the settings of the separators; the others take their sinks, and a fixed interval takes every
+        `interval`-th token, the number nearest to the separators' own density.
+      density: separators a token.
+      equal: "kv": they keep as many keys; "pairs": they compute as many (query, key) pairs.
+    """
+    interval = max(1, round(1 / max(density, 1e-3)))
+    plain = dataclasses.replace(attention, cache_size=0, interval=interval)
+    own, others = ("dense", "separator"), ("sink_window", "fixed_interval")
+    return [Arm(x, dataclasses.replace(plain, pattern=x)) for x in own] + [
+        Arm(x, dataclasses.replace(plain, pattern=x, layer_windows=()), equal=(equal, "separator")) for x in others
     ]
-    lines += [
-        f"{s.pattern:<16}{s.num_sinks:>3}{s.window_size:>7}{s.interval or '':>7}{s.kv_kept:>9.1%}{s.perplexity:>12.3f}"
-        f"{s.perplexity_error:>8.3f}{s.difference:>24.4f}{s.difference_error:>9.4f}{s.tokens_per_second:>11,.0f}"
-        for s in scores
+
+
+def _fitted(arm: Arm, tokenizer: Tokenizer, windows: TextWindows, scores: dict[str, WindowLosses]) -> AttentionConfig:
+    """The arm's settings, with the window that makes it equal to another, if it is to be."""
+    kind, name = arm.equal
+    if not kind:
+        return arm.attention
+    want = scores[name].kv_kept if kind == "kv" else scores[name].attention_fraction
+    return window_of_equal(arm.attention, tokenizer, windows.ids, kind, want)
+
+
+def baseline_index(names: Sequence[str], baseline: str) -> int:
+    """Which of the arms the baseline is; "": the first. Raises `ConfigError` for none of them."""
+    if baseline and baseline not in names:
+        raise ConfigError(
+            f"--baseline={baseline!r} is not one of the arms {', '.join(names)}{nearest(baseline, names)}"
+        )
+    return names.index(baseline) if baseline else 0
+
+
+def references(arms: Sequence[Arm], kept: Sequence[float], baseline: int) -> list[References]:
+    """What each arm is held against: the plain window whose memory is nearest to its own, and dense.
+
+    Dense is the first arm of that pattern, or of that name: a stream's largest cache may stand for it.
+    """
+    whole = [i for i, arm in enumerate(arms) if "dense" in (arm.attention.pattern, arm.name)]
+    plain = [i for i, arm in enumerate(arms) if arm.attention.pattern == "sink_window" and i not in whole]
+    return [
+        References(
+            baseline,
+            dense=whole[0] if whole else None,
+            window=min(plain, key=lambda i: abs(kept[i] - own)) if plain else None,
+        )
+        for own in kept
     ]
-    return "\n".join([*lines, f"{scores[0].tokens:,} tokens in {scores[0].windows} windows; one standard error each"])
+
+
+def _score(
+    arms: Sequence[Arm],
+    scores: Sequence[WindowLosses],
+    this: int,
+    refer: References,
+    windows: TextWindows,
+    tokens: ScoredTokens,
+    near: int,
+    far: int,
+) -> Score:
+    x, lengths = scores[this], windows.lengths
+    losses = [score.nll for score in scores]
+    slices = sliced(tokens, losses, this, refer, near, far)
+    whole, nll = slices[0], np.bincount(tokens.row, weights=x.nll)
+    perplexity, error = math.exp(min(whole.loss, 700.0)), spread(whole)
+    return Score(
+        arm=arms[this].name,
+        pattern=x.attention.pattern,
+        window_size=max(layer_windows(x.attention, len(x.kept), int(lengths.max()))),
+        perplexity=perplexity,
+        perplexity_error=None if error is None else perplexity * error,
+        window_perplexity=float(np.mean(np.exp(np.minimum(nll / lengths, 700.0)))),
+        bits_per_byte=float(nll.sum()) / math.log(2) / windows.num_bytes,
+        baseline=arms[refer.baseline].name,
+        difference=whole.difference,
+        difference_error=whole.difference_error,
+        kv_kept=x.kv_kept,
+        layer_kept=tuple(x.kept.mean(axis=1).tolist()),
+        keys=float(np.mean(np.sum(x.kept * lengths, axis=0))),
+        attention_fraction=x.attention_fraction,
+        near=near,
+        far=far,
+        slices=slices,
+        positions=by_position(tokens, losses, this, refer),
+        tokens=len(x.nll),
+        bytes=windows.num_bytes,
+        documents=len(np.unique(windows.documents)),
+        windows=len(lengths),
+        tokens_per_second=len(x.nll) / x.seconds,
+        model=arms[this].model,
+        attention=x.attention,
+    )

@@ -121,6 +121,7 @@ class Lanes:
     inputs: Int32[Array, "B N"]
     targets: Int32[Array, "B N"]
     ends: Int32[Array, "B X"]  # where each document of the lane ends; the last end repeats
+    numbers: Int32[Array, "B X"]  # of these documents; -1 for none
 
     __no_type_check__ = True
 
@@ -129,17 +130,28 @@ class Lanes:
         """The longest document goes first, each to the lane that has least: all lanes end at about the same time."""
         longest = max(len(document.inputs) for document in documents)
         total = sum(len(document.inputs) for document in documents)
-        lanes: list[list[Document]] = [[] for _ in range(min(rows, len(documents), -(-total // longest)))]
+        lanes: list[list[int]] = [[] for _ in range(min(rows, len(documents), -(-total // longest)))]
         sizes = [0] * len(lanes)
-        for document in sorted(documents, key=lambda document: -len(document.inputs)):
+        for number in sorted(range(len(documents)), key=lambda i: -len(documents[i].inputs)):
             lane = sizes.index(min(sizes))
-            lanes[lane].append(document)
-            sizes[lane] += len(document.inputs)
+            lanes[lane].append(number)
+            sizes[lane] += len(documents[number].inputs)
         ends = np.zeros((len(lanes), 1 + max(map(len, lanes))), np.int32)
+        numbers = np.full_like(ends, -1)
         inputs, targets = (np.zeros((len(lanes), max(sizes)), np.int32) for _ in range(2))
-        for b, lane in enumerate(lanes):
+        for b, lane in enumerate([documents[i] for i in lane] for lane in lanes):
+            numbers[b, : len(lane)] = lanes[b]
             inputs[b, : sizes[b]] = np.concatenate([document.inputs for document in lane])
             targets[b, : sizes[b]] = np.concatenate([document.targets for document in lane])
             ends[b] = sizes[b]
             ends[b, : len(lane)] = np.cumsum([len(document.inputs) for document in lane])
-        return cls(inputs, targets, ends)
+        return cls(inputs, targets, ends, numbers)
+
+    def of_documents(self, values: np.ndarray) -> np.ndarray:
+        """[N] of all documents in their own order, from values [B, N] of the tokens of the lanes."""
+        found: dict[int, np.ndarray] = {}
+        for b, row in enumerate(np.asarray(self.numbers)):
+            for start, end, number in zip([0, *self.ends[b]], self.ends[b], row, strict=False):
+                if number >= 0:
+                    found[int(number)] = values[b, start:end]
+        return np.concatenate([found[number] for number in sorted(found)])

@@ -1,204 +1,178 @@
-"""Perplexity and bits per byte of whole texts, under any attention pattern, with the keys kept counted.
+"""Losses of whole texts, token by token, under any attention pattern, with the keys kept counted.
 
 Protocol: each document is [BOS] + tokens, cut into windows of T tokens that do not overlap. Every token but BOS is
-scored exactly once, given the tokens before it in its window. Each window is a row of its own, so `kv_kept` is what the
-last query of a window sees over the window's length.
+scored exactly once, given the tokens before it in its window. Each window is a row of its own, so `kept` is what the
+last query of a window sees over the window's length. `sepjax.evaluation.compare` makes figures of them.
 """
 
+import collections
 import dataclasses
 import functools
-import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float64
 
-from sepjax.config import AttentionConfig, layer_windows
+from sepjax.array_typing import Float, Int32
+from sepjax.config import AttentionConfig, UserError, layer_windows
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation.token_loss import token_nll
+from sepjax.generation.weights import working_copy
 from sepjax.model.attend import forward, layer_layouts
 from sepjax.model.transformer import Transformer, merge, split
 from sepjax.separators import configured_table, flag_separators
-from sepjax.training.loss import cross_entropy_sums
+
+
+class TextError(UserError, ValueError):
+    """Texts that cannot be scored as asked."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
-    """How well one attention pattern predicts a set of documents."""
+class TextWindows:
+    """Rows to score. The last token of a window is only a target, and the first of the next one."""
 
-    pattern: str
-    window_size: int  # n; for per-layer windows the largest
-    perplexity: float  # per token
-    window_perplexity: float  # the mean of each window's own, a convention of other programs; always larger
-    bits_per_byte: float  # of the UTF-8 text
-    kv_kept: float  # keys of the last row over the row's length, averaged over layers and windows
-    attention_fraction: float  # visible over causal pairs, averaged over layers
-    tokens: int  # scored
-    bytes: int
-    tokens_per_second: float  # after compilation
+    ids: list[Int32[np.ndarray, "_"]]  # up to T + 1 tokens each
+    documents: Int32[np.ndarray, "W"]  # of which document each window is
+    num_bytes: int  # of the scored tokens' text
 
-
-def score_patterns(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    documents: Iterable[str],
-    attentions: Iterable[AttentionConfig],
-    *,
-    length: int,
-    batch_size: int = 8,
-    max_tokens: int = 0,
-    bos: bool = True,
-) -> list[Score]:
-    """Scores the same documents under each attention config.
-
-    Args:
-      model: from `sepjax.load`.
-      tokenizer: the model's.
-      documents: texts; empty ones score nothing.
-      attentions: the patterns to compare.
-      length: T, tokens of a window.
-      batch_size: windows of a forward pass.
-      max_tokens: of each document; 0: all.
-      bos: whether documents begin with BOS.
-
-    Raises:
-      ValueError: when there is no text to score, or a learned position table is shorter than `length`.
-    """
-    texts = list(documents)
-    windows = token_windows(tokenizer, texts, length, bos=bos, max_tokens=max_tokens)
-    num_bytes = sum(len(text.encode()) for text in texts)
-    if max_tokens:
-        num_bytes = sum(len(tokenizer.token_bytes(int(i))) for window in windows for i in window[1:])
-    return [
-        _total(score_windows(model, tokenizer, windows, attention, length=length, batch_size=batch_size), num_bytes)
-        for attention in attentions
-    ]
+    @property
+    def lengths(self) -> Int32[np.ndarray, "W"]:
+        """Scored tokens of each."""
+        return np.array([len(window) - 1 for window in self.ids], np.int32)
 
 
 def token_windows(
     tokenizer: Tokenizer, texts: Iterable[str], length: int, *, bos: bool = True, max_tokens: int = 0
-) -> list[np.ndarray]:
-    """Windows of up to T + 1 token ids: the last of each is only a target, and the first of the next one.
+) -> TextWindows:
+    """Tokenises texts and cuts them.
 
     Args:
       tokenizer: the model's.
-      texts: documents.
+      texts: documents; empty ones have no windows.
       length: T.
       bos: whether each begins with BOS, where there is one.
       max_tokens: of each document, BOS included; 0: all.
 
     Raises:
-      ValueError: every document is empty.
+      TextError: every document is empty.
     """
     start = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
-    windows = []
-    for text in texts:
-        ids = np.array([*start, *tokenizer.encode(text)], np.int32)[: max_tokens or None]
+    windows, documents, num_bytes = [], [], 0
+    for number, text in enumerate(texts):
+        whole = np.array([*start, *tokenizer.encode(text)], np.int32)
+        ids = whole[: max_tokens or None]
+        cut = len(ids) < len(whole)
+        num_bytes += sum(len(tokenizer.token_bytes(int(i))) for i in ids[1:]) if cut else len(text.encode())
         windows += [ids[i : i + length + 1] for i in range(0, len(ids) - 1, length)]
+        documents += [number] * (len(windows) - len(documents))
     if not windows:
-        raise ValueError("no text to score: every document is empty")
-    return windows
+        raise TextError("no text to score: every document is empty")
+    return TextWindows(windows, np.array(documents, np.int32), num_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
-class WindowScores:
-    """One pattern's figures, window by window."""
+class WindowLosses:
+    """One pattern's figures."""
 
     attention: AttentionConfig
-    nll: Float64[np.ndarray, "W"]  # negative log-likelihood in nats
-    tokens: Float64[np.ndarray, "W"]  # scored
-    kept: Float64[np.ndarray, "W"]  # keys of the last row over the row's length, averaged over layers
-    lengths: list[int]  # tokens of each window
+    nll: Float[np.ndarray, "N"]  # in nats, of every scored token, window after window
+    kept: Float[np.ndarray, "L W"]  # keys that each window's last query sees over its length
     pairs: tuple[float, float]  # visible, causal; averaged over layers
-    separator_fraction: float
-    num_layers: int
     seconds: float  # after compilation
 
     @property
     def kv_kept(self) -> float:
-        """Averaged over windows."""
+        """Averaged over layers and windows."""
         return float(self.kept.mean())
+
+    @property
+    def attention_fraction(self) -> float:
+        """Visible over causal pairs, averaged over layers."""
+        return self.pairs[0] / self.pairs[1]
 
 
 def score_windows(
     model: Transformer,
     tokenizer: Tokenizer,
-    windows: list[np.ndarray],
+    windows: TextWindows,
     attention: AttentionConfig,
     *,
     length: int,
     batch_size: int,
-) -> WindowScores:
-    """Scores windows of `token_windows` under one pattern; see `score_patterns` for the rest.
+) -> WindowLosses:
+    """Scores windows of `token_windows` under one pattern.
+
+    Args:
+      model: from `sepjax.load`.
+      tokenizer: the model's.
+      windows: of up to `length` tokens.
+      attention: the pattern.
+      length: T, tokens of a row.
+      batch_size: rows of a forward pass, at most. All passes have as many, the fewest that need no further pass:
+        nothing is compiled again for what is left, and hardly a row is empty.
 
     Raises:
-      ValueError: a learned position table is shorter than `length`.
+      TextError: a learned position table is shorter than `length`.
     """
     table_rows = model.config.max_positions
     if model.config.position_embedding == "learned" and length > table_rows:
-        raise ValueError(
-            f"length={length} exceeds the model's {table_rows} learned positions; use {table_rows} or less"
-        )
+        raise TextError(f"length={length} exceeds the model's {table_rows} learned positions; use {table_rows} or less")
     graph, params = split(model)
-    step = jax.jit(functools.partial(_sums, graph, attention))
+    step, params = _make_step(graph, attention), working_copy(params, model.config)
     table = configured_table(tokenizer, attention)
-    rows, totals, seconds = [], np.zeros(3), 0.0
-    for number, batch in enumerate(_batches(windows, table, attention, length, batch_size)):
+    nll, kept, totals, seconds = [], [], np.zeros(2), 0.0
+    for number, (batch, rows) in enumerate(_batches(windows.ids, table, attention, length, batch_size)):
         if number == 0:
             jax.block_until_ready(step(params, *batch))  # compile outside the timing
         began = time.perf_counter()
-        by_row, sums = (np.asarray(x, np.float64) for x in step(params, *batch))
+        losses, keys, sums = (np.asarray(x) for x in step(params, *batch))
         seconds += time.perf_counter() - began
-        rows.append(by_row)
+        nll += [losses[i, : len(window) - 1] for i, window in enumerate(rows)]
+        kept.append(keys[:, : len(rows)])
         totals += sums
-    nll, tokens, kept = np.concatenate(rows, axis=1)[:, : len(windows)]
-    return WindowScores(
+    per_layer = _of_each_layer(layer_windows(attention, model.config.num_layers, length))
+    return WindowLosses(
         attention=attention,
-        nll=nll,
-        tokens=tokens,
-        kept=kept,
-        lengths=[len(window) - 1 for window in windows],
+        nll=np.concatenate(nll),
+        kept=np.concatenate(kept, axis=1)[per_layer] / windows.lengths,
         pairs=(float(totals[0]), float(totals[1])),
-        separator_fraction=float(totals[2] / tokens.sum()),
-        num_layers=model.config.num_layers,
         seconds=seconds,
     )
 
 
-def _total(x: WindowScores, num_bytes: int) -> Score:
-    nll, tokens = float(x.nll.sum()), float(x.tokens.sum())
-    return Score(
-        pattern=x.attention.pattern,
-        window_size=max(layer_windows(x.attention, x.num_layers, max(x.lengths))),
-        perplexity=math.exp(min(nll / tokens, 700.0)),
-        window_perplexity=float(np.mean(np.exp(np.minimum(x.nll / x.tokens, 700.0)))),
-        bits_per_byte=nll / math.log(2) / num_bytes,
-        kv_kept=x.kv_kept,
-        attention_fraction=x.pairs[0] / x.pairs[1],
-        tokens=int(tokens),
-        bytes=num_bytes,
-        tokens_per_second=tokens / x.seconds,
-    )
+def _of_each_layer(windows: tuple[int, ...]) -> list[int]:
+    """For each layer the number of its layout in `layer_layouts`."""
+    distinct = list(collections.Counter(windows))
+    return [distinct.index(n) for n in windows]
 
 
 def _batches(
     windows: list[np.ndarray], table: np.ndarray, attention: AttentionConfig, length: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, ...]]:
-    """tokens, targets, segment_ids, is_separator, each [batch_size, T]; missing rows are padding."""
+) -> Iterator[tuple[tuple[np.ndarray, ...], list[np.ndarray]]]:
+    """tokens, targets, segment_ids, is_separator, each [B, T], and the windows in them; missing rows are padding."""
     positions = np.arange(length, dtype=np.int32)
-    for i in range(0, len(windows), batch_size):
-        ids = np.full((batch_size, length + 1), -1, np.int32)
-        for row, window in enumerate(windows[i : i + batch_size]):
+    size = -(-len(windows) // -(-len(windows) // batch_size))
+    for i in range(0, len(windows), size):
+        rows = windows[i : i + size]
+        ids = np.full((size, length + 1), -1, np.int32)
+        for row, window in enumerate(rows):
             ids[row, : len(window)] = window
         scored = ids[:, 1:] >= 0
         tokens, targets = np.where(scored, ids[:, :-1], 0), np.where(scored, ids[:, 1:], 0)
-        yield tokens, targets, scored.astype(np.int32), flag_separators(tokens, positions, table, attention) & scored
+        flags = flag_separators(tokens, positions, table, attention) & scored
+        yield (tokens, targets, scored.astype(np.int32), flags), rows
 
 
-def _sums(
+@functools.cache
+def _make_step(graph: Any, attention: AttentionConfig) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """`_losses` compiled for one model and pattern."""
+    return jax.jit(functools.partial(_losses, graph, attention))
+
+
+def _losses(
     graph: Any,
     attention: AttentionConfig,
     params: Any,
@@ -206,41 +180,19 @@ def _sums(
     targets: jax.Array,
     segment_ids: jax.Array,
     is_separator: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """float32[3, B]: negative log-likelihood, tokens, kv_kept of each row; float32[3]: visible and causal pairs,
-    separators.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """float32[B, T]: losses in nats; int32[U, B]: keys that the last token of each row sees in each of the distinct
+    layouts; float32[2]: visible and causal pairs.
     """
     model = merge(graph, params)
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     hidden, _ = forward(model, tokens, positions, is_separator, segment_ids, attention)
-    scored = segment_ids != 0
-
-    def row(inputs: tuple[jax.Array, ...]) -> jax.Array:
-        hidden, targets, scored = (x[None] for x in inputs)
-        return cross_entropy_sums(hidden, model.output_embedding(), targets, scored)[1]
-
-    nll = jax.lax.map(row, (hidden, targets, scored))
+    nll = token_nll(hidden, model.output_embedding(), targets)
     layers = layer_layouts(is_separator, segment_ids, attention, model.config.num_layers)
-    count = jnp.sum(scored, axis=1)
-    last = jnp.maximum(count - 1, 0)
-    keys = [(jnp.take_along_axis(x.keys_per_query(), last[:, None], axis=1)[:, 0], share) for x, share in layers]
-    kept = sum((seen * share for seen, share in keys), jnp.zeros(B)) / jnp.maximum(count, 1)
+    last = jnp.maximum(jnp.sum(segment_ids != 0, axis=1) - 1, 0)
+    keys = [jnp.take_along_axis(layout.keys_per_query(), last[:, None], axis=1)[:, 0] for layout, _ in layers]
     pairs = [(jnp.sum(layout.num_pairs(), dtype=jnp.float32), share) for layout, share in layers]
     visible = sum((pair * share for pair, share in pairs), jnp.zeros(()))
     causal = jnp.sum(layers[0][0].with_window(T).num_pairs(), dtype=jnp.float32)
-    separators = jnp.sum(is_separator, dtype=jnp.float32)
-    return jnp.stack([nll, count.astype(jnp.float32), kept]), jnp.stack([visible, causal, separators])
-
-
-def table(scores: Iterable[Score]) -> str:
-    """The scores as a text table."""
-    header = (
-        f"{'pattern':<16}{'n':>7}{'perplexity':>12}{'bits/byte':>11}{'KV kept':>9}{'attention':>11}{'tokens/s':>11}"
-    )
-    rows = [
-        f"{s.pattern:<16}{s.window_size:>7}{s.perplexity:>12.3f}{s.bits_per_byte:>11.4f}{s.kv_kept:>9.1%}"
-        f"{s.attention_fraction:>11.1%}{s.tokens_per_second:>11,.0f}"
-        for s in scores
-    ]
-    return "\n".join([header, *rows])
+    return nll, jnp.stack(keys), jnp.stack([visible, causal])

@@ -2,25 +2,30 @@
 
 Every token but BOS is scored, given what the cache holds when it comes. Rows of a batch are lanes with one document
 after the other (`documents.Lanes`), each into an emptied cache; a pass takes every row to its next compaction, which
-gives what token by token would give (`sepjax.streaming`). The whole of it runs on the device.
+gives what token by token would give (`sepjax.streaming`). The whole of it runs on the device, which hands back the loss
+of every token; `sepjax.evaluation.slices` tells what these were told from.
 """
 
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepjax.array_typing import Array, Float, Int32
+from sepjax.array_typing import Float, Int32
 from sepjax.compilations import counted_compilations
 from sepjax.config import AttentionConfig
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation.arms import Arm, distances, plain_arms
+from sepjax.evaluation.compare import baseline_index, references
 from sepjax.evaluation.documents import Document, Lanes, StreamError
+from sepjax.evaluation.slices import EDGES, ScoredTokens, Slice, by_position, sliced
+from sepjax.evaluation.token_loss import token_nll
 from sepjax.generation.layerwise import Layerwise, by_layer, runner
 from sepjax.generation.weights import working_copy
 from sepjax.model.transformer import Transformer, split
@@ -29,11 +34,8 @@ from sepjax.streaming.cache import StreamingCache
 from sepjax.streaming.forward import stream_pass
 from sepjax.streaming.sizes import StreamSizes
 
-_LOGITS = 2**28  # held at a time: 1 GiB in float32
 _SHORT = 64  # tokens of a row in a pass, up to which layers are not scanned
 _PASSES = 64  # on the device between two looks of the host
-# Half octaves of the number of tokens before the one that is scored.
-EDGES = tuple(sorted({1, *(round(2 ** (i / 2)) for i in range(8, 42))}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +71,27 @@ class StreamScore:
     rows: int
     chunk: int  # tokens of a row in a pass
     compilations: int  # while the clock ran
+    arm: str = ""
+    baseline: str = ""  # the arm that differences are from
+    near: int = 0  # tokens: see `sepjax.evaluation.slices`; the row is the document
+    far: int = 0
+    slices: tuple[Slice, ...] = ()
+    positions: tuple[Slice, ...] = ()
 
 
 def score_streams(
     model: Transformer,
     tokenizer: Tokenizer,
     documents: Sequence[Document],
-    attentions: Iterable[AttentionConfig],
+    attentions: Sequence[AttentionConfig | Arm],
     *,
     rows: int = 32,
     chunk: int = 0,
+    baseline: str = "",
+    near: int = 0,
+    far: int = 0,
 ) -> list[StreamScore]:
-    """Streams the same documents through the bounded cache of each attention config.
+    """Streams the same documents through the bounded cache of each attention config or arm.
 
     Args:
       model: from `sepjax.load`.
@@ -89,16 +100,45 @@ def score_streams(
       attentions: patterns and sizes to compare.
       rows: at most so many documents at a time; fewer where the longest one would outlast them.
       chunk: tokens of a row in a pass; 0: what fits between two compactions; 1: token by token.
+      baseline: the arm that differences are from; "": the first.
+      near: tokens, the end of the slice `near`; 0: the smallest window.
+      far: tokens, where the slice `far` begins; 0: the size of the largest cache.
 
     Raises:
       StreamError: there is no text to score.
-      ConfigError: sizes that no bounded cache can have.
+      ConfigError: sizes that no bounded cache can have, or near exceeds far.
     """
     if not documents:
         raise StreamError("no text to score: every document is empty")
+    arms = _arms(attentions)
+    sizes = [StreamSizes.create(model.config, arm.attention) for arm in arms]
+    far = far or max(x.cache_size for x in sizes)
+    near, far = distances([arm.attention for arm in arms], model.config.num_layers, near=near, far=far)
+    first = baseline_index([arm.name for arm in arms], baseline)
     lanes = Lanes.create(documents, rows)
     num_bytes = sum(len(tokenizer.token_bytes(int(i))) * n for i, n in _counted(documents))
-    return [_score(model, tokenizer, lanes, attention, chunk, num_bytes) for attention in attentions]
+    scored = [_score(model, tokenizer, lanes, arm.attention, chunk, num_bytes) for arm in arms]
+    tokens = ScoredTokens.create([x.inputs for x in documents], [x.targets for x in documents])
+    losses = [nll for _, nll in scored]
+    refer = references(arms, [score.slots_held for score, _ in scored], first)
+    return [
+        dataclasses.replace(
+            score,
+            buckets=_buckets(tokens, losses[i]),
+            arm=arms[i].name,
+            baseline=arms[first].name,
+            near=near,
+            far=far,
+            slices=sliced(tokens, losses, i, refer[i], near, far),
+            positions=by_position(tokens, losses, i, refer[i]),
+        )
+        for i, (score, _) in enumerate(scored)
+    ]
+
+
+def _arms(attentions: Sequence[AttentionConfig | Arm]) -> list[Arm]:
+    plain = iter(plain_arms([x for x in attentions if isinstance(x, AttentionConfig)]))
+    return [x if isinstance(x, Arm) else next(plain) for x in attentions]
 
 
 def _counted(documents: Sequence[Document]) -> Iterator[tuple[int, int]]:
@@ -115,6 +155,7 @@ class _State:
     at: Int32[jax.Array, "B"]  # in the lane
     start: Int32[jax.Array, "B"]  # of the document, in the lane
     document: Int32[jax.Array, "B"]  # its number in the lane
+    nll: Float[jax.Array, "B N"]  # of the lane's tokens so far, in nats
 
     __no_type_check__ = True
 
@@ -124,8 +165,6 @@ class _State:
 class _Sums:
     """What some passes add up to."""
 
-    nll: Float[jax.Array, "P"]  # of each bucket
-    tokens: Int32[jax.Array, "P"]
     held: Float[jax.Array, ""]  # entries that tokens met, summed over tokens
     most: Int32[jax.Array, ""]
     kept: Float[jax.Array, ""]  # entries over tokens seen, summed over the documents that ended
@@ -136,7 +175,7 @@ class _Sums:
     @classmethod
     def zeros(cls) -> "_Sums":
         zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
-        return cls(jnp.zeros(len(EDGES)), jnp.zeros(len(EDGES), jnp.int32), zero, none, zero, none)
+        return cls(zero, none, zero, none)
 
 
 def _score(
@@ -146,7 +185,8 @@ def _score(
     attention: AttentionConfig,
     chunk: int,
     num_bytes: int,
-) -> StreamScore:
+) -> tuple[StreamScore, np.ndarray]:
+    """What was measured, and the loss of every token of the documents, one after the other."""
     sizes = StreamSizes.create(model.config, attention)
     chunk = chunk or min(sizes.chunk, lanes.inputs.shape[1])
     table = jnp.asarray(configured_table(tokenizer, attention))
@@ -159,7 +199,8 @@ def _score(
 
     def start() -> _State:
         cache = StreamingCache.create(model.config, len(lanes.inputs), sizes, by_layer=short)
-        return _State(cache, *(jnp.zeros(len(lanes.inputs), jnp.int32) for _ in range(3)))
+        at, first, document = (jnp.zeros(len(lanes.inputs), jnp.int32) for _ in range(3))
+        return _State(cache, at, first, document, jnp.zeros(lanes.inputs.shape))
 
     jax.block_until_ready(run(params, start(), on_device, table, jnp.int32(1)))  # compiles outside the timing
     state, total = start(), None
@@ -173,16 +214,17 @@ def _score(
             total = sums if total is None else _add(total, sums)
     seconds = time.perf_counter() - began
     assert total is not None  # there is a document
-    tokens = int(total.tokens.sum())
-    return StreamScore(
+    nll = lanes.of_documents(np.asarray(state.nll))
+    tokens, whole = len(nll), float(np.sum(nll, dtype=np.float64))
+    score = StreamScore(
         pattern=attention.pattern,
         num_sinks=sizes.num_sinks,
         max_separators=sizes.max_separators,
         window_size=sizes.window_size,
         cache_size=sizes.cache_size,
-        perplexity=_perplexity(total.nll.sum(), tokens),
-        bits_per_byte=float(total.nll.sum()) / math.log(2) / max(num_bytes, 1),
-        buckets=_buckets(total),
+        perplexity=_perplexity(whole, tokens),
+        bits_per_byte=whole / math.log(2) / max(num_bytes, 1),
+        buckets=(),
         tokens=tokens,
         bytes=num_bytes,
         slots_held=float(total.held) / tokens,
@@ -195,6 +237,7 @@ def _score(
         chunk=chunk,
         compilations=len(compiled),
     )
+    return score, nll
 
 
 def _add(total: Any, sums: Any) -> Any:
@@ -207,10 +250,11 @@ def _perplexity(nll: Any, tokens: int) -> float:
     return math.exp(min(float(nll) / max(tokens, 1), 700.0))
 
 
-def _buckets(total: Any) -> tuple[Bucket, ...]:
-    ends = [*EDGES[1:], 2**31]
-    rows = zip(EDGES, ends, total.nll.tolist(), total.tokens.tolist(), strict=True)
-    return tuple(Bucket(start, end, _perplexity(nll, int(n)), int(n)) for start, end, nll, n in rows if n)
+def _buckets(tokens: ScoredTokens, nll: np.ndarray) -> tuple[Bucket, ...]:
+    bucket = np.searchsorted(EDGES, tokens.before, side="right") - 1
+    sums, counts = np.bincount(bucket, weights=nll, minlength=len(EDGES)), np.bincount(bucket, minlength=len(EDGES))
+    rows = zip(EDGES, [*EDGES[1:], 2**31], sums.tolist(), counts.tolist(), strict=True)
+    return tuple(Bucket(start, end, _perplexity(nll, n), n) for start, end, nll, n in rows if n)
 
 
 def _passes(
@@ -256,17 +300,13 @@ def _one_pass(
     held = state.cache.held_before(chunk)
     hidden, cache = stream_pass(model, state.cache, tokens, counts, table, attention)
     scored = i < counts[:, None]
-    nll = jnp.where(scored, token_nll(hidden, model.output_embedding(), targets), 0.0)
-    before = (state.at - state.start)[:, None] + i + 1
-    bucket = jnp.searchsorted(jnp.array(EDGES, jnp.int32), before, side="right") - 1
-    member = jnp.where(scored, bucket, -1)[..., None] == jnp.arange(len(EDGES))
+    place = jnp.where(scored, index, lanes.inputs.shape[1])  # beyond the end: dropped
+    nll = state.nll.at[rows[:, None], place].set(token_nll(hidden, model.output_embedding(), targets), mode="drop")
     cache = cache.compact()
     at = state.at + counts
     ended = (at == end) & (counts > 0)
     kept = jnp.where(ended, cache.held() / jnp.maximum(at - state.start, 1), 0.0)
     sums = _Sums(
-        nll=sums.nll + jnp.sum(jnp.where(member, nll[..., None], 0.0), axis=(0, 1)),
-        tokens=sums.tokens + jnp.sum(member, axis=(0, 1)),
         held=sums.held + jnp.sum(jnp.where(scored, held, 0), dtype=jnp.float32),
         most=jnp.maximum(sums.most, jnp.max(jnp.where(scored, held, 0))),
         kept=sums.kept + jnp.sum(kept),
@@ -274,22 +314,4 @@ def _one_pass(
     )
     last = lanes.ends.shape[1] - 1
     document = jnp.where(ended, jnp.minimum(state.document + 1, last), state.document)
-    return _State(cache.reset(ended), at, jnp.where(ended, at, state.start), document), sums
-
-
-def token_nll(
-    hidden: Float[jax.Array, "B T D"], head: Float[jax.Array, "V D"], targets: Int32[Array, "B T"]
-) -> Float[jax.Array, "B T"]:
-    """-log p of each target in nats, float32; the logits of all tokens never exist at once."""
-    tokens, V = targets.size, head.shape[0]
-    least = max(1, -(-tokens * V // _LOGITS))
-    chunks = next(n for n in range(min(least, tokens), tokens + 1) if tokens % n == 0)
-    head = head.astype(hidden.dtype)
-
-    def part(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        h, target = inputs
-        logits = jnp.einsum("td,vd->tv", h, head, preferred_element_type=jnp.float32)
-        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-
-    parts = hidden.reshape(chunks, -1, hidden.shape[-1]), jnp.asarray(targets).reshape(chunks, -1)
-    return jax.lax.map(part, parts).reshape(targets.shape)
+    return _State(cache.reset(ended), at, jnp.where(ended, at, state.start), document, nll), sums

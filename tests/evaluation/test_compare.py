@@ -1,50 +1,99 @@
-"""All patterns at equal KV, and needles."""
+"""All patterns at equal cost, slice by slice, and needles."""
 
 import csv
 import dataclasses
+import json
 import math
+import re
 
 import numpy as np
 import pytest
 
-from sepjax.evaluation.compare import compare, ratio_error, table
+from sepjax.config import AttentionConfig, ConfigError
+from sepjax.evaluation.arms import parse_arms
+from sepjax.evaluation.compare import at_equal_kv, score_arms, score_patterns
 from sepjax.evaluation.documents import StreamError, read_texts
+from sepjax.evaluation.equal import density
 from sepjax.evaluation.needle import NeedleError, needle_grid, write_csv, write_png
 from sepjax.evaluation.needle import table as needle_table
-from sepjax.evaluation.perplexity import score_patterns
+from sepjax.evaluation.perplexity import token_windows
+from sepjax.evaluation.report import plain, slice_table, table
+from sepjax.evaluation.slices import ratio_error
 
 TEXT = "A cat, a dog, and a bird; all of them sang. Why? Nobody knew, but it was fine! " * 6
+ATTENTION = AttentionConfig(num_sinks=2, window_size=8)
 
 
 @pytest.fixture(scope="module")
-def compared(byte_model, byte_tokenizer):
-    texts = [TEXT, TEXT[40:300], TEXT[7:390]]
-    return compare(byte_model, byte_tokenizer, texts, byte_model.attention, length=96, batch_size=4), texts
+def windows(byte_tokenizer):
+    return token_windows(byte_tokenizer, [TEXT, TEXT[40:300], TEXT[7:390]], 96)
+
+
+@pytest.fixture(scope="module")
+def score(byte_model, byte_tokenizer, windows):
+    def score(arms, **settings):
+        load = lambda path: (byte_model, byte_tokenizer)  # noqa: E731
+        return score_arms(load, windows, arms, length=96, batch_size=4, **settings)
+
+    return score
+
+
+@pytest.fixture(scope="module")
+def compared(byte_model, byte_tokenizer, windows, score):
+    return score(at_equal_kv(byte_model.attention, density(byte_model.attention, byte_tokenizer, windows.ids)))
 
 
 def test_all_patterns_keep_as_much_as_the_separators(compared):
-    scores, _ = compared
-    dense, separators, window, interval = scores
-    assert [s.pattern for s in scores] == ["dense", "separator", "sink_window", "fixed_interval"]
-    assert (dense.kv_kept, dense.difference, dense.difference_error) == (1, 0, 0)
+    dense, separators, window, interval = compared
+    assert [s.arm for s in compared] == ["dense", "separator", "sink_window", "fixed_interval"]
+    assert (dense.kv_kept, dense.attention_fraction, dense.difference, dense.difference_error) == (1, 1, 0, 0)
     assert 0.2 < separators.kv_kept < 0.6
     for other in (window, interval):
-        assert other.kv_kept == pytest.approx(separators.kv_kept, abs=0.02)
-    assert len({s.tokens for s in scores}) == len({s.windows for s in scores}) == 1
-    assert interval.interval > 1
-    assert "one standard error each" in table(scores)
+        assert other.kv_kept == pytest.approx(separators.kv_kept, abs=0.01)
+    assert [arm.equal for arm in at_equal_kv(ATTENTION, 0.1, "pairs")[2:]] == 2 * [("pairs", "separator")]
+    assert interval.attention.interval > 1
+    assert len({(s.tokens, s.windows, s.documents) for s in compared}) == 1
+    assert compared[0].documents == 3
+    said = table(compared) + slice_table([(s.arm, s.slices) for s in compared], 1, 2, "dense")
+    assert "over 3 documents, paired" in said
+    assert all(len(re.findall(rf"(?m)^{name} ", said)) == 4 for name in ("all", "unseen", "near", "far"))
+    json.dumps(plain([dataclasses.asdict(s) for s in compared]), allow_nan=False)
+
+
+def test_what_a_pattern_loses_is_told_slice_by_slice(score, windows, byte_model):
+    """Against sums over tokens, one at a time, from one pass a pattern."""
+    arms = parse_arms("dense; w: sink_window n=9; separator n=6 a=1; hybrid: separator windows=5,96", ATTENTION, 2)
+    scores = {s.arm: s for s in score(arms, baseline="w", near=10, far=40)}
+    with pytest.raises(ConfigError, match=r"'v' is not one of the arms dense, w, "):
+        score(arms, baseline="v")
+    hybrid = scores["hybrid"]
+    assert hybrid.layer_kept[1] == 1
+    assert hybrid.kv_kept == pytest.approx(np.mean(hybrid.layer_kept))
+    sizes = windows.lengths
+    assert scores["dense"].keys == 2 * sizes.mean()  # of both layers
+    assert scores["w"].keys == pytest.approx(2 * np.mean([min(n, 9 + 2) for n in sizes]))
+    far_nll = []
+    for arm in ("w", "separator n=6 a=1"):
+        slices = {x.name: x for x in scores[arm].slices}
+        assert sum(slices[x].tokens for x in ("unseen", "near", "between", "far")) == slices["all"].tokens
+        far_nll.append(np.array(slices["far"].document_nll))
+        assert slices["all"].loss == pytest.approx(math.log(scores[arm].perplexity))
+        position = sum(x.loss * x.tokens for x in scores[arm].positions)
+        assert position == pytest.approx(slices["all"].loss * slices["all"].tokens)
+    far = next(x for x in scores["separator n=6 a=1"].slices if x.name == "far")
+    tokens = np.array(far.document_tokens)
+    assert far.difference == pytest.approx((far_nll[1] - far_nll[0]).sum() / tokens.sum())
+    assert far.difference_error == ratio_error(far_nll[1] - far_nll[0], tokens)[1]
+    found = {arm: next(x for x in s.slices if x.name == "far") for arm, s in scores.items()}
+    lost = found["w"].loss - found["dense"].loss
+    for x in found.values():
+        assert x.recovered == (pytest.approx((found["w"].loss - x.loss) / lost) if lost > 0 else None)
 
 
 def test_perplexities_are_those_of_the_patterns_alone(compared, byte_model, byte_tokenizer):
-    scores, texts = compared
-    for score in (scores[1], scores[3]):
-        attention = dataclasses.replace(
-            byte_model.attention,
-            pattern=score.pattern,
-            window_size=score.window_size,
-            interval=score.interval or 8,
-        )
-        (alone,) = score_patterns(byte_model, byte_tokenizer, texts, [attention], length=96, batch_size=4)
+    texts = [TEXT, TEXT[40:300], TEXT[7:390]]
+    for score in (compared[1], compared[3]):
+        (alone,) = score_patterns(byte_model, byte_tokenizer, texts, [score.attention], length=96, batch_size=4)
         assert alone.perplexity == pytest.approx(score.perplexity, rel=1e-6)
         assert alone.kv_kept == pytest.approx(score.kv_kept)
 
@@ -57,7 +106,7 @@ def test_errors_are_those_of_a_bootstrap():
     assert mean == sums.sum() / counts.sum()
     draws = rng.integers(0, 400, (2000, 400))
     assert error == pytest.approx(np.std(sums[draws].sum(1) / counts[draws].sum(1)), rel=0.1)
-    assert math.isnan(ratio_error(sums[:1], counts[:1])[1])
+    assert ratio_error(sums[:1], counts[:1])[1] is None
 
 
 def test_cut_documents_without_bos(byte_model, byte_tokenizer):

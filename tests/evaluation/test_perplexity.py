@@ -10,7 +10,9 @@ import pytest
 
 from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation.perplexity import score_patterns, table
+from sepjax.evaluation.compare import score_patterns
+from sepjax.evaluation.perplexity import TextError
+from sepjax.evaluation.report import table
 from sepjax.model.attend import forward
 from sepjax.model.transformer import create, merge, split
 
@@ -102,10 +104,10 @@ def test_batch_size_changes_nothing(model, scores):
 
 
 def test_the_table_has_a_row_a_pattern(scores):
-    lines = table(scores.values()).splitlines()
-    assert [line.split()[0] for line in lines] == ["pattern", *scores]
+    lines = table(list(scores.values())).splitlines()
+    assert [line.split()[0] for line in lines] == ["arm", *scores, f"{scores['dense'].tokens:,}"]
 
 
 def test_nothing_to_score_is_an_error(model):
-    with pytest.raises(ValueError, match="no text to score"):
+    with pytest.raises(TextError, match="no text to score"):
         score_patterns(model, Bytes(), ["", ""], PATTERNS, length=LENGTH)

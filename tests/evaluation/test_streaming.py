@@ -11,7 +11,9 @@ import pytest
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.documents import Lanes, StreamError, documents_of, whole_documents
-from sepjax.evaluation.streaming import EDGES, score_streams, token_nll
+from sepjax.evaluation.slices import EDGES
+from sepjax.evaluation.streaming import score_streams
+from sepjax.evaluation.token_loss import token_nll
 from sepjax.model.transformer import create, merge, split
 from sepjax.streaming.cache import StreamingCache
 from sepjax.streaming.forward import stream_pass
@@ -94,6 +96,16 @@ def test_equals_a_loop_over_tokens_one_at_a_time(model, attention, monkeypatch):
             inside = (before >= bucket.start) & (before < bucket.end)
             assert bucket.tokens == inside.sum()
             assert bucket.perplexity == pytest.approx(math.exp(nll[inside].mean()), rel=1e-4)
+        assert (score.near, score.far) == (attention.window_size, 14)
+        found, position = {x.name: x for x in score.slices}, 0
+        for number, document in enumerate(documents):  # documents are dealt to rows, and their losses come back
+            losses = nll[position : position + len(document.inputs)]
+            position += len(losses)
+            assert found["all"].document_nll[number] == pytest.approx(losses.sum(), rel=1e-4)
+            pairs = [*zip(document.inputs, document.targets, strict=True)]
+            far = [pair in pairs[: max(0, i - 14)] and pair not in pairs[i - 14 : i] for i, pair in enumerate(pairs)]
+            assert found["far"].document_tokens[number] == sum(far)
+            assert found["far"].document_nll[number] == pytest.approx(losses[far].sum(), rel=1e-4)
 
 
 def test_bytes_are_one_rows_part_of_the_arrays(model):
@@ -150,5 +162,5 @@ def test_losses_are_those_of_the_whole_logits(monkeypatch):
     scores = jax.nn.log_softmax(hidden @ head.T)
     expected = -np.take_along_axis(np.asarray(scores), targets[..., None], axis=-1)[..., 0]
     for limit in (31, 31 * 7, 2**28):
-        monkeypatch.setattr("sepjax.evaluation.streaming._LOGITS", limit)
+        monkeypatch.setattr("sepjax.evaluation.token_loss._LOGITS", limit)
         np.testing.assert_allclose(token_nll(hidden, head, targets), expected, rtol=2e-5)

@@ -1,0 +1,221 @@
+"""The patterns that are compared, as a user writes them: `--arms`.
+
+    dense; sink_window n=657; rare: separator n=256 ids=@rare.npy; sink_window n=kv:rare; separator windows=64*29,4096
+
+Arms stand between semicolons or on lines of their own. Each is a pattern and what it changes in the model's own
+settings, field=value: any field of `AttentionConfig`, or a short name (`SHORT`). Lists of numbers have commas, `64*29`
+is 64 twenty-nine times, and `@FILE` reads them (`read_numbers`). `NAME:` in front gives an arm a name; without one its
+text is its name. Further words:
+
+    n=kv:NAME      the window that keeps as many keys as the arm NAME, further to the front, did
+    n=pairs:NAME   the window with as many (query, key) pairs
+    model=PATH     other parameters, for example those that were trained with this pattern
+"""
+
+import dataclasses
+import json
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sepjax.config import AttentionConfig, ConfigError, nearest, validate_attention
+
+SHORT = {
+    "a": "num_sinks",
+    "c": "cache_size",
+    "every": "interval",
+    "ids": "separator_ids",
+    "n": "window_size",
+    "s": "max_separators",
+    "w": "window_size",
+    "windows": "layer_windows",
+}
+_EQUAL = re.compile(r"(kv|pairs):(.+)")
+_TIMES = re.compile(r"(\d+)(?:\*(\d+))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One pattern to be compared."""
+
+    name: str
+    attention: AttentionConfig
+    model: str = ""  # where other parameters are; "": those of the model that is evaluated
+    equal: tuple[str, str] = ("", "")  # "kv" or "pairs", and the arm before whose number the window is to match
+
+
+def plain_arms(attentions: Sequence[AttentionConfig]) -> list[Arm]:
+    """Arms that have their pattern's name, numbered where several share it."""
+    names = [x.pattern for x in attentions]
+    numbers = [names[:i].count(name) + 1 for i, name in enumerate(names)]
+    return [
+        Arm(name if names.count(name) == 1 else f"{name} {number}", x)
+        for name, number, x in zip(names, numbers, attentions, strict=True)
+    ]
+
+
+def parse_arms(text: str, base: AttentionConfig, num_layers: int) -> list[Arm]:
+    """Reads `--arms`.
+
+    Args:
+      text: see above.
+      base: the settings that arms change.
+      num_layers: of the model.
+
+    Raises:
+      ConfigError: names the arm and what is wrong with it.
+    """
+    arms: list[Arm] = []
+    for part in filter(None, (" ".join(part.split()) for part in re.split(r"[;\n]", text))):
+        try:
+            arms.append(_arm(part, base, num_layers, [arm.name for arm in arms]))
+        except (ConfigError, OSError) as error:
+            raise ConfigError(f"arm {len(arms) + 1}, {part!r}: {error}") from error
+    if not arms:
+        raise ConfigError('--arms has no arm; expected for example --arms="dense; sink_window n=657"')
+    return arms
+
+
+def fixed_arms(text: str, base: AttentionConfig, num_layers: int) -> list[Arm]:
+    """`parse_arms` where arms have one model and windows of their own; raises `ConfigError` for other ones."""
+    arms = parse_arms(text, base, num_layers)
+    for arm in arms:
+        if arm.model or arm.equal[0]:
+            word = f"model={arm.model}" if arm.model else f"n={arm.equal[0]}:{arm.equal[1]}"
+            raise ConfigError(f"arm {arm.name!r}: {word} is for --task=perplexity; write the number, or leave it out")
+    return arms
+
+
+def _arm(text: str, base: AttentionConfig, num_layers: int, before: Sequence[str]) -> Arm:
+    named = re.match(r"([^\s=]+):\s+", text)
+    name, words = (named[1], text[named.end() :].split()) if named else (text, text.split())
+    if name in before:
+        raise ConfigError(f"there is another arm {name!r}; give one of them a name of its own, like other: {text}")
+    if not words or "=" in words[0]:
+        raise ConfigError("expected a pattern first, like separator, and then field=value")
+    changes: dict[str, Any] = {"pattern": words[0]}
+    model, equal = "", ("", "")
+    for word in words[1:]:
+        key, sign, value = word.partition("=")
+        if not sign:
+            raise ConfigError(f"{word!r} is not field=value")
+        match = _EQUAL.fullmatch(value) if key in ("n", "w", "window_size") else None
+        if match:
+            equal = match[1], _earlier(match[2], before)
+        elif key == "model":
+            model = value
+        else:
+            changes |= _change(key, value)
+    if "window_size" in changes or equal[0]:
+        changes.setdefault("layer_windows", ())
+    if "separator_ids" in changes:
+        changes.setdefault("separators", "ids")
+    return Arm(name, validate_attention(dataclasses.replace(base, **changes), num_layers), model, equal)
+
+
+def _earlier(name: str, before: Sequence[str]) -> str:
+    if name not in before:
+        known = ", ".join(map(repr, before)) or "none"
+        raise ConfigError(f"no arm {name!r} further to the front, only {known}{nearest(name, before)}")
+    return name
+
+
+def _change(key: str, value: str) -> dict[str, Any]:
+    """One field's change."""
+    kinds = {field.name: field.type for field in dataclasses.fields(AttentionConfig)}
+    name = key if key in kinds else SHORT.get(key, key)
+    if name not in kinds:
+        raise ConfigError(f"unknown field {key!r}{nearest(key, [*kinds, *SHORT])}")
+    try:
+        return {name: _value(kinds[name], value)}
+    except ValueError as error:
+        raise ConfigError(f"{key}={value} is wrong: {error}") from error
+
+
+def _value(kind: Any, text: str) -> Any:
+    """`text` as a field's type has it; raises `ValueError`."""
+    if typing.get_origin(kind) is tuple:
+        return read_numbers(Path(text[1:])) if text.startswith("@") else _numbers(text)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("expected true or false")
+        return text.lower() == "true"
+    if kind in (int, float):
+        return kind(text)
+    if kind is not str and type(None) in typing.get_args(kind) and text.lower() == "none":
+        return None
+    if kind is str or str in typing.get_args(kind):
+        return text
+    raise ValueError(f"a field of type {kind} cannot be set here")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    matches = [_TIMES.fullmatch(item) for item in text.split(",")] if text else []
+    if not all(matches):
+        raise ValueError("expected whole numbers with commas between them, 64*29 for 64 twenty-nine times, or @FILE")
+    return tuple(number for m in matches if m for number in [int(m[1])] * int(m[2] or 1))
+
+
+def read_numbers(path: Path) -> tuple[int, ...]:
+    """Whole numbers from a file: .npy of ids or of a bool for every id; .json, a list or an object's "separator_ids".
+
+    Raises:
+      ValueError: it has something else.
+      OSError: it cannot be read.
+    """
+    if path.suffix == ".npy":
+        array = np.load(path, allow_pickle=False)
+        array = np.flatnonzero(array) if array.dtype == bool and array.ndim == 1 else array
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ValueError(f"{str(path)!r} is {array.dtype}{list(array.shape)}, expected ids [N] or bool [V]")
+        return tuple(array.tolist())
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values = values.get("separator_ids") if isinstance(values, dict) else values
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError(f'{str(path)!r} has no list of whole numbers, nor an object with "separator_ids"')
+    return tuple(values)
+
+
+def stream_attention(attention: AttentionConfig, pattern: str, budget: str, num_layers: int) -> AttentionConfig:
+    """A pattern at a budget. Without separators their slots go to the window: w = c - a, StreamingLLM."""
+    attention = dataclasses.replace(attention, pattern=pattern)
+    if budget:
+        numbers = budget.split("/")
+        if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
+            raise ConfigError(f"--budgets takes sinks/separators/window/cache, like 4/64/256/800, got {budget!r}")
+        a, s, w, c = map(int, numbers)
+        sizes = {"num_sinks": a, "max_separators": s, "window_size": w, "cache_size": c}
+        attention = dataclasses.replace(attention, layer_windows=(), **sizes)
+    if pattern == "sink_window":
+        a, s, w = attention.num_sinks, attention.max_separators, attention.window_size
+        c = attention.cache_size or 2 * (a + s + w)
+        attention = dataclasses.replace(attention, layer_windows=(), window_size=c - a, cache_size=c)
+    return validate_attention(attention, num_layers)
+
+
+def distances(
+    arms: Sequence[AttentionConfig], num_layers: int, length: int = 2**30, near: int = 0, far: int = 0
+) -> tuple[int, int]:
+    """(near, far) of the slices; 0 stands for the smallest and the largest window that does not see everything.
+
+    Args:
+      arms: the patterns.
+      num_layers: of the model.
+      length: tokens of a row; windows of so many are dense.
+      near: what the user asks for.
+      far: what the user asks for.
+
+    Raises:
+      ConfigError: near exceeds far.
+    """
+    sparse = [x for x in arms if x.pattern != "dense"]
+    windows = [n for x in sparse for n in (x.layer_windows or (x.window_size,) * num_layers) if n < length]
+    far = far or max(windows or [length])
+    near = near or min([*windows, far])
+    if near > far:
+        raise ConfigError(f"--near={near} exceeds --far={far}: the slices would overlap; lower one or raise the other")
+    return near, far
