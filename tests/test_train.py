@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import evaluate
 from sepjax.checkpoint import load_params
 from sepjax.config import Config
 from sepjax.workdir import differing_fields
@@ -131,6 +132,20 @@ def test_evaluate_compares_patterns(finished, tmp_path):
     for score in scores.values():  # bits per byte and perplexity are two views of one sum
         nats = np.log(score["perplexity"]) * score["tokens"]
         assert score["bits_per_byte"] == pytest.approx(nats / np.log(2) / score["bytes"], rel=1e-6)
+
+
+def test_evaluate_scores_any_arms(finished, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(SENTENCES * 8))
+    arms = f"dense; rare: separator ids=7,9 n=5; sink_window n=kv:rare; again: dense model={finished}"
+    dense, rare, window, again = evaluate.evaluate(finished, arms=arms, text=str(text), length=64, baseline="rare")
+    assert window.kv_kept == pytest.approx(rare.kv_kept, abs=0.02)
+    assert (again.perplexity, rare.difference, rare.baseline) == (dense.perplexity, 0, "rare")
+    assert dense.difference == pytest.approx(np.log(dense.perplexity / rare.perplexity))
+    compared = evaluate.evaluate(finished, equal="pairs", text=str(text), length=64)
+    assert compared[2].attention_fraction == pytest.approx(compared[1].attention_fraction, abs=0.02)
+    streams = evaluate.stream(finished, [], [], arms="separator; wide: sink_window n=20 c=22", text=str(text), far=30)
+    assert [(s.arm, s.cache_size, s.far, s.near) for s in streams] == [("separator", 36, 30, 8), ("wide", 22, 30, 8)]
 
 
 def test_generate_uses_the_workdir(finished):

@@ -84,7 +84,7 @@ def score_arms(
     """Scores the same windows under each arm.
 
     Args:
-      load: gives the model and tokenizer of an arm; called once for each of their `model`s that differ.
+      load: gives the model and tokenizer of an arm's `model`, "" for the one that is evaluated.
       windows: from `token_windows`.
       arms: what to compare, by names that differ. "n=kv:NAME" has the arm NAME before it.
       length: T, tokens of a row.
@@ -103,6 +103,8 @@ def score_arms(
     scores: list[WindowLosses] = []
     for arm in arms:
         model, tokenizer = loaded(arm.model)
+        if arm.model and tokenizer.token_texts() != load("")[1].token_texts():
+            raise ConfigError(f"arm {arm.name!r}: model={arm.model} has another tokenizer; arms score the same tokens")
         attention = _fitted(arm, tokenizer, windows, dict(zip(names, scores, strict=False)))
         attention = validate_attention(attention, model.config.num_layers)
         scores.append(score_windows(model, tokenizer, windows, attention, length=length, batch_size=batch_size))
