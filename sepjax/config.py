@@ -5,28 +5,18 @@ A config file (`configs/*.py`) has a `get_config()` that returns a `Config`. Fla
 """
 
 import dataclasses
-import difflib
 import importlib.util
 import json
-import typing
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-PATTERNS = ("separator", "dense", "sink_window", "fixed_interval")
+from sepjax.checks import ConfigError, UserError, at_least, check_type, check_types, nearest, one_of, type_name
+
+__all__ = ["ConfigError", "UserError", "nearest"]  # of `sepjax.checks`, for whoever reads a config
+
+PATTERNS = ("separator", "dense", "sink_window", "fixed_interval", "gated")
 SEPARATOR_POLICIES = ("punctuation", "paper", "ids")
 STREAM_POSITIONS = ("slot", "absolute")
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: entry points print the message alone, without a traceback."""
-
-    exit_code = 2  # of the program (docs/reliability.md)
-    label = "error"  # before the message
-
-
-class ConfigError(UserError, ValueError):
-    """A setting that cannot work: the message says which, what was given, what is expected and how to fix it."""
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -85,6 +75,11 @@ class AttentionConfig:
     separators: str = "punctuation"  # one of SEPARATOR_POLICIES
     separator_ids: tuple[int, ...] = ()  # for separators="ids"
     interval: int = 8  # [delta] for pattern="fixed_interval": every delta-th token is kept
+    # For pattern="gated": layers below `gate_layer` see sinks and window, and a small network on their output scores
+    # tokens; of every `gate_stretch` tokens of a document the best `gate_keep` stay visible for the layers above.
+    gate_layer: int = 2
+    gate_stretch: int = 64
+    gate_keep: int = 4
     max_separators: int = 64  # [s] slots in a bounded streaming cache
     cache_size: int = 0  # [c] slots of the streaming cache; 0: 2 * (a + s + w)
     stream_positions: str = "slot"  # one of STREAM_POSITIONS: what a bounded cache rotates by, its slots or the text
@@ -140,6 +135,7 @@ class TrainingConfig:
     spike_factor: float = 0.0  # a loss above so many times the running mean fails its step; 0: no loss does
     seed: int = 0
     init_from: str = ""  # what a new run begins with instead of random numbers: whatever sepjax.load reads
+    gate_noise: float = 1.0  # scale of the Gumbel noise on a gate's scores at the first step; it falls to 0 at the last
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -166,7 +162,7 @@ class Config:
 
 def validate(config: Config) -> Config:
     """Returns `config` unchanged, or raises `ConfigError` naming the first setting that cannot work."""
-    _check_types(config, "")
+    check_types(config, "")
     _validate_model(config.model)
     validate_attention(config.attention, config.model.num_layers)
     _validate_training(config)
@@ -175,16 +171,16 @@ def validate(config: Config) -> Config:
 
 def validate_attention(attention: AttentionConfig, num_layers: int) -> AttentionConfig:
     """Checks one attention section against the number of layers it is to serve."""
-    _one_of("attention.pattern", attention.pattern, PATTERNS)
-    _one_of("attention.separators", attention.separators, SEPARATOR_POLICIES)
-    _one_of("attention.stream_positions", attention.stream_positions, STREAM_POSITIONS)
-    _at_least("attention.num_sinks", attention.num_sinks, 0)
-    _at_least("attention.window_size", attention.window_size, 1)
-    _at_least("attention.interval", attention.interval, 1)
-    _at_least("attention.max_separators", attention.max_separators, 0)
-    _at_least("attention.capacity", attention.capacity, 0)
+    one_of("attention.pattern", attention.pattern, PATTERNS)
+    one_of("attention.separators", attention.separators, SEPARATOR_POLICIES)
+    one_of("attention.stream_positions", attention.stream_positions, STREAM_POSITIONS)
+    at_least("attention.num_sinks", attention.num_sinks, 0)
+    at_least("attention.window_size", attention.window_size, 1)
+    at_least("attention.interval", attention.interval, 1)
+    at_least("attention.max_separators", attention.max_separators, 0)
+    at_least("attention.capacity", attention.capacity, 0)
     for n in attention.layer_windows:
-        _at_least("attention.layer_windows", n, 1)
+        at_least("attention.layer_windows", n, 1)
     if attention.layer_windows and len(attention.layer_windows) != num_layers:
         raise ConfigError(
             f"attention.layer_windows has {len(attention.layer_windows)} windows but the model has {num_layers} "
@@ -192,6 +188,8 @@ def validate_attention(attention: AttentionConfig, num_layers: int) -> Attention
         )
     if attention.separators == "ids" and not attention.separator_ids and attention.pattern == "separator":
         raise ConfigError('attention.separators="ids" needs attention.separator_ids, got none; list the token ids')
+    if attention.pattern == "gated":
+        _validate_gate(attention, num_layers)
     held = attention.num_sinks + attention.max_separators + attention.window_size
     if attention.pattern == "sink_window":  # StreamingLLM: no separators, and the window may take all the rest
         held -= attention.max_separators + 1
@@ -209,6 +207,27 @@ def validate_attention(attention: AttentionConfig, num_layers: int) -> Attention
     return attention
 
 
+def _validate_gate(attention: AttentionConfig, num_layers: int) -> None:
+    if not 0 <= attention.gate_layer < num_layers:
+        raise ConfigError(
+            f"attention.gate_layer={attention.gate_layer} must be 0 (the gate reads embeddings) to {num_layers - 1}: "
+            f"of the model's {num_layers} layers one at least must see what the gate keeps"
+        )
+    at_least("attention.gate_stretch", attention.gate_stretch, 1)
+    at_least("attention.gate_keep", attention.gate_keep, 0)
+    if attention.gate_keep > attention.gate_stretch:
+        raise ConfigError(
+            f"attention.gate_keep={attention.gate_keep} of every gate_stretch={attention.gate_stretch} tokens are more "
+            "than there are; lower gate_keep"
+        )
+    narrowest = min(layer_windows(attention, num_layers, 0)[attention.gate_layer :])
+    if attention.gate_stretch > narrowest:
+        raise ConfigError(
+            f"attention.gate_stretch={attention.gate_stretch} exceeds the window {narrowest} of a gated layer: a token "
+            "would leave it before its stretch is over and its fate is known; lower gate_stretch or widen the window"
+        )
+
+
 def layer_windows(attention: AttentionConfig, num_layers: int, length: int) -> tuple[int, ...]:
     """The window n of every layer; a dense layer is a window of `length`, which must cover the whole sequence."""
     if attention.pattern == "dense":
@@ -218,16 +237,16 @@ def layer_windows(attention: AttentionConfig, num_layers: int, length: int) -> t
 
 def _validate_model(model: ModelConfig) -> None:
     for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
-        _at_least(f"model.{name}", getattr(model, name), 1)
-    _one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
-    _one_of("model.activation", model.activation, ("silu", "gelu", "gelu_tanh"))
-    _one_of("model.position_embedding", model.position_embedding, ("rope", "learned"))
-    _one_of("model.dtype", model.dtype, ("float32", "bfloat16", "float16"))
-    _one_of("model.remat", model.remat, ("none", "dots", "full"))
-    _one_of("model.rope.scaling", model.rope.scaling, ("none", "linear", "llama3", "yarn"))
-    _at_least("model.max_positions", model.max_positions, 1)
-    _at_least("model.rope.factor", model.rope.factor, 1)
-    _at_least("model.rope.original_context", model.rope.original_context, 1)
+        at_least(f"model.{name}", getattr(model, name), 1)
+    one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
+    one_of("model.activation", model.activation, ("silu", "gelu", "gelu_tanh"))
+    one_of("model.position_embedding", model.position_embedding, ("rope", "learned"))
+    one_of("model.dtype", model.dtype, ("float32", "bfloat16", "float16"))
+    one_of("model.remat", model.remat, ("none", "dots", "full"))
+    one_of("model.rope.scaling", model.rope.scaling, ("none", "linear", "llama3", "yarn"))
+    at_least("model.max_positions", model.max_positions, 1)
+    at_least("model.rope.factor", model.rope.factor, 1)
+    at_least("model.rope.original_context", model.rope.original_context, 1)
     if model.num_heads % model.num_kv_heads:
         raise ConfigError(
             f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.num_kv_heads}; "
@@ -251,18 +270,18 @@ def _validate_training(config: Config) -> None:
         ("training", ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")),
     ):
         for name in names:
-            _at_least(f"{section}.{name}", getattr(getattr(config, section), name), 1)
+            at_least(f"{section}.{name}", getattr(getattr(config, section), name), 1)
     for name in ("warmup_steps", "learning_rate", "final_learning_rate", "weight_decay", "z_loss"):
-        _at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
+        at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
     for name in ("b1", "b2"):
         if not 0 <= getattr(optimizer, name) < 1:
             raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} must be 0 or more and below 1")
     if not optimizer.clip_norm > 0:
         raise ConfigError(f"optimizer.clip_norm={optimizer.clip_norm} must be above 0; a large one never clips")
-    _at_least("data.num_workers", data.num_workers, 0)
-    _at_least("data.max_bad_documents", data.max_bad_documents, 0)
-    for name in ("max_skipped_steps", "spike_factor"):
-        _at_least(f"training.{name}", getattr(config.training, name), 0)
+    at_least("data.num_workers", data.num_workers, 0)
+    at_least("data.max_bad_documents", data.max_bad_documents, 0)
+    for name in ("max_skipped_steps", "spike_factor", "gate_noise"):
+        at_least(f"training.{name}", getattr(config.training, name), 0)
     if 0 < config.training.spike_factor <= 1:
         raise ConfigError(
             f"training.spike_factor={config.training.spike_factor} would fail ordinary steps; set it above 1, for "
@@ -286,41 +305,6 @@ def _validate_training(config: Config) -> None:
     axes = dataclasses.asdict(config.mesh)
     if sum(size == -1 for size in axes.values()) > 1 or any(size < 1 and size != -1 for size in axes.values()):
         raise ConfigError(f"mesh={axes}: every axis needs a size of 1 or more, and at most one may be -1 (the rest)")
-
-
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{nearest(value, choices)}")
-
-
-def _at_least(name: str, value: int | float, least: int) -> None:
-    if not value >= least:  # so that NaN fails too
-        raise ConfigError(f"{name}={value} must be {least} or more")
-
-
-def _check_types(section: Any, path: str) -> None:
-    for field in dataclasses.fields(section):
-        value, name = getattr(section, field.name), path + field.name
-        _check_type(name, value, field.type)
-        if dataclasses.is_dataclass(value):
-            _check_types(value, f"{name}.")
-
-
-def _check_type(name: str, value: object, kind: Any) -> None:
-    if not _is_a(value, kind):
-        raise ConfigError(f"{name}={value!r} has the wrong type, expected {_type_name(kind)}")
-
-
-def _is_a(value: object, kind: Any) -> bool:
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_is_a(item, typing.get_args(kind)[0]) for item in value)
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not typing.get_origin(kind) else str(kind)
 
 
 def to_json(config: Any) -> str:
@@ -355,7 +339,7 @@ def _from_dict(cls: Any, values: Any, path: str) -> Any:
             kwargs[name] = _from_dict(kind, value, f"{path}{name}.")
             continue
         kwargs[name] = tuple(value) if isinstance(value, list) else value
-        _check_type(path + name, kwargs[name], kind)
+        check_type(path + name, kwargs[name], kind)
     return cls(**kwargs)
 
 
@@ -365,7 +349,7 @@ def field_types(cls: Any = Config, prefix: str = "") -> dict[str, str]:
     for field in dataclasses.fields(cls):
         name = prefix + field.name
         types |= field_types(field.type, f"{name}.") if dataclasses.is_dataclass(field.type) else {name: field.type}
-    return {name: _type_name(kind) for name, kind in types.items()}
+    return {name: type_name(kind) for name, kind in types.items()}
 
 
 def load_config(path: str | Path) -> Config:
@@ -392,9 +376,3 @@ def load_config(path: str | Path) -> Config:
     if not isinstance(config, Config):
         raise ConfigError(f"get_config() of {str(path)!r} returned a {type(config).__name__}, expected a Config")
     return config
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean ...?" with the one of `names` that `name` resembles most, or nothing when none does."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
