@@ -46,7 +46,7 @@ from sepjax.provenance import provenance
 
 def evaluate(
     workdir: Path,
-    patterns: Sequence[str] = PATTERNS,
+    patterns: Sequence[str] = (),
     *,
     step: int | None = None,
     text: str = "",
@@ -59,12 +59,13 @@ def evaluate(
     bos: bool = True,
     **settings: Any,
 ) -> list[perplexity.Score]:
-    """Scores a run or a pretrained model under each of `patterns`; 0 and "" stand for its own settings.
+    """Scores a run or a pretrained model under each of `patterns`, or all that it can run; 0 and "": its own settings.
 
     Further `settings` are those of `sepjax.load`.
     """
     model, tokenizer = sepjax.load(workdir, step=step, **settings)
     config = _config(workdir, model)
+    patterns = patterns or [pattern for pattern in PATTERNS if pattern != "gated" or model.gate is not None]
     attentions = [_attention(config, pattern, window_size) for pattern in patterns]
     documents = _documents(workdir, config, text, split, max_documents)
     length = length or config.data.sequence_length
@@ -302,7 +303,7 @@ if __name__ == "__main__":
             compared = evaluate_at_equal_kv(path, **settings)
             print(compare.table(compared))
             return compared
-        scores = evaluate(path, PATTERN.value or PATTERNS, **settings)
+        scores = evaluate(path, PATTERN.value or (), **settings)
         print(perplexity.table(scores))
         return scores
 

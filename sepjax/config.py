@@ -10,7 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sepjax.checks import ConfigError, UserError, at_least, check_type, check_types, nearest, one_of, type_name
+from sepjax.checks import ConfigError, UserError, nearest
+from sepjax.checks import at_least as _at_least
+from sepjax.checks import check_type as _check_type
+from sepjax.checks import check_types as _check_types
+from sepjax.checks import one_of as _one_of
+from sepjax.checks import type_name as _type_name
 
 __all__ = ["ConfigError", "UserError", "nearest"]  # of `sepjax.checks`, for whoever reads a config
 
@@ -162,7 +167,7 @@ class Config:
 
 def validate(config: Config) -> Config:
     """Returns `config` unchanged, or raises `ConfigError` naming the first setting that cannot work."""
-    check_types(config, "")
+    _check_types(config, "")
     _validate_model(config.model)
     validate_attention(config.attention, config.model.num_layers)
     _validate_training(config)
@@ -171,16 +176,16 @@ def validate(config: Config) -> Config:
 
 def validate_attention(attention: AttentionConfig, num_layers: int) -> AttentionConfig:
     """Checks one attention section against the number of layers it is to serve."""
-    one_of("attention.pattern", attention.pattern, PATTERNS)
-    one_of("attention.separators", attention.separators, SEPARATOR_POLICIES)
-    one_of("attention.stream_positions", attention.stream_positions, STREAM_POSITIONS)
-    at_least("attention.num_sinks", attention.num_sinks, 0)
-    at_least("attention.window_size", attention.window_size, 1)
-    at_least("attention.interval", attention.interval, 1)
-    at_least("attention.max_separators", attention.max_separators, 0)
-    at_least("attention.capacity", attention.capacity, 0)
+    _one_of("attention.pattern", attention.pattern, PATTERNS)
+    _one_of("attention.separators", attention.separators, SEPARATOR_POLICIES)
+    _one_of("attention.stream_positions", attention.stream_positions, STREAM_POSITIONS)
+    _at_least("attention.num_sinks", attention.num_sinks, 0)
+    _at_least("attention.window_size", attention.window_size, 1)
+    _at_least("attention.interval", attention.interval, 1)
+    _at_least("attention.max_separators", attention.max_separators, 0)
+    _at_least("attention.capacity", attention.capacity, 0)
     for n in attention.layer_windows:
-        at_least("attention.layer_windows", n, 1)
+        _at_least("attention.layer_windows", n, 1)
     if attention.layer_windows and len(attention.layer_windows) != num_layers:
         raise ConfigError(
             f"attention.layer_windows has {len(attention.layer_windows)} windows but the model has {num_layers} "
@@ -213,8 +218,8 @@ def _validate_gate(attention: AttentionConfig, num_layers: int) -> None:
             f"attention.gate_layer={attention.gate_layer} must be 0 (the gate reads embeddings) to {num_layers - 1}: "
             f"of the model's {num_layers} layers one at least must see what the gate keeps"
         )
-    at_least("attention.gate_stretch", attention.gate_stretch, 1)
-    at_least("attention.gate_keep", attention.gate_keep, 0)
+    _at_least("attention.gate_stretch", attention.gate_stretch, 1)
+    _at_least("attention.gate_keep", attention.gate_keep, 0)
     if attention.gate_keep > attention.gate_stretch:
         raise ConfigError(
             f"attention.gate_keep={attention.gate_keep} of every gate_stretch={attention.gate_stretch} tokens are more "
@@ -237,16 +242,16 @@ def layer_windows(attention: AttentionConfig, num_layers: int, length: int) -> t
 
 def _validate_model(model: ModelConfig) -> None:
     for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
-        at_least(f"model.{name}", getattr(model, name), 1)
-    one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
-    one_of("model.activation", model.activation, ("silu", "gelu", "gelu_tanh"))
-    one_of("model.position_embedding", model.position_embedding, ("rope", "learned"))
-    one_of("model.dtype", model.dtype, ("float32", "bfloat16", "float16"))
-    one_of("model.remat", model.remat, ("none", "dots", "full"))
-    one_of("model.rope.scaling", model.rope.scaling, ("none", "linear", "llama3", "yarn"))
-    at_least("model.max_positions", model.max_positions, 1)
-    at_least("model.rope.factor", model.rope.factor, 1)
-    at_least("model.rope.original_context", model.rope.original_context, 1)
+        _at_least(f"model.{name}", getattr(model, name), 1)
+    _one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
+    _one_of("model.activation", model.activation, ("silu", "gelu", "gelu_tanh"))
+    _one_of("model.position_embedding", model.position_embedding, ("rope", "learned"))
+    _one_of("model.dtype", model.dtype, ("float32", "bfloat16", "float16"))
+    _one_of("model.remat", model.remat, ("none", "dots", "full"))
+    _one_of("model.rope.scaling", model.rope.scaling, ("none", "linear", "llama3", "yarn"))
+    _at_least("model.max_positions", model.max_positions, 1)
+    _at_least("model.rope.factor", model.rope.factor, 1)
+    _at_least("model.rope.original_context", model.rope.original_context, 1)
     if model.num_heads % model.num_kv_heads:
         raise ConfigError(
             f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.num_kv_heads}; "
@@ -270,18 +275,18 @@ def _validate_training(config: Config) -> None:
         ("training", ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")),
     ):
         for name in names:
-            at_least(f"{section}.{name}", getattr(getattr(config, section), name), 1)
+            _at_least(f"{section}.{name}", getattr(getattr(config, section), name), 1)
     for name in ("warmup_steps", "learning_rate", "final_learning_rate", "weight_decay", "z_loss"):
-        at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
+        _at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
     for name in ("b1", "b2"):
         if not 0 <= getattr(optimizer, name) < 1:
             raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} must be 0 or more and below 1")
     if not optimizer.clip_norm > 0:
         raise ConfigError(f"optimizer.clip_norm={optimizer.clip_norm} must be above 0; a large one never clips")
-    at_least("data.num_workers", data.num_workers, 0)
-    at_least("data.max_bad_documents", data.max_bad_documents, 0)
+    _at_least("data.num_workers", data.num_workers, 0)
+    _at_least("data.max_bad_documents", data.max_bad_documents, 0)
     for name in ("max_skipped_steps", "spike_factor", "gate_noise"):
-        at_least(f"training.{name}", getattr(config.training, name), 0)
+        _at_least(f"training.{name}", getattr(config.training, name), 0)
     if 0 < config.training.spike_factor <= 1:
         raise ConfigError(
             f"training.spike_factor={config.training.spike_factor} would fail ordinary steps; set it above 1, for "
@@ -339,7 +344,7 @@ def _from_dict(cls: Any, values: Any, path: str) -> Any:
             kwargs[name] = _from_dict(kind, value, f"{path}{name}.")
             continue
         kwargs[name] = tuple(value) if isinstance(value, list) else value
-        check_type(path + name, kwargs[name], kind)
+        _check_type(path + name, kwargs[name], kind)
     return cls(**kwargs)
 
 
@@ -349,7 +354,7 @@ def field_types(cls: Any = Config, prefix: str = "") -> dict[str, str]:
     for field in dataclasses.fields(cls):
         name = prefix + field.name
         types |= field_types(field.type, f"{name}.") if dataclasses.is_dataclass(field.type) else {name: field.type}
-    return {name: type_name(kind) for name, kind in types.items()}
+    return {name: _type_name(kind) for name, kind in types.items()}
 
 
 def load_config(path: str | Path) -> Config:

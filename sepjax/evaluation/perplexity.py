@@ -19,7 +19,7 @@ from jaxtyping import Float64
 
 from sepjax.config import AttentionConfig, layer_windows
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.model.attend import forward, layer_layouts
+from sepjax.model.attend import layer_layouts, run_rows
 from sepjax.model.transformer import Transformer, merge, split
 from sepjax.separators import configured_table, flag_separators
 from sepjax.training.loss import cross_entropy_sums
@@ -213,15 +213,15 @@ def _sums(
     model = merge(graph, params)
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    hidden, _ = forward(model, tokens, positions, is_separator, segment_ids, attention)
+    rows = run_rows(model, tokens, positions, is_separator, segment_ids, attention)
     scored = segment_ids != 0
 
     def row(inputs: tuple[jax.Array, ...]) -> jax.Array:
         hidden, targets, scored = (x[None] for x in inputs)
         return cross_entropy_sums(hidden, model.output_embedding(), targets, scored)[1]
 
-    nll = jax.lax.map(row, (hidden, targets, scored))
-    layers = layer_layouts(is_separator, segment_ids, attention, model.config.num_layers)
+    nll = jax.lax.map(row, (rows.hidden, targets, scored))
+    layers = layer_layouts(rows.is_separator, segment_ids, attention, model.config.num_layers)
     count = jnp.sum(scored, axis=1)
     last = jnp.maximum(count - 1, 0)
     keys = [(jnp.take_along_axis(x.keys_per_query(), last[:, None], axis=1)[:, 0], share) for x, share in layers]
@@ -229,7 +229,7 @@ def _sums(
     pairs = [(jnp.sum(layout.num_pairs(), dtype=jnp.float32), share) for layout, share in layers]
     visible = sum((pair * share for pair, share in pairs), jnp.zeros(()))
     causal = jnp.sum(layers[0][0].with_window(T).num_pairs(), dtype=jnp.float32)
-    separators = jnp.sum(is_separator, dtype=jnp.float32)
+    separators = jnp.sum(rows.is_separator, dtype=jnp.float32)
     return jnp.stack([nll, count.astype(jnp.float32), kept]), jnp.stack([visible, causal, separators])
 
 

@@ -97,27 +97,32 @@ def run_rows(
     positions = in_context_order(positions)
     with_rope = _with_rope(model.config, positions, keep_keys)
     x = model.embed(in_context_order(tokens), positions)
-    inputs, scores = jnp.asarray(windows, jnp.int32), None
+    scores, inputs = None, jnp.asarray(windows, jnp.int32)
     if attention.pattern == "gated":
-        g, gate = attention.gate_layer, needs_gate(model, attention)
-        below = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, windows[0])
-        x, low_keys = model.run_layers(x, with_rope(_rows(below, attention, windows[:g])), inputs, 0, g)
+        gate, g = needs_gate(model, attention), attention.gate_layer
+        none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, windows[0])
+        x, keys_below = model.run_layers(x, with_rope(_rows(none, attention, windows[:g])), inputs, 0, g)
         scores = constrain(_in_text_order(gate(x)), "batch", None)
-        is_separator = keep_best(scores if gate_noise is None else scores + gate_noise, below, attention)
-        far_scale = None if gate_noise is None else straight_through(scores)
+        is_separator = keep_best(scores if gate_noise is None else scores + gate_noise, none, attention)
         layout = batch_layout(is_separator, segment_ids, attention, windows[g])
-        attend = with_rope(_rows(layout, attention, windows[g:], far_scale))
-        x, keys = model.run_layers(x, attend, inputs, g)
-        keys = jax.tree.map(lambda low, high: jnp.concatenate([low, high]), low_keys, keys)
+        far_scale = None if gate_noise is None else straight_through(scores)
+        x, keys = model.run_layers(x, with_rope(_rows(layout, attention, windows[g:], far_scale)), inputs, g)
+        keys = jax.tree.map(lambda below, above: jnp.concatenate([below, above]), keys_below, keys)
     else:
-        if attention.pattern == "dense" and ways("length") == 1:
-            attend_rows = _dense(segment_ids if attention.document_mask else None)
-        else:
-            layout = batch_layout(is_separator, segment_ids, attention, windows[0])
-            attend_rows = _rows(layout, attention, windows)
-        x, keys = model.run_layers(x, with_rope(attend_rows), inputs)
+        attend = _whole_pattern(is_separator, segment_ids, attention, windows)
+        x, keys = model.run_layers(x, with_rope(attend), inputs)
     hidden = model.final_norm(x)
     return Rows(hidden if context_order else _in_text_order(hidden), keys, is_separator, scores)
+
+
+def hidden_before_gate(
+    model: Transformer, tokens: Tokens, positions: Positions, segment_ids: SegmentIds, attention: AttentionConfig
+) -> Float[jax.Array, "B T D"]:
+    """What a gate would read: the hidden states that enter layer g, behind layers that see sinks and window."""
+    g, windows = attention.gate_layer, layer_windows(attention, model.config.num_layers, tokens.shape[1])
+    none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, windows[0])
+    attend = _with_rope(model.config, positions, False)(_rows(none, attention, windows[:g]))
+    return model.run_layers(model.embed(tokens, positions), attend, jnp.asarray(windows, jnp.int32), 0, g)[0]
 
 
 def in_context_order(x: Array) -> Array:
@@ -169,6 +174,15 @@ def layer_layouts(
 
 
 type _Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _whole_pattern(
+    is_separator: Array, segment_ids: Array | None, attention: AttentionConfig, windows: tuple[int, ...]
+) -> _Attend:
+    """Attention of patterns that flags alone describe."""
+    if attention.pattern == "dense" and ways("length") == 1:
+        return _dense(segment_ids if attention.document_mask else None)
+    return _rows(batch_layout(is_separator, segment_ids, attention, windows[0]), attention, windows)
 
 
 def _rows(

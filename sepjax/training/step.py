@@ -58,12 +58,20 @@ def create_state(config: Config, params: Params | None = None) -> TrainState:
       params: float32 parameters to begin with; None: random ones from `training.seed`. So is a gate that they lack and
         the pattern needs.
     """
-    if params is None or ("gate" not in params and config.attention.pattern == "gated"):
-        _, fresh = split(create(config.model, config.attention, jax.random.key(config.training.seed)))
-        params = fresh if params is None else params | {"gate": fresh["gate"]}
+    if params is None:
+        _, params = split(create(config.model, config.attention, jax.random.key(config.training.seed)))
+    params = with_gate(config, params)
     optimizer = make_optimizer(config.optimizer, config.training.steps).init(params)
     health = Health(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer, health)
+
+
+def with_gate(config: Config, params: Params) -> Params:
+    """The parameters, and where the pattern needs a gate that they lack, one drawn from `training.seed`."""
+    if "gate" in params or config.attention.pattern != "gated":
+        return params
+    _, fresh = split(create(config.model, config.attention, jax.random.key(config.training.seed)))
+    return params | {"gate": fresh["gate"]}
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
