@@ -43,7 +43,7 @@ class Gate(nnx.Module):
         return self.down(hidden)[..., 0]
 
 
-def needs_gate(model: nnx.Module, attention: AttentionConfig) -> Gate:
+def needs_gate(model: Any, attention: AttentionConfig) -> Gate:
     """The gate of a model under a gated pattern. Raises ConfigError where it has none."""
     gate = getattr(model, "gate", None)
     if gate is None:

@@ -34,6 +34,11 @@ class StreamSizes:
                 'attention.pattern="dense" keeps every token, so a stream without end would need a cache without end; '
                 'use "separator", "sink_window" or "fixed_interval", or set max_new_tokens'
             )
+        if attention.pattern == "gated":
+            raise ConfigError(
+                'attention.pattern="gated" is not served by a bounded cache; stream over a growing cache '
+                '(bounded=False), or use "separator", "sink_window" or "fixed_interval"'
+            )
         if len(set(attention.layer_windows)) > 1:
             raise ConfigError(
                 f"attention.layer_windows={attention.layer_windows}: a bounded cache has one window for all layers; "

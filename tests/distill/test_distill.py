@@ -1,6 +1,7 @@
 """Gates learned from a dense model's attention: what is observed, what is learned, and what becomes of the workdir."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def test_worth_is_what_the_dense_model_looks_at():
     tokens = np.random.default_rng(0).integers(0, 320, (1, T)).astype(np.int32)
     segments = np.repeat([[1, 2, 0]], [30, 14, 4], axis=1).astype(np.int32)
     positions = np.concatenate([np.arange(30), np.arange(14), np.zeros(4)])[None].astype(np.int32)
-    seen = observe(model, tokens, positions, segments, GATED)
+    seen = jax.jit(lambda: observe(model, tokens, positions, segments, GATED))()
 
     def weighed(q, k, v, layer):
         q, k = (rotate(x, rope_table(positions, MODEL.rope, MODEL.head_dim)) for x in (q, k))
@@ -45,11 +46,11 @@ def test_worth_is_what_the_dense_model_looks_at():
         weights = jax.nn.softmax(jnp.where(sees, scores, -jnp.inf))
         return jnp.einsum("bhts,bsd->bthd", weights, v[:, :, 0]), weights
 
-    _, weights = model.run_layers(model.embed(tokens, positions), weighed)
+    _, weights = jax.jit(lambda: model.run_layers(model.embed(tokens, positions), weighed))()
     far = np.arange(T)[:, None] - np.arange(T) >= GATED.window_size
     expected = np.sum(np.where(far, np.asarray(weights)[1, 0], 0) ** 2, axis=(0, 1))  # layers from the gate on: one
     np.testing.assert_allclose(np.asarray(seen.worth)[0, :44], expected[:44], rtol=1e-4, atol=1e-7)
-    # A stretch is judged if 8 queries are far from all of it: 15 from 0 ... 7, but 7 of the document's 30 from 8 ... 15.
+    # A stretch is judged if 8 queries are far from all of it: 15 are from 0 ... 7, but only 7 from 8 ... 15.
     np.testing.assert_array_equal(np.flatnonzero(seen.is_judged), np.arange(1, 8))
 
 
@@ -99,9 +100,9 @@ def test_a_gate_learns_what_to_keep_and_goes_wherever_models_go(config, tmp_path
     scores = {x.pattern: x for x in evaluate(tmp_path / "gate", length=64)}
     assert set(scores) == {"separator", "dense", "sink_window", "fixed_interval", "gated"}
     assert scores["sink_window"].kv_kept < scores["gated"].kv_kept < scores["sink_window"].kv_kept + 1 / 8
-    assert "gated" not in {x.pattern for x in evaluate(config.training.init_from, length=64, max_documents=1)}
+    assert "gated" not in {x.pattern for x in evaluate(Path(config.training.init_from), length=64, max_documents=1)}
     with pytest.raises(ConfigError, match="needs a model with a gate, and this one has none"):
-        evaluate(config.training.init_from, ["gated"], length=64, max_documents=1)
+        evaluate(Path(config.training.init_from), ["gated"], length=64, max_documents=1)
 
     still = OptimizerConfig(learning_rate=0.0, final_learning_rate=0.0, warmup_steps=0, accumulation_steps=2)
     begun = dataclasses.replace(config.training, init_from=str(tmp_path / "gate"))
