@@ -53,7 +53,7 @@ from sepjax.provenance import provenance
 
 def evaluate(
     workdir: Path,
-    patterns: Sequence[str] = PATTERNS,
+    patterns: Sequence[str] = (),
     *,
     arms: str = "",
     equal: str = "",
@@ -71,13 +71,14 @@ def evaluate(
     far: int = 0,
     **settings: Any,
 ) -> list[compare.Score]:
-    """Scores a run or a pretrained model under each of `patterns`; 0 and "" stand for its own settings.
+    """Scores a run or a pretrained model under each of `patterns`, or all that it can run; 0 and "": its own settings.
 
     `arms` (`sepjax.evaluation.arms`) take the place of `patterns`, and so does `equal`: all patterns at the separators'
     "kv" or "pairs". Further `settings` are those of `sepjax.load`.
     """
     model, tokenizer = sepjax.load(workdir, step=step, **settings)
     config = _config(workdir, model)
+    patterns = patterns or [pattern for pattern in PATTERNS if pattern != "gated" or model.gate is not None]
     attentions = [_attention(config, pattern, window_size) for pattern in ["separator", *patterns]]
     documents = _documents(workdir, config, text, split, max_documents)
     length = length or config.data.sequence_length
@@ -293,7 +294,7 @@ if __name__ == "__main__":
     def _windows(path: Path, output: Path) -> Sequence[Any]:
         scores = evaluate(
             path,
-            PATTERN.value or PATTERNS,
+            PATTERN.value or (),
             arms=ARMS.value,
             equal=COMPARE_AT.value if COMPARE.value else "",
             text=TEXT.value,

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from sepjax.config import Config, ConfigError, ModelConfig, from_json, validate
+from sepjax.console import say
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.convert import keep_origin
 from sepjax.loading import load, load_shape, locate
@@ -91,8 +92,11 @@ def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, do
         )
     if jax.process_index() == 0:
         keep_origin(source, workdir)
+    params = split(model)[1]
+    if (pattern := config.attention.pattern) != "gated" and params.pop("gate", None) is not None:
+        say(f"{workdir}: the gate of {source} is left out, attention.pattern={pattern!r} has no use for it")
     begin = functools.partial(create_state, config)
-    return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(split(model)[1])
+    return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def _computed_alike(shape: ModelConfig, like: ModelConfig) -> ModelConfig:

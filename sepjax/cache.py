@@ -13,6 +13,9 @@ overwritten the moment it leaves the window:
     append 9   0 2  5 | 8 9 6 7     token 5 = 9 - W leaves its ring slot for the global region, token 9 takes its place
 
 A token is never in two slots. Layers may see windows n <= W: what is older than n is hidden, not dropped.
+
+With a gate, who is global is known when a stretch is over, which is while all of it is in the ring. Until then the best
+so far are marked, and the scores of the unfinished stretch are kept.
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ import dataclasses
 import jax
 import jax.core
 import jax.numpy as jnp
+from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import ModelConfig
@@ -42,13 +46,17 @@ class SeparatorCache:
     is_global: Bool[jax.Array, "B C"]  # the token stays visible for ever; False where empty
     length: Int32[jax.Array, "B"]  # tokens seen, which is the position of the next one
     num_global: Int32[jax.Array, "B"]  # tokens that needed a global slot; above S some were lost (see `append`)
+    scores: Float32[jax.Array, "B P"]  # a gate's, of the unfinished stretch; -inf: a sink, or not there yet. Else P = 0
     window_size: int = dataclasses.field(metadata={"static": True})  # W
+    keep: int = dataclasses.field(metadata={"static": True}, default=0)  # tokens of a stretch that stay
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
     __no_type_check__ = True
 
     @classmethod
-    def create(cls, config: ModelConfig, batch_size: int, *, window_size: int, capacity: int) -> "SeparatorCache":
+    def create(
+        cls, config: ModelConfig, batch_size: int, *, window_size: int, capacity: int, stretch: int = 0, keep: int = 0
+    ) -> "SeparatorCache":
         """An empty cache for `batch_size` rows.
 
         Args:
@@ -56,6 +64,8 @@ class SeparatorCache:
           batch_size: B.
           window_size: W >= 1, the largest window of any layer; or the whole length, and nothing is ever evicted.
           capacity: S >= 0, slots of the global region.
+          stretch: P, tokens of which a gate keeps the best `keep`; W must be no less. 0: there is no gate.
+          keep: see `stretch`.
 
         Raises:
           ValueError: for W < 1 or S < 0.
@@ -73,7 +83,9 @@ class SeparatorCache:
             is_global=jnp.zeros(slots, bool),
             length=jnp.zeros(batch_size, jnp.int32),
             num_global=jnp.zeros(batch_size, jnp.int32),
+            scores=jnp.full((batch_size, stretch), -jnp.inf),
             window_size=window_size,
+            keep=keep,
         )
 
     @classmethod
@@ -83,19 +95,25 @@ class SeparatorCache:
         v: Float[Array, "L B T K H"],
         is_global: Bool[Array, "B T"],
         lengths: Int32[Array, "B"],
+        scores: Float32[Array, "B T"] | None = None,
         *,
         window_size: int,
         capacity: int,
+        stretch: int = 0,
+        keep: int = 0,
     ) -> "SeparatorCache":
         """The cache after right-padded prompts: what appending their tokens one by one would have made.
 
         Args:
           k: keys of every token, rotated.
           v: values of every token.
-          is_global: which tokens are sinks or separators; ignored at and beyond a row's length.
+          is_global: which tokens are sinks, separators or a gate's choice; ignored at and beyond a row's length.
           lengths: tokens of each row, 0 to T.
+          scores: a gate's, -inf for sinks; with `stretch`.
           window_size: W, as for `create`.
           capacity: S; rows with more global tokens before their last W overflow, as `append` describes.
+          stretch: P, as for `create`.
+          keep: as for `create`.
         """
         B, T = is_global.shape
         rows = jnp.arange(B)[:, None]
@@ -119,7 +137,9 @@ class SeparatorCache:
             is_global=filled & is_global[rows, position],
             length=jnp.asarray(lengths),
             num_global=jnp.sum(evicted, axis=1, dtype=jnp.int32),
+            scores=_unfinished(scores, lengths, stretch),
             window_size=window_size,
+            keep=keep,
         )
 
     @property
@@ -136,10 +156,14 @@ class SeparatorCache:
         """Tokens that each row holds; over `length`, the tokens it has seen, this is the measured `kv_kept`."""
         return jnp.sum(self.position >= 0, axis=1, dtype=jnp.int32)
 
-    def visible(self, window_size: int | Int32[Array, ""]) -> Bool[jax.Array, "B C"]:
-        """The slots that the next token of each row sees through a window n <= W, itself excluded."""
+    def visible(self, window_size: int | Int32[Array, ""], num_sinks: int | None = None) -> Bool[jax.Array, "B C"]:
+        """The slots that the next token of each row sees through a window n <= W, itself excluded.
+
+        num_sinks: for layers that see so many sinks and no other global token; None: they see all.
+        """
         distance = self.length[:, None] - self.position
-        return (self.position >= 0) & (self.is_global | (distance < window_size))
+        stays = self.is_global if num_sinks is None else self.position < num_sinks
+        return (self.position >= 0) & (stays | (distance < window_size))
 
     def is_full(self) -> Bool[jax.Array, "B"]:
         """Rows whose next token would push a global one out of the ring with no slot left for it: `grow` first."""
@@ -156,6 +180,7 @@ class SeparatorCache:
         v: Float[Array, "L B K H"],
         is_global: Bool[Array, "B"],
         active: Bool[Array, "B"] | None = None,
+        score: Float32[Array, "B"] | None = None,
     ) -> "SeparatorCache":
         """Adds the next token of every row; one that leaves the window stays only if it is global.
 
@@ -164,6 +189,7 @@ class SeparatorCache:
           v: its values.
           is_global: whether it is a sink or a separator.
           active: rows to change, the others stay as they are; None: all.
+          score: a gate's, -inf for a sink; for a cache of stretches.
 
         Raises:
           ValueError: a row is full. Inside jit nothing can be raised: the token that needed the slot is lost and
@@ -189,7 +215,7 @@ class SeparatorCache:
             pair = jnp.stack([x[:, rows, :, ring], jnp.swapaxes(new, 0, 1)], axis=1)
             return _placed(x.at[:, rows[:, None], :, slots].set(pair, mode="drop", unique_indices=True))
 
-        return dataclasses.replace(
+        put_all = dataclasses.replace(
             self,
             k=put_heads(self.k, k),
             v=put_heads(self.v, v),
@@ -197,6 +223,25 @@ class SeparatorCache:
             is_global=put(self.is_global, is_global),
             length=self.length + active,
             num_global=self.num_global + leaves,
+        )
+        return put_all if score is None else put_all._mark_best(self.length, score, active)
+
+    def _mark_best(self, p: Array, score: Array, active: Array) -> "SeparatorCache":
+        """Marks the best of the stretch of position `p`[B], which has just been put into the ring with this score."""
+        P = self.scores.shape[1]
+        place, other = (p % P)[:, None], jnp.arange(P, dtype=jnp.int32)
+        scores = jnp.where(other == place, score[:, None], self.scores)
+        rivals, own = scores[:, None, :], scores[..., None]
+        better = (rivals > own) | ((rivals == own) & (other < other[:, None]))  # of equal ones the earlier is better
+        is_best = jnp.sum(better, axis=2) < self.keep
+        is_there = active[:, None] & (scores > -jnp.inf)
+        slots = self.capacity + (p[:, None] - place + other) % self.window_size
+        slots = jnp.where(is_there, slots, self.position.shape[1])
+        scores = jnp.where(place == P - 1, -jnp.inf, scores)  # the next one begins a stretch
+        return dataclasses.replace(
+            self,
+            is_global=self.is_global.at[jnp.arange(len(p))[:, None], slots].set(is_best, mode="drop"),
+            scores=jnp.where(active[:, None], scores, self.scores),
         )
 
     def grow(self, capacity: int) -> "SeparatorCache":
@@ -222,6 +267,16 @@ class SeparatorCache:
         """The ring slot of each row's next token, and whether a global token lies there, to be copied first."""
         ring = self.capacity + self.length % self.window_size
         return ring, self.is_global[jnp.arange(len(ring)), ring]
+
+
+def _unfinished(scores: Array | None, lengths: Array, stretch: int) -> jax.Array:
+    """[B, P] of the scores[B, T]: those of each row's unfinished stretch."""
+    if scores is None:
+        return jnp.full((len(lengths), stretch), -jnp.inf)
+    place = jnp.arange(stretch, dtype=jnp.int32)
+    count = (lengths % stretch)[:, None]
+    index = jnp.minimum(lengths[:, None] - count + place, scores.shape[1] - 1)
+    return jnp.where(place < count, jnp.take_along_axis(jnp.asarray(scores), index, axis=1), -jnp.inf)
 
 
 def _placed(x: jax.Array) -> jax.Array:

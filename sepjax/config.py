@@ -5,28 +5,29 @@ A config file (`configs/*.py`) has a `get_config()` that returns a `Config`. Fla
 """
 
 import dataclasses
-import difflib
 import importlib.util
 import json
-import typing
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-PATTERNS = ("separator", "dense", "sink_window", "fixed_interval")
-SEPARATOR_POLICIES = ("punctuation", "paper", "ids")
-STREAM_POSITIONS = ("slot", "absolute")
+from sepjax.attention_config import BOUNDED_PATTERNS, PATTERNS, AttentionConfig, layer_windows, validate_attention
+from sepjax.checks import ConfigError, UserError, nearest
+from sepjax.checks import at_least as _at_least
+from sepjax.checks import check_type as _check_type
+from sepjax.checks import check_types as _check_types
+from sepjax.checks import one_of as _one_of
+from sepjax.checks import type_name as _type_name
 
-
-class UserError(Exception):
-    """A mistake that the user can mend: entry points print the message alone, without a traceback."""
-
-    exit_code = 2  # of the program (docs/reliability.md)
-    label = "error"  # before the message
-
-
-class ConfigError(UserError, ValueError):
-    """A setting that cannot work: the message says which, what was given, what is expected and how to fix it."""
+__all__ = [  # of other files, for whoever reads a config
+    "BOUNDED_PATTERNS",
+    "PATTERNS",
+    "AttentionConfig",
+    "ConfigError",
+    "UserError",
+    "layer_windows",
+    "nearest",
+    "validate_attention",
+]
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -75,26 +76,6 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class AttentionConfig:
-    """Who attends to whom, and how much a cache may hold (METHOD letters in brackets)."""
-
-    pattern: str = "separator"  # one of PATTERNS
-    num_sinks: int = 4  # [a] first tokens of each document, always visible
-    window_size: int = 64  # [n, w] keys of the local window, the query itself included
-    layer_windows: tuple[int, ...] = ()  # one n per layer; empty: window_size everywhere
-    separators: str = "punctuation"  # one of SEPARATOR_POLICIES
-    separator_ids: tuple[int, ...] = ()  # for separators="ids"
-    interval: int = 8  # [delta] for pattern="fixed_interval": every delta-th token is kept
-    max_separators: int = 64  # [s] slots in a bounded streaming cache
-    cache_size: int = 0  # [c] slots of the streaming cache; 0: 2 * (a + s + w)
-    stream_positions: str = "slot"  # one of STREAM_POSITIONS: what a bounded cache rotates by, its slots or the text
-    keep_all_separators: bool = False  # in a bounded cache: a full one ends the stream, no separator makes room
-    document_mask: bool = True  # False: the official row-wise behaviour, documents of a row see each other
-    capacity: int = 0  # packed global keys per row; 0: as many as the row is long (docs/decisions.md, 17)
-    implementation: str | None = None  # of separator_attention; None: the best that fits the device
-
-
-@dataclasses.dataclass(unsafe_hash=True)
 class DataConfig:
     """Where text comes from and how it becomes batches."""
 
@@ -140,6 +121,7 @@ class TrainingConfig:
     spike_factor: float = 0.0  # a loss above so many times the running mean fails its step; 0: no loss does
     seed: int = 0
     init_from: str = ""  # what a new run begins with instead of random numbers: whatever sepjax.load reads
+    gate_noise: float = 1.0  # scale of the Gumbel noise on a gate's scores at the first step; it falls to 0 at the last
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -170,50 +152,12 @@ def validate(config: Config) -> Config:
     _validate_model(config.model)
     validate_attention(config.attention, config.model.num_layers)
     _validate_training(config)
+    if config.attention.pattern not in PATTERNS:
+        raise ConfigError(
+            f"attention.pattern={config.attention.pattern!r} needs a bounded cache, training has whole rows; train "
+            'with "sink_window", "separator" or "gated", and stream with it'
+        )
     return config
-
-
-def validate_attention(attention: AttentionConfig, num_layers: int) -> AttentionConfig:
-    """Checks one attention section against the number of layers it is to serve."""
-    _one_of("attention.pattern", attention.pattern, PATTERNS)
-    _one_of("attention.separators", attention.separators, SEPARATOR_POLICIES)
-    _one_of("attention.stream_positions", attention.stream_positions, STREAM_POSITIONS)
-    _at_least("attention.num_sinks", attention.num_sinks, 0)
-    _at_least("attention.window_size", attention.window_size, 1)
-    _at_least("attention.interval", attention.interval, 1)
-    _at_least("attention.max_separators", attention.max_separators, 0)
-    _at_least("attention.capacity", attention.capacity, 0)
-    for n in attention.layer_windows:
-        _at_least("attention.layer_windows", n, 1)
-    if attention.layer_windows and len(attention.layer_windows) != num_layers:
-        raise ConfigError(
-            f"attention.layer_windows has {len(attention.layer_windows)} windows but the model has {num_layers} "
-            "layers; give one window per layer, or leave it empty to use attention.window_size everywhere"
-        )
-    if attention.separators == "ids" and not attention.separator_ids and attention.pattern == "separator":
-        raise ConfigError('attention.separators="ids" needs attention.separator_ids, got none; list the token ids')
-    held = attention.num_sinks + attention.max_separators + attention.window_size
-    if attention.pattern == "sink_window":  # StreamingLLM: no separators, and the window may take all the rest
-        held -= attention.max_separators + 1
-    if attention.cache_size and held >= attention.cache_size:
-        if attention.pattern == "sink_window":
-            raise ConfigError(
-                f"attention.cache_size={attention.cache_size} must be at least num_sinks + window_size = "
-                f"{attention.num_sinks} + {attention.window_size} = {held + 1}; raise it or lower window_size"
-            )
-        raise ConfigError(
-            f"attention.cache_size={attention.cache_size} must exceed num_sinks + max_separators + window_size = "
-            f"{attention.num_sinks} + {attention.max_separators} + {attention.window_size} = {held}; "
-            f"set cache_size to {held + 1} or more (0 picks {2 * held})"
-        )
-    return attention
-
-
-def layer_windows(attention: AttentionConfig, num_layers: int, length: int) -> tuple[int, ...]:
-    """The window n of every layer; a dense layer is a window of `length`, which must cover the whole sequence."""
-    if attention.pattern == "dense":
-        return (length,) * num_layers
-    return attention.layer_windows or (attention.window_size,) * num_layers
 
 
 def _validate_model(model: ModelConfig) -> None:
@@ -261,7 +205,7 @@ def _validate_training(config: Config) -> None:
         raise ConfigError(f"optimizer.clip_norm={optimizer.clip_norm} must be above 0; a large one never clips")
     _at_least("data.num_workers", data.num_workers, 0)
     _at_least("data.max_bad_documents", data.max_bad_documents, 0)
-    for name in ("max_skipped_steps", "spike_factor"):
+    for name in ("max_skipped_steps", "spike_factor", "gate_noise"):
         _at_least(f"training.{name}", getattr(config.training, name), 0)
     if 0 < config.training.spike_factor <= 1:
         raise ConfigError(
@@ -286,41 +230,6 @@ def _validate_training(config: Config) -> None:
     axes = dataclasses.asdict(config.mesh)
     if sum(size == -1 for size in axes.values()) > 1 or any(size < 1 and size != -1 for size in axes.values()):
         raise ConfigError(f"mesh={axes}: every axis needs a size of 1 or more, and at most one may be -1 (the rest)")
-
-
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{nearest(value, choices)}")
-
-
-def _at_least(name: str, value: int | float, least: int) -> None:
-    if not value >= least:  # so that NaN fails too
-        raise ConfigError(f"{name}={value} must be {least} or more")
-
-
-def _check_types(section: Any, path: str) -> None:
-    for field in dataclasses.fields(section):
-        value, name = getattr(section, field.name), path + field.name
-        _check_type(name, value, field.type)
-        if dataclasses.is_dataclass(value):
-            _check_types(value, f"{name}.")
-
-
-def _check_type(name: str, value: object, kind: Any) -> None:
-    if not _is_a(value, kind):
-        raise ConfigError(f"{name}={value!r} has the wrong type, expected {_type_name(kind)}")
-
-
-def _is_a(value: object, kind: Any) -> bool:
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_is_a(item, typing.get_args(kind)[0]) for item in value)
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not typing.get_origin(kind) else str(kind)
 
 
 def to_json(config: Any) -> str:
@@ -392,9 +301,3 @@ def load_config(path: str | Path) -> Config:
     if not isinstance(config, Config):
         raise ConfigError(f"get_config() of {str(path)!r} returned a {type(config).__name__}, expected a Config")
     return config
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean ...?" with the one of `names` that `name` resembles most, or nothing when none does."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -88,11 +88,16 @@ class SeparatorLayout:
 
     def as_mask(self) -> Bool[Array, "B T T"]:
         """The mask [b, i, j], true where query i sees key j. For tests, pictures and small T: it is quadratic."""
+        far, near = self.as_masks()
+        return far | near
+
+    def as_masks(self) -> tuple[Bool[Array, "B T T"], Bool[Array, "B T T"]]:
+        """`as_mask` in two parts without a common key: seen far, as a packed key, and seen near, in the window."""
         j = jnp.arange(self.length, dtype=jnp.int32)
         rank = self.global_count[:, None, :] - 1  # packed index of key j, where it is global
         far = self.is_global()[:, None, :] & (self.far_start[..., None] <= rank) & (rank < self.far_end[..., None])
         near = (self.near_start[..., None] <= j) & (j <= j[:, None])
-        return far | near
+        return far, near
 
     def keys_per_query(self) -> Int32[Array, "B T"]:
         """Number of keys that each query sees; 0 for padding."""

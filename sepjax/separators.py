@@ -50,10 +50,14 @@ def separator_table(tokenizer: Any, policy: str | Sequence[int] = "punctuation")
 
 def configured_table(tokenizer: Any, attention: AttentionConfig) -> np.ndarray:
     """Returns the bool[V] table that an attention config asks for; all False for patterns without separators."""
-    if attention.pattern != "separator":
+    if not _has_separators(attention):
         return np.zeros(len(token_texts(tokenizer)), bool)
     policy = attention.separator_ids if attention.separators == "ids" else attention.separators
     return separator_table(tokenizer, policy)
+
+
+def _has_separators(attention: AttentionConfig) -> bool:
+    return attention.pattern == "separator" or (attention.pattern == "watched" and attention.separators_first)
 
 
 def flag_separators(tokens: Any, positions: Any, table: Any, attention: AttentionConfig) -> Any:
@@ -70,7 +74,7 @@ def flag_separators(tokens: Any, positions: Any, table: Any, attention: Attentio
     if attention.pattern == "fixed_interval":
         return (positions + 1) % attention.interval == 0
     inside = (tokens >= 0) & (tokens < len(table))
-    if attention.pattern != "separator":
+    if not _has_separators(attention):
         return inside & False
     if isinstance(tokens, jax.Array):  # a tracer cannot index a NumPy table
         table = jnp.asarray(table)

@@ -53,8 +53,8 @@ def new_keys(positions):
 
 
 @jax.jit
-def append(cache, k, is_global, active):
-    return cache.append(k, -k, is_global, active)
+def append(cache, k, is_global, active, score=None):
+    return cache.append(k, -k, is_global, active, score)
 
 
 @jax.jit
@@ -116,6 +116,32 @@ def test_prompt_fills_the_cache_as_its_tokens_one_by_one(window_size, flags):
     for i in range(T):
         cache = append(cache, k[:, :, i], is_global[:, i], i < lengths)
     jax.tree.map(np.testing.assert_array_equal, filled, cache)
+
+
+@pytest.mark.parametrize("window_size", [4, 7, 20])
+@given(data=st.data(), keep=st.integers(0, 3))
+def test_of_every_stretch_the_best_stay(window_size, keep, data):
+    """A gate's cache against a list, and prompts against their tokens one by one."""
+    T, S, P, sinks = 12, 12, 4, 1
+    scores = np.array(data.draw(st.lists(st.sampled_from([-1.0, 0.5, 3.0]), min_size=ROWS * T, max_size=ROWS * T)))
+    scores = scores.reshape(ROWS, T).astype(np.float32)
+    scores[:, :sinks] = -np.inf
+    lengths = np.array(data.draw(st.lists(st.integers(0, T), min_size=ROWS, max_size=ROWS)), np.int32)
+    stays = np.zeros((ROWS, T), bool)
+    for b, first in np.ndindex(ROWS, T // P):
+        tokens = range(max(sinks, first * P), min(first * P + P, lengths[b]))
+        stays[b, sorted(tokens, key=lambda i, b=b: -scores[b, i])[:keep]] = True
+    stays[:, :sinks] = True
+    sizes = {"window_size": window_size, "capacity": S, "stretch": P, "keep": keep}
+    k = jnp.asarray(key_of(np.arange(2)[:, None, None], np.arange(ROWS)[:, None], np.arange(T)), jnp.float32)
+    filled = SeparatorCache.from_prompt(k, -k, stays, lengths, scores, **sizes)
+    cache = SeparatorCache.create(CONFIG, ROWS, **sizes)
+    for i in range(T):
+        cache = append(cache, k[:, :, i], np.full(ROWS, i < sinks), i < lengths, scores[:, i])
+    jax.tree.map(np.testing.assert_array_equal, filled, cache)
+    for b, length in enumerate(lengths):
+        held = {p for p in range(length) if stays[b, p] or p >= length - window_size}
+        assert set(np.asarray(cache.position[b])[np.asarray(cache.position[b]) >= 0].tolist()) == held
 
 
 @functools.partial(jax.jit, static_argnames=("num_sinks", "window_size"))
@@ -186,6 +212,8 @@ def test_bytes_are_those_of_the_arrays():
     cache = SeparatorCache.create(CONFIG, 2, window_size=3, capacity=5)
     keys = 2 * (2 * 2 * 3 * 8 * 2 * 4)  # k and v of L, B, K, C, H in float32
     assert cache.nbytes == keys + 2 * 8 * (4 + 1) + 2 * (4 + 4)
+    gated = SeparatorCache.create(CONFIG, 2, window_size=3, capacity=5, stretch=3, keep=1)
+    assert gated.nbytes == cache.nbytes + 2 * 3 * 4
     half = dataclasses.replace(CONFIG, dtype="bfloat16")
     assert SeparatorCache.create(half, 2, window_size=3, capacity=5).nbytes == cache.nbytes - keys // 2
 

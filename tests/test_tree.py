@@ -18,7 +18,8 @@ BENCH = {"flags", "provenance", "timing"}  # what a `bench.py` needs
 # Room -> the rooms it may import from, besides itself. Rooms that are not listed are above all of these.
 MAY_IMPORT = {
     "array_typing": set(),
-    "config": set(),
+    "checks": set(),
+    "config": {"checks"},
     "separators": BASE,
     "layout": BASE | {"separators"},
     "sharding": BASE,

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float32, Int32
 
 from sepjax.array_typing import Array, Keys, Queries
 from sepjax.attention.op import choose
+from sepjax.attention.packing import scaled
 from sepjax.attention.ranges import Ranges
 from sepjax.layout import SeparatorLayout
 
@@ -90,6 +91,7 @@ def context_attention(
     is_roomy: Bool[Array, ""] | bool,
     *,
     plan: ContextPlan,
+    far_scale: Float32[Array, "B row"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Queries, Float32[Array, "B T N"]]:
@@ -102,10 +104,11 @@ def context_attention(
       is_roomy: `fits(layout, C, plan.capacity)`, the same on all devices of the mesh; or True, where that is known: the
         other case is then not compiled.
       plan: with plan.halo >= n - 1 for the n that the layout was made with; a larger n would miss keys.
+      far_scale: as in `separator_attention`, of whole rows in the order of the text, the same on all devices.
       scale, implementation: as in `separator_attention`.
 
     Returns:
-      [B, T / C, N, H] in q's dtype, and the log-sum-exp float32[B, T / C, N]. Differentiable in q, k and v.
+      [B, T / C, N, H] in q's dtype, and the log-sum-exp float32[B, T / C, N]. Differentiable in q, k, v and far_scale.
 
     Raises:
       ValueError: T does not split into 2C chunks, or q has another part of the row.
@@ -122,16 +125,16 @@ def context_attention(
     attend = functools.partial(choose(implementation, q).attend_ranges, scale=scale)
     run = functools.partial(_attend, attend, plan)
     if plan.dense or is_roomy is True or plan.capacity >= q.shape[1]:
-        return run(min(plan.capacity, q.shape[1]), q, k, v, layout)
+        return run(min(plan.capacity, q.shape[1]), q, k, v, layout, far_scale)
     return lax.cond(
         is_roomy,
         functools.partial(run, plan.capacity),
         functools.partial(_head_by_head, functools.partial(run, q.shape[1])),
-        *(q, k, v, layout),
+        *(q, k, v, layout, far_scale),
     )
 
 
-def _head_by_head(run, q, k, v, layout):
+def _head_by_head(run, q, k, v, layout, far_scale):
     """`run` for one key head after the other, which keeps nothing of it for the gradients but computes it again.
 
     For the case that hardly ever comes: all its keys at once, of every layer, would be most of the memory of a long row
@@ -139,7 +142,7 @@ def _head_by_head(run, q, k, v, layout):
     """
     K = k.shape[2]
     heads = [jnp.moveaxis(x.reshape(*x.shape[:2], K, -1, x.shape[-1]), 2, 0) for x in (q, k, v)]
-    results = lax.map(jax.checkpoint(lambda x: run(*x, layout)), tuple(heads))
+    results = lax.map(jax.checkpoint(lambda x: run(*x, layout, far_scale)), tuple(heads))
     out, lse = (jnp.moveaxis(x, 0, 2) for x in results)
     return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
@@ -151,17 +154,19 @@ def gathered_keys(
     return _keys(plan, plan.capacity, _device(layout, plan), k, v)
 
 
-def _attend(attend, plan, capacity, q, k, v, layout):
+def _attend(attend, plan, capacity, q, k, v, layout, far_scale):
     if capacity == q.shape[1] and layout.capacity < layout.length:
         layout = layout.with_capacity(layout.length)
     device = _device(layout, plan)
-    near, far = _keys(plan, capacity, device, k, v)
+    near, (far_k, far_v) = _keys(plan, capacity, device, k, v)
+    if far_scale is not None and not plan.dense:
+        far_v = scaled(far_v, far_scale, layout.with_capacity(far_v.shape[1]))
     near_start, near_end = device.near_ranges(plan.halo, plan.sends_all(layout.length))
     far_start, far_end = (device.part(x) for x in (layout.far_start, layout.far_end))
     num_far = jnp.asarray(layout.num_global)
     if plan.dense:
         far_start, far_end, num_far = (jnp.zeros_like(x) for x in (far_start, far_end, num_far))
-    return attend(q, near, far, Ranges(far_start, far_end, near_start, near_end, num_far))
+    return attend(q, near, (far_k, far_v), Ranges(far_start, far_end, near_start, near_end, num_far))
 
 
 def _device(layout: SeparatorLayout, plan: ContextPlan) -> "_Device":

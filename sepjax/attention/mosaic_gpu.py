@@ -15,7 +15,16 @@ from jaxtyping import Float32
 from sepjax.array_typing import Array, Keys, Queries
 from sepjax.attention import mosaic_gpu_kernels as kernels
 from sepjax.attention.mosaic_gpu_kernels import KeyTiles, Shape, Tiles
-from sepjax.attention.packing import packed_index, unpack, unserved, vary_alike, with_positive_scale, with_room
+from sepjax.attention.packing import (
+    packed_index,
+    scaled,
+    unpack,
+    unserved,
+    value_gradients,
+    vary_alike,
+    with_positive_scale,
+    with_room,
+)
 from sepjax.attention.ranges import Ranges, whole_rows
 from sepjax.attention.target import target
 from sepjax.layout import SeparatorLayout
@@ -34,12 +43,18 @@ def unsupported(q: Queries) -> str | None:
 
 @functools.partial(jax.jit, static_argnames="scale")
 def attend(
-    q: Queries, k: Keys, v: Keys, layout: SeparatorLayout, *, scale: float
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    layout: SeparatorLayout,
+    far_scale: Float32[Array, "B T"] | None = None,
+    *,
+    scale: float,
 ) -> tuple[Queries, Float32[Array, "B T N"]]:
     """`separator_attention` and its log-sum-exp; the arguments are checked there and by `unsupported`."""
     q, scale = with_positive_scale(q, scale)
-    q, k, v, layout = _checked((q, k, v, layout))
-    return with_room(layout, lambda layout: _attend(*_aligned((q, k, v), layout), scale, q.shape[1]))
+    q, k, v, layout, far_scale = _checked((q, k, v, layout, far_scale))
+    return with_room(layout, lambda layout: _attend(*_aligned((q, k, v), layout), far_scale, scale, q.shape[1]))
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -76,30 +91,35 @@ def _aligned(arrays, layout):
     return *(_filled(x, kernels.ALIGNMENT) for x in arrays), layout.with_capacity(room + -room % _PACK_ROWS)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, layout, scale, length):
-    return _attend_forward(q, k, v, layout, scale, length)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, layout, far_scale, scale, length):
+    return _attend_forward(q, k, v, layout, far_scale, scale, length)[0]
 
 
-def _attend_forward(q, k, v, layout, scale, length):
+def _attend_forward(q, k, v, layout, far_scale, scale, length):
     shape = _shape(q, k, layout, scale)
-    far = _pack(shape, k, v, layout)
+    far_k, far_v = _pack(shape, k, v, layout)
+    far = far_k, scaled(far_v, far_scale, layout)
     results, saved = _forward(shape, (q, k, v, *far), whole_rows(layout), length)
-    return results, (saved, layout)
+    return results, (saved, layout, far_scale)
 
 
 def _attend_backward(scale, length, residuals, cotangents):
-    saved, layout = residuals
-    q, k = saved[0][:2]
+    saved, layout, far_scale = residuals
+    q, k, v = saved[0][:3]
     shape = _shape(q, k, layout, scale)
     dq, far_dk, far_dv, dk, dv = _backward(shape, saved, whole_rows(layout), length, cotangents)
 
-    def combine(far, near):
+    def to_tokens(far):
         far = unpack(far, layout, axis=1).reshape(shape.B, length, shape.K, -1, shape.H)
-        return (near[:, :length].astype(jnp.float32) + jnp.sum(far.astype(jnp.float32), axis=3)).astype(near.dtype)
+        return jnp.sum(far.astype(jnp.float32), axis=3)
 
-    pad = ((0, 0), (0, shape.T - length), (0, 0), (0, 0))
-    return dq, jnp.pad(combine(far_dk, dk), pad), jnp.pad(combine(far_dv, dv), pad), None
+    def filled(x):
+        return jnp.pad(x, ((0, 0), (0, shape.T - length), (0, 0), (0, 0)))
+
+    dk = (dk[:, :length].astype(jnp.float32) + to_tokens(far_dk)).astype(dk.dtype)
+    dv, d_scale = value_gradients(dv[:, :length], to_tokens(far_dv), v[:, :length], far_scale)
+    return dq, filled(dk), filled(dv), None, d_scale
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -12,8 +12,8 @@ from sepjax.layout import SeparatorLayout
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
-# Best first. `attend(q, k, v, layout, *, scale)` returns (out, lse), `attend_ranges` the same over any two arrays of
-# keys (`ranges.Ranges`); `unsupported(q)` says why neither can serve a call.
+# Best first. `attend(q, k, v, layout, far_scale, *, scale)` returns (out, lse), `attend_ranges` the same over any two
+# arrays of keys (`ranges.Ranges`); `unsupported(q)` says why neither can serve a call.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu, "tpu": tpu, "xla": xla, "reference": reference}
 
 
@@ -24,6 +24,7 @@ def separator_attention(
     v: Keys,
     layout: SeparatorLayout,
     *,
+    far_scale: Float32[Array, "B T"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     return_lse: Literal[False] = False,
@@ -37,6 +38,7 @@ def separator_attention(
     v: Keys,
     layout: SeparatorLayout,
     *,
+    far_scale: Float32[Array, "B T"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     return_lse: Literal[True],
@@ -49,6 +51,7 @@ def separator_attention(
     v: Keys,
     layout: SeparatorLayout,
     *,
+    far_scale: Float32[Array, "B T"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
@@ -56,13 +59,16 @@ def separator_attention(
     """Attention in which every query sees its window, and the sinks and separators before it.
 
     The answer is exact whatever the layout's capacity: a row with more global keys than that (possible under jit only)
-    is computed with room for all of its tokens. Differentiable once in q, k and v, through both outputs.
+    is computed with room for all of its tokens. Differentiable once in q, k, v and far_scale, through both outputs.
 
     Args:
       q: [B, T, N, H], float32, bfloat16 or float16.
       k: [B, T, K, H] of q's dtype; N is a multiple of K, and query heads kN/K ... (k + 1)N/K - 1 share key head k.
       v: like k.
       layout: who sees whom, from `build_layout`, for the same B and T.
+      far_scale: float32[B, T], a factor on the value of each token for those queries that see it far, as a packed key,
+        and not for those that have it in their window; None: 1. Where all are 1, its gradient says what far use of each
+        token is worth.
       scale: of the scores; None: H ** -0.5.
       implementation: "mosaic_gpu" (Hopper GPUs), "tpu", "xla" (memory linear in T, any device), "reference" (the
         definition, quadratic), or None: the first of these that serves the call on the device that is traced for (the
@@ -77,9 +83,9 @@ def separator_attention(
       ValueError: for shapes or dtypes that disagree, or an unknown implementation.
       NotImplementedError: for an implementation that cannot serve this call.
     """
-    _check(q, k, v, layout)
+    _check(q, k, v, layout, far_scale)
     out, lse = choose(implementation, q).attend(
-        q, k, v, layout, scale=q.shape[-1] ** -0.5 if scale is None else float(scale)
+        q, k, v, layout, far_scale, scale=q.shape[-1] ** -0.5 if scale is None else float(scale)
     )
     return (out, lse) if return_lse else out
 
@@ -102,7 +108,7 @@ def choose(implementation: str | None, q: Queries) -> ModuleType:
     return module
 
 
-def _check(q: Queries, k: Keys, v: Keys, layout: SeparatorLayout) -> None:
+def _check(q: Queries, k: Keys, v: Keys, layout: SeparatorLayout, far_scale: Array | None) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
             f"expected q[B, T, N, H] and k, v[B, T, K, H], got q{list(q.shape)}, k{list(k.shape)}, v{list(v.shape)}; "
@@ -126,4 +132,9 @@ def _check(q: Queries, k: Keys, v: Keys, layout: SeparatorLayout) -> None:
         raise ValueError(
             f"the layout is for [B, T] = {list(layout.far_start.shape)} but q is {list(q.shape)}; build it from the "
             "tokens of this batch"
+        )
+    if far_scale is not None and (far_scale.shape != q.shape[:2] or far_scale.dtype != jnp.float32):
+        raise ValueError(
+            f"far_scale must be float32[B, T] = {list(q.shape[:2])}, got {far_scale.dtype}{list(far_scale.shape)}; it "
+            "has a factor a token, the same for all heads"
         )

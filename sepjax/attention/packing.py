@@ -39,6 +39,29 @@ def pack(x: Array, layout: SeparatorLayout) -> jax.Array:
     return jnp.take_along_axis(jnp.asarray(x), packed_index(layout)[:, :, None, None], axis=1)
 
 
+def scaled(far_v: jax.Array, far_scale: Array | None, layout: SeparatorLayout) -> jax.Array:
+    """Packed values [B, S, K, H], each times its token's entry of far_scale[B, T]; None: as they are."""
+    if far_scale is None:
+        return far_v
+    scale = jnp.take_along_axis(jnp.asarray(far_scale), packed_index(layout), axis=1)
+    return (far_v * scale[:, :, None, None]).astype(far_v.dtype)
+
+
+def value_gradients(
+    near: jax.Array, far: jax.Array, v: Array, far_scale: Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Gradients of the values and of far_scale, from those of near values and of `scaled` packed ones.
+
+    near and far: [B, T, K, H] of tokens, far 0 where a token is no global key (`unpack`); v: the values. The sum is
+    taken in float32 and rounded once, to v's dtype.
+    """
+    if far_scale is None:
+        return (near.astype(jnp.float32) + far.astype(jnp.float32)).astype(v.dtype), None
+    far, scale = far.astype(jnp.float32), jnp.asarray(far_scale)[:, :, None, None]
+    d_scale = jnp.sum(far * v.astype(jnp.float32), axis=(2, 3))
+    return (near.astype(jnp.float32) + far * scale).astype(v.dtype), d_scale.astype(scale.dtype)
+
+
 def with_room[R](layout: SeparatorLayout, run: Callable[[SeparatorLayout], R]) -> R:
     """`run` on a layout whose packed array holds every global key: the one given, or one with room for all T."""
     if layout.capacity >= layout.length:

@@ -16,13 +16,26 @@ def unsupported(q: Queries) -> str | None:
 
 
 def attend(
-    q: Queries, k: Keys, v: Keys, layout: SeparatorLayout, *, scale: float, dtype: DTypeLike = jnp.float32
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    layout: SeparatorLayout,
+    far_scale: Float32[Array, "B T"] | None = None,
+    *,
+    scale: float,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Queries, Float32[Array, "B T N"]]:
     """`separator_attention` and its log-sum-exp; the arguments are checked there.
 
     `dtype` is that of every operation. Tests measure with it how much error a lower precision makes on its own.
     """
-    return _attend(q, k, v, layout.as_mask(), scale, dtype)
+    if far_scale is None:
+        return _attend(q, k, v, layout.as_mask(), scale, dtype)
+    # Every key twice: as it is for those who see it near, with its value scaled for those who see it far.
+    far, near = layout.as_masks()
+    far_v = jnp.asarray(v).astype(dtype) * jnp.asarray(far_scale).astype(dtype)[:, :, None, None]
+    k, v = jnp.concatenate([k, k], axis=1), jnp.concatenate([jnp.asarray(v).astype(dtype), far_v], axis=1)
+    return _attend(q, k, v, jnp.concatenate([near, far], axis=2), scale, dtype)
 
 
 def attend_ranges(

@@ -16,7 +16,16 @@ from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Keys, Queries
 from sepjax.attention import tpu_calls as calls
-from sepjax.attention.packing import pack, unpack, unserved, vary_alike, with_positive_scale, with_room
+from sepjax.attention.packing import (
+    pack,
+    scaled,
+    unpack,
+    unserved,
+    value_gradients,
+    vary_alike,
+    with_positive_scale,
+    with_room,
+)
 from sepjax.attention.ranges import Ranges, whole_rows
 from sepjax.attention.target import target
 from sepjax.layout import SeparatorLayout
@@ -41,6 +50,7 @@ def attend(
     k: Keys,
     v: Keys,
     layout: SeparatorLayout,
+    far_scale: Float32[Array, "B T"] | None = None,
     *,
     scale: float,
     interpret: bool | pltpu.InterpretParams = False,
@@ -50,43 +60,44 @@ def attend(
     `interpret` runs the kernels on a CPU, for tests: as plain JAX (True), or in the simulator of a TPU's memories.
     """
     q, scale = with_positive_scale(q, scale)
-    q, k, v, layout = vary_alike((q, k, v, layout))
-    return _attend(q, k, v, layout, scale, interpret)
+    return _attend(*vary_alike((q, k, v, layout, far_scale)), scale, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, layout, scale, interpret):
-    return _attend_forward(q, k, v, layout, scale, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, layout, far_scale, scale, interpret):
+    return _attend_forward(q, k, v, layout, far_scale, scale, interpret)[0]
 
 
-def _attend_forward(q, k, v, layout, scale, interpret):
-    def rows(q, k, v, layout):
-        far = pack(k, layout), pack(v, layout)
+def _attend_forward(q, k, v, layout, far_scale, scale, interpret):
+    def rows(q, k, v, layout, far_scale):
+        far = pack(k, layout), scaled(pack(v, layout), far_scale, layout)
         return calls.forward(q, (k, v), far, whole_rows(layout), is_whole=True, scale=scale, interpret=interpret)
 
     def run(layout):
-        return _in_row_groups(rows, (q, k, v, layout), layout.capacity, is_whole=True)
+        return _in_row_groups(rows, (q, k, v, layout, far_scale), layout.capacity, is_whole=True)
 
     out, top, total = with_room(layout, run)
-    return (out, _lse(top, total, scale)), (q, k, v, layout, out, top, total)
+    return (out, _lse(top, total, scale)), (q, k, v, layout, far_scale, out, top, total)
 
 
 def _attend_backward(scale, interpret, residuals, cotangents):
-    q, k, v, layout, out, top, total = residuals
-    arrays = vary_alike((q, k, v, layout, cotangents[0], _rows(out, top, total, cotangents)))
+    q, k, v, layout, far_scale, out, top, total = residuals
+    arrays = vary_alike((q, k, v, layout, far_scale, cotangents[0], _rows(out, top, total, cotangents)))
 
-    def rows(q, k, v, layout, d_out, rows):
-        far = pack(k, layout), pack(v, layout)
+    def rows(q, k, v, layout, far_scale, d_out, rows):
+        far = pack(k, layout), scaled(pack(v, layout), far_scale, layout)
         dq, d_near, d_far = calls.backward(
             q, (k, v), far, whole_rows(layout), d_out, rows, is_whole=True, scale=scale, interpret=interpret
         )
-        d_keys = (_to_tokens(*x, layout) for x in zip(d_near, d_far, strict=True))
-        return dq, *(x.astype(k.dtype) for x in d_keys)
+        far_dk, far_dv = (_to_tokens(x, layout) for x in d_far)
+        dv, d_scale = value_gradients(d_near[1], far_dv, v, far_scale)
+        return dq, (d_near[0] + far_dk).astype(k.dtype), dv, d_scale
 
     def run(layout):
         return _in_row_groups(rows, (*arrays[:3], layout, *arrays[4:]), layout.capacity, is_whole=True)
 
-    return *with_room(arrays[3], run), None
+    dq, dk, dv, d_scale = with_room(arrays[3], run)
+    return dq, dk, dv, None, d_scale
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -153,12 +164,14 @@ def _rows(out, top, total, cotangents):
     return jnp.stack([top, norm, delta], axis=1)
 
 
-def _to_tokens(near: jax.Array, far: jax.Array, layout: SeparatorLayout) -> jax.Array:
-    """Gradients [B, T, K, H] of near and [B, S, K, H] of packed keys -> [B, T, K, H] of both, by a gather.
+def _to_tokens(far: jax.Array, layout: SeparatorLayout) -> jax.Array:
+    """Gradients [B, S, K, H] of packed keys -> [B, T, K, H] of tokens, by a gather.
 
-    Far tiles that hold no key were never written: nothing of them may reach the sum, not even as 0 * NaN.
+    Far tiles that hold no key were never written: nothing of them may reach a sum, not even as 0 * NaN.
     """
-    return near + unpack(far, layout, axis=1) if far.shape[1] else near
+    if far.shape[1]:
+        return unpack(far, layout, axis=1)
+    return jnp.zeros((far.shape[0], layout.length, *far.shape[2:]), far.dtype)
 
 
 def _in_row_groups(run: Callable[..., Any], arrays: Any, room: int, *, is_whole: bool) -> Any:

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Keys, Queries
-from sepjax.attention.packing import pack, unpack, vary_alike, with_room
+from sepjax.attention.packing import pack, scaled, unpack, value_gradients, vary_alike, with_room
 from sepjax.attention.ranges import Ranges, whole_rows
 from sepjax.layout import SeparatorLayout
 
@@ -36,36 +36,48 @@ def unsupported(q: Queries) -> str | None:
 
 @functools.partial(jax.jit, static_argnames="scale")
 def attend(
-    q: Queries, k: Keys, v: Keys, layout: SeparatorLayout, *, scale: float
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    layout: SeparatorLayout,
+    far_scale: Float32[Array, "B T"] | None = None,
+    *,
+    scale: float,
 ) -> tuple[Queries, Float32[Array, "B T N"]]:
     """`separator_attention` and its log-sum-exp; the arguments are checked there."""
-    q, k, v, layout = vary_alike((q, k, v, layout))
-    return _attend(q, k, v, layout, scale)
+    return _attend(*vary_alike((q, k, v, layout, far_scale)), scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, layout, scale):
-    return _attend_forward(q, k, v, layout, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, layout, far_scale, scale):
+    return _attend_forward(q, k, v, layout, far_scale, scale)[0]
 
 
-def _attend_forward(q, k, v, layout, scale):
+def _attend_forward(q, k, v, layout, far_scale, scale):
     seen = whole_rows(layout)
-    run = lambda layout: _forward(q, (k, v), [pack(x, layout) for x in (k, v)], seen, scale)  # noqa: E731
+    run = lambda layout: _forward(q, (k, v), _far(k, v, layout, far_scale), seen, scale)  # noqa: E731
     out, top, total = with_room(layout, run)
-    return (out, _lse(top, total)), (q, k, v, layout, out, top, total)
+    return (out, _lse(top, total)), (q, k, v, layout, far_scale, out, top, total)
 
 
 def _attend_backward(scale, residuals, cotangents):
-    q, k, v, layout, out, top, total = residuals
+    q, k, v, layout, far_scale, out, top, total = residuals
     rows = _rows(q, out, top, total, cotangents)
 
     def run(layout):
-        far = [pack(x, layout) for x in (k, v)]
-        dq, d_near, d_far = _backward(rows, (k, v), far, whole_rows(layout), scale)
-        pairs = zip(d_near, d_far, strict=True)
-        return dq, *((x + unpack(y, layout, axis=2)).swapaxes(1, 2).astype(k.dtype) for x, y in pairs)
+        dq, d_near, d_far = _backward(rows, (k, v), _far(k, v, layout, far_scale), whole_rows(layout), scale)
+        (near_dk, near_dv), (dk, dv) = ([x.swapaxes(1, 2) for x in pair] for pair in (d_near, d_far))
+        dk = near_dk + unpack(dk, layout, axis=1)
+        dv, d_scale = value_gradients(near_dv, unpack(dv, layout, axis=1), v, far_scale)
+        return dq, dk.astype(k.dtype), dv, d_scale
 
-    return *with_room(layout, run), None
+    dq, dk, dv, d_scale = with_room(layout, run)
+    return dq, dk, dv, None, d_scale
+
+
+def _far(k, v, layout, far_scale):
+    """The packed keys and values."""
+    return pack(k, layout), scaled(pack(v, layout), far_scale, layout)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -5,7 +5,6 @@ scored exactly once, given the tokens before it in its window. Each window is a 
 last query of a window sees over the window's length. `sepjax.evaluation.compare` makes figures of them.
 """
 
-import collections
 import dataclasses
 import functools
 import time
@@ -21,7 +20,7 @@ from sepjax.config import AttentionConfig, UserError, layer_windows
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.token_loss import token_nll
 from sepjax.generation.weights import working_copy
-from sepjax.model.attend import forward, layer_layouts
+from sepjax.model.attend import layer_layouts, run_rows
 from sepjax.model.transformer import Transformer, merge, split
 from sepjax.separators import configured_table, flag_separators
 
@@ -133,7 +132,7 @@ def score_windows(
         nll += [losses[i, : len(window) - 1] for i, window in enumerate(rows)]
         kept.append(keys[:, : len(rows)])
         totals += sums
-    per_layer = _of_each_layer(layer_windows(attention, model.config.num_layers, length))
+    per_layer = _of_each_layer(attention, layer_windows(attention, model.config.num_layers, length))
     return WindowLosses(
         attention=attention,
         nll=np.concatenate(nll),
@@ -143,10 +142,12 @@ def score_windows(
     )
 
 
-def _of_each_layer(windows: tuple[int, ...]) -> list[int]:
-    """For each layer the number of its layout in `layer_layouts`."""
-    distinct = list(collections.Counter(windows))
-    return [distinct.index(n) for n in windows]
+def _of_each_layer(attention: AttentionConfig, windows: tuple[int, ...]) -> list[int]:
+    """For each layer the number of its layout in `layer_layouts`: those below a gate have layouts of their own."""
+    gated = attention.gate_layer if attention.pattern == "gated" else 0
+    kinds = [(i >= gated, n) for i, n in enumerate(windows)]
+    distinct = list(dict.fromkeys(kinds))
+    return [distinct.index(kind) for kind in kinds]
 
 
 def _batches(
@@ -187,9 +188,9 @@ def _losses(
     model = merge(graph, params)
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    hidden, _ = forward(model, tokens, positions, is_separator, segment_ids, attention)
-    nll = token_nll(hidden, model.output_embedding(), targets)
-    layers = layer_layouts(is_separator, segment_ids, attention, model.config.num_layers)
+    rows = run_rows(model, tokens, positions, is_separator, segment_ids, attention)
+    nll = token_nll(rows.hidden, model.output_embedding(), targets)
+    layers = layer_layouts(rows.is_separator, segment_ids, attention, model.config.num_layers)
     last = jnp.maximum(jnp.sum(segment_ids != 0, axis=1) - 1, 0)
     keys = [jnp.take_along_axis(layout.keys_per_query(), last[:, None], axis=1)[:, 0] for layout, _ in layers]
     pairs = [(jnp.sum(layout.num_pairs(), dtype=jnp.float32), share) for layout, share in layers]

@@ -23,7 +23,7 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.prompts import check_vocabulary
 from sepjax.generation.weights import working_copy
 from sepjax.layout import SeparatorLayout
-from sepjax.model.attend import forward, layer_layouts
+from sepjax.model.attend import layer_layouts, run_rows
 from sepjax.model.transformer import Transformer, merge, split
 from sepjax.separators import configured_table, flag_separators
 
@@ -189,18 +189,18 @@ def _score_rows(
     model = merge(graph, params)
     T = tokens.shape[1]
     seen = _without_other_documents(attention, T)
-    hidden, _ = forward(model, tokens, positions, is_separator, segment_ids, seen)
+    rows = run_rows(model, tokens, positions, is_separator, segment_ids, seen)
 
     def chunk(entries: jax.Array) -> tuple[jax.Array, jax.Array]:
         row, at, target = entries.T
-        logits = model.logits(hidden[row, at])
+        logits = model.logits(rows.hidden[row, at])
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         value = jnp.take_along_axis(logprobs, target[:, None], axis=-1)[:, 0]
         return value, jnp.argmax(logits, axis=-1) == target
 
     values, best = jax.lax.map(chunk, where)
     layouts: list[tuple[SeparatorLayout, float]] = layer_layouts(
-        is_separator, segment_ids, seen, model.config.num_layers
+        rows.is_separator, segment_ids, seen, model.config.num_layers
     )
     keys = jnp.zeros(tokens.shape, jnp.float32)
     for layout, share in layouts:

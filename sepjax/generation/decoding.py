@@ -7,6 +7,7 @@ A decode step's attention is the last row of the training mask (METHOD section 3
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +18,9 @@ from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.cache import SeparatorCache
 from sepjax.config import AttentionConfig, ModelConfig, layer_windows
 from sepjax.generation.layerwise import runner
-from sepjax.model.attend import forward
-from sepjax.model.layers import Attend, once
+from sepjax.model.attend import run_rows
+from sepjax.model.gate import needs_gate
+from sepjax.model.layers import once
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import Params, merge
 from sepjax.separators import flag_separators
@@ -58,10 +60,16 @@ def prefill(
     segment_ids = None  # the padding comes last, where causality alone hides it
     if attention.pattern != "dense":
         segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden, (k, v) = forward(model, tokens, positions, is_separator, segment_ids, attention, keep_keys=True)
-    is_global = _is_global(tokens, positions, table, attention)
-    cache = SeparatorCache.from_prompt(k, v, is_global, lengths, window_size=window_size, capacity=capacity)
-    return model.logits(hidden[jnp.arange(len(lengths)), lengths - 1]), cache
+    rows = run_rows(model, tokens, positions, is_separator, segment_ids, attention, keep_keys=True)
+    is_global, scores = _is_global(tokens, positions, table, attention), rows.scores
+    sizes = {"window_size": window_size, "capacity": capacity}
+    if scores is not None:
+        scores = jnp.where(is_global, -jnp.inf, scores)
+        is_global |= rows.is_separator
+        sizes |= {"stretch": attention.gate_stretch, "keep": attention.gate_keep}
+    k, v = rows.keys
+    cache = SeparatorCache.from_prompt(k, v, is_global, lengths, scores, **sizes)
+    return model.logits(rows.hidden[jnp.arange(len(lengths)), lengths - 1]), cache
 
 
 def decode_step(
@@ -90,11 +98,23 @@ def decode_step(
     """
     model = runner(graph, params)
     windows = jnp.asarray(layer_windows(attention, model.config.num_layers, cache.window_size), jnp.int32)
-    positions = cache.length[:, None]
+    positions, inputs = cache.length[:, None], (windows, cache.k, cache.v)
+    is_global, score = _is_global(tokens, cache.length, table, attention), None
     attend = _attend_cache(model.config, cache)
-    hidden, (k, v) = model(tokens[:, None], positions, attend, (windows, cache.k, cache.v))
-    is_global = _is_global(tokens, cache.length, table, attention)
-    return model.logits(hidden[:, 0]), cache.append(k[:, :, 0], v[:, :, 0], is_global, active)
+    if attention.pattern == "gated":
+        gate, g = needs_gate(model, attention), attention.gate_layer
+        x = model.embed(tokens[:, None], positions)
+        x, below = model.run_layers(x, functools.partial(attend, num_sinks=attention.num_sinks), inputs, 0, g)
+        score = jnp.where(is_global, -jnp.inf, gate(x)[:, 0])
+        x, keys = model.run_layers(x, attend, inputs, g)
+        hidden, (k, v) = model.final_norm(x), keys if g == 0 else jax.tree.map(_joined, below, keys)
+    else:
+        hidden, (k, v) = model(tokens[:, None], positions, attend, inputs)
+    return model.logits(hidden[:, 0]), cache.append(k[:, :, 0], v[:, :, 0], is_global, active, score)
+
+
+def _joined(below: jax.Array, above: jax.Array) -> jax.Array:
+    return jnp.concatenate([below, above])
 
 
 def stream_step(
@@ -119,8 +139,10 @@ def _is_global(tokens: Array, positions: Array, table: Array, attention: Attenti
     return flag_separators(tokens, positions, table, attention) | (positions < attention.num_sinks)
 
 
-def _attend_cache(config: ModelConfig, cache: SeparatorCache) -> Attend:
+def _attend_cache(config: ModelConfig, cache: SeparatorCache) -> Callable[..., tuple[jax.Array, Any]]:
     """Attention of one token a row over the slots it sees and itself; returns its rotated key and its value.
+
+    An `Attend` that also takes `num_sinks`, for `SeparatorCache.visible`.
 
     The layers only read the cache: the new keys of all of them are written at once, in place, by `append`. (Written in
     the scan over layers they would make it copy the whole cache every token.)
@@ -128,13 +150,15 @@ def _attend_cache(config: ModelConfig, cache: SeparatorCache) -> Attend:
     uses_rope = config.position_embedding == "rope"
     angles = once(rope_table(cache.length[:, None], config.rope, config.head_dim)) if uses_rope else None
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, layer: Any, *, num_sinks: int | None = None
+    ) -> tuple[jax.Array, Any]:
         window, k_cache, v_cache = layer
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         B, _, N, H = q.shape
         q = q.reshape(B, config.num_kv_heads, -1, H)
-        out = _attend_slots(q, k[:, 0], v[:, 0], k_cache, v_cache, cache.visible(window))
+        out = _attend_slots(q, k[:, 0], v[:, 0], k_cache, v_cache, cache.visible(window, num_sinks))
         return out.astype(v.dtype).reshape(B, 1, N, H), (k, v)
 
     return attend

@@ -81,6 +81,9 @@ class Layerwise:
         self._blocks: list[Block] = [merge(block, layer) for layer in layers]
         self._layers = params["layers"]
         self.config = self._model.config
+        self.gate = self._model.gate
+        self.embed = self._model.embed
+        self.final_norm = self._model.final_norm
         self.logits = self._model.logits
         self.output_embedding = self._model.output_embedding
 
@@ -88,14 +91,18 @@ class Layerwise:
         self, tokens: Tokens, positions: Positions, attend: Attend, layer_inputs: Any
     ) -> tuple[Float[jax.Array, "B T D"], Any]:
         """See `Transformer.__call__`; `layer_inputs` is a tuple whose items have an entry for each layer."""
-        x = self._model.embedding(tokens)
-        if self._model.position_embedding is not None:
-            x = x + self._model.position_embedding(positions)
+        x, outputs = self.run_layers(self.embed(tokens, positions), attend, layer_inputs)
+        return self.final_norm(x), outputs
+
+    def run_layers(
+        self, x: Float[jax.Array, "B T D"], attend: Attend, layer_inputs: Any, first: int = 0, last: int | None = None
+    ) -> tuple[Float[jax.Array, "B T D"], Any]:
+        """See `Transformer.run_layers`. Of no layers there are no outputs, not even empty ones."""
         outputs = []
-        for i, (block, layer) in enumerate(zip(self._blocks, self._layers, strict=True)):
-            x, output = self._block(block, layer, x, attend, tuple(item[i] for item in layer_inputs))
+        for i in range(self.config.num_layers)[first:last]:
+            x, output = self._block(self._blocks[i], self._layers[i], x, attend, tuple(y[i] for y in layer_inputs))
             outputs.append(output)
-        return self._model.final_norm(x), jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs) if outputs else None
 
     def _block(self, block: Block, layer: Params, x: jax.Array, attend: Attend, layer_input: Any) -> Any:
         """`Block.__call__`, with joined matrices where they are."""

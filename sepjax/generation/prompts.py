@@ -92,6 +92,8 @@ def cache_sizes(
 
 
 def _count_global(ids: Sequence[int], table: np.ndarray, attention: AttentionConfig) -> int:
+    if attention.pattern == "gated":
+        return attention.num_sinks + attention.gate_keep * -(-len(ids) // attention.gate_stretch)
     positions = np.arange(len(ids))
     is_separator = flag_separators(np.array(ids, np.int32), positions, table, attention)
     return int(np.sum(is_separator | (positions < attention.num_sinks)))

@@ -10,7 +10,7 @@ from sepjax.model.transformer import Params
 
 
 def working_copy(params: Params, config: ModelConfig) -> Params:
-    """The matrices in the type of the matmuls; vectors (norms and biases) stay float32, in which they are used.
+    """The matrices in the type of the matmuls; vectors (norms and biases) and a gate stay float32, as they are used.
 
     The results are those of the parameters themselves, bit for bit: layers convert a matrix before they use it.
     Parameters that have their type already are returned as they are.
@@ -24,6 +24,7 @@ def _convert(params: Params, dtype: jnp.dtype) -> Params:
     def convert(path: tuple, x: jax.Array) -> jax.Array:
         stacked = any(getattr(key, "key", None) == "layers" for key in path)
         is_vector = x.ndim - stacked < 2 or getattr(path[-1], "key", None) == "bias"
-        return x if is_vector else x.astype(dtype)
+        is_gate = getattr(path[0], "key", None) == "gate"  # small, and half of it computes in float32
+        return x if is_vector or is_gate else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(convert, params)

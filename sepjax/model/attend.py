@@ -3,13 +3,14 @@
 import collections
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Float32
 
-from sepjax.array_typing import Array, Float, Positions, Queries, SegmentIds, SeparatorFlags, Tokens
+from sepjax.array_typing import Array, Bool, Float, Positions, Queries, SegmentIds, SeparatorFlags, Tokens
 from sepjax.attention import dense_attention, separator_attention
 from sepjax.attention.context_parallel import (
     ContextPlan,
@@ -20,6 +21,7 @@ from sepjax.attention.context_parallel import (
 )
 from sepjax.config import AttentionConfig, ModelConfig, layer_windows
 from sepjax.layout import SeparatorLayout, build_layout
+from sepjax.model.gate import keep_best, needs_gate, straight_through
 from sepjax.model.layers import Attend
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import Transformer
@@ -37,36 +39,90 @@ def forward(
     keep_keys: bool = False,
     context_order: bool = False,
 ) -> tuple[Float[jax.Array, "B T D"], Any]:
-    """Hidden states of packed rows under an attention pattern.
+    """Hidden states of packed rows under an attention pattern, and (k, v) or None: the first two of `run_rows`."""
+    rows = run_rows(
+        model,
+        tokens,
+        positions,
+        is_separator,
+        segment_ids,
+        attention,
+        keep_keys=keep_keys,
+        context_order=context_order,
+    )
+    return rows.hidden, rows.keys
+
+
+class Rows(NamedTuple):
+    """What a forward pass over packed rows gives."""
+
+    hidden: Float[jax.Array, "B T D"]  # for `model.logits`
+    keys: Any  # (k, v), each [L, B, T, K, H], where asked for; else None
+    is_separator: Bool[Array, "B T"]  # who was kept, sinks aside: the gate's choice, or the flags that were given
+    scores: Float32[jax.Array, "B T"] | None  # the gate's, noise left out
+
+
+def run_rows(
+    model: Transformer,
+    tokens: Tokens,
+    positions: Positions,
+    is_separator: SeparatorFlags,
+    segment_ids: SegmentIds | None = None,
+    attention: AttentionConfig | None = None,
+    *,
+    keep_keys: bool = False,
+    context_order: bool = False,
+    gate_noise: Float32[Array, "B T"] | None = None,
+) -> Rows:
+    """Runs packed rows under an attention pattern.
 
     Args:
       model: the decoder.
       tokens: int32[B, T].
       positions: int32[B, T] within each document.
-      is_separator: bool[B, T] from `sepjax.separators.flag_separators`.
+      is_separator: bool[B, T] from `sepjax.separators.flag_separators`; of no use to a gated pattern.
       segment_ids: int32[B, T], 0 for padding; None: each row is one document.
       attention: the pattern; None: the model's own.
       keep_keys: also return the keys (rotated) and values of every layer, (k, v) each [L, B, T, K, H], for a cache.
       context_order: leave the hidden states in the order in which the mesh's axis `context` splits rows
         (`in_context_order`): they are not sent around once more, and a sum over tokens does not care.
+      gate_noise: in training: what is added to the gate's scores for the choice; gradients reach the gate then (zeros
+        do). None: neither.
 
-    Returns:
-      Hidden states [B, T, D] for `model.logits`, and (k, v) or None.
+    Raises:
+      ConfigError: a gated pattern for a model without a gate.
     """
     attention = attention or model.attention
     windows = layer_windows(attention, model.config.num_layers, tokens.shape[1])
-    if ways("length") > 1:
-        layout = batch_layout(is_separator, segment_ids, attention, windows[0])
-        attend_rows = _over_context(layout, attention, windows)
-    elif attention.pattern == "dense":
-        attend_rows = _dense(segment_ids if attention.document_mask else None)
+    positions = in_context_order(positions)
+    with_rope = _with_rope(model.config, positions, keep_keys)
+    x = model.embed(in_context_order(tokens), positions)
+    scores, inputs = None, jnp.asarray(windows, jnp.int32)
+    if attention.pattern == "gated":
+        gate, g = needs_gate(model, attention), attention.gate_layer
+        none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, windows[0])
+        x, keys_below = model.run_layers(x, with_rope(_rows(none, attention, windows[:g])), inputs, 0, g)
+        scores = constrain(_in_text_order(gate(x)), "batch", None)
+        is_separator = keep_best(scores if gate_noise is None else scores + gate_noise, none, attention)
+        layout = batch_layout(is_separator, segment_ids, attention, windows[g])
+        far_scale = None if gate_noise is None else straight_through(scores)
+        x, keys = model.run_layers(x, with_rope(_rows(layout, attention, windows[g:], far_scale)), inputs, g)
+        keys = jax.tree.map(lambda below, above: jnp.concatenate([below, above]), keys_below, keys)
     else:
-        layout = batch_layout(is_separator, segment_ids, attention, windows[0])
-        attend_rows = _packed(layout, attention, one_window=len(set(windows)) == 1)
-    tokens, positions = in_context_order(tokens), in_context_order(positions)
-    attend = _with_rope(model.config, positions, attend_rows, keep_keys)
-    hidden, kept = model(tokens, positions, attend, jnp.asarray(windows, jnp.int32))
-    return hidden if context_order else _in_text_order(hidden), kept
+        attend = _whole_pattern(is_separator, segment_ids, attention, windows)
+        x, keys = model.run_layers(x, with_rope(attend), inputs)
+    hidden = model.final_norm(x)
+    return Rows(hidden if context_order else _in_text_order(hidden), keys, is_separator, scores)
+
+
+def hidden_before_gate(
+    model: Transformer, tokens: Tokens, positions: Positions, segment_ids: SegmentIds, attention: AttentionConfig
+) -> Float[jax.Array, "B T D"]:
+    """What a gate would read: the hidden states that enter layer g, behind layers that see sinks and window."""
+    g, windows = attention.gate_layer, layer_windows(attention, model.config.num_layers, tokens.shape[1])
+    none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, windows[0])
+    attend = _with_rope(model.config, positions, False)(_rows(none, attention, windows[:g]))
+    return model.run_layers(model.embed(tokens, positions), attend, jnp.asarray(windows, jnp.int32), 0, g)[0]
 
 
 def in_context_order(x: Array) -> Array:
@@ -103,23 +159,51 @@ def batch_layout(
 def layer_layouts(
     is_separator: SeparatorFlags, segment_ids: SegmentIds | None, attention: AttentionConfig, num_layers: int
 ) -> list[tuple[SeparatorLayout, float]]:
-    """The distinct layouts of the layers, each with its share of the layers: for statistics averaged over layers."""
+    """The distinct layouts of the layers, each with its share of the layers: for statistics averaged over layers.
+
+    is_separator: of a gated pattern the gate's choice (`Rows.is_separator`), which the layers below it do not see.
+    """
     windows = layer_windows(attention, num_layers, is_separator.shape[1])
-    layout = batch_layout(is_separator, segment_ids, attention, windows[0])
-    return [(layout.with_window(n), times / num_layers) for n, times in collections.Counter(windows).items()]
+    g = attention.gate_layer if attention.pattern == "gated" else 0
+    layouts = []
+    for flags, part in ((jnp.zeros_like(is_separator), windows[:g]), (is_separator, windows[g:])):
+        if part:
+            layout = batch_layout(flags, segment_ids, attention, part[0])
+            layouts += [(layout.with_window(n), times / num_layers) for n, times in collections.Counter(part).items()]
+    return layouts
 
 
-type _Rows = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+type _Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def _packed(layout: SeparatorLayout, attention: AttentionConfig, *, one_window: bool) -> _Rows:
-    def op(q: jax.Array, k: jax.Array, v: jax.Array, layout: SeparatorLayout) -> Queries:
-        return separator_attention(q, k, v, layout, implementation=attention.implementation)
+def _whole_pattern(
+    is_separator: Array, segment_ids: Array | None, attention: AttentionConfig, windows: tuple[int, ...]
+) -> _Attend:
+    """Attention of patterns that flags alone describe."""
+    if attention.pattern == "dense" and ways("length") == 1:
+        return _dense(segment_ids if attention.document_mask else None)
+    return _rows(batch_layout(is_separator, segment_ids, attention, windows[0]), attention, windows)
+
+
+def _rows(
+    layout: SeparatorLayout, attention: AttentionConfig, windows: tuple[int, ...], far_scale: jax.Array | None = None
+) -> _Attend:
+    """Attention of layers with these windows, all of which see one layout."""
+    if ways("length") > 1:
+        return _over_context(layout, attention, windows, far_scale)
+    return _packed(layout, attention, far_scale, one_window=len(set(windows)) == 1)
+
+
+def _packed(
+    layout: SeparatorLayout, attention: AttentionConfig, far_scale: jax.Array | None, *, one_window: bool
+) -> _Attend:
+    def op(q: jax.Array, k: jax.Array, v: jax.Array, layout: SeparatorLayout, far_scale: jax.Array | None) -> Queries:
+        return separator_attention(q, k, v, layout, far_scale=far_scale, implementation=attention.implementation)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> jax.Array:
         seen = layout if one_window else layout.with_window(window)
-        heads = PartitionSpec("batch", None, "heads", None)
-        return manual_over_mesh(op, (heads, heads, heads, PartitionSpec("batch")), heads)(q, k, v, seen)
+        heads, rows = PartitionSpec("batch", None, "heads", None), PartitionSpec("batch")
+        return manual_over_mesh(op, (heads, heads, heads, rows, rows), heads)(q, k, v, seen, far_scale)
 
     return attend
 
@@ -129,7 +213,9 @@ def _packed(layout: SeparatorLayout, attention: AttentionConfig, *, one_window: 
 _ROOM_FOR_GLOBAL_KEYS = 0.25
 
 
-def _over_context(layout: SeparatorLayout, attention: AttentionConfig, windows: tuple[int, ...]) -> _Rows:
+def _over_context(
+    layout: SeparatorLayout, attention: AttentionConfig, windows: tuple[int, ...], far_scale: jax.Array | None
+) -> _Attend:
     """Attention over rows that the axis `context` splits; q, k and v arrive and leave in context order."""
     T, C = layout.length, ways("length")
     room = attention.capacity or round(T * _ROOM_FOR_GLOBAL_KEYS)
@@ -142,12 +228,13 @@ def _over_context(layout: SeparatorLayout, attention: AttentionConfig, windows: 
 
     def run(plan: ContextPlan, *args: Any) -> jax.Array:
         def op(*args: Any) -> Queries:
-            return context_attention(*args, plan=plan, implementation=attention.implementation)[0]
+            settings = {"plan": plan, "implementation": attention.implementation}
+            return context_attention(*args[:-1], far_scale=args[-1], **settings)[0]
 
-        return manual_over_mesh(op, (heads, heads, heads, rows, PartitionSpec()), heads)(*args)
+        return manual_over_mesh(op, (heads, heads, heads, rows, PartitionSpec(), rows), heads)(*args)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> jax.Array:
-        args = q, k, v, layout.with_window(window) if len(set(windows)) > 1 else layout, is_roomy
+        args = q, k, v, layout.with_window(window) if len(set(windows)) > 1 else layout, is_roomy, far_scale
         if len(plans) == 1:
             return run(plans[0], *args)
         return jax.lax.cond(window >= T, functools.partial(run, plans[1]), functools.partial(run, plans[0]), *args)
@@ -155,7 +242,7 @@ def _over_context(layout: SeparatorLayout, attention: AttentionConfig, windows: 
     return attend
 
 
-def _dense(segment_ids: SegmentIds | None) -> _Rows:
+def _dense(segment_ids: SegmentIds | None) -> _Attend:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> jax.Array:
         heads = PartitionSpec("batch", None, "heads", None)
         if segment_ids is None:
@@ -166,18 +253,21 @@ def _dense(segment_ids: SegmentIds | None) -> _Rows:
     return attend
 
 
-def _with_rope(config: ModelConfig, positions: Positions, attend_rows: _Rows, keep_keys: bool) -> Attend:
+def _with_rope(config: ModelConfig, positions: Positions, keep_keys: bool) -> Callable[[_Attend], Attend]:
+    """What makes the attention that blocks call of one over rows."""
     uses_rope = config.position_embedding == "rope"
     table = rope_table(positions, config.rope, config.head_dim) if uses_rope else None
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> tuple[jax.Array, Any]:
+    def attend(
+        attend_rows: _Attend, q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array
+    ) -> tuple[jax.Array, Any]:
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
         kept = tuple(_in_text_order(x) for x in (k, v)) if keep_keys else None
         k, v = (_for_each_device(x, q.shape[2]) for x in (k, v))
         return attend_rows(q, k, v, window), kept
 
-    return attend
+    return lambda attend_rows: functools.partial(attend, attend_rows)
 
 
 def _for_each_device(x: jax.Array, num_heads: int) -> jax.Array:

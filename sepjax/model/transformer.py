@@ -12,6 +12,7 @@ from flax import nnx
 
 from sepjax.array_typing import Array, Float, Int32, Positions, Tokens
 from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.model.gate import Gate
 from sepjax.model.layers import Attend, Block, make_norm
 from sepjax.sharding import constrain
 
@@ -39,6 +40,7 @@ class Transformer(nnx.Module):
       config: the shape.
       attention: who attends to whom, by default; callers may pass another attention config to what uses it.
       layers: one `Block` whose parameters have a leading axis L.
+      gate: what scores tokens for pattern="gated"; None where `attention` has another.
     """
 
     def __init__(self, config: ModelConfig, attention: AttentionConfig | None = None, *, rngs: nnx.Rngs):
@@ -50,6 +52,8 @@ class Transformer(nnx.Module):
         self.layers = _stack(config, rngs)
         self.final_norm = make_norm(config, rngs)
         self.head = None if config.tie_embeddings else _embedding(config.vocab_size, config, rngs)
+        # The last: with and without it, the other parameters are drawn alike.
+        self.gate = Gate(config, rngs=rngs) if self.attention.pattern == "gated" else None
 
     def __call__(
         self, tokens: Tokens, positions: Positions, attend: Attend, layer_inputs: Any = None
@@ -65,21 +69,41 @@ class Transformer(nnx.Module):
         Returns:
           The hidden states after the final norm, [B, T, D], and what `attend` returned, stacked along L.
         """
+        x, layer_outputs = self.run_layers(self.embed(tokens, positions), attend, layer_inputs)
+        return self.final_norm(x), layer_outputs
+
+    def embed(self, tokens: Tokens, positions: Positions) -> Float[jax.Array, "B T D"]:
+        """What enters the first layer; arguments as in `__call__`."""
         x = self.embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         # Behind the barrier the rows are written once, in 16 bits; without, every use of x would gather them again.
-        x = jax.lax.optimization_barrier(constrain(x, "batch", "length", "hidden"))
+        return jax.lax.optimization_barrier(constrain(x, "batch", "length", "hidden"))
+
+    def run_layers(
+        self,
+        x: Float[jax.Array, "B T D"],
+        attend: Attend,
+        layer_inputs: Any = None,
+        first: int = 0,
+        last: int | None = None,
+    ) -> tuple[Float[jax.Array, "B T D"], Any]:
+        """Runs the layers first ... last - 1 (None: to the end) on what enters the first of them.
+
+        `layer_inputs` are of all L layers; what `attend` returned is stacked along an axis of those that ran. Arguments
+        as in `__call__`.
+        """
         graph, params = split(self.layers)
+        inputs = params, layer_inputs
+        if (first, last) != (0, None):
+            inputs = jax.tree.map(lambda x: x[first:last], inputs)
 
         def layer(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
             params, layer_input = inputs
             return merge(graph, params)(x, attend, layer_input)
 
         unroll = 1 if self.config.scan_layers else self.config.num_layers
-        layer = _rematerialised(layer, self.config)
-        x, layer_outputs = jax.lax.scan(layer, x, (params, layer_inputs), unroll=unroll)
-        return self.final_norm(x), layer_outputs
+        return jax.lax.scan(_rematerialised(layer, self.config), x, inputs, unroll=unroll)
 
     def logits(self, hidden: Float[jax.Array, "*B D"]) -> Float[jax.Array, "*B V"]:
         """Scores of the next token, float32[..., V], from hidden states [..., D]."""

@@ -56,6 +56,8 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "mlp_norm/bias": (None,),
     "final_norm/scale": (None,),
     "final_norm/bias": (None,),
+    "norm/scale": (None,),  # the gate's
+    "norm/bias": (None,),
 }
 
 

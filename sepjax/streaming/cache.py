@@ -7,6 +7,7 @@ A row holds, in this logical order, its sinks, the newest s separators that left
                in order    | ring              | ring, R >= c + 1 - a
 
 When more than c entries are held, the row *compacts*: of the past window only separators stay, which move to theirs.
+With the pattern "watched" the second zone holds other tokens, by other rules: `sepjax.streaming.watched`.
 Between two compactions a row only grows, so all tokens up to the next one run in one pass (`sepjax.streaming.forward`).
 
 Entry k has position k and the query after L entries position L: a key would have to be rotated anew whenever entries
@@ -33,6 +34,7 @@ from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import ModelConfig
 from sepjax.model.rope import rope_frequencies, rotate
 from sepjax.streaming.sizes import StreamSizes
+from sepjax.streaming.watched import keep_best, seen_by
 
 # All layers in one array, for scans over layers; or an array each, which steps of one token read without a copy.
 type Layers = Float[jax.Array, "L B K C H"] | tuple[Float[jax.Array, "B K C H"], ...]
@@ -54,6 +56,8 @@ class StreamingCache:
     dropped: Int32[jax.Array, "B"]  # separators that made room for newer ones, up to 2^30; 0 where s = 0
     seen_low: Int32[jax.Array, "B"]  # tokens seen, modulo sizes.count_wrap
     seen_high: Int32[jax.Array, "B"]  # and how many times that
+    clock: Int32[jax.Array, "B"]  # time of the next token, for scores
+    scores: Float[jax.Array, "G B N S"] | None  # of the second zone and the ring, for watched tokens
     sizes: StreamSizes = dataclasses.field(metadata={"static": True})
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
@@ -71,8 +75,9 @@ class StreamingCache:
                 return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
             return jnp.zeros((config.num_layers, *shape), config.dtype)
 
-        zeros = (jnp.zeros(batch_size, jnp.int32) for _ in range(8))  # one array each: a donated one must not be two
-        return cls(empty(), empty(), jnp.zeros((batch_size, sizes.ring), bool), *zeros, sizes=sizes)
+        zeros = (jnp.zeros(batch_size, jnp.int32) for _ in range(9))  # one array each: a donated one must not be two
+        scores = sizes.watch and sizes.watch.scores(config, batch_size, sizes.max_separators + sizes.ring)
+        return cls(empty(), empty(), jnp.zeros((batch_size, sizes.ring), bool), *zeros, scores, sizes=sizes)
 
     @property
     def head_dim(self) -> int:
@@ -109,7 +114,7 @@ class StreamingCache:
 
     def reset(self, rows: Bool[Array, "B"]) -> "StreamingCache":
         """The same with `rows` empty, as for a new document. Keys and values stay, where nothing sees them."""
-        names = [field.name for field in dataclasses.fields(self)][3:-1]
+        names = [field.name for field in dataclasses.fields(self)][3:-2]
         return dataclasses.replace(self, **{name: jnp.where(rows, 0, getattr(self, name)) for name in names})
 
     def by_layer(self) -> "StreamingCache":
@@ -123,6 +128,11 @@ class StreamingCache:
         if not isinstance(self.k, tuple):
             return self
         return dataclasses.replace(self, k=jnp.stack(self.k), v=jnp.stack(self.v))
+
+    @staticmethod
+    def in_each_layer(f: Callable[..., jax.Array], x: Layers, *others: Array) -> Layers:
+        """`f` of keys or values and of others [L, ...]: of all layers at once, or of each."""
+        return _each(f, x, *others)
 
     # -- who sees what --------------------------------------------------------------------------------------------
 
@@ -175,7 +185,7 @@ class StreamingCache:
             (recent - sinks, recent - separators), (self.sizes.num_sinks, self.sizes.max_separators), strict=True
         )
         by = jnp.concatenate([jnp.repeat(shift[:, None], size, axis=1) for shift, size in zones], axis=1)
-        return self._angles(by)
+        return self.angles(by)
 
     # -- what changes ---------------------------------------------------------------------------------------------
 
@@ -185,6 +195,7 @@ class StreamingCache:
         v: Float[Array, "L B T K H"],
         is_separator: Bool[Array, "B T"],
         counts: Int32[Array, "B"],
+        looks: Float[Array, "L B K S"] | None = None,
     ) -> "StreamingCache":
         """Takes up the next tokens of every row. Rows that are then due (`is_due`) must be compacted next.
 
@@ -193,6 +204,7 @@ class StreamingCache:
           v: their values.
           is_separator: which of them are separators.
           counts: how many of the T tokens each row takes up, 0 to `room(T)`.
+          looks: of watched tokens, what these did to the entries (`sepjax.streaming.watched`).
         """
         sizes, T = self.sizes, is_separator.shape[1]
         i = jnp.arange(T, dtype=jnp.int32)
@@ -216,7 +228,13 @@ class StreamingCache:
         new_sinks = jnp.minimum(counts, sizes.num_sinks - self.num_sinks)
         low = self.seen_low + counts
         held = jnp.take_along_axis(self.held_before(T + 1), counts[:, None], axis=1)[:, 0]
-        flags = self.is_separator.at[rows, jnp.where(taken & ~is_sink, slot, sizes.ring + i)]
+        in_ring = jnp.where(taken & ~is_sink, slot, sizes.ring + i)
+        flags = self.is_separator.at[rows, in_ring]
+        scores = self.scores
+        if looks is not None and scores is not None:
+            seen = seen_by(self, jnp.asarray(looks), counts)
+            scores = seen[..., :-T].at[:, rows, :, sizes.max_separators + in_ring]
+            scores = scores.set(jnp.moveaxis(seen[..., -T:], (1, 3), (0, 1)), mode="drop", unique_indices=True)
         return dataclasses.replace(
             self,
             k=_each(put, self.k, jnp.asarray(k)),
@@ -227,6 +245,8 @@ class StreamingCache:
             next_recent=self.next_recent + counts,
             seen_low=low % sizes.count_wrap,
             seen_high=self.seen_high + low // sizes.count_wrap,
+            clock=self.clock + counts,
+            scores=scores,
         )
 
     def compact(self) -> "StreamingCache":
@@ -236,9 +256,10 @@ class StreamingCache:
         def is_full(cache: StreamingCache) -> jax.Array:
             return jnp.any(cache.held() > cache.sizes.cache_size)
 
-        cache = (
-            jax.lax.while_loop(is_full, StreamingCache._move_separators, self) if self.sizes.max_separators else self
-        )
+        cache = self
+        if self.sizes.max_separators:
+            move = keep_best if self.sizes.watch else StreamingCache._move_separators
+            cache = jax.lax.while_loop(is_full, move, self)
         if self.sizes.absolute:
             return cache
         return jax.lax.while_loop(lambda cache: jnp.any(cache._turns()), StreamingCache._turn_back, cache)
@@ -294,7 +315,7 @@ class StreamingCache:
         by += [jnp.repeat(-x[:, None], size, axis=1) for x, size in ((separators, s), (recent, R))]
         by = jnp.concatenate(by, axis=1)
 
-        cos, sin = (t[:, None] for t in self._angles(by))
+        cos, sin = (t[:, None] for t in self.angles(by))
 
         def turn(k: jax.Array) -> jax.Array:  # [(L,) B, K, C, H]; with transposed axes the cache might be copied
             return rotate(k[..., None, :], (cos, sin))[..., 0, :]
@@ -308,10 +329,11 @@ class StreamingCache:
 
     def _turn(self, k: jax.Array, by: jax.Array) -> jax.Array:
         """Rotates keys [B, S, ..., H] by so many positions more, [B, S]. A rotation by 0 changes no bit."""
-        cos, sin = (t.reshape(*by.shape, *(1 for _ in k.shape[2:-2]), -1) for t in self._angles(by))
+        cos, sin = (t.reshape(*by.shape, *(1 for _ in k.shape[2:-2]), -1) for t in self.angles(by))
         return rotate(k, (cos, sin))
 
-    def _angles(self, by: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def angles(self, by: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine, [..., R/2], of a turn by so many positions."""
         frequencies, _ = rope_frequencies(self.sizes.rope, self.head_dim)  # the factor of YaRN is in the keys already
         angles = by.astype(jnp.float32)[..., None] * frequencies
         return jnp.cos(angles), jnp.sin(angles)

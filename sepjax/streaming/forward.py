@@ -23,6 +23,7 @@ from sepjax.model.layers import Attend, once
 from sepjax.model.rope import rope_table, rotate
 from sepjax.separators import flag_separators
 from sepjax.streaming.cache import StreamingCache
+from sepjax.streaming.watched import looks_of_many, looks_of_one
 
 type Run = Callable[[Tokens, Int32[Array, "B T"], Attend, Any], tuple[jax.Array, Any]]
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -52,9 +53,9 @@ def stream_pass(
     T = tokens.shape[1]
     offsets = cache.seen_low[:, None] + jnp.arange(T, dtype=jnp.int32)
     is_separator = flag_separators(tokens, offsets, table, attention)
-    attend = _attend_one(cache) if T == 1 else _attend_many(cache, T)
-    hidden, (k, v) = run_layers(tokens, offsets, attend, (cache.k, cache.v))
-    return hidden, cache.append(k, v, is_separator, counts)
+    attend = _attend_one(cache) if T == 1 else _attend_many(cache, T, counts)
+    hidden, (k, v, *looks) = run_layers(tokens, offsets, attend, (cache.k, cache.v))
+    return hidden, cache.append(k, v, is_separator, counts, *looks)
 
 
 def _attend_one(cache: StreamingCache) -> Attend:
@@ -80,14 +81,15 @@ def _attend_one(cache: StreamingCache) -> Attend:
         weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * H**-0.5, axis=-1)
         out = _einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
         out += weights[..., -1:] * v[:, 0, :, None]
+        looks = (looks_of_one(cache, weights[..., :-1], weights[..., -1:]),) if cache.sizes.watch else ()
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
-        out, k, v = jax.lax.optimization_barrier((out.astype(v.dtype), k, v))
-        return out.reshape(B, 1, N, H), (k, v)
+        out, *kept = jax.lax.optimization_barrier((out.astype(v.dtype), k, v, *looks))
+        return out.reshape(B, 1, N, H), tuple(kept)
 
     return attend
 
 
-def _attend_many(cache: StreamingCache, num_tokens: int) -> Attend:
+def _attend_many(cache: StreamingCache, num_tokens: int, counts: Int32[Array, "B"]) -> Attend:
     """Attention of a run of tokens a row, over all keys side by side, the old ones turned to fit the recent ones."""
     old = cache.sizes.num_sinks + cache.sizes.max_separators
     if old and not cache.sizes.max_separators and not cache.sizes.absolute:
@@ -107,8 +109,9 @@ def _attend_many(cache: StreamingCache, num_tokens: int) -> Attend:
             old_keys = rotate(old_keys[..., None, :], (cos, sin))[..., 0, :]
         keys = jnp.concatenate([old_keys, k_cache[:, :, old:], jnp.swapaxes(k, 1, 2)], axis=2)
         values = jnp.concatenate([v_cache, jnp.swapaxes(v, 1, 2)], axis=2)
-        scores = _scores(q, keys, visible)
-        return _rows(_einsum("BKGTS,BKSH->BKGTH", jax.nn.softmax(scores, axis=-1).astype(v.dtype), values), q), (k, v)
+        weights = jax.nn.softmax(_scores(q, keys, visible), axis=-1)
+        looks = (looks_of_many(cache, weights, counts),) if cache.sizes.watch else ()
+        return _rows(_einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values), q), (k, v, *looks)
 
     return attend
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig, RopeConfig
+from sepjax.streaming.watched import Watch
 
 _ALIGN = 64  # slots: what a tensor core's product takes at a time; other numbers are padded by copying
 _COUNT = 2**30  # counters wrap near here, far from the end of int32
@@ -20,6 +21,7 @@ class StreamSizes:
     drops_separators: bool  # the oldest separator makes room when s are kept; False: that is an error of the host's
     count_wrap: int  # seen tokens are counted as high * count_wrap + low
     rope: RopeConfig
+    watch: Watch | None  # the second zone keeps watched tokens; None: separators
 
     @classmethod
     def create(cls, config: ModelConfig, attention: AttentionConfig) -> "StreamSizes":
@@ -33,6 +35,11 @@ class StreamSizes:
             raise ConfigError(
                 'attention.pattern="dense" keeps every token, so a stream without end would need a cache without end; '
                 'use "separator", "sink_window" or "fixed_interval", or set max_new_tokens'
+            )
+        if attention.pattern == "gated":
+            raise ConfigError(
+                'attention.pattern="gated" is not served by a bounded cache; stream over a growing cache '
+                '(bounded=False), or use "separator", "sink_window" or "fixed_interval"'
             )
         if len(set(attention.layer_windows)) > 1:
             raise ConfigError(
@@ -67,6 +74,7 @@ class StreamSizes:
             drops_separators=not attention.keep_all_separators,
             count_wrap=_COUNT - _COUNT % interval,  # a multiple, so that `low` tells every interval-th token
             rope=config.rope,
+            watch=Watch.create(config, attention) if attention.pattern == "watched" else None,
         )
 
     @property
@@ -86,7 +94,8 @@ class StreamSizes:
         tokens = self.cache_size + 1 - self.num_sinks - self.max_separators - self.window_size
         if not self.max_separators:  # evictions do not end a run
             tokens = max(tokens, self.cache_size // 2)
-        return -(-max(tokens, self.cache_size // 8, 1) // 8) * 8
+        least = 16 if self.watch else self.cache_size // 8  # watched tokens are best compacted often
+        return -(-max(tokens, least, 1) // 8) * 8
 
     @property
     def rotation_limit(self) -> int:

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import Config, TrainingConfig
 from sepjax.data.batch import Batch
-from sepjax.model.attend import forward, in_context_order, layer_layouts
+from sepjax.model.attend import in_context_order, layer_layouts, run_rows
+from sepjax.model.gate import exploring
 from sepjax.model.transformer import Params, abstract, create, merge, split
-from sepjax.sharding import parameter_shardings
+from sepjax.sharding import constrain, parameter_shardings
 from sepjax.training.loss import cross_entropy_sums
 from sepjax.training.optimizer import learning_rate_schedule, make_optimizer
 
@@ -54,13 +55,23 @@ def create_state(config: Config, params: Params | None = None) -> TrainState:
 
     Args:
       config: the experiment.
-      params: float32 parameters to begin with; None: random ones from `training.seed`.
+      params: float32 parameters to begin with; None: random ones from `training.seed`. So is a gate that they lack and
+        the pattern needs.
     """
     if params is None:
         _, params = split(create(config.model, config.attention, jax.random.key(config.training.seed)))
+    params = with_gate(config, params)
     optimizer = make_optimizer(config.optimizer, config.training.steps).init(params)
     health = Health(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer, health)
+
+
+def with_gate(config: Config, params: Params) -> Params:
+    """The parameters, and where the pattern needs a gate that they lack, one drawn from `training.seed`."""
+    if "gate" in params or config.attention.pattern != "gated":
+        return params
+    _, fresh = split(create(config.model, config.attention, jax.random.key(config.training.seed)))
+    return params | {"gate": fresh["gate"]}
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -89,7 +100,9 @@ def train_step(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Ba
     Returns:
       The next state, and float32 scalars under the names that are logged.
     """
-    gradients, objective, nll, count = _accumulate(config, graph, state.params, batch)
+    (gradients, objective, nll, count), kept = _accumulate(
+        config, graph, state.params, batch, _gate_noise(config, state, batch)
+    )
     scale = 1.0 / jnp.maximum(count, 1.0)
     gradients = jax.tree.map(lambda g: g * scale, gradients)
     norm = optax.tree.norm(gradients)
@@ -108,7 +121,7 @@ def train_step(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Ba
         "optim/grad_norm": norm,
         "optim/learning_rate": schedule(state.step - state.health.skipped),
         "optim/skipped_steps": health.skipped.astype(jnp.float32),
-        **attention_statistics(config, batch),
+        **attention_statistics(config, dataclasses.replace(batch, is_separator=kept)),
     }
     return TrainState(state.step + 1, params, moments, health), metrics
 
@@ -126,12 +139,15 @@ def _judge(
 
 def eval_step(config: Config, graph: nnx.GraphDef, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Sums over a batch: negative log-likelihood in nats, and tokens scored (both float32 scalars)."""
-    _, (_, nll) = _loss(params, config, graph, batch)
+    _, (_, nll, _) = _loss(params, config, graph, batch)
     return nll, jnp.sum(batch.loss_mask, dtype=jnp.float32)
 
 
 def attention_statistics(config: Config, batch: Batch) -> Metrics:
-    """What the layouts of this batch let through, counted and averaged over layers (METHOD section 5)."""
+    """What the layouts of this batch let through, counted and averaged over layers (METHOD section 5).
+
+    batch: with a gated pattern, `is_separator` must be what the gate chose.
+    """
     layers = layer_layouts(batch.is_separator, batch.segment_ids, config.attention, config.model.num_layers)
     is_token = batch.segment_ids != 0
     return {
@@ -142,32 +158,45 @@ def attention_statistics(config: Config, batch: Batch) -> Metrics:
     }
 
 
-def _loss(params: Params, config: Config, graph: nnx.GraphDef, batch: Batch) -> tuple[jax.Array, Any]:
+def _gate_noise(config: Config, state: TrainState, batch: Batch) -> Float[jax.Array, "B T"] | None:
+    """What is added to a gate's scores in this step; None for other patterns. Same seed and step, same noise."""
+    if config.attention.pattern != "gated":
+        return None
+    key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
+    left = 1 - state.step / config.training.steps
+    return constrain(exploring(key, batch.tokens.shape, config.training.gate_noise * left), "batch", None)
+
+
+def _loss(
+    params: Params, config: Config, graph: nnx.GraphDef, batch: Batch, gate_noise: Any = None
+) -> tuple[jax.Array, Any]:
+    """The objective, summed, and (itself, negative log-likelihood, who was kept)."""
     model = merge(graph, params)
     inputs = batch.tokens, batch.positions, batch.is_separator, batch.segment_ids
-    hidden, _ = forward(model, *inputs, config.attention, context_order=True)
+    rows = run_rows(model, *inputs, config.attention, context_order=True, gate_noise=gate_noise)
     targets, loss_mask = in_context_order(batch.targets), in_context_order(batch.loss_mask)
-    sums = cross_entropy_sums(hidden, model.output_embedding(), targets, loss_mask, config.optimizer.z_loss)
-    return sums[0], sums
+    sums = cross_entropy_sums(rows.hidden, model.output_embedding(), targets, loss_mask, config.optimizer.z_loss)
+    return sums[0], (*sums, rows.is_separator)
 
 
-def _accumulate(config: Config, graph: nnx.GraphDef, params: Params, batch: Batch) -> Any:
-    """Summed gradients, objective, negative log-likelihood and token count over the micro-batches."""
+def _accumulate(config: Config, graph: nnx.GraphDef, params: Params, batch: Batch, gate_noise: Any) -> Any:
+    """(summed gradients, objective, negative log-likelihood, token count) over the micro-batches, and who was kept."""
     steps = config.optimizer.accumulation_steps
     gradient = jax.value_and_grad(_loss, has_aux=True)
 
-    def micro(batch: Batch) -> Any:
-        (_, (objective, nll)), gradients = gradient(params, config, graph, batch)
-        return gradients, objective, nll, jnp.sum(batch.loss_mask, dtype=jnp.float32)
+    def micro(batch: Batch, gate_noise: Any) -> Any:
+        (_, (objective, nll, kept)), gradients = gradient(params, config, graph, batch, gate_noise)
+        return (gradients, objective, nll, jnp.sum(batch.loss_mask, dtype=jnp.float32)), kept
 
     if steps == 1:
-        return micro(batch)
+        return micro(batch, gate_noise)
     # Micro-batch m takes the rows b with b % steps == m, so that every device keeps its own rows.
-    arrays, structure = jax.tree.flatten(batch)
-    arrays = [jnp.moveaxis(x.reshape(-1, steps, x.shape[1]), 1, 0) for x in arrays]
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, steps, x.shape[1]), 1, 0), (batch, gate_noise))
 
-    def add(total: Any, arrays: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, micro(structure.unflatten(arrays))), None
+    def add(total: Any, part: Any) -> tuple[Any, Any]:
+        sums, kept = micro(*part)
+        return jax.tree.map(jnp.add, total, sums), kept
 
-    shapes = jax.eval_shape(lambda: micro(structure.unflatten([x[0] for x in arrays])))
-    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), arrays)[0]
+    shapes, _ = jax.eval_shape(lambda: micro(*jax.tree.map(lambda x: x[0], parts)))
+    totals, kept = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)
+    return totals, jnp.moveaxis(kept, 0, 1).reshape(batch.tokens.shape)

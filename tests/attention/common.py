@@ -16,6 +16,7 @@ from sepjax.attention.ranges import Ranges
 from sepjax.layout import build_layout
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
+SCALED_RESULTS = (*RESULTS, "d_scale")
 
 
 def tensors(shape, dtype=jnp.float32, seed=0):
@@ -30,6 +31,13 @@ def tensors(shape, dtype=jnp.float32, seed=0):
 def results(op, q, k, v, d_out, d_lse, layout):
     """RESULTS of an implementation."""
     outputs, vjp = jax.vjp(lambda q, k, v: op(q, k, v, layout), q, k, v)
+    return *outputs, *vjp((d_out, d_lse))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scaled_results(op, q, k, v, d_out, d_lse, layout, far_scale):
+    """SCALED_RESULTS of an implementation."""
+    outputs, vjp = jax.vjp(lambda q, k, v, s: op(q, k, v, layout, far_scale=s), q, k, v, far_scale)
     return *outputs, *vjp((d_out, d_lse))
 
 
@@ -62,16 +70,27 @@ def brute_force(q, k, v, d_out, d_lse, mask, dtype=np.float64):
     return np.einsum("bhts,bshd->bthd", p, values), lse, np.einsum("bhts,bshd->bthd", ds, keys), dk, dv
 
 
+def brute_force_scaled(q, k, v, d_out, d_lse, layout, far_scale, dtype=np.float64):
+    """SCALED_RESULTS: every key twice, with its own value for who sees it near, a scaled one for who sees it far."""
+    far, near = (np.asarray(x) for x in layout.as_masks())
+    v, factor = np.asarray(v).astype(dtype), np.asarray(far_scale).astype(dtype)[..., None, None]
+    keys, values = np.concatenate([k, k], axis=1), np.concatenate([v, v * factor], axis=1)
+    out, lse, dq, dk, dv = brute_force(q, keys, values, d_out, d_lse, np.concatenate([near, far], axis=2), dtype)
+    (near_dk, far_dk), (near_dv, far_dv) = (np.split(x, 2, axis=1) for x in (dk, dv))
+    return out, lse, dq, near_dk + far_dk, near_dv + far_dv * factor, (far_dv * v).sum((2, 3))
+
+
 def largest_terms(q, k, v, d_out, d_lse):
     """For each of RESULTS the size of the terms that it sums up; they may cancel, their rounding does not."""
     q, k, v, d_out = (np.abs(np.asarray(x).astype(np.float64)).max(axis=(0, 1, 2)) for x in (q, k, v, d_out))
     score, d_score = (q @ k) * len(q) ** -0.5, (d_out @ v + np.abs(d_lse).max()) * len(q) ** -0.5
-    return v.max(), score, d_score * k.max(), d_score * q.max(), d_out.max()
+    return v.max(), score, d_score * k.max(), d_score * q.max(), d_out.max(), d_out @ v
 
 
 def assert_errs_at_most_twice_as_much(got, plain, exact, terms, dtype=jnp.float32):
-    """`plain` is the textbook formula in the precision of `dtype`; all hold RESULTS."""
-    for name, x, y, z, term in zip(RESULTS, got, plain, exact, terms, strict=True):
+    """`plain` is the textbook formula in the precision of `dtype`; all hold RESULTS, or all SCALED_RESULTS."""
+    names, terms = SCALED_RESULTS[: len(got)], terms[: len(got)]
+    for name, x, y, z, term in zip(names, got, plain, exact, terms, strict=True):
         x, y, z = (np.asarray(a).astype(np.float64) for a in (x, y, z))
         finite = np.isfinite(z)
         np.testing.assert_array_equal(x[~finite], z[~finite], err_msg=name)
@@ -84,6 +103,20 @@ def check(got, inputs, mask, part=slice(None)):
     """float32 against float64; `part` is of which rows and tokens `got` is."""
     plain, exact = (brute_force(*inputs, mask, dtype) for dtype in (np.float32, np.float64))
     assert_errs_at_most_twice_as_much(got, [x[part] for x in plain], [x[part] for x in exact], largest_terms(*inputs))
+
+
+def check_scaled(op, inputs, layout, plain=None):
+    """The 2x rule for far_scale; `plain`: the definition in the dtype of the inputs, None: textbook in float32."""
+    far_scale = jnp.asarray(np.random.default_rng(1).uniform(0.5, 2, layout.far_start.shape), jnp.float32)
+    exact = brute_force_scaled(*inputs, layout, far_scale)
+    got = scaled_results(op, *inputs, layout, far_scale)
+    if plain is None:
+        plain_results = brute_force_scaled(*inputs, layout, far_scale, np.float32)
+    else:
+        plain_results = scaled_results(plain, *inputs, layout, far_scale)
+    terms = [2 * x for x in largest_terms(*inputs)]  # the largest factor
+    assert_errs_at_most_twice_as_much(got, plain_results, exact, terms, inputs[0].dtype)
+    assert np.asarray(got[-1]).any(), "some token is used from afar"
 
 
 @st.composite

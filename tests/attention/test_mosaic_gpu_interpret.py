@@ -23,6 +23,7 @@ from sepjax.layout import build_layout
 from tests.attention.common import (
     assert_errs_at_most_twice_as_much,
     brute_force,
+    check_scaled,
     largest_terms,
     results,
     tensors,
@@ -107,6 +108,15 @@ def test_equals_the_definition(case):
     plain = results(functools.partial(reference.attend, scale=scale, dtype=jnp.bfloat16), *inputs, layout)
     exact = brute_force(*inputs, layout.as_mask())
     assert_errs_at_most_twice_as_much(got, plain, exact, largest_terms(*inputs), jnp.bfloat16)
+
+
+@pytest.mark.usefixtures("simulated")
+def test_far_values_are_scaled():
+    shape = (1, 72, 2, 1, 64)
+    inputs, scale = tensors(shape, jnp.bfloat16), shape[-1] ** -0.5
+    layout = build_layout(flags(shape, 0.2), window_size=20, num_sinks=3, segment_ids=documents(shape, 0, 50, 22))
+    plain = functools.partial(reference.attend, scale=scale, dtype=jnp.bfloat16)
+    check_scaled(functools.partial(mosaic_gpu.attend, scale=scale), inputs, layout, plain)
 
 
 @pytest.mark.usefixtures("simulated")

@@ -18,10 +18,12 @@ from tests.attention.common import (
     assert_errs_at_most_twice_as_much,
     brute_force,
     check,
+    check_scaled,
     equations,
     largest_terms,
     layouts,
     results,
+    scaled_results,
     tensors,
 )
 
@@ -89,6 +91,29 @@ def test_half_precision(op, dtype):
     assert [x.dtype for x in got] == [dtype, jnp.float32, dtype, dtype, dtype]
     exact = brute_force(*inputs, layout.as_mask())
     assert_errs_at_most_twice_as_much(got, results(plain, *inputs, layout), exact, largest_terms(*inputs), dtype)
+
+
+@every_op
+def test_far_values_are_scaled_and_near_ones_are_not(op):
+    layout = sparse_layout()
+    check_scaled(op, tensors(GROUPED), layout)
+    q, k, v, d_out, d_lse = tensors(GROUPED)
+    got = scaled_results(op, q, k, v, d_out, d_lse, layout, jnp.ones((B, T)))
+    for x, y in zip(got, results(op, q, k, v, d_out, d_lse, layout), strict=False):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg="a factor of 1 changes nothing")
+
+
+def test_far_values_scaled_in_half_precision_without_room():
+    @jax.jit
+    def tight(is_separator, *inputs):
+        layout = build_layout(is_separator, window_size=5, num_sinks=2, segment_ids=DOCUMENTS, capacity=7)
+        return OPS["xla"](*inputs[:3], layout, far_scale=inputs[3])
+
+    def op(q, k, v, layout, far_scale):
+        return tight(SPARSE, q, k, v, far_scale)
+
+    plain = functools.partial(reference.attend, scale=GROUPED[-1] ** -0.5, dtype=jnp.bfloat16)
+    check_scaled(op, tensors(GROUPED, jnp.bfloat16), sparse_layout(), plain)
 
 
 @every_op
@@ -278,6 +303,14 @@ def unchecked(monkeypatch):
 def test_shapes_that_disagree(q, k, v, message):
     with pytest.raises(ValueError, match=message):
         separator_attention(jnp.zeros(q), jnp.zeros(k), jnp.zeros(v), sparse_layout())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("far_scale", [jnp.ones((2, 69)), jnp.ones((2, 70), jnp.bfloat16)])
+def test_far_scale_must_fit(far_scale):
+    q, k, v, *_ = tensors(GROUPED)
+    with pytest.raises(ValueError, match=r"far_scale must be float32\[B, T\] = \[2, 70\], got"):
+        separator_attention(q, k, v, sparse_layout(), far_scale=far_scale)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -22,6 +22,7 @@ from sepjax.layout import build_layout
 from tests.attention.common import (
     assert_errs_at_most_twice_as_much,
     brute_force,
+    check_scaled,
     equations,
     largest_terms,
     layouts,
@@ -34,8 +35,8 @@ SIMULATOR = pltpu.InterpretParams(
 )
 
 
-def _attend(q, k, v, layout, *, interpret):
-    return tpu.attend(q, k, v, layout, scale=q.shape[-1] ** -0.5, interpret=interpret)
+def _attend(q, k, v, layout, far_scale=None, *, interpret):
+    return tpu.attend(q, k, v, layout, far_scale, scale=q.shape[-1] ** -0.5, interpret=interpret)
 
 
 PLAIN = functools.partial(_attend, interpret=True)
@@ -78,6 +79,12 @@ EVERY_PAIR = [
     for i, (name, shape) in enumerate(SHAPES.items())
     for j, dtype in enumerate((jnp.float32, jnp.bfloat16))
 ]
+
+
+def test_far_values_are_scaled():
+    shape = (2, 140, 2, 1, 64)
+    layout = build_layout(SPARSE[:, :140], window_size=20, num_sinks=3, segment_ids=DOCUMENTS[:, 120:260])
+    check_scaled(PLAIN, tensors(shape), layout, DEFINITION[64, "float32"])
 
 
 @pytest.mark.parametrize(("shape", "dtype"), EVERY_PAIR)

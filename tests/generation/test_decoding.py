@@ -35,6 +35,7 @@ NEOX = dataclasses.replace(
 GPT2 = dataclasses.replace(NEOX, parallel_residual=False, position_embedding="learned", tie_embeddings=True)
 FALCON = dataclasses.replace(NEOX, num_kv_heads=1, shared_norm=True, rope=RopeConfig(scaling="llama3", factor=4.0))
 SEPARATOR = AttentionConfig(window_size=5, num_sinks=2)
+GATED = AttentionConfig("gated", window_size=5, num_sinks=2, gate_layer=1, gate_stretch=5, gate_keep=2)
 
 CASES = {  # every kind of model, pattern, window and number of sinks at least once
     "llama": (LLAMA, SEPARATOR),
@@ -47,6 +48,12 @@ CASES = {  # every kind of model, pattern, window and number of sinks at least o
     "window of one, no sinks": (LLAMA, AttentionConfig(window_size=1, num_sinks=0)),
     "sinks beyond the text": (LLAMA, AttentionConfig(pattern="sink_window", window_size=3, num_sinks=50)),
     "dense": (LLAMA, AttentionConfig(pattern="dense")),
+    "gated": (LLAMA, GATED),
+    "gated by embeddings, a window a layer": (
+        NEOX,
+        dataclasses.replace(GATED, gate_layer=0, gate_stretch=4, gate_keep=1, layer_windows=(7, 9, 4)),
+    ),
+    "gated, a wide window below": (FALCON, dataclasses.replace(GATED, gate_layer=2, layer_windows=(12, 3, 6))),
 }
 
 # These programs run a few times for a few milliseconds: compiling them takes the time.
@@ -84,9 +91,9 @@ def decoded_logits(graph, params, tokens, lengths, table, attention):
 
 
 @functools.cache
-def model_of(config):
+def model_of(config, attention=None):
     """A model whose attention matters: at the initial scale all weights would be nearly alike."""
-    graph, params = split(create(config, None, jax.random.key(1)))
+    graph, params = split(create(config, attention, jax.random.key(1)))
     return graph, jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
 
 
@@ -98,10 +105,13 @@ def test_decoding_equals_the_masked_forward_pass_at_every_step(case, seed, lengt
     random = np.random.default_rng(seed)
     tokens = random.integers(0, V, (3, T), dtype=np.int32)
     table = jnp.asarray(random.random(V) < random.random())
-    graph, params = model_of(config)
+    graph, params = model_of(config, attention if attention.pattern == "gated" else None)
     expected = forward_logits(graph, params, tokens, table, attention)
     got, cache = decoded_logits(graph, params, tokens, np.array(lengths, np.int32), table, attention)
     assert cache.length.tolist() == [T] * 3
+    if attention.pattern == "gated":  # all that was kept at any time; what is in the window is held besides
+        most = 2 + attention.gate_keep * -(-(T - cache.window_size) // attention.gate_stretch)
+        assert (cache.num_global <= most).all()
     assert not cache.overflowed()
     decoded = np.arange(T) >= np.array(lengths)[:, None] - 1
     error = np.abs(np.asarray(got - expected))[decoded].max()

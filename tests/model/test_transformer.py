@@ -127,19 +127,16 @@ def test_scan_equals_a_python_loop_over_layers(model):
     tokens, positions, is_separator = rows()
     seen = []
 
-    def loop(model, tokens, positions, attend, windows):
-        x = model.embedding(tokens)
-        if model.position_embedding is not None:
-            x = x + model.position_embedding(positions)
+    def loop(model, x, attend, windows):
         graph, params = split(model.layers)
         for i in range(model.config.num_layers):
             block: Block = merge(graph, jax.tree.map(lambda p, i=i: p[i], params))
             x, _ = block(x, attend, windows[i])
             seen.append(i)
-        return model.final_norm(x), None
+        return x, None
 
     class Unrolled(Transformer):
-        __call__ = loop
+        run_layers = loop
 
     unrolled = Unrolled(model.config, ATTENTION, rngs=_rngs())
     graph, _ = split(unrolled)

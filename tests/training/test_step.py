@@ -15,6 +15,7 @@ from sepjax.model.transformer import merge
 from sepjax.sharding import batch_sharding, make_mesh
 from sepjax.training.optimizer import decayed_parameters, learning_rate_schedule
 from sepjax.training.step import (
+    _loss,
     abstract_state,
     attention_statistics,
     create_state,
@@ -31,6 +32,13 @@ CONFIG = Config(
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
     training=TrainingConfig(steps=100),
 )
+
+
+GATED = dataclasses.replace(
+    CONFIG,
+    attention=AttentionConfig("gated", num_sinks=2, window_size=6, gate_layer=1, gate_stretch=5, gate_keep=2),
+)
+every_pattern = pytest.mark.parametrize("config", [CONFIG, GATED], ids=["separators", "gated"])
 
 
 def make_batch(seed: int = 0, lengths: tuple[int, ...] = (12, 20)) -> Batch:
@@ -71,12 +79,13 @@ def test_loss_falls_on_a_repeated_batch():
     assert int(state.step) == 60
 
 
-def test_micro_batches_add_up_to_the_whole_batch():
+@every_pattern
+def test_micro_batches_add_up_to_the_whole_batch(config):
     """Sums over tokens, not means of means: micro-batches with different token counts must give the same step."""
     batch = make_batch()
     batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & (np.arange(B)[:, None] % 4 != 1))
-    whole, metrics = run(CONFIG, [batch] * 3)
-    micro = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, accumulation_steps=4))
+    whole, metrics = run(config, [batch] * 3)
+    micro = dataclasses.replace(config, optimizer=dataclasses.replace(CONFIG.optimizer, accumulation_steps=4))
     parts, part_metrics = run(micro, [batch] * 3)
     assert_close(whole.params, parts.params, 2e-5)
     assert_close(metrics, part_metrics, 1e-4)
@@ -105,17 +114,26 @@ def test_same_seed_same_bits():
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.mark.parametrize("sizes", [MeshConfig(data=2, fsdp=2, tensor=2)], ids=str)
-def test_meshes_give_the_same_step(sizes):
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (CONFIG, MeshConfig(data=2, fsdp=2, tensor=2)),
+        (GATED, MeshConfig(data=2, fsdp=2, tensor=2)),
+        (GATED, MeshConfig(data=1, fsdp=2, tensor=2, context=2)),
+    ],
+    ids=["separators", "gated", "gated, context"],
+)
+def test_meshes_give_the_same_step(config, sizes):
     batches = [make_batch(seed) for seed in range(3)]
-    expected, expected_metrics = run(CONFIG, batches)
-    mesh, graph = make_mesh(sizes), model_graph(CONFIG)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(CONFIG, mesh))
+    expected, expected_metrics = run(config, batches)
+    mesh, graph = make_mesh(sizes), model_graph(config)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda: create_state(CONFIG), out_shardings=shardings)()
-        step = jax.jit(lambda s, b: train_step(CONFIG, graph, s, b), out_shardings=(shardings, None), donate_argnums=0)
+        state = jax.jit(lambda: create_state(config), out_shardings=shardings)()
+        step = jax.jit(lambda s, b: train_step(config, graph, s, b), out_shardings=(shardings, None), donate_argnums=0)
         for batch in batches:
             state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
+        assert step._cache_size() == 1
     assert_close(metrics, expected_metrics, 1e-4)
     # Adam divides by the root of the second moment: where a gradient is nearly zero its rounding decides the direction,
     # so parameters agree to a fraction of the learning rate, not to rounding.
@@ -166,6 +184,38 @@ def test_statistics_are_counted_from_the_mask():
     assert float(got["sep/kv_kept"]) == pytest.approx(np.mean(kept), rel=1e-5)
     assert float(got["sep/pairs_per_row"]) == pytest.approx(np.mean(pairs), rel=1e-5)
     assert float(got["sep/separator_fraction"]) == pytest.approx(batch.is_separator.mean(), rel=1e-5)
+
+
+def test_a_gate_learns_by_far_use_and_its_choice_is_counted():
+    """Everything else held still, the straight-through gradient alone must lower the loss."""
+    batch = make_batch(lengths=(32,))
+    config = dataclasses.replace(GATED, training=dataclasses.replace(CONFIG.training, gate_noise=0.0))
+    graph, params = model_graph(config), run(config, [batch] * 30)[0].params
+    gate = create_state(config).params["gate"]
+
+    @jax.jit
+    def value_and_gradient(gate):
+        def mean_loss(gate):
+            loss, (_, _, kept) = _loss(params | {"gate": gate}, config, graph, batch, jnp.zeros((B, T)))
+            return loss / batch.loss_mask.sum(), kept
+
+        return jax.value_and_grad(mean_loss, has_aux=True)(gate)
+
+    adam = optax.adam(3e-3)
+    moments, losses = adam.init(gate), []
+    for _ in range(60):
+        (loss, kept), gradient = value_and_gradient(gate)
+        assert all(np.asarray(x).any() for x in jax.tree.leaves(gradient))
+        losses.append(float(loss))
+        updates, moments = adam.update(gradient, moments)
+        gate = optax.apply_updates(gate, updates)
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.01
+
+    got = attention_statistics(config, dataclasses.replace(batch, is_separator=kept))
+    kept = np.asarray(kept)
+    assert (kept[:, :25].sum(1) == 2 * 5).all()  # two of each stretch
+    held = np.stack([np.full(B, 2 + 6), 2 + 6 + kept[:, :26].sum(1)])  # by the last query of the two layers
+    assert float(got["sep/kv_kept"]) == pytest.approx(np.mean(held) / 32, rel=1e-5)
 
 
 def test_golden_step():

@@ -1,0 +1,136 @@
+"""Who attends to whom, and what caches keep: the section `attention` of a config, and its checks."""
+
+import dataclasses
+
+from sepjax.checks import ConfigError
+from sepjax.checks import at_least as _at_least
+from sepjax.checks import one_of as _one_of
+
+PATTERNS = ("separator", "dense", "sink_window", "fixed_interval", "gated")
+SEPARATOR_POLICIES = ("punctuation", "paper", "ids")
+BOUNDED_PATTERNS = (*PATTERNS, "watched")  # "watched" needs a cache that has seen who looked at what
+STREAM_POSITIONS = ("slot", "absolute")
+KEPT_SETS = ("head", "model")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class AttentionConfig:
+    """Who attends to whom, and how much a cache may hold (METHOD letters in brackets)."""
+
+    pattern: str = "separator"  # one of PATTERNS
+    num_sinks: int = 4  # [a] first tokens of each document, always visible
+    window_size: int = 64  # [n, w] keys of the local window, the query itself included
+    layer_windows: tuple[int, ...] = ()  # one n per layer; empty: window_size everywhere
+    separators: str = "punctuation"  # one of SEPARATOR_POLICIES
+    separator_ids: tuple[int, ...] = ()  # for separators="ids"
+    interval: int = 8  # [delta] for pattern="fixed_interval": every delta-th token is kept
+    # For pattern="gated": layers below `gate_layer` see sinks and window, and a small network on their output scores
+    # tokens; of every `gate_stretch` tokens of a document the best `gate_keep` stay visible for the layers above.
+    gate_layer: int = 2
+    gate_stretch: int = 64
+    gate_keep: int = 4
+    # For pattern="watched", of bounded caches: a token that leaves the window is kept when it was looked at sharply
+    # while it was there, by a layer of `watch_layers` (empty: the upper half); the best `max_separators` stay.
+    watch_layers: tuple[int, ...] = ()
+    kept_set: str = (
+        "head"  # "head": every key head of a watched layer keeps what it looked at; "model": one set for all
+    )
+    watch_after: int = 16  # tokens of age from which looks at a token count: before, everything is looked at
+    watch_half_life: int = 4096  # tokens after which a look counts half; 0: it never fades
+    separators_first: bool = False  # separators go before all others, the newest first
+    max_separators: int = 64  # [s] slots in a bounded streaming cache
+    cache_size: int = 0  # [c] slots of the streaming cache; 0: 2 * (a + s + w)
+    stream_positions: str = "slot"  # one of STREAM_POSITIONS: what a bounded cache rotates by, its slots or the text
+    keep_all_separators: bool = False  # in a bounded cache: a full one ends the stream, no separator makes room
+    document_mask: bool = True  # False: the official row-wise behaviour, documents of a row see each other
+    capacity: int = 0  # packed global keys per row; 0: as many as the row is long (docs/decisions.md, 17)
+    implementation: str | None = None  # of separator_attention; None: the best that fits the device
+
+
+def validate_attention(attention: AttentionConfig, num_layers: int) -> AttentionConfig:
+    """Checks one attention section against the number of layers it is to serve."""
+    _one_of("attention.pattern", attention.pattern, BOUNDED_PATTERNS)
+    _one_of("attention.separators", attention.separators, SEPARATOR_POLICIES)
+    _one_of("attention.stream_positions", attention.stream_positions, STREAM_POSITIONS)
+    _at_least("attention.num_sinks", attention.num_sinks, 0)
+    _at_least("attention.window_size", attention.window_size, 1)
+    _at_least("attention.interval", attention.interval, 1)
+    _at_least("attention.max_separators", attention.max_separators, 0)
+    _at_least("attention.capacity", attention.capacity, 0)
+    for n in attention.layer_windows:
+        _at_least("attention.layer_windows", n, 1)
+    if attention.layer_windows and len(attention.layer_windows) != num_layers:
+        raise ConfigError(
+            f"attention.layer_windows has {len(attention.layer_windows)} windows but the model has {num_layers} "
+            "layers; give one window per layer, or leave it empty to use attention.window_size everywhere"
+        )
+    if attention.separators == "ids" and not attention.separator_ids and attention.pattern in ("separator", "watched"):
+        raise ConfigError('attention.separators="ids" needs attention.separator_ids, got none; list the token ids')
+    if attention.pattern == "gated":
+        _validate_gate(attention, num_layers)
+    if attention.pattern == "watched":
+        _validate_watch(attention, num_layers)
+    held = attention.num_sinks + attention.max_separators + attention.window_size
+    if attention.pattern == "sink_window":  # StreamingLLM: no separators, and the window may take all the rest
+        held -= attention.max_separators + 1
+    if attention.cache_size and held >= attention.cache_size:
+        if attention.pattern == "sink_window":
+            raise ConfigError(
+                f"attention.cache_size={attention.cache_size} must be at least num_sinks + window_size = "
+                f"{attention.num_sinks} + {attention.window_size} = {held + 1}; raise it or lower window_size"
+            )
+        raise ConfigError(
+            f"attention.cache_size={attention.cache_size} must exceed num_sinks + max_separators + window_size = "
+            f"{attention.num_sinks} + {attention.max_separators} + {attention.window_size} = {held}; "
+            f"set cache_size to {held + 1} or more (0 picks {2 * held})"
+        )
+    return attention
+
+
+def _validate_gate(attention: AttentionConfig, num_layers: int) -> None:
+    if not 0 <= attention.gate_layer < num_layers:
+        raise ConfigError(
+            f"attention.gate_layer={attention.gate_layer} must be 0 (the gate reads embeddings) to {num_layers - 1}: "
+            f"of the model's {num_layers} layers one at least must see what the gate keeps"
+        )
+    _at_least("attention.gate_stretch", attention.gate_stretch, 1)
+    _at_least("attention.gate_keep", attention.gate_keep, 0)
+    if attention.gate_keep > attention.gate_stretch:
+        raise ConfigError(
+            f"attention.gate_keep={attention.gate_keep} of every gate_stretch={attention.gate_stretch} tokens are more "
+            "than there are; lower gate_keep"
+        )
+    narrowest = min(layer_windows(attention, num_layers, 0)[attention.gate_layer :])
+    if attention.gate_stretch > narrowest:
+        raise ConfigError(
+            f"attention.gate_stretch={attention.gate_stretch} exceeds the window {narrowest} of a gated layer: a token "
+            "would leave it before its stretch is over and its fate is known; lower gate_stretch or widen the window"
+        )
+
+
+def _validate_watch(attention: AttentionConfig, num_layers: int) -> None:
+    _one_of("attention.kept_set", attention.kept_set, KEPT_SETS)
+    _at_least("attention.max_separators", attention.max_separators, 1)
+    _at_least("attention.watch_after", attention.watch_after, 1)
+    if attention.watch_half_life:
+        _at_least("attention.watch_half_life", attention.watch_half_life, 256)
+    for layer in attention.watch_layers:
+        if not 0 <= layer < num_layers:
+            raise ConfigError(f"attention.watch_layers has {layer}; the model's layers are 0 to {num_layers - 1}")
+    if attention.watch_after >= attention.window_size:
+        raise ConfigError(
+            f"attention.watch_after={attention.watch_after} must be below window_size={attention.window_size}: looks "
+            "count from that age on, and a token must be seen at it before it leaves the window"
+        )
+    if attention.keep_all_separators:
+        raise ConfigError(
+            'attention.keep_all_separators is for pattern="separator": of watched tokens only the best '
+            f"max_separators={attention.max_separators} stay; leave it out"
+        )
+
+
+def layer_windows(attention: AttentionConfig, num_layers: int, length: int) -> tuple[int, ...]:
+    """The window n of every layer; a dense layer is a window of `length`, which must cover the whole sequence."""
+    if attention.pattern == "dense":
+        return (length,) * num_layers
+    return attention.layer_windows or (attention.window_size,) * num_layers

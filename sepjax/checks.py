@@ -1,0 +1,64 @@
+"""Mistakes that the user can mend, and the small checks that find most of them."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: entry points print the message alone, without a traceback."""
+
+    exit_code = 2  # of the program (docs/reliability.md)
+    label = "error"  # before the message
+
+
+class ConfigError(UserError, ValueError):
+    """A setting that cannot work: the message says which, what was given, what is expected and how to fix it."""
+
+
+def one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ConfigError for a value that is none of the choices, with the nearest of them."""
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{nearest(value, choices)}")
+
+
+def at_least(name: str, value: int | float, least: int) -> None:
+    """Raises ConfigError for a value below `least`, and for NaN."""
+    if not value >= least:
+        raise ConfigError(f"{name}={value} must be {least} or more")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ "; did you mean ...?" with the one of `names` that `name` resembles most, or nothing when none does."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_types(section: Any, path: str) -> None:
+    """Raises ConfigError where a field of a dataclass, or of one in it, has another type than it says."""
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), path + field.name
+        check_type(name, value, field.type)
+        if dataclasses.is_dataclass(value):
+            check_types(value, f"{name}.")
+
+
+def check_type(name: str, value: object, kind: Any) -> None:
+    """Raises ConfigError for a value of another type: an int is a float too, a bool is neither."""
+    if not _is_a(value, kind):
+        raise ConfigError(f"{name}={value!r} has the wrong type, expected {type_name(kind)}")
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, typing.get_args(kind)[0]) for item in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def type_name(kind: Any) -> str:
+    """What a type is called in messages: "int", "tuple[int, ...]", "str | None"."""
+    return kind.__name__ if isinstance(kind, type) and not typing.get_origin(kind) else str(kind)

@@ -1,0 +1,139 @@
+"""The gate's lesson: a small network learns, from hidden states, which tokens of a stretch are worth most."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Float32
+
+from sepjax.array_typing import Array, Bool
+from sepjax.config import AttentionConfig
+from sepjax.distill.teacher import Observed
+from sepjax.layout import build_layout
+from sepjax.model.gate import keep_best
+from sepjax.model.transformer import Params, merge
+
+LOSSES = ("log", "top")
+
+
+class Rows(NamedTuple):
+    """Rows of text as a gate reads them, on the host; every array has them along its first axis."""
+
+    segment_ids: np.ndarray
+    hidden: np.ndarray
+    worth: np.ndarray
+    is_judged: np.ndarray
+
+
+class Grade(NamedTuple):
+    """How a gate chooses on judged stretches of held-out rows."""
+
+    recall: float  # share of the tokens worth most that it keeps too; chance: gate_keep / gate_stretch
+    captured: float  # worth of what it keeps over the worth of those
+
+
+def learn(
+    graph: nnx.GraphDef,
+    params: Params,
+    rows: Rows,
+    attention: AttentionConfig,
+    *,
+    loss: str,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+) -> Params:
+    """Parameters of a gate after `steps` steps of Adam over random rows, `batch` at a time.
+
+    Args:
+      graph: the gate's, from `sepjax.model.transformer.split`, with `params`.
+      params: to begin with.
+      rows: to learn from.
+      attention: the gated pattern.
+      loss: "log": squared error of log worth, a stretch's mean taken off both sides; "top": cross-entropy of being
+        among the `gate_keep` best of the stretch.
+      steps: of the optimizer.
+      batch: rows of a step.
+      learning_rate: at first; a cosine takes it to 0.
+      seed: of the order of rows.
+    """
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+    floor = 1e-3 * float(np.sum(rows.worth * rows.is_judged)) / max(int(np.sum(rows.is_judged)), 1)
+    measure = functools.partial(_LOSSES[loss], attention=attention, floor=max(floor, 1e-30))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Params, moments: Any, rows: Rows) -> tuple[Params, Any]:
+        gradients = jax.grad(lambda p: measure(merge(graph, p)(rows.hidden), rows))(params)
+        updates, moments = optimizer.update(gradients, moments, params)
+        updated: Any = optax.apply_updates(params, updates)
+        return updated, moments
+
+    params = jax.tree.map(jnp.array, params)  # a copy: the caller's is not used up
+    moments, rng = optimizer.init(params), np.random.default_rng(seed)
+    for _ in range(steps):
+        some = rng.choice(len(rows.worth), batch, replace=len(rows.worth) < batch)
+        params, moments = step(params, moments, Rows(*(x[some] for x in rows)))
+    return params
+
+
+def grade(graph: nnx.GraphDef, params: Params, rows: Rows, attention: AttentionConfig, *, batch: int) -> Grade:
+    """How the gate chooses among tokens of rows that it has not learned from, `batch` at a time."""
+
+    @jax.jit
+    def count(params: Params, rows: Rows) -> jax.Array:
+        best = _best(rows.worth, rows, attention) & rows.is_judged
+        chosen = _best(merge(graph, params)(rows.hidden), rows, attention) & rows.is_judged
+        worth = jnp.asarray(rows.worth)
+        sums = [jnp.sum(x, dtype=jnp.float32) for x in (best & chosen, best, worth * chosen, worth * best)]
+        return jnp.stack(sums)
+
+    parts = [Rows(*(x[i : i + batch] for x in rows)) for i in range(0, len(rows.worth), batch)]
+    both, best, captured, most = np.sum([np.asarray(count(params, part), np.float64) for part in parts], axis=0)
+    return Grade(float(both / max(best, 1)), float(captured / max(most, 1e-30)))
+
+
+def gather(observe: Callable[..., Observed], batches: Iterable[Any]) -> Rows:
+    """Runs `observe(tokens, positions, segment_ids)` over batches and brings what it saw to the host."""
+    parts = []
+    for batch in batches:
+        seen = observe(batch.tokens, batch.positions, batch.segment_ids)
+        parts.append(Rows(np.asarray(batch.segment_ids), *(np.asarray(x) for x in seen)))
+    return Rows(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+
+
+def _best(scores: Float32[Array, "B T"], rows: Rows, attention: AttentionConfig) -> Bool[Array, "B T"]:
+    return keep_best(jnp.asarray(scores), _documents(rows), attention)
+
+
+def _documents(rows: Rows) -> Any:
+    segments = jnp.asarray(rows.segment_ids)
+    return build_layout(segments > 0, window_size=1, num_sinks=0, segment_ids=segments)
+
+
+def _log_error(scores: jax.Array, rows: Rows, *, attention: AttentionConfig, floor: float) -> jax.Array:
+    i = jnp.arange(scores.shape[1])
+    stretch = i - (i - _documents(rows).document_start) % attention.gate_stretch  # by its first token
+    difference = scores - jnp.log(jnp.asarray(rows.worth) + floor)
+    judged = jnp.asarray(rows.is_judged, jnp.float32)
+
+    def total(x: jax.Array) -> jax.Array:
+        return jax.vmap(lambda x, to: jnp.zeros_like(x).at[to].add(x)[to])(x * judged, stretch)
+
+    centred = difference - total(difference) / jnp.maximum(total(jnp.ones_like(judged)), 1)
+    return jnp.sum(centred**2 * judged) / jnp.maximum(jnp.sum(judged), 1)
+
+
+def _top_error(scores: jax.Array, rows: Rows, *, attention: AttentionConfig, floor: float) -> jax.Array:
+    is_best = _best(rows.worth, rows, attention)
+    judged = jnp.asarray(rows.is_judged, jnp.float32)
+    errors = optax.sigmoid_binary_cross_entropy(scores, is_best.astype(jnp.float32))
+    return jnp.sum(errors * judged) / jnp.maximum(jnp.sum(judged), 1)
+
+
+_LOSSES = {"log": _log_error, "top": _top_error}

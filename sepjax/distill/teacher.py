@@ -1,0 +1,86 @@
+"""What a dense model looks at from afar: for every token the far attention that it receives.
+
+    worth of token j  =  sum over layers >= g, heads, later queries i >= j + n of (weight of j in query i's softmax)^2
+
+Squared, because sharp looks tell what is needed and mass does not. The weights of a layer are computed outright, one
+head at a time: a single [B, T, T] is in memory.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float32
+
+from sepjax.array_typing import Bool, Float, Positions, SegmentIds, Tokens
+from sepjax.config import AttentionConfig, layer_windows
+from sepjax.model.attend import hidden_before_gate
+from sepjax.model.layers import Attend
+from sepjax.model.rope import rope_table, rotate
+from sepjax.model.transformer import Transformer
+
+
+class Observed(NamedTuple):
+    """What a gate reads of rows, and what it is to tell from it."""
+
+    hidden: Float[jax.Array, "B T D"]  # entering layer g
+    worth: Float32[jax.Array, "B T"]  # 0 where no query is far enough away
+    is_judged: Bool[jax.Array, "B T"]  # tokens whose worth says something, in whole stretches; sinks are none of them
+
+
+def observe(
+    model: Transformer, tokens: Tokens, positions: Positions, segment_ids: SegmentIds, attention: AttentionConfig
+) -> Observed:
+    """Runs rows through the gated model's lower layers, and through the dense model.
+
+    The hidden states are the former's, which see sinks and window: what the gate will read when it is used. The weights
+    are the latter's. A stretch is judged where `gate_stretch` queries at least are far from all of it.
+
+    Args:
+      model: the decoder.
+      tokens: int32[B, T].
+      positions: int32[B, T] within each document.
+      segment_ids: int32[B, T], 0 for padding.
+      attention: the gated pattern; far is what is beyond the narrowest window n of the layers above the gate.
+    """
+    i = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    window = min(layer_windows(attention, model.config.num_layers, 0)[attention.gate_layer :])
+    segments = jnp.asarray(segment_ids)
+    sees = (segments[:, :, None] == segments[:, None]) & (i <= i[:, None])
+    is_far = sees & (i[:, None] - i >= window)
+    attend, g = _dense(model, positions, sees, is_far), attention.gate_layer
+    x, _ = model.run_layers(model.embed(tokens, positions), attend, None, 0, g)
+    _, worth = model.run_layers(x, attend, None, g)
+
+    places = jnp.asarray(positions)
+    to_last = attention.gate_stretch - 1 - places % attention.gate_stretch  # of the token's stretch
+    judges = jnp.sum(is_far, axis=1, dtype=jnp.int32) - to_last  # of the last token of the stretch
+    is_judged = (segments > 0) & (places >= attention.num_sinks) & (judges >= attention.gate_stretch)
+    hidden = hidden_before_gate(model, tokens, positions, segment_ids, attention)
+    return Observed(hidden, jnp.sum(worth, axis=0), is_judged)
+
+
+def _dense(model: Transformer, positions: Positions, sees: jax.Array, is_far: jax.Array) -> Attend:
+    """Attention by the mask `sees` that also returns the worth of every key, float32[B, T], by the pairs `is_far`."""
+    config = model.config
+    table = rope_table(positions, config.rope, config.head_dim) if config.position_embedding == "rope" else None
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        shared = q.shape[2] // k.shape[2]  # queries a key head
+
+        def head(n: jax.Array) -> tuple[jax.Array, jax.Array]:
+            query, key, value = (
+                jax.lax.dynamic_index_in_dim(x, m, axis=2, keepdims=False)
+                for x, m in ((q, n), (k, n // shared), (v, n // shared))
+            )
+            scores = jnp.einsum("bth,bsh->bts", query, key, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+            weights = jax.nn.softmax(jnp.where(sees, scores, -jnp.inf), axis=-1)
+            worth = jnp.sum(jnp.where(is_far, weights, 0.0) ** 2, axis=1)
+            return jnp.einsum("bts,bsh->bth", weights.astype(v.dtype), value), worth
+
+        out, worth = jax.lax.map(head, jnp.arange(q.shape[2]))
+        return jnp.moveaxis(out, 0, 2), jnp.sum(worth, axis=0)
+
+    return attend

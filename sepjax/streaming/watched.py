@@ -1,0 +1,235 @@
+"""Watched tokens: a bounded cache that keeps what was looked at sharply while it was in the window.
+
+Whoever attends has the weights at hand. The score of an entry is its sharpest look so far, faded by the time since,
+
+    score = max over looks of  log2(weight) + t / half_life            t: the looking token's time
+
+from the age of `after` tokens on (younger ones are looked at by everything). Times are those of the looks, not of the
+reading, so nothing has to fade in every step and the order of two scores never changes by itself. When a row compacts,
+the best s of its kept zone and its past window stay; an entry that stays keeps its slot, and those that come take the
+slots that are left:
+
+    kept zone   3 8 5 1        past window   . 9 . 4 .              stays: 8 5, comes: 9 4
+    after       9 8 5 4
+
+Every key head of a watched layer keeps a set of its own ("head"), or all layers and heads share one ("model"). A layer
+that is not watched keeps its newest tokens, which is a plain window: looks of the lower layers say little about what
+is worth keeping (docs/keeping.md).
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from sepjax.array_typing import Array, Bool, Float, Int32
+from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.model.rope import rotate
+
+if TYPE_CHECKING:
+    from sepjax.streaming.cache import StreamingCache
+
+_LEAST = 1e-30  # of a weight, so that its logarithm is finite
+_FIRST = 1024.0  # what separators that go first have more than all others: scores are between -100 and 2^15 / 256
+_NEVER = 2**20  # tokens after which a look counts half that is not to fade at all; beyond what float32 tells apart
+_CLOCK = 2**15  # times begin again here, so that they stay exact
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Which looks count, hashable: a part of `StreamSizes`. Made by `create`."""
+
+    layers: tuple[bool, ...]  # for each layer: whether its looks count
+    per_head: bool  # every key head of those layers keeps its own; False: all layers keep the same
+    after: int  # age in tokens from which looks count
+    half_life: int  # tokens
+    separators_first: bool
+
+    @classmethod
+    def create(cls, config: ModelConfig, attention: AttentionConfig) -> "Watch":
+        """What an attention config with the pattern "watched" asks for."""
+        layers = attention.watch_layers or range(config.num_layers // 2, config.num_layers)
+        return cls(
+            layers=tuple(i in layers for i in range(config.num_layers)),
+            per_head=attention.kept_set == "head",
+            after=attention.watch_after,
+            half_life=attention.watch_half_life or _NEVER,
+            separators_first=attention.separators_first,
+        )
+
+    def scores(self, config: ModelConfig, batch_size: int, size: int) -> Float[jax.Array, "G B N S"]:
+        """Scores of `size` entries each, for an empty cache."""
+        layers, heads = (config.num_layers, config.num_kv_heads) if self.per_head else (1, 1)
+        return jnp.zeros((layers, batch_size, heads, size), jnp.float32)
+
+    def by_newest(self) -> Bool[jax.Array, "G 1 1 1"]:
+        """The sets that keep their newest tokens."""
+        newest = [not watched for watched in self.layers] if self.per_head else [False]
+        return jnp.array(newest)[:, None, None, None]
+
+
+def looks_of_one(
+    cache: "StreamingCache", weights: Float[Array, "B K G C"], own: Float[Array, "B K G 1"]
+) -> Float[jax.Array, "B K S"]:
+    """The sharpest look of one token at each entry of kept zone and ring, and at itself: 0 where none counts.
+
+    Args:
+      cache: before it.
+      weights: of its attention to the C slots.
+      own: of that to itself.
+    """
+    sizes, watch = cache.sizes, cache.sizes.watch
+    assert watch is not None
+    looks = jnp.max(weights[..., sizes.num_sinks :], axis=2)
+    counts = _is_kept_or_old(cache, cache.next_recent[:, None])
+    return jnp.concatenate([jnp.where(counts, looks, 0.0), jnp.zeros_like(own[:, :, 0])], axis=-1)
+
+
+def looks_of_many(
+    cache: "StreamingCache", weights: Float[Array, "B K G T S"], counts: Int32[Array, "B"]
+) -> Float[jax.Array, "B K S"]:
+    """The same of a run of tokens: of their looks at each entry the sharpest, faded to the time of the last token.
+
+    Args:
+      cache: before them.
+      weights: of their attention to the sinks, the kept zone, the ring and one another.
+      counts: how many of the T tokens are taken up.
+    """
+    sizes, watch = cache.sizes, cache.sizes.watch
+    assert watch is not None
+    T = weights.shape[-2]
+    i = jnp.arange(T, dtype=jnp.int32)
+    fading = jnp.exp2(-(T - 1 - i).astype(jnp.float32) / watch.half_life)
+    fading = jnp.where(i < counts[:, None], fading, 0.0)  # [B, T]
+    query = cache.next_recent[:, None] + i
+    old = _is_kept_or_old(cache, query)  # [B, T, s + R]
+    own = (i[:, None] - i >= watch.after)[None]
+    factor = jnp.where(jnp.concatenate([old, jnp.broadcast_to(own, (len(counts), T, T))], -1), fading[..., None], 0.0)
+    return jnp.max(weights[..., sizes.num_sinks :] * factor[:, None, None], axis=(2, 3))
+
+
+def _is_kept_or_old(cache: "StreamingCache", query: Int32[Array, "B T"]) -> Bool[jax.Array, "B T S"]:
+    """Which entries of kept zone and ring are old enough for the looks of queries at these positions to count."""
+    watch = cache.sizes.watch
+    assert watch is not None
+    old = query[..., None] - cache.recent_positions()[:, None] >= watch.after
+    return jnp.concatenate([jnp.ones((*query.shape, cache.sizes.max_separators), bool), old], axis=-1)
+
+
+def seen_by(cache: "StreamingCache", looks: Float[Array, "L B K S"], counts: Int32[Array, "B"]) -> jax.Array:
+    """The scores after a run of T tokens, [G, B, N, s + R + T]: of kept zone, ring, and the tokens themselves.
+
+    Args:
+      cache: before them.
+      looks: of `looks_of_one` or `looks_of_many` in every layer.
+      counts: how many of the T tokens each row takes up; where none, the scores stay.
+    """
+    watch, scores = cache.sizes.watch, cache.scores
+    assert watch is not None
+    assert scores is not None
+    T = looks.shape[-1] - scores.shape[-1]
+    last = (cache.clock + (T - 1)).astype(jnp.float32) / watch.half_life
+    value = jnp.log2(jnp.maximum(looks, _LEAST)) + last[:, None, None]
+    value = jnp.where(jnp.array(watch.layers)[:, None, None, None], value, -jnp.inf)
+    if not watch.per_head:
+        value = jnp.max(value, axis=(0, 2), keepdims=True)
+    value = jnp.where(counts[:, None, None] > 0, value, -jnp.inf)
+    value, own = value[..., :-T], value[..., -T:]
+    first = jnp.where(scores > _FIRST / 2, _FIRST, 0.0) if watch.separators_first else 0.0
+    return jnp.concatenate([jnp.maximum(scores, value + first), own], axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """What a compaction keeps, for each of s slots of the kept zone."""
+
+    comes: Bool[jax.Array, "G B N s"]  # whether another entry comes into it
+    source: Int32[jax.Array, "G B N s"]  # p of that
+    scores: Float[jax.Array, "G B N S"]  # of kept zone and ring, afterwards
+
+    __no_type_check__ = True
+
+
+def keep_best(cache: "StreamingCache") -> "StreamingCache":
+    """Compacts the rows that are full: of kept zone and past window the best s stay, and the last w."""
+    a, s, w = cache.sizes.num_sinks, cache.sizes.max_separators, cache.sizes.window_size
+    full = cache.held() > cache.sizes.cache_size
+    past = jnp.where(full, cache.num_recent - w, 0)
+    choice = _choose(cache, past)
+    kept = cache.num_separators + past
+    slots = jnp.arange(s, dtype=jnp.int32)
+    turn = None if cache.sizes.absolute else cache.angles(slots - choice.source)
+
+    def move(x: jax.Array, comes: jax.Array, source: jax.Array, *turn: jax.Array) -> jax.Array:  # [(L,) B, K, C, H]
+        found = jnp.take_along_axis(x, (a + s + source % cache.sizes.ring)[..., None], axis=-2)
+        found = rotate(found[..., None, :], turn)[..., 0, :] if turn else found
+        zone = jnp.where(comes[..., None], found, x[..., a : a + s, :])
+        return jax.lax.dynamic_update_slice_in_dim(x, zone, a, axis=x.ndim - 2)
+
+    def everywhere(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (len(cache.sizes.watch.layers), *x.shape[1:])) if cache.sizes.watch else x
+
+    where = everywhere(choice.comes), everywhere(choice.source)
+    turns = () if turn is None else tuple(everywhere(x) for x in turn)
+    restarts = jnp.where(full & (cache.clock >= _CLOCK), _CLOCK, 0)
+    return dataclasses.replace(
+        cache,
+        k=cache.in_each_layer(move, cache.k, *where, *turns),
+        v=cache.in_each_layer(move, cache.v, *where),
+        scores=_restarted(cache, choice.scores, restarts),
+        clock=cache.clock - restarts,
+        num_separators=jnp.minimum(kept, s),
+        num_recent=jnp.where(full, w, cache.num_recent),
+        next_separator=jnp.minimum(kept, s),  # a kept entry's position is its slot's, whatever comes and goes
+        dropped=jnp.minimum(cache.dropped + jnp.maximum(kept - s, 0), 2**30),
+    )
+
+
+def _choose(cache: "StreamingCache", past: Int32[jax.Array, "B"]) -> _Choice:
+    watch, scores, sizes = cache.sizes.watch, cache.scores, cache.sizes
+    assert watch is not None
+    assert scores is not None
+    s = sizes.max_separators
+    i = jnp.arange(sizes.cache_size + 1 - sizes.num_sinks - sizes.window_size, dtype=jnp.int32)  # all the past may be
+    p = (cache.next_recent - cache.num_recent)[:, None] + i
+    at = s + p % sizes.ring
+    candidates = jnp.take_along_axis(scores, jnp.broadcast_to(at[None, :, None], (1, len(p), 1, len(i))), axis=-1)
+    time = (cache.clock[:, None] + p - cache.next_recent[:, None]).astype(jnp.float32)
+    candidates = jnp.where(watch.by_newest(), time[:, None], candidates)
+    if watch.separators_first:
+        flagged = jnp.take_along_axis(cache.is_separator, p % sizes.ring, axis=1)
+        candidates += jnp.where(flagged[:, None], _FIRST, 0.0)
+    is_past = i < past[:, None]
+    is_kept = jnp.arange(s) < cache.num_separators[:, None]
+    there = jnp.concatenate([is_kept, is_past], axis=1)[:, None]
+    ranked = jnp.where(there, jnp.concatenate([scores[..., :s], candidates], axis=-1), -jnp.inf)
+    best = jax.lax.top_k(ranked, s)[1]
+    stays, comes = jnp.split(_marked(best, ranked.shape[-1]) & there, [s], axis=-1)
+    # The entries that come, in their order, into the slots that are free, in theirs.
+    rank, free = (jnp.cumsum(x, axis=-1, dtype=jnp.int32) - 1 for x in (comes, ~stays))
+    order = jnp.argsort(~comes, axis=-1, stable=True)  # those that come first, each kind in its order
+    order = jnp.pad(order, [(0, 0)] * 3 + [(0, max(0, s - len(i)))])
+    source = jnp.take_along_axis(order, jnp.minimum(free, order.shape[-1] - 1), axis=-1)
+    source = jnp.where(stays, 0, source)
+    filled = ~stays & (free <= rank[..., -1:])
+    new = jnp.take_along_axis(candidates, jnp.minimum(source, len(i) - 1), axis=-1)
+    zone = jnp.where(filled, new, scores[..., :s])
+    source = jnp.take_along_axis(jnp.broadcast_to(p[None, :, None], (1, len(p), 1, len(i))), source, axis=-1)
+    return _Choice(filled, source, jnp.concatenate([zone, scores[..., s:]], axis=-1))
+
+
+def _marked(index: jax.Array, size: int) -> jax.Array:
+    """bool[..., size], true at `index`[..., s]."""
+    flat = index.reshape(-1, index.shape[-1])
+    marks = jnp.zeros((len(flat), size), bool).at[jnp.arange(len(flat))[:, None], flat].set(True, unique_indices=True)
+    return marks.reshape(*index.shape[:-1], size)
+
+
+def _restarted(cache: "StreamingCache", scores: jax.Array, restarts: Int32[jax.Array, "B"]) -> jax.Array:
+    """Scores of rows whose times begin again, `restarts` earlier."""
+    watch = cache.sizes.watch
+    assert watch is not None
+    rate = jnp.where(watch.by_newest(), 1.0, 1.0 / watch.half_life)
+    return scores - rate * restarts.astype(jnp.float32)[:, None, None]

@@ -1,0 +1,177 @@
+"""The gate: which tokens it keeps, that no choice depends on what comes later, and what the layers above then see."""
+
+import dataclasses
+import functools
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.layout import build_layout
+from sepjax.model.attend import forward, layer_layouts, run_rows
+from sepjax.model.gate import keep_best, straight_through
+from sepjax.model.transformer import create, merge, split
+
+V, T = 97, 29
+MODEL = ModelConfig(vocab_size=V, num_layers=3, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
+GATED = AttentionConfig(
+    "gated", num_sinks=2, window_size=7, gate_layer=1, gate_stretch=5, gate_keep=2, implementation="reference"
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return create(MODEL, GATED, jax.random.key(0))
+
+
+def row(seed=0, B=1):
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    return np.random.default_rng(seed).integers(0, V, (B, T)).astype(np.int32), positions, np.zeros((B, T), bool)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _run(graph, params, attention, batch, noise):
+    rows = run_rows(merge(graph, params), *batch, attention=attention, gate_noise=noise)
+    return rows.hidden, rows.is_separator, rows.scores
+
+
+def run(model, batch, attention=GATED, noise=None):
+    """Hidden states, flags and scores."""
+    graph, params = split(model)
+    return _run(graph, params, attention, batch, noise)
+
+
+_keep_best = jax.jit(keep_best, static_argnums=2)
+
+
+@given(
+    scores=hnp.arrays(np.float32, (2, T), elements=st.sampled_from([-1.5, 0.0, 0.5, 2.0])),  # many are equal
+    ids=hnp.arrays(np.int32, (2, 4), elements=st.integers(0, 2)),
+    cuts=st.lists(st.integers(0, T), min_size=3, max_size=3),
+    stretch=st.sampled_from([1, 5, 8, T + 3]),
+    keep=st.integers(0, 3),
+    num_sinks=st.integers(0, 3),
+)
+def test_the_best_of_every_stretch_are_kept(scores, ids, cuts, stretch, keep, num_sinks):
+    segments = np.repeat(ids, np.diff([0, *sorted(cuts), T]), axis=1)
+    attention = dataclasses.replace(GATED, gate_stretch=stretch, gate_keep=keep, num_sinks=num_sinks)
+    layout = build_layout(segments > 0, window_size=stretch, num_sinks=num_sinks, segment_ids=segments)
+    expected = np.zeros((2, T), bool)
+    for b in range(2):
+        starts = [i for i in range(T) if i == 0 or segments[b, i] != segments[b, i - 1]]
+        for start, end in zip(starts, [*starts[1:], T], strict=True):
+            for first in range(start, end, stretch) if segments[b, start] else ():
+                tokens = range(max(first, start + num_sinks), min(first + stretch, end))
+                expected[b, sorted(tokens, key=lambda i: -scores[b, i])[:keep]] = True
+    np.testing.assert_array_equal(_keep_best(jnp.asarray(scores), layout, attention), expected)
+
+
+def test_no_later_token_changes_what_an_earlier_one_sees(model):
+    """Bit for bit: hidden states before the change, and the flags of every stretch that was over by then."""
+    tokens, *rest = row()
+    hidden, flags, _ = (np.asarray(x) for x in run(model, (tokens, *rest)))
+    changed_flags = 0
+    for t in range(1, T):
+        other = tokens.copy()
+        other[0, t] = (tokens[0, t] + 1) % V
+        after, after_flags, _ = (np.asarray(x) for x in run(model, (other, *rest)))
+        np.testing.assert_array_equal(after[:, :t], hidden[:, :t])
+        over = t // 5 * 5
+        np.testing.assert_array_equal(after_flags[:, :over], flags[:, :over])
+        changed_flags += (after_flags != flags).sum()
+    assert changed_flags, "the measure itself: some choice depends on the tokens"
+
+
+def test_documents_are_alone_in_their_row(model):
+    """No gradient from another document or from the future, that of the scores included; the same choice as alone."""
+    tokens, positions, flags = row()
+    first = 12
+    segments = np.repeat([[1, 2]], [first, T - first], axis=1).astype(np.int32)
+    positions = np.concatenate([positions[:, :first], positions[:, : T - first]], axis=1)
+    graph, params = split(model)
+    table = params["embedding"]["embedding"][tokens[0]]
+
+    @jax.jit
+    @jax.grad
+    def gradient(table, i):
+        changed = merge(graph, params | {"embedding": {"embedding": table}})
+        batch = jnp.arange(T, dtype=jnp.int32)[None], positions, flags, segments, GATED
+        return jnp.sum(run_rows(changed, *batch, gate_noise=jnp.zeros((1, T))).hidden[0, i] ** 2)
+
+    for i in (first - 1, first, T - 1):
+        touched = np.asarray(jnp.abs(gradient(table, i)).sum(axis=1) > 0)
+        start = 0 if i < first else first
+        assert touched[i], i
+        assert not touched[:start].any(), i
+        assert not touched[i + 1 :].any(), i
+
+    packed = run(model, (tokens, positions, flags, segments))
+    alone = run(model, (tokens[:, first:], positions[:, first:], flags[:, first:]))
+    np.testing.assert_allclose(packed[0][:, first:], alone[0], atol=1e-5)
+    np.testing.assert_array_equal(packed[1][:, first:], alone[1])
+
+
+def test_layers_above_see_what_was_kept_and_layers_below_do_not(model):
+    batch = row(B=2)
+    hidden = {}
+    for name, attention in {
+        "the bare window": dataclasses.replace(GATED, pattern="sink_window"),
+        "nothing kept": dataclasses.replace(GATED, gate_keep=0),
+        "dense above": dataclasses.replace(GATED, pattern="sink_window", layer_windows=(7, T, T)),
+        "all kept": dataclasses.replace(GATED, gate_keep=5),
+        "some kept": GATED,
+        "other windows below": dataclasses.replace(GATED, layer_windows=(12, 7, 7)),
+        "all kept, other windows below": dataclasses.replace(GATED, gate_keep=5, layer_windows=(12, 7, 9)),
+        "dense above, other windows below": dataclasses.replace(GATED, pattern="sink_window", layer_windows=(12, T, T)),
+    }.items():
+        hidden[name] = np.asarray(run(model, batch, attention)[0])
+    for same in ("the bare window", "nothing kept"), ("dense above", "all kept"):
+        np.testing.assert_allclose(*(hidden[name] for name in same), atol=1e-5)
+    pair = "all kept, other windows below", "dense above, other windows below"
+    np.testing.assert_allclose(*(hidden[name] for name in pair), atol=1e-5)
+    assert np.abs(hidden["some kept"] - hidden["all kept"]).max() > 1e-3
+    assert np.abs(hidden["some kept"] - hidden["nothing kept"]).max() > 1e-3
+    assert np.abs(hidden["some kept"] - hidden["other windows below"]).max() > 1e-3
+
+    # At layer 0 the choice is made before any layer: then it is a separator pattern with these flags.
+    at_once = dataclasses.replace(GATED, gate_layer=0)
+    got, flags, _ = run(model, batch, at_once)
+    same = dataclasses.replace(GATED, pattern="separator")
+    np.testing.assert_allclose(got, forward(model, *batch[:2], flags, None, same)[0], atol=1e-5)
+
+
+def test_noise_explores_and_the_factor_is_one(model):
+    batch = row(B=2)
+    hidden, flags, scores = run(model, batch)
+    still = run(model, batch, noise=jnp.zeros((2, T)))
+    np.testing.assert_allclose(still[0], hidden, atol=1e-5)
+    np.testing.assert_array_equal(still[1], flags)
+    noise = jax.random.gumbel(jax.random.key(1), (2, T))
+    assert (run(model, batch, noise=noise)[1] != flags).any()
+    np.testing.assert_allclose(run(model, batch, noise=noise)[2], scores, atol=1e-6)
+    far_below = jnp.full((1, 1), -1e4)
+    assert float(straight_through(far_below)[0, 0]) == 1.0
+    assert np.isfinite(jax.grad(lambda s: straight_through(s).sum())(far_below)).all()
+
+
+def test_keys_are_counted_with_each_layers_own_layout(model):
+    _, flags, _ = run(model, row())
+    layouts = layer_layouts(flags, None, GATED, 3)
+    assert [share for _, share in layouts] == [1 / 3, 2 / 3]
+    far = [int(layout.far_end[0, -1]) for layout, _ in layouts]
+    assert far == [2, 2 + int(flags[0, : T - 7].sum())]
+
+
+def test_a_model_without_a_gate_is_refused_and_other_parameters_stay_as_they_are(model):
+    plain = create(MODEL, dataclasses.replace(GATED, pattern="separator"), jax.random.key(0))
+    with pytest.raises(ConfigError, match="'gated' needs a model with a gate, and this one has none; train one"):
+        forward(plain, *row(), attention=GATED)
+    with_gate = split(model)[1]
+    jax.tree.map(np.testing.assert_array_equal, {k: v for k, v in with_gate.items() if k != "gate"}, split(plain)[1])
+    half = dataclasses.replace(MODEL, dtype="bfloat16")
+    assert jax.eval_shape(lambda: run(create(half, GATED, jax.random.key(0)), row())[2]).dtype == jnp.float32
