@@ -150,7 +150,7 @@ def stream(
 
     `arms` take the place of patterns and budgets. `loading` is for `sepjax.load`, `options` for `score_streams`.
     """
-    model, tokenizer = sepjax.load(path, step=step, **loading)
+    model, tokenizer = sepjax.load(path, **{"step": step, **loading})
     attentions: list[AttentionConfig | Arm] = [
         stream_attention(model.attention, pattern, budget, model.config.num_layers)
         for budget in budgets or [""]
