@@ -5,7 +5,8 @@
 
 `post_window.py` but for this: layers 0 to 14 see sinks and a window of 416; a small network on their output scores
 every token, and the best 8 of every 64 stay visible for layers 15 to 29, which are those that make use of the distant
-past (docs/keeping.md). The last token of a row sees 10.3 % of the keys below and 21.4 % above, 15.9 % averaged over layers.
+past (docs/keeping.md). The last token of a row sees 10.3 % of the keys below and 21.4 % above, 15.9 % averaged over
+layers.
 
 The gate is drawn at random and learns with the model. To begin with one that has learned from the dense model which
 tokens are looked at from afar, make a workdir with

@@ -103,6 +103,9 @@ class StreamingCache:
 
         Where there are no separators to be moved, evicting ends no pass once the sinks are there.
         """
+        if self.sizes.watch:  # what moves is not lost, so it moves as soon as the ring is full
+            sinks = self.sizes.num_sinks - self.num_sinks
+            return jnp.minimum(sinks + self.sizes.ring_limit - self.num_recent, most)
         room = jnp.minimum(self.sizes.cache_size + 1 - self.held(), most)
         if self.sizes.max_separators:
             return room
@@ -110,7 +113,13 @@ class StreamingCache:
 
     def is_due(self) -> Bool[jax.Array, "B"]:
         """Rows that must be compacted before their next token."""
-        return (self.held() > self.sizes.cache_size) | self._turns()
+        return self.is_full() | self._turns()
+
+    def is_full(self) -> Bool[jax.Array, "B"]:
+        """Rows that have no room for another token."""
+        if self.sizes.watch:
+            return self.num_recent >= self.sizes.ring_limit
+        return self.held() > self.sizes.cache_size
 
     def reset(self, rows: Bool[Array, "B"]) -> "StreamingCache":
         """The same with `rows` empty, as for a new document. Keys and values stay, where nothing sees them."""
@@ -253,20 +262,17 @@ class StreamingCache:
         """Compacts the rows that are due; the others stay as they are. Costs next to nothing where none is due."""
 
         # Loops that run once or never: unlike the branches of a `cond`, they change the cache in place.
-        def is_full(cache: StreamingCache) -> jax.Array:
-            return jnp.any(cache.held() > cache.sizes.cache_size)
-
         cache = self
         if self.sizes.max_separators:
             move = keep_best if self.sizes.watch else StreamingCache._move_separators
-            cache = jax.lax.while_loop(is_full, move, self)
+            cache = jax.lax.while_loop(lambda cache: jnp.any(cache.is_full()), move, self)
         if self.sizes.absolute:
             return cache
         return jax.lax.while_loop(lambda cache: jnp.any(cache._turns()), StreamingCache._turn_back, cache)
 
     def _move_separators(self) -> "StreamingCache":
         a, s, w, R = self.sizes.num_sinks, self.sizes.max_separators, self.sizes.window_size, self.sizes.ring
-        full = self.held() > self.sizes.cache_size
+        full = self.is_full()
         past = jnp.where(full, self.num_recent - w, 0)[:, None]
         first = (self.next_recent - self.num_recent)[:, None]  # p of the oldest
         p = first + jnp.arange(R, dtype=jnp.int32)

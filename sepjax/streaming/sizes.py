@@ -79,14 +79,19 @@ class StreamSizes:
 
     @property
     def slots(self) -> int:
-        """C: sinks, separators, and a ring that holds all the rest of c + 1 entries."""
-        least = self.max_separators + self.cache_size + 1
+        """C: sinks, separators, and a ring that holds all the rest of c + 1 entries; if watched, `ring_limit` of them."""
+        least = self.cache_size + 1 + (0 if self.watch else self.max_separators)
         return -(-least // _ALIGN) * _ALIGN
 
     @property
     def ring(self) -> int:
         """R, slots of the ring."""
         return self.slots - self.num_sinks - self.max_separators
+
+    @property
+    def ring_limit(self) -> int:
+        """Recent entries at which watched tokens are compacted: what sinks and a full second zone leave of c + 1."""
+        return self.cache_size + 1 - self.num_sinks - self.max_separators
 
     @property
     def chunk(self) -> int:

@@ -7,7 +7,8 @@ Whoever attends has the weights at hand. The score of an entry is its sharpest l
 from the age of `after` tokens on (younger ones are looked at by everything). Times are those of the looks, not of the
 reading, so nothing has to fade in every step and the order of two scores never changes by itself. When a row compacts,
 the best s of its kept zone and its past window stay; an entry that stays keeps its slot, and those that come take the
-slots that are left:
+slots that are left. It does so whenever recent entries fill what sinks and a full kept zone leave of c + 1, so that the
+kept zone fills up before anything is lost:
 
     kept zone   3 8 5 1        past window   . 9 . 4 .              stays: 8 5, comes: 9 4
     after       9 8 5 4
@@ -155,7 +156,7 @@ class _Choice:
 def keep_best(cache: "StreamingCache") -> "StreamingCache":
     """Compacts the rows that are full: of kept zone and past window the best s stay, and the last w."""
     a, s, w = cache.sizes.num_sinks, cache.sizes.max_separators, cache.sizes.window_size
-    full = cache.held() > cache.sizes.cache_size
+    full = cache.is_full()
     past = jnp.where(full, cache.num_recent - w, 0)
     choice = _choose(cache, past)
     kept = cache.num_separators + past
@@ -192,7 +193,7 @@ def _choose(cache: "StreamingCache", past: Int32[jax.Array, "B"]) -> _Choice:
     assert watch is not None
     assert scores is not None
     s = sizes.max_separators
-    i = jnp.arange(sizes.cache_size + 1 - sizes.num_sinks - sizes.window_size, dtype=jnp.int32)  # all the past may be
+    i = jnp.arange(sizes.ring_limit - sizes.window_size, dtype=jnp.int32)
     p = (cache.next_recent - cache.num_recent)[:, None] + i
     at = s + p % sizes.ring
     candidates = jnp.take_along_axis(scores, jnp.broadcast_to(at[None, :, None], (1, len(p), 1, len(i))), axis=-1)
