@@ -265,6 +265,20 @@ def test_a_program_ends_with_one_line_for_mistakes_and_a_traceback_for_bugs(
             Config(attention=AttentionConfig(num_sinks=4, max_separators=64, window_size=64, cache_size=132)),
             "cache_size=132 must exceed .* = 4 . 64 . 64 = 132; set cache_size to 133 or more",
         ),
+        (
+            Config(attention=AttentionConfig("gated", gate_layer=4)),
+            r"gate_layer=4 must be 0 \(.*\) to 3: of the model's 4",
+        ),
+        (
+            Config(attention=AttentionConfig("gated", gate_keep=65)),
+            "gate_keep=65 of every gate_stretch=64 tokens are more",
+        ),
+        (
+            Config(attention=AttentionConfig("gated", layer_windows=(9, 9, 64, 63))),
+            "gate_stretch=64 exceeds the window 63 of a gated layer",
+        ),
+        (Config(attention=AttentionConfig("gated", gate_stretch=0)), "attention.gate_stretch=0 must be 1 or more"),
+        (Config(training=TrainingConfig(gate_noise=-1.0)), "training.gate_noise=-1.0 must be 0 or more"),
         (Config(data=DataConfig(batch_size=0)), "data.batch_size=0 must be 1 or more"),
         (Config(data=DataConfig(num_workers=-1)), "data.num_workers=-1 must be 0 or more"),
         (Config(data=DataConfig(tokenizer_vocab_size=9000)), "tokenizer_vocab_size=9000 exceeds model.vocab_size=8192"),

@@ -109,6 +109,19 @@ def test_a_ragged_batch_is_what_whole_forward_passes_give(model, tokenizer, answ
     assert len({answer.token_ids for answer in answers}) == len(PROMPTS)  # it does depend on the prompt
 
 
+def test_a_gated_model_generates_what_whole_forward_passes_give(tokenizer):
+    """Also where the cache must grow: half of all tokens stay."""
+    attention = dataclasses.replace(SEPARATOR, pattern="gated", gate_layer=1, gate_stretch=6, gate_keep=3)
+    model = make_model(SHAPE, attention)
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=100, stop_at_eos=False)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        if len(tokenizer.encode(prompt, bos=True)) + 100 <= 128:
+            check_greedy(model, tokenizer, prompt, answer, attention)
+    assert any(answer.cache.held < answer.cache.seen for answer in answers)
+    with pytest.raises(ConfigError, match='"gated" is not served by a bounded cache; stream over a growing cache'):
+        next(stream(model, tokenizer, PROMPTS[0]))
+
+
 def test_each_row_is_what_it_would_be_alone_and_what_stream_gives(model, tokenizer, answers):
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         events = list(stream(model, tokenizer, prompt, max_new_tokens=40, stop_at_eos=False))

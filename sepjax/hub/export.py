@@ -20,6 +20,7 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.families import KEY, family_for, family_of, flat, flat_shapes, rows_of
 from sepjax.hub.fields import Fields
 from sepjax.hub.folder import INDEX, SINGLE, TOKENIZER_FILES
+from sepjax.hub.gate_file import write_gate
 from sepjax.hub.safetensors_file import Planned, replacing, write_safetensors
 from sepjax.hub.tables import Family, Row
 from sepjax.model.transformer import Params, Transformer, split
@@ -38,6 +39,8 @@ def save_folder(
     shard_bytes: int = _SHARD,
 ) -> None:
     """Writes a model as safetensors with config.json (our settings under "sepllm") and its tokenizer.
+
+    A gate goes into a file of its own, `sepllm_gate.safetensors`, in float32.
 
     Args:
       model: from `sepjax.load`.
@@ -65,6 +68,7 @@ def save_folder(
     folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(tokenizer, folder, like)
     _write_tensors(folder, tensors, shard_bytes)
+    write_gate(folder, params)
     with replacing(folder / "config.json") as partial:  # last: without it the folder is no model
         partial.write_text(json.dumps(keys, indent=2) + "\n")
 

@@ -12,6 +12,7 @@ from sepjax.hub.assemble import assemble
 from sepjax.hub.errors import HubError
 from sepjax.hub.families import family_of, read_attention, read_model_config
 from sepjax.hub.fields import Fields
+from sepjax.hub.gate_file import read_gate
 from sepjax.hub.safetensors_file import SafetensorsFile
 from sepjax.hub.tables import Family, Shape
 from sepjax.model.transformer import Transformer, abstract, merge
@@ -51,7 +52,7 @@ def load_folder(
     family, attention = family_of(fields), read_attention(fields, config.num_layers)
     params = assemble(Weights(path, family), family, config, param_dtype=param_dtype, mesh=mesh)
     graph, _ = abstract(config, attention)
-    return merge(graph, params), tokenizer
+    return merge(graph, params | read_gate(path, config, attention, mesh)), tokenizer
 
 
 def folder_shape(path: Path, *, dtype: str) -> tuple[ModelConfig, Tokenizer]:

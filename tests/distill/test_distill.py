@@ -15,6 +15,8 @@ from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, Mode
 from sepjax.data.pipeline import prepare_tokenizer
 from sepjax.distill.program import Lesson, distill
 from sepjax.distill.teacher import observe
+from sepjax.hub.convert import convert
+from sepjax.hub.errors import HubError
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import create, split
 from train import train
@@ -103,6 +105,16 @@ def test_a_gate_learns_what_to_keep_and_goes_wherever_models_go(config, tmp_path
     assert "gated" not in {x.pattern for x in evaluate(Path(config.training.init_from), length=64, max_documents=1)}
     with pytest.raises(ConfigError, match="needs a model with a gate, and this one has none"):
         evaluate(Path(config.training.init_from), ["gated"], length=64, max_documents=1)
+
+    convert(tmp_path / "gate", tmp_path / "folder", dtype="float32")
+    again, _ = sepjax.load(tmp_path / "folder")
+    jax.tree.map(np.testing.assert_array_equal, split(again)[1], params | {"gate": gate})
+    convert(tmp_path / "folder", tmp_path / "back")
+    jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / "back")[1]["gate"], gate)
+    settings = tmp_path / "folder" / "config.json"
+    settings.write_text(settings.read_text().replace('"gated"', '"separator"'))
+    with pytest.raises(HubError, match=r"has sepllm_gate.safetensors, but its config.json says sepllm.pattern='sep"):
+        sepjax.load(tmp_path / "folder")
 
     still = OptimizerConfig(learning_rate=0.0, final_learning_rate=0.0, warmup_steps=0, accumulation_steps=2)
     begun = dataclasses.replace(config.training, init_from=str(tmp_path / "gate"))
