@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sepjax.config import AttentionConfig
+from sepjax.config import AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.separators import configured_table, flag_separators
 
@@ -60,7 +60,15 @@ def window_of_equal(
       kind: "kv": keys that the last token sees over the tokens, averaged over rows; "pairs": visible over causal
         pairs, of all rows together.
       want: the share.
+
+    Raises:
+      ConfigError: the pattern is a gated one.
     """
+    if attention.pattern == "gated":
+        raise ConfigError(
+            "what a gate keeps does not follow from the text, so no equal window is found for a gated arm; give it a "
+            "window_size, and other arms n=kv: of it"
+        )
     counts = [_count_kept(flags, attention) for flags in _flags(attention, tokenizer, windows)]
 
     def share(n: int) -> float:

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Float, Int32
-from sepjax.config import AttentionConfig, UserError, layer_windows
+from sepjax.config import AttentionConfig, UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.token_loss import token_nll
 from sepjax.generation.weights import working_copy
-from sepjax.model.attend import layer_layouts, run_rows
+from sepjax.model.attend import layer_kinds, layer_layouts, run_rows
 from sepjax.model.transformer import Transformer, merge, split
 from sepjax.separators import configured_table, flag_separators
 
@@ -132,7 +132,7 @@ def score_windows(
         nll += [losses[i, : len(window) - 1] for i, window in enumerate(rows)]
         kept.append(keys[:, : len(rows)])
         totals += sums
-    per_layer = _of_each_layer(attention, layer_windows(attention, model.config.num_layers, length))
+    per_layer = _of_each_layer(attention, model.config.num_layers, length)
     return WindowLosses(
         attention=attention,
         nll=np.concatenate(nll),
@@ -142,11 +142,10 @@ def score_windows(
     )
 
 
-def _of_each_layer(attention: AttentionConfig, windows: tuple[int, ...]) -> list[int]:
-    """For each layer the number of its layout in `layer_layouts`: those below a gate have layouts of their own."""
-    gated = attention.gate_layer if attention.pattern == "gated" else 0
-    kinds = [(i >= gated, n) for i, n in enumerate(windows)]
-    distinct = list(dict.fromkeys(kinds))
+def _of_each_layer(attention: AttentionConfig, num_layers: int, length: int) -> list[int]:
+    """For each layer the number of its layout in `layer_layouts`."""
+    kinds = layer_kinds(attention, num_layers, length)
+    distinct = list(collections.Counter(kinds))
     return [distinct.index(kind) for kind in kinds]
 
 

@@ -163,14 +163,22 @@ def layer_layouts(
 
     is_separator: of a gated pattern the gate's choice (`Rows.is_separator`), which the layers below it do not see.
     """
-    windows = layer_windows(attention, num_layers, is_separator.shape[1])
-    g = attention.gate_layer if attention.pattern == "gated" else 0
-    layouts = []
-    for flags, part in ((jnp.zeros_like(is_separator), windows[:g]), (is_separator, windows[g:])):
-        if part:
-            layout = batch_layout(flags, segment_ids, attention, part[0])
-            layouts += [(layout.with_window(n), times / num_layers) for n, times in collections.Counter(part).items()]
-    return layouts
+    kinds = collections.Counter(layer_kinds(attention, num_layers, is_separator.shape[1]))
+    layouts: dict[bool, SeparatorLayout] = {}
+    for sees_kept, n in kinds:
+        flags = is_separator if sees_kept else jnp.zeros_like(is_separator)
+        if sees_kept not in layouts:
+            layouts[sees_kept] = batch_layout(flags, segment_ids, attention, n)
+    return [(layouts[sees].with_window(n), times / num_layers) for (sees, n), times in kinds.items()]
+
+
+def layer_kinds(attention: AttentionConfig, num_layers: int, length: int) -> list[tuple[bool, int]]:
+    """Of every layer whether it sees the tokens that are kept, sinks aside, and its window n.
+
+    `layer_layouts` has a layout for each distinct one, in the order in which they come first.
+    """
+    below = attention.gate_layer if attention.pattern == "gated" else 0
+    return [(i >= below, n) for i, n in enumerate(layer_windows(attention, num_layers, length))]
 
 
 type _Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
