@@ -101,7 +101,8 @@ def test_a_gate_learns_what_to_keep_and_goes_wherever_models_go(config, tmp_path
 
     scores = {x.pattern: x for x in evaluate(tmp_path / "gate", length=64)}
     assert set(scores) == {"separator", "dense", "sink_window", "fixed_interval", "gated"}
-    assert scores["sink_window"].kv_kept < scores["gated"].kv_kept < scores["sink_window"].kv_kept + 1 / 8
+    gated, window = (scores[pattern].layer_kept for pattern in ("gated", "sink_window"))
+    assert gated[0] == window[0] < gated[1] < window[1] + 1 / 8, "the layer below the gate, the one above it"
     assert "gated" not in {x.pattern for x in evaluate(Path(config.training.init_from), length=64, max_documents=1)}
     with pytest.raises(ConfigError, match="needs a model with a gate, and this one has none"):
         evaluate(Path(config.training.init_from), ["gated"], length=64, max_documents=1)

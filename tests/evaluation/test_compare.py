@@ -13,7 +13,7 @@ from sepjax.config import AttentionConfig, ConfigError
 from sepjax.evaluation.arms import parse_arms
 from sepjax.evaluation.compare import at_equal_kv, score_arms, score_patterns
 from sepjax.evaluation.documents import StreamError, read_texts
-from sepjax.evaluation.equal import density
+from sepjax.evaluation.equal import density, window_of_equal
 from sepjax.evaluation.needle import NeedleError, needle_grid, write_csv, write_png
 from sepjax.evaluation.needle import table as needle_table
 from sepjax.evaluation.perplexity import token_windows
@@ -41,6 +41,12 @@ def score(byte_model, byte_tokenizer, windows):
 @pytest.fixture(scope="module")
 def compared(byte_model, byte_tokenizer, windows, score):
     return score(at_equal_kv(byte_model.attention, density(byte_model.attention, byte_tokenizer, windows.ids)))
+
+
+def test_no_window_is_sought_for_a_gate(byte_tokenizer, windows):
+    gated = AttentionConfig("gated", num_sinks=2, window_size=8, gate_stretch=8)
+    with pytest.raises(ConfigError, match="what a gate keeps does not follow from the text.*give it a window_size"):
+        window_of_equal(gated, byte_tokenizer, windows.ids, "kv", 0.2)
 
 
 def test_all_patterns_keep_as_much_as_the_separators(compared):
