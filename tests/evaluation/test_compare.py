@@ -45,7 +45,7 @@ def compared(byte_model, byte_tokenizer, windows, score):
 
 def test_no_window_is_sought_for_a_gate(byte_tokenizer, windows):
     gated = AttentionConfig("gated", num_sinks=2, window_size=8, gate_stretch=8)
-    with pytest.raises(ConfigError, match="what a gate keeps does not follow from the text.*give it a window_size"):
+    with pytest.raises(ConfigError, match=r"what a gate keeps does not follow from the text.*give it a window_size"):
         window_of_equal(gated, byte_tokenizer, windows.ids, "kv", 0.2)
 
 
