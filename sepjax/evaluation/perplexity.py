@@ -5,6 +5,7 @@ scored exactly once, given the tokens before it in its window. Each window is a 
 last query of a window sees over the window's length. `sepjax.evaluation.compare` makes figures of them.
 """
 
+import collections
 import dataclasses
 import functools
 import time
