@@ -19,7 +19,8 @@ BENCH = {"flags", "provenance", "timing"}  # what a `bench.py` needs
 MAY_IMPORT = {
     "array_typing": set(),
     "checks": set(),
-    "config": {"checks"},
+    "attention_config": {"checks"},
+    "config": {"checks", "attention_config"},
     "separators": BASE,
     "layout": BASE | {"separators"},
     "sharding": BASE,
