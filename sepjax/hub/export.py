@@ -77,7 +77,8 @@ def _config(model: Transformer, like: Path | None) -> tuple[Family, dict[str, An
         return family, about | keys | {"sepjax_version": sepjax.__version__}
     fields = Fields.read(like / "config.json")
     family = family_of(fields)
-    origin = dataclasses.replace(family.read_config(fields), dtype=model.config.dtype)
+    tied = model.config.tie_embeddings  # the origin's config may have been wrong about that
+    origin = dataclasses.replace(family.read_config(fields), dtype=model.config.dtype, tie_embeddings=tied)
     changed = [
         field.name
         for field in dataclasses.fields(ModelConfig)
@@ -86,7 +87,8 @@ def _config(model: Transformer, like: Path | None) -> tuple[Family, dict[str, An
     ]
     if changed:
         raise HubError(f"{str(like)!r} is of another shape than the model: {', '.join(changed)} differ")
-    return family, dict(fields.values)
+    keys = dict(fields.values)
+    return family, keys if family.read_config(fields).tie_embeddings == tied else keys | {"tie_word_embeddings": tied}
 
 
 def _plan(family: Family, config: ModelConfig, params: Params, dtype: str | None) -> dict[str, Planned]:
