@@ -53,7 +53,9 @@ class ModelConfig:
     shared_norm: bool = False  # with parallel_residual: one norm feeds both (Falcon-7B)
     position_embedding: str = "rope"  # "rope" | "learned" (GPT-2)
     max_positions: int = 2048  # rows of the learned table; with rope only a note of the training context
-    sliding_window: int = 0  # keys that a query of the model's own sees (Mistral): what "dense" is to it; 0: all of them
+    sliding_window: int = (
+        0  # keys that a query of the model's own sees (Mistral): what "dense" is to it; 0: all of them
+    )
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     tie_embeddings: bool = True
     dtype: str = "float32"  # of activations and matmul inputs; parameters, norms and softmax stay float32
@@ -146,6 +148,14 @@ def validate(config: Config) -> Config:
             'with "sink_window", "separator" or "gated", and stream with it'
         )
     return config
+
+
+def with_own_window(attention: AttentionConfig, model: ModelConfig) -> AttentionConfig:
+    """What is dense to a model with a sliding window is that window; every other pattern takes its place."""
+    if attention.pattern != "dense" or not model.sliding_window:
+        return attention
+    changes = {"num_sinks": 0, "window_size": model.sliding_window, "layer_windows": (), "cache_size": 0}
+    return dataclasses.replace(attention, pattern="sink_window", **changes)
 
 
 def validate_model(model: ModelConfig) -> ModelConfig:

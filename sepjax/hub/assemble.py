@@ -121,13 +121,13 @@ def check_sizes(source: Source, config: ModelConfig) -> None:
     for name, size in rows.items():
         if size * config.embed_dim > numbers:
             raise HubError(
-                f"{str(source.path)!r}: its config has {name} = {size} and embed_dim = {config.embed_dim}, but the largest "
-                f"tensor has {numbers} numbers; they do not belong together"
+                f"{str(source.path)!r}: its config has {name} = {size} and embed_dim = {config.embed_dim}, but the "
+                f"largest tensor has {numbers} numbers; they do not belong together"
             )
     if config.num_layers > len(shapes):
         raise HubError(
-            f"{str(source.path)!r}: its config has {config.num_layers} layers, but there are {len(shapes)} tensors in all; "
-            "they do not belong together"
+            f"{str(source.path)!r}: its config has {config.num_layers} layers, but there are {len(shapes)} tensors in "
+            "all; they do not belong together"
         )
 
 

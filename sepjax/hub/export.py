@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 import sepjax
 from sepjax.config import ConfigError, ModelConfig
-from sepjax.data.tokenizer import Tokenizer
+from sepjax.data.tokenizer import FILES, Tokenizer
 from sepjax.hub.errors import HubError
 from sepjax.hub.families import KEY, family_for, family_of, flat, flat_shapes, rows_of
 from sepjax.hub.fields import Fields
@@ -140,9 +139,9 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Planned], shard_bytes: in
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, like: Path | None) -> None:
     """The origin's files byte for byte, or ours."""
+    if like is None or not any((like / name).is_file() for name in FILES):
+        tokenizer.save(folder)
     there = [name for name in TOKENIZER_FILES if like is not None and (like / name).is_file()]
     for name in there:
         assert like is not None
         shutil.copyfile(like / name, folder / name)
-    if not any(re.fullmatch(r"tokenizer\.(json|model)", name) for name in there):
-        tokenizer.save(folder)

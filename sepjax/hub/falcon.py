@@ -45,8 +45,7 @@ def table(config: ModelConfig) -> tuple[Row, ...]:
 
 def read_config(fields: Fields) -> ModelConfig:
     """Our shape of a config.json."""
-    fields = Fields(fields.path, {"num_attention_heads": 71, "hidden_size": 4544} | dict(fields.values))
-    fields = fields.alias(n_embed="hidden_size")
+    fields = fields.alias(n_embed="hidden_size").with_defaults(num_attention_heads=71, hidden_size=4544)
     heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     positions = fields.integer("max_position_embeddings", 2048)
     fields.must_be("alibi", False, "ALiBi positions are not supported")

@@ -92,12 +92,14 @@ class Fields:
                 self.refuse(name, f"contradicts {key}={values[key]!r}; keep the right one")
         return Fields(self.path, values, self.prefix)
 
+    def with_defaults(self, **values: Any) -> "Fields":
+        """The same values, and these for keys that are missing."""
+        return Fields(self.path, {**values, **self.values}, self.prefix)
+
     def _value(self, name: str, default: Any) -> Any:
         value = self.values.get(name)
         if value is None and default is None:
-            raise HubError(
-                f"{str(self.path)!r} lacks the key {self.prefix + name!r}; it is damaged or of another kind"
-            )
+            raise HubError(f"{str(self.path)!r} lacks the key {self.prefix + name!r}; it is damaged or of another kind")
         return default if value is None else value
 
 

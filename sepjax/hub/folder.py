@@ -65,9 +65,7 @@ def folder_shape(path: Path, *, dtype: str) -> tuple[ModelConfig, Tokenizer]:
     return _shape(path, fields, family, Weights(path, family), dtype)
 
 
-def _shape(
-    path: Path, fields: Fields, family: Family, weights: "Weights", dtype: str
-) -> tuple[ModelConfig, Tokenizer]:
+def _shape(path: Path, fields: Fields, family: Family, weights: "Weights", dtype: str) -> tuple[ModelConfig, Tokenizer]:
     config = read_model_config(fields, family, dtype)
     check_sizes(weights, config)
     if config.tie_embeddings and not _is_tied(weights, family, config):
@@ -143,14 +141,14 @@ def _files(path: Path) -> list[SafetensorsFile]:
                 f"{str(path / name)!r} is an adapter beside the weights, which would not be applied: merge it "
                 "(peft's merge_and_unload), or remove it to have the model without it"
             )
-    if (path / INDEX).is_file():
+    if (path / INDEX).exists():
         files = _indexed(path)
         if (path / SINGLE).exists() and [file.path.name for file in files] != [SINGLE]:
             raise HubError(
                 f"{str(path)!r} has {SINGLE} and an index of other files, {INDEX}; remove the one that is not meant"
             )
         return files
-    if (path / SINGLE).is_file():
+    if (path / SINGLE).exists():
         return [SafetensorsFile(path / SINGLE)]
     raise HubError(
         f"{str(path)!r} has neither {SINGLE} nor {INDEX}; other weight files are not read, since they may run code: "

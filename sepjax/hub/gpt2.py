@@ -42,8 +42,7 @@ def read_config(fields: Fields) -> ModelConfig:
     fields = fields.alias(
         hidden_size="n_embd", num_attention_heads="n_head", num_hidden_layers="n_layer",
         max_position_embeddings="n_positions",
-    )  # fmt: skip
-    fields = Fields(fields.path, {"n_head": 12, "n_embd": 768} | dict(fields.values))
+    ).with_defaults(n_head=12, n_embd=768)  # fmt: skip
     heads, width = fields.integer("n_head"), fields.integer("n_embd")
     fields.must_be("scale_attn_weights", True, "unscaled attention is not supported")
     fields.must_be("scale_attn_by_inverse_layer_idx", False, "a scale of each layer's own is not supported")

@@ -46,7 +46,7 @@ _TABLE = (
 
 
 def read_config(fields: Fields) -> ModelConfig:
-    """Our shape of a config.json; what a key is when it is missing depends on whether it is a Llama's or a Mistral's."""
+    """Our shape of a config.json. What a missing key means is not the same for a Llama and a Mistral."""
     is_mistral = fields.values.get("model_type") == "mistral"
     heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     positions = fields.integer("max_position_embeddings", 131_072 if is_mistral else 2048)

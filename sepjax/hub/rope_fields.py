@@ -59,9 +59,7 @@ def read_rope(
     return next(iter(found.values()))
 
 
-def _read(
-    fields: Fields, section: Fields, positions: int, base: str, fraction: str | None, share: float
-) -> RopeConfig:
+def _read(fields: Fields, section: Fields, positions: int, base: str, fraction: str | None, share: float) -> RopeConfig:
     kind = _kind(section)
     for name, value in section.values.items():
         if name not in _ANY_KIND + _KINDS[kind]:
@@ -112,7 +110,7 @@ def _agreed(
     value = default
     if name in section.values:
         value = section.number(name)
-    elif outside in fields.values:
+    elif outside is not None and outside in fields.values:
         value = fields.number(outside)
     for spelling in spellings:
         if spelling in fields.values and fields.number(spelling) != value:
@@ -142,7 +140,7 @@ def _read_yarn(section: Fields, rope: RopeConfig) -> None:
         if scales:
             section.refuse("attention_factor", f"contradicts {', '.join(scales)}; keep one of them")
     elif len(scales) == 1:
-        section.refuse(*scales, "mscale and mscale_all_dim mean something together only")
+        section.refuse(next(iter(scales)), "mscale and mscale_all_dim mean something together only")
     elif scales:
         part, whole = (0.1 * scales[name] * math.log(rope.factor) + 1 for name in ("mscale", "mscale_all_dim"))
         rope.attention_factor = part / whole

@@ -13,8 +13,8 @@ from sepjax.config import RopeConfig
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]:
     """Returns the angular frequencies float32[R/2] of the rotated dimensions, and the factor on cosine and sine.
 
-    R = fraction * head_dim. The factor is 1 but for YaRN, which sharpens the attention of a stretched context, and where
-    the config has an `attention_factor`.
+    R = fraction * head_dim. The factor is 1 but for YaRN, which sharpens the attention of a stretched context, and
+    where the config has an `attention_factor`.
     """
     rotated = round(rope.fraction * head_dim)
     frequencies = rope.base ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)

@@ -168,7 +168,9 @@ def test_the_scaling_of_llama_3_1_is_found_in_its_divisors(tmp_path):
     assert load_gguf(tmp_path / "m.gguf", dtype="float32")[0].config == dataclasses.replace(config, rope=rope)
     for bad in (wide[:3], wide * 1.1):
         write(tmp_path / "m.gguf", config, factors=np.ascontiguousarray(bad))
-        with pytest.raises(GGUFError, match=r"'rope_freqs\.weight' scales the rotary embedding in another way"):
+        with pytest.raises(
+            GGUFError, match=r"'rope_freqs\.weight' scales the rotary embedding (in another way|with other numbers)"
+        ):
             load_gguf(tmp_path / "m.gguf", dtype="float32")
 
 

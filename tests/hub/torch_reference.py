@@ -4,6 +4,7 @@ python tests/hub/torch_reference.py golden              writes golden.json and g
 python tests/hub/torch_reference.py logits FOLDER OUT   logits of the model in a folder, as .npy
 """
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -47,6 +48,14 @@ def build(kind, settings):
     return model, shapes
 
 
+def rope(kind, keys):
+    values = tiny.shape_of(kind, copy.deepcopy(keys))
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    turning = next(module for module in model.modules() if hasattr(module, "inv_freq"))
+    return {"w": turning.inv_freq.numpy(), "m": np.float64(turning.attention_scaling)}
+
+
 def write_golden():
     manifest, arrays = {}, {}
     for name, (kind, settings) in tiny.VARIANTS.items():
@@ -61,6 +70,8 @@ def write_golden():
         results = {"logits": logits(model), "masked": logits(model, tiny.visible()), "greedy": greedy(model)}
         arrays |= {f"{name}/{key}": value for key, value in results.items()}
         print(name, float(np.abs(results["logits"]).max()), float(np.abs(results["logits"] - results["masked"]).max()))
+    for name, keys in tiny.ROPES.items():
+        arrays |= {f"rope/{name}/{key}": value for key, value in rope(*keys).items()}
     (tiny.HERE / "golden.json").write_text(
         "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in manifest.items()) + "\n}\n"
     )
