@@ -252,8 +252,8 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         (spoil_config(num_key_value_heads=3), r"num_heads=4 is not a multiple of model.num_kv_heads=3"),
         (spoil_config(num_hidden_layers=2**31 - 1), r"2147483647 layers, but there are 21 tensors"),
         (
-            spoil_config(vocab_size=2**31 - 1, hidden_size=2**31 - 4),
-            r"vocab_size = 2147483647 and embed_dim = 2147483644",
+            spoil_config(vocab_size=2**31 - 1, hidden_size=2**31 - 8),
+            r"vocab_size = 2147483647 and embed_dim = 2147483640",
         ),
         (spoil_config(num_attention_heads=2**30, head_dim=2**30), r"num_heads \* head_dim = 1152921504606846976 and"),
         (spoil_config(quantization_config={"quant_method": "awq"}), r"quantization_config=.+quantised checkpoints"),
