@@ -58,7 +58,7 @@ def read_config(fields: Fields) -> ModelConfig:
         embed_dim=width,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=fields.share("num_attention_heads", of="hidden_size"),
+        head_dim=fields.head_dim(),
         mlp_dim=fields.integer("ffn_hidden_size", 4 * width),
         norm="layernorm",
         norm_epsilon=fields.number("layer_norm_epsilon", 1e-5),

@@ -26,6 +26,7 @@ _NOT_SUPPORTED = {
     "quantization_config": ({}, "quantised checkpoints are not supported: take one in bfloat16, or a GGUF file"),
     "compression_config": ({}, "compressed checkpoints are not supported: take one in bfloat16, or a GGUF file"),
     "per_layer_config": ({}, "settings of each layer's own are not supported"),
+    "attention_chunk_size": (0, "attention within chunks is not supported"),
     "is_causal": (True, "attention in both directions is not supported"),
     "transformers_weights": ("model.safetensors", "weights of another name are not read; rename the file"),
 }
@@ -53,6 +54,12 @@ def read_model_config(fields: Fields, family: Family, dtype: str) -> ModelConfig
     for name, (neutral, why) in _NOT_SUPPORTED.items():
         if fields.values.get(name) not in (None, neutral):
             fields.refuse(name, why)
+    kinds = fields.values.get("layer_types") or []
+    allowed = (
+        ("full_attention", "sliding_attention") if fields.values["model_type"] == "mistral" else ("full_attention",)
+    )
+    if not isinstance(kinds, list) or not all(kind in allowed for kind in kinds):
+        fields.refuse("layer_types", f"layers of other kinds than {', '.join(allowed)} are not supported here")
     try:
         return validate_model(dataclasses.replace(family.read_config(fields), dtype=dtype))
     except ConfigError as error:

@@ -48,11 +48,13 @@ class Fields:
             self.refuse(name, "expected a number above 0")
         return float(value)
 
-    def share(self, name: str, of: str) -> int:
-        """What each of `name` has of `of`: hidden_size // num_attention_heads, without a rest."""
-        parts, whole = self.integer(name), self.integer(of)
+    def head_dim(self, heads: str = "num_attention_heads", width: str = "hidden_size") -> int:
+        """The size of heads that make up the width, where no key says it or it says the same."""
+        parts, whole = self.integer(heads), self.integer(width)
         if whole % parts:
-            self.refuse(of, f"not a multiple of {name}={parts}")
+            self.refuse(width, f"not a multiple of {heads}={parts}")
+        if self.values.get("head_dim") is not None and self.integer("head_dim") != whole // parts:
+            self.refuse("head_dim", f"in this architecture it is {width} / {heads}, {whole // parts} here")
         return whole // parts
 
     def flag(self, name: str, default: bool) -> bool:

@@ -222,7 +222,7 @@ def _tokenizer(path: Path, fields: Mapping[str, Field]) -> Tokenizer:
     """Byte-level BPE, put together as a Hugging Face tokenizer.json."""
     model = _field(path, fields, "tokenizer.ggml.model")
     pre = _field(path, fields, "tokenizer.ggml.pre", "gpt-2")
-    if model != "gpt2" or pre not in _PRE_TOKENIZERS:
+    if model != "gpt2" or not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         raise GGUFError(
             f"{str(path)!r} has a tokenizer of the kind {model!r} / {pre!r}; supported are byte-level BPE ('gpt2') "
             f"with the splitting of {', '.join(_PRE_TOKENIZERS)}"

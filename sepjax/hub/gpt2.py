@@ -52,7 +52,7 @@ def read_config(fields: Fields) -> ModelConfig:
         embed_dim=width,
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=fields.share("n_head", of="n_embd"),
+        head_dim=fields.head_dim("n_head", "n_embd"),
         mlp_dim=fields.integer("n_inner", 4 * width),
         norm="layernorm",
         norm_epsilon=fields.number("layer_norm_epsilon", 1e-5),

@@ -46,7 +46,7 @@ def read_config(fields: Fields) -> ModelConfig:
         embed_dim=fields.integer("hidden_size"),
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=fields.share("num_attention_heads", of="hidden_size"),
+        head_dim=fields.head_dim(),
         mlp_dim=fields.integer("intermediate_size"),
         norm="layernorm",
         norm_epsilon=fields.number("layer_norm_eps", 1e-5),

@@ -60,13 +60,13 @@ def read_config(fields: Fields) -> ModelConfig:
         embed_dim=width,
         num_heads=heads,
         num_kv_heads=_kv_heads(fields, 8 if is_mistral else heads),
-        head_dim=fields.integer("head_dim") if has_head_dim else fields.share("num_attention_heads", of="hidden_size"),
+        head_dim=fields.integer("head_dim") if has_head_dim else fields.head_dim(),
         mlp_dim=fields.integer("intermediate_size"),
         norm_epsilon=fields.number("rms_norm_eps", 1e-6),
         activation=fields.choice("hidden_act", "silu", _ACTIVATIONS),
         attention_bias=fields.flag("attention_bias", False),
         mlp_bias=fields.flag("mlp_bias", False),
-        sliding_window=_sliding_window(fields) if is_mistral else 0,
+        sliding_window=_sliding_window(fields) if is_mistral else _no_window(fields, positions),
         max_positions=positions,
         rope=read_rope(fields, positions=positions),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
@@ -78,6 +78,13 @@ def _kv_heads(fields: Fields, default: int) -> int:
     if "num_key_value_heads" in fields.values and fields.values["num_key_value_heads"] is None:
         return fields.integer("num_attention_heads")
     return fields.integer("num_key_value_heads", default)
+
+
+def _no_window(fields: Fields, positions: int) -> int:
+    """A Llama has no window of its own. transformers attends to everything, but for its cache, which drops keys."""
+    if fields.values.get("sliding_window") is not None and fields.integer("sliding_window") < positions:
+        fields.refuse("sliding_window", "a Llama has none; it would be a Mistral's, or the key is to be null")
+    return 0
 
 
 def _sliding_window(fields: Fields) -> int:

@@ -125,6 +125,13 @@ def test_rotary_embeddings_are_those_of_transformers(name):
         ("llama", {"num_attention_heads": 0}, "num_attention_heads=0: expected a whole number"),
         ("llama", {"head_dim": 7}, "rotates 7 dimensions"),
         ("llama", {"rms_norm_eps": 3.0}, "norm_epsilon=3.0 must be"),
+        ("llama", {"sliding_window": 64, "max_position_embeddings": 128}, "sliding_window=64: a Llama has none"),
+        (
+            "llama",
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "layer_types=.*other kinds than full_attention",
+        ),
+        ("gpt_neox", {"head_dim": 16}, "head_dim=16: in this architecture it is hidden_size / num_attention_heads, 8"),
         ("falcon", {"alibi": True}, "alibi=True: ALiBi"),
         ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
         ("falcon", {"new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn=False: contradicts"),
