@@ -16,9 +16,9 @@ _KINDS = {  # type -> keys that its section may hold besides those of any type
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    "yarn": (
+    "yarn": (  # "finetuned" is a note
         "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
-        "mscale_all_dim", "truncate",
+        "mscale_all_dim", "truncate", "finetuned",
     ),
 }  # fmt: skip
 _ANY_KIND = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
