@@ -55,7 +55,7 @@ ROPES = {
     "llama3, narrow": ("falcon", {"rope_parameters": {**L3, "low_freq_factor": 2, "high_freq_factor": 2.5}}),
     "yarn": ("llama", {**WIDE, "rope_parameters": Y}),
     "yarn, not truncated": ("llama", {**WIDE, "rope_parameters": {**Y, "truncate": False}}),
-    "yarn, truncated": ("llama", {**WIDE, "rope_parameters": {**Y, "truncate": True, "finetuned": True, "rope_theta": 300}}),
+    "yarn, truncated": ("llama", {**WIDE, "rope_theta": 300, "rope_scaling": {**Y, "truncate": True, "finetuned": 1}}),
     "yarn, its own temperature": ("llama", {**WIDE, "rope_scaling": {**Y, "attention_factor": 0.7}}),
     "yarn, mscale": ("mistral", {**WIDE, "rope_scaling": {**Y, "mscale": 0.7, "mscale_all_dim": 1.3}}),
     "yarn, betas": ("llama", {**WIDE, "rope_scaling": {**Y, "beta_fast": 8, "beta_slow": 0.5, "mscale": 0}}),
