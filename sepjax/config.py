@@ -53,9 +53,7 @@ class ModelConfig:
     shared_norm: bool = False  # with parallel_residual: one norm feeds both (Falcon-7B)
     position_embedding: str = "rope"  # "rope" | "learned" (GPT-2)
     max_positions: int = 2048  # rows of the learned table; with rope only a note of the training context
-    sliding_window: int = (
-        0  # keys that a query of the model's own sees (Mistral): what "dense" is to it; 0: all of them
-    )
+    sliding_window: int = 0  # keys that a query of the model's own sees (Mistral): its "dense"; 0: all of them
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     tie_embeddings: bool = True
     dtype: str = "float32"  # of activations and matmul inputs; parameters, norms and softmax stay float32
