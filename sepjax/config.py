@@ -17,32 +17,19 @@ from sepjax.checks import check_type as _check_type
 from sepjax.checks import check_types as _check_types
 from sepjax.checks import one_of as _one_of
 from sepjax.checks import type_name as _type_name
+from sepjax.rope_config import SCALINGS, RopeConfig
 
 __all__ = [  # of other files, for whoever reads a config
     "BOUNDED_PATTERNS",
     "PATTERNS",
     "AttentionConfig",
     "ConfigError",
+    "RopeConfig",
     "UserError",
     "layer_windows",
     "nearest",
     "validate_attention",
 ]
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class RopeConfig:
-    """Rotary position embedding and its scalings (names as in Hugging Face configs)."""
-
-    base: float = 10_000.0
-    fraction: float = 1.0  # share of each head's dimensions that is rotated; GPT-NeoX 0.25
-    scaling: str = "none"  # "none" | "linear" | "llama3" | "yarn"
-    factor: float = 1.0  # how many times longer than `original_context`
-    original_context: int = 8192  # context length the base was trained at
-    low_frequency_factor: float = 1.0  # llama3
-    high_frequency_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -66,6 +53,7 @@ class ModelConfig:
     shared_norm: bool = False  # with parallel_residual: one norm feeds both (Falcon-7B)
     position_embedding: str = "rope"  # "rope" | "learned" (GPT-2)
     max_positions: int = 2048  # rows of the learned table; with rope only a note of the training context
+    sliding_window: int = 0  # keys that a query of the model's own sees (Mistral): its "dense"; 0: all of them
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     tie_embeddings: bool = True
     dtype: str = "float32"  # of activations and matmul inputs; parameters, norms and softmax stay float32
@@ -149,7 +137,7 @@ class Config:
 def validate(config: Config) -> Config:
     """Returns `config` unchanged, or raises `ConfigError` naming the first setting that cannot work."""
     _check_types(config, "")
-    _validate_model(config.model)
+    validate_model(config.model)
     validate_attention(config.attention, config.model.num_layers)
     _validate_training(config)
     if config.attention.pattern not in PATTERNS:
@@ -160,7 +148,16 @@ def validate(config: Config) -> Config:
     return config
 
 
-def _validate_model(model: ModelConfig) -> None:
+def with_own_window(attention: AttentionConfig, model: ModelConfig) -> AttentionConfig:
+    """What is dense to a model with a sliding window is that window; every other pattern takes its place."""
+    if attention.pattern != "dense" or not model.sliding_window:
+        return attention
+    changes = {"num_sinks": 0, "window_size": model.sliding_window, "layer_windows": (), "cache_size": 0}
+    return dataclasses.replace(attention, pattern="sink_window", **changes)
+
+
+def validate_model(model: ModelConfig) -> ModelConfig:
+    """Checks the shape of a model, wherever it comes from; raises as `validate` does."""
     for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
         _at_least(f"model.{name}", getattr(model, name), 1)
     _one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
@@ -168,23 +165,22 @@ def _validate_model(model: ModelConfig) -> None:
     _one_of("model.position_embedding", model.position_embedding, ("rope", "learned"))
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16", "float16"))
     _one_of("model.remat", model.remat, ("none", "dots", "full"))
-    _one_of("model.rope.scaling", model.rope.scaling, ("none", "linear", "llama3", "yarn"))
+    _one_of("model.rope.scaling", model.rope.scaling, SCALINGS)
     _at_least("model.max_positions", model.max_positions, 1)
-    _at_least("model.rope.factor", model.rope.factor, 1)
-    _at_least("model.rope.original_context", model.rope.original_context, 1)
+    _at_least("model.sliding_window", model.sliding_window, 0)
+    if not 0 < model.norm_epsilon < 1:
+        raise ConfigError(f"model.norm_epsilon={model.norm_epsilon} must be above 0 and below 1")
     if model.num_heads % model.num_kv_heads:
         raise ConfigError(
             f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.num_kv_heads}; "
             "every key head serves the same number of query heads"
         )
-    rotated = model.rope.fraction * model.head_dim
-    if model.position_embedding == "rope" and (rotated % 2 or not 0 < model.rope.fraction <= 1):
-        raise ConfigError(
-            f"model.rope.fraction={model.rope.fraction} of head_dim={model.head_dim} rotates {rotated:g} dimensions; "
-            "it must be an even number above 0 and at most head_dim"
-        )
+    fault = model.rope.fault(model.head_dim) if model.position_embedding == "rope" else None
+    if fault:
+        raise ConfigError(f"model.rope.{fault}")
     if model.shared_norm and not model.parallel_residual:
         raise ConfigError("model.shared_norm=True needs model.parallel_residual=True: a serial block has two norms")
+    return model
 
 
 def _validate_training(config: Config) -> None:

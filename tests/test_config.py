@@ -30,6 +30,8 @@ from sepjax.config import (
     load_config,
     to_json,
     validate,
+    validate_attention,
+    with_own_window,
 )
 from sepjax.flags import parse, whole_numbers
 from sepjax.flops import matmul_parameters
@@ -112,7 +114,7 @@ def test_shapes_have_the_published_size(name: str, millions: float) -> None:
 
 
 def test_there_are_about_sixty_settings() -> None:
-    assert len(field_types()) <= 82
+    assert len(field_types()) <= 90  # truncate, attention_factor and sliding_window are other projects'
 
 
 # Flags.
@@ -234,6 +236,15 @@ def test_a_program_ends_with_one_line_for_mistakes_and_a_traceback_for_bugs(
 # Settings.
 
 
+def test_dense_is_the_window_of_a_model_that_has_one() -> None:
+    dense, separator = AttentionConfig(pattern="dense", cache_size=9), AttentionConfig()
+    own = with_own_window(dense, ModelConfig(sliding_window=7))
+    assert (own.pattern, own.num_sinks, own.window_size) == ("sink_window", 0, 7)
+    assert validate_attention(own, 4) is own
+    assert with_own_window(dense, ModelConfig()) is dense
+    assert with_own_window(separator, ModelConfig(sliding_window=7)) is separator
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -246,6 +257,15 @@ def test_a_program_ends_with_one_line_for_mistakes_and_a_traceback_for_bugs(
         (Config(model=ModelConfig(rope=RopeConfig(scaling="ntk"))), "model.rope.scaling='ntk' is not one of"),
         (Config(model=ModelConfig(rope=RopeConfig(factor=0.5))), "model.rope.factor=0.5 must be 1 or more"),
         (Config(model=ModelConfig(rope=RopeConfig(original_context=0))), "original_context=0 must be 1 or more"),
+        (Config(model=ModelConfig(rope=RopeConfig(base=1.0))), "model.rope.base=1.0 must be above 1"),
+        (Config(model=ModelConfig(rope=RopeConfig(attention_factor=-1.0))), "attention_factor=-1.0 must be 0 or more"),
+        (Config(model=ModelConfig(rope=RopeConfig(beta_slow=32.0))), "beta_slow=32.0 must be below beta_fast=32.0"),
+        (
+            Config(model=ModelConfig(rope=RopeConfig(low_frequency_factor=4.0))),
+            "low_frequency_factor=4.0 must be below",
+        ),
+        (Config(model=ModelConfig(norm_epsilon=0.0)), "model.norm_epsilon=0.0 must be above 0"),
+        (Config(model=ModelConfig(sliding_window=-1)), "model.sliding_window=-1 must be 0 or more"),
         (Config(model=ModelConfig(max_positions=0)), "model.max_positions=0 must be 1 or more"),
         (Config(model=ModelConfig(num_heads=4, num_kv_heads=3)), "num_heads=4 is not a multiple of .*num_kv_heads=3"),
         (Config(model=ModelConfig(head_dim=6, rope=RopeConfig(fraction=0.5))), "rotates 3 dimensions"),

@@ -13,14 +13,15 @@ PRODUCT = sorted([*ROOT.glob("*.py"), *ROOT.glob("sepjax/**/*.py"), *ROOT.glob("
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "pyproject.toml", ROOT / ".ci" / "run"])
 
-BASE = {"config", "array_typing"}
+BASE = {"config", "array_typing", "rope_config"}
 BENCH = {"flags", "provenance", "timing"}  # what a `bench.py` needs
 # Room -> the rooms it may import from, besides itself. Rooms that are not listed are above all of these.
 MAY_IMPORT = {
     "array_typing": set(),
     "checks": set(),
+    "rope_config": set(),
     "attention_config": {"checks"},
-    "config": {"checks", "attention_config"},
+    "config": {"checks", "rope_config", "attention_config"},
     "separators": BASE,
     "layout": BASE | {"separators"},
     "sharding": BASE,

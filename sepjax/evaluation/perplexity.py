@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Float, Int32
-from sepjax.config import AttentionConfig, UserError
+from sepjax.config import AttentionConfig, UserError, with_own_window
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.token_loss import token_nll
 from sepjax.generation.weights import working_copy
@@ -121,10 +121,11 @@ def score_windows(
     if model.config.position_embedding == "learned" and length > table_rows:
         raise TextError(f"length={length} exceeds the model's {table_rows} learned positions; use {table_rows} or less")
     graph, params = split(model)
-    step, params = _make_step(graph, attention), working_copy(params, model.config)
-    table = configured_table(tokenizer, attention)
+    seen = with_own_window(attention, model.config)
+    step, params = _make_step(graph, seen), working_copy(params, model.config)
+    table = configured_table(tokenizer, seen)
     nll, kept, totals, seconds = [], [], np.zeros(2), 0.0
-    for number, (batch, rows) in enumerate(_batches(windows.ids, table, attention, length, batch_size)):
+    for number, (batch, rows) in enumerate(_batches(windows.ids, table, seen, length, batch_size)):
         if number == 0:
             jax.block_until_ready(step(params, *batch))  # compile outside the timing
         began = time.perf_counter()

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.cache import bucket
-from sepjax.config import AttentionConfig, UserError, validate_attention
+from sepjax.config import AttentionConfig, UserError, validate_attention, with_own_window
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.prompts import check_vocabulary
 from sepjax.generation.weights import working_copy
@@ -76,7 +76,8 @@ def score_continuations(
       ScoringError: an empty context or continuation, or a continuation that alone is too long.
       ConfigError: settings that do not fit the model.
     """
-    attention = validate_attention(attention or model.attention, model.config.num_layers)
+    attention = with_own_window(attention or model.attention, model.config)
+    validate_attention(attention, model.config.num_layers)
     check_vocabulary(model, tokenizer)
     inputs = _inputs(requests, max_length or model.config.max_positions)
     if not inputs:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from sepjax.cache import SeparatorCache, bucket
-from sepjax.config import AttentionConfig, validate_attention
+from sepjax.config import AttentionConfig, validate_attention, with_own_window
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.layerwise import by_layer
 from sepjax.generation.loop import Request, Steps, make_advance, start
@@ -82,7 +82,8 @@ class Job:
         attention: AttentionConfig | None,
     ) -> "Job":
         """Checks everything that can be wrong. See `sepjax.generate` for the arguments and errors."""
-        attention = validate_attention(attention or model.attention, model.config.num_layers)
+        attention = with_own_window(attention or model.attention, model.config)
+        validate_attention(attention, model.config.num_layers)
         check_vocabulary(model, tokenizer)
         ids = encode_prompts(tokenizer, prompts)
         check_length(model, ids, max_new_tokens, attention)

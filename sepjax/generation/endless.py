@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sepjax.cache import bucket
-from sepjax.config import AttentionConfig, ConfigError, UserError, validate_attention
+from sepjax.config import AttentionConfig, ConfigError, UserError, validate_attention, with_own_window
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.driver import CacheUse, StreamEvent
 from sepjax.generation.layerwise import by_layer
@@ -60,7 +60,8 @@ class EndlessStream(Iterator[StreamEvent]):
         attention: AttentionConfig | None = None,
     ):
         """See `sepjax.stream`. Nothing is generated before something was fed."""
-        self._attention = validate_attention(attention or model.attention, model.config.num_layers)
+        self._attention = with_own_window(attention or model.attention, model.config)
+        validate_attention(self._attention, model.config.num_layers)
         check_vocabulary(model, tokenizer)
         self._sizes = StreamSizes.create(model.config, self._attention)
         self._config, self._tokenizer, self._stop = model.config, tokenizer, check_stop(stop)

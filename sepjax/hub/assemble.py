@@ -107,6 +107,30 @@ def assemble(
     return jax.tree.unflatten(structure, [arrays[i] for i in range(len(leaves))])
 
 
+def check_sizes(source: Source, config: ModelConfig) -> None:
+    """Raises HubError for a shape that no tensor of the source has room for, before anything of that size is made."""
+    shapes = source.shapes()
+    numbers = max((math.prod(shape) for shape in shapes.values()), default=0)
+    rows = {
+        "vocab_size": config.vocab_size,
+        "num_heads * head_dim": config.num_heads * config.head_dim,
+        "num_kv_heads * head_dim": config.num_kv_heads * config.head_dim,
+        "mlp_dim": config.mlp_dim,
+        "max_positions": config.max_positions if config.position_embedding == "learned" else 1,
+    }
+    for name, size in rows.items():
+        if size * config.embed_dim > numbers:
+            raise HubError(
+                f"{str(source.path)!r}: its config has {name} = {size} and embed_dim = {config.embed_dim}, but the "
+                f"largest tensor has {numbers} numbers; they do not belong together"
+            )
+    if config.num_layers > len(shapes):
+        raise HubError(
+            f"{str(source.path)!r}: its config has {config.num_layers} layers, but there are {len(shapes)} tensors in "
+            "all; they do not belong together"
+        )
+
+
 def _first_device() -> SingleDeviceSharding:
     return SingleDeviceSharding(jax.devices()[0])
 

@@ -20,7 +20,7 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
 from sepjax.hub.folder import TOKENIZER_FILES, is_folder
-from sepjax.hub.gguf_file import packaged_file
+from sepjax.hub.gguf_file import chat_files, packaged_file
 from sepjax.loading import load
 from sepjax.model.transformer import Transformer, abstract, merge, split
 
@@ -70,7 +70,16 @@ def _to_workdir(source: Path, target: Path) -> str:
 
 
 def keep_origin(source: Path, workdir: Path) -> None:
-    """Copies what a Hugging Face folder, or a workdir that came from one, has besides its tensors into a workdir."""
+    """Copies what a Hugging Face folder, or a workdir that came from one, has besides its tensors into a workdir.
+
+    Of a GGUF file it is the chat template; the tokenizer is the workdir's.
+    """
+    file = packaged_file(str(source)) or source
+    if file.is_file():
+        for name, content in chat_files(file).items():
+            (workdir / _ORIGIN).mkdir(exist_ok=True)
+            (workdir / _ORIGIN / name).write_text(content, encoding="utf-8")
+        return
     origin = source if is_folder(source) else source / _ORIGIN
     if not origin.is_dir():
         return

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 import sepjax
 from sepjax.config import ConfigError, ModelConfig
-from sepjax.data.tokenizer import Tokenizer
+from sepjax.data.tokenizer import FILES, Tokenizer
 from sepjax.hub.errors import HubError
 from sepjax.hub.families import KEY, family_for, family_of, flat, flat_shapes, rows_of
 from sepjax.hub.fields import Fields
@@ -81,7 +80,8 @@ def _config(model: Transformer, like: Path | None) -> tuple[Family, dict[str, An
         return family, about | keys | {"sepjax_version": sepjax.__version__}
     fields = Fields.read(like / "config.json")
     family = family_of(fields)
-    origin = dataclasses.replace(family.read_config(fields), dtype=model.config.dtype)
+    tied = model.config.tie_embeddings  # the origin's config may have been wrong about that
+    origin = dataclasses.replace(family.read_config(fields), dtype=model.config.dtype, tie_embeddings=tied)
     changed = [
         field.name
         for field in dataclasses.fields(ModelConfig)
@@ -90,7 +90,8 @@ def _config(model: Transformer, like: Path | None) -> tuple[Family, dict[str, An
     ]
     if changed:
         raise HubError(f"{str(like)!r} is of another shape than the model: {', '.join(changed)} differ")
-    return family, dict(fields.values)
+    keys = dict(fields.values)
+    return family, keys if family.read_config(fields).tie_embeddings == tied else keys | {"tie_word_embeddings": tied}
 
 
 def _plan(family: Family, config: ModelConfig, params: Params, dtype: str | None) -> dict[str, Planned]:
@@ -142,9 +143,9 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Planned], shard_bytes: in
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, like: Path | None) -> None:
     """The origin's files byte for byte, or ours."""
+    if like is None or not any((like / name).is_file() for name in FILES):
+        tokenizer.save(folder)
     there = [name for name in TOKENIZER_FILES if like is not None and (like / name).is_file()]
     for name in there:
         assert like is not None
         shutil.copyfile(like / name, folder / name)
-    if not any(re.fullmatch(r"tokenizer\.(json|model)", name) for name in there):
-        tokenizer.save(folder)

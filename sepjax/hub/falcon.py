@@ -5,7 +5,8 @@ from typing import Any
 
 from sepjax.config import ModelConfig
 from sepjax.hub.errors import HubError
-from sepjax.hub.fields import Fields, rope_keys
+from sepjax.hub.fields import Fields
+from sepjax.hub.rope_fields import read_rope, rope_keys
 from sepjax.hub.tables import FLAT, GROUPED, LINEAR, LINEAR_OUT, SAME, Family, Row, make_rows
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -44,21 +45,20 @@ def table(config: ModelConfig) -> tuple[Row, ...]:
 
 def read_config(fields: Fields) -> ModelConfig:
     """Our shape of a config.json."""
-    heads, width = fields.integer("num_attention_heads", 71), fields.integer("hidden_size", 4544)
+    fields = fields.alias(n_embed="hidden_size").with_defaults(num_attention_heads=71, hidden_size=4544)
+    heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    positions = fields.integer("max_position_embeddings", 2048)
     fields.must_be("alibi", False, "ALiBi positions are not supported")
     grouped, parallel = fields.flag("new_decoder_architecture", False), fields.flag("parallel_attn", True)
     bias = fields.flag("bias", False)
-    kv_heads = 1 if fields.flag("multi_query", True) else heads
-    if grouped:
-        kv_heads = fields.integer("num_kv_heads", heads)
-    norms = fields.integer("num_ln_in_parallel_attn", 2) if grouped else 1
+    norms, kv_heads = _norms(fields, grouped, parallel), _kv_heads(fields, grouped, heads)
     return ModelConfig(
         vocab_size=fields.integer("vocab_size", 65024),
         num_layers=fields.integer("num_hidden_layers", 32),
         embed_dim=width,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=width // heads,
+        head_dim=fields.head_dim(),
         mlp_dim=fields.integer("ffn_hidden_size", 4 * width),
         norm="layernorm",
         norm_epsilon=fields.number("layer_norm_epsilon", 1e-5),
@@ -68,10 +68,30 @@ def read_config(fields: Fields) -> ModelConfig:
         mlp_bias=bias,
         parallel_residual=parallel or grouped,
         shared_norm=(parallel or grouped) and norms == 1,
-        max_positions=fields.integer("max_position_embeddings", 2048),
-        rope=fields.rope(),
+        max_positions=positions,
+        rope=read_rope(fields, positions=positions),
         tie_embeddings=fields.flag("tie_word_embeddings", True),
     )
+
+
+def _norms(fields: Fields, grouped: bool, parallel: bool) -> int:
+    """Norms before a parallel attention and MLP."""
+    if grouped and not parallel:
+        fields.refuse("parallel_attn", "contradicts new_decoder_architecture=True")
+    norms = fields.integer("num_ln_in_parallel_attn", 2 if grouped else 1)
+    if norms > (2 if grouped or not parallel else 1):
+        fields.refuse("num_ln_in_parallel_attn", "expected 1, or 2 with new_decoder_architecture=True")
+    return norms
+
+
+def _kv_heads(fields: Fields, grouped: bool, heads: int) -> int:
+    if grouped:
+        return fields.integer("num_kv_heads", heads)
+    if fields.flag("multi_query", True):
+        return 1
+    if fields.integer("num_kv_heads", heads) != heads:
+        fields.refuse("num_kv_heads", f"without multi_query and new_decoder_architecture it is the {heads} heads")
+    return heads
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

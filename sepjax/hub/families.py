@@ -3,7 +3,15 @@
 import dataclasses
 from typing import Any
 
-from sepjax.config import AttentionConfig, ConfigError, ModelConfig, from_json_section, nearest, validate_attention
+from sepjax.config import (
+    AttentionConfig,
+    ConfigError,
+    ModelConfig,
+    from_json_section,
+    nearest,
+    validate_attention,
+    validate_model,
+)
 from sepjax.hub import falcon, gpt2, gpt_neox, llama
 from sepjax.hub.errors import HubError
 from sepjax.hub.fields import Fields
@@ -12,6 +20,16 @@ from sepjax.model.transformer import Params, abstract
 
 FAMILIES = (llama.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY, falcon.FAMILY)
 KEY = "sepllm"  # of a config.json, where our settings are
+
+# Keys that any architecture of transformers may have -> the value that changes nothing, and why others are refused.
+_NOT_SUPPORTED = {
+    "quantization_config": ({}, "quantised checkpoints are not supported: take one in bfloat16, or a GGUF file"),
+    "compression_config": ({}, "compressed checkpoints are not supported: take one in bfloat16, or a GGUF file"),
+    "per_layer_config": ({}, "settings of each layer's own are not supported"),
+    "attention_chunk_size": (0, "attention within chunks is not supported"),
+    "is_causal": (True, "attention in both directions is not supported"),
+    "transformers_weights": ("model.safetensors", "weights of another name are not read; rename the file"),
+}
 
 # What a pretrained model is used with unless told otherwise: the paper's training-free window and streaming cache.
 ATTENTION = AttentionConfig(num_sinks=4, window_size=256, max_separators=64, cache_size=800)
@@ -28,13 +46,24 @@ def family_of(fields: Fields) -> Family:
 
 
 def read_model_config(fields: Fields, family: Family, dtype: str) -> ModelConfig:
-    """Our shape of a config.json, with `dtype` for activations and matmuls."""
-    config = dataclasses.replace(family.read_config(fields), dtype=dtype)
-    if config.num_heads % config.num_kv_heads:
-        raise HubError(
-            f"{str(fields.path)!r}: {config.num_heads} query heads are no multiple of {config.num_kv_heads} key heads"
-        )
-    return config
+    """Our shape of a config.json, with `dtype` for activations and matmuls.
+
+    Raises:
+      HubError: a key that changes what the model computes in a way that is not supported, or a shape that cannot be.
+    """
+    for name, (neutral, why) in _NOT_SUPPORTED.items():
+        if fields.values.get(name) not in (None, neutral):
+            fields.refuse(name, why)
+    kinds = fields.values.get("layer_types") or []
+    allowed = (
+        ("full_attention", "sliding_attention") if fields.values["model_type"] == "mistral" else ("full_attention",)
+    )
+    if not isinstance(kinds, list) or not all(kind in allowed for kind in kinds):
+        fields.refuse("layer_types", f"layers of other kinds than {', '.join(allowed)} are not supported here")
+    try:
+        return validate_model(dataclasses.replace(family.read_config(fields), dtype=dtype))
+    except ConfigError as error:
+        raise HubError(f"{str(fields.path)!r}: {error}") from error
 
 
 def read_attention(fields: Fields, num_layers: int) -> AttentionConfig:
@@ -56,6 +85,8 @@ def family_for(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     reasons = []
     for family in FAMILIES:
         try:
+            if config.sliding_window and family is not llama.FAMILY:
+                raise HubError("it has no sliding window")
             return family, family.write_config(config)
         except HubError as error:
             reasons.append(f"{family.name}: {error}")

@@ -1,19 +1,22 @@
 """The keys of a config.json, read with their types checked."""
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sepjax.config import RopeConfig
 from sepjax.hub.errors import HubError
+
+_MOST = 100_000_000  # bytes of a JSON file; the index of a model of 600 GB has 10 million
+_SHOWN = 200  # characters of a value in a message
 
 
 class Fields:
     """The values of one config.json. A missing key has the default of transformers, a wrong one is named."""
 
-    def __init__(self, path: Path | str, values: Mapping[str, Any]):
-        self.path, self.values = path, values
+    def __init__(self, path: Path | str, values: Mapping[str, Any], prefix: str = ""):
+        self.path, self.values, self.prefix = path, values, prefix
 
     @classmethod
     def read(cls, path: Path) -> "Fields":
@@ -21,10 +24,10 @@ class Fields:
 
         Raises:
           FileNotFoundError: it is not there.
-          HubError: it is no JSON object.
+          HubError: it is no JSON object, or no file of a size that one has.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(read_bytes(path, _MOST))
         except (ValueError, RecursionError) as error:
             raise HubError(f"{str(path)!r} is no JSON: {error}") from error
         if not isinstance(values, dict):
@@ -41,9 +44,18 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number above 0."""
         value = self._value(name, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if type(value) not in (int, float) or not 0 < value < 1e300:
             self.refuse(name, "expected a number above 0")
         return float(value)
+
+    def head_dim(self, heads: str = "num_attention_heads", width: str = "hidden_size") -> int:
+        """The size of heads that make up the width, where no key says it or it says the same."""
+        parts, whole = self.integer(heads), self.integer(width)
+        if whole % parts:
+            self.refuse(width, f"not a multiple of {heads}={parts}")
+        if self.values.get("head_dim") is not None and self.integer("head_dim") != whole // parts:
+            self.refuse("head_dim", f"in this architecture it is {width} / {heads}, {whole // parts} here")
+        return whole // parts
 
     def flag(self, name: str, default: bool) -> bool:
         """True or False."""
@@ -66,69 +78,49 @@ class Fields:
 
     def refuse(self, name: str, why: str) -> None:
         """Raises HubError about a key."""
-        raise HubError(f"{str(self.path)!r}: {name}={self.values.get(name)!r}: {why}")
+        value = repr(self.values.get(name))
+        value = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
+        raise HubError(f"{str(self.path)!r}: {self.prefix}{name}={value}: {why}")
+
+    def section(self, name: str) -> "Fields":
+        """The values of an object within this one; none where the key is missing."""
+        return Fields(self.path, self.values.get(name) or {}, f"{self.prefix}{name}.")
+
+    def alias(self, **names: str) -> "Fields":
+        """The same values, where keys may have other names too (alias=key). Both with different values are refused."""
+        values = dict(self.values)
+        for name, key in names.items():
+            if values.get(name) is not None and values.setdefault(key, values[name]) != values[name]:
+                self.refuse(name, f"contradicts {key}={values[key]!r}; keep the right one")
+        return Fields(self.path, values, self.prefix)
+
+    def with_defaults(self, **values: Any) -> "Fields":
+        """The same values, and these for keys that are missing."""
+        return Fields(self.path, {**values, **self.values}, self.prefix)
 
     def _value(self, name: str, default: Any) -> Any:
         value = self.values.get(name)
         if value is None and default is None:
-            raise HubError(f"{str(self.path)!r} lacks the key {name!r}; it is damaged or of another kind")
+            raise HubError(f"{str(self.path)!r} lacks the key {self.prefix + name!r}; it is damaged or of another kind")
         return default if value is None else value
 
-    def rope(
-        self, *, base: str = "rope_theta", fraction: str = "partial_rotary_factor", share: float = 1.0
-    ) -> RopeConfig:
-        """The rotary embedding, in the form of transformers 5 ("rope_parameters") or the older one.
 
-        Args:
-          base: the older key of the base.
-          fraction: the older key of the rotated share of a head.
-          share: what that share is when no key says.
-        """
-        new, old = (self._section(name) for name in ("rope_parameters", "rope_scaling"))
-        values = Fields(self.path, {base: self.values.get(base), fraction: self.values.get(fraction)} | old | new)
-        kind = new.get("rope_type") or old.get("rope_type") or old.get("type") or "default"
-        rope = RopeConfig(
-            base=values.number("rope_theta" if "rope_theta" in new else base, 10_000.0),
-            fraction=values.number("partial_rotary_factor" if "partial_rotary_factor" in new else fraction, share),
-        )
-        if kind == "default":
-            return rope
-        context = self.values.get("original_max_position_embeddings") or self.values.get("max_position_embeddings")
-        return _scaled(rope, kind, values, context)
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file's content.
 
-    def _section(self, name: str) -> dict[str, Any]:
-        value = self.values.get(name) or {}
-        if not isinstance(value, dict):
-            self.refuse(name, "expected a JSON object")
-        return value
+    Raises:
+      FileNotFoundError: it is not there.
+      HubError: it is a pipe, a device or a folder, which may never end, or has more than `most` bytes.
+    """
+    check_file(path)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise HubError(f"{str(path)!r} has {path.stat().st_size} bytes; at most {most} are read")
+    return content
 
 
-def _scaled(rope: RopeConfig, kind: Any, values: Fields, context: int | None) -> RopeConfig:
-    if kind not in ("linear", "llama3", "yarn"):
-        raise HubError(f"{str(values.path)!r}: rope type {kind!r}; supported are default, linear, llama3 and yarn")
-    rope.scaling, rope.factor = kind, values.number("factor")
-    if kind != "linear":
-        rope.original_context = values.integer("original_max_position_embeddings", context)
-    if kind == "llama3":
-        rope.low_frequency_factor = values.number("low_freq_factor")
-        rope.high_frequency_factor = values.number("high_freq_factor")
-    if kind == "yarn":
-        rope.beta_fast, rope.beta_slow = values.number("beta_fast", 32.0), values.number("beta_slow", 1.0)
-        for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            values.must_be(name, None, "a temperature of YaRN's own is not supported")
-    return rope
-
-
-def rope_keys(rope: RopeConfig) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of a config.json, which old and new versions of transformers read."""
-    keys: dict[str, Any] = {"rope_theta": rope.base, "rope_scaling": None}
-    if rope.scaling != "none":
-        scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
-        if rope.scaling != "linear":
-            scaling["original_max_position_embeddings"] = rope.original_context
-        if rope.scaling == "llama3":
-            scaling |= {"low_freq_factor": rope.low_frequency_factor, "high_freq_factor": rope.high_frequency_factor}
-        if rope.scaling == "yarn":
-            scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-        keys["rope_scaling"] = scaling
-    return keys
+def check_file(path: Path) -> None:
+    """Raises HubError for a path that is no ordinary file: reading a pipe or a device may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise HubError(f"{str(path)!r} is not an ordinary file; put the file itself there")

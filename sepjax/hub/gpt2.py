@@ -39,7 +39,11 @@ _TABLE = (
 
 def read_config(fields: Fields) -> ModelConfig:
     """Our shape of a config.json."""
-    heads, width = fields.integer("n_head", 12), fields.integer("n_embd", 768)
+    fields = fields.alias(
+        hidden_size="n_embd", num_attention_heads="n_head", num_hidden_layers="n_layer",
+        max_position_embeddings="n_positions",
+    ).with_defaults(n_head=12, n_embd=768)  # fmt: skip
+    heads, width = fields.integer("n_head"), fields.integer("n_embd")
     fields.must_be("scale_attn_weights", True, "unscaled attention is not supported")
     fields.must_be("scale_attn_by_inverse_layer_idx", False, "a scale of each layer's own is not supported")
     return ModelConfig(
@@ -48,7 +52,7 @@ def read_config(fields: Fields) -> ModelConfig:
         embed_dim=width,
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=width // heads,
+        head_dim=fields.head_dim("n_head", "n_embd"),
         mlp_dim=fields.integer("n_inner", 4 * width),
         norm="layernorm",
         norm_epsilon=fields.number("layer_norm_epsilon", 1e-5),

@@ -5,7 +5,8 @@ from typing import Any
 
 from sepjax.config import ModelConfig
 from sepjax.hub.errors import HubError
-from sepjax.hub.fields import Fields, rope_keys
+from sepjax.hub.fields import Fields
+from sepjax.hub.rope_fields import read_rope, rope_keys
 from sepjax.hub.tables import FLAT, GROUPED, LINEAR, LINEAR_OUT, SAME, Family, make_rows
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -38,14 +39,14 @@ _TABLE = (
 
 def read_config(fields: Fields) -> ModelConfig:
     """Our shape of a config.json."""
-    heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    heads, positions = fields.integer("num_attention_heads"), fields.integer("max_position_embeddings", 2048)
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         num_layers=fields.integer("num_hidden_layers"),
-        embed_dim=width,
+        embed_dim=fields.integer("hidden_size"),
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=width // heads,
+        head_dim=fields.head_dim(),
         mlp_dim=fields.integer("intermediate_size"),
         norm="layernorm",
         norm_epsilon=fields.number("layer_norm_eps", 1e-5),
@@ -54,8 +55,8 @@ def read_config(fields: Fields) -> ModelConfig:
         attention_bias=fields.flag("attention_bias", True),
         mlp_bias=True,
         parallel_residual=fields.flag("use_parallel_residual", True),
-        max_positions=fields.integer("max_position_embeddings", 2048),
-        rope=fields.rope(base="rotary_emb_base", fraction="rotary_pct", share=0.25),
+        max_positions=positions,
+        rope=read_rope(fields, positions=positions, base="rotary_emb_base", fraction="rotary_pct", share=0.25),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
     )
 

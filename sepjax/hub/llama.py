@@ -5,7 +5,8 @@ from typing import Any
 
 from sepjax.config import ModelConfig
 from sepjax.hub.errors import HubError
-from sepjax.hub.fields import Fields, rope_keys
+from sepjax.hub.fields import Fields
+from sepjax.hub.rope_fields import read_rope, rope_keys
 from sepjax.hub.tables import FLAT, LINEAR, LINEAR_OUT, SAME, Family, make_rows
 
 _ACTIVATIONS = {
@@ -45,27 +46,54 @@ _TABLE = (
 
 
 def read_config(fields: Fields) -> ModelConfig:
-    """Our shape of a config.json. A sliding window (Mistral) ends `max_positions`: our patterns take its place."""
+    """Our shape of a config.json. What a missing key means is not the same for a Llama and a Mistral."""
+    is_mistral = fields.values.get("model_type") == "mistral"
     heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    positions = fields.integer("max_position_embeddings", 2048)
-    if fields.values.get("sliding_window") is not None and fields.flag("use_sliding_window", True):
-        positions = min(positions, fields.integer("sliding_window"))
+    positions = fields.integer("max_position_embeddings", 131_072 if is_mistral else 2048)
+    has_head_dim = fields.values.get("head_dim") is not None
+    if is_mistral:
+        for name in ("attention_bias", "mlp_bias"):
+            fields.must_be(name, False, "a Mistral has no biases")
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         num_layers=fields.integer("num_hidden_layers"),
         embed_dim=width,
         num_heads=heads,
-        num_kv_heads=fields.integer("num_key_value_heads", heads),
-        head_dim=fields.integer("head_dim", width // heads),
+        num_kv_heads=_kv_heads(fields, 8 if is_mistral else heads),
+        head_dim=fields.integer("head_dim") if has_head_dim else fields.head_dim(),
         mlp_dim=fields.integer("intermediate_size"),
         norm_epsilon=fields.number("rms_norm_eps", 1e-6),
         activation=fields.choice("hidden_act", "silu", _ACTIVATIONS),
         attention_bias=fields.flag("attention_bias", False),
         mlp_bias=fields.flag("mlp_bias", False),
+        sliding_window=_sliding_window(fields) if is_mistral else _no_window(fields, positions),
         max_positions=positions,
-        rope=fields.rope(),
+        rope=read_rope(fields, positions=positions),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
     )
+
+
+def _kv_heads(fields: Fields, default: int) -> int:
+    """As many as query heads where the key is null; a missing one is another matter."""
+    if "num_key_value_heads" in fields.values and fields.values["num_key_value_heads"] is None:
+        return fields.integer("num_attention_heads")
+    return fields.integer("num_key_value_heads", default)
+
+
+def _no_window(fields: Fields, positions: int) -> int:
+    """A Llama has no window of its own. transformers attends to everything, but for its cache, which drops keys."""
+    if fields.values.get("sliding_window") is not None and fields.integer("sliding_window") < positions:
+        fields.refuse("sliding_window", "a Llama has none; it would be a Mistral's, or the key is to be null")
+    return 0
+
+
+def _sliding_window(fields: Fields) -> int:
+    """A Mistral's own window, 4096 unless the key says otherwise; 0: it has none."""
+    if "sliding_window" in fields.values and fields.values["sliding_window"] is None:
+        return 0
+    window = fields.integer("sliding_window", 4096)
+    fields.must_be("use_sliding_window", True, f"contradicts sliding_window={window}, which a Mistral always uses")
+    return window
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -74,7 +102,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         raise HubError("a Llama has RMS norms, a gated MLP and no parallel residual")
     if config.position_embedding != "rope" or config.rope.fraction != 1:
         raise HubError("a Llama rotates whole heads")
-    return {
+    keys = {
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.embed_dim,
@@ -88,7 +116,17 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "mlp_bias": config.mlp_bias,
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
-    } | rope_keys(config.rope)
+    }
+    return keys | rope_keys(config.rope) | _mistral_keys(config)
+
+
+def _mistral_keys(config: ModelConfig) -> dict[str, Any]:
+    if not config.sliding_window:
+        return {}
+    if config.attention_bias or config.mlp_bias:
+        raise HubError("only a Mistral has a sliding window, and no biases")
+    about = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    return about | {"sliding_window": config.sliding_window}
 
 
 FAMILY = Family(

@@ -4,9 +4,16 @@ from pathlib import Path
 
 from sepjax.hub.errors import HubError
 
-# Nothing else is ever fetched: no code, no pickled weights.
+# Nothing else is ever fetched: no code, no pickled weights. An adapter's config only to be refused.
 _FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json"]
-_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"]
+_FILES += [
+    "adapter_config.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+]
 
 
 def fetch(name: str, *, download: bool) -> Path:

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from sepjax.hub.errors import HubError
+from sepjax.hub.fields import check_file
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -68,6 +69,7 @@ class SafetensorsFile:
           OSError: the file cannot be read.
         """
         self.path = path
+        check_file(path)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little") if size >= 8 else -1

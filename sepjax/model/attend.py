@@ -19,7 +19,7 @@ from sepjax.attention.context_parallel import (
     from_context_order,
     to_context_order,
 )
-from sepjax.config import AttentionConfig, ModelConfig, layer_windows
+from sepjax.config import AttentionConfig, ModelConfig, layer_windows, with_own_window
 from sepjax.layout import SeparatorLayout, build_layout
 from sepjax.model.gate import keep_best, needs_gate, straight_through
 from sepjax.model.layers import Attend
@@ -93,6 +93,8 @@ def run_rows(
       ConfigError: a gated pattern for a model without a gate.
     """
     attention = attention or model.attention
+    if attention.pattern == "dense" and 0 < model.config.sliding_window < tokens.shape[1]:
+        attention, is_separator = with_own_window(attention, model.config), jnp.zeros_like(is_separator)
     windows = layer_windows(attention, model.config.num_layers, tokens.shape[1])
     positions = in_context_order(positions)
     with_rope = _with_rope(model.config, positions, keep_keys)

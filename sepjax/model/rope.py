@@ -13,17 +13,19 @@ from sepjax.config import RopeConfig
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]:
     """Returns the angular frequencies float32[R/2] of the rotated dimensions, and the factor on cosine and sine.
 
-    R = fraction * head_dim. The factor is 1 except for YaRN, which sharpens the attention of a stretched context.
+    R = fraction * head_dim. The factor is 1 but for YaRN, which sharpens the attention of a stretched context, and
+    where the config has an `attention_factor`.
     """
     rotated = round(rope.fraction * head_dim)
     frequencies = rope.base ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
+    attention_factor = rope.attention_factor or 1.0
     if rope.scaling == "linear":
-        return frequencies / rope.factor, 1.0
+        return frequencies / rope.factor, attention_factor
     if rope.scaling == "llama3":
-        return _llama3(frequencies, rope), 1.0
+        return _llama3(frequencies, rope), attention_factor
     if rope.scaling == "yarn":
-        return _yarn(frequencies, rope, rotated), 0.1 * math.log(rope.factor) + 1.0
-    return frequencies, 1.0
+        return _yarn(frequencies, rope, rotated), rope.attention_factor or 0.1 * math.log(rope.factor) + 1.0
+    return frequencies, attention_factor
 
 
 def _llama3(frequencies: jax.Array, rope: RopeConfig) -> jax.Array:
@@ -40,9 +42,12 @@ def _yarn(frequencies: jax.Array, rope: RopeConfig, rotated: int) -> jax.Array:
     def dimension(turns: float) -> float:
         return rotated * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
 
-    low = max(math.floor(dimension(rope.beta_fast)), 0)
-    high = min(math.ceil(dimension(rope.beta_slow)), rotated - 1)
-    ramp = jnp.clip((jnp.arange(rotated // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
+    # Where both ends lie outside the dimensions the ramp runs backwards, as in the original code: no max() here.
+    ramp = jnp.clip((jnp.arange(rotated // 2) - low) / (high - low or 0.001), 0.0, 1.0)
     return (1 - ramp) * frequencies + ramp * frequencies / rope.factor
 
 

@@ -77,7 +77,7 @@ class StreamingCache:
 
         zeros = (jnp.zeros(batch_size, jnp.int32) for _ in range(9))  # one array each: a donated one must not be two
         scores = sizes.watch and sizes.watch.scores(config, batch_size, sizes.max_separators + sizes.ring)
-        return cls(empty(), empty(), jnp.zeros((batch_size, sizes.ring), bool), *zeros, scores, sizes=sizes)
+        return cls(empty(), empty(), jnp.zeros((batch_size, sizes.ring), bool), *zeros, scores=scores, sizes=sizes)
 
     @property
     def head_dim(self) -> int:

@@ -79,7 +79,7 @@ class StreamSizes:
 
     @property
     def slots(self) -> int:
-        """C: sinks, separators, and a ring that holds all the rest of c + 1 entries; if watched, `ring_limit` of them."""
+        """C: sinks, separators, and a ring that holds the rest of c + 1 entries; if watched, `ring_limit` of them."""
         least = self.cache_size + 1 + (0 if self.watch else self.max_separators)
         return -(-least // _ALIGN) * _ALIGN
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sepjax.array_typing import Array, Bool, Float, Int32
-from sepjax.config import Config, TrainingConfig
+from sepjax.config import Config, TrainingConfig, with_own_window
 from sepjax.data.batch import Batch
 from sepjax.model.attend import in_context_order, layer_layouts, run_rows
 from sepjax.model.gate import exploring
@@ -148,7 +148,9 @@ def attention_statistics(config: Config, batch: Batch) -> Metrics:
 
     batch: with a gated pattern, `is_separator` must be what the gate chose.
     """
-    layers = layer_layouts(batch.is_separator, batch.segment_ids, config.attention, config.model.num_layers)
+    attention = with_own_window(config.attention, config.model)
+    is_separator = batch.is_separator & (attention is config.attention)  # a window of the model's own has none
+    layers = layer_layouts(is_separator, batch.segment_ids, attention, config.model.num_layers)
     is_token = batch.segment_ids != 0
     return {
         "sep/attention_fraction": sum((seen.attention_fraction() * w for seen, w in layers), jnp.zeros(())),

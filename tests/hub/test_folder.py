@@ -23,7 +23,7 @@ from sepjax.hub.export import save_folder
 from sepjax.hub.families import ATTENTION, FAMILIES
 from sepjax.hub.fields import Fields
 from sepjax.hub.safetensors_file import SafetensorsFile
-from sepjax.loading import LoadError
+from sepjax.loading import LoadError, load_shape
 from sepjax.model.transformer import split
 from sepjax.sharding import make_mesh, parameter_shardings
 
@@ -151,7 +151,7 @@ def test_older_keys_mean_the_same(make):
     assert shape("llama-yarn", rope_scaling=yarn) == new("llama-yarn")
     assert shape("pythia", rotary_pct=0.5, rotary_emb_base=10000) == new("pythia")
     assert shape("llama", rope_scaling={"type": "linear", "factor": 2.0}).rope.scaling == "linear"
-    assert shape("mistral", sliding_window=32).max_positions == 32
+    assert shape("mistral", sliding_window=32).sliding_window == 32
 
 
 def test_files_of_the_bare_model_and_buffers_of_old_ones(make):
@@ -161,9 +161,33 @@ def test_files_of_the_bare_model_and_buffers_of_old_ones(make):
     tiny.write_safetensors(folder / "model.safetensors", bare)
     expected, _ = sepjax.load(make("gpt2", "other")[0])
     jax.tree.map(np.testing.assert_array_equal, leaves(sepjax.load(folder)[0]), leaves(expected))
-    folder, written = make("falcon-7b", "tied")  # Falcon's files carry the tied head too
-    tiny.write_safetensors(folder / "model.safetensors", written | {"lm_head.weight": np.zeros((64, 32), np.float32)})
-    sepjax.load(folder)
+
+
+EMBEDDINGS = {"llama": "model.embed_tokens.weight", "mistral": "model.embed_tokens.weight"}
+EMBEDDINGS |= {"pythia": "gpt_neox.embed_in.weight", "gpt2": "transformer.wte.weight"}
+EMBEDDINGS |= {"falcon-7b": "transformer.word_embeddings.weight"}
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_a_tied_config_is_believed_where_the_file_says_the_same(make, name, tmp_path):
+    """Logits of transformers 5 for such files are those of the file's head; older files carry the tied head too."""
+    head = "embed_out.weight" if name == "pythia" else "lm_head.weight"
+    folder, written = make(name, config={"tie_word_embeddings": True}, files=2)
+    weights = {key: x for key, x in written.items() if key != head}
+    for path in folder.glob("model*"):
+        path.unlink()
+    tiny.write_safetensors(folder / "model.safetensors", weights | {head: weights[EMBEDDINGS[name]]})
+    same, tokenizer = sepjax.load(folder)
+    assert same.config.tie_embeddings
+    own = np.nextafter(weights[EMBEDDINGS[name]], 9, dtype=np.float32)
+    tiny.write_safetensors(folder / "model.safetensors", weights | {head: own})
+    other, _ = sepjax.load(folder)
+    np.testing.assert_array_equal(other.output_embedding(), own)
+    np.testing.assert_array_equal(other.embedding.embedding[...], weights[EMBEDDINGS[name]])
+    assert load_shape(folder)[0] == dataclasses.replace(same.config, tie_embeddings=False) == other.config
+    save_folder(other, tokenizer, tmp_path / "out", like=folder)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    np.testing.assert_array_equal(sepjax.load(tmp_path / "out")[0].output_embedding(), own)
 
 
 def spoil_config(**changes):
@@ -191,6 +215,29 @@ def write(name, content):
     return lambda folder, written: (folder / name).write_bytes(content)
 
 
+def pipe(name):
+    """In place of a file: opening it waits for a writer, for ever."""
+
+    def spoil(folder, written):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
+def endless(name):
+    def spoil(folder, written):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("/dev/zero")
+
+    return spoil
+
+
+def stale_index(folder, written):
+    tiny.write_safetensors(folder / "model-00001-of-00001.safetensors", written)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(written, "model-00001-of-00001.safetensors")}))
+
+
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -202,7 +249,24 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         (spoil_config(model_type="gone"), r"model_type=None"),
         (spoil_config(hidden_size="gone"), r"lacks the key 'hidden_size'"),
         (spoil_config(hidden_size="32"), r"hidden_size='32': expected a whole number"),
-        (spoil_config(num_key_value_heads=3), r"4 query heads are no multiple of 3"),
+        (spoil_config(num_key_value_heads=3), r"num_heads=4 is not a multiple of model.num_kv_heads=3"),
+        (spoil_config(num_hidden_layers=2**31 - 1), r"2147483647 layers, but there are 21 tensors"),
+        (
+            spoil_config(vocab_size=2**31 - 1, hidden_size=2**31 - 8),
+            r"vocab_size = 2147483647 and embed_dim = 2147483640",
+        ),
+        (spoil_config(num_attention_heads=2**30, head_dim=2**30), r"num_heads \* head_dim = 1152921504606846976 and"),
+        (spoil_config(quantization_config={"quant_method": "awq"}), r"quantization_config=.+quantised checkpoints"),
+        (stale_index, r"has model.safetensors and an index of other files, model.safetensors.index.json"),
+        (write("adapter_config.json", b"{}"), r"adapter_config.json' is an adapter beside the weights"),
+        (write("adapter_model.safetensors", b""), r"adapter_model.safetensors' is an adapter"),
+        (write("config.json", b" " * 100_000_001), r"config.json' has 100000001 bytes; at most"),
+        *((pipe(name), f"{name}' is not an ordinary file") for name in ("tokenizer.json", INDEX, "model.safetensors")),
+        *(
+            (endless(name), f"{name}' is not an ordinary file")
+            for name in ("tokenizer_config.json", "model.safetensors")
+        ),
+        *((spoil("config.json"), "a folder without checkpoints or config.json") for spoil in (pipe, endless)),
         (spoil_config(hidden_act="relu"), r"hidden_act='relu': supported are 'silu'"),
         (spoil_config(rope_parameters={"rope_type": "longrope"}), r"rope type 'longrope'"),
         (spoil_config(rope_parameters=[1]), r"rope_parameters=\[1\]: expected a JSON object"),

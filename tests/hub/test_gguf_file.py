@@ -1,6 +1,7 @@
 """GGUF files written here, from a model of ours in llama.cpp's layout, and read back."""
 
 import dataclasses
+import struct
 
 import gguf
 import jax
@@ -10,8 +11,10 @@ import pytest
 
 import sepjax
 from sepjax.config import AttentionConfig, ModelConfig, RopeConfig
+from sepjax.hub.chat_template import ChatTemplate
+from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
-from sepjax.hub.gguf_file import GGUFError, load_gguf, packaged_file
+from sepjax.hub.gguf_file import GGUFError, gguf_shape, load_gguf, packaged_file
 from sepjax.model.attend import forward
 from sepjax.model.rope import rope_frequencies
 from sepjax.model.transformer import create, merge, split
@@ -40,9 +43,20 @@ def interleave(kernel, config):
 
 
 def write(
-    path, config=CONFIG, *, leave_out=(), architecture="llama", pre="smollm", quantised=False, extra=(), factors=None
+    path,
+    config=CONFIG,
+    *,
+    leave_out=(),
+    architecture="llama",
+    pre="smollm",
+    quantised=False,
+    extra=(),
+    factors=None,
+    kinds=(3, 3, 3),
+    bos=1,
+    **keys,
 ):
-    """Writes a random model; returns its parameters as ours."""
+    """Writes a random model with more metadata (a dot in a key is "__"); returns its parameters as ours."""
     graph, params = split(create(config, None, jax.random.key(5)))
     params = jax.tree.map(lambda x: np.asarray(8 * x if x.ndim > 2 else x), params)
     writer = gguf.GGUFWriter(path, architecture)
@@ -58,9 +72,12 @@ def write(
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
+    writer.add_token_types([*kinds, *[1] * (len(TOKENS) - len(kinds))])
     writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
+    writer.add_bos_token_id(bos)
+    for name, value in keys.items():
+        adds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        adds.get(type(value), writer.add_array)(name.replace("__", "."), value)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)
     for name, data in tensors(params, config):
@@ -168,7 +185,9 @@ def test_the_scaling_of_llama_3_1_is_found_in_its_divisors(tmp_path):
     assert load_gguf(tmp_path / "m.gguf", dtype="float32")[0].config == dataclasses.replace(config, rope=rope)
     for bad in (wide[:3], wide * 1.1):
         write(tmp_path / "m.gguf", config, factors=np.ascontiguousarray(bad))
-        with pytest.raises(GGUFError, match=r"'rope_freqs\.weight' scales the rotary embedding in another way"):
+        with pytest.raises(
+            GGUFError, match=r"'rope_freqs\.weight' scales the rotary embedding (in another way|with other numbers)"
+        ):
             load_gguf(tmp_path / "m.gguf", dtype="float32")
 
 
@@ -196,12 +215,170 @@ def test_a_read_model_generates(tmp_path):
         ({"pre": "chameleon"}, "'chameleon'"),
         ({"leave_out": ["blk.1.ffn_up.weight"]}, "lacks tensor 'blk.1.ffn_up.weight'"),
         ({"extra": ["blk.0.attn_q.bias"]}, "'blk.0.attn_q.bias'"),
+        ({"llama__rope__scaling__type": "longrope"}, "llama.rope.scaling.type='longrope': supported are"),
+        ({"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 2.0}, "factor=2.0: contradicts"),
+        (
+            {"llama__rope__scaling__factor": 2.0, "llama__rope__scale_linear": 4.0},
+            "factor=2.0: contradicts llama.rope.scale",
+        ),
+        ({"llama__rope__scaling__factor": 0.5}, "rope.factor=0.5 must be 1 or more"),
+        ({"llama__rope__scaling__attn_factor": -1.0}, "attn_factor=-1.0: expected a number above 0"),
+        ({"llama__rope__scaling__yarn_ext_factor": 1.0}, "yarn_ext_factor=1.0: not a key that is known"),
+        ({"llama__rope__scaling__yarn_log_multiplier": 0.1}, "yarn_log_multiplier=0.1.*: not supported; only 0 is"),
+        ({"llama__attention__key_length": 10}, "llama.rope.dimension_count=8: must be the size of a head, 10"),
+        ({"llama__attention__value_length": 4}, "llama.attention.value_length=4: must be"),
+        ({"llama__attention__scale": 0.25}, "llama.attention.scale=0.25: not supported"),
+        ({"llama__attention__causal": False}, "llama.attention.causal=False: not supported; only True is"),
+        ({"llama__attention__sliding_window": 64}, "llama.attention.sliding_window=64: not supported"),
+        ({"llama__expert_count": 8}, "llama.expert_count=8: not supported"),
+        ({"llama__final_logit_softcapping": 30.0}, "llama.final_logit_softcapping=30.0: not supported"),
+        ({"llama__something_new": "x"}, "llama.something_new='x': not a key that is known"),
+        ({"general__type": "adapter"}, "general.type='adapter': not supported; only 'model'"),
+        ({"adapter__lora__alpha": 1.0}, "adapter.lora.alpha=1.0: not supported"),
+        ({"split__count": 3}, "split.count=3: not supported"),
+        ({"tokenizer__ggml__add_eos_token": True}, "tokenizer.ggml.add_eos_token=True: not supported"),
+        ({"tokenizer__ggml__normalizer": "x"}, "tokenizer.ggml.normalizer='x': not supported"),
+        ({"kinds": (9,)}, "tokenizer.ggml.token_type must be 14 numbers"),
+        ({"bos": 14}, "tokenizer.ggml.bos_token_id=14, but there are 14 tokens"),
+        ({"config": dataclasses.replace(CONFIG, max_positions=0)}, "llama.context_length=0: expected a whole number"),
     ],
 )
 def test_other_files_are_refused(tmp_path, settings, message):
     write(tmp_path / "m.gguf", **settings)
     with pytest.raises(HubError, match=message):
         load_gguf(tmp_path / "m.gguf", dtype="float32")
+
+
+def test_scalings_are_what_llama_cpp_makes_of_them(tmp_path):
+    """Its rule: a factor without a type is linear, and attn_factor comes on top of the type's own temperature."""
+    scaling = "llama__rope__scaling__"
+    for keys, rope in (
+        ({f"{scaling}factor": 4.0}, {"scaling": "linear", "factor": 4.0}),
+        ({"llama__rope__scale_linear": 2.0}, {"scaling": "linear", "factor": 2.0}),
+        ({f"{scaling}type": "linear", f"{scaling}factor": 0.0}, {}),
+        ({f"{scaling}type": "none", f"{scaling}finetuned": True}, {}),
+        ({f"{scaling}attn_factor": 1.5}, {"attention_factor": 1.5}),
+        (
+            {f"{scaling}type": "yarn", f"{scaling}factor": 4.0},
+            {"scaling": "yarn", "factor": 4.0, "original_context": 128},
+        ),
+        (
+            {
+                f"{scaling}type": "yarn",
+                f"{scaling}factor": 4.0,
+                f"{scaling}attn_factor": 2.0,
+                f"{scaling}original_context_length": 32,
+            },
+            {
+                "scaling": "yarn",
+                "factor": 4.0,
+                "original_context": 32,
+                "attention_factor": 2 * (0.1 * np.log(4.0) + 1),
+            },
+        ),
+    ):
+        write(tmp_path / "m.gguf", **keys)
+        found = gguf_shape(tmp_path / "m.gguf", dtype="float32")[0].rope
+        assert found == dataclasses.replace(CONFIG.rope, **rope)
+        own = 0.1 * np.log(found.factor) + 1 if found.scaling == "yarn" else 1.0
+        assert rope_frequencies(found, 8)[1] == pytest.approx(rope.get("attention_factor", own))
+    factors = np.ones(4, np.float32)
+    write(tmp_path / "m.gguf", factors=factors)
+    assert gguf_shape(tmp_path / "m.gguf", dtype="float32")[0] == CONFIG
+    write(tmp_path / "m.gguf", factors=factors, llama__rope__scale_linear=2.0)
+    with pytest.raises(GGUFError, match="beside the scaling 'linear'"):
+        gguf_shape(tmp_path / "m.gguf", dtype="float32")
+
+
+def test_one_value_a_layer_must_be_the_same_in_all(tmp_path):
+    for value, outcome in ([8, 8], None), ([8, 4], "value_length=a list of 2: layers of different shapes"):
+        write(tmp_path / "m.gguf", llama__attention__value_length=value)
+        if outcome is None:
+            assert gguf_shape(tmp_path / "m.gguf", dtype="float32")[0] == CONFIG
+        else:
+            with pytest.raises(GGUFError, match=outcome):
+                gguf_shape(tmp_path / "m.gguf", dtype="float32")
+
+
+def test_tokens_that_the_makers_defined_are_found_and_written(tmp_path):
+    write(tmp_path / "m.gguf", kinds=(3, 4, 2))
+    _, tokenizer = gguf_shape(tmp_path / "m.gguf", dtype="float32")
+    assert tokenizer.encode("a<|im_start|>b<|im_end|>") == [3, 1, 4, 2]
+    assert tokenizer.decode([3, 1, 4, 2]) == "a<|im_start|>b"
+
+
+def test_the_chat_template_survives_conversion(tmp_path):
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}|{% endfor %}"
+    write(tmp_path / "m.gguf", **{"tokenizer__chat_template": template})
+    convert(tmp_path / "m.gguf", tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "out")
+    messages = [{"role": "user", "content": "a"}]
+    for path in (tmp_path / "m.gguf", tmp_path / "run", tmp_path / "out"):
+        found = ChatTemplate.find(path)
+        assert (found.source, found.render(messages)) == (template, "<|im_start|>a|")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    texts = [sepjax.load(tmp_path / name)[1].encode("abc<|im_end|>") for name in ("m.gguf", "run", "out")]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def header(tensors=0, fields=0, rest=b"", version=3):
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, fields) + rest
+
+
+def field(name, kind, value):
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"GGUF", "4 bytes are to follow byte 4, but it has 4"),
+        (header(), "has the architecture None"),
+        (header(version=0x03000000), "version 0x3000000, whose bytes are in the other order"),
+        (header(version=1), "version 0x1; versions 2 and 3"),
+        (header(tensors=2**60), "1152921504606846976 tensors"),
+        (header(fields=2**60), "1152921504606846976 fields"),
+        (header(fields=2**64 - 1, rest=bytes(10**6)), "18446744073709551615 fields"),
+        (header(fields=70_000, rest=bytes(10**6)), "'' is there twice"),
+        (header(fields=1, rest=struct.pack("<Q", 2**60) + bytes(20)), "1152921504606846976 bytes are to follow"),
+        (header(fields=1, rest=field(b"a", 9, struct.pack("<IQ", 8, 2**60))), "1152921504606846976 strings"),
+        (header(fields=1, rest=field(b"a", 9, struct.pack("<IQ", 4, 2**60))), "1152921504606846976 numbers"),
+        (header(fields=1, rest=field(b"a", 9, struct.pack("<IQ", 9, 1)) + bytes(40)), "arrays within arrays"),
+        (header(fields=1, rest=field(b"a", 9, struct.pack("<IQ", 77, 1)) + bytes(40)), "unknown kind 77"),
+        (header(fields=1, rest=field(b"a", 13, bytes(8))), "unknown kind 13"),
+        (header(fields=1, rest=field(b"\xff", 0, bytes(8))), "no UTF-8"),
+        (header(tensors=1, rest=struct.pack("<QIIQ", 0, 0, 0, 0) + bytes(40)), "would have 0 axes"),
+        (header(tensors=1, rest=struct.pack("<QIIQ", 0, 2**31, 0, 0) + bytes(40)), "would have 2147483648 axes"),
+        (header(tensors=1, rest=struct.pack("<QIQIQ", 0, 1, 64, 999, 0) + bytes(64)), "the unknown type 999"),
+        (header(tensors=1, rest=struct.pack("<QIQIQ", 0, 1, 2**62, 0, 0) + bytes(64)), "lies at bytes 64 to"),
+        (
+            header(tensors=1, rest=struct.pack("<QIQIQ", 0, 1, 7, 8, 0) + bytes(64)),
+            "rows of 7 numbers, no multiple of 32",
+        ),
+        (
+            header(fields=1, rest=field(b"general.alignment", 4, struct.pack("<I", 0)) + bytes(40)),
+            "general.alignment=0 must be a power of two",
+        ),
+    ],
+)
+def test_what_a_header_announces_is_not_believed(tmp_path, content, message):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(GGUFError, match=message):
+        sepjax.load(tmp_path / "m.gguf")
+
+
+def test_sizes_that_the_tensors_do_not_have_are_refused_before_anything_is_made(tmp_path):
+    write(tmp_path / "m.gguf")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    for name, message in (
+        (b"llama.block_count", "2147483647 layers, but there are 21 tensors in all"),
+        (b"llama.feed_forward_length", "mlp_dim = 2147483647"),
+    ):
+        at = whole.index(name) + len(name) + 4
+        (tmp_path / "m.gguf").write_bytes(whole[:at] + struct.pack("<I", 2**31 - 1) + whole[at + 4 :])
+        with pytest.raises(HubError, match=message):
+            sepjax.load(tmp_path / "m.gguf")
 
 
 def test_damaged_files_are_refused(tmp_path):

@@ -32,7 +32,7 @@ VARIANTS = {
     ),
     "llama-bias": ("llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
     "llama-yarn": ("llama", {**LLAMA, "rope_parameters": YARN}),
-    "mistral": ("mistral", {**LLAMA, "sliding_window": None}),
+    "mistral": ("mistral", {**LLAMA, "sliding_window": 8}),
     "pythia": ("gpt_neox", {**NEOX, "rope_parameters": PART}),
     "gpt_neox-serial": ("gpt_neox", {**NEOX, "use_parallel_residual": False, "hidden_act": "gelu_new"}),
     "gpt2": ("gpt2", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
@@ -40,6 +40,53 @@ VARIANTS = {
     "falcon-40b": ("falcon", {**GROUPS, "tie_word_embeddings": False}),
     "falcon-serial": ("falcon", {**FALCON, "multi_query": False, "parallel_attn": False, "bias": True}),
 }  # fmt: skip
+
+# Rotary embeddings as config.json may say them: name -> (model_type, keys besides the shape). golden.npz has the
+# frequencies and the factor on cosine and sine that transformers makes of each.
+Y = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+L3 = {**ROPE3, "original_max_position_embeddings": 64}
+WIDE = {"head_dim": 64, "max_position_embeddings": 128}
+ROPES = {
+    "outside": ("llama", {**WIDE, "rope_theta": 5e5}),
+    "null sections": ("llama", {**WIDE, "rope_scaling": None, "rope_parameters": None}),
+    "said twice alike": ("llama", {**WIDE, "rope_theta": 500.0, "rope_scaling": Y, "rope_parameters": Y}),
+    "base within rope_scaling": ("llama", {**WIDE, "rope_scaling": {"type": "linear", "factor": 2, "rope_theta": 1e5}}),
+    "llama3": ("llama", {**WIDE, "rope_theta": 5e5, "rope_scaling": L3}),
+    "llama3, narrow": ("falcon", {"rope_parameters": {**L3, "low_freq_factor": 2, "high_freq_factor": 2.5}}),
+    "yarn": ("llama", {**WIDE, "rope_parameters": Y}),
+    "yarn, not truncated": ("llama", {**WIDE, "rope_parameters": {**Y, "truncate": False}}),
+    "yarn, truncated": ("llama", {**WIDE, "rope_theta": 300, "rope_scaling": {**Y, "truncate": True, "finetuned": 1}}),
+    "yarn, its own temperature": ("llama", {**WIDE, "rope_scaling": {**Y, "attention_factor": 0.7}}),
+    "yarn, mscale": ("mistral", {**WIDE, "rope_scaling": {**Y, "mscale": 0.7, "mscale_all_dim": 1.3}}),
+    "yarn, betas": ("llama", {**WIDE, "rope_scaling": {**Y, "beta_fast": 8, "beta_slow": 0.5, "mscale": 0}}),
+    "yarn, nulls": ("llama", {**WIDE, "rope_scaling": {**Y, "beta_fast": None, "attention_factor": None}}),
+    "yarn of a factor 1": ("llama", {**WIDE, "rope_scaling": {**Y, "factor": 1}}),
+    "yarn, ramp beyond the head": ("llama", {**WIDE, "rope_theta": 3.0, "rope_scaling": {**Y, "factor": 8}}),
+    "yarn of a Llama's positions": ("llama", {"head_dim": 64, "rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    "yarn of a Mistral's positions": ("mistral", {"head_dim": 64, "rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    "yarn of a context outside": (
+        "llama",
+        {**WIDE, "original_max_position_embeddings": 16, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+    ),
+    "neox": ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 5000}),
+    "neox, default share": ("gpt_neox", {"hidden_size": 64, "rotary_emb_base": 5000, "rope_theta": 5000}),
+    "neox, base in a section": (
+        "gpt_neox",
+        {"rotary_pct": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 700.0}},
+    ),
+    "neox, yarn of half a head": (
+        "gpt_neox",
+        {"hidden_size": 256, "rope_scaling": {**Y, "truncate": False, "partial_rotary_factor": 0.5}},
+    ),
+    "falcon, linear": ("falcon", {"rope_theta": 2e4, "rope_scaling": {"type": "linear", "factor": 3}}),
+}  # fmt: skip
+
+
+def shape_of(kind, keys):
+    """A whole config.json for `ROPES`."""
+    shape = {"llama": LLAMA, "mistral": LLAMA, "gpt_neox": NEOX, "falcon": FALCON}[kind]
+    shape = {name: value for name, value in shape.items() if name != "max_position_embeddings"}
+    return {"model_type": kind, **shape, **keys}
 
 
 def tokens():
@@ -67,6 +114,12 @@ def golden():
             name: manifest[name] | {k: arrays[f"{name}/{k}"] for k in ("logits", "masked", "greedy")}
             for name in manifest
         }
+
+
+def golden_ropes():
+    """name -> (config.json, frequencies, factor)."""
+    with np.load(HERE / "golden.npz", allow_pickle=False) as arrays:
+        return {name: (shape_of(*ROPES[name]), *(arrays[f"rope/{name}/{k}"] for k in ("w", "m"))) for name in ROPES}
 
 
 def write_safetensors(path, tensors):

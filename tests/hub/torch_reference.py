@@ -2,8 +2,11 @@
 
 python tests/hub/torch_reference.py golden              writes golden.json and golden.npz
 python tests/hub/torch_reference.py logits FOLDER OUT   logits of the model in a folder, as .npy
+python tests/hub/torch_reference.py serve               the same for each folder that stdin names, a line each, to
+                                                        logits.npy in it; answers "ok" or why there are none
 """
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -47,6 +50,14 @@ def build(kind, settings):
     return model, shapes
 
 
+def rope(kind, keys):
+    values = tiny.shape_of(kind, copy.deepcopy(keys))
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    turning = next(module for module in model.modules() if hasattr(module, "inv_freq"))
+    return {"w": turning.inv_freq.numpy(), "m": np.float64(turning.attention_scaling)}
+
+
 def write_golden():
     manifest, arrays = {}, {}
     for name, (kind, settings) in tiny.VARIANTS.items():
@@ -61,17 +72,41 @@ def write_golden():
         results = {"logits": logits(model), "masked": logits(model, tiny.visible()), "greedy": greedy(model)}
         arrays |= {f"{name}/{key}": value for key, value in results.items()}
         print(name, float(np.abs(results["logits"]).max()), float(np.abs(results["logits"] - results["masked"]).max()))
+    for name, keys in tiny.ROPES.items():
+        arrays |= {f"rope/{name}/{key}": value for key, value in rope(*keys).items()}
     (tiny.HERE / "golden.json").write_text(
         "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in manifest.items()) + "\n}\n"
     )
     np.savez_compressed(tiny.HERE / "golden.npz", **arrays)
 
 
+def read(folder):
+    """The model, and what it lacks in the files."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    return model.eval(), sorted(info["missing_keys"]) + [str(x) for x in info["mismatched_keys"]]
+
+
+def serve():
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for line in sys.stdin:
+        folder = Path(line.strip())
+        try:
+            model, missing = read(folder)
+            answer = f"no weights for {missing[0]}" if missing else "ok"
+            if not missing:
+                np.save(folder / "logits.npy", logits(model))
+        except Exception as error:
+            answer = f"{type(error).__name__}: {error}"
+        print("answer " + " ".join(answer.split())[:300], flush=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "golden":
         write_golden()
+    elif sys.argv[1] == "serve":
+        serve()
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            sys.argv[2], dtype=torch.float32, attn_implementation="eager"
-        )
-        np.save(sys.argv[3], logits(model.eval()))
+        np.save(sys.argv[3], logits(read(sys.argv[2])[0]))
