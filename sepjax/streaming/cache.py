@@ -139,7 +139,7 @@ class StreamingCache:
         return dataclasses.replace(self, k=jnp.stack(self.k), v=jnp.stack(self.v))
 
     @staticmethod
-    def in_each_layer(f: Callable[..., jax.Array], x: Layers, *others: Array) -> Layers:
+    def in_each_layer(f: Callable[..., jax.Array], x: Layers, *others: jax.Array) -> Layers:
         """`f` of keys or values and of others [L, ...]: of all layers at once, or of each."""
         return _each(f, x, *others)
 

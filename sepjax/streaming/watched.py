@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _LEAST = 1e-30  # of a weight, so that its logarithm is finite
 _FIRST = 1024.0  # what separators that go first have more than all others: scores are between -100 and 2^15 / 256
+_FIRST_OF_NEWEST = 2.0**20  # the same where scores are times
 _NEVER = 2**20  # tokens after which a look counts half that is not to fade at all; beyond what float32 tells apart
 _CLOCK = 2**15  # times begin again here, so that they stay exact
 
@@ -88,7 +89,7 @@ def looks_of_one(
 
 
 def looks_of_many(
-    cache: "StreamingCache", weights: Float[Array, "B K G T S"], counts: Int32[Array, "B"]
+    cache: "StreamingCache", weights: Float[Array, "B K G T A"], counts: Int32[Array, "B"]
 ) -> Float[jax.Array, "B K S"]:
     """The same of a run of tokens: of their looks at each entry the sharpest, faded to the time of the last token.
 
@@ -165,7 +166,7 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
 
     def move(x: jax.Array, comes: jax.Array, source: jax.Array, *turn: jax.Array) -> jax.Array:  # [(L,) B, K, C, H]
         found = jnp.take_along_axis(x, (a + s + source % cache.sizes.ring)[..., None], axis=-2)
-        found = rotate(found[..., None, :], turn)[..., 0, :] if turn else found
+        found = rotate(found[..., None, :], (turn[0], turn[1]))[..., 0, :] if turn else found
         zone = jnp.where(comes[..., None], found, x[..., a : a + s, :])
         return jax.lax.dynamic_update_slice_in_dim(x, zone, a, axis=x.ndim - 2)
 
@@ -201,7 +202,7 @@ def _choose(cache: "StreamingCache", past: Int32[jax.Array, "B"]) -> _Choice:
     candidates = jnp.where(watch.by_newest(), time[:, None], candidates)
     if watch.separators_first:
         flagged = jnp.take_along_axis(cache.is_separator, p % sizes.ring, axis=1)
-        candidates += jnp.where(flagged[:, None], _FIRST, 0.0)
+        candidates += jnp.where(flagged[:, None], jnp.where(watch.by_newest(), _FIRST_OF_NEWEST, _FIRST), 0.0)
     is_past = i < past[:, None]
     is_kept = jnp.arange(s) < cache.num_separators[:, None]
     there = jnp.concatenate([is_kept, is_past], axis=1)[:, None]

@@ -1,0 +1,200 @@
+"""Watched tokens against a model that keeps, for every layer and key head, a plain list: token by token."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig, RopeConfig, validate, validate_attention
+from sepjax.config import Config as RunConfig
+from sepjax.model.rope import rope_table, rotate
+from sepjax.model.transformer import merge
+from sepjax.streaming import watched
+from sepjax.streaming.cache import StreamingCache
+from sepjax.streaming.sizes import StreamSizes
+from tests.streaming.test_forward import LLAMA, T, V, model_of, streamed_logits
+
+WATCHED = AttentionConfig(
+    pattern="watched", num_sinks=2, max_separators=4, window_size=6, cache_size=16, watch_after=3, watch_half_life=256
+)
+NEOX = dataclasses.replace(
+    LLAMA, num_kv_heads=4, parallel_residual=True, rope=RopeConfig(fraction=0.5, scaling="linear", factor=2.0)
+)
+CASES = {
+    "a set a head, of the upper layer": (LLAMA, WATCHED),
+    "of both layers, never fading": (LLAMA, dataclasses.replace(WATCHED, watch_layers=(0, 1), watch_half_life=0)),
+    "one set": (NEOX, dataclasses.replace(WATCHED, kept_set="model", watch_layers=(0, 1))),
+    "separators first": (LLAMA, dataclasses.replace(WATCHED, separators_first=True, watch_after=1)),
+    "absolute positions, no sinks": (LLAMA, dataclasses.replace(WATCHED, stream_positions="absolute", num_sinks=0)),
+    "compacted at every token": (LLAMA, dataclasses.replace(WATCHED, cache_size=13)),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def list_step(graph, params, token, keys, values, k_positions, q_position):
+    """One token over lists of un-rotated keys [L, K, n, H] at positions [L, K, n], -1: none. Its weights too."""
+    model = merge(graph, params)
+    config = model.config
+    q_table = rope_table(q_position[None, None], config.rope, config.head_dim)
+
+    def attend(q, k, v, layer):
+        keys, values, positions = layer
+        K, group = k.shape[2], q.shape[2] // k.shape[2]
+        turned = rotate(keys[:, :, None], rope_table(positions, config.rope, config.head_dim))[:, :, 0]
+        turned = jnp.concatenate([turned, rotate(k, q_table)[0, 0, :, None]], axis=1)
+        queries = rotate(q, q_table)[0, 0].reshape(K, group, -1)
+        scores = jnp.einsum("kgh,ksh->kgs", queries, turned) * q.shape[-1] ** -0.5
+        there = jnp.pad(positions >= 0, ((0, 0), (0, 1)), constant_values=True)
+        weights = jax.nn.softmax(jnp.where(there[:, None], scores, -jnp.inf), axis=-1)
+        out = jnp.einsum("kgs,ksh->kgh", weights, jnp.concatenate([values, v[0, 0, :, None]], axis=1))
+        return out.reshape(q.shape), (k[0, 0], v[0, 0], weights.max(axis=1))
+
+    hidden, kept = model(token[None, None], jnp.zeros((1, 1), jnp.int32), attend, (keys, values, k_positions))
+    return model.logits(hidden[0, 0]), *kept
+
+
+class WatchedLists:
+    """What one row keeps: for each layer and head its slots, tokens or None, and what every token's score is."""
+
+    def __init__(self, config: ModelConfig, attention: AttentionConfig):
+        self.attention, self.shape = attention, (config.num_layers, config.num_kv_heads)
+        self.watched = attention.watch_layers or range(config.num_layers // 2, config.num_layers)
+        self.kept = {place: [] for place in np.ndindex(self.shape)}
+        self.scores = {place: {} for place in np.ndindex(self.shape)}
+        self.sinks, self.recent, self.seen = [], [], 0
+
+    def entries(self, place):
+        return [*self.sinks, *self.kept[place], *self.recent]
+
+    def look(self, weights):
+        """Takes in the weights [L, K, n] of the next token's attention to `entries`."""
+        half_life = self.attention.watch_half_life or 2**20
+        looks = {place: {} for place in self.kept}
+        for place in self.kept:
+            for token, weight in zip(self.entries(place), weights[place], strict=False):
+                is_old = token in self.kept[place] or self.seen - token >= self.attention.watch_after
+                if is_old and place[0] in self.watched:
+                    looks[place][token] = np.log2(weight) + self.seen / half_life
+        if self.attention.kept_set == "model":
+            all_looks = [pair for of_head in looks.values() for pair in of_head.items()]
+            best = {token: max(x for t, x in all_looks if t == token) for token, _ in all_looks}
+            looks = dict.fromkeys(looks, best)
+        for place, scores in self.scores.items():
+            for token, look in looks[place].items():
+                scores[token] = max(scores.get(token, -np.inf), look)
+
+    def append(self, separators):
+        a, s, w, c = (getattr(self.attention, x) for x in ("num_sinks", "max_separators", "window_size", "cache_size"))
+        (self.sinks if len(self.sinks) < a else self.recent).append(self.seen)
+        self.seen += 1
+        if len(self.recent) < c + 1 - a - s:
+            return
+        past, self.recent = self.recent[:-w], self.recent[-w:]
+        for place, kept in self.kept.items():
+
+            def rank(token, place=place):
+                first = self.attention.separators_first and separators[token]
+                newest = self.attention.kept_set == "head" and place[0] not in self.watched
+                return first, token if newest else self.scores[place].get(token, -np.inf)
+
+            best = sorted([*kept, *past], key=rank, reverse=True)[:s]
+            come = [token for token in past if token in best]
+            slots = [token if token in best else None for token in kept] + [None] * (s - len(kept))
+            filled = [come.pop(0) if token is None and come else token for token in slots]
+            self.kept[place] = [token for token in filled if token is not None]
+
+
+def list_logits(config, attention, tokens, separators):
+    """The scores after every token of one row, [T, V], and the lists at the end."""
+    graph, params = model_of(config)
+    row = WatchedLists(config, attention)
+    most, absolute = attention.cache_size, attention.stream_positions == "absolute"
+    store = np.zeros((2, *row.shape, len(tokens), config.head_dim), np.float32)
+    out = []
+    for i, token in enumerate(tokens):
+        positions = np.full((*row.shape, most), -1, np.int32)
+        numbers = np.zeros((*row.shape, most), int)
+        for place in row.kept:
+            entries = row.entries(place)
+            numbers[place][: len(entries)] = entries
+            positions[place][: len(entries)] = (
+                entries if attention.stream_positions == "absolute" else range(len(entries))
+            )
+        held = len(row.entries((0, 0)))
+        k, v = (np.take_along_axis(x, numbers[..., None], axis=2) for x in store)
+        position = jnp.int32(i if absolute else held)
+        logits, k, v, weights = list_step(graph, params, jnp.int32(token), k, v, positions, position)
+        store[0, :, :, i], store[1, :, :, i] = k, v
+        row.look(np.asarray(weights))
+        row.append(separators)
+        out.append(np.asarray(logits))
+    return np.stack(out), row
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_runs_give_what_lists_give_token_by_token(case):
+    config, attention = CASES[case]
+    random = np.random.default_rng(11)
+    lengths = np.array([T, 47])
+    tokens = random.integers(0, V, (2, T), dtype=np.int32)
+    table = random.random(V) < 0.15
+    expected = [list_logits(config, attention, tokens[b, :n], table[tokens[b]]) for b, n in enumerate(lengths)]
+    for run in (1, 5):
+        got, cache = streamed_logits(config, attention, tokens, lengths, jnp.asarray(table), run)
+        for b, (rows, lists) in enumerate(expected):
+            roundings = ((5 * config.num_layers + 1) * config.mlp_dim) ** 0.5  # as in test_forward.py
+            bound = (roundings + 2 * T) * np.finfo(np.float32).eps * np.abs(rows).max()
+            assert np.abs(got[b, : len(rows)] - rows).max() <= bound
+            assert int(cache.held()[b]) == len(lists.entries((0, 0))) <= attention.cache_size
+    kept = [set(lists.kept[place]) for _, lists in expected for place in lists.kept]
+    one_set = attention.kept_set == "model"
+    assert (
+        len({frozenset(x) for x in kept[: len(kept) // 2]}) == 1
+    ) == one_set  # heads differ, or the test sees little
+
+
+def test_rows_and_times_do_not_matter():
+    """A row's neighbours, and how long it has run: scores begin again, and change nothing."""
+    config, attention = CASES["separators first"]
+    random = np.random.default_rng(12)
+    tokens = random.integers(0, V, (2, T), dtype=np.int32)
+    table = jnp.asarray(random.random(V) < 0.15)
+    alone, _ = streamed_logits(config, attention, tokens, np.array([T, 3]), table, 5)
+    sizes = StreamSizes.create(config, attention)
+    create, late = StreamingCache.create, watched._CLOCK - 40
+
+    def begun(config, batch_size, sizes):
+        cache = create(config, batch_size, sizes)
+        return dataclasses.replace(cache, clock=cache.clock + late)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamingCache, "create", begun)
+        tokens[1] = random.integers(0, V, T)
+        old, cache = streamed_logits(config, attention, tokens, np.array([T, T]), table, 5)
+    assert int(jnp.max(cache.clock)) < T < late
+    np.testing.assert_allclose(old[0], alone[0], atol=2e-6 * np.abs(alone[0]).max())
+    assert sizes.slots == 64 >= attention.cache_size + 1  # no room beyond c + 1 but for alignment
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"watch_after": 6}, "watch_after=6 must be below window_size=6"),
+        ({"watch_layers": (2,)}, "watch_layers has 2; the model's layers are 0 to 1"),
+        ({"max_separators": 0}, "max_separators=0 must be 1 or more"),
+        ({"keep_all_separators": True}, "keep_all_separators is for"),
+        ({"kept_set": "heads"}, "did you mean 'head'"),
+        ({"watch_half_life": 3}, "watch_half_life=3 must be 256 or more"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        validate_attention(dataclasses.replace(WATCHED, **changes), 2)
+
+
+def test_whole_rows_are_refused():
+    with pytest.raises(ConfigError, match="needs a bounded cache"):
+        validate(dataclasses.replace(RunConfig(), attention=WATCHED))
