@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -266,6 +267,8 @@ def _newest(folder: Path) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if found := re.search(r": ([^:\[\]]+) \[os_error_code=", str(error)):  # TensorStore's, behind names of its files
+        return found[1]
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:300]
 
