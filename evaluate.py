@@ -26,6 +26,11 @@ hides a number in long texts (a heat map goes beside the output), or runs tasks 
 (docs/pretrained.md), from the hub or from local files (--task_data).
 """
 
+from sepjax import interrupt  # isort: skip
+
+if __name__ == "__main__":  # first, for the imports below take seconds
+    interrupt.end_in_one_line()
+
 import dataclasses
 import json
 import tempfile
@@ -37,10 +42,11 @@ from typing import Any
 from absl import flags
 
 import sepjax
+from sepjax import files
 from sepjax.checkpoint import load_config
 from sepjax.config import PATTERNS, AttentionConfig, Config, ConfigError, DataConfig, validate_attention
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation import compare, curves, needle, perplexity, report, streaming, tasks
+from sepjax.evaluation import compare, curves, jobs, needle, perplexity, report, streaming, tasks
 from sepjax.evaluation.arms import Arm, fixed_arms, parse_arms, plain_arms, stream_attention
 from sepjax.evaluation.documents import Document, documents_of, read_documents, read_texts
 from sepjax.evaluation.equal import density as window_density
@@ -159,6 +165,8 @@ def stream(
     if arms:
         attentions = [*fixed_arms(arms, model.attention, model.config.num_layers)]
     cut = {"line_wise": line_wise, "max_tokens": max_tokens}
+    if text and split:
+        raise ConfigError(f"--split={split} is of a run's own corpus; a stream of --text takes all of it")
     documents = read_documents(Path(text), tokenizer, **cut) if text else _corpus(path, split, tokenizer, **cut)
     return streaming.score_streams(model, tokenizer, documents, attentions, **options)
 
@@ -215,9 +223,11 @@ def run_tasks(
 
 def write_files(output: Path, what: Any, scores: Sequence[Any]) -> str:
     """Writes `what`'s CSV and picture beside `output`; returns what to say about it."""
-    what.write_csv(output.with_suffix(".csv"), scores)
+    with files.replacing(output.with_suffix(".csv")) as partial:
+        what.write_csv(partial, scores)
     try:
-        what.write_png(output.with_suffix(".png"), scores)
+        with files.replacing(output.with_suffix(".png")) as partial:
+            what.write_png(partial, scores)
     except curves.PictureError as error:
         return f"{output.with_suffix('.csv')} (no picture: {error})"
     return f"{output.with_suffix('.csv')}, {output.with_suffix('.png')}"
@@ -367,16 +377,18 @@ if __name__ == "__main__":
     def main() -> None:
         """Prints the table and writes the JSON."""
         path = Path(one_of_two("workdir", WORKDIR.value, "model", MODEL.value))
-        programs = {"perplexity": _windows, "streaming": _streams, "needle": _needles}
-        ours = [name for name in TASK.value if name in programs]
-        if not TASK.value or (ours and len(TASK.value) > 1):
-            raise ConfigError(f"--task={','.join(TASK.value)}: give one of {', '.join(programs)}, or tasks of lm-eval")
-        name = "evaluation" if "perplexity" in ours else ours[0] if ours else "tasks"
+        job = jobs.job_of(TASK.value, compare=COMPARE.value)
+        jobs.JOBS.check(job)
+        programs = {jobs.STREAMING: (_streams, "streaming"), jobs.NEEDLE: (_needles, "needle")}
+        programs |= {jobs.TASKS: (_tasks, "tasks")}
+        program, name = programs.get(job, (_windows, "evaluation"))
         folder = path if (path / "checkpoints").is_dir() else Path()
         output = Path(OUTPUT.value or folder / f"{name}.json")
-        scores = programs.get(TASK.value[0], _tasks)(path, output)
+        files.check_file(output)  # before hours of scoring, not after them
+        scores = program(path, output)
         result = {"workdir": str(path), "text": TEXT.value, "scores": [dataclasses.asdict(s) for s in scores]}
-        output.write_text(json.dumps(report.plain(provenance() | result), indent=2, allow_nan=False) + "\n")
+        text = json.dumps(report.plain(provenance() | result), indent=2, allow_nan=False)
+        files.write_text(output, text + "\n")
         print(f"written to {output}")
 
     run_main(main)

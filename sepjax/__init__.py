@@ -1,6 +1,7 @@
 """SepLLM in JAX: separator-sparse attention, KV-cache compression and endless streaming generation."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,18 @@ __all__ = ["__version__", "generate", "load", "stream"]
 __version__ = "0.1.0"
 
 _HOMES = {"generate": "sepjax.generate", "stream": "sepjax.generate", "load": "sepjax.loading"}
+
+
+def _is_program(arguments: list[str]) -> bool:
+    """Whether Python imports this on its way to `python -m sepjax...`: the name is "-m" until the module is found."""
+    words = iter(arguments)
+    return sys.argv[:1] == ["-m"] and "-m" in words and next(words, "").split(".")[0] == "sepjax"
+
+
+if _is_program(sys.orig_argv):  # before all else is imported, which takes seconds
+    from sepjax import interrupt
+
+    interrupt.end_in_one_line()
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ PRODUCT = sorted([*ROOT.glob("*.py"), *ROOT.glob("sepjax/**/*.py"), *ROOT.glob("
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "pyproject.toml", ROOT / ".ci" / "run"])
 
-BASE = {"config", "array_typing"}
+BASE = {"config", "array_typing", "files"}
 BENCH = {"flags", "provenance", "timing"}  # what a `bench.py` needs
 # Room -> the rooms it may import from, besides itself. Rooms that are not listed are above all of these.
 MAY_IMPORT = {
@@ -21,6 +21,8 @@ MAY_IMPORT = {
     "checks": set(),
     "attention_config": {"checks"},
     "config": {"checks", "attention_config"},
+    "files": {"config"},
+    "interrupt": set(),
     "separators": BASE,
     "layout": BASE | {"separators"},
     "sharding": BASE,
@@ -30,7 +32,7 @@ MAY_IMPORT = {
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"} | BENCH,
     "cache": BASE | {"separators", "layout", "sharding", "attention"},
-    "flags": {"config"},
+    "flags": {"config", "interrupt"},
     "data": BASE | {"separators", "layout", "sharding"} | BENCH,
     "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
     "training": BASE
