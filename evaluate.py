@@ -51,6 +51,7 @@ from sepjax.evaluation.arms import Arm, fixed_arms, parse_arms, plain_arms, stre
 from sepjax.evaluation.documents import Document, documents_of, read_documents, read_texts
 from sepjax.evaluation.equal import density as window_density
 from sepjax.flags import one_of_two, run_main, whole_numbers
+from sepjax.generation.limits import warn_of_sliding_window
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import locate
 from sepjax.model.transformer import Transformer
@@ -284,7 +285,7 @@ if __name__ == "__main__":
     DEPTHS = flags.DEFINE_list("depths", ["0", "25", "50", "75", "100"], "of needles: percent of the text before it")
     TRIALS = flags.DEFINE_integer("trials", 10, "needle texts of each length and depth", lower_bound=1)
     DATA = flags.DEFINE_string("task_data", None, "folder of local datasets for tasks; default: the hub's")
-    LIMIT = flags.DEFINE_integer("limit", 0, "documents of each task; 0: all", lower_bound=0)
+    LIMIT = flags.DEFINE_float("limit", 0, "documents of each task; below 1: their share; 0: all", lower_bound=0)
     SHOTS = flags.DEFINE_integer("num_fewshot", None, "examples before each question; default: the task's own number")
     EQUAL = flags.DEFINE_bool("equal_kv", True, "in tasks: other patterns keep as many keys as the separators did")
     CHAT = flags.DEFINE_bool("apply_chat_template", False, "in tasks: prompts in the model's chat template")
@@ -384,7 +385,11 @@ if __name__ == "__main__":
         program, name = programs.get(job, (_windows, "evaluation"))
         folder = path if (path / "checkpoints").is_dir() else Path()
         output = Path(OUTPUT.value or folder / f"{name}.json")
+        if output.suffix in (".csv", ".png"):
+            raise ConfigError(f"--output={output} would be overwritten by the table or the picture; give a .json file")
         files.check_file(output)  # before hours of scoring, not after them
+        if job != jobs.STREAMING and "dense" in (PATTERN.value or PATTERNS):
+            warn_of_sliding_window(locate(path, download=DOWNLOAD.value))
         scores = program(path, output)
         result = {"workdir": str(path), "text": TEXT.value, "scores": [dataclasses.asdict(s) for s in scores]}
         text = json.dumps(report.plain(provenance() | result), indent=2, allow_nan=False)

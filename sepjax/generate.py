@@ -27,12 +27,12 @@ from sepjax.cache import bucket
 from sepjax.config import PATTERNS, AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.flags import one_of_two, run_main
-from sepjax.generation import saved
+from sepjax.generation import limits, saved
 from sepjax.generation.chat import ChatFormat, chat, interrupt_flag
 from sepjax.generation.driver import CacheUse, Job, StreamEvent, run
 from sepjax.generation.endless import EndlessStream
 from sepjax.generation.jobs import JOBS, job_of
-from sepjax.generation.prompts import Prompt, PromptError
+from sepjax.generation.prompts import Prompt, PromptError, encode_prompts
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import load, locate
 from sepjax.model.transformer import Transformer
@@ -42,7 +42,7 @@ _STEPS_BETWEEN_STOP_CHECKS = 32
 _WHY = {  # a text of one prompt ended
     "stop": "a --stop text came",
     "eos": "the model ended it",
-    "length": "--max_new_tokens were drawn",
+    "length": "--max_new_tokens is reached",
     "repetition": "it repeats itself; --max_repeats=0 goes on",
 }
 
@@ -188,7 +188,7 @@ def _answer_one(events: Iterator[StreamEvent], save: str = "") -> None:
             if interrupted:
                 break
     print()
-    if last is not None and last.finish_reason in _WHY:
+    if isinstance(events, EndlessStream) and last is not None and last.finish_reason in _WHY:
         print(f"ended: {_WHY[last.finish_reason]}", file=sys.stderr)
     if save and isinstance(events, EndlessStream):
         events.save(save)
@@ -291,6 +291,20 @@ if __name__ == "__main__":
             changes |= {} if flag.value is None else {name: flag.value}
         return dataclasses.replace(model.attention, **changes)
 
+    def _warn(
+        path: str, model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], attention: AttentionConfig,
+        new: int | None,
+    ) -> None:  # fmt: skip
+        source = locate(path)
+        if attention.pattern == "dense":
+            limits.warn_of_sliding_window(source)
+        trained, bounded = (
+            limits.trained_length(source, model.config),
+            ENDLESS.value or CHAT.value or bool(RESUME.value),
+        )
+        longest = max(map(len, encode_prompts(tokenizer, prompts)), default=0) if prompts else 0
+        limits.warn_of_length(model.config, attention, longest, new, trained, bounded=bounded)
+
     def main() -> None:
         """Answers the prompts, or talks."""
         JOBS.check(job_of(stream=ENDLESS.value, chat=CHAT.value, resume=RESUME.value is not None))
@@ -319,6 +333,7 @@ if __name__ == "__main__":
             "stop": [*STOP.value, *(ChatFormat.of(tokenizer).stop if CHAT.value else ())],
             "attention": _attention(model),
         }
+        _warn(path, model, tokenizer, prompts, settings["attention"], settings["max_new_tokens"])
         if endless or RESUME.value:
             settings |= {"bounded": True, "max_repeats": REPEATS.value, "resume": RESUME.value}
         if CHAT.value:

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -41,6 +42,19 @@ def end_in_one_line() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_leave_to_parent)
     threading.Thread(target=_watch, args=(reader,), name="interrupt", daemon=True).start()
+
+
+@contextlib.contextmanager
+def caught() -> Iterator[None]:
+    """Inside, Ctrl-C is a KeyboardInterrupt that the code around will catch: the program goes on after it."""
+    if signal.getsignal(signal.SIGINT) is not _note:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _note)
 
 
 def say() -> None:

@@ -23,6 +23,7 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation import saved
 from sepjax.generation.driver import CacheUse, StreamEvent
 from sepjax.generation.layerwise import by_layer
+from sepjax.generation.limits import check_cache
 from sepjax.generation.loop import DecodeState, Request, Steps, begin, make_advance, make_consume
 from sepjax.generation.prompts import Prompt, check_stop, check_vocabulary, encode_prompts, row_keys
 from sepjax.generation.saved import StreamStateError
@@ -58,6 +59,7 @@ class EndlessStream(Iterator[StreamEvent]):
         self._attention = validate_attention(attention or model.attention, model.config.num_layers)
         check_vocabulary(model, tokenizer)
         self._sizes = StreamSizes.create(model.config, self._attention)
+        check_cache(model.config, 1, self._sizes.slots, f"cache_size={self._sizes.cache_size}")
         self._config, self._tokenizer, self._stop = model.config, tokenizer, check_stop(stop)
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens} must be 1 or more")
