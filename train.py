@@ -10,6 +10,8 @@ from sepjax import interrupt  # isort: skip
 
 if __name__ == "__main__":  # first, for the imports below take seconds
     interrupt.end_in_one_line()
+elif __name__ == "__mp_main__":  # a reader of data, which imports the program
+    interrupt.leave_to_parent()
 
 import functools
 import math

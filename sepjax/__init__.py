@@ -1,10 +1,11 @@
 """SepLLM in JAX: separator-sparse attention, KV-cache compression and endless streaming generation."""
 
-import importlib
 import sys
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as type checkers know it; `typing` itself takes a while, and a program first sees to Ctrl-C
 if TYPE_CHECKING:
+    from typing import Any
+
     from sepjax.generate import generate, stream
     from sepjax.loading import load
 
@@ -27,8 +28,10 @@ if _is_program(sys.orig_argv):  # before all else is imported, which takes secon
     interrupt.end_in_one_line()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Imports what is asked for: `import sepjax` alone brings neither JAX nor a model."""
+    import importlib
+
     if name not in _HOMES:
         raise AttributeError(f"module 'sepjax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

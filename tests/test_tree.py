@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "attention": BASE | {"separators", "layout", "sharding"} | BENCH,
     "cache": BASE | {"separators", "layout", "sharding", "attention"},
     "flags": {"config", "interrupt"},
-    "data": BASE | {"separators", "layout", "sharding"} | BENCH,
+    "data": BASE | {"separators", "layout", "sharding", "interrupt"} | BENCH,
     "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
     "training": BASE
     | {"separators", "layout", "sharding", "attention", "cache", "data", "model", "flops", "console"}
