@@ -98,18 +98,18 @@ def replacing_folder(folder: str | os.PathLike[str], what: str, is_one: Callable
     with _naming(place):
         _check_place(place, what, is_one)
         made = _make(partial)
-        try:
-            with _held(partial, place):
+        with _held(partial, place):
+            try:
                 _empty(partial)
                 yield partial
                 _flush_all(partial)
                 _put(partial, place, old)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                _recover(place, old)
-            shutil.rmtree(partial, ignore_errors=True)
-            _unmake(made)
-            raise
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    _recover(place, old)
+                shutil.rmtree(partial, ignore_errors=True)
+                _unmake(made)
+                raise
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -134,7 +134,7 @@ def _is_full(folder: Path) -> bool:
 
 
 def _beside(place: Path, kind: str) -> Path:
-    return place.with_name(f".{place.name}.{kind}")
+    return place.parent / f".{place.name}.{kind}"  # of "/" too
 
 
 def _check_place(place: Path, what: str, is_one: Callable[[Path], bool]) -> None:

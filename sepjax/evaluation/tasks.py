@@ -58,7 +58,7 @@ def run_tasks(
     patterns: Sequence[AttentionConfig],
     *,
     data: Path | None = None,
-    limit: float = 0,
+    limit: int | float = 0,
     num_fewshot: int | None = None,
     equal_kv: bool = True,
     batch_size: int = 64,
@@ -87,7 +87,7 @@ def run_tasks(
       TaskError: lm-eval is not installed, or does not know a task; a limit that is no number of documents.
       sepjax.evaluation.lm_eval_data.TaskDataError: a local dataset is missing or damaged.
     """
-    if limit < 0 or (limit > 1 and limit != int(limit)):
+    if not (0 <= limit < 1 or limit == limit // 1 >= 1):  # so that NaN fails too
         raise TaskError(f"limit={limit} must be a whole number of documents, or their share below 1; 0: all")
     _require_lm_eval()
     from sepjax.evaluation.lm_eval_model import SepjaxLM
@@ -119,7 +119,7 @@ def _require_lm_eval() -> None:
 
 
 def _evaluate(
-    lm: Any, task: str, data: Path | None, limit: float, num_fewshot: int | None, apply_chat_template: bool
+    lm: Any, task: str, data: Path | None, limit: int | float, num_fewshot: int | None, apply_chat_template: bool
 ) -> dict[str, Any]:
     from lm_eval.evaluator import simple_evaluate
 
