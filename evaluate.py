@@ -378,17 +378,15 @@ if __name__ == "__main__":
     def main() -> None:
         """Prints the table and writes the JSON."""
         path = Path(one_of_two("workdir", WORKDIR.value, "model", MODEL.value))
-        job = jobs.job_of(TASK.value, compare=COMPARE.value)
+        job = jobs.job_of(TASK.value, compare=COMPARE.value, arms=bool(ARMS.value))
         jobs.JOBS.check(job)
-        programs = {jobs.STREAMING: (_streams, "streaming"), jobs.NEEDLE: (_needles, "needle")}
-        programs |= {jobs.TASKS: (_tasks, "tasks")}
+        programs = {jobs.NEEDLE: (_needles, "needle"), jobs.TASKS: (_tasks, "tasks")}
+        programs |= dict.fromkeys((jobs.STREAMING, jobs.STREAMING_ARMS), (_streams, "streaming"))
         program, name = programs.get(job, (_windows, "evaluation"))
         folder = path if (path / "checkpoints").is_dir() else Path()
         output = Path(OUTPUT.value or folder / f"{name}.json")
-        if output.suffix in (".csv", ".png"):
-            raise ConfigError(f"--output={output} would be overwritten by the table or the picture; give a .json file")
-        files.check_file(output)  # before hours of scoring, not after them
-        if job != jobs.STREAMING and "dense" in (PATTERN.value or PATTERNS):
+        jobs.check_output(output)
+        if program is not _streams and "dense" in (PATTERN.value or PATTERNS):
             warn_of_sliding_window(locate(path, download=DOWNLOAD.value))
         scores = program(path, output)
         result = {"workdir": str(path), "text": TEXT.value, "scores": [dataclasses.asdict(s) for s in scores]}

@@ -53,9 +53,11 @@ def test_every_flag_is_taken_or_refused_by_every_job(program: str, jobs: Jobs) -
 
 def test_flags_that_jobs_ignored_are_refused() -> None:
     for job, ignored in (
-        (evaluation.STREAMING, "window_size length batch_size max_documents bos split_by limit"),
+        (evaluation.STREAMING, "window_size length batch_size max_documents bos limit"),
+        (evaluation.PERPLEXITY_ARMS, "patterns compare compare_at"),
+        (evaluation.STREAMING_ARMS, "patterns budgets"),
         (evaluation.NEEDLE, "length split batch_size max_tokens budgets compare"),
-        (evaluation.EQUAL_KV, "patterns budgets rows lengths limit"),
+        (evaluation.EQUAL_KV, "patterns arms budgets rows lengths limit"),
         (evaluation.PERPLEXITY, "rows chunk line_wise trials task_data num_fewshot batch_tokens"),
         (evaluation.TASKS, "text split length max_documents max_tokens bos budgets"),
     ):
@@ -69,12 +71,14 @@ def test_flags_that_jobs_ignored_are_refused() -> None:
 
 
 def test_the_job_follows_from_the_flags() -> None:
-    assert evaluation.job_of(["perplexity"], compare=True) == evaluation.EQUAL_KV
-    assert evaluation.job_of(["streaming"], compare=True) == evaluation.STREAMING  # which refuses --compare
-    assert evaluation.job_of(["piqa", "arc_easy"], compare=False) == evaluation.TASKS
+    assert evaluation.job_of(["perplexity"], compare=True, arms=True) == evaluation.EQUAL_KV
+    assert evaluation.job_of(["streaming"], compare=True, arms=False) == evaluation.STREAMING  # which refuses --compare
+    assert evaluation.job_of(["piqa", "arc_easy"], compare=False, arms=True) == evaluation.TASKS
+    for job in (evaluation.PERPLEXITY, evaluation.STREAMING):
+        assert evaluation.job_of([job.removeprefix("--task=")], compare=False, arms=True) == f"{job} --arms"
     for tasks in ([], [""], ["streaming", "piqa"], ["perplexity", "needle"]):
         with pytest.raises(ConfigError, match="give one of perplexity, streaming, needle, or tasks of lm-eval"):
-            evaluation.job_of(tasks, compare=False)
+            evaluation.job_of(tasks, compare=False, arms=False)
     assert generation.job_of(stream=True, chat=True, resume=True) == generation.CHAT
     assert generation.job_of(stream=False, chat=False, resume=True) == generation.RESUME
 
