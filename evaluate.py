@@ -26,6 +26,11 @@ hides a number in long texts (a heat map goes beside the output), or runs tasks 
 (docs/pretrained.md), from the hub or from local files (--task_data).
 """
 
+from sepjax import interrupt  # isort: skip
+
+if __name__ == "__main__":  # first, for the imports below take seconds
+    interrupt.end_in_one_line()
+
 import dataclasses
 import json
 import tempfile
@@ -37,14 +42,16 @@ from typing import Any
 from absl import flags
 
 import sepjax
+from sepjax import files
 from sepjax.checkpoint import load_config
 from sepjax.config import PATTERNS, AttentionConfig, Config, ConfigError, DataConfig, validate_attention
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation import compare, curves, needle, perplexity, report, streaming, tasks
+from sepjax.evaluation import compare, curves, jobs, needle, perplexity, report, streaming, tasks
 from sepjax.evaluation.arms import Arm, fixed_arms, parse_arms, plain_arms, stream_attention
 from sepjax.evaluation.documents import Document, documents_of, read_documents, read_texts
 from sepjax.evaluation.equal import density as window_density
 from sepjax.flags import one_of_two, run_main, whole_numbers
+from sepjax.generation.limits import warn_of_sliding_window
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import locate
 from sepjax.model.transformer import Transformer
@@ -159,6 +166,8 @@ def stream(
     if arms:
         attentions = [*fixed_arms(arms, model.attention, model.config.num_layers)]
     cut = {"line_wise": line_wise, "max_tokens": max_tokens}
+    if text and split:
+        raise ConfigError(f"--split={split} is of a run's own corpus; a stream of --text takes all of it")
     documents = read_documents(Path(text), tokenizer, **cut) if text else _corpus(path, split, tokenizer, **cut)
     return streaming.score_streams(model, tokenizer, documents, attentions, **options)
 
@@ -215,9 +224,11 @@ def run_tasks(
 
 def write_files(output: Path, what: Any, scores: Sequence[Any]) -> str:
     """Writes `what`'s CSV and picture beside `output`; returns what to say about it."""
-    what.write_csv(output.with_suffix(".csv"), scores)
+    with files.replacing(output.with_suffix(".csv")) as partial:
+        what.write_csv(partial, scores)
     try:
-        what.write_png(output.with_suffix(".png"), scores)
+        with files.replacing(output.with_suffix(".png")) as partial:
+            what.write_png(partial, scores)
     except curves.PictureError as error:
         return f"{output.with_suffix('.csv')} (no picture: {error})"
     return f"{output.with_suffix('.csv')}, {output.with_suffix('.png')}"
@@ -274,7 +285,7 @@ if __name__ == "__main__":
     DEPTHS = flags.DEFINE_list("depths", ["0", "25", "50", "75", "100"], "of needles: percent of the text before it")
     TRIALS = flags.DEFINE_integer("trials", 10, "needle texts of each length and depth", lower_bound=1)
     DATA = flags.DEFINE_string("task_data", None, "folder of local datasets for tasks; default: the hub's")
-    LIMIT = flags.DEFINE_integer("limit", 0, "documents of each task; 0: all", lower_bound=0)
+    LIMIT = flags.DEFINE_float("limit", 0, "documents of each task; below 1: their share; 0: all", lower_bound=0)
     SHOTS = flags.DEFINE_integer("num_fewshot", None, "examples before each question; default: the task's own number")
     EQUAL = flags.DEFINE_bool("equal_kv", True, "in tasks: other patterns keep as many keys as the separators did")
     CHAT = flags.DEFINE_bool("apply_chat_template", False, "in tasks: prompts in the model's chat template")
@@ -367,16 +378,20 @@ if __name__ == "__main__":
     def main() -> None:
         """Prints the table and writes the JSON."""
         path = Path(one_of_two("workdir", WORKDIR.value, "model", MODEL.value))
-        programs = {"perplexity": _windows, "streaming": _streams, "needle": _needles}
-        ours = [name for name in TASK.value if name in programs]
-        if not TASK.value or (ours and len(TASK.value) > 1):
-            raise ConfigError(f"--task={','.join(TASK.value)}: give one of {', '.join(programs)}, or tasks of lm-eval")
-        name = "evaluation" if "perplexity" in ours else ours[0] if ours else "tasks"
+        job = jobs.job_of(TASK.value, compare=COMPARE.value, arms=bool(ARMS.value))
+        jobs.JOBS.check(job)
+        programs = {jobs.NEEDLE: (_needles, "needle"), jobs.TASKS: (_tasks, "tasks")}
+        programs |= dict.fromkeys((jobs.STREAMING, jobs.STREAMING_ARMS), (_streams, "streaming"))
+        program, name = programs.get(job, (_windows, "evaluation"))
         folder = path if (path / "checkpoints").is_dir() else Path()
         output = Path(OUTPUT.value or folder / f"{name}.json")
-        scores = programs.get(TASK.value[0], _tasks)(path, output)
+        jobs.check_output(output)
+        if program is not _streams and "dense" in (PATTERN.value or PATTERNS):
+            warn_of_sliding_window(locate(path, download=DOWNLOAD.value))
+        scores = program(path, output)
         result = {"workdir": str(path), "text": TEXT.value, "scores": [dataclasses.asdict(s) for s in scores]}
-        output.write_text(json.dumps(report.plain(provenance() | result), indent=2, allow_nan=False) + "\n")
+        text = json.dumps(report.plain(provenance() | result), indent=2, allow_nan=False)
+        files.write_text(output, text + "\n")
         print(f"written to {output}")
 
     run_main(main)

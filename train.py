@@ -6,6 +6,13 @@ Started again on the same workdir, it resumes from the newest checkpoint, bit fo
 (docs/reliability.md). On a TPU pod or a cluster that JAX recognises, start the same command on every host.
 """
 
+from sepjax import interrupt  # isort: skip
+
+if __name__ == "__main__":  # first, for the imports below take seconds
+    interrupt.end_in_one_line()
+elif __name__ == "__mp_main__":  # a reader of data, which imports the program
+    interrupt.leave_to_parent()
+
 import functools
 import math
 from collections.abc import Callable

@@ -1,9 +1,11 @@
 """SepLLM in JAX: separator-sparse attention, KV-cache compression and endless streaming generation."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import sys
 
+TYPE_CHECKING = False  # as type checkers know it; `typing` itself takes a while, and a program first sees to Ctrl-C
 if TYPE_CHECKING:
+    from typing import Any
+
     from sepjax.generate import generate, stream
     from sepjax.loading import load
 
@@ -14,8 +16,22 @@ __version__ = "0.1.0"
 _HOMES = {"generate": "sepjax.generate", "stream": "sepjax.generate", "load": "sepjax.loading"}
 
 
-def __getattr__(name: str) -> Any:
+def _is_program(arguments: list[str]) -> bool:
+    """Whether Python imports this on its way to `python -m sepjax...`: the name is "-m" until the module is found."""
+    words = iter(arguments)
+    return sys.argv[:1] == ["-m"] and "-m" in words and next(words, "").split(".")[0] == "sepjax"
+
+
+if _is_program(sys.orig_argv):  # before all else is imported, which takes seconds
+    from sepjax import interrupt
+
+    interrupt.end_in_one_line()
+
+
+def __getattr__(name: str) -> "Any":
     """Imports what is asked for: `import sepjax` alone brings neither JAX nor a model."""
+    import importlib
+
     if name not in _HOMES:
         raise AttributeError(f"module 'sepjax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -57,6 +57,7 @@ def validate_attention(attention: AttentionConfig, num_layers: int) -> Attention
     _at_least("attention.interval", attention.interval, 1)
     _at_least("attention.max_separators", attention.max_separators, 0)
     _at_least("attention.capacity", attention.capacity, 0)
+    _at_least("attention.cache_size", attention.cache_size, 0)
     for n in attention.layer_windows:
         _at_least("attention.layer_windows", n, 1)
     if attention.layer_windows and len(attention.layer_windows) != num_layers:

@@ -16,6 +16,7 @@ from sepjax.hub.convert import keep_origin
 from sepjax.loading import load, load_shape, locate
 from sepjax.model.transformer import split
 from sepjax.training.step import TrainState, create_state
+from sepjax.workdir import has_begun
 
 _OURS = ("dtype", "scan_layers", "remat")  # how a model is computed, which its files do not say
 
@@ -43,7 +44,8 @@ def adopt_shape(config: Config, workdir: Path, *, download: bool = False) -> Con
             f"data.tokenizer={config.data.tokenizer!r} with training.init_from={source!r}: a model goes with its own "
             "tokenizer; leave it empty"
         )
-    there = from_json(begun.read_bytes()).model if begun.exists() else load_shape(source, download=download)[0]
+    is_begun = begun.exists() and has_begun(workdir)
+    there = from_json(begun.read_bytes()).model if is_begun else load_shape(source, download=download)[0]
     shape = _computed_alike(there, config.model)
     default = ModelConfig()
     wrong = [

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -57,11 +58,11 @@ class Checkpointer:
     goes on. If the last one fails, closing raises `CheckpointError`.
     """
 
-    def __init__(self, workdir: Path, keep: int, remake: Callable[[], None] | None = None):
-        """`remake` puts back what else belongs into a workdir that has vanished."""
+    def __init__(self, workdir: Path, keep: int, remake: Callable[[], None] | None = None, *, warns: bool = True):
+        """`remake` puts back what else belongs into a workdir that has vanished; `warns`: of writes that failed."""
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(directory(workdir), options=options)
-        self._folder, self._remake = directory(workdir), remake
+        self._folder, self._remake, self._warns = directory(workdir), remake, warns
         self._writing: int | None = None  # step whose write may still go on
         self._failed: CheckpointError | None = None  # of the newest write
         self._seals = Seals(self._folder)
@@ -217,7 +218,8 @@ class Checkpointer:
         self._failed = error
         if jax.process_index() == 0:
             remove_unfinished(self._folder, step)
-        _say(f"warning: step {step} is not saved: {error}")
+        if self._warns:
+            _say(f"warning: step {step} is not saved: {error}")
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -266,6 +268,8 @@ def _newest(folder: Path) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if found := re.search(r": ([^:\[\]]+) \[os_error_code=", str(error)):  # TensorStore's, behind names of its files
+        return found[1]
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:300]
 
@@ -347,7 +351,7 @@ def save_params(workdir: Path, config: Config, params: Params) -> None:
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(params), config=ocp.args.JsonSave(json.loads(to_json(config)))
     )
-    with Checkpointer(workdir, keep=1) as checkpointer:
+    with Checkpointer(workdir, keep=1, warns=False) as checkpointer:  # closing raises
         checkpointer.write(0, items)
 
 

@@ -8,9 +8,11 @@ copies that break off and bad disks do, and Orbax itself reads a flipped bit wit
 """
 
 import contextlib
+import functools
 import json
 import logging
 import shutil
+import sys
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -138,17 +140,40 @@ def steps_on_disk(folder: Path) -> list[int]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what Orbax logs from the console."""
+    """Keeps what Orbax logs from the console; and, from the first use on, what it leaves of a failed write."""
 
     def is_not_orbax(record: logging.LogRecord) -> bool:
         return "/orbax/" not in record.pathname
 
+    _silence_leftovers()
     log = logging.getLogger("absl")
     log.addFilter(is_not_orbax)
     try:
         yield
     finally:
         log.removeFilter(is_not_orbax)
+
+
+@functools.cache
+def _silence_leftovers() -> None:
+    """A write that fails leaves futures and coroutines, a traceback for each array whenever one is collected.
+
+    What they say is in the error that is raised. They speak as late as when Python ends, so this is never undone.
+    """
+    ignored = sys.unraisablehook
+
+    def unraisable(what: Any) -> None:
+        # TensorStore's threads call an event loop that the first error has closed: no frame of Python's is around that.
+        code = getattr(what.object, "cr_code", None) or (what.exc_traceback and what.exc_traceback.tb_frame.f_code)
+        if code is None or not ("/orbax/" in code.co_filename or code.co_name == "call_soon_threadsafe"):
+            ignored(what)
+
+    def is_no_leftover(record: logging.LogRecord) -> bool:
+        words = f"{record.getMessage()} {record.exc_info[1] if record.exc_info else ''}"
+        return "orbax" not in words
+
+    sys.unraisablehook = unraisable
+    logging.getLogger("asyncio").addFilter(is_no_leftover)
 
 
 def check_shapes(folder: Path, params: Any) -> None:

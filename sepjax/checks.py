@@ -25,9 +25,11 @@ def one_of(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def at_least(name: str, value: int | float, least: int) -> None:
-    """Raises ConfigError for a value below `least`, and for NaN."""
+    """Raises ConfigError for a value below `least`, for NaN, and for whole numbers beyond int32, as devices count."""
     if not value >= least:
         raise ConfigError(f"{name}={value} must be {least} or more")
+    if isinstance(value, int) and value >= 2**31:
+        raise ConfigError(f"{name}={value} is out of range: whole numbers end at 2^31 - 1 = {2**31 - 1}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -11,11 +11,12 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sepjax import interrupt
 from sepjax.config import Config, ConfigError, UserError, field_types, load_config, nearest, validate
 
 _FLAG = re.compile(r"--?([A-Za-z_][\w.]*)")
@@ -24,9 +25,9 @@ _FLAG = re.compile(r"--?([A-Za-z_][\w.]*)")
 def run_main(main: Callable[..., None], *, with_config: bool = False) -> None:
     """Parses the command line, runs `main` and ends the program.
 
-    A `UserError` (a wrong flag or setting), an `OSError` (a missing file, a full disk) or a malformed command line ends
-    it with `error: ...` on stderr and exit code 2; `--verbosity=1` shows where it was raised. Anything else is a bug
-    and keeps its traceback.
+    A `UserError` (a wrong flag or setting), an `OSError` (a missing file, a full disk), a lack of memory or a malformed
+    command line ends it with `error: ...` on stderr and exit code 2; `--verbosity=1` shows where it was raised. Ctrl-C
+    ends it with `interrupted` and 130. Anything else is a bug and keeps its traceback.
 
     Args:
       main: called with the validated `Config` if `with_config`, else without arguments.
@@ -63,6 +64,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, *, with_config: bo
         positional = flag_values(argv)[1:]
     except flags.IllegalFlagValueError as error:
         raise ConfigError(f"{error}{_expected_type(str(error))}") from error
+    _check_sizes(flag_values)
     if positional:
         raise ConfigError(f"unexpected argument {positional[0]!r}; everything is a flag here: --name=value")
     return [validate(holder.value) for holder in holders]
@@ -105,15 +107,62 @@ def one_of_two(first: str, first_value: str | None, second: str, second_value: s
     return str(first_value or second_value)
 
 
+@dataclasses.dataclass(frozen=True)
+class Jobs:
+    """Which of a program's flags each of its jobs takes. A flag that a job would ignore is an error, not a surprise.
+
+    A new flag goes into `common` or into one job at least; tests/test_flags.py holds this against the flags defined.
+    """
+
+    common: str  # names, with spaces between, that every job takes
+    takes: Mapping[str, str]  # job, as its user writes it ("--task=streaming") -> names of its own
+
+    def names(self, job: str) -> frozenset[str]:
+        """The flags that a job takes."""
+        return frozenset(f"{self.common} {self.takes[job]}".split())
+
+    def check(self, job: str, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+        """Raises `ConfigError` for a flag on the command line that other jobs take and `job` does not."""
+        known = frozenset().union(*map(self.names, self.takes))
+        for name in sorted(known - self.names(job)):
+            if name in flag_values and flag_values[name].present:
+                others = ", ".join(other for other in self.takes if name in self.names(other))
+                raise ConfigError(
+                    f"--{name} does nothing for {job}; it is for {others}: leave it out or change the job"
+                )
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns the user's mistakes inside the block into `error: ...` on stderr and exit code 2, or the error's own."""
     try:
         yield
-    except (UserError, OSError, flags.Error) as error:
+    except KeyboardInterrupt:
+        interrupt.say()
+        raise SystemExit(interrupt.EXIT_CODE) from None
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
         logging.debug("The error below was raised here:", exc_info=True)
-        print(f"{getattr(error, 'label', 'error')}: {error}", file=sys.stderr)
+        print(f"{getattr(error, 'label', 'error')}: {message}", file=sys.stderr)
         raise SystemExit(getattr(error, "exit_code", 2)) from None
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the user; None: it is a bug."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:  # NumPy's and Python's, the device's
+        first = (str(error).strip().splitlines() or ["no more can be had"])[0]
+        return f"not enough memory: {first[:300]}; make the sizes smaller (window, cache, batch, length)"
+    return str(error) if isinstance(error, (UserError, OSError, flags.Error)) else None
+
+
+def _check_sizes(flag_values: flags.FlagValues) -> None:
+    """Sizes and positions are int32 on the device; a seed has a range of its own."""
+    for name in flag_values:
+        value = flag_values[name].value
+        if name != "seed" and type(value) is int and not -(2**31) <= value < 2**31:
+            raise ConfigError(f"--{name}={value} is out of range: whole numbers end at 2^31 - 1 = {2**31 - 1}")
 
 
 def _define_config(argv: Sequence[str], flag_values: flags.FlagValues) -> flags.FlagHolder[Config]:

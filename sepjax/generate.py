@@ -12,6 +12,7 @@ would be alone: padding, neighbours and growing caches change none of its tokens
 """
 
 import dataclasses
+import itertools
 import os
 import sys
 import time
@@ -26,16 +27,24 @@ from sepjax.cache import bucket
 from sepjax.config import PATTERNS, AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.flags import one_of_two, run_main
+from sepjax.generation import limits, saved
 from sepjax.generation.chat import ChatFormat, chat, interrupt_flag
 from sepjax.generation.driver import CacheUse, Job, StreamEvent, run
 from sepjax.generation.endless import EndlessStream
-from sepjax.generation.prompts import Prompt, PromptError
+from sepjax.generation.jobs import JOBS, job_of
+from sepjax.generation.prompts import Prompt, PromptError, encode_prompts
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import load, locate
 from sepjax.model.transformer import Transformer
 from sepjax.sampling import Sampling
 
 _STEPS_BETWEEN_STOP_CHECKS = 32
+_WHY = {  # a text of one prompt ended
+    "stop": "a --stop text came",
+    "eos": "the model ended it",
+    "length": "--max_new_tokens is reached",
+    "repetition": "it repeats itself; --max_repeats=0 goes on",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,26 +174,32 @@ def _join(prompt: Sequence[int], events: Sequence[StreamEvent]) -> Generation:
 
 
 def _answer_one(events: Iterator[StreamEvent], save: str = "") -> None:
-    """Prints the text as it comes; Ctrl-C ends it. A bounded stream is saved then, if asked for."""
+    """Prints the text as it comes; Ctrl-C ends it. A bounded stream is saved then, if asked for.
+
+    Before the first token, Ctrl-C ends the program: it waits for a compilation, and there is nothing yet to keep.
+    """
     times: list[float] = []
-    cache = None
+    last = None
+    first = list(itertools.islice(events, 1))
     with interrupt_flag() as interrupted:
-        for event in events:
-            print(event.text, end="", flush=True)
+        for last in itertools.chain(first, events):
+            print(last.text, end="", flush=True)
             times.append(time.perf_counter())
-            cache = event.cache
             if interrupted:
                 break
     print()
+    if isinstance(events, EndlessStream) and last is not None and last.finish_reason in _WHY:
+        print(f"ended: {_WHY[last.finish_reason]}", file=sys.stderr)
     if save and isinstance(events, EndlessStream):
         events.save(save)
         print(f"saved in {save}; --resume={save} goes on from here", file=sys.stderr)
-    if cache is None:
+    if last is None:
+        print("nothing to go on with: the saved stream has ended; give it a --prompt", file=sys.stderr)
         return
     rate = ""
     if len(times) > 2:  # the first two tokens wait for the compilation of prefill and step
         rate = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s after compilation"
-    print(f"{len(times)} tokens{rate}; {_describe(cache)}", file=sys.stderr)
+    print(f"{len(times)} tokens{rate}; {_describe(last.cache)}", file=sys.stderr)
 
 
 def _answer_all(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], **settings: Any) -> None:
@@ -251,7 +266,7 @@ if __name__ == "__main__":
     CHAT = flags.DEFINE_bool("chat", False, "talk in turns over one bounded cache; Ctrl-C cuts an answer short")
     SYSTEM = flags.DEFINE_string("system", "", "with --chat: instructions in front of the first turn")
     RESUME = flags.DEFINE_string("resume", None, "folder of a saved stream or conversation to go on with")
-    SAVE = flags.DEFINE_string("save", "", "with --stream: folder to keep the stream in when it ends")
+    SAVE = flags.DEFINE_string("save", "", "of --stream and --resume: folder to keep the stream in when it ends")
     REPEATS = flags.DEFINE_integer(
         "max_repeats", 12, "end an endless text that repeats one run of tokens more often in a row; 0: never"
     )
@@ -276,19 +291,39 @@ if __name__ == "__main__":
             changes |= {} if flag.value is None else {name: flag.value}
         return dataclasses.replace(model.attention, **changes)
 
+    def _warn(
+        path: str, model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], attention: AttentionConfig,
+        new: int | None,
+    ) -> None:  # fmt: skip
+        source = locate(path)
+        if attention.pattern == "dense":
+            limits.warn_of_sliding_window(source)
+        trained, bounded = (
+            limits.trained_length(source, model.config),
+            ENDLESS.value or CHAT.value or bool(RESUME.value),
+        )
+        longest = max(map(len, encode_prompts(tokenizer, prompts)), default=0) if prompts else 0
+        limits.warn_of_length(model.config, attention, longest, new, trained, bounded=bounded)
+
     def main() -> None:
         """Answers the prompts, or talks."""
+        JOBS.check(job_of(stream=ENDLESS.value, chat=CHAT.value, resume=RESUME.value is not None))
+        if LENGTH.value is not None and LENGTH.value < 1:
+            raise ConfigError(f"--max_new_tokens={LENGTH.value} must be 1 or more")
         endless = ENDLESS.value or CHAT.value
         needs_none = CHAT.value or (RESUME.value and not PROMPT.value and not FILE.value)
         prompts: list[Prompt] = [] if needs_none else _read_prompts(PROMPT.value, FILE.value)
-        if endless and len(prompts) > 1:
-            raise PromptError(f"--stream continues one prompt, got {len(prompts)}; leave it out for a batch")
+        if (endless or RESUME.value) and len(prompts) > 1:
+            flag = "--stream" if endless else "--resume"
+            raise PromptError(f"{flag} continues one prompt, got {len(prompts)}; leave it out for a batch")
         path = one_of_two("workdir", WORKDIR.value, "model", MODEL.value)
+        if SAVE.value:
+            saved.check_place(SAVE.value)
         model, tokenizer = load(path, step=STEP.value, dtype=DTYPE.value, download=DOWNLOAD.value)
         if TEMPLATE.value:
             prompts = _as_messages(locate(path), tokenizer, prompts)
         settings: dict[str, Any] = {
-            "max_new_tokens": LENGTH.value if endless else LENGTH.value or 128,
+            "max_new_tokens": LENGTH.value if endless or LENGTH.value else 128,
             "stop_at_eos": not ENDLESS.value,
             "temperature": TEMPERATURE.value,
             "top_k": TOP_K.value,
@@ -298,6 +333,7 @@ if __name__ == "__main__":
             "stop": [*STOP.value, *(ChatFormat.of(tokenizer).stop if CHAT.value else ())],
             "attention": _attention(model),
         }
+        _warn(path, model, tokenizer, prompts, settings["attention"], settings["max_new_tokens"])
         if endless or RESUME.value:
             settings |= {"bounded": True, "max_repeats": REPEATS.value, "resume": RESUME.value}
         if CHAT.value:

@@ -49,6 +49,7 @@ def load(
 
     Raises:
       LoadError: the path is none of these.
+      ConfigError: a dtype that there is not, or for a run, or a step of a pretrained model.
       sepjax.hub.errors.HubError: a pretrained model that cannot be read: names the file and the tensor or key.
       FileNotFoundError: there is no such path, no complete checkpoint, not that step, or no tokenizer.
       sepjax.data.errors.DataError: the tokenizer's file is damaged.
@@ -57,12 +58,16 @@ def load(
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if value not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"{name}={value!r} must be float32, bfloat16 or float16")
+    if step is not None and (source.is_file() or is_folder(source)):
+        raise ConfigError(f"step={step} chooses a checkpoint of a run; {os.fspath(path)!r} is a pretrained model")
     compute = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if source.is_file() and source.suffix == ".gguf":
         return load_gguf(source, dtype=compute, param_dtype=param_dtype, mesh=mesh)
     if is_folder(source):
         return load_folder(source, dtype=compute, param_dtype=param_dtype, mesh=mesh)
     _check_is_run(path, source)
+    if dtype is not None:
+        raise ConfigError(f"dtype={dtype!r} is for pretrained models; a run computes in its own, model.dtype")
     config, params, _ = load_params(source, step, mesh)
     graph, _ = abstract(config.model, config.attention)
     return merge(graph, params), Tokenizer.load(source / "tokenizer")

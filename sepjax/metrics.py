@@ -25,6 +25,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 
 from sepjax.config import UserError
 from sepjax.console import say
+from sepjax.files import WriteError, write_text
 from sepjax.provenance import checkout
 
 _PACKAGES = ("sepjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
@@ -237,7 +238,7 @@ def run_meta(workdir: Path | str, *, seed: int) -> None:
     }
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(meta, indent=2) + "\n")
+        write_text(path, json.dumps(meta, indent=2) + "\n")
 
 
 def _earlier_starts(path: Path) -> list[Any]:
@@ -271,14 +272,7 @@ def _keep_steps(path: Path, last_step: int) -> None:
             raise UserError(f"{path} line {number} is not JSON of ours ({error}); move it away to go on") from error
         if step <= last_step:
             kept.append(line.rstrip("\n") + "\n")
-    _replace(path, "".join(kept))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 @contextlib.contextmanager
@@ -293,4 +287,4 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
-    return f"cannot write {path}: {error.strerror or error}"
+    return f"cannot write {path}: {error.reason if isinstance(error, WriteError) else error.strerror or error}"

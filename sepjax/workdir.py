@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
+from sepjax.checkpoint_files import steps_on_disk
 from sepjax.config import Config, ConfigError, UserError, from_json, to_json
 from sepjax.console import say
+from sepjax.files import write_text
 
 _FILE = ".run.lock"
 # Settings that a resumed run may change: they touch neither the parameters' path nor the order of the data.
@@ -100,25 +104,46 @@ def _describe(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"
 
 
+def has_begun(workdir: Path) -> bool:
+    """Whether a run has saved anything here. One that has not leaves the workdir free for any other."""
+    return bool(steps_on_disk(workdir.absolute() / "checkpoints"))
+
+
 def claim_workdir(workdir: Path, config: Config, *, new_data: bool = False) -> None:
-    """Writes `config.json` into a new workdir, or checks that an old one belongs to this config.
+    """Writes `config.json` into a workdir without checkpoints, or checks that an old one belongs to this config.
 
     Raises:
       ConfigError: when the workdir holds a run of another config (names the fields that differ), or a converted model.
+      WriteError: the file cannot be written.
     """
     path = workdir / "config.json"
-    if path.exists():
-        check_same_run(from_json(path.read_bytes()), config, workdir, new_data)
-    elif (workdir / "checkpoints" / "0").is_dir():  # no run of ours saves before its first step
-        raise ConfigError(
-            f"{workdir} holds a converted model, parameters without a run; to train it, begin a run in another folder: "
-            f"--workdir=... --config.training.init_from={workdir}"
-        )
+    if has_begun(workdir):
+        if path.exists():
+            check_same_run(from_json(path.read_bytes()), config, workdir, new_data)
+        elif (workdir / "checkpoints" / "0").is_dir():  # no run of ours saves before its first step
+            raise ConfigError(
+                f"{workdir} holds a converted model, parameters without a run; to train it, begin a run in another "
+                f"folder: --workdir=... --config.training.init_from={workdir}"
+            )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(to_json(config))
-        temporary.replace(path)
+        if path.exists() and not has_begun(workdir):
+            _clear_failed_start(workdir, path, config)
+        write_text(path, to_json(config))
+    if jax.process_count() > 1:  # nobody may take up a tokenizer that is about to go
+        multihost_utils.sync_global_devices("sepjax_claimed")
+
+
+def _clear_failed_start(workdir: Path, path: Path, config: Config) -> None:
+    """Removes what a start of another config made from its data or its model before it failed."""
+    try:
+        changed = [name for name, _, _ in differing_fields(from_json(path.read_bytes()), config)]
+    except ConfigError:  # damaged, or of another version
+        changed = ["data."]
+    if any(name.startswith(("data.", "training.init_from")) for name in changed):
+        say(f"{workdir}: an earlier start of another config saved nothing; its tokenizer is made anew")
+        for name in ("tokenizer", "hub"):
+            shutil.rmtree(workdir / name, ignore_errors=True)
 
 
 def check_same_run(saved: Config, now: Config, place: Path, new_data: bool) -> bool:

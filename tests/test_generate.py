@@ -393,10 +393,13 @@ def test_the_command_answers_a_batch(workdir, tmp_path):
 
 def test_mistakes_on_the_command_line_are_one_line(workdir, tmp_path):
     (tmp_path / "latin.txt").write_bytes("Où".encode("latin-1"))
+    prompt = [f"--workdir={workdir}", "--prompt=a"]
     for flags, message in (
         ([f"--workdir={workdir}", "--prompt=a", "--temprature=1"], "temperature"),
         ([f"--workdir={workdir}", f"--prompt_file={tmp_path}/latin.txt"], "UTF-8"),
-        ([f"--workdir={workdir}", "--prompt=a", "--stream", "--pattern=dense"], "without end"),
+        ([*prompt, "--max_new_tokens=0"], "--max_new_tokens=0 must be 1 or more"),
+        ([*prompt, "--stream", f"--save={workdir}"], "checkpoints, tokenizer, which is not a saved stream"),
+        ([*prompt, "--prompt=b", "--resume=x"], "--resume continues one prompt, got 2"),
     ):
         done = command(*flags)
         assert (done.returncode, done.stdout) == (2, "")

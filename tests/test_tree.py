@@ -13,7 +13,7 @@ PRODUCT = sorted([*ROOT.glob("*.py"), *ROOT.glob("sepjax/**/*.py"), *ROOT.glob("
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "pyproject.toml", ROOT / ".ci" / "run"])
 
-BASE = {"config", "array_typing", "rope_config"}
+BASE = {"config", "array_typing", "rope_config", "files"}
 BENCH = {"flags", "provenance", "timing"}  # what a `bench.py` needs
 # Room -> the rooms it may import from, besides itself. Rooms that are not listed are above all of these.
 MAY_IMPORT = {
@@ -22,6 +22,8 @@ MAY_IMPORT = {
     "rope_config": set(),
     "attention_config": {"checks"},
     "config": {"checks", "rope_config", "attention_config"},
+    "files": {"config"},
+    "interrupt": set(),
     "separators": BASE,
     "layout": BASE | {"separators"},
     "sharding": BASE,
@@ -31,8 +33,8 @@ MAY_IMPORT = {
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"} | BENCH,
     "cache": BASE | {"separators", "layout", "sharding", "attention"},
-    "flags": {"config"},
-    "data": BASE | {"separators", "layout", "sharding"} | BENCH,
+    "flags": {"config", "interrupt"},
+    "data": BASE | {"separators", "layout", "sharding", "interrupt"} | BENCH,
     "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
     "training": BASE
     | {"separators", "layout", "sharding", "attention", "cache", "data", "model", "flops", "console"}

@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from absl import flags
 
 from sepjax.attention import dense_attention, separator_attention
 from sepjax.config import ConfigError
+from sepjax.files import write_text
 from sepjax.flags import run_main, whole_numbers
 from sepjax.layout import SeparatorLayout, build_layout
 from sepjax.provenance import heading, provenance
@@ -279,7 +279,7 @@ def main(settings: Settings, json_file: str | None) -> None:
         print(table_line(row, settings), flush=True)
     print(table_foot(table))
     if json_file:
-        Path(json_file).write_text(json.dumps(report(source, settings, table), indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(report(source, settings, table), indent=2) + "\n")
 
 
 if __name__ == "__main__":

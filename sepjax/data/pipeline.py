@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from sepjax import interrupt
 from sepjax.config import Config, ConfigError
 from sepjax.data.batch import Batch
 from sepjax.data.errors import DataError
@@ -143,7 +144,7 @@ def _prefetched(readers: list[BatchReader], num_workers: int) -> grain.IterDatas
         return grain.experimental.ThreadPrefetchIterDataset(readers[0], prefetch_buffer_size=ahead)
     # Workers hand batches over in /dev/shm, where a block is about 10 MB; a container may have as little as 64 MB.
     one_process = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=ahead)
-    workers = [reader.mp_prefetch(one_process) for reader in readers]
+    workers = [reader.mp_prefetch(one_process, worker_init_fn=interrupt.leave_to_parent) for reader in readers]
     return grain.experimental.InterleaveIterDataset(workers, cycle_length=num_workers)
 
 

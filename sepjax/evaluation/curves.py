@@ -61,4 +61,4 @@ def write_png(path: Path, scores: Sequence[StreamScore]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="tokens of the document before", ylabel="perplexity")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})

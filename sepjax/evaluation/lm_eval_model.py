@@ -148,12 +148,14 @@ class SepjaxLM(TemplateLM):
         pairs = [self._pair(*pair) for pair in texts]
         found = self._score(pairs)
         for request, x in zip(requests, found, strict=True):
-            self.uses[id(request)] = Use(x.held, x.seen, 0)
+            if x.seen:
+                self.uses[id(request)] = Use(x.held, x.seen, 0)
         return [(x.logprob, x.is_greedy) for x in found]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context:
-            return self._encode_pair(context, continuation)
+            before, ids = self._encode_pair(context, continuation)
+            return before or [self.prefix_token_id], ids  # a context of spaces alone goes to the continuation
         ids = self.tok_encode(continuation, add_special_tokens=False)
         return [self.prefix_token_id], ids
 
@@ -163,16 +165,19 @@ class SepjaxLM(TemplateLM):
         return [(x.logprob, x.is_greedy) for x in found]
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Continuation]:
+        """The scores; an empty continuation is certain (log-probability 0), and the model is not asked for it."""
+        asked = [pair for pair in pairs if pair[1]]
         scored = score_continuations(
             self._model,
             self._tokenizer,
-            pairs,
+            asked,
             self.attention,
             max_length=self.max_length,
             batch_tokens=self._batch_tokens,
         )
         self.computed += sum(x.computed for x in scored)
-        return scored
+        found = iter(scored)
+        return [next(found) if pair[1] else Continuation(0.0, True, 0.0, 0, 0) for pair in pairs]
 
     @override
     @_timed

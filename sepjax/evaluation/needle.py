@@ -180,4 +180,4 @@ def write_png(path: Path, cells: Sequence[Cell]) -> None:
     axes[0].set_ylabel("depth of the needle")
     if image is not None:
         figure.colorbar(image, ax=axes, label="found")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})

@@ -27,6 +27,7 @@ from sepjax.evaluation.documents import Document, Lanes, StreamError
 from sepjax.evaluation.slices import EDGES, ScoredTokens, Slice, by_position, sliced
 from sepjax.evaluation.token_loss import token_nll
 from sepjax.generation.layerwise import Layerwise, by_layer, runner
+from sepjax.generation.limits import check_cache
 from sepjax.generation.weights import working_copy
 from sepjax.model.transformer import Transformer, split
 from sepjax.separators import configured_table
@@ -112,6 +113,8 @@ def score_streams(
         raise StreamError("no text to score: every document is empty")
     arms = _arms(attentions)
     sizes = [StreamSizes.create(model.config, arm.attention) for arm in arms]
+    for s in sizes:
+        check_cache(model.config, 1, s.slots, f"cache_size={s.cache_size}")
     far = far or max(x.cache_size for x in sizes)
     near, far = distances([arm.attention for arm in arms], model.config.num_layers, near=near, far=far)
     first = baseline_index([arm.name for arm in arms], baseline)

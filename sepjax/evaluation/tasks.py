@@ -58,7 +58,7 @@ def run_tasks(
     patterns: Sequence[AttentionConfig],
     *,
     data: Path | None = None,
-    limit: int = 0,
+    limit: int | float = 0,
     num_fewshot: int | None = None,
     equal_kv: bool = True,
     batch_size: int = 64,
@@ -75,7 +75,7 @@ def run_tasks(
       patterns: in order. With `equal_kv`, "sink_window" and "fixed_interval" after "separator" get the window that
         keeps as many keys as the separators did in that task.
       data: folder of local datasets (`sepjax.evaluation.lm_eval_data`); None: lm-eval downloads them.
-      limit: documents of each (sub)task; 0: all.
+      limit: documents of each (sub)task; below 1: their share; 0: all.
       num_fewshot: examples before each question; None: the task's own number.
       equal_kv: see `patterns`.
       batch_size: answers generated at a time.
@@ -84,9 +84,11 @@ def run_tasks(
       apply_chat_template: whether prompts are put into it.
 
     Raises:
-      TaskError: lm-eval is not installed, or does not know a task.
+      TaskError: lm-eval is not installed, or does not know a task; a limit that is no number of documents.
       sepjax.evaluation.lm_eval_data.TaskDataError: a local dataset is missing or damaged.
     """
+    if not (0 <= limit < 1 or limit == limit // 1 >= 1):  # so that NaN fails too
+        raise TaskError(f"limit={limit} must be a whole number of documents, or their share below 1; 0: all")
     _require_lm_eval()
     from sepjax.evaluation.lm_eval_model import SepjaxLM
 
@@ -117,7 +119,7 @@ def _require_lm_eval() -> None:
 
 
 def _evaluate(
-    lm: Any, task: str, data: Path | None, limit: int, num_fewshot: int | None, apply_chat_template: bool
+    lm: Any, task: str, data: Path | None, limit: int | float, num_fewshot: int | None, apply_chat_template: bool
 ) -> dict[str, Any]:
     from lm_eval.evaluator import simple_evaluate
 
@@ -130,7 +132,7 @@ def _evaluate(
             lm,
             tasks=[task],
             num_fewshot=num_fewshot,
-            limit=limit or None,
+            limit=(limit if limit < 1 else int(limit)) or None,
             task_manager=manager,
             apply_chat_template=apply_chat_template,
             fewshot_as_multiturn=apply_chat_template,
@@ -159,9 +161,11 @@ def _manager(task: str) -> Any:
 
 def _score(task: str, attention: AttentionConfig, lm: Any, results: dict[str, Any]) -> TaskScore:
     uses = list(lm.uses.values())
-    kept = float(np.mean([use.held / use.seen for use in uses]))
+    kept = float(np.mean([use.held / use.seen for use in uses])) if uses else 1.0
     refused = ""
-    if attention.pattern != "dense" and all(use.held >= use.seen for use in uses):
+    if not uses:
+        refused = "every request was empty"
+    elif attention.pattern != "dense" and all(use.held >= use.seen for use in uses):
         refused = (
             f"nothing was compressed: the longest of {len(uses)} requests has {max(use.seen for use in uses)} tokens, "
             f"all of which n={attention.window_size} keeps; choose a smaller --window_size"

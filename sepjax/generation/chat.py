@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sepjax import interrupt
+from sepjax.config import UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.driver import CacheUse
 from sepjax.generation.endless import EndlessStream
@@ -121,7 +123,8 @@ def chat(
     report(f"{form.name} conversation; {HELP}")
     while True:
         try:
-            text = read()
+            with interrupt.caught():
+                text = read()
         except (EOFError, KeyboardInterrupt):
             break
         command, _, argument = text.strip().partition(" ")
@@ -139,7 +142,7 @@ def _save(events: EndlessStream, folder: str) -> str:
         return "where to? /save FOLDER"
     try:
         events.save(folder)
-    except OSError as error:
+    except (UserError, OSError) as error:
         return f"not saved: {error}"
     return f"saved in {folder}; --resume={folder} goes on from here"
 

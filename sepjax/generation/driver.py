@@ -13,6 +13,7 @@ from sepjax.cache import SeparatorCache, bucket
 from sepjax.config import AttentionConfig, validate_attention, with_own_window
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.layerwise import by_layer
+from sepjax.generation.limits import check_cache
 from sepjax.generation.loop import Request, Steps, make_advance, start
 from sepjax.generation.prompts import (
     cache_sizes,
@@ -90,6 +91,9 @@ class Job:
         table = configured_table(tokenizer, attention)
         end = tokenizer.eos_id if stop_at_eos and tokenizer.eos_id is not None else -1
         limit = -1 if max_new_tokens is None else max_new_tokens
+        sizes = cache_sizes(ids, max_new_tokens, table, attention, model.config.num_layers)
+        wanted = f"{max(map(len, ids))} tokens of prompt with max_new_tokens={max_new_tokens}"
+        check_cache(model.config, len(ids), sum(sizes.values()), wanted)
         graph, params = split(model)
         return cls(
             graph=graph,
@@ -100,7 +104,7 @@ class Job:
             prompts=ids,
             request=Request(jnp.asarray(table), sampling, jnp.int32(end), jnp.int32(limit)),
             keys=row_keys(seed, len(ids)),
-            sizes=cache_sizes(ids, max_new_tokens, table, attention, model.config.num_layers),
+            sizes=sizes,
             stop=check_stop(stop),
         )
 

@@ -10,33 +10,29 @@ token and goes on from there as if nothing had happened.
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from sepjax.cache import bucket
-from sepjax.config import AttentionConfig, ConfigError, UserError, validate_attention, with_own_window
+from sepjax.config import AttentionConfig, ConfigError, validate_attention, with_own_window
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.generation import saved
 from sepjax.generation.driver import CacheUse, StreamEvent
 from sepjax.generation.layerwise import by_layer
+from sepjax.generation.limits import check_cache
 from sepjax.generation.loop import DecodeState, Request, Steps, begin, make_advance, make_consume
 from sepjax.generation.prompts import Prompt, check_stop, check_vocabulary, encode_prompts, row_keys
+from sepjax.generation.saved import StreamStateError
 from sepjax.generation.stopping import RepetitionGuard, TextUntilStop
 from sepjax.model.transformer import Transformer, split
 from sepjax.sampling import Sampling
 from sepjax.separators import configured_table
 from sepjax.streaming.cache import StreamingCache
 from sepjax.streaming.sizes import StreamSizes
-
-
-class StreamStateError(UserError, ValueError):
-    """A saved stream that does not belong to this model or these settings."""
 
 
 class EndlessStream(Iterator[StreamEvent]):
@@ -64,6 +60,7 @@ class EndlessStream(Iterator[StreamEvent]):
         validate_attention(self._attention, model.config.num_layers)
         check_vocabulary(model, tokenizer)
         self._sizes = StreamSizes.create(model.config, self._attention)
+        check_cache(model.config, 1, self._sizes.slots, f"cache_size={self._sizes.cache_size}")
         self._config, self._tokenizer, self._stop = model.config, tokenizer, check_stop(stop)
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens} must be 1 or more")
@@ -186,12 +183,12 @@ class EndlessStream(Iterator[StreamEvent]):
     # -- on disk ----------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes all that `restore` needs, in place of what was there. A reader never sees half of it."""
-        folder = Path(folder).absolute()
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        with ocp.StandardCheckpointer() as writer:
-            writer.save(partial / "state", _arrays(self._state))
+        """Writes all that `restore` needs, in place of an older stream. A kill at any moment leaves the old or the new.
+
+        Raises:
+          sepjax.files.ForeignFolder: the folder holds something else than a saved stream.
+          sepjax.files.WriteError: it cannot be written.
+        """
         words = {
             "model": dataclasses.asdict(self._config),
             "sizes": dataclasses.asdict(self._sizes),
@@ -204,54 +201,33 @@ class EndlessStream(Iterator[StreamEvent]):
             "text": self._text.state(),
             "guard": self._guard.state(),
         }
-        (partial / "stream.json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        saved.write(folder, words, jax.tree.leaves(_plain(self._state)))
 
     def restore(self, folder: str | os.PathLike[str]) -> None:
         """Goes on where `save` was called, token for token.
 
         Raises:
           FileNotFoundError: nothing was saved there.
-          StreamStateError: stream.json is damaged, or of a model of another shape, or of a cache of other sizes.
+          StreamStateError: the files are damaged, or of a model of another shape, or of a cache of other sizes.
         """
-        folder = Path(folder).absolute()
-        words = _description(folder / "stream.json")
+        words, place = saved.read(folder)
         for name, ours in (("model", self._config), ("sizes", self._sizes)):
             mine = json.loads(json.dumps(dataclasses.asdict(ours)))
             different = sorted(key for key in mine.keys() | words[name].keys() if mine.get(key) != words[name].get(key))
             if different:
                 key = different[0]
                 raise StreamStateError(
-                    f"the stream in {str(folder)!r} was saved with {name}.{key}={words[name].get(key)!r}, "
+                    f"the stream in {os.fspath(folder)!r} was saved with {name}.{key}={words[name].get(key)!r}, "
                     f"expected {mine.get(key)!r}; load the same model and give the same cache settings"
                 )
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _arrays(self._state))
-        with ocp.StandardCheckpointer() as reader:
-            arrays = reader.restore(folder / "state", target)
-        self._state = _with_arrays(self._state, arrays)
+        leaves, structure = jax.tree.flatten(_plain(self._state))
+        state = jax.tree.unflatten(structure, saved.read_leaves(place, words, leaves))
+        self._state = dataclasses.replace(state, key=jax.random.wrap_key_data(state.key))
         self._pending, self._has_drawn = words["pending"], words["has_drawn"]
         self._is_full, self._seen, self._left = words["is_full"], words["seen"], words["left"]
         self.finish_reason = words["finish_reason"]
         self._text.restore(words["text"])
         self._guard.restore(words["guard"])
-
-
-_WORDS = {
-    "model": dict, "sizes": dict, "pending": list, "has_drawn": bool, "is_full": bool, "seen": int, "left": int,
-    "finish_reason": str | None, "text": dict, "guard": dict,
-}  # fmt: skip
-
-
-def _description(path: Path) -> dict[str, Any]:
-    try:
-        words = json.loads(path.read_bytes())
-        damaged = [name for name, kind in _WORDS.items() if not isinstance(words[name], kind)]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise StreamStateError(f"{str(path)!r} is not what a stream saves ({error!r}); use another copy") from error
-    if damaged:
-        raise StreamStateError(f"{str(path)!r} has {damaged[0]}={words[damaged[0]]!r}; use another copy")
-    return words
 
 
 def _empty(model: Transformer, sizes: StreamSizes, keys: jax.Array) -> DecodeState:
@@ -260,13 +236,6 @@ def _empty(model: Transformer, sizes: StreamSizes, keys: jax.Array) -> DecodeSta
     return DecodeState(cache, token, count, jnp.zeros(1, bool), keys)
 
 
-def _arrays(state: DecodeState) -> dict[str, jax.Array]:
-    """The state's leaves under their numbers, the keys as plain numbers."""
-    plain = dataclasses.replace(state, key=jax.random.key_data(state.key))
-    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(plain))}
-
-
-def _with_arrays(state: DecodeState, arrays: Any) -> DecodeState:
-    leaves = [arrays[str(i)] for i in range(len(arrays))]
-    plain = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    return dataclasses.replace(plain, key=jax.random.wrap_key_data(plain.key))
+def _plain(state: DecodeState) -> DecodeState:
+    """The state with its keys as plain numbers, which files can hold."""
+    return dataclasses.replace(state, key=jax.random.key_data(state.key))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from sepjax.checkpoint import load_params, save_params
 from sepjax.config import Config, DataConfig
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.files import check_folder, replacing_folder
 from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
 from sepjax.hub.folder import TOKENIZER_FILES, is_folder
@@ -25,6 +26,7 @@ from sepjax.loading import load
 from sepjax.model.transformer import Transformer, abstract, merge, split
 
 _ORIGIN = "hub"  # folder of a workdir with the origin's files
+_NEW = "a new folder"
 
 
 def convert(source: Path, target: Path, *, dtype: str | None = None, step: int | None = None) -> str:
@@ -36,16 +38,25 @@ def convert(source: Path, target: Path, *, dtype: str | None = None, step: int |
       dtype: of the tensors of a Hugging Face folder; None: the origin's where that is known, else the parameters' own.
       step: which checkpoint of a workdir; None: the newest.
 
+    A kill at any moment leaves the target as it was.
+
     Raises:
-      HubError: the target is not empty, or as `sepjax.load` and `save_folder` raise it.
+      HubError, ForeignFolder: the target is not empty, or as `sepjax.load` and `save_folder` raise it.
+      WriteError: it cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise HubError(f"{str(target)!r} is there already; choose a folder that is new or empty")
-    if (source / "checkpoints").is_dir():
-        return _to_hugging_face(source, target, dtype, step)
-    if dtype:
+    is_run = (source / "checkpoints").is_dir()
+    if dtype and not is_run:
         raise HubError(f"dtype={dtype!r} is for Hugging Face folders; a workdir keeps float32 parameters")
-    return _to_workdir(source, target)
+    if step is not None and not is_run:
+        raise HubError(f"step={step} chooses a checkpoint of a workdir; {str(source)!r} has none")
+    check_folder(target, _NEW, _is_none)  # before a model is read, not after it
+    return _to_hugging_face(source, target, dtype, step) if is_run else _to_workdir(source, target)
+
+
+def _is_none(folder: Path) -> bool:
+    return False  # an empty folder needs no leave
 
 
 def _to_hugging_face(source: Path, target: Path, dtype: str | None, step: int | None) -> str:
@@ -53,7 +64,8 @@ def _to_hugging_face(source: Path, target: Path, dtype: str | None, step: int | 
     tokenizer = Tokenizer.load(source / "tokenizer")
     model: Transformer = merge(abstract(config.model, config.attention)[0], params)
     origin = source / _ORIGIN
-    save_folder(model, tokenizer, target, dtype=dtype, like=origin if origin.is_dir() else None)
+    with replacing_folder(target, _NEW, _is_none) as partial:
+        save_folder(model, tokenizer, partial, dtype=dtype, like=origin if origin.is_dir() else None)
     return f"step {step} of {source} as a Hugging Face folder in {target}"
 
 
@@ -61,10 +73,11 @@ def _to_workdir(source: Path, target: Path) -> str:
     model, tokenizer = load(source, param_dtype="float32")
     length = min(model.config.max_positions, 2048)
     data = DataConfig(sequence_length=length, tokenizer_vocab_size=tokenizer.vocab_size, tokenizer="tokenizer")
-    tokenizer.save(target / "tokenizer")
-    keep_origin(source, target)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), split(model)[1])
-    save_params(target, Config(model=model.config, attention=model.attention, data=data), params)
+    with replacing_folder(target, _NEW, _is_none) as partial:
+        tokenizer.save(partial / "tokenizer")
+        keep_origin(source, partial)
+        save_params(partial, Config(model=model.config, attention=model.attention, data=data), params)
     kind = "Hugging Face folder" if is_folder(source) else "GGUF file"
     return f"the {kind} {packaged_file(str(source)) or source} as step 0 of a run in {target}"
 

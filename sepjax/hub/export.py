@@ -15,12 +15,13 @@ import numpy as np
 import sepjax
 from sepjax.config import ConfigError, ModelConfig
 from sepjax.data.tokenizer import FILES, Tokenizer
+from sepjax.files import write_text
 from sepjax.hub.errors import HubError
 from sepjax.hub.families import KEY, family_for, family_of, flat, flat_shapes, rows_of
 from sepjax.hub.fields import Fields
 from sepjax.hub.folder import INDEX, SINGLE, TOKENIZER_FILES
 from sepjax.hub.gate_file import write_gate
-from sepjax.hub.safetensors_file import Planned, replacing, write_safetensors
+from sepjax.hub.safetensors_file import Planned, write_safetensors
 from sepjax.hub.tables import Family, Row
 from sepjax.model.transformer import Params, Transformer, split
 
@@ -68,8 +69,7 @@ def save_folder(
     _write_tokenizer(tokenizer, folder, like)
     _write_tensors(folder, tensors, shard_bytes)
     write_gate(folder, params)
-    with replacing(folder / "config.json") as partial:  # last: without it the folder is no model
-        partial.write_text(json.dumps(keys, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(keys, indent=2) + "\n")  # last: without it the folder is no model
 
 
 def _config(model: Transformer, like: Path | None) -> tuple[Family, dict[str, Any]]:
@@ -137,8 +137,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Planned], shard_bytes: in
         places |= dict.fromkeys(shard, file)
     total = {"total_size": sum(x.nbytes for x in tensors.values())}
     total["total_parameters"] = sum(math.prod(x.shape) for x in tensors.values())
-    with replacing(folder / INDEX) as partial:
-        partial.write_text(json.dumps({"metadata": total, "weight_map": places}, indent=2) + "\n")
+    write_text(folder / INDEX, json.dumps({"metadata": total, "weight_map": places}, indent=2) + "\n")
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, like: Path | None) -> None:

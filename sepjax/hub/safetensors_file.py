@@ -8,17 +8,17 @@
 shard reads only its own part of a large file.
 """
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from sepjax.files import replacing
 from sepjax.hub.errors import HubError
 from sepjax.hub.fields import check_file
 
@@ -182,14 +182,3 @@ def write_safetensors(path: Path, tensors: Mapping[str, Planned]) -> None:
             if array.nbytes != planned.nbytes:
                 raise HubError(f"tensor {name!r} has {array.nbytes} bytes, {planned.nbytes} were announced")
             file.write(memoryview(array.reshape(-1).view(np.uint8)))
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place at the end; an error leaves `path` as it was."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

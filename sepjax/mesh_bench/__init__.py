@@ -17,11 +17,11 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from sepjax.files import write_text
 from sepjax.mesh_bench import attention, generation, training
 from sepjax.mesh_bench.attention import Settings as AttentionSettings
 from sepjax.mesh_bench.generation import Settings as GenerationSettings
@@ -87,4 +87,4 @@ def main(chosen: tuple[str, ...], settings: Settings, json_file: str | None) -> 
             report["figures"].append(figures)
             print(f"{time.perf_counter() - start:6.1f} s  {line(figures)}", flush=True)
             if json_file:
-                Path(json_file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                write_text(json_file, json.dumps(report, indent=2) + "\n")

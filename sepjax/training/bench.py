@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from absl import flags
 
 from sepjax.config import Config, ConfigError, validate
 from sepjax.data.batch import Batch
+from sepjax.files import write_text
 from sepjax.flags import run_main, whole_numbers
 from sepjax.flops import Peak, flops_report, peak_flops
 from sepjax.provenance import heading, provenance
@@ -174,7 +174,7 @@ def main(config: Config, settings: Settings, json_file: str | None) -> None:
     if json_file:
         report = {"settings": dataclasses.asdict(settings), "config": dataclasses.asdict(config), "peak": str(peak)}
         report = source | report | {"rows": [dataclasses.asdict(row) for row in rows]}
-        Path(json_file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

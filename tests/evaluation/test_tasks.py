@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     from sepjax.evaluation import tasks
     from sepjax.evaluation.lm_eval_data import TaskDataError, local_datasets
     from sepjax.evaluation.lm_eval_model import RequestError, SepjaxLM, _changed
+    from sepjax.evaluation.tasks import TaskError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -171,6 +172,31 @@ def test_damaged_data_and_unknown_names_are_named(byte_model, byte_tokenizer, se
         run(byte_model, byte_tokenizer, ["piqa"], [separators], tmp_path / "nothing")
     with pytest.raises(ConfigError, match="did you mean 'separator'"):
         _changed(separators, "separators", 0, 2)
+
+
+def test_an_empty_continuation_is_certain_and_ends_nothing(byte_model, byte_tokenizer, separators):
+    from lm_eval.api.instance import Instance
+
+    lm = SepjaxLM(byte_model, byte_tokenizer, separators)
+    pairs = [("A cat", " sat."), ("A cat", ""), ("", ""), ("  ", "sat."), ("", "A dog")]
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    found = lm.loglikelihood(requests)
+    assert found[1] == found[2] == (0.0, True)
+    asked = [(byte_tokenizer.encode("A cat"), byte_tokenizer.encode(" sat.")), ([0], byte_tokenizer.encode("  sat."))]
+    expected = score_continuations(byte_model, byte_tokenizer, asked, separators)
+    for got, x in zip((found[0], found[3]), expected, strict=True):
+        assert got[0] == pytest.approx(x.logprob, abs=1e-4)
+    assert lm.uses.keys() == {id(requests[i]) for i in (0, 3, 4)}
+    assert lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("",), 0)]) == [0.0]
+
+
+def test_a_limit_may_be_a_share(byte_model, byte_tokenizer, separators, data):
+    for limit, documents in ((0.5, 3), (2, 2), (1.0, 1)):  # of 5, rounded up as lm-eval does
+        (score,) = run(byte_model, byte_tokenizer, ["lambada_openai"], [separators], data, limit=limit)
+        assert score.documents == documents
+    for limit in (1.5, -1, float("nan")):
+        with pytest.raises(TaskError, match="whole number of documents, or their share"):
+            run(byte_model, byte_tokenizer, ["lambada_openai"], [separators], data, limit=limit)
 
 
 def test_rolling_scores_and_settings_that_are_not_served(byte_model, byte_tokenizer, separators):

@@ -12,11 +12,13 @@ import pytest
 from sepjax.compilations import counted_compilations
 from sepjax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig
 from sepjax.data.tokenizer import train_sentencepiece
+from sepjax.files import ForeignFolder, WriteError
 from sepjax.generate import stream
 from sepjax.generation.endless import StreamStateError
 from sepjax.generation.loop import COUNT_WRAP
 from sepjax.generation.prompts import PromptError
 from sepjax.generation.stopping import RepetitionGuard
+from sepjax.hub.safetensors_file import Planned, write_safetensors
 from sepjax.model.transformer import create, merge, split
 from sepjax.separators import configured_table
 from sepjax.sharding import make_mesh, parameter_shardings
@@ -125,6 +127,49 @@ def test_a_stream_of_other_settings_is_not_resumed(model, tokenizer, tmp_path):
         stream(model, tokenizer, resume=tmp_path / "nothing")
 
 
+def test_a_save_replaces_a_stream_and_nothing_else(model, tokenizer, tmp_path):
+    events = stream(model, tokenizer, "The cat", **HOT)
+    first = take(events, 3)
+    for foreign in ("stream.json", "thesis.tex"):
+        folder = tmp_path / foreign.replace(".", "_")
+        folder.mkdir()
+        (folder / foreign).write_text("{}")
+        with pytest.raises(ForeignFolder, match=f"holds {foreign}, which is not a saved stream"):
+            events.save(folder)
+        assert (folder / foreign).read_text() == "{}"
+    with pytest.raises(WriteError, match="cannot write '/proc/x/y'"):
+        events.save("/proc/x/y")
+    # A kill between the two renames of a second save: the stream is beside its place.
+    events.save(tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / ".saved.old")
+    (tmp_path / ".saved.partial").mkdir()
+    (tmp_path / ".saved.partial" / "state.safetensors").write_text("half")
+    expected = take(events, 4)
+    resumed = stream(model, tokenizer, resume=tmp_path / "saved", **HOT)
+    assert take(resumed, 4) == expected
+    resumed.save(tmp_path / "saved")
+    assert {path.name for path in tmp_path.iterdir()} == {"stream_json", "thesis_tex", "saved"}
+    assert ids_of(first)
+
+
+@pytest.mark.parametrize("damage", ["bit", "short", "missing", "other"])
+def test_damaged_arrays_of_a_stream_are_named(model, tokenizer, tmp_path, damage):
+    events = stream(model, tokenizer, "The cat")
+    next(events)
+    events.save(tmp_path / "saved")
+    path = tmp_path / "saved" / "state.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    {
+        "bit": lambda: path.write_bytes(content),
+        "short": lambda: path.write_bytes(content[:-1]),
+        "missing": path.unlink,
+        "other": lambda: write_safetensors(path, {"0": Planned(np.dtype(np.int32), (1,), lambda: np.zeros(1))}),
+    }[damage]()
+    with pytest.raises(StreamStateError, match=r"state\.safetensors' .*; use another copy"):
+        stream(model, tokenizer, resume=tmp_path / "saved")
+
+
 @pytest.mark.parametrize("content", [b"\x80{}", b"{}", b"[]", b"[" * 10**5])
 def test_a_damaged_description_of_a_stream_is_named(model, tokenizer, tmp_path, content):
     events = stream(model, tokenizer, "The cat")
@@ -228,6 +273,10 @@ def test_repetition_ends_a_turn_and_the_next_begins_afresh(model, tokenizer):
 def test_mistakes_are_named_at_once(model, tokenizer):
     with pytest.raises(ConfigError, match="bounded=True"):
         stream(model, tokenizer, max_new_tokens=3)
+    with pytest.raises(ConfigError, match=r"cache_size=2000000000 asks for a cache of .* GiB of memory"):
+        stream(model, tokenizer, "a", attention=dataclasses.replace(ATTENTION, cache_size=2 * 10**9))
+    with pytest.raises(ConfigError, match=r"attention.cache_size=999999999999 is out of range"):
+        stream(model, tokenizer, "a", attention=dataclasses.replace(ATTENTION, cache_size=999999999999))
     with pytest.raises(ConfigError, match="max_repeats=-1"):
         stream(model, tokenizer, "a", max_repeats=-1)
     with pytest.raises(ConfigError, match="max_new_tokens=0"):

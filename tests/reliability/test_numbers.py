@@ -3,6 +3,7 @@
 import dataclasses
 import resource
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from sepjax.config import Config, ConfigError, validate
 from sepjax.training import guard
 from sepjax.training.guard import BadNumbers, StepGuard, Watchdog
 from sepjax.training.step import create_state, model_graph, train_step
-from tests.reliability.common import EVERY, STEPS, assert_same, checkpoints, losses
+from tests.reliability.common import EVERY, STEPS, assert_same, checkpoints, done, finish, losses, start, wait_until
 from tests.training.test_step import CONFIG, make_batch
 
 
@@ -176,6 +177,39 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end(tiny, tmp_path, room, mon
         program.train(tiny, tmp_path / "run")
     room(None)
     assert checkpoints(tmp_path / "run") == [4, 8]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 1.4 MB: two checkpoints of the tiny run fit, a third does not. Only root can make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", str(disk)]
+    is_mounted = not subprocess.run(command, capture_output=True, check=False).returncode
+    yield disk
+    if is_mounted:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_file_system_is_a_line_for_each_checkpoint(tiny_file, small_disk):
+    """As a user sees it: what Orbax and TensorStore leave of failed writes speaks up until Python has ended."""
+    workdir = small_disk / "run"
+    process = start(tiny_file, workdir, "--config.training.steps=16")
+    if not small_disk.is_mount():
+        wait_until(process, lambda: (workdir / "checkpoints" / "8" / MANIFEST).exists() or done(workdir) > 11)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+    _, err = finish(process, 2)
+    lines = err.splitlines()
+    saved = [line for line in lines if line.startswith("warning: step ")]
+    assert 1 <= len(saved) <= 3
+    assert all("is not saved: cannot write a checkpoint in " in line for line in saved)
+    assert lines[-1].startswith(f"error: cannot write a checkpoint in {workdir / 'checkpoints'}: ")
+    rest = [line for line in lines[:-1] if line not in saved]
+    assert all(line.startswith(("preparing the corpus", "warning: cannot write ")) for line in rest), rest[:9]
+    newest = checkpoints(workdir)[-1]
+    assert f"the newest complete checkpoint is of step {newest}" in lines[-1]
+    load_params(workdir, newest)
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
 
 
 def test_a_workdir_that_vanishes_is_made_anew(tiny, tmp_path, monkeypatch, capsys):

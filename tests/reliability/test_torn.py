@@ -15,8 +15,8 @@ import pytest
 from sepjax import loading
 from sepjax.checkpoint import CheckpointError, load_params
 from sepjax.checkpoint_files import MANIFEST
-from sepjax.config import Config, ConfigError
-from sepjax.workdir import WorkdirInUse, hold_workdir
+from sepjax.config import Config, ConfigError, from_json
+from sepjax.workdir import WorkdirInUse, claim_workdir, hold_workdir
 from tests.reliability.common import EVERY, STEPS, assert_same, checkpoints, losses
 from train import train
 
@@ -205,6 +205,27 @@ def test_killed_after_new_data_and_before_a_checkpoint_the_flag_is_asked_for_aga
         train(other, copy)
     train(other, copy, new_data=True)
     assert max(losses(copy)) == STEPS + EVERY
+
+
+def test_a_workdir_without_a_checkpoint_is_free(tiny, copy, tmp_path, capsys):
+    """A start that failed has saved nothing: what it made of its data goes, and any other run may begin there."""
+    other = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, num_layers=1))
+    data = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, tokenizer_vocab_size=290))
+    workdir = tmp_path / "run"
+    claim_workdir(workdir, tiny)
+    for name in ("tokenizer", "hub", "data"):
+        (workdir / name).mkdir()
+    for config, remain in ((tiny, 3), (other, 3), (data, 1)):
+        claim_workdir(workdir, config)
+        assert from_json((workdir / "config.json").read_bytes()) == config
+        assert sum((workdir / name).exists() for name in ("tokenizer", "hub", "data")) == remain
+    assert "an earlier start of another config saved nothing" in capsys.readouterr().err
+    (workdir / "config.json").write_text("{")
+    claim_workdir(workdir, tiny)
+    with pytest.raises(
+        ConfigError, match=r"holds a run of another config.*\n  model.num_layers: 2 in the workdir, 1 now"
+    ):
+        claim_workdir(copy, other)
 
 
 def test_parameters_of_other_code_are_named_and_not_taken_for_torn(tiny, copy):

@@ -1,0 +1,85 @@
+"""What a model and a device can bear: sizes that cannot work are errors, sizes that a model never saw are warnings."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sepjax.checkpoint import load_config
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.console import say
+
+
+def check_cache(config: ModelConfig, rows: int, slots: int, wanted: str) -> None:
+    """Raises ConfigError for a cache that the devices' memory cannot hold; `wanted` names the settings behind it.
+
+    Asked for all the same, a GPU answers with a page of XLA's, and a CPU begins to fill its memory and is killed.
+    """
+    itemsize = np.dtype(jax.numpy.dtype(config.dtype)).itemsize
+    needed = 2 * config.num_layers * rows * config.num_kv_heads * config.head_dim * slots * itemsize
+    if needed > (there := _memory()):
+        raise ConfigError(
+            f"{wanted} asks for a cache of {slots:,} entries, {needed / 2**30:,.1f} GiB of keys and values, and there "
+            f"are {there / 2**30:,.1f} GiB of memory; make it smaller"
+        )
+
+
+def _memory() -> int:
+    """Bytes of all devices here; a CPU's are the machine's."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return sum(s.get("bytes_limit", 0) for s in stats) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def warn_of_length(
+    config: ModelConfig, attention: AttentionConfig, prompt: int, new: int | None, trained: int, *, bounded: bool
+) -> None:
+    """A line on stderr where a text goes to positions that the model was never trained at.
+
+    Args:
+      config: of the model.
+      attention: of this generation.
+      prompt: tokens of the longest prompt.
+      new: tokens that may follow; None: without end.
+      trained: tokens of the longest text that the model was trained on.
+      bounded: whether the text runs over a bounded cache.
+    """
+    # Learned positions end with an error; in a bounded cache positions are slots, whatever the length of the text.
+    if config.position_embedding == "learned" or (bounded and attention.stream_positions == "slot"):
+        return
+    if new is not None and prompt + new <= trained:
+        return
+    what = f"{prompt} tokens of prompt" + ("" if prompt > trained else f" and {new or 'endless'} more")
+    say(f"warning: {what} go beyond the {trained} that the model was trained on; expect worse text from there on")
+
+
+def trained_length(source: Path, config: ModelConfig) -> int:
+    """Tokens of the longest text that a model was trained on: a run's rows, or what its files say."""
+    if (source / "checkpoints").is_dir() and (source / "config.json").is_file():  # a converted model has none
+        run = load_config(source)
+        if not run.training.init_from:
+            return run.data.sequence_length
+    return config.max_positions
+
+
+def warn_of_sliding_window(source: Path) -> None:
+    """A line on stderr for a model with a sliding window of its own, which a dense pattern does not apply.
+
+    Args:
+      source: a Hugging Face folder, or a workdir that has one's files.
+    """
+    for path in (source / "hub" / "config.json", source / "config.json"):
+        if not path.is_file():
+            continue
+        try:
+            keys = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):  # whoever reads the model says so
+            return
+        window = keys.get("sliding_window") if isinstance(keys, dict) else None
+        if isinstance(window, int) and keys.get("use_sliding_window", True):
+            say(
+                f"warning: the model was trained with a sliding window of {window} tokens, which pattern=dense leaves "
+                f"out: beyond them it is another model; sink_window with --window_size={window} is nearer"
+            )
+        return

@@ -1,0 +1,111 @@
+"""Streams on disk: a folder that is written whole or not at all.
+
+stream.json          what the host knows, and the checksum of the other file
+state.safetensors    what the device holds: the leaves of a `DecodeState` under their numbers
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sepjax.config import UserError
+from sepjax.files import check_folder, replacing_folder, whole_folder
+from sepjax.hub.errors import HubError
+from sepjax.hub.safetensors_file import Planned, SafetensorsFile, write_safetensors
+
+_WORDS, _STATE = "stream.json", "state.safetensors"
+_WHAT = "a saved stream"
+_KINDS = {
+    "model": dict, "sizes": dict, "pending": list, "has_drawn": bool, "is_full": bool, "seen": int, "left": int,
+    "finish_reason": str | None, "text": dict, "guard": dict, "checksum": int,
+}  # fmt: skip
+
+
+class StreamStateError(UserError, ValueError):
+    """A saved stream that does not belong to this model or these settings, or is damaged."""
+
+
+def check_place(folder: str | os.PathLike[str]) -> None:
+    """Raises what `write` would for a folder: before hours of text, not after them. Leaves nothing there."""
+    check_folder(folder, _WHAT, _is_stream)
+
+
+def write(folder: str | os.PathLike[str], words: Mapping[str, Any], leaves: list[jax.Array]) -> None:
+    """Puts a stream in place of an older one. A kill at any moment leaves the old or the new.
+
+    Raises:
+      sepjax.files.ForeignFolder: the folder holds something else than a saved stream.
+      sepjax.files.WriteError: the files cannot be written.
+      StreamStateError: the arrays are spread over several processes.
+    """
+    if not all(leaf.is_fully_addressable for leaf in leaves):
+        raise StreamStateError("a stream whose cache is spread over several processes cannot be saved; use one process")
+    with replacing_folder(folder, _WHAT, _is_stream) as partial:
+        planned = {str(i): Planned(np.dtype(x.dtype), x.shape, _reader(x)) for i, x in enumerate(leaves)}
+        write_safetensors(partial / _STATE, planned)
+        text = json.dumps({**words, "checksum": _checksum(partial / _STATE)}, indent=2) + "\n"
+        (partial / _WORDS).write_text(text, encoding="utf-8")
+
+
+def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], Path]:
+    """What the host knew, and the folder that holds the arrays: the older stream's where a kill fell between renames.
+
+    Raises:
+      FileNotFoundError: nothing was saved there.
+      StreamStateError: stream.json is damaged.
+    """
+    place = whole_folder(folder)
+    path = place / _WORDS
+    try:
+        words = json.loads(path.read_bytes())
+        damaged = [name for name, kind in _KINDS.items() if not isinstance(words[name], kind)]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise StreamStateError(f"{str(path)!r} is not what a stream saves ({error!r}); use another copy") from error
+    if damaged:
+        raise StreamStateError(f"{str(path)!r} has {damaged[0]}={words[damaged[0]]!r}; use another copy")
+    return words, place
+
+
+def read_leaves(place: Path, words: Mapping[str, Any], like: list[jax.Array]) -> list[jax.Array]:
+    """The arrays, placed as those of `like` are. Raises StreamStateError where they are others or damaged."""
+    path = place / _STATE
+    try:
+        file = SafetensorsFile(path)
+    except (HubError, FileNotFoundError) as error:
+        raise StreamStateError(f"{str(path)!r} is missing or damaged; use another copy") from error
+    expected = {str(i): (np.dtype(x.dtype), tuple(x.shape)) for i, x in enumerate(like)}
+    found = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
+    if found != expected:
+        raise StreamStateError(f"{str(path)!r} holds arrays of another stream or version; use another copy")
+    if _checksum(path) != words["checksum"]:
+        raise StreamStateError(f"the contents of {str(path)!r} have changed since it was saved; use another copy")
+    return [jax.device_put(np.array(file.view(str(i))), x.sharding) for i, x in enumerate(like)]
+
+
+def _reader(leaf: jax.Array) -> Callable[[], np.ndarray]:
+    return lambda: np.asarray(leaf)
+
+
+def _is_stream(folder: Path) -> bool:
+    """Also one of an older version, whose arrays were in a folder "state"; never a folder with anything else in it."""
+    if not {path.name for path in folder.iterdir()} <= {_WORDS, _STATE, "state"}:
+        return False
+    try:
+        words = json.loads((folder / _WORDS).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(words, dict) and words.keys() >= _KINDS.keys() - {"checksum"}
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum

@@ -1,0 +1,60 @@
+"""Warnings of what a model was never trained for: one line each, and none where all is well."""
+
+import json
+
+import pytest
+
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.generation.limits import check_cache, trained_length, warn_of_length, warn_of_sliding_window
+
+ROPE, LEARNED = ModelConfig(max_positions=100), ModelConfig(max_positions=100, position_embedding="learned")
+SLOT, ABSOLUTE = AttentionConfig(), AttentionConfig(stream_positions="absolute")
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "prompt", "new", "bounded", "words"),
+    [
+        (ROPE, SLOT, 101, 5, False, "101 tokens of prompt go beyond the 100 that"),
+        (ROPE, SLOT, 90, 20, False, "90 tokens of prompt and 20 more go beyond the 100 that"),
+        (ROPE, ABSOLUTE, 9, None, True, "9 tokens of prompt and endless more go beyond the 100 that"),
+        (ROPE, SLOT, 90, 10, False, ""),
+        (ROPE, SLOT, 900, None, True, ""),
+        (LEARNED, SLOT, 90, 20, False, ""),
+    ],
+)
+def test_a_text_beyond_the_trained_positions_gets_a_line(config, attention, prompt, new, bounded, words, capsys):
+    warn_of_length(config, attention, prompt, new, 100, bounded=bounded)
+    err = capsys.readouterr().err
+    assert err.count("\n") == bool(words)
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    ("keys", "warns"),
+    [
+        ({"sliding_window": 4096}, True),
+        ({"sliding_window": 4096, "use_sliding_window": True}, True),
+        ({"sliding_window": 4096, "use_sliding_window": False}, False),
+        ({"sliding_window": None}, False),
+        ({}, False),
+        ([], False),
+    ],
+)
+def test_a_sliding_window_gets_a_line_under_a_dense_pattern(keys, warns, tmp_path, capsys):
+    for place in (tmp_path, tmp_path / "run" / "hub"):  # a folder of the hub, and a run that came from one
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "config.json").write_text(json.dumps(keys))
+        warn_of_sliding_window(tmp_path / "run" if place != tmp_path else tmp_path)
+        err = capsys.readouterr().err
+        assert err.count("\n") == warns
+        assert ("4096" in err) == warns
+
+
+def test_the_trained_length_of_a_folder_is_its_models(tmp_path):
+    assert trained_length(tmp_path, ROPE) == 100
+
+
+def test_a_cache_beyond_all_memory_is_refused():
+    check_cache(ROPE, 1, 10_000, "cache_size=10000")
+    with pytest.raises(ConfigError, match=r"cache_size=9 asks for a cache of 2,000,000,000 entries, [\d,.]+ GiB"):
+        check_cache(ROPE, 8, 2_000_000_000, "cache_size=9")
