@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"} | BENCH,
     "cache": BASE | {"separators", "layout", "sharding", "attention"},
-    "flags": {"config"},
+    "flags": {"config", "separators"},
     "data": BASE | {"separators", "layout", "sharding"} | BENCH,
     "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
     "training": BASE
