@@ -40,7 +40,7 @@ import sepjax
 from sepjax.checkpoint import load_config
 from sepjax.config import PATTERNS, AttentionConfig, Config, ConfigError, DataConfig, validate_attention
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation import compare, curves, needle, perplexity, report, streaming, tasks
+from sepjax.evaluation import compare, curves, needle, perplexity, recall, report, streaming, tasks
 from sepjax.evaluation.arms import Arm, fixed_arms, parse_arms, plain_arms, stream_attention
 from sepjax.evaluation.documents import Document, documents_of, read_documents, read_texts
 from sepjax.evaluation.equal import density as window_density
@@ -179,6 +179,8 @@ def find_needles(
     text: str,
     lengths: Sequence[int],
     depths: Sequence[float],
+    tails: Sequence[int] = (0,),
+    arms: str = "",
     window_size: int = 0,
     trials: int = 10,
     batch_tokens: int = 65_536,
@@ -188,11 +190,12 @@ def find_needles(
     if not text:
         raise ConfigError("--task=needle hides its needles in --text: a .txt file or a folder of them")
     model, tokenizer = sepjax.load(path, **settings)
-    attentions = [_attention(_config(path, model), pattern, window_size) for pattern in patterns]
+    compared = plain_arms([_attention(_config(path, model), pattern, window_size) for pattern in patterns])
+    if arms:
+        compared = fixed_arms(arms, model.attention, model.config.num_layers)
     haystack = "\n\n".join(read_texts(Path(text)))
-    return needle.needle_grid(
-        model, tokenizer, haystack, attentions, lengths=lengths, depths=depths, trials=trials, batch_tokens=batch_tokens
-    )
+    grid = {"lengths": lengths, "depths": depths, "tails": tails, "trials": trials, "batch_tokens": batch_tokens}
+    return needle.needle_grid(model, tokenizer, haystack, compared, **grid)
 
 
 def run_tasks(
@@ -236,7 +239,7 @@ if __name__ == "__main__":
     DOWNLOAD = flags.DEFINE_bool("download", False, "with --model=OWNER/NAME: fetch it from the Hugging Face hub")
     DTYPE = flags.DEFINE_string("dtype", None, "with --model: of the arithmetic; default: bfloat16, on a CPU float32")
     TASK = flags.DEFINE_list(
-        "task", ["perplexity"], "perplexity (of windows), streaming (of whole documents), needle, or tasks of lm-eval"
+        "task", ["perplexity"], "perplexity (of windows), streaming (of documents), needle, recall, or tasks of lm-eval"
     )
     STEP = flags.DEFINE_integer("step", None, "checkpoint to score; default: the newest")
     TEXT = flags.DEFINE_string("text", "", "a .txt file, a folder of them or a TFDS dataset; default: the run's corpus")
@@ -272,6 +275,7 @@ if __name__ == "__main__":
     LINES = flags.DEFINE_bool("line_wise", False, "the official protocol: a BOS a line, its last token left out")
     LENGTHS = flags.DEFINE_list("lengths", ["512", "1024", "2048"], "of needle texts: tokens")
     DEPTHS = flags.DEFINE_list("depths", ["0", "25", "50", "75", "100"], "of needles: percent of the text before it")
+    TAILS = flags.DEFINE_list("tails", ["0"], "words after a needle's number in its sentence")
     TRIALS = flags.DEFINE_integer("trials", 10, "needle texts of each length and depth", lower_bound=1)
     DATA = flags.DEFINE_string("task_data", None, "folder of local datasets for tasks; default: the hub's")
     LIMIT = flags.DEFINE_integer("limit", 0, "documents of each task; 0: all", lower_bound=0)
@@ -339,6 +343,8 @@ if __name__ == "__main__":
             text=TEXT.value,
             lengths=whole_numbers("lengths", LENGTHS.value),
             depths=[n / 100 for n in whole_numbers("depths", DEPTHS.value, least=0)],
+            tails=whole_numbers("tails", TAILS.value, least=0),
+            arms=ARMS.value,
             window_size=WINDOW.value,
             trials=TRIALS.value,
             batch_tokens=FORWARD.value,
@@ -346,6 +352,11 @@ if __name__ == "__main__":
         )
         print(needle.table(cells))
         print(f"cells and heat map: {write_files(output, needle, cells)}")
+        return cells
+
+    def _recall(path: Path, output: Path) -> Sequence[Any]:
+        cells = recall.score_run(path, PATTERN.value or (), arms=ARMS.value, step=STEP.value, batch_size=BATCH.value)
+        print(recall.table(cells))
         return cells
 
     def _tasks(path: Path, output: Path) -> Sequence[Any]:
@@ -367,7 +378,7 @@ if __name__ == "__main__":
     def main() -> None:
         """Prints the table and writes the JSON."""
         path = Path(one_of_two("workdir", WORKDIR.value, "model", MODEL.value))
-        programs = {"perplexity": _windows, "streaming": _streams, "needle": _needles}
+        programs = {"perplexity": _windows, "streaming": _streams, "needle": _needles, "recall": _recall}
         ours = [name for name in TASK.value if name in programs]
         if not TASK.value or (ours and len(TASK.value) > 1):
             raise ConfigError(f"--task={','.join(TASK.value)}: give one of {', '.join(programs)}, or tasks of lm-eval")
