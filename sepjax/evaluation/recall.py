@@ -49,7 +49,7 @@ class Answers:
 
     at: np.ndarray  # int[Q] of the scored tokens, row after row
     ago: np.ndarray  # int[Q]
-    place: np.ndarray  # int[Q] tokens from the value to the end of its segment
+    place: np.ndarray  # int[Q] tokens between the value and the end of its segment
 
     @classmethod
     def find(cls, tokenizer: Tokenizer, windows: TextWindows) -> "Answers":
@@ -61,7 +61,7 @@ class Answers:
                 if text[i - 2] == QUESTION and text[i - 1] in KEYS:
                     fact = text.find(text[i - 1 : i + 1], 0, i - 1)
                     if fact >= 0:
-                        found.append((start + i - 1, i - 1 - fact, text.index(END, fact) - fact - 1))
+                        found.append((start + i - 1, i - 1 - fact, text.index(END, fact) - fact - 2))
             start += len(ids) - 1
         if not found:
             raise RecallError('no questions in the texts: --task=recall is for data.name="recall"')

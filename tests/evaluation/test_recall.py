@@ -3,7 +3,6 @@
 import math
 import re
 import types
-from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +44,7 @@ def test_the_corpus_has_a_document_a_row_and_is_the_same_everywhere(tmp_path, mo
         text_source(DataConfig(name="recall", sequence_length=32), str(tmp_path), "train")
 
 
-def test_answers_are_found_and_judged(monkeypatch):
+def test_answers_are_found_and_judged(byte_model, monkeypatch):
     tokenizer = recall_tokenizer()
     texts = ["-Kq--.Zb.----.?Zb?Kq", "Aa.-----.?Aa"]
     windows = token_windows(tokenizer, texts, 64)
@@ -57,9 +56,8 @@ def test_answers_are_found_and_judged(monkeypatch):
     nll = np.full(len(targets), 9.0)
     nll[answers.at] = [0.1, math.log(2) + 0.1, 0.2]
     monkeypatch.setattr(recall, "score_windows", lambda *_, **__: types.SimpleNamespace(nll=nll, kv_kept=0.5))
-    model = types.SimpleNamespace(config=types.SimpleNamespace(num_layers=2))
-    score: Any = recall.score_recall
-    cells = {x.kind: x for x in score(model, tokenizer, windows, plain_arms([AttentionConfig()]), length=64)}
+    arms = plain_arms([AttentionConfig()])
+    cells = {x.kind: x for x in recall.score_recall(byte_model, tokenizer, windows, arms, length=64)}
     assert (cells["all"].recalled, cells["all"].answers) == (pytest.approx(2 / 3), 3)
     assert cells["all"].loss == pytest.approx(nll[answers.at].mean())
     assert (cells["place 2"].recalled, cells["place 0"].recalled) == (0, 1)
