@@ -18,6 +18,6 @@ def get_config() -> Config:
         ),
         attention=AttentionConfig(num_sinks=1, window_size=8),
         data=DataConfig(name="recall", tokenizer_vocab_size=257, sequence_length=64, batch_size=32),
-        optimizer=OptimizerConfig(learning_rate=4e-3, final_learning_rate=1e-4, warmup_steps=100),
+        optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=100),
         training=TrainingConfig(steps=3000, log_every=100, eval_every=500, checkpoint_every=1000),
     )

@@ -32,6 +32,7 @@ SHORT = {
     "w": "window_size",
     "windows": "layer_windows",
 }
+_TOLD_BY_THE_TEXT = ("separator", "sink_window", "fixed_interval")
 _EQUAL = re.compile(r"(kv|pairs):(.+)")
 _TIMES = re.compile(r"(\d+)(?:\*(\d+))?")
 
@@ -108,6 +109,11 @@ def _arm(text: str, base: AttentionConfig, num_layers: int, before: Sequence[str
             model = value
         else:
             changes |= _change(key, value)
+    if equal[0] and words[0] not in _TOLD_BY_THE_TEXT:
+        raise ConfigError(
+            f"n={equal[0]}:{equal[1]} needs a pattern whose kept tokens follow from the text "
+            f"({', '.join(_TOLD_BY_THE_TEXT)}), and {words[0]!r} lets the model choose or keeps all; give n itself"
+        )
     if "window_size" in changes or equal[0]:
         changes.setdefault("layer_windows", ())
     if "separator_ids" in changes:

@@ -2,8 +2,8 @@
 
     --Kq---.  ...  ?K[q]       ago: tokens from the fact's value to the question's; place: tokens from it to the end
 
-An answer is recalled where it has more than half of the probability, which makes it the model's best one. Chance is 1
-in 26, ln 26 = 3.26 nats.
+Only the first question for a key counts: the next may be answered from it. An answer is recalled where it has more than
+half of the probability, which makes it the model's best one. Chance is 1 in 26, ln 26 = 3.26 nats.
 """
 
 import dataclasses
@@ -58,7 +58,8 @@ class Answers:
         for ids in windows.ids:
             text = "".join(x or " " for x in map(tokenizer.token_texts().__getitem__, ids.tolist()))
             for i in range(2, len(text)):
-                if text[i - 2] == QUESTION and text[i - 1] in KEYS:
+                question = text[i - 2 : i]
+                if question[0] == QUESTION and question[1] in KEYS and text.find(question) == i - 2:  # the first time
                     fact = text.find(text[i - 1 : i + 1], 0, i - 1)
                     if fact >= 0:
                         found.append((start + i - 1, i - 1 - fact, text.index(END, fact) - fact - 2))

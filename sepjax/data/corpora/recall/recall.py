@@ -4,8 +4,9 @@
 
 A character is a token. A segment is filler with a fact somewhere in it, a key (A-Z) and its value (a-z), and ends with
 a point; facts come first, at least half of the filler stands between them and the questions, and every key is asked for
-once. Guessing gives 1 in 26. A model that sees everything can look the value up; one that sees a window shorter than
-the filler cannot; what it can with separators is what it has learnt to leave in a segment's end.
+in every round, in another order. Guessing gives 1 in 26. A model that sees everything can look the value up; one that
+sees a window shorter than the filler cannot; what it can with separators is what it has learnt to leave in a segment's
+end.
 """
 
 import json
@@ -25,7 +26,8 @@ FILLER, END, QUESTION = "-", ".", "?"
 _SIZES = {"train": 32_768, "validation": 512}
 _SEGMENT = 10  # characters of filler in a segment, at most
 _SHARE = 16  # tokens of a row for each fact
-_VERSION = 1  # of what `document` writes: another one is another corpus
+_ROUNDS = 2  # of questions: more of a row's tokens teach, so that the task is learnt sooner
+_VERSION = 2  # of what `document` writes: another one is another corpus
 
 
 class Recall(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -61,7 +63,8 @@ def document(rng: np.random.Generator, size: int) -> str:
     """One text of `size` characters."""
     keys = rng.choice(list(KEYS), size=min(len(KEYS), (size + 1) // _SHARE), replace=False)
     facts = {str(key): str(value) for key, value in zip(keys, rng.choice(list(VALUES), size=len(keys)), strict=True)}
-    asked = "".join(QUESTION + key + facts[key] for key in rng.permutation(keys).tolist())
+    order = [key for _ in range(_ROUNDS) for key in rng.permutation(keys).tolist()]
+    asked = "".join(QUESTION + key + facts[key] for key in order)
     room = size - len(asked) - 3 * len(facts)  # filler, and the ends of segments without facts
     text, spent = "", 0
     for key, value in facts.items():
