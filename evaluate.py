@@ -33,7 +33,6 @@ if __name__ == "__main__":  # first, for the imports below take seconds
 
 import dataclasses
 import json
-import tempfile
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,15 +42,14 @@ from absl import flags
 
 import sepjax
 from sepjax import files
-from sepjax.checkpoint import load_config
-from sepjax.config import PATTERNS, AttentionConfig, Config, ConfigError, DataConfig, validate_attention
+from sepjax.config import PATTERNS, AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation import compare, curves, jobs, needle, perplexity, report, streaming, tasks
+from sepjax.evaluation import compare, curves, jobs, needle, perplexity, recall, report, streaming, tasks
 from sepjax.evaluation.arms import Arm, fixed_arms, parse_arms, plain_arms, stream_attention
-from sepjax.evaluation.documents import Document, documents_of, read_documents, read_texts
+from sepjax.evaluation.documents import read_documents, read_texts
 from sepjax.evaluation.equal import density as window_density
+from sepjax.evaluation.inputs import config_of, corpus_of, texts_of, with_pattern
 from sepjax.flags import one_of_two, run_main, whole_numbers
-from sepjax.generation.limits import warn_of_sliding_window
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import locate
 from sepjax.model.transformer import Transformer
@@ -84,10 +82,10 @@ def evaluate(
     "kv" or "pairs". Further `settings` are those of `sepjax.load`.
     """
     model, tokenizer = sepjax.load(workdir, step=step, **settings)
-    config = _config(workdir, model)
+    config = config_of(workdir, model)
     patterns = patterns or [pattern for pattern in PATTERNS if pattern != "gated" or model.gate is not None]
-    attentions = [_attention(config, pattern, window_size) for pattern in ["separator", *patterns]]
-    documents = _documents(workdir, config, text, split, max_documents)
+    attentions = [with_pattern(config, pattern, window_size) for pattern in ["separator", *patterns]]
+    documents = texts_of(workdir, config, text, split, max_documents)
     length = length or config.data.sequence_length
     windows = perplexity.token_windows(tokenizer, documents, length, bos=bos, max_tokens=max_tokens)
     if arms:
@@ -103,40 +101,6 @@ def evaluate(
 
     cut = {"length": length, "batch_size": batch_size}
     return compare.score_arms(load, windows, compared, baseline=baseline, near=near, far=far, **cut)
-
-
-def _config(path: Path, model: Transformer) -> Config:
-    """The config of a run, or for a pretrained model one with its settings and windows of 2048 tokens."""
-    if (path / "checkpoints").is_dir():
-        return load_config(path)
-    data = DataConfig(sequence_length=min(2048, model.config.max_positions))
-    return Config(model=model.config, attention=model.attention, data=data)
-
-
-def _documents(path: Path, config: Config, text: str, split: str, most: int) -> list[str]:
-    """The texts to score: of files, or of a split of a corpus."""
-    if text and not split and not (path / "checkpoints").is_dir() and Path(text).exists():
-        documents: Sequence[str] = read_texts(Path(text))
-        return list(documents[: most or len(documents)])
-    data = dataclasses.replace(config.data, name=text) if text else config.data
-    with tempfile.TemporaryDirectory() as scratch:  # a pretrained model has no folder for prepared data
-        folder = data.data_dir or str(path / "data" if (path / "checkpoints").is_dir() else scratch)
-        documents = _source(data, folder, split or ("all" if text else data.eval_split))
-        return list(documents[: most or len(documents)])
-
-
-def _source(data: DataConfig, folder: str, split: str) -> Sequence[str]:
-    """The documents of a corpus. Imported late: token ids and text files are scored without TFDS."""
-    from sepjax.data.sources import text_source
-
-    return text_source(data, folder, split)
-
-
-def _attention(config: Config, pattern: str, window_size: int) -> AttentionConfig:
-    attention = dataclasses.replace(config.attention, pattern=pattern)
-    if window_size:
-        attention = dataclasses.replace(attention, window_size=window_size, layer_windows=())
-    return validate_attention(attention, config.model.num_layers)
 
 
 def stream(
@@ -168,17 +132,8 @@ def stream(
     cut = {"line_wise": line_wise, "max_tokens": max_tokens}
     if text and split:
         raise ConfigError(f"--split={split} is of a run's own corpus; a stream of --text takes all of it")
-    documents = read_documents(Path(text), tokenizer, **cut) if text else _corpus(path, split, tokenizer, **cut)
+    documents = read_documents(Path(text), tokenizer, **cut) if text else corpus_of(path, split, tokenizer, **cut)
     return streaming.score_streams(model, tokenizer, documents, attentions, **options)
-
-
-def _corpus(path: Path, split: str, tokenizer: Tokenizer, **cut: Any) -> list[Document]:
-    """The documents of a run's own corpus."""
-    if not (path / "checkpoints").is_dir():
-        raise ConfigError("a pretrained model has no corpus of its own: give --text")
-    data = load_config(path).data
-    source = _source(data, data.data_dir or str(path / "data"), split or data.eval_split)
-    return documents_of(tokenizer, source, **cut)
 
 
 def find_needles(
@@ -188,6 +143,8 @@ def find_needles(
     text: str,
     lengths: Sequence[int],
     depths: Sequence[float],
+    tails: Sequence[int] = (0,),
+    arms: str = "",
     window_size: int = 0,
     trials: int = 10,
     batch_tokens: int = 65_536,
@@ -197,11 +154,12 @@ def find_needles(
     if not text:
         raise ConfigError("--task=needle hides its needles in --text: a .txt file or a folder of them")
     model, tokenizer = sepjax.load(path, **settings)
-    attentions = [_attention(_config(path, model), pattern, window_size) for pattern in patterns]
+    compared = plain_arms([with_pattern(config_of(path, model), pattern, window_size) for pattern in patterns])
+    if arms:
+        compared = fixed_arms(arms, model.attention, model.config.num_layers)
     haystack = "\n\n".join(read_texts(Path(text)))
-    return needle.needle_grid(
-        model, tokenizer, haystack, attentions, lengths=lengths, depths=depths, trials=trials, batch_tokens=batch_tokens
-    )
+    grid = {"lengths": lengths, "depths": depths, "tails": tails, "trials": trials, "batch_tokens": batch_tokens}
+    return needle.needle_grid(model, tokenizer, haystack, compared, **grid)
 
 
 def run_tasks(
@@ -211,7 +169,7 @@ def run_tasks(
     loading = {name: options.pop(name) for name in ("step", "dtype", "download") if name in options}
     model, tokenizer = sepjax.load(path, **loading)
     attentions = [
-        dataclasses.replace(_attention(_config(path, model), pattern, window_size), cache_size=0)
+        dataclasses.replace(with_pattern(config_of(path, model), pattern, window_size), cache_size=0)
         for pattern in patterns
     ]
     template = ChatTemplate.find(locate(path)) if options.get("apply_chat_template") else None
@@ -247,7 +205,7 @@ if __name__ == "__main__":
     DOWNLOAD = flags.DEFINE_bool("download", False, "with --model=OWNER/NAME: fetch it from the Hugging Face hub")
     DTYPE = flags.DEFINE_string("dtype", None, "with --model: of the arithmetic; default: bfloat16, on a CPU float32")
     TASK = flags.DEFINE_list(
-        "task", ["perplexity"], "perplexity (of windows), streaming (of whole documents), needle, or tasks of lm-eval"
+        "task", ["perplexity"], "perplexity (of windows), streaming (of documents), needle, recall, or tasks of lm-eval"
     )
     STEP = flags.DEFINE_integer("step", None, "checkpoint to score; default: the newest")
     TEXT = flags.DEFINE_string("text", "", "a .txt file, a folder of them or a TFDS dataset; default: the run's corpus")
@@ -283,6 +241,7 @@ if __name__ == "__main__":
     LINES = flags.DEFINE_bool("line_wise", False, "the official protocol: a BOS a line, its last token left out")
     LENGTHS = flags.DEFINE_list("lengths", ["512", "1024", "2048"], "of needle texts: tokens")
     DEPTHS = flags.DEFINE_list("depths", ["0", "25", "50", "75", "100"], "of needles: percent of the text before it")
+    TAILS = flags.DEFINE_list("tails", ["0"], "words after a needle's number in its sentence")
     TRIALS = flags.DEFINE_integer("trials", 10, "needle texts of each length and depth", lower_bound=1)
     DATA = flags.DEFINE_string("task_data", None, "folder of local datasets for tasks; default: the hub's")
     LIMIT = flags.DEFINE_float("limit", 0, "documents of each task; below 1: their share; 0: all", lower_bound=0)
@@ -350,6 +309,8 @@ if __name__ == "__main__":
             text=TEXT.value,
             lengths=whole_numbers("lengths", LENGTHS.value),
             depths=[n / 100 for n in whole_numbers("depths", DEPTHS.value, least=0)],
+            tails=whole_numbers("tails", TAILS.value, least=0),
+            arms=ARMS.value,
             window_size=WINDOW.value,
             trials=TRIALS.value,
             batch_tokens=FORWARD.value,
@@ -357,6 +318,11 @@ if __name__ == "__main__":
         )
         print(needle.table(cells))
         print(f"cells and heat map: {write_files(output, needle, cells)}")
+        return cells
+
+    def _recall(path: Path, output: Path) -> Sequence[Any]:
+        cells = recall.score_run(path, PATTERN.value or (), arms=ARMS.value, step=STEP.value, batch_size=BATCH.value)
+        print(recall.table(cells))
         return cells
 
     def _tasks(path: Path, output: Path) -> Sequence[Any]:
@@ -380,14 +346,12 @@ if __name__ == "__main__":
         path = Path(one_of_two("workdir", WORKDIR.value, "model", MODEL.value))
         job = jobs.job_of(TASK.value, compare=COMPARE.value, arms=bool(ARMS.value))
         jobs.JOBS.check(job)
-        programs = {jobs.NEEDLE: (_needles, "needle"), jobs.TASKS: (_tasks, "tasks")}
-        programs |= dict.fromkeys((jobs.STREAMING, jobs.STREAMING_ARMS), (_streams, "streaming"))
-        program, name = programs.get(job, (_windows, "evaluation"))
+        programs = {"perplexity": (_windows, "evaluation"), "streaming": (_streams, "streaming")}
+        programs |= {"needle": (_needles, "needle"), "recall": (_recall, "recall")}
+        program, name = programs.get(TASK.value[0], (_tasks, "tasks"))
         folder = path if (path / "checkpoints").is_dir() else Path()
         output = Path(OUTPUT.value or folder / f"{name}.json")
         jobs.check_output(output)
-        if program is not _streams and "dense" in (PATTERN.value or PATTERNS):
-            warn_of_sliding_window(locate(path, download=DOWNLOAD.value))
         scores = program(path, output)
         result = {"workdir": str(path), "text": TEXT.value, "scores": [dataclasses.asdict(s) for s in scores]}
         text = json.dumps(report.plain(provenance() | result), indent=2, allow_nan=False)

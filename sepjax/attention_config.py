@@ -21,7 +21,7 @@ class AttentionConfig:
     num_sinks: int = 4  # [a] first tokens of each document, always visible
     window_size: int = 64  # [n, w] keys of the local window, the query itself included
     layer_windows: tuple[int, ...] = ()  # one n per layer; empty: window_size everywhere
-    separators: str = "punctuation"  # one of SEPARATOR_POLICIES
+    separators: str = "punctuation"  # one of SEPARATOR_POLICIES; on a command line also a file of ids, .json or .npy
     separator_ids: tuple[int, ...] = ()  # for separators="ids"
     interval: int = 8  # [delta] for pattern="fixed_interval": every delta-th token is kept
     # For pattern="gated": layers below `gate_layer` see sinks and window, and a small network on their output scores

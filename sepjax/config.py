@@ -67,7 +67,7 @@ class ModelConfig:
 class DataConfig:
     """Where text comes from and how it becomes batches."""
 
-    name: str = "embedded"  # "embedded" | a folder of .txt files | any TFDS text dataset
+    name: str = "embedded"  # "embedded" | "recall" (a generated task) | a folder of .txt files | any TFDS text dataset
     data_dir: str = ""  # where TFDS keeps prepared datasets; empty: <workdir>/data
     text_key: str = "text"  # field that holds the text in a TFDS dataset
     train_split: str = "train"

@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from sepjax import interrupt
 from sepjax.config import Config, ConfigError, UserError, field_types, load_config, nearest, validate
+from sepjax.separators import with_ids
 
 _FLAG = re.compile(r"--?([A-Za-z_][\w.]*)")
 
@@ -67,7 +68,12 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, *, with_config: bo
     _check_sizes(flag_values)
     if positional:
         raise ConfigError(f"unexpected argument {positional[0]!r}; everything is a flag here: --name=value")
-    return [validate(holder.value) for holder in holders]
+    return [validate(_with_table(holder.value)) for holder in holders]
+
+
+def _with_table(config: Config) -> Config:
+    """attention.separators=FILE becomes the ids in it: a run is whole without the file."""
+    return dataclasses.replace(config, attention=with_ids(config.attention))
 
 
 def check_flags(argv: Sequence[str], known: Sequence[str], *, with_config: bool) -> None:

@@ -296,8 +296,6 @@ if __name__ == "__main__":
         new: int | None,
     ) -> None:  # fmt: skip
         source = locate(path)
-        if attention.pattern == "dense":
-            limits.warn_of_sliding_window(source)
         trained, bounded = (
             limits.trained_length(source, model.config),
             ENDLESS.value or CHAT.value or bool(RESUME.value),

@@ -5,16 +5,18 @@ lists nine: `. , ? ! ; :` space, tab, newline. Fixed id lists miss the merged to
 `\n\n`), so the default policy reads the vocabulary itself.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepjax.config import AttentionConfig
+from sepjax.config import AttentionConfig, ConfigError
 
 PAPER_SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
 
@@ -58,6 +60,41 @@ def configured_table(tokenizer: Any, attention: AttentionConfig) -> np.ndarray:
 
 def _has_separators(attention: AttentionConfig) -> bool:
     return attention.pattern == "separator" or (attention.pattern == "watched" and attention.separators_first)
+
+
+def with_ids(attention: AttentionConfig) -> AttentionConfig:
+    """The settings with the ids of a file in place of its name, `separators` = "table.json" or "table.npy".
+
+    Raises:
+      ConfigError: the file is missing or has no ids.
+    """
+    path = Path(attention.separators)
+    if path.suffix not in (".json", ".npy"):
+        return attention
+    try:
+        return dataclasses.replace(attention, separators="ids", separator_ids=read_ids(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"attention.separators={str(path)!r} cannot be read: {error}") from error
+
+
+def read_ids(path: Path) -> tuple[int, ...]:
+    """Token ids from a file: .npy of ids or of a bool for every id; .json, a list or an object's "separator_ids".
+
+    Raises:
+      ValueError: it has something else.
+      OSError: it cannot be read.
+    """
+    if path.suffix == ".npy":
+        array = np.load(path, allow_pickle=False)
+        array = np.flatnonzero(array) if array.dtype == bool and array.ndim == 1 else array
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ValueError(f"{str(path)!r} is {array.dtype}{list(array.shape)}, expected ids [N] or bool [V]")
+        return tuple(array.tolist())
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values = values.get("separator_ids") if isinstance(values, dict) else values
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError(f'{str(path)!r} has no list of whole numbers, nor an object with "separator_ids"')
+    return tuple(values)
 
 
 def flag_separators(tokens: Any, positions: Any, table: Any, attention: AttentionConfig) -> Any:

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"} | BENCH,
     "cache": BASE | {"separators", "layout", "sharding", "attention"},
-    "flags": {"config", "interrupt"},
+    "flags": {"config", "interrupt", "separators"},
     "data": BASE | {"separators", "layout", "sharding", "interrupt"} | BENCH,
     "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
     "training": BASE

@@ -15,6 +15,7 @@ from etils import epath
 from sepjax import interrupt
 from sepjax.config import Config, ConfigError
 from sepjax.data.batch import Batch
+from sepjax.data.corpora.recall.recall import recall_tokenizer
 from sepjax.data.errors import DataError
 from sepjax.data.locks import exclusive
 from sepjax.data.packing import FlagSeparators, TokenStream, pack_rows
@@ -201,6 +202,8 @@ class _LabelledIterator(grain.DatasetIterator[Batch]):
 def _make_tokenizer(config: Config, data_dir: str) -> Tokenizer:
     if config.data.tokenizer:
         return Tokenizer.load(config.data.tokenizer)
+    if config.data.name == "recall":
+        return recall_tokenizer()
     source = text_source(config.data, data_dir, config.data.train_split)
     sample = _sample(source, _TOKENIZER_CHARACTERS, BadDocuments(config.data.max_bad_documents))
     return train_sentencepiece(sample, config.data.tokenizer_vocab_size)

@@ -13,6 +13,7 @@ from google.protobuf.json_format import ParseError
 
 from sepjax.config import DataConfig, UserError
 from sepjax.data.corpora.embedded.embedded import Embedded
+from sepjax.data.corpora.recall.recall import Recall
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
 from sepjax.data.errors import DataError
 from sepjax.data.locks import exclusive
@@ -133,8 +134,9 @@ def text_source(data: DataConfig, data_dir: str, split: str) -> TextSource:
     """The documents of one split of `data.name`; our own corpora are prepared in `data_dir` on first use.
 
     Args:
-      data: `name` is "embedded", an existing .txt file or a folder of them, or the name of a TFDS dataset that is
-        prepared in `data_dir` as array_record; `text_key` is the field of the latter that holds the text.
+      data: `name` is "embedded", "recall" (generated, a document a row), an existing .txt file or a folder of them,
+        or the name of a TFDS dataset that is prepared in `data_dir` as array_record; `text_key` is the field of the
+        latter that holds the text.
       data_dir: where TFDS keeps prepared datasets.
       split: "train", "validation", or whatever TFDS understands ("train[:10%]"). "all" of files on disk keeps every
         file whole, holding back none.
@@ -160,6 +162,12 @@ def _builder(data: DataConfig, data_dir: str, split: str) -> tuple[Any, str]:
     folder = str(Path(data_dir).expanduser()) if "://" not in data_dir else data_dir
     if data.name == "embedded":
         return _prepared(lambda: Embedded(data_dir=folder, file_format=_FORMAT), folder), "text"
+    if data.name == "recall":
+        if data.sequence_length < 64:
+            raise DataError(f"data.name='recall' needs data.sequence_length of 64 or more, got {data.sequence_length}")
+        return _prepared(
+            lambda: Recall(length=data.sequence_length, data_dir=folder, file_format=_FORMAT), folder
+        ), "text"
     if Path(data.name).expanduser().exists():
         hold_out = split != "all"
         return _prepared(
@@ -169,8 +177,8 @@ def _builder(data: DataConfig, data_dir: str, split: str) -> tuple[Any, str]:
         builder = tfds.builder(data.name, data_dir=folder, file_format=_FORMAT)
     except ValueError as error:
         raise DataError(
-            f"data.name={data.name!r} is neither 'embedded', nor an existing file or folder, nor a TFDS dataset in "
-            f"data_dir={folder!r}: {_first_line(error)}"
+            f"data.name={data.name!r} is neither 'embedded' nor 'recall', nor an existing file or folder, nor a TFDS "
+            f"dataset in data_dir={folder!r}: {_first_line(error)}"
         ) from error
     if not _is_prepared(builder):
         raise DataError(

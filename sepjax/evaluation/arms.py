@@ -4,8 +4,8 @@
 
 Arms stand between semicolons or on lines of their own. Each is a pattern and what it changes in the model's own
 settings, field=value: any field of `AttentionConfig`, or a short name (`SHORT`). Lists of numbers have commas, `64*29`
-is 64 twenty-nine times, and `@FILE` reads them (`read_numbers`). `NAME:` in front gives an arm a name; without one its
-text is its name. Further words:
+is 64 twenty-nine times, and `@FILE` reads them (`sepjax.separators.read_ids`). `NAME:` in front gives an arm a name;
+without one its text is its name. Further words:
 
     n=kv:NAME      the window that keeps as many keys as the arm NAME, further to the front, did
     n=pairs:NAME   the window with as many (query, key) pairs
@@ -13,16 +13,14 @@ text is its name. Further words:
 """
 
 import dataclasses
-import json
 import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sepjax.config import AttentionConfig, ConfigError, nearest, validate_attention
+from sepjax.separators import read_ids
 
 SHORT = {
     "a": "num_sinks",
@@ -34,6 +32,7 @@ SHORT = {
     "w": "window_size",
     "windows": "layer_windows",
 }
+_TOLD_BY_THE_TEXT = ("separator", "sink_window", "fixed_interval")
 _EQUAL = re.compile(r"(kv|pairs):(.+)")
 _TIMES = re.compile(r"(\d+)(?:\*(\d+))?")
 
@@ -110,6 +109,11 @@ def _arm(text: str, base: AttentionConfig, num_layers: int, before: Sequence[str
             model = value
         else:
             changes |= _change(key, value)
+    if equal[0] and words[0] not in _TOLD_BY_THE_TEXT:
+        raise ConfigError(
+            f"n={equal[0]}:{equal[1]} needs a pattern whose kept tokens follow from the text "
+            f"({', '.join(_TOLD_BY_THE_TEXT)}), and {words[0]!r} lets the model choose or keeps all; give n itself"
+        )
     if "window_size" in changes or equal[0]:
         changes.setdefault("layer_windows", ())
     if "separator_ids" in changes:
@@ -139,7 +143,7 @@ def _change(key: str, value: str) -> dict[str, Any]:
 def _value(kind: Any, text: str) -> Any:
     """`text` as a field's type has it; raises `ValueError`."""
     if typing.get_origin(kind) is tuple:
-        return read_numbers(Path(text[1:])) if text.startswith("@") else _numbers(text)
+        return read_ids(Path(text[1:])) if text.startswith("@") else _numbers(text)
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError("expected true or false")
@@ -158,26 +162,6 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not all(matches):
         raise ValueError("expected whole numbers with commas between them, 64*29 for 64 twenty-nine times, or @FILE")
     return tuple(number for m in matches if m for number in [int(m[1])] * int(m[2] or 1))
-
-
-def read_numbers(path: Path) -> tuple[int, ...]:
-    """Whole numbers from a file: .npy of ids or of a bool for every id; .json, a list or an object's "separator_ids".
-
-    Raises:
-      ValueError: it has something else.
-      OSError: it cannot be read.
-    """
-    if path.suffix == ".npy":
-        array = np.load(path, allow_pickle=False)
-        array = np.flatnonzero(array) if array.dtype == bool and array.ndim == 1 else array
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise ValueError(f"{str(path)!r} is {array.dtype}{list(array.shape)}, expected ids [N] or bool [V]")
-        return tuple(array.tolist())
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values = values.get("separator_ids") if isinstance(values, dict) else values
-    if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise ValueError(f'{str(path)!r} has no list of whole numbers, nor an object with "separator_ids"')
-    return tuple(values)
 
 
 def stream_attention(attention: AttentionConfig, pattern: str, budget: str, num_layers: int) -> AttentionConfig:

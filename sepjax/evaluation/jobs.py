@@ -8,9 +8,12 @@ from sepjax.files import check_file
 from sepjax.flags import Jobs
 
 PERPLEXITY, EQUAL_KV = "--task=perplexity", "--task=perplexity --compare"
-STREAMING, NEEDLE, TASKS = "--task=streaming", "--task=needle", "the tasks of lm-eval"
+STREAMING, NEEDLE, RECALL = "--task=streaming", "--task=needle", "--task=recall"
+TASKS = "the tasks of lm-eval"
 PERPLEXITY_ARMS, STREAMING_ARMS = f"{PERPLEXITY} --arms", f"{STREAMING} --arms"
+NEEDLE_ARMS, RECALL_ARMS = f"{NEEDLE} --arms", f"{RECALL} --arms"
 _WINDOWS = "text split length window_size batch_size max_documents max_tokens bos baseline near far"
+_NEEDLES = "text window_size lengths depths tails trials batch_tokens"
 _STREAMS = "text split max_tokens rows chunk line_wise baseline near far"
 
 JOBS = Jobs(
@@ -21,7 +24,10 @@ JOBS = Jobs(
         EQUAL_KV: f"{_WINDOWS} compare compare_at",
         STREAMING: f"{_STREAMS} patterns budgets",
         STREAMING_ARMS: f"{_STREAMS} arms",
-        NEEDLE: "text patterns window_size lengths depths trials batch_tokens",
+        NEEDLE: f"{_NEEDLES} patterns",
+        NEEDLE_ARMS: f"{_NEEDLES} arms",
+        RECALL: "patterns batch_size",
+        RECALL_ARMS: "arms batch_size",
         TASKS: "patterns window_size task_data limit num_fewshot equal_kv batch_size batch_tokens apply_chat_template",
     },
 )
@@ -29,13 +35,14 @@ JOBS = Jobs(
 
 def job_of(tasks: Sequence[str], *, compare: bool, arms: bool) -> str:
     """The job of --task, --compare and --arms; raises `ConfigError` for several tasks of which one is ours."""
-    ours = {"perplexity": PERPLEXITY, "streaming": STREAMING, "needle": NEEDLE}
+    ours = {"perplexity": PERPLEXITY, "streaming": STREAMING, "needle": NEEDLE, "recall": RECALL}
     if not all(tasks) or not tasks or (len(tasks) > 1 and ours.keys() & set(tasks)):
         raise ConfigError(f"--task={','.join(tasks)}: give one of {', '.join(ours)}, or tasks of lm-eval")
     job = ours.get(tasks[0], TASKS)
     if job == PERPLEXITY and compare:
         return EQUAL_KV
-    return {PERPLEXITY: PERPLEXITY_ARMS, STREAMING: STREAMING_ARMS}.get(job, job) if arms else job
+    with_arms = {PERPLEXITY: PERPLEXITY_ARMS, STREAMING: STREAMING_ARMS, NEEDLE: NEEDLE_ARMS, RECALL: RECALL_ARMS}
+    return with_arms.get(job, job) if arms else job
 
 
 def check_output(path: Path) -> None:

@@ -1,6 +1,5 @@
 """What a model and a device can bear: sizes that cannot work are errors, sizes that a model never saw are warnings."""
 
-import json
 import os
 from pathlib import Path
 
@@ -61,25 +60,3 @@ def trained_length(source: Path, config: ModelConfig) -> int:
         if not run.training.init_from:
             return run.data.sequence_length
     return config.max_positions
-
-
-def warn_of_sliding_window(source: Path) -> None:
-    """A line on stderr for a model with a sliding window of its own, which a dense pattern does not apply.
-
-    Args:
-      source: a Hugging Face folder, or a workdir that has one's files.
-    """
-    for path in (source / "hub" / "config.json", source / "config.json"):
-        if not path.is_file():
-            continue
-        try:
-            keys = json.loads(path.read_bytes())
-        except (ValueError, RecursionError):  # whoever reads the model says so
-            return
-        window = keys.get("sliding_window") if isinstance(keys, dict) else None
-        if isinstance(window, int) and keys.get("use_sliding_window", True):
-            say(
-                f"warning: the model was trained with a sliding window of {window} tokens, which pattern=dense leaves "
-                f"out: beyond them it is another model; sink_window with --window_size={window} is nearer"
-            )
-        return

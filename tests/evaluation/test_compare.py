@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sepjax.config import AttentionConfig, ConfigError
-from sepjax.evaluation.arms import parse_arms
+from sepjax.evaluation.arms import parse_arms, plain_arms
 from sepjax.evaluation.compare import at_equal_kv, score_arms, score_patterns
 from sepjax.evaluation.documents import StreamError, read_texts
 from sepjax.evaluation.equal import density, window_of_equal
@@ -128,22 +128,23 @@ def test_cut_documents_without_bos(byte_model, byte_tokenizer):
 
 @pytest.fixture(scope="module")
 def cells(byte_model, byte_tokenizer):
-    patterns = [dataclasses.replace(byte_model.attention, pattern=p) for p in ("dense", "sink_window")]
+    arms = parse_arms("dense; sink_window", byte_model.attention, 2)
     return needle_grid(
         byte_model,
         byte_tokenizer,
         TEXT,
-        patterns,
-        lengths=[220, 300],
-        depths=[0.0, 0.5, 1.0],
+        arms,
+        lengths=[260, 300],
+        depths=[0.0, 1.0],
+        tails=[0, 7],
         trials=2,
         batch_tokens=2048,
     )
 
 
 def test_the_grid_has_every_cell(cells, tmp_path):
-    assert {(c.pattern, c.length, c.depth) for c in cells} == {
-        (p, n, d) for p in ("dense", "sink_window") for n in (220, 300) for d in (0, 0.5, 1)
+    assert {(c.arm, c.length, c.depth, c.tail) for c in cells} == {
+        (p, n, d, k) for p in ("dense", "sink_window") for n in (260, 300) for d in (0, 1) for k in (0, 7)
     }
     assert all(c.trials == 2 and 0 <= c.found <= 1 and c.logprob < 0 for c in cells)
     assert {c.kv_kept for c in cells if c.pattern == "dense"} == {1}
@@ -154,7 +155,7 @@ def test_the_grid_has_every_cell(cells, tmp_path):
     pytest.importorskip("matplotlib")
     write_png(tmp_path / "n.png", cells)
     assert (tmp_path / "n.png").read_bytes().startswith(b"\x89PNG")
-    assert needle_table(cells).count("\n") == 4
+    assert needle_table(cells).count("\n") == 8
 
 
 def test_a_needle_is_where_it_should_be(byte_model, byte_tokenizer, monkeypatch):
@@ -165,16 +166,17 @@ def test_a_needle_is_where_it_should_be(byte_model, byte_tokenizer, monkeypatch)
         raise InterruptedError
 
     monkeypatch.setattr("sepjax.evaluation.needle.score_continuations", spy)
-    settings = {"lengths": [250], "depths": [0.0, 0.25, 1.0], "trials": 3}
+    settings = {"lengths": [250], "depths": [0.0, 0.25, 1.0], "tails": [0, 2, 4], "trials": 1}
     with pytest.raises(InterruptedError):
-        needle_grid(byte_model, byte_tokenizer, TEXT, [byte_model.attention], **settings)
+        needle_grid(byte_model, byte_tokenizer, TEXT, plain_arms([byte_model.attention]), **settings)
     assert len(seen) == 9
-    for (context, answer), depth in zip(seen, np.repeat([0, 0.25, 1], 3), strict=True):
+    tails = 3 * ["", " and everybody", " and everybody who ever"]
+    for (context, answer), depth, tail in zip(seen, np.repeat([0, 0.25, 1], 3), tails, strict=True):
         text, number = byte_tokenizer.decode(context), byte_tokenizer.decode(answer)
         assert len(context) + len(answer) == 250
         assert text.endswith(" is")
         hay = text[: text.index("\n\nQuestion")]
-        before, after = hay.split(f" is{number}.")
+        before, after = hay.split(f" is{number}{tail}.")
         before = before[: before.rindex(" The secret number of the ")]
         assert len(before) / len(before + after) == pytest.approx(depth, abs=0.02)
 
@@ -188,5 +190,7 @@ def test_impossible_grids_and_empty_folders_are_named(byte_model, byte_tokenizer
     ):
         with pytest.raises(NeedleError, match=message):
             needle_grid(byte_model, byte_tokenizer, text, [], lengths=lengths, depths=depths)
+    with pytest.raises(NeedleError, match="tails of 0 to"):
+        needle_grid(byte_model, byte_tokenizer, TEXT, [], lengths=[300], depths=[0.0], tails=[99])
     with pytest.raises(StreamError, match=r"no \.txt files"):
         read_texts(tmp_path)

@@ -119,6 +119,7 @@ def test_arms_are_read(tmp_path):
         ("separator ids=@{float}", "expected ids"),
         ("separator ids=@{text}", "no list of whole numbers"),
         ("dense; dense", "another arm 'dense'"),
+        ("x: separator; dense n=kv:x", "'dense' lets the model choose or keeps all; give n itself"),
         ("sink_window n=kv:x; x: separator", "no arm 'x' further to the front, only none"),
     ],
 )

@@ -1,11 +1,9 @@
 """Warnings of what a model was never trained for: one line each, and none where all is well."""
 
-import json
-
 import pytest
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
-from sepjax.generation.limits import check_cache, trained_length, warn_of_length, warn_of_sliding_window
+from sepjax.generation.limits import check_cache, trained_length, warn_of_length
 
 ROPE, LEARNED = ModelConfig(max_positions=100), ModelConfig(max_positions=100, position_embedding="learned")
 SLOT, ABSOLUTE = AttentionConfig(), AttentionConfig(stream_positions="absolute")
@@ -27,27 +25,6 @@ def test_a_text_beyond_the_trained_positions_gets_a_line(config, attention, prom
     err = capsys.readouterr().err
     assert err.count("\n") == bool(words)
     assert words in err
-
-
-@pytest.mark.parametrize(
-    ("keys", "warns"),
-    [
-        ({"sliding_window": 4096}, True),
-        ({"sliding_window": 4096, "use_sliding_window": True}, True),
-        ({"sliding_window": 4096, "use_sliding_window": False}, False),
-        ({"sliding_window": None}, False),
-        ({}, False),
-        ([], False),
-    ],
-)
-def test_a_sliding_window_gets_a_line_under_a_dense_pattern(keys, warns, tmp_path, capsys):
-    for place in (tmp_path, tmp_path / "run" / "hub"):  # a folder of the hub, and a run that came from one
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "config.json").write_text(json.dumps(keys))
-        warn_of_sliding_window(tmp_path / "run" if place != tmp_path else tmp_path)
-        err = capsys.readouterr().err
-        assert err.count("\n") == warns
-        assert ("4096" in err) == warns
 
 
 def test_the_trained_length_of_a_folder_is_its_models(tmp_path):

@@ -1,0 +1,57 @@
+"""What evaluate.py scores: settings and texts of a run, of files or of a corpus."""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sepjax.checkpoint import load_config
+from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, validate_attention
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation.documents import Document, documents_of, read_texts
+from sepjax.model.transformer import Transformer
+
+
+def config_of(path: Path, model: Transformer) -> Config:
+    """The config of a run, or for a pretrained model one with its settings and windows of 2048 tokens."""
+    if (path / "checkpoints").is_dir():
+        return load_config(path)
+    data = DataConfig(sequence_length=min(2048, model.config.max_positions))
+    return Config(model=model.config, attention=model.attention, data=data)
+
+
+def texts_of(path: Path, config: Config, text: str, split: str, most: int) -> list[str]:
+    """The texts to score: of files, or of a split of a corpus."""
+    if text and not split and not (path / "checkpoints").is_dir() and Path(text).exists():
+        documents: Sequence[str] = read_texts(Path(text))
+        return list(documents[: most or len(documents)])
+    data = dataclasses.replace(config.data, name=text) if text else config.data
+    with tempfile.TemporaryDirectory() as scratch:  # a pretrained model has no folder for prepared data
+        folder = data.data_dir or str(path / "data" if (path / "checkpoints").is_dir() else scratch)
+        documents = _source(data, folder, split or ("all" if text else data.eval_split))
+        return list(documents[: most or len(documents)])
+
+
+def _source(data: DataConfig, folder: str, split: str) -> Sequence[str]:
+    """The documents of a corpus. Imported late: token ids and text files are scored without TFDS."""
+    from sepjax.data.sources import text_source
+
+    return text_source(data, folder, split)
+
+
+def with_pattern(config: Config, pattern: str, window_size: int) -> AttentionConfig:
+    """The attention of a config under another pattern, and window unless 0."""
+    attention = dataclasses.replace(config.attention, pattern=pattern)
+    if window_size:
+        attention = dataclasses.replace(attention, window_size=window_size, layer_windows=())
+    return validate_attention(attention, config.model.num_layers)
+
+
+def corpus_of(path: Path, split: str, tokenizer: Tokenizer, **cut: Any) -> list[Document]:
+    """The documents of a run's own corpus."""
+    if not (path / "checkpoints").is_dir():
+        raise ConfigError("a pretrained model has no corpus of its own: give --text")
+    data = load_config(path).data
+    source = _source(data, data.data_dir or str(path / "data"), split or data.eval_split)
+    return documents_of(tokenizer, source, **cut)

@@ -1,0 +1,1 @@
+"""Which tokens are worth keeping: tables of ids measured on a model."""

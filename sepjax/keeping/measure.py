@@ -1,0 +1,160 @@
+"""What every token id is worth to a model when it is far away: how often it comes, and what it gives then.
+
+Every row of text is run once, dense. Three measures, each summed over the places where an id stands, and then a use:
+
+    rarity      -count: names and terms come seldom, and are what the text alone can tell
+    attention   the squared attention weights that the place receives from queries n or more tokens later, summed over
+                heads, layers and queries. Squared: a sharp look is worth more than many faint ones
+    loss        what the later tokens' loss gains from the place's values when they are far. Values that are n or more
+                tokens away are scaled by g, the same for all layers and heads, and the loss is differentiated by the g
+                of each place at g = 1/2. That is the midpoint between nothing far (g = 0) and everything (g = 1), so
+                that the gains of all places add up to the difference of the two losses, up to third order; one backward
+                pass gives all of them, where leaving places out one by one would take a pass each
+
+The mean of an id that came seldom is uncertain, and an id that never came has none: both are drawn to the mean of ids
+that came about as often (`per_use`).
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sepjax.array_typing import Float, Int32
+from sepjax.console import say
+from sepjax.evaluation.token_loss import token_nll
+from sepjax.generation.weights import working_copy
+from sepjax.model.rope import rope_table, rotate
+from sepjax.model.transformer import Transformer, merge, split
+
+MEASURES = ("rarity", "attention", "loss")
+_PRIOR = 4.0  # uses that the mean of equally rare ids counts for
+
+
+def worth(
+    model: Transformer, rows: Sequence[Int32[np.ndarray, "_"]], by: str, *, window_size: int, every: float = 10.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Measures ids on rows of text.
+
+    Args:
+      model: from `sepjax.load`.
+      rows: token ids of up to T + 1 tokens each; the last is a target only.
+      by: "attention" or "loss".
+      window_size: n; nearer than that every token is seen anyway.
+      every: seconds between two lines of progress on stderr.
+
+    Returns:
+      float64[V] sums, and int64[V] how often each id came.
+    """
+    graph, params = split(model)
+    step = jax.jit(functools.partial(_MEASURES[by], graph, window_size))
+    params = working_copy(params, model.config)
+    V, length = model.config.vocab_size, max(map(len, rows)) - 1
+    sums, counts = np.zeros(V), np.zeros(V, np.int64)
+    for ids in _with_progress(rows, f"measuring by {by}", every):
+        padded = np.pad(ids, (0, length + 1 - len(ids)))[None]
+        found = np.asarray(step(params, padded[:, :-1], padded[:, 1:], np.int32(len(ids) - 1)), np.float64)[0]
+        np.add.at(sums, ids[:-1], found[: len(ids) - 1])
+        np.add.at(counts, ids[:-1], 1)
+    return sums, counts
+
+
+def per_use(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """float64[V]: the mean a use, drawn to that of ids of the same octave of counts as if they had added four uses."""
+    octave = np.floor(np.log2(np.maximum(counts, 1))).astype(int)
+    total, uses = (np.bincount(octave, weights=x) for x in (sums, counts))
+    prior = (total / np.maximum(uses, 1))[octave]
+    return (sums + _PRIOR * prior) / (counts + _PRIOR)
+
+
+def best_ids(value: np.ndarray, counts: np.ndarray, density: float, candidates: np.ndarray) -> np.ndarray:
+    """Ids of the largest value, of the `candidates` bool[V], that together are at most `density` of all tokens.
+
+    One that is too frequent for the room that is left is passed over. Nothing more is taken when 2 % of the room is
+    left: ids that never came would all fit.
+    """
+    room = budget = density * counts.sum()
+    taken = []
+    for i in np.flatnonzero(candidates)[np.argsort(-value[candidates], kind="stable")].tolist():
+        if counts[i] <= room:
+            taken.append(i)
+            room -= counts[i]
+        if room < 0.02 * budget:
+            break
+    return np.array(sorted(taken), int)
+
+
+def _with_progress(rows: Sequence[np.ndarray], what: str, every: float) -> Iterator[np.ndarray]:
+    total, done, began = sum(map(len, rows)), 0, time.monotonic()
+    said = began
+    for ids in rows:
+        yield ids
+        done += len(ids)
+        now = time.monotonic()
+        if now - said >= every or done == total:
+            left = (now - began) / done * (total - done)
+            say(f"{what}: {done:,} of {total:,} tokens, {done / (now - began):,.0f} tokens/s, {left:,.0f} s left")
+            said = now
+
+
+def _attend(window_size: int, T: int, table: Any, visit: Callable[[jax.Array, jax.Array, jax.Array], Any]) -> Any:
+    """Dense attention, written out: `visit` gets weights [B, K, G, T, T], where they are far, and values."""
+    i = jnp.arange(T)
+    causal, far = i[:, None] >= i, i[:, None] - i >= window_size
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # weights are made again where they are needed
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, Any]:
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        B, _, N, H = q.shape
+        q = q.reshape(B, T, k.shape[2], N // k.shape[2], H)
+        scores = jnp.einsum("bikgh,bjkh->bkgij", q, k, preferred_element_type=jnp.float32) * H**-0.5
+        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+        out, found = visit(weights, far, v)
+        return out.reshape(B, T, N, H).astype(v.dtype), found
+
+    return attend
+
+
+def _run(graph: Any, window_size: int, params: Any, tokens: jax.Array, visit: Any) -> tuple[Transformer, Any, Any]:
+    model = merge(graph, params)
+    T, config = tokens.shape[1], model.config
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens.shape)
+    table = rope_table(positions, config.rope, config.head_dim) if config.position_embedding == "rope" else None
+    hidden, found = model(tokens, positions, _attend(window_size, T, table, visit))
+    return model, hidden, found
+
+
+def _received(
+    graph: Any, window_size: int, params: Any, tokens: jax.Array, targets: jax.Array, length: jax.Array
+) -> Float[jax.Array, "B T"]:
+    is_query = jnp.arange(tokens.shape[1]) < length
+
+    def visit(weights: jax.Array, far: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        seen = jnp.where(far & is_query[:, None], weights, 0.0)
+        return jnp.einsum("bkgij,bjkh->bikgh", weights, v), jnp.sum(seen**2, axis=(1, 2, 3))
+
+    return jnp.sum(_run(graph, window_size, params, tokens, visit)[2], axis=0)
+
+
+def _saved(
+    graph: Any, window_size: int, params: Any, tokens: jax.Array, targets: jax.Array, length: jax.Array
+) -> Float[jax.Array, "B T"]:
+    is_query = jnp.arange(tokens.shape[1]) < length
+
+    def loss(scale: jax.Array) -> jax.Array:
+        def visit(weights: jax.Array, far: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            scaled = jnp.where(far, weights * scale[:, None, None, None, :], weights)
+            return jnp.einsum("bkgij,bjkh->bikgh", scaled, v), None
+
+        model, hidden, _ = _run(graph, window_size, params, tokens, visit)
+        return jnp.sum(jnp.where(is_query, token_nll(hidden, model.output_embedding(), targets), 0.0))
+
+    return -jax.grad(loss)(jnp.full(tokens.shape, 0.5))
+
+
+_MEASURES = {"attention": _received, "loss": _saved}
