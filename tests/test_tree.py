@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "rope_config": set(),
     "attention_config": {"checks"},
     "config": {"checks", "rope_config", "attention_config"},
-    "separators": BASE,
+    "separators": BASE | {"console"},
     "layout": BASE | {"separators"},
     "sharding": BASE,
     "provenance": set(),
