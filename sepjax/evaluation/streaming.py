@@ -191,7 +191,9 @@ def _score(
     chunk = chunk or min(sizes.chunk, lanes.inputs.shape[1])
     table = jnp.asarray(configured_table(tokenizer, attention))
     lengths = lanes.ends[:, -1, None]
-    warn_of_few_in(lanes.inputs[np.arange(lanes.inputs.shape[1]) < lengths], table, attention, "the text to stream")
+    warn_of_few_in(
+        np.asarray(lanes.inputs)[np.arange(lanes.inputs.shape[1]) < lengths], table, attention, "the text to stream"
+    )
     graph, params = split(model)
     # Short passes wait for memory and for each other, as single steps do; long ones for arithmetic.
     short = chunk <= _SHORT
