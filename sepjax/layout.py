@@ -31,7 +31,6 @@ from jaxtyping import Bool, Float, Int32
 
 from sepjax.array_typing import Array, SegmentIds, SeparatorFlags
 
-
 # Called outside jit, one program in place of dozens of single operations to compile; within jit nothing else.
 _at_once = functools.partial(jax.jit, inline=True)
 
