@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -104,6 +105,14 @@ def test_an_interrupted_first_checkpoint_is_no_checkpoint(config_file, tmp_path)
     assert sorted(losses(workdir)) == [1, 2]
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """`train` in this process sees what a program started on a laptop sees."""
+    device = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: device)
+
+
+@pytest.mark.usefixtures("one_device")
 def test_a_workdir_of_another_config_is_refused(config_file, finished):
     before, config = (finished / "config.json").read_text(), load_config(config_file)
     with pytest.raises(ConfigError, match=r"model\.num_layers: 2 in the workdir, 3 now"):
@@ -184,6 +193,7 @@ def test_bad_texts_are_the_users_mistakes(finished, tmp_path):
         evaluate.evaluate(finished, ["separater"])
 
 
+@pytest.mark.usefixtures("one_device")
 def test_bad_settings_of_a_run_are_the_users_mistakes(config_file, tmp_path):
     (tmp_path / "bad.model").write_bytes(b"\x00not a model")
     config = load_config(config_file)
