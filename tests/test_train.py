@@ -100,8 +100,11 @@ def test_an_interrupted_first_checkpoint_is_no_checkpoint(config_file, tmp_path)
     (torn / "params" / "_METADATA").write_text("{")
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         load_params(workdir)
-    out, _ = run("train.py", f"--config={config_file}", f"--workdir={workdir}", "--config.training.steps=2")
+    # Newlines alone are separators, of which there is hardly one: which is said, once.
+    few = ("--config.attention.separators=ids", "--config.attention.separator_ids=3", "--config.data.batch_size=8")
+    out, err = run("train.py", f"--config={config_file}", f"--workdir={workdir}", "--config.training.steps=2", *few)
     assert "starts" in out
+    assert err.count("warning: the training data: 0.") == err.count("of 256 tokens are separators") == 1
     assert sorted(losses(workdir)) == [1, 2]
 
 
