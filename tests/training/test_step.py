@@ -100,8 +100,8 @@ def test_micro_batches_add_up_to_the_whole_batch(config):
 def test_packing_is_invisible_to_documents():
     """The same documents scored in rows of two or in rows of one: the same summed loss."""
     graph, params = model_graph(CONFIG), compiled(CONFIG)[0]().params
-    packed = make_batch(lengths=(12, 20))
-    nll, count = eval_step(CONFIG, graph, params, packed)
+    packed, score = make_batch(lengths=(12, 20)), jax.jit(functools.partial(eval_step, CONFIG, graph))
+    nll, count = score(params, packed)
 
     def only(part: slice) -> Batch:
         def cut(x):
@@ -109,7 +109,7 @@ def test_packing_is_invisible_to_documents():
 
         return jax.tree.map(cut, packed)
 
-    apart = [eval_step(CONFIG, graph, params, only(part)) for part in (slice(0, 12), slice(12, 32))]
+    apart = [score(params, only(part)) for part in (slice(0, 12), slice(12, 32))]
     assert float(nll) == pytest.approx(sum(float(a[0]) for a in apart), rel=1e-5)
     assert float(count) == sum(float(a[1]) for a in apart) == packed.loss_mask.sum()
 
