@@ -100,7 +100,10 @@ def test_two_processes_train_save_restore_and_end(config, tmp_path):
     model = dataclasses.replace(config.model, num_layers=1)  # compiles in less time
     config = dataclasses.replace(config, attention=attention, model=model)
     file = tmp_path / "config.py"
-    file.write_text(f"from sepjax.config import *\ndef get_config():\n    return {config!r}\n")
+    sections = ", ".join(
+        sorted({type(value).__name__ for value in (config, *vars(config).values(), config.model.rope)})
+    )
+    file.write_text(f"from sepjax.config import {sections}\ndef get_config():\n    return {config!r}\n")
     workdir = tmp_path / "run"
     _two_processes(file, workdir, "--config.mesh.data=2", "--config.mesh.fsdp=4")
     first = losses(workdir)
