@@ -4,6 +4,7 @@ Quantised weights are read as float32. The rows of Q and K are stored for interl
 ours is half-split (pairs i, i + H/2), so they are put back in order. Needs the package `gguf`.
 """
 
+import importlib.util
 import json
 import math
 import re
