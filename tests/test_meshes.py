@@ -78,10 +78,11 @@ def alone(config, tmp_path_factory) -> dict[int, float]:
     return found
 
 
-BETWEEN = [pytest.param(mesh, marks=pytest.mark.soak) for mesh in ((4, 2, 1, 1), (2, 2, 2, 1))]
+# The fullest mesh; rows over `data` are in the run that moves and in that of two processes.
+OTHERS = [pytest.param(mesh, marks=pytest.mark.soak) for mesh in ((-1, 1, 1, 1), (4, 2, 1, 1), (2, 2, 2, 1))]
 
 
-@pytest.mark.parametrize("mesh", [(-1, 1, 1, 1), *BETWEEN, (1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("mesh", [*OTHERS, (1, 2, 2, 2)], ids=str)
 def test_every_mesh_gives_the_same_losses(mesh, config, alone, tmp_path):
     assert_same(train_on(8, mesh, config, tmp_path), alone)
 
@@ -89,7 +90,7 @@ def test_every_mesh_gives_the_same_losses(mesh, config, alone, tmp_path):
 def test_a_run_moves_from_one_device_to_four_and_to_two(config, alone, tmp_path):
     """The state is read into other shards, and the batches go on where they were."""
     train_on(1, (1, 1, 1, 1), config, tmp_path, steps=2)
-    train_on(4, (1, 2, 1, 2), config, tmp_path, steps=4)
+    train_on(4, (2, 1, 1, 2), config, tmp_path, steps=4)
     assert_same(train_on(2, (1, 1, 2, 1), config, tmp_path), alone)
 
 
@@ -99,7 +100,10 @@ def test_two_processes_train_save_restore_and_end(config, tmp_path):
     model = dataclasses.replace(config.model, num_layers=1)  # compiles in less time
     config = dataclasses.replace(config, attention=attention, model=model)
     file = tmp_path / "config.py"
-    file.write_text(f"from sepjax.config import *\ndef get_config():\n    return {config!r}\n")
+    sections = ", ".join(
+        sorted({type(value).__name__ for value in (config, *vars(config).values(), config.model.rope)})
+    )
+    file.write_text(f"from sepjax.config import {sections}\ndef get_config():\n    return {config!r}\n")
     workdir = tmp_path / "run"
     _two_processes(file, workdir, "--config.mesh.data=2", "--config.mesh.fsdp=4")
     first = losses(workdir)

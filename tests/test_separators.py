@@ -2,6 +2,7 @@
 
 import io
 import time
+import unicodedata
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,15 @@ import sentencepiece
 import tokenizers
 
 from sepjax.config import AttentionConfig
-from sepjax.separators import PAPER_SEPARATORS, configured_table, flag_separators, separator_table, token_texts
+from sepjax.separators import (
+    PAPER_SEPARATORS,
+    configured_table,
+    flag_separators,
+    separator_table,
+    terminals,
+    token_texts,
+    warn_of_few,
+)
 
 TEXT = (
     'He said: "Stop!" She asked, "Why?" Then both left; it was late.\n\n'
@@ -152,15 +161,84 @@ class Texts:
         return self.texts
 
 
-@pytest.mark.parametrize(
-    ("text", "is_separator"),
-    [
-        *((text, True) for text in (".", ' ."', "\n\n", "\r\n", "...", "?!", ".)", ".).", ',"', "::", " \t", "!’")),
-        *((text, False) for text in ("", None, '"', ")", '".', "a.", ".a", "-", "1.", "'", "…")),
-    ],
+ENGLISH = (".", ' ."', "\n\n", "\r\n", "...", "?!", ".)", ".).", ',"', "::", " \t", "!’", "_,", ".--", " '.", "\u3000")
+CLOSED_FIRST = ("),", ").", ");", '",', '":', "”.", '".', "»,", '."[', "],", " },")
+JSON = ('","', '":"', '":{"', '":["', '"],"', "},{", '.\\"', ".\\")
+PYTHON = ("):", "',", "._", ".__", "().", "')):", "[:")
+SCRIPTS = (*"。，、；：？！।؟،؛۔።։．｡､﹐", "。」", "」、", "）。", "？”", "؟»", "。\u3000")
+OTHERS = (
+    "",
+    None,
+    '"',
+    ")",
+    "a.",
+    ".a",
+    "-",
+    "1.",
+    "'",
+    "…",
+    "!=",
+    ":=",
+    "://",
+    "。a",
+    "あ",
+    "「",
+    "()",
+    "_",
+    "\ufffd",
 )
-def test_what_punctuation_is(text, is_separator):
-    assert separator_table(Texts(text)).tolist() == [is_separator]
+
+
+@pytest.mark.parametrize("text", [*ENGLISH, *CLOSED_FIRST, *JSON, *PYTHON, *SCRIPTS, *OTHERS])
+def test_what_punctuation_is(text):
+    assert separator_table(Texts(text)).tolist() == [text not in OTHERS]
+
+
+def test_terminals_are_those_of_unicode():
+    pattern = tokenizers.Regex(r"[\p{Terminal_Punctuation}\p{Sentence_Terminal}]")
+    known = [chr(i) for i in range(0x20000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+    split = tokenizers.pre_tokenizers.Split(pattern, "isolated").pre_tokenize_str("a".join(known))
+    expected = {piece for piece, _ in split if len(piece) == 1} - {"a"}
+    assert terminals() & set(known) == expected
+    assert len(expected) > 250
+
+
+@pytest.mark.parametrize("vocabulary", ["sentence_pieces", "byte_level"])
+def test_marks_in_pieces_of_a_character_are_flagged(vocabulary, request):
+    """Neither vocabulary has a token for any of them; few other characters end in a piece that is flagged."""
+    tokenizer = request.getfixturevalue(vocabulary)
+    table = separator_table(tokenizer)
+
+    def flagged(text):
+        encoded = tokenizer.encode(text)
+        return int(table[getattr(encoded, "ids", encoded)].sum())
+
+    before = flagged("a")
+    assert all(flagged("a" + mark) > before for mark in "。、।،؛؟۔！，．：；？")
+    others = [chr(c) for c in range(0x4E00, 0x5000)]
+    assert sum(flagged("a" + c) > before for c in others) < len(others) / 8
+
+
+def test_a_mark_with_a_token_of_its_own_lends_no_piece_its_meaning(byte_level):
+    tail = byte_level.token_to_id("Ĥ")  # byte 82, the last of E3 80 82: 。
+    assert separator_table(byte_level)[tail]
+    byte_level = tokenizers.Tokenizer.from_str(byte_level.to_str())
+    byte_level.add_tokens(["。"])
+    table = separator_table(byte_level)
+    assert not table[tail]
+    assert table[byte_level.token_to_id("。")]
+
+
+def test_a_text_of_hardly_any_separators_is_named_once(capsys):
+    for share, tokens, what in [
+        (1 / 201, 201, "a poem"),
+        (0.0, 400, "a poem"),
+        (0.005, 200, "rich"),
+        (0.0, 199, "short"),
+    ]:
+        warn_of_few(share, tokens, what)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: a poem: 0.50% of 201 tokens are separators, fewer than 1 in 200")
 
 
 def test_long_runs_take_linear_time():

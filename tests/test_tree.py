@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "config": {"checks", "rope_config", "attention_config"},
     "files": {"config"},
     "interrupt": set(),
-    "separators": BASE,
+    "separators": BASE | {"console"},
     "layout": BASE | {"separators"},
     "sharding": BASE,
     "provenance": set(),
@@ -48,6 +48,7 @@ UNSAFE_CALLS |= {"yaml.full_load", "yaml.unsafe_load", "os.popen", "subprocess.g
 NETWORK = {"requests", "urllib", "http", "httpx", "aiohttp", "ftplib", "socket", "huggingface_hub", "datasets"}
 MAY_REACH_IT = {
     "sepjax/hub/remote.py",  # the hub, with --download
+    "sepjax/hub/packaged.py",  # the package index, by pip in a process of its own, for the models that it names
     "sepjax/workdir.py",  # this host's name
     "sepjax/evaluation/lm_eval_data.py",  # datasets of the tasks that evaluate.py is asked for
 }

@@ -23,7 +23,7 @@ from sepjax.evaluation.token_loss import token_nll
 from sepjax.generation.weights import working_copy
 from sepjax.model.attend import layer_kinds, layer_layouts, run_rows
 from sepjax.model.transformer import Transformer, merge, split
-from sepjax.separators import configured_table, flag_separators
+from sepjax.separators import configured_table, flag_separators, warn_of_few_in
 
 
 class TextError(UserError, ValueError):
@@ -124,6 +124,7 @@ def score_windows(
     seen = with_own_window(attention, model.config)
     step, params = _make_step(graph, seen), working_copy(params, model.config)
     table = configured_table(tokenizer, seen)
+    warn_of_few_in(np.concatenate(windows.ids), table, seen, "the text to score")
     nll, kept, totals, seconds = [], [], np.zeros(2), 0.0
     for number, (batch, rows) in enumerate(_batches(windows.ids, table, seen, length, batch_size)):
         if number == 0:

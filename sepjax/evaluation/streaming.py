@@ -30,7 +30,7 @@ from sepjax.generation.layerwise import Layerwise, by_layer, runner
 from sepjax.generation.limits import check_cache
 from sepjax.generation.weights import working_copy
 from sepjax.model.transformer import Transformer, split
-from sepjax.separators import configured_table
+from sepjax.separators import configured_table, warn_of_few_in
 from sepjax.streaming.cache import StreamingCache
 from sepjax.streaming.forward import stream_pass
 from sepjax.streaming.sizes import StreamSizes
@@ -193,6 +193,10 @@ def _score(
     sizes = StreamSizes.create(model.config, attention)
     chunk = chunk or min(sizes.chunk, lanes.inputs.shape[1])
     table = jnp.asarray(configured_table(tokenizer, attention))
+    lengths = lanes.ends[:, -1, None]
+    warn_of_few_in(
+        np.asarray(lanes.inputs)[np.arange(lanes.inputs.shape[1]) < lengths], table, attention, "the text to stream"
+    )
     graph, params = split(model)
     # Short passes wait for memory and for each other, as single steps do; long ones for arithmetic.
     short = chunk <= _SHORT

@@ -27,7 +27,7 @@ from sepjax.generation.prompts import (
 from sepjax.generation.stopping import TextUntilStop
 from sepjax.model.transformer import Params, Transformer, split
 from sepjax.sampling import Sampling
-from sepjax.separators import configured_table
+from sepjax.separators import configured_table, warn_of_few_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,8 @@ class Job:
         ids = encode_prompts(tokenizer, prompts)
         check_length(model, ids, max_new_tokens, attention)
         table = configured_table(tokenizer, attention)
+        for number, prompt in enumerate(ids):
+            warn_of_few_in(prompt, table, attention, f"prompt {number}")
         end = tokenizer.eos_id if stop_at_eos and tokenizer.eos_id is not None else -1
         limit = -1 if max_new_tokens is None else max_new_tokens
         sizes = cache_sizes(ids, max_new_tokens, table, attention, model.config.num_layers)

@@ -30,7 +30,7 @@ from sepjax.generation.saved import StreamStateError
 from sepjax.generation.stopping import RepetitionGuard, TextUntilStop
 from sepjax.model.transformer import Transformer, split
 from sepjax.sampling import Sampling
-from sepjax.separators import configured_table
+from sepjax.separators import configured_table, warn_of_few_in
 from sepjax.streaming.cache import StreamingCache
 from sepjax.streaming.sizes import StreamSizes
 
@@ -94,6 +94,7 @@ class EndlessStream(Iterator[StreamEvent]):
         if isinstance(prompt, str) and (self._seen or self._pending):
             prompt = self._tokenizer.encode(prompt)
         (ids,) = encode_prompts(self._tokenizer, [prompt])
+        warn_of_few_in(ids, self._request.table, self._attention, "the text fed")
         if self._has_drawn and not self._pending:  # the last token drawn has not been taken up yet
             self._pending.append(int(self._state.token[0]))
         self._pending += ids

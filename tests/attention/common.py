@@ -10,6 +10,7 @@ import hypothesis.extra.numpy as hnp
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from sepjax.attention.ranges import Ranges
@@ -17,6 +18,11 @@ from sepjax.layout import build_layout
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 SCALED_RESULTS = (*RESULTS, "d_scale")
+
+
+def examples(count):
+    """So many random examples where each is expensive; HYPOTHESIS_PROFILE=search tries as many as ever."""
+    return settings(max_examples=count if settings.default.max_examples <= 25 else settings.default.max_examples)
 
 
 def tensors(shape, dtype=jnp.float32, seed=0):

@@ -14,7 +14,7 @@ from sepjax.attention.block_map import Tiling, block_map, key_visits, query_visi
 from sepjax.attention.ranges import Ranges, whole_rows
 from sepjax.attention.tpu_calls import tile_length
 from sepjax.layout import build_layout
-from tests.attention.common import layouts, ranges, ranges_mask
+from tests.attention.common import examples, layouts, ranges, ranges_mask
 
 B, T = 2, 70
 # (queries of a block, keys of a tile): equal, as the kernels have them; blocks of many tiles; tiles of many blocks.
@@ -82,6 +82,7 @@ def check(seen, tiling):
 
 
 @every_side
+@examples(10)
 @given(data=st.data())
 def test_lists_hold_every_visible_tile_once(block, tile, data):
     check_rows(data.draw(layouts((B, T))), block, tile)
@@ -99,6 +100,7 @@ def part_tiling(sizes, sides):
 
 
 @every_part
+@examples(10)
 @given(data=st.data())
 def test_lists_of_any_ranges(sizes, sides, data):
     check(data.draw(ranges((B, *sizes))), part_tiling(sizes, sides))
@@ -118,9 +120,9 @@ def test_every_query_may_see_every_key(sizes, sides):
 @every_side
 @pytest.mark.parametrize("density", [0, 0.3, 1])
 def test_no_window_needs_more_room_than_there_is(block, tile, density):
-    """The bounds on the lists' lengths are arithmetic; here is every second window of three densities, and all of T."""
+    """The bounds on the lists' lengths are arithmetic; here is every sixth window of three densities, and all of T."""
     is_separator = np.random.default_rng(0).random((B, T)) < density
-    for n in (*range(1, T, 2), T):
+    for n in (*range(1, T, 6), T):
         check_rows(build_layout(is_separator, window_size=n, num_sinks=2), block, tile)
 
 
@@ -161,7 +163,7 @@ def count_exactly(start, end, tiling):
 
 @pytest.mark.parametrize("n", [64, 256])
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
-@pytest.mark.parametrize("length", [2048, 8192, 32768])
+@pytest.mark.parametrize("length", [2048, pytest.param(8192, marks=pytest.mark.soak), 32768])
 def test_hardly_a_tile_is_visited_in_vain(length, documents, n):
     """Within 10 % of the tiles that hold a visible key, for queries and in the transpose."""
     rng = np.random.default_rng(0)

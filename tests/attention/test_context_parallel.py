@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sepjax.attention import context_parallel
 from sepjax.attention.context_parallel import ContextPlan, context_attention, from_context_order, to_context_order
 from sepjax.layout import build_layout
-from tests.attention.common import check, equations, layouts, results, tensors
+from tests.attention.common import check, equations, examples, layouts, results, tensors
 
 P = jax.P
 ROWS = P(None, "context")
@@ -44,6 +44,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
+@examples(8)
 @given(data=st.data())
 def test_equals_one_device(name, data):
     plan = PLANS[name]

@@ -90,7 +90,8 @@ CASES = {
     "every token a separator": ((2, 78, 2, 1, 64), 1.0, 5, 0, None),
     "no key but the own": ((1, 78, 2, 1, 64), 0.0, 1, 0, None),
 }
-RARE = ("every token a separator", "no key but the own")  # ten seconds each; with -m soak
+# Ten to twenty seconds each, with -m soak. Blocks beyond the last token and grouped heads are in the other cases too.
+RARE = ("every token a separator", "no key but the own", "grouped heads, blocks beyond the last token")
 
 
 @pytest.mark.usefixtures("simulated")

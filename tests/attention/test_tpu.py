@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -24,6 +24,7 @@ from tests.attention.common import (
     brute_force,
     check_scaled,
     equations,
+    examples,
     largest_terms,
     layouts,
     results,
@@ -88,7 +89,7 @@ def test_far_values_are_scaled():
 
 
 @pytest.mark.parametrize(("shape", "dtype"), EVERY_PAIR)
-@settings(max_examples=3)
+@examples(3)
 @given(data=st.data())
 def test_equals_the_definition(shape, dtype, data):
     run_and_check(PLAIN, shape, dtype, data.draw(layouts(shape)))
@@ -123,8 +124,17 @@ def edge_case(case):
     return build_layout(is_separator, window_size=n, num_sinks=a, segment_ids=segment_ids)
 
 
-@pytest.mark.parametrize("case", EDGE_CASES)
-@every_dtype
+# Which tiles are visited does not depend on the dtype: in bfloat16 one case of each kind, the others with -m soak.
+IN_BOTH = ("n = 1", "a above T", "only separators", "several documents and padding", "only padding")
+EVERY_CASE = [
+    pytest.param(dtype, case, id=f"{dtype.__name__}-{case}", marks=[] if always else pytest.mark.soak)
+    for dtype in (jnp.float32, jnp.bfloat16)
+    for case in EDGE_CASES
+    for always in [dtype == jnp.float32 or case in IN_BOTH]
+]
+
+
+@pytest.mark.parametrize(("dtype", "case"), EVERY_CASE)
 def test_edge_case(dtype, case):
     run_and_check(PLAIN, GROUPED, dtype, edge_case(case))
 
@@ -172,7 +182,7 @@ def test_large_scores(dtype, factor):
     run_and_check(PLAIN, GROUPED, dtype, sparse_layout(), factor=factor)
 
 
-@pytest.mark.parametrize("scale", [-0.25, 2.0])
+@pytest.mark.parametrize("scale", [-0.25, pytest.param(2.0, marks=pytest.mark.soak)])
 def test_a_scale_of_any_sign(scale):
     """Scale s of q is scale H ** -0.5 of q * s * H ** 0.5, by factors that are powers of two."""
 
@@ -200,8 +210,9 @@ def test_same_input_same_bits(dtype):
     inputs, layout = tensors(GROUPED, dtype), sparse_layout()
     first, second = (results(PLAIN, *inputs, layout) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    # The simulator runs the two cores in threads, so it may take any order that a chip may take.
-    jax.tree.map(np.testing.assert_array_equal, *(results(SIMULATED, *inputs, layout) for _ in range(2)))
+    # The simulator runs the two cores in threads, so it may take any order that a chip may take: in either dtype.
+    if dtype == jnp.float32:
+        jax.tree.map(np.testing.assert_array_equal, *(results(SIMULATED, *inputs, layout) for _ in range(2)))
 
 
 def test_gradients_reach_the_visible_keys_and_no_others():
@@ -209,7 +220,7 @@ def test_gradients_reach_the_visible_keys_and_no_others():
     q, k, v, d_out, d_lse = tensors(GROUPED)
     layout = sparse_layout()
     mask = np.asarray(layout.as_mask())
-    for i in (0, 19, 20, 21, 25, 26, 255, 256, 260, 261, 299):
+    for i in (0, 20, 21, 26, 255, 256, 261):
         one = jnp.zeros_like(d_out).at[:, i].set(1.0)
         *_, dq, dk, dv = results(PLAIN, q, k, v, one, jnp.zeros_like(d_lse), layout)
         np.testing.assert_array_equal(np.asarray(dv).any((2, 3)), mask[:, i])

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sepjax.attention import reference, tpu, tpu_calls
@@ -15,6 +15,7 @@ from tests.attention.common import (
     assert_errs_at_most_twice_as_much,
     brute_force,
     check,
+    examples,
     largest_terms,
     layouts,
     ranges,
@@ -74,7 +75,7 @@ def run_and_check(sizes, heads, seen, *, interpret, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("case", [x if x != RARE else pytest.param(x, marks=pytest.mark.soak) for x in CASES])
-@settings(max_examples=3)
+@examples(2)
 @given(data=st.data())
 def test_equals_the_definition(case, data):
     sizes, heads = CASES[case]
@@ -139,7 +140,7 @@ OPS = {name: over(plan, "tpu") for name, (_, plan) in PLANS.items()}
 
 @pytest.mark.usefixtures("served_here")
 @pytest.mark.parametrize("name", [x if x == "4 devices" else pytest.param(x, marks=pytest.mark.soak) for x in PLANS])
-@settings(max_examples=2)
+@examples(2)
 @given(data=st.data())
 def test_rows_split_over_devices(name, data):
     """Context parallelism around the kernels: the definition's results, with room for all global keys or too little."""

@@ -286,6 +286,17 @@ def test_mistakes_are_named_at_once(model, tokenizer):
     assert list(stream(model, tokenizer)) == []
 
 
+def test_texts_of_hardly_any_separators_are_named(model, tokenizer, capsys):
+    letters = tokenizer.encode("a" * 300)
+    assert len(letters) >= 200
+    stream(model, tokenizer, letters)
+    stream(model, tokenizer, letters, max_new_tokens=1)
+    stream(model, tokenizer, letters, max_new_tokens=1, attention=AttentionConfig(pattern="sink_window"))
+    stream(model, tokenizer, PROMPT * 20)
+    named = [line.partition(": 0.00%")[0] for line in capsys.readouterr().err.splitlines()]
+    assert named == ["warning: the text fed", "warning: prompt 0"]
+
+
 @pytest.mark.soak
 def test_ten_million_tokens(model, tokenizer):
     """Prompts of 100,000 tokens, a hundred times: live bytes do not grow, and the last are answered as by a new stream.

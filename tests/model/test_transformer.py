@@ -153,17 +153,19 @@ def _rngs():
     return nnx.Rngs(params=0)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@functools.cache
+def gradient(config):
+    graph, _ = abstract(config, ATTENTION)
+    params = split(create(LLAMA, ATTENTION, jax.random.key(0)))[1]
+    return jax.jit(jax.grad(lambda p: jnp.sum(logits(merge(graph, p), *rows()) ** 2)))(params)
+
+
+CHANGED = [("dots", True), ("full", False), ("none", not LLAMA.scan_layers)]
+REPEATED = [pytest.param(*both, marks=pytest.mark.soak) for both in (("dots", False), ("full", True))]
+
+
+@pytest.mark.parametrize(("remat", "scan_layers"), [*CHANGED, *REPEATED])
 def test_remat_and_scan_change_no_gradient(remat, scan_layers):
-    model = create(LLAMA, ATTENTION, jax.random.key(0))
-    batch = rows()
-    _, params = split(model)
-
-    def gradient(config):
-        graph, _ = abstract(config, ATTENTION)
-        return jax.jit(jax.grad(lambda p: jnp.sum(logits(merge(graph, p), *batch) ** 2)))(params)
-
     plain, saved = gradient(LLAMA), gradient(dataclasses.replace(LLAMA, remat=remat, scan_layers=scan_layers))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * np.abs(a).max()), plain, saved)
 
@@ -194,9 +196,10 @@ def test_bfloat16_keeps_float32_parameters_and_logits():
     assert np.abs(out - exact).max() < 0.05 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize(
-    "sizes", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8)]
-)
+MESHES = [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8)]
+
+
+@pytest.mark.parametrize("sizes", [*MESHES, pytest.param(MeshConfig(data=8), marks=pytest.mark.soak)])
 def test_meshes_change_nothing(sizes):
     model = create(LLAMA, ATTENTION, jax.random.key(0))
     batch = rows(B=8)

@@ -1,6 +1,7 @@
 """The train step: what it must not depend on, and one golden step."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -56,11 +57,16 @@ def make_batch(seed: int = 0, lengths: tuple[int, ...] = (12, 20)) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], mask, positions, segments, rng.random((B, T)) < 0.15)
 
 
-def run(config: Config, batches: list[Batch]):
+@functools.cache
+def compiled(config: Config):
+    """First state and step of a config, traced once for all tests of it."""
     graph = model_graph(config)
-    step = jax.jit(lambda state, batch: train_step(config, graph, state, batch))
-    state = create_state(config)
-    metrics = {}
+    return jax.jit(lambda: create_state(config)), jax.jit(lambda state, batch: train_step(config, graph, state, batch))
+
+
+def run(config: Config, batches: list[Batch]):
+    first, step = compiled(config)
+    state, metrics = first(), {}
     for batch in batches:
         state, metrics = step(state, batch)
     return state, metrics
@@ -93,9 +99,9 @@ def test_micro_batches_add_up_to_the_whole_batch(config):
 
 def test_packing_is_invisible_to_documents():
     """The same documents scored in rows of two or in rows of one: the same summed loss."""
-    graph, params = model_graph(CONFIG), create_state(CONFIG).params
-    packed = make_batch(lengths=(12, 20))
-    nll, count = eval_step(CONFIG, graph, params, packed)
+    graph, params = model_graph(CONFIG), compiled(CONFIG)[0]().params
+    packed, score = make_batch(lengths=(12, 20)), jax.jit(functools.partial(eval_step, CONFIG, graph))
+    nll, count = score(params, packed)
 
     def only(part: slice) -> Batch:
         def cut(x):
@@ -103,7 +109,7 @@ def test_packing_is_invisible_to_documents():
 
         return jax.tree.map(cut, packed)
 
-    apart = [eval_step(CONFIG, graph, params, only(part)) for part in (slice(0, 12), slice(12, 32))]
+    apart = [score(params, only(part)) for part in (slice(0, 12), slice(12, 32))]
     assert float(nll) == pytest.approx(sum(float(a[0]) for a in apart), rel=1e-5)
     assert float(count) == sum(float(a[1]) for a in apart) == packed.loss_mask.sum()
 
@@ -144,7 +150,7 @@ def test_decay_spares_biases_and_norms():
     config = dataclasses.replace(
         CONFIG, model=dataclasses.replace(CONFIG.model, norm="layernorm", attention_bias=True, mlp_bias=True)
     )
-    flat = jax.tree_util.tree_leaves_with_path(decayed_parameters(create_state(config).params))
+    flat = jax.tree_util.tree_leaves_with_path(decayed_parameters(jax.eval_shape(lambda: create_state(config)).params))
     decayed = {path[-1].key for path, decays in flat if decays}
     spared = {path[-1].key for path, decays in flat if not decays}
     assert decayed == {"kernel", "embedding"}
@@ -221,7 +227,7 @@ def test_a_gate_learns_by_far_use_and_its_choice_is_counted():
 def test_golden_step():
     """Two steps against a loop written out here: plain logits, optax's cross-entropy, clip, AdamW."""
     batch, graph = make_batch(), model_graph(CONFIG)
-    params = create_state(CONFIG).params
+    params = compiled(CONFIG)[0]().params
 
     def mean_loss(params):
         model = merge(graph, params)
