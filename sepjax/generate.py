@@ -32,11 +32,10 @@ from sepjax.generation.chat import ChatFormat, chat, interrupt_flag
 from sepjax.generation.driver import CacheUse, Job, StreamEvent, run
 from sepjax.generation.endless import EndlessStream
 from sepjax.generation.jobs import JOBS, job_of
-from sepjax.generation.prompts import Prompt, PromptError, encode_prompts
+from sepjax.generation.prompts import Prompt, PromptError, choose_sampling, encode_prompts
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import load, locate
 from sepjax.model.transformer import Transformer
-from sepjax.sampling import Sampling
 
 _STEPS_BETWEEN_STOP_CHECKS = 32
 _WHY = {  # a text of one prompt ended
@@ -69,13 +68,16 @@ def generate(
     prompts: str | Sequence[Prompt],
     *,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    sampling_defaults: bool = False,
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
     stop_at_eos: bool = True,
+    control_tokens: bool = True,
     attention: AttentionConfig | None = None,
 ) -> list[Generation]:
     """Continues prompts, all in one batch; returns an answer to each.
@@ -83,16 +85,20 @@ def generate(
     Args:
       model: from `sepjax.load`.
       tokenizer: the model's.
-      prompts: one text, or a list whose items are texts (BOS is put in front where there is one) or token ids.
+      prompts: one text, or a list whose items are texts (BOS goes in front where the model's own tokenizer puts it,
+        unless the text begins with it) or token ids.
       max_new_tokens: tokens after which an answer ends.
-      temperature: 0 always takes the best token; above, `top_k`, `top_p` and `min_p` say what to draw from
-        (`sepjax.sampling`).
-      top_k: the k best tokens; 0: all.
-      top_p: the fewest tokens that together reach this probability.
-      min_p: tokens at least so many times as probable as the best.
+      temperature: 0, the default, always takes the best token; above, `top_k`, `top_p` and `min_p` say what to draw
+        from (`sepjax.sampling`).
+      top_k: the k best tokens; 0, the default: all.
+      top_p: the fewest tokens that together reach this probability; default: 1, all.
+      min_p: tokens at least so many times as probable as the best; default: 0, all.
+      sampling_defaults: whether those of the four that are not given are as in the model's generation_config.json.
       seed: of the draws; one a prompt makes each answer independent of its place in the list.
       stop: texts that end an answer, and are no part of it.
-      stop_at_eos: whether the end-of-text token ends an answer.
+      stop_token_ids: tokens that end an answer, and are no part of its text; control tokens too.
+      stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
+      control_tokens: whether names of control tokens in the prompts' texts are these tokens; False: plain text.
       attention: another pattern than the model was trained with.
 
     Raises:
@@ -101,8 +107,11 @@ def generate(
       TypeError: prompts or stop strings that are no text.
     """
     job = Job.create(
-        model, tokenizer, prompts, max_new_tokens, Sampling.create(temperature, top_k, top_p, min_p), seed, stop,
-        stop_at_eos, attention,
+        model, tokenizer, prompts, max_new_tokens,
+        choose_sampling(
+            tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+        ),
+        seed, stop, stop_at_eos, attention, stop_token_ids, control_tokens,
     )  # fmt: skip
     answers: list[list[StreamEvent]] = [[] for _ in job.prompts]
     for row, event in run(job, _STEPS_BETWEEN_STOP_CHECKS if job.stop else bucket(max_new_tokens)):
@@ -116,13 +125,16 @@ def stream(
     prompt: Prompt | None = None,
     *,
     max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    sampling_defaults: bool = False,
     seed: int = 0,
     stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
     stop_at_eos: bool = True,
+    control_tokens: bool = True,
     attention: AttentionConfig | None = None,
     bounded: bool | None = None,
     max_repeats: int = 0,
@@ -146,17 +158,21 @@ def stream(
 
     The other arguments and errors are those of `generate`; errors come from this call, not from the first event.
     """
-    sampling = Sampling.create(temperature, top_k, top_p, min_p)
+    sampling = choose_sampling(
+        tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
     if not (max_new_tokens is None if bounded is None else bounded):
         if prompt is None or max_repeats or resume is not None:
             raise ConfigError("a missing prompt, max_repeats and resume are for bounded streams; add bounded=True")
         job = Job.create(
-            model, tokenizer, [prompt], max_new_tokens, sampling, seed, stop, stop_at_eos, attention
+            model, tokenizer, [prompt], max_new_tokens, sampling, seed, stop, stop_at_eos, attention, stop_token_ids,
+            control_tokens,
         )  # fmt: skip
         return (event for _, event in run(job, 1))
     events = EndlessStream(
         model, tokenizer, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop,
-        stop_at_eos=stop_at_eos, max_repeats=max_repeats, attention=attention,
+        stop_at_eos=stop_at_eos, stop_token_ids=stop_token_ids, control_tokens=control_tokens,
+        max_repeats=max_repeats, attention=attention,
     )  # fmt: skip
     if resume is not None:
         events.restore(resume)
@@ -224,7 +240,7 @@ def _read_prompts(prompts: Sequence[str], file: str) -> list[Prompt]:
     texts: list[Prompt] = list(prompts)
     if file:
         try:
-            texts.append(Path(file).read_text(encoding="utf-8"))
+            texts.append(Path(file).read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise PromptError(f"--prompt_file={file} is no UTF-8 text: {error}; convert it first") from error
     if not texts:
