@@ -26,9 +26,10 @@ from absl import flags
 from sepjax.cache import bucket
 from sepjax.config import PATTERNS, AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.flags import one_of_two, run_main
+from sepjax.flags import one_of_two, run_main, whole_numbers
 from sepjax.generation import limits, saved
-from sepjax.generation.chat import ChatFormat, chat, interrupt_flag
+from sepjax.generation.chat import chat, interrupt_flag
+from sepjax.generation.conversation import conversation_of
 from sepjax.generation.driver import CacheUse, Job, StreamEvent, run
 from sepjax.generation.endless import EndlessStream
 from sepjax.generation.jobs import JOBS, job_of
@@ -248,12 +249,13 @@ def _read_prompts(prompts: Sequence[str], file: str) -> list[Prompt]:
     return texts
 
 
-def _as_messages(path: Path, tokenizer: Tokenizer, texts: Sequence[Prompt]) -> list[Prompt]:
+def _as_messages(path: Path, tokenizer: Tokenizer, texts: Sequence[Prompt], control_tokens: bool) -> list[Prompt]:
     """Token ids of each text as a user's message, up to where the answer begins."""
-    template = ChatTemplate.find(path)
+    template = ChatTemplate.of_model(path, tokenizer)
     if template is None:
         raise PromptError(f"{str(path)!r} has no chat template; leave out --apply_chat_template")
-    return [tokenizer.encode(template.render([{"role": "user", "content": str(text)}])) for text in texts]
+    messages = [[{"role": "user", "content": str(text)}] for text in texts]
+    return [template.encode(tokenizer, message, control_tokens=control_tokens) for message in messages]
 
 
 class _CallableModule(types.ModuleType):
@@ -287,12 +289,17 @@ if __name__ == "__main__":
         "max_repeats", 12, "end an endless text that repeats one run of tokens more often in a row; 0: never"
     )
     TEMPLATE = flags.DEFINE_bool("apply_chat_template", False, "put each prompt into the model's chat template")
-    TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: always the best token; above: draw")
-    TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k best tokens; 0: all")
-    TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together reach this probability")
-    MIN_P = flags.DEFINE_float("min_p", 0.0, "draw from tokens at least so many times as probable as the best")
+    CONTROL = flags.DEFINE_bool(
+        "control_tokens", None, "names of control tokens in your texts are these tokens; default: not with --chat"
+    )
+    TEMPERATURE = flags.DEFINE_float("temperature", None, "0, the default: always the best token; above: draw")
+    TOP_K = flags.DEFINE_integer("top_k", None, "draw from the k best tokens; 0, the default: all")
+    TOP_P = flags.DEFINE_float("top_p", None, "draw from the fewest tokens that reach this probability; default: 1")
+    MIN_P = flags.DEFINE_float("min_p", None, "draw from tokens at least so many times as probable as the best")
+    DEFAULTS = flags.DEFINE_bool("sampling_defaults", False, "of these four, what the model's own files recommend")
     SEED = flags.DEFINE_integer("seed", 0, "of the draws")
     STOP = flags.DEFINE_multi_string("stop", [], "text that ends an answer; several times: any of them")
+    STOP_IDS = flags.DEFINE_list("stop_token_ids", [], "token ids that end an answer, besides the model's own")
     PATTERN = flags.DEFINE_enum("pattern", None, list(PATTERNS), "attention pattern; default: as in training")
     WINDOW = flags.DEFINE_integer("window_size", None, "n of every layer; default: as in training")
     SINKS = flags.DEFINE_integer("num_sinks", None, "first tokens that are always seen; default: as in training")
@@ -336,8 +343,13 @@ if __name__ == "__main__":
         if SAVE.value:
             saved.check_place(SAVE.value)
         model, tokenizer = load(path, step=STEP.value, dtype=DTYPE.value, download=DOWNLOAD.value)
+        control = not CHAT.value if CONTROL.value is None else CONTROL.value
         if TEMPLATE.value:
-            prompts = _as_messages(locate(path), tokenizer, prompts)
+            prompts = _as_messages(locate(path), tokenizer, prompts, control)
+        form = None
+        if CHAT.value:
+            template = ChatTemplate.of_model(locate(path), tokenizer)
+            form = conversation_of(tokenizer, template, system=SYSTEM.value, control_tokens=control)
         settings: dict[str, Any] = {
             "max_new_tokens": LENGTH.value if endless or LENGTH.value else 128,
             "stop_at_eos": not ENDLESS.value,
@@ -345,8 +357,14 @@ if __name__ == "__main__":
             "top_k": TOP_K.value,
             "top_p": TOP_P.value,
             "min_p": MIN_P.value,
+            "sampling_defaults": DEFAULTS.value,
+            "control_tokens": control,
             "seed": SEED.value,
-            "stop": [*STOP.value, *(ChatFormat.of(tokenizer).stop if CHAT.value else ())],
+            "stop": [*STOP.value, *(form.stop if form else ())],
+            "stop_token_ids": [
+                *whole_numbers("stop_token_ids", STOP_IDS.value, least=0),
+                *(form.stop_token_ids if form else ()),
+            ],
             "attention": _attention(model),
         }
         _warn(path, model, tokenizer, prompts, settings["attention"], settings["max_new_tokens"])
@@ -355,7 +373,7 @@ if __name__ == "__main__":
         if CHAT.value:
             events = stream(model, tokenizer, **settings)
             assert isinstance(events, EndlessStream)
-            chat(events, tokenizer, system=SYSTEM.value)
+            chat(events, tokenizer, conversation=form)
         elif len(prompts) > 1:
             _answer_all(model, tokenizer, prompts, **settings)
         else:

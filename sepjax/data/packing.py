@@ -61,9 +61,9 @@ class TokenStream:
 
     @classmethod
     def encode(cls, tokenizer: Tokenizer, texts: Sequence[str], first: int = 0) -> "TokenStream":
-        """The stream of `texts`, documents `first`, `first` + 1, ..., with what the model was trained to divide them by.
+        """The stream of `texts`, documents `first`, `first` + 1, ..., divided as those that the model was trained on.
 
-        A text that itself begins or ends with that token has it once.
+        A text that itself begins or ends with the dividing token has it once.
         """
         bos, eos = tokenizer.document_start, tokenizer.document_end
         ids, lengths = _without(*tokenizer.encode_flat(texts), bos, eos)

@@ -94,8 +94,8 @@ class SpecialTokens:
             outside = [i for i in ids if not 0 <= i < vocab_size and i != self.default_end]
             if outside:
                 raise SpecialTokenError(
-                    f"{name} has the end token eos_token_id={outside[0]}, but the vocabulary has {vocab_size} tokens, 0 "
-                    f"to {vocab_size - 1}: no answer would end; correct {name}"
+                    f"{name} has the end token eos_token_id={outside[0]}, which the vocabulary of {vocab_size} tokens "
+                    f"lacks: no answer would end; correct {name}"
                 )
         return tuple(sorted({i for ids in self.end_ids.values() for i in ids if i < vocab_size}))
 
@@ -110,9 +110,10 @@ class SpecialTokens:
             default = None if key in self.names else self.by_class.get(key)
             return default if default in has else None
         if name not in has:
+            near = nearest(name, list(has)[-4096:])  # of the last ones: names of special tokens are there
             raise SpecialTokenError(
-                f"{key} is {name!r}, which the vocabulary of {len(has)} tokens lacks{nearest(name, list(has)[-4096:])}; "
-                f"correct it in {CONFIG} or {MAP}"
+                f"{key} is {name!r}, which the vocabulary of {len(has)} tokens lacks{near}; correct it in {CONFIG} or "
+                f"{MAP}"
             )
         return name
 
@@ -168,7 +169,7 @@ def _named(values: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _content(key: str, token: Any) -> str | None:
     name = token.get("content") if isinstance(token, dict) else token
-    if name is not None and not isinstance(name, str) or (isinstance(token, dict) and name is None):
+    if not isinstance(name, str) and token is not None:
         raise SpecialTokenError(f"{key} is {str(token)[:80]}, expected a token's text")
     return name
 

@@ -112,9 +112,7 @@ class Tokenizer:
         """
         return self.encode_batch([text], bos=bos, control_tokens=control_tokens)[0]
 
-    def encode_batch(
-        self, texts: Sequence[str], *, bos: bool = False, control_tokens: bool = True
-    ) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, bos: bool = False, control_tokens: bool = True) -> list[list[int]]:
         """`encode` of each text."""
         if not len(texts):
             return []

@@ -1,8 +1,8 @@
 """Documents to be streamed and scored, and how they are dealt to the rows of a batch.
 
-Protocol: a document is [BOS] + tokens, and every token but the first is scored; BOS where the model's tokenizer puts it. The official code's protocol (`line_wise`) is
-another: every line has a BOS of its own, the cache goes on from line to line, and the last token of a line is never
-seen.
+Protocol: a document is [BOS] + tokens, with BOS where the model's own tokenizer puts it, and every token but the first
+is scored. The official code's protocol (`line_wise`) is another: every line has a BOS of its own, the cache goes on
+from line to line, and the last token of a line is never seen.
 """
 
 import dataclasses

@@ -115,9 +115,9 @@ def choose_sampling(tokenizer: Tokenizer, sampling_defaults: bool, **given: floa
     if sampling_defaults:
         theirs = tokenizer.special.sampling
         if not theirs:
-            raise ConfigError("the model has no sampling defaults (generation_config.json); leave out sampling_defaults")
+            raise ConfigError("the model has no generation_config.json with settings; leave out sampling_defaults")
         defaults = dict(_PLAIN_DRAW if theirs.get("do_sample") else _PLAIN)
-        for name in _PLAIN if theirs.get("do_sample") else ():
+        for name in _PLAIN if theirs.get("do_sample") else ():  # else it takes the best token, whatever it says
             value = theirs.get(name)
             if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
                 raise ConfigError(f"generation_config.json has {name}={str(value)[:80]!r}, expected a number")

@@ -173,8 +173,10 @@ def test_the_tokenizer_splits_digits_and_knows_its_control_tokens(tmp_path):
         *("abc", "Ġa", "1", "1", ",", "Ġ", "bc", "."),
     ]
     assert tokenizer.decode(tokenizer.encode("abc a11, bc.")) == "abc a11, bc."
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 2)  # <|im_start|> starts a turn, no text
-    assert tokenizer.encode("<|im_start|>a") == [1, 3]
+    # <|im_start|> starts a turn, not a text: nothing is put in front, and documents are divided by <|endoftext|>.
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (1, 2, False)
+    assert (tokenizer.document_start, tokenizer.document_end) == (0, 0)
+    assert tokenizer.encode("<|im_start|>a", bos=True) == [1, 3]
 
 
 def test_the_scaling_of_llama_3_1_is_found_in_its_divisors(tmp_path):
@@ -202,10 +204,10 @@ def test_a_read_model_generates(tmp_path):
     write(tmp_path / "m.gguf")
     model, tokenizer = sepjax.load(tmp_path / "m.gguf")
     (answer,) = sepjax.generate(model, tokenizer, "abc", max_new_tokens=4, stop_at_eos=False)
-    tokens = jnp.array([[0, *tokenizer.encode("abc"), *answer.token_ids]], jnp.int32)
+    tokens = jnp.array([[*tokenizer.encode("abc"), *answer.token_ids]], jnp.int32)
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     hidden, _ = forward(model, tokens, positions, jnp.zeros_like(tokens, bool))
-    assert jnp.argmax(model.logits(hidden), axis=-1)[0, 1:-1].tolist() == list(answer.token_ids)
+    assert jnp.argmax(model.logits(hidden), axis=-1)[0, -5:-1].tolist() == list(answer.token_ids)
 
 
 @pytest.mark.parametrize(
