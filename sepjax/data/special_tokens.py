@@ -42,6 +42,7 @@ class SpecialTokens:
 
     names: Mapping[str, str | None] = dataclasses.field(default_factory=dict)  # "bos_token": "<s>"; None: there is none
     flags: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # of tokens named with flags
+    more: tuple[str, ...] = ()  # further control tokens, which no name stands for
     by_class: Mapping[str, str] = dataclasses.field(default_factory=dict)  # names that count if the vocabulary has them
     added: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # tokens by id: content, flags
     end_ids: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # ends of an answer, by their file
@@ -68,6 +69,7 @@ class SpecialTokens:
         return cls(
             names={key: _content(key, token) for key, token in named.items()},
             flags={token["content"]: token for token in named.values() if isinstance(token, dict)},
+            more=tuple(token for name in (MAP, CONFIG) for token in _more(values.get(name, {}))),
             by_class=dict(zip(("bos_token", "eos_token", "unk_token"), _BY_CLASS.get(kind, ()), strict=False)),
             added=_added(values, named),
             end_ids={name: ids for name, ids in ends.items() if ids},
@@ -80,6 +82,7 @@ class SpecialTokens:
     def files(self) -> dict[str, bytes]:
         """What `read` gives back, in the files that transformers reads."""
         config: dict[str, Any] = dict(self.names)
+        config |= {"additional_special_tokens": list(self.more)} if self.more else {}
         config |= {} if self.chat_template is None else {"chat_template": self.chat_template}
         config |= {} if self.adds_bos is None else {"add_bos_token": self.adds_bos}
         generation = dict(self.sampling)
@@ -172,6 +175,18 @@ def _content(key: str, token: Any) -> str | None:
     if not isinstance(name, str) and token is not None:
         raise SpecialTokenError(f"{key} is {str(token)[:80]}, expected a token's text")
     return name
+
+
+def _more(values: Mapping[str, Any]) -> list[str]:
+    """The tokens of a list, or of names with tokens, as older and newer files have them."""
+    found = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = values.get(key) or []
+        tokens = tokens.values() if isinstance(tokens, dict) else tokens
+        if not isinstance(tokens, list | type({}.values())):
+            raise SpecialTokenError(f"{key} is {str(tokens)[:80]}, expected a list of tokens")
+        found += [_content(key, token) for token in tokens]
+    return [token for token in found if token is not None]
 
 
 def _added(values: Mapping[str, dict[str, Any]], named: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:

@@ -69,6 +69,7 @@ class SentencePieceModel(TokenizerModel):
         size = self.vocabulary.get_piece_size()
         self.bos_id, self.eos_id = (self._named(key) for key in ("bos_token", "eos_token"))
         self.end_ids = self.special.check_ends(size)
+        self.special = dataclasses.replace(self.special, end_ids={"": self.end_ids}, default_end=None)
         self.adds_bos = self.bos_id is not None and self.special.adds_bos is not False
         self.starts_with_space = self.vocabulary.encode("a", out_type=str)[0].startswith(SPACE)
         # Our kind of model adds and drops nothing and no piece reaches over a newline: texts may be cut behind one.
@@ -162,14 +163,16 @@ class HuggingFaceModel(TokenizerModel):
     def _name_tokens(self, special: SpecialTokens, has: Mapping[str, int]) -> None:
         """Sets the ids of BOS, EOS and the end tokens. BOS is what stands before a text, whatever its name."""
         bos, eos = (special.check_name(key, has) for key in ("bos_token", "eos_token"))
-        self.special = dataclasses.replace(special, names={**special.names, "bos_token": bos, "eos_token": eos})
+        names = {key: name for key, name in special.by_class.items() if name in has}
+        names |= {**special.names, "bos_token": bos, "eos_token": eos}
+        self.end_ids = special.check_ends(1 + max(has.values()))
+        self.special = dataclasses.replace(special, names=names, end_ids={"": self.end_ids}, default_end=None)
         prefix = _prefix(self.vocabulary)
         if len(prefix) > 1 or not all(i in has.values() for i in prefix):
             raise ValueError(f"it puts the tokens {prefix[:8]} before every text; one of the vocabulary is supported")
         self.adds_bos = bool(prefix)
         self.bos_id = prefix[0] if prefix else has.get(bos or "")
         self.eos_id = has.get(eos or "")
-        self.end_ids = special.check_ends(1 + max(has.values()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For Grain's worker processes."""
@@ -298,7 +301,7 @@ def _add_tokens(vocabulary: tokenizers.Tokenizer, special: SpecialTokens) -> Non
             )
     control = {token.content for token in vocabulary.get_added_tokens_decoder().values() if token.special}
     has = vocabulary.get_vocab(with_added_tokens=True)
-    for name in special.names.values():
+    for name in (*special.names.values(), *special.more):
         if name is not None and name in has and name not in control:
             vocabulary.add_special_tokens([_added_token({**special.flags.get(name, {}), "content": name})])
 

@@ -100,7 +100,7 @@ def _encode(tokenizer: Tokenizer, number: int, prompt: Any, control_tokens: bool
     return ids
 
 
-def choose_sampling(tokenizer: Tokenizer, sampling_defaults: bool, **given: float | None) -> Sampling:
+def choose_sampling(tokenizer: Tokenizer, sampling_defaults: bool, **given: Any) -> Sampling:
     """How to draw: what is given; else, if asked for, what generation_config.json says; else the best token.
 
     Args:
@@ -119,9 +119,10 @@ def choose_sampling(tokenizer: Tokenizer, sampling_defaults: bool, **given: floa
         defaults = dict(_PLAIN_DRAW if theirs.get("do_sample") else _PLAIN)
         for name in _PLAIN if theirs.get("do_sample") else ():  # else it takes the best token, whatever it says
             value = theirs.get(name)
-            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
-                raise ConfigError(f"generation_config.json has {name}={str(value)[:80]!r}, expected a number")
-            defaults |= {} if value is None else {name: value}
+            kind = type(_PLAIN[name])
+            if value is not None and type(value) not in (int, kind):
+                raise ConfigError(f"generation_config.json has {name}={str(value)[:80]!r}, expected {kind.__name__}")
+            defaults |= {} if value is None else {name: kind(value)}
     chosen: dict[str, Any] = {name: defaults[name] if given[name] is None else given[name] for name in _PLAIN}
     return Sampling.create(**chosen)
 
