@@ -49,21 +49,27 @@ def documents_of(
                 pairs = [(line[:-1], line[1:]) for line in lines]
                 yield Document(*(np.array([i for pair in pairs for i in pair[side]], np.int32) for side in (0, 1)))
             else:
-                yield from whole_documents([tokenizer.encode(text)], tokenizer.prefix)
+                yield from whole_documents([tokenizer.encode(text)], _bos(tokenizer))
 
     return _first(ids(), max_tokens)
 
 
 def whole_documents(
-    texts: Iterable[Sequence[int] | np.ndarray], prefix: Sequence[int], *, max_tokens: int = 0
+    texts: Iterable[Sequence[int] | np.ndarray], bos_id: int | None, *, max_tokens: int = 0
 ) -> list[Document]:
-    """Documents of token ids, each after `prefix` (BOS or nothing) unless it begins with that."""
+    """Documents of token ids, each after one BOS, unless that is None: then after nothing."""
+    prefix = [] if bos_id is None else [bos_id]
 
     def start(ids: Sequence[int] | np.ndarray) -> Sequence[int]:
-        return prefix if list(ids[: len(prefix)]) != list(prefix) else ()
+        return prefix if list(ids[:1]) != prefix else ()  # never twice
 
     whole = (np.concatenate([np.asarray(x, np.int32) for x in (start(ids), ids)]) for ids in texts)
     return _first((Document(ids[:-1], ids[1:]) for ids in whole), max_tokens)
+
+
+def _bos(tokenizer: Tokenizer) -> int | None:
+    """What the model's own tokenizer puts in front of a text."""
+    return next(iter(tokenizer.prefix), None)
 
 
 def read_documents(path: Path, tokenizer: Tokenizer, *, line_wise: bool = False, max_tokens: int = 0) -> list[Document]:
@@ -81,7 +87,7 @@ def read_documents(path: Path, tokenizer: Tokenizer, *, line_wise: bool = False,
         most = max((int(ids.max(initial=0)) for ids in texts), default=0)
         if most >= tokenizer.vocab_size:
             raise StreamError(f"{str(path)!r} has token id {most}, but the vocabulary only {tokenizer.vocab_size}")
-        return whole_documents(texts, tokenizer.prefix, max_tokens=max_tokens)
+        return whole_documents(texts, _bos(tokenizer), max_tokens=max_tokens)
     return documents_of(tokenizer, read_texts(path), line_wise=line_wise, max_tokens=max_tokens)
 
 

@@ -141,7 +141,10 @@ def test_control_tokens_in_a_users_text_can_be_text(tmp_path):
         ({"special_tokens_map": {"bos_token": "<b>"}}, "bos_token is '<b>', which the vocabulary"),
         ({"tokenizer_config": {"eos_token": 3}}, "eos_token is 3, expected a token's text"),
         ({"tokenizer_config": {"added_tokens_decoder": {"300": {"content": "<x>"}}}}, "'<x>' should have the id 300"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"a": {"content": "<x>"}}}}, "expected an id with a token's text"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"a": {"content": "<x>"}}}},
+            "expected an id with a token's text",
+        ),
         ({"tokenizer_config": {"additional_special_tokens": 3}}, "expected a list of tokens"),
         ({"generation_config": {"eos_token_id": [2, 2**32]}}, r"generation_config.json has .*=4294967296, .* lacks"),
         ({"config": {"eos_token_id": -1}}, r"config.json has the end token eos_token_id=-1"),
@@ -159,7 +162,7 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path, files, message):
 
 def test_hostile_files_are_refused_at_once(tmp_path):
     folder = write(tmp_path / "large")
-    text = (folder / "tokenizer.json").read_text().replace(': 255}', f": {2**32 - 1}}}")
+    text = (folder / "tokenizer.json").read_text().replace(": 255}", f": {2**32 - 1}}}")
     (folder / "tokenizer.json").write_text(text)
     with pytest.raises(DataError, match="have ids up to 4294967295"):
         Tokenizer.load(folder)
