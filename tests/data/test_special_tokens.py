@@ -18,7 +18,7 @@ DECODER = {str(256 + i): {"content": name, "special": True} for i, name in enume
 
 
 def write(folder, control=("<s>", "</s>"), *, bos=None, vocabulary=BYTES, **files):
-    """A byte-level tokenizer whose ids 256, 257, ... are `control`; `bos` goes before every text; files by their stem."""
+    """A byte-level tokenizer: ids 256, 257, ... are `control`, `bos` goes before every text; files by their stem."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     first = [{"SpecialToken": {"id": name, "type_id": 0}} for name in bos or ()]
@@ -52,7 +52,10 @@ def spelt(tokenizer, ids):
     [
         # EOS in one file, BOS in the other; where both name one, the map counts, as in transformers.
         ({"tokenizer_config": CLASS | {"eos_token": "</s>"}, "special_tokens_map": {"bos_token": "<s>"}}, 256, 257, []),
-        ({"tokenizer_config": CLASS | {"eos_token": "<s>"}, "special_tokens_map": {"eos_token": "</s>"}}, None, 257, []),
+        (
+            {"tokenizer_config": CLASS | {"eos_token": "<s>"}, "special_tokens_map": {"eos_token": "</s>"}},
+            None, 257, [],
+        ),
         # Unless the config lists its tokens, one of which the tokenizer.json lacks.
         (
             {
