@@ -303,9 +303,9 @@ def _special_tokens(path: Path, fields: Mapping[str, Field], tokens: list[str], 
     ids: dict[str, int] = {}
     for ours, theirs in _SPECIAL_IDS.items():
         name = f"tokenizer.ggml.{theirs}_token_id"
-        i = fields[name].contents() if name in fields else None
-        if i is None:
+        if name not in fields:
             continue
+        i = _field(path, fields, name)
         if type(i) is not int or not 0 <= i < len(tokens):
             raise GGUFError(f"{str(path)!r}: {name}={str(i)[:80]}, expected one of its {len(tokens)} tokens")
         ids[ours] = i
@@ -317,6 +317,6 @@ def _special_tokens(path: Path, fields: Mapping[str, Field], tokens: list[str], 
         names={"bos_token": None, "eos_token": None}
         | {name: tokens[i] for name, i in ids.items() if name.endswith("_token")},
         end_ids={path.name: tuple(ids[name] for name in ("eos_token", "eot", "eom") if name in ids)},
-        chat_template=fields[template].contents() if template in fields else None,
+        chat_template=_field(path, fields, template) if template in fields else None,
         adds_bos=bool(adds_bos),
     )
