@@ -292,18 +292,19 @@ def _checked_ids(vocabulary: tokenizers.Tokenizer) -> dict[str, int]:
 
 def _add_tokens(vocabulary: tokenizers.Tokenizer, special: SpecialTokens) -> None:
     """Adds what only the files beside it have, and makes named tokens control tokens, as transformers does."""
+    vocabulary.add_tokens([_added_token(token) for token in special.added.values()])  # in the order of their ids
     for i, token in special.added.items():
-        vocabulary.add_tokens([_added_token(token)])
         if (found := vocabulary.token_to_id(token["content"])) != i:
             raise SpecialTokenError(
                 f"added token {token['content'][:80]!r} should have the id {i}, but the next one of the vocabulary "
                 f"is {found}; the files do not belong together"
             )
     control = {token.content for token in vocabulary.get_added_tokens_decoder().values() if token.special}
-    has = vocabulary.get_vocab(with_added_tokens=True)
+    has, missing = vocabulary.get_vocab(with_added_tokens=True), []
     for name in (*special.names.values(), *special.more):
         if name is not None and name in has and name not in control:
-            vocabulary.add_special_tokens([_added_token({**special.flags.get(name, {}), "content": name})])
+            missing.append(_added_token({**special.flags.get(name, {}), "content": name}))
+    vocabulary.add_special_tokens(missing)
 
 
 def _added_token(token: Mapping[str, Any]) -> tokenizers.AddedToken:
