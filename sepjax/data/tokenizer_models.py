@@ -300,11 +300,9 @@ def _add_tokens(vocabulary: tokenizers.Tokenizer, special: SpecialTokens) -> Non
                 f"is {found}; the files do not belong together"
             )
     control = {token.content for token in vocabulary.get_added_tokens_decoder().values() if token.special}
-    has, missing = vocabulary.get_vocab(with_added_tokens=True), []
-    for name in (*special.names.values(), *special.more):
-        if name is not None and name in has and name not in control:
-            missing.append(_added_token({**special.flags.get(name, {}), "content": name}))
-    vocabulary.add_special_tokens(missing)
+    has = vocabulary.get_vocab(with_added_tokens=True)
+    named = {name for name in (*special.names.values(), *special.more) if name in has and name not in control}
+    vocabulary.add_special_tokens([_added_token({**special.flags.get(x, {}), "content": x}) for x in sorted(named)])
 
 
 def _added_token(token: Mapping[str, Any]) -> tokenizers.AddedToken:

@@ -64,9 +64,8 @@ def token_windows(
         whole = tokenizer.encode(text)
         whole = np.array(tokenizer.with_bos(whole) if bos else whole, np.int32)
         ids = whole[: max_tokens or None]
-        scored = len(text.encode()) - len(tokenizer.token_bytes(int(ids[0]))) if len(ids) else 0  # the first is not
-        cut = len(ids) < len(whole)
-        num_bytes += sum(len(tokenizer.token_bytes(int(i))) for i in ids[1:]) if cut else scored
+        complete = len(ids) == len(whole) and ids[:1].tolist() == tokenizer.prefix  # all of the text is scored
+        num_bytes += len(text.encode()) if complete else sum(len(tokenizer.token_bytes(int(i))) for i in ids[1:])
         windows += [ids[i : i + length + 1] for i in range(0, len(ids) - 1, length)]
         documents += [number] * (len(windows) - len(documents))
     if not windows:
