@@ -291,7 +291,10 @@ def _checked_ids(vocabulary: tokenizers.Tokenizer) -> dict[str, int]:
 
 
 def _add_tokens(vocabulary: tokenizers.Tokenizer, special: SpecialTokens) -> None:
-    """Adds what only the files beside it have, and makes named tokens control tokens, as transformers does."""
+    """Adds what only the files beside it have, and makes named tokens control tokens, as transformers does.
+
+    Not those that the tokenizer's own file has as added ones: it says itself what they are.
+    """
     vocabulary.add_tokens([_added_token(token) for token in special.added.values()])  # in the order of their ids
     for i, token in special.added.items():
         if (found := vocabulary.token_to_id(token["content"])) != i:
@@ -299,9 +302,9 @@ def _add_tokens(vocabulary: tokenizers.Tokenizer, special: SpecialTokens) -> Non
                 f"added token {token['content'][:80]!r} should have the id {i}, but the next one of the vocabulary "
                 f"is {found}; the files do not belong together"
             )
-    control = {token.content for token in vocabulary.get_added_tokens_decoder().values() if token.special}
+    known = {token.content for token in vocabulary.get_added_tokens_decoder().values()}
     has = vocabulary.get_vocab(with_added_tokens=True)
-    named = {name for name in (*special.names.values(), *special.more) if name in has and name not in control}
+    named = {name for name in (*special.names.values(), *special.more) if name in has and name not in known}
     vocabulary.add_special_tokens([_added_token({**special.flags.get(x, {}), "content": x}) for x in sorted(named)])
 
 

@@ -307,7 +307,7 @@ def _special_tokens(path: Path, fields: Mapping[str, Field], tokens: list[str], 
             continue
         i = _field(path, fields, name)
         if type(i) is not int or not 0 <= i < len(tokens):
-            raise GGUFError(f"{str(path)!r}: {name}={str(i)[:80]}, expected one of its {len(tokens)} tokens")
+            raise GGUFError(f"{str(path)!r}: {name}={str(i)[:80]}, but there are {len(tokens)} tokens")
         ids[ours] = i
     adds_bos = _field(path, fields, "tokenizer.ggml.add_bos_token", pre == "llama-bpe")
     if adds_bos and "bos_token" not in ids:

@@ -417,5 +417,5 @@ def test_special_tokens_and_the_chat_template_survive(tmp_path):
     for found in (ChatTemplate.of(read), ChatTemplate.find(tmp_path), ChatTemplate.find(tmp_path / "m.gguf")):
         assert found.render([{"role": "user", "content": "a"}]) == "<|im_start|>a<|im_end|>"
     write(tmp_path / "m.gguf", eot=len(TOKENS))
-    with pytest.raises(GGUFError, match=r"eot_token_id=.*, expected one of its"):
+    with pytest.raises(GGUFError, match=r"eot_token_id=.*, but there are"):
         load_gguf(tmp_path / "m.gguf", dtype="float32")
