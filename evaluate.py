@@ -172,7 +172,7 @@ def run_tasks(
         dataclasses.replace(with_pattern(config_of(path, model), pattern, window_size), cache_size=0)
         for pattern in patterns
     ]
-    template = ChatTemplate.find(locate(path)) if options.get("apply_chat_template") else None
+    template = ChatTemplate.of_model(locate(path), tokenizer) if options.get("apply_chat_template") else None
     scores = []
     for score in tasks.run_tasks(model, tokenizer, names, attentions, chat_template=template, **options):
         scores.append(score)

@@ -26,17 +26,17 @@ from absl import flags
 from sepjax.cache import bucket
 from sepjax.config import PATTERNS, AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.flags import one_of_two, run_main
+from sepjax.flags import one_of_two, run_main, whole_numbers
 from sepjax.generation import limits, saved
-from sepjax.generation.chat import ChatFormat, chat, interrupt_flag
+from sepjax.generation.chat import chat, interrupt_flag
+from sepjax.generation.conversation import conversation_of
 from sepjax.generation.driver import CacheUse, Job, StreamEvent, run
 from sepjax.generation.endless import EndlessStream
 from sepjax.generation.jobs import JOBS, job_of
-from sepjax.generation.prompts import Prompt, PromptError, encode_prompts
+from sepjax.generation.prompts import Prompt, PromptError, choose_sampling, encode_prompts
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import load, locate
 from sepjax.model.transformer import Transformer
-from sepjax.sampling import Sampling
 
 _STEPS_BETWEEN_STOP_CHECKS = 32
 _WHY = {  # a text of one prompt ended
@@ -69,13 +69,16 @@ def generate(
     prompts: str | Sequence[Prompt],
     *,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    sampling_defaults: bool = False,
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
     stop_at_eos: bool = True,
+    control_tokens: bool = True,
     attention: AttentionConfig | None = None,
 ) -> list[Generation]:
     """Continues prompts, all in one batch; returns an answer to each.
@@ -83,16 +86,20 @@ def generate(
     Args:
       model: from `sepjax.load`.
       tokenizer: the model's.
-      prompts: one text, or a list whose items are texts (BOS is put in front where there is one) or token ids.
+      prompts: one text, or a list whose items are texts (BOS goes in front where the model's own tokenizer puts it,
+        unless the text begins with it) or token ids.
       max_new_tokens: tokens after which an answer ends.
-      temperature: 0 always takes the best token; above, `top_k`, `top_p` and `min_p` say what to draw from
-        (`sepjax.sampling`).
-      top_k: the k best tokens; 0: all.
-      top_p: the fewest tokens that together reach this probability.
-      min_p: tokens at least so many times as probable as the best.
+      temperature: 0, the default, always takes the best token; above, `top_k`, `top_p` and `min_p` say what to draw
+        from (`sepjax.sampling`).
+      top_k: the k best tokens; 0, the default: all.
+      top_p: the fewest tokens that together reach this probability; default: 1, all.
+      min_p: tokens at least so many times as probable as the best; default: 0, all.
+      sampling_defaults: whether those of the four that are not given are as in the model's generation_config.json.
       seed: of the draws; one a prompt makes each answer independent of its place in the list.
       stop: texts that end an answer, and are no part of it.
-      stop_at_eos: whether the end-of-text token ends an answer.
+      stop_token_ids: tokens that end an answer, and are no part of its text; control tokens too.
+      stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
+      control_tokens: whether names of control tokens in the prompts' texts are these tokens; False: plain text.
       attention: another pattern than the model was trained with.
 
     Raises:
@@ -101,8 +108,11 @@ def generate(
       TypeError: prompts or stop strings that are no text.
     """
     job = Job.create(
-        model, tokenizer, prompts, max_new_tokens, Sampling.create(temperature, top_k, top_p, min_p), seed, stop,
-        stop_at_eos, attention,
+        model, tokenizer, prompts, max_new_tokens,
+        choose_sampling(
+            tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+        ),
+        seed, stop, stop_at_eos, attention, stop_token_ids, control_tokens,
     )  # fmt: skip
     answers: list[list[StreamEvent]] = [[] for _ in job.prompts]
     for row, event in run(job, _STEPS_BETWEEN_STOP_CHECKS if job.stop else bucket(max_new_tokens)):
@@ -116,13 +126,16 @@ def stream(
     prompt: Prompt | None = None,
     *,
     max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    sampling_defaults: bool = False,
     seed: int = 0,
     stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
     stop_at_eos: bool = True,
+    control_tokens: bool = True,
     attention: AttentionConfig | None = None,
     bounded: bool | None = None,
     max_repeats: int = 0,
@@ -146,17 +159,21 @@ def stream(
 
     The other arguments and errors are those of `generate`; errors come from this call, not from the first event.
     """
-    sampling = Sampling.create(temperature, top_k, top_p, min_p)
+    sampling = choose_sampling(
+        tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
     if not (max_new_tokens is None if bounded is None else bounded):
         if prompt is None or max_repeats or resume is not None:
             raise ConfigError("a missing prompt, max_repeats and resume are for bounded streams; add bounded=True")
         job = Job.create(
-            model, tokenizer, [prompt], max_new_tokens, sampling, seed, stop, stop_at_eos, attention
+            model, tokenizer, [prompt], max_new_tokens, sampling, seed, stop, stop_at_eos, attention, stop_token_ids,
+            control_tokens,
         )  # fmt: skip
         return (event for _, event in run(job, 1))
     events = EndlessStream(
         model, tokenizer, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop,
-        stop_at_eos=stop_at_eos, max_repeats=max_repeats, attention=attention,
+        stop_at_eos=stop_at_eos, stop_token_ids=stop_token_ids, control_tokens=control_tokens,
+        max_repeats=max_repeats, attention=attention,
     )  # fmt: skip
     if resume is not None:
         events.restore(resume)
@@ -224,7 +241,7 @@ def _read_prompts(prompts: Sequence[str], file: str) -> list[Prompt]:
     texts: list[Prompt] = list(prompts)
     if file:
         try:
-            texts.append(Path(file).read_text(encoding="utf-8"))
+            texts.append(Path(file).read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise PromptError(f"--prompt_file={file} is no UTF-8 text: {error}; convert it first") from error
     if not texts:
@@ -232,12 +249,13 @@ def _read_prompts(prompts: Sequence[str], file: str) -> list[Prompt]:
     return texts
 
 
-def _as_messages(path: Path, tokenizer: Tokenizer, texts: Sequence[Prompt]) -> list[Prompt]:
+def _as_messages(path: Path, tokenizer: Tokenizer, texts: Sequence[Prompt], control_tokens: bool) -> list[Prompt]:
     """Token ids of each text as a user's message, up to where the answer begins."""
-    template = ChatTemplate.find(path)
+    template = ChatTemplate.of_model(path, tokenizer)
     if template is None:
         raise PromptError(f"{str(path)!r} has no chat template; leave out --apply_chat_template")
-    return [tokenizer.encode(template.render([{"role": "user", "content": str(text)}])) for text in texts]
+    messages = [[{"role": "user", "content": str(text)}] for text in texts]
+    return [template.encode(tokenizer, message, control_tokens=control_tokens) for message in messages]
 
 
 class _CallableModule(types.ModuleType):
@@ -271,12 +289,17 @@ if __name__ == "__main__":
         "max_repeats", 12, "end an endless text that repeats one run of tokens more often in a row; 0: never"
     )
     TEMPLATE = flags.DEFINE_bool("apply_chat_template", False, "put each prompt into the model's chat template")
-    TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: always the best token; above: draw")
-    TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k best tokens; 0: all")
-    TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that together reach this probability")
-    MIN_P = flags.DEFINE_float("min_p", 0.0, "draw from tokens at least so many times as probable as the best")
+    CONTROL = flags.DEFINE_bool(
+        "control_tokens", None, "names of control tokens in your texts are these tokens; default: not with --chat"
+    )
+    TEMPERATURE = flags.DEFINE_float("temperature", None, "0, the default: always the best token; above: draw")
+    TOP_K = flags.DEFINE_integer("top_k", None, "draw from the k best tokens; 0, the default: all")
+    TOP_P = flags.DEFINE_float("top_p", None, "draw from the fewest tokens that reach this probability; default: 1")
+    MIN_P = flags.DEFINE_float("min_p", None, "draw from tokens at least so many times as probable as the best")
+    DEFAULTS = flags.DEFINE_bool("sampling_defaults", False, "of these four, what the model's own files recommend")
     SEED = flags.DEFINE_integer("seed", 0, "of the draws")
     STOP = flags.DEFINE_multi_string("stop", [], "text that ends an answer; several times: any of them")
+    STOP_IDS = flags.DEFINE_list("stop_token_ids", [], "token ids that end an answer, besides the model's own")
     PATTERN = flags.DEFINE_enum("pattern", None, list(PATTERNS), "attention pattern; default: as in training")
     WINDOW = flags.DEFINE_integer("window_size", None, "n of every layer; default: as in training")
     SINKS = flags.DEFINE_integer("num_sinks", None, "first tokens that are always seen; default: as in training")
@@ -318,8 +341,13 @@ if __name__ == "__main__":
         if SAVE.value:
             saved.check_place(SAVE.value)
         model, tokenizer = load(path, step=STEP.value, dtype=DTYPE.value, download=DOWNLOAD.value)
+        control = not CHAT.value if CONTROL.value is None else CONTROL.value
         if TEMPLATE.value:
-            prompts = _as_messages(locate(path), tokenizer, prompts)
+            prompts = _as_messages(locate(path), tokenizer, prompts, control)
+        form = None
+        if CHAT.value:
+            template = ChatTemplate.of_model(locate(path), tokenizer)
+            form = conversation_of(tokenizer, template, system=SYSTEM.value, control_tokens=control)
         settings: dict[str, Any] = {
             "max_new_tokens": LENGTH.value if endless or LENGTH.value else 128,
             "stop_at_eos": not ENDLESS.value,
@@ -327,8 +355,14 @@ if __name__ == "__main__":
             "top_k": TOP_K.value,
             "top_p": TOP_P.value,
             "min_p": MIN_P.value,
+            "sampling_defaults": DEFAULTS.value,
+            "control_tokens": control,
             "seed": SEED.value,
-            "stop": [*STOP.value, *(ChatFormat.of(tokenizer).stop if CHAT.value else ())],
+            "stop": [*STOP.value, *(form.stop if form else ())],
+            "stop_token_ids": [
+                *whole_numbers("stop_token_ids", STOP_IDS.value, least=0),
+                *(form.stop_token_ids if form else ()),
+            ],
             "attention": _attention(model),
         }
         _warn(path, model, tokenizer, prompts, settings["attention"], settings["max_new_tokens"])
@@ -337,7 +371,7 @@ if __name__ == "__main__":
         if CHAT.value:
             events = stream(model, tokenizer, **settings)
             assert isinstance(events, EndlessStream)
-            chat(events, tokenizer, system=SYSTEM.value)
+            chat(events, tokenizer, conversation=form)
         elif len(prompts) > 1:
             _answer_all(model, tokenizer, prompts, **settings)
         else:

@@ -71,13 +71,13 @@ def test_flags_that_jobs_ignored_are_refused() -> None:
 
 
 def test_the_job_follows_from_the_flags() -> None:
-    assert evaluation.job_of(["perplexity"], compare=True, arms=True) == evaluation.EQUAL_KV
+    assert evaluation.job_of(["perplexity"], compare=True, arms=True) == evaluation.EQUAL_KV  # refuses --arms
     assert evaluation.job_of(["streaming"], compare=True, arms=False) == evaluation.STREAMING  # which refuses --compare
     assert evaluation.job_of(["piqa", "arc_easy"], compare=False, arms=True) == evaluation.TASKS
-    for job in (evaluation.PERPLEXITY, evaluation.STREAMING):
+    for job in (evaluation.PERPLEXITY, evaluation.STREAMING, evaluation.NEEDLE, evaluation.RECALL):
         assert evaluation.job_of([job.removeprefix("--task=")], compare=False, arms=True) == f"{job} --arms"
     for tasks in ([], [""], ["streaming", "piqa"], ["perplexity", "needle"]):
-        with pytest.raises(ConfigError, match="give one of perplexity, streaming, needle, or tasks of lm-eval"):
+        with pytest.raises(ConfigError, match="give one of perplexity, streaming, needle, recall, or tasks of lm-eval"):
             evaluation.job_of(tasks, compare=False, arms=False)
     assert generation.job_of(stream=True, chat=True, resume=True) == generation.CHAT
     assert generation.job_of(stream=False, chat=False, resume=True) == generation.RESUME

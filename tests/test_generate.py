@@ -20,7 +20,9 @@ import sepjax
 from sepjax.checkpoint import Checkpointer
 from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig
 from sepjax.data.errors import DataError
+from sepjax.data.special_tokens import SpecialTokens
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
+from sepjax.data.tokenizer_models import SentencePieceModel
 from sepjax.generate import generate, stream
 from sepjax.generation import driver
 from sepjax.generation.prompts import PromptError, check_stop, encode_prompts
@@ -223,6 +225,53 @@ def test_the_end_token_ends_a_row(model, tokenizer, answers):
     assert (len(events), events[-1].finish_reason) == (at + 1, "eos")
 
 
+def test_every_end_token_of_the_model_and_the_users_ends_a_row(model, tokenizer, answers):
+    """The model's are of its files and give "eos"; the user's give "stop", are no part of the text, compile nothing."""
+    drawn = answers[0].token_ids
+    at, later = [i for i in range(3, 40) if drawn.index(drawn[i]) == i and tokenizer.token_bytes(drawn[i])][:2]
+    special = SpecialTokens(end_ids={"generation_config.json": (drawn[later], drawn[at])})
+    proto = tokenizer._model.files()["tokenizer.model"]
+    with_ends = Tokenizer(SentencePieceModel(proto, special))
+    assert set(with_ends.end_ids) == {tokenizer.eos_id, drawn[at], drawn[later]}
+    settings = {"max_new_tokens": 40, "stop_at_eos": True}
+    (ended,) = generate(model, with_ends, PROMPTS[:1], **settings)
+    assert (ended.token_ids, ended.finish_reason) == (drawn[: at + 1], "eos")
+    with counted_compilations() as compiled:
+        (stopped,) = generate(model, tokenizer, PROMPTS[:1], stop_token_ids=[drawn[at]], **settings)
+        (longer,) = generate(model, with_ends, PROMPTS[:1], stop_at_eos=False, max_new_tokens=40)
+    assert compiled == []
+    assert (stopped.token_ids, stopped.finish_reason) == (drawn[: at + 1], "stop")
+    assert stopped.text == tokenizer.decode(drawn[:at], continues=True)
+    assert len(longer.token_ids) == 40
+    for bounded in (False, True):
+        events = list(stream(model, tokenizer, PROMPTS[0], stop_token_ids=[drawn[at]], bounded=bounded, **settings))
+        ids = [i for event in events for i in event.token_ids]
+        assert (events[-1].finish_reason, ids.index(drawn[at])) == ("stop", len(ids) - 1)
+        assert "".join(event.text for event in events) == tokenizer.decode(ids[:-1], continues=True)
+
+
+def test_sampling_defaults_are_the_models_where_they_are_asked_for(model, tokenizer):
+    proto = tokenizer._model.files()["tokenizer.model"]
+
+    def answer(sampling, **settings):
+        theirs = Tokenizer(SentencePieceModel(proto, SpecialTokens(sampling=sampling)))
+        return generate(model, theirs, PROMPTS[0], max_new_tokens=20, seed=3, **settings)[0].token_ids
+
+    hot = {"do_sample": True, "temperature": 3.0, "top_p": 0.9}
+    asked = answer(hot, sampling_defaults=True)
+    assert asked == answer({}, temperature=3.0, top_p=0.9, top_k=50)  # 50 is transformers' own default
+    assert answer(hot) == answer({}) != asked
+    assert answer(hot, sampling_defaults=True, temperature=0.0) == answer({})  # what is given counts more
+    assert answer({"do_sample": False, "temperature": 3.0}, sampling_defaults=True) == answer({})
+    for sampling, message in (
+        ({}, "no generation_config.json"),
+        ({"do_sample": True, "top_p": "high"}, r"top_p='high', expected float"),
+        ({"do_sample": True, "temperature": -1}, "temperature=-1.0 must be"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            answer(sampling, sampling_defaults=True)
+
+
 def test_text_comes_in_whole_characters(model, tokenizer):
     for seed in range(5):  # hot draws spell many bytes that are part of a character, or of none
         events = list(stream(model, tokenizer, "é", max_new_tokens=40, temperature=5.0, seed=seed, stop_at_eos=False))
@@ -270,6 +319,7 @@ def test_the_pattern_can_be_another_than_in_training(model, tokenizer, answers):
         ({"seed": [1, 2]}, "got 2 seeds for 1 prompts"),
         ({"seed": -1}, "seed=-1 must be"),
         ({"stop": ["a", ""]}, "stop string is empty"),
+        ({"stop_token_ids": [3, 10**6]}, "stop_token_ids has 1000000, which is outside the vocabulary"),
         ({"attention": AttentionConfig(window_size=0)}, "attention.window_size=0"),
     ],
 )

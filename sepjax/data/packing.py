@@ -61,9 +61,12 @@ class TokenStream:
 
     @classmethod
     def encode(cls, tokenizer: Tokenizer, texts: Sequence[str], first: int = 0) -> "TokenStream":
-        """The stream of `texts`, documents `first`, `first` + 1, ..."""
-        ids, lengths = tokenizer.encode_flat(texts)
-        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        """The stream of `texts`, documents `first`, `first` + 1, ..., divided as those that the model was trained on.
+
+        A text that itself begins or ends with the dividing token has it once.
+        """
+        bos, eos = tokenizer.document_start, tokenizer.document_end
+        ids, lengths = _without(*tokenizer.encode_flat(texts), bos, eos)
         lengths = lengths + (bos is not None) + (eos is not None)
         starts, ends = np.cumsum(lengths) - lengths, np.cumsum(lengths)
         documents = np.repeat(np.arange(first, first + len(texts)), lengths)
@@ -78,6 +81,21 @@ class TokenStream:
         if eos is not None:
             full[is_last] = eos
         return cls(full[~is_last], full[~is_first], documents[~is_last], offsets[~is_last])
+
+
+def _without(
+    ids: Int32[np.ndarray, "N"], lengths: Int64[np.ndarray, "texts"], first: int | None, last: int | None
+) -> tuple[Int32[np.ndarray, "M"], Int64[np.ndarray, "texts"]]:
+    """The ids of texts without `first` where a text begins with it, and `last` where one ends with it."""
+    for token, is_first in ((first, True), (last, False)):
+        if token is None or not len(ids):
+            continue
+        ends = np.cumsum(lengths)
+        places = np.where(lengths > 0, ends - lengths if is_first else ends - 1, 0)
+        has = (ids[np.minimum(places, len(ids) - 1)] == token) & (lengths > 0)
+        if has.any():
+            ids, lengths = np.delete(ids, places[has]), lengths - has
+    return ids, lengths
 
 
 def pack_rows(stream: TokenStream, length: int, flag_separators: FlagSeparators) -> Batch:

@@ -16,11 +16,13 @@ from etils import epath
 from jaxtyping import Int32, Int64
 
 from sepjax.data.errors import DataError
+from sepjax.data.special_tokens import SpecialTokenError, read_beside, read_regular
 from sepjax.data.tokenizer_models import SentencePieceModel, TokenizerModel, read_model
 from sepjax.separators import token_texts
 
 FILES = ("tokenizer.json", "tokenizer.model")  # what a tokenizer's folder holds one of; the first is read first
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
+# Tokens that end a text, not a turn in a conversation: what divides the documents that a model is trained on.
+_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _LINE = 8192  # characters; SentencePiece's trainer drops lines of more than 65536 bytes
 
 
@@ -29,7 +31,7 @@ class Tokenizer:
 
     Attributes:
       vocab_size: V, one more than the largest token id.
-      bos_id, eos_id: ids of the tokens that start and end a document; None where the vocabulary has none.
+      bos_id, eos_id: ids of the tokens named so (a chat model's may begin and end a turn, not a text); None: none.
       adds_bos: whether texts get BOS in front when the model is used as its makers do (Llama's; not GPT's).
       starts_with_space: whether encoding puts a space before every text, which decoding takes away (Llama 2, not ours).
     """
@@ -42,6 +44,30 @@ class Tokenizer:
         self.eos_id = model.eos_id
         self.adds_bos = model.adds_bos
         self.starts_with_space = model.starts_with_space
+        self.special = model.special
+        ends = (self.control_id(name) for name in _ENDS_OF_TEXT) if model.special.names else ()
+        known = [i for i in ends if i is not None]
+        self._end_of_text = model.eos_id if model.eos_id in known else next(iter(known), model.eos_id)
+
+    @property
+    def prefix(self) -> list[int]:
+        """What stands before a text when the model is used as its makers do: BOS or nothing."""
+        return [self.bos_id] if self.adds_bos and self.bos_id is not None else []
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: EOS and those of generation_config.json, config.json or the GGUF file."""
+        return tuple(sorted({*self._model.end_ids, *([] if self.eos_id is None else [self.eos_id])}))
+
+    @property
+    def document_end(self) -> int | None:
+        """What stands after a document in training: the token that ends a text, where EOS ends a turn."""
+        return self._end_of_text if self.eos_id == self._model.eos_id else self.eos_id
+
+    @property
+    def document_start(self) -> int | None:
+        """What stands before a document in training: BOS where texts get one, else what divides documents."""
+        return self.prefix[0] if self.prefix else self.document_end
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For Grain's worker processes."""
@@ -56,9 +82,10 @@ class Tokenizer:
           DataError: the file is neither kind, or damaged.
         """
         file = _tokenizer_file(epath.Path(path))
-        beside = {name: file.parent / name for name in _BESIDE}
         try:
-            return cls(read_model(file.read_bytes(), {n: p.read_bytes() for n, p in beside.items() if p.exists()}))
+            return cls(read_model(read_regular(file), read_beside(file.parent)))
+        except SpecialTokenError as error:
+            raise DataError(f"cannot read tokenizer {str(file)!r}: {error}") from error
         except ValueError as error:
             raise DataError(
                 f"cannot read tokenizer {str(file)!r}: {error}; expected a SentencePiece model or a Hugging Face "
@@ -74,15 +101,32 @@ class Tokenizer:
             partial.write_bytes(content)
             partial.replace(target / name)
 
-    def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """The ids of `text`, after BOS if asked for and known; no EOS."""
-        return self.encode_batch([text], bos=bos)[0]
+    def encode(self, text: str, *, bos: bool = False, control_tokens: bool = True) -> list[int]:
+        """The ids of `text`; no EOS.
 
-    def encode_batch(self, texts: Sequence[str], *, bos: bool = False) -> list[list[int]]:
+        Args:
+          text: any.
+          bos: whether BOS goes in front where the model's own tokenizer puts it; never twice.
+          control_tokens: whether names of control tokens in the text ("<|im_end|>") are these tokens; False: they are
+            characters as any others.
+        """
+        return self.encode_batch([text], bos=bos, control_tokens=control_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, bos: bool = False, control_tokens: bool = True) -> list[list[int]]:
         """`encode` of each text."""
-        ids, lengths = self.encode_flat(texts)
-        start = [self.bos_id] if bos and self.bos_id is not None else []
-        return [start + part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(texts) else []
+        if not len(texts):
+            return []
+        if control_tokens:
+            ids, lengths = self.encode_flat(texts)
+            parts = [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+        else:
+            self.check_unicode(texts)
+            parts = [self._model.encode_as_text(text) for text in texts]
+        return [self.with_bos(part) if bos else part for part in parts]
+
+    def with_bos(self, ids: Sequence[int]) -> list[int]:
+        """The ids after BOS, where the model's own tokenizer puts one and they do not begin with it already."""
+        return [*(self.prefix if list(ids[:1]) != self.prefix else []), *ids]
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "N"], Int64[np.ndarray, "texts"]]:
         """The ids of all texts, one after the other, and how many each text has: the fast way for many texts.
@@ -93,9 +137,13 @@ class Tokenizer:
         try:
             return self._model.encode(texts)
         except (RuntimeError, TypeError, UnicodeEncodeError) as error:
-            for number, text in enumerate(texts):
-                _check_unicode(number, text)
+            self.check_unicode(texts)
             raise error
+
+    def check_unicode(self, texts: Sequence[str]) -> None:
+        """Raises DataError for a text with half of a surrogate pair."""
+        for number, text in enumerate(texts):
+            _check_unicode(number, text)
 
     def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
         """The text of `ids`; control tokens write nothing, bytes that are no UTF-8 become U+FFFD.
@@ -115,6 +163,13 @@ class Tokenizer:
         """The text of every token id; None for control tokens. For `sepjax.separators`."""
         return token_texts(self._model.vocabulary)
 
+    def control_tokens(self) -> list[str]:
+        """The names of all control tokens that the vocabulary finds in texts."""
+        vocabulary = self._model.vocabulary
+        if not hasattr(vocabulary, "get_added_tokens_decoder"):
+            return []  # SentencePiece never makes one of a text
+        return [token.content for token in vocabulary.get_added_tokens_decoder().values() if token.special]
+
     def control_id(self, name: str) -> int | None:
         """The id of a control token by its name, such as "<|im_end|>"; None where the vocabulary has no such token."""
         vocabulary = self._model.vocabulary
@@ -122,7 +177,7 @@ class Tokenizer:
             i = vocabulary.token_to_id(name)
         else:  # SentencePiece answers with the unknown token's id
             i = next((i for i in [vocabulary.piece_to_id(name)] if vocabulary.id_to_piece(i) == name), None)
-        return i if i is not None and self.token_texts()[i] is None else None
+        return i if i is not None and not self._bytes[i] else None
 
     def token_bytes(self, i: int) -> bytes:
         """What token `i` writes: not always whole characters. Raises ValueError for an id outside the vocabulary."""

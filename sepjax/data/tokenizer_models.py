@@ -4,9 +4,10 @@ Both answer the same few questions (`TokenizerModel`); everything built on them 
 """
 
 import abc
+import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import batched, chain
 from typing import Any, override
 
@@ -15,6 +16,7 @@ import sentencepiece
 import tokenizers
 from jaxtyping import Int32, Int64
 
+from sepjax.data.special_tokens import SpecialTokenError, SpecialTokens
 from sepjax.separators import BYTE_OF_CHARACTER, BYTE_TOKEN
 
 SPACE = "▁"  # U+2581, what SentencePiece writes for a space
@@ -24,20 +26,27 @@ _PART = re.compile(r"[\s\S]{512}[^\n]*\n*|[\s\S]+")  # half a kilobyte or more, 
 _PARTS_AT_ONCE = 8192  # bounds the Python integers alive at a time
 _DECODERS_OF_PIECES = {"Sequence", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
 _START_AND_END = (("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"))
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class TokenizerModel(abc.ABC):
     """What `Tokenizer` needs to know of a vocabulary."""
 
     vocabulary: Any  # the wrapped object, as `sepjax.separators.token_texts` reads it
+    special = SpecialTokens()  # what the files beside the vocabulary say
     bos_id: int | None
     eos_id: int | None
+    end_ids: tuple[int, ...] = ()  # further tokens that end an answer
     adds_bos: bool  # whether the model's own tokenizer puts BOS in front of texts; ours are trained so
     starts_with_space: bool  # whether encoding puts a space before the text, which decoding takes away
 
     @abc.abstractmethod
     def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "N"], Int64[np.ndarray, "texts"]]:
         """The ids of all texts, one after the other, and how many each text has; no special tokens."""
+
+    def encode_as_text(self, text: str) -> list[int]:
+        """The ids of one text in which control tokens are ordinary characters; none of them comes out."""
+        return self.encode([text])[0].tolist()
 
     @abc.abstractmethod
     def token_bytes(self) -> list[bytes]:
@@ -51,13 +60,17 @@ class TokenizerModel(abc.ABC):
 class SentencePieceModel(TokenizerModel):
     """A SentencePiece model, ours or an imported one."""
 
-    def __init__(self, proto: bytes):
+    def __init__(self, proto: bytes, special: SpecialTokens | None = None):
         if not {_PIECES, _NORMALIZER} <= _fields(proto):
             raise ValueError("it is cut short: pieces or normalizer are missing")
         self.vocabulary = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        self.bos_id = _known(self.vocabulary.bos_id())
-        self.eos_id = _known(self.vocabulary.eos_id())
-        self.adds_bos = self.bos_id is not None
+        self.special = special or SpecialTokens()
+        self._check_added()
+        size = self.vocabulary.get_piece_size()
+        self.bos_id, self.eos_id = (self._named(key) for key in ("bos_token", "eos_token"))
+        self.end_ids = self.special.check_ends(size)
+        self.special = dataclasses.replace(self.special, end_ids={"": self.end_ids}, default_end=None)
+        self.adds_bos = self.bos_id is not None and self.special.adds_bos is not False
         self.starts_with_space = self.vocabulary.encode("a", out_type=str)[0].startswith(SPACE)
         # Our kind of model adds and drops nothing and no piece reaches over a newline: texts may be cut behind one.
         pieces = [self.vocabulary.id_to_piece(i) for i in range(self.vocabulary.get_piece_size())]
@@ -68,7 +81,24 @@ class SentencePieceModel(TokenizerModel):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For Grain's worker processes."""
-        return SentencePieceModel, (self.vocabulary.serialized_model_proto(),)
+        return SentencePieceModel, (self.vocabulary.serialized_model_proto(), self.special)
+
+    def _named(self, key: str) -> int | None:
+        """The id of BOS or EOS: of the name in the files beside the model, else the model's own."""
+        if key in self.special.names:
+            pieces = {self.vocabulary.id_to_piece(i): i for i in range(self.vocabulary.get_piece_size())}
+            name = self.special.check_name(key, pieces)
+            return None if name is None else pieces[name]
+        return _known(self.vocabulary.bos_id() if key == "bos_token" else self.vocabulary.eos_id())
+
+    def _check_added(self) -> None:
+        size = self.vocabulary.get_piece_size()
+        for i, token in self.special.added.items():
+            if i >= size or self.vocabulary.id_to_piece(i) != token["content"]:
+                raise SpecialTokenError(
+                    f"added token {token['content'][:80]!r} of id {i} is not in the SentencePiece model; a "
+                    "tokenizer.json can have such tokens: write one with transformers (save_pretrained)"
+                )
 
     @override
     def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "N"], Int64[np.ndarray, "texts"]]:
@@ -106,33 +136,57 @@ class SentencePieceModel(TokenizerModel):
 
     @override
     def files(self) -> dict[str, bytes]:
-        return {"tokenizer.model": self.vocabulary.serialized_model_proto()}
+        return self.special.files() | {"tokenizer.model": self.vocabulary.serialized_model_proto()}
 
 
 class HuggingFaceModel(TokenizerModel):
     """A Hugging Face tokenizer.json, which itself does not say which tokens are BOS and EOS: `special` does."""
 
-    def __init__(self, text: str, special: dict[str, str | None] | None = None):
+    def __init__(self, text: str, special: SpecialTokens | Mapping[str, str | None] | None = None):
         self.vocabulary = tokenizers.Tokenizer.from_str(text)
         self.vocabulary.no_truncation()
         self.vocabulary.no_padding()
-        self._special = special or _usual_specials(self.vocabulary)
-        self.bos_id = self._id(self._special.get("bos_token"))
-        self.eos_id = self._id(self._special.get("eos_token"))
+        special = special if isinstance(special, SpecialTokens) else SpecialTokens(names=special or {})
+        has = _checked_ids(self.vocabulary)
+        if not special.by_class and not {"bos_token", "eos_token"} & set(special.names):
+            special = dataclasses.replace(special, names={**special.names, **_usual_specials(has)})
+        _add_tokens(self.vocabulary, special)
+        self._name_tokens(special, self.vocabulary.get_vocab(with_added_tokens=True))
         kinds = set(re.findall(r'"type": *"(\w+)"', json.dumps(json.loads(text).get("decoder") or {})))
         self._is_byte_level = "ByteLevel" in kinds
         if not self._is_byte_level and (not kinds or kinds - _DECODERS_OF_PIECES):
             raise ValueError(f"its decoder {sorted(kinds)} is none of byte-level BPE or SentencePiece-like")
-        self.adds_bos = self.bos_id is not None and self.vocabulary.encode("a").ids[0] == self.bos_id
         first = self.vocabulary.encode("a", add_special_tokens=False).tokens
-        self.starts_with_space = not self._is_byte_level and first[0].startswith(SPACE)
+        self.starts_with_space = not self._is_byte_level and bool(first) and first[0].startswith(SPACE)
+        self._without_control: tokenizers.Tokenizer | None = None
+
+    def _name_tokens(self, special: SpecialTokens, has: Mapping[str, int]) -> None:
+        """Sets the ids of BOS, EOS and the end tokens. BOS is what stands before a text, whatever its name."""
+        bos, eos = (special.check_name(key, has) for key in ("bos_token", "eos_token"))
+        names = {key: name for key, name in special.by_class.items() if name in has}
+        names |= {**special.names, "bos_token": bos, "eos_token": eos}
+        self.end_ids = special.check_ends(1 + max(has.values()))
+        self.special = dataclasses.replace(special, names=names, end_ids={"": self.end_ids}, default_end=None)
+        prefix = _prefix(self.vocabulary)
+        if len(prefix) > 1 or not all(i in has.values() for i in prefix):
+            raise ValueError(f"it puts the tokens {prefix[:8]} before every text; one of the vocabulary is supported")
+        self.adds_bos = bool(prefix)
+        self.bos_id = prefix[0] if prefix else has.get(bos or "")
+        self.eos_id = has.get(eos or "")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For Grain's worker processes."""
-        return HuggingFaceModel, (self.vocabulary.to_str(), self._special)
+        return HuggingFaceModel, (self.vocabulary.to_str(), self.special)
 
-    def _id(self, token: str | None) -> int | None:
-        return None if token is None else self.vocabulary.token_to_id(token)
+    @override
+    def encode_as_text(self, text: str) -> list[int]:
+        if self._without_control is None:
+            self._without_control = tokenizers.Tokenizer.from_str(self.vocabulary.to_str())
+            self._without_control.encode_special_tokens = True
+        added = self.vocabulary.get_added_tokens_decoder()
+        unknown = getattr(self.vocabulary.model, "unk_token", None)
+        control = {i for i, token in added.items() if token.special and token.content != unknown}
+        return [i for i in self._without_control.encode(text, add_special_tokens=False).ids if i not in control]
 
     @override
     def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "N"], Int64[np.ndarray, "texts"]]:
@@ -155,22 +209,25 @@ class HuggingFaceModel(TokenizerModel):
 
     @override
     def files(self) -> dict[str, bytes]:
-        special = json.dumps(self._special, indent=2) + "\n"
-        return {"tokenizer_config.json": special.encode(), "tokenizer.json": self.vocabulary.to_str().encode()}
+        return self.special.files() | {"tokenizer.json": self.vocabulary.to_str().encode()}
 
 
 def read_model(content: bytes, beside: dict[str, bytes]) -> TokenizerModel:
-    """The model in a file's `content`; `beside` holds the JSON files next to it, which may name BOS and EOS.
+    """The model in a file's `content`; `beside` holds the files next to it (`sepjax.data.special_tokens.BESIDE`).
 
     Raises:
+      SpecialTokenError: the files next to it are damaged, or do not fit it.
       ValueError: it is neither kind, or damaged; the message is a reason to put behind the file's name.
     """
     if not content:
         raise ValueError("it is empty")
     try:
+        special = SpecialTokens.read(beside)
         if content.lstrip()[:1] == b"{":
-            return HuggingFaceModel(content.decode(), _named_specials(beside))
-        return SentencePieceModel(content)
+            return HuggingFaceModel(content.decode(), special)
+        return SentencePieceModel(content, special)
+    except SpecialTokenError:
+        raise
     except Exception as error:  # both libraries raise bare RuntimeError and Exception
         raise ValueError(str(error).strip().partition("\n")[0]) from error
 
@@ -224,21 +281,51 @@ def _alphabet_bytes(piece: str) -> bytes:
     return piece.encode()
 
 
-def _named_specials(beside: dict[str, bytes]) -> dict[str, str | None] | None:
-    for content in beside.values():
-        named = json.loads(content)
-        if "bos_token" in named or "eos_token" in named:
-            return {key: _content(named.get(key)) for key in ("bos_token", "eos_token")}
-    return None
+def _checked_ids(vocabulary: tokenizers.Tokenizer) -> dict[str, int]:
+    """The tokens' ids. Tables have a row for each up to the largest: one of 2^32 - 1 must not become 4 billion rows."""
+    has = vocabulary.get_vocab(with_added_tokens=True)
+    largest = max(has.values(), default=0)
+    if not has or largest >= 4 * len(has) + 4096:
+        raise ValueError(f"its {len(has)} tokens have ids up to {largest}: it is damaged")
+    return has
 
 
-def _content(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+def _add_tokens(vocabulary: tokenizers.Tokenizer, special: SpecialTokens) -> None:
+    """Adds what only the files beside it have, and makes named tokens control tokens, as transformers does.
+
+    Not those that the tokenizer's own file has as added ones: it says itself what they are.
+    """
+    vocabulary.add_tokens([_added_token(token) for token in special.added.values()])  # in the order of their ids
+    for i, token in special.added.items():
+        if (found := vocabulary.token_to_id(token["content"])) != i:
+            raise SpecialTokenError(
+                f"added token {token['content'][:80]!r} should have the id {i}, but the next one of the vocabulary "
+                f"is {found}; the files do not belong together"
+            )
+    known = {token.content for token in vocabulary.get_added_tokens_decoder().values()}
+    has = vocabulary.get_vocab(with_added_tokens=True)
+    named = {name for name in (*special.names.values(), *special.more) if name in has and name not in known}
+    vocabulary.add_special_tokens([_added_token({**special.flags.get(x, {}), "content": x}) for x in sorted(named)])
 
 
-def _usual_specials(vocabulary: tokenizers.Tokenizer) -> dict[str, str | None]:
+def _added_token(token: Mapping[str, Any]) -> tokenizers.AddedToken:
+    flags = {key: token[key] for key in _FLAGS if isinstance(token.get(key), bool)}
+    return tokenizers.AddedToken(token["content"], **flags)
+
+
+def _prefix(vocabulary: tokenizers.Tokenizer) -> list[int]:
+    """The ids that its post-processor puts in front of a text."""
+    for text in ("a", "0", ".", " "):
+        plain, whole = (vocabulary.encode(text, add_special_tokens=add).ids for add in (False, True))
+        found = [k for k in range(len(whole)) if plain and whole[k : k + len(plain)] == plain]
+        if found:
+            return whole[: found[0]]
+    return []
+
+
+def _usual_specials(has: Mapping[str, int]) -> dict[str, str | None]:
     """GPT-2's and GPT-NeoX's one token for both, else the pairs of Llama, Llama 3 and Gemma."""
     for bos, eos in (("<|endoftext|>", "<|endoftext|>"), *_START_AND_END):
-        if vocabulary.token_to_id(bos) is not None and vocabulary.token_to_id(eos) is not None:
+        if bos in has and eos in has:
             return {"bos_token": bos, "eos_token": eos}
     return {"bos_token": None, "eos_token": None}

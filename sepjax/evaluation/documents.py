@@ -1,8 +1,8 @@
 """Documents to be streamed and scored, and how they are dealt to the rows of a batch.
 
-Protocol: a document is [BOS] + tokens, and every token but BOS is scored. The official code's protocol (`line_wise`) is
-another: every line has a BOS of its own, the cache goes on from line to line, and the last token of a line is never
-seen.
+Protocol: a document is [BOS] + tokens, with BOS where the model's own tokenizer puts it, and every token but the first
+is scored. The official code's protocol (`line_wise`) is another: every line has a BOS of its own, the cache goes on
+from line to line, and the last token of a line is never seen.
 """
 
 import dataclasses
@@ -38,17 +38,18 @@ def documents_of(
     Raises:
       StreamError: `line_wise` without a BOS token.
     """
-    if line_wise and tokenizer.bos_id is None:
+    start = tokenizer.document_start
+    if line_wise and start is None:
         raise StreamError("the line-wise protocol puts a BOS in front of every line, but the tokenizer has none")
 
     def ids() -> Iterator[Document]:
         for text in texts:
             if line_wise:
-                lines = [tokenizer.encode(line, bos=True) for line in text.splitlines() if line.strip()]
+                lines = [[start, *tokenizer.encode(line)] for line in text.splitlines() if line.strip()]
                 pairs = [(line[:-1], line[1:]) for line in lines]
                 yield Document(*(np.array([i for pair in pairs for i in pair[side]], np.int32) for side in (0, 1)))
             else:
-                yield from whole_documents([tokenizer.encode(text)], tokenizer.bos_id)
+                yield from whole_documents([tokenizer.encode(text)], _bos(tokenizer))
 
     return _first(ids(), max_tokens)
 
@@ -56,10 +57,19 @@ def documents_of(
 def whole_documents(
     texts: Iterable[Sequence[int] | np.ndarray], bos_id: int | None, *, max_tokens: int = 0
 ) -> list[Document]:
-    """Documents of token ids, each after one BOS if there is one."""
-    start = np.array([] if bos_id is None else [bos_id], np.int32)
-    whole = (np.concatenate([start, np.asarray(ids, np.int32)]) for ids in texts)
+    """Documents of token ids, each after one BOS, unless that is None: then after nothing."""
+    prefix = [] if bos_id is None else [bos_id]
+
+    def start(ids: Sequence[int] | np.ndarray) -> Sequence[int]:
+        return prefix if list(ids[:1]) != prefix else ()  # never twice
+
+    whole = (np.concatenate([np.asarray(x, np.int32) for x in (start(ids), ids)]) for ids in texts)
     return _first((Document(ids[:-1], ids[1:]) for ids in whole), max_tokens)
+
+
+def _bos(tokenizer: Tokenizer) -> int | None:
+    """What the model's own tokenizer puts in front of a text."""
+    return next(iter(tokenizer.prefix), None)
 
 
 def read_documents(path: Path, tokenizer: Tokenizer, *, line_wise: bool = False, max_tokens: int = 0) -> list[Document]:
@@ -77,7 +87,7 @@ def read_documents(path: Path, tokenizer: Tokenizer, *, line_wise: bool = False,
         most = max((int(ids.max(initial=0)) for ids in texts), default=0)
         if most >= tokenizer.vocab_size:
             raise StreamError(f"{str(path)!r} has token id {most}, but the vocabulary only {tokenizer.vocab_size}")
-        return whole_documents(texts, tokenizer.bos_id, max_tokens=max_tokens)
+        return whole_documents(texts, _bos(tokenizer), max_tokens=max_tokens)
     return documents_of(tokenizer, read_texts(path), line_wise=line_wise, max_tokens=max_tokens)
 
 
@@ -96,7 +106,7 @@ def read_texts(path: Path) -> list[str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise StreamError(f"{str(path)!r} is no UTF-8 text: {error}; convert it first") from error
 

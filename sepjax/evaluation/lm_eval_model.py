@@ -114,8 +114,9 @@ class SepjaxLM(TemplateLM):
     @property
     @override
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: BOS."""
-        found = self._tokenizer.bos_id if self._tokenizer.bos_id is not None else self._tokenizer.eos_id
+        """What stands before a text that has no context: what did so in training."""
+        found = self._tokenizer.document_start
+        found = self._tokenizer.bos_id if found is None else found
         if found is None:
             raise RequestError("a task scores text without a context, but the tokenizer has neither BOS nor EOS")
         return found
@@ -128,10 +129,10 @@ class SepjaxLM(TemplateLM):
     @override
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         # BOS where the model's own tokenizer puts one: Llama's does, byte-level ones do not.
-        bos = self._tokenizer.adds_bos if add_special_tokens is None else add_special_tokens
-        start = [self._tokenizer.bos_id] if bos and self._tokenizer.bos_id is not None else []
+        # Never a second one: a chat template may have written it.
         known = self._encoded.get(string)
-        return start + (self._tokenizer.encode(string) if known is None else known.tolist())
+        ids = self._tokenizer.encode(string) if known is None else known.tolist()
+        return ids if add_special_tokens is False else self._tokenizer.with_bos(ids)
 
     def _encode_ahead(self, texts: Iterable[str]) -> None:
         """Encodes texts together, on all cores: one by one it takes longer than the model does."""
@@ -157,6 +158,8 @@ class SepjaxLM(TemplateLM):
             before, ids = self._encode_pair(context, continuation)
             return before or [self.prefix_token_id], ids  # a context of spaces alone goes to the continuation
         ids = self.tok_encode(continuation, add_special_tokens=False)
+        if len(ids) > 1 and ids[0] == self.prefix_token_id:
+            return ids[:1], ids[1:]
         return [self.prefix_token_id], ids
 
     @override
@@ -188,6 +191,7 @@ class SepjaxLM(TemplateLM):
         pairs, owners = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            ids = ids[1:] if ids[:1] == [self.prefix_token_id] else ids  # the window puts it in front
             windows = get_rolling_token_windows(
                 token_list=ids, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )

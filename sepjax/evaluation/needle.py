@@ -114,7 +114,7 @@ def _text(
 ) -> tuple[list[int], list[int]]:
     """A context of `length` tokens with the number's, and the number."""
     place, number = str(rng.choice(_PLACES)), str(rng.integers(10_000, 100_000))
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    start = tokenizer.prefix
     needle = tokenizer.encode(_NEEDLE.format(place=place, number=number, tail=" ".join(_WORDS[: tail + 1])))
     question = tokenizer.encode(_QUESTION.format(place=place))
     answer = tokenizer.encode(_QUESTION.format(place=place) + f" {number}")[len(question) :]

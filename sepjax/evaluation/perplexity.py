@@ -53,19 +53,19 @@ def token_windows(
       tokenizer: the model's.
       texts: documents; empty ones have no windows.
       length: T.
-      bos: whether each begins with BOS, where there is one.
+      bos: whether each begins with BOS, where the model's tokenizer puts one.
       max_tokens: of each document, BOS included; 0: all.
 
     Raises:
       TextError: every document is empty.
     """
-    start = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
     windows, documents, num_bytes = [], [], 0
     for number, text in enumerate(texts):
-        whole = np.array([*start, *tokenizer.encode(text)], np.int32)
+        whole = tokenizer.encode(text)
+        whole = np.array(tokenizer.with_bos(whole) if bos else whole, np.int32)
         ids = whole[: max_tokens or None]
-        cut = len(ids) < len(whole)
-        num_bytes += sum(len(tokenizer.token_bytes(int(i))) for i in ids[1:]) if cut else len(text.encode())
+        complete = len(ids) == len(whole) and ids[:1].tolist() == tokenizer.prefix  # all of the text is scored
+        num_bytes += len(text.encode()) if complete else sum(len(tokenizer.token_bytes(int(i))) for i in ids[1:])
         windows += [ids[i : i + length + 1] for i in range(0, len(ids) - 1, length)]
         documents += [number] * (len(windows) - len(documents))
     if not windows:

@@ -1,10 +1,9 @@
-"""Conversations: turns in the form that a model was trained on, and the loop over a terminal.
+"""Conversations: the loop over a terminal. Their form is in `sepjax.generation.conversation`.
 
 A conversation is one stream over a bounded cache (`sepjax.generation.endless`): each turn adds its own tokens, nothing
 is read twice, and it may go on for ever.
 """
 
-import dataclasses
 import signal
 import sys
 import time
@@ -15,83 +14,12 @@ from typing import Any
 from sepjax import interrupt
 from sepjax.config import UserError
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.generation.conversation import Conversation, conversation_of
 from sepjax.generation.driver import CacheUse
 from sepjax.generation.endless import EndlessStream
+from sepjax.hub.chat_template import ChatTemplate
 
 HELP = "/save FOLDER keeps the conversation, /quit or Ctrl-D ends it, Ctrl-C cuts an answer short"
-
-
-@dataclasses.dataclass(frozen=True)
-class ChatFormat:
-    """Token ids around the turns of a conversation."""
-
-    name: str
-    begin: tuple[int, ...]  # of the conversation
-    user: tuple[tuple[int, ...], tuple[int, ...]]  # before and after what the user says
-    system: tuple[tuple[int, ...], tuple[int, ...]]
-    answer: tuple[int, ...]  # before an answer
-    end: tuple[int, ...]  # after an answer; its first token is the one a model ends it with, if it has such a token
-    stop: tuple[str, ...]  # texts that end an answer
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "ChatFormat":
-        """ChatML (SmolLM2, Qwen) or Llama 3's, whichever's control tokens the vocabulary has; else plain names."""
-        for form in (_chatml, _llama3):
-            found = form(tokenizer)
-            if found is not None:
-                return found
-        return _plain(tokenizer)
-
-    def turn(self, tokenizer: Tokenizer, text: str, *, before: int | None, system: str = "") -> list[int]:
-        """The ids of a user's turn, up to where the answer begins.
-
-        Args:
-          tokenizer: the model's.
-          text: what the user says. Control tokens in it are left out: they must not end the turn.
-          before: the last token of the answer before; None: this is the first turn.
-          system: instructions that stand in front of the first turn.
-        """
-        ids = list(self.begin if before is None else self.end[1:] if self.end[:1] == (before,) else self.end)
-        if before is None and system:
-            ids += [*self.system[0], *_as_text(tokenizer, system), *self.system[1]]
-        return [*ids, *self.user[0], *_as_text(tokenizer, text), *self.user[1], *self.answer]
-
-
-def _as_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text without control tokens."""
-    return [i for i in tokenizer.encode(text) if tokenizer.token_bytes(i)]
-
-
-def _chatml(tokenizer: Tokenizer) -> ChatFormat | None:
-    start, end = (tokenizer.control_id(f"<|im_{name}|>") for name in ("start", "end"))
-    if start is None or end is None:
-        return None
-    newline = tuple(tokenizer.encode("\n"))
-
-    def said_by(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (start, *tokenizer.encode(f"{name}\n")), (end, *newline)
-
-    return ChatFormat("ChatML", (), said_by("user"), said_by("system"), said_by("assistant")[0], (end, *newline), ())
-
-
-def _llama3(tokenizer: Tokenizer) -> ChatFormat | None:
-    names = ("begin_of_text", "start_header_id", "end_header_id", "eot_id")
-    ids = [tokenizer.control_id(f"<|{name}|>") for name in names]
-    if any(i is None for i in ids):
-        return None
-    begin, start, end, eot = (i for i in ids if i is not None)
-
-    def said_by(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (start, *tokenizer.encode(name), end, *tokenizer.encode("\n\n")), (eot,)
-
-    return ChatFormat("Llama 3", (begin,), said_by("user"), said_by("system"), said_by("assistant")[0], (eot,), ())
-
-
-def _plain(tokenizer: Tokenizer) -> ChatFormat:
-    begin = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-    newline = tuple(tokenizer.encode("\n"))
-    user, answer = (tuple(tokenizer.encode(f"{name}:")) for name in ("User", "Assistant"))
-    return ChatFormat("plain", begin, (user, newline), ((), newline), answer, newline, ("\nUser:",))
 
 
 def gauge(cache: CacheUse, most: int, tokens: int, seconds: float) -> str:
@@ -105,6 +33,7 @@ def chat(
     tokenizer: Tokenizer,
     *,
     system: str = "",
+    conversation: Conversation | None = None,
     read: Callable[[], str] = lambda: input(">>> "),
     write: Callable[[str], Any] = lambda text: print(text, end="", flush=True),
     report: Callable[[str], Any] = lambda text: print(text, file=sys.stderr, flush=True),
@@ -115,12 +44,14 @@ def chat(
       events: a stream that nothing was fed to, or one that was restored.
       tokenizer: the model's.
       system: instructions in front of the first turn.
+      conversation: its form, which has them already; None: by the tokenizer's own chat template, if there is one.
       read: returns what the user says.
       write: gets the answers, piece by piece.
       report: gets the gauge after each answer, and what else there is to say.
     """
-    form = ChatFormat.of(tokenizer)
-    report(f"{form.name} conversation; {HELP}")
+    if conversation is None:
+        conversation = conversation_of(tokenizer, ChatTemplate.of(tokenizer), system=system)
+    report(f"a conversation in the form of {conversation.name}; {HELP}")
     while True:
         try:
             with interrupt.caught():
@@ -133,8 +64,11 @@ def chat(
         if command == "/save":
             report(_save(events, argument.strip()))
         elif text.strip():
-            events.feed(form.turn(tokenizer, text, before=events.last_token, system=system))
-            _answer(events, write, report)
+            ids, about = conversation.turn(text, before=events.last_token)
+            if about:
+                report(about)
+            events.feed(ids)
+            conversation.answered(_answer(events, write, report))
 
 
 def _save(events: EndlessStream, folder: str) -> str:
@@ -147,12 +81,13 @@ def _save(events: EndlessStream, folder: str) -> str:
     return f"saved in {folder}; --resume={folder} goes on from here"
 
 
-def _answer(events: EndlessStream, write: Callable[[str], Any], report: Callable[[str], Any]) -> None:
-    """Writes the answer up to its end or Ctrl-C, then reports the gauge."""
-    times = []
+def _answer(events: EndlessStream, write: Callable[[str], Any], report: Callable[[str], Any]) -> str:
+    """Writes the answer up to its end or Ctrl-C, then reports the gauge; returns the answer."""
+    times, texts = [], []
     with interrupt_flag() as interrupted:
         for event in events:
             write(event.text)
+            texts.append(event.text)
             times.append(time.perf_counter())
             if interrupted:
                 break
@@ -162,6 +97,7 @@ def _answer(events: EndlessStream, write: Callable[[str], Any], report: Callable
     # The first token waits for the turn to be read, the second, once in a program's life, for a compilation.
     tokens = max(len(times) - 2, 0)
     report(gauge(events.cache, events.cache_size, tokens, times[-1] - times[1] if tokens else 0.0))
+    return "".join(texts)
 
 
 @contextmanager

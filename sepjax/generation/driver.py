@@ -16,6 +16,7 @@ from sepjax.generation.layerwise import by_layer
 from sepjax.generation.limits import check_cache
 from sepjax.generation.loop import Request, Steps, make_advance, start
 from sepjax.generation.prompts import (
+    Ends,
     cache_sizes,
     check_length,
     check_stop,
@@ -50,7 +51,7 @@ class StreamEvent:
 
     text: str  # what is now certain to follow: whole characters, nothing of a stop string; may be empty
     token_ids: tuple[int, ...]
-    finish_reason: str | None  # None: goes on; "stop": a stop string; "eos": the end-of-text token; "length"
+    finish_reason: str | None  # None: goes on; "stop": a stop string or token; "eos": the model's end token; "length"
     cache: CacheUse
 
 
@@ -68,6 +69,7 @@ class Job:
     keys: jax.Array
     sizes: dict[str, int]  # of the cache
     stop: tuple[str, ...]
+    ends: Ends
 
     @classmethod
     def create(
@@ -81,17 +83,19 @@ class Job:
         stop: str | Sequence[str],
         stop_at_eos: bool,
         attention: AttentionConfig | None,
+        stop_token_ids: Sequence[int] = (),
+        control_tokens: bool = True,
     ) -> "Job":
         """Checks everything that can be wrong. See `sepjax.generate` for the arguments and errors."""
         attention = with_own_window(attention or model.attention, model.config)
         validate_attention(attention, model.config.num_layers)
         check_vocabulary(model, tokenizer)
-        ids = encode_prompts(tokenizer, prompts)
+        ids = encode_prompts(tokenizer, prompts, control_tokens=control_tokens)
         check_length(model, ids, max_new_tokens, attention)
         table = configured_table(tokenizer, attention)
         for number, prompt in enumerate(ids):
             warn_of_few_in(prompt, table, attention, f"prompt {number}")
-        end = tokenizer.eos_id if stop_at_eos and tokenizer.eos_id is not None else -1
+        ends = Ends.create(tokenizer, stop_at_eos, stop_token_ids)
         limit = -1 if max_new_tokens is None else max_new_tokens
         sizes = cache_sizes(ids, max_new_tokens, table, attention, model.config.num_layers)
         wanted = f"{max(map(len, ids))} tokens of prompt with max_new_tokens={max_new_tokens}"
@@ -104,10 +108,11 @@ class Job:
             tokenizer=tokenizer,
             attention=attention,
             prompts=ids,
-            request=Request(jnp.asarray(table), sampling, jnp.int32(end), jnp.int32(limit)),
+            request=Request(jnp.asarray(table), sampling, jnp.asarray(ends.array()), jnp.int32(limit)),
             keys=row_keys(seed, len(ids)),
             sizes=sizes,
             stop=check_stop(stop),
+            ends=ends,
         )
 
 
@@ -120,7 +125,7 @@ class _Row:
     def __init__(self, job: Job, ids: Sequence[int]):
         continues = any(job.tokenizer.token_bytes(i) for i in ids)
         self._text = TextUntilStop(job.tokenizer, job.stop, continues=continues)
-        self._end, self._left = int(job.request.end_token), int(job.request.max_new_tokens)
+        self._ends, self._left = job.ends, int(job.request.max_new_tokens)
         if self._left < 0:
             self._left = _LAST_POSITION - len(ids)
         self._seen = len(ids) - 1
@@ -131,11 +136,12 @@ class _Row:
         self._left -= 1
         self._seen += 1
         cache = CacheUse(held, self._seen, nbytes)
-        text = self._text.feed(token)
+        ends = self._ends.reason(token)
+        text = "" if ends == "stop" else self._text.feed(token)  # a stop token is no part of the text
         if self._text.stopped:
             self.finish_reason = "stop"
-        elif token == self._end or not self._left:
-            self.finish_reason = "eos" if token == self._end else "length"
+        elif ends or not self._left:
+            self.finish_reason = ends or "length"
             text += self._text.flush()
         return StreamEvent(text, (token,), self.finish_reason, cache)
 

@@ -25,7 +25,7 @@ from sepjax.generation.driver import CacheUse, StreamEvent
 from sepjax.generation.layerwise import by_layer
 from sepjax.generation.limits import check_cache
 from sepjax.generation.loop import DecodeState, Request, Steps, begin, make_advance, make_consume
-from sepjax.generation.prompts import Prompt, check_stop, check_vocabulary, encode_prompts, row_keys
+from sepjax.generation.prompts import Ends, Prompt, check_stop, check_vocabulary, encode_prompts, row_keys
 from sepjax.generation.saved import StreamStateError
 from sepjax.generation.stopping import RepetitionGuard, TextUntilStop
 from sepjax.model.transformer import Transformer, split
@@ -52,6 +52,8 @@ class EndlessStream(Iterator[StreamEvent]):
         seed: int = 0,
         stop: str | Sequence[str] = (),
         stop_at_eos: bool = True,
+        stop_token_ids: Sequence[int] = (),
+        control_tokens: bool = True,
         max_repeats: int = 0,
         attention: AttentionConfig | None = None,
     ):
@@ -69,9 +71,9 @@ class EndlessStream(Iterator[StreamEvent]):
         self._max_new_tokens, self._max_repeats = max_new_tokens, max_repeats
         self._graph, self._params = split(model)
         self._step_params = by_layer(self._params, model.config)
-        end = tokenizer.eos_id if stop_at_eos and tokenizer.eos_id is not None else -1
+        self._ends, self._control_tokens = Ends.create(tokenizer, stop_at_eos, stop_token_ids), control_tokens
         table = jnp.asarray(configured_table(tokenizer, self._attention))
-        self._request = Request(table, sampling or Sampling.create(), jnp.int32(end), jnp.int32(-1))
+        self._request = Request(table, sampling or Sampling.create(), jnp.asarray(self._ends.array()), jnp.int32(-1))
         self._advance = make_advance(self._graph, self._attention, 1)
         self._state = _empty(model, self._sizes, row_keys(seed, 1))
         self._pending: list[int] = []
@@ -86,14 +88,14 @@ class EndlessStream(Iterator[StreamEvent]):
         self.finish_reason: str | None = None
 
     def feed(self, prompt: Prompt) -> None:
-        """Appends input: a text (after BOS, if it is the first and there is one) or token ids. A new turn begins.
+        """Appends input: a text (after BOS, if it is the first and the tokenizer puts one) or token ids; a new turn.
 
         Raises:
           PromptError: no tokens, or ids outside the vocabulary.
         """
         if isinstance(prompt, str) and (self._seen or self._pending):
-            prompt = self._tokenizer.encode(prompt)
-        (ids,) = encode_prompts(self._tokenizer, [prompt])
+            prompt = self._tokenizer.encode(prompt, control_tokens=self._control_tokens)
+        (ids,) = encode_prompts(self._tokenizer, [prompt], control_tokens=self._control_tokens)
         warn_of_few_in(ids, self._request.table, self._attention, "the text fed")
         if self._has_drawn and not self._pending:  # the last token drawn has not been taken up yet
             self._pending.append(int(self._state.token[0]))
@@ -167,16 +169,17 @@ class EndlessStream(Iterator[StreamEvent]):
         token = int(steps.token[0, 0])
         self._is_full = bool(steps.is_full)
         self._left -= 1
-        text = self._text.feed(token)
+        ends = self._ends.reason(token)
+        text = "" if ends == "stop" else self._text.feed(token)  # a stop token is no part of the text
         if self._text.stopped:
             self.finish_reason = "stop"
-        elif token == int(self._request.end_token):
-            self.finish_reason = "eos"
+        elif ends:
+            self.finish_reason = ends
         elif not self._left:
             self.finish_reason = "length"
         elif self._guard.feed(token):
             self.finish_reason = "repetition"
-        if self.finish_reason not in (None, "stop"):
+        if self.finish_reason is not None and not self._text.stopped:
             text += self._text.flush()
         use = CacheUse(int(steps.held[0, 0]), self._seen, self._state.cache.nbytes)
         return StreamEvent(text, (token,), self.finish_reason, use)

@@ -7,8 +7,8 @@ _BOUNDED = "resume max_repeats max_separators cache_size"
 _PROMPTS = "prompt prompt_file apply_chat_template"
 
 JOBS = Jobs(
-    common="workdir model download dtype step max_new_tokens temperature top_k top_p min_p seed stop pattern "
-    "window_size num_sinks",
+    common="workdir model download dtype step max_new_tokens temperature top_k top_p min_p sampling_defaults seed stop "
+    "stop_token_ids control_tokens pattern window_size num_sinks",
     takes={
         ANSWER: _PROMPTS,
         RESUME: f"{_PROMPTS} {_BOUNDED} save",

@@ -27,7 +27,7 @@ class Request:
 
     table: Bool[jax.Array, "_"]  # separators among the tokenizer's ids; ids that it does not reach are never drawn
     sampling: Sampling
-    end_token: Int32[jax.Array, ""]  # the row ends after it; -1: no token ends it
+    end_tokens: Int32[jax.Array, "E"]  # the row ends after any of them; filled up with -1, which is no token
     max_new_tokens: Int32[jax.Array, ""]  # the row ends after so many; -1: never
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
@@ -196,7 +196,8 @@ def _draw(logits: jax.Array, state: DecodeState, request: Request) -> DecodeStat
     keys = jax.vmap(jax.random.fold_in)(state.key, state.count)
     drawn = sample(logits[:, : len(request.table)], keys, request.sampling)
     count = state.count + ~state.done
-    ends = (drawn == request.end_token) | ((count >= request.max_new_tokens) & (request.max_new_tokens >= 0))
+    is_end = jnp.any(drawn[:, None] == request.end_tokens, axis=-1)
+    ends = is_end | ((count >= request.max_new_tokens) & (request.max_new_tokens >= 0))
     wraps = count >= COUNT_WRAP
     other = jax.vmap(jax.random.fold_in)(state.key, jnp.full_like(count, COUNT_WRAP))
     return dataclasses.replace(

@@ -1,5 +1,6 @@
 """What the user asks of generation, checked and made arrays."""
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -12,19 +13,60 @@ from sepjax.cache import bucket
 from sepjax.config import AttentionConfig, ConfigError, UserError, layer_windows
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.model.transformer import Transformer
+from sepjax.sampling import Sampling
 from sepjax.separators import flag_separators
 
 Prompt = str | Sequence[int]
+_FEW_ENDS = 16  # end tokens for which all programs are the same
+_PLAIN = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+_PLAIN_DRAW = _PLAIN | {"temperature": 1.0, "top_k": 50}  # what transformers draws with where a file says no more
 
 
 class PromptError(UserError, ValueError):
     """A prompt that nothing can be generated from: the message says which, and why."""
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Any) -> list[list[int]]:
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """The tokens that end a row, by the reason they give. Made by `create`."""
+
+    eos: frozenset[int]
+    stop: frozenset[int]
+
+    @classmethod
+    def create(cls, tokenizer: Tokenizer, stop_at_eos: bool, stop_token_ids: Any) -> "Ends":
+        """The model's own end tokens, if they are to end a row, and those that the user asks for.
+
+        Raises:
+          TypeError: no token ids.
+          ConfigError: ids outside the vocabulary.
+        """
+        if isinstance(stop_token_ids, (str, bytes)) or not isinstance(stop_token_ids, (Sequence, set, np.ndarray)):
+            raise TypeError(f"stop_token_ids must be a list of token ids, got {stop_token_ids!r}")
+        stop = frozenset(operator.index(i) for i in stop_token_ids)
+        outside = sorted(i for i in stop if not 0 <= i < tokenizer.vocab_size)
+        if outside:
+            raise ConfigError(
+                f"stop_token_ids has {outside[0]}, which is outside the vocabulary of {tokenizer.vocab_size} tokens"
+            )
+        return cls(frozenset(tokenizer.end_ids if stop_at_eos else ()), stop)
+
+    def array(self) -> Int32[np.ndarray, "E"]:
+        """All of them for the device, filled up with -1: other sets of up to 16 are no other program."""
+        ids = sorted(self.eos | self.stop)
+        size = _FEW_ENDS if len(ids) <= _FEW_ENDS else bucket(len(ids))
+        return np.array(ids + [-1] * (size - len(ids)), np.int32)
+
+    def reason(self, token: int) -> str | None:
+        """Why the row ends after this token; None: it does not."""
+        return "eos" if token in self.eos else "stop" if token in self.stop else None
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Any, *, control_tokens: bool = True) -> list[list[int]]:
     """Token ids of one text, or of a list whose items are texts or lists of token ids.
 
-    Texts get BOS in front where the tokenizer has one; token ids are taken as they are.
+    Texts get BOS in front where the model's own tokenizer puts it, but not twice; token ids are taken as they are.
+    See `Tokenizer.encode` for `control_tokens`.
 
     Raises:
       TypeError: something else than that.
@@ -36,19 +78,19 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Any) -> list[list[int]]:
         raise TypeError(f"prompts must be a text or a list of prompts, got {type(prompts).__name__}")
     if not len(prompts):
         raise PromptError("prompts is an empty list; give at least one")
-    return [_encode(tokenizer, number, prompt) for number, prompt in enumerate(prompts)]
+    return [_encode(tokenizer, number, prompt, control_tokens) for number, prompt in enumerate(prompts)]
 
 
-def _encode(tokenizer: Tokenizer, number: int, prompt: Any) -> list[int]:
+def _encode(tokenizer: Tokenizer, number: int, prompt: Any, control_tokens: bool) -> list[int]:
     if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt, bos=True)
+        ids = tokenizer.encode(prompt, bos=True, control_tokens=control_tokens)
     elif isinstance(prompt, (Sequence, np.ndarray)) and not isinstance(prompt, bytes):
         ids = [operator.index(i) for i in prompt]
     else:
         hint = "; the ids of one prompt go in a list of their own: [[1, 2, 3]]" if hasattr(prompt, "__index__") else ""
         raise TypeError(f"prompt {number} must be a text or a list of token ids, got {type(prompt).__name__}{hint}")
     if not ids:
-        missing = " and the tokenizer has no BOS token to start from" if isinstance(prompt, str) else ""
+        missing = " and the tokenizer puts no BOS token in front" if isinstance(prompt, str) else ""
         raise PromptError(f"prompt {number} has no tokens{missing}; give it at least one")
     outside = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
     if outside:
@@ -56,6 +98,33 @@ def _encode(tokenizer: Tokenizer, number: int, prompt: Any) -> list[int]:
             f"prompt {number} has token ids outside the vocabulary of {tokenizer.vocab_size} tokens: {outside[:5]}"
         )
     return ids
+
+
+def choose_sampling(tokenizer: Tokenizer, sampling_defaults: bool, **given: Any) -> Sampling:
+    """How to draw: what is given; else, if asked for, what generation_config.json says; else the best token.
+
+    Args:
+      tokenizer: the model's, which has read that file.
+      sampling_defaults: whether its settings are asked for.
+      **given: temperature, top_k, top_p, min_p; None: not given.
+
+    Raises:
+      ConfigError: settings out of range; there is no such file, or it has values of another kind.
+    """
+    defaults = dict(_PLAIN)
+    if sampling_defaults:
+        theirs = tokenizer.special.sampling
+        if not theirs:
+            raise ConfigError("the model has no generation_config.json with settings; leave out sampling_defaults")
+        defaults = dict(_PLAIN_DRAW if theirs.get("do_sample") else _PLAIN)
+        for name in _PLAIN if theirs.get("do_sample") else ():  # else it takes the best token, whatever it says
+            value = theirs.get(name)
+            kind = type(_PLAIN[name])
+            if value is not None and type(value) not in (int, kind):
+                raise ConfigError(f"generation_config.json has {name}={str(value)[:80]!r}, expected {kind.__name__}")
+            defaults |= {} if value is None else {name: kind(value)}
+    chosen: dict[str, Any] = {name: defaults[name] if given[name] is None else given[name] for name in _PLAIN}
+    return Sampling.create(**chosen)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B"]]:

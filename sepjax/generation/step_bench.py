@@ -108,7 +108,7 @@ def _speed(config, graph, params, name, attention, sizes, rows, bandwidth, secon
     )
     cache_bytes = state.cache.nbytes
     table = jax.random.uniform(jax.random.key(1), (config.model.vocab_size,)) < 0.12
-    request = Request(table, Sampling.create(), jnp.int32(-1), jnp.int32(-1))
+    request = Request(table, Sampling.create(), jnp.full(1, -1), jnp.int32(-1))
     none = jnp.zeros(rows, bool)
 
     def run() -> jax.Array:

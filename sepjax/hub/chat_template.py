@@ -1,19 +1,24 @@
-"""Chat templates: a model's own text form of a conversation, in Jinja, run in the sandbox of the package jinja2.
+"""Chat templates: a model's own text form of a conversation, in Jinja.
 
-A template comes with a checkpoint and is a program. The sandbox lets it format text and nothing else: no files, no
-imports, no attributes of Python's own.
+A template comes with a checkpoint and is a program. It runs in a process of its own (`sepjax.hub.template_worker`), in
+jinja2's sandbox and under limits of time and memory: it can format text and nothing else. What it writes is what
+`apply_chat_template` of transformers writes.
 """
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
+from sepjax.data.special_tokens import SpecialTokenError, SpecialTokens, read_beside
+from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.errors import HubError
-from sepjax.hub.fields import Fields
+from sepjax.hub.template_process import ask
 
-_FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
-_MOST = 1_000_000  # characters of a template, and of what it writes
+_MOST = 1_000_000  # characters of a template
+# Characters that no text may have (Unicode's noncharacters), around what is to be read as text.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_MARKED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
 
 
 class ChatTemplate:
@@ -23,66 +28,53 @@ class ChatTemplate:
       source: its text.
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, Any] | None = None):
-        """Compiles a template.
+    def __init__(self, source: Any, tokens: Mapping[str, str | None] | None = None):
+        """Reads a template.
 
         Args:
-          source: its text.
-          tokens: what it may name besides the messages: "bos_token", "eos_token", ...
+          source: its text; or several under names, as in tokenizer_config.json, of which "default" counts.
+          tokens: what it may name besides the messages: "bos_token", "eos_token", ...; None: that is not defined.
 
         Raises:
           HubError: jinja2 is missing, or the template is no valid one.
         """
-        try:
-            from jinja2 import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ModuleNotFoundError as error:
-            raise HubError("a chat template needs the package jinja2: pip install jinja2") from error
-        if len(source) > _MOST:
-            raise HubError(f"a chat template of {len(source)} characters; {_MOST} are allowed")
-        self.source, self._tokens = source, dict(tokens or {})
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.filters["tojson"] = lambda x, **_: json.dumps(x, ensure_ascii=False)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise HubError(f"the chat template cannot be read: {error}") from error
+        self.source = _one_of(source)
+        if len(self.source) > _MOST:
+            raise HubError(f"a chat template of {len(self.source)} characters; {_MOST} are allowed")
+        self._tokens = {name: token for name, token in (tokens or {}).items() if token is not None}
+        ask(self.source, None)
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "ChatTemplate | None":
+        """The template that came with a tokenizer; None if none did."""
+        special = tokenizer.special
+        return None if not special.chat_template else cls(special.chat_template, special.names)
+
+    @classmethod
+    def of_model(cls, path: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
+        """The template that came with a tokenizer, or one that an older workdir has beside it."""
+        return cls.of(tokenizer) or (cls.find(path) if path.is_dir() else None)
 
     @classmethod
     def find(cls, path: Path) -> "ChatTemplate | None":
         """The template of a Hugging Face folder, a workdir made from one, or a GGUF file; None if there is none."""
         if path.is_file() and path.suffix == ".gguf":
-            return cls._of_gguf(path)
-        folder = next((f for f in (path / "hub", path) if (f / _CONFIG).is_file() or (f / _FILE).is_file()), None)
-        if folder is None:
-            return None
-        values = Fields.read(folder / _CONFIG).values if (folder / _CONFIG).is_file() else {}
-        source = values.get("chat_template")
-        if isinstance(source, list):  # several named ones
-            source = next(
-                (x.get("template") for x in source if isinstance(x, dict) and x.get("name") == "default"), None
-            )
-        if (folder / _FILE).is_file():
+            from sepjax.hub.gguf_file import read_special_tokens
+
+            return cls._of_files(read_special_tokens(path))
+        for folder in (path / "hub", path, path / "tokenizer"):
             try:
-                source = (folder / _FILE).read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise HubError(f"{str(folder / _FILE)!r} is no UTF-8 text: {error}") from error
-        return cls(source, {k: _text(v) for k, v in values.items() if k.endswith("_token")}) if source else None
+                found = cls._of_files(SpecialTokens.read(read_beside(folder)))
+            except SpecialTokenError as error:
+                raise HubError(f"{str(folder)!r}: {error}") from error
+            if found is not None:
+                return found
+        return None
 
     @classmethod
-    def _of_gguf(cls, path: Path) -> "ChatTemplate | None":
-        from sepjax.hub.gguf_file import read_fields
-
-        fields = read_fields(path)
-        tokens = fields.get("tokenizer.ggml.tokens")
-        if "tokenizer.chat_template" not in fields or tokens is None:
-            return None
-        ids = {f"{name}_token": fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-        return cls(
-            fields["tokenizer.chat_template"].contents(),
-            {name: tokens.contents(i.contents()) for name, i in ids.items() if i is not None},
-        )
+    def _of_files(cls, special: SpecialTokens) -> "ChatTemplate | None":
+        names = {**special.by_class, **special.names}
+        return cls(special.chat_template, names) if special.chat_template else None
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The text of a conversation.
@@ -92,22 +84,71 @@ class ChatTemplate:
           add_generation_prompt: whether what stands before an answer comes last.
 
         Raises:
-          HubError: the template refuses the messages, or fails.
+          HubError: there are no messages; the template refuses them, fails, or asks for too much time or memory.
         """
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **self._tokens,
-            )[:_MOST]
-        except Exception as error:  # a template is a program of somebody else's: anything may go wrong in it
-            raise HubError(f"the chat template fails: {error}") from error
+        if not len(messages):
+            raise HubError("a chat template needs at least one message")
+        values = {
+            "messages": [{k: v for k, v in message.items() if v is not None} for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return ask(self.source, self._tokens | values)
+
+    def encode(
+        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, control_tokens: bool = True
+    ) -> list[int]:
+        """The token ids of a conversation, up to where the answer begins; BOS where the template writes it.
+
+        Args:
+          tokenizer: the model's.
+          messages: see `render`.
+          control_tokens: whether names of control tokens in the messages are these tokens; False: they are text, and
+            only the template's own count.
+        """
+        if not control_tokens:
+            messages = [{k: marked(tokenizer, v) for k, v in message.items()} for message in messages]
+        return encode_marked(tokenizer, self.render(messages))
 
 
-def _refuse(message: str) -> Never:
-    """What templates call for messages that they cannot write."""
-    raise ValueError(message)
+def marked(tokenizer: Tokenizer, text: str) -> str:
+    """A user's text with the names of control tokens in it marked as text, for `encode_marked`."""
+    names = sorted(tokenizer.control_tokens(), key=len, reverse=True)
+    text = text.replace(_OPEN, "").replace(_CLOSE, "")
+    return re.sub("|".join(map(re.escape, names)), rf"{_OPEN}\g<0>{_CLOSE}", text) if names else text
 
 
-def _text(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
+def unmarked(text: str) -> str:
+    """The text without marks."""
+    return text.replace(_OPEN, "").replace(_CLOSE, "")
+
+
+def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that was rendered from `marked` ones: what is marked is encoded as plain characters."""
+    ids: list[int] = []
+    pieces = _MARKED.split(text)  # text, marked, text, ...; None for a mark whose partner a template took away
+    for number, piece in enumerate(pieces):
+        if not piece:
+            continue
+        as_text = number % 2 == 1
+        before = "\n" if ids and tokenizer.starts_with_space else ""  # else a space would come before every piece
+        found = tokenizer.encode(before + piece, control_tokens=not as_text)
+        lead = tokenizer.encode(before) if before else []
+        ids += found[len(lead) :] if found[: len(lead)] == lead else tokenizer.encode(piece, control_tokens=not as_text)
+    return ids
+
+
+def _one_of(source: Any) -> str:
+    """The text of a template, of the default one where there are several."""
+    named = source
+    if isinstance(source, list):
+        named = {x.get("name"): x.get("template") for x in source if isinstance(x, dict)}
+    if isinstance(named, dict):
+        source = named.get("default")
+        if not isinstance(source, str):
+            names = ", ".join(sorted(str(name)[:40] for name in named)) or "none"
+            raise HubError(f"the model has several chat templates, but none named 'default': {names}")
+    if not isinstance(source, str):
+        raise HubError(f"the chat template is {str(source)[:80]}, expected a text or templates with names")
+    return source

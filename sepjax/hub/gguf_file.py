@@ -4,6 +4,7 @@ Quantised weights are read as float32. The rows of Q and K are stored for interl
 ours is half-split (pairs i, i + H/2), so they are put back in order. Needs the package `gguf`.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sepjax.config import ModelConfig, validate_attention
+from sepjax.data.special_tokens import SpecialTokens
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.data.tokenizer_models import HuggingFaceModel
 from sepjax.hub.assemble import assemble, check_sizes
@@ -60,6 +62,11 @@ _LLAMA3 = {  # words with what stands before them, up to three digits, other mar
     "behavior": "Isolated",
     "invert": False,
 }
+# Names of special tokens (those that chat templates may use: "..._token") by the GGUF's for their ids.
+_SPECIAL_IDS = {
+    "bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding",
+    "eot": "eot", "eom": "eom",
+}  # fmt: skip
 _PRE_TOKENIZERS = {
     "gpt-2": [_BYTE_LEVEL],
     "smollm": [_DIGITS, _BYTE_LEVEL],
@@ -122,6 +129,13 @@ def _shape(path: Path, header: Header, dtype: str) -> tuple[ModelConfig, Tokeniz
 def read_fields(path: Path) -> Mapping[str, Field]:
     """The file's metadata; each value's `contents()` is a Python object. Raises GGUFError as `load_gguf` does."""
     return _open(path).fields
+
+
+def read_special_tokens(path: Path) -> SpecialTokens:
+    """The special tokens and the chat template of a file; raises as `load_gguf` does."""
+    fields = _open(path).fields
+    pre = _field(path, fields, "tokenizer.ggml.pre", "gpt-2")
+    return _special_tokens(path, fields, _field(path, fields, "tokenizer.ggml.tokens"), pre)
 
 
 def _open(path: Path) -> Header:
@@ -222,9 +236,17 @@ def _tokenizer(path: Path, fields: Mapping[str, Field]) -> Tokenizer:
             "ignore_merges": pre == "llama-bpe",  # a word that is a token is that token, whatever its merges
         },
     }
-    special = {name: tokens[i] for name, i in _special_ids(path, fields, tokens).items() if i is not None}
+    special = _special_tokens(path, fields, tokens, pre)
+    if special.adds_bos:
+        bos = special.names["bos_token"]
+        file["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {bos: {"id": bos, "ids": [tokens.index(bos)], "tokens": [bos]}},
+        }
     try:
-        return Tokenizer(HuggingFaceModel(json.dumps(file), {"bos_token": None, "eos_token": None} | special))
+        return Tokenizer(HuggingFaceModel(json.dumps(file), dataclasses.replace(special, adds_bos=None)))
     except Exception as error:  # the library raises bare ones
         raise GGUFError(f"{str(path)!r}: the vocabulary or its merges are damaged: {error}") from error
 
@@ -256,18 +278,25 @@ def _merges(path: Path, fields: Mapping[str, Field]) -> list[list[str]]:
     return [[merge[:i], merge[i + 1 :]] for merge, i in zip(merges, at, strict=True)]
 
 
-def _special_ids(path: Path, fields: Mapping[str, Field], tokens: list[str]) -> dict[str, int | None]:
-    """BOS is what stands before a text in training. A file that puts none there itself may name a chat's first token
-    (SmolLM2: <|im_start|>); then it is the token that divides the texts.
-    """
-    bos, eos = (
-        fields[f"tokenizer.ggml.{name}_token_id"].contents() if f"tokenizer.ggml.{name}_token_id" in fields else None
-        for name in ("bos", "eos")
+def _special_tokens(path: Path, fields: Mapping[str, Field], tokens: list[str], pre: str) -> SpecialTokens:
+    """The special tokens' names, the ends of an answer and the chat template."""
+    ids: dict[str, int] = {}
+    for ours, theirs in _SPECIAL_IDS.items():
+        name = f"tokenizer.ggml.{theirs}_token_id"
+        if name not in fields:
+            continue
+        i = _field(path, fields, name)
+        if type(i) is not int or not 0 <= i < len(tokens):
+            raise GGUFError(f"{str(path)!r}: {name}={str(i)[:80]}, but there are {len(tokens)} tokens")
+        ids[ours] = i
+    adds_bos = _field(path, fields, "tokenizer.ggml.add_bos_token", pre == "llama-bpe")
+    if adds_bos and "bos_token" not in ids:
+        raise GGUFError(f"{str(path)!r} puts BOS before texts (add_bos_token), but names no bos_token_id")
+    template = "tokenizer.chat_template"
+    return SpecialTokens(
+        names={"bos_token": None, "eos_token": None}
+        | {name: tokens[i] for name, i in ids.items() if name.endswith("_token")},
+        end_ids={path.name: tuple(ids[name] for name in ("eos_token", "eot", "eom") if name in ids)},
+        chat_template=_field(path, fields, template) if template in fields else None,
+        adds_bos=bool(adds_bos),
     )
-    for name, i in (("bos", bos), ("eos", eos)):
-        if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
-            raise GGUFError(f"{str(path)!r}: tokenizer.ggml.{name}_token_id={i!r}, but there are {len(tokens)} tokens")
-    adds_bos = "tokenizer.ggml.add_bos_token" in fields and fields["tokenizer.ggml.add_bos_token"].contents()
-    if not adds_bos and "<|endoftext|>" in tokens:
-        bos = tokens.index("<|endoftext|>")
-    return {"bos_token": bos, "eos_token": eos}

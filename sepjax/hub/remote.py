@@ -12,6 +12,7 @@ _FILES += [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 ]
 

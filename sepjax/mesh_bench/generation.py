@@ -90,7 +90,7 @@ def _params(config: Config) -> Params:
 def _request(settings: Settings, config: Config) -> Request:
     """Greedy, without an end within the steps that run."""
     table = jax.random.uniform(jax.random.key(1), (config.model.vocab_size,)) < settings.density
-    return Request(table, Sampling.create(), jnp.int32(-1), jnp.int32(2 * settings.new + 2))
+    return Request(table, Sampling.create(), jnp.full(1, -1), jnp.int32(2 * settings.new + 2))
 
 
 def _bytes_here(tree: Any) -> int:

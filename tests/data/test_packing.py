@@ -19,13 +19,12 @@ class Letters(TokenizerModel):
 
     vocabulary = None
     starts_with_space = False
-    adds_bos = False
 
-    def __init__(self, bos_id: int | None, eos_id: int | None):
-        self.bos_id, self.eos_id = bos_id, eos_id
+    def __init__(self, bos_id: int | None, eos_id: int | None, adds_bos: bool):
+        self.bos_id, self.eos_id, self.adds_bos = bos_id, eos_id, adds_bos
 
     def encode(self, texts: Sequence[str]):
-        ids = [ord(c) - ord("a") + 3 for text in texts for c in text]
+        ids = [BOS if c == "<" else EOS if c == ">" else ord(c) - ord("a") + 3 for text in texts for c in text]
         return np.array(ids, np.int32), np.array([len(text) for text in texts], np.int64)
 
     def token_bytes(self) -> list[bytes]:
@@ -35,8 +34,10 @@ class Letters(TokenizerModel):
         return {}
 
 
-TEXTS = st.lists(st.text("abcdefgh", max_size=9), max_size=8)
-TOKENIZERS = st.builds(lambda b, e: Tokenizer(Letters(BOS if b else None, EOS if e else None)), *[st.booleans()] * 2)
+TEXTS = st.lists(st.text("abcdefgh<>", max_size=9), max_size=8)  # < is BOS, > is EOS
+TOKENIZERS = st.builds(
+    lambda b, e, adds: Tokenizer(Letters(BOS if b else None, EOS if e else None, b and adds)), *[st.booleans()] * 3
+)
 
 
 def flag_vowels(tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -44,10 +45,17 @@ def flag_vowels(tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def pairs_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[int, int, int, int]]:
-    """(token, target, document, offset) of every input, document by document."""
+    """(token, target, document, offset) of every input, document by document.
+
+    A document begins with BOS where the tokenizer adds it, else with what ends the one before; with neither twice.
+    """
     pairs = []
     for document, text in enumerate(texts):
-        ids = tokenizer.encode(text, bos=True) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
+        end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        start = [BOS] if tokenizer.adds_bos else end
+        ids = tokenizer.encode(text)
+        ids = ids[1:] if start and ids[:1] == start else ids
+        ids = [*start, *(ids[:-1] if end and ids[-1:] == end else ids), *end]
         pairs += [(ids[i], ids[i + 1], document, i) for i in range(len(ids) - 1)]
     return pairs
 
@@ -93,7 +101,7 @@ def test_padding_is_at_the_end_and_blank(tokenizer, texts, length):
 
 @given(texts=TEXTS, cut=st.integers(0, 60))
 def test_a_stream_taken_apart_joins_again(texts, cut):
-    stream = TokenStream.encode(Tokenizer(Letters(BOS, EOS)), texts)
+    stream = TokenStream.encode(Tokenizer(Letters(BOS, EOS, True)), texts)
     again = TokenStream.join([stream[:cut], TokenStream.empty(), stream[cut:]])
     for name in ("tokens", "targets", "documents", "offsets"):
         np.testing.assert_array_equal(getattr(again, name), getattr(stream, name))
@@ -102,7 +110,7 @@ def test_a_stream_taken_apart_joins_again(texts, cut):
 
 
 def test_the_drawing_of_the_docstring():
-    tokenizer = Tokenizer(Letters(BOS, EOS))
+    tokenizer = Tokenizer(Letters(BOS, EOS, True))
     batch = pack_rows(TokenStream.encode(tokenizer, ["abc", "d", "efghi"]), 4, flag_vowels)
     a, b, c, d, e, f, g, h, i = tokenizer.encode("abcdefghi")
     assert batch.tokens.tolist() == [[BOS, a, b, c], [BOS, d, BOS, e], [f, g, h, i]]
@@ -113,6 +121,6 @@ def test_the_drawing_of_the_docstring():
 
 @pytest.mark.parametrize("bos", [None, BOS])
 def test_a_text_without_a_pair_leaves_no_token(bos):
-    stream = TokenStream.encode(Tokenizer(Letters(bos, None)), ["", "a", ""])
+    stream = TokenStream.encode(Tokenizer(Letters(bos, None, bos is not None)), ["", "a", ""])
     assert len(stream) == (0 if bos is None else 1)
     assert (stream.start() is None) == (bos is None)

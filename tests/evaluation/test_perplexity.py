@@ -25,7 +25,7 @@ TEXTS = ["A cat. A dog, a mat. The end of it.", "Short.", "", "Ünïcode is two 
 class Bytes(Tokenizer):
     """A tokenizer whose tokens are bytes, with BOS 256."""
 
-    bos_id, eos_id, vocab_size = 256, None, 257
+    bos_id, eos_id, vocab_size, adds_bos, document_end = 256, None, 257, True, None
 
     def __init__(self):
         pass

@@ -10,7 +10,7 @@ import pytest
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation.documents import Lanes, StreamError, documents_of, whole_documents
+from sepjax.evaluation.documents import Lanes, StreamError, documents_of, read_documents, whole_documents
 from sepjax.evaluation.slices import EDGES
 from sepjax.evaluation.streaming import score_streams
 from sepjax.evaluation.token_loss import token_nll
@@ -29,7 +29,7 @@ TEXTS = ["A cat. A dog, a mat. The end of it, at last.\nNot yet.", "Short.", "",
 class Bytes(Tokenizer):
     """A tokenizer whose tokens are bytes, with BOS 256."""
 
-    bos_id, eos_id, vocab_size = 256, None, 257
+    bos_id, eos_id, vocab_size, adds_bos, document_end = 256, None, 257, True, None
 
     def __init__(self):
         pass
@@ -140,6 +140,18 @@ def test_the_official_protocol_starts_every_line_anew_and_drops_its_last_token()
     no_start.bos_id = None
     with pytest.raises(StreamError, match="has none"):
         documents_of(no_start, ["a"], line_wise=True)
+
+
+def test_documents_begin_with_bos_where_the_tokenizer_puts_it_and_once(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffab".encode())  # the UTF-8 mark is no text
+    np.savez(tmp_path / "a.npz", with_bos=[256, 97, 98], without=[97, 98])
+    adds, plain = Bytes(), Bytes()
+    plain.adds_bos = False
+    for tokenizer, expected in ((adds, [256, 97]), (plain, [97])):
+        (document,) = read_documents(tmp_path / "a.txt", tokenizer)
+        assert document.inputs.tolist() == expected
+    first, second = read_documents(tmp_path / "a.npz", adds)
+    assert first.inputs.tolist() == second.inputs.tolist() == [256, 97]
 
 
 def test_the_first_tokens_are_taken():

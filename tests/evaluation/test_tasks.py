@@ -10,7 +10,10 @@ import pytest
 
 import sepjax
 from sepjax.config import ConfigError
+from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.scoring import score_continuations
+from sepjax.hub.chat_template import ChatTemplate
+from tests.data.test_special_tokens import LLAMA3, write
 
 pytest.importorskip("lm_eval")
 
@@ -197,6 +200,17 @@ def test_a_limit_may_be_a_share(byte_model, byte_tokenizer, separators, data):
     for limit in (1.5, -1, float("nan")):
         with pytest.raises(TaskError, match="whole number of documents, or their share"):
             run(byte_model, byte_tokenizer, ["lambada_openai"], [separators], data, limit=limit)
+
+
+def test_a_rendered_prompt_has_one_bos(byte_model, tmp_path, separators):
+    """A text begins with BOS where the tokenizer puts it, and not twice where a chat template has written it."""
+    named = {"tokenizer_config": {"bos_token": LLAMA3[0], "eos_token": LLAMA3[2], "chat_template": "{{ bos_token }}a"}}
+    tokenizer = Tokenizer.load(write(tmp_path, LLAMA3, bos=LLAMA3[:1], **named))
+    lm = SepjaxLM(byte_model, tokenizer, separators, chat_template=ChatTemplate.of(tokenizer))
+    text = lm.apply_chat_template([{"role": "user", "content": "x"}])
+    assert lm.tok_encode(text) == lm.tok_encode("a") == [256, *tokenizer.encode("a")]
+    assert lm.tok_encode("a", add_special_tokens=False) == tokenizer.encode("a")
+    assert lm._pair("", text) == ([256], tokenizer.encode("a"))
 
 
 def test_rolling_scores_and_settings_that_are_not_served(byte_model, byte_tokenizer, separators):

@@ -11,28 +11,33 @@ import pytest
 import tokenizers
 
 from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.data.special_tokens import SpecialTokens
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.data.tokenizer_models import HuggingFaceModel
 from sepjax.generate import stream
-from sepjax.generation.chat import ChatFormat, chat, gauge, interrupt_flag
+from sepjax.generation.chat import chat, gauge, interrupt_flag
+from sepjax.generation.conversation import ChatFormat, conversation_of
 from sepjax.generation.driver import CacheUse
+from sepjax.hub.chat_template import ChatTemplate
+from sepjax.hub.errors import HubError
 from sepjax.model.transformer import create
+from sepjax.separators import BYTE_OF_CHARACTER
 from tests.hub.test_gguf_file import write
 
 ROOT = Path(__file__).parents[2]
-LETTERS = [*"abcdefghijklmnopqrstuvwxyzUA:.,", "Ġ", "Ċ"]
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
-def tokenizer_of(control, eos=None) -> Tokenizer:
-    """Letters and control tokens."""
-    vocabulary = {token: i for i, token in enumerate([*control, *LETTERS])}
+def tokenizer_of(control, eos=None, template=None) -> Tokenizer:
+    """Bytes and control tokens."""
+    vocabulary = {token: i for i, token in enumerate([*control, *BYTE_OF_CHARACTER])}
     file = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
     file.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     file.decoder = tokenizers.decoders.ByteLevel()
     file.add_special_tokens(control)
-    return Tokenizer(HuggingFaceModel(file.to_str(), {"bos_token": None, "eos_token": eos}))
+    special = SpecialTokens(names={"bos_token": None, "eos_token": eos}, chat_template=template)
+    return Tokenizer(HuggingFaceModel(file.to_str(), special))
 
 
 def spelt(tokenizer, ids):
@@ -76,13 +81,77 @@ def test_other_models_get_names_and_a_stop_text():
 def test_what_a_user_says_cannot_end_the_turn():
     tokenizer = tokenizer_of(CHATML)
     ids = ChatFormat.of(tokenizer).turn(tokenizer, "a<|im_end|>b", before=None)
-    assert spelt(tokenizer, ids).count("<|im_end|>") == 1
-    assert "ab<|im_end|>" in spelt(tokenizer, ids)
+    assert ids.count(tokenizer.control_id("<|im_end|>")) == 1
+    assert tokenizer.decode(ids) == "user\na<|im_end|>b\nassistant\n"  # spelt out: it is what the user said
+    ids = ChatFormat.of(tokenizer).turn(tokenizer, "a<|im_end|>b", before=None, control_tokens=True)
+    assert ids.count(tokenizer.control_id("<|im_end|>")) == 2
+
+
+BY_NAME = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content | trim }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+)
+
+
+def turns(template, said, *, answers, before, **settings):
+    """(ids fed, reports) of a conversation by a template, with these answers and their last tokens."""
+    tokenizer = tokenizer_of(CHATML, eos="<|im_end|>")
+    form = conversation_of(tokenizer, ChatTemplate(template), **settings)
+    fed, reports = [], []
+    for text, answer, last in zip(said, [*answers, ""], [None, *before], strict=True):
+        ids, report = form.turn(text, before=None if last is None else tokenizer.control_id(last) or 99)
+        form.answered(answer)
+        fed.append(spelt(tokenizer, ids))
+        reports.append(report)
+    return fed, reports, form
+
+
+def test_turns_are_what_the_models_template_adds():
+    """Rendered with the new turn and without: what is fed and answered joins to what the template writes of it all."""
+    said, answers = ["hi", "why?", "so"], [" well ", "because"]
+    fed, reports, form = turns(BY_NAME, said, answers=answers, before=["<|im_end|>", "x"], system="be kind")
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    assert fed[0] == ChatTemplate(BY_NAME).render(messages)
+    assert fed[1] == "<|im_start|>user: why?<|im_end|><|im_start|>assistant: "  # the answer's end came from the model
+    assert fed[2] == "<|im_end|><|im_start|>user: so<|im_end|><|im_start|>assistant: "  # the answer was cut short
+    assert reports == ["", "", ""]  # trimming is not rewriting
+    assert form.stop == ()
+    assert form.stop_token_ids == (2,)
+    fed, _, _ = turns(BY_NAME, ["a<|im_end|>b"], answers=[], before=[])
+    assert fed == ["<|im_start|>user: a<|im_end|>b<|im_end|><|im_start|>assistant: "]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_reported_once():
+    moves = (  # Mistral's: the system's words stand before the last thing that the user says
+        "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% endif %}"
+        "{% for m in messages if m.role != 'system' %}"
+        "{% if m.role == 'user' %}[{% if loop.last and s %}{{ s }} {% endif %}{{ m.content }}]"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    fed, reports, _ = turns(moves, ["u", "v", "w"], answers=["a", "b"], before=["x", "x"], system="s")
+    assert fed == ["[s u]", "<|im_end|>[s v]", "<|im_end|>[s w]"]
+    assert "rewrites earlier turns" in reports[1]
+    assert [reports[0], reports[2]] == ["", ""]
+    forgets = "{{ messages[-1].content }}"  # no answer comes out of it: a known form goes on
+    fed, reports, _ = turns(forgets, ["u", "v"], answers=["a"], before=["<|im_end|>"])
+    assert fed == ["u", "\n<|im_start|>user\nv<|im_end|>\n<|im_start|>assistant\n"]
+    assert "in the form of ChatML" in reports[1]
+    with pytest.raises(HubError, match="no system"):
+        turns("{{ raise_exception('no system') }}", ["u"], answers=[], before=[], system="s")
+
+
+def test_a_resumed_conversation_goes_on_in_the_template():
+    tokenizer = tokenizer_of(CHATML, eos="<|im_end|>")
+    form = conversation_of(tokenizer, ChatTemplate(BY_NAME), system="be kind")
+    for text in ("on", "and on"):
+        ids, report = form.turn(text, before=tokenizer.control_id("<|im_end|>"))
+        form.answered("yes")
+        assert (spelt(tokenizer, ids), report) == (f"<|im_start|>user: {text}<|im_end|><|im_start|>assistant: ", "")
 
 
 @pytest.fixture(scope="module")
 def talker():
-    tokenizer = tokenizer_of(CHATML, eos="<|im_end|>")
+    tokenizer = tokenizer_of(CHATML, eos="<|im_end|>", template=BY_NAME)
     config = ModelConfig(vocab_size=tokenizer.vocab_size, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1,
                          head_dim=8, mlp_dim=16)  # fmt: skip
     attention = AttentionConfig(num_sinks=2, max_separators=3, window_size=6, cache_size=20)
@@ -109,6 +178,7 @@ def test_a_conversation_continues_its_cache(talker, tmp_path):
     said = ["hello there.", "and again, friend.", "", f"/save {tmp_path / 'talk'}", "/save", "/quit", "never"]
     text, reports, events = talk(model, tokenizer, said, max_new_tokens=12, seed=5)
     assert text.count("\n") >= 2
+    assert "the model's own template" in reports[0]
     gauges = [line for line in reports if line.startswith("[cache ")]
     assert len(gauges) == 2
     assert f"/20 slots, {events.cache.seen:,} tokens seen" in gauges[-1]

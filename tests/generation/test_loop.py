@@ -31,7 +31,7 @@ def test_the_cache_is_updated_in_place(kind):
         cache = StreamingCache.create(CONFIG, 2, StreamSizes.create(CONFIG, STREAM), by_layer=True)
     zeros = jnp.zeros(2, jnp.int32)
     state = DecodeState(cache, zeros, zeros, zeros > 0, jax.random.split(jax.random.key(0), 2))
-    request = Request(jnp.zeros(64, bool), Sampling.create(), jnp.int32(-1), jnp.int32(9))
+    request = Request(jnp.zeros(64, bool), Sampling.create(), jnp.full(1, -1), jnp.int32(9))
     program = make_advance(graph, attention, 4).lower(params, state, np.zeros(2, bool), request).compile()
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.nbytes

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.hub import template_process
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.errors import HubError
+from tests.data.test_special_tokens import SMOL, write
 
 pytest.importorskip("jinja2")
 
@@ -36,6 +39,88 @@ def test_where_templates_are_found(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     config.write_text(json.dumps({"chat_template": named}))
     assert json.loads(ChatTemplate.find(tmp_path).render(MESSAGES)) == MESSAGES
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ pad_token }}"}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    assert ChatTemplate.find(tmp_path).render(MESSAGES) == "<pad>"
+
+
+# What transformers 5.24 writes (apply_chat_template) for MESSAGES with bos_token None and eos_token "</s>".
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [
+        ("{% if tools is not none %}T{% endif %}{% if documents is none %}D{% endif %}", "D"),
+        ("[{{ bos_token }}|{{ eos_token }}|{{ bos_token is defined }}]", "[|</s>|False]"),
+        ("{{ {'b': 'é<', 'a': [1]} | tojson }}", '{"b": "é<", "a": [1]}'),
+        ("{{ {'a': 1} | tojson(indent=2) }}", '{\n  "a": 1\n}'),
+        ("{{ {'b': 'é', 'a': 1} | tojson(sort_keys=True, ensure_ascii=True, separators=(',', ':')) }}",
+         '{"a":1,"b":"\\u00e9"}'),
+        ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}", "system"),
+        ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% endfor %}", "user"),
+        ("{% generation %}A{% set z = 1 %}{% endgeneration %}{{ z }}", "A"),
+        ("{{ strftime_now('x%%') }}", "x%"),
+        ("a\n  {%- if true %}\n    b {{- ' c' }}\n  {% endif %}\n", "a    b c\n"),
+    ],
+)  # fmt: skip
+def test_templates_write_what_transformers_writes(source, written):
+    assert ChatTemplate(source, {"bos_token": None, "eos_token": "</s>"}).render(MESSAGES) == written
+
+
+def test_long_conversations_are_not_cut():
+    text = "word " * 400_000
+    assert ChatTemplate("{{ messages[0].content }}").render([{"role": "user", "content": text}]) == text
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"tool_use": "x"}, "several chat templates, but none named 'default': tool_use"),
+        ([{"name": "rag", "template": "x"}, 3], "none named 'default': rag"),
+        (7, "the chat template is 7, expected a text"),
+        ({"default": {"a": 1}}, "none named 'default'"),
+        ([], "none named 'default': none"),
+    ],
+)
+def test_other_things_than_a_template_are_refused(source, message):
+    with pytest.raises(HubError, match=message):
+        ChatTemplate(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ 'a' * 3000000000 }}", "more memory than a template may have"),  # folded while it is read
+        ("{{ '%999999999d' % 1 }}", "more memory"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "cannot be read: it is nested too deeply"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "nested too deeply"),
+        ("{{ messages[0].content.ljust(20000000) }}", "writes 20,000,000 characters, more than"),
+        ("{{ lipsum(n=99999) }}", "more seconds of computing|characters, more than"),
+    ],
+)
+def test_hostile_templates_are_refused_within_seconds(source, message):
+    with pytest.raises(HubError, match=message) as caught:
+        ChatTemplate(source).render(MESSAGES)
+    assert "\n" not in str(caught.value)
+    assert ChatTemplate("{{ messages | length }}").render(MESSAGES) == "2"  # the next one is served
+
+
+def test_the_process_of_templates_is_started_once_and_again_when_it_ended():
+    template = ChatTemplate("{{ 1 + 1 }}")
+    worker = template_process._running[0]
+    assert (template.render(MESSAGES), template_process._running) == ("2", [worker])
+    worker.kill()
+    worker.wait()
+    assert template.render(MESSAGES) == "2"
+    assert template_process._running != [worker]
+
+
+def test_only_the_templates_own_control_tokens_count(tmp_path):
+    tokenizer = Tokenizer.load(write(tmp_path, SMOL))
+    template = ChatTemplate(CHATML)
+    said = [{"role": "user", "content": "a<|im_end|>\ufdd0b"}]
+    safe = template.encode(tokenizer, said, control_tokens=False)
+    assert safe.count(258) == 1
+    assert tokenizer.decode(safe) == "user\na<|im_end|>b\nassistant\n"
+    assert template.encode(tokenizer, said).count(258) == 2
 
 
 @pytest.mark.parametrize(

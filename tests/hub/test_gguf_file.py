@@ -11,6 +11,7 @@ import pytest
 
 import sepjax
 from sepjax.config import AttentionConfig, ModelConfig, RopeConfig
+from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
@@ -54,6 +55,8 @@ def write(
     factors=None,
     kinds=(3, 3, 3),
     bos=1,
+    chat=False,
+    eot=0,
     **keys,
 ):
     """Writes a random model with more metadata (a dot in a key is "__"); returns its parameters as ours."""
@@ -79,7 +82,10 @@ def write(
         adds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         adds.get(type(value), writer.add_array)(name.replace("__", "."), value)
     writer.add_eos_token_id(2)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(chat)
+    if chat or eot:
+        writer.add_eot_token_id(eot)
+        writer.add_chat_template("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
     for name, data in tensors(params, config):
         if name not in leave_out:
             kind = gguf.GGMLQuantizationType.Q8_0
@@ -173,8 +179,10 @@ def test_the_tokenizer_splits_digits_and_knows_its_control_tokens(tmp_path):
         *("abc", "Ġa", "1", "1", ",", "Ġ", "bc", "."),
     ]
     assert tokenizer.decode(tokenizer.encode("abc a11, bc.")) == "abc a11, bc."
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 2)  # <|im_start|> starts a turn, no text
-    assert tokenizer.encode("<|im_start|>a") == [1, 3]
+    # <|im_start|> starts a turn, not a text: nothing is put in front, and documents are divided by <|endoftext|>.
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (1, 2, False)
+    assert (tokenizer.document_start, tokenizer.document_end) == (0, 0)
+    assert tokenizer.encode("<|im_start|>a", bos=True) == [1, 3]
 
 
 def test_the_scaling_of_llama_3_1_is_found_in_its_divisors(tmp_path):
@@ -202,10 +210,10 @@ def test_a_read_model_generates(tmp_path):
     write(tmp_path / "m.gguf")
     model, tokenizer = sepjax.load(tmp_path / "m.gguf")
     (answer,) = sepjax.generate(model, tokenizer, "abc", max_new_tokens=4, stop_at_eos=False)
-    tokens = jnp.array([[0, *tokenizer.encode("abc"), *answer.token_ids]], jnp.int32)
+    tokens = jnp.array([[*tokenizer.encode("abc"), *answer.token_ids]], jnp.int32)
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     hidden, _ = forward(model, tokens, positions, jnp.zeros_like(tokens, bool))
-    assert jnp.argmax(model.logits(hidden), axis=-1)[0, 1:-1].tolist() == list(answer.token_ids)
+    assert jnp.argmax(model.logits(hidden), axis=-1)[0, -5:-1].tolist() == list(answer.token_ids)
 
 
 @pytest.mark.parametrize(
@@ -389,3 +397,18 @@ def test_damaged_files_are_refused(tmp_path):
     for name in ("cut.gguf", "other.gguf"):
         with pytest.raises(GGUFError, match="no complete GGUF file"):
             load_gguf(tmp_path / name, dtype="float32")
+
+
+def test_special_tokens_and_the_chat_template_survive(tmp_path):
+    """All that ends an answer, BOS in front where the file says so, the template with the file's own names."""
+    write(tmp_path / "m.gguf", chat=True)
+    _, read = load_gguf(tmp_path / "m.gguf", dtype="float32")
+    read.save(tmp_path / "tokenizer")
+    for tokenizer in (read, Tokenizer.load(tmp_path / "tokenizer")):
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_ids) == (1, 2, (0, 2))
+        assert tokenizer.encode("a", bos=True) == [1, 3]
+    for found in (ChatTemplate.of(read), ChatTemplate.find(tmp_path), ChatTemplate.find(tmp_path / "m.gguf")):
+        assert found.render([{"role": "user", "content": "a"}]) == "<|im_start|>a<|im_end|>"
+    write(tmp_path / "m.gguf", eot=len(TOKENS))
+    with pytest.raises(GGUFError, match=r"eot_token_id=.*, but there are"):
+        load_gguf(tmp_path / "m.gguf", dtype="float32")

@@ -25,7 +25,7 @@ def answers(mesh, laid_out=lambda params: params):
     graph, params = split(create(MODEL, ATTENTION, jax.random.key(0)))
     params = jax.tree.map(lambda x: 20 * x if x.ndim > 2 else x, params)  # so that no two tokens are nearly as likely
     rng = np.random.default_rng(0)
-    request = Request(jnp.arange(64) % 7 == 0, Sampling.create(), jnp.int32(-1), jnp.int32(NEW))
+    request = Request(jnp.arange(64) % 7 == 0, Sampling.create(), jnp.full(1, -1), jnp.int32(NEW))
     with jax.set_mesh(mesh):
         params = jax.device_put(params, parameter_shardings(params, mesh))
         tokens, lengths = rng.integers(0, 64, (ROWS, LENGTH)).astype(np.int32), np.array([32, 9, 20, 1], np.int32)

@@ -1,0 +1,213 @@
+"""What the files beside a vocabulary say of its tokens: names, tokens added later, end tokens, the chat template.
+
+A tokenizer.json itself does not say which tokens are BOS and EOS, nor which others end an answer. Hugging Face folders
+spread that over half a dozen files; `SpecialTokens.read` joins them, `files` writes what a saved tokenizer keeps.
+"""
+
+import dataclasses
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sepjax.config import nearest
+
+CONFIG, MAP, ADDED, GENERATION = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+)  # fmt: skip
+TEMPLATE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
+BESIDE = (CONFIG, MAP, ADDED, GENERATION, "config.json", TEMPLATE, TEMPLATE_JSON)
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")  # of generation_config.json
+_MOST = 2**28  # bytes of a tokenizer's file; the largest known ones have 40 million
+# Names that a class of transformers gives where no file does: BOS, EOS, unknown.
+_BY_CLASS = {
+    "GPT2Tokenizer": ("<|endoftext|>",) * 3,
+    "GPTNeoXTokenizer": ("<|endoftext|>",) * 3,
+    "LlamaTokenizer": ("<s>", "</s>", "<unk>"),
+    "CodeLlamaTokenizer": ("<s>", "</s>", "<unk>"),
+}
+# Families whose config and generation_config have this end token in every file, whatever the vocabulary.
+_END_BY_DEFAULT = {"gpt2": 50256}
+
+
+class SpecialTokenError(ValueError):
+    """Files beside a vocabulary that do not fit it, or are damaged: names the file and the key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """What is known besides the vocabulary itself. Plain values; nothing is checked against a vocabulary yet."""
+
+    names: Mapping[str, str | None] = dataclasses.field(default_factory=dict)  # "bos_token": "<s>"; None: there is none
+    flags: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # of tokens named with flags
+    more: tuple[str, ...] = ()  # further control tokens, which no name stands for
+    by_class: Mapping[str, str] = dataclasses.field(default_factory=dict)  # names that count if the vocabulary has them
+    added: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # tokens by id: content, flags
+    end_ids: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # ends of an answer, by their file
+    default_end: int | None = None  # the family's end token, which its files name for any vocabulary
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the keys `SAMPLING`, as they are
+    chat_template: Any = None  # as it is in the file: a text, or several under names
+    adds_bos: bool | None = None  # for SentencePiece models; a tokenizer.json says it itself
+
+    @classmethod
+    def read(cls, beside: Mapping[str, bytes]) -> "SpecialTokens":
+        """Joins the contents of the files `BESIDE` that there are.
+
+        Raises:
+          SpecialTokenError: one of them is damaged, or has a value of the wrong kind.
+        """
+        values = {name: _parse(name, content) for name, content in beside.items() if name.endswith(".json")}
+        config, named = values.get(CONFIG, {}), _named(values)
+        kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+        template = config.get("chat_template")
+        template = values.get(TEMPLATE_JSON, {}).get("chat_template", template)
+        if TEMPLATE in beside:
+            template = _text(TEMPLATE, beside[TEMPLATE])
+        ends = {name: _end_ids(name, values[name]) for name in ("config.json", GENERATION) if name in values}
+        return cls(
+            names={key: _content(key, token) for key, token in named.items()},
+            flags={token["content"]: token for token in named.values() if isinstance(token, dict)},
+            more=tuple(token for name in (MAP, CONFIG) for token in _more(values.get(name, {}))),
+            by_class=dict(zip(("bos_token", "eos_token", "unk_token"), _BY_CLASS.get(kind, ()), strict=False)),
+            added=_added(values, named),
+            end_ids={name: ids for name, ids in ends.items() if ids},
+            default_end=_END_BY_DEFAULT.get(str(values.get("config.json", {}).get("model_type"))),
+            sampling={key: value for key, value in values.get(GENERATION, {}).items() if key in SAMPLING},
+            chat_template=template,
+            adds_bos=config.get("add_bos_token") if isinstance(config.get("add_bos_token"), bool) else None,
+        )
+
+    def files(self) -> dict[str, bytes]:
+        """What `read` gives back, in the files that transformers reads."""
+        config: dict[str, Any] = dict(self.names)
+        config |= {"additional_special_tokens": list(self.more)} if self.more else {}
+        config |= {} if self.chat_template is None else {"chat_template": self.chat_template}
+        config |= {} if self.adds_bos is None else {"add_bos_token": self.adds_bos}
+        generation = dict(self.sampling)
+        ends = sorted({i for ids in self.end_ids.values() for i in ids})
+        generation |= {"eos_token_id": ends} if ends else {}
+        found = {CONFIG: config, GENERATION: generation}
+        return {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in found.items() if value}
+
+    def check_ends(self, vocab_size: int) -> tuple[int, ...]:
+        """All end tokens of the files, in order; SpecialTokenError for one that the vocabulary does not have."""
+        for name, ids in self.end_ids.items():
+            outside = [i for i in ids if not 0 <= i < vocab_size and i != self.default_end]
+            if outside:
+                raise SpecialTokenError(
+                    f"{name} has the end token eos_token_id={outside[0]}, which the vocabulary of {vocab_size} tokens "
+                    f"lacks: no answer would end; correct {name}"
+                )
+        return tuple(sorted({i for ids in self.end_ids.values() for i in ids if i < vocab_size}))
+
+    def check_name(self, key: str, has: Mapping[str, int]) -> str | None:
+        """The token that `key` names, or that its class gives; None where there is none.
+
+        Raises:
+          SpecialTokenError: the vocabulary lacks the token.
+        """
+        name = self.names.get(key)
+        if name is None:
+            default = None if key in self.names else self.by_class.get(key)
+            return default if default in has else None
+        if name not in has:
+            near = nearest(name, list(has)[-4096:])  # of the last ones: names of special tokens are there
+            raise SpecialTokenError(
+                f"{key} is {name!r}, which the vocabulary of {len(has)} tokens lacks{near}; correct it in {CONFIG} or "
+                f"{MAP}"
+            )
+        return name
+
+
+def read_beside(folder: Any) -> dict[str, bytes]:
+    """The contents of those of the files `BESIDE` that a folder has."""
+    return {name: read_regular(folder / name) for name in BESIDE if (folder / name).exists()}
+
+
+def read_regular(path: Any, most: int = _MOST) -> bytes:
+    """A file's content.
+
+    Raises:
+      SpecialTokenError: it is no regular file (a pipe or a device may have no end), or larger than `most` bytes.
+      FileNotFoundError: it is not there.
+    """
+    try:
+        about = os.stat(path)
+    except FileNotFoundError:
+        if "://" not in os.fspath(path):
+            raise
+    else:
+        if not stat.S_ISREG(about.st_mode):
+            raise SpecialTokenError(f"{Path(path).name} is a pipe, a device or a folder, expected a file")
+        if about.st_size > most:
+            raise SpecialTokenError(f"{Path(path).name} has {about.st_size:,} bytes, more than {most:,}")
+    return path.read_bytes()
+
+
+def _parse(name: str, content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(_text(name, content))
+    except (ValueError, RecursionError) as error:
+        raise SpecialTokenError(f"{name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise SpecialTokenError(f"{name} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _text(name: str, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SpecialTokenError(f"{name} is not UTF-8 text: {error}") from error
+
+
+def _named(values: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """All "..._token" of both files. As in transformers the map wins, unless the config lists its tokens itself."""
+    config, theirs = ({k: v for k, v in values.get(n, {}).items() if k.endswith("_token")} for n in (CONFIG, MAP))
+    named = theirs | config if "added_tokens_decoder" in values.get(CONFIG, {}) else config | theirs
+    return {key: token for key, token in named.items() if not isinstance(token, bool)}  # add_bos_token names nothing
+
+
+def _content(key: str, token: Any) -> str | None:
+    name = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(name, str) and token is not None:
+        raise SpecialTokenError(f"{key} is {str(token)[:80]}, expected a token's text")
+    return name
+
+
+def _more(values: Mapping[str, Any]) -> list[str]:
+    """The tokens of a list, or of names with tokens, as older and newer files have them."""
+    found = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = values.get(key) or []
+        tokens = tokens.values() if isinstance(tokens, dict) else tokens
+        if not isinstance(tokens, list | type({}.values())):
+            raise SpecialTokenError(f"{key} is {str(tokens)[:80]}, expected a list of tokens")
+        found += [_content(key, token) for token in tokens]
+    return [token for token in found if token is not None]
+
+
+def _added(values: Mapping[str, dict[str, Any]], named: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """Tokens that a tokenizer.json may lack: `added_tokens_decoder`, or the older added_tokens.json."""
+    listed = values.get(CONFIG, {}).get("added_tokens_decoder")
+    if listed is None:
+        special = {_content(key, token) for key, token in named.items()}
+        listed = {i: {"content": text, "special": text in special} for text, i in values.get(ADDED, {}).items()}
+    if not isinstance(listed, dict):
+        raise SpecialTokenError(f"added_tokens_decoder is a {type(listed).__name__}, expected ids with tokens")
+    added = {}
+    for i, token in listed.items():
+        if not str(i).isdecimal() or not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise SpecialTokenError(f"added token {str(i)[:20]}: {str(token)[:80]}, expected an id with a token's text")
+        added[int(i)] = token
+    return dict(sorted(added.items()))
+
+
+def _end_ids(name: str, values: Mapping[str, Any]) -> tuple[int, ...]:
+    found = values.get("eos_token_id")
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(i) is int for i in ids):
+        raise SpecialTokenError(f"{name} has eos_token_id={str(found)[:80]}, expected a token id or a list of them")
+    return tuple(ids)

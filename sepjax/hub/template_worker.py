@@ -1,0 +1,116 @@
+"""The process that runs chat templates: a program of its own, which imports jinja2 and nothing else of weight.
+
+A template is a program that comes with a checkpoint. jinja2's sandbox keeps it from files and from Python's insides,
+but not from loops without end or from texts of gigabytes, which it may even make while it is only read. Here the system
+bounds both. Each line of standard input is a request, each line of standard output its answer, in JSON:
+
+    {"source": ..., "values": {...} or null}   ->   {"text": ...} | {"unreadable": why} | {"fails": why}
+
+Started by `sepjax.hub.chat_template`, by its file, so that nothing of this package is imported.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import math
+import resource
+import sys
+import time
+from typing import Any, ClassVar, Never
+
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SECONDS = 2  # of computing that a request may take, and one more for each million bytes of it
+_MEMORY = 2**29  # bytes, and 32 for each byte of the request
+_TEXT = 10_000_000  # characters that a template may write, and eight for each byte of the request
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, which marks answers for training, and writes what is inside."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
+
+    def _write(self, caller: Any) -> str:
+        return caller()
+
+
+def _tojson(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> Never:
+    """What templates call for messages that they cannot write."""
+    raise jinja2.TemplateError(message)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def answer(request: dict[str, Any], size: int) -> dict[str, str]:
+    """The answer to one request of `size` bytes. Anything may go wrong in a template: every error is an answer."""
+    try:
+        template = _compiled(request["source"])
+    except Exception as error:
+        return {"unreadable": _reason(error)}
+    if request["values"] is None:
+        return {"text": ""}
+    try:
+        text = template.render(**request["values"])
+    except Exception as error:
+        return {"fails": _reason(error)}
+    if len(text) > _TEXT + 8 * size:
+        return {"fails": f"it writes {len(text):,} characters, more than {_TEXT + 8 * size:,}"}
+    return {"text": text}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "it needs more memory than a template may have"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return (str(error).strip() or type(error).__name__).partition("\n")[0][:500]
+
+
+def _limit(what: int, most: int) -> None:
+    """Bounds a resource of this process, where the system can do that."""
+    _, hard = resource.getrlimit(what)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def main() -> None:
+    """Answers requests until standard input ends. Too much computing ends it by SIGXCPU."""
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    for line in sys.stdin.buffer:
+        _limit(resource.RLIMIT_AS, _MEMORY + 32 * len(line))
+        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + SECONDS + len(line) // 1_000_000)
+        try:
+            written = json.dumps(answer(json.loads(line), len(line)))
+        except MemoryError as error:
+            written = json.dumps({"fails": _reason(error)})
+        sys.stdout.buffer.write(written.encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()
