@@ -3,7 +3,8 @@
     python train.py --config=configs/post_window.py --workdir=runs/post_window --config.data.name=FOLDER_OF_TEXTS
 
 `post_small.py` with rows of 4096 tokens and no separators: the last token of a row sees 4 sinks and a window of 657,
-16.1 % of the row. `--config.attention.pattern=dense` makes it the dense control. Hardware and time: docs/keeping.md.
+16.1 % of the row. `--config.attention.pattern=dense` makes it the dense control. Hardware: one H200,
+3 minutes for 150 steps. Result of these: perplexity 25.02 on held-out books (docs/keeping.md).
 """
 
 import dataclasses

@@ -132,6 +132,11 @@ def _validate_watch(attention: AttentionConfig, num_layers: int) -> None:
 
 def layer_windows(attention: AttentionConfig, num_layers: int, length: int) -> tuple[int, ...]:
     """The window n of every layer; a dense layer is a window of `length`, which must cover the whole sequence."""
+    if attention.pattern == "watched":
+        raise ConfigError(
+            'attention.pattern="watched" needs a bounded cache, which has seen who looked at what: --stream, --chat, '
+            '--task=streaming, or bounded=True; for whole rows use "sink_window", "separator" or "gated"'
+        )
     if attention.pattern == "dense":
         return (length,) * num_layers
     return attention.layer_windows or (attention.window_size,) * num_layers

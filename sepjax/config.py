@@ -140,11 +140,7 @@ def validate(config: Config) -> Config:
     validate_model(config.model)
     validate_attention(config.attention, config.model.num_layers)
     _validate_training(config)
-    if config.attention.pattern not in PATTERNS:
-        raise ConfigError(
-            f"attention.pattern={config.attention.pattern!r} needs a bounded cache, training has whole rows; train "
-            'with "sink_window", "separator" or "gated", and stream with it'
-        )
+    layer_windows(config.attention, config.model.num_layers, config.data.sequence_length)  # what no row can have
     return config
 
 

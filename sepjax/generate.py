@@ -24,7 +24,7 @@ from typing import Any
 from absl import flags
 
 from sepjax.cache import bucket
-from sepjax.config import PATTERNS, AttentionConfig, ConfigError
+from sepjax.config import BOUNDED_PATTERNS, AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.flags import one_of_two, run_main, whole_numbers
 from sepjax.generation import limits, saved
@@ -300,7 +300,7 @@ if __name__ == "__main__":
     SEED = flags.DEFINE_integer("seed", 0, "of the draws")
     STOP = flags.DEFINE_multi_string("stop", [], "text that ends an answer; several times: any of them")
     STOP_IDS = flags.DEFINE_list("stop_token_ids", [], "token ids that end an answer, besides the model's own")
-    PATTERN = flags.DEFINE_enum("pattern", None, list(PATTERNS), "attention pattern; default: as in training")
+    PATTERN = flags.DEFINE_enum("pattern", None, list(BOUNDED_PATTERNS), "attention pattern; default: as in training")
     WINDOW = flags.DEFINE_integer("window_size", None, "n of every layer; default: as in training")
     SINKS = flags.DEFINE_integer("num_sinks", None, "first tokens that are always seen; default: as in training")
     KEPT = flags.DEFINE_integer("max_separators", None, "separators that a bounded cache keeps; default: the config's")

@@ -34,12 +34,12 @@ class StreamSizes:
         if attention.pattern == "dense":
             raise ConfigError(
                 'attention.pattern="dense" keeps every token, so a stream without end would need a cache without end; '
-                'use "separator", "sink_window" or "fixed_interval", or set max_new_tokens'
+                'use "watched", "separator", "sink_window" or "fixed_interval", or set max_new_tokens'
             )
         if attention.pattern == "gated":
             raise ConfigError(
                 'attention.pattern="gated" is not served by a bounded cache; stream over a growing cache '
-                '(bounded=False), or use "separator", "sink_window" or "fixed_interval"'
+                '(bounded=False), or use "watched", "separator" or "sink_window"'
             )
         if len(set(attention.layer_windows)) > 1:
             raise ConfigError(
@@ -55,6 +55,8 @@ class StreamSizes:
         separators = 0 if attention.pattern == "sink_window" else attention.max_separators
         held = attention.num_sinks + separators + window
         size = attention.cache_size or 2 * (attention.num_sinks + attention.max_separators + window)
+        if attention.pattern == "watched" and not attention.cache_size:
+            size = held + max(held // 16, 16)  # compacted often: what is still undecided is room that is not used
         if held > size:
             raise ConfigError(
                 f"attention.cache_size={size} has no room for num_sinks + max_separators + window_size = "

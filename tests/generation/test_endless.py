@@ -28,6 +28,7 @@ from tests.streaming.test_forward import list_step
 TEXTS = ["The cat sat on the mat, and looked.", "Où est-il? It ran away!", "One; two: three. Four, five."] * 3
 SHAPE = ModelConfig(vocab_size=320, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
 ATTENTION = AttentionConfig(num_sinks=2, max_separators=3, window_size=6, cache_size=20)
+WATCHED = AttentionConfig(pattern="watched", num_sinks=2, max_separators=5, window_size=8, cache_size=20, watch_after=2)
 PROMPT = "One; two: three. Four, five. The cat sat on the mat, and looked. Où est-il?"
 HOT = {"temperature": 1.5, "seed": 3, "stop_at_eos": False}
 
@@ -101,9 +102,9 @@ def test_turns_continue_the_cache(model, tokenizer):
     assert events.cache.seen == len(whole) + 8
 
 
-@pytest.mark.parametrize("at", [0, 1, 17])
-def test_a_saved_stream_goes_on_as_if_nothing_had_happened(model, tokenizer, tmp_path, at):
-    settings = HOT | {"stop": "zzz", "max_repeats": 50}
+@pytest.mark.parametrize(("at", "attention"), [(0, None), (1, None), (17, None), (17, WATCHED)])
+def test_a_saved_stream_goes_on_as_if_nothing_had_happened(model, tokenizer, tmp_path, at, attention):
+    settings = HOT | {"stop": "zzz", "max_repeats": 50, "attention": attention}
     expected = take(stream(model, tokenizer, "é The cat", **settings), 60)
     events = stream(model, tokenizer, "é The cat", **settings)
     before = take(events, at)

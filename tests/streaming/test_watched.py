@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepjax.config import AttentionConfig, ConfigError, ModelConfig, RopeConfig, validate, validate_attention
+from sepjax.config import (
+    AttentionConfig,
+    ConfigError,
+    ModelConfig,
+    RopeConfig,
+    layer_windows,
+    validate,
+    validate_attention,
+)
 from sepjax.config import Config as RunConfig
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import merge
@@ -196,5 +204,14 @@ def test_settings_that_cannot_work_are_named(changes, message):
 
 
 def test_whole_rows_are_refused():
-    with pytest.raises(ConfigError, match="needs a bounded cache"):
-        validate(dataclasses.replace(RunConfig(), attention=WATCHED))
+    for refused in (
+        lambda: validate(dataclasses.replace(RunConfig(), attention=WATCHED)),
+        lambda: layer_windows(WATCHED, 2, 64),
+    ):
+        with pytest.raises(ConfigError, match="needs a bounded cache"):
+            refused()
+
+
+def test_without_a_cache_size_it_is_compacted_often():
+    sizes = StreamSizes.create(LLAMA, dataclasses.replace(WATCHED, cache_size=0, window_size=400, max_separators=300))
+    assert sizes.cache_size == 702 + 43
