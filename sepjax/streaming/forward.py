@@ -81,7 +81,7 @@ def _attend_one(cache: StreamingCache) -> Attend:
         weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * H**-0.5, axis=-1)
         out = _einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
         out += weights[..., -1:] * v[:, 0, :, None]
-        looks = (looks_of_one(cache, weights[..., :-1], weights[..., -1:]),) if cache.sizes.watch else ()
+        looks = (looks_of_one(cache, weights[..., :-1]),) if cache.sizes.watch else ()
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
         out, *kept = jax.lax.optimization_barrier((out.astype(v.dtype), k, v, *looks))
         return out.reshape(B, 1, N, H), tuple(kept)

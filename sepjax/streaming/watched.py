@@ -71,21 +71,16 @@ class Watch:
         return jnp.array(newest)[:, None, None, None]
 
 
-def looks_of_one(
-    cache: "StreamingCache", weights: Float[Array, "B K G C"], own: Float[Array, "B K G 1"]
-) -> Float[jax.Array, "B K S"]:
+def looks_of_one(cache: "StreamingCache", weights: Float[Array, "B K G C"]) -> Float[jax.Array, "B K S"]:
     """The sharpest look of one token at each entry of kept zone and ring, and at itself: 0 where none counts.
 
     Args:
       cache: before it.
-      weights: of its attention to the C slots.
-      own: of that to itself.
+      weights: of its attention to the C slots. A look at itself never counts.
     """
-    sizes, watch = cache.sizes, cache.sizes.watch
-    assert watch is not None
-    looks = jnp.max(weights[..., sizes.num_sinks :], axis=2)
+    looks = jnp.max(weights[..., cache.sizes.num_sinks :], axis=2)
     counts = _is_kept_or_old(cache, cache.next_recent[:, None])
-    return jnp.concatenate([jnp.where(counts, looks, 0.0), jnp.zeros_like(own[:, :, 0])], axis=-1)
+    return jnp.pad(jnp.where(counts, looks, 0.0), ((0, 0), (0, 0), (0, 1)))
 
 
 def looks_of_many(
@@ -156,7 +151,8 @@ class _Choice:
 
 def keep_best(cache: "StreamingCache") -> "StreamingCache":
     """Compacts the rows that are full: of kept zone and past window the best s stay, and the last w."""
-    a, s, w = cache.sizes.num_sinks, cache.sizes.max_separators, cache.sizes.window_size
+    a, s, w, watch = cache.sizes.num_sinks, cache.sizes.max_separators, cache.sizes.window_size, cache.sizes.watch
+    assert watch is not None
     full = cache.is_full()
     past = jnp.where(full, cache.num_recent - w, 0)
     choice = _choose(cache, past)
@@ -170,8 +166,8 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
         zone = jnp.where(comes[..., None], found, x[..., a : a + s, :])
         return jax.lax.dynamic_update_slice_in_dim(x, zone, a, axis=x.ndim - 2)
 
-    def everywhere(x: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(x, (len(cache.sizes.watch.layers), *x.shape[1:])) if cache.sizes.watch else x
+    def everywhere(x: jax.Array) -> jax.Array:  # one set for all layers is each layer's
+        return jnp.broadcast_to(x, (len(watch.layers), *x.shape[1:]))
 
     where = everywhere(choice.comes), everywhere(choice.source)
     turns = () if turn is None else tuple(everywhere(x) for x in turn)
