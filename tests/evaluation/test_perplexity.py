@@ -40,7 +40,7 @@ class Bytes(Tokenizer):
 @pytest.fixture(scope="module")
 def model():
     config = ModelConfig(
-        vocab_size=257, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32
+        vocab_size=257, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32
     )
     return create(config, ATTENTION, jax.random.key(0))
 

@@ -59,6 +59,8 @@ def start(config_file: Path, workdir: Path, *flags: str, extra: dict[str, str] |
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **(extra or {}),
     }
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        environment.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as tests/conftest.py does for this process
     if os.environ["JAX_PLATFORMS"] == "cuda":  # the same bits in every process: no atomics, no timing of candidates
         environment["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
     program = [sys.executable, str(ROOT / "train.py"), f"--config={config_file}", f"--workdir={workdir}", *flags]

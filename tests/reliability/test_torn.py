@@ -197,11 +197,11 @@ def test_other_data_need_the_flag_and_another_model_is_refused_with_it(tiny, cop
 
 def test_killed_after_new_data_and_before_a_checkpoint_the_flag_is_asked_for_again(tiny, copy):
     """config.json has the new data then, but the newest checkpoint is still a place in the old ones."""
-    other = changed(changed(tiny, "training", steps=STEPS + EVERY), "data", sequence_length=16)
+    other = changed(changed(tiny, "training", steps=STEPS + EVERY), "data", batch_size=16)
     text = json.loads((copy / "config.json").read_text())
-    text["data"]["sequence_length"] = 16
+    text["data"]["batch_size"] = 16
     (copy / "config.json").write_text(json.dumps(text))
-    with pytest.raises(ConfigError, match=rf"checkpoints/{STEPS} .*\n  data.sequence_length: 32 .*, 16 now\nOr add"):
+    with pytest.raises(ConfigError, match=rf"checkpoints/{STEPS} .*\n  data.batch_size: 8 .*, 16 now\nOr add"):
         train(other, copy)
     train(other, copy, new_data=True)
     assert max(losses(copy)) == STEPS + EVERY

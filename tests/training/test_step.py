@@ -124,7 +124,7 @@ def test_same_seed_same_bits():
     ("config", "sizes"),
     [
         (CONFIG, MeshConfig(data=2, fsdp=2, tensor=2)),
-        (GATED, MeshConfig(data=2, fsdp=2, tensor=2)),
+        pytest.param(GATED, MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.soak),
         (GATED, MeshConfig(data=1, fsdp=2, tensor=2, context=2)),
     ],
     ids=["separators", "gated", "gated, context"],
