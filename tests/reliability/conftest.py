@@ -31,10 +31,10 @@ def tiny(tiny_file) -> Config:
 _jit, _jitted = jax.jit, {}
 
 
-def _jit_once(function: Callable, **settings: Any) -> Any:
+def _jit_once(function: Callable | None = None, **settings: Any) -> Any:
     """`jax.jit` that knows train.py's two steps again: tracing them anew is most of what a start here costs."""
     if not isinstance(function, functools.partial) or function.func not in (train_step, eval_step):
-        return _jit(function, **settings)
+        return _jit(**settings) if function is None else _jit(function, **settings)  # `@jax.jit(...)` gives none
     config = function.args[0]
     key = function.func, dataclasses.replace(config, data=dataclasses.replace(config.data, name="", data_dir=""))
     return _jitted.setdefault(key, _jit(function, **settings))
