@@ -19,6 +19,16 @@ CONFIG, MAP, ADDED, GENERATION = (
 )  # fmt: skip
 TEMPLATE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 BESIDE = (CONFIG, MAP, ADDED, GENERATION, "config.json", TEMPLATE, TEMPLATE_JSON)
+ORDER = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)  # transformers' own
+_MORE = ("extra_special_tokens", "additional_special_tokens")  # the newer key and the older one
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")  # of generation_config.json
 _MOST = 2**28  # bytes of a tokenizer's file; the largest known ones have 40 million
 # Names that a class of transformers gives where no file does: BOS, EOS, unknown.
@@ -43,6 +53,7 @@ class SpecialTokens:
     names: Mapping[str, str | None] = dataclasses.field(default_factory=dict)  # "bos_token": "<s>"; None: there is none
     flags: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # of tokens named with flags
     more: tuple[str, ...] = ()  # further control tokens, which no name stands for
+    has_class: bool = False  # a class is named: where neither BOS nor EOS is, they are those of the class, or none
     by_class: Mapping[str, str] = dataclasses.field(default_factory=dict)  # names that count if the vocabulary has them
     added: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # tokens by id: content, flags
     end_ids: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # ends of an answer, by their file
@@ -59,8 +70,14 @@ class SpecialTokens:
           SpecialTokenError: one of them is damaged, or has a value of the wrong kind.
         """
         values = {name: _parse(name, content) for name, content in beside.items() if name.endswith(".json")}
-        config, named = values.get(CONFIG, {}), _named(values)
+        config, (more, own) = values.get(CONFIG, {}), _more(values)
+        named = _named(values) | own
         kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+        if config.get("split_special_tokens"):
+            raise SpecialTokenError(
+                f"{CONFIG} has split_special_tokens={str(config['split_special_tokens'])[:20]}, by which control tokens in "
+                "texts are text; expected false: remove it; control_tokens=False (--nocontrol_tokens) does that here"
+            )
         template = config.get("chat_template")
         template = values.get(TEMPLATE_JSON, {}).get("chat_template", template)
         if TEMPLATE in beside:
@@ -68,8 +85,9 @@ class SpecialTokens:
         ends = {name: _end_ids(name, values[name]) for name in ("config.json", GENERATION) if name in values}
         return cls(
             names={key: _content(key, token) for key, token in named.items()},
-            flags={token["content"]: token for token in named.values() if isinstance(token, dict)},
-            more=tuple(token for name in (MAP, CONFIG) for token in _more(values.get(name, {}))),
+            flags=_flags(named, more),
+            more=tuple(name for token in more if (name := _content(_MORE[0], token))),
+            has_class=bool(kind),
             by_class=dict(zip(("bos_token", "eos_token", "unk_token"), _BY_CLASS.get(kind, ()), strict=False)),
             added=_added(values, named),
             end_ids={name: ids for name, ids in ends.items() if ids},
@@ -81,7 +99,9 @@ class SpecialTokens:
 
     def files(self) -> dict[str, bytes]:
         """What `read` gives back, in the files that transformers reads."""
-        config: dict[str, Any] = dict(self.names)
+        config: dict[str, Any] = {key: name for key, name in self.names.items() if key.endswith("_token")}
+        own = {key: name for key, name in self.names.items() if key not in config}
+        config |= {"extra_special_tokens": own} if own else {}
         config |= {"additional_special_tokens": list(self.more)} if self.more else {}
         config |= {} if self.chat_template is None else {"chat_template": self.chat_template}
         config |= {} if self.adds_bos is None else {"add_bos_token": self.adds_bos}
@@ -164,10 +184,15 @@ def _text(name: str, content: bytes) -> str:
 
 
 def _named(values: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """All "..._token" of both files. As in transformers the map wins, unless the config lists its tokens itself."""
+    """All "..._token" of both files. As in transformers the map wins, and is not read where the config lists tokens."""
     config, theirs = ({k: v for k, v in values.get(n, {}).items() if k.endswith("_token")} for n in (CONFIG, MAP))
-    named = theirs | config if "added_tokens_decoder" in values.get(CONFIG, {}) else config | theirs
+    named = config if _lists(values) else config | theirs
     return {key: token for key, token in named.items() if not isinstance(token, bool)}  # add_bos_token names nothing
+
+
+def _lists(values: Mapping[str, dict[str, Any]]) -> bool:
+    """Whether tokenizer_config.json lists its tokens itself."""
+    return "added_tokens_decoder" in values.get(CONFIG, {})
 
 
 def _content(key: str, token: Any) -> str | None:
@@ -177,16 +202,42 @@ def _content(key: str, token: Any) -> str | None:
     return name
 
 
-def _more(values: Mapping[str, Any]) -> list[str]:
-    """The tokens of a list, or of names with tokens, as older and newer files have them."""
-    found = []
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        tokens = values.get(key) or []
-        tokens = tokens.values() if isinstance(tokens, dict) else tokens
-        if not isinstance(tokens, list | type({}.values())):
-            raise SpecialTokenError(f"{key} is {str(tokens)[:80]}, expected a list of tokens")
-        found += [_content(key, token) for token in tokens]
-    return [token for token in found if token is not None]
+def _more(values: Mapping[str, dict[str, Any]]) -> tuple[list[Any], dict[str, Any]]:
+    """Further control tokens: a list, and tokens with names of a model's own.
+
+    As in transformers: the newer key counts before the older one, and the config's list before that of the map.
+    """
+    config, theirs = values.get(CONFIG, {}), {} if _lists(values) else values.get(MAP, {})
+    found = [config[key] for key in _MORE if key in config]
+    tokens = next((x for x in found if x), found[0] if found else None)
+    named = dict(_checked("model_specific_special_tokens", config.get("model_specific_special_tokens") or {}, dict))
+    if isinstance(tokens, dict):
+        named, tokens = named | tokens, None
+    newer = theirs.get(_MORE[0]) or []
+    if isinstance(newer, dict):
+        named |= newer
+    elif newer:
+        tokens = [*(tokens or []), *_checked(_MORE[0], newer, list)]
+    tokens = theirs.get(_MORE[1], config.get(_MORE[1])) if tokens is None else tokens
+    return [token for token in _checked(_MORE[1], tokens or [], list) if token is not None], named
+
+
+def _checked(key: str, tokens: Any, kind: type) -> Any:
+    if not isinstance(tokens, kind):
+        raise SpecialTokenError(f"{key} is {str(tokens)[:80]}, expected a {kind.__name__} of tokens")
+    return tokens
+
+
+def _flags(named: Mapping[str, Any], more: list[Any]) -> dict[str, Mapping[str, Any]]:
+    """What is said of named tokens, by their text. Of several of one text the last new one counts, as in transformers."""
+    found: dict[str, Mapping[str, Any]] = {}
+    seen: list[Any] = []
+    for token in [*(named.get(key) for key in ORDER), *named.values(), *more]:
+        said, text = (token, token.get("content")) if isinstance(token, dict) else ({}, token)
+        if isinstance(text, str) and token not in seen:
+            seen.append(token)
+            found[text] = said
+    return {text: said for text, said in found.items() if said}
 
 
 def _added(values: Mapping[str, dict[str, Any]], named: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:

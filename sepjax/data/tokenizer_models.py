@@ -16,7 +16,7 @@ import sentencepiece
 import tokenizers
 from jaxtyping import Int32, Int64
 
-from sepjax.data.special_tokens import SpecialTokenError, SpecialTokens
+from sepjax.data.special_tokens import ORDER, SpecialTokenError, SpecialTokens
 from sepjax.separators import BYTE_OF_CHARACTER, BYTE_TOKEN
 
 SPACE = "▁"  # U+2581, what SentencePiece writes for a space
@@ -148,7 +148,10 @@ class HuggingFaceModel(TokenizerModel):
         self.vocabulary.no_padding()
         special = special if isinstance(special, SpecialTokens) else SpecialTokens(names=special or {})
         has = _checked_ids(self.vocabulary)
-        if not special.by_class and not {"bos_token", "eos_token"} & set(special.names):
+        if special.by_class.get("bos_token") == "<s>" and '"ByteLevel"' in text:
+            # transformers does not take a byte-level tokenizer for a LlamaTokenizer, whatever the config says.
+            special = dataclasses.replace(special, by_class={})
+        if not special.has_class and not {"bos_token", "eos_token"} & set(special.names):
             special = dataclasses.replace(special, names={**special.names, **_usual_specials(has)})
         _add_tokens(self.vocabulary, special)
         self._name_tokens(special, self.vocabulary.get_vocab(with_added_tokens=True))
@@ -293,7 +296,8 @@ def _checked_ids(vocabulary: tokenizers.Tokenizer) -> dict[str, int]:
 def _add_tokens(vocabulary: tokenizers.Tokenizer, special: SpecialTokens) -> None:
     """Adds what only the files beside it have, and makes named tokens control tokens, as transformers does.
 
-    Not those that the tokenizer's own file has as added ones: it says itself what they are.
+    A padding token and the like that the vocabulary lacks get the next ids. Added tokens of the tokenizer's own file
+    stay as they are: it says itself what they are.
     """
     vocabulary.add_tokens([_added_token(token) for token in special.added.values()])  # in the order of their ids
     for i, token in special.added.items():
@@ -302,10 +306,13 @@ def _add_tokens(vocabulary: tokenizers.Tokenizer, special: SpecialTokens) -> Non
                 f"added token {token['content'][:80]!r} should have the id {i}, but the next one of the vocabulary "
                 f"is {found}; the files do not belong together"
             )
-    known = {token.content for token in vocabulary.get_added_tokens_decoder().values()}
     has = vocabulary.get_vocab(with_added_tokens=True)
-    named = {name for name in (*special.names.values(), *special.more) if name in has and name not in known}
-    vocabulary.add_special_tokens([_added_token({**special.flags.get(x, {}), "content": x}) for x in sorted(named)])
+    for key in ("bos_token", "eos_token"):
+        special.check_name(key, has)
+    known = {token.content for token in vocabulary.get_added_tokens_decoder().values()}
+    named = [*(special.names.get(key) for key in ORDER), *special.names.values(), *special.more]
+    named = [name for name in dict.fromkeys(named) if name and name not in known]
+    vocabulary.add_special_tokens([_added_token({**special.flags.get(x, {}), "content": x}) for x in named])
 
 
 def _added_token(token: Mapping[str, Any]) -> tokenizers.AddedToken:

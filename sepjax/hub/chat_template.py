@@ -18,6 +18,7 @@ from sepjax.hub.template_process import ask
 _MOST = 1_000_000  # characters of a template
 # Characters that no text may have (Unicode's noncharacters), around what is to be read as text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates have for it, the first the usual one
 _MARKED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
 
 
@@ -89,7 +90,7 @@ class ChatTemplate:
         if not len(messages):
             raise HubError("a chat template needs at least one message")
         values = {
-            "messages": [{k: v for k, v in message.items() if v is not None} for message in messages],
+            "messages": [_as_templates_read(message) for message in messages],
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -110,6 +111,13 @@ class ChatTemplate:
         if not control_tokens:
             messages = [{k: marked(tokenizer, v) for k, v in message.items()} for message in messages]
         return encode_marked(tokenizer, self.render(messages))
+
+
+def _as_templates_read(message: Mapping[str, str | None]) -> dict[str, str]:
+    """A message without what is None, and with its reasoning under the names that templates read it by."""
+    found = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((found[key] for key in _REASONING if key in found), None)
+    return found if reasoning is None else {"thinking": reasoning, **found, "reasoning_content": reasoning}
 
 
 def marked(tokenizer: Tokenizer, text: str) -> str:

@@ -19,9 +19,11 @@ import sys
 import time
 from typing import Any, ClassVar, Never
 
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 2  # of computing that a request may take, and one more for each million bytes of it
@@ -54,6 +56,25 @@ def _refuse(message: str) -> Never:
     raise jinja2.TemplateError(message)
 
 
+class _Namespace(jinja2.utils.Namespace):
+    """What templates keep values in from one turn of a loop to the next; no names of Python's insides."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # a value may be named "self"
+        values = dict(*args[1:], **kwargs)
+        for name in values:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(args[0], values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace may hold no name that begins with '_', but got {name!r}")
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
@@ -61,6 +82,7 @@ def _compiled(source: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _refuse
+    environment.globals["namespace"] = _Namespace
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(source)
 

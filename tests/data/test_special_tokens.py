@@ -56,13 +56,13 @@ def spelt(tokenizer, ids):
             {"tokenizer_config": CLASS | {"eos_token": "<s>"}, "special_tokens_map": {"eos_token": "</s>"}},
             None, 257, [],
         ),
-        # Unless the config lists its tokens, one of which the tokenizer.json lacks.
+        # Unless the config lists its tokens, one of which the tokenizer.json lacks: then the map is not read.
         (
             {
                 "tokenizer_config": CLASS | {"eos_token": "<|end|>", "added_tokens_decoder": DECODER},
                 "special_tokens_map": {"eos_token": "</s>", "bos_token": {"content": "<s>"}},
             },
-            256, 258, [],
+            None, 258, [],
         ),
         ({"tokenizer_config": CLASS | {"eos_token": "<e>"}, "added_tokens": {"<e>": 258}}, None, 258, []),
         # Ends of an answer: a number or a list, of both files.
@@ -74,7 +74,11 @@ def spelt(tokenizer, ids):
             },
             None, 257, [3, 5, 7],
         ),
-        ({"tokenizer_config": {"tokenizer_class": "LlamaTokenizerFast"}}, 256, 257, []),
+        # Names that nothing gives are those of the class: none of Llama's for bytes, as transformers has it. Without
+        # a class the usual ones count.
+        ({"tokenizer_config": {"tokenizer_class": "LlamaTokenizerFast"}}, None, None, []),
+        ({"tokenizer_config": CLASS}, None, None, []),
+        ({"tokenizer_config": {}}, 256, 257, []),
         ({"tokenizer_config": CLASS | {"bos_token": None, "eos_token": None}}, None, None, []),
         # GPT-2's own end stands in every such file, whatever the vocabulary.
         ({"config": {"model_type": "gpt2"}, "generation_config": {"eos_token_id": 50256}}, 256, 257, []),
@@ -94,6 +98,32 @@ def test_named_tokens_are_control_tokens_even_where_the_vocabulary_has_them_as_t
     tokenizer = Tokenizer.load(write(tmp_path, (), vocabulary=[*BYTES, "</s>", "<u>"], **files))
     assert tokenizer.encode("a</s><u>") == [*tokenizer.encode("a"), 256, 257]
     assert tokenizer.decode([256, 257]) == ""
+
+
+def test_of_a_token_with_several_names_the_last_flags_count(tmp_path):
+    one, other = ({"content": "</s>", "single_word": flag} for flag in (True, False))
+    for number, (bos, pad, found) in enumerate([(one, other, True), (other, one, False)]):
+        files = {"tokenizer_config": CLASS | {"pad_token": pad, "bos_token": bos}}
+        tokenizer = Tokenizer.load(write(tmp_path / str(number), (), vocabulary=[*BYTES, "</s>"], **files))
+        assert (256 in tokenizer.encode("a</s>a")) == found
+
+
+def test_tokens_that_the_vocabulary_lacks_get_the_next_ids(tmp_path):
+    single = {"content": "<u>", "single_word": True, "__type": "AddedToken"}
+    config = CLASS | {"pad_token": "<pad>", "unk_token": "<?>", "additional_special_tokens": [single]}
+    config |= {"extra_special_tokens": {"audio_token": "<a>", "picture": "</s>"}}
+    ignored = {"additional_special_tokens": ["<m>"]}  # the map's list counts in place of the config's, named ones not
+    for files, added in (
+        ({"tokenizer_config": config}, "<?> <pad> <a> <u>"),
+        ({"tokenizer_config": config, "special_tokens_map": ignored}, "<?> <pad> <a> <m>"),
+    ):
+        tokenizer = Tokenizer.load(write(tmp_path / added[-2], **files))
+        tokenizer.save(tmp_path / "saved" / added[-2])
+        for again in (tokenizer, Tokenizer.load(tmp_path / "saved" / added[-2])):
+            assert [again.control_id(name) for name in added.split()] == [258, 259, 260, 261]
+            assert again.special.names["audio_token"] == "<a>"
+            assert again.special.names["picture"] == "</s>"
+        assert tokenizer.encode("x<u>x") == [*tokenizer.encode("x"), *tokenizer.encode("<u"), *tokenizer.encode(">x")]
 
 
 SMOL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -142,6 +172,7 @@ def test_control_tokens_in_a_users_text_can_be_text(tmp_path):
     [
         ({"tokenizer_config": {"eos_token": "<s"}}, r"eos_token is '<s', .* lacks; did you mean '<s>'"),
         ({"special_tokens_map": {"bos_token": "<b>"}}, "bos_token is '<b>', which the vocabulary"),
+        ({"tokenizer_config": {"split_special_tokens": True}}, "split_special_tokens=True, .* remove it"),
         ({"tokenizer_config": {"eos_token": 3}}, "eos_token is 3, expected a token's text"),
         ({"tokenizer_config": {"added_tokens_decoder": {"300": {"content": "<x>"}}}}, "'<x>' should have the id 300"),
         (

@@ -58,11 +58,27 @@ def test_where_templates_are_found(tmp_path):
         ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% endfor %}", "user"),
         ("{% generation %}A{% set z = 1 %}{% endgeneration %}{{ z }}", "A"),
         ("{{ strftime_now('x%%') }}", "x%"),
+        ("{% set n = namespace(x=1, self=2) %}{% set n.x = n.x + n.self %}{{ n.x }}", "3"),
         ("a\n  {%- if true %}\n    b {{- ' c' }}\n  {% endif %}\n", "a    b c\n"),
     ],
 )  # fmt: skip
 def test_templates_write_what_transformers_writes(source, written):
     assert ChatTemplate(source, {"bos_token": None, "eos_token": "</s>"}).render(MESSAGES) == written
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("reasoning_content", "thinking role reasoning_content"),
+        ("thinking", "thinking role reasoning_content"),
+        ("reasoning", "thinking role reasoning reasoning_content"),
+    ],
+)
+def test_reasoning_is_read_under_the_names_that_templates_use(name, keys):
+    template = ChatTemplate(
+        "{{ messages[0].reasoning_content }} {{ messages[0].thinking }} {{ messages[0] | join(' ') }}"
+    )
+    assert template.render([{"role": "assistant", name: "a"}]) == f"a a {keys}"  # as transformers writes it
 
 
 def test_long_conversations_are_not_cut():
@@ -132,6 +148,8 @@ def test_only_the_templates_own_control_tokens_count(tmp_path):
         ("{{ ''.__class__.__base__.__subclasses__() }}", "fails: .*unsafe|fails: .*undefined"),
         ("{{ messages.append(1) }}", "fails: .*unsafe|fails: .*not safely callable"),
         ("{% include '/etc/passwd' %}", "fails"),
+        ("{% set n = namespace(_x=1) %}", "fails: a namespace may hold no name that begins with '_'"),
+        ("{% set n = namespace() %}{% set n._x = 1 %}", "fails: a namespace may hold no name that begins with '_'"),
         ("{{ 1 // 0 }}", "fails"),
         ("x" * 1_000_001, "1000001 characters"),
     ],

@@ -6,6 +6,7 @@ python tests/hub/tokenizer_reference.py   a request in JSON each line of stdin, 
 where a chat is {"text": ..., "ids": ...} or {"refused": why}.
 """
 
+import contextlib
 import json
 import sys
 
@@ -20,10 +21,8 @@ def ends(folder, tokenizer):
     """All that ends an answer: of generation_config.json, config.json and the tokenizer."""
     config = transformers.AutoConfig.from_pretrained(folder)
     found = as_set(tokenizer.eos_token_id) | as_set(config.eos_token_id)
-    try:
+    with contextlib.suppress(OSError):  # where there is no such file
         found |= as_set(transformers.GenerationConfig.from_pretrained(folder).eos_token_id)
-    except OSError:
-        pass  # there is no such file
     return sorted(found)
 
 
