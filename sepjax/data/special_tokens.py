@@ -75,8 +75,8 @@ class SpecialTokens:
         kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
         if config.get("split_special_tokens"):
             raise SpecialTokenError(
-                f"{CONFIG} has split_special_tokens={str(config['split_special_tokens'])[:20]}, by which control "
-                "tokens in texts are text; expected false: remove it; control_tokens=False (--nocontrol_tokens) does that here"
+                f"{CONFIG} has split_special_tokens={str(config['split_special_tokens'])[:20]}: control tokens in texts "
+                "would be text; expected false: remove it; control_tokens=False (--nocontrol_tokens) does that here"
             )
         template = config.get("chat_template")
         template = values.get(TEMPLATE_JSON, {}).get("chat_template", template)

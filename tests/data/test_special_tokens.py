@@ -172,7 +172,7 @@ def test_control_tokens_in_a_users_text_can_be_text(tmp_path):
     [
         ({"tokenizer_config": {"eos_token": "<s"}}, r"eos_token is '<s', .* lacks; did you mean '<s>'"),
         ({"special_tokens_map": {"bos_token": "<b>"}}, "bos_token is '<b>', which the vocabulary"),
-        ({"tokenizer_config": {"split_special_tokens": True}}, "split_special_tokens=True, .* remove it"),
+        ({"tokenizer_config": {"split_special_tokens": True}}, "split_special_tokens=True: .* remove it"),
         ({"tokenizer_config": {"eos_token": 3}}, "eos_token is 3, expected a token's text"),
         ({"tokenizer_config": {"added_tokens_decoder": {"300": {"content": "<x>"}}}}, "'<x>' should have the id 300"),
         (

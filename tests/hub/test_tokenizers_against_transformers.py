@@ -64,9 +64,9 @@ def differences(tokenizer, theirs, texts):
     for text, plain, whole in zip(texts, theirs["plain"], theirs["ids"], strict=True):
         ours, start = tokenizer.encode(text), tokenizer.prefix
         if ours != plain:
-            found.append(("ids", text, ours, plain))
+            found.append(("ids", (text, ours), plain))
         elif tokenizer.with_bos(ours) not in (whole[: len(plain) + len(start)], whole[len(start) :][: len(plain)]):
-            found.append(("ids after BOS", text, tokenizer.with_bos(ours), whole))
+            found.append(("ids after BOS", (text, tokenizer.with_bos(ours)), whole))
     return found
 
 
@@ -74,6 +74,7 @@ def chat_differences(tokenizer, messages, prompt, theirs, tally):
     """What is not equal of a rendered conversation."""
     try:
         template = ChatTemplate.of(tokenizer)
+        assert template is not None
         text = template.render(messages, add_generation_prompt=prompt)
     except UserError as error:
         tally["chat: refused" + (" by both" if "refused" in theirs else "")] += 1
