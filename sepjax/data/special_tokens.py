@@ -29,12 +29,14 @@ ORDER = (
     "mask_token",
 )  # transformers' own
 _MORE = ("extra_special_tokens", "additional_special_tokens")  # the newer key and the older one
+OLDER = "of added_tokens.json"  # marks a token whose flags count only where a tokenizer.json has none for it
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")  # of generation_config.json
 _MOST = 2**28  # bytes of a tokenizer's file; the largest known ones have 40 million
-# Names that a class of transformers gives where no file does: BOS, EOS, unknown.
+# Names that a class of transformers gives where no file does: BOS, EOS, unknown, padding.
+_CLASS_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _BY_CLASS = {
     "GPT2Tokenizer": ("<|endoftext|>",) * 3,
-    "GPTNeoXTokenizer": ("<|endoftext|>",) * 3,
+    "GPTNeoXTokenizer": (*("<|endoftext|>",) * 3, "<|padding|>"),
     "LlamaTokenizer": ("<s>", "</s>", "<unk>"),
     "CodeLlamaTokenizer": ("<s>", "</s>", "<unk>"),
 }
@@ -75,7 +77,7 @@ class SpecialTokens:
         kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
         if config.get("split_special_tokens"):
             raise SpecialTokenError(
-                f"{CONFIG} has split_special_tokens={str(config['split_special_tokens'])[:20]}: control tokens in texts "
+                f"{CONFIG} has split_special_tokens={str(config['split_special_tokens'])[:9]}: control tokens in texts "
                 "would be text; expected false: remove it; control_tokens=False (--nocontrol_tokens) does that here"
             )
         template = config.get("chat_template")
@@ -88,7 +90,7 @@ class SpecialTokens:
             flags=_flags(named, more),
             more=tuple(name for token in more if (name := _content(_MORE[0], token))),
             has_class=bool(kind),
-            by_class=dict(zip(("bos_token", "eos_token", "unk_token"), _BY_CLASS.get(kind, ()), strict=False)),
+            by_class=dict(zip(_CLASS_NAMES, _BY_CLASS.get(kind, ()), strict=False)),
             added=_added(values, named),
             end_ids={name: ids for name, ids in ends.items() if ids},
             default_end=_END_BY_DEFAULT.get(str(values.get("config.json", {}).get("model_type"))),
@@ -186,7 +188,10 @@ def _text(name: str, content: bytes) -> str:
 def _named(values: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """All "..._token" of both files. As in transformers the map wins, and is not read where the config lists tokens."""
     config, theirs = ({k: v for k, v in values.get(n, {}).items() if k.endswith("_token")} for n in (CONFIG, MAP))
-    named = config if _lists(values) else config | theirs
+    # A name of a model's own: the config's counts, and there no object without a type.
+    own = {k: v for k, v in config.items() if k not in ORDER}
+    config = {k: v for k, v in config.items() if k in ORDER or not isinstance(v, dict) or "__type" in v}
+    named = config if _lists(values) else config | theirs | {k: v for k, v in own.items() if k in config}
     return {key: token for key, token in named.items() if not isinstance(token, bool)}  # add_bos_token names nothing
 
 
@@ -245,7 +250,9 @@ def _added(values: Mapping[str, dict[str, Any]], named: Mapping[str, Any]) -> di
     listed = values.get(CONFIG, {}).get("added_tokens_decoder")
     if listed is None:
         special = {_content(key, token) for key, token in named.items()}
-        listed = {i: {"content": text, "special": text in special} for text, i in values.get(ADDED, {}).items()}
+        listed = {
+            i: {"content": text, "special": text in special, OLDER: True} for text, i in values.get(ADDED, {}).items()
+        }
     if not isinstance(listed, dict):
         raise SpecialTokenError(f"added_tokens_decoder is a {type(listed).__name__}, expected ids with tokens")
     added = {}

@@ -16,7 +16,7 @@ import sentencepiece
 import tokenizers
 from jaxtyping import Int32, Int64
 
-from sepjax.data.special_tokens import ORDER, SpecialTokenError, SpecialTokens
+from sepjax.data.special_tokens import OLDER, ORDER, SpecialTokenError, SpecialTokens
 from sepjax.separators import BYTE_OF_CHARACTER, BYTE_TOKEN
 
 SPACE = "▁"  # U+2581, what SentencePiece writes for a space
@@ -299,7 +299,9 @@ def _add_tokens(vocabulary: tokenizers.Tokenizer, special: SpecialTokens) -> Non
     A padding token and the like that the vocabulary lacks get the next ids. Added tokens of the tokenizer's own file
     stay as they are: it says itself what they are.
     """
-    vocabulary.add_tokens([_added_token(token) for token in special.added.values()])  # in the order of their ids
+    known = {token.content for token in vocabulary.get_added_tokens_decoder().values()}
+    added = [token for token in special.added.values() if OLDER not in token or token["content"] not in known]
+    vocabulary.add_tokens([_added_token(token) for token in added])  # in the order of their ids
     for i, token in special.added.items():
         if (found := vocabulary.token_to_id(token["content"])) != i:
             raise SpecialTokenError(

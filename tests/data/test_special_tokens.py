@@ -108,6 +108,14 @@ def test_of_a_token_with_several_names_the_last_flags_count(tmp_path):
         assert (256 in tokenizer.encode("a</s>a")) == found
 
 
+def test_flags_of_a_tokenizer_json_count_over_added_tokens_json_and_own_names_of_the_config_over_the_map(tmp_path):
+    config = CLASS | {"image_token": "<s>", "a_token": {"content": "<a>"}}
+    files = {"tokenizer_config": config, "special_tokens_map": {"image_token": "</s>"}}
+    tokenizer = Tokenizer.load(write(tmp_path, added_tokens={"<s>": 256, "</s>": 257}, **files))
+    assert tokenizer.control_tokens() == ["<s>", "</s>"]  # not special in the older file; "a_token" has no type
+    assert tokenizer.special.names["image_token"] == "<s>"
+
+
 def test_tokens_that_the_vocabulary_lacks_get_the_next_ids(tmp_path):
     single = {"content": "<u>", "single_word": True, "__type": "AddedToken"}
     config = CLASS | {"pad_token": "<pad>", "unk_token": "<?>", "additional_special_tokens": [single]}
