@@ -188,8 +188,8 @@ def _text(name: str, content: bytes) -> str:
 def _named(values: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """All "..._token" of both files. As in transformers the map wins, and is not read where the config lists tokens."""
     config, theirs = ({k: v for k, v in values.get(n, {}).items() if k.endswith("_token")} for n in (CONFIG, MAP))
-    # A name of a model's own: the config's counts, and there no object without a type.
-    own = {k: v for k, v in config.items() if k not in ORDER}
+    # A name of a model's own: the config's counts if it is a text, and there no object without a type.
+    own = {k: v for k, v in config.items() if k not in ORDER and isinstance(v, str)}
     config = {k: v for k, v in config.items() if k in ORDER or not isinstance(v, dict) or "__type" in v}
     named = config if _lists(values) else config | theirs | {k: v for k, v in own.items() if k in config}
     return {key: token for key, token in named.items() if not isinstance(token, bool)}  # add_bos_token names nothing
