@@ -172,7 +172,7 @@ def test_prepared_tfds_datasets_are_read_by_name(corpus, tmp_path):
     [
         (
             "no_such_set",
-            "neither 'embedded' nor 'recall', nor an existing file or folder, nor a TFDS dataset.*no_such_set not found",
+            "neither 'embedded' nor 'recall', nor an existing file or folder, nor a TFDS .*no_such_set not found",
         ),
         ("/no/such/folder", "data.name='/no/such/folder' is neither"),
         ("lm1b", r"'lm1b' is not prepared: looked in .*lm1b.* Nothing is downloaded unasked; run: tfds build lm1b"),
