@@ -32,7 +32,7 @@ from sepjax.generation.chat import chat, interrupt_flag
 from sepjax.generation.conversation import conversation_of
 from sepjax.generation.driver import CacheUse, Job, StreamEvent, run
 from sepjax.generation.endless import EndlessStream
-from sepjax.generation.jobs import JOBS, job_of
+from sepjax.generation.jobs import JOBS, check_sense, job_of
 from sepjax.generation.prompts import Prompt, PromptError, choose_sampling, encode_prompts
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import load, locate
@@ -329,6 +329,7 @@ if __name__ == "__main__":
     def main() -> None:
         """Answers the prompts, or talks."""
         JOBS.check(job_of(stream=ENDLESS.value, chat=CHAT.value, resume=RESUME.value is not None))
+        check_sense()
         if LENGTH.value is not None and LENGTH.value < 1:
             raise ConfigError(f"--max_new_tokens={LENGTH.value} must be 1 or more")
         endless = ENDLESS.value or CHAT.value

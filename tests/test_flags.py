@@ -160,3 +160,30 @@ def test_ctrl_c_while_a_program_is_still_being_imported(program: str) -> None:
     while time.monotonic() < deadline and process.poll() is None and "jaxlib" not in maps.read_text():
         time.sleep(0.01)
     assert interrupted(process) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top_k=3"], "--top_k does nothing where the best token is always taken"),
+        (["--min_p=0.1", "--temperature=0"], "--min_p does nothing"),
+        (["--top_k=3", "--temperature=1"], None),
+        (["--top_p=0.9", "--sampling_defaults"], None),
+        (["--pattern=dense", "--window_size=3"], "--window_size does nothing for --pattern=dense"),
+        (["--pattern=separator", "--window_size=3"], None),
+    ],
+)
+def test_flags_without_effect_are_named(arguments: list[str], message: str | None) -> None:
+    values = flags.FlagValues()
+    for name in ("top_k", "window_size"):
+        flags.DEFINE_integer(name, None, "", flag_values=values)
+    for name in ("temperature", "top_p", "min_p"):
+        flags.DEFINE_float(name, None, "", flag_values=values)
+    flags.DEFINE_bool("sampling_defaults", False, "", flag_values=values)
+    flags.DEFINE_string("pattern", None, "", flag_values=values)
+    values(["program", *arguments])
+    if message is None:
+        generation.check_sense(values)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            generation.check_sense(values)

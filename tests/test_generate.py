@@ -426,7 +426,6 @@ def test_the_command_answers_a_batch(workdir, tmp_path):
         "--seed=4",
         "--stop=zzz",
         "--pattern=dense",
-        "--window_size=3",
     ]
     done = command(f"--workdir={workdir}", *flags)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,8 @@
 """Which flags of `python -m sepjax.generate` each of its modes takes."""
 
+from absl import flags
+
+from sepjax.config import ConfigError
 from sepjax.flags import Jobs
 
 ANSWER, RESUME, STREAM, CHAT = "an answer to --prompt", "--resume", "--stream", "--chat"
@@ -21,3 +24,20 @@ JOBS = Jobs(
 def job_of(*, stream: bool, chat: bool, resume: bool) -> str:
     """The mode that flags ask for; --chat and --stream together are --chat, which refuses --stream."""
     return CHAT if chat else STREAM if stream else RESUME if resume else ANSWER
+
+
+def check_sense(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Raises `ConfigError` for flags that others on the command line leave without effect."""
+    given = {
+        name for name in JOBS.names(CHAT) | JOBS.names(STREAM) if name in flag_values and flag_values[name].present
+    }
+    draws = sorted(given & {"top_k", "top_p", "min_p"})
+    if draws and not flag_values["temperature"].value and not flag_values["sampling_defaults"].value:
+        raise ConfigError(
+            f"--{draws[0]} does nothing where the best token is always taken; add --temperature=1, or leave it out"
+        )
+    sizes = sorted(given & {"window_size", "num_sinks"})
+    if sizes and flag_values["pattern"].value == "dense":
+        raise ConfigError(
+            f"--{sizes[0]} does nothing for --pattern=dense, which sees everything; leave one of them out"
+        )
