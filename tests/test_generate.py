@@ -407,7 +407,7 @@ def test_other_paths_say_what_they_are(workdir, tmp_path):
     for path, kind, message in (
         (tmp_path / "nothing", FileNotFoundError, "no such folder"),
         (tmp_path / "hub", LoadError, "a folder without checkpoints or config"),
-        (tmp_path / "model.gguf", GGUFError, "no complete GGUF file"),
+        (tmp_path / "model.gguf", GGUFError, "is empty; download it again"),
         (tmp_path, LoadError, "folder without checkpoints"),
     ):
         with pytest.raises(kind, match=message):

@@ -221,7 +221,7 @@ def test_bytes_are_those_of_the_arrays():
     sizes = sizes_of("usual")
     assert (sizes.slots, sizes.ring) == (64, 59)
     cache = StreamingCache.create(CONFIG, ROWS, sizes)
-    assert cache.nbytes == 2 * (2 * ROWS * 2 * 64 * 4 * 4) + ROWS * 59 + 8 * 4 * ROWS
+    assert cache.nbytes == 2 * (2 * ROWS * 2 * 64 * 4 * 4) + ROWS * 59 + 9 * 4 * ROWS
 
 
 @pytest.mark.parametrize(
