@@ -17,7 +17,7 @@ KEPT_SETS = ("head", "model")
 class AttentionConfig:
     """Who attends to whom, and how much a cache may hold (METHOD letters in brackets)."""
 
-    pattern: str = "separator"  # one of PATTERNS
+    pattern: str = "separator"  # one of BOUNDED_PATTERNS
     num_sinks: int = 4  # [a] first tokens of each document, always visible
     window_size: int = 64  # [n, w] keys of the local window, the query itself included
     layer_windows: tuple[int, ...] = ()  # one n per layer; empty: window_size everywhere
@@ -32,14 +32,12 @@ class AttentionConfig:
     # For pattern="watched", of bounded caches: a token that leaves the window is kept when it was looked at sharply
     # while it was there, by a layer of `watch_layers` (empty: the upper half); the best `max_separators` stay.
     watch_layers: tuple[int, ...] = ()
-    kept_set: str = (
-        "head"  # "head": every key head of a watched layer keeps what it looked at; "model": one set for all
-    )
+    kept_set: str = "head"  # "head": a set for every key head of a watched layer; "model": one set for all
     watch_after: int = 16  # tokens of age from which looks at a token count: before, everything is looked at
     watch_half_life: int = 4096  # tokens after which a look counts half; 0: it never fades
-    separators_first: bool = False  # separators go before all others, the newest first
+    separators_first: bool = False  # separators stay before all others; among them looks decide, as among the rest
     max_separators: int = 64  # [s] slots in a bounded streaming cache
-    cache_size: int = 0  # [c] slots of the streaming cache; 0: 2 * (a + s + w)
+    cache_size: int = 0  # [c] slots of the streaming cache; 0: 2 * (a + s + w), if watched a little over a + s + w
     stream_positions: str = "slot"  # one of STREAM_POSITIONS: what a bounded cache rotates by, its slots or the text
     keep_all_separators: bool = False  # in a bounded cache: a full one ends the stream, no separator makes room
     document_mask: bool = True  # False: the official row-wise behaviour, documents of a row see each other

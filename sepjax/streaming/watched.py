@@ -171,7 +171,7 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
 
     where = everywhere(choice.comes), everywhere(choice.source)
     turns = () if turn is None else tuple(everywhere(x) for x in turn)
-    restarts = jnp.where(full & (cache.clock >= _CLOCK), _CLOCK, 0)
+    restarts = jnp.where(full, cache.clock // _CLOCK * _CLOCK, 0)  # a cycle of a large cache may be longer
     return dataclasses.replace(
         cache,
         k=cache.in_each_layer(move, cache.k, *where, *turns),
