@@ -23,6 +23,7 @@ ATTENTION = AttentionConfig(
     num_sinks=2, window_size=4, max_separators=3, cache_size=14, separators="ids", separator_ids=(ord("."), ord(" "))
 )
 SINKS = dataclasses.replace(ATTENTION, pattern="sink_window", window_size=12)
+WATCHED = dataclasses.replace(ATTENTION, pattern="watched", watch_after=2)
 TEXTS = ["A cat. A dog, a mat. The end of it, at last.\nNot yet.", "Short.", "", "Ünïcode is two bytes. " * 4]
 
 
@@ -73,7 +74,7 @@ def token_by_token(model, document, attention):
     return nll, held, int(cache.held()[0])
 
 
-@pytest.mark.parametrize("attention", [ATTENTION, SINKS], ids=["separator", "sink_window"])
+@pytest.mark.parametrize("attention", [ATTENTION, SINKS, WATCHED], ids=["separator", "sink_window", "watched"])
 def test_equals_a_loop_over_tokens_one_at_a_time(model, attention, monkeypatch):
     documents = documents_of(Bytes(), TEXTS)
     alone = [token_by_token(model, document, attention) for document in documents]
