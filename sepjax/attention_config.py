@@ -21,6 +21,9 @@ class AttentionConfig:
     num_sinks: int = 4  # [a] first tokens of each document, always visible
     window_size: int = 64  # [n, w] keys of the local window, the query itself included
     layer_windows: tuple[int, ...] = ()  # one n per layer; empty: window_size everywhere
+    kept_layers: tuple[
+        int, ...
+    ] = ()  # layers that see kept tokens, the others sinks and window; empty: all (a gate: above)
     separators: str = "punctuation"  # one of SEPARATOR_POLICIES; on a command line also a file of ids, .json or .npy
     separator_ids: tuple[int, ...] = ()  # for separators="ids"
     interval: int = 8  # [delta] for pattern="fixed_interval": every delta-th token is kept
@@ -63,6 +66,7 @@ def validate_attention(attention: AttentionConfig, num_layers: int) -> Attention
             f"attention.layer_windows has {len(attention.layer_windows)} windows but the model has {num_layers} "
             "layers; give one window per layer, or leave it empty to use attention.window_size everywhere"
         )
+    _validate_kept_layers(attention, num_layers)
     if attention.separators == "ids" and not attention.separator_ids and attention.pattern in ("separator", "watched"):
         raise ConfigError('attention.separators="ids" needs attention.separator_ids, got none; list the token ids')
     if attention.pattern == "gated":
@@ -86,6 +90,23 @@ def validate_attention(attention: AttentionConfig, num_layers: int) -> Attention
     return attention
 
 
+def _validate_kept_layers(attention: AttentionConfig, num_layers: int) -> None:
+    for layer in attention.kept_layers:
+        if not 0 <= layer < num_layers:
+            raise ConfigError(f"attention.kept_layers has {layer}; the model's layers are 0 to {num_layers - 1}")
+        if attention.pattern == "gated" and layer < attention.gate_layer:
+            raise ConfigError(
+                f"attention.kept_layers has {layer}, below gate_layer={attention.gate_layer}: nothing is kept before "
+                "the gate has read; lower gate_layer or leave the layer out"
+            )
+    if attention.kept_layers and attention.pattern in ("dense", "sink_window", "watched"):
+        other = "watch_layers" if attention.pattern == "watched" else "layer_windows"
+        raise ConfigError(
+            f"attention.kept_layers is for patterns that keep the same tokens in all layers, and pattern="
+            f"{attention.pattern!r} does not; leave it out, or set {other}"
+        )
+
+
 def _validate_gate(attention: AttentionConfig, num_layers: int) -> None:
     if not 0 <= attention.gate_layer < num_layers:
         raise ConfigError(
@@ -99,7 +120,8 @@ def _validate_gate(attention: AttentionConfig, num_layers: int) -> None:
             f"attention.gate_keep={attention.gate_keep} of every gate_stretch={attention.gate_stretch} tokens are more "
             "than there are; lower gate_keep"
         )
-    narrowest = min(layer_windows(attention, num_layers, 0)[attention.gate_layer :])
+    windows, kept = layer_windows(attention, num_layers, 0), sees_kept(attention, num_layers)
+    narrowest = min(n for n, sees in zip(windows, kept, strict=True) if sees)
     if attention.gate_stretch > narrowest:
         raise ConfigError(
             f"attention.gate_stretch={attention.gate_stretch} exceeds the window {narrowest} of a gated layer: a token "
@@ -138,3 +160,9 @@ def layer_windows(attention: AttentionConfig, num_layers: int, length: int) -> t
     if attention.pattern == "dense":
         return (length,) * num_layers
     return attention.layer_windows or (attention.window_size,) * num_layers
+
+
+def sees_kept(attention: AttentionConfig, num_layers: int) -> tuple[bool, ...]:
+    """Of every layer whether it sees the tokens that are kept (separators, or a gate's choice), sinks aside."""
+    below = attention.gate_layer if attention.pattern == "gated" else 0
+    return tuple(i in attention.kept_layers if attention.kept_layers else i >= below for i in range(num_layers))

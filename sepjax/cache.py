@@ -156,13 +156,16 @@ class SeparatorCache:
         """Tokens that each row holds; over `length`, the tokens it has seen, this is the measured `kv_kept`."""
         return jnp.sum(self.position >= 0, axis=1, dtype=jnp.int32)
 
-    def visible(self, window_size: int | Int32[Array, ""], num_sinks: int | None = None) -> Bool[jax.Array, "B C"]:
+    def visible(
+        self, window_size: int | Int32[Array, ""], num_sinks: int | Int32[Array, ""] | None = None
+    ) -> Bool[jax.Array, "B C"]:
         """The slots that the next token of each row sees through a window n <= W, itself excluded.
 
-        num_sinks: for layers that see so many sinks and no other global token; None: they see all.
+        num_sinks: for layers that see so many sinks and no other global token; None: they see all. A number that no
+        position reaches stands for all, too.
         """
         distance = self.length[:, None] - self.position
-        stays = self.is_global if num_sinks is None else self.position < num_sinks
+        stays = self.is_global if num_sinks is None else self.is_global & (self.position < num_sinks)
         return (self.position >= 0) & (stays | (distance < window_size))
 
     def is_full(self) -> Bool[jax.Array, "B"]:

@@ -10,7 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sepjax.attention_config import BOUNDED_PATTERNS, PATTERNS, AttentionConfig, layer_windows, validate_attention
+from sepjax.attention_config import (
+    BOUNDED_PATTERNS,
+    PATTERNS,
+    AttentionConfig,
+    layer_windows,
+    sees_kept,
+    validate_attention,
+)
 from sepjax.checks import ConfigError, UserError, nearest
 from sepjax.checks import at_least as _at_least
 from sepjax.checks import check_type as _check_type
@@ -28,6 +35,7 @@ __all__ = [  # of other files, for whoever reads a config
     "UserError",
     "layer_windows",
     "nearest",
+    "sees_kept",
     "validate_attention",
 ]
 

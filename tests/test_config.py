@@ -297,6 +297,15 @@ def test_dense_is_the_window_of_a_model_that_has_one() -> None:
             Config(attention=AttentionConfig("gated", layer_windows=(9, 9, 64, 63))),
             "gate_stretch=64 exceeds the window 63 of a gated layer",
         ),
+        (
+            Config(attention=AttentionConfig("gated", kept_layers=(1, 3))),
+            "kept_layers has 1, below gate_layer=2: nothing is kept before",
+        ),
+        (Config(attention=AttentionConfig(kept_layers=(4,))), "kept_layers has 4; the model's layers are 0 to 3"),
+        (
+            Config(attention=AttentionConfig("sink_window", kept_layers=(1,))),
+            "kept_layers is for patterns that keep .* pattern='sink_window' does not; leave it out, or set layer_windows",
+        ),
         (Config(attention=AttentionConfig("gated", gate_stretch=0)), "attention.gate_stretch=0 must be 1 or more"),
         (Config(training=TrainingConfig(gate_noise=-1.0)), "training.gate_noise=-1.0 must be 0 or more"),
         (Config(data=DataConfig(batch_size=0)), "data.batch_size=0 must be 1 or more"),

@@ -1,6 +1,7 @@
 """What a dense model looks at from afar: for every token the far attention that it receives.
 
-    worth of token j  =  sum over layers >= g, heads, later queries i >= j + n of (weight of j in query i's softmax)^2
+    worth of token j  =  sum over layers that see kept tokens, heads, later queries i >= j + n
+                         of (weight of j in query i's softmax)^2
 
 Squared, because sharp looks tell what is needed and mass does not. The weights of a layer are computed outright, one
 head at a time: a single [B, T, T] is in memory.
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Float32
 
 from sepjax.array_typing import Bool, Float, Positions, SegmentIds, Tokens
-from sepjax.config import AttentionConfig, layer_windows
+from sepjax.config import AttentionConfig, layer_windows, sees_kept
 from sepjax.model.attend import hidden_before_gate
 from sepjax.model.layers import Attend
 from sepjax.model.rope import rope_table, rotate
@@ -41,16 +42,19 @@ def observe(
       tokens: int32[B, T].
       positions: int32[B, T] within each document.
       segment_ids: int32[B, T], 0 for padding.
-      attention: the gated pattern; far is what is beyond the narrowest window n of the layers above the gate.
+      attention: the gated pattern; far is what is beyond the narrowest window n of the layers that see its choice.
     """
     i = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    window = min(layer_windows(attention, model.config.num_layers, 0)[attention.gate_layer :])
+    kept = sees_kept(attention, model.config.num_layers)
+    windows = layer_windows(attention, model.config.num_layers, 0)
+    window = min(n for n, sees in zip(windows, kept, strict=True) if sees)
     segments = jnp.asarray(segment_ids)
     sees = (segments[:, :, None] == segments[:, None]) & (i <= i[:, None])
     is_far = sees & (i[:, None] - i >= window)
     attend, g = _dense(model, positions, sees, is_far), attention.gate_layer
     x, _ = model.run_layers(model.embed(tokens, positions), attend, None, 0, g)
     _, worth = model.run_layers(x, attend, None, g)
+    worth = worth[jnp.asarray([i for i in range(g, len(kept)) if kept[i]]) - g]
 
     places = jnp.asarray(positions)
     to_last = attention.gate_stretch - 1 - places % attention.gate_stretch  # of the token's stretch

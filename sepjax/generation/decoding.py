@@ -16,7 +16,7 @@ from flax import nnx
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.cache import SeparatorCache
-from sepjax.config import AttentionConfig, ModelConfig, layer_windows
+from sepjax.config import AttentionConfig, ModelConfig, layer_windows, sees_kept
 from sepjax.generation.layerwise import runner
 from sepjax.model.attend import run_rows
 from sepjax.model.gate import needs_gate
@@ -97,20 +97,27 @@ def decode_step(
       happens to a full row.
     """
     model = runner(graph, params)
-    windows = jnp.asarray(layer_windows(attention, model.config.num_layers, cache.window_size), jnp.int32)
-    positions, inputs = cache.length[:, None], (windows, cache.k, cache.v)
+    positions = cache.length[:, None]
+    inputs = (*_what_layers_see(attention, model.config.num_layers, cache.window_size), cache.k, cache.v)
     is_global, score = _is_global(tokens, cache.length, table, attention), None
     attend = _attend_cache(model.config, cache)
     if attention.pattern == "gated":
         gate, g = needs_gate(model, attention), attention.gate_layer
         x = model.embed(tokens[:, None], positions)
-        x, below = model.run_layers(x, functools.partial(attend, num_sinks=attention.num_sinks), inputs, 0, g)
+        x, below = model.run_layers(x, attend, inputs, 0, g)
         score = jnp.where(is_global, -jnp.inf, gate(x)[:, 0])
         x, keys = model.run_layers(x, attend, inputs, g)
         hidden, (k, v) = model.final_norm(x), keys if g == 0 else jax.tree.map(_joined, below, keys)
     else:
         hidden, (k, v) = model(tokens[:, None], positions, attend, inputs)
     return model.logits(hidden[:, 0]), cache.append(k[:, :, 0], v[:, :, 0], is_global, active, score)
+
+
+def _what_layers_see(attention: AttentionConfig, num_layers: int, window_size: int) -> tuple[jax.Array, jax.Array]:
+    """Of every layer its window n, and the position from which on tokens do not stay visible to it: none, or sinks."""
+    stays = [jnp.iinfo(jnp.int32).max if sees else attention.num_sinks for sees in sees_kept(attention, num_layers)]
+    windows = layer_windows(attention, num_layers, window_size)
+    return jnp.asarray(windows, jnp.int32), jnp.asarray(stays, jnp.int32)
 
 
 def _joined(below: jax.Array, above: jax.Array) -> jax.Array:
@@ -142,18 +149,14 @@ def _is_global(tokens: Array, positions: Array, table: Array, attention: Attenti
 def _attend_cache(config: ModelConfig, cache: SeparatorCache) -> Callable[..., tuple[jax.Array, Any]]:
     """Attention of one token a row over the slots it sees and itself; returns its rotated key and its value.
 
-    An `Attend` that also takes `num_sinks`, for `SeparatorCache.visible`.
-
     The layers only read the cache: the new keys of all of them are written at once, in place, by `append`. (Written in
     the scan over layers they would make it copy the whole cache every token.)
     """
     uses_rope = config.position_embedding == "rope"
     angles = once(rope_table(cache.length[:, None], config.rope, config.head_dim)) if uses_rope else None
 
-    def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, layer: Any, *, num_sinks: int | None = None
-    ) -> tuple[jax.Array, Any]:
-        window, k_cache, v_cache = layer
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        window, num_sinks, k_cache, v_cache = layer
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         B, _, N, H = q.shape

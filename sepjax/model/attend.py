@@ -19,7 +19,7 @@ from sepjax.attention.context_parallel import (
     from_context_order,
     to_context_order,
 )
-from sepjax.config import AttentionConfig, ModelConfig, layer_windows, with_own_window
+from sepjax.config import AttentionConfig, ModelConfig, layer_windows, sees_kept, with_own_window
 from sepjax.layout import SeparatorLayout, build_layout
 from sepjax.model.gate import keep_best, needs_gate, straight_through
 from sepjax.model.layers import Attend
@@ -95,23 +95,23 @@ def run_rows(
     attention = attention or model.attention
     if attention.pattern == "dense" and 0 < model.config.sliding_window < tokens.shape[1]:
         attention, is_separator = with_own_window(attention, model.config), jnp.zeros_like(is_separator)
-    windows = layer_windows(attention, model.config.num_layers, tokens.shape[1])
+    kinds = layer_kinds(attention, model.config.num_layers, tokens.shape[1])
     positions = in_context_order(positions)
     with_rope = _with_rope(model.config, positions, keep_keys)
     x = model.embed(in_context_order(tokens), positions)
-    scores, inputs = None, jnp.asarray(windows, jnp.int32)
+    scores, inputs = None, _layer_inputs(kinds, attention)
     if attention.pattern == "gated":
         gate, g = needs_gate(model, attention), attention.gate_layer
-        none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, windows[0])
-        x, keys_below = model.run_layers(x, with_rope(_rows(none, attention, windows[:g])), inputs, 0, g)
+        none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, kinds[0][1])
+        x, keys_below = model.run_layers(x, with_rope(_rows(none, attention, kinds[:g])), inputs, 0, g)
         scores = constrain(_in_text_order(gate(x)), "batch", None)
         is_separator = keep_best(scores if gate_noise is None else scores + gate_noise, none, attention)
-        layout = batch_layout(is_separator, segment_ids, attention, windows[g])
+        layout = batch_layout(is_separator, segment_ids, attention, kinds[g][1])
         far_scale = None if gate_noise is None else straight_through(scores)
-        x, keys = model.run_layers(x, with_rope(_rows(layout, attention, windows[g:], far_scale)), inputs, g)
+        x, keys = model.run_layers(x, with_rope(_rows(layout, attention, kinds[g:], far_scale)), inputs, g)
         keys = jax.tree.map(lambda below, above: jnp.concatenate([below, above]), keys_below, keys)
     else:
-        attend = _whole_pattern(is_separator, segment_ids, attention, windows)
+        attend = _whole_pattern(is_separator, segment_ids, attention, kinds)
         x, keys = model.run_layers(x, with_rope(attend), inputs)
     hidden = model.final_norm(x)
     return Rows(hidden if context_order else _in_text_order(hidden), keys, is_separator, scores)
@@ -121,10 +121,10 @@ def hidden_before_gate(
     model: Transformer, tokens: Tokens, positions: Positions, segment_ids: SegmentIds, attention: AttentionConfig
 ) -> Float[jax.Array, "B T D"]:
     """What a gate would read: the hidden states that enter layer g, behind layers that see sinks and window."""
-    g, windows = attention.gate_layer, layer_windows(attention, model.config.num_layers, tokens.shape[1])
-    none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, windows[0])
-    attend = _with_rope(model.config, positions, False)(_rows(none, attention, windows[:g]))
-    return model.run_layers(model.embed(tokens, positions), attend, jnp.asarray(windows, jnp.int32), 0, g)[0]
+    g, kinds = attention.gate_layer, layer_kinds(attention, model.config.num_layers, tokens.shape[1])
+    none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, kinds[0][1])
+    attend = _with_rope(model.config, positions, False)(_rows(none, attention, kinds[:g]))
+    return model.run_layers(model.embed(tokens, positions), attend, _layer_inputs(kinds, attention), 0, g)[0]
 
 
 def in_context_order(x: Array) -> Array:
@@ -167,10 +167,10 @@ def layer_layouts(
     """
     kinds = collections.Counter(layer_kinds(attention, num_layers, is_separator.shape[1]))
     layouts: dict[bool, SeparatorLayout] = {}
-    for sees_kept, n in kinds:
-        flags = is_separator if sees_kept else jnp.zeros_like(is_separator)
-        if sees_kept not in layouts:
-            layouts[sees_kept] = batch_layout(flags, segment_ids, attention, n)
+    for sees, n in kinds:
+        flags = is_separator if sees else jnp.zeros_like(is_separator)
+        if sees not in layouts:
+            layouts[sees] = batch_layout(flags, segment_ids, attention, n)
     return [(layouts[sees].with_window(n), times / num_layers) for (sees, n), times in kinds.items()]
 
 
@@ -179,41 +179,54 @@ def layer_kinds(attention: AttentionConfig, num_layers: int, length: int) -> lis
 
     `layer_layouts` has a layout for each distinct one, in the order in which they come first.
     """
-    below = attention.gate_layer if attention.pattern == "gated" else 0
-    return [(i >= below, n) for i, n in enumerate(layer_windows(attention, num_layers, length))]
+    return list(zip(sees_kept(attention, num_layers), layer_windows(attention, num_layers, length), strict=True))
 
 
-type _Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+type _Kinds = list[tuple[bool, int]]
+type _Seen = tuple[jax.Array, jax.Array]  # a layer's window n, and how many global keys at most it sees far away
+type _Attend = Callable[[jax.Array, jax.Array, jax.Array, _Seen], jax.Array]
+
+
+def _layer_inputs(kinds: _Kinds, attention: AttentionConfig) -> _Seen:
+    """Of every layer its window, and the number of far keys: all for one that sees kept tokens, else the sinks."""
+    most = [jnp.iinfo(jnp.int32).max // 2 if sees else attention.num_sinks for sees, _ in kinds]
+    return jnp.asarray([n for _, n in kinds], jnp.int32), jnp.asarray(most, jnp.int32)
+
+
+def _as_seen(layout: SeparatorLayout, kinds: _Kinds, seen: _Seen) -> SeparatorLayout:
+    """The layout as one layer of these kinds sees it; it was built for the first one's window."""
+    if len(set(kinds)) == 1 and kinds[0][0]:
+        return layout
+    window, most_far = seen
+    return layout.with_window(window, None if all(sees for sees, _ in kinds) else most_far)
 
 
 def _whole_pattern(
-    is_separator: Array, segment_ids: Array | None, attention: AttentionConfig, windows: tuple[int, ...]
+    is_separator: Array, segment_ids: Array | None, attention: AttentionConfig, kinds: _Kinds
 ) -> _Attend:
     """Attention of patterns that flags alone describe."""
     if attention.pattern == "dense" and ways("length") == 1:
         return _dense(segment_ids if attention.document_mask else None)
-    return _rows(batch_layout(is_separator, segment_ids, attention, windows[0]), attention, windows)
+    return _rows(batch_layout(is_separator, segment_ids, attention, kinds[0][1]), attention, kinds)
 
 
 def _rows(
-    layout: SeparatorLayout, attention: AttentionConfig, windows: tuple[int, ...], far_scale: jax.Array | None = None
+    layout: SeparatorLayout, attention: AttentionConfig, kinds: _Kinds, far_scale: jax.Array | None = None
 ) -> _Attend:
-    """Attention of layers with these windows, all of which see one layout."""
+    """Attention of layers of these kinds, all of which see one layout."""
     if ways("length") > 1:
-        return _over_context(layout, attention, windows, far_scale)
-    return _packed(layout, attention, far_scale, one_window=len(set(windows)) == 1)
+        return _over_context(layout, attention, kinds, far_scale)
+    return _packed(layout, attention, kinds, far_scale)
 
 
-def _packed(
-    layout: SeparatorLayout, attention: AttentionConfig, far_scale: jax.Array | None, *, one_window: bool
-) -> _Attend:
+def _packed(layout: SeparatorLayout, attention: AttentionConfig, kinds: _Kinds, far_scale: jax.Array | None) -> _Attend:
     def op(q: jax.Array, k: jax.Array, v: jax.Array, layout: SeparatorLayout, far_scale: jax.Array | None) -> Queries:
         return separator_attention(q, k, v, layout, far_scale=far_scale, implementation=attention.implementation)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> jax.Array:
-        seen = layout if one_window else layout.with_window(window)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen) -> jax.Array:
         heads, rows = PartitionSpec("batch", None, "heads", None), PartitionSpec("batch")
-        return manual_over_mesh(op, (heads, heads, heads, rows, rows), heads)(q, k, v, seen, far_scale)
+        args = q, k, v, _as_seen(layout, kinds, seen), far_scale
+        return manual_over_mesh(op, (heads, heads, heads, rows, rows), heads)(*args)
 
     return attend
 
@@ -224,12 +237,13 @@ _ROOM_FOR_GLOBAL_KEYS = 0.25
 
 
 def _over_context(
-    layout: SeparatorLayout, attention: AttentionConfig, windows: tuple[int, ...], far_scale: jax.Array | None
+    layout: SeparatorLayout, attention: AttentionConfig, kinds: _Kinds, far_scale: jax.Array | None
 ) -> _Attend:
     """Attention over rows that the axis `context` splits; q, k and v arrive and leave in context order."""
     T, C = layout.length, ways("length")
     room = attention.capacity or round(T * _ROOM_FOR_GLOBAL_KEYS)
     capacity = min(max(-(-room // C), 1), T // C)
+    windows = [n for _, n in kinds]
     sparse = [n for n in windows if n < T]
     plans = [ContextPlan(C, halo=max(sparse) - 1, capacity=capacity)] if sparse else []
     plans += [ContextPlan(C, halo=T, capacity=capacity, dense=True)] if len(sparse) < len(windows) else []
@@ -243,17 +257,17 @@ def _over_context(
 
         return manual_over_mesh(op, (heads, heads, heads, rows, PartitionSpec(), rows), heads)(*args)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> jax.Array:
-        args = q, k, v, layout.with_window(window) if len(set(windows)) > 1 else layout, is_roomy, far_scale
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen) -> jax.Array:
+        args = q, k, v, _as_seen(layout, kinds, seen), is_roomy, far_scale
         if len(plans) == 1:
             return run(plans[0], *args)
-        return jax.lax.cond(window >= T, functools.partial(run, plans[1]), functools.partial(run, plans[0]), *args)
+        return jax.lax.cond(seen[0] >= T, functools.partial(run, plans[1]), functools.partial(run, plans[0]), *args)
 
     return attend
 
 
 def _dense(segment_ids: SegmentIds | None) -> _Attend:
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array) -> jax.Array:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: _Seen) -> jax.Array:
         heads = PartitionSpec("batch", None, "heads", None)
         if segment_ids is None:
             return manual_over_mesh(dense_attention, (heads, heads, heads), heads)(q, k, v)
@@ -268,14 +282,12 @@ def _with_rope(config: ModelConfig, positions: Positions, keep_keys: bool) -> Ca
     uses_rope = config.position_embedding == "rope"
     table = rope_table(positions, config.rope, config.head_dim) if uses_rope else None
 
-    def attend(
-        attend_rows: _Attend, q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array
-    ) -> tuple[jax.Array, Any]:
+    def attend(attend_rows: _Attend, q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen) -> tuple[jax.Array, Any]:
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
         kept = tuple(_in_text_order(x) for x in (k, v)) if keep_keys else None
         k, v = (_for_each_device(x, q.shape[2]) for x in (k, v))
-        return attend_rows(q, k, v, window), kept
+        return attend_rows(q, k, v, seen), kept
 
     return lambda attend_rows: functools.partial(attend, attend_rows)
 

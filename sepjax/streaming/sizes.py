@@ -41,6 +41,11 @@ class StreamSizes:
                 'attention.pattern="gated" is not served by a bounded cache; stream over a growing cache '
                 '(bounded=False), or use "watched", "separator" or "sink_window"'
             )
+        if attention.kept_layers:
+            raise ConfigError(
+                f"attention.kept_layers={attention.kept_layers}: a bounded cache keeps the same tokens for all layers; "
+                "leave kept_layers empty, or stream over a growing cache (bounded=False)"
+            )
         if len(set(attention.layer_windows)) > 1:
             raise ConfigError(
                 f"attention.layer_windows={attention.layer_windows}: a bounded cache has one window for all layers; "

@@ -53,6 +53,8 @@ CASES = {  # every kind of model, pattern, window and number of sinks at least o
         NEOX,
         dataclasses.replace(GATED, gate_layer=0, gate_stretch=4, gate_keep=1, layer_windows=(7, 9, 4)),
     ),
+    "gated for the last layer alone": (LLAMA, dataclasses.replace(GATED, kept_layers=(2,), layer_windows=(7, 4, 9))),
+    "separators for the middle layer alone": (NEOX, dataclasses.replace(SEPARATOR, kept_layers=(1,))),
     "gated, a wide window below": (FALCON, dataclasses.replace(GATED, gate_layer=2, layer_windows=(12, 3, 6))),
 }
 

@@ -138,6 +138,17 @@ def test_layers_above_see_what_was_kept_and_layers_below_do_not(model):
     assert np.abs(hidden["some kept"] - hidden["nothing kept"]).max() > 1e-3
     assert np.abs(hidden["some kept"] - hidden["other windows below"]).max() > 1e-3
 
+    # Layers above the gate that see nothing of its choice are windows; what the others see, only they see.
+    for layers, same in ((2,), (7, 7, T)), ((1,), (7, T, 7)):
+        only = dataclasses.replace(GATED, gate_keep=5, kept_layers=layers)
+        alike = dataclasses.replace(GATED, pattern="sink_window", layer_windows=same)
+        np.testing.assert_allclose(run(model, batch, only)[0], run(model, batch, alike)[0], atol=1e-5)
+        everywhere = dataclasses.replace(
+            only, pattern="separator", gate_layer=2
+        )  # all flagged: the same, without a gate
+        got = forward(model, *batch[:2], np.ones_like(batch[2]), None, everywhere)[0]
+        np.testing.assert_allclose(got, run(model, batch, alike)[0], atol=1e-5)
+
     # At layer 0 the choice is made before any layer: then it is a separator pattern with these flags.
     at_once = dataclasses.replace(GATED, gate_layer=0)
     got, flags, _ = run(model, batch, at_once)
@@ -163,6 +174,11 @@ def test_keys_are_counted_with_each_layers_own_layout(model):
     _, flags, _ = run(model, row())
     layouts = layer_layouts(flags, None, GATED, 3)
     assert [share for _, share in layouts] == [1 / 3, 2 / 3]
+    only = layer_layouts(flags, None, dataclasses.replace(GATED, kept_layers=(2,)), 3)
+    assert [(share, int(x.far_end[0, -1])) for x, share in only] == [
+        (2 / 3, 2),
+        (1 / 3, int(layouts[1][0].far_end[0, -1])),
+    ]
     far = [int(layout.far_end[0, -1]) for layout, _ in layouts]
     assert far == [2, 2 + int(flags[0, : T - 7].sum())]
 
