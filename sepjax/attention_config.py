@@ -1,6 +1,7 @@
 """Who attends to whom, and what caches keep: the section `attention` of a config, and its checks."""
 
 import dataclasses
+from typing import Any
 
 from sepjax.checks import ConfigError
 from sepjax.checks import at_least as _at_least
@@ -166,3 +167,9 @@ def sees_kept(attention: AttentionConfig, num_layers: int) -> tuple[bool, ...]:
     """Of every layer whether it sees the tokens that are kept (separators, or a gate's choice), sinks aside."""
     below = attention.gate_layer if attention.pattern == "gated" else 0
     return tuple(i in attention.kept_layers if attention.kept_layers else i >= below for i in range(num_layers))
+
+
+def under(attention: AttentionConfig, pattern: str, **changes: Any) -> AttentionConfig:
+    """The settings under another pattern, for a comparison: layers picked for the own pattern's kept tokens go."""
+    own = {} if pattern == attention.pattern else {"kept_layers": ()}
+    return dataclasses.replace(attention, pattern=pattern, **(own | changes))

@@ -16,6 +16,7 @@ from sepjax.attention_config import (
     AttentionConfig,
     layer_windows,
     sees_kept,
+    under,
     validate_attention,
 )
 from sepjax.checks import ConfigError, UserError, nearest
@@ -36,6 +37,7 @@ __all__ = [  # of other files, for whoever reads a config
     "layer_windows",
     "nearest",
     "sees_kept",
+    "under",
     "validate_attention",
 ]
 
@@ -157,7 +159,7 @@ def with_own_window(attention: AttentionConfig, model: ModelConfig) -> Attention
     if attention.pattern != "dense" or not model.sliding_window:
         return attention
     changes = {"num_sinks": 0, "window_size": model.sliding_window, "layer_windows": (), "cache_size": 0}
-    return dataclasses.replace(attention, pattern="sink_window", **changes)
+    return under(attention, "sink_window", **changes)
 
 
 def validate_model(model: ModelConfig) -> ModelConfig:

@@ -13,7 +13,7 @@ import numpy as np
 
 from sepjax.begin import adopt_shape, given_tokenizer
 from sepjax.checkpoint import save_params
-from sepjax.config import Config, ConfigError
+from sepjax.config import Config, ConfigError, under
 from sepjax.console import say
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
 from sepjax.distill.lesson import LOSSES, Grade, Rows, gather, grade, learn
@@ -61,7 +61,7 @@ def distill(config: Config, workdir: Path, lesson: Lesson, *, download: bool = F
     params = with_gate(config, split(model)[1] | {})
     params_gate = params.pop("gate")
 
-    graph = abstract(config.model, dataclasses.replace(config.attention, pattern="sink_window"))[0]
+    graph = abstract(config.model, under(config.attention, "sink_window"))[0]
 
     @jax.jit
     def see(params: Any, tokens: Any, positions: Any, segment_ids: Any) -> Observed:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sepjax.config import AttentionConfig, ConfigError, nearest, validate_attention
+from sepjax.config import AttentionConfig, ConfigError, nearest, under, validate_attention
 from sepjax.separators import read_ids
 
 SHORT = {
@@ -96,7 +96,7 @@ def _arm(text: str, base: AttentionConfig, num_layers: int, before: Sequence[str
         raise ConfigError(f"there is another arm {name!r}; give one of them a name of its own, like other: {text}")
     if not words or "=" in words[0]:
         raise ConfigError("expected a pattern first, like separator, and then field=value")
-    changes: dict[str, Any] = {"pattern": words[0]}
+    changes: dict[str, Any] = {}
     model, equal = "", ("", "")
     for word in words[1:]:
         key, sign, value = word.partition("=")
@@ -118,7 +118,7 @@ def _arm(text: str, base: AttentionConfig, num_layers: int, before: Sequence[str
         changes.setdefault("layer_windows", ())
     if "separator_ids" in changes:
         changes.setdefault("separators", "ids")
-    return Arm(name, validate_attention(dataclasses.replace(base, **changes), num_layers), model, equal)
+    return Arm(name, validate_attention(under(base, words[0], **changes), num_layers), model, equal)
 
 
 def _earlier(name: str, before: Sequence[str]) -> str:
@@ -166,7 +166,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def stream_attention(attention: AttentionConfig, pattern: str, budget: str, num_layers: int) -> AttentionConfig:
     """A pattern at a budget. Without separators their slots go to the window: w = c - a, StreamingLLM."""
-    attention = dataclasses.replace(attention, pattern=pattern)
+    attention = under(attention, pattern)
     if budget:
         numbers = budget.split("/")
         if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):

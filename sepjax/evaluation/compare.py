@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from sepjax.config import AttentionConfig, ConfigError, layer_windows, nearest, validate_attention
+from sepjax.config import AttentionConfig, ConfigError, layer_windows, nearest, under, validate_attention
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.arms import Arm, distances, plain_arms
 from sepjax.evaluation.equal import window_of_equal
@@ -128,8 +128,8 @@ def at_equal_kv(attention: AttentionConfig, density: float, equal: str = "kv") -
     interval = max(1, round(1 / max(density, 1e-3)))
     plain = dataclasses.replace(attention, cache_size=0, interval=interval)
     own, others = ("dense", "separator"), ("sink_window", "fixed_interval")
-    return [Arm(x, dataclasses.replace(plain, pattern=x)) for x in own] + [
-        Arm(x, dataclasses.replace(plain, pattern=x, layer_windows=()), equal=(equal, "separator")) for x in others
+    return [Arm(x, under(plain, x)) for x in own] + [
+        Arm(x, under(plain, x, layer_windows=()), equal=(equal, "separator")) for x in others
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sepjax.checkpoint import load_config
-from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, validate_attention
+from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, under, validate_attention
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.documents import Document, documents_of, read_texts
 from sepjax.model.transformer import Transformer
@@ -42,7 +42,7 @@ def _source(data: DataConfig, folder: str, split: str) -> Sequence[str]:
 
 def with_pattern(config: Config, pattern: str, window_size: int) -> AttentionConfig:
     """The attention of a config under another pattern, and window unless 0."""
-    attention = dataclasses.replace(config.attention, pattern=pattern)
+    attention = under(config.attention, pattern)
     if window_size:
         attention = dataclasses.replace(attention, window_size=window_size, layer_windows=())
     return validate_attention(attention, config.model.num_layers)

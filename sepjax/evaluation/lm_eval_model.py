@@ -18,7 +18,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 import sepjax
-from sepjax.config import PATTERNS, AttentionConfig, ConfigError, UserError, nearest, validate_attention
+from sepjax.config import PATTERNS, AttentionConfig, ConfigError, UserError, nearest, under, validate_attention
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.scoring import Continuation, score_continuations
 from sepjax.hub.chat_template import ChatTemplate
@@ -260,11 +260,11 @@ register_model("sepjax")(SepjaxLM)
 def _changed(attention: AttentionConfig, pattern: str, window_size: int, num_layers: int) -> AttentionConfig:
     if pattern and pattern not in PATTERNS:
         raise ConfigError(f"pattern={pattern!r} is not one of {', '.join(PATTERNS)}{nearest(pattern, PATTERNS)}")
-    changes: dict[str, Any] = {"pattern": pattern} if pattern else {}
+    changes: dict[str, Any] = {}
     if window_size:
         changes |= {"window_size": int(window_size), "layer_windows": ()}
     changes["cache_size"] = 0  # of streams; tasks use the growing cache
-    return validate_attention(dataclasses.replace(attention, **changes), num_layers)
+    return validate_attention(under(attention, pattern or attention.pattern, **changes), num_layers)
 
 
 def _by_settings(requests: Sequence[Instance]) -> dict[tuple[int, tuple[str, ...]], list[int]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sepjax.checkpoint import load_config
-from sepjax.config import UserError, validate_attention
+from sepjax.config import UserError, under, validate_attention
 from sepjax.data.corpora.recall.recall import END, KEYS, QUESTION, VALUES
 from sepjax.data.sources import text_source
 from sepjax.data.tokenizer import Tokenizer
@@ -109,7 +109,7 @@ def score_run(
     length, folder = config.data.sequence_length, config.data.data_dir or str(workdir / "data")
     windows = token_windows(tokenizer, text_source(config.data, folder, config.data.eval_split)[:], length)
     own = model.attention
-    compared = plain_arms([dataclasses.replace(own, pattern=x) for x in patterns or [own.pattern]])
+    compared = plain_arms([under(own, x) for x in patterns or [own.pattern]])
     if arms:
         compared = fixed_arms(arms, own, model.config.num_layers)
     return score_recall(model, tokenizer, windows, compared, length=length, batch_size=batch_size)

@@ -3,8 +3,8 @@
     python -m sepjax.generation.step_bench --config=configs/llama3_8b.py [--budget=4/64/256/800 --batch_sizes=1,auto]
 
 A step at batch 1 reads every weight once; the bar is the time that takes at the memory's own speed, measured here on a
-large array. "auto" is the largest batch that fits. `--dense_context=32768` measures the same code beside it with a
-cache that holds so many tokens. The last line is JSON.
+large array. "auto" is the largest batch that fits. `--patterns=separator,watched` measures caches of several patterns
+at that budget, `--dense_context=32768` one that holds so many tokens. The last line is JSON.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from sepjax.config import AttentionConfig, Config, ConfigError, validate_attention
+from sepjax.config import AttentionConfig, Config, ConfigError, under, validate_attention
 from sepjax.flags import run_main
 from sepjax.generation.layerwise import by_layer
 from sepjax.generation.loop import DecodeState, Request, make_advance
@@ -153,16 +153,20 @@ def _nbytes(tree: object) -> int:
 
 
 def caches_of(
-    attention: AttentionConfig, num_layers: int, budget: str, dense_context: int
+    attention: AttentionConfig,
+    num_layers: int,
+    budget: str,
+    dense_context: int,
+    patterns: Sequence[str] = ("separator",),
 ) -> dict[str, AttentionConfig]:
-    """The bounded cache of a budget a/s/w/c, and one of the last `dense_context` tokens and a few more; 0: none."""
+    """Bounded caches of a budget a/s/w/c, and one of the last `dense_context` tokens and a few more; 0: none."""
     numbers = budget.split("/")
     if len(numbers) != 4 or not all(number.isdecimal() for number in numbers):
         raise ConfigError(f"--budget takes sinks/separators/window/cache, like 4/64/256/800, got {budget!r}")
     a, s, w, c = map(int, numbers)
     sizes = {"num_sinks": a, "max_separators": s, "window_size": w, "cache_size": c}
-    bounded = dataclasses.replace(attention, pattern="separator", layer_windows=(), **sizes)
-    caches = {budget: validate_attention(bounded, num_layers)}
+    bounded = dataclasses.replace(attention, layer_windows=(), kept_layers=(), **sizes)
+    caches = {f"{pattern} {budget}": validate_attention(under(bounded, pattern), num_layers) for pattern in patterns}
     if dense_context:
         room = dense_context + 64  # then the oldest go, in bursts, which only moves a number
         dense = dataclasses.replace(
@@ -175,6 +179,7 @@ def caches_of(
 
 if __name__ == "__main__":
     BUDGET = flags.DEFINE_string("budget", "4/64/256/800", "of the bounded cache: sinks/separators/window/cache")
+    PATTERNS = flags.DEFINE_list("patterns", ["separator"], "of the bounded caches")
     ROWS = flags.DEFINE_list("batch_sizes", ["1", "auto"], "rows of a step; auto: as many as fit")
     DENSE = flags.DEFINE_integer("dense_context", 0, "tokens of a dense cache to measure beside it; 0: none")
     SECONDS = flags.DEFINE_float("seconds", 3.0, "for each figure", lower_bound=0)
@@ -183,13 +188,13 @@ if __name__ == "__main__":
         """Prints a line a figure, then JSON."""
         source = provenance()
         print(heading(source))
-        caches = caches_of(config.attention, config.model.num_layers, BUDGET.value, DENSE.value)
+        caches = caches_of(config.attention, config.model.num_layers, BUDGET.value, DENSE.value, PATTERNS.value)
         columns = f"{'ms/step':>10}{'tokens/s':>12}{'weights':>10}{'all':>8}{'cache bytes':>18}"
-        print(f"{'cache':<16}{'rows':>6}{columns}   (weights, all: time to read them once over the step's)")
+        print(f"{'cache':<24}{'rows':>6}{columns}   (weights, all: time to read them once over the step's)")
         figures = []
         for x in measure(config, caches, ROWS.value, SECONDS.value):
             shares = f"{x.share_of_weights:>10.1%}{x.share_of_bandwidth:>8.1%}{x.cache_bytes:>18,}"
-            print(f"{x.name:<16}{x.rows:>6}{x.milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}{shares}", flush=True)
+            print(f"{x.name:<24}{x.rows:>6}{x.milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}{shares}", flush=True)
             figures.append(dataclasses.asdict(x))
         print(json.dumps(source | {"figures": figures}))
 

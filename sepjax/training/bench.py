@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from sepjax.config import Config, ConfigError, validate
+from sepjax.config import Config, ConfigError, under, validate
 from sepjax.data.batch import Batch
 from sepjax.files import write_text
 from sepjax.flags import run_main, whole_numbers
@@ -90,7 +90,7 @@ def _both(config: Config, settings: Settings, length: int) -> tuple[Config, Conf
             f"--lengths={length} exceeds model.max_positions={config.model.max_positions}, the rows of the table of "
             "learned positions; leave it out or raise max_positions"
         )
-    attention = dataclasses.replace(config.attention, pattern="dense", document_mask=False, implementation=None)
+    attention = under(config.attention, "dense", document_mask=False, implementation=None)
     return validate(config), validate(dataclasses.replace(config, attention=attention))
 
 

@@ -19,9 +19,9 @@ CONFIG = Config(model=MODEL, data=DataConfig(tokenizer_vocab_size=300))
 
 
 def test_every_cache_and_batch_size_gets_a_figure():
-    caches = caches_of(CONFIG.attention, 2, "2/3/6/20", 50)
+    caches = caches_of(CONFIG.attention, 2, "2/3/6/20", 50, ("separator", "watched"))
     figures = list(measure(CONFIG, caches, ["2"], seconds=0.01))
-    assert [(x.name, x.rows) for x in figures] == [("2/3/6/20", 2), ("dense 50", 2)]
+    assert [(x.name, x.rows) for x in figures] == [("separator 2/3/6/20", 2), ("watched 2/3/6/20", 2), ("dense 50", 2)]
     read = 2 * (300 * 32 + 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)) + 4 * 5 * 32  # bfloat16; norms float32
     for x in figures:
         assert x.weight_bytes == read
@@ -32,7 +32,7 @@ def test_every_cache_and_batch_size_gets_a_figure():
 
 
 def test_full_caches_are_full_and_rows_are_not_in_step():
-    attention = caches_of(CONFIG.attention, 2, "2/3/6/20", 0)["2/3/6/20"]
+    attention = caches_of(CONFIG.attention, 2, "2/3/6/20", 0)["separator 2/3/6/20"]
     cache = full_cache(CONFIG, StreamSizes.create(MODEL, attention), 8)
     held = np.asarray(cache.held())
     assert held.min() >= 2 + 3 + 6
