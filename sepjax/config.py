@@ -7,6 +7,7 @@ A config file (`configs/*.py`) has a `get_config()` that returns a `Config`. Fla
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class DataConfig:
     tokenizer_vocab_size: int = 8192  # size of the SentencePiece model trained on first run
     sequence_length: int = 256  # T
     batch_size: int = 8  # B: rows per optimizer step, over all devices
+    loss_on: str = ""  # regular expression: only tokens that it, or its group 1, matches are scored; empty: all
     num_workers: int = 0  # Grain worker processes; 0: threads of this process
     max_bad_documents: int = 0  # unreadable documents that a reader passes over; one more is an error
 
@@ -207,6 +209,10 @@ def _validate_training(config: Config) -> None:
         raise ConfigError(f"optimizer.clip_norm={optimizer.clip_norm} must be above 0; a large one never clips")
     _at_least("data.num_workers", data.num_workers, 0)
     _at_least("data.max_bad_documents", data.max_bad_documents, 0)
+    try:
+        re.compile(data.loss_on, re.DOTALL)
+    except re.error as error:
+        raise ConfigError(f"data.loss_on={data.loss_on!r} is not a regular expression: {error}") from error
     for name in ("max_skipped_steps", "spike_factor", "gate_noise"):
         _at_least(f"training.{name}", getattr(config.training, name), 0)
     if 0 < config.training.spike_factor <= 1:

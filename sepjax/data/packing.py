@@ -11,15 +11,18 @@ of all documents follow each other in one stream, cut every T tokens:
 
 A document that crosses a row's end goes on in the next row as a new piece: a new segment whose positions restart from
 0, so that it has sinks of its own. What stood before is out of its sight, but its first token still has its target.
+With `data.loss_on`, a regular expression, only targets that it matches in their document's text are scored.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from sepjax.data.batch import Batch
+from sepjax.data.errors import DataError
 from sepjax.data.tokenizer import Tokenizer
 
 # is_separator, bool[B, T], from tokens and positions
@@ -37,12 +40,13 @@ class TokenStream:
     targets: Int32[np.ndarray, "N"]
     documents: Int64[np.ndarray, "N"]  # index of the document
     offsets: Int32[np.ndarray, "N"]  # position within the document
+    scored: Bool[np.ndarray, "N"]  # whether the target counts
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, part: slice) -> "TokenStream":
-        return TokenStream(self.tokens[part], self.targets[part], self.documents[part], self.offsets[part])
+        return TokenStream(*(getattr(self, field.name)[part] for field in dataclasses.fields(self)))
 
     def start(self) -> tuple[int, int] | None:
         """Document and offset of the first token; None where there is none."""
@@ -51,7 +55,7 @@ class TokenStream:
     @classmethod
     def empty(cls) -> "TokenStream":
         """A stream of no tokens."""
-        return cls(*(np.zeros(0, dtype) for dtype in (np.int32, np.int32, np.int64, np.int32)))
+        return cls(*(np.zeros(0, dtype) for dtype in (np.int32, np.int32, np.int64, np.int32, np.bool_)))
 
     @classmethod
     def join(cls, streams: Sequence["TokenStream"]) -> "TokenStream":
@@ -60,13 +64,28 @@ class TokenStream:
         return cls(*(np.concatenate([getattr(stream, name) for stream in streams]) for name in names))
 
     @classmethod
-    def encode(cls, tokenizer: Tokenizer, texts: Sequence[str], first: int = 0) -> "TokenStream":
+    def encode(
+        cls, tokenizer: Tokenizer, texts: Sequence[str], first: int = 0, loss_on: re.Pattern[str] | None = None
+    ) -> "TokenStream":
         """The stream of `texts`, documents `first`, `first` + 1, ..., divided as those that the model was trained on.
 
         A text that itself begins or ends with the dividing token has it once.
+
+        Args:
+          tokenizer: of the model.
+          texts: whole documents.
+          first: number of the first of them.
+          loss_on: tokens are scored that have a part in its matches (in its first group, if it has one), and the end of
+            a document that a match reaches; None: all.
+
+        Raises:
+          DataError: with `loss_on`, tokens do not spell a text out, so that nothing tells which of them match.
         """
         bos, eos = tokenizer.document_start, tokenizer.document_end
-        ids, lengths = _without(*tokenizer.encode_flat(texts), bos, eos)
+        ids, lengths = tokenizer.encode_flat(texts)
+        scored, ends_scored = _matching(tokenizer, texts, ids, lengths, loss_on)
+        kept, lengths = _without(ids, lengths, bos, eos)
+        ids, scored = ids[kept], scored[kept]
         lengths = lengths + (bos is not None) + (eos is not None)
         starts, ends = np.cumsum(lengths) - lengths, np.cumsum(lengths)
         documents = np.repeat(np.arange(first, first + len(texts)), lengths)
@@ -74,35 +93,66 @@ class TokenStream:
         is_first, is_last = offsets == 0, np.zeros(len(documents), bool)
         is_last[ends[lengths > 0] - 1] = True
         special = (is_first & (bos is not None)) | (is_last & (eos is not None))
-        full = np.empty(len(documents), np.int32)
-        full[~special] = ids
+        full, counts = np.empty(len(documents), np.int32), np.zeros(len(documents), bool)
+        full[~special], counts[~special] = ids, scored
         if bos is not None:
             full[is_first] = bos
         if eos is not None:
-            full[is_last] = eos
-        return cls(full[~is_last], full[~is_first], documents[~is_last], offsets[~is_last])
+            full[is_last], counts[is_last] = eos, ends_scored[lengths > 0]
+        return cls(full[~is_last], full[~is_first], documents[~is_last], offsets[~is_last], counts[~is_first])
+
+
+def _matching(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    ids: Int32[np.ndarray, "N"],
+    lengths: Int64[np.ndarray, "texts"],
+    loss_on: re.Pattern[str] | None,
+) -> tuple[Bool[np.ndarray, "N"], Bool[np.ndarray, "texts"]]:
+    """Which tokens have a part in a match, and of which texts a match reaches the end."""
+    scored, ends = np.full(len(ids), loss_on is None), np.full(len(texts), loss_on is None)
+    if loss_on is None:
+        return scored, ends
+    widths, group = tokenizer.token_widths()[ids], 1 if loss_on.groups else 0
+    for number, (text, last) in enumerate(zip(texts, np.cumsum(lengths).tolist(), strict=True)):
+        part = slice(last - int(lengths[number]), last)
+        stops, size = np.cumsum(widths[part]), len(text.encode())
+        extra = int(stops[-1]) - size if len(stops) else 0  # a space that encoding puts in front
+        if extra != int(tokenizer.starts_with_space) * bool(size):
+            raise DataError(
+                f"data.loss_on={loss_on.pattern!r} finds its tokens by their bytes, but those of text {number}, "
+                f"{text[:30]!r}, are {size + extra} for {size}: this tokenizer changes what it reads; leave loss_on out"
+            )
+        starts = stops - widths[part]
+        for match in loss_on.finditer(text):
+            start, stop = (len(text[:i].encode()) + extra for i in match.span(group))
+            scored[part] |= (starts < stop) & (stops > start)
+            ends[number] |= stop == size + extra and stop > start
+    return scored, ends
 
 
 def _without(
     ids: Int32[np.ndarray, "N"], lengths: Int64[np.ndarray, "texts"], first: int | None, last: int | None
-) -> tuple[Int32[np.ndarray, "M"], Int64[np.ndarray, "texts"]]:
-    """The ids of texts without `first` where a text begins with it, and `last` where one ends with it."""
+) -> tuple[Bool[np.ndarray, "N"], Int64[np.ndarray, "texts"]]:
+    """Which ids stay when texts lose a leading `first` and a trailing `last`, and the new lengths."""
+    kept = np.ones(len(ids), bool)
+    begins, lengths = np.cumsum(lengths) - lengths, lengths.copy()
     for token, is_first in ((first, True), (last, False)):
         if token is None or not len(ids):
             continue
-        ends = np.cumsum(lengths)
-        places = np.where(lengths > 0, ends - lengths if is_first else ends - 1, 0)
-        has = (ids[np.minimum(places, len(ids) - 1)] == token) & (lengths > 0)
-        if has.any():
-            ids, lengths = np.delete(ids, places[has]), lengths - has
-    return ids, lengths
+        places = np.where(lengths > 0, begins if is_first else begins + lengths - 1, 0)
+        has = (ids[places] == token) & (lengths > 0)
+        kept[places[has]] = False
+        lengths -= has
+        begins += has if is_first else 0
+    return kept, lengths
 
 
 def pack_rows(stream: TokenStream, length: int, flag_separators: FlagSeparators) -> Batch:
     """Cuts a stream of N tokens into ceil(N / T) rows of T = `length`, the last of them padded; NumPy arrays."""
     missing = -len(stream) % length
     tokens, targets = (np.pad(x, (0, missing)).reshape(-1, length) for x in (stream.tokens, stream.targets))
-    starts = np.pad(stream.offsets == 0, (0, missing)).reshape(-1, length)
+    starts, scored = (np.pad(x, (0, missing)).reshape(-1, length) for x in (stream.offsets == 0, stream.scored))
     is_token = (np.arange(tokens.size) < len(stream)).reshape(-1, length)
     starts[:, 0] = True
     index = np.arange(length, dtype=np.int32)
@@ -110,7 +160,7 @@ def pack_rows(stream: TokenStream, length: int, flag_separators: FlagSeparators)
     return Batch(
         tokens=tokens,
         targets=targets,
-        loss_mask=is_token,
+        loss_mask=is_token & scored,
         positions=positions,
         segment_ids=np.cumsum(starts, axis=1, dtype=np.int32) * is_token,
         is_separator=flag_separators(tokens, positions) & is_token,

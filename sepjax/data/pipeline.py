@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, override
 
@@ -13,7 +14,7 @@ from absl import logging
 from etils import epath
 
 from sepjax import interrupt
-from sepjax.config import Config, ConfigError
+from sepjax.config import Config, ConfigError, DataConfig
 from sepjax.data.batch import Batch
 from sepjax.data.corpora.recall.recall import recall_tokenizer
 from sepjax.data.errors import DataError
@@ -87,6 +88,7 @@ def training_batches(
             rows=rows,
             length=config.data.sequence_length,
             max_bad=config.data.max_bad_documents,
+            loss_on=_loss_on(config.data),
         )
         for worker in range(workers)
     ]
@@ -101,6 +103,8 @@ def training_batches(
         "process_count": process_count,
         "num_workers": config.data.num_workers,
     }
+    if config.data.loss_on:
+        made_by["loss_on"] = config.data.loss_on
     return iter(_Labelled(_prefetched(readers, config.data.num_workers), made_by))
 
 
@@ -116,12 +120,23 @@ def evaluation_batches(
     source = text_source(config.data, data_dir, config.data.eval_split)
     flag, mine = _separator_flags(config, tokenizer), slice(process_index * rows, (process_index + 1) * rows)
     size = config.data.batch_size, config.data.sequence_length
-    for batch in _one_pass(source, tokenizer, flag, *size, BadDocuments(config.data.max_bad_documents)):
+    bad, loss_on = BadDocuments(config.data.max_bad_documents), _loss_on(config.data)
+    for batch in _one_pass(source, tokenizer, flag, *size, bad, loss_on):
         yield jax.tree.map(lambda x: x[mine], batch)
 
 
+def _loss_on(data: DataConfig) -> re.Pattern[str] | None:
+    return re.compile(data.loss_on, re.DOTALL) if data.loss_on else None
+
+
 def _one_pass(
-    source: TextSource, tokenizer: Tokenizer, flag: FlagSeparators, rows: int, length: int, bad: BadDocuments
+    source: TextSource,
+    tokenizer: Tokenizer,
+    flag: FlagSeparators,
+    rows: int,
+    length: int,
+    bad: BadDocuments,
+    loss_on: re.Pattern[str] | None,
 ) -> Iterator[Batch]:
     """Batches of all processes together."""
     size, stream, unread, is_empty = rows * length, TokenStream.empty(), 0, True
@@ -129,7 +144,7 @@ def _one_pass(
         if unread < len(source) and len(stream) < size:
             end = min(unread + source.documents_for(size - len(stream)), len(source))
             texts = bad.read(source, range(unread, end))
-            stream = TokenStream.join([stream, TokenStream.encode(tokenizer, texts, unread)])
+            stream = TokenStream.join([stream, TokenStream.encode(tokenizer, texts, unread, loss_on)])
             unread += len(texts)
         else:
             batch, stream, is_empty = pack_rows(stream[:size], length, flag), stream[size:], False

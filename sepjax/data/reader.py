@@ -12,6 +12,7 @@ the block again, so the same batches follow, bit for bit.
 """
 
 import dataclasses
+import re
 from typing import override
 
 import grain
@@ -67,6 +68,7 @@ class BatchReader(grain.IterDataset[Batch]):
         rows: int,
         length: int,
         max_bad: int = 0,
+        loss_on: re.Pattern[str] | None = None,
     ):
         super().__init__()
         self.source = source
@@ -76,6 +78,7 @@ class BatchReader(grain.IterDataset[Batch]):
         self.rows = rows
         self.length = length
         self.max_bad = max_bad
+        self.loss_on = loss_on
         self.batches_per_block = min(max(_BLOCK_TOKENS // (rows * length), 1), _BLOCK_BATCHES)
 
     @override
@@ -135,7 +138,7 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         count = reader.source.documents_for(num_tokens)
         texts = self._bad.read(reader.source, [reader.shard[i] for i in range(first, first + count)])
         self._unread += count
-        read = TokenStream.encode(reader.tokenizer, texts, first)
+        read = TokenStream.encode(reader.tokenizer, texts, first, reader.loss_on)
         return read[self._state["offset"] :] if first == self._state["document"] else read
 
     def _leave_block(self) -> None:

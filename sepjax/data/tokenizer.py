@@ -40,6 +40,7 @@ class Tokenizer:
         self._model = model
         self._bytes = model.token_bytes()
         self.vocab_size = len(self._bytes)
+        self._widths: np.ndarray | None = None
         self.bos_id = model.bos_id
         self.eos_id = model.eos_id
         self.adds_bos = model.adds_bos
@@ -178,6 +179,17 @@ class Tokenizer:
         else:  # SentencePiece answers with the unknown token's id
             i = next((i for i in [vocabulary.piece_to_id(name)] if vocabulary.id_to_piece(i) == name), None)
         return i if i is not None and not self._bytes[i] else None
+
+    def token_widths(self) -> Int32[np.ndarray, "V"]:
+        """Bytes of a text that each token stands for: what it writes, or a control token's name."""
+        if self._widths is None:
+            widths = np.array([len(x) for x in self._bytes], np.int32)
+            for name in self.control_tokens():
+                i = self.control_id(name)
+                if i is not None:
+                    widths[i] = len(name.encode())
+            self._widths = widths
+        return self._widths
 
     def token_bytes(self, i: int) -> bytes:
         """What token `i` writes: not always whole characters. Raises ValueError for an id outside the vocabulary."""

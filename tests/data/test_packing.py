@@ -1,5 +1,6 @@
 """Packing against a second definition of it, one token at a time, and what follows from it."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sepjax.data.corpora.recall.recall import recall_tokenizer
+from sepjax.data.errors import DataError
 from sepjax.data.packing import TokenStream, pack_rows
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.data.tokenizer_models import TokenizerModel
@@ -103,10 +106,42 @@ def test_padding_is_at_the_end_and_blank(tokenizer, texts, length):
 def test_a_stream_taken_apart_joins_again(texts, cut):
     stream = TokenStream.encode(Tokenizer(Letters(BOS, EOS, True)), texts)
     again = TokenStream.join([stream[:cut], TokenStream.empty(), stream[cut:]])
-    for name in ("tokens", "targets", "documents", "offsets"):
+    for name in ("tokens", "targets", "documents", "offsets", "scored"):
         np.testing.assert_array_equal(getattr(again, name), getattr(stream, name))
         assert getattr(again, name).dtype == getattr(stream, name).dtype
     assert again[cut:].start() == (stream.documents[cut], stream.offsets[cut]) if cut < len(stream) else True
+
+
+@given(
+    tokenizer=TOKENIZERS,
+    texts=st.lists(st.text("abcdefgh", max_size=9), max_size=8),
+    loss_on=st.sampled_from(["a", "a(.)", "b.*?c", "(d)|e", "h$", "(?=g)", "[a-h]+"]),
+)
+def test_only_what_a_regular_expression_matches_is_scored(tokenizer, texts, loss_on):
+    found = re.compile(loss_on)
+    stream = TokenStream.encode(tokenizer, texts, 0, found)
+    scored = []
+    for text in texts:
+        spans = [match.span(min(found.groups, 1)) for match in found.finditer(text)]
+        letters = [any(start <= i < stop for start, stop in spans) for i in range(len(text))]
+        starts = tokenizer.adds_bos or tokenizer.eos_id is not None
+        ends = [any(start < stop == len(text) for start, stop in spans)] if tokenizer.eos_id is not None else []
+        scored += [*letters, *ends][not starts :]
+    assert stream.scored.tolist() == scored
+    batch = pack_rows(stream, 5, flag_vowels)
+    assert batch.loss_mask.ravel().tolist() == scored + [False] * (-len(scored) % 5)
+    assert (batch.segment_ids > 0).sum() == len(scored)
+
+
+def test_matches_are_found_among_bytes_and_control_tokens():
+    tokenizer = recall_tokenizer()  # a token a byte
+    text = "<|endoftext|>é: ß!<|endoftext|>"
+    stream = TokenStream.encode(tokenizer, [f"x{text}"], 0, re.compile(r"é: (.+)"))
+    kept = tokenizer.encode(f"x{text}")[:-1]  # the last one ends the document, once
+    assert stream.targets.tolist() == [*kept, tokenizer.eos_id]
+    assert stream.scored.tolist() == [False] * 6 + [True] * 3 + [True]  # x, end, two bytes, colon, space; ß of two, !
+    with pytest.raises(DataError, match=r"data.loss_on='a' finds its tokens by their bytes, but those of text 1, '<b'"):
+        TokenStream.encode(Tokenizer(Letters(BOS, EOS, True)), ["a", "<b"], 0, re.compile("a"))
 
 
 def test_the_drawing_of_the_docstring():
