@@ -154,10 +154,15 @@ def baseline_index(names: Sequence[str], baseline: str) -> int:
 def references(arms: Sequence[Arm], kept: Sequence[float], baseline: int) -> list[References]:
     """What each arm is held against: the plain window whose memory is nearest to its own, and dense.
 
+    A plain window is the same in all layers; one with others in some layers is a hybrid, which is held against it.
     Dense is the first arm of that pattern, or of that name: a stream's largest cache may stand for it.
     """
     whole = [i for i, arm in enumerate(arms) if "dense" in (arm.attention.pattern, arm.name)]
-    plain = [i for i, arm in enumerate(arms) if arm.attention.pattern == "sink_window" and i not in whole]
+    plain = [
+        i
+        for i, arm in enumerate(arms)
+        if arm.attention.pattern == "sink_window" and len(set(arm.attention.layer_windows)) <= 1 and i not in whole
+    ]
     return [
         References(
             baseline,

@@ -68,7 +68,7 @@ def test_all_patterns_keep_as_much_as_the_separators(compared):
 
 def test_what_a_pattern_loses_is_told_slice_by_slice(score, windows, byte_model):
     """Against sums over tokens, one at a time, from one pass a pattern."""
-    arms = parse_arms("dense; w: sink_window n=9; separator n=6 a=1; hybrid: separator windows=5,96", ATTENTION, 2)
+    arms = parse_arms("dense; w: sink_window n=9; separator n=6 a=1; hybrid: sink_window windows=5,96", ATTENTION, 2)
     scores = {s.arm: s for s in score(arms, baseline="w", near=10, far=40)}
     with pytest.raises(ConfigError, match=r"'v' is not one of the arms dense, w, "):
         score(arms, baseline="v")
