@@ -65,18 +65,19 @@ class SeparatorLayout:
         """S, the packed keys that a row has room for."""
         return self.global_index.shape[1]
 
-    def with_window(
-        self, window_size: int | Int32[Array, ""], most_far: int | Int32[Array, ""] | None = None
-    ) -> "SeparatorLayout":
+    def with_window(self, window_size: int | Int32[Array, ""]) -> "SeparatorLayout":
         """The same documents, sinks and separators seen through another window n >= 1, which may be traced.
 
-        most_far: each query sees only so many of its document's global keys far away, the first ones; with the number
-        of sinks, a layer sees sinks and window and nothing else that is kept. It may be traced. None: all.
+        Of a layout of `with_most_far` too, all global keys are seen again.
         """
-        layout = _with_window(self, _checked_window(window_size, self.length))
-        if most_far is None:
-            return layout
-        return dataclasses.replace(layout, far_end=jnp.minimum(layout.far_end, layout.far_start + most_far))
+        return _with_window(self, _checked_window(window_size, self.length))
+
+    def with_most_far(self, count: int | Int32[Array, ""]) -> "SeparatorLayout":
+        """Each query sees far away only so many of its document's global keys, the first ones; it may be traced.
+
+        With the number of sinks, it sees sinks and window and nothing else that is kept.
+        """
+        return dataclasses.replace(self, far_end=jnp.minimum(self.far_end, self.far_start + count))
 
     def with_capacity(self, capacity: int) -> "SeparatorLayout":
         """The same layout with room for `capacity` packed keys."""

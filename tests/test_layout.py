@@ -126,6 +126,15 @@ def test_another_window_is_as_if_built_with_it(batch, n, other, a):
         np.testing.assert_array_equal(getattr(traced, name), expected, err_msg=name)
 
 
+@given(batches(), windows, sinks)
+def test_as_many_far_keys_as_sinks_are_the_sinks(batch, n, a):
+    is_separator, ids = batch
+    some = build_layout(is_separator, window_size=n, num_sinks=a, segment_ids=ids).with_most_far(a)
+    none = build_layout(np.zeros_like(is_separator), window_size=n, num_sinks=a, segment_ids=ids)
+    if not is_separator[:, :1].any() or a:  # a separator within the first a tokens is a sink
+        np.testing.assert_array_equal(some.as_mask(), none.as_mask())
+
+
 @given(batches(), sinks, st.integers(0, 30))
 def test_capacity_keeps_the_first_keys_and_knows_when_some_are_missing(batch, a, capacity):
     is_separator, ids = batch

@@ -195,10 +195,10 @@ def _layer_inputs(kinds: _Kinds, attention: AttentionConfig) -> _Seen:
 
 def _as_seen(layout: SeparatorLayout, kinds: _Kinds, seen: _Seen) -> SeparatorLayout:
     """The layout as one layer of these kinds sees it; it was built for the first one's window."""
-    if len(set(kinds)) == 1 and kinds[0][0]:
-        return layout
     window, most_far = seen
-    return layout.with_window(window, None if all(sees for sees, _ in kinds) else most_far)
+    if len({n for _, n in kinds}) > 1:
+        layout = layout.with_window(window)
+    return layout if all(sees for sees, _ in kinds) else layout.with_most_far(most_far)
 
 
 def _whole_pattern(

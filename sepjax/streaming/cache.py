@@ -37,6 +37,7 @@ from sepjax.streaming.sizes import StreamSizes
 from sepjax.streaming.watched import keep_best, seen_by
 
 # All layers in one array, for scans over layers; or an array each, which steps of one token read without a copy.
+_AT_ONCE = 16  # a compaction takes a sixteenth of the rows at a time: in a large batch few are full in the same step
 type Layers = Float[jax.Array, "L B K C H"] | tuple[Float[jax.Array, "B K C H"], ...]
 
 
@@ -120,6 +121,24 @@ class StreamingCache:
         if self.sizes.watch:
             return self.num_recent >= self.sizes.ring_limit
         return self.held() > self.sizes.cache_size
+
+    def full_rows(self) -> Int32[jax.Array, "M"]:
+        """Numbers of full rows, as many as one compaction takes; where there are fewer, numbers of no row."""
+        B = len(self.num_sinks)
+        most = -(-B // _AT_ONCE)
+        rows = jnp.nonzero(self.is_full(), size=most, fill_value=B)[0].astype(jnp.int32)
+        return jnp.where(rows < B, rows, B + jnp.arange(most, dtype=jnp.int32))
+
+    def of_rows(self, rows: Int32[Array, "M"]) -> "StreamingCache":
+        """The bookkeeping of these rows alone, without keys and values; numbers of no row give any one's."""
+
+        def pick(x: jax.Array) -> jax.Array:
+            return x.at[rows].get(mode="clip")
+
+        names = [field.name for field in dataclasses.fields(self)][2:-2]
+        picked = {name: pick(getattr(self, name)) for name in names}
+        scores = None if self.scores is None else jax.vmap(pick)(self.scores)
+        return dataclasses.replace(self, k=(), v=(), scores=scores, **picked)
 
     def reset(self, rows: Bool[Array, "B"]) -> "StreamingCache":
         """The same with `rows` empty, as for a new document. Keys and values stay, where nothing sees them."""
@@ -259,7 +278,7 @@ class StreamingCache:
         )
 
     def compact(self) -> "StreamingCache":
-        """Compacts the rows that are due; the others stay as they are. Costs next to nothing where none is due."""
+        """Compacts the rows that are due; the others stay as they are, and are not even read."""
 
         # Loops that run once or never: unlike the branches of a `cond`, they change the cache in place.
         cache = self
@@ -271,12 +290,14 @@ class StreamingCache:
         return jax.lax.while_loop(lambda cache: jnp.any(cache._turns()), StreamingCache._turn_back, cache)
 
     def _move_separators(self) -> "StreamingCache":
+        """Compacts full rows, as many as `full_rows` gives."""
         a, s, w, R = self.sizes.num_sinks, self.sizes.max_separators, self.sizes.window_size, self.sizes.ring
-        full = self.is_full()
-        past = jnp.where(full, self.num_recent - w, 0)[:, None]
-        first = (self.next_recent - self.num_recent)[:, None]  # p of the oldest
+        full = self.full_rows()
+        few = self.of_rows(full)
+        past = (few.num_recent - w)[:, None]
+        first = (few.next_recent - few.num_recent)[:, None]  # p of the oldest
         p = first + jnp.arange(R, dtype=jnp.int32)
-        moves = jnp.take_along_axis(self.is_separator, p % R, axis=1) & (p < first + past)
+        moves = jnp.take_along_axis(few.is_separator, p % R, axis=1) & (p < first + past)
         rank = jnp.cumsum(moves, axis=1, dtype=jnp.int32)
         found = rank[:, -1]
         # The newest s of them, oldest first; the others are dropped on the way.
@@ -284,25 +305,29 @@ class StreamingCache:
         rows = jnp.arange(len(found))[:, None]
         source = jnp.zeros((len(found), s), jnp.int32).at[rows, jnp.where(place < 0, s, place)].set(p, mode="drop")
         j = jnp.arange(s, dtype=jnp.int32)
-        n = (self.next_separator + jnp.maximum(found - s, 0))[:, None] + j
+        n = (few.next_separator + jnp.maximum(found - s, 0))[:, None] + j
         moved = j < jnp.minimum(found, s)[:, None]
         to = jnp.where(moved, a + n % s, self.sizes.slots + j)
         turn = 0 if self.sizes.absolute else n - source
 
         def move(x: jax.Array, turn: jax.Array | int) -> jax.Array:
-            found = x[*_layer_axis(x), rows, :, a + s + source % R]  # [B, s, (L,) K, H]
+            at = full[:, None]
+            found = x.at[*_layer_axis(x), at, :, a + s + source % R].get(mode="clip")  # [M, s, (L,) K, H]
             found = found if isinstance(turn, int) else self._turn(found, turn)
-            return x.at[*_layer_axis(x), rows, :, to].set(found, mode="drop", unique_indices=True)
+            return x.at[*_layer_axis(x), at, :, to].set(found, mode="drop", unique_indices=True)
 
-        kept = self.num_separators + found
+        def put(x: jax.Array, new: jax.Array | int) -> jax.Array:
+            return x.at[full].set(new, mode="drop", unique_indices=True)
+
+        kept = few.num_separators + found
         return dataclasses.replace(
             self,
             k=_each(lambda x: move(x, turn), self.k),
             v=_each(lambda x: move(x, 0), self.v),
-            num_separators=jnp.minimum(kept, s),
-            num_recent=jnp.where(full, w, self.num_recent),
-            next_separator=self.next_separator + found,
-            dropped=jnp.minimum(self.dropped + jnp.maximum(kept - s, 0), 2**30),
+            num_separators=put(self.num_separators, jnp.minimum(kept, s)),
+            num_recent=put(self.num_recent, w),
+            next_separator=put(self.next_separator, few.next_separator + found),
+            dropped=put(self.dropped, jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30)),
         )
 
     def _turns(self) -> jax.Array:

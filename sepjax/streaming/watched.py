@@ -150,38 +150,46 @@ class _Choice:
 
 
 def keep_best(cache: "StreamingCache") -> "StreamingCache":
-    """Compacts the rows that are full: of kept zone and past window the best s stay, and the last w."""
+    """Compacts as many full rows as `full_rows` gives: of kept zone and past window the best s stay, and the last w."""
     a, s, w, watch = cache.sizes.num_sinks, cache.sizes.max_separators, cache.sizes.window_size, cache.sizes.watch
     assert watch is not None
-    full = cache.is_full()
-    past = jnp.where(full, cache.num_recent - w, 0)
-    choice = _choose(cache, past)
-    kept = cache.num_separators + past
+    full = cache.full_rows()
+    few = cache.of_rows(full)
+    past = few.num_recent - w
+    choice = _choose(few, past)
+    kept = few.num_separators + past
     slots = jnp.arange(s, dtype=jnp.int32)
     turn = None if cache.sizes.absolute else cache.angles(slots - choice.source)
 
     def move(x: jax.Array, comes: jax.Array, source: jax.Array, *turn: jax.Array) -> jax.Array:  # [(L,) B, K, C, H]
-        found = jnp.take_along_axis(x, (a + s + source % cache.sizes.ring)[..., None], axis=-2)
+        if x.ndim == 5:
+            return jax.vmap(move)(x, comes, source, *turn)
+        rows, heads = full[:, None, None], jnp.arange(x.shape[1])[:, None]
+        found = x.at[rows, heads, a + s + source % cache.sizes.ring].get(mode="clip")
         found = rotate(found[..., None, :], (turn[0], turn[1]))[..., 0, :] if turn else found
-        zone = jnp.where(comes[..., None], found, x[..., a : a + s, :])
-        return jax.lax.dynamic_update_slice_in_dim(x, zone, a, axis=x.ndim - 2)
+        to = jnp.where(comes, a + slots, cache.sizes.slots + slots)  # beyond the end: nowhere
+        return x.at[rows, heads, to].set(found, mode="drop", unique_indices=True)
 
     def everywhere(x: jax.Array) -> jax.Array:  # one set for all layers is each layer's
         return jnp.broadcast_to(x, (len(watch.layers), *x.shape[1:]))
 
     where = everywhere(choice.comes), everywhere(choice.source)
     turns = () if turn is None else tuple(everywhere(x) for x in turn)
-    restarts = jnp.where(full, cache.clock // _CLOCK * _CLOCK, 0)  # a cycle of a large cache may be longer
+    restarts = few.clock // _CLOCK * _CLOCK  # a cycle of a large cache may be longer
+
+    def put(x: jax.Array, new: jax.Array | int) -> jax.Array:
+        return x.at[full].set(new, mode="drop", unique_indices=True)
+
     return dataclasses.replace(
         cache,
         k=cache.in_each_layer(move, cache.k, *where, *turns),
         v=cache.in_each_layer(move, cache.v, *where),
-        scores=_restarted(cache, choice.scores, restarts),
-        clock=cache.clock - restarts,
-        num_separators=jnp.minimum(kept, s),
-        num_recent=jnp.where(full, w, cache.num_recent),
-        next_separator=jnp.minimum(kept, s),  # a kept entry's position is its slot's, whatever comes and goes
-        dropped=jnp.minimum(cache.dropped + jnp.maximum(kept - s, 0), 2**30),
+        scores=jax.vmap(put)(cache.scores, _restarted(few, choice.scores, restarts)),
+        clock=put(cache.clock, few.clock - restarts),
+        num_separators=put(cache.num_separators, jnp.minimum(kept, s)),
+        num_recent=put(cache.num_recent, w),
+        next_separator=put(cache.next_separator, jnp.minimum(kept, s)),  # a kept entry's position is its slot's
+        dropped=put(cache.dropped, jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30)),
     )
 
 

@@ -127,18 +127,19 @@ def check_scaled(op, inputs, layout, plain=None):
 
 @st.composite
 def layouts(draw, shape):
-    """Separators, documents and padding anywhere; every n and a that differ, and some beyond T."""
+    """Separators, documents and padding anywhere, seen or hidden; every n and a that differ, and some beyond T."""
     B, T = shape[:2]
     cuts = np.zeros((B, T), np.int32)
     for b, i in draw(st.lists(st.tuples(st.integers(0, B - 1), st.integers(0, T - 1)), max_size=6)):
         cuts[b, i] = 1
     ids = draw(st.permutations([0, 1, 2, 3])) if draw(st.booleans()) else [1] * 4  # one of four is padding
-    return build_layout(
+    layout = build_layout(
         draw(hnp.arrays(bool, (B, T))),
         window_size=draw(st.integers(1, T + 2)),
         num_sinks=draw(st.integers(0, 5) | st.just(T)),
         segment_ids=np.asarray(ids, np.int32)[np.cumsum(cuts, axis=1) % 4],
     )
+    return layout.with_most_far(draw(st.sampled_from([T, T // 4])))
 
 
 @st.composite

@@ -50,6 +50,7 @@ def test_equals_one_device(name, data):
     plan = PLANS[name]
     layout, inputs = data.draw(layouts(SHAPE)), tensors(SHAPE)
     layout = layout.with_window(data.draw(st.integers(1, plan.halo + 1)))
+    layout = layout.with_most_far(data.draw(st.sampled_from([SHAPE[1], SHAPE[1] // 4])))
     check(results(_OPS[name], *inputs, layout), inputs, layout.as_mask())
 
 

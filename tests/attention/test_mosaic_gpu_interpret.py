@@ -116,6 +116,8 @@ def test_far_values_are_scaled():
     shape = (1, 72, 2, 1, 64)
     inputs, scale = tensors(shape, jnp.bfloat16), shape[-1] ** -0.5
     layout = build_layout(flags(shape, 0.2), window_size=20, num_sinks=3, segment_ids=documents(shape, 0, 50, 22))
+    layout = layout.with_most_far(4)  # three sinks and one more of the first document
+    assert int((layout.far_end - layout.far_start).max()) == 4
     plain = functools.partial(reference.attend, scale=scale, dtype=jnp.bfloat16)
     check_scaled(functools.partial(mosaic_gpu.attend, scale=scale), inputs, layout, plain)
 
