@@ -19,6 +19,7 @@ from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import create, split
+from tests.runs import start_quickly
 from train import train
 
 MODEL = ModelConfig(vocab_size=320, num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64)
@@ -70,7 +71,7 @@ def config(tmp_path_factory):
         data=DataConfig(name=str(folder / "corpus"), tokenizer_vocab_size=300, sequence_length=64, batch_size=4),
         optimizer=OptimizerConfig(warmup_steps=1, accumulation_steps=2),
         training=TrainingConfig(
-            steps=2, log_every=1, eval_every=2, eval_batches=1, checkpoint_every=2, init_from=str(folder / "source")
+            steps=2, log_every=1, eval_batches=1, checkpoint_every=2, init_from=str(folder / "source")
         ),
     )
     model = looking()
@@ -81,13 +82,11 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture
-def one_device(monkeypatch):
-    """Compiles in less time."""
-    some = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *args: some)
+def quick_start(monkeypatch):
+    start_quickly(monkeypatch)
 
 
-@pytest.mark.usefixtures("one_device")
+@pytest.mark.usefixtures("quick_start")
 def test_a_gate_learns_what_to_keep_and_goes_wherever_models_go(config, tmp_path, capsys):
     grades = distill(config, tmp_path / "gate", Lesson(rows=24, held_out=8, steps=60, learning_rate=1e-2))
     assert all(x.recall > 2 / 8 and x.captured > x.recall for x in grades.values()), grades  # chance: 1 / 8
