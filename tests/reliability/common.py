@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 ROOT = Path(__file__).parents[2]
 SENTENCES = ("The cat sat on the mat, and looked.", "Where is the dog? It ran away!", "One; two: three. Four, five.")
 EVERY = 4  # steps between two checkpoints
-STEPS = 40
+STEPS = 28
 # Permissions count for root too from here on: prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE), then Python again.
 OBEY_PERMISSIONS = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"

@@ -220,7 +220,7 @@ def test_a_workdir_that_vanishes_is_made_anew(tiny, tmp_path, monkeypatch, capsy
     assert (
         f"{workdir}/checkpoints has vanished, with every checkpoint in it; it is made anew" in capsys.readouterr().err
     )
-    assert checkpoints(workdir) == [32, 36, 40]
+    assert checkpoints(workdir) == [STEPS - 2 * EVERY, STEPS - EVERY, STEPS]
     assert {"config.json", "run_meta.json", "tokenizer"} <= {p.name for p in workdir.iterdir()}
     assert load_params(workdir)[2] == STEPS
 
