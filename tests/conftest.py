@@ -48,8 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # Tracing makes and drops objects by the million, and each full collection walks over all modules and tests besides. What is
-    # there now stays; looking through the rest less often saves a twentieth of the suite's time.
+    # Tracing makes and drops objects by the million, and each full collection walks over all modules and tests besides.
+    # What is there now stays; looking through the rest less often saves a twentieth of the suite's time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

@@ -33,7 +33,7 @@ def config_file(tmp_path_factory, tiny_file) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(config_file, request) -> Path:
-    """The workdir of a run that nothing disturbed; on a CPU it ran in this process, and other processes give its bits."""
+    """The workdir of a run that nothing disturbed; on a CPU it ran in this process, and others must give its bits."""
     if not ON_GPU:
         return request.getfixturevalue("whole")
     workdir = config_file.parent / "undisturbed"
