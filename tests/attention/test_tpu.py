@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sepjax.attention import reference, tpu, tpu_calls
-from sepjax.attention.bench import FLOPS_PER_PAIR
+from sepjax.bench.attention import FLOPS_PER_PAIR
 from sepjax.layout import build_layout
 from tests.attention.common import (
     assert_errs_at_most_twice_as_much,

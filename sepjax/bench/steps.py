@@ -1,6 +1,6 @@
 """Decoding steps of a config's shape against the memory they must read, with random weights and full bounded caches.
 
-    python -m sepjax.generation.step_bench --config=configs/llama3_8b.py [--budget=4/64/256/800 --batch_sizes=1,auto]
+    python -m sepjax.bench.steps --config=configs/llama3_8b.py [--budget=4/64/256/800 --batch_sizes=1,auto]
 
 A step at batch 1 reads every weight once; the bar is the time that takes at the memory's own speed, measured here on a
 large array. "auto" is the largest batch that fits. `--patterns=separator,watched` measures caches of several patterns

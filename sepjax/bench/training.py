@@ -1,6 +1,6 @@
 """Training tokens a second of a config against the same model with dense attention, over sequence lengths.
 
-    python -m sepjax.training.bench --config=configs/sep_small.py [--lengths=2048,8192,32768 --json=bench.json]
+    python -m sepjax.bench.training --config=configs/sep_small.py [--lengths=2048,8192,32768 --json=bench.json]
 
 Whole optimizer steps of `train_step` on random tokens, without a data pipeline; separators are drawn at random with the
 density given, a row is one document. The baseline is the config with attention.pattern="dense" and no document mask,

@@ -1,4 +1,4 @@
-"""Attention over rows that all devices share, against sending every key: part of `sepjax.mesh_bench`."""
+"""Attention over rows that all devices share, against sending every key: part of `sepjax.bench.mesh`."""
 
 import dataclasses
 import functools

@@ -1,6 +1,6 @@
 """separator_attention against dense attention, over sequence lengths: one table.
 
-    python -m sepjax.attention.bench [--lengths=2048,32768 --implementations=best,xla --json=bench.json]
+    python -m sepjax.bench.attention [--lengths=2048,32768 --implementations=best,xla --json=bench.json]
 
 Every call has the same number of tokens (a longer row: as many as it has), so that a dense forward pass costs in
 proportion to T. Columns:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from sepjax.attention import bench
+from sepjax.bench import attention as bench
 from sepjax.config import ConfigError
 from sepjax.timing import Timing
 
