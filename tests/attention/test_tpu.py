@@ -74,9 +74,9 @@ def run_and_check(op, shape, dtype, layout, factor=1):
     check(results(op, *inputs, layout), shape, inputs, layout)
 
 
-# bfloat16 of the first shape alone; of the others with -m soak, and in the simulator below.
+# The first shape in bfloat16, the others in float32; the rest with -m soak, and bfloat16 in the simulator below.
 EVERY_PAIR = [
-    pytest.param(shape, dtype, id=f"{name}-{dtype.__name__}", marks=[] if i == 0 or j == 0 else pytest.mark.soak)
+    pytest.param(shape, dtype, id=f"{name}-{dtype.__name__}", marks=[] if (i == 0) == (j == 1) else pytest.mark.soak)
     for i, (name, shape) in enumerate(SHAPES.items())
     for j, dtype in enumerate((jnp.float32, jnp.bfloat16))
 ]
@@ -89,7 +89,7 @@ def test_far_values_are_scaled():
 
 
 @pytest.mark.parametrize(("shape", "dtype"), EVERY_PAIR)
-@examples(3)
+@examples(2)
 @given(data=st.data())
 def test_equals_the_definition(shape, dtype, data):
     run_and_check(PLAIN, shape, dtype, data.draw(layouts(shape)))
@@ -295,8 +295,8 @@ def test_too_little_room_for_the_separators_is_exact_under_jit():
 
 def test_no_room_and_no_global_keys():
     inputs = tensors(GROUPED)
-    layout = build_layout(NONE, window_size=5, num_sinks=0, capacity=0)
-    check(results(PLAIN, *inputs, layout), GROUPED, inputs, layout)
+    layout, same = (build_layout(NONE, window_size=5, num_sinks=0, capacity=x) for x in (0, None))
+    check(results(PLAIN, *inputs, layout), GROUPED, inputs, same)  # whose definition is compiled already
 
 
 def test_rows_whose_lists_do_not_fit_together_go_one_after_the_other(monkeypatch):

@@ -52,11 +52,9 @@ def write_config(folder: Path, *, on_gpu: bool = False) -> Path:
 
 
 def start(config_file: Path, workdir: Path, *flags: str, extra: dict[str, str] | None = None) -> subprocess.Popen:
-    """train.py as a process of its own. Compiled programs are kept beside the config, so that restarts are quick."""
+    """train.py as a process of its own."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **(extra or {}),
     }
     if os.environ["JAX_PLATFORMS"] == "cpu":
