@@ -26,8 +26,7 @@ MAY_IMPORT = {
     "separators": BASE | {"console"},
     "layout": BASE | {"separators"},
     "sharding": BASE,
-    "provenance": set(),
-    "timing": set(),
+    "measure": set(),
     "console": set(),
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"},
@@ -36,6 +35,7 @@ MAY_IMPORT = {
     "data": BASE | {"separators", "layout", "sharding", "interrupt"},
     "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
     "training": BASE | {"separators", "layout", "sharding", "attention", "cache", "data", "model", "flops", "console"},
+    "run": BASE | {"console", "measure", "sharding", "model", "training"},
 }
 
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow", "torch"}
@@ -46,7 +46,7 @@ NETWORK = {"requests", "urllib", "http", "httpx", "aiohttp", "ftplib", "socket",
 MAY_REACH_IT = {
     "sepjax/hub/remote.py",  # the hub, with --download
     "sepjax/hub/packaged.py",  # the package index, by pip in a process of its own, for the models that it names
-    "sepjax/workdir.py",  # this host's name
+    "sepjax/run/workdir.py",  # this host's name
     "sepjax/evaluation/lm_eval_data.py",  # datasets of the tasks that evaluate.py is asked for
 }
 UNSAFE_ARGUMENTS = {"allow_pickle", "shell"}

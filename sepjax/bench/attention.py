@@ -31,8 +31,7 @@ from sepjax.config import ConfigError
 from sepjax.files import write_text
 from sepjax.flags import run_main, whole_numbers
 from sepjax.layout import SeparatorLayout, build_layout
-from sepjax.provenance import heading, provenance
-from sepjax.timing import Timing, time_calls
+from sepjax.measure import Timing, heading, provenance, time_calls
 
 BEST = "best"  # the name on the command line of implementation=None
 # FLOPs of one (query, key) pair, over N * H. Backward computes the weights again: five products after forward's two.

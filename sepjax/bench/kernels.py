@@ -18,8 +18,7 @@ from sepjax.attention.ranges import whole_rows
 from sepjax.bench.attention import Settings, make_inputs
 from sepjax.config import ConfigError
 from sepjax.flags import run_main, whole_numbers
-from sepjax.provenance import heading, provenance
-from sepjax.timing import time_calls
+from sepjax.measure import heading, provenance, time_calls
 
 # FLOPs of one (query, key) pair, over N * H, where a kernel computes pairs.
 _FLOPS = {"forward": 4, "dQ": 6, "dK and dV": 8}

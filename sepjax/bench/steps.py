@@ -19,12 +19,11 @@ from sepjax.config import AttentionConfig, Config, ConfigError, under, validate_
 from sepjax.flags import run_main
 from sepjax.generation.layerwise import by_layer
 from sepjax.generation.loop import DecodeState, Request, make_advance
+from sepjax.measure import heading, provenance, time_calls
 from sepjax.model.transformer import Params, abstract
-from sepjax.provenance import heading, provenance
 from sepjax.sampling import Sampling
 from sepjax.streaming.cache import StreamingCache
 from sepjax.streaming.sizes import StreamSizes
-from sepjax.timing import time_calls
 
 _STEPS = 32  # in a call
 _SPARE = 0.06  # of the memory, for what a step computes

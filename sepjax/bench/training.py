@@ -23,9 +23,8 @@ from sepjax.data.batch import Batch
 from sepjax.files import write_text
 from sepjax.flags import run_main, whole_numbers
 from sepjax.flops import Peak, flops_report, peak_flops
-from sepjax.provenance import heading, provenance
+from sepjax.measure import Timing, heading, provenance, time_calls
 from sepjax.sharding import batch_sharding, check_batch, make_mesh, replicated
-from sepjax.timing import Timing, time_calls
 from sepjax.training.step import abstract_state, create_state, model_graph, train_step
 
 

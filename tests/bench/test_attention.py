@@ -8,7 +8,7 @@ import pytest
 
 from sepjax.bench import attention as bench
 from sepjax.config import ConfigError
-from sepjax.timing import Timing
+from sepjax.measure import Timing
 
 SMALL = bench.Settings(
     lengths=(16,),

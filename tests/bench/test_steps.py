@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from sepjax.bench.steps import caches_of, full_cache, measure, memory_bandwidth, random_params
-from sepjax.compilations import counted_compilations
 from sepjax.config import Config, ConfigError, DataConfig, ModelConfig
+from sepjax.measure import counted_compilations
 from sepjax.streaming.sizes import StreamSizes
 
 MODEL = ModelConfig(

@@ -11,7 +11,6 @@ import pytest
 import sepjax
 from evaluate import evaluate
 from sepjax.begin import adopt_shape, first_state
-from sepjax.checkpoint import load_params, save_params
 from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from sepjax.data.pipeline import prepare_tokenizer
 from sepjax.distill.program import Lesson, distill
@@ -21,6 +20,7 @@ from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import create, split
+from sepjax.run.checkpoint import load_params, save_params
 from sepjax.sharding import make_mesh
 from sepjax.training.step import abstract_state
 from tests.runs import start_quickly

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import sepjax
-from sepjax.checkpoint import load_params
 from sepjax.config import (
     AttentionConfig,
     Config,
@@ -25,6 +24,7 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.safetensors_file import SafetensorsFile
 from sepjax.loading import LoadError
 from sepjax.model.transformer import split
+from sepjax.run.checkpoint import load_params
 from tests.hub import tiny
 from tests.runs import losses, start_quickly
 from train import train

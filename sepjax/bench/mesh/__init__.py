@@ -26,7 +26,7 @@ from sepjax.bench.mesh.attention import Settings as AttentionSettings
 from sepjax.bench.mesh.generation import Settings as GenerationSettings
 from sepjax.bench.mesh.training import Settings as TrainingSettings
 from sepjax.files import write_text
-from sepjax.provenance import heading, provenance
+from sepjax.measure import heading, provenance
 
 PARTS = ("training", "attention", "checkpoint", "generation", "longest")
 

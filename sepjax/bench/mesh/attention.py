@@ -13,7 +13,7 @@ from sepjax.attention import dense_attention, separator_attention
 from sepjax.attention.context_parallel import ContextPlan, context_attention, fits, gathered_keys
 from sepjax.config import ConfigError
 from sepjax.layout import SeparatorLayout, build_layout
-from sepjax.timing import Timing, time_calls
+from sepjax.measure import Timing, time_calls
 from sepjax.training.compiled import Program
 
 type Figures = dict[str, Any]
