@@ -52,8 +52,8 @@ from sepjax.evaluation.inputs import config_of, corpus_of, texts_of, with_patter
 from sepjax.flags import one_of_two, run_main, whole_numbers
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import locate
+from sepjax.measure import provenance
 from sepjax.model.transformer import Transformer
-from sepjax.provenance import provenance
 
 
 def evaluate(

@@ -24,17 +24,17 @@ from absl import flags
 
 from sepjax import sharding
 from sepjax.begin import adopt_shape, first_state, given_tokenizer
-from sepjax.checkpoint import Checkpointer
 from sepjax.config import Config
 from sepjax.data.batch import Batch
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
 from sepjax.flags import run_main
 from sepjax.flops import flops_report, peak_flops
-from sepjax.metrics import MetricWriter, Throughput, run_meta
+from sepjax.run.checkpoint import Checkpointer
+from sepjax.run.guard import StepGuard, StopNotice, Watchdog
+from sepjax.run.metrics import MetricWriter, Throughput, run_meta
+from sepjax.run.workdir import claim_workdir, hold_workdir
 from sepjax.separators import warn_of_few
-from sepjax.training.guard import StepGuard, StopNotice, Watchdog
 from sepjax.training.step import TrainState, abstract_state, eval_step, model_graph, train_step
-from sepjax.workdir import claim_workdir, hold_workdir
 
 
 def train(
@@ -45,7 +45,7 @@ def train(
     Args:
       config: the experiment.
       workdir: folder of the run, which no other process may use meanwhile.
-      new_data: whether the data section may be another than before (`sepjax.workdir`); data then start anew.
+      new_data: whether the data section may be another than before (`sepjax.run.workdir`); data then start anew.
       step_timeout: seconds after which a step that hangs ends the program; 0: never.
       download: whether `training.init_from` may be fetched from the Hugging Face hub.
     """

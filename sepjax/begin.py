@@ -15,8 +15,8 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.convert import keep_origin
 from sepjax.loading import load, load_shape, locate
 from sepjax.model.transformer import split
+from sepjax.run.workdir import has_begun
 from sepjax.training.step import TrainState, create_state
-from sepjax.workdir import has_begun
 
 _OURS = ("dtype", "scan_layers", "remat")  # how a model is computed, which its files do not say
 

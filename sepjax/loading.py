@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from sepjax.checkpoint import load_config, load_params
 from sepjax.config import ConfigError, ModelConfig, UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.folder import folder_shape, is_folder, load_folder
@@ -15,6 +14,7 @@ from sepjax.hub.gguf_file import gguf_shape, load_gguf
 from sepjax.hub.packaged import packaged_file
 from sepjax.hub.remote import fetch
 from sepjax.model.transformer import Transformer, abstract, merge
+from sepjax.run.checkpoint import load_config, load_params
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _KINDS = (

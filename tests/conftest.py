@@ -4,7 +4,10 @@ Tests run on the CPU wherever they are. To run those for an accelerator, name it
 `JAX_PLATFORMS=cuda python -m pytest -m gpu`, `JAX_PLATFORMS=tpu python -m pytest -m tpu`.
 """
 
+import gc
 import os
+import shutil
+import tempfile
 
 import hypothesis
 import jax
@@ -19,6 +22,8 @@ hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_
 hypothesis.settings.register_profile("search", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+COMPILED = pytest.StashKey[str]()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Compiling takes most of the suite's time. On the CPU it is halved by leaving out LLVM's optimisations (XLA's own
@@ -30,17 +35,36 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "cache"):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # Programs that tests start compile the same again and again too. Their folder is of this session and worker alone:
+    # what a killed one has torn is never written again, and all that come later complain of it.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[COMPILED] = tempfile.mkdtemp(prefix="sepjax_compiled_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash.get(COMPILED, ""), ignore_errors=True)
 
 
 # Files of few tests that take a minute: begun last, one would keep one worker busy while the others have nothing left.
-FIRST = ("reliability/test_kill.py", "test_meshes.py", "training/test_plan.py", "test_mosaic_gpu_interpret.py")
-FIRST += ("test_train.py", "reliability/test_numbers.py", "reliability/test_torn.py", "attention/test_tpu.py")
+FIRST = ("attention/test_tpu.py", "test_meshes.py", "test_generate.py", "reliability/test_kill.py", "test_parity.py")
+FIRST += ("attention/test_tpu_compile.py", "reliability/test_numbers.py", "test_train.py", "test_post_training.py")
+FIRST += ("test_distill.py", "training/test_plan.py", "test_mosaic_gpu_interpret.py", "training/test_step.py")
+FIRST += ("streaming/test_forward.py", "streaming/test_watched.py", "reliability/test_torn.py", "test_transformer.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not str(item.path).endswith(FIRST))
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: next((places[x] for x in FIRST if str(item.path).endswith(x)), len(FIRST)))
     platform = jax.default_backend()
     for item in items:
         for mark in ("gpu", "tpu"):
             if item.get_closest_marker(mark) and platform != mark:
                 item.add_marker(pytest.mark.skip(reason=f"needs a {mark.upper()}, runs on {platform}; see conftest.py"))
+
+
+def pytest_collection_finish() -> None:
+    # Tracing makes and drops objects by the million, and each full collection walks over all modules and tests besides.
+    # What is there now stays; looking through the rest less often saves a twentieth of the suite's time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)

@@ -1,10 +1,49 @@
-"""What runs of train.py leave, read by several suites."""
+"""Runs of train.py in this process, and what they leave; used by several suites."""
 
+import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+import train as program
+from sepjax.training.step import create_state, eval_step, train_step
 
 
 def losses(workdir: Path) -> dict[int, float]:
     """The last loss written of every step."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+_jit, _jitted = jax.jit, {}
+
+
+def _jit_once(function: Callable | None = None, **settings: Any) -> Any:
+    """`jax.jit` that knows train.py's steps again: tracing them anew is most of what a start here costs."""
+    if not isinstance(function, functools.partial) or function.func not in (create_state, train_step, eval_step):
+        return _jit(**settings) if function is None else _jit(function, **settings)  # `@jax.jit(...)` gives none
+    config = function.args[0]
+    data = dataclasses.replace(config.data, name="", data_dir="")
+    training = dataclasses.replace(config.training, init_from="")
+    key = function.func, dataclasses.replace(config, data=data, training=training), settings.get("donate_argnums")
+    return _jitted.setdefault(key, _jit(function, **settings))
+
+
+def start_quickly(patch: pytest.MonkeyPatch) -> None:
+    """On one device (tests/test_meshes.py has several), and each step of a config traced once for all its runs here.
+
+    That processes of their own, which trace and load anew, give the same bits is in test_kill.py.
+    """
+    some = jax.devices()[:1]
+    patch.setattr(jax, "devices", lambda *_: some)
+    patch.setattr(jax, "jit", _jit_once)
+    patch.setattr(program, "model_graph", _model_graph)
+    patch.setattr(program, "abstract_state", _abstract_state)
+
+
+_model_graph, _abstract_state = functools.cache(program.model_graph), functools.cache(program.abstract_state)

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 import sepjax
-from sepjax.checkpoint import Checkpointer
 from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig
 from sepjax.data.errors import DataError
 from sepjax.data.special_tokens import SpecialTokens
@@ -30,6 +29,7 @@ from sepjax.hub.gguf_file import GGUFError
 from sepjax.loading import LoadError
 from sepjax.model.attend import forward
 from sepjax.model.transformer import Transformer, create, merge, split
+from sepjax.run.checkpoint import Checkpointer
 from sepjax.separators import configured_table, flag_separators
 from sepjax.training.step import create_state
 

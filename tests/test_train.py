@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import evaluate
-from sepjax.checkpoint import load_params
 from sepjax.config import Config, ConfigError, UserError, load_config, validate
 from sepjax.data.errors import DataError
-from sepjax.workdir import differing_fields
+from sepjax.run.checkpoint import load_params
+from sepjax.run.workdir import differing_fields
 from train import train
 
 ROOT = Path(__file__).parent.parent

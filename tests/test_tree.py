@@ -14,7 +14,6 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "pyproject.toml", ROOT / ".ci" / "run"])
 
 BASE = {"config", "array_typing", "rope_config", "files"}
-BENCH = {"flags", "provenance", "timing"}  # what a `bench.py` needs
 # Room -> the rooms it may import from, besides itself. Rooms that are not listed are above all of these.
 MAY_IMPORT = {
     "array_typing": set(),
@@ -27,18 +26,16 @@ MAY_IMPORT = {
     "separators": BASE | {"console"},
     "layout": BASE | {"separators"},
     "sharding": BASE,
-    "provenance": set(),
-    "timing": set(),
+    "measure": set(),
     "console": set(),
     "flops": {"config"},
-    "attention": BASE | {"separators", "layout", "sharding"} | BENCH,
+    "attention": BASE | {"separators", "layout", "sharding"},
     "cache": BASE | {"separators", "layout", "sharding", "attention"},
     "flags": {"config", "interrupt", "separators"},
-    "data": BASE | {"separators", "layout", "sharding", "interrupt"} | BENCH,
+    "data": BASE | {"separators", "layout", "sharding", "interrupt"},
     "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
-    "training": BASE
-    | {"separators", "layout", "sharding", "attention", "cache", "data", "model", "flops", "console"}
-    | BENCH,
+    "training": BASE | {"separators", "layout", "sharding", "attention", "cache", "data", "model", "flops", "console"},
+    "run": BASE | {"console", "measure", "sharding", "model", "training"},
 }
 
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow", "torch"}
@@ -49,7 +46,7 @@ NETWORK = {"requests", "urllib", "http", "httpx", "aiohttp", "ftplib", "socket",
 MAY_REACH_IT = {
     "sepjax/hub/remote.py",  # the hub, with --download
     "sepjax/hub/packaged.py",  # the package index, by pip in a process of its own, for the models that it names
-    "sepjax/workdir.py",  # this host's name
+    "sepjax/run/workdir.py",  # this host's name
     "sepjax/evaluation/lm_eval_data.py",  # datasets of the tasks that evaluate.py is asked for
 }
 UNSAFE_ARGUMENTS = {"allow_pickle", "shell"}
@@ -92,7 +89,8 @@ def upward(source: str, room: str) -> list[str]:
     names = [name.split(".") for name, _ in imports(source)]
     rooms = [parts[1] for parts in names if parts[0] == "sepjax" and len(parts) > 1]
     programs = [parts[0] for parts in names if parts[0] in ("train", "evaluate", "configs")]
-    return programs + [r for r in rooms if room in MAY_IMPORT and r != room and r not in MAY_IMPORT[room]]
+    benches = [r for r in rooms if r == "bench" and room not in ("bench", "__main__")]  # the top floor
+    return programs + benches + [r for r in rooms if room in MAY_IMPORT and r != room and r not in MAY_IMPORT[room]]
 
 
 def test_the_checks_find_what_they_look_for() -> None:
@@ -105,6 +103,8 @@ def test_the_checks_find_what_they_look_for() -> None:
     assert upward("def f():\n    import sepjax.training.step", "model") == ["training"]
     assert upward("from sepjax import training", "layout") == ["training"]
     assert upward("from train import train", "generate") == ["train"]
+    assert upward("from sepjax.bench.training import random_batch", "evaluation") == ["bench"]
+    assert upward("from sepjax.bench.training import random_batch", "bench") == []
     assert upward("from sepjax.attention import xla\nfrom sepjax.config import Config", "attention") == []
     assert dict(imports("import a\nif TYPE_CHECKING:\n    import b")) == {"a": True, "b": False}
     assert PRODUCT

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from sepjax.begin import adopt_shape, given_tokenizer
-from sepjax.checkpoint import save_params
 from sepjax.config import Config, ConfigError, under
 from sepjax.console import say
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
@@ -21,6 +20,7 @@ from sepjax.distill.teacher import Observed, observe
 from sepjax.hub.convert import keep_origin
 from sepjax.loading import load, locate
 from sepjax.model.transformer import abstract, merge, split
+from sepjax.run.checkpoint import save_params
 from sepjax.training.step import with_gate
 
 

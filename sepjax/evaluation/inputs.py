@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sepjax.checkpoint import load_config
 from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, under, validate_attention
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.documents import Document, documents_of, read_texts
 from sepjax.model.transformer import Transformer
+from sepjax.run.checkpoint import load_config
 
 
 def config_of(path: Path, model: Transformer) -> Config:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from sepjax.checkpoint import load_config
 from sepjax.config import UserError, under, validate_attention
 from sepjax.data.corpora.recall.recall import END, KEYS, QUESTION, VALUES
 from sepjax.data.sources import text_source
@@ -22,6 +21,7 @@ from sepjax.evaluation.arms import Arm, fixed_arms, plain_arms
 from sepjax.evaluation.perplexity import TextWindows, score_windows, token_windows
 from sepjax.loading import load as load_model
 from sepjax.model.transformer import Transformer
+from sepjax.run.checkpoint import load_config
 
 CHANCE = 1 / len(VALUES)
 

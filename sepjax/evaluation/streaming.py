@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Float, Int32
-from sepjax.compilations import counted_compilations
 from sepjax.config import AttentionConfig
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.arms import Arm, distances, plain_arms
@@ -29,6 +28,7 @@ from sepjax.evaluation.token_loss import token_nll
 from sepjax.generation.layerwise import Layerwise, by_layer, runner
 from sepjax.generation.limits import check_cache
 from sepjax.generation.weights import working_copy
+from sepjax.measure import counted_compilations
 from sepjax.model.transformer import Transformer, split
 from sepjax.separators import configured_table, warn_of_few_in
 from sepjax.streaming.cache import StreamingCache

@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sepjax.checkpoint import load_config
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.console import say
+from sepjax.run.checkpoint import load_config
 
 
 def check_cache(config: ModelConfig, rows: int, slots: int, wanted: str) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from sepjax.checkpoint import load_params, save_params
 from sepjax.config import Config, DataConfig
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.files import check_folder, replacing_folder
@@ -25,6 +24,7 @@ from sepjax.hub.gguf_file import chat_files
 from sepjax.hub.packaged import packaged_file
 from sepjax.loading import load
 from sepjax.model.transformer import Transformer, abstract, merge, split
+from sepjax.run.checkpoint import load_params, save_params
 
 _ORIGIN = "hub"  # folder of a workdir with the origin's files
 _NEW = "a new folder"

@@ -15,9 +15,10 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sepjax.attention import kernel_bench, mosaic_gpu, mosaic_gpu_kernels, reference
-from sepjax.attention.bench import Settings, make_inputs
+from sepjax.attention import mosaic_gpu, mosaic_gpu_kernels, reference
 from sepjax.attention.ranges import Ranges
+from sepjax.bench import kernels
+from sepjax.bench.attention import Settings, make_inputs
 from sepjax.config import ConfigError
 from sepjax.layout import build_layout
 from tests.attention.common import (
@@ -161,11 +162,11 @@ def test_packing_moves_every_global_key_and_nothing_else():
 @pytest.mark.usefixtures("simulated")
 def test_the_kernel_bench_runs_every_kernel():
     settings = Settings(num_heads=2, num_kv_heads=1, head_dim=64, window_size=20)
-    results = [(name, run()) for name, run in kernel_bench.stages(*make_inputs(settings, 1, 64))]
+    results = [(name, run()) for name, run in kernels.stages(*make_inputs(settings, 1, 64))]
     assert [name for name, _ in results] == ["ranges", "packing", "forward", "dQ", "visitors", "dK and dV"]
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in results[-1][1][2:])
 
 
 def test_the_kernel_bench_says_what_it_needs():
     with pytest.raises(ConfigError, match="these kernels cannot run: it needs an NVIDIA Hopper GPU"):
-        kernel_bench.main(Settings())
+        kernels.main(Settings())

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sepjax.attention import reference, tpu, tpu_calls
-from sepjax.attention.bench import FLOPS_PER_PAIR
+from sepjax.bench.attention import FLOPS_PER_PAIR
 from sepjax.layout import build_layout
 from tests.attention.common import (
     assert_errs_at_most_twice_as_much,
@@ -74,9 +74,9 @@ def run_and_check(op, shape, dtype, layout, factor=1):
     check(results(op, *inputs, layout), shape, inputs, layout)
 
 
-# bfloat16 of the first shape alone; of the others with -m soak, and in the simulator below.
+# The first shape in bfloat16, the others in float32; the rest with -m soak, and bfloat16 in the simulator below.
 EVERY_PAIR = [
-    pytest.param(shape, dtype, id=f"{name}-{dtype.__name__}", marks=[] if i == 0 or j == 0 else pytest.mark.soak)
+    pytest.param(shape, dtype, id=f"{name}-{dtype.__name__}", marks=[] if (i == 0) == (j == 1) else pytest.mark.soak)
     for i, (name, shape) in enumerate(SHAPES.items())
     for j, dtype in enumerate((jnp.float32, jnp.bfloat16))
 ]
@@ -89,7 +89,7 @@ def test_far_values_are_scaled():
 
 
 @pytest.mark.parametrize(("shape", "dtype"), EVERY_PAIR)
-@examples(3)
+@examples(2)
 @given(data=st.data())
 def test_equals_the_definition(shape, dtype, data):
     run_and_check(PLAIN, shape, dtype, data.draw(layouts(shape)))
@@ -125,7 +125,7 @@ def edge_case(case):
 
 
 # Which tiles are visited does not depend on the dtype: in bfloat16 one case of each kind, the others with -m soak.
-IN_BOTH = ("n = 1", "a above T", "only separators", "several documents and padding", "only padding")
+IN_BOTH = ("n = 1", "several documents and padding", "only padding")
 EVERY_CASE = [
     pytest.param(dtype, case, id=f"{dtype.__name__}-{case}", marks=[] if always else pytest.mark.soak)
     for dtype in (jnp.float32, jnp.bfloat16)
@@ -139,12 +139,26 @@ def test_edge_case(dtype, case):
     run_and_check(PLAIN, GROUPED, dtype, edge_case(case))
 
 
-@pytest.mark.parametrize("case", ["n = 1", "only separators", "several documents and padding", "only padding"])
+@pytest.mark.parametrize("case", [pytest.param("n = 1", marks=pytest.mark.soak), "only separators", "only padding"])
 def test_edge_case_in_simulated_memories(case):
     run_and_check(SIMULATED, GROUPED, jnp.float32, edge_case(case))
 
 
-@pytest.mark.parametrize("shape", [ONE_TOKEN, MULTI_QUERY, OWN_KEYS], ids=["T = 1", "multi-query", "H = 256"])
+def test_in_simulated_memories_the_same_bits_twice():
+    """The simulator runs the two cores in threads, so it may take any order that a chip may take."""
+    inputs, layout = tensors(GROUPED), edge_case("several documents and padding")
+    first, second = (results(SIMULATED, *inputs, layout) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    check(first, GROUPED, inputs, layout)
+
+
+SIMULATED_SHAPES = {"T = 1": ONE_TOKEN, "multi-query": (1, 300, 3, 1, 128), "H = 256": OWN_KEYS}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(x, id=k, marks=pytest.mark.soak if k == "T = 1" else []) for k, x in SIMULATED_SHAPES.items()],
+)
 def test_half_precision_in_simulated_memories(shape):
     is_separator = np.random.default_rng(1).random(shape[:2]) < 0.5
     run_and_check(SIMULATED, shape, jnp.bfloat16, build_layout(is_separator, window_size=70, num_sinks=1))
@@ -210,9 +224,6 @@ def test_same_input_same_bits(dtype):
     inputs, layout = tensors(GROUPED, dtype), sparse_layout()
     first, second = (results(PLAIN, *inputs, layout) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    # The simulator runs the two cores in threads, so it may take any order that a chip may take: in either dtype.
-    if dtype == jnp.float32:
-        jax.tree.map(np.testing.assert_array_equal, *(results(SIMULATED, *inputs, layout) for _ in range(2)))
 
 
 def test_gradients_reach_the_visible_keys_and_no_others():
@@ -284,8 +295,8 @@ def test_too_little_room_for_the_separators_is_exact_under_jit():
 
 def test_no_room_and_no_global_keys():
     inputs = tensors(GROUPED)
-    layout = build_layout(NONE, window_size=5, num_sinks=0, capacity=0)
-    check(results(PLAIN, *inputs, layout), GROUPED, inputs, layout)
+    layout, same = (build_layout(NONE, window_size=5, num_sinks=0, capacity=x) for x in (0, None))
+    check(results(PLAIN, *inputs, layout), GROUPED, inputs, same)  # whose definition is compiled already
 
 
 def test_rows_whose_lists_do_not_fit_together_go_one_after_the_other(monkeypatch):

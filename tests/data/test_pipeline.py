@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sepjax.bench.data import measure
 from sepjax.config import Config, ConfigError
 from sepjax.data import reader as reader_module
 from sepjax.data.batch import Batch
-from sepjax.data.bench import measure
 from sepjax.data.errors import DataError
 from sepjax.data.packing import TokenStream, pack_rows
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches

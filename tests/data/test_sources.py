@@ -224,7 +224,7 @@ def test_prose_is_told_from_consoles_and_tables():
 
 
 def test_the_standard_packages_are_there_and_tested_files_are_not():
-    """Stat calls only: reading all of it takes seconds and is measured by `python -m sepjax.data.bench`."""
+    """Stat calls only: reading all of it takes seconds and is measured by `python -m sepjax.bench.data`."""
     names = [name for name, _ in source_files(PACKAGES)]
     assert {name.split("/")[0] for name in names} == set(PACKAGES)
     assert not any("site-packages" in name or "/tests/" in name for name in names)

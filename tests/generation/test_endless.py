@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepjax.compilations import counted_compilations
 from sepjax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig
 from sepjax.data.tokenizer import train_sentencepiece
 from sepjax.files import ForeignFolder, WriteError
@@ -19,6 +18,7 @@ from sepjax.generation.loop import COUNT_WRAP
 from sepjax.generation.prompts import PromptError
 from sepjax.generation.stopping import RepetitionGuard
 from sepjax.hub.safetensors_file import Planned, write_safetensors
+from sepjax.measure import counted_compilations
 from sepjax.model.transformer import create, merge, split
 from sepjax.separators import configured_table
 from sepjax.sharding import make_mesh, parameter_shardings

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import sepjax
-from sepjax.checkpoint import load_params
 from sepjax.config import MeshConfig, UserError
 from sepjax.hub import assemble
 from sepjax.hub.convert import convert
@@ -25,6 +24,7 @@ from sepjax.hub.fields import Fields
 from sepjax.hub.safetensors_file import SafetensorsFile
 from sepjax.loading import LoadError, load_shape
 from sepjax.model.transformer import split
+from sepjax.run.checkpoint import load_params
 from sepjax.sharding import make_mesh, parameter_shardings
 
 spec = importlib.util.spec_from_file_location("tiny_checkpoints_2", Path(__file__).with_name("tiny.py"))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import sepjax
-from sepjax.checkpoint import load_params
 from sepjax.config import (
     AttentionConfig,
     Config,
@@ -25,8 +24,9 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.safetensors_file import SafetensorsFile
 from sepjax.loading import LoadError
 from sepjax.model.transformer import split
+from sepjax.run.checkpoint import load_params
 from tests.hub import tiny
-from tests.runs import losses
+from tests.runs import losses, start_quickly
 from train import train
 
 GOLDEN = tiny.golden()["pythia"]
@@ -61,10 +61,8 @@ def config(tmp_path, source):
 
 
 @pytest.fixture
-def one_device(monkeypatch):
-    """Compiles in less time."""
-    some = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *args: some)
+def quick_start(monkeypatch):
+    start_quickly(monkeypatch)
 
 
 def assert_same(params, others):
@@ -75,10 +73,11 @@ def test_what_no_step_changes_goes_out_as_it_came_in(config, source, tmp_path):
     """A learning rate of 0: the parameters of a run are its source's, and so is the exported folder, bit for bit."""
     optimizer = OptimizerConfig(learning_rate=0.0, final_learning_rate=0.0, warmup_steps=0)
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-    train(dataclasses.replace(config, optimizer=optimizer, mesh=mesh), tmp_path / "run")
+    training = dataclasses.replace(config.training, steps=2)
+    train(dataclasses.replace(config, optimizer=optimizer, mesh=mesh, training=training), tmp_path / "run")
     saved, params, step = load_params(tmp_path / "run")
     model, tokenizer = sepjax.load(source)
-    assert step == 4
+    assert step == 2
     assert (saved.model, saved.attention) == (model.config, config.attention)
     assert_same(params, split(model)[1])
     _, own = sepjax.load(tmp_path / "run")
@@ -93,7 +92,7 @@ def test_what_no_step_changes_goes_out_as_it_came_in(config, source, tmp_path):
     assert keys == json.loads((source / "config.json").read_text())
 
 
-@pytest.mark.usefixtures("one_device")
+@pytest.mark.usefixtures("quick_start")
 def test_it_learns_and_resumes_without_its_source(config, source, tmp_path):
     train(config, tmp_path / "run")
     whole = losses(tmp_path / "run")
@@ -108,7 +107,7 @@ def test_it_learns_and_resumes_without_its_source(config, source, tmp_path):
     assert losses(tmp_path / "again")[1] < whole[1] - 0.3
 
 
-@pytest.mark.usefixtures("one_device")
+@pytest.mark.usefixtures("quick_start")
 def test_a_shape_of_its_own_is_refused_and_computing_is_not(config, tmp_path):
     model = ModelConfig(dtype="bfloat16", remat="full", scan_layers=False, num_layers=2, embed_dim=99, mlp_dim=7)
     message = r"another shape than the model section: model\.embed_dim=99, but 32 there; model\.mlp_dim=7, but 64 there"
@@ -116,8 +115,9 @@ def test_a_shape_of_its_own_is_refused_and_computing_is_not(config, tmp_path):
         train(dataclasses.replace(config, model=model), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
     model = dataclasses.replace(model, embed_dim=ModelConfig().embed_dim, mlp_dim=64)
-    state = train(dataclasses.replace(config, model=model), tmp_path / "run")
-    assert int(state.step) == 4
+    training = dataclasses.replace(config.training, steps=2)
+    state = train(dataclasses.replace(config, model=model, training=training), tmp_path / "run")
+    assert int(state.step) == 2
     assert load_params(tmp_path / "run")[0].model.remat == "full"
 
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 ROOT = Path(__file__).parents[2]
 SENTENCES = ("The cat sat on the mat, and looked.", "Where is the dog? It ran away!", "One; two: three. Four, five.")
 EVERY = 4  # steps between two checkpoints
-STEPS = 40
+STEPS = 28
 # Permissions count for root too from here on: prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE), then Python again.
 OBEY_PERMISSIONS = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
@@ -52,11 +52,9 @@ def write_config(folder: Path, *, on_gpu: bool = False) -> Path:
 
 
 def start(config_file: Path, workdir: Path, *flags: str, extra: dict[str, str] | None = None) -> subprocess.Popen:
-    """train.py as a process of its own. Compiled programs are kept beside the config, so that restarts are quick."""
+    """train.py as a process of its own."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **(extra or {}),
     }
     if os.environ["JAX_PLATFORMS"] == "cpu":

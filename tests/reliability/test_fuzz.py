@@ -27,7 +27,6 @@ import pytest
 from absl import flags
 from hypothesis import strategies as st
 
-from sepjax.checkpoint import load_params
 from sepjax.config import AttentionConfig, ModelConfig, UserError, field_types
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
 from sepjax.flags import parse
@@ -36,6 +35,7 @@ from sepjax.hub.fields import Fields
 from sepjax.hub.folder import INDEX, SINGLE, _files
 from sepjax.hub.safetensors_file import Planned, SafetensorsFile, write_safetensors
 from sepjax.model.transformer import Transformer, create
+from sepjax.run.checkpoint import load_params
 from tests.reliability.common import SENTENCES
 
 LONGEST = 120.0  # seconds that one example may take before stacks are printed and the process ends

@@ -27,13 +27,15 @@ ON_GPU = os.environ["JAX_PLATFORMS"] == "cuda"
 
 
 @pytest.fixture(scope="module")
-def config_file(tmp_path_factory) -> Path:
-    return write_config(tmp_path_factory.mktemp("reliability"), on_gpu=ON_GPU)
+def config_file(tmp_path_factory, tiny_file) -> Path:
+    return write_config(tmp_path_factory.mktemp("reliability"), on_gpu=True) if ON_GPU else tiny_file
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config_file) -> Path:
-    """The workdir of a run that nothing disturbed."""
+def undisturbed(config_file, request) -> Path:
+    """The workdir of a run that nothing disturbed; on a CPU it ran in this process, and others must give its bits."""
+    if not ON_GPU:
+        return request.getfixturevalue("whole")
     workdir = config_file.parent / "undisturbed"
     finish(start(config_file, workdir))
     assert sorted(losses(workdir)) == list(range(1, STEPS + 1))
@@ -68,7 +70,42 @@ def kill_again_and_again(config_file: Path, undisturbed: Path, workdir: Path, se
     assert_same(workdir, undisturbed, STEPS)
 
 
-def test_killed_again_and_again_a_run_is_bit_for_bit_what_it_would_have_been(config_file, undisturbed, tmp_path):
+RARELY = "--config.training.checkpoint_every=1000"  # nothing is saved but at the end and on a signal
+
+
+def stop(config_file: Path, workdir: Path, at: int) -> tuple[int, str, str]:
+    """Goes on until step `at`, then sends SIGTERM; returns the step that was saved, and what was printed."""
+    process = start(config_file, workdir, RARELY)
+    wait_until(process, lambda: done(workdir) >= at)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # impatient schedulers send more than one
+    out, err = finish(process, 75)
+    assert time.monotonic() - sent < 10
+    saved = checkpoints(workdir)[-1]
+    assert f"stopped: SIGTERM: the checkpoint of step {saved} is complete" in err
+    assert "Traceback" not in err
+    assert at <= saved < STEPS
+    return saved, out, err
+
+
+def test_killed_and_stopped_a_run_is_bit_for_bit_what_it_would_have_been(config_file, undisturbed, tmp_path):
+    """Killed between two saves, killed during one, told to stop: each time on what the last end has left."""
+    workdir = tmp_path / "run"
+    last = kill(config_file, workdir, 0, EVERY, while_saving=False)
+    last = kill(config_file, workdir, 1, last, while_saving=True)
+    assert EVERY < last < STEPS - EVERY
+    saved, out, err = stop(config_file, workdir, last + 2)
+    assert "resumes at step" in out
+    assert "is gone without having ended; this one takes over" in err  # the lock file still names the killed process
+    out, err = finish(start(config_file, workdir))
+    assert f"resumes at step {saved}" in out
+    assert "is gone" not in err
+    assert_same(workdir, undisturbed, STEPS)
+
+
+@pytest.mark.soak
+def test_killed_again_and_again(config_file, undisturbed, tmp_path):
     """Between saves and during them, each time on what the last kill has left."""
     kill_again_and_again(config_file, undisturbed, tmp_path / "run", range(3))
 
@@ -84,23 +121,14 @@ def test_five_seeds_of_five_kills(config_file, undisturbed, tmp_path, seed):
     kill_again_and_again(config_file, undisturbed, tmp_path / "run", range(10 * seed, 10 * seed + 5))
 
 
+@pytest.mark.soak
 def test_sigterm_saves_within_seconds_twice_in_a_row(config_file, undisturbed, tmp_path):
     workdir, last = tmp_path / "run", 0
     for wanted in (6, 17):  # no multiples of EVERY: nothing would be saved there without the signal
-        process = start(config_file, workdir, f"--config.training.checkpoint_every={1000}")
-        wait_until(process, lambda wanted=wanted: done(workdir) >= wanted)
-        sent = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGTERM)  # impatient schedulers send more than one
-        out, err = finish(process, 75)
-        assert time.monotonic() - sent < 10
-        saved = checkpoints(workdir)[-1]
-        assert f"stopped: SIGTERM: the checkpoint of step {saved} is complete" in err
-        assert "Traceback" not in err
+        saved, out, _ = stop(config_file, workdir, wanted)
         assert (f"resumes at step {last}" in out) == (last > 0)
-        assert wanted <= saved < STEPS
         last = saved
-    finish(start(config_file, workdir, f"--config.training.checkpoint_every={1000}"))
+    finish(start(config_file, workdir, RARELY))
     assert_same(workdir, undisturbed, STEPS)
 
 

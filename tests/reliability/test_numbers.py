@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import train as program
-from sepjax.checkpoint import CheckpointError, load_params
-from sepjax.checkpoint_files import MANIFEST
 from sepjax.config import Config, ConfigError, validate
-from sepjax.training import guard
-from sepjax.training.guard import BadNumbers, StepGuard, Watchdog
+from sepjax.run import guard
+from sepjax.run.checkpoint import CheckpointError, load_params
+from sepjax.run.checkpoint_files import MANIFEST
+from sepjax.run.guard import BadNumbers, StepGuard, Watchdog
 from sepjax.training.step import create_state, model_graph, train_step
 from tests.reliability.common import EVERY, STEPS, assert_same, checkpoints, done, finish, losses, start, wait_until
 from tests.training.test_step import CONFIG, make_batch
@@ -220,7 +220,7 @@ def test_a_workdir_that_vanishes_is_made_anew(tiny, tmp_path, monkeypatch, capsy
     assert (
         f"{workdir}/checkpoints has vanished, with every checkpoint in it; it is made anew" in capsys.readouterr().err
     )
-    assert checkpoints(workdir) == [32, 36, 40]
+    assert checkpoints(workdir) == [STEPS - 2 * EVERY, STEPS - EVERY, STEPS]
     assert {"config.json", "run_meta.json", "tokenizer"} <= {p.name for p in workdir.iterdir()}
     assert load_params(workdir)[2] == STEPS
 

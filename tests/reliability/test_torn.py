@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from sepjax import loading
-from sepjax.checkpoint import CheckpointError, load_params
-from sepjax.checkpoint_files import MANIFEST
 from sepjax.config import Config, ConfigError, from_json
-from sepjax.workdir import WorkdirInUse, claim_workdir, hold_workdir
+from sepjax.run.checkpoint import CheckpointError, load_params
+from sepjax.run.checkpoint_files import MANIFEST
+from sepjax.run.workdir import WorkdirInUse, claim_workdir, hold_workdir
 from tests.reliability.common import EVERY, STEPS, assert_same, checkpoints, losses
 from train import train
 

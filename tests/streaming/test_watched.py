@@ -33,11 +33,15 @@ NEOX = dataclasses.replace(
 )
 CASES = {
     "a set a head, of the upper layer": (LLAMA, WATCHED),
-    "of both layers, never fading": (LLAMA, dataclasses.replace(WATCHED, watch_layers=(0, 1), watch_half_life=0)),
+    "of both layers, never fading, absolute positions, no sinks": (
+        LLAMA,
+        dataclasses.replace(WATCHED, watch_layers=(0, 1), watch_half_life=0, stream_positions="absolute", num_sinks=0),
+    ),
     "one set": (NEOX, dataclasses.replace(WATCHED, kept_set="model", watch_layers=(0, 1))),
-    "separators first": (LLAMA, dataclasses.replace(WATCHED, separators_first=True, watch_after=1)),
-    "absolute positions, no sinks": (LLAMA, dataclasses.replace(WATCHED, stream_positions="absolute", num_sinks=0)),
-    "compacted at every token": (LLAMA, dataclasses.replace(WATCHED, cache_size=13)),
+    "separators first, compacted at every token": (
+        LLAMA,
+        dataclasses.replace(WATCHED, separators_first=True, watch_after=1, cache_size=13),
+    ),
 }
 
 
@@ -166,7 +170,7 @@ def test_runs_give_what_lists_give_token_by_token(case):
 
 def test_rows_and_times_do_not_matter():
     """A row's neighbours, and how long it has run: scores begin again, and change nothing."""
-    config, attention = CASES["separators first"]
+    config, attention = CASES["separators first, compacted at every token"]
     random = np.random.default_rng(12)
     tokens = random.integers(0, V, (2, T), dtype=np.int32)
     table = jnp.asarray(random.random(V) < 0.15)

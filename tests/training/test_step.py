@@ -39,7 +39,6 @@ GATED = dataclasses.replace(
     CONFIG,
     attention=AttentionConfig("gated", num_sinks=2, window_size=6, gate_layer=1, gate_stretch=5, gate_keep=2),
 )
-every_pattern = pytest.mark.parametrize("config", [CONFIG, GATED], ids=["separators", "gated"])
 
 
 def make_batch(seed: int = 0, lengths: tuple[int, ...] = (12, 20)) -> Batch:
@@ -85,7 +84,7 @@ def test_loss_falls_on_a_repeated_batch():
     assert int(state.step) == 60
 
 
-@every_pattern
+@pytest.mark.parametrize("config", [CONFIG, pytest.param(GATED, marks=pytest.mark.soak)], ids=["separators", "gated"])
 def test_micro_batches_add_up_to_the_whole_batch(config):
     """Sums over tokens, not means of means: micro-batches with different token counts must give the same step."""
     batch = make_batch()

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from sepjax.compilations import counted_compilations
+from sepjax.bench.steps import caches_of, full_cache, measure, memory_bandwidth, random_params
 from sepjax.config import Config, ConfigError, DataConfig, ModelConfig
-from sepjax.generation.step_bench import caches_of, full_cache, measure, memory_bandwidth, random_params
+from sepjax.measure import counted_compilations
 from sepjax.streaming.sizes import StreamSizes
 
 MODEL = ModelConfig(
@@ -19,7 +19,8 @@ CONFIG = Config(model=MODEL, data=DataConfig(tokenizer_vocab_size=300))
 
 
 def test_every_cache_and_batch_size_gets_a_figure():
-    caches = caches_of(CONFIG.attention, 2, "2/3/6/20", 50, ("separator", "watched"))
+    attention = dataclasses.replace(CONFIG.attention, watch_after=4)  # below the window of 6
+    caches = caches_of(attention, 2, "2/3/6/20", 50, ("separator", "watched"))
     figures = list(measure(CONFIG, caches, ["2"], seconds=0.01))
     assert [(x.name, x.rows) for x in figures] == [("separator 2/3/6/20", 2), ("watched 2/3/6/20", 2), ("dense 50", 2)]
     read = 2 * (300 * 32 + 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)) + 4 * 5 * 32  # bfloat16; norms float32

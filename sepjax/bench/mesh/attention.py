@@ -1,4 +1,4 @@
-"""Attention over rows that all devices share, against sending every key: part of `sepjax.mesh_bench`."""
+"""Attention over rows that all devices share, against sending every key: part of `sepjax.bench.mesh`."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from sepjax.attention import dense_attention, separator_attention
 from sepjax.attention.context_parallel import ContextPlan, context_attention, fits, gathered_keys
 from sepjax.config import ConfigError
 from sepjax.layout import SeparatorLayout, build_layout
-from sepjax.timing import Timing, time_calls
+from sepjax.measure import Timing, time_calls
 from sepjax.training.compiled import Program
 
 type Figures = dict[str, Any]

@@ -1,6 +1,6 @@
 """separator_attention against dense attention, over sequence lengths: one table.
 
-    python -m sepjax.attention.bench [--lengths=2048,32768 --implementations=best,xla --json=bench.json]
+    python -m sepjax.bench.attention [--lengths=2048,32768 --implementations=best,xla --json=bench.json]
 
 Every call has the same number of tokens (a longer row: as many as it has), so that a dense forward pass costs in
 proportion to T. Columns:
@@ -31,8 +31,7 @@ from sepjax.config import ConfigError
 from sepjax.files import write_text
 from sepjax.flags import run_main, whole_numbers
 from sepjax.layout import SeparatorLayout, build_layout
-from sepjax.provenance import heading, provenance
-from sepjax.timing import Timing, time_calls
+from sepjax.measure import Timing, heading, provenance, time_calls
 
 BEST = "best"  # the name on the command line of implementation=None
 # FLOPs of one (query, key) pair, over N * H. Backward computes the weights again: five products after forward's two.

@@ -1,4 +1,4 @@
-"""Decoding steps with weights and cache split over `tensor`, against one device: part of `sepjax.mesh_bench`."""
+"""Decoding steps with weights and cache split over `tensor`, against one device: part of `sepjax.bench.mesh`."""
 
 import dataclasses
 import functools
@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sepjax.bench.mesh.training import CONFIGS
 from sepjax.config import Config, MeshConfig, load_config
 from sepjax.generation.layerwise import by_layer
 from sepjax.generation.loop import Request, make_advance, start
 from sepjax.generation.weights import working_copy
-from sepjax.mesh_bench.training import CONFIGS
 from sepjax.model.transformer import Params, abstract, create, split
 from sepjax.sampling import Sampling
 from sepjax.sharding import make_mesh, parameter_shardings

@@ -5,7 +5,7 @@
                             /data        the data iterator, one file a process
                             /config      the Config as JSON
                             /health      skipped steps and the mean loss, JSON
-                            /sepjax_files.json    sizes and checksums (`sepjax.checkpoint_files`)
+                            /sepjax_files.json    sizes and checksums (`sepjax.run.checkpoint_files`)
 """
 
 import contextlib
@@ -24,7 +24,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sepjax.checkpoint_files import (
+from sepjax.config import Config, UserError, from_json, to_json
+from sepjax.console import say
+from sepjax.model.transformer import Params, abstract
+from sepjax.run.checkpoint_files import (
     Seals,
     check_shapes,
     damage,
@@ -33,11 +36,8 @@ from sepjax.checkpoint_files import (
     set_aside,
     steps_on_disk,
 )
-from sepjax.config import Config, UserError, from_json, to_json
-from sepjax.console import say
-from sepjax.model.transformer import Params, abstract
+from sepjax.run.workdir import check_same_run
 from sepjax.sharding import make_mesh, parameter_shardings
-from sepjax.workdir import check_same_run
 
 if TYPE_CHECKING:
     import grain

@@ -1,8 +1,8 @@
 """The kernels of implementation="mosaic_gpu" one by one: milliseconds, and TFLOP/s by needed pairs.
 
-    python -m sepjax.attention.kernel_bench [--lengths=2048,32768 --num_heads=32 --num_kv_heads=8 --head_dim=128]
+    python -m sepjax.bench.kernels [--lengths=2048,32768 --num_heads=32 --num_kv_heads=8 --head_dim=128]
 
-What docs/kernels.md logs. Inputs are those of `sepjax.attention.bench`; it needs a Hopper GPU.
+What docs/kernels.md logs. Inputs are those of `sepjax.bench.attention`; it needs a Hopper GPU.
 """
 
 import functools
@@ -14,12 +14,11 @@ import jax.numpy as jnp
 from absl import flags
 
 from sepjax.attention import mosaic_gpu, mosaic_gpu_kernels
-from sepjax.attention.bench import Settings, make_inputs
 from sepjax.attention.ranges import whole_rows
+from sepjax.bench.attention import Settings, make_inputs
 from sepjax.config import ConfigError
 from sepjax.flags import run_main, whole_numbers
-from sepjax.provenance import heading, provenance
-from sepjax.timing import time_calls
+from sepjax.measure import heading, provenance, time_calls
 
 # FLOPs of one (query, key) pair, over N * H, where a kernel computes pairs.
 _FLOPS = {"forward": 4, "dQ": 6, "dK and dV": 8}

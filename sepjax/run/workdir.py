@@ -17,10 +17,10 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from sepjax.checkpoint_files import steps_on_disk
 from sepjax.config import Config, ConfigError, UserError, from_json, to_json
 from sepjax.console import say
 from sepjax.files import write_text
+from sepjax.run.checkpoint_files import steps_on_disk
 
 _FILE = ".run.lock"
 # Settings that a resumed run may change: they touch neither the parameters' path nor the order of the data.

@@ -1,6 +1,6 @@
 """Decoding steps of a config's shape against the memory they must read, with random weights and full bounded caches.
 
-    python -m sepjax.generation.step_bench --config=configs/llama3_8b.py [--budget=4/64/256/800 --batch_sizes=1,auto]
+    python -m sepjax.bench.steps --config=configs/llama3_8b.py [--budget=4/64/256/800 --batch_sizes=1,auto]
 
 A step at batch 1 reads every weight once; the bar is the time that takes at the memory's own speed, measured here on a
 large array. "auto" is the largest batch that fits. `--patterns=separator,watched` measures caches of several patterns
@@ -19,12 +19,11 @@ from sepjax.config import AttentionConfig, Config, ConfigError, under, validate_
 from sepjax.flags import run_main
 from sepjax.generation.layerwise import by_layer
 from sepjax.generation.loop import DecodeState, Request, make_advance
+from sepjax.measure import heading, provenance, time_calls
 from sepjax.model.transformer import Params, abstract
-from sepjax.provenance import heading, provenance
 from sepjax.sampling import Sampling
 from sepjax.streaming.cache import StreamingCache
 from sepjax.streaming.sizes import StreamSizes
-from sepjax.timing import time_calls
 
 _STEPS = 32  # in a call
 _SPARE = 0.06  # of the memory, for what a step computes

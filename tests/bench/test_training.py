@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from sepjax.bench import training as bench
 from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig
 from sepjax.flops import Peak, training_flops
-from sepjax.training import bench
 
 CONFIG = Config(
     model=ModelConfig(vocab_size=61, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32),

@@ -1,4 +1,4 @@
-"""Training steps and checkpoints on a mesh against one device: parts of `sepjax.mesh_bench`."""
+"""Training steps and checkpoints on a mesh against one device: parts of `sepjax.bench.mesh`."""
 
 import dataclasses
 import functools
@@ -12,18 +12,18 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from sepjax.bench.training import random_batch
 from sepjax.config import Config, MeshConfig, load_config, validate
 from sepjax.data.batch import Batch
 from sepjax.flops import flops_report, peak_flops
+from sepjax.measure import time_calls
 from sepjax.sharding import batch_sharding, make_mesh, replicated
-from sepjax.timing import time_calls
-from sepjax.training.bench import random_batch
 from sepjax.training.compiled import Program
 from sepjax.training.step import TrainState, abstract_state, create_state, model_graph, train_step
 
 LOSS_BOUND = 5e-3  # nats, at losses near 10: what the rounding of 16-bit activations in another order may change
 AXES = ("data", "fsdp", "tensor", "context")
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 type Figures = dict[str, Any]
 

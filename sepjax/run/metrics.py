@@ -26,7 +26,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from sepjax.config import UserError
 from sepjax.console import say
 from sepjax.files import WriteError, write_text
-from sepjax.provenance import checkout
+from sepjax.measure import checkout
 
 _PACKAGES = ("sepjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
@@ -219,7 +219,7 @@ def run_meta(workdir: Path | str, *, seed: int) -> None:
     if jax.process_index() != 0:
         return
     path = Path(workdir) / "run_meta.json"
-    commit, dirty = checkout(Path(__file__).resolve().parents[1])
+    commit, dirty = checkout()
     earlier = _earlier_starts(path)
     if earlier and earlier[-1].get("commit") != commit:
         before = earlier[-1].get("commit")

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from sepjax.attention import bench
+from sepjax.bench import attention as bench
 from sepjax.config import ConfigError
-from sepjax.timing import Timing
+from sepjax.measure import Timing
 
 SMALL = bench.Settings(
     lengths=(16,),

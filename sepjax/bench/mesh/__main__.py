@@ -1,13 +1,13 @@
-"""The command `python -m sepjax.mesh_bench`; see `sepjax.mesh_bench`."""
+"""The command `python -m sepjax.bench.mesh`; see `sepjax.bench.mesh`."""
 
 import dataclasses
 
 from absl import flags
 
+from sepjax.bench.mesh import PARTS, Settings, main
+from sepjax.bench.mesh.training import AXES as ALL_AXES
 from sepjax.config import ConfigError, nearest
 from sepjax.flags import run_main, whole_numbers
-from sepjax.mesh_bench import PARTS, Settings, main
-from sepjax.mesh_bench.training import AXES as ALL_AXES
 
 if __name__ == "__main__":
     DEFAULT = Settings()

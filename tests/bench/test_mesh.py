@@ -5,8 +5,8 @@ import json
 import jax
 import pytest
 
-from sepjax import mesh_bench
-from sepjax.mesh_bench import attention, generation, training
+from sepjax.bench import mesh as bench
+from sepjax.bench.mesh import attention, generation, training
 
 TRAINING = training.Settings(
     configs=("sep_tiny",),
@@ -44,8 +44,8 @@ def two_devices():
 @pytest.mark.usefixtures("two_devices")
 def test_every_part_runs_and_agrees(tmp_path, capsys):
     file = tmp_path / "mesh.json"
-    settings = mesh_bench.Settings(TRAINING, ATTENTION, GENERATION)
-    mesh_bench.main(("training", "attention", "generation"), settings, str(file))
+    settings = bench.Settings(TRAINING, ATTENTION, GENERATION)
+    bench.main(("training", "attention", "generation"), settings, str(file))
     one, mesh, separators, dense, alone, *generated = json.loads(file.read_text())["figures"]
     assert (one["devices"], mesh["devices"], mesh["mesh"]) == (1, 2, {"context": 2})
     assert mesh["losses_agree"]

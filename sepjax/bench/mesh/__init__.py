@@ -1,6 +1,6 @@
 """The mesh on the links of one host: training, context parallelism, checkpoints and generation over all local devices.
 
-    python -m sepjax.mesh_bench --json=mesh.json [--parts=training,attention,checkpoint,generation]
+    python -m sepjax.bench.mesh --json=mesh.json [--parts=training,attention,checkpoint,generation]
 
 Every part is measured against one device of the same host, and written to the JSON file as soon as it is there.
 
@@ -21,12 +21,12 @@ from typing import Any
 
 import jax
 
+from sepjax.bench.mesh import attention, generation, training
+from sepjax.bench.mesh.attention import Settings as AttentionSettings
+from sepjax.bench.mesh.generation import Settings as GenerationSettings
+from sepjax.bench.mesh.training import Settings as TrainingSettings
 from sepjax.files import write_text
-from sepjax.mesh_bench import attention, generation, training
-from sepjax.mesh_bench.attention import Settings as AttentionSettings
-from sepjax.mesh_bench.generation import Settings as GenerationSettings
-from sepjax.mesh_bench.training import Settings as TrainingSettings
-from sepjax.provenance import heading, provenance
+from sepjax.measure import heading, provenance
 
 PARTS = ("training", "attention", "checkpoint", "generation", "longest")
 

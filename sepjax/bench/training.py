@@ -1,6 +1,6 @@
 """Training tokens a second of a config against the same model with dense attention, over sequence lengths.
 
-    python -m sepjax.training.bench --config=configs/sep_small.py [--lengths=2048,8192,32768 --json=bench.json]
+    python -m sepjax.bench.training --config=configs/sep_small.py [--lengths=2048,8192,32768 --json=bench.json]
 
 Whole optimizer steps of `train_step` on random tokens, without a data pipeline; separators are drawn at random with the
 density given, a row is one document. The baseline is the config with attention.pattern="dense" and no document mask,
@@ -23,9 +23,8 @@ from sepjax.data.batch import Batch
 from sepjax.files import write_text
 from sepjax.flags import run_main, whole_numbers
 from sepjax.flops import Peak, flops_report, peak_flops
-from sepjax.provenance import heading, provenance
+from sepjax.measure import Timing, heading, provenance, time_calls
 from sepjax.sharding import batch_sharding, check_batch, make_mesh, replicated
-from sepjax.timing import Timing, time_calls
 from sepjax.training.step import abstract_state, create_state, model_graph, train_step
 
 

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from sepjax import flops, metrics
+from sepjax import flops
 from sepjax.config import Config, DataConfig, ModelConfig, UserError
 from sepjax.layout import build_layout
 from sepjax.model.transformer import abstract
+from sepjax.run import metrics
 
 SMALL = ModelConfig(num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, vocab_size=96)
 
