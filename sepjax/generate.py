@@ -7,7 +7,7 @@
     python -m sepjax.generate --workdir=runs/tiny --prompt="The function" --stream    without end, in constant memory
     python -m sepjax.generate --model=smollm2-135m --chat                             in turns, over one bounded cache
 
-Both drive the same compiled steps (`sepjax.generation.loop`) and give the same tokens. A row of a batch is what it
+Both drive the same compiled steps (`sepjax.generation.device_loop`) and give the same tokens. A row of a batch is what it
 would be alone: padding, neighbours and growing caches change none of its tokens.
 """
 
@@ -23,15 +23,15 @@ from typing import Any
 
 from absl import flags
 
-from sepjax.cache import bucket
+from sepjax.generation.cache.growing import bucket
 from sepjax.config import BOUNDED_PATTERNS, AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.flags import one_of_two, run_main, whole_numbers
 from sepjax.generation import limits, saved
 from sepjax.generation.chat import chat, interrupt_flag
 from sepjax.generation.conversation import conversation_of
-from sepjax.generation.driver import CacheUse, Job, StreamEvent, run
-from sepjax.generation.endless import EndlessStream
+from sepjax.generation.batch import CacheUse, Job, StreamEvent, run
+from sepjax.generation.stream import EndlessStream
 from sepjax.generation.jobs import JOBS, check_sense, job_of
 from sepjax.generation.prompts import Prompt, PromptError, choose_sampling, encode_prompts
 from sepjax.hub.chat_template import ChatTemplate

@@ -1,6 +1,6 @@
 """Conversations: the loop over a terminal. Their form is in `sepjax.generation.conversation`.
 
-A conversation is one stream over a bounded cache (`sepjax.generation.endless`): each turn adds its own tokens, nothing
+A conversation is one stream over a bounded cache (`sepjax.generation.stream`): each turn adds its own tokens, nothing
 is read twice, and it may go on for ever.
 """
 
@@ -15,8 +15,8 @@ from sepjax import interrupt
 from sepjax.config import UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.conversation import Conversation, conversation_of
-from sepjax.generation.driver import CacheUse
-from sepjax.generation.endless import EndlessStream
+from sepjax.generation.batch import CacheUse
+from sepjax.generation.stream import EndlessStream
 from sepjax.hub.chat_template import ChatTemplate
 
 HELP = "/save FOLDER keeps the conversation, /quit or Ctrl-D ends it, Ctrl-C cuts an answer short"

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from sepjax.array_typing import Int32
-from sepjax.cache import bucket
+from sepjax.generation.cache.growing import bucket
 from sepjax.config import AttentionConfig, ConfigError, UserError, layer_windows
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.model.transformer import Transformer

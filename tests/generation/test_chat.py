@@ -17,7 +17,7 @@ from sepjax.data.tokenizer_models import HuggingFaceModel
 from sepjax.generate import stream
 from sepjax.generation.chat import chat, gauge, interrupt_flag
 from sepjax.generation.conversation import ChatFormat, conversation_of
-from sepjax.generation.driver import CacheUse
+from sepjax.generation.batch import CacheUse
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.errors import HubError
 from sepjax.model.transformer import create

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from sepjax.config import AttentionConfig, MeshConfig, ModelConfig
-from sepjax.generation.layerwise import by_layer
-from sepjax.generation.loop import Request, make_advance, start
+from sepjax.generation.device_loop import Request, make_advance, start
 from sepjax.model.attend import forward
 from sepjax.model.transformer import abstract, create, merge, split
+from sepjax.model.unrolled import by_layer
 from sepjax.sampling import Sampling
 from sepjax.sharding import make_mesh, parameter_shardings
 

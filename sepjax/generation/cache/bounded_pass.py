@@ -22,8 +22,8 @@ from sepjax.config import AttentionConfig
 from sepjax.model.layers import Attend, once
 from sepjax.model.rope import rope_table, rotate
 from sepjax.separators import flag_separators
-from sepjax.streaming.cache import StreamingCache
-from sepjax.streaming.watched import looks_of_many, looks_of_one
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.watched import looks_of_many, looks_of_one
 
 type Run = Callable[[Tokens, Int32[Array, "B T"], Attend, Any], tuple[jax.Array, Any]]
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepjax.cache import SeparatorCache, bucket
+from sepjax.generation.cache.growing import SeparatorCache, bucket
 from sepjax.config import ModelConfig
 from sepjax.layout import build_layout
 

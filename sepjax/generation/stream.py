@@ -17,22 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepjax.cache import bucket
+from sepjax.generation.cache.growing import bucket
 from sepjax.config import AttentionConfig, ConfigError, validate_attention, with_own_window
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation import saved
-from sepjax.generation.driver import CacheUse, StreamEvent
-from sepjax.generation.layerwise import by_layer
+from sepjax.generation.batch import CacheUse, StreamEvent
 from sepjax.generation.limits import check_cache
-from sepjax.generation.loop import DecodeState, Request, Steps, begin, make_advance, make_consume
+from sepjax.generation.device_loop import DecodeState, Request, Steps, begin, make_advance, make_consume
 from sepjax.generation.prompts import Ends, Prompt, check_stop, check_vocabulary, encode_prompts, row_keys
 from sepjax.generation.saved import StreamStateError
-from sepjax.generation.stopping import RepetitionGuard, TextUntilStop
+from sepjax.generation.row import RepetitionGuard, TextUntilStop
 from sepjax.model.transformer import Transformer, split
+from sepjax.model.unrolled import by_layer
 from sepjax.sampling import Sampling
 from sepjax.separators import configured_table, warn_of_few_in
-from sepjax.streaming.cache import StreamingCache
-from sepjax.streaming.sizes import StreamSizes
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.sizes import StreamSizes
 
 
 class EndlessStream(Iterator[StreamEvent]):

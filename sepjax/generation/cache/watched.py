@@ -29,7 +29,7 @@ from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.model.rope import rotate
 
 if TYPE_CHECKING:
-    from sepjax.streaming.cache import StreamingCache
+    from sepjax.generation.cache.bounded import StreamingCache
 
 _LEAST = 1e-30  # of a weight, so that its logarithm is finite
 _FIRST = 1024.0  # what separators that go first have more than all others: scores are between -100 and 2^15 / 256

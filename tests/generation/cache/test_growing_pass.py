@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sepjax.config import AttentionConfig, ModelConfig, RopeConfig, layer_windows
-from sepjax.generation.decoding import decode_step, prefill
+from sepjax.generation.cache.growing_pass import decode_step, prefill
 from sepjax.model.attend import forward
 from sepjax.model.transformer import create, merge, split
 from sepjax.separators import flag_separators

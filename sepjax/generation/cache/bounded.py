@@ -7,8 +7,8 @@ A row holds, in this logical order, its sinks, the newest s separators that left
                in order    | ring              | ring, R >= c + 1 - a
 
 When more than c entries are held, the row *compacts*: of the past window only separators stay, which move to theirs.
-With the pattern "watched" the second zone holds other tokens, by other rules: `sepjax.streaming.watched`.
-Between two compactions a row only grows, so all tokens up to the next one run in one pass (`sepjax.streaming.forward`).
+With the pattern "watched" the second zone holds other tokens, by other rules: `sepjax.generation.cache.watched`.
+Between two compactions a row only grows, so all tokens up to the next one run in one pass (`sepjax.generation.cache.bounded_pass`).
 
 Entry k has position k and the query after L entries position L: a key would have to be rotated anew whenever entries
 before it go. But within a zone distances never change. So a key is rotated once, by a position of its zone's own
@@ -33,8 +33,8 @@ import jax.numpy as jnp
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import ModelConfig
 from sepjax.model.rope import rope_frequencies, rotate
-from sepjax.streaming.sizes import StreamSizes
-from sepjax.streaming.watched import keep_best, seen_by
+from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.cache.watched import keep_best, seen_by
 
 # All layers in one array, for scans over layers; or an array each, which steps of one token read without a copy.
 type Layers = Float[jax.Array, "L B K C H"] | tuple[Float[jax.Array, "B K C H"], ...]
@@ -213,7 +213,7 @@ class StreamingCache:
           v: their values.
           is_separator: which of them are separators.
           counts: how many of the T tokens each row takes up, 0 to `room(T)`.
-          looks: of watched tokens, what these did to the entries (`sepjax.streaming.watched`).
+          looks: of watched tokens, what these did to the entries (`sepjax.generation.cache.watched`).
         """
         sizes, T = self.sizes, is_separator.shape[1]
         i = jnp.arange(T, dtype=jnp.int32)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
-from sepjax.cache import SeparatorCache
+from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.config import AttentionConfig
-from sepjax.generation.decoding import decode_step, prefill, stream_step
-from sepjax.model.transformer import Params, merge
+from sepjax.generation.cache.growing_pass import decode_step, prefill, stream_step
+from sepjax.model.transformer import Params
+from sepjax.model.unrolled import runner
 from sepjax.sampling import Sampling, sample
-from sepjax.streaming.cache import StreamingCache
-from sepjax.streaming.forward import stream_pass
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.bounded_pass import stream_pass
 
 COUNT_WRAP = 2**30
 
@@ -167,7 +168,7 @@ def consume(
     Returns:
       The cache, the scores after each row's last token now, and how many it took up.
     """
-    model = merge(graph, params)
+    model = runner(graph, params, scan=True)
     counts = jnp.minimum(cache.room(tokens.shape[1]), left)
     hidden, cache = stream_pass(model, cache, tokens, counts, table, attention)
     last = hidden[jnp.arange(len(left)), jnp.maximum(counts - 1, 0)]

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sepjax.cache import SeparatorCache, bucket
+from sepjax.generation.cache.growing import SeparatorCache, bucket
 from sepjax.config import AttentionConfig, validate_attention, with_own_window
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.generation.layerwise import by_layer
 from sepjax.generation.limits import check_cache
-from sepjax.generation.loop import Request, Steps, make_advance, start
+from sepjax.generation.device_loop import Request, Steps, make_advance, start
 from sepjax.generation.prompts import (
     Ends,
     cache_sizes,
@@ -25,8 +24,9 @@ from sepjax.generation.prompts import (
     pad_prompts,
     row_keys,
 )
-from sepjax.generation.stopping import TextUntilStop
+from sepjax.generation.row import TextUntilStop
 from sepjax.model.transformer import Params, Transformer, split
+from sepjax.model.unrolled import by_layer
 from sepjax.sampling import Sampling
 from sepjax.separators import configured_table, warn_of_few_in
 

@@ -15,17 +15,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
-from sepjax.cache import SeparatorCache
+from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.config import AttentionConfig, ModelConfig, layer_windows, sees_kept
-from sepjax.generation.layerwise import runner
 from sepjax.model.attend import run_rows
 from sepjax.model.gate import needs_gate
 from sepjax.model.layers import once
 from sepjax.model.rope import rope_table, rotate
-from sepjax.model.transformer import Params, merge
+from sepjax.model.transformer import Params
+from sepjax.model.unrolled import runner
 from sepjax.separators import flag_separators
-from sepjax.streaming.cache import StreamingCache
-from sepjax.streaming.forward import stream_pass
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.bounded_pass import stream_pass
 
 
 def prefill(
@@ -42,8 +42,8 @@ def prefill(
     """Runs right-padded prompts, each row one document.
 
     Args:
-      graph: from `sepjax.model.transformer.split`, with `params`.
-      params: the parameters.
+      graph: from `sepjax.model.transformer.split`.
+      params: the parameters that came with it, or those of `sepjax.model.unrolled.by_layer`.
       tokens: int32[B, T], any ids beyond a row's length.
       lengths: tokens of each prompt, 1 to T.
       table: bool over the vocabulary, from `sepjax.separators.configured_table`.
@@ -54,7 +54,7 @@ def prefill(
     Returns:
       float32 scores of the token after each prompt, and the cache.
     """
-    model = merge(graph, params)
+    model = runner(graph, params, scan=True)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     is_separator = flag_separators(tokens, positions, table, attention)
     segment_ids = None  # the padding comes last, where causality alone hides it
@@ -85,7 +85,7 @@ def decode_step(
 
     Args:
       graph: from `sepjax.model.transformer.split`.
-      params: the parameters that came with it, or those of `sepjax.generation.layerwise.by_layer`.
+      params: the parameters that came with it, or those of `sepjax.model.unrolled.by_layer`.
       cache: what came before. Donate it where this is jitted.
       tokens: one token a row.
       table: as for `prefill`.

@@ -14,16 +14,16 @@ from sepjax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig
 from sepjax.data.tokenizer import train_sentencepiece
 from sepjax.files import ForeignFolder, WriteError
 from sepjax.generate import stream
-from sepjax.generation.endless import StreamStateError
-from sepjax.generation.loop import COUNT_WRAP
+from sepjax.generation.stream import StreamStateError
+from sepjax.generation.device_loop import COUNT_WRAP
 from sepjax.generation.prompts import PromptError
-from sepjax.generation.stopping import RepetitionGuard
+from sepjax.generation.row import RepetitionGuard
 from sepjax.hub.safetensors_file import Planned, write_safetensors
 from sepjax.model.transformer import create, merge, split
 from sepjax.separators import configured_table
 from sepjax.sharding import make_mesh, parameter_shardings
-from tests.streaming.common import ListStream
-from tests.streaming.test_forward import list_step
+from tests.generation.cache.common import ListStream
+from tests.generation.cache.test_bounded_pass import list_step
 
 TEXTS = ["The cat sat on the mat, and looked.", "Où est-il? It ran away!", "One; two: three. Four, five."] * 3
 SHAPE = ModelConfig(vocab_size=320, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)

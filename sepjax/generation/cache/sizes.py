@@ -3,7 +3,7 @@
 import dataclasses
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig, RopeConfig
-from sepjax.streaming.watched import Watch
+from sepjax.generation.cache.watched import Watch
 
 _ALIGN = 64  # slots: what a tensor core's product takes at a time; other numbers are padded by copying
 _COUNT = 2**30  # counters wrap near here, far from the end of int32
