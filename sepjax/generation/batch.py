@@ -1,4 +1,4 @@
-"""The host's side of generation: a checked job, driven on the device until every row has ended."""
+"""Answers to prompts, all in one batch: driven on the device until every row has ended."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -7,167 +7,94 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from sepjax.generation.cache.growing import SeparatorCache, bucket
-from sepjax.config import AttentionConfig, validate_attention, with_own_window
-from sepjax.data.tokenizer import Tokenizer
-from sepjax.generation.limits import check_cache
-from sepjax.generation.device_loop import Request, Steps, make_advance, start
-from sepjax.generation.prompts import (
-    Ends,
-    cache_sizes,
-    check_length,
-    check_stop,
-    check_vocabulary,
-    encode_prompts,
-    pad_prompts,
-    row_keys,
-)
-from sepjax.generation.row import TextUntilStop
-from sepjax.model.transformer import Params, Transformer, split
-from sepjax.model.unrolled import by_layer
-from sepjax.sampling import Sampling
-from sepjax.separators import configured_table, warn_of_few_in
+from sepjax.generation.device_loop import Request, Steps, make_advance
+from sepjax.generation.prepared import Prepared
+from sepjax.generation.readers import Reader
+from sepjax.generation.row import CacheUse, Row, RowSettings, StreamEvent
+from sepjax.generation.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
-class CacheUse:
-    """What a row's cache holds, counted and measured."""
+class Generation:
+    """The answer to one prompt."""
 
-    held: int  # tokens in the cache
-    seen: int  # tokens that have passed through it
-    bytes: int  # of this row's part of all arrays
+    text: str  # after the prompt, up to the stop string
+    token_ids: tuple[int, ...]  # all that were drawn: the end-of-text token or those of the stop string included
+    finish_reason: str  # "stop" | "eos" | "length" | "repetition"
+    prompt_tokens: int  # BOS included
+    cache: CacheUse  # at the last token
+    logprobs: tuple[float, ...] | None = None  # of the tokens; None: nobody asked
 
     @property
     def kv_kept(self) -> float:
-        """Share of the tokens seen that is still held."""
-        return self.held / self.seen
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamEvent:
-    """One new token."""
-
-    text: str  # what is now certain to follow: whole characters, nothing of a stop string; may be empty
-    token_ids: tuple[int, ...]
-    finish_reason: str | None  # None: goes on; "stop": a stop string or token; "eos": the model's end token; "length"
-    cache: CacheUse
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A checked request, ready for the device."""
-
-    graph: nnx.GraphDef
-    params: Params  # the model's own, for prompts
-    step_params: Params  # laid out for single steps
-    tokenizer: Tokenizer
-    attention: AttentionConfig
-    prompts: list[list[int]]
-    request: Request
-    keys: jax.Array
-    sizes: dict[str, int]  # of the cache
-    stop: tuple[str, ...]
-    ends: Ends
+        """Share of the tokens seen that the cache still held at the end."""
+        return self.cache.kv_kept
 
     @classmethod
-    def create(
-        cls,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        prompts: Any,
-        max_new_tokens: int | None,
-        sampling: Sampling,
-        seed: int | Sequence[int],
-        stop: str | Sequence[str],
-        stop_at_eos: bool,
-        attention: AttentionConfig | None,
-        stop_token_ids: Sequence[int] = (),
-        control_tokens: bool = True,
-    ) -> "Job":
-        """Checks everything that can be wrong. See `sepjax.generate` for the arguments and errors."""
-        attention = with_own_window(attention or model.attention, model.config)
-        validate_attention(attention, model.config.num_layers)
-        check_vocabulary(model, tokenizer)
-        ids = encode_prompts(tokenizer, prompts, control_tokens=control_tokens)
-        check_length(model, ids, max_new_tokens, attention)
-        table = configured_table(tokenizer, attention)
-        for number, prompt in enumerate(ids):
-            warn_of_few_in(prompt, table, attention, f"prompt {number}")
-        ends = Ends.create(tokenizer, stop_at_eos, stop_token_ids)
-        limit = -1 if max_new_tokens is None else max_new_tokens
-        sizes = cache_sizes(ids, max_new_tokens, table, attention, model.config.num_layers)
-        wanted = f"{max(map(len, ids))} tokens of prompt with max_new_tokens={max_new_tokens}"
-        check_cache(model.config, len(ids), sum(sizes.values()), wanted)
-        graph, params = split(model)
-        return cls(
-            graph=graph,
-            params=params,
-            step_params=by_layer(params, model.config),
-            tokenizer=tokenizer,
-            attention=attention,
-            prompts=ids,
-            request=Request(jnp.asarray(table), sampling, jnp.asarray(ends.array()), jnp.int32(limit)),
-            keys=row_keys(seed, len(ids)),
-            sizes=sizes,
-            stop=check_stop(stop),
-            ends=ends,
-        )
+    def join(cls, prompt: Sequence[int], events: Sequence[StreamEvent]) -> "Generation":
+        """What the events of a row, up to its end, come to."""
+        last = events[-1]
+        assert last.finish_reason is not None  # `run` ends when every row has
+        token_ids = tuple(i for event in events for i in event.token_ids)
+        logprobs = None if last.logprob is None else tuple(event.logprob or 0.0 for event in events)
+        text = "".join(event.text for event in events)
+        return cls(text, token_ids, last.finish_reason, len(prompt), last.cache, logprobs)
 
 
-_LAST_POSITION = 2**31 - 1  # positions are int32: a stream over the growing cache ends there
+def request_of(of: Prepared, settings: RowSettings, sampling: Sampling) -> Request:
+    """What the device must know of rows with these settings."""
+    limit = -1 if settings.max_new_tokens is None else settings.max_new_tokens
+    ends = jnp.asarray(settings.ends.array())
+    return Request(of.table_on_device, sampling, ends, jnp.int32(limit), jnp.bool_(settings.logprobs))
 
 
-class _Row:
-    """The host's side of one row: its text and whether it has ended."""
-
-    def __init__(self, job: Job, ids: Sequence[int]):
-        continues = any(job.tokenizer.token_bytes(i) for i in ids)
-        self._text = TextUntilStop(job.tokenizer, job.stop, continues=continues)
-        self._ends, self._left = job.ends, int(job.request.max_new_tokens)
-        if self._left < 0:
-            self._left = _LAST_POSITION - len(ids)
-        self._seen = len(ids) - 1
-        self.finish_reason: str | None = None
-
-    def take(self, token: int, held: int, nbytes: int) -> StreamEvent:
-        """The event of one more token, after which the cache holds so many of all that it has seen."""
-        self._left -= 1
-        self._seen += 1
-        cache = CacheUse(held, self._seen, nbytes)
-        ends = self._ends.reason(token)
-        text = "" if ends == "stop" else self._text.feed(token)  # a stop token is no part of the text
-        if self._text.stopped:
-            self.finish_reason = "stop"
-        elif ends or not self._left:
-            self.finish_reason = ends or "length"
-            text += self._text.flush()
-        return StreamEvent(text, (token,), self.finish_reason, cache)
-
-
-def run(job: Job, num_steps: int) -> Iterator[tuple[int, StreamEvent]]:
+def run(
+    of: Prepared,
+    reader: Reader,
+    prompts: Sequence[Sequence[int]],
+    settings: RowSettings,
+    sampling: Sampling,
+    keys: jax.Array,
+    num_steps: int,
+) -> Iterator[tuple[int, StreamEvent]]:
     """Yields (row, event) for every token of every row, `num_steps` steps at a time on the device."""
-    rows = [_Row(job, ids) for ids in job.prompts]
-    tokens, lengths = pad_prompts(job.prompts)
-    state, steps = start(job.graph, job.params, tokens, lengths, job.keys, job.request, job.attention, **job.sizes)
-    advance = make_advance(job.graph, job.attention, num_steps)
+    rows = [
+        Row(
+            of.tokenizer,
+            settings,
+            continues=any(of.tokenizer.token_bytes(i) for i in ids),
+            has_end=reader.ends_with_positions,
+        )
+        for ids in prompts
+    ]
+    request, taken = request_of(of, settings, sampling), [len(ids) for ids in prompts]
+    state, steps = reader.read(reader.empty(keys), prompts, request, 0, settings.max_new_tokens)
+    advance = make_advance(of.graph, of.attention, num_steps)
     while True:
         steps = jax.device_get(steps)
-        yield from _events(rows, steps, state.cache.nbytes // len(rows))
+        yield from _events(rows, taken, steps, state.cache.nbytes // len(rows))
+        taken = [1] * len(rows)
         ended = np.array([row.finish_reason is not None for row in rows])
         if ended.all():
             return
-        if steps.is_full:
-            state = dataclasses.replace(state, cache=_grow(state.cache, bucket(state.cache.capacity + 1)))
-        state, steps = advance(job.step_params, state, ended, job.request)
+        if (steps.is_stuck & ~ended).any():
+            state = dataclasses.replace(state, cache=state.cache.make_room())
+        state, steps = advance(of.params, state, ended, request)
 
 
-_grow = jax.jit(SeparatorCache.grow, static_argnums=1)
-
-
-def _events(rows: Sequence[_Row], steps: Steps, nbytes: int) -> Iterator[tuple[int, StreamEvent]]:
-    for i in range(steps.token.shape[1]):
+def _events(rows: Sequence[Row], taken: Sequence[int], steps: Steps, nbytes: int) -> Iterator[tuple[int, StreamEvent]]:
+    record: Any = steps  # as NumPy arrays
+    for i in range(record.token.shape[1]):
         for b, row in enumerate(rows):
-            if row.finish_reason is None and steps.token[b, i] >= 0:
-                yield b, row.take(int(steps.token[b, i]), int(steps.held[b, i]), nbytes)
+            if row.finish_reason is None and record.token[b, i] >= 0:
+                yield (
+                    b,
+                    row.take(
+                        int(record.token[b, i]),
+                        taken=taken[b],
+                        held=int(record.held[b, i]),
+                        nbytes=nbytes,
+                        logprob=float(record.logprob[b, i]),
+                    ),
+                )

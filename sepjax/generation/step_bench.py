@@ -17,13 +17,13 @@ from absl import flags
 
 from sepjax.config import AttentionConfig, Config, ConfigError, under, validate_attention
 from sepjax.flags import run_main
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.device_loop import DecodeState, Request, make_advance
+from sepjax.generation.sampling import Sampling
 from sepjax.model.transformer import Params, abstract
 from sepjax.model.unrolled import by_layer
 from sepjax.provenance import heading, provenance
-from sepjax.sampling import Sampling
-from sepjax.generation.cache.bounded import StreamingCache
-from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.timing import time_calls
 
 _STEPS = 32  # in a call

@@ -12,10 +12,10 @@ import numpy as np
 
 from sepjax.config import Config, MeshConfig, load_config
 from sepjax.generation.device_loop import Request, make_advance, start
+from sepjax.generation.sampling import Sampling
 from sepjax.mesh_bench.training import CONFIGS
 from sepjax.model.transformer import Params, abstract, create, split
 from sepjax.model.unrolled import by_layer, working_copy
-from sepjax.sampling import Sampling
 from sepjax.sharding import make_mesh, parameter_shardings
 from sepjax.training.step import model_graph
 

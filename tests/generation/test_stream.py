@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sepjax import stream
 from sepjax.compilations import counted_compilations
 from sepjax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig
 from sepjax.data.tokenizer import train_sentencepiece
 from sepjax.files import ForeignFolder, WriteError
-from sepjax.generate import stream
-from sepjax.generation.stream import StreamStateError
 from sepjax.generation.device_loop import COUNT_WRAP
 from sepjax.generation.prompts import PromptError
 from sepjax.generation.row import RepetitionGuard
+from sepjax.generation.saved import StreamStateError
 from sepjax.hub.safetensors_file import Planned, write_safetensors
 from sepjax.model.transformer import create, merge, split
 from sepjax.separators import configured_table
@@ -230,7 +230,7 @@ def test_absolute_positions_end_with_a_word_before_they_overflow(model, tokenize
     attention = dataclasses.replace(ATTENTION, stream_positions="absolute")
     events = stream(model, tokenizer, "The cat", attention=attention, stop_at_eos=False)
     take(events, 3)
-    events._seen = 2**31 - 2
+    events._row.seen = 2**31 - 2
     next(events)
     with pytest.raises(ConfigError, match=r'use "slot" for streams without end'):
         next(events)
@@ -272,8 +272,6 @@ def test_repetition_ends_a_turn_and_the_next_begins_afresh(model, tokenizer):
 
 
 def test_mistakes_are_named_at_once(model, tokenizer):
-    with pytest.raises(ConfigError, match="bounded=True"):
-        stream(model, tokenizer, max_new_tokens=3)
     with pytest.raises(ConfigError, match=r"cache_size=2000000000 asks for a cache of .* GiB of memory"):
         stream(model, tokenizer, "a", attention=dataclasses.replace(ATTENTION, cache_size=2 * 10**9))
     with pytest.raises(ConfigError, match=r"attention.cache_size=999999999999 is out of range"):

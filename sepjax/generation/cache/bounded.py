@@ -8,7 +8,7 @@ A row holds, in this logical order, its sinks, the newest s separators that left
 
 When more than c entries are held, the row *compacts*: of the past window only separators stay, which move to theirs.
 With the pattern "watched" the second zone holds other tokens, by other rules: `sepjax.generation.cache.watched`.
-Between two compactions a row only grows, so all tokens up to the next one run in one pass (`sepjax.generation.cache.bounded_pass`).
+Between two compactions a row only grows, so all tokens up to the next one run in one pass (`bounded_pass.py`).
 
 Entry k has position k and the query after L entries position L: a key would have to be rotated anew whenever entries
 before it go. But within a zone distances never change. So a key is rotated once, by a position of its zone's own
@@ -26,15 +26,17 @@ ring's size, once in thousands of tokens.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sepjax.array_typing import Array, Bool, Float, Int32
-from sepjax.config import ModelConfig
-from sepjax.model.rope import rope_frequencies, rotate
+from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.generation.cache.bounded_pass import stream_pass
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.cache.watched import keep_best, seen_by
+from sepjax.model.rope import rope_frequencies, rotate
 
 # All layers in one array, for scans over layers; or an array each, which steps of one token read without a copy.
 type Layers = Float[jax.Array, "L B K C H"] | tuple[Float[jax.Array, "B K C H"], ...]
@@ -120,6 +122,44 @@ class StreamingCache:
         if self.sizes.watch:
             return self.num_recent >= self.sizes.ring_limit
         return self.held() > self.sizes.cache_size
+
+    def is_stuck(self) -> Bool[jax.Array, "B"]:
+        """Rows that have lost a separator though none is to be lost (`keep_all_separators`)."""
+        return (self.dropped > 0) & (not self.sizes.drops_separators)
+
+    def make_room(self) -> "StreamingCache":
+        """Raises ConfigError: the settings bound it."""
+        raise ConfigError(
+            f"the cache has no room for another separator: with keep_all_separators, cache_size="
+            f"{self.sizes.cache_size} holds {self.sizes.max_separators}; raise it or let the oldest go"
+        )
+
+    def take_up(
+        self, model: Any, tokens: Tokens, counts: Int32[Array, "B"], table: Bool[Array, "_"], attention: AttentionConfig
+    ) -> tuple[Float[jax.Array, "B T D"], "StreamingCache"]:
+        """See `sepjax.generation.cache.protocol.Cache.take_up` and `stream_pass`."""
+        return stream_pass(model, self, tokens, counts, table, attention)
+
+    def row(self, i: Int32[Array, ""]) -> "StreamingCache":
+        """Row i as a cache of its own."""
+        return self._on_rows(lambda x, axis: jax.lax.dynamic_slice_in_dim(x, i, 1, axis))
+
+    def with_row(self, i: Int32[Array, ""], row: "StreamingCache") -> "StreamingCache":
+        """The same with row i as `row`, a cache of one row, has it."""
+
+        def put(x: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, new, i, axis)
+
+        return self._on_rows(put, row)
+
+    def _on_rows(self, f: Callable[..., jax.Array], *others: "StreamingCache") -> "StreamingCache":
+        """`f` of every array (and of the others' same array) and the number of its axis B."""
+
+        def on(path: tuple, x: jax.Array, *same: jax.Array) -> jax.Array:
+            stacked = path[0].name == "scores" or x.ndim == 5
+            return f(x, *same, int(stacked))
+
+        return jax.tree_util.tree_map_with_path(on, self, *others)
 
     def reset(self, rows: Bool[Array, "B"]) -> "StreamingCache":
         """The same with `rows` empty, as for a new document. Keys and values stay, where nothing sees them."""

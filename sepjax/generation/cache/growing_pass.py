@@ -1,116 +1,85 @@
-"""Generation on the device: a prompt fills the cache, then one step a token.
+"""The forward pass over a run of tokens and a growing cache: one token or many, with the same result.
 
-    prefill   the prompts in one pass, with the layout and attention of training   -> logits of the next token, cache
-    decode_step   one token of every row against the cache                         -> logits of the next token, cache
-
-A decode step's attention is the last row of the training mask (METHOD section 3), so both give the same scores.
+A token sees the slots that the last row of the training mask shows it (METHOD section 3), and itself; of a run of
+tokens each sees those before it besides. What a run pushes out of the ring goes after the pass: the cache as it was
+before has all that any of them sees.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
-from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.config import AttentionConfig, ModelConfig, layer_windows, sees_kept
-from sepjax.model.attend import run_rows
 from sepjax.model.gate import needs_gate
 from sepjax.model.layers import once
 from sepjax.model.rope import rope_table, rotate
-from sepjax.model.transformer import Params
-from sepjax.model.unrolled import runner
 from sepjax.separators import flag_separators
-from sepjax.generation.cache.bounded import StreamingCache
-from sepjax.generation.cache.bounded_pass import stream_pass
+
+if TYPE_CHECKING:
+    from sepjax.generation.cache.growing import SeparatorCache
+
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def prefill(
-    graph: nnx.GraphDef,
-    params: Params,
+def growing_pass(
+    model: Any,
+    cache: "SeparatorCache",
     tokens: Tokens,
-    lengths: Int32[Array, "B"],
+    counts: Int32[Array, "B"],
     table: Bool[Array, "_"],
     attention: AttentionConfig,
-    *,
-    window_size: int,
-    capacity: int,
-) -> tuple[Float[jax.Array, "B V"], SeparatorCache]:
-    """Runs right-padded prompts, each row one document.
+) -> tuple[Float[jax.Array, "B T D"], "SeparatorCache"]:
+    """See `sepjax.generation.cache.protocol.Cache.take_up`.
 
-    Args:
-      graph: from `sepjax.model.transformer.split`.
-      params: the parameters that came with it, or those of `sepjax.model.unrolled.by_layer`.
-      tokens: int32[B, T], any ids beyond a row's length.
-      lengths: tokens of each prompt, 1 to T.
-      table: bool over the vocabulary, from `sepjax.separators.configured_table`.
-      attention: the pattern.
-      window_size: W of the cache: the largest window of any layer, or a length that no row will pass.
-      capacity: S of the cache, at least the sinks and separators before any row's last W tokens.
-
-    Returns:
-      float32 scores of the token after each prompt, and the cache.
+    With a gate a run is read token by token: what a token sees depends on the scores of those just before it.
     """
-    model = runner(graph, params, scan=True)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    is_separator = flag_separators(tokens, positions, table, attention)
-    segment_ids = None  # the padding comes last, where causality alone hides it
-    if attention.pattern != "dense":
-        segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-    rows = run_rows(model, tokens, positions, is_separator, segment_ids, attention, keep_keys=True)
-    is_global, scores = _is_global(tokens, positions, table, attention), rows.scores
-    sizes = {"window_size": window_size, "capacity": capacity}
-    if scores is not None:
-        scores = jnp.where(is_global, -jnp.inf, scores)
-        is_global |= rows.is_separator
-        sizes |= {"stretch": attention.gate_stretch, "keep": attention.gate_keep}
-    k, v = rows.keys
-    cache = SeparatorCache.from_prompt(k, v, is_global, lengths, scores, **sizes)
-    return model.logits(rows.hidden[jnp.arange(len(lengths)), lengths - 1]), cache
+    if tokens.shape[1] == 1:
+        return _one_token(model, cache, tokens, counts > 0, table, attention)
+    if attention.pattern == "gated":
+        return _one_by_one(model, cache, tokens, counts, table, attention)
+    positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    is_global = is_global_token(tokens, positions, table, attention)
+    inputs = (*_what_layers_see(attention, model.config.num_layers, cache.window_size), cache.k, cache.v)
+    attend = _attend_run(model.config, cache, positions, is_global)
+    if model.config.position_embedding == "learned":  # of what stands beyond the counts there may be none
+        positions = jnp.minimum(positions, model.config.max_positions - 1)
+    hidden, (k, v) = model(tokens, positions, attend, inputs)
+    return hidden, cache.append_run(k, v, is_global, counts)
 
 
-def decode_step(
-    graph: nnx.GraphDef,
-    params: Params,
-    cache: SeparatorCache,
-    tokens: Int32[Array, "B"],
-    table: Bool[Array, "_"],
-    attention: AttentionConfig,
-    active: Bool[Array, "B"] | None = None,
-) -> tuple[Float[jax.Array, "B V"], SeparatorCache]:
-    """Runs the next token of every row and appends it to the cache.
+def _one_by_one(
+    model: Any, cache: "SeparatorCache", tokens: Array, counts: Array, table: Array, attention: AttentionConfig
+) -> tuple[jax.Array, "SeparatorCache"]:
+    def step(cache: "SeparatorCache", i: jax.Array) -> tuple["SeparatorCache", jax.Array]:
+        token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
+        hidden, cache = _one_token(model, cache, token, counts > i, table, attention)
+        return cache, hidden[:, 0]
 
-    Args:
-      graph: from `sepjax.model.transformer.split`.
-      params: the parameters that came with it, or those of `sepjax.model.unrolled.by_layer`.
-      cache: what came before. Donate it where this is jitted.
-      tokens: one token a row.
-      table: as for `prefill`.
-      attention: as for `prefill`.
-      active: rows that the cache shall take up, the others stay as they are and their scores mean nothing; None: all.
+    cache, hidden = jax.lax.scan(step, cache, jnp.arange(tokens.shape[1]))
+    return jnp.swapaxes(hidden, 0, 1), cache
 
-    Returns:
-      float32 scores of the token after this one, and the cache with this one. `SeparatorCache.append` says what
-      happens to a full row.
-    """
-    model = runner(graph, params)
+
+def _one_token(
+    model: Any, cache: "SeparatorCache", tokens: Array, active: Array, table: Array, attention: AttentionConfig
+) -> tuple[jax.Array, "SeparatorCache"]:
     positions = cache.length[:, None]
     inputs = (*_what_layers_see(attention, model.config.num_layers, cache.window_size), cache.k, cache.v)
-    is_global, score = _is_global(tokens, cache.length, table, attention), None
+    is_global, score = is_global_token(tokens[:, 0], cache.length, table, attention), None
     attend = _attend_cache(model.config, cache)
     if attention.pattern == "gated":
         gate, g = needs_gate(model, attention), attention.gate_layer
-        x = model.embed(tokens[:, None], positions)
+        x = model.embed(tokens, positions)
         x, below = model.run_layers(x, attend, inputs, 0, g)
         score = jnp.where(is_global, -jnp.inf, gate(x)[:, 0])
         x, keys = model.run_layers(x, attend, inputs, g)
         hidden, (k, v) = model.final_norm(x), keys if g == 0 else jax.tree.map(_joined, below, keys)
     else:
-        hidden, (k, v) = model(tokens[:, None], positions, attend, inputs)
-    return model.logits(hidden[:, 0]), cache.append(k[:, :, 0], v[:, :, 0], is_global, active, score)
+        hidden, (k, v) = model(tokens, positions, attend, inputs)
+    return hidden, cache.append(k[:, :, 0], v[:, :, 0], is_global, active, score)
 
 
 def _what_layers_see(attention: AttentionConfig, num_layers: int, window_size: int) -> tuple[jax.Array, jax.Array]:
@@ -124,29 +93,14 @@ def _joined(below: jax.Array, above: jax.Array) -> jax.Array:
     return jnp.concatenate([below, above])
 
 
-def stream_step(
-    graph: nnx.GraphDef,
-    params: Params,
-    cache: StreamingCache,
-    tokens: Int32[Array, "B"],
-    table: Bool[Array, "_"],
-    attention: AttentionConfig,
-    active: Bool[Array, "B"],
-) -> tuple[Float[jax.Array, "B V"], StreamingCache]:
-    """`decode_step` over a bounded cache, which is compacted where that is due. See there for the arguments."""
-    model = runner(graph, params)
-    hidden, cache = stream_pass(model, cache, tokens[:, None], active.astype(jnp.int32), table, attention)
-    return model.logits(hidden[:, 0]), cache.compact()
-
-
-def _is_global(tokens: Array, positions: Array, table: Array, attention: AttentionConfig) -> jax.Array:
+def is_global_token(tokens: Array, positions: Array, table: Array, attention: AttentionConfig) -> jax.Array:
     """Which tokens stay visible for ever. A dense pattern evicts nothing, so it needs none."""
     if attention.pattern == "dense":
         return jnp.zeros(tokens.shape, bool)
     return flag_separators(tokens, positions, table, attention) | (positions < attention.num_sinks)
 
 
-def _attend_cache(config: ModelConfig, cache: SeparatorCache) -> Callable[..., tuple[jax.Array, Any]]:
+def _attend_cache(config: ModelConfig, cache: "SeparatorCache") -> Callable[..., tuple[jax.Array, Any]]:
     """Attention of one token a row over the slots it sees and itself; returns its rotated key and its value.
 
     The layers only read the cache: the new keys of all of them are written at once, in place, by `append`. (Written in
@@ -167,6 +121,34 @@ def _attend_cache(config: ModelConfig, cache: SeparatorCache) -> Callable[..., t
     return attend
 
 
+def _attend_run(
+    config: ModelConfig, cache: "SeparatorCache", positions: Int32[Array, "B T"], is_global: Bool[Array, "B T"]
+) -> Callable[..., tuple[jax.Array, Any]]:
+    """Attention of a run of tokens a row over the slots and one another; an `Attend`, as `_attend_cache` is."""
+    uses_rope = config.position_embedding == "rope"
+    angles = rope_table(positions, config.rope, config.head_dim) if uses_rope else None
+    of_keys = jnp.concatenate([cache.position, positions], axis=1)[:, None]
+    distance = positions[..., None] - of_keys
+    stays = jnp.concatenate([cache.is_global, is_global], axis=1)[:, None]
+    is_there = (of_keys >= 0) & (distance >= 0)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        window, num_sinks, k_cache, v_cache = layer
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        keys, values = (
+            jnp.concatenate([x, jnp.swapaxes(new, 1, 2)], axis=2) for x, new in ((k_cache, k), (v_cache, v))
+        )
+        visible = is_there & ((stays & (of_keys < num_sinks)) | (distance < window))
+        grouped = q.reshape(*q.shape[:2], config.num_kv_heads, -1, q.shape[-1])
+        scores = _einsum("BTKGH,BKSH->BKGTS", grouped, keys) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+        out = _einsum("BKGTS,BKSH->BTKGH", weights.astype(v.dtype), values)
+        return out.astype(v.dtype).reshape(q.shape), (k, v)
+
+    return attend
+
+
 def _attend_slots(
     q: Float[jax.Array, "B K G H"],
     k: Float[jax.Array, "B K H"],
@@ -176,9 +158,8 @@ def _attend_slots(
     visible: Bool[jax.Array, "B C"],
 ) -> Float[jax.Array, "B K G H"]:
     """Attention of G queries a key head over the visible slots and the token's own key; scores, softmax in float32."""
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], einsum("BKGH,BKCH->BKGC", q, k_cache), -jnp.inf)
-    own = einsum("BKGH,BKH->BKG", q, k)[..., None]
+    scores = jnp.where(visible[:, None, None], _einsum("BKGH,BKCH->BKGC", q, k_cache), -jnp.inf)
+    own = _einsum("BKGH,BKH->BKG", q, k)[..., None]
     weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * q.shape[-1] ** -0.5, axis=-1)
-    out = einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
+    out = _einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
     return out + weights[..., -1:] * v[:, :, None]

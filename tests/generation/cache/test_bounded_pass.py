@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from sepjax.config import AttentionConfig, ModelConfig, RopeConfig
-from sepjax.model.rope import rope_table, rotate
-from sepjax.model.transformer import create, merge, split
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.bounded_pass import stream_pass
 from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.model.rope import rope_table, rotate
+from sepjax.model.transformer import create, merge, split
 from tests.generation.cache.common import ListStream
 
 V, T = 37, 90

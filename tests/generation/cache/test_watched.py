@@ -18,11 +18,11 @@ from sepjax.config import (
     validate_attention,
 )
 from sepjax.config import Config as RunConfig
-from sepjax.model.rope import rope_table, rotate
-from sepjax.model.transformer import merge
 from sepjax.generation.cache import watched
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.model.rope import rope_table, rotate
+from sepjax.model.transformer import merge
 from tests.generation.cache.test_bounded_pass import LLAMA, T, V, model_of, streamed_logits
 
 WATCHED = AttentionConfig(
