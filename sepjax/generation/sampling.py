@@ -46,8 +46,12 @@ class Sampling:
         return cls(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
 
     @classmethod
-    def of_rows(cls, rows: "Sequence[Sampling]") -> "Sampling":
-        """Each row its own way."""
+    def of_rows(cls, rows: "Sequence[Sampling]", num_rows: int) -> "Sampling":
+        """Each row its own way. Raises ConfigError where there are not as many as rows."""
+        if len(rows) != num_rows:
+            raise ConfigError(
+                f"sampling must be one or one a prompt: got {len(rows)} ways to draw for {num_rows} prompts"
+            )
         return jax.tree.map(lambda *x: jnp.stack(x), *rows)
 
 

@@ -97,7 +97,7 @@ class Slots:
     def _empty(self, rows: int) -> Rows:
         state = self._reader.empty(row_keys(0, rows))
         cache: Any = state.cache
-        sampling = Sampling.of_rows([Sampling.create()] * rows)
+        sampling = Sampling.of_rows([Sampling.create()] * rows, rows)
         none = jnp.full((rows, _ENDS), -1, jnp.int32)
         wishes = Wishes(sampling, none, jnp.full(rows, -1, jnp.int32), jnp.zeros(rows, bool))
         return Rows(cache, state.token, state.count, jnp.ones(rows, bool), state.key, wishes)
@@ -165,7 +165,7 @@ class Slots:
         ends[0, : len(known)] = known
         # How long a row may get the host knows: a row that goes on somewhere else has drawn before.
         never, asks = np.full(1, -1, np.int32), np.array([settings.logprobs])
-        sampling = Sampling.of_rows([sampling or Sampling.create()])
+        sampling = Sampling.of_rows([sampling or Sampling.create()], 1)
         return Wishes(sampling, *jax.device_put((ends, never, asks)))
 
     def cancel(self, number: int) -> None:
