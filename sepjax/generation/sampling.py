@@ -49,9 +49,7 @@ class Sampling:
     def of_rows(cls, rows: "Sequence[Sampling]", num_rows: int) -> "Sampling":
         """Each row its own way. Raises ConfigError where there are not as many as rows."""
         if len(rows) != num_rows:
-            raise ConfigError(
-                f"sampling must be one or one a prompt: got {len(rows)} ways to draw for {num_rows} prompts"
-            )
+            raise ConfigError(f"sampling must be one, or one a prompt: got {len(rows)} for {num_rows} prompts")
         return jax.tree.map(lambda *x: jnp.stack(x), *rows)
 
 

@@ -166,18 +166,6 @@ class StreamingCache:
         names = [field.name for field in dataclasses.fields(self)][3:-2]
         return dataclasses.replace(self, **{name: jnp.where(rows, 0, getattr(self, name)) for name in names})
 
-    def by_layer(self) -> "StreamingCache":
-        """The same with an array for each layer: a copy, unless it is so already."""
-        if isinstance(self.k, tuple):
-            return self
-        return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
-
-    def stacked(self) -> "StreamingCache":
-        """The same with all layers in one array: a copy, unless it is so already."""
-        if not isinstance(self.k, tuple):
-            return self
-        return dataclasses.replace(self, k=jnp.stack(self.k), v=jnp.stack(self.v))
-
     @staticmethod
     def in_each_layer(f: Callable[..., jax.Array], x: Layers, *others: jax.Array) -> Layers:
         """`f` of keys or values and of others [L, ...]: of all layers at once, or of each."""
