@@ -32,13 +32,13 @@ MAY_IMPORT = {
     "console": set(),
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"} | BENCH,
-    "cache": BASE | {"separators", "layout", "sharding", "attention"},
     "flags": {"config", "interrupt", "separators"},
     "data": BASE | {"separators", "layout", "sharding", "interrupt"} | BENCH,
-    "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
-    "training": BASE
-    | {"separators", "layout", "sharding", "attention", "cache", "data", "model", "flops", "console"}
+    "model": BASE | {"separators", "layout", "sharding", "attention"},
+    "generation": BASE
+    | {"separators", "layout", "sharding", "attention", "data", "model", "hub", "console", "interrupt", "checkpoint"}
     | BENCH,
+    "training": BASE | {"separators", "layout", "sharding", "attention", "data", "model", "flops", "console"} | BENCH,
 }
 
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib", "tensorflow", "torch"}
