@@ -41,7 +41,7 @@ class Wishes:
 
     def request(self, table: Bool[Array, "_"]) -> Request:
         """The rows' `Request`."""
-        return Request(table, self.sampling, self.end_tokens, self.max_new_tokens, self.logprobs)
+        return Request(jnp.asarray(table), self.sampling, self.end_tokens, self.max_new_tokens, self.logprobs)
 
 
 @jax.tree_util.register_dataclass
