@@ -60,7 +60,7 @@ class SlotRequest:
     keep: bool = False  # whether the row can still be saved once it has ended
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Slot:
     """A request that waits for a row, or has one."""
 
@@ -169,7 +169,8 @@ class Slots:
         return Wishes(sampling, *jax.device_put((ends, never, asks)))
 
     def cancel(self, number: int) -> None:
-        """Ends a request: it has no more events, and its row is free at the next step. Others are left alone."""
+        """Ends a request: it has no more events, and its row is free at the next step. What was kept is dropped."""
+        self._kept.pop(number, None)
         slot = self._known.get(number)
         if slot is not None:
             slot.is_cancelled = True
@@ -226,9 +227,10 @@ class Slots:
         for i, slot in enumerate(self._slots):
             if slot is not None and slot.is_cancelled:
                 self._free(i, slot)
-        for slot in [slot for slot in self._waiting if slot.is_cancelled]:
-            self._waiting.remove(slot)
-            self._known.pop(slot.number)
+        for slot in list(self._waiting):
+            if slot.is_cancelled:
+                self._waiting.remove(slot)
+                self._known.pop(slot.number)
 
     def _free(self, i: int, slot: _Slot) -> None:
         if slot.request.keep:

@@ -11,40 +11,33 @@ import pytest
 
 from sepjax import stream
 from sepjax.compilations import counted_compilations
-from sepjax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig
-from sepjax.data.tokenizer import train_sentencepiece
+from sepjax.config import AttentionConfig, ConfigError, MeshConfig
 from sepjax.files import ForeignFolder, WriteError
 from sepjax.generation.device_loop import COUNT_WRAP
 from sepjax.generation.prompts import PromptError
 from sepjax.generation.row import RepetitionGuard
 from sepjax.generation.saved import StreamStateError
 from sepjax.hub.safetensors_file import Planned, write_safetensors
-from sepjax.model.transformer import create, merge, split
+from sepjax.model.transformer import merge, split
 from sepjax.separators import configured_table
 from sepjax.sharding import make_mesh, parameter_shardings
 from tests.generation.cache.common import ListStream
 from tests.generation.cache.test_bounded_pass import list_step
+from tests.generation.tiny import ATTENTION, SHAPE, tiny_model, tiny_tokenizer
+from tests.generation.tiny import LONG as PROMPT
 
-TEXTS = ["The cat sat on the mat, and looked.", "Où est-il? It ran away!", "One; two: three. Four, five."] * 3
-SHAPE = ModelConfig(vocab_size=320, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
-ATTENTION = AttentionConfig(num_sinks=2, max_separators=3, window_size=6, cache_size=20)
 WATCHED = AttentionConfig(pattern="watched", num_sinks=2, max_separators=5, window_size=8, cache_size=20, watch_after=2)
-PROMPT = "One; two: three. Four, five. The cat sat on the mat, and looked. Où est-il?"
 HOT = {"temperature": 1.5, "seed": 3, "stop_at_eos": False}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_sentencepiece(TEXTS, 300)
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model():
-    """A random model whose attention matters, and that seldom spells in bytes."""
-    graph, params = split(create(SHAPE, ATTENTION, jax.random.key(3)))
-    params = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
-    params["embedding"]["embedding"] = params["embedding"]["embedding"].at[3:259].multiply(0.3)
-    return merge(graph, params)
+    return tiny_model()
 
 
 def ids_of(events):
