@@ -6,14 +6,24 @@ TYPE_CHECKING = False  # as type checkers know it; `typing` itself takes a while
 if TYPE_CHECKING:
     from typing import Any
 
-    from sepjax.generate import generate, stream
+    from sepjax.generation.api import generate, stream
+    from sepjax.generation.engine import Generator
+    from sepjax.generation.sampling import Sampling
+    from sepjax.generation.slots import SlotRequest
     from sepjax.loading import load
 
-__all__ = ["__version__", "generate", "load", "stream"]
+__all__ = ["Generator", "Sampling", "SlotRequest", "__version__", "generate", "load", "stream"]
 
 __version__ = "0.1.0"
 
-_HOMES = {"generate": "sepjax.generate", "stream": "sepjax.generate", "load": "sepjax.loading"}
+_HOMES = {
+    "Generator": "sepjax.generation.engine",
+    "Sampling": "sepjax.generation.sampling",
+    "SlotRequest": "sepjax.generation.slots",
+    "generate": "sepjax.generation.api",
+    "load": "sepjax.loading",
+    "stream": "sepjax.generation.api",
+}
 
 
 def _is_program(arguments: list[str]) -> bool:

@@ -1,44 +1,37 @@
-"""Text from a model: `generate` for whole answers, `stream` for text as it comes, and a command line.
+"""The command line of `sepjax.generate` and `sepjax.stream`, which are in `sepjax.generation.api`.
 
-    model, tokenizer = sepjax.load("runs/tiny")
-    sepjax.generate(model, tokenizer, ["The function", "A list"], max_new_tokens=64)[0].text
-
-    python -m sepjax.generate --workdir=runs/tiny --prompt="The function" [--temperature=0.8 --seed=1 ...]
-    python -m sepjax.generate --workdir=runs/tiny --prompt="The function" --stream    without end, in constant memory
-    python -m sepjax.generate --model=smollm2-135m --chat                             in turns, over one bounded cache
-
-Both drive the same compiled steps (`sepjax.generation.loop`) and give the same tokens. A row of a batch is what it
-would be alone: padding, neighbours and growing caches change none of its tokens.
+python -m sepjax.generate --workdir=runs/tiny --prompt="The function" [--temperature=0.8 --seed=1 ...]
+python -m sepjax.generate --workdir=runs/tiny --prompt="The function" --stream    without end, in constant memory
+python -m sepjax.generate --model=smollm2-135m --chat                             in turns, over one bounded cache
 """
 
 import dataclasses
 import itertools
-import os
 import sys
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from sepjax.cache import bucket
 from sepjax.config import BOUNDED_PATTERNS, AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.flags import one_of_two, run_main, whole_numbers
 from sepjax.generation import limits, saved
+from sepjax.generation.api import generate, stream
+from sepjax.generation.batch import Generation
 from sepjax.generation.chat import chat, interrupt_flag
 from sepjax.generation.conversation import conversation_of
-from sepjax.generation.driver import CacheUse, Job, StreamEvent, run
-from sepjax.generation.endless import EndlessStream
 from sepjax.generation.jobs import JOBS, check_sense, job_of
-from sepjax.generation.prompts import Prompt, PromptError, choose_sampling, encode_prompts
+from sepjax.generation.prompts import Prompt, PromptError, encode_prompts
+from sepjax.generation.row import CacheUse
+from sepjax.generation.stream import Stream
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import load, locate
 from sepjax.model.transformer import Transformer
 
-_STEPS_BETWEEN_STOP_CHECKS = 32
 _WHY = {  # a text of one prompt ended
     "stop": "a --stop text came",
     "eos": "the model ended it",
@@ -47,150 +40,7 @@ _WHY = {  # a text of one prompt ended
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """The answer to one prompt."""
-
-    text: str  # after the prompt, up to the stop string
-    token_ids: tuple[int, ...]  # all that were drawn: the end-of-text token or those of the stop string included
-    finish_reason: str  # "stop" | "eos" | "length"
-    prompt_tokens: int  # BOS included
-    cache: CacheUse  # at the last token
-
-    @property
-    def kv_kept(self) -> float:
-        """Share of the tokens seen that the cache still held at the end."""
-        return self.cache.kv_kept
-
-
-def generate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: str | Sequence[Prompt],
-    *,
-    max_new_tokens: int = 128,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    sampling_defaults: bool = False,
-    seed: int | Sequence[int] = 0,
-    stop: str | Sequence[str] = (),
-    stop_token_ids: Sequence[int] = (),
-    stop_at_eos: bool = True,
-    control_tokens: bool = True,
-    attention: AttentionConfig | None = None,
-) -> list[Generation]:
-    """Continues prompts, all in one batch; returns an answer to each.
-
-    Args:
-      model: from `sepjax.load`.
-      tokenizer: the model's.
-      prompts: one text, or a list whose items are texts (BOS goes in front where the model's own tokenizer puts it,
-        unless the text begins with it) or token ids.
-      max_new_tokens: tokens after which an answer ends.
-      temperature: 0, the default, always takes the best token; above, `top_k`, `top_p` and `min_p` say what to draw
-        from (`sepjax.sampling`).
-      top_k: the k best tokens; 0, the default: all.
-      top_p: the fewest tokens that together reach this probability; default: 1, all.
-      min_p: tokens at least so many times as probable as the best; default: 0, all.
-      sampling_defaults: whether those of the four that are not given are as in the model's generation_config.json.
-      seed: of the draws; one a prompt makes each answer independent of its place in the list.
-      stop: texts that end an answer, and are no part of it.
-      stop_token_ids: tokens that end an answer, and are no part of its text; control tokens too.
-      stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
-      control_tokens: whether names of control tokens in the prompts' texts are these tokens; False: plain text.
-      attention: another pattern than the model was trained with.
-
-    Raises:
-      ConfigError: settings out of range or impossible together.
-      PromptError: a prompt without tokens, or with ids that are none.
-      TypeError: prompts or stop strings that are no text.
-    """
-    job = Job.create(
-        model, tokenizer, prompts, max_new_tokens,
-        choose_sampling(
-            tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-        ),
-        seed, stop, stop_at_eos, attention, stop_token_ids, control_tokens,
-    )  # fmt: skip
-    answers: list[list[StreamEvent]] = [[] for _ in job.prompts]
-    for row, event in run(job, _STEPS_BETWEEN_STOP_CHECKS if job.stop else bucket(max_new_tokens)):
-        answers[row].append(event)
-    return [_join(ids, events) for ids, events in zip(job.prompts, answers, strict=True)]
-
-
-def stream(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: Prompt | None = None,
-    *,
-    max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    sampling_defaults: bool = False,
-    seed: int = 0,
-    stop: str | Sequence[str] = (),
-    stop_token_ids: Sequence[int] = (),
-    stop_at_eos: bool = True,
-    control_tokens: bool = True,
-    attention: AttentionConfig | None = None,
-    bounded: bool | None = None,
-    max_repeats: int = 0,
-    resume: str | os.PathLike[str] | None = None,
-) -> Iterator[StreamEvent]:
-    """Continues one prompt, an event a token.
-
-    With `max_new_tokens` the texts of all events join to what `generate` answers. Without, the stream has no end (with
-    `stop_at_eos=False` not even at an end of text) and runs over a bounded cache: at most `attention.cache_size`
-    entries, whatever the length of prompt and text (docs/streaming.md).
-
-    Args:
-      model: from `sepjax.load`.
-      tokenizer: the model's.
-      prompt: a text or token ids; None: nothing yet, for a bounded stream that is resumed or fed later.
-      bounded: whether to use the bounded cache; None: where there is no `max_new_tokens`. A bounded stream is an
-        `EndlessStream`: it takes further input with `feed` and goes to disk with `save`.
-      max_repeats: ends a bounded stream ("repetition") once it has repeated the same run of tokens more often in a
-        row; 0: never.
-      resume: folder of a bounded stream that was saved; it goes on there, token for token.
-
-    The other arguments and errors are those of `generate`; errors come from this call, not from the first event.
-    """
-    sampling = choose_sampling(
-        tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    )
-    if not (max_new_tokens is None if bounded is None else bounded):
-        if prompt is None or max_repeats or resume is not None:
-            raise ConfigError("a missing prompt, max_repeats and resume are for bounded streams; add bounded=True")
-        job = Job.create(
-            model, tokenizer, [prompt], max_new_tokens, sampling, seed, stop, stop_at_eos, attention, stop_token_ids,
-            control_tokens,
-        )  # fmt: skip
-        return (event for _, event in run(job, 1))
-    events = EndlessStream(
-        model, tokenizer, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop,
-        stop_at_eos=stop_at_eos, stop_token_ids=stop_token_ids, control_tokens=control_tokens,
-        max_repeats=max_repeats, attention=attention,
-    )  # fmt: skip
-    if resume is not None:
-        events.restore(resume)
-    if prompt is not None:
-        events.feed(prompt)
-    return events
-
-
-def _join(prompt: Sequence[int], events: Sequence[StreamEvent]) -> Generation:
-    last = events[-1]
-    assert last.finish_reason is not None  # `run` ends when every row has
-    token_ids = tuple(i for event in events for i in event.token_ids)
-    text = "".join(event.text for event in events)
-    return Generation(text, token_ids, last.finish_reason, len(prompt), last.cache)
-
-
-def _answer_one(events: Iterator[StreamEvent], save: str = "") -> None:
+def _answer_one(events: Stream, save: str = "") -> None:
     """Prints the text as it comes; Ctrl-C ends it. A bounded stream is saved then, if asked for.
 
     Before the first token, Ctrl-C ends the program: it waits for a compilation, and there is nothing yet to keep.
@@ -205,9 +55,9 @@ def _answer_one(events: Iterator[StreamEvent], save: str = "") -> None:
             if interrupted:
                 break
     print()
-    if isinstance(events, EndlessStream) and last is not None and last.finish_reason in _WHY:
+    if events.cache_size is not None and last is not None and last.finish_reason in _WHY:
         print(f"ended: {_WHY[last.finish_reason]}", file=sys.stderr)
-    if save and isinstance(events, EndlessStream):
+    if save:
         events.save(save)
         print(f"saved in {save}; --resume={save} goes on from here", file=sys.stderr)
     if last is None:
@@ -371,7 +221,6 @@ if __name__ == "__main__":
             settings |= {"bounded": True, "max_repeats": REPEATS.value, "resume": RESUME.value}
         if CHAT.value:
             events = stream(model, tokenizer, **settings)
-            assert isinstance(events, EndlessStream)
             chat(events, tokenizer, conversation=form)
         elif len(prompts) > 1:
             _answer_all(model, tokenizer, prompts, **settings)

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 import sepjax
+from sepjax import generate, stream
 from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig
 from sepjax.data.errors import DataError
 from sepjax.data.special_tokens import SpecialTokens
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
 from sepjax.data.tokenizer_models import SentencePieceModel
-from sepjax.generate import generate, stream
-from sepjax.generation import driver
-from sepjax.generation.prompts import PromptError, check_stop, encode_prompts
+from sepjax.generation.prompts import PromptError, encode_prompts
+from sepjax.generation.row import Row, check_stop
 from sepjax.hub.gguf_file import GGUFError
 from sepjax.loading import LoadError
 from sepjax.model.attend import forward
@@ -186,8 +186,8 @@ def test_an_endless_stream_of_sinks_and_window_never_grows(model, tokenizer):
 
 def test_a_stream_over_the_growing_cache_ends_with_the_positions_that_int32_has(model, tokenizer, monkeypatch):
     prompt = tokenizer.encode("The", bos=True)
-    assert np.iinfo(np.int32).max == driver._LAST_POSITION
-    monkeypatch.setattr(driver, "_LAST_POSITION", len(prompt) + 5)
+    assert np.iinfo(np.int32).max == Row.LAST_POSITION
+    monkeypatch.setattr(Row, "LAST_POSITION", len(prompt) + 5)
     *events, last = stream(model, tokenizer, "The", stop_at_eos=False, bounded=False)
     assert (len(events), {event.finish_reason for event in events}, last.finish_reason) == (4, {None}, "length")
 

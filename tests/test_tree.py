@@ -30,11 +30,24 @@ MAY_IMPORT = {
     "console": set(),
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"},
-    "cache": BASE | {"separators", "layout", "sharding", "attention"},
     "flags": {"config", "interrupt", "separators"},
     "data": BASE | {"separators", "layout", "sharding", "interrupt"},
-    "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
-    "training": BASE | {"separators", "layout", "sharding", "attention", "cache", "data", "model", "flops", "console"},
+    "model": BASE | {"separators", "layout", "sharding", "attention"},
+    "generation": BASE
+    | {
+        "separators",
+        "layout",
+        "sharding",
+        "attention",
+        "data",
+        "model",
+        "hub",
+        "console",
+        "interrupt",
+        "run",
+        "measure",
+    },
+    "training": BASE | {"separators", "layout", "sharding", "attention", "data", "model", "flops", "console"},
     "run": BASE | {"console", "measure", "sharding", "model", "training"},
 }
 

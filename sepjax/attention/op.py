@@ -117,7 +117,7 @@ def _check(q: Queries, k: Keys, v: Keys, layout: SeparatorLayout, far_scale: Arr
     if (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
         raise ValueError(
             f"q{list(q.shape)} and k{list(k.shape)} must agree in B, T and H; queries and keys are the same tokens "
-            "(for queries after cached keys see sepjax.cache)"
+            "(for queries after cached keys see sepjax.generation.cache.growing)"
         )
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(

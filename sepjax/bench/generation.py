@@ -14,10 +14,10 @@ from typing import Any
 import jax
 from absl import flags
 
-from sepjax import generate
 from sepjax.config import Config
 from sepjax.data.tokenizer import train_sentencepiece
 from sepjax.flags import run_main
+from sepjax.generation.api import generate, stream
 from sepjax.model.transformer import create
 
 PROMPT = "The function returns a value."
@@ -32,9 +32,9 @@ def measure(config: Config, batch_sizes: Sequence[int], max_new_tokens: int) -> 
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_at_eos": False}
     speeds = {}
     for rows in batch_sizes:
-        seconds = _second_run(lambda rows=rows: generate.generate(model, tokenizer, [PROMPT] * rows, **settings))
+        seconds = _second_run(lambda rows=rows: generate(model, tokenizer, [PROMPT] * rows, **settings))
         speeds[f"generate, batch {rows}"] = rows * max_new_tokens / seconds
-    seconds = _second_run(lambda: list(generate.stream(model, tokenizer, PROMPT, **settings)))
+    seconds = _second_run(lambda: list(stream(model, tokenizer, PROMPT, **settings)))
     return speeds | {"stream, batch 1": max_new_tokens / seconds}
 
 

@@ -17,13 +17,13 @@ from absl import flags
 
 from sepjax.config import AttentionConfig, Config, ConfigError, under, validate_attention
 from sepjax.flags import run_main
-from sepjax.generation.layerwise import by_layer
-from sepjax.generation.loop import DecodeState, Request, make_advance
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.device_loop import DecodeState, Request, make_advance
+from sepjax.generation.sampling import Sampling
 from sepjax.measure import heading, provenance, time_calls
 from sepjax.model.transformer import Params, abstract
-from sepjax.sampling import Sampling
-from sepjax.streaming.cache import StreamingCache
-from sepjax.streaming.sizes import StreamSizes
+from sepjax.model.unrolled import by_layer
 
 _STEPS = 32  # in a call
 _SPARE = 0.06  # of the memory, for what a step computes

@@ -21,6 +21,7 @@ import sepjax
 from sepjax.config import PATTERNS, AttentionConfig, ConfigError, UserError, nearest, under, validate_attention
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.scoring import Continuation, score_continuations
+from sepjax.generation.engine import Generator
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.model.transformer import Transformer
 
@@ -99,6 +100,7 @@ class SepjaxLM(TemplateLM):
             model, tokenizer = sepjax.load(path)
         self._model, self._tokenizer, self._chat_template = model, tokenizer, chat_template
         self.attention = _changed(attention or model.attention, pattern, window_size, model.config.num_layers)
+        self._engine = Generator(model, tokenizer, self.attention)
         self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 64
         self._batch_tokens = batch_tokens
         self._encoded = {} if encoded is None else encoded
@@ -217,9 +219,8 @@ class SepjaxLM(TemplateLM):
             for first in range(0, len(ordered), self._batch_size):
                 batch = ordered[first : first + self._batch_size]
                 filled = [*batch, *batch[-1:] * (min(self._batch_size, len(ordered)) - len(batch))]
-                found = sepjax.generate(
-                    self._model, self._tokenizer, [ids[i] for i in filled],
-                    max_new_tokens=most, stop=list(stop), attention=self.attention,
+                found = self._engine.generate(
+                    [ids[i] for i in filled], max_new_tokens=most, stop=list(stop)
                 )  # fmt: skip
                 for i, answer in zip(batch, found, strict=False):
                     answers[i] = answer.text

@@ -20,9 +20,9 @@ from sepjax.array_typing import Float, Int32
 from sepjax.config import AttentionConfig, UserError, with_own_window
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.token_loss import token_nll
-from sepjax.generation.weights import working_copy
 from sepjax.model.attend import layer_kinds, layer_layouts, run_rows
 from sepjax.model.transformer import Transformer, merge, split
+from sepjax.model.unrolled import working_copy
 from sepjax.separators import configured_table, flag_separators, warn_of_few_in
 
 

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepjax.cache import bucket
 from sepjax.config import AttentionConfig, UserError, validate_attention, with_own_window
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.generation.cache.sizes import bucket
 from sepjax.generation.prompts import check_vocabulary
-from sepjax.generation.weights import working_copy
 from sepjax.layout import SeparatorLayout
 from sepjax.model.attend import layer_layouts, run_rows
 from sepjax.model.transformer import Transformer, merge, split
+from sepjax.model.unrolled import working_copy
 from sepjax.separators import configured_table, flag_separators
 
 _CHUNK = 512  # scored tokens whose logits exist at once
@@ -78,7 +78,7 @@ def score_continuations(
     """
     attention = with_own_window(attention or model.attention, model.config)
     validate_attention(attention, model.config.num_layers)
-    check_vocabulary(model, tokenizer)
+    check_vocabulary(model.config, tokenizer)
     inputs = _inputs(requests, max_length or model.config.max_positions)
     if not inputs:
         return []

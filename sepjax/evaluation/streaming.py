@@ -2,8 +2,8 @@
 
 Every token but BOS is scored, given what the cache holds when it comes. Rows of a batch are lanes with one document
 after the other (`documents.Lanes`), each into an emptied cache; a pass takes every row to its next compaction, which
-gives what token by token would give (`sepjax.streaming`). The whole of it runs on the device, which hands back the loss
-of every token; `sepjax.evaluation.slices` tells what these were told from.
+gives what token by token would give (`sepjax.generation.cache`). The whole of it runs on the device, which hands back
+the loss of every token; `sepjax.evaluation.slices` tells what these were told from.
 """
 
 import dataclasses
@@ -25,15 +25,14 @@ from sepjax.evaluation.compare import baseline_index, references
 from sepjax.evaluation.documents import Document, Lanes, StreamError
 from sepjax.evaluation.slices import EDGES, ScoredTokens, Slice, by_position, sliced
 from sepjax.evaluation.token_loss import token_nll
-from sepjax.generation.layerwise import Layerwise, by_layer, runner
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.bounded_pass import stream_pass
+from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.limits import check_cache
-from sepjax.generation.weights import working_copy
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import Transformer, split
+from sepjax.model.unrolled import Layerwise, by_layer, runner, working_copy
 from sepjax.separators import configured_table, warn_of_few_in
-from sepjax.streaming.cache import StreamingCache
-from sepjax.streaming.forward import stream_pass
-from sepjax.streaming.sizes import StreamSizes
 
 _SHORT = 64  # tokens of a row in a pass, up to which layers are not scanned
 _PASSES = 64  # on the device between two looks of the host

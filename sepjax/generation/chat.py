@@ -1,6 +1,6 @@
 """Conversations: the loop over a terminal. Their form is in `sepjax.generation.conversation`.
 
-A conversation is one stream over a bounded cache (`sepjax.generation.endless`): each turn adds its own tokens, nothing
+A conversation is one stream over a bounded cache (`sepjax.generation.stream`): each turn adds its own tokens, nothing
 is read twice, and it may go on for ever.
 """
 
@@ -15,21 +15,22 @@ from sepjax import interrupt
 from sepjax.config import UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.conversation import Conversation, conversation_of
-from sepjax.generation.driver import CacheUse
-from sepjax.generation.endless import EndlessStream
+from sepjax.generation.row import CacheUse
+from sepjax.generation.stream import Stream
 from sepjax.hub.chat_template import ChatTemplate
 
 HELP = "/save FOLDER keeps the conversation, /quit or Ctrl-D ends it, Ctrl-C cuts an answer short"
 
 
-def gauge(cache: CacheUse, most: int, tokens: int, seconds: float) -> str:
-    """One line on what the cache holds and how fast the answer came."""
+def gauge(cache: CacheUse, most: int | None, tokens: int, seconds: float) -> str:
+    """One line on what the cache holds (of `most` entries; None: it grows) and how fast the answer came."""
     speed = f", {tokens / seconds:.1f} tokens/s" if tokens and seconds > 0 else ""
-    return f"[cache {cache.held}/{most} slots, {cache.seen:,} tokens seen, {cache.bytes:,} bytes{speed}]"
+    held = f"{cache.held} entries" if most is None else f"{cache.held}/{most} slots"
+    return f"[cache {held}, {cache.seen:,} tokens seen, {cache.bytes:,} bytes{speed}]"
 
 
 def chat(
-    events: EndlessStream,
+    events: Stream,
     tokenizer: Tokenizer,
     *,
     system: str = "",
@@ -71,7 +72,7 @@ def chat(
             conversation.answered(_answer(events, write, report))
 
 
-def _save(events: EndlessStream, folder: str) -> str:
+def _save(events: Stream, folder: str) -> str:
     if not folder:
         return "where to? /save FOLDER"
     try:
@@ -81,7 +82,7 @@ def _save(events: EndlessStream, folder: str) -> str:
     return f"saved in {folder}; --resume={folder} goes on from here"
 
 
-def _answer(events: EndlessStream, write: Callable[[str], Any], report: Callable[[str], Any]) -> str:
+def _answer(events: Stream, write: Callable[[str], Any], report: Callable[[str], Any]) -> str:
     """Writes the answer up to its end or Ctrl-C, then reports the gauge; returns the answer."""
     times, texts = [], []
     with interrupt_flag() as interrupted:

@@ -1,6 +1,5 @@
 """What the user asks of generation, checked and made arrays."""
 
-import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -9,57 +8,19 @@ import jax
 import numpy as np
 
 from sepjax.array_typing import Int32
-from sepjax.cache import bucket
-from sepjax.config import AttentionConfig, ConfigError, UserError, layer_windows
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig, UserError, layer_windows
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.model.transformer import Transformer
-from sepjax.sampling import Sampling
+from sepjax.generation.cache.sizes import bucket
+from sepjax.generation.sampling import Sampling
 from sepjax.separators import flag_separators
 
 Prompt = str | Sequence[int]
-_FEW_ENDS = 16  # end tokens for which all programs are the same
 _PLAIN = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _PLAIN_DRAW = _PLAIN | {"temperature": 1.0, "top_k": 50}  # what transformers draws with where a file says no more
 
 
 class PromptError(UserError, ValueError):
     """A prompt that nothing can be generated from: the message says which, and why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Ends:
-    """The tokens that end a row, by the reason they give. Made by `create`."""
-
-    eos: frozenset[int]
-    stop: frozenset[int]
-
-    @classmethod
-    def create(cls, tokenizer: Tokenizer, stop_at_eos: bool, stop_token_ids: Any) -> "Ends":
-        """The model's own end tokens, if they are to end a row, and those that the user asks for.
-
-        Raises:
-          TypeError: no token ids.
-          ConfigError: ids outside the vocabulary.
-        """
-        if isinstance(stop_token_ids, (str, bytes)) or not isinstance(stop_token_ids, (Sequence, set, np.ndarray)):
-            raise TypeError(f"stop_token_ids must be a list of token ids, got {stop_token_ids!r}")
-        stop = frozenset(operator.index(i) for i in stop_token_ids)
-        outside = sorted(i for i in stop if not 0 <= i < tokenizer.vocab_size)
-        if outside:
-            raise ConfigError(
-                f"stop_token_ids has {outside[0]}, which is outside the vocabulary of {tokenizer.vocab_size} tokens"
-            )
-        return cls(frozenset(tokenizer.end_ids if stop_at_eos else ()), stop)
-
-    def array(self) -> Int32[np.ndarray, "E"]:
-        """All of them for the device, filled up with -1: other sets of up to 16 are no other program."""
-        ids = sorted(self.eos | self.stop)
-        size = _FEW_ENDS if len(ids) <= _FEW_ENDS else bucket(len(ids))
-        return np.array(ids + [-1] * (size - len(ids)), np.int32)
-
-    def reason(self, token: int) -> str | None:
-        """Why the row ends after this token; None: it does not."""
-        return "eos" if token in self.eos else "stop" if token in self.stop else None
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Any, *, control_tokens: bool = True) -> list[list[int]]:
@@ -152,7 +113,7 @@ def cache_sizes(
     total = bucket(longest + (max_new_tokens or 0))
     windows = layer_windows(attention, num_layers, total)
     window_size = max(windows) if max_new_tokens is None else min(max(windows), total)
-    capacity = max(_count_global(ids[:-window_size], table, attention) for ids in prompts)
+    capacity = max(count_global(ids[:-window_size], table, attention) for ids in prompts)
     if max_new_tokens is None:
         capacity += 64
     else:
@@ -160,7 +121,8 @@ def cache_sizes(
     return {"window_size": window_size, "capacity": bucket(capacity)}
 
 
-def _count_global(ids: Sequence[int], table: np.ndarray, attention: AttentionConfig) -> int:
+def count_global(ids: Sequence[int], table: np.ndarray, attention: AttentionConfig) -> int:
+    """How many of the first tokens of a text stay visible for ever; with a gate, the most that can."""
     if attention.pattern == "gated":
         return attention.num_sinks + attention.gate_keep * -(-len(ids) // attention.gate_stretch)
     positions = np.arange(len(ids))
@@ -193,30 +155,23 @@ def _fold(seeds: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds, rows)
 
 
-def check_stop(stop: Any) -> tuple[str, ...]:
-    """Stop strings as a tuple; raises TypeError for other things than text, ConfigError for an empty one."""
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(s, str) for s in stop):
-        raise TypeError(f"stop must be a text or a list of texts, got {stop!r}")
-    if "" in stop:
-        raise ConfigError("a stop string is empty: it would end every text before its first token")
-    return stop
+def check_length(config: ModelConfig, longest: int, max_new_tokens: int | None, attention: AttentionConfig) -> None:
+    """Raises ConfigError for lengths that the model or a growing cache cannot have.
 
-
-def check_length(
-    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int | None, attention: AttentionConfig
-) -> None:
-    """Raises ConfigError for lengths that the model or its cache cannot have; None: without end. TypeError: no int."""
-    if max_new_tokens is not None and not 1 <= operator.index(max_new_tokens) < 2**31:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} must be 1 or more")
+    Args:
+      config: of the model.
+      longest: tokens of the longest prompt.
+      max_new_tokens: None: without end.
+      attention: the pattern.
+    """
     if max_new_tokens is None and attention.pattern == "dense":
         raise ConfigError(
             'pattern="dense" keeps every token, so a stream without end would need a cache without end; set '
             "max_new_tokens, or use a pattern that evicts"
         )
-    if model.config.position_embedding != "learned":
+    if config.position_embedding != "learned":
         return
-    rows, longest = model.config.max_positions, max(map(len, prompts))
+    rows = config.max_positions
     if max_new_tokens is None or longest + max_new_tokens - 1 > rows:
         length = "a stream without end" if max_new_tokens is None else f"{longest} prompt + {max_new_tokens} new tokens"
         raise ConfigError(
@@ -225,10 +180,10 @@ def check_length(
         )
 
 
-def check_vocabulary(model: Transformer, tokenizer: Tokenizer) -> None:
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Raises ConfigError for a tokenizer with ids that the model has no embedding for."""
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.config.vocab_size} embeddings; "
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size} embeddings; "
             "they do not belong together: load both from the same folder"
         )

@@ -22,7 +22,7 @@ from sepjax.hub.safetensors_file import Planned, SafetensorsFile, write_safetens
 _WORDS, _STATE = "stream.json", "state.safetensors"
 _WHAT = "a saved stream"
 _KINDS = {
-    "model": dict, "sizes": dict, "pending": list, "has_drawn": bool, "is_full": bool, "seen": int, "left": int,
+    "model": dict, "sizes": dict, "room": list, "pending": list, "has_drawn": bool, "seen": int, "left": int,
     "finish_reason": str | None, "text": dict, "guard": dict, "checksum": int,
 }  # fmt: skip
 
@@ -63,7 +63,7 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], Path]:
     place = whole_folder(folder)
     path = place / _WORDS
     try:
-        words = json.loads(path.read_bytes())
+        words = {"room": []} | json.loads(path.read_bytes())  # streams of older versions were all over bounded caches
         damaged = [name for name, kind in _KINDS.items() if not isinstance(words[name], kind)]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise StreamStateError(f"{str(path)!r} is not what a stream saves ({error!r}); use another copy") from error
@@ -100,7 +100,7 @@ def _is_stream(folder: Path) -> bool:
         words = json.loads((folder / _WORDS).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(words, dict) and words.keys() >= _KINDS.keys() - {"checksum"}
+    return isinstance(words, dict) and words.keys() >= _KINDS.keys() - {"checksum", "room"}
 
 
 def _checksum(path: Path) -> int:

@@ -27,9 +27,9 @@ import numpy as np
 from sepjax.array_typing import Float, Int32
 from sepjax.console import say
 from sepjax.evaluation.token_loss import token_nll
-from sepjax.generation.weights import working_copy
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import Transformer, merge, split
+from sepjax.model.unrolled import working_copy
 
 MEASURES = ("rarity", "attention", "loss")
 _PRIOR = 4.0  # uses that the mean of equally rare ids counts for

@@ -25,6 +25,7 @@ from sepjax.model.gate import keep_best, needs_gate, straight_through
 from sepjax.model.layers import Attend
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import Transformer
+from sepjax.model.unrolled import Layerwise
 from sepjax.sharding import constrain, manual_over_mesh, ways
 
 
@@ -63,7 +64,7 @@ class Rows(NamedTuple):
 
 
 def run_rows(
-    model: Transformer,
+    model: Transformer | Layerwise,
     tokens: Tokens,
     positions: Positions,
     is_separator: SeparatorFlags,
@@ -77,7 +78,7 @@ def run_rows(
     """Runs packed rows under an attention pattern.
 
     Args:
-      model: the decoder.
+      model: the decoder, in either layout.
       tokens: int32[B, T].
       positions: int32[B, T] within each document.
       is_separator: bool[B, T] from `sepjax.separators.flag_separators`; of no use to a gated pattern.

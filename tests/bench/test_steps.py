@@ -8,8 +8,8 @@ import pytest
 
 from sepjax.bench.steps import caches_of, full_cache, measure, memory_bandwidth, random_params
 from sepjax.config import Config, ConfigError, DataConfig, ModelConfig
+from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.measure import counted_compilations
-from sepjax.streaming.sizes import StreamSizes
 
 MODEL = ModelConfig(
     vocab_size=300, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48,

@@ -14,10 +14,10 @@ from sepjax.evaluation.documents import Lanes, StreamError, documents_of, read_d
 from sepjax.evaluation.slices import EDGES
 from sepjax.evaluation.streaming import score_streams
 from sepjax.evaluation.token_loss import token_nll
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.bounded_pass import stream_pass
+from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.model.transformer import create, merge, split
-from sepjax.streaming.cache import StreamingCache
-from sepjax.streaming.forward import stream_pass
-from sepjax.streaming.sizes import StreamSizes
 
 ATTENTION = AttentionConfig(
     num_sinks=2, window_size=4, max_separators=3, cache_size=14, separators="ids", separator_ids=(ord("."), ord(" "))

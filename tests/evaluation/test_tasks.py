@@ -8,10 +8,10 @@ import warnings
 import numpy as np
 import pytest
 
-import sepjax
 from sepjax.config import ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.scoring import score_continuations
+from sepjax.generation.engine import Generator
 from sepjax.hub.chat_template import ChatTemplate
 from tests.data.test_special_tokens import LLAMA3, write
 
@@ -93,18 +93,17 @@ def test_scores_are_those_of_a_manual_computation(byte_model, byte_tokenizer, se
 
 def test_answers_come_from_the_cache_that_evicts(byte_model, byte_tokenizer, separators, data, monkeypatch):
     prompts = []
-    original = sepjax.generate
+    original = Generator.generate
 
-    def spy(model, tokenizer, ids, **settings):
+    def spy(engine, ids, **settings):
         prompts.extend(ids)
-        return original(model, tokenizer, ids, **settings | {"max_new_tokens": 6})
+        return original(engine, ids, **settings | {"max_new_tokens": 6})
 
-    monkeypatch.setattr("sepjax.generate", spy)
+    monkeypatch.setattr(Generator, "generate", spy)
     (score,) = run(byte_model, byte_tokenizer, ["gsm8k_cot"], [separators], data, limit=2, num_fewshot=1)
     assert score.metrics.keys() == {"exact_match,strict-match", "exact_match,flexible-extract"}
-    answers = original(
-        byte_model, byte_tokenizer, prompts, attention=separators, max_new_tokens=6, stop=["Q:", "</s>", "<|im_end|>"]
-    )
+    engine = Generator(byte_model, byte_tokenizer, separators)
+    answers = original(engine, prompts, max_new_tokens=6, stop=["Q:", "</s>", "<|im_end|>"])
     assert score.kv_kept == pytest.approx(np.mean([a.cache.held / a.cache.seen for a in answers]))
     assert score.kv_kept < 0.5
     assert score.generated == sum(len(a.token_ids) for a in answers)

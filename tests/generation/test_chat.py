@@ -10,14 +10,14 @@ import jax
 import pytest
 import tokenizers
 
+from sepjax import stream
 from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.data.special_tokens import SpecialTokens
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.data.tokenizer_models import HuggingFaceModel
-from sepjax.generate import stream
 from sepjax.generation.chat import chat, gauge, interrupt_flag
 from sepjax.generation.conversation import ChatFormat, conversation_of
-from sepjax.generation.driver import CacheUse
+from sepjax.generation.row import CacheUse
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.errors import HubError
 from sepjax.model.transformer import create

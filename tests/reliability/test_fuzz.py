@@ -27,10 +27,10 @@ import pytest
 from absl import flags
 from hypothesis import strategies as st
 
+from sepjax import generate
 from sepjax.config import AttentionConfig, ModelConfig, UserError, field_types
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
 from sepjax.flags import parse
-from sepjax.generate import generate
 from sepjax.hub.fields import Fields
 from sepjax.hub.folder import INDEX, SINGLE, _files
 from sepjax.hub.safetensors_file import Planned, SafetensorsFile, write_safetensors

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from sepjax import generate, stream
 from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
-from sepjax.generate import generate, stream
 from sepjax.model.transformer import Transformer, create
 from tests.reliability.common import SENTENCES
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from sepjax.config import AttentionConfig, MeshConfig, ModelConfig
-from sepjax.generation.layerwise import by_layer
-from sepjax.generation.loop import Request, make_advance, start
+from sepjax.generation.device_loop import Request, make_advance, start
+from sepjax.generation.sampling import Sampling
 from sepjax.model.attend import forward
 from sepjax.model.transformer import abstract, create, merge, split
-from sepjax.sampling import Sampling
+from sepjax.model.unrolled import by_layer
 from sepjax.sharding import make_mesh, parameter_shardings
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, embed_dim=32, num_heads=8, num_kv_heads=2, head_dim=8, mlp_dim=64)

@@ -12,11 +12,10 @@ import numpy as np
 
 from sepjax.bench.mesh.training import CONFIGS
 from sepjax.config import Config, MeshConfig, load_config
-from sepjax.generation.layerwise import by_layer
-from sepjax.generation.loop import Request, make_advance, start
-from sepjax.generation.weights import working_copy
+from sepjax.generation.device_loop import Request, make_advance, start
+from sepjax.generation.sampling import Sampling
 from sepjax.model.transformer import Params, abstract, create, split
-from sepjax.sampling import Sampling
+from sepjax.model.unrolled import by_layer, working_copy
 from sepjax.sharding import make_mesh, parameter_shardings
 from sepjax.training.step import model_graph
 

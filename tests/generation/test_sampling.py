@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sepjax.config import ConfigError
-from sepjax.sampling import Sampling, filter_logits, sample
+from sepjax.generation.sampling import Sampling, filter_logits, sample
 
 V = 8
 LOGITS = st.lists(st.integers(-12, 12).map(lambda x: x / 4), min_size=V, max_size=V)  # with ties

@@ -1,9 +1,12 @@
-"""A model for single steps: a layer has arrays of its own, and matrices that read the same input are one.
+"""Parameters laid out for inference: a layer has arrays of its own, and matrices that read the same input are one.
 
 `Transformer` scans over stacked parameters. That compiles fast, but a step of one token then copies each layer's
 matrices out of their stack before it reads them, and small products wait for one another where one would do. Decoding
 is nothing but reading matrices, so they are laid out for it once. On a mesh of several devices matrices are not joined:
 side by side, the heads of a device would not be.
+
+The same arrays serve prompts: there the layers are scanned, each round taking its layer's matrices by number, which
+compiles as fast as a scan over a stack and copies no more.
 """
 
 import functools
@@ -16,7 +19,6 @@ from flax import nnx
 
 from sepjax.array_typing import Float, Positions, Tokens
 from sepjax.config import ModelConfig
-from sepjax.generation.weights import working_copy
 from sepjax.model.layers import ACTIVATIONS, Attend, Block, output_bias
 from sepjax.model.transformer import Params, Transformer, merge, split
 from sepjax.sharding import on_one_device
@@ -26,14 +28,40 @@ _QKV, _INTO = ("query", "key", "value"), ("gate", "up")
 
 def by_layer(params: Params, config: ModelConfig) -> Params:
     """Parameters for `Layerwise`, in the matmuls' type: "layers" is a tuple of a dict for each."""
-    params, join = working_copy(params, config), on_one_device()
-    layers = tuple(_take(params["layers"], jnp.int32(i), join=join) for i in range(config.num_layers))
-    return params | {"layers": layers}
+    join, dtype = on_one_device(), jnp.dtype(config.dtype)
+    around = {name: x for name, x in params.items() if name != "layers"}
+    layers = tuple(_take(params["layers"], jnp.int32(i), dtype=dtype, join=join) for i in range(config.num_layers))
+    return working_copy(around, config) | {"layers": layers}
 
 
-@functools.partial(jax.jit, static_argnames="join")
-def _take(layers: Params, i: jax.Array, *, join: bool) -> Params:
-    layer = jax.tree.map(lambda x: x[i], layers)
+def working_copy(params: Params, config: ModelConfig) -> Params:
+    """The matrices in the type of the matmuls; vectors (norms and biases) and a gate stay float32, as they are used.
+
+    The results are those of the parameters themselves, bit for bit: layers convert a matrix before they use it.
+    Parameters that have their type already are returned as they are.
+    """
+    dtype = jnp.dtype(config.dtype)
+    return params if all(x.dtype == dtype for x in jax.tree.leaves(params)) else _convert(params, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _convert(params: Params, dtype: jnp.dtype) -> Params:
+    return _converted(params, dtype)
+
+
+def _converted(params: Params, dtype: jnp.dtype) -> Params:
+    def convert(path: tuple, x: jax.Array) -> jax.Array:
+        stacked = any(getattr(key, "key", None) == "layers" for key in path)
+        is_vector = x.ndim - stacked < 2 or getattr(path[-1], "key", None) == "bias"
+        is_gate = getattr(path[0], "key", None) == "gate"  # small, and half of it computes in float32
+        return x if is_vector or is_gate else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(convert, params)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "join"))
+def _take(layers: Params, i: jax.Array, *, dtype: jnp.dtype, join: bool) -> Params:
+    layer = _converted(jax.tree.map(lambda x: x[i], layers), dtype)
     if not join:
         return layer
     return layer | {"attention": _join(_one_bias(layer["attention"]), _QKV), "mlp": _join(layer["mlp"], _INTO)}
@@ -62,6 +90,11 @@ def _name(names: Sequence[str]) -> str:
     return "+".join(names)
 
 
+def _stand_in(layer: Params) -> Params:
+    """`layer` as `Block` has it."""
+    return layer | {"attention": _stand_ins(layer["attention"]), "mlp": _stand_ins(layer["mlp"])}
+
+
 def _stand_ins(matrices: Params) -> Params:
     """`matrices` with every name of a joined one: modules want their arrays, but nobody calls those."""
     return {name: x for names, x in matrices.items() for name in names.split("+")}
@@ -70,17 +103,16 @@ def _stand_ins(matrices: Params) -> Params:
 class Layerwise:
     """`Transformer` over the parameters of `by_layer`: called the same, with the same results to rounding."""
 
-    def __init__(self, graph: nnx.GraphDef, params: Params):
-        """`graph` is the Transformer's, from `sepjax.model.transformer.split`."""
-        layers = [
-            layer | {"attention": _stand_ins(layer["attention"]), "mlp": _stand_ins(layer["mlp"])}
-            for layer in params["layers"]
-        ]
-        self._model: Transformer = merge(graph, params | {"layers": layers[0]})
-        block, _ = split(self._model.layers)
-        self._blocks: list[Block] = [merge(block, layer) for layer in layers]
-        self._layers = params["layers"]
+    def __init__(self, graph: nnx.GraphDef, params: Params, *, scan: bool = False):
+        """`graph` is the Transformer's, from `sepjax.model.transformer.split`.
+
+        scan: for passes over many tokens, whose compilation counts and whose copies of matrices do not.
+        """
+        self._layers, self._scan = params["layers"], scan
+        self._model: Transformer = merge(graph, params | {"layers": _stand_in(self._layers[0])})
+        self._graph, _ = split(self._model.layers)
         self.config = self._model.config
+        self.attention = self._model.attention
         self.gate = self._model.gate
         self.embed = self._model.embed
         self.final_norm = self._model.final_norm
@@ -90,22 +122,36 @@ class Layerwise:
     def __call__(
         self, tokens: Tokens, positions: Positions, attend: Attend, layer_inputs: Any
     ) -> tuple[Float[jax.Array, "B T D"], Any]:
-        """See `Transformer.__call__`; `layer_inputs` is a tuple whose items have an entry for each layer."""
+        """See `Transformer.__call__`; `layer_inputs` is an array, or a tuple whose items have an entry a layer."""
         x, outputs = self.run_layers(self.embed(tokens, positions), attend, layer_inputs)
         return self.final_norm(x), outputs
 
     def run_layers(
         self, x: Float[jax.Array, "B T D"], attend: Attend, layer_inputs: Any, first: int = 0, last: int | None = None
     ) -> tuple[Float[jax.Array, "B T D"], Any]:
-        """See `Transformer.run_layers`. Of no layers there are no outputs, not even empty ones."""
+        """See `Transformer.run_layers`. Of no layers there are no outputs, not even empty ones, unless scanned."""
+        numbers = range(self.config.num_layers)[first:last]
+        if self._scan:
+            return self._scan_layers(x, attend, layer_inputs, numbers)
         outputs = []
-        for i in range(self.config.num_layers)[first:last]:
-            x, output = self._block(self._blocks[i], self._layers[i], x, attend, tuple(y[i] for y in layer_inputs))
+        for i in numbers:
+            x, output = self._block(self._layers[i], x, attend, _of_layer(layer_inputs, i))
             outputs.append(output)
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs) if outputs else None
 
-    def _block(self, block: Block, layer: Params, x: jax.Array, attend: Attend, layer_input: Any) -> Any:
+    def _scan_layers(self, x: jax.Array, attend: Attend, layer_inputs: Any, numbers: range) -> tuple[jax.Array, Any]:
+        # A branch for each layer; of no layers, one that is never taken.
+        takes = [lambda i=i: (self._layers[i], _of_layer(layer_inputs, i)) for i in numbers or range(1)]
+
+        def layer(x: jax.Array, number: jax.Array) -> tuple[jax.Array, Any]:
+            layer, layer_input = jax.lax.switch(number, takes)
+            return self._block(layer, x, attend, layer_input)
+
+        return jax.lax.scan(layer, x, jnp.arange(len(numbers)))
+
+    def _block(self, layer: Params, x: jax.Array, attend: Attend, layer_input: Any) -> Any:
         """`Block.__call__`, with joined matrices where they are."""
+        block: Block = merge(self._graph, _stand_in(layer))
         if _name(_QKV) not in layer["attention"]:
             return block(x, attend, layer_input)
         normed = block.attention_norm(x)
@@ -137,6 +183,13 @@ def _product(x: jax.Array, matrix: Params) -> jax.Array:
     return y if "bias" not in matrix else y + matrix["bias"].astype(y.dtype)
 
 
-def runner(graph: nnx.GraphDef, params: Params) -> Transformer | Layerwise:
-    """The model of parameters of either kind. Cheap; meant for use inside jitted functions."""
-    return Layerwise(graph, params) if isinstance(params["layers"], tuple) else merge(graph, params)
+def _of_layer(layer_inputs: Any, i: int) -> Any:
+    """Layer i's: of every item of a tuple, or of an array."""
+    if isinstance(layer_inputs, tuple):
+        return tuple(x[i] for x in layer_inputs)
+    return None if layer_inputs is None else layer_inputs[i]
+
+
+def runner(graph: nnx.GraphDef, params: Params, *, scan: bool = False) -> Transformer | Layerwise:
+    """The model of parameters of either kind. Cheap; meant for use inside jitted functions. See `Layerwise`."""
+    return Layerwise(graph, params, scan=scan) if isinstance(params["layers"], tuple) else merge(graph, params)

@@ -18,12 +18,12 @@ from sepjax.config import (
     validate_attention,
 )
 from sepjax.config import Config as RunConfig
+from sepjax.generation.cache import watched
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import merge
-from sepjax.streaming import watched
-from sepjax.streaming.cache import StreamingCache
-from sepjax.streaming.sizes import StreamSizes
-from tests.streaming.test_forward import LLAMA, T, V, model_of, streamed_logits
+from tests.generation.cache.test_bounded_pass import LLAMA, T, V, model_of, streamed_logits
 
 WATCHED = AttentionConfig(
     pattern="watched", num_sinks=2, max_separators=4, window_size=6, cache_size=16, watch_after=3, watch_half_life=256

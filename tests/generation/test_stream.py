@@ -9,42 +9,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepjax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig
-from sepjax.data.tokenizer import train_sentencepiece
+from sepjax import stream
+from sepjax.config import AttentionConfig, ConfigError, MeshConfig
 from sepjax.files import ForeignFolder, WriteError
-from sepjax.generate import stream
-from sepjax.generation.endless import StreamStateError
-from sepjax.generation.loop import COUNT_WRAP
+from sepjax.generation.device_loop import COUNT_WRAP
 from sepjax.generation.prompts import PromptError
-from sepjax.generation.stopping import RepetitionGuard
+from sepjax.generation.row import RepetitionGuard
+from sepjax.generation.saved import StreamStateError
 from sepjax.hub.safetensors_file import Planned, write_safetensors
 from sepjax.measure import counted_compilations
-from sepjax.model.transformer import create, merge, split
+from sepjax.model.transformer import merge, split
 from sepjax.separators import configured_table
 from sepjax.sharding import make_mesh, parameter_shardings
-from tests.streaming.common import ListStream
-from tests.streaming.test_forward import list_step
+from tests.generation.cache.common import ListStream
+from tests.generation.cache.test_bounded_pass import list_step
+from tests.generation.tiny import ATTENTION, SHAPE, tiny_model, tiny_tokenizer
+from tests.generation.tiny import LONG as PROMPT
 
-TEXTS = ["The cat sat on the mat, and looked.", "Où est-il? It ran away!", "One; two: three. Four, five."] * 3
-SHAPE = ModelConfig(vocab_size=320, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
-ATTENTION = AttentionConfig(num_sinks=2, max_separators=3, window_size=6, cache_size=20)
 WATCHED = AttentionConfig(pattern="watched", num_sinks=2, max_separators=5, window_size=8, cache_size=20, watch_after=2)
-PROMPT = "One; two: three. Four, five. The cat sat on the mat, and looked. Où est-il?"
 HOT = {"temperature": 1.5, "seed": 3, "stop_at_eos": False}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_sentencepiece(TEXTS, 300)
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model():
-    """A random model whose attention matters, and that seldom spells in bytes."""
-    graph, params = split(create(SHAPE, ATTENTION, jax.random.key(3)))
-    params = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
-    params["embedding"]["embedding"] = params["embedding"]["embedding"].at[3:259].multiply(0.3)
-    return merge(graph, params)
+    return tiny_model()
 
 
 def ids_of(events):
@@ -230,7 +223,7 @@ def test_absolute_positions_end_with_a_word_before_they_overflow(model, tokenize
     attention = dataclasses.replace(ATTENTION, stream_positions="absolute")
     events = stream(model, tokenizer, "The cat", attention=attention, stop_at_eos=False)
     take(events, 3)
-    events._seen = 2**31 - 2
+    events._row.seen = 2**31 - 2
     next(events)
     with pytest.raises(ConfigError, match=r'use "slot" for streams without end'):
         next(events)
@@ -272,8 +265,6 @@ def test_repetition_ends_a_turn_and_the_next_begins_afresh(model, tokenizer):
 
 
 def test_mistakes_are_named_at_once(model, tokenizer):
-    with pytest.raises(ConfigError, match="bounded=True"):
-        stream(model, tokenizer, max_new_tokens=3)
     with pytest.raises(ConfigError, match=r"cache_size=2000000000 asks for a cache of .* GiB of memory"):
         stream(model, tokenizer, "a", attention=dataclasses.replace(ATTENTION, cache_size=2 * 10**9))
     with pytest.raises(ConfigError, match=r"attention.cache_size=999999999999 is out of range"):
@@ -295,7 +286,7 @@ def test_texts_of_hardly_any_separators_are_named(model, tokenizer, capsys):
     stream(model, tokenizer, letters, max_new_tokens=1, attention=AttentionConfig(pattern="sink_window"))
     stream(model, tokenizer, PROMPT * 20)
     named = [line.partition(": 0.00%")[0] for line in capsys.readouterr().err.splitlines()]
-    assert named == ["warning: the text fed", "warning: prompt 0"]
+    assert named == ["warning: the text fed"]
 
 
 @pytest.mark.soak

@@ -12,18 +12,20 @@ times, which costs nothing; many tokens turn the few old keys once.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig
+from sepjax.generation.cache.watched import looks_of_many, looks_of_one
 from sepjax.model.layers import Attend, once
 from sepjax.model.rope import rope_table, rotate
 from sepjax.separators import flag_separators
-from sepjax.streaming.cache import StreamingCache
-from sepjax.streaming.watched import looks_of_many, looks_of_one
+
+if TYPE_CHECKING:
+    from sepjax.generation.cache.bounded import StreamingCache
 
 type Run = Callable[[Tokens, Int32[Array, "B T"], Attend, Any], tuple[jax.Array, Any]]
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -31,12 +33,12 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 def stream_pass(
     run_layers: Run,
-    cache: StreamingCache,
+    cache: "StreamingCache",
     tokens: Tokens,
     counts: Int32[Array, "B"],
     table: Bool[Array, "_"],
     attention: AttentionConfig,
-) -> tuple[Float[jax.Array, "B T D"], StreamingCache]:
+) -> tuple[Float[jax.Array, "B T D"], "StreamingCache"]:
     """Runs the next tokens of every row and takes them up.
 
     Args:
@@ -58,7 +60,7 @@ def stream_pass(
     return hidden, cache.append(k, v, is_separator, counts, *looks)
 
 
-def _attend_one(cache: StreamingCache) -> Attend:
+def _attend_one(cache: "StreamingCache") -> Attend:
     """Attention of one token a row. All zones in one product: the turned queries are rows of it, and cost nothing."""
     a, old = cache.sizes.num_sinks, cache.sizes.num_sinks + cache.sizes.max_separators
     zones = slice(-1, None) if cache.sizes.absolute else slice(None)
@@ -89,7 +91,7 @@ def _attend_one(cache: StreamingCache) -> Attend:
     return attend
 
 
-def _attend_many(cache: StreamingCache, num_tokens: int, counts: Int32[Array, "B"]) -> Attend:
+def _attend_many(cache: "StreamingCache", num_tokens: int, counts: Int32[Array, "B"]) -> Attend:
     """Attention of a run of tokens a row, over all keys side by side, the old ones turned to fit the recent ones."""
     old = cache.sizes.num_sinks + cache.sizes.max_separators
     if old and not cache.sizes.max_separators and not cache.sizes.absolute:
@@ -116,7 +118,7 @@ def _attend_many(cache: StreamingCache, num_tokens: int, counts: Int32[Array, "B
     return attend
 
 
-def _attend_past_evictions(cache: StreamingCache, num_tokens: int) -> Attend:
+def _attend_past_evictions(cache: "StreamingCache", num_tokens: int) -> Attend:
     """The same without separators, where a run goes on past evictions: a query's positions then differ by more than
     constants, and the sinks need one of their own.
     """
@@ -139,7 +141,7 @@ def _attend_past_evictions(cache: StreamingCache, num_tokens: int) -> Attend:
     return attend
 
 
-def _sees_recent(cache: StreamingCache, num_tokens: int) -> Bool[jax.Array, "B T S"]:
+def _sees_recent(cache: "StreamingCache", num_tokens: int) -> Bool[jax.Array, "B T S"]:
     """Which of the R entries of the ring and the T tokens of the run each of the latter sees."""
     own = cache.query_positions(num_tokens)[-1]
     p = jnp.concatenate([cache.recent_positions(), own], axis=1)[:, None]

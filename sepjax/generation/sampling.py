@@ -6,6 +6,7 @@ or dropped together. The best token always stays.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,12 @@ from sepjax.config import ConfigError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to draw. All are traced scalars: another value is no other program. Made by `create`."""
+    """How to draw, all rows alike or each its own way: traced, so another value is not another program. By `create`."""
 
-    temperature: Float[jax.Array, ""]  # 0: greedy, the best token; then nothing else matters
-    top_k: Int32[jax.Array, ""]  # 0: all
-    top_p: Float[jax.Array, ""]  # 1: all
-    min_p: Float[jax.Array, ""]  # 0: all
+    temperature: Float[jax.Array, "*B"]  # 0: greedy, the best token; then nothing else matters
+    top_k: Int32[jax.Array, "*B"]  # 0: all
+    top_p: Float[jax.Array, "*B"]  # 1: all
+    min_p: Float[jax.Array, "*B"]  # 0: all
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
     __no_type_check__ = True
@@ -44,6 +45,13 @@ class Sampling:
                 raise ConfigError(f"{name}={value} must be {expected}")
         return cls(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
 
+    @classmethod
+    def of_rows(cls, rows: "Sequence[Sampling]", num_rows: int) -> "Sampling":
+        """Each row its own way. Raises ConfigError where there are not as many as rows."""
+        if len(rows) != num_rows:
+            raise ConfigError(f"sampling must be one, or one a prompt: got {len(rows)} for {num_rows} prompts")
+        return jax.tree.map(lambda *x: jnp.stack(x), *rows)
+
 
 def sample(logits: Float[Array, "B V"], keys: jax.Array, sampling: Sampling) -> Int32[jax.Array, "B"]:
     """Draws one token for each row.
@@ -51,23 +59,32 @@ def sample(logits: Float[Array, "B V"], keys: jax.Array, sampling: Sampling) -> 
     Args:
       logits: scores of the next token.
       keys: typed PRNG keys, one a row; a row's token depends on its own key and scores only.
-      sampling: how to draw.
+      sampling: how to draw, all rows alike or each its own way.
     """
+    sampling = _for_rows(sampling, len(logits))
+    # Temperatures below the least normal number would be flushed to zero and divide by it.
+    is_hot = sampling.temperature >= jnp.finfo(jnp.float32).tiny
 
     def greedy() -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:
-        return jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampling)).astype(jnp.int32)
+        hot = dataclasses.replace(sampling, temperature=jnp.where(is_hot, sampling.temperature, 1.0))
+        drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, hot)).astype(jnp.int32)
+        return jnp.where(is_hot, drawn, greedy())
 
-    # Temperatures below the least normal number would be flushed to zero and divide by it.
-    return jax.lax.cond(sampling.temperature < jnp.finfo(jnp.float32).tiny, greedy, draw)
+    return jax.lax.cond(jnp.any(is_hot), draw, greedy)
+
+
+def _for_rows(sampling: Sampling, rows: int) -> Sampling:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows,)), sampling)
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[jax.Array, "B V"]:
     """Scores divided by the temperature (above 0), the best token's shifted to 0, those left out at -inf."""
+    sampling = jax.tree.map(lambda x: x[:, None], _for_rows(sampling, len(logits)))
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
-    needs_sort = (sampling.top_k > 0) | (sampling.top_p < 1)
+    needs_sort = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
     everything = jnp.full_like(logits[:, :1], -jnp.inf)
     least = jax.lax.cond(needs_sort, lambda: _least_of_top(logits, sampling), lambda: everything)
     return jnp.where((logits >= least) & (logits >= jnp.log(sampling.min_p)), logits, -jnp.inf)
@@ -78,7 +95,7 @@ def _least_of_top(logits: Array, sampling: Sampling) -> jax.Array:
     V = logits.shape[1]
     ordered = jnp.sort(logits, axis=-1, descending=True)
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)
-    in_top_k = ordered >= jnp.take(ordered, k - 1, axis=1)[:, None]
+    in_top_k = ordered >= jnp.take_along_axis(ordered, k - 1, axis=1)
     probability = jax.nn.softmax(jnp.where(in_top_k, ordered, -jnp.inf), axis=-1)
     better = jnp.cumsum(probability, axis=-1) - probability  # of all tokens before this one; rounding may reach 1
     in_top_p = (better < sampling.top_p) | (sampling.top_p >= 1)

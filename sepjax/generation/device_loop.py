@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
-from sepjax.cache import SeparatorCache
 from sepjax.config import AttentionConfig
-from sepjax.generation.decoding import decode_step, prefill, stream_step
-from sepjax.model.transformer import Params, merge
-from sepjax.sampling import Sampling, sample
-from sepjax.streaming.cache import StreamingCache
-from sepjax.streaming.forward import stream_pass
+from sepjax.generation.cache.protocol import Cache
+from sepjax.generation.sampling import Sampling, sample
+from sepjax.generation.step import decode_step, prefill
+from sepjax.model.transformer import Params
+from sepjax.model.unrolled import runner
 
 COUNT_WRAP = 2**30
 
@@ -23,12 +22,13 @@ COUNT_WRAP = 2**30
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is wanted of every row. All are arrays: other values are no other program."""
+    """What is wanted, of all rows alike or of each. All are arrays: other values are no other program."""
 
     table: Bool[jax.Array, "_"]  # separators among the tokenizer's ids; ids that it does not reach are never drawn
     sampling: Sampling
-    end_tokens: Int32[jax.Array, "E"]  # the row ends after any of them; filled up with -1, which is no token
-    max_new_tokens: Int32[jax.Array, ""]  # the row ends after so many; -1: never
+    end_tokens: Int32[jax.Array, "*B E"]  # the row ends after any of them; filled up with -1, which is no token
+    max_new_tokens: Int32[jax.Array, "*B"]  # the row ends after so many; -1: never
+    logprobs: Bool[jax.Array, "*B"] | bool = False  # whether anyone asks how probable the tokens were
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
     __no_type_check__ = True
@@ -39,7 +39,7 @@ class Request:
 class DecodeState:
     """Where every row stands between two steps."""
 
-    cache: SeparatorCache | StreamingCache  # of all tokens but the last drawn
+    cache: Cache  # of all tokens but the last drawn
     token: Int32[jax.Array, "B"]  # drawn last
     count: Int32[jax.Array, "B"]  # tokens drawn; see `_draw` for streams that outlast the counter
     done: Bool[jax.Array, "B"]  # ended; the row and its cache change no more
@@ -55,7 +55,8 @@ class Steps:
 
     token: Int32[jax.Array, "B M"]  # drawn; -1 where the row had ended or no step was made
     held: Int32[jax.Array, "B M"]  # tokens in the row's cache at that step
-    is_full: Bool[jax.Array, ""]  # the steps stopped because the cache has no room for another separator
+    logprob: Float[jax.Array, "B M"]  # of the token, before temperature and the like; 0 where nobody asks
+    is_stuck: Bool[jax.Array, "B"]  # the steps stopped because the row's cache has no room for another separator
 
     __no_type_check__ = True
 
@@ -78,8 +79,11 @@ def start(
         graph, params, tokens, lengths, request.table, attention, window_size=window_size, capacity=capacity
     )
     zeros = jnp.zeros_like(lengths)
-    state = _draw(logits, DecodeState(cache, zeros, zeros, zeros > 0, keys), request)
-    return state, Steps(state.token[:, None], cache.held()[:, None], _is_full(state))
+    return _first(*draw(logits, DecodeState(cache, zeros, zeros, zeros > 0, keys), request))
+
+
+def _first(state: DecodeState, logprob: jax.Array) -> tuple[DecodeState, Steps]:
+    return state, Steps(state.token[:, None], state.cache.held()[:, None], logprob[:, None], _is_stuck(state))
 
 
 @functools.cache
@@ -110,34 +114,29 @@ def advance(
     def body(carry: tuple[jax.Array, DecodeState, Steps]) -> tuple[jax.Array, DecodeState, Steps]:
         i, state, steps = carry
         active = ~state.done
-        inputs = state.token, request.table, attention, active
-        if isinstance(state.cache, StreamingCache):
-            logits, cache = stream_step(graph, params, state.cache, *inputs)
-        else:
-            logits, cache = decode_step(graph, params, state.cache, *inputs)
-        state = _draw(logits, dataclasses.replace(state, cache=cache), request)
+        logits, cache = decode_step(graph, params, state.cache, state.token, request.table, attention, active)
+        state, logprob = draw(logits, dataclasses.replace(state, cache=cache), request)
         steps = Steps(
             token=steps.token.at[:, i].set(jnp.where(active, state.token, -1)),
             held=steps.held.at[:, i].set(cache.held()),
-            is_full=_is_full(state),
+            logprob=steps.logprob.at[:, i].set(logprob),
+            is_stuck=_is_stuck(state),
         )
         return i + 1, state, steps
 
     def goes_on(carry: tuple[jax.Array, DecodeState, Steps]) -> jax.Array:
         i, state, steps = carry
-        return (i < num_steps) & ~jnp.all(state.done) & ~steps.is_full
+        return (i < num_steps) & ~jnp.all(state.done) & ~jnp.any(steps.is_stuck)
 
     state = dataclasses.replace(state, done=state.done | ended)
     none = jnp.full((len(ended), num_steps), -1, jnp.int32)
-    carry = (jnp.int32(0), state, Steps(none, none, _is_full(state)))
+    carry = (jnp.int32(0), state, Steps(none, none, jnp.zeros(none.shape), _is_stuck(state)))
     _, state, steps = jax.lax.while_loop(goes_on, body, carry)
     return state, steps
 
 
 @functools.cache
-def make_consume(
-    graph: nnx.GraphDef, attention: AttentionConfig
-) -> Callable[..., tuple[StreamingCache, jax.Array, jax.Array]]:
+def make_consume(graph: nnx.GraphDef, attention: AttentionConfig) -> Callable[..., tuple[Cache, jax.Array, jax.Array]]:
     """`consume` compiled for one model and pattern, its cache donated."""
     return jax.jit(functools.partial(consume, graph, attention), donate_argnums=1)
 
@@ -146,18 +145,18 @@ def consume(
     graph: nnx.GraphDef,
     attention: AttentionConfig,
     params: Params,
-    cache: StreamingCache,
+    cache: Cache,
     logits: Float[Array, "B V"],
     tokens: Tokens,
     left: Int32[Array, "B"],
     table: Bool[Array, "_"],
-) -> tuple[StreamingCache, Float[jax.Array, "B V"], Int32[jax.Array, "B"]]:
+) -> tuple[Cache, Float[jax.Array, "B V"], Int32[jax.Array, "B"]]:
     """Takes up some of the next tokens of every row: to its next compaction, at most T.
 
     Args:
-      graph: from `sepjax.model.transformer.split`, with `params`.
+      graph: from `sepjax.model.transformer.split`.
       attention: the pattern.
-      params: the parameters.
+      params: those of `sepjax.model.unrolled.by_layer`, or the model's own.
       cache: no row of it is due.
       logits: of each row's last token so far.
       tokens: int32[B, T], the next ones.
@@ -167,16 +166,16 @@ def consume(
     Returns:
       The cache, the scores after each row's last token now, and how many it took up.
     """
-    model = merge(graph, params)
+    model = runner(graph, params, scan=True)
     counts = jnp.minimum(cache.room(tokens.shape[1]), left)
-    hidden, cache = stream_pass(model, cache, tokens, counts, table, attention)
+    hidden, cache = cache.take_up(model, tokens, counts, table, attention)
     last = hidden[jnp.arange(len(left)), jnp.maximum(counts - 1, 0)]
     return cache.compact(), jnp.where(counts[:, None] > 0, model.logits(last), logits), counts
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=0)
 def begin(
-    cache: StreamingCache,
+    cache: Cache,
     logits: Float[jax.Array, "B V"],
     count: Int32[jax.Array, "B"],
     key: jax.Array,
@@ -184,33 +183,35 @@ def begin(
 ) -> tuple[DecodeState, Steps]:
     """The state, and its record, after drawing every row's next token from the scores of a text taken up before."""
     zeros = jnp.zeros_like(count)
-    state = _draw(logits, DecodeState(cache.by_layer(), zeros, count, zeros > 0, key), request)
-    return state, Steps(state.token[:, None], cache.held()[:, None], _is_full(state))
+    return _first(*draw(logits, DecodeState(cache, zeros, count, zeros > 0, key), request))
 
 
-def _draw(logits: jax.Array, state: DecodeState, request: Request) -> DecodeState:
-    """Draws the next token of every row that has not ended.
+def draw(logits: jax.Array, state: DecodeState, request: Request) -> tuple[DecodeState, jax.Array]:
+    """Draws the next token of every row that has not ended; returns float32[B] log-probabilities, too (see `Steps`).
 
     A row without end may draw more often than int32 counts: at 2^30 the count starts again, with another key.
     """
     keys = jax.vmap(jax.random.fold_in)(state.key, state.count)
-    drawn = sample(logits[:, : len(request.table)], keys, request.sampling)
+    logits = logits[:, : len(request.table)]
+    drawn = sample(logits, keys, request.sampling)
     count = state.count + ~state.done
     is_end = jnp.any(drawn[:, None] == request.end_tokens, axis=-1)
     ends = is_end | ((count >= request.max_new_tokens) & (request.max_new_tokens >= 0))
     wraps = count >= COUNT_WRAP
     other = jax.vmap(jax.random.fold_in)(state.key, jnp.full_like(count, COUNT_WRAP))
-    return dataclasses.replace(
+    state = dataclasses.replace(
         state,
         token=jnp.where(state.done, state.token, drawn),
         count=jnp.where(wraps, 0, count),
         done=state.done | ends,
         key=jnp.where(wraps, other, state.key),
     )
+    return state, jax.lax.cond(
+        jnp.any(jnp.asarray(request.logprobs)),
+        lambda: jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), drawn[:, None], axis=1)[:, 0],
+        lambda: jnp.zeros(drawn.shape, logits.dtype),
+    )
 
 
-def _is_full(state: DecodeState) -> jax.Array:
-    cache = state.cache
-    if isinstance(cache, SeparatorCache):
-        return jnp.any(cache.is_full() & ~state.done)
-    return jnp.any((cache.dropped > 0) & ~state.done) & (not cache.sizes.drops_separators)
+def _is_stuck(state: DecodeState) -> jax.Array:
+    return state.cache.is_stuck() & ~state.done

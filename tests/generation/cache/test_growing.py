@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepjax.cache import SeparatorCache, bucket
 from sepjax.config import ModelConfig
+from sepjax.generation.cache.growing import SeparatorCache
+from sepjax.generation.cache.sizes import bucket
 from sepjax.layout import build_layout
 
 CONFIG = ModelConfig(num_layers=2, num_kv_heads=3, head_dim=2, num_heads=3)

@@ -7,8 +7,8 @@ A row holds, in this logical order, its sinks, the newest s separators that left
                in order    | ring              | ring, R >= c + 1 - a
 
 When more than c entries are held, the row *compacts*: of the past window only separators stay, which move to theirs.
-With the pattern "watched" the second zone holds other tokens, by other rules: `sepjax.streaming.watched`.
-Between two compactions a row only grows, so all tokens up to the next one run in one pass (`sepjax.streaming.forward`).
+With the pattern "watched" the second zone holds other tokens, by other rules: `sepjax.generation.cache.watched`.
+Between two compactions a row only grows, so all tokens up to the next one run in one pass (`bounded_pass.py`).
 
 Entry k has position k and the query after L entries position L: a key would have to be rotated anew whenever entries
 before it go. But within a zone distances never change. So a key is rotated once, by a position of its zone's own
@@ -26,15 +26,17 @@ ring's size, once in thousands of tokens.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sepjax.array_typing import Array, Bool, Float, Int32
-from sepjax.config import ModelConfig
+from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.generation.cache.bounded_pass import stream_pass
+from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.cache.watched import keep_best, seen_by
 from sepjax.model.rope import rope_frequencies, rotate
-from sepjax.streaming.sizes import StreamSizes
-from sepjax.streaming.watched import keep_best, seen_by
 
 # All layers in one array, for scans over layers; or an array each, which steps of one token read without a copy.
 _AT_ONCE = 16  # a compaction takes a sixteenth of the rows at a time: in a large batch few are full in the same step
@@ -131,31 +133,51 @@ class StreamingCache:
 
     def of_rows(self, rows: Int32[Array, "M"]) -> "StreamingCache":
         """The bookkeeping of these rows alone, without keys and values; numbers of no row give any one's."""
+        bare = dataclasses.replace(self, k=(), v=())
+        return bare._on_rows(lambda x, axis: jnp.take(x, rows, axis, mode="clip"))
 
-        def pick(x: jax.Array) -> jax.Array:
-            return x.at[rows].get(mode="clip")
+    def is_stuck(self) -> Bool[jax.Array, "B"]:
+        """Rows that have lost a separator though none is to be lost (`keep_all_separators`)."""
+        return (self.dropped > 0) & (not self.sizes.drops_separators)
 
-        names = [field.name for field in dataclasses.fields(self)][2:-2]
-        picked = {name: pick(getattr(self, name)) for name in names}
-        scores = None if self.scores is None else jax.vmap(pick)(self.scores)
-        return dataclasses.replace(self, k=(), v=(), scores=scores, **picked)
+    def make_room(self) -> "StreamingCache":
+        """Raises ConfigError: the settings bound it."""
+        raise ConfigError(
+            f"the cache has no room for another separator: with keep_all_separators, cache_size="
+            f"{self.sizes.cache_size} holds {self.sizes.max_separators}; raise it or let the oldest go"
+        )
+
+    def take_up(
+        self, model: Any, tokens: Tokens, counts: Int32[Array, "B"], table: Bool[Array, "_"], attention: AttentionConfig
+    ) -> tuple[Float[jax.Array, "B T D"], "StreamingCache"]:
+        """See `sepjax.generation.cache.protocol.Cache.take_up` and `stream_pass`."""
+        return stream_pass(model, self, tokens, counts, table, attention)
+
+    def row(self, i: Int32[Array, ""]) -> "StreamingCache":
+        """Row i as a cache of its own."""
+        return self._on_rows(lambda x, axis: jax.lax.dynamic_slice_in_dim(x, i, 1, axis))
+
+    def with_row(self, i: Int32[Array, ""], row: "StreamingCache") -> "StreamingCache":
+        """The same with row i as `row`, a cache of one row, has it."""
+
+        def put(x: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, new, i, axis)
+
+        return self._on_rows(put, row)
+
+    def _on_rows(self, f: Callable[..., jax.Array], *others: "StreamingCache") -> "StreamingCache":
+        """`f` of every array (and of the others' same array) and the number of its axis B."""
+
+        def on(path: tuple, x: jax.Array, *same: jax.Array) -> jax.Array:
+            stacked = path[0].name == "scores" or x.ndim == 5
+            return f(x, *same, int(stacked))
+
+        return jax.tree_util.tree_map_with_path(on, self, *others)
 
     def reset(self, rows: Bool[Array, "B"]) -> "StreamingCache":
         """The same with `rows` empty, as for a new document. Keys and values stay, where nothing sees them."""
         names = [field.name for field in dataclasses.fields(self)][3:-2]
         return dataclasses.replace(self, **{name: jnp.where(rows, 0, getattr(self, name)) for name in names})
-
-    def by_layer(self) -> "StreamingCache":
-        """The same with an array for each layer: a copy, unless it is so already."""
-        if isinstance(self.k, tuple):
-            return self
-        return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
-
-    def stacked(self) -> "StreamingCache":
-        """The same with all layers in one array: a copy, unless it is so already."""
-        if not isinstance(self.k, tuple):
-            return self
-        return dataclasses.replace(self, k=jnp.stack(self.k), v=jnp.stack(self.v))
 
     @staticmethod
     def in_each_layer(f: Callable[..., jax.Array], x: Layers, *others: jax.Array) -> Layers:
@@ -232,7 +254,7 @@ class StreamingCache:
           v: their values.
           is_separator: which of them are separators.
           counts: how many of the T tokens each row takes up, 0 to `room(T)`.
-          looks: of watched tokens, what these did to the entries (`sepjax.streaming.watched`).
+          looks: of watched tokens, what these did to the entries (`sepjax.generation.cache.watched`).
         """
         sizes, T = self.sizes, is_separator.shape[1]
         i = jnp.arange(T, dtype=jnp.int32)

@@ -1,12 +1,17 @@
-"""The numbers that fix a bounded streaming cache: how many entries of each zone, and how they are rotated."""
+"""The numbers that fix a cache: of a bounded one how many entries of each zone, and how they are rotated."""
 
 import dataclasses
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig, RopeConfig
-from sepjax.streaming.watched import Watch
+from sepjax.generation.cache.watched import Watch
 
 _ALIGN = 64  # slots: what a tensor core's product takes at a time; other numbers are padded by copying
 _COUNT = 2**30  # counters wrap near here, far from the end of int32
+
+
+def bucket(size: int) -> int:
+    """The least of 0, 64, 128, 256, ... that is at least `size`: few distinct shapes, so few compilations."""
+    return 0 if size <= 0 else 64 << max(0, (size - 1) // 64).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)

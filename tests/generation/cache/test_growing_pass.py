@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sepjax.config import AttentionConfig, ModelConfig, RopeConfig, layer_windows
-from sepjax.generation.decoding import decode_step, prefill
+from sepjax.generation.cache.growing import SeparatorCache
+from sepjax.generation.step import decode_step, prefill
 from sepjax.model.attend import forward
 from sepjax.model.transformer import create, merge, split
 from sepjax.separators import flag_separators
@@ -135,3 +136,48 @@ def test_bfloat16_decoding_is_as_exact_as_the_bfloat16_forward_pass():
     assert cache.k.dtype == jnp.bfloat16
     error, allowed = (float(jnp.abs(x - exact).max()) for x in (got, whole))
     assert 0 < error <= 2 * allowed
+
+
+RUNS = (
+    "neox, partial rotary, a window a layer",
+    "gpt2, learned positions, outer layers dense",
+    "window of one, no sinks",
+)
+RUNS += ("falcon, one key head, fixed interval", "dense", "gated by embeddings, a window a layer")
+
+
+@functools.partial(compiled, static_argnums=(0, 2, 6))
+def run_of(graph, params, width, cache, tokens, counts, attention, table):
+    """Hidden states of the first `counts` of tokens[3, width], and the cache with them."""
+    return cache.take_up(merge(graph, params), tokens[:, :width], counts, table, attention)
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_run_of_tokens_is_what_they_are_one_by_one(case):
+    """Ragged runs, longer than the window too: the same hidden states, and the same tokens in the same slots."""
+    config, attention = CASES[case]
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, V, (3, T), dtype=np.int32)
+    table = jnp.asarray(random.random(V) < 0.3)
+    graph, params = model_of(config, attention if attention.pattern == "gated" else None)
+    gate = {"stretch": attention.gate_stretch, "keep": attention.gate_keep} if attention.pattern == "gated" else {}
+    window = min(max(layer_windows(attention, 3, T)), T)
+    empty = SeparatorCache.create(config, 3, window_size=window, capacity=T, **gate)
+
+    expected, single = np.zeros((3, T, config.embed_dim), np.float32), empty
+    for i in range(T):
+        one = run_of(graph, params, 1, single, tokens[:, i : i + 1], jnp.ones(3, jnp.int32), attention, table)
+        expected[:, i], single = one[0][:, 0], one[1]
+    got, cache, at = np.zeros_like(expected), empty, np.zeros(3, np.int32)
+    while (at < T).any():
+        counts = np.minimum(random.integers(0, 12, 3), T - at).astype(np.int32)
+        part = np.stack([np.resize(row[i:], 12) if i < T else row[:12] for row, i in zip(tokens, at, strict=True)])
+        hidden, cache = run_of(graph, params, 12, cache, part, counts, attention, table)
+        for b in range(3):
+            got[b, at[b] : at[b] + counts[b]] = hidden[b, : counts[b]]
+        at += counts
+    for name in ("position", "is_global", "length", "num_global", "scores"):
+        np.testing.assert_array_equal(getattr(cache, name), getattr(single, name))
+    roundings = ((5 * 3 + 1) * LLAMA.mlp_dim) ** 0.5 * np.finfo(np.float32).eps
+    for x, y in ((got, expected), (cache.k, single.k), (cache.v, single.v)):
+        assert np.abs(x - y).max() <= roundings * np.abs(y).max()

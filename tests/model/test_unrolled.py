@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepjax.generation.layerwise import Layerwise, by_layer, runner
-from sepjax.generation.weights import working_copy
 from sepjax.model.transformer import Transformer, create, split
-from tests.generation.test_decoding import FALCON, GPT2, LLAMA, NEOX, model_of
+from sepjax.model.unrolled import Layerwise, by_layer, runner, working_copy
+from tests.generation.cache.test_growing_pass import FALCON, GPT2, LLAMA, NEOX, model_of
 
 MODELS = {"llama": LLAMA, "neox": NEOX, "gpt2": GPT2, "falcon": FALCON}
 TOKENS = np.random.default_rng(0).integers(0, LLAMA.vocab_size, (2, 5), dtype=np.int32)

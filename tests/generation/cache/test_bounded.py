@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
-from sepjax.streaming.cache import StreamingCache
-from sepjax.streaming.sizes import StreamSizes
-from tests.streaming.common import ListStream
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.sizes import StreamSizes
+from tests.generation.cache.common import ListStream
 
 CONFIG = ModelConfig(num_layers=2, num_kv_heads=2, head_dim=4, num_heads=2)
 ROWS, RUN = 3, 6

@@ -19,20 +19,19 @@ so far are marked, and the scores of the unfinished stretch are kept.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 from jaxtyping import Float32
 
-from sepjax.array_typing import Array, Bool, Float, Int32
-from sepjax.config import ModelConfig
+from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.generation.cache.growing_pass import growing_pass
+from sepjax.generation.cache.sizes import bucket
 from sepjax.sharding import constrain
-
-
-def bucket(size: int) -> int:
-    """The least of 0, 64, 128, 256, ... that is at least `size`: few distinct shapes, so few compilations."""
-    return 0 if size <= 0 else 64 << max(0, (size - 1) // 64).bit_length()
 
 
 @jax.tree_util.register_dataclass
@@ -173,6 +172,41 @@ class SeparatorCache:
         _, leaves = self._leaving()
         return leaves & (self.num_global >= self.capacity)
 
+    # -- as `sepjax.generation.cache.protocol.Cache` has it ---------------------------------------------------------
+
+    def room(self, most: int) -> Int32[jax.Array, "B"]:
+        """`most`: whoever reads many tokens has reserved room for them (`reserve`)."""
+        return jnp.full_like(self.length, most)
+
+    def take_up(
+        self, model: Any, tokens: Tokens, counts: Int32[Array, "B"], table: Bool[Array, "_"], attention: AttentionConfig
+    ) -> tuple[Float[jax.Array, "B T D"], "SeparatorCache"]:
+        """See `Cache.take_up`. Learned positions must not end within the counts."""
+        return growing_pass(model, self, tokens, counts, table, attention)
+
+    def compact(self) -> "SeparatorCache":
+        """The cache itself: what leaves the window goes at once."""
+        return self
+
+    def is_stuck(self) -> Bool[jax.Array, "B"]:
+        """Rows that are full."""
+        return self.is_full()
+
+    def make_room(self) -> "SeparatorCache":
+        """A copy with room for more global tokens."""
+        return _grow(self, bucket(self.capacity + 1), self.window_size)
+
+    def reserve(self, num_global: int, window_size: int) -> "SeparatorCache":
+        """One that has room for so many more global tokens in every row, and a ring of `window_size` at least."""
+        needed = int(jnp.max(self.num_global + jnp.sum(self.is_global[:, self.capacity :], axis=1))) + num_global
+        capacity = self.capacity if needed <= self.capacity else bucket(needed)
+        window_size = max(window_size, self.window_size)
+        if (capacity, window_size) == (self.capacity, self.window_size):
+            return self
+        return _grow(self, capacity, window_size)
+
+    # ---------------------------------------------------------------------------------------------------------------
+
     def overflowed(self) -> Bool[jax.Array, ""]:
         """Whether some row has lost a global token, because `append` was called though it was full."""
         return jnp.any(self.num_global > self.capacity)
@@ -247,15 +281,79 @@ class SeparatorCache:
             scores=jnp.where(active[:, None], scores, self.scores),
         )
 
-    def grow(self, capacity: int) -> "SeparatorCache":
-        """A copy with `capacity` slots in its global region, which must be no fewer than now."""
+    def append_run(
+        self,
+        k: Float[Array, "L B T K H"],
+        v: Float[Array, "L B T K H"],
+        is_global: Bool[Array, "B T"],
+        counts: Int32[Array, "B"],
+    ) -> "SeparatorCache":
+        """Adds the next tokens of every row at once: what `append` one by one would have made.
+
+        Args:
+          k: their keys in every layer, rotated.
+          v: their values.
+          is_global: which of them are sinks or separators.
+          counts: how many of the T tokens each row takes up. There must be room (`reserve`): what has none is lost, and
+            `overflowed` tells.
+        """
+        W, S, T = self.window_size, self.capacity, is_global.shape[1]
+        rows, j = jnp.arange(len(counts))[:, None], jnp.arange(W + T, dtype=jnp.int32)
+        position = self.length[:, None] - W + j  # of the ring in order, and of the run behind it
+        end = (self.length + counts)[:, None]
+        in_ring = S + position[:, :W] % W
+        flags = jnp.take_along_axis(self.is_global, in_ring, axis=1) & (position[:, :W] >= 0)
+        flags = jnp.concatenate([flags, jnp.asarray(is_global) & (jnp.arange(T) < counts[:, None])], axis=1)
+        leaves = flags & (position < end - W)
+        rank = self.num_global[:, None] + jnp.cumsum(leaves, axis=1, dtype=jnp.int32) - 1
+        to = jnp.where(leaves & (rank < S), rank, S + W + j)  # beyond the end: nowhere
+        ring = end - 1 - (end - 1 - jnp.arange(W, dtype=jnp.int32)) % W  # what its slots hold then
+        source = jnp.maximum(ring, position[:, :1]) - position[:, :1]
+
+        def put(x: jax.Array, line: jax.Array, empty: Any) -> jax.Array:
+            x = x.at[rows, to].set(line, mode="drop", unique_indices=True)
+            new = jnp.where(ring >= 0, jnp.take_along_axis(line, source, axis=1), empty)
+            return jax.lax.dynamic_update_slice_in_dim(x, new, S, axis=1)
+
+        def put_heads(x: jax.Array, new: Array) -> jax.Array:  # [L, B, K, C, H]
+            line = jnp.concatenate([x[:, rows, :, in_ring], jnp.moveaxis(jnp.asarray(new), 0, 2)], axis=1)
+            x = x.at[:, rows, :, to].set(line, mode="drop", unique_indices=True)  # indexed axes come first
+            new = jnp.moveaxis(line[rows, source], (0, 1), (1, 3))
+            return _placed(jax.lax.dynamic_update_slice_in_dim(x, new, S, axis=3))
+
+        return dataclasses.replace(
+            self,
+            k=put_heads(self.k, k),
+            v=put_heads(self.v, v),
+            position=put(self.position, position, -1),
+            is_global=put(self.is_global, flags, False),
+            length=self.length + counts,
+            num_global=self.num_global + jnp.sum(leaves, axis=1, dtype=jnp.int32),
+        )
+
+    def grow(self, capacity: int, window_size: int | None = None) -> "SeparatorCache":
+        """A copy with `capacity` slots in its global region and a ring of `window_size`, neither fewer than now.
+
+        None: the ring as it is. A wider one must come before anything has left the old.
+        """
         if capacity < self.capacity:
             raise ValueError(f"a cache of capacity {self.capacity} cannot shrink to {capacity}: tokens would be lost")
+        old, new = self.window_size, window_size or self.window_size
+        if new < old:
+            raise ValueError(f"a cache of window_size {old} cannot shrink to {new}: tokens would be lost")
+        # A wider ring has other slots: position p lies in p modulo its size.
+        last = self.length[:, None] - 1
+        position = last - (last - jnp.arange(new, dtype=jnp.int32)) % new
+        there = (position >= 0) & (position > last - old)
+        source = jnp.where(there, position % old, 0)
 
         def widen(x: jax.Array, axis: int, empty: int) -> jax.Array:
             shape = list(x.shape)
             shape[axis] = capacity - self.capacity
             held, ring = jnp.split(x, [self.capacity], axis)
+            if new > old:
+                index, is_there = (y if axis == 1 else y[None, :, None, :, None] for y in (source, there))
+                ring = jnp.where(is_there, jnp.take_along_axis(ring, index, axis=axis), empty).astype(x.dtype)
             return jnp.concatenate([held, jnp.full(shape, empty, x.dtype), ring], axis)
 
         return dataclasses.replace(
@@ -264,12 +362,16 @@ class SeparatorCache:
             v=widen(self.v, 3, 0),
             position=widen(self.position, 1, -1),
             is_global=widen(self.is_global, 1, 0),
+            window_size=new,
         )
 
     def _leaving(self) -> tuple[jax.Array, jax.Array]:
         """The ring slot of each row's next token, and whether a global token lies there, to be copied first."""
         ring = self.capacity + self.length % self.window_size
         return ring, self.is_global[jnp.arange(len(ring)), ring]
+
+
+_grow = functools.partial(jax.jit, static_argnums=(1, 2))(SeparatorCache.grow)
 
 
 def _unfinished(scores: Array | None, lengths: Array, stretch: int) -> jax.Array:

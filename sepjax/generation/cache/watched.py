@@ -29,7 +29,7 @@ from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.model.rope import rotate
 
 if TYPE_CHECKING:
-    from sepjax.streaming.cache import StreamingCache
+    from sepjax.generation.cache.bounded import StreamingCache
 
 _LEAST = 1e-30  # of a weight, so that its logarithm is finite
 _FIRST = 1024.0  # what separators that go first have more than all others: scores are between -100 and 2^15 / 256
@@ -153,6 +153,7 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
     """Compacts as many full rows as `full_rows` gives: of kept zone and past window the best s stay, and the last w."""
     a, s, w, watch = cache.sizes.num_sinks, cache.sizes.max_separators, cache.sizes.window_size, cache.sizes.watch
     assert watch is not None
+    assert cache.scores is not None
     full = cache.full_rows()
     few = cache.of_rows(full)
     past = few.num_recent - w

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepjax.cache import SeparatorCache
 from sepjax.config import AttentionConfig, ModelConfig
-from sepjax.generation.layerwise import by_layer
-from sepjax.generation.loop import DecodeState, Request, make_advance
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.growing import SeparatorCache
+from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.device_loop import DecodeState, Request, make_advance
+from sepjax.generation.sampling import Sampling
 from sepjax.model.transformer import create, split
-from sepjax.sampling import Sampling
-from sepjax.streaming.cache import StreamingCache
-from sepjax.streaming.sizes import StreamSizes
+from sepjax.model.unrolled import by_layer
 
 CONFIG = ModelConfig(vocab_size=64, num_layers=8, embed_dim=32, mlp_dim=64, num_heads=2, num_kv_heads=2, head_dim=16)
 STREAM = AttentionConfig(num_sinks=4, max_separators=64, window_size=256, cache_size=2000)

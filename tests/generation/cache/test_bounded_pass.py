@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from sepjax.config import AttentionConfig, ModelConfig, RopeConfig
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.bounded_pass import stream_pass
+from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import create, merge, split
-from sepjax.streaming.cache import StreamingCache
-from sepjax.streaming.forward import stream_pass
-from sepjax.streaming.sizes import StreamSizes
-from tests.streaming.common import ListStream
+from tests.generation.cache.common import ListStream
 
 V, T = 37, 90
 LLAMA = ModelConfig(vocab_size=V, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
-from sepjax.generation.stopping import TextUntilStop
+from sepjax.generation.row import TextUntilStop
 
 ALPHABET = "abé"  # é: two bytes
 TEXT = st.text(ALPHABET, max_size=12)

@@ -1,0 +1,165 @@
+"""The forward pass over a run of tokens and a growing cache: one token or many, with the same result.
+
+A token sees the slots that the last row of the training mask shows it (METHOD section 3), and itself; of a run of
+tokens each sees those before it besides. What a run pushes out of the ring goes after the pass: the cache as it was
+before has all that any of them sees.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.config import AttentionConfig, ModelConfig, layer_windows, sees_kept
+from sepjax.model.gate import needs_gate
+from sepjax.model.layers import once
+from sepjax.model.rope import rope_table, rotate
+from sepjax.separators import flag_separators
+
+if TYPE_CHECKING:
+    from sepjax.generation.cache.growing import SeparatorCache
+
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def growing_pass(
+    model: Any,
+    cache: "SeparatorCache",
+    tokens: Tokens,
+    counts: Int32[Array, "B"],
+    table: Bool[Array, "_"],
+    attention: AttentionConfig,
+) -> tuple[Float[jax.Array, "B T D"], "SeparatorCache"]:
+    """See `sepjax.generation.cache.protocol.Cache.take_up`.
+
+    With a gate a run is read token by token: what a token sees depends on the scores of those just before it.
+    """
+    if tokens.shape[1] == 1:
+        return _one_token(model, cache, tokens, counts > 0, table, attention)
+    if attention.pattern == "gated":
+        return _one_by_one(model, cache, tokens, counts, table, attention)
+    positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    is_global = is_global_token(tokens, positions, table, attention)
+    inputs = (*_what_layers_see(attention, model.config.num_layers, cache.window_size), cache.k, cache.v)
+    attend = _attend_run(model.config, cache, positions, is_global)
+    if model.config.position_embedding == "learned":  # of what stands beyond the counts there may be none
+        positions = jnp.minimum(positions, model.config.max_positions - 1)
+    hidden, (k, v) = model(tokens, positions, attend, inputs)
+    return hidden, cache.append_run(k, v, is_global, counts)
+
+
+def _one_by_one(
+    model: Any, cache: "SeparatorCache", tokens: Array, counts: Array, table: Array, attention: AttentionConfig
+) -> tuple[jax.Array, "SeparatorCache"]:
+    def step(cache: "SeparatorCache", i: jax.Array) -> tuple["SeparatorCache", jax.Array]:
+        token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
+        hidden, cache = _one_token(model, cache, token, counts > i, table, attention)
+        return cache, hidden[:, 0]
+
+    cache, hidden = jax.lax.scan(step, cache, jnp.arange(tokens.shape[1]))
+    return jnp.swapaxes(hidden, 0, 1), cache
+
+
+def _one_token(
+    model: Any, cache: "SeparatorCache", tokens: Array, active: Array, table: Array, attention: AttentionConfig
+) -> tuple[jax.Array, "SeparatorCache"]:
+    positions = cache.length[:, None]
+    inputs = (*_what_layers_see(attention, model.config.num_layers, cache.window_size), cache.k, cache.v)
+    is_global, score = is_global_token(tokens[:, 0], cache.length, table, attention), None
+    attend = _attend_cache(model.config, cache)
+    if attention.pattern == "gated":
+        gate, g = needs_gate(model, attention), attention.gate_layer
+        x = model.embed(tokens, positions)
+        x, below = model.run_layers(x, attend, inputs, 0, g)
+        score = jnp.where(is_global, -jnp.inf, gate(x)[:, 0])
+        x, keys = model.run_layers(x, attend, inputs, g)
+        hidden, (k, v) = model.final_norm(x), keys if g == 0 else jax.tree.map(_joined, below, keys)
+    else:
+        hidden, (k, v) = model(tokens, positions, attend, inputs)
+    return hidden, cache.append(k[:, :, 0], v[:, :, 0], is_global, active, score)
+
+
+def _what_layers_see(attention: AttentionConfig, num_layers: int, window_size: int) -> tuple[jax.Array, jax.Array]:
+    """Of every layer its window n, and the position from which on tokens do not stay visible to it: none, or sinks."""
+    stays = [jnp.iinfo(jnp.int32).max if sees else attention.num_sinks for sees in sees_kept(attention, num_layers)]
+    windows = layer_windows(attention, num_layers, window_size)
+    return jnp.asarray(windows, jnp.int32), jnp.asarray(stays, jnp.int32)
+
+
+def _joined(below: jax.Array, above: jax.Array) -> jax.Array:
+    return jnp.concatenate([below, above])
+
+
+def is_global_token(tokens: Array, positions: Array, table: Array, attention: AttentionConfig) -> jax.Array:
+    """Which tokens stay visible for ever. A dense pattern evicts nothing, so it needs none."""
+    if attention.pattern == "dense":
+        return jnp.zeros(tokens.shape, bool)
+    return flag_separators(tokens, positions, table, attention) | (positions < attention.num_sinks)
+
+
+def _attend_cache(config: ModelConfig, cache: "SeparatorCache") -> Callable[..., tuple[jax.Array, Any]]:
+    """Attention of one token a row over the slots it sees and itself; returns its rotated key and its value.
+
+    The layers only read the cache: the new keys of all of them are written at once, in place, by `append`. (Written in
+    the scan over layers they would make it copy the whole cache every token.)
+    """
+    uses_rope = config.position_embedding == "rope"
+    angles = once(rope_table(cache.length[:, None], config.rope, config.head_dim)) if uses_rope else None
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        window, num_sinks, k_cache, v_cache = layer
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        B, _, N, H = q.shape
+        q = q.reshape(B, config.num_kv_heads, -1, H)
+        out = _attend_slots(q, k[:, 0], v[:, 0], k_cache, v_cache, cache.visible(window, num_sinks))
+        return out.astype(v.dtype).reshape(B, 1, N, H), (k, v)
+
+    return attend
+
+
+def _attend_run(
+    config: ModelConfig, cache: "SeparatorCache", positions: Int32[Array, "B T"], is_global: Bool[Array, "B T"]
+) -> Callable[..., tuple[jax.Array, Any]]:
+    """Attention of a run of tokens a row over the slots and one another; an `Attend`, as `_attend_cache` is."""
+    uses_rope = config.position_embedding == "rope"
+    angles = rope_table(positions, config.rope, config.head_dim) if uses_rope else None
+    of_keys = jnp.concatenate([cache.position, positions], axis=1)[:, None]
+    distance = positions[..., None] - of_keys
+    stays = jnp.concatenate([cache.is_global, is_global], axis=1)[:, None]
+    is_there = (of_keys >= 0) & (distance >= 0)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        window, num_sinks, k_cache, v_cache = layer
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        keys, values = (
+            jnp.concatenate([x, jnp.swapaxes(new, 1, 2)], axis=2) for x, new in ((k_cache, k), (v_cache, v))
+        )
+        visible = is_there & ((stays & (of_keys < num_sinks)) | (distance < window))
+        grouped = q.reshape(*q.shape[:2], config.num_kv_heads, -1, q.shape[-1])
+        scores = _einsum("BTKGH,BKSH->BKGTS", grouped, keys) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+        out = _einsum("BKGTS,BKSH->BTKGH", weights.astype(v.dtype), values)
+        return out.astype(v.dtype).reshape(q.shape), (k, v)
+
+    return attend
+
+
+def _attend_slots(
+    q: Float[jax.Array, "B K G H"],
+    k: Float[jax.Array, "B K H"],
+    v: Float[jax.Array, "B K H"],
+    k_cache: Float[jax.Array, "B K C H"],
+    v_cache: Float[jax.Array, "B K C H"],
+    visible: Bool[jax.Array, "B C"],
+) -> Float[jax.Array, "B K G H"]:
+    """Attention of G queries a key head over the visible slots and the token's own key; scores, softmax in float32."""
+    scores = jnp.where(visible[:, None, None], _einsum("BKGH,BKCH->BKGC", q, k_cache), -jnp.inf)
+    own = _einsum("BKGH,BKH->BKG", q, k)[..., None]
+    weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * q.shape[-1] ** -0.5, axis=-1)
+    out = _einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
+    return out + weights[..., -1:] * v[:, :, None]

@@ -1,0 +1,201 @@
+"""Generator: one model, one tokenizer, one pattern, everything prepared once.
+
+    engine = sepjax.Generator(model, tokenizer)
+    engine.generate(["The function", "A list"], max_new_tokens=64)     whole answers, all prompts in one batch
+    engine.stream("Once")                                              text as it comes, an event a token
+    engine.slots(8)                                                    requests that come and go
+
+All three drive the same compiled steps (`sepjax.generation.device_loop`) and give the same tokens. A row of a batch is
+what it would be alone: padding, neighbours and growing caches change none of its tokens.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from sepjax.config import AttentionConfig
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.generation.batch import Generation, run
+from sepjax.generation.cache.sizes import bucket
+from sepjax.generation.prepared import Prepared, laid_out
+from sepjax.generation.prompts import Prompt, encode_prompts, row_keys
+from sepjax.generation.readers import BoundedReader, GrowingReader, Reader
+from sepjax.generation.row import RowSettings, StreamEvent
+from sepjax.generation.sampling import Sampling
+from sepjax.generation.slots import Slots
+from sepjax.generation.stream import Stream
+from sepjax.model.transformer import Transformer
+from sepjax.separators import warn_of_few_in
+
+_STEPS_BETWEEN_STOP_CHECKS = 32
+_MOST_ENGINES = 16  # of one model, kept for `engine_of`: they share its weights
+
+
+class Generator:
+    """Generates text. The model is not held: drop it, and one copy of its weights remains, laid out for generation."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None = None):
+        """Prepares weights (once a model), tables and checks.
+
+        Args:
+          model: from `sepjax.load`.
+          tokenizer: the model's.
+          attention: another pattern than the model was trained with.
+
+        Raises:
+          ConfigError: a pattern out of range, or a tokenizer that is not the model's.
+        """
+        self._of = Prepared.create(model, tokenizer, attention)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self._of.tokenizer
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """The pattern."""
+        return self._of.attention
+
+    @property
+    def prepared(self) -> Prepared:
+        """What all three ways of generating use."""
+        return self._of
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        stop_at_eos: bool = True,
+        control_tokens: bool = True,
+        bounded: bool | None = None,
+        max_repeats: int = 0,
+        logprobs: bool = False,
+    ) -> list[Generation]:
+        """Continues prompts, all in one batch; returns an answer to each.
+
+        Args:
+          prompts: one text, or a list whose items are texts (BOS goes in front where the model's own tokenizer puts it,
+            unless the text begins with it) or token ids.
+          max_new_tokens: tokens after which an answer ends.
+          sampling: how to draw, or one a prompt (`Sampling.create`); None: always the best token.
+          seed: of the draws; one a prompt makes each answer independent of its place in the list.
+          stop: texts that end an answer, and are no part of it.
+          stop_token_ids: tokens that end an answer, and are no part of its text; control tokens too.
+          stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
+          control_tokens: whether names of control tokens in the prompts' texts are these tokens; False: plain text.
+          bounded: whether a row's cache is bounded by `attention.cache_size`, whatever the lengths; None: where the
+            pattern asks for it ("watched").
+          max_repeats: ends an answer ("repetition") once it has repeated the same run of tokens more often in a row; 0:
+            never.
+          logprobs: whether answers tell the log-probabilities of their tokens, before temperature and the like.
+
+        Raises:
+          ConfigError: settings out of range or impossible together.
+          PromptError: a prompt without tokens, or with ids that are none.
+          TypeError: prompts or stop strings that are no text.
+        """
+        settings = RowSettings.create(
+            self.tokenizer, stop=stop, stop_token_ids=stop_token_ids, stop_at_eos=stop_at_eos,
+            max_new_tokens=max_new_tokens, max_repeats=max_repeats, logprobs=logprobs,
+        )  # fmt: skip
+        ids = encode_prompts(self.tokenizer, prompts, control_tokens=control_tokens)
+        reader = self._reader(self.attention.pattern == "watched" if bounded is None else bounded)
+        reader.check(0, max(map(len, ids)), max_new_tokens)
+        for number, prompt in enumerate(ids):
+            warn_of_few_in(prompt, self._of.table, self.attention, f"prompt {number}")
+        if not isinstance(sampling, Sampling):
+            sampling = Sampling.of_rows(sampling, len(ids)) if sampling is not None else Sampling.create()
+        answers: list[list[StreamEvent]] = [[] for _ in ids]
+        num_steps = _STEPS_BETWEEN_STOP_CHECKS if settings.stop or max_repeats else bucket(max_new_tokens)
+        for row, event in run(self._of, reader, ids, settings, sampling, row_keys(seed, len(ids)), num_steps):
+            answers[row].append(event)
+        return [Generation.join(prompt, events) for prompt, events in zip(ids, answers, strict=True)]
+
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        stop_at_eos: bool = True,
+        control_tokens: bool = True,
+        bounded: bool | None = None,
+        max_repeats: int = 0,
+        logprobs: bool = False,
+        resume: str | os.PathLike[str] | None = None,
+    ) -> Stream:
+        """Continues one prompt, an event a token.
+
+        With `max_new_tokens` the texts of all events join to what `generate` answers. Without, the stream has no end
+        (with `stop_at_eos=False` not even at an end of text) and runs over a bounded cache: at most
+        `attention.cache_size` entries, whatever the length of prompt and text (docs/streaming.md).
+
+        Args:
+          prompt: a text or token ids; None: nothing yet, for a stream that is resumed or fed later.
+          max_new_tokens: tokens after which a turn ends; None: without end.
+          sampling: how to draw; None: always the best token.
+          seed: of the draws.
+          stop: see `generate`, for the following four too.
+          stop_token_ids: see there.
+          stop_at_eos: see there.
+          control_tokens: see there.
+          bounded: whether to use the bounded cache; None: where there is no `max_new_tokens`, or the pattern asks for
+            it.
+          max_repeats: see `generate`, for the next too.
+          logprobs: see there.
+          resume: folder of a stream that was saved; it goes on there, token for token.
+
+        Returns:
+          A `Stream`: it takes further input with `feed`, and goes to disk with `save`.
+
+        Raises:
+          As `generate`, from this call, not from the first event; and what `Stream.restore` raises.
+        """
+        settings = RowSettings.create(
+            self.tokenizer, stop=stop, stop_token_ids=stop_token_ids, stop_at_eos=stop_at_eos,
+            max_new_tokens=max_new_tokens, max_repeats=max_repeats, logprobs=logprobs,
+        )  # fmt: skip
+        needs_bound = max_new_tokens is None or self.attention.pattern == "watched"
+        reader = self._reader(needs_bound if bounded is None else bounded)
+        events = Stream(
+            self._of, reader, settings, sampling or Sampling.create(), seed=seed, control_tokens=control_tokens
+        )
+        if resume is not None:
+            events.restore(resume)
+        if prompt is not None:
+            events.feed(prompt)
+        return events
+
+    def slots(self, rows: int) -> Slots:
+        """Rows of one compiled step over bounded caches, for requests that come and go: what a server drives.
+
+        Raises ConfigError for a pattern that a bounded cache cannot serve, or more rows than memory holds.
+        """
+        return Slots(self._of, self._bounded(), rows)
+
+    def _reader(self, bounded: bool) -> Reader:
+        return self._bounded() if bounded else GrowingReader(self._of)
+
+    def _bounded(self) -> BoundedReader:
+        return BoundedReader(self._of)
+
+
+def engine_of(model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None = None) -> Generator:
+    """The Generator of these, the same at every call for as long as the model lives and keeps its parameters."""
+    made = laid_out(model).made
+    # A Generator holds its tokenizer, so the number is of no other one as long as the entry is there.
+    key = id(tokenizer), dataclasses.replace(attention or model.attention)
+    engine = made.pop(key, None) or Generator(model, tokenizer, attention)
+    made[key] = engine  # now the newest
+    while len(made) > _MOST_ENGINES:
+        del made[next(iter(made))]
+    return engine

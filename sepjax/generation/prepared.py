@@ -1,0 +1,87 @@
+"""What generation needs of a model, a tokenizer and a pattern, made once: weights laid out, tables, checks.
+
+The weights of a model are laid out once for as long as it lives, whoever asks. A model is not held by what was made of
+it: drop it, and one copy of the weights remains, in the layout that generates.
+"""
+
+import dataclasses
+import threading
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sepjax.array_typing import Bool
+from sepjax.config import AttentionConfig, ModelConfig, validate_attention, with_own_window
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.generation.prompts import check_vocabulary
+from sepjax.model.transformer import Params, Transformer, split
+from sepjax.model.unrolled import by_layer
+from sepjax.separators import configured_table
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """Made by `create`."""
+
+    config: ModelConfig
+    graph: nnx.GraphDef
+    params: Params  # those of `by_layer`, for prompts and for steps
+    tokenizer: Tokenizer
+    attention: AttentionConfig
+    table: Bool[np.ndarray, "_"]  # separators among the tokenizer's ids
+    table_on_device: Bool[jax.Array, "_"]
+
+    @classmethod
+    def create(cls, model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None = None) -> "Prepared":
+        """Checks that they belong together.
+
+        Raises:
+          ConfigError: a pattern out of range, or a tokenizer with more tokens than the model has embeddings.
+        """
+        attention = with_own_window(dataclasses.replace(attention or model.attention), model.config)
+        validate_attention(attention, model.config.num_layers)
+        check_vocabulary(model.config, tokenizer)
+        table = np.asarray(configured_table(tokenizer, attention))
+        weights = laid_out(model)
+        return cls(
+            model.config, weights.graph, weights.params, tokenizer, attention, table, jnp.asarray(table)
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weights:
+    """A model's, laid out for generation under one mesh."""
+
+    graph: nnx.GraphDef
+    params: Params
+    sources: tuple[Any, ...]  # weak references to the model's own arrays
+    mesh: Any
+    made: dict[Any, Any] = dataclasses.field(default_factory=dict)  # what else was made of them, for whoever knows how
+
+    def are_of(self, params: Params) -> bool:
+        """Whether a model with these parameters still has those that were laid out."""
+        leaves = jax.tree.leaves(params)
+        same = len(leaves) == len(self.sources) and all(
+            source() is x for source, x in zip(self.sources, leaves, strict=True)
+        )
+        return same and self.mesh == jax.sharding.get_mesh()
+
+
+_of_models: weakref.WeakKeyDictionary[Transformer, Weights] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+def laid_out(model: Transformer) -> Weights:
+    """The weights of a model, laid out at the first call; at a later one again if it has other arrays by then."""
+    with _lock:
+        graph, params = split(model)
+        weights = _of_models.get(model)
+        if weights is None or not weights.are_of(params):
+            sources = tuple(map(weakref.ref, jax.tree.leaves(params)))
+            weights = Weights(graph, by_layer(params, model.config), sources, jax.sharding.get_mesh())
+            _of_models[model] = weights
+        return weights

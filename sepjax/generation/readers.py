@@ -1,0 +1,184 @@
+"""How input gets into a cache: prompts whole into a growing one, runs of tokens into either.
+
+Which cache a text has is decided once, by the reader; everything else asks only for what `Cache` has.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sepjax.config import ConfigError, layer_windows
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.growing import SeparatorCache
+from sepjax.generation.cache.protocol import Cache
+from sepjax.generation.cache.sizes import StreamSizes, bucket
+from sepjax.generation.device_loop import DecodeState, Request, Steps, begin, make_consume, start
+from sepjax.generation.limits import check_cache
+from sepjax.generation.prepared import Prepared
+from sepjax.generation.prompts import cache_sizes, check_length, count_global, pad_prompts
+
+_RUN = 256  # tokens of a pass into a growing cache
+# What of an attention config a growing cache does not depend on.
+_NOT_SEEN = ("implementation", "capacity", "document_mask", "cache_size", "max_separators", "stream_positions")
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A way into one kind of cache."""
+
+    cache_size: int | None  # the most entries that a row may hold; None: no bound
+    ends_with_positions: bool  # texts end with the positions that int32 has
+
+    def empty(self, keys: jax.Array, room: Sequence[int] = ()) -> DecodeState:
+        """The state before anything was read, a row a key; `room`: as large as the cache that `room_of` tells of."""
+        ...
+
+    def room_of(self, cache: Any) -> list[int]:
+        """What else than the settings the sizes of this cache depend on."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What decides which entries there are, for whoever goes on with a saved cache: plain JSON."""
+        ...
+
+    def check(self, seen: int, tokens: int, new: int | None) -> None:
+        """Raises ConfigError where `seen` tokens, `tokens` more and `new` (None: without end) cannot be."""
+        ...
+
+    def read(
+        self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None
+    ) -> tuple[DecodeState, Steps]:
+        """Reads the next tokens of every row and draws the token after them.
+
+        Args:
+          state: from `empty`, or where rows stand; used up.
+          rows: token ids, one at least a row.
+          request: what is wanted of the rows.
+          seen: the most tokens that a row has seen so far; 0: nothing was read.
+          new: tokens that may follow; None: without end.
+        """
+        ...
+
+
+class GrowingReader:
+    """Prompts are prefilled, with the layout and attention of training; what comes later is read in runs."""
+
+    cache_size: int | None = None
+    ends_with_positions = True
+
+    def __init__(self, prepared: Prepared):
+        self._of = prepared
+
+    def empty(self, keys: jax.Array, room: Sequence[int] = ()) -> DecodeState:
+        """See `Reader`."""
+        window_size, capacity = room or (64, 0)
+        stretch, keep = 0, 0
+        if self._of.attention.pattern == "gated":
+            stretch, keep = self._of.attention.gate_stretch, self._of.attention.gate_keep
+        cache = SeparatorCache.create(
+            self._of.config, len(keys), window_size=window_size, capacity=capacity, stretch=stretch, keep=keep
+        )
+        return _standing(cache, keys)
+
+    def room_of(self, cache: SeparatorCache) -> list[int]:
+        """See `Reader`."""
+        return [cache.window_size, cache.capacity]
+
+    def settings(self) -> dict[str, Any]:
+        """See `Reader`."""
+        known = dataclasses.asdict(self._of.attention)
+        return {"cache": "growing"} | {name: x for name, x in known.items() if name not in _NOT_SEEN}
+
+    def check(self, seen: int, tokens: int, new: int | None) -> None:
+        """See `Reader`."""
+        check_length(self._of.config, seen + tokens, new, self._of.attention)
+
+    def read(
+        self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None
+    ) -> tuple[DecodeState, Steps]:
+        """See `Reader`."""
+        of, longest = self._of, max(map(len, rows))
+        if not seen:
+            sizes = cache_sizes(rows, new, of.table, of.attention, of.config.num_layers)
+            wanted = f"{longest} tokens of prompt with max_new_tokens={new}"
+            check_cache(of.config, len(rows), sum(sizes.values()), wanted)
+            tokens, lengths = pad_prompts(rows)
+            return start(of.graph, of.params, tokens, lengths, state.key, request, of.attention, **sizes)
+        total = bucket(seen + longest + (new or 0))
+        windows = layer_windows(of.attention, of.config.num_layers, total)
+        window_size = max(windows) if new is None else min(max(windows), total)
+        cache: Any = state.cache
+        leaving = 0
+        if window_size < total:  # one more for an interval or a stretch that began before
+            leaving = max(count_global(ids, of.table, of.attention) for ids in rows) + max(1, of.attention.gate_keep)
+        wanted = f"{seen + longest} tokens of text with max_new_tokens={new}"
+        check_cache(of.config, len(rows), cache.capacity + leaving + window_size, wanted)
+        cache, logits = _read_runs(of, cache.reserve(leaving, window_size), rows, request, _RUN)
+        return begin(cache, logits, state.count, state.key, request)
+
+
+class BoundedReader:
+    """Everything is read in runs, each up to the next compaction: memory does not depend on the length."""
+
+    cache_size: int | None
+    ends_with_positions = False
+
+    def __init__(self, prepared: Prepared):
+        """Raises ConfigError where a bounded cache cannot serve the pattern (`StreamSizes.create`)."""
+        self._of = prepared
+        self.sizes = StreamSizes.create(prepared.config, prepared.attention)
+        self.cache_size = self.sizes.cache_size
+
+    def empty(self, keys: jax.Array, room: Sequence[int] = ()) -> DecodeState:
+        """See `Reader`."""
+        check_cache(self._of.config, len(keys), self.sizes.slots, f"cache_size={self.cache_size}")
+        return _standing(StreamingCache.create(self._of.config, len(keys), self.sizes, by_layer=True), keys)
+
+    def room_of(self, cache: StreamingCache) -> list[int]:
+        """See `Reader`."""
+        return []
+
+    def settings(self) -> dict[str, Any]:
+        """See `Reader`."""
+        return dataclasses.asdict(self.sizes)
+
+    def check(self, seen: int, tokens: int, new: int | None) -> None:
+        """See `Reader`. Slot numbers have no end; positions in the text are int32."""
+        if self.sizes.absolute and seen + tokens >= 2**31:
+            raise ConfigError(
+                'attention.stream_positions="absolute" counts tokens of the text up to 2^31, which this stream reaches '
+                'now; use "slot" for streams without end'
+            )
+
+    def read(
+        self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None
+    ) -> tuple[DecodeState, Steps]:
+        """See `Reader`."""
+        cache, logits = _read_runs(self._of, state.cache, rows, request, self.sizes.chunk)
+        return begin(cache, logits, state.count, state.key, request)
+
+
+def _standing(cache: Cache, keys: jax.Array) -> DecodeState:
+    token, count = (jnp.zeros(len(keys), jnp.int32) for _ in range(2))
+    return DecodeState(cache, token, count, jnp.zeros(len(keys), bool), keys)
+
+
+def _read_runs(
+    of: Prepared, cache: Cache, rows: Sequence[Sequence[int]], request: Request, most: int
+) -> tuple[Cache, jax.Array]:
+    """The cache after the tokens of every row, read up to `most` at a time, and the scores of what follows them."""
+    consume = make_consume(of.graph, of.attention)
+    logits = jnp.zeros((len(rows), of.config.vocab_size), jnp.float32)
+    at, lengths = np.zeros(len(rows), np.int32), np.array([len(ids) for ids in rows], np.int32)
+    while (left := lengths - at).any():
+        tokens = np.zeros((len(rows), min(most, bucket(int(left.max())))), np.int32)
+        left = np.minimum(left, tokens.shape[1])
+        for b, ids in enumerate(rows):
+            tokens[b, : left[b]] = ids[at[b] : at[b] + left[b]]
+        cache, logits, taken = consume(of.params, cache, logits, tokens, left, request.table)
+        at += np.asarray(taken)
+    return cache, logits

@@ -1,0 +1,275 @@
+"""The host's side of a row: its text from tokens as they come, and why it ends.
+
+Text comes in whole characters only, and holds nothing of a stop string.
+"""
+
+import dataclasses
+import operator
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sepjax.array_typing import Int32
+from sepjax.config import ConfigError
+from sepjax.data.tokenizer import IncrementalDecoder, Tokenizer
+from sepjax.generation.cache.sizes import bucket
+
+_FEW_ENDS = 16  # end tokens for which all programs are the same
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheUse:
+    """What a row's cache holds, counted and measured."""
+
+    held: int  # tokens in the cache
+    seen: int  # tokens that have passed through it
+    bytes: int  # of this row's part of all arrays
+
+    @property
+    def kv_kept(self) -> float:
+        """Share of the tokens seen that is still held."""
+        return self.held / self.seen
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamEvent:
+    """One new token."""
+
+    text: str  # what is now certain to follow: whole characters, nothing of a stop string; may be empty
+    token_ids: tuple[int, ...]
+    # None: goes on; "stop": a stop string or token; "eos": the model's end token; "length"; "repetition"
+    finish_reason: str | None
+    cache: CacheUse
+    logprob: float | None = None  # of the token, before temperature and the like; None: nobody asked
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """The tokens that end a row, by the reason they give. Made by `create`."""
+
+    eos: frozenset[int]
+    stop: frozenset[int]
+
+    @classmethod
+    def create(cls, tokenizer: Tokenizer, stop_at_eos: bool, stop_token_ids: Any) -> "Ends":
+        """The model's own end tokens, if they are to end a row, and those that the user asks for.
+
+        Raises:
+          TypeError: no token ids.
+          ConfigError: ids outside the vocabulary.
+        """
+        if isinstance(stop_token_ids, (str, bytes)) or not isinstance(stop_token_ids, (Sequence, set, np.ndarray)):
+            raise TypeError(f"stop_token_ids must be a list of token ids, got {stop_token_ids!r}")
+        stop = frozenset(operator.index(i) for i in stop_token_ids)
+        outside = sorted(i for i in stop if not 0 <= i < tokenizer.vocab_size)
+        if outside:
+            raise ConfigError(
+                f"stop_token_ids has {outside[0]}, which is outside the vocabulary of {tokenizer.vocab_size} tokens"
+            )
+        return cls(frozenset(tokenizer.end_ids if stop_at_eos else ()), stop)
+
+    def array(self) -> Int32[np.ndarray, "E"]:
+        """All of them for the device, filled up with -1: other sets of up to 16 are no other program."""
+        ids = sorted(self.eos | self.stop)
+        size = _FEW_ENDS if len(ids) <= _FEW_ENDS else bucket(len(ids))
+        return np.array(ids + [-1] * (size - len(ids)), np.int32)
+
+    def reason(self, token: int) -> str | None:
+        """Why the row ends after this token; None: it does not."""
+        return "eos" if token in self.eos else "stop" if token in self.stop else None
+
+
+def check_stop(stop: Any) -> tuple[str, ...]:
+    """Stop strings as a tuple; raises TypeError for other things than text, ConfigError for an empty one."""
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) for s in stop):
+        raise TypeError(f"stop must be a text or a list of texts, got {stop!r}")
+    if "" in stop:
+        raise ConfigError("a stop string is empty: it would end every text before its first token")
+    return stop
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSettings:
+    """What the host wants of a row. Made by `create`."""
+
+    stop: tuple[str, ...]
+    ends: Ends
+    max_new_tokens: int | None  # None: without end
+    max_repeats: int  # see `RepetitionGuard`
+    logprobs: bool
+
+    @classmethod
+    def create(
+        cls,
+        tokenizer: Tokenizer,
+        *,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        stop_at_eos: bool = True,
+        max_new_tokens: int | None = None,
+        max_repeats: int = 0,
+        logprobs: bool = False,
+    ) -> "RowSettings":
+        """See `Generator.generate` for the arguments and errors."""
+        if max_new_tokens is not None and not 1 <= operator.index(max_new_tokens) < 2**31:
+            raise ConfigError(f"max_new_tokens={max_new_tokens} must be 1 or more")
+        if max_repeats < 0:
+            raise ConfigError(f"max_repeats={max_repeats} must be 0 (as often as it likes) or more")
+        ends = Ends.create(tokenizer, stop_at_eos, stop_token_ids)
+        return cls(check_stop(stop), ends, max_new_tokens, max_repeats, logprobs)
+
+
+class Row:
+    """One text as it comes: what of it is certain, how long it may still get, and why it has ended.
+
+    Attributes:
+      seen: tokens that the cache has taken up.
+      finish_reason: None while the text goes on.
+    """
+
+    LAST_POSITION = 2**31 - 1  # where positions are those of the text: they are int32
+
+    def __init__(
+        self, tokenizer: Tokenizer, settings: RowSettings, *, continues: bool, seen: int = 0, has_end: bool = False
+    ):
+        """Begins a text.
+
+        Args:
+          tokenizer: the model's.
+          settings: when it ends.
+          continues: whether text stands before it (`Tokenizer.decode`).
+          seen: tokens that the cache has taken up so far.
+          has_end: whether the text ends with the positions that int32 has.
+        """
+        self._text = TextUntilStop(tokenizer, settings.stop, continues=continues)
+        self._guard = RepetitionGuard(settings.max_repeats)
+        self._settings, self._has_end = settings, has_end
+        self._left = -1 if settings.max_new_tokens is None else settings.max_new_tokens
+        self.seen = seen
+        self.finish_reason: str | None = None
+
+    def take(self, token: int, *, taken: int, held: int, nbytes: int, logprob: float = 0.0) -> StreamEvent:
+        """The event of one more token.
+
+        Args:
+          token: which.
+          taken: tokens that the cache has taken up since the last one.
+          held: tokens that it holds now.
+          nbytes: of the row's part of it.
+          logprob: of the token.
+        """
+        self.seen += taken
+        self._left -= 1
+        ends = self._settings.ends.reason(token)
+        text = "" if ends == "stop" else self._text.feed(token)  # a stop token is no part of the text
+        if self._text.stopped:
+            self.finish_reason = "stop"
+        elif ends:
+            self.finish_reason = ends
+        elif not self._left or (self._has_end and self.seen + 1 >= self.LAST_POSITION):
+            self.finish_reason = "length"
+        elif self._guard.feed(token):
+            self.finish_reason = "repetition"
+        if self.finish_reason is not None and not self._text.stopped:
+            text += self._text.flush()
+        use = CacheUse(held, self.seen, nbytes)
+        return StreamEvent(text, (token,), self.finish_reason, use, logprob if self._settings.logprobs else None)
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands, for `restore`: plain JSON."""
+        return {
+            "seen": self.seen,
+            "left": self._left,
+            "finish_reason": self.finish_reason,
+            "text": self._text.state(),
+            "guard": self._guard.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken."""
+        self.seen, self._left, self.finish_reason = state["seen"], state["left"], state["finish_reason"]
+        self._text.restore(state["text"])
+        self._guard.restore(state["guard"])
+
+
+class TextUntilStop:
+    """The text of one row up to its first stop string, which may run over several tokens.
+
+    Text that may be the beginning of a stop string is held back until that is decided. Of several stop strings the one
+    that is complete first counts, so the text does not depend on where tokens begin and end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, continues: bool):
+        """See `Tokenizer.decode` for `continues`. Stop strings are not empty."""
+        self._decoder = IncrementalDecoder(tokenizer, continues=continues)
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, token: int) -> str:
+        """The text that is certain after `token`, and `stopped` if it completes a stop string."""
+        self._held += self._decoder.feed(token)
+        found = [(self._held.index(s) + len(s), self._held.index(s)) for s in self._stop if s in self._held]
+        if found:
+            self.stopped = True
+            return self._release(min(found)[1])
+        return self._release(len(self._held) - max((_overlap(self._held, s) for s in self._stop), default=0))
+
+    def flush(self) -> str:
+        """The rest of a text that ends without a stop string; an unfinished character becomes U+FFFD."""
+        return self._release(len(self._held)) + self._decoder.flush()
+
+    def state(self) -> dict[str, Any]:
+        """What is held back, for `restore`: plain JSON."""
+        return {"held": self._held, "stopped": self.stopped, "decoder": self._decoder.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken."""
+        self._held, self.stopped = state["held"], state["stopped"]
+        self._decoder.restore(state["decoder"])
+
+    def _release(self, size: int) -> str:
+        text, self._held = self._held[:size], self._held[size:]
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, not the whole of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class RepetitionGuard:
+    """Notices when a text has become the same few tokens over and over."""
+
+    LONGEST = 64  # tokens of a run that is found when it repeats
+    LEAST = 32  # tokens that must have repeated: a row of dashes is no failure
+
+    def __init__(self, most: int):
+        """`most`: how often the same run of tokens may come in a row; 0: as often as it likes."""
+        self._most = most
+        self._recent: deque[int] = deque(maxlen=self.LONGEST)
+        self._matched = np.zeros(self.LONGEST, np.int64)  # for each p: tokens in a row that equal the one p before
+
+    def feed(self, token: int) -> bool:
+        """Whether the tokens so far end in more than `most` copies of one run."""
+        if not self._most:
+            return False
+        before = np.full(self.LONGEST, -1)
+        before[: len(self._recent)] = list(self._recent)[::-1]
+        self._matched = np.where(before == token, self._matched + 1, 0)
+        self._recent.append(token)
+        period = np.arange(1, self.LONGEST + 1)
+        return bool(np.any(self._matched >= np.maximum(period * self._most, self.LEAST)))
+
+    def state(self) -> dict[str, Any]:
+        """What has come so far, for `restore`: plain JSON."""
+        return {"recent": list(self._recent), "matched": self._matched.tolist()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken."""
+        self._recent.extend(state["recent"])
+        self._matched = np.array(state["matched"])

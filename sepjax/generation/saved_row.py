@@ -1,0 +1,81 @@
+"""Where one text stands, device and host: what can be saved at any token and goes on as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+
+from sepjax.config import ModelConfig
+from sepjax.generation import saved
+from sepjax.generation.device_loop import DecodeState
+from sepjax.generation.readers import Reader
+from sepjax.generation.saved import StreamStateError
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRow:
+    """One row, of a stream or of slots."""
+
+    state: DecodeState  # of one row
+    pending: tuple[int, ...]  # tokens that the cache has yet to take up; empty: all but the last drawn one
+    has_drawn: bool  # whether there is a last drawn token
+    row: dict[str, Any]  # `Row.state()`
+
+    @property
+    def last_token(self) -> int | None:
+        """The token drawn last, unless it is pending; None: there is none."""
+        return int(self.state.token[0]) if self.has_drawn and not self.pending else None
+
+    @property
+    def seen(self) -> int:
+        """Tokens that the cache has taken up."""
+        return self.row["seen"]
+
+    def write(self, folder: str | os.PathLike[str], reader: Reader, config: ModelConfig) -> None:
+        """Writes all that `read` needs, in place of an older stream. A kill at any moment leaves the old or the new.
+
+        Raises:
+          sepjax.files.ForeignFolder: the folder holds something else than a saved stream.
+          sepjax.files.WriteError: it cannot be written.
+        """
+        words = {
+            "model": dataclasses.asdict(config),
+            "sizes": reader.settings(),
+            "room": reader.room_of(self.state.cache),
+            "pending": list(self.pending),
+            "has_drawn": self.has_drawn,
+            **self.row,
+        }
+        saved.write(folder, words, jax.tree.leaves(_plain(self.state)))
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str], reader: Reader, config: ModelConfig) -> "SavedRow":
+        """What `write` wrote.
+
+        Raises:
+          FileNotFoundError: nothing was saved there.
+          StreamStateError: the files are damaged, or of a model of another shape, or of a cache of other sizes.
+        """
+        words, place = saved.read(folder)
+        for name, ours in (("model", dataclasses.asdict(config)), ("sizes", reader.settings())):
+            mine = json.loads(json.dumps(ours))
+            different = sorted(key for key in mine.keys() | words[name].keys() if mine.get(key) != words[name].get(key))
+            if different:
+                key = different[0]
+                raise StreamStateError(
+                    f"the stream in {os.fspath(folder)!r} was saved with {name}.{key}={words[name].get(key)!r}, "
+                    f"expected {mine.get(key)!r}; load the same model and give the same cache settings"
+                )
+        keys = jax.random.split(jax.random.key(0), 1)
+        leaves, structure = jax.tree.flatten(_plain(reader.empty(keys, words["room"])))
+        state = jax.tree.unflatten(structure, saved.read_leaves(place, words, leaves))
+        state = dataclasses.replace(state, key=jax.random.wrap_key_data(state.key))
+        row = {name: words[name] for name in ("seen", "left", "finish_reason", "text", "guard")}
+        return cls(state, tuple(words["pending"]), words["has_drawn"], row)
+
+
+def _plain(state: DecodeState) -> DecodeState:
+    """The state with its keys as plain numbers, which files can hold."""
+    return dataclasses.replace(state, key=jax.random.key_data(state.key))

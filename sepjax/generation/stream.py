@@ -1,0 +1,155 @@
+"""A stream: text goes in, text comes out, an event a token, over a cache of either kind.
+
+    feed    new input, read by the cache's reader          pending -> cache, scores
+    next    the next token is drawn, then decoded          an event a token
+
+What the device holds between two tokens is one `DecodeState`; with a few words of the host's it can be saved at any
+token and goes on from there as if nothing had happened. Over a bounded cache a stream has no end, in constant memory.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from sepjax.generation.batch import request_of
+from sepjax.generation.device_loop import Steps, make_advance
+from sepjax.generation.prepared import Prepared
+from sepjax.generation.prompts import Prompt, encode_prompts, row_keys
+from sepjax.generation.readers import Reader
+from sepjax.generation.row import CacheUse, Row, RowSettings, StreamEvent
+from sepjax.generation.sampling import Sampling
+from sepjax.generation.saved_row import SavedRow
+from sepjax.separators import warn_of_few_in
+
+
+class Stream(Iterator[StreamEvent]):
+    """Events of one text, or of the turns of a conversation. Made by `Generator.stream`."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        reader: Reader,
+        settings: RowSettings,
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        control_tokens: bool = True,
+    ):
+        """Nothing is generated before something was fed."""
+        self._of, self._reader, self._settings = prepared, reader, settings
+        self._control_tokens = control_tokens
+        # When a turn ends is the host's to say: each has as many tokens as the first.
+        self._request = dataclasses.replace(request_of(prepared, settings, sampling), max_new_tokens=np.int32(-1))
+        self._advance = make_advance(prepared.graph, prepared.attention, 1)
+        self._state = reader.empty(row_keys(seed, 1))
+        self._pending: list[int] = []
+        self._has_drawn = self._is_stuck = False
+        self._row = self._new_row(continues=False, seen=0)
+
+    def _new_row(self, *, continues: bool, seen: int) -> Row:
+        has_end = self._reader.ends_with_positions
+        return Row(self._of.tokenizer, self._settings, continues=continues, seen=seen, has_end=has_end)
+
+    def feed(self, prompt: Prompt) -> None:
+        """Appends input: a text (after BOS, if it is the first and the tokenizer puts one) or token ids; a new turn.
+
+        Raises:
+          PromptError: no tokens, or ids outside the vocabulary.
+          ConfigError: more tokens than the model has positions for.
+        """
+        tokenizer = self._of.tokenizer
+        if isinstance(prompt, str) and (self._row.seen or self._pending):
+            prompt = tokenizer.encode(prompt, control_tokens=self._control_tokens)
+        (ids,) = encode_prompts(tokenizer, [prompt], control_tokens=self._control_tokens)
+        pending = list(self._pending)
+        if self._has_drawn and not pending:  # the last token drawn has not been taken up yet
+            pending.append(int(self._state.token[0]))
+        pending += ids
+        self._reader.check(self._row.seen, len(pending), self._settings.max_new_tokens)
+        warn_of_few_in(ids, self._of.table, self._of.attention, "the text fed")
+        self._pending = pending
+        self._row = self._new_row(continues=any(map(tokenizer.token_bytes, ids)), seen=self._row.seen)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the turn has ended; None while it goes on. A new turn begins with `feed`."""
+        return self._row.finish_reason
+
+    @property
+    def cache(self) -> CacheUse:
+        """What the cache holds now."""
+        return CacheUse(int(self._state.cache.held()[0]), self._row.seen, self._state.cache.nbytes)
+
+    @property
+    def cache_size(self) -> int | None:
+        """The most entries that the cache may hold; None: it grows."""
+        return self._reader.cache_size
+
+    @property
+    def last_token(self) -> int | None:
+        """The token drawn last; None before the first."""
+        return int(self._state.token[0]) if self._has_drawn else None
+
+    def __next__(self) -> StreamEvent:
+        """Draws the next token. An interruption leaves the stream as it was before the token."""
+        if self._row.finish_reason is not None or not (self._has_drawn or self._pending):
+            raise StopIteration
+        if self._is_stuck:
+            self._state = dataclasses.replace(self._state, cache=self._state.cache.make_room())
+        taken = len(self._pending) or 1
+        if self._pending:
+            new = self._settings.max_new_tokens
+            self._state, steps = self._reader.read(self._state, [self._pending], self._request, self._row.seen, new)
+            self._pending = []
+        else:
+            if not self._reader.ends_with_positions:
+                self._reader.check(self._row.seen, 1, None)
+            self._state, steps = self._advance(self._of.params, self._state, np.zeros(1, bool), self._request)
+        self._has_drawn = True
+        return self._event(jax.device_get(steps), taken)
+
+    def _event(self, steps: Steps, taken: int) -> StreamEvent:
+        self._is_stuck = bool(steps.is_stuck[0])
+        return self._row.take(
+            int(steps.token[0, 0]),
+            taken=taken,
+            held=int(steps.held[0, 0]),
+            nbytes=self._state.cache.nbytes,
+            logprob=float(steps.logprob[0, 0]),
+        )
+
+    # -- saved and resumed ------------------------------------------------------------------------------------------
+
+    def saved(self) -> SavedRow:
+        """Where the stream stands, for `resume`, here or in `Slots`. Its arrays are copies."""
+        state = jax.tree.map(lambda x: x.copy(), self._state)
+        return SavedRow(state, tuple(self._pending), self._has_drawn, self._row.state())
+
+    def resume(self, row: SavedRow) -> None:
+        """Goes on where `saved` was called, token for token."""
+        self._state = jax.tree.map(lambda x: x.copy(), row.state)
+        self._pending, self._has_drawn = list(row.pending), row.has_drawn
+        self._row.restore(row.row)
+        self._is_stuck = bool(self._state.cache.is_stuck()[0])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes all that `restore` needs, in place of an older stream. A kill at any moment leaves the old or the new.
+
+        Raises:
+          sepjax.files.ForeignFolder: the folder holds something else than a saved stream.
+          sepjax.files.WriteError: it cannot be written.
+        """
+        row = SavedRow(self._state, tuple(self._pending), self._has_drawn, self._row.state())
+        row.write(folder, self._reader, self._of.config)
+
+    def restore(self, folder: str | os.PathLike[str]) -> None:
+        """Goes on where `save` was called, token for token.
+
+        Raises:
+          FileNotFoundError: nothing was saved there.
+          StreamStateError: the files are damaged, or of a model of another shape, or of a cache of other sizes.
+        """
+        self.resume(SavedRow.read(folder, self._reader, self._of.config))

@@ -1,0 +1,215 @@
+"""Requests that come and go: each gets what it would get alone; nothing is compiled, nothing grows, nobody waits."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from sepjax import Generator, Sampling, SlotRequest
+from sepjax.config import AttentionConfig, ConfigError
+from sepjax.generation.prompts import PromptError
+from sepjax.generation.slots import SlotError, Slots
+from sepjax.measure import counted_compilations
+from tests.generation.tiny import ATTENTION, LONG, tiny_model, tiny_tokenizer
+
+ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Generator(tiny_model(), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def slots(engine):
+    return engine.slots(ROWS)
+
+
+def run(slots: Slots, requests, *, every=1, cancel=None) -> list[list]:
+    """The events of every request; a new one is submitted every so many steps. `cancel`: after how many events."""
+    events: dict[int, list] = {}
+    numbers, waiting, steps = [], list(requests), itertools.count()
+    while waiting or not slots.is_idle:
+        if waiting and next(steps) % every == 0:
+            numbers.append(slots.submit(waiting.pop(0)))
+            events[numbers[-1]] = []
+        for number, event in slots.step():
+            events[number].append(event)
+            if cancel and len(events[number]) == cancel.get(numbers.index(number)):
+                slots.cancel(number)
+    return [events[number] for number in numbers]
+
+
+def random_request(rng: np.random.Generator) -> SlotRequest:
+    """Prompts of 1 to 60 tokens, a third of them longer than the cache; every way to draw and to end."""
+    sampling = {
+        0: Sampling.create(),
+        1: Sampling.create(1.5),
+        2: Sampling.create(1.2, top_k=5, min_p=0.02),
+        3: Sampling.create(0.9, top_p=0.8),
+    }[int(rng.integers(4))]
+    return SlotRequest(
+        rng.integers(3, 300, int(rng.integers(1, 61))).tolist(),
+        max_new_tokens=int(rng.integers(1, 25)),
+        sampling=sampling,
+        seed=int(rng.integers(5)),
+        stop=[["."], ["e", "at"], []][int(rng.integers(3))],
+        stop_token_ids=rng.integers(3, 300, int(rng.integers(20))).tolist(),
+        stop_at_eos=bool(rng.integers(2)),
+        max_repeats=int(rng.integers(2)) * 3,
+        logprobs=bool(rng.integers(2)),
+    )
+
+
+def test_each_of_200_requests_gets_what_it_would_get_alone(slots):
+    """Whoever its neighbours are, whenever they come and go: the same tokens, texts, log-probabilities, cache."""
+    rng = np.random.default_rng(0)
+    requests = [random_request(rng) for _ in range(200)]
+    cancel = {i: int(rng.integers(1, 12)) for i in rng.choice(200, 40, replace=False).tolist()}
+    before = slots.cache_bytes
+    with counted_compilations() as compiled:
+        together = run(slots, requests, cancel=cancel)
+        alone = [run(slots, [request])[0] for request in requests]
+    assert compiled == []
+    assert slots.cache_bytes == before
+    for i, (got, expected) in enumerate(zip(together, alone, strict=True)):
+        assert got == expected[: min(cancel.get(i, 99), len(expected))], i
+    reasons = {events[-1].finish_reason for events in alone}
+    assert reasons >= {"stop", "length"}
+    assert None in {events[-1].finish_reason for events in together}, "some were cancelled in the middle"
+    assert (slots.num_free, slots.num_waiting) == (ROWS, 0)
+
+
+def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
+    prompts = ["The cat", LONG, "Où est-il? It ran away! One; two"]
+    settings = {"max_new_tokens": 40, "stop_at_eos": False, "logprobs": True}
+    sampling = [Sampling.create(), Sampling.create(1.3, top_k=50), Sampling.create(0.8)]
+    rows = run(
+        slots,
+        [
+            SlotRequest(prompt, sampling=how, seed=5 + i, **settings)
+            for i, (prompt, how) in enumerate(zip(prompts, sampling, strict=True))
+        ],
+    )
+    batch = engine.generate(prompts, bounded=True, sampling=sampling, seed=[5, 6, 7], **settings)
+    for i, (row, answer) in enumerate(zip(rows, batch, strict=True)):
+        stream = list(engine.stream(prompts[i], bounded=True, sampling=sampling[i], seed=5 + i, **settings))
+        for events in (row, stream):
+            assert tuple(token for event in events for token in event.token_ids) == answer.token_ids
+            assert "".join(event.text for event in events) == answer.text
+            assert [event.logprob for event in events] == pytest.approx(answer.logprobs, abs=1e-4)
+            assert (events[-1].cache.held, events[-1].cache.seen) == (answer.cache.held, answer.cache.seen)
+            assert events[-1].finish_reason == answer.finish_reason == "length"
+    assert len({answer.token_ids for answer in batch}) == 3
+
+
+def test_nobody_waits_longer_than_for_one_run_and_free_rows_are_taken_at_once(engine):
+    slots = engine.slots(3)
+    first, second = (slots.submit(SlotRequest("The cat", stop_at_eos=False)) for _ in range(2))
+    while len(slots.step()) < 2:
+        pass
+    long = slots.submit(SlotRequest([5] * 300, max_new_tokens=3))  # many runs, through a cache of 20
+    other = slots.submit(SlotRequest("mat", max_new_tokens=3))
+    heard: dict[int, int] = {}
+    for _ in range(100):
+        now = [number for number, _ in slots.step()]
+        assert now.count(first) == now.count(second) == 1, "one token each, whatever else is read"
+        for number in now:
+            heard[number] = heard.get(number, 0) + 1
+        if heard.get(long) == 1 and heard.get(other) is None:
+            assert slots.num_waiting == 1, "there was no row"
+            slots.cancel(first)
+            assert other in [number for number, _ in slots.step()], "the row was free at once, and the prompt is short"
+            break
+    else:
+        pytest.fail("the long prompt was never read")
+    slots.cancel(first)  # nothing is left of it
+    slots.cancel(second)
+    assert {number for number, _ in slots.step()} <= {long, other}
+
+
+def test_prompts_that_are_read_take_turns(engine):
+    slots = engine.slots(3)
+    slots.submit(SlotRequest([5] * 2000, max_new_tokens=1))
+    short = slots.submit(SlotRequest("mat", max_new_tokens=1))
+    assert short in [number for _ in range(2) for number, _ in slots.step()]
+
+
+@pytest.mark.parametrize("pattern", ["separator", "watched"])
+def test_conversations_continue_their_cache(engine, pattern, tmp_path):
+    """A row that was kept goes on in another row, as a stream that was fed does; so does one saved in the middle."""
+    if pattern == "watched":
+        engine = Generator(
+            tiny_model(), engine.tokenizer, dataclasses.replace(ATTENTION, pattern=pattern, watch_after=2)
+        )
+    settings = {"max_new_tokens": 15, "stop_at_eos": False, "sampling": Sampling.create(1.4)}
+    stream = engine.stream(LONG, bounded=True, seed=3, **settings)
+    expected = [list(stream)]
+    stream.feed("mat, and.")
+    expected.append(list(stream))
+
+    slots = engine.slots(3)
+    number = slots.submit(SlotRequest(LONG, seed=3, keep=True, **settings))
+    got = [event for _, event in itertools.chain.from_iterable(slots.step() for _ in range(40))]
+    assert got == expected[0]
+    kept = slots.save(number)
+    with pytest.raises(SlotError, match=f"request {number} has no row"):
+        slots.save(number)
+    slots.submit(SlotRequest("The cat", stop_at_eos=False))  # has the first row now
+    second = slots.submit(SlotRequest("mat, and.", resume=kept, **settings))
+    events = []
+    while len(events) < 6:
+        events += [event for n, event in slots.step() if n == second]
+    middle = slots.save(second)
+    slots.cancel(second)
+    again = slots.submit(SlotRequest(None, resume=middle, **settings))
+    while not events[-1].finish_reason:
+        events += [event for n, event in slots.step() if n == again]
+    assert events == expected[1]
+
+    # A stream takes over a row, and a row a stream; and the disk lies between them if need be.
+    other = engine.stream(bounded=True, seed=99, **settings)
+    other.resume(kept)
+    other.feed("mat, and.")
+    assert list(other) == expected[1]
+    stream.save(tmp_path / "kept")
+    saved = engine.stream(bounded=True, resume=tmp_path / "kept", **settings).saved()
+    stream.feed("sat")
+    third = slots.submit(SlotRequest("sat", resume=saved, **settings))
+    found = [event for _ in range(30) for n, event in slots.step() if n == third]
+    assert found == list(stream)
+
+
+def test_a_cache_that_keeps_every_separator_ends_its_own_row_only():
+    attention = dataclasses.replace(ATTENTION, keep_all_separators=True)
+    engine = Generator(tiny_model(), tiny_tokenizer(), attention)
+    dots = engine.tokenizer.encode("." * 40)
+    slots = engine.slots(2)
+    full, other = run(
+        slots,
+        [SlotRequest(dots, stop_at_eos=False), SlotRequest("The cat", max_new_tokens=30, stop_at_eos=False)],
+    )
+    assert full[-1].finish_reason == "full"
+    assert (len(other), other[-1].finish_reason) == (30, "length")
+
+
+def test_mistakes_are_named_to_whom_they_belong(engine, slots):
+    for request, kind, message in (
+        (SlotRequest(None), ConfigError, "needs a prompt"),
+        (SlotRequest([]), PromptError, "no tokens"),
+        (SlotRequest("a", max_new_tokens=0), ConfigError, "max_new_tokens=0"),
+        (SlotRequest("a", stop=""), ConfigError, "stop string is empty"),
+        (SlotRequest("a", stop_token_ids=[10**6]), ConfigError, "outside the vocabulary"),
+        (SlotRequest("a", seed=-1), ConfigError, "seed=-1"),
+    ):
+        with pytest.raises(kind, match=message):
+            slots.submit(request)
+    assert slots.is_idle
+    with pytest.raises(SlotError, match="request 12345 has no row"):
+        slots.save(12345)
+    slots.cancel(12345)
+    with pytest.raises(ConfigError, match="slots need 1 row or more"):
+        engine.slots(0)
+    with pytest.raises(ConfigError, match="cache without end"):
+        Generator(tiny_model(), engine.tokenizer, AttentionConfig(pattern="dense")).slots(1)

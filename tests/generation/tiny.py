@@ -1,0 +1,24 @@
+"""A model and a tokenizer that take no time, for the tests of this folder."""
+
+import jax
+
+from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
+from sepjax.model.transformer import Transformer, create, merge, split
+
+TEXTS = ["The cat sat on the mat, and looked.", "Où est-il? It ran away!", "One; two: three. Four, five."] * 3
+SHAPE = ModelConfig(vocab_size=320, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
+ATTENTION = AttentionConfig(num_sinks=2, max_separators=3, window_size=6, cache_size=20)
+LONG = "One; two: three. Four, five. The cat sat on the mat, and looked. Où est-il?"
+
+
+def tiny_tokenizer() -> Tokenizer:
+    return train_sentencepiece(TEXTS, 300)
+
+
+def tiny_model(shape: ModelConfig = SHAPE, attention: AttentionConfig = ATTENTION) -> Transformer:
+    """A random model whose attention matters, unlike at the initial scale, and that seldom spells in bytes."""
+    graph, params = split(create(shape, attention, jax.random.key(3)))
+    params = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
+    params["embedding"]["embedding"] = params["embedding"]["embedding"].at[3:259].multiply(0.3)
+    return merge(graph, params)
