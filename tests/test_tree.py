@@ -21,9 +21,12 @@ MAY_IMPORT = {
     "checks": set(),
     "rope_config": set(),
     "attention_config": {"checks"},
-    "config": {"checks", "rope_config", "attention_config"},
+    "root": set(),
+    "config": {"checks", "rope_config", "attention_config", "root"},
     "files": {"config"},
     "interrupt": set(),
+    "moved": set(),
+    "settings": {"checks", "config"},
     "separators": BASE | {"console"},
     "layout": BASE | {"separators"},
     "sharding": BASE,
@@ -33,7 +36,7 @@ MAY_IMPORT = {
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"} | BENCH,
     "cache": BASE | {"separators", "layout", "sharding", "attention"},
-    "flags": {"config", "interrupt", "separators"},
+    "flags": {"checks", "config", "interrupt", "separators", "settings"},
     "data": BASE | {"separators", "layout", "sharding", "interrupt"} | BENCH,
     "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
     "training": BASE
@@ -92,6 +95,7 @@ def upward(source: str, room: str) -> list[str]:
     names = [name.split(".") for name, _ in imports(source)]
     rooms = [parts[1] for parts in names if parts[0] == "sepjax" and len(parts) > 1]
     programs = [parts[0] for parts in names if parts[0] in ("train", "evaluate", "configs")]
+    programs += [r for r in rooms if r == "programs" and room not in ("programs", "__main__")]  # nobody needs the top
     return programs + [r for r in rooms if room in MAY_IMPORT and r != room and r not in MAY_IMPORT[room]]
 
 
@@ -105,6 +109,7 @@ def test_the_checks_find_what_they_look_for() -> None:
     assert upward("def f():\n    import sepjax.training.step", "model") == ["training"]
     assert upward("from sepjax import training", "layout") == ["training"]
     assert upward("from train import train", "generate") == ["train"]
+    assert upward("from sepjax.programs import bench", "evaluation") == ["programs"]
     assert upward("from sepjax.attention import xla\nfrom sepjax.config import Config", "attention") == []
     assert dict(imports("import a\nif TYPE_CHECKING:\n    import b")) == {"a": True, "b": False}
     assert PRODUCT

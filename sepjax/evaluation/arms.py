@@ -114,6 +114,9 @@ def _arm(text: str, base: AttentionConfig, num_layers: int, before: Sequence[str
             f"n={equal[0]}:{equal[1]} needs a pattern whose kept tokens follow from the text "
             f"({', '.join(_TOLD_BY_THE_TEXT)}), and {words[0]!r} lets the model choose or keeps all; give n itself"
         )
+    idle = sorted({"num_sinks", "window_size", "layer_windows"} & changes.keys()) if words[0] == "dense" else []
+    if idle:
+        raise ConfigError(f"{idle[0]} does nothing for the dense pattern, which sees everything; leave it out")
     if "window_size" in changes or equal[0]:
         changes.setdefault("layer_windows", ())
     if "separator_ids" in changes:

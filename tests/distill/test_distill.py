@@ -13,7 +13,8 @@ from evaluate import evaluate
 from sepjax.checkpoint import load_params, save_params
 from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from sepjax.data.pipeline import prepare_tokenizer
-from sepjax.distill.program import Lesson, distill
+from sepjax.distill import Lesson
+from sepjax.distill.program import distill
 from sepjax.distill.teacher import observe
 from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError

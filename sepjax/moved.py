@@ -1,0 +1,18 @@
+"""Commands that have another name now: whoever runs them is told."""
+
+import sys
+
+_NOW = {
+    "sepjax.generate": "generate (with --chat: python -m sepjax chat)",
+    "sepjax.hub": "convert",
+    "sepjax.sharding": "plan",
+    "sepjax.distill": "distill",
+    "sepjax.keeping": "keeping",
+}
+
+
+def refuse(module: str) -> None:
+    """Ends the program with a line where `python -m MODULE` is one of them."""
+    if module in _NOW:
+        print(f"error: python -m {module} is another command now: python -m sepjax {_NOW[module]}", file=sys.stderr)
+        raise SystemExit(2)

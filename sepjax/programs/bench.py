@@ -1,0 +1,38 @@
+"""measures a part of sepjax on the devices here
+
+sepjax bench attention --lengths=2048,32768
+"""
+
+import runpy
+import sys
+from collections.abc import Sequence
+
+from sepjax.config import ConfigError, nearest
+from sepjax.flags import one_line_errors
+
+BENCHES = {  # name -> the module that measures it; each is also python -m MODULE
+    "attention": "sepjax.attention.bench",
+    "kernels": "sepjax.attention.kernel_bench",
+    "training": "sepjax.training.bench",
+    "data": "sepjax.data.bench",
+    "generation": "sepjax.generation.bench",
+    "steps": "sepjax.generation.step_bench",
+    "mesh": "sepjax.mesh_bench",
+}
+
+
+def main(words: Sequence[str]) -> None:
+    """Runs a bench, which has flags of its own, as `python -m` would."""
+    with one_line_errors():
+        module, rest = choose(words)
+    sys.argv = [sys.argv[0], *rest]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def choose(words: Sequence[str]) -> tuple[str, list[str]]:
+    """(module, its arguments)."""
+    name = words[0] if words else ""
+    if name not in BENCHES:
+        said = f"got {name!r}{nearest(name, BENCHES)}" if name else "got none"
+        raise ConfigError(f"expected what to measure, one of {', '.join(BENCHES)}: {said}")
+    return BENCHES[name], list(words[1:])
