@@ -9,6 +9,7 @@ from sepjax.checks import one_of as _one_of
 
 PATTERNS = ("separator", "dense", "sink_window", "fixed_interval", "gated")
 SEPARATOR_POLICIES = ("punctuation", "paper", "ids")
+TABLES = (".json", ".npy")  # files of ids that a command line may name in place of a policy
 BOUNDED_PATTERNS = (*PATTERNS, "watched")  # "watched" needs a cache that has seen who looked at what
 STREAM_POSITIONS = ("slot", "absolute")
 KEPT_SETS = ("head", "model")

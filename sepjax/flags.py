@@ -11,12 +11,14 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sepjax import interrupt
+from sepjax.attention_config import TABLES
 from sepjax.checks import whole_numbers
 from sepjax.config import Config, ConfigError, UserError, field_types, load_config, nearest, validate
 from sepjax.settings import Settings, define, flags_of, help_text, value_of
@@ -118,7 +120,9 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, *, with_config: bo
 
 def _with_table(config: Config) -> Config:
     """attention.separators=FILE becomes the ids in it: a run is whole without the file."""
-    from sepjax.separators import with_ids  # here, for JAX comes with it: mistakes in flags are told before
+    if Path(config.attention.separators).suffix not in TABLES:
+        return config
+    from sepjax.separators import with_ids  # here, for JAX comes with it, which mistakes in flags need not wait for
 
     return dataclasses.replace(config, attention=with_ids(config.attention))
 

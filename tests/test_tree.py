@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "interrupt": set(),
     "moved": set(),
     "settings": {"checks", "config"},
-    "separators": BASE | {"console"},
+    "separators": BASE | {"attention_config", "console"},
     "layout": BASE | {"separators"},
     "sharding": BASE,
     "provenance": set(),
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"} | BENCH,
     "cache": BASE | {"separators", "layout", "sharding", "attention"},
-    "flags": {"checks", "config", "interrupt", "separators", "settings"},
+    "flags": {"attention_config", "checks", "config", "interrupt", "separators", "settings"},
     "data": BASE | {"separators", "layout", "sharding", "interrupt"} | BENCH,
     "model": BASE | {"separators", "layout", "sharding", "attention", "cache"},
     "training": BASE
