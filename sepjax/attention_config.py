@@ -156,8 +156,9 @@ def layer_windows(attention: AttentionConfig, num_layers: int, length: int) -> t
     """The window n of every layer; a dense layer is a window of `length`, which must cover the whole sequence."""
     if attention.pattern == "watched":
         raise ConfigError(
-            'attention.pattern="watched" needs a bounded cache, which has seen who looked at what: --stream, --chat, '
-            '--task=streaming, or bounded=True; for whole rows use "sink_window", "separator" or "gated"'
+            'attention.pattern="watched" needs a bounded cache, which has seen who looked at what: sepjax generate '
+            '--stream, sepjax chat, sepjax evaluate stream, or bounded=True; for whole rows use "sink_window", '
+            '"separator" or "gated"'
         )
     if attention.pattern == "dense":
         return (length,) * num_layers

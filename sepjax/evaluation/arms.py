@@ -85,7 +85,7 @@ def fixed_arms(text: str, base: AttentionConfig, num_layers: int) -> list[Arm]:
     for arm in arms:
         if arm.model or arm.equal[0]:
             word = f"model={arm.model}" if arm.model else f"n={arm.equal[0]}:{arm.equal[1]}"
-            raise ConfigError(f"arm {arm.name!r}: {word} is for --task=perplexity; write the number, or leave it out")
+            raise ConfigError(f"arm {arm.name!r}: {word} is for windows of text; write the number, or leave it out")
     return arms
 
 

@@ -14,6 +14,7 @@ from sepjax.evaluation.arms import Arm, fixed_arms, parse_arms, plain_arms, stre
 from sepjax.evaluation.documents import read_documents, read_texts
 from sepjax.evaluation.equal import density as window_density
 from sepjax.evaluation.inputs import config_of, corpus_of, texts_of, with_pattern
+from sepjax.generation import limits
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import load, locate
 from sepjax.model.transformer import Transformer
@@ -92,6 +93,9 @@ def stream(
     ]
     if arms:
         attentions = [*fixed_arms(arms, model.attention, model.config.num_layers)]
+    trained = limits.trained_length(locate(path), model.config)
+    for arm in attentions:
+        limits.warn_of_cache(model.config, arm.attention if isinstance(arm, Arm) else arm, trained)
     cut = {"line_wise": line_wise, "max_tokens": max_tokens}
     if text and split:
         raise ConfigError(f"--split={split} is of a run's own corpus; a stream of --text takes all of it")

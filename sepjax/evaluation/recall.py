@@ -66,7 +66,7 @@ class Answers:
                         found.append((start + i - 1, i - 1 - fact, text.index(END, fact) - fact - 2))
             start += len(ids) - 1
         if not found:
-            raise RecallError('no questions in the texts: --task=recall is for data.name="recall"')
+            raise RecallError('no questions in the texts: sepjax evaluate recall is for data.name="recall"')
         return cls(*(np.array(x) for x in zip(*found, strict=True)))
 
     def kinds(self) -> list[tuple[str, np.ndarray]]:
