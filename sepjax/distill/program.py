@@ -1,6 +1,5 @@
 """A gate for a model as it is: observed, learned, graded and written as a workdir, the model's parameters untouched."""
 
-import dataclasses
 import functools
 import itertools
 import time
