@@ -1,5 +1,7 @@
 """Scores a run or a pretrained model, under several attention patterns side by side. "KV kept" is counted.
 
+The jobs are also commands, whose --help has fewer flags: `sepjax evaluate windows|compare|stream|needle|recall|tasks`.
+
     python evaluate.py --workdir=runs/tiny                          the validation split of its corpus
     python evaluate.py --workdir=runs/tiny --text=book.txt          a file, or a folder of .txt files
     python evaluate.py --workdir=runs/tiny --split=train[:1%]       another split of the corpus, as TFDS writes it

@@ -162,11 +162,10 @@ def _announce(config: Config, workdir: Path, mesh: jax.sharding.Mesh, state: Tra
 
 
 def main(settings: Settings) -> None:
-    """Trains as the command line asks."""
-    sharding.join_cluster()
+    """Trains as the command line asks. In a process of its own it comes after `sharding.join_cluster`."""
     options = {"new_data": settings.new_data, "step_timeout": settings.step_timeout, "download": settings.download}
     train(settings.config, Path(settings.workdir), **options)
 
 
 if __name__ == "__main__":
-    run_settings(Settings, main, __doc__ or "")
+    run_settings(Settings, main, __doc__ or "", begin=sharding.join_cluster)

@@ -27,7 +27,12 @@ __all__ = ["whole_numbers"]  # of another file, for the programs
 FLAG = re.compile(r"--?([A-Za-z_][\w.]*)")
 
 
-def run_program(read: Callable[[Sequence[str]], Any], main: Callable[[Any], None], argv: Sequence[str] = ()) -> None:
+def run_program(
+    read: Callable[[Sequence[str]], Any],
+    main: Callable[[Any], None],
+    argv: Sequence[str] = (),
+    begin: Callable[[], None] = lambda: None,
+) -> None:
     """Reads the command line, runs `main` and ends the program.
 
     A `UserError` (a wrong flag or setting), an `OSError` (a missing file, a full disk), a lack of memory or a malformed
@@ -40,6 +45,7 @@ def run_program(read: Callable[[Sequence[str]], Any], main: Callable[[Any], None
       read: makes of the command line, program name first, what `main` is called with.
       main: the program.
       argv: the command line; default: this process's.
+      begin: called before `main`, and before anything touches a device: what only a process of its own may do.
     """
 
     def parser(argv: Sequence[str]) -> Any:
@@ -50,14 +56,17 @@ def run_program(read: Callable[[Sequence[str]], Any], main: Callable[[Any], None
         if not flags.FLAGS["verbosity"].present:  # absl's own default lets Orbax and TFDS narrate every file
             logging.set_verbosity(logging.WARNING)
         with one_line_errors():
+            begin()
             main(settings)
 
     app.run(run, argv=list(argv) or None, flags_parser=parser)
 
 
-def run_settings[S: Settings](cls: type[S], main: Callable[[S], None], about: str) -> None:
+def run_settings[S: Settings](
+    cls: type[S], main: Callable[[S], None], about: str, begin: Callable[[], None] = lambda: None
+) -> None:
     """`run_program` with the settings that `cls` describes; `about` is what --help says of the program."""
-    run_program(lambda argv: read_settings(cls, argv, flags.FLAGS, about), main)
+    run_program(lambda argv: read_settings(cls, argv, flags.FLAGS, about), main, begin=begin)
 
 
 def run_main(main: Callable[..., None], *, with_config: bool = False) -> None:

@@ -1,7 +1,8 @@
 """The command `sepjax`: one subcommand a job.
 
 A program is a file with a docstring, `Settings`, a dataclass that is its command line (`sepjax.settings`), and
-`main(settings)`. It imports JAX and what is built on it when it runs, so that --help and mistakes take no seconds.
+`main(settings)`. It imports JAX and what is built on it when it runs, so that --help and mistakes take no seconds. What
+only a process of its own may do, before anything touches a device, is in `begin()`.
 """
 
 import importlib
@@ -40,7 +41,9 @@ def main(words: Sequence[str]) -> None:
     if command == _BENCH:
         bench.main(rest)
     else:
-        run_program(lambda argv: read(command, argv, flags.FLAGS), program(command).main, [f"sepjax {command}", *rest])
+        module = program(command)
+        begin = getattr(module, "begin", lambda: None)
+        run_program(lambda argv: read(command, argv, flags.FLAGS), module.main, [f"sepjax {command}", *rest], begin)
 
 
 def run_here(words: Sequence[str]) -> None:

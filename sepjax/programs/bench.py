@@ -30,8 +30,11 @@ def main(words: Sequence[str]) -> None:
 
 
 def choose(words: Sequence[str]) -> tuple[str, list[str]]:
-    """(module, its arguments)."""
+    """(module, its arguments). Prints what there is and ends the program where that is asked for."""
     name = words[0] if words else ""
+    if name in ("-h", "-help", "--help"):
+        print("sepjax bench NAME, each with --help:", *(f"  {x:<12}{BENCHES[x]}" for x in BENCHES), sep="\n")
+        raise SystemExit(0)
     if name not in BENCHES:
         said = f"got {name!r}{nearest(name, BENCHES)}" if name else "got none"
         raise ConfigError(f"expected what to measure, one of {', '.join(BENCHES)}: {said}")

@@ -7,6 +7,7 @@ Ctrl-C cuts an answer short, /quit or Ctrl-D ends the conversation.
 """
 
 import dataclasses
+from typing import Any
 
 from sepjax.programs.writing import Writing
 
@@ -20,10 +21,9 @@ class Settings(Writing):
 
 def main(settings: Settings) -> None:
     """Talks."""
-    from sepjax.generate import stream
+    import sepjax
     from sepjax.generation.chat import chat
     from sepjax.generation.conversation import conversation_of
-    from sepjax.generation.endless import EndlessStream
     from sepjax.hub.chat_template import ChatTemplate
     from sepjax.loading import load, locate
 
@@ -35,6 +35,5 @@ def main(settings: Settings) -> None:
     options["stop_token_ids"] = [*settings.stop_token_ids, *form.stop_token_ids]
     new = settings.max_new_tokens
     settings.warn(model, tokenizer, [], new, bounded=True)
-    events = stream(model, tokenizer, max_new_tokens=new, control_tokens=control, **options)
-    assert isinstance(events, EndlessStream)
+    events: Any = sepjax.stream(model, tokenizer, max_new_tokens=new, control_tokens=control, **options)
     chat(events, tokenizer, conversation=form)

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +21,6 @@ from sepjax.settings import Repeated
 
 if TYPE_CHECKING:
     from sepjax.data.tokenizer import Tokenizer
-    from sepjax.generation.driver import CacheUse, StreamEvent
     from sepjax.generation.prompts import Prompt
     from sepjax.model.transformer import Transformer
 
@@ -68,7 +67,7 @@ class Settings(Writing):
 def main(settings: Settings) -> None:
     """Prints the answers, or text as it comes."""
     prompts = _prompts(settings)
-    from sepjax.generate import stream
+    import sepjax
     from sepjax.generation import saved
     from sepjax.loading import load, locate
 
@@ -87,7 +86,7 @@ def main(settings: Settings) -> None:
     if len(prompts) > 1:
         _answer_all(model, tokenizer, prompts, **options)
     else:
-        _answer_one(stream(model, tokenizer, *prompts, **options), settings.save)
+        _answer_one(sepjax.stream(model, tokenizer, *prompts, **options), settings)
 
 
 def _prompts(settings: Settings) -> "list[Prompt]":
@@ -113,13 +112,12 @@ def _as_messages(path: Path, tokenizer: "Tokenizer", texts: "Sequence[Prompt]", 
     return [template.encode(tokenizer, message, control_tokens=control_tokens) for message in messages]
 
 
-def _answer_one(events: "Iterator[StreamEvent]", save: str | None) -> None:
+def _answer_one(events: Any, settings: Settings) -> None:
     """Prints the text as it comes; Ctrl-C ends it. A bounded stream is saved then, if asked for.
 
     Before the first token, Ctrl-C ends the program: it waits for a compilation, and there is nothing yet to keep.
     """
     from sepjax.generation.chat import interrupt_flag
-    from sepjax.generation.endless import EndlessStream
 
     times: list[float] = []
     last = None
@@ -131,35 +129,36 @@ def _answer_one(events: "Iterator[StreamEvent]", save: str | None) -> None:
             if interrupted:
                 break
     print()
-    if isinstance(events, EndlessStream) and last is not None and last.finish_reason in _WHY:
+    if settings.bounded and last is not None and last.finish_reason in _WHY:
         print(f"ended: {_WHY[last.finish_reason]}", file=sys.stderr)
-    if save and isinstance(events, EndlessStream):
-        events.save(save)
-        print(f"saved in {save}; --resume={save} goes on from here", file=sys.stderr)
+    if settings.save:
+        events.save(settings.save)
+        print(f"saved in {settings.save}; --resume={settings.save} goes on from here", file=sys.stderr)
     if last is None:
         print("nothing to go on with: the saved stream has ended; give it a --prompt", file=sys.stderr)
         return
     rate = ""
     if len(times) > 2:  # the first two tokens wait for the compilation of prefill and step
         rate = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s after compilation"
-    print(f"{len(times)} tokens{rate}; {_describe(last.cache)}", file=sys.stderr)
+    print(f"{len(times)} tokens{rate}; {_describe([last.cache])}", file=sys.stderr)
 
 
 def _answer_all(model: "Transformer", tokenizer: "Tokenizer", prompts: "Sequence[Prompt]", **options: Any) -> None:
     """Prints the answers to a batch of prompts, each under its prompt."""
-    from sepjax.generate import generate
-    from sepjax.generation.driver import CacheUse
+    import sepjax
 
     begun = time.perf_counter()
-    answers = generate(model, tokenizer, prompts, **options)
+    answers = sepjax.generate(model, tokenizer, prompts, **options)
     seconds = time.perf_counter() - begun
     for prompt, answer in zip(prompts, answers, strict=True):
         text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
         print(f">>> {text}\n{answer.text}\n")
     total = sum(len(answer.token_ids) for answer in answers)
-    cache = CacheUse(*(sum(sizes) for sizes in zip(*(dataclasses.astuple(a.cache) for a in answers), strict=True)))
-    print(f"{total} tokens, {total / seconds:.1f} tokens/s with compilation; {_describe(cache)}", file=sys.stderr)
+    caches = _describe([answer.cache for answer in answers])
+    print(f"{total} tokens, {total / seconds:.1f} tokens/s with compilation; {caches}", file=sys.stderr)
 
 
-def _describe(cache: "CacheUse") -> str:
-    return f"cache holds {cache.held} of {cache.seen} tokens ({cache.kv_kept:.1%}), {cache.bytes:,} bytes"
+def _describe(caches: Sequence[Any]) -> str:
+    """What the caches of all rows hold, together."""
+    held, seen, size = (sum(getattr(cache, name) for cache in caches) for name in ("held", "seen", "bytes"))
+    return f"cache holds {held} of {seen} tokens ({held / seen:.1%}), {size:,} bytes"

@@ -23,9 +23,15 @@ class Settings(_Settings):
     largest: Annotated[int, AtLeast(0)] = 12  # arrays to list
 
 
+def begin() -> None:
+    """Lets the compilers run without their devices."""
+    from sepjax.training.plan import compile_here
+
+    compile_here()
+
+
 def main(settings: Settings) -> None:
     """Prints the plan."""
     from sepjax.training import plan
 
-    plan.compile_here()
     plan.main(settings.config, settings.topology, settings.largest)

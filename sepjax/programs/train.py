@@ -23,6 +23,13 @@ class Settings(_Settings):
     step_timeout: float = 1800.0  # seconds after which a step that hangs ends the run; 0: never
 
 
+def begin() -> None:
+    """Joins the other processes of a cluster."""
+    from sepjax.sharding import join_cluster
+
+    join_cluster()
+
+
 def main(settings: Settings) -> None:
     """Trains."""
     root.program("train").main(settings)

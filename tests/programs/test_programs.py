@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from sepjax import moved, programs
+from sepjax import moved, programs, root
 from sepjax.config import ConfigError, load_config
+from sepjax.distill import program as distill
+from sepjax.hub import convert
 from sepjax.programs import COMMANDS, bench
 from sepjax.settings import flags_of
-from tests.commands import command, refusal
+from sepjax.training import plan
+from tests.commands import Called, command, leaves, refusal, unlike
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +45,10 @@ def test_what_there_is(capfd):
     assert ended.out.count("sepjax evaluate ") == 6
     assert command(capfd).code == 2
     assert command(capfd, "--version").out == "sepjax 0.1.0\n"
+    with pytest.raises(SystemExit):
+        programs.main(["bench", "--help"])
+    said = capfd.readouterr().out
+    assert all(f"  {name} " in said for name in bench.BENCHES)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +111,24 @@ def test_a_bench_runs_as_a_program_with_its_own_flags(monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["sepjax", "bench", "data", "--seconds=1"])
     programs.main(sys.argv[1:])
     assert ran == [(("sepjax.data.bench",), {"run_name": "__main__", "alter_sys": True}, ["--seconds=1"])]
+
+
+@pytest.mark.parametrize("name", ["train", "convert", "plan", "distill"])
+def test_no_setting_is_lost_on_its_way(name, monkeypatch):
+    seen: list[object] = []
+
+    def spy(*arguments, **named):
+        seen.extend([arguments, named])
+        raise Called
+
+    callee = {"train": root.program("train"), "convert": convert, "plan": plan, "distill": distill}[name]
+    monkeypatch.setattr(callee, "main" if name == "plan" else name, spy)
+    module = programs.program(name)
+    values = {flag.name: unlike(flag, i) for i, flag in enumerate(flags_of(module.Settings))}
+    with pytest.raises(Called):
+        module.main(module.Settings(**values))
+    reached = leaves(seen)
+    assert not [field for field, value in values.items() if value not in reached]
 
 
 def test_old_commands_name_the_new_ones(capfd):
