@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
 
 from sepjax import sharding
 from sepjax.begin import adopt_shape, first_state, given_tokenizer
 from sepjax.config import Config
 from sepjax.data.batch import Batch
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
-from sepjax.flags import run_main
+from sepjax.flags import run_settings
 from sepjax.flops import flops_report, peak_flops
+from sepjax.programs.train import Settings
 from sepjax.run.checkpoint import Checkpointer
 from sepjax.run.guard import StepGuard, StopNotice, Watchdog
 from sepjax.run.metrics import MetricWriter, Throughput, run_meta
@@ -161,16 +161,11 @@ def _announce(config: Config, workdir: Path, mesh: jax.sharding.Mesh, state: Tra
     )
 
 
+def main(settings: Settings) -> None:
+    """Trains as the command line asks. In a process of its own it comes after `sharding.join_cluster`."""
+    options = {"new_data": settings.new_data, "step_timeout": settings.step_timeout, "download": settings.download}
+    train(settings.config, Path(settings.workdir), **options)
+
+
 if __name__ == "__main__":
-    WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: made if missing, resumed if not", required=True)
-    NEW_DATA = flags.DEFINE_bool("new_data", False, "go on with another data section, from its beginning")
-    DOWNLOAD = flags.DEFINE_bool("download", False, "fetch --config.training.init_from from the Hugging Face hub")
-    TIMEOUT = flags.DEFINE_float("step_timeout", 1800.0, "seconds after which a step that hangs ends the run; 0: never")
-
-    def main(config: Config) -> None:
-        """Runs under absl: Grain's worker processes need that."""
-        sharding.join_cluster()
-        options = {"new_data": NEW_DATA.value, "step_timeout": TIMEOUT.value, "download": DOWNLOAD.value}
-        train(config, Path(WORKDIR.value), **options)
-
-    run_main(main, with_config=True)
+    run_settings(Settings, main, __doc__ or "", begin=sharding.join_cluster)

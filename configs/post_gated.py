@@ -11,7 +11,7 @@ layers.
 The gate is drawn at random and learns with the model. To begin with one that has learned from the dense model which
 tokens are looked at from afar, make a workdir with
 
-    python -m sepjax.distill --config=configs/post_gated.py --workdir=runs/distilled --config.data.name=FOLDER_OF_TEXTS
+    sepjax distill --config=configs/post_gated.py --workdir=runs/distilled --config.data.name=FOLDER_OF_TEXTS
 
 and add --config.training.init_from=runs/distilled. That workdir is of use by itself: a gate for the model as it is. For
 a model of another depth than SmolLM2-135M's set --config.model.num_layers and --config.attention.gate_layer.

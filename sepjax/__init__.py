@@ -26,16 +26,18 @@ _HOMES = {
 }
 
 
-def _is_program(arguments: list[str]) -> bool:
-    """Whether Python imports this on its way to `python -m sepjax...`: the name is "-m" until the module is found."""
+def _program(arguments: list[str]) -> str:
+    """The module that Python is about to run, python -m MODULE, if it is one of ours: sys.argv is ["-m"] until then."""
     words = iter(arguments)
-    return sys.argv[:1] == ["-m"] and "-m" in words and next(words, "").split(".")[0] == "sepjax"
+    module = next(words, "") if sys.argv[:1] == ["-m"] and "-m" in words else ""
+    return module if module.split(".")[0] == "sepjax" else ""
 
 
-if _is_program(sys.orig_argv):  # before all else is imported, which takes seconds
-    from sepjax import interrupt
+if _program(sys.orig_argv):  # before all else is imported, which takes seconds
+    from sepjax import interrupt, moved
 
     interrupt.end_in_one_line()
+    moved.refuse(_program(sys.orig_argv))
 
 
 def __getattr__(name: str) -> "Any":

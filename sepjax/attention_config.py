@@ -9,6 +9,7 @@ from sepjax.checks import one_of as _one_of
 
 PATTERNS = ("separator", "dense", "sink_window", "fixed_interval", "gated")
 SEPARATOR_POLICIES = ("punctuation", "paper", "ids")
+TABLES = (".json", ".npy")  # files of ids that a command line may name in place of a policy
 BOUNDED_PATTERNS = (*PATTERNS, "watched")  # "watched" needs a cache that has seen who looked at what
 STREAM_POSITIONS = ("slot", "absolute")
 KEPT_SETS = ("head", "model")
@@ -18,31 +19,31 @@ KEPT_SETS = ("head", "model")
 class AttentionConfig:
     """Who attends to whom, and how much a cache may hold (METHOD letters in brackets)."""
 
-    pattern: str = "separator"  # one of BOUNDED_PATTERNS
+    pattern: str = "separator"  # "separator" | "dense" | "sink_window" | "fixed_interval" | "gated" | "watched"
     num_sinks: int = 4  # [a] first tokens of each document, always visible
     window_size: int = 64  # [n, w] keys of the local window, the query itself included
     layer_windows: tuple[int, ...] = ()  # one n per layer; empty: window_size everywhere
-    kept_layers: tuple[
-        int, ...
-    ] = ()  # layers that see kept tokens, the others sinks and window; empty: all (a gate: above)
-    separators: str = "punctuation"  # one of SEPARATOR_POLICIES; on a command line also a file of ids, .json or .npy
+    # layers that see kept tokens, the others sinks and window; empty: all (a gate: those above it)
+    kept_layers: tuple[int, ...] = ()
+    # "punctuation" | "paper" (its nine) | "ids" (separator_ids); on a command line also a file of ids, .json or .npy
+    separators: str = "punctuation"
     separator_ids: tuple[int, ...] = ()  # for separators="ids"
     interval: int = 8  # [delta] for pattern="fixed_interval": every delta-th token is kept
     # For pattern="gated": layers below `gate_layer` see sinks and window, and a small network on their output scores
     # tokens; of every `gate_stretch` tokens of a document the best `gate_keep` stay visible for the layers above.
-    gate_layer: int = 2
-    gate_stretch: int = 64
-    gate_keep: int = 4
+    gate_layer: int = 2  # for pattern="gated": the layers below see sinks and window only
+    gate_stretch: int = 64  # tokens of a document that a gate chooses from at a time
+    gate_keep: int = 4  # of every gate_stretch tokens so many stay visible for the layers above
     # For pattern="watched", of bounded caches: a token that leaves the window is kept when it was looked at sharply
     # while it was there, by a layer of `watch_layers` (empty: the upper half); the best `max_separators` stay.
-    watch_layers: tuple[int, ...] = ()
+    watch_layers: tuple[int, ...] = ()  # for pattern="watched": the layers that look; empty: the upper half
     kept_set: str = "head"  # "head": a set for every key head of a watched layer; "model": one set for all
     watch_after: int = 16  # tokens of age from which looks at a token count: before, everything is looked at
     watch_half_life: int = 4096  # tokens after which a look counts half; 0: it never fades
     separators_first: bool = False  # separators stay before all others; among them looks decide, as among the rest
     max_separators: int = 64  # [s] slots in a bounded streaming cache
     cache_size: int = 0  # [c] slots of the streaming cache; 0: 2 * (a + s + w), if watched a little over a + s + w
-    stream_positions: str = "slot"  # one of STREAM_POSITIONS: what a bounded cache rotates by, its slots or the text
+    stream_positions: str = "slot"  # "slot" | "absolute": what a bounded cache rotates by, its slots or the text
     keep_all_separators: bool = False  # in a bounded cache: a full one ends the stream, no separator makes room
     document_mask: bool = True  # False: the official row-wise behaviour, documents of a row see each other
     capacity: int = 0  # packed global keys per row; 0: as many as the row is long (docs/decisions.md, 17)
@@ -155,8 +156,9 @@ def layer_windows(attention: AttentionConfig, num_layers: int, length: int) -> t
     """The window n of every layer; a dense layer is a window of `length`, which must cover the whole sequence."""
     if attention.pattern == "watched":
         raise ConfigError(
-            'attention.pattern="watched" needs a bounded cache, which has seen who looked at what: --stream, --chat, '
-            '--task=streaming, or bounded=True; for whole rows use "sink_window", "separator" or "gated"'
+            'attention.pattern="watched" needs a bounded cache, which has seen who looked at what: sepjax generate '
+            '--stream, sepjax chat, sepjax evaluate stream, or bounded=True; for whole rows use "sink_window", '
+            '"separator" or "gated"'
         )
     if attention.pattern == "dense":
         return (length,) * num_layers

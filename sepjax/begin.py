@@ -70,7 +70,7 @@ def given_tokenizer(config: Config, *, download: bool = False) -> Callable[[], T
 def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, download: bool = False) -> TrainState:
     """The state before step 1: parameters from `training.init_from`, or drawn from `training.seed`; in their shards.
 
-    Of a Hugging Face folder the config and tokenizer files are kept in the workdir, for `python -m sepjax.hub convert`.
+    Of a Hugging Face folder the config and tokenizer files are kept in the workdir, for `sepjax convert`.
 
     Args:
       config: as `adopt_shape` gave it.

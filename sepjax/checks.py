@@ -32,6 +32,15 @@ def at_least(name: str, value: int | float, least: int) -> None:
         raise ConfigError(f"{name}={value} is out of range: whole numbers end at 2^31 - 1 = {2**31 - 1}")
 
 
+def whole_numbers(flag: str, values: Sequence[str], *, least: int = 1) -> tuple[int, ...]:
+    """The entries of a list flag as whole numbers of `least` or more; raises `ConfigError` for anything else."""
+    if not all(value.isdecimal() and int(value) >= least for value in values):
+        raise ConfigError(
+            f"--{flag} takes whole numbers of {least} or more with commas between them, got {','.join(values)!r}"
+        )
+    return tuple(map(int, values))
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """ "; did you mean ...?" with the one of `names` that `name` resembles most, or nothing when none does."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)

@@ -26,6 +26,7 @@ from sepjax.checks import check_type as _check_type
 from sepjax.checks import check_types as _check_types
 from sepjax.checks import one_of as _one_of
 from sepjax.checks import type_name as _type_name
+from sepjax.root import root
 from sepjax.rope_config import SCALINGS, RopeConfig
 
 __all__ = [  # of other files, for whoever reads a config
@@ -48,25 +49,25 @@ class ModelConfig:
     """The shape of one decoder. Llama, GPT-NeoX, GPT-2 and Falcon are settings of it, not classes."""
 
     vocab_size: int = 8192  # V, rows of the embedding; at least the tokenizer's size
-    num_layers: int = 4  # L
-    embed_dim: int = 256  # D
-    num_heads: int = 4  # N
+    num_layers: int = 4  # L, blocks of attention and MLP
+    embed_dim: int = 256  # D, width of the residual stream
+    num_heads: int = 4  # N, query heads
     num_kv_heads: int = 4  # K; N / K queries share a key head (1 = multi-query)
-    head_dim: int = 64  # H
-    mlp_dim: int = 1024  # F
+    head_dim: int = 64  # H, width of a head
+    mlp_dim: int = 1024  # F, hidden width of the MLP
     norm: str = "rmsnorm"  # "rmsnorm" | "layernorm"
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = 1e-5  # added to the variance
     activation: str = "silu"  # "silu" | "gelu" | "gelu_tanh"
     gated_mlp: bool = True  # SwiGLU when activation is silu
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    attention_bias: bool = False  # biases in the projections of queries, keys, values and outputs
+    mlp_bias: bool = False  # biases in the MLP
     parallel_residual: bool = False  # attention and MLP read the same input (GPT-NeoX, Falcon)
     shared_norm: bool = False  # with parallel_residual: one norm feeds both (Falcon-7B)
     position_embedding: str = "rope"  # "rope" | "learned" (GPT-2)
     max_positions: int = 2048  # rows of the learned table; with rope only a note of the training context
     sliding_window: int = 0  # keys that a query of the model's own sees (Mistral): its "dense"; 0: all of them
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
-    tie_embeddings: bool = True
+    tie_embeddings: bool = True  # logits come from the embedding's own rows
     dtype: str = "float32"  # of activations and matmul inputs; parameters, norms and softmax stay float32
     # One compiled block for all layers: compile time does not grow with depth. False: one for each, which spares copies
     # between the two passes (160M shape on an H100: 16 % less time a step, compiled in 12 s instead of 8).
@@ -81,11 +82,11 @@ class DataConfig:
     name: str = "embedded"  # "embedded" | "recall" (a generated task) | a folder of .txt files | any TFDS text dataset
     data_dir: str = ""  # where TFDS keeps prepared datasets; empty: <workdir>/data
     text_key: str = "text"  # field that holds the text in a TFDS dataset
-    train_split: str = "train"
-    eval_split: str = "validation"
+    train_split: str = "train"  # of the corpus, as TFDS names it
+    eval_split: str = "validation"  # of the corpus, for the evaluations of a run
     tokenizer: str = ""  # SentencePiece .model or Hugging Face tokenizer.json; empty: train one on the corpus
     tokenizer_vocab_size: int = 8192  # size of the SentencePiece model trained on first run
-    sequence_length: int = 256  # T
+    sequence_length: int = 256  # T, tokens of a row
     batch_size: int = 8  # B: rows per optimizer step, over all devices
     loss_on: str = ""  # regular expression: only tokens that it, or its group 1, matches are scored; empty: all
     num_workers: int = 0  # Grain worker processes; 0: threads of this process
@@ -96,11 +97,11 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-4
+    learning_rate: float = 1e-3  # after the warm-up
+    final_learning_rate: float = 1e-4  # at the last step
     warmup_steps: int = 50  # a shorter run ends within its warm-up
-    b1: float = 0.9
-    b2: float = 0.95
+    b1: float = 0.9  # decay of the mean of gradients
+    b2: float = 0.95  # decay of the mean of their squares
     weight_decay: float = 0.1  # on matrices only
     clip_norm: float = 1.0  # global gradient norm
     accumulation_steps: int = 1  # micro-batches per step; divides data.batch_size
@@ -111,15 +112,15 @@ class OptimizerConfig:
 class TrainingConfig:
     """Length of the run and the rhythm of its reports."""
 
-    steps: int = 1000
-    log_every: int = 10
-    eval_every: int = 200
-    eval_batches: int = 8
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 3
+    steps: int = 1000  # of the optimizer
+    log_every: int = 10  # steps between lines of metrics
+    eval_every: int = 200  # steps between evaluations
+    eval_batches: int = 8  # of an evaluation, at most
+    checkpoint_every: int = 200  # steps between checkpoints
+    keep_checkpoints: int = 3  # the newest so many
     max_skipped_steps: int = 0  # steps in a row that may fail (numbers not finite, a spike): they are not applied
     spike_factor: float = 0.0  # a loss above so many times the running mean fails its step; 0: no loss does
-    seed: int = 0
+    seed: int = 0  # of the parameters and of the order of the data
     init_from: str = ""  # what a new run begins with instead of random numbers: whatever sepjax.load reads
     gate_noise: float = 1.0  # scale of the Gumbel noise on a gate's scores at the first step; it falls to 0 at the last
 
@@ -128,10 +129,10 @@ class TrainingConfig:
 class MeshConfig:
     """Devices along each mesh axis; one of them may be -1: all that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
+    data: int = -1  # rows of a batch
+    fsdp: int = 1  # rows of a batch, and parameters with the optimizer's state
+    tensor: int = 1  # heads, and the width of the MLP
+    context: int = 1  # tokens of a row
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -286,7 +287,7 @@ def field_types(cls: Any = Config, prefix: str = "") -> dict[str, str]:
 
 
 def load_config(path: str | Path) -> Config:
-    """Runs a config file and returns what its `get_config()` returns.
+    """Runs a config file, or one of sepjax's own by its name ("sep_tiny"), and returns what its `get_config()` returns.
 
     A config that changes another one loads it from its own folder, whatever the working directory:
     `load_config(Path(__file__).with_name("sep_small.py"))`.
@@ -294,10 +295,7 @@ def load_config(path: str | Path) -> Config:
     Raises:
       ConfigError: there is no such file, it has no `get_config`, or that returns no `Config`.
     """
-    path = Path(path)
-    if not path.is_file():
-        names = [file.name for file in path.parent.glob("*.py")]
-        raise ConfigError(f"no config file {str(path)!r}{nearest(path.name, names)}")
+    path = _config_file(Path(path))
     spec = importlib.util.spec_from_file_location(f"sepjax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{str(path)!r} is no config file: expected a Python file, *.py, with a get_config()")
@@ -309,3 +307,15 @@ def load_config(path: str | Path) -> Config:
     if not isinstance(config, Config):
         raise ConfigError(f"get_config() of {str(path)!r} returned a {type(config).__name__}, expected a Config")
     return config
+
+
+def _config_file(path: Path) -> Path:
+    """The file itself, or of a bare name that is no file here, the config of that name that comes with sepjax."""
+    ours = {file.stem: file for file in (root() / "configs").glob("*.py")}
+    if path.is_file():
+        return path
+    if path.name == str(path) and path.name.removesuffix(".py") in ours:
+        return ours[path.name.removesuffix(".py")]
+    here = [file.name for file in path.parent.glob("*.py")]
+    hint = nearest(path.name, here) or nearest(path.name.removesuffix(".py"), ours)
+    raise ConfigError(f"no config file {str(path)!r}{hint}")

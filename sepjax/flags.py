@@ -1,8 +1,7 @@
 """The command line of the entry points: typed config overrides, and mistakes answered in one line.
 
-    if __name__ == "__main__":  # so that importing the file defines no flags
-        WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-        run_main(lambda config: train(config, WORKDIR.value), with_config=True)
+    if __name__ == "__main__":
+        run_settings(MySettings, main, __doc__)  # a dataclass that is the command line: sepjax.settings
 
 `--config=FILE` names a config file, `--config.section.field=value` changes one field of what it returns.
 """
@@ -12,40 +11,97 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sepjax import interrupt
+from sepjax.attention_config import TABLES
+from sepjax.checks import whole_numbers
 from sepjax.config import Config, ConfigError, UserError, field_types, load_config, nearest, validate
-from sepjax.separators import with_ids
+from sepjax.settings import Settings, define, flags_of, help_text, value_of
 
-_FLAG = re.compile(r"--?([A-Za-z_][\w.]*)")
+__all__ = ["whole_numbers"]  # of another file, for the programs
+FLAG = re.compile(r"--?([A-Za-z_][\w.]*)")
 
 
-def run_main(main: Callable[..., None], *, with_config: bool = False) -> None:
-    """Parses the command line, runs `main` and ends the program.
+def run_program(
+    read: Callable[[Sequence[str]], Any],
+    main: Callable[[Any], None],
+    argv: Sequence[str] = (),
+    begin: Callable[[], None] = lambda: None,
+) -> None:
+    """Reads the command line, runs `main` and ends the program.
 
     A `UserError` (a wrong flag or setting), an `OSError` (a missing file, a full disk), a lack of memory or a malformed
     command line ends it with `error: ...` on stderr and exit code 2; `--verbosity=1` shows where it was raised. Ctrl-C
     ends it with `interrupted` and 130. Anything else is a bug and keeps its traceback.
 
+    It runs under absl, which Grain's readers of data need.
+
+    Args:
+      read: makes of the command line, program name first, what `main` is called with.
+      main: the program.
+      argv: the command line; default: this process's.
+      begin: called before `main`, and before anything touches a device: what only a process of its own may do.
+    """
+
+    def parser(argv: Sequence[str]) -> Any:
+        with one_line_errors():
+            return read(argv)
+
+    def run(settings: Any) -> None:
+        if not flags.FLAGS["verbosity"].present:  # absl's own default lets Orbax and TFDS narrate every file
+            logging.set_verbosity(logging.WARNING)
+        with one_line_errors():
+            begin()
+            main(settings)
+
+    app.run(run, argv=list(argv) or None, flags_parser=parser)
+
+
+def run_settings[S: Settings](
+    cls: type[S], main: Callable[[S], None], about: str, begin: Callable[[], None] = lambda: None
+) -> None:
+    """`run_program` with the settings that `cls` describes; `about` is what --help says of the program."""
+    run_program(lambda argv: read_settings(cls, argv, flags.FLAGS, about), main, begin=begin)
+
+
+def run_main(main: Callable[..., None], *, with_config: bool = False) -> None:
+    """`run_program` for a program that defines absl's flags itself.
+
     Args:
       main: called with the validated `Config` if `with_config`, else without arguments.
       with_config: adds the flag `--config`, which is then required.
     """
+    run_program(lambda argv: parse(argv, flags.FLAGS, with_config=with_config), lambda found: main(*found))
 
-    def parser(argv: Sequence[str]) -> list[Config]:
-        with one_line_errors():
-            return parse(argv, flags.FLAGS, with_config=with_config)
 
-    def run(arguments: list[Config]) -> None:
-        if not flags.FLAGS["verbosity"].present:  # absl's own default lets Orbax and TFDS narrate every file
-            logging.set_verbosity(logging.WARNING)
-        with one_line_errors():
-            main(*arguments)
+def read_settings[S: Settings](cls: type[S], argv: Sequence[str], flag_values: flags.FlagValues, about: str) -> S:
+    """The settings that a command line asks for; --help prints them all and ends the program. Raises as `parse` does.
 
-    app.run(run, flags_parser=parser)
+    Args:
+      cls: the class of the settings.
+      argv: the command line, program name first.
+      flag_values: where its flags are defined.
+      about: what --help says of the program.
+    """
+    if asks_help(argv):
+        print(help_text(argv[0], about, cls))
+        raise SystemExit(0)
+    found = flags_of(cls)
+    for flag in found:
+        define(flag, flag_values)
+    configs = parse(argv, flag_values, with_config=any(flag.kind is Config for flag in found))
+    values = {flag.name: value_of(flag, flag_values) for flag in found if flag.kind is not Config}
+    return cls(**values, **({"config": configs[0]} if configs else {}))
+
+
+def asks_help(argv: Sequence[str]) -> bool:
+    """Whether the command line asks what the program takes."""
+    return any(argument in ("-h", "-help", "--help", "--helpshort") for argument in argv[1:])
 
 
 def parse(argv: Sequence[str], flag_values: flags.FlagValues, *, with_config: bool) -> list[Config]:
@@ -73,6 +129,10 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, *, with_config: bo
 
 def _with_table(config: Config) -> Config:
     """attention.separators=FILE becomes the ids in it: a run is whole without the file."""
+    if Path(config.attention.separators).suffix not in TABLES:
+        return config
+    from sepjax.separators import with_ids  # here, for JAX comes with it, which mistakes in flags need not wait for
+
     return dataclasses.replace(config, attention=with_ids(config.attention))
 
 
@@ -90,19 +150,10 @@ def check_flags(argv: Sequence[str], known: Sequence[str], *, with_config: bool)
     for argument in argv[1:]:
         if argument == "--":
             return
-        match = _FLAG.match(argument)
+        match = FLAG.match(argument)
         if match and match[1] not in names and match[1].removeprefix("no") not in names:
             flag = f"--{match[1]}"
             raise ConfigError(f"unknown flag {flag}{nearest(flag, [f'--{name}' for name in names])}")
-
-
-def whole_numbers(flag: str, values: Sequence[str], *, least: int = 1) -> tuple[int, ...]:
-    """The entries of a list flag as whole numbers of `least` or more; raises `ConfigError` for anything else."""
-    if not all(value.isdecimal() and int(value) >= least for value in values):
-        raise ConfigError(
-            f"--{flag} takes whole numbers of {least} or more with commas between them, got {','.join(values)!r}"
-        )
-    return tuple(map(int, values))
 
 
 def one_of_two(first: str, first_value: str | None, second: str, second_value: str | None) -> str:

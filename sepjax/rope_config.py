@@ -11,15 +11,15 @@ _MOST = 3e38  # of a base: float32 holds it
 class RopeConfig:
     """Rotary position embedding and its scalings (names as in Hugging Face configs)."""
 
-    base: float = 10_000.0
+    base: float = 10_000.0  # of the angles' geometric series
     fraction: float = 1.0  # share of each head's dimensions that is rotated; GPT-NeoX 0.25
-    scaling: str = "none"  # one of SCALINGS
+    scaling: str = "none"  # "none" | "linear" | "llama3" | "yarn"
     factor: float = 1.0  # how many times longer than `original_context`
     original_context: int = 8192  # context length the base was trained at
-    low_frequency_factor: float = 1.0  # llama3
-    high_frequency_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
+    low_frequency_factor: float = 1.0  # of scaling="llama3": turns in original_context up to which all is scaled
+    high_frequency_factor: float = 4.0  # of scaling="llama3": turns from which nothing is scaled
+    beta_fast: float = 32.0  # of scaling="yarn": turns from which nothing is scaled
+    beta_slow: float = 1.0  # of scaling="yarn": turns up to which all is scaled
     truncate: bool = True  # yarn: the ramp begins and ends at whole dimensions
     attention_factor: float = 0.0  # on cosine and sine; 0: the scaling's own, 0.1 ln(factor) + 1 for yarn, 1 for others
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sepjax.attention_config import TABLES
 from sepjax.config import AttentionConfig, ConfigError
 from sepjax.console import say
 
@@ -94,7 +95,7 @@ def with_ids(attention: AttentionConfig) -> AttentionConfig:
       ConfigError: the file is missing or has no ids.
     """
     path = Path(attention.separators)
-    if path.suffix not in (".json", ".npy"):
+    if path.suffix not in TABLES:
         return attention
     try:
         return dataclasses.replace(attention, separators="ids", separator_ids=read_ids(path))

@@ -1,6 +1,5 @@
 """Which flags each job takes, sizes out of range, and Ctrl-C: one line, whatever the program is doing."""
 
-import ast
 import os
 import signal
 import subprocess
@@ -11,76 +10,97 @@ from pathlib import Path
 import pytest
 from absl import flags
 
+import evaluate
 from sepjax.config import ConfigError
-from sepjax.evaluation import jobs as evaluation
-from sepjax.flags import Jobs, one_line_errors, parse
-from sepjax.generation import jobs as generation
+from sepjax.flags import one_line_errors, parse
+from sepjax.programs.evaluate import compare, needle, recall, stream, tasks, windows
+from sepjax.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = {"evaluate.py": evaluation.JOBS, "sepjax/generate.py": generation.JOBS}
+JOBS = evaluate.jobs()
 
 
-def defined(program: str) -> set[str]:
-    """The flags that a program defines."""
-    calls = [node for node in ast.walk(ast.parse((ROOT / program).read_text())) if isinstance(node, ast.Call)]
-    names = [call.args[0] for call in calls if ast.unparse(call.func).startswith("flags.DEFINE_")]
-    return {name.value for name in names if isinstance(name, ast.Constant)}
-
-
-def given(program: str, name: str) -> flags.FlagValues:
+def given(name: str) -> flags.FlagValues:
     """A command line with this one flag."""
     values = flags.FlagValues()
     flags.DEFINE_string(name, None, "", flag_values=values)
-    values([program, f"--{name}=1"])
+    values(["evaluate.py", f"--{name}=1"])
     return values
 
 
-@pytest.mark.parametrize(("program", "jobs"), PROGRAMS.items(), ids=list(PROGRAMS))
-def test_every_flag_is_taken_or_refused_by_every_job(program: str, jobs: Jobs) -> None:
-    names = defined(program)
-    assert len(names) > 20
-    assert names == set().union(*map(jobs.names, jobs.takes))
+def test_every_flag_of_evaluate_is_taken_or_refused_by_every_job() -> None:
+    names = set(evaluate.own_flags())
+    assert len(names) > 30
+    assert names == set().union(*map(JOBS.names, JOBS.takes))
     for name in names:
-        takers = [job for job in jobs.takes if name in jobs.names(job)]
-        for job in jobs.takes:
+        takers = [job for job in JOBS.takes if name in JOBS.names(job)]
+        for job in JOBS.takes:
             if job in takers:
-                jobs.check(job, given(program, name))
+                JOBS.check(job, given(name))
                 continue
             with pytest.raises(ConfigError, match=f"^--{name} does nothing for {job}; it is for ") as error:
-                jobs.check(job, given(program, name))
+                JOBS.check(job, given(name))
             assert ", ".join(takers) in str(error.value)
 
 
-def test_flags_that_jobs_ignored_are_refused() -> None:
+def test_flags_that_jobs_of_evaluate_ignored_are_refused() -> None:
     for job, ignored in (
-        (evaluation.STREAMING, "window_size length batch_size max_documents bos limit"),
-        (evaluation.PERPLEXITY_ARMS, "patterns compare compare_at"),
-        (evaluation.STREAMING_ARMS, "patterns budgets"),
-        (evaluation.NEEDLE, "length split batch_size max_tokens budgets compare"),
-        (evaluation.EQUAL_KV, "patterns arms budgets rows lengths limit"),
-        (evaluation.PERPLEXITY, "rows chunk line_wise trials task_data num_fewshot batch_tokens"),
-        (evaluation.TASKS, "text split length max_documents max_tokens bos budgets"),
+        (evaluate.STREAMING, "window_size length batch_size max_documents bos limit"),
+        (f"{evaluate.PERPLEXITY} --arms", "patterns compare compare_at"),
+        (f"{evaluate.STREAMING} --arms", "patterns budgets"),
+        (evaluate.NEEDLE, "length split batch_size max_tokens budgets compare"),
+        (evaluate.EQUAL_KV, "patterns arms budgets rows lengths limit"),
+        (evaluate.PERPLEXITY, "rows chunk line_wise trials task_data num_fewshot batch_tokens"),
+        (evaluate.TASKS, "text split length max_documents max_tokens bos budgets"),
     ):
-        assert not evaluation.JOBS.names(job) & set(ignored.split()), job
-    for job, ignored in (
-        (generation.ANSWER, "save system resume max_repeats cache_size max_separators"),
-        (generation.CHAT, "prompt prompt_file save stream apply_chat_template"),
-        (generation.STREAM, "system chat"),
-    ):
-        assert not generation.JOBS.names(job) & set(ignored.split()), job
+        assert not JOBS.names(job) & set(ignored.split()), job
 
 
-def test_the_job_follows_from_the_flags() -> None:
-    assert evaluation.job_of(["perplexity"], compare=True, arms=True) == evaluation.EQUAL_KV  # refuses --arms
-    assert evaluation.job_of(["streaming"], compare=True, arms=False) == evaluation.STREAMING  # which refuses --compare
-    assert evaluation.job_of(["piqa", "arc_easy"], compare=False, arms=True) == evaluation.TASKS
-    for job in (evaluation.PERPLEXITY, evaluation.STREAMING, evaluation.NEEDLE, evaluation.RECALL):
-        assert evaluation.job_of([job.removeprefix("--task=")], compare=False, arms=True) == f"{job} --arms"
-    for tasks in ([], [""], ["streaming", "piqa"], ["perplexity", "needle"]):
+def test_the_job_of_evaluate_follows_from_the_flags() -> None:
+    job_of = evaluate.job_of
+    assert job_of(["perplexity"], compare=True, arms=True) == evaluate.EQUAL_KV  # refuses --arms
+    assert job_of(["streaming"], compare=True, arms=False) == evaluate.STREAMING  # which refuses --compare
+    assert job_of(["piqa", "arc_easy"], compare=False, arms=True) == evaluate.TASKS
+    for job in (evaluate.PERPLEXITY, evaluate.STREAMING, evaluate.NEEDLE, evaluate.RECALL):
+        assert job_of([job.removeprefix("--task=")], compare=False, arms=True) == f"{job} --arms"
+    for names in ([], [""], ["streaming", "piqa"], ["perplexity", "needle"]):
         with pytest.raises(ConfigError, match="give one of perplexity, streaming, needle, recall, or tasks of lm-eval"):
-            evaluation.job_of(tasks, compare=False, arms=False)
-    assert generation.job_of(stream=True, chat=True, resume=True) == generation.CHAT
-    assert generation.job_of(stream=False, chat=False, resume=True) == generation.RESUME
+            job_of(names, compare=False, arms=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--workdir=a", windows.Settings(workdir="a")),
+        ("--model=a --patterns=dense,gated --far=9", windows.Settings(model="a", patterns=("dense", "gated"), far=9)),
+        ("--model=a --compare --compare_at=pairs", compare.Settings(model="a", compare_at="pairs")),
+        ("--model=a --compare --nobos", compare.Settings(model="a", bos=False)),
+        ("--model=a --task=streaming --budgets=1/2/3/9", stream.Settings(model="a", budgets=("1/2/3/9",))),
+        ("--model=a --task=needle --lengths=5,6", needle.Settings(model="a", lengths=(5, 6))),
+        ("--workdir=a --task=recall --arms=dense", recall.Settings(workdir="a", arms="dense")),
+        ("--model=a --task=piqa,arc --limit=0.5", tasks.Settings(model="a", task=("piqa", "arc"), limit=0.5)),
+    ],
+)
+def test_evaluate_runs_the_programs_of_the_command(arguments: str, expected: Settings) -> None:
+    program, settings = evaluate.read(["evaluate.py", *arguments.split()], flags.FlagValues())
+    assert settings == expected
+    assert sys.modules[type(settings).__module__] is program
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--workdr=a", "unknown flag --workdr; did you mean '--workdir'"),
+        ("--workdir=a --model=b", "give --workdir or --model, one of them: got both"),
+        ("--model=a --budgets=1/2/3/9", "--budgets does nothing for --task=perplexity; it is for --task=streaming"),
+        ("--model=a --patterns=dense --window_size=64", "--window_size does nothing for the dense pattern"),
+        ("--model=a --batch_size=0", "--batch_size=0 must be 1 or more"),
+        ("--workdir=a --task=recall --length=3", "--length does nothing for --task=recall"),
+    ],
+)
+def test_mistakes_in_flags_of_evaluate_are_named(arguments: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate.read(["evaluate.py", *arguments.split()], flags.FlagValues())
 
 
 def test_sizes_end_where_the_devices_numbers_do() -> None:
@@ -148,7 +168,7 @@ def test_ctrl_c_that_is_swallowed_ends_the_program_all_the_same(busy: str) -> No
     interrupted(process)
 
 
-@pytest.mark.parametrize("program", ["train.py", "-m sepjax.sharding plan"])
+@pytest.mark.parametrize("program", ["train.py", "-m sepjax plan --topology=v5e:4x4"])
 def test_ctrl_c_while_a_program_is_still_being_imported(program: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, *program.split(), "--config=configs/sep_tiny.py"]
@@ -160,30 +180,3 @@ def test_ctrl_c_while_a_program_is_still_being_imported(program: str) -> None:
     while time.monotonic() < deadline and process.poll() is None and "jaxlib" not in maps.read_text():
         time.sleep(0.01)
     assert interrupted(process) == ""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--top_k=3"], "--top_k does nothing where the best token is always taken"),
-        (["--min_p=0.1", "--temperature=0"], "--min_p does nothing"),
-        (["--top_k=3", "--temperature=1"], None),
-        (["--top_p=0.9", "--sampling_defaults"], None),
-        (["--pattern=dense", "--window_size=3"], "--window_size does nothing for --pattern=dense"),
-        (["--pattern=separator", "--window_size=3"], None),
-    ],
-)
-def test_flags_without_effect_are_named(arguments: list[str], message: str | None) -> None:
-    values = flags.FlagValues()
-    for name in ("top_k", "window_size"):
-        flags.DEFINE_integer(name, None, "", flag_values=values)
-    for name in ("temperature", "top_p", "min_p"):
-        flags.DEFINE_float(name, None, "", flag_values=values)
-    flags.DEFINE_bool("sampling_defaults", False, "", flag_values=values)
-    flags.DEFINE_string("pattern", None, "", flag_values=values)
-    values(["program", *arguments])
-    if message is None:
-        generation.check_sense(values)
-    else:
-        with pytest.raises(ConfigError, match=message):
-            generation.check_sense(values)

@@ -1,13 +1,10 @@
-"""generate and stream against the forward pass without a cache; batches, seeds, stops, growth, the command."""
+"""generate and stream against the forward pass without a cache; batches, seeds, stops, growth."""
 
 import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import grain
@@ -33,7 +30,6 @@ from sepjax.run.checkpoint import Checkpointer
 from sepjax.separators import configured_table, flag_separators
 from sepjax.training.step import create_state
 
-ROOT = Path(__file__).parent.parent
 TEXTS = ["The cat sat on the mat, and looked.", "Où est-il? It ran away!", "One; two: three. Four, five."] * 3
 PROMPTS = ["The cat", "", "Où est-il? It ran away! One; two", "mat, and. looked"]
 SHAPE = ModelConfig(
@@ -263,6 +259,9 @@ def test_sampling_defaults_are_the_models_where_they_are_asked_for(model, tokeni
     assert answer(hot) == answer({}) != asked
     assert answer(hot, sampling_defaults=True, temperature=0.0) == answer({})  # what is given counts more
     assert answer({"do_sample": False, "temperature": 3.0}, sampling_defaults=True) == answer({})
+    assert answer({}, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0) == answer({})  # all tokens, as they are anyway
+    with pytest.raises(ConfigError, match="top_k=5 does nothing"):  # their file says that the best token is taken
+        answer({"do_sample": False}, sampling_defaults=True, top_k=5)
     for sampling, message in (
         ({}, "no generation_config.json"),
         ({"do_sample": True, "top_p": "high"}, r"top_p='high', expected float"),
@@ -316,6 +315,8 @@ def test_the_pattern_can_be_another_than_in_training(model, tokenizer, answers):
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be 1 or more"),
         ({"temperature": -1.0}, "temperature=-1.0 must be"),
         ({"top_p": 0.0}, "top_p=0.0 must be"),
+        ({"top_k": 3}, "top_k=3 does nothing where the best token is always taken; set temperature"),
+        ({"min_p": 0.1, "temperature": 0.0}, "min_p=0.1 does nothing"),
         ({"seed": [1, 2]}, "got 2 seeds for 1 prompts"),
         ({"seed": -1}, "seed=-1 must be"),
         ({"stop": ["a", ""]}, "stop string is empty"),
@@ -383,12 +384,6 @@ def workdir(tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
-def command(*flags: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, "-m", "sepjax.generate", *flags]
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
 def test_a_run_is_loaded_and_the_names_of_the_package_work(workdir, tokenizer):
     model, loaded = sepjax.load(workdir)
     assert (model.config, model.attention) == (SHAPE, SEPARATOR)
@@ -414,44 +409,3 @@ def test_other_paths_say_what_they_are(workdir, tmp_path):
             sepjax.load(path)
     with pytest.raises(FileNotFoundError, match="step 7"):
         sepjax.load(workdir, step=7)
-
-
-def test_the_command_answers_a_batch(workdir, tmp_path):
-    (tmp_path / "prompt.txt").write_text("Four, five")
-    flags = ["--prompt=The cat", f"--prompt_file={tmp_path}/prompt.txt", "--max_new_tokens=6", "--temperature=0.8"]
-    flags += [
-        "--top_k=9",
-        "--top_p=0.9",
-        "--min_p=0.01",
-        "--seed=4",
-        "--stop=zzz",
-        "--pattern=dense",
-    ]
-    done = command(f"--workdir={workdir}", *flags)
-    assert done.returncode == 0, done.stderr
-    model, tokenizer = sepjax.load(workdir)
-    attention = AttentionConfig(pattern="dense", num_sinks=2)
-    sampling = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 4}
-    prompts = ["The cat", "Four, five"]
-    expected = generate(model, tokenizer, prompts, max_new_tokens=6, stop="zzz", attention=attention, **sampling)
-    pairs = zip(prompts, expected, strict=True)
-    assert done.stdout == "".join(f">>> {prompt}\n{answer.text}\n\n" for prompt, answer in pairs)
-    seen = sum(answer.cache.seen for answer in expected)
-    assert f"cache holds {seen} of {seen} tokens (100.0%)" in done.stderr.splitlines()[-1]
-
-
-def test_mistakes_on_the_command_line_are_one_line(workdir, tmp_path):
-    (tmp_path / "latin.txt").write_bytes("Où".encode("latin-1"))
-    prompt = [f"--workdir={workdir}", "--prompt=a"]
-    for flags, message in (
-        ([f"--workdir={workdir}", "--prompt=a", "--temprature=1"], "temperature"),
-        ([f"--workdir={workdir}", f"--prompt_file={tmp_path}/latin.txt"], "UTF-8"),
-        ([*prompt, "--max_new_tokens=0"], "--max_new_tokens=0 must be 1 or more"),
-        ([*prompt, "--stream", f"--save={workdir}"], "checkpoints, tokenizer, which is not a saved stream"),
-        ([*prompt, "--prompt=b", "--resume=x"], "--resume continues one prompt, got 2"),
-    ):
-        done = command(*flags)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stderr.startswith("error: ")
-        assert message in done.stderr

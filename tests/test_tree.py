@@ -20,17 +20,20 @@ MAY_IMPORT = {
     "checks": set(),
     "rope_config": set(),
     "attention_config": {"checks"},
-    "config": {"checks", "rope_config", "attention_config"},
+    "root": set(),
+    "config": {"checks", "rope_config", "attention_config", "root"},
     "files": {"config"},
     "interrupt": set(),
-    "separators": BASE | {"console"},
+    "moved": set(),
+    "settings": {"checks", "config"},
+    "separators": BASE | {"attention_config", "console"},
     "layout": BASE | {"separators"},
     "sharding": BASE,
     "measure": set(),
     "console": set(),
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"},
-    "flags": {"config", "interrupt", "separators"},
+    "flags": {"attention_config", "checks", "config", "interrupt", "separators", "settings"},
     "data": BASE | {"separators", "layout", "sharding", "interrupt"},
     "model": BASE | {"separators", "layout", "sharding", "attention"},
     "generation": BASE
@@ -102,7 +105,8 @@ def upward(source: str, room: str) -> list[str]:
     names = [name.split(".") for name, _ in imports(source)]
     rooms = [parts[1] for parts in names if parts[0] == "sepjax" and len(parts) > 1]
     programs = [parts[0] for parts in names if parts[0] in ("train", "evaluate", "configs")]
-    benches = [r for r in rooms if r == "bench" and room not in ("bench", "__main__")]  # the top floor
+    programs += [r for r in rooms if r == "programs" and room not in ("programs", "__main__")]  # nobody needs the top
+    benches = [r for r in rooms if r == "bench" and room not in ("bench", "programs", "__main__")]
     return programs + benches + [r for r in rooms if room in MAY_IMPORT and r != room and r not in MAY_IMPORT[room]]
 
 
@@ -118,6 +122,7 @@ def test_the_checks_find_what_they_look_for() -> None:
     assert upward("from train import train", "generate") == ["train"]
     assert upward("from sepjax.bench.training import random_batch", "evaluation") == ["bench"]
     assert upward("from sepjax.bench.training import random_batch", "bench") == []
+    assert upward("from sepjax.programs import bench", "evaluation") == ["programs"]
     assert upward("from sepjax.attention import xla\nfrom sepjax.config import Config", "attention") == []
     assert dict(imports("import a\nif TYPE_CHECKING:\n    import b")) == {"a": True, "b": False}
     assert PRODUCT

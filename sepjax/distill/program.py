@@ -1,6 +1,5 @@
 """A gate for a model as it is: observed, learned, graded and written as a workdir, the model's parameters untouched."""
 
-import dataclasses
 import functools
 import itertools
 import time
@@ -15,6 +14,7 @@ from sepjax.begin import adopt_shape, given_tokenizer
 from sepjax.config import Config, ConfigError, under
 from sepjax.console import say
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
+from sepjax.distill import Lesson
 from sepjax.distill.lesson import LOSSES, Grade, Rows, gather, grade, learn
 from sepjax.distill.teacher import Observed, observe
 from sepjax.hub.convert import keep_origin
@@ -22,16 +22,6 @@ from sepjax.loading import load, locate
 from sepjax.model.transformer import abstract, merge, split
 from sepjax.run.checkpoint import save_params
 from sepjax.training.step import with_gate
-
-
-@dataclasses.dataclass(frozen=True)
-class Lesson:
-    """How much is read and learned."""
-
-    rows: int = 512  # of data.sequence_length tokens, from the training split
-    held_out: int = 32  # from the evaluation split, to grade the gate by
-    steps: int = 2000  # of Adam, for each of the two losses
-    learning_rate: float = 1e-3
 
 
 def distill(config: Config, workdir: Path, lesson: Lesson, *, download: bool = False) -> dict[str, Grade]:

@@ -85,7 +85,7 @@ def fixed_arms(text: str, base: AttentionConfig, num_layers: int) -> list[Arm]:
     for arm in arms:
         if arm.model or arm.equal[0]:
             word = f"model={arm.model}" if arm.model else f"n={arm.equal[0]}:{arm.equal[1]}"
-            raise ConfigError(f"arm {arm.name!r}: {word} is for --task=perplexity; write the number, or leave it out")
+            raise ConfigError(f"arm {arm.name!r}: {word} is for windows of text; write the number, or leave it out")
     return arms
 
 
@@ -114,6 +114,9 @@ def _arm(text: str, base: AttentionConfig, num_layers: int, before: Sequence[str
             f"n={equal[0]}:{equal[1]} needs a pattern whose kept tokens follow from the text "
             f"({', '.join(_TOLD_BY_THE_TEXT)}), and {words[0]!r} lets the model choose or keeps all; give n itself"
         )
+    idle = sorted({"num_sinks", "window_size", "layer_windows"} & changes.keys()) if words[0] == "dense" else []
+    if idle:
+        raise ConfigError(f"{idle[0]} does nothing for the dense pattern, which sees everything; leave it out")
     if "window_size" in changes or equal[0]:
         changes.setdefault("layer_windows", ())
     if "separator_ids" in changes:

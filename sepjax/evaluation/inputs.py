@@ -1,4 +1,4 @@
-"""What evaluate.py scores: settings and texts of a run, of files or of a corpus."""
+"""What the jobs score: settings and texts of a run, of files or of a corpus."""
 
 import dataclasses
 import tempfile

@@ -1,52 +1,164 @@
-"""Which flags of evaluate.py each of its jobs takes."""
+"""The jobs of `sepjax evaluate`, from a path to scores: load, read the texts, score."""
 
-from collections.abc import Sequence
+import dataclasses
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from sepjax.config import ConfigError
-from sepjax.files import check_file
-from sepjax.flags import Jobs
-
-PERPLEXITY, EQUAL_KV = "--task=perplexity", "--task=perplexity --compare"
-STREAMING, NEEDLE, RECALL = "--task=streaming", "--task=needle", "--task=recall"
-TASKS = "the tasks of lm-eval"
-PERPLEXITY_ARMS, STREAMING_ARMS = f"{PERPLEXITY} --arms", f"{STREAMING} --arms"
-NEEDLE_ARMS, RECALL_ARMS = f"{NEEDLE} --arms", f"{RECALL} --arms"
-_WINDOWS = "text split length window_size batch_size max_documents max_tokens bos baseline near far"
-_NEEDLES = "text window_size lengths depths tails trials batch_tokens"
-_STREAMS = "text split max_tokens rows chunk line_wise baseline near far"
-
-JOBS = Jobs(
-    common="workdir model download dtype step task output",
-    takes={
-        PERPLEXITY: f"{_WINDOWS} patterns",
-        PERPLEXITY_ARMS: f"{_WINDOWS} arms",
-        EQUAL_KV: f"{_WINDOWS} compare compare_at",
-        STREAMING: f"{_STREAMS} patterns budgets",
-        STREAMING_ARMS: f"{_STREAMS} arms",
-        NEEDLE: f"{_NEEDLES} patterns",
-        NEEDLE_ARMS: f"{_NEEDLES} arms",
-        RECALL: "patterns batch_size",
-        RECALL_ARMS: "arms batch_size",
-        TASKS: "patterns window_size task_data limit num_fewshot equal_kv batch_size batch_tokens apply_chat_template",
-    },
-)
+from sepjax import files
+from sepjax.config import PATTERNS, AttentionConfig, ConfigError
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation import compare, curves, needle, perplexity, streaming, tasks
+from sepjax.evaluation.arms import Arm, fixed_arms, parse_arms, plain_arms, stream_attention
+from sepjax.evaluation.documents import read_documents, read_texts
+from sepjax.evaluation.equal import density as window_density
+from sepjax.evaluation.inputs import config_of, corpus_of, texts_of, with_pattern
+from sepjax.generation import limits
+from sepjax.hub.chat_template import ChatTemplate
+from sepjax.loading import load, locate
+from sepjax.model.transformer import Transformer
 
 
-def job_of(tasks: Sequence[str], *, compare: bool, arms: bool) -> str:
-    """The job of --task, --compare and --arms; raises `ConfigError` for several tasks of which one is ours."""
-    ours = {"perplexity": PERPLEXITY, "streaming": STREAMING, "needle": NEEDLE, "recall": RECALL}
-    if not all(tasks) or not tasks or (len(tasks) > 1 and ours.keys() & set(tasks)):
-        raise ConfigError(f"--task={','.join(tasks)}: give one of {', '.join(ours)}, or tasks of lm-eval")
-    job = ours.get(tasks[0], TASKS)
-    if job == PERPLEXITY and compare:
-        return EQUAL_KV
-    with_arms = {PERPLEXITY: PERPLEXITY_ARMS, STREAMING: STREAMING_ARMS, NEEDLE: NEEDLE_ARMS, RECALL: RECALL_ARMS}
-    return with_arms.get(job, job) if arms else job
+def evaluate(
+    workdir: Path,
+    patterns: Sequence[str] = (),
+    *,
+    arms: str = "",
+    equal: str = "",
+    step: int | None = None,
+    text: str = "",
+    split: str = "",
+    length: int = 0,
+    window_size: int = 0,
+    max_documents: int = 0,
+    max_tokens: int = 0,
+    bos: bool = True,
+    batch_size: int = 8,
+    baseline: str = "",
+    near: int = 0,
+    far: int = 0,
+    **settings: Any,
+) -> list[compare.Score]:
+    """Scores a run or a pretrained model under each of `patterns`, or all that it can run; 0 and "": its own settings.
+
+    `arms` (`sepjax.evaluation.arms`) take the place of `patterns`, and so does `equal`: all patterns at the separators'
+    "kv" or "pairs". Further `settings` are those of `sepjax.load`.
+    """
+    model, tokenizer = load(workdir, step=step, **settings)
+    config = config_of(workdir, model)
+    patterns = patterns or [pattern for pattern in PATTERNS if pattern != "gated" or model.gate is not None]
+    attentions = [with_pattern(config, pattern, window_size) for pattern in ["separator", *patterns]]
+    documents = texts_of(workdir, config, text, split, max_documents)
+    length = length or config.data.sequence_length
+    windows = perplexity.token_windows(tokenizer, documents, length, bos=bos, max_tokens=max_tokens)
+    if arms:
+        compared = parse_arms(arms, dataclasses.replace(attentions[0], cache_size=0), config.model.num_layers)
+    elif equal:
+        density = window_density(attentions[0], tokenizer, windows.ids)
+        compared = compare.at_equal_kv(attentions[0], density, equal)
+    else:
+        compared = plain_arms(attentions[1:])
+
+    def other(path: str) -> tuple[Transformer, Tokenizer]:
+        return load(path, **settings) if path else (model, tokenizer)
+
+    cut = {"length": length, "batch_size": batch_size}
+    return compare.score_arms(other, windows, compared, baseline=baseline, near=near, far=far, **cut)
 
 
-def check_output(path: Path) -> None:
-    """Raises for an --output that cannot be written, before hours of scoring, or that would take a table's place."""
-    if path.suffix in (".csv", ".png"):
-        raise ConfigError(f"--output={path} is where the table or the picture goes; give a .json file")
-    check_file(path)
+def stream(
+    path: Path,
+    patterns: Sequence[str],
+    budgets: Sequence[str],
+    *,
+    step: int | None = None,
+    text: str = "",
+    split: str = "",
+    line_wise: bool = False,
+    max_tokens: int = 0,
+    arms: str = "",
+    loading: Mapping[str, Any] = types.MappingProxyType({}),
+    **options: Any,
+) -> list[streaming.StreamScore]:
+    """Streams text through the bounded cache of each pattern and budget "a/s/w/c"; no budget: the model's own.
+
+    `arms` take the place of patterns and budgets. `loading` is for `sepjax.load`, `options` for `score_streams`.
+    """
+    model, tokenizer = load(path, **{"step": step, **loading})
+    attentions: list[AttentionConfig | Arm] = [
+        stream_attention(model.attention, pattern, budget, model.config.num_layers)
+        for budget in budgets or [""]
+        for pattern in patterns
+    ]
+    if arms:
+        attentions = [*fixed_arms(arms, model.attention, model.config.num_layers)]
+    trained = limits.trained_length(locate(path), model.config)
+    for arm in attentions:
+        limits.warn_of_cache(model.config, arm.attention if isinstance(arm, Arm) else arm, trained)
+    cut = {"line_wise": line_wise, "max_tokens": max_tokens}
+    if text and split:
+        raise ConfigError(f"--split={split} is of a run's own corpus; a stream of --text takes all of it")
+    documents = read_documents(Path(text), tokenizer, **cut) if text else corpus_of(path, split, tokenizer, **cut)
+    return streaming.score_streams(model, tokenizer, documents, attentions, **options)
+
+
+def find_needles(
+    path: Path,
+    patterns: Sequence[str],
+    *,
+    text: str,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    tails: Sequence[int] = (0,),
+    arms: str = "",
+    window_size: int = 0,
+    trials: int = 10,
+    batch_tokens: int = 65_536,
+    **settings: Any,
+) -> list[needle.Cell]:
+    """Hides needles in the joined texts of `text`; further `settings` are those of `sepjax.load`."""
+    if not text:
+        raise ConfigError("needles are hidden in --text: give it a .txt file or a folder of them")
+    model, tokenizer = load(path, **settings)
+    compared = plain_arms([with_pattern(config_of(path, model), pattern, window_size) for pattern in patterns])
+    if arms:
+        compared = fixed_arms(arms, model.attention, model.config.num_layers)
+    haystack = "\n\n".join(read_texts(Path(text)))
+    grid = {"lengths": lengths, "depths": depths, "tails": tails, "trials": trials, "batch_tokens": batch_tokens}
+    return needle.needle_grid(model, tokenizer, haystack, compared, **grid)
+
+
+def run_tasks(
+    path: Path, names: Sequence[str], patterns: Sequence[str], *, window_size: int = 0, **options: Any
+) -> list[tasks.TaskScore]:
+    """Runs tasks of lm-eval; `options` are those of `sepjax.evaluation.tasks.run_tasks` and `sepjax.load`."""
+    loading = {name: options.pop(name) for name in ("step", "dtype", "download") if name in options}
+    model, tokenizer = load(path, **loading)
+    attentions = [
+        dataclasses.replace(with_pattern(config_of(path, model), pattern, window_size), cache_size=0)
+        for pattern in patterns
+    ]
+    template = ChatTemplate.of_model(locate(path), tokenizer) if options.get("apply_chat_template") else None
+    scores = []
+    for score in tasks.run_tasks(model, tokenizer, names, attentions, chat_template=template, **options):
+        scores.append(score)
+        print(tasks.table([score]), flush=True)
+    return scores
+
+
+def write_files(output: Path, what: Any, scores: Sequence[Any]) -> str:
+    """Writes `what`'s CSV and picture beside `output`; returns what to say about it."""
+    with files.replacing(output.with_suffix(".csv")) as partial:
+        what.write_csv(partial, scores)
+    try:
+        with files.replacing(output.with_suffix(".png")) as partial:
+            what.write_png(partial, scores)
+    except curves.PictureError as error:
+        return f"{output.with_suffix('.csv')} (no picture: {error})"
+    return f"{output.with_suffix('.csv')}, {output.with_suffix('.png')}"
+
+
+def write_curve(output: Path, scores: Sequence[streaming.StreamScore]) -> str:
+    """Writes the curve by position beside `output`; returns what to say about it."""
+    return write_files(output, curves, scores)

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class Answers:
                         found.append((start + i - 1, i - 1 - fact, text.index(END, fact) - fact - 2))
             start += len(ids) - 1
         if not found:
-            raise RecallError('no questions in the texts: --task=recall is for data.name="recall"')
+            raise RecallError('no questions in the texts: sepjax evaluate recall is for data.name="recall"')
         return cls(*(np.array(x) for x in zip(*found, strict=True)))
 
     def kinds(self) -> list[tuple[str, np.ndarray]]:
@@ -101,10 +102,13 @@ def score_recall(
 
 
 def score_run(
-    workdir: Path, patterns: Sequence[str] = (), *, arms: str = "", step: int | None = None, batch_size: int = 8
+    workdir: Path, patterns: Sequence[str] = (), *, arms: str = "", batch_size: int = 8, **loading: Any
 ) -> list[Recalled]:
-    """Scores a run with data.name="recall" on its evaluation split, under its own pattern unless told otherwise."""
-    model, tokenizer = load_model(workdir, step=step)
+    """Scores a run with data.name="recall" on its evaluation split, under its own pattern unless told otherwise.
+
+    `loading` is for `sepjax.load`.
+    """
+    model, tokenizer = load_model(workdir, **loading)
     config = load_config(workdir)
     length, folder = config.data.sequence_length, config.data.data_dir or str(workdir / "data")
     windows = token_windows(tokenizer, text_source(config.data, folder, config.data.eval_split)[:], length)

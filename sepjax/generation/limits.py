@@ -8,6 +8,7 @@ import numpy as np
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.console import say
+from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.run.checkpoint import load_config
 
 
@@ -51,6 +52,25 @@ def warn_of_length(
         return
     what = f"{prompt} tokens of prompt" + ("" if prompt > trained else f" and {new or 'endless'} more")
     say(f"warning: {what} go beyond the {trained} that the model was trained on; expect worse text from there on")
+
+
+def warn_of_cache(config: ModelConfig, attention: AttentionConfig, trained: int) -> None:
+    """A line on stderr where a bounded cache holds more than the model was trained to see.
+
+    Args:
+      config: of the model.
+      attention: of this generation; over a bounded cache.
+      trained: tokens of the longest text that the model was trained on.
+
+    Raises:
+      ConfigError: there is no such cache.
+    """
+    slots = StreamSizes.create(config, attention).cache_size
+    if slots > trained:
+        say(
+            f"warning: a cache of {slots} entries is larger than the {trained} tokens that the model was trained on; "
+            f"expect worse text once it holds more; set cache_size to {trained} or less"
+        )
 
 
 def trained_length(source: Path, config: ModelConfig) -> int:

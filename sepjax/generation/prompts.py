@@ -70,7 +70,7 @@ def choose_sampling(tokenizer: Tokenizer, sampling_defaults: bool, **given: Any)
       **given: temperature, top_k, top_p, min_p; None: not given.
 
     Raises:
-      ConfigError: settings out of range; there is no such file, or it has values of another kind.
+      ConfigError: settings out of range or without effect; there is no such file, or it has values of another kind.
     """
     defaults = dict(_PLAIN)
     if sampling_defaults:
@@ -85,7 +85,15 @@ def choose_sampling(tokenizer: Tokenizer, sampling_defaults: bool, **given: Any)
                 raise ConfigError(f"generation_config.json has {name}={str(value)[:80]!r}, expected {kind.__name__}")
             defaults |= {} if value is None else {name: kind(value)}
     chosen: dict[str, Any] = {name: defaults[name] if given[name] is None else given[name] for name in _PLAIN}
-    return Sampling.create(**chosen)
+    sampling = Sampling.create(**chosen)
+    if chosen["temperature"] == 0:  # what is given and would change nothing is a mistake; all of the tokens are not
+        idle = [name for name in _PLAIN if given[name] not in (None, _PLAIN[name])]
+        if idle:
+            raise ConfigError(
+                f"{idle[0]}={given[idle[0]]} does nothing where the best token is always taken; set temperature, for "
+                "example to 1, or leave it out"
+            )
+    return sampling
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B"]]:

@@ -1,7 +1,7 @@
 """Orbax <-> Hugging Face, either way and from GGUF.
 
-    python -m sepjax.hub convert --source=FOLDER --target=runs/imported          a workdir, as train.py writes them
-    python -m sepjax.hub convert --source=runs/tiny --target=exported            a Hugging Face folder
+    sepjax convert --source=FOLDER --target=runs/imported          a workdir, as train.py writes them
+    sepjax convert --source=runs/tiny --target=exported            a Hugging Face folder
 
 The direction follows the source: a workdir becomes a folder that transformers opens, anything else a workdir. A workdir
 keeps the origin's config.json and tokenizer files under `hub/`, so that a model that comes in and goes out again is the

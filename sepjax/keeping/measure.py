@@ -31,7 +31,6 @@ from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import Transformer, merge, split
 from sepjax.model.unrolled import working_copy
 
-MEASURES = ("rarity", "attention", "loss")
 _PRIOR = 4.0  # uses that the mean of equally rare ids counts for
 
 

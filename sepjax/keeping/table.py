@@ -12,7 +12,8 @@ from sepjax.config import AttentionConfig, ConfigError, UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.perplexity import token_windows
 from sepjax.hub.families import KEY
-from sepjax.keeping.measure import MEASURES, best_ids, per_use, worth
+from sepjax.keeping import MEASURES
+from sepjax.keeping.measure import best_ids, per_use, worth
 from sepjax.model.transformer import Transformer
 
 
@@ -111,7 +112,7 @@ def store(table: KeptTable, folder: Path, attention: AttentionConfig) -> Path:
     if (folder / "checkpoints").exists() or not path.is_file():
         raise TableError(
             f"cannot store a table in {str(folder)!r}, which is not a Hugging Face folder: convert the model first "
-            "(python -m sepjax.hub convert), or begin a run with --config.attention.separators=TABLE.json"
+            "(sepjax convert), or begin a run with --config.attention.separators=TABLE.json"
         )
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

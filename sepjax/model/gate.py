@@ -49,7 +49,7 @@ def needs_gate(model: Any, attention: AttentionConfig) -> Gate:
     if gate is None:
         raise ConfigError(
             f"attention.pattern={attention.pattern!r} needs a model with a gate, and this one has none; train one "
-            "(configs/post_gated.py, python -m sepjax.distill), or choose another pattern"
+            "(configs/post_gated.py, sepjax distill), or choose another pattern"
         )
     return gate
 

@@ -1,7 +1,7 @@
 """A training step compiled ahead of time for TPUs or H100s that are elsewhere: memory, collectives, largest arrays.
 
 The step is the one that `train.py` runs, on the mesh that the config asks for; `libtpu` has the compiler for every TPU,
-the CUDA plugin of JAX that for GPUs, and neither needs a device. The command is `python -m sepjax.sharding plan`.
+the CUDA plugin of JAX that for GPUs, and neither needs a device. The command is `sepjax plan`.
 """
 
 import dataclasses

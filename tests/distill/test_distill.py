@@ -13,7 +13,8 @@ from evaluate import evaluate
 from sepjax.begin import adopt_shape, first_state
 from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from sepjax.data.pipeline import prepare_tokenizer
-from sepjax.distill.program import Lesson, distill
+from sepjax.distill import Lesson
+from sepjax.distill.program import distill
 from sepjax.distill.teacher import observe
 from sepjax.evaluation import compare
 from sepjax.hub.convert import convert

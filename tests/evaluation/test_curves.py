@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-import evaluate
 from sepjax.config import AttentionConfig, ConfigError
-from sepjax.evaluation import curves
+from sepjax.evaluation import curves, jobs
+from sepjax.evaluation.arms import stream_attention
 from sepjax.evaluation.documents import StreamError, read_documents
 from sepjax.evaluation.streaming import Bucket, StreamScore
 from tests.evaluation.test_streaming import Bytes
@@ -76,7 +76,7 @@ def test_without_matplotlib_the_csv_is_written_and_the_picture_explained(tmp_pat
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr("builtins.__import__", no_matplotlib)
-    said = evaluate.write_curve(tmp_path / "out.json", [SCORE])
+    said = jobs.write_files(tmp_path / "out.json", curves, [SCORE])
     assert 'pip install "sepjax[plot]"' in said
     assert (tmp_path / "out.csv").exists()
     assert not (tmp_path / "out.png").exists()
@@ -84,14 +84,14 @@ def test_without_matplotlib_the_csv_is_written_and_the_picture_explained(tmp_pat
 
 def test_budgets_give_the_window_what_separators_do_not_take():
     base = AttentionConfig(num_sinks=2, window_size=8, max_separators=4, layer_windows=(8, 8))
-    budget = evaluate.stream_attention(base, "separator", "4/64/256/800", 2)
+    budget = stream_attention(base, "separator", "4/64/256/800", 2)
     assert (budget.num_sinks, budget.max_separators, budget.window_size, budget.cache_size) == (4, 64, 256, 800)
-    sinks = evaluate.stream_attention(base, "sink_window", "4/64/256/800", 2)
+    sinks = stream_attention(base, "sink_window", "4/64/256/800", 2)
     assert (sinks.window_size, sinks.cache_size, sinks.pattern) == (796, 800, "sink_window")
-    assert evaluate.stream_attention(base, "sink_window", "", 2).cache_size == 28  # 2 (a + s + w)
+    assert stream_attention(base, "sink_window", "", 2).cache_size == 28  # 2 (a + s + w)
     for wrong in ("4/64/256", "4/64/256/-800", "a/b/c/d"):
         with pytest.raises(ConfigError, match="sinks/separators/window/cache"):
-            evaluate.stream_attention(base, "separator", wrong, 2)
+            stream_attention(base, "separator", wrong, 2)
 
 
 def test_documents_are_read_from_texts_folders_and_token_ids(tmp_path):

@@ -97,7 +97,7 @@ def test_arms_are_read(tmp_path):
     assert [arm.name for arm in plain_arms([dense.attention, t.attention, u.attention])] == [
         "dense", "separator 1", "separator 2",
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match=r"arm 'sink_window n=kv:rare'.*--task=perplexity"):
+    with pytest.raises(ConfigError, match=r"arm 'sink_window n=kv:rare'.*is for windows of text"):
         fixed_arms("rare: separator; sink_window n=kv:rare", BASE, 3)
 
 
@@ -119,6 +119,7 @@ def test_arms_are_read(tmp_path):
         ("separator ids=@{float}", "expected ids"),
         ("separator ids=@{text}", "no list of whole numbers"),
         ("dense; dense", "another arm 'dense'"),
+        ("dense n=64", "arm 1, 'dense n=64': window_size does nothing for the dense pattern"),
         ("x: separator; dense n=kv:x", "'dense' lets the model choose or keeps all; give n itself"),
         ("sink_window n=kv:x; x: separator", "no arm 'x' further to the front, only none"),
     ],

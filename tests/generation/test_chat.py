@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -22,9 +19,7 @@ from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.errors import HubError
 from sepjax.model.transformer import create
 from sepjax.separators import BYTE_OF_CHARACTER
-from tests.hub.test_gguf_file import write
 
-ROOT = Path(__file__).parents[2]
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
@@ -233,27 +228,3 @@ def test_the_gauge_says_what_was_measured():
     use = CacheUse(held=312, seen=4210, bytes=41_288_540)
     assert gauge(use, 800, 30, 0.5) == "[cache 312/800 slots, 4,210 tokens seen, 41,288,540 bytes, 60.0 tokens/s]"
     assert "tokens/s" not in gauge(use, 800, 0, 0.0)
-
-
-def test_the_command_talks_and_streams(tmp_path):
-    """A GGUF file, two turns on standard input; then a stream that goes on from the saved conversation."""
-    write(tmp_path / "m.gguf")
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    base = [sys.executable, "-m", "sepjax.generate", f"--workdir={tmp_path / 'm.gguf'}"]
-
-    def run(*flags, said=""):
-        done = subprocess.run(
-            [*base, *flags], env=environment, input=said, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done
-
-    done = run("--chat", "--max_new_tokens=5", said=f"abc\nab, c.\n/save {tmp_path / 'talk'}\n")
-    assert "ChatML" in done.stderr
-    assert done.stderr.count("[cache ") == 2
-    assert (tmp_path / "talk" / "stream.json").exists()
-    flags = [f"--resume={tmp_path / 'talk'}", f"--save={tmp_path / 'kept'}", "--prompt=ab", "--max_new_tokens=3"]
-    done = run("--stream", *flags)
-    assert done.stderr.splitlines()[-1].startswith("3 tokens")
-    assert "cache holds" in done.stderr
-    assert (tmp_path / "kept" / "stream.json").exists()

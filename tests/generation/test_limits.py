@@ -3,7 +3,7 @@
 import pytest
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
-from sepjax.generation.limits import check_cache, trained_length, warn_of_length
+from sepjax.generation.limits import check_cache, trained_length, warn_of_cache, warn_of_length
 
 ROPE, LEARNED = ModelConfig(max_positions=100), ModelConfig(max_positions=100, position_embedding="learned")
 SLOT, ABSOLUTE = AttentionConfig(), AttentionConfig(stream_positions="absolute")
@@ -22,6 +22,14 @@ SLOT, ABSOLUTE = AttentionConfig(), AttentionConfig(stream_positions="absolute")
 )
 def test_a_text_beyond_the_trained_positions_gets_a_line(config, attention, prompt, new, bounded, words, capsys):
     warn_of_length(config, attention, prompt, new, 100, bounded=bounded)
+    err = capsys.readouterr().err
+    assert err.count("\n") == bool(words)
+    assert words in err
+
+
+@pytest.mark.parametrize(("slots", "words"), [(100, ""), (101, "a cache of 101 entries is larger than the 100 tokens")])
+def test_a_cache_beyond_the_trained_positions_gets_a_line(slots, words, capsys):
+    warn_of_cache(ROPE, AttentionConfig(window_size=8, max_separators=4, cache_size=slots), 100)
     err = capsys.readouterr().err
     assert err.count("\n") == bool(words)
     assert words in err

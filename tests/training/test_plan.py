@@ -1,10 +1,7 @@
 """Steps compiled for pods that are not here, and what is said of them."""
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -106,20 +103,6 @@ def test_what_does_not_fit():
     wide = dataclasses.replace(SMALL.model, mlp_dim=2**21)
     with pytest.raises(UserError, match=r"the step does not fit TPU v5 lite: .*15\.75G.*mesh\.fsdp"):
         plan.make_plan(small(model=wide), "v5e:2x2", 1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--topology=v5e:4x4"], "error: expected `plan`"),
-        (["plan", "--topologi=v5e:4x4"], "error: unknown flag --topologi"),
-    ],
-)
-def test_mistakes_on_the_command_line_are_answered_in_one_line(arguments, message):
-    command = [sys.executable, "-m", "sepjax.sharding", *arguments, "--config=configs/sep_tiny.py"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.soak

@@ -17,13 +17,14 @@ from sepjax.config import Config, MeshConfig, load_config, validate
 from sepjax.data.batch import Batch
 from sepjax.flops import flops_report, peak_flops
 from sepjax.measure import time_calls
+from sepjax.root import root
 from sepjax.sharding import batch_sharding, make_mesh, replicated
 from sepjax.training.compiled import Program
 from sepjax.training.step import TrainState, abstract_state, create_state, model_graph, train_step
 
 LOSS_BOUND = 5e-3  # nats, at losses near 10: what the rounding of 16-bit activations in another order may change
 AXES = ("data", "fsdp", "tensor", "context")
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS = root() / "configs"
 
 type Figures = dict[str, Any]
 

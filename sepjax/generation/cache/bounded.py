@@ -34,12 +34,13 @@ import jax.numpy as jnp
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.generation.cache.bounded_pass import stream_pass
+from sepjax.generation.cache.newest import keep_newest
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.cache.watched import keep_best, seen_by
 from sepjax.model.rope import rope_frequencies, rotate
 
-# All layers in one array, for scans over layers; or an array each, which steps of one token read without a copy.
 _AT_ONCE = 16  # a compaction takes a sixteenth of the rows at a time: in a large batch few are full in the same step
+# All layers in one array, for scans over layers; or an array each, which steps of one token read without a copy.
 type Layers = Float[jax.Array, "L B K C H"] | tuple[Float[jax.Array, "B K C H"], ...]
 
 
@@ -305,52 +306,11 @@ class StreamingCache:
         # Loops that run once or never: unlike the branches of a `cond`, they change the cache in place.
         cache = self
         if self.sizes.max_separators:
-            move = keep_best if self.sizes.watch else StreamingCache._move_separators
+            move = keep_best if self.sizes.watch else keep_newest
             cache = jax.lax.while_loop(lambda cache: jnp.any(cache.is_full()), move, self)
         if self.sizes.absolute:
             return cache
         return jax.lax.while_loop(lambda cache: jnp.any(cache._turns()), StreamingCache._turn_back, cache)
-
-    def _move_separators(self) -> "StreamingCache":
-        """Compacts full rows, as many as `full_rows` gives."""
-        a, s, w, R = self.sizes.num_sinks, self.sizes.max_separators, self.sizes.window_size, self.sizes.ring
-        full = self.full_rows()
-        few = self.of_rows(full)
-        past = (few.num_recent - w)[:, None]
-        first = (few.next_recent - few.num_recent)[:, None]  # p of the oldest
-        p = first + jnp.arange(R, dtype=jnp.int32)
-        moves = jnp.take_along_axis(few.is_separator, p % R, axis=1) & (p < first + past)
-        rank = jnp.cumsum(moves, axis=1, dtype=jnp.int32)
-        found = rank[:, -1]
-        # The newest s of them, oldest first; the others are dropped on the way.
-        place = jnp.where(moves, rank - 1 - jnp.maximum(found - s, 0)[:, None], -1)
-        rows = jnp.arange(len(found))[:, None]
-        source = jnp.zeros((len(found), s), jnp.int32).at[rows, jnp.where(place < 0, s, place)].set(p, mode="drop")
-        j = jnp.arange(s, dtype=jnp.int32)
-        n = (few.next_separator + jnp.maximum(found - s, 0))[:, None] + j
-        moved = j < jnp.minimum(found, s)[:, None]
-        to = jnp.where(moved, a + n % s, self.sizes.slots + j)
-        turn = 0 if self.sizes.absolute else n - source
-
-        def move(x: jax.Array, turn: jax.Array | int) -> jax.Array:
-            at = full[:, None]
-            found = x.at[*_layer_axis(x), at, :, a + s + source % R].get(mode="clip")  # [M, s, (L,) K, H]
-            found = found if isinstance(turn, int) else self._turn(found, turn)
-            return x.at[*_layer_axis(x), at, :, to].set(found, mode="drop", unique_indices=True)
-
-        def put(x: jax.Array, new: jax.Array | int) -> jax.Array:
-            return x.at[full].set(new, mode="drop", unique_indices=True)
-
-        kept = few.num_separators + found
-        return dataclasses.replace(
-            self,
-            k=_each(lambda x: move(x, turn), self.k),
-            v=_each(lambda x: move(x, 0), self.v),
-            num_separators=put(self.num_separators, jnp.minimum(kept, s)),
-            num_recent=put(self.num_recent, w),
-            next_separator=put(self.next_separator, few.next_separator + found),
-            dropped=put(self.dropped, jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30)),
-        )
 
     def _turns(self) -> jax.Array:
         """Rows whose positions have grown so far that they start again."""
@@ -380,7 +340,7 @@ class StreamingCache:
             next_separator=self.next_separator - separators,
         )
 
-    def _turn(self, k: jax.Array, by: jax.Array) -> jax.Array:
+    def turn(self, k: jax.Array, by: jax.Array) -> jax.Array:
         """Rotates keys [B, S, ..., H] by so many positions more, [B, S]. A rotation by 0 changes no bit."""
         cos, sin = (t.reshape(*by.shape, *(1 for _ in k.shape[2:-2]), -1) for t in self.angles(by))
         return rotate(k, (cos, sin))

@@ -1,0 +1,60 @@
+"""Separators in a bounded cache: a compaction keeps those of the past window, and the newest s of all.
+
+`sepjax.generation.cache.bounded` says which zones a row has, and that a key turns where it moves to another.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from sepjax.generation.cache.bounded import StreamingCache
+
+
+def keep_newest(cache: "StreamingCache") -> "StreamingCache":
+    """Compacts as many full rows as `full_rows` gives: of the past window separators stay, the newest s of all."""
+    a, s, w, R = cache.sizes.num_sinks, cache.sizes.max_separators, cache.sizes.window_size, cache.sizes.ring
+    full = cache.full_rows()
+    few = cache.of_rows(full)
+    past = (few.num_recent - w)[:, None]
+    first = (few.next_recent - few.num_recent)[:, None]  # p of the oldest
+    p = first + jnp.arange(R, dtype=jnp.int32)
+    moves = jnp.take_along_axis(few.is_separator, p % R, axis=1) & (p < first + past)
+    rank = jnp.cumsum(moves, axis=1, dtype=jnp.int32)
+    found = rank[:, -1]
+    # The newest s of them, oldest first; the others are dropped on the way.
+    place = jnp.where(moves, rank - 1 - jnp.maximum(found - s, 0)[:, None], -1)
+    rows = jnp.arange(len(found))[:, None]
+    source = jnp.zeros((len(found), s), jnp.int32).at[rows, jnp.where(place < 0, s, place)].set(p, mode="drop")
+    j = jnp.arange(s, dtype=jnp.int32)
+    n = (few.next_separator + jnp.maximum(found - s, 0))[:, None] + j
+    moved = j < jnp.minimum(found, s)[:, None]
+    to = jnp.where(moved, a + n % s, cache.sizes.slots + j)
+    turn = 0 if cache.sizes.absolute else n - source
+
+    def move(x: jax.Array, turn: jax.Array | int) -> jax.Array:
+        at = full[:, None]
+        found = x.at[*_layers(x), at, :, a + s + source % R].get(mode="clip")  # [M, s, (L,) K, H]
+        found = found if isinstance(turn, int) else cache.turn(found, turn)
+        return x.at[*_layers(x), at, :, to].set(found, mode="drop", unique_indices=True)
+
+    def put(x: jax.Array, new: jax.Array | int) -> jax.Array:
+        return x.at[full].set(new, mode="drop", unique_indices=True)
+
+    kept = few.num_separators + found
+    return dataclasses.replace(
+        cache,
+        k=cache.in_each_layer(lambda x: move(x, turn), cache.k),
+        v=cache.in_each_layer(lambda x: move(x, 0), cache.v),
+        num_separators=put(cache.num_separators, jnp.minimum(kept, s)),
+        num_recent=put(cache.num_recent, w),
+        next_separator=put(cache.next_separator, few.next_separator + found),
+        dropped=put(cache.dropped, jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30)),
+    )
+
+
+def _layers(x: jax.Array) -> tuple[slice, ...]:
+    """What stands before the batch in an index of [L, B, K, C, H] or [B, K, C, H]."""
+    return (slice(None),) * (x.ndim - 4)

@@ -1,0 +1,41 @@
+"""measures a part of sepjax on the devices here
+
+sepjax bench attention --lengths=2048,32768
+"""
+
+import runpy
+import sys
+from collections.abc import Sequence
+
+from sepjax.config import ConfigError, nearest
+from sepjax.flags import one_line_errors
+
+BENCHES = {  # name -> the module that measures it; each is also python -m MODULE
+    "attention": "sepjax.bench.attention",
+    "kernels": "sepjax.bench.kernels",
+    "training": "sepjax.bench.training",
+    "data": "sepjax.bench.data",
+    "generation": "sepjax.bench.generation",
+    "steps": "sepjax.bench.steps",
+    "mesh": "sepjax.bench.mesh",
+}
+
+
+def main(words: Sequence[str]) -> None:
+    """Runs a bench, which has flags of its own, as `python -m` would."""
+    with one_line_errors():
+        module, rest = choose(words)
+    sys.argv = [sys.argv[0], *rest]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def choose(words: Sequence[str]) -> tuple[str, list[str]]:
+    """(module, its arguments). Prints what there is and ends the program where that is asked for."""
+    name = words[0] if words else ""
+    if name in ("-h", "-help", "--help"):
+        print("sepjax bench NAME, each with --help:", *(f"  {x:<12}{BENCHES[x]}" for x in BENCHES), sep="\n")
+        raise SystemExit(0)
+    if name not in BENCHES:
+        said = f"got {name!r}{nearest(name, BENCHES)}" if name else "got none"
+        raise ConfigError(f"expected what to measure, one of {', '.join(BENCHES)}: {said}")
+    return BENCHES[name], list(words[1:])

@@ -1,0 +1,39 @@
+"""talks in turns over one bounded cache
+
+    sepjax chat --model=smollm2-135m [--system="Answer in one sentence." --cache_size=800 ...]
+    sepjax chat --model=smollm2-135m --resume=kept            goes on with what /save kept
+
+Ctrl-C cuts an answer short, /quit or Ctrl-D ends the conversation.
+"""
+
+import dataclasses
+from typing import Any
+
+from sepjax.programs.writing import Writing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Writing):
+    """How it begins."""
+
+    system: str = ""  # instructions in front of the first turn
+
+
+def main(settings: Settings) -> None:
+    """Talks."""
+    import sepjax
+    from sepjax.generation.chat import chat
+    from sepjax.generation.conversation import conversation_of
+    from sepjax.hub.chat_template import ChatTemplate
+    from sepjax.loading import load, locate
+
+    model, tokenizer = load(settings.path, **settings.loading)
+    template, control = ChatTemplate.of_model(locate(settings.path), tokenizer), settings.control_tokens is True
+    form = conversation_of(tokenizer, template, system=settings.system, control_tokens=control)
+    options = settings.options(model) | settings.endless()
+    options["stop"] = [*settings.stop, *form.stop]
+    options["stop_token_ids"] = [*settings.stop_token_ids, *form.stop_token_ids]
+    new = settings.max_new_tokens
+    settings.warn(model, tokenizer, [], new, bounded=True)
+    events: Any = sepjax.stream(model, tokenizer, max_new_tokens=new, control_tokens=control, **options)
+    chat(events, tokenizer, conversation=form)

@@ -1,0 +1,45 @@
+"""Settings that several programs share."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+from sepjax.config import ConfigError
+from sepjax.flags import one_of_two
+from sepjax.settings import OneOf, Settings
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loading(Settings):
+    """Which model."""
+
+    workdir: str | None = None  # folder of a run of train.py
+    model: str | None = None  # a pretrained model: smollm2-135m, a Hugging Face folder, a GGUF file, an id on the hub
+    download: bool = False  # with --model=OWNER/NAME: fetch it from the Hugging Face hub
+    # with --model: of the arithmetic; default: bfloat16, on a CPU float32
+    dtype: Annotated[str, OneOf(DTYPES)] | None = None
+    step: int | None = None  # checkpoint of --workdir to use; default: the newest
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of_two("workdir", self.workdir, "model", self.model)
+
+    @property
+    def path(self) -> Path:
+        """Where the model is."""
+        return Path(self.workdir or self.model or "")
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The settings of `sepjax.load`."""
+        return {"step": self.step, "dtype": self.dtype, "download": self.download}
+
+
+def refuse_window(pattern: str | None, names: list[str]) -> None:
+    """Raises `ConfigError` for sizes of a window where everything is seen."""
+    if names and pattern == "dense":
+        raise ConfigError(
+            f"--{names[0]} does nothing for the dense pattern, which sees everything; leave one of them out"
+        )

@@ -1,0 +1,37 @@
+"""makes a gate for a model as it is, learned from what the dense model looks at from afar
+
+    sepjax distill --config=configs/post_gated.py --workdir=runs/distilled --config.data.name=FOLDER_OF_TEXTS
+
+The workdir holds the model of `training.init_from`, unchanged, and the gate. `sepjax evaluate` and `sepjax.load` read
+it, and a run begins with it by --config.training.init_from=runs/distilled.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+from sepjax.config import Config
+from sepjax.distill import Lesson
+from sepjax.settings import AtLeast
+from sepjax.settings import Settings as _Settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Settings):
+    """What is learned from, and how much."""
+
+    config: Config  # a config file; --config.SECTION.FIELD=VALUE changes one of its settings
+    workdir: str  # folder to write, new or empty
+    rows: Annotated[int, AtLeast(1)] = Lesson.rows  # of the training split, to learn from
+    held_out: Annotated[int, AtLeast(1)] = Lesson.held_out  # rows of the evaluation split that grade
+    steps: Annotated[int, AtLeast(1)] = Lesson.steps  # of Adam, for each of two losses
+    learning_rate: float = Lesson.learning_rate  # of Adam at first; a cosine takes it to 0
+    download: bool = False  # fetch --config.training.init_from from the Hugging Face hub
+
+
+def main(settings: Settings) -> None:
+    """Observes, learns, grades and writes."""
+    from sepjax.distill.program import distill
+
+    lesson = Lesson(settings.rows, settings.held_out, settings.steps, settings.learning_rate)
+    distill(settings.config, Path(settings.workdir), lesson, download=settings.download)

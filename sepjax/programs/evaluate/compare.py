@@ -1,0 +1,31 @@
+"""scores texts in windows under all patterns at equal cost
+
+    sepjax evaluate compare --model=smollm2-135m --text=books/ [--compare_at=pairs]
+
+Every pattern keeps as many keys as the separators do, or with --compare_at=pairs sees as many (query, key) pairs.
+"""
+
+import dataclasses
+from typing import Annotated
+
+from sepjax.programs.evaluate import common
+from sepjax.settings import OneOf
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(common.Texts, common.Sliced, common.Job):
+    """What is scored, and what is made equal."""
+
+    compare_at: Annotated[str, OneOf(("kv", "pairs"))] = "kv"  # what is made equal
+
+
+def main(settings: Settings) -> None:
+    """Prints the tables and writes the JSON."""
+    output = common.output_of(settings, "evaluation")
+    from sepjax.evaluation import jobs, report
+
+    given = settings.texts | settings.slices | settings.loading
+    scores = jobs.evaluate(settings.path, equal=settings.compare_at, **given)
+    print(report.table(scores))
+    common.print_slices(scores)
+    common.write(settings, output, scores)

@@ -1,0 +1,30 @@
+"""asks a run with data.name="recall" for facts that stood beyond its window
+
+    sepjax evaluate recall --workdir=runs/recall [--arms="dense; sink_window n=8; separator n=8"]
+
+Without --patterns and --arms: the run's own pattern.
+"""
+
+import dataclasses
+from typing import Annotated
+
+from sepjax.programs.evaluate import common
+from sepjax.settings import AtLeast
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(common.Compared):
+    """Under which patterns."""
+
+    batch_size: Annotated[int, AtLeast(1)] = 8  # windows of a forward pass
+
+
+def main(settings: Settings) -> None:
+    """Prints the table and writes the JSON."""
+    output = common.output_of(settings, "recall")
+    from sepjax.evaluation import recall
+
+    given = {"arms": settings.arms, "batch_size": settings.batch_size} | settings.loading
+    cells = recall.score_run(settings.path, settings.patterns or (), **given)
+    print(recall.table(cells))
+    common.write(settings, output, cells)

@@ -1,0 +1,164 @@
+"""continues texts: an answer to each --prompt, or with --stream text without end, in constant memory
+
+    sepjax generate --workdir=runs/tiny --prompt="The function" [--temperature=0.8 --seed=1 ...]
+    sepjax generate --model=smollm2-135m --stream --prompt="Once" --save=kept       until Ctrl-C
+    sepjax generate --model=smollm2-135m --stream --resume=kept                     goes on where that was
+
+Several prompts are one batch; conversations are `sepjax chat`.
+"""
+
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from sepjax.config import ConfigError, UserError
+from sepjax.programs.writing import Writing
+from sepjax.settings import Repeated
+
+if TYPE_CHECKING:
+    from sepjax.data.tokenizer import Tokenizer
+    from sepjax.generation.prompts import Prompt
+    from sepjax.model.transformer import Transformer
+
+_WHY = {  # a text of one prompt ended
+    "stop": "a --stop text came",
+    "eos": "the model ended it",
+    "length": "--max_new_tokens is reached",
+    "repetition": "it repeats itself; --max_repeats=0 goes on",
+}
+_NEW_TOKENS = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Writing):
+    """What is continued."""
+
+    prompt: Annotated[tuple[str, ...], Repeated()] = ()  # text to continue; several are a batch
+    prompt_file: str = ""  # UTF-8 file whose whole text is a prompt
+    apply_chat_template: bool = False  # put each prompt into the model's chat template
+    stream: bool = False  # go on without end, past every end of text, until --stop or Ctrl-C
+    save: str | None = None  # of --stream and --resume: folder to keep the stream in when it ends
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_repeats", "max_separators", "cache_size", "save"):
+            if getattr(self, name) is not None and not self.bounded:
+                raise ConfigError(
+                    f"--{name} does nothing for an answer to --prompt; it is for --resume, --stream: leave it out or "
+                    "add one of them"
+                )
+        prompts = len(self.prompt) + bool(self.prompt_file)
+        if not prompts and not self.resume:
+            raise ConfigError('nothing to continue; give --prompt="..." (once a text) or --prompt_file')
+        if self.bounded and prompts > 1:
+            flag = "--stream" if self.stream else "--resume"
+            raise ConfigError(f"{flag} continues one prompt, got {prompts}; leave it out for a batch")
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the text runs over a bounded cache."""
+        return self.stream or self.resume is not None
+
+
+def main(settings: Settings) -> None:
+    """Prints the answers, or text as it comes."""
+    prompts = _prompts(settings)
+    import sepjax
+    from sepjax.generation import saved
+    from sepjax.loading import load, locate
+
+    if settings.save:
+        saved.check_place(settings.save)
+    model, tokenizer = load(settings.path, **settings.loading)
+    control = settings.control_tokens is not False
+    if settings.apply_chat_template:
+        prompts = _as_messages(locate(settings.path), tokenizer, prompts, control)
+    new = settings.max_new_tokens or (None if settings.stream else _NEW_TOKENS)
+    options = settings.options(model) | {"max_new_tokens": new, "control_tokens": control}
+    options["stop_at_eos"] = not settings.stream
+    settings.warn(model, tokenizer, prompts, new, bounded=settings.bounded)
+    if settings.bounded:
+        options |= settings.endless()
+    if len(prompts) > 1:
+        _answer_all(model, tokenizer, prompts, **options)
+    else:
+        _answer_one(sepjax.stream(model, tokenizer, *prompts, **options), settings)
+
+
+def _prompts(settings: Settings) -> "list[Prompt]":
+    """The texts of --prompt and --prompt_file."""
+    texts: list[Prompt] = list(settings.prompt)
+    if settings.prompt_file:
+        try:
+            texts.append(Path(settings.prompt_file).read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as error:
+            name = settings.prompt_file
+            raise ConfigError(f"--prompt_file={name} is not UTF-8 text: {error}; convert it first") from error
+    return texts
+
+
+def _as_messages(path: Path, tokenizer: "Tokenizer", texts: "Sequence[Prompt]", control_tokens: bool) -> "list[Prompt]":
+    """Token ids of each text as a user's message, up to where the answer begins."""
+    from sepjax.hub.chat_template import ChatTemplate
+
+    template = ChatTemplate.of_model(path, tokenizer)
+    if template is None:
+        raise UserError(f"{str(path)!r} has no chat template; leave out --apply_chat_template")
+    messages = [[{"role": "user", "content": str(text)}] for text in texts]
+    return [template.encode(tokenizer, message, control_tokens=control_tokens) for message in messages]
+
+
+def _answer_one(events: Any, settings: Settings) -> None:
+    """Prints the text as it comes; Ctrl-C ends it. A bounded stream is saved then, if asked for.
+
+    Before the first token, Ctrl-C ends the program: it waits for a compilation, and there is nothing yet to keep.
+    """
+    from sepjax.generation.chat import interrupt_flag
+
+    times: list[float] = []
+    last = None
+    first = list(itertools.islice(events, 1))
+    with interrupt_flag() as interrupted:
+        for last in itertools.chain(first, events):
+            print(last.text, end="", flush=True)
+            times.append(time.perf_counter())
+            if interrupted:
+                break
+    print()
+    if settings.bounded and last is not None and last.finish_reason in _WHY:
+        print(f"ended: {_WHY[last.finish_reason]}", file=sys.stderr)
+    if settings.save:
+        events.save(settings.save)
+        print(f"saved in {settings.save}; --resume={settings.save} goes on from here", file=sys.stderr)
+    if last is None:
+        print("nothing to go on with: the saved stream has ended; give it a --prompt", file=sys.stderr)
+        return
+    rate = ""
+    if len(times) > 2:  # the first two tokens wait for the compilation of prefill and step
+        rate = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s after compilation"
+    print(f"{len(times)} tokens{rate}; {_describe([last.cache])}", file=sys.stderr)
+
+
+def _answer_all(model: "Transformer", tokenizer: "Tokenizer", prompts: "Sequence[Prompt]", **options: Any) -> None:
+    """Prints the answers to a batch of prompts, each under its prompt."""
+    import sepjax
+
+    begun = time.perf_counter()
+    answers = sepjax.generate(model, tokenizer, prompts, **options)
+    seconds = time.perf_counter() - begun
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+        print(f">>> {text}\n{answer.text}\n")
+    total = sum(len(answer.token_ids) for answer in answers)
+    caches = _describe([answer.cache for answer in answers])
+    print(f"{total} tokens, {total / seconds:.1f} tokens/s with compilation; {caches}", file=sys.stderr)
+
+
+def _describe(caches: Sequence[Any]) -> str:
+    """What the caches of all rows hold, together."""
+    held, seen, size = (sum(getattr(cache, name) for cache in caches) for name in ("held", "seen", "bytes"))
+    return f"cache holds {held} of {seen} tokens ({held / seen:.1%}), {size:,} bytes"

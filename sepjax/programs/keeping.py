@@ -1,0 +1,52 @@
+"""measures which tokens are worth keeping, and writes a table of them
+
+    sepjax keeping --model=smollm2-135m --text=books/ --by=loss --density=0.12 --output=kept.json
+
+A run trains with the table by --config.attention.separators=kept.json (docs/keeping.md).
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+from sepjax.keeping import MEASURES
+from sepjax.settings import AtLeast, OneOf
+from sepjax.settings import Settings as _Settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Settings):
+    """Which model, on which text."""
+
+    model: str  # what sepjax.load reads: a workdir, a folder, a GGUF file
+    text: str  # a .txt file or a folder of them, like what will be read
+    density: float = 0.12  # kept tokens a token
+    by: Annotated[str, OneOf(MEASURES)] = "loss"  # what an id's worth is measured by (sepjax/keeping/measure.py)
+    window_size: Annotated[int, AtLeast(1)] = 256  # n: what is nearer is seen in any case
+    length: Annotated[int, AtLeast(2)] = 1024  # tokens of a measured row
+    max_tokens: Annotated[int, AtLeast(1)] = 65_536  # measured at most; all of --text is counted
+    output: str = "kept.json"  # the table: ids, and how they were found
+    store: bool = False  # also make it the separators of the model in its Hugging Face folder
+
+
+def main(settings: Settings) -> None:
+    """Writes the table and says what is in it."""
+    from sepjax.console import say
+    from sepjax.evaluation.documents import read_texts
+    from sepjax.files import check_file, write_text
+    from sepjax.keeping.table import measure_table, store
+    from sepjax.loading import load, locate
+
+    check_file(settings.output)
+    model, tokenizer = load(settings.model)
+    table = measure_table(
+        model, tokenizer, read_texts(Path(settings.text)), by=settings.by, max_tokens=settings.max_tokens,
+        density=settings.density, window_size=settings.window_size, length=settings.length,
+    )  # fmt: skip
+    write_text(settings.output, json.dumps(dataclasses.asdict(table)) + "\n")
+    frequent = " ".join(repr(text) for text, _ in table.most)
+    print(f"{len(table.separator_ids):,} ids, {table.kept:.2%} of {table.tokens:,} tokens; most often: {frequent}")
+    print(f"written to {settings.output}")
+    if settings.store:
+        say(f"stored in {store(table, locate(settings.model), model.attention)}")

@@ -1,0 +1,37 @@
+"""compiles a training step for devices that are elsewhere: its memory, collectives and largest arrays
+
+    sepjax plan --config=configs/llama3_8b.py --topology=v5p:8x8x16 [--largest=12]
+    sepjax plan --config=configs/llama3_8b.py --topology=h100:8x8    8 hosts of 8 GPUs
+
+What a pod user wants to know before paying. Needs the package libtpu and no TPU, or JAX's CUDA plugin and no GPU.
+"""
+
+import dataclasses
+from typing import Annotated
+
+from sepjax.config import Config
+from sepjax.settings import AtLeast
+from sepjax.settings import Settings as _Settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Settings):
+    """Which step, for which devices."""
+
+    config: Config  # a config file; --config.SECTION.FIELD=VALUE changes one of its settings
+    topology: str  # grid of chips: v5e:16x16, v5p:8x8x16, h100:8x8
+    largest: Annotated[int, AtLeast(0)] = 12  # arrays to list
+
+
+def begin() -> None:
+    """Lets the compilers run without their devices."""
+    from sepjax.training.plan import compile_here
+
+    compile_here()
+
+
+def main(settings: Settings) -> None:
+    """Prints the plan."""
+    from sepjax.training import plan
+
+    plan.main(settings.config, settings.topology, settings.largest)

@@ -1,0 +1,89 @@
+"""What `sepjax generate` and `sepjax chat` share: settings, and what follows from them once the model is there."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+from sepjax.config import BOUNDED_PATTERNS, ConfigError
+from sepjax.programs.common import Loading, refuse_window
+from sepjax.settings import AtLeast, OneOf, Repeated
+
+if TYPE_CHECKING:
+    from sepjax.config import AttentionConfig
+    from sepjax.data.tokenizer import Tokenizer
+    from sepjax.generation.prompts import Prompt
+    from sepjax.model.transformer import Transformer
+
+MAX_REPEATS = 12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Writing(Loading):
+    """How text is made, and over which cache."""
+
+    max_new_tokens: Annotated[int, AtLeast(1)] | None = None  # tokens after which an answer ends; default: 128
+    temperature: float | None = None  # 0, the default: always the best token; above: draw
+    top_k: int | None = None  # draw from the k best tokens; 0, the default: all
+    top_p: float | None = None  # draw from the fewest tokens that reach this probability; default: 1, all
+    min_p: float | None = None  # draw from tokens at least so many times as probable as the best; default: 0, all
+    sampling_defaults: bool = False  # of these four, what the model's own files recommend
+    seed: int = 0  # of the draws
+    stop: Annotated[tuple[str, ...], Repeated()] = ()  # text that ends an answer
+    stop_token_ids: Annotated[tuple[int, ...], AtLeast(0)] = ()  # token ids that end an answer, besides the model's own
+    control_tokens: bool | None = None  # names of control tokens in your texts are these tokens; default: not in chats
+    pattern: Annotated[str, OneOf(BOUNDED_PATTERNS)] | None = None  # attention pattern; default: as in training
+    window_size: int | None = None  # n of every layer; default: as in training
+    num_sinks: int | None = None  # first tokens that are always seen; default: as in training
+    max_separators: int | None = None  # separators that a bounded cache keeps; default: the config's
+    cache_size: int | None = None  # entries of a bounded cache; default: the config's
+    resume: str | None = None  # folder of a saved stream or conversation to go on with
+    # end an endless text that repeats one run of tokens more often in a row; 0: never; default: 12
+    max_repeats: Annotated[int, AtLeast(0)] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        draws = [name for name in ("min_p", "top_k", "top_p") if getattr(self, name) is not None]
+        if draws and not self.temperature and not self.sampling_defaults:
+            raise ConfigError(
+                f"--{draws[0]} does nothing where the best token is always taken; add --temperature=1, or leave it out"
+            )
+        refuse_window(self.pattern, self.sizes)
+
+    @property
+    def sizes(self) -> list[str]:
+        """The flags given that mean nothing to a dense pattern."""
+        return [name for name in ("num_sinks", "window_size") if getattr(self, name) is not None]
+
+    def attention(self, model: "Transformer") -> "AttentionConfig":
+        """The model's own, with what the flags change."""
+        changes: dict[str, Any] = {} if self.pattern is None else {"pattern": self.pattern}
+        if self.window_size is not None:
+            changes |= {"window_size": self.window_size, "layer_windows": ()}
+        for name in ("num_sinks", "max_separators", "cache_size"):
+            changes |= {} if getattr(self, name) is None else {name: getattr(self, name)}
+        attention = dataclasses.replace(model.attention, **changes)
+        refuse_window(attention.pattern, self.sizes)  # the model may be dense itself
+        return attention
+
+    def options(self, model: "Transformer") -> dict[str, Any]:
+        """Arguments of `sepjax.generate` and `sepjax.stream` that are settings as they are."""
+        names = ("temperature", "top_k", "top_p", "min_p", "sampling_defaults", "seed", "stop", "stop_token_ids")
+        return {name: getattr(self, name) for name in names} | {"attention": self.attention(model)}
+
+    def endless(self) -> dict[str, Any]:
+        """Further arguments of `sepjax.stream`, for a bounded cache."""
+        repeats = MAX_REPEATS if self.max_repeats is None else self.max_repeats
+        return {"bounded": True, "max_repeats": repeats, "resume": self.resume}
+
+    def warn(
+        self, model: "Transformer", tokenizer: "Tokenizer", prompts: "list[Prompt]", new: int | None, *, bounded: bool
+    ) -> None:
+        """Lines on stderr where text or cache are longer than what the model was trained on."""
+        from sepjax.generation import limits
+        from sepjax.generation.prompts import encode_prompts
+        from sepjax.loading import locate
+
+        attention, trained = self.attention(model), limits.trained_length(locate(self.path), model.config)
+        longest = max(map(len, encode_prompts(tokenizer, prompts))) if prompts else 0
+        limits.warn_of_length(model.config, attention, longest, new, trained, bounded=bounded)
+        if bounded:
+            limits.warn_of_cache(model.config, attention, trained)

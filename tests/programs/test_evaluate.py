@@ -1,0 +1,68 @@
+"""`sepjax evaluate` within this process: every setting of a job reaches what scores, and files are where it says."""
+
+import json
+from typing import Any
+
+import pytest
+
+from sepjax import programs
+from sepjax.evaluation import jobs, recall
+from sepjax.programs import COMMANDS
+from sepjax.settings import flags_of
+from tests.commands import Called, command, leaves, unlike
+from tests.hub.test_gguf_file import write
+
+CALLS = {
+    "windows": "evaluate",
+    "compare": "evaluate",
+    "stream": "stream",
+    "needle": "find_needles",
+    "tasks": "run_tasks",
+}
+JOBS = [name.split()[1] for name in COMMANDS if name.startswith("evaluate ")]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_no_setting_is_lost_on_its_way(job, monkeypatch, tmp_path):
+    module = programs.program(f"evaluate {job}")
+    seen: list[Any] = []
+
+    def spy(*arguments, **named):
+        seen.append((arguments, named))
+        raise Called
+
+    if job == "recall":
+        monkeypatch.setattr(recall, "score_run", spy)
+    else:
+        monkeypatch.setattr(jobs, CALLS[job], spy)
+    values = {flag.name: unlike(flag, i) for i, flag in enumerate(flags_of(module.Settings))}
+    values["output"] = str(tmp_path / "scores.json")
+    ways = [{"model": None}, {"workdir": None}]
+    ways = [way | other for way in ways for other in ({"arms": ""}, {"patterns": None, "budgets": None})]
+    found: set[str] = set()
+    for way in ways:
+        given = values | {name: value for name, value in way.items() if name in values}
+        with pytest.raises(Called):
+            module.main(module.Settings(**given))
+        reached = leaves(list(seen.pop()))
+        for name, value in given.items():
+            percents = [x / 100 for x in value] if name == "depths" else None
+            if value in reached or percents in reached:
+                found.add(name)
+    assert set(values) - found == {"output"}
+
+
+def test_a_stream_is_scored_and_its_curve_written_beside_the_output(tmp_path, capfd):
+    write(tmp_path / "m.gguf")
+    (tmp_path / "text.txt").write_text("abc, ab. a bc, c " * 20)
+    flags = [f"--text={tmp_path}/text.txt", f"--output={tmp_path}/scores.json", "--budgets=2/4/8/20", "--rows=1"]
+    ended = command(capfd, "evaluate", "stream", f"--model={tmp_path}/m.gguf", *flags, "--patterns=sink_window")
+    assert ended.code == 0, ended.err
+    assert (
+        f"curve by position: {tmp_path}/scores.csv, {tmp_path}/scores.png\nwritten to {tmp_path}/scores.json\n"
+        in ended.out
+    )
+    written = json.loads((tmp_path / "scores.json").read_text())
+    (score,) = written["scores"]
+    assert (score["cache_size"], score["pattern"], written["text"]) == (20, "sink_window", f"{tmp_path}/text.txt")
+    assert (tmp_path / "scores.csv").exists()

@@ -1,0 +1,100 @@
+"""`sepjax generate` and `sepjax chat` within this process: what they print, keep, warn of and refuse."""
+
+import io
+import sys
+
+import pytest
+
+import sepjax
+from sepjax.config import AttentionConfig, ConfigError
+from sepjax.programs import generate
+from tests.commands import command, refusal
+from tests.hub.test_gguf_file import CONFIG, write
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A GGUF file: a pretrained model that is small, with weights at random."""
+    path = tmp_path_factory.mktemp("model") / "m.gguf"
+    write(path)
+    return f"--model={path}"
+
+
+def test_a_batch_is_what_the_library_answers(model, tmp_path, capfd):
+    (tmp_path / "prompt.txt").write_text("ab, c.", encoding="utf-8-sig")
+    sampling = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 4}
+    flags = [f"--{name}={value}" for name, value in sampling.items()]
+    flags += ["--prompt=abc", f"--prompt_file={tmp_path}/prompt.txt", "--max_new_tokens=6", "--stop=zzz"]
+    ended = command(capfd, "generate", model, *flags, "--pattern=dense")
+    assert ended.code == 0, ended.err
+    loaded, tokenizer = sepjax.load(model.removeprefix("--model="))
+    prompts = ["abc", "ab, c."]
+    expected = sepjax.generate(
+        loaded, tokenizer, prompts, max_new_tokens=6, stop="zzz", attention=AttentionConfig(pattern="dense"), **sampling
+    )
+    pairs = zip(prompts, expected, strict=True)
+    assert ended.out == "".join(f">>> {prompt}\n{answer.text}\n\n" for prompt, answer in pairs)
+    seen = sum(answer.cache.seen for answer in expected)
+    assert f"cache holds {seen} of {seen} tokens (100.0%)" in ended.err.splitlines()[-1]
+
+
+def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, tmp_path, capfd, monkeypatch):
+    said = f"abc\nab, c.\n/save {tmp_path / 'talk'}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    ended = command(capfd, "chat", model, "--max_new_tokens=5")
+    assert ended.code == 0, ended.err
+    assert "ChatML" in ended.err
+    assert ended.err.count("[cache ") == 2
+    assert f"warning: a cache of 800 entries is larger than the {CONFIG.max_positions} tokens that" in ended.err
+    assert (tmp_path / "talk" / "stream.json").exists()
+    flags = [f"--resume={tmp_path / 'talk'}", f"--save={tmp_path / 'kept'}", "--prompt=ab", "--max_new_tokens=3"]
+    ended = command(capfd, "generate", model, "--stream", *flags)
+    assert ended.code == 0, ended.err
+    assert ended.err.splitlines()[-1].startswith("3 tokens")
+    assert "ended: --max_new_tokens is reached" in ended.err
+    assert (tmp_path / "kept" / "stream.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--prompt=a --top_k=3", "--top_k does nothing where the best token is always taken"),
+        ("--prompt=a --min_p=0.1 --temperature=0", "--min_p does nothing"),
+        ("--prompt=a --pattern=dense --window_size=3", "--window_size does nothing for the dense pattern"),
+        ("--prompt=a --save=x", "--save does nothing for an answer to --prompt; it is for --resume, --stream"),
+        ("--prompt=a --cache_size=800", "--cache_size does nothing for an answer to --prompt"),
+        ("--prompt=a --max_repeats=12", "--max_repeats does nothing for an answer to --prompt"),
+        ("--prompt=a --system=x", "--system does nothing for sepjax generate; it is for sepjax chat"),
+        ("--prompt=a --max_new_tokens=0", "--max_new_tokens=0 must be 1 or more"),
+        ("--prompt=a --prompt=b --resume=x", "--resume continues one prompt, got 2"),
+        ("--prompt=a --prompt=b --stream", "--stream continues one prompt, got 2"),
+        ("", "nothing to continue; give --prompt"),
+        ("--prompt_file={folder}/latin.txt", "is not UTF-8 text"),
+        ("--prompt_file={folder}/none.txt", "none.txt"),
+        ("--prompt=a --stream --save={folder}", "latin.txt, which is not a saved stream"),
+        ("--prompt=a --apply_chat_template", "has no chat template; leave out --apply_chat_template"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message, model, tmp_path, capfd):
+    (tmp_path / "latin.txt").write_bytes("Où".encode("latin-1"))
+    words = [word.format(folder=tmp_path) for word in flags.split()]
+    assert message in refusal(capfd, "generate", model, *words)
+
+
+def test_what_is_right_is_not_refused():
+    for settings in (
+        {"top_k": 3, "temperature": 1.0},
+        {"top_p": 0.9, "sampling_defaults": True},
+        {"pattern": "separator", "window_size": 3},
+        {"stream": True, "cache_size": 800, "save": "x"},
+        {"resume": "x", "prompt": (), "max_repeats": 3},
+    ):
+        assert generate.Settings(**{"model": "m", "prompt": ("a",)} | settings)
+
+
+def test_a_window_does_nothing_for_a_model_that_is_dense_itself(model):
+    loaded, _ = sepjax.load(model.removeprefix("--model="))
+    loaded.attention = AttentionConfig(pattern="dense")
+    settings = generate.Settings(model="m", prompt=("a",), window_size=3)
+    with pytest.raises(ConfigError, match="--window_size does nothing for the dense pattern"):
+        settings.attention(loaded)

@@ -1,0 +1,162 @@
+"""The command itself: which program runs, what each says of itself, and what is refused before anything is loaded."""
+
+import dataclasses
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sepjax import moved, programs, root
+from sepjax.config import ConfigError, load_config
+from sepjax.distill import program as distill
+from sepjax.hub import convert
+from sepjax.programs import COMMANDS, bench
+from sepjax.settings import flags_of
+from sepjax.training import plan
+from tests.commands import Called, command, leaves, refusal, unlike
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_program_tells_its_flags_and_what_they_mean(name, capfd):
+    module = programs.program(name)
+    ended = command(capfd, *name.split(), "--help")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith(f"sepjax {name}: {module.__doc__.splitlines()[0]}")
+    assert dataclasses.fields(module.Settings)
+    for flag in flags_of(module.Settings):
+        assert flag.meaning, flag.name
+        assert f"--{flag.name}=" in ended.out or f"--[no]{flag.name} " in ended.out
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        object.__new__(module.Settings).step = 1
+
+
+def test_what_there_is(capfd):
+    for words in ("--help", "help"):
+        ended = command(capfd, words)
+        assert ended.code == 0
+        assert all(f"sepjax {name} " in ended.out for name in (*COMMANDS, "bench"))
+    ended = command(capfd, "evaluate", "--help")
+    assert ended.out.count("sepjax evaluate ") == 6
+    assert command(capfd).code == 2
+    assert command(capfd, "--version").out == "sepjax 0.1.0\n"
+    with pytest.raises(SystemExit):
+        programs.main(["bench", "--help"])
+    said = capfd.readouterr().out
+    assert all(f"  {name} " in said for name in bench.BENCHES)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", "expected a command, one of train, evaluate, .*: got 'trian'; did you mean 'train'"),
+        ("evaluate", "expected a job of evaluate, one of windows, compare, .*: got none"),
+        ("evaluate needles", "got 'needles'; did you mean 'needle'"),
+        ("generate --model=m --prompt=a --chat", "unknown flag --chat; it is a command: sepjax chat"),
+        ("evaluate windows --model=m --compare", "--compare; it is a command: sepjax evaluate compare"),
+        (
+            "evaluate windows --model=m --budgets=1/2/3/9",
+            "--budgets does nothing for sepjax evaluate windows; it is for sepjax evaluate stream: leave it out",
+        ),
+        ("chat --model=m --noapply_chat_template", "--noapply_chat_template does nothing for sepjax chat; it is for "),
+        ("convert --source=a --target=b --config.training.steps=3", "it is for sepjax train, sepjax plan, sepjax dis"),
+        ("generate --model=m --prompt=a --temprature=1", "unknown flag --temprature; did you mean '--temperature'"),
+        ("train --config=sep_tiny --workdir=w --config.modle.num_layers=3", "did you mean '--config.model.num_layers"),
+        ("train --config=sep_tny --workdir=w", "no config file 'sep_tny'; did you mean 'sep_tiny'"),
+        ("train --workdir=w", "flag --config is required"),
+        ("plan --config=sep_tiny --topologi=v5e:4x4", "unknown flag --topologi; did you mean '--topology'"),
+        ("plan --config=sep_tiny --topology=v5e:4x4 --largest=-1", "--largest=-1 must be 0 or more"),
+        ("distill --config=sep_tiny --workdir=w --rows=0", "--rows=0 must be 1 or more"),
+        ("keeping --model=m --text=t --by=magic", "--by='magic' is not one of 'rarity'"),
+        ("generate --prompt=a", "give --workdir or --model, one of them: got neither"),
+        ("evaluate needle --model=m --lengths=1,x", "--lengths takes whole numbers of 1 or more"),
+        ("evaluate stream --model=m --arms=dense --budgets=1/2/3/9", "--budgets does nothing beside --arms"),
+        ("evaluate recall --workdir=w --arms=dense --patterns=dense", "--patterns does nothing beside --arms"),
+        ("evaluate windows --model=m --patterns=dense --window_size=64", "--window_size does nothing for the dense"),
+        ("evaluate needle --model=m --patterns=dense --window_size=64", "--window_size does nothing for the dense"),
+        ("evaluate tasks --model=m --task=a --patterns=dense --window_size=64", "--window_size does nothing for the "),
+        ("evaluate tasks --model=m --task=a,", "--task=a,: expected names of tasks"),
+        ("evaluate windows --model=m --output=a.png", "--output=a.png is where the table or the picture goes"),
+        ("evaluate windows --workdir=/nowhere", "no such folder: '/nowhere'"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capfd):
+    assert re.search(message, refusal(capfd, *words.split()))
+
+
+def test_a_config_that_comes_with_sepjax_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = load_config(ROOT / "configs" / "sep_tiny.py")
+    assert load_config("sep_tiny") == load_config("sep_tiny.py") == expected
+    (tmp_path / "sep_tiny.py").write_text("from sepjax.config import Config\ndef get_config():\n    return Config()\n")
+    assert load_config("sep_tiny.py") != expected  # a file that is here counts more
+    with pytest.raises(ConfigError, match=r"no config file 'configs/sep_tiny.py'; did you mean 'sep_tiny'"):
+        load_config("configs/sep_tiny.py")
+
+
+def test_a_bench_runs_as_a_program_with_its_own_flags(monkeypatch, capfd):
+    for module in bench.BENCHES.values():
+        assert runpy._get_module_details(f"{module}.__main__" if module.endswith("mesh") else module)
+    assert bench.choose(["attention", "--lengths=1"]) == ("sepjax.bench.attention", ["--lengths=1"])
+    with pytest.raises(SystemExit):
+        bench.main(["atention"])
+    assert "got 'atention'; did you mean 'attention'" in capfd.readouterr().err
+    ran = []
+    monkeypatch.setattr(runpy, "run_module", lambda *found, **how: ran.append((found, how, sys.argv[1:])))
+    monkeypatch.setattr(sys, "argv", ["sepjax", "bench", "data", "--seconds=1"])
+    programs.main(sys.argv[1:])
+    assert ran == [(("sepjax.bench.data",), {"run_name": "__main__", "alter_sys": True}, ["--seconds=1"])]
+
+
+@pytest.mark.parametrize("name", ["train", "convert", "plan", "distill"])
+def test_no_setting_is_lost_on_its_way(name, monkeypatch):
+    seen: list[object] = []
+
+    def spy(*arguments, **named):
+        seen.extend([arguments, named])
+        raise Called
+
+    callee = {"train": root.program("train"), "convert": convert, "plan": plan, "distill": distill}[name]
+    monkeypatch.setattr(callee, "main" if name == "plan" else name, spy)
+    module = programs.program(name)
+    values = {flag.name: unlike(flag, i) for i, flag in enumerate(flags_of(module.Settings))}
+    with pytest.raises(Called):
+        module.main(module.Settings(**values))
+    reached = leaves(seen)
+    assert not [field for field, value in values.items() if value not in reached]
+
+
+def test_old_commands_name_the_new_ones(capfd):
+    for module in moved._NOW:
+        with pytest.raises(SystemExit) as end:
+            moved.refuse(module)
+        assert end.value.code == 2
+        assert f"python -m {module} is another command now: python -m sepjax " in capfd.readouterr().err
+    moved.refuse("sepjax.bench.attention")
+    done = subprocess.run([sys.executable, "-m", "sepjax.generate"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: python -m sepjax.generate is another command now: python -m sepjax generate")
+
+
+def test_the_command_as_a_process_of_its_own():
+    """What the tests above do not run: absl around it, and the exit code."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "sepjax", "convert", "--source=/nowhere", "--target=/nowhere/else"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: [^\n]*/nowhere[^\n]*\n", done.stderr)
+
+
+def test_help_and_mistakes_come_before_jax_is_imported():
+    """They take a fraction of a second that way, and several otherwise."""
+    code = "import sys; from sepjax import programs; [programs.program(x).Settings for x in programs.COMMANDS]; "
+    code += "programs.read('generate', ['g', '--model=m', '--prompt=a'], programs.flags.FlagValues()); "
+    code += "print([x for x in ('jax', 'numpy', 'grain') if x in sys.modules])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
