@@ -23,7 +23,7 @@ from sepjax.separators import BYTE_OF_CHARACTER
 
 KEYS, VALUES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz"
 FILLER, END, QUESTION = "-", ".", "?"
-_SIZES = {"train": 32_768, "validation": 512}
+_SIZES = {"train": 65_536, "validation": 512}
 _SEGMENT = 10  # characters of filler in a segment, at most
 _SHARE = 16  # tokens of a row for each fact
 _ROUNDS = 2  # of questions: more of a row's tokens teach, so that the task is learnt sooner
