@@ -127,11 +127,11 @@ def test_scan_equals_a_python_loop_over_layers(model):
     tokens, positions, is_separator = rows()
     seen = []
 
-    def loop(model, x, attend, windows):
+    def loop(model, x, attend, inputs):
         graph, params = split(model.layers)
         for i in range(model.config.num_layers):
             block: Block = merge(graph, jax.tree.map(lambda p, i=i: p[i], params))
-            x, _ = block(x, attend, windows[i])
+            x, _ = block(x, attend, jax.tree.map(lambda y, i=i: y[i], inputs))
             seen.append(i)
         return x, None
 
