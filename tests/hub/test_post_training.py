@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sepjax
+from sepjax.begin import adopt_shape, first_state, given_tokenizer
 from sepjax.config import (
     AttentionConfig,
     Config,
@@ -24,7 +25,9 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.safetensors_file import SafetensorsFile
 from sepjax.loading import LoadError
 from sepjax.model.transformer import split
-from sepjax.run.checkpoint import load_params
+from sepjax.run.checkpoint import load_params, save_params
+from sepjax.sharding import make_mesh
+from sepjax.training.step import abstract_state
 from tests.hub import tiny
 from tests.runs import losses, start_quickly
 from train import train
@@ -69,15 +72,27 @@ def assert_same(params, others):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), params, others)
 
 
+def begun(config, workdir):
+    """The config and the state before step 1, as train.py makes them."""
+    workdir.mkdir(exist_ok=True)
+    config = adopt_shape(config, workdir)
+    mesh = make_mesh(config.mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    return config, first_state(config, workdir, mesh, shardings)
+
+
 def test_what_no_step_changes_goes_out_as_it_came_in(config, source, tmp_path):
-    """A learning rate of 0: the parameters of a run are its source's, and so is the exported folder, bit for bit."""
-    optimizer = OptimizerConfig(learning_rate=0.0, final_learning_rate=0.0, warmup_steps=0)
-    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-    training = dataclasses.replace(config.training, steps=2)
-    train(dataclasses.replace(config, optimizer=optimizer, mesh=mesh, training=training), tmp_path / "run")
+    """Parameters before step 1, in shards, are the source's, and so is the exported folder, bit for bit.
+
+    That steps at a learning rate of 0 change none is in tests/distill.
+    """
+    config, state = begun(dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path / "run")
+    assert any(len({shard.index for shard in x.addressable_shards}) > 1 for x in jax.tree.leaves(state.params))
+    given_tokenizer(config)().save(tmp_path / "run" / "tokenizer")
+    save_params(tmp_path / "run", config, state.params)
     saved, params, step = load_params(tmp_path / "run")
     model, tokenizer = sepjax.load(source)
-    assert step == 2
+    assert step == 0
     assert (saved.model, saved.attention) == (model.config, config.attention)
     assert_same(params, split(model)[1])
     _, own = sepjax.load(tmp_path / "run")
@@ -115,10 +130,10 @@ def test_a_shape_of_its_own_is_refused_and_computing_is_not(config, tmp_path):
         train(dataclasses.replace(config, model=model), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
     model = dataclasses.replace(model, embed_dim=ModelConfig().embed_dim, mlp_dim=64)
-    training = dataclasses.replace(config.training, steps=2)
-    state = train(dataclasses.replace(config, model=model, training=training), tmp_path / "run")
-    assert int(state.step) == 2
-    assert load_params(tmp_path / "run")[0].model.remat == "full"
+    adopted, state = begun(dataclasses.replace(config, model=model), tmp_path / "run")
+    assert (adopted.model.remat, adopted.model.dtype, adopted.model.scan_layers) == ("full", "bfloat16", False)
+    assert adopted.model.embed_dim == 32
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
 
 
 def test_mistakes_are_named(config, source, tmp_path):
