@@ -5,9 +5,9 @@
     python train.py --config=configs/recall_tiny.py --workdir=runs/recall_window --config.attention.pattern=sink_window
     python evaluate.py --task=recall --workdir=runs/recall
 
-Only the answers are scored: with all tokens scored, what cannot be known (the facts themselves, the filler) drowns them,
-and 5 M tokens teach dense nothing. Hardware: a GPU, under a minute; 2 CPU cores, about 10 minutes. Result: in a trial of
-this model and loss on one H200, dense has 0.34 nats an answer after 600 steps, 0.01 after 800 (guessing: 3.26; guessing
+Only the answers are scored: with all tokens scored, what cannot be known (the facts, the filler) drowns them, and 5 M
+tokens teach dense nothing. Hardware: a GPU, under a minute; 2 CPU cores, about 10 minutes. Result: in a trial of this
+model and loss on one H200, dense has 0.34 nats an answer after 600 steps, 0.01 after 800 (guessing: 3.26; guessing
 among the row's values: 1.39). The patterns have not been compared yet (docs/evaluation.md).
 """
 
