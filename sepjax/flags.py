@@ -17,7 +17,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sepjax import interrupt
+from sepjax import compile_cache, interrupt
 from sepjax.attention_config import TABLES
 from sepjax.checks import whole_numbers
 from sepjax.config import Config, ConfigError, UserError, field_types, load_config, nearest, validate
@@ -57,6 +57,7 @@ def run_program(
             logging.set_verbosity(logging.WARNING)
         with one_line_errors():
             begin()
+            compile_cache.keep()
             main(settings)
 
     app.run(run, argv=list(argv) or None, flags_parser=parser)

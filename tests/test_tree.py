@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "files": {"config"},
     "interrupt": set(),
     "moved": set(),
+    "compile_cache": set(),
     "settings": {"checks", "config"},
     "separators": BASE | {"attention_config", "console"},
     "layout": BASE | {"separators"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "console": set(),
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"},
-    "flags": {"attention_config", "checks", "config", "interrupt", "separators", "settings"},
+    "flags": {"attention_config", "compile_cache", "checks", "config", "interrupt", "separators", "settings"},
     "data": BASE | {"separators", "layout", "sharding", "interrupt"},
     "model": BASE | {"separators", "layout", "sharding", "attention"},
     "generation": BASE

@@ -1,0 +1,69 @@
+"""Compiled programs kept from one command to the next, in a folder of the user's: compiling takes most of a start.
+
+    ~/.cache/sepjax/compiled-<this machine's kind>     or under $XDG_CACHE_HOME
+
+JAX's own persistent cache does it (its keys are the program, the compiler's version and settings, and the devices), and
+its settings have the last word: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=0 turns
+it off. What a killed program has left half written is compiled again, and replaced.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+_LEAST_SECONDS = 0.3  # of compiling, for a program to be kept
+_MOST_BYTES = 2**31  # then those that were used longest ago go
+
+
+def keep() -> None:
+    """Keeps what this process compiles, unless JAX is told otherwise. No folder to write in: nothing is kept."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+        return
+    folder = _folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+    jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
+    replace_damaged(folder)
+
+
+def replace_damaged(folder: Path) -> None:
+    """Makes room for programs whose files JAX cannot read, in place of its warning: it would leave them for ever."""
+    show = warnings.showwarning
+
+    def remove(message: Warning | str, *about: Any, **more: Any) -> None:
+        found = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
+        if not found:
+            show(message, *about, **more)
+            return
+        for file in folder.glob(f"{found[1]}-*-cache"):  # which of them is not said
+            file.unlink(missing_ok=True)
+
+    warnings.showwarning = remove
+
+
+def _folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "sepjax" / f"compiled-{_kind_of_machine()}"
+
+
+def _kind_of_machine() -> str:
+    """Machines that share a home may have processors that run each other's programs only in part."""
+    said = [platform.machine(), platform.processor()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    said += [line for line in lines if line.startswith(("flags", "Features", "model name"))][:2]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:12]
