@@ -13,6 +13,7 @@ TABLES = (".json", ".npy")  # files of ids that a command line may name in place
 BOUNDED_PATTERNS = (*PATTERNS, "watched")  # "watched" needs a cache that has seen who looked at what
 STREAM_POSITIONS = ("slot", "absolute")
 KEPT_SETS = ("head", "model")
+EVERYTHING = 2**30  # a window that no text fills
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -25,6 +26,7 @@ class AttentionConfig:
     layer_windows: tuple[int, ...] = ()  # one n per layer; empty: window_size everywhere
     # layers that see kept tokens, the others sinks and window; empty: all (a gate: those above it)
     kept_layers: tuple[int, ...] = ()
+    layer_reach: tuple[int, ...] = ()  # one per layer: how far back it sees, kept keys included; 0: without end
     # "punctuation" | "paper" (its nine) | "ids" (separator_ids); on a command line also a file of ids, .json or .npy
     separators: str = "punctuation"
     separator_ids: tuple[int, ...] = ()  # for separators="ids"
@@ -69,6 +71,7 @@ def validate_attention(attention: AttentionConfig, num_layers: int) -> Attention
             "layers; give one window per layer, or leave it empty to use attention.window_size everywhere"
         )
     _validate_kept_layers(attention, num_layers)
+    _validate_reach(attention, num_layers)
     if attention.separators == "ids" and not attention.separator_ids and attention.pattern in ("separator", "watched"):
         raise ConfigError('attention.separators="ids" needs attention.separator_ids, got none; list the token ids')
     if attention.pattern == "gated":
@@ -106,6 +109,20 @@ def _validate_kept_layers(attention: AttentionConfig, num_layers: int) -> None:
         raise ConfigError(
             f"attention.kept_layers is for patterns that keep the same tokens in all layers, and pattern="
             f"{attention.pattern!r} does not; leave it out, or set {other}"
+        )
+
+
+def _validate_reach(attention: AttentionConfig, num_layers: int) -> None:
+    for n in attention.layer_reach:
+        _at_least("attention.layer_reach", n, 0)
+    if attention.layer_reach and len(attention.layer_reach) != num_layers:
+        raise ConfigError(
+            f"attention.layer_reach has {len(attention.layer_reach)} numbers but the model has {num_layers} layers; "
+            "give one per layer, or leave it empty"
+        )
+    if attention.layer_reach and attention.pattern == "dense":
+        raise ConfigError(
+            'attention.layer_reach is not for pattern="dense", which sees everything: use "sink_window" and num_sinks=0'
         )
 
 
@@ -153,7 +170,10 @@ def _validate_watch(attention: AttentionConfig, num_layers: int) -> None:
 
 
 def layer_windows(attention: AttentionConfig, num_layers: int, length: int) -> tuple[int, ...]:
-    """The window n of every layer; a dense layer is a window of `length`, which must cover the whole sequence."""
+    """The window n of every layer; a dense layer is a window of `length`, which must cover the whole sequence.
+
+    A layer that reaches less far has no larger one.
+    """
     if attention.pattern == "watched":
         raise ConfigError(
             'attention.pattern="watched" needs a bounded cache, which has seen who looked at what: sepjax generate '
@@ -162,7 +182,22 @@ def layer_windows(attention: AttentionConfig, num_layers: int, length: int) -> t
         )
     if attention.pattern == "dense":
         return (length,) * num_layers
-    return attention.layer_windows or (attention.window_size,) * num_layers
+    windows = attention.layer_windows or (attention.window_size,) * num_layers
+    if not attention.layer_reach:
+        return windows
+    return tuple(min(n, reach or n) for n, reach in zip(windows, attention.layer_reach, strict=True))
+
+
+def keeps_everything(attention: AttentionConfig) -> bool:
+    """Whether some layer sees all tokens that came, so that no cache of a fixed size can hold what it needs."""
+    return attention.pattern == "dense" or attention.window_size >= EVERYTHING
+
+
+def layer_reaches(attention: AttentionConfig, num_layers: int) -> tuple[int, ...] | None:
+    """How many keys back every layer sees, kept ones included; None: no layer has an end of it."""
+    if not any(attention.layer_reach):
+        return None
+    return tuple(n or EVERYTHING for n in attention.layer_reach)
 
 
 def sees_kept(attention: AttentionConfig, num_layers: int) -> tuple[bool, ...]:

@@ -13,8 +13,11 @@ from typing import Any
 
 from sepjax.attention_config import (
     BOUNDED_PATTERNS,
+    EVERYTHING,
     PATTERNS,
     AttentionConfig,
+    keeps_everything,
+    layer_reaches,
     layer_windows,
     sees_kept,
     under,
@@ -24,55 +27,30 @@ from sepjax.checks import ConfigError, UserError, nearest
 from sepjax.checks import at_least as _at_least
 from sepjax.checks import check_type as _check_type
 from sepjax.checks import check_types as _check_types
-from sepjax.checks import one_of as _one_of
 from sepjax.checks import type_name as _type_name
+from sepjax.model_config import ModelConfig, validate_model, with_own_window
 from sepjax.root import root
-from sepjax.rope_config import SCALINGS, RopeConfig
+from sepjax.rope_config import RopeConfig
 
 __all__ = [  # of other files, for whoever reads a config
     "BOUNDED_PATTERNS",
+    "EVERYTHING",
     "PATTERNS",
     "AttentionConfig",
     "ConfigError",
+    "ModelConfig",
     "RopeConfig",
     "UserError",
+    "keeps_everything",
+    "layer_reaches",
     "layer_windows",
     "nearest",
     "sees_kept",
     "under",
     "validate_attention",
+    "validate_model",
+    "with_own_window",
 ]
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class ModelConfig:
-    """The shape of one decoder. Llama, GPT-NeoX, GPT-2 and Falcon are settings of it, not classes."""
-
-    vocab_size: int = 8192  # V, rows of the embedding; at least the tokenizer's size
-    num_layers: int = 4  # L, blocks of attention and MLP
-    embed_dim: int = 256  # D, width of the residual stream
-    num_heads: int = 4  # N, query heads
-    num_kv_heads: int = 4  # K; N / K queries share a key head (1 = multi-query)
-    head_dim: int = 64  # H, width of a head
-    mlp_dim: int = 1024  # F, hidden width of the MLP
-    norm: str = "rmsnorm"  # "rmsnorm" | "layernorm"
-    norm_epsilon: float = 1e-5  # added to the variance
-    activation: str = "silu"  # "silu" | "gelu" | "gelu_tanh"
-    gated_mlp: bool = True  # SwiGLU when activation is silu
-    attention_bias: bool = False  # biases in the projections of queries, keys, values and outputs
-    mlp_bias: bool = False  # biases in the MLP
-    parallel_residual: bool = False  # attention and MLP read the same input (GPT-NeoX, Falcon)
-    shared_norm: bool = False  # with parallel_residual: one norm feeds both (Falcon-7B)
-    position_embedding: str = "rope"  # "rope" | "learned" (GPT-2)
-    max_positions: int = 2048  # rows of the learned table; with rope only a note of the training context
-    sliding_window: int = 0  # keys that a query of the model's own sees (Mistral): its "dense"; 0: all of them
-    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
-    tie_embeddings: bool = True  # logits come from the embedding's own rows
-    dtype: str = "float32"  # of activations and matmul inputs; parameters, norms and softmax stay float32
-    # One compiled block for all layers: compile time does not grow with depth. False: one for each, which spares copies
-    # between the two passes (160M shape on an H100: 16 % less time a step, compiled in 12 s instead of 8).
-    scan_layers: bool = True
-    remat: str = "none"  # "none" | "dots" (keep matmul outputs) | "full" (keep layer inputs only)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -155,41 +133,6 @@ def validate(config: Config) -> Config:
     _validate_training(config)
     layer_windows(config.attention, config.model.num_layers, config.data.sequence_length)  # what no row can have
     return config
-
-
-def with_own_window(attention: AttentionConfig, model: ModelConfig) -> AttentionConfig:
-    """What is dense to a model with a sliding window is that window; every other pattern takes its place."""
-    if attention.pattern != "dense" or not model.sliding_window:
-        return attention
-    changes = {"num_sinks": 0, "window_size": model.sliding_window, "layer_windows": (), "cache_size": 0}
-    return under(attention, "sink_window", **changes)
-
-
-def validate_model(model: ModelConfig) -> ModelConfig:
-    """Checks the shape of a model, wherever it comes from; raises as `validate` does."""
-    for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
-        _at_least(f"model.{name}", getattr(model, name), 1)
-    _one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
-    _one_of("model.activation", model.activation, ("silu", "gelu", "gelu_tanh"))
-    _one_of("model.position_embedding", model.position_embedding, ("rope", "learned"))
-    _one_of("model.dtype", model.dtype, ("float32", "bfloat16", "float16"))
-    _one_of("model.remat", model.remat, ("none", "dots", "full"))
-    _one_of("model.rope.scaling", model.rope.scaling, SCALINGS)
-    _at_least("model.max_positions", model.max_positions, 1)
-    _at_least("model.sliding_window", model.sliding_window, 0)
-    if not 0 < model.norm_epsilon < 1:
-        raise ConfigError(f"model.norm_epsilon={model.norm_epsilon} must be above 0 and below 1")
-    if model.num_heads % model.num_kv_heads:
-        raise ConfigError(
-            f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.num_kv_heads}; "
-            "every key head serves the same number of query heads"
-        )
-    fault = model.rope.fault(model.head_dim) if model.position_embedding == "rope" else None
-    if fault:
-        raise ConfigError(f"model.rope.{fault}")
-    if model.shared_norm and not model.parallel_residual:
-        raise ConfigError("model.shared_norm=True needs model.parallel_residual=True: a serial block has two norms")
-    return model
 
 
 def _validate_training(config: Config) -> None:

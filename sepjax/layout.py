@@ -17,7 +17,9 @@ the *global* keys. Pack them, in order, into one dense array, and every query se
     near range    [near_start_i, i]          near_start_i = max(document start, i - n + 1)
 
 No key is in both, so one online softmax runs over the two. Dense (n >= T), StreamingLLM's mask (no separators), FixLLM
-(every delta-th token) and per-layer windows are layouts too: the same arrays with other numbers in them.
+(every delta-th token) and per-layer windows are layouts too: the same arrays with other numbers in them. So is a layer
+that sees no further than its model's own sliding window, whatever is kept: its far_start_i is at least the number of
+global keys at positions <= i - reach.
 """
 
 import dataclasses
@@ -78,6 +80,13 @@ class SeparatorLayout:
         With the number of sinks, it sees sinks and window and nothing else that is kept.
         """
         return dataclasses.replace(self, far_end=jnp.minimum(self.far_end, self.far_start + count))
+
+    def with_reach(self, reach: int | Int32[Array, ""]) -> "SeparatorLayout":
+        """Each query sees no further back than so many keys, global ones included: i - j < reach; it may be traced.
+
+        For a window n <= reach. It only shrinks what is seen; `with_most_far` comes before it, not behind.
+        """
+        return _with_reach(self, _checked_window(reach, self.length))
 
     def with_capacity(self, capacity: int) -> "SeparatorLayout":
         """The same layout with room for `capacity` packed keys."""
@@ -220,6 +229,14 @@ def _with_window(layout: SeparatorLayout, window_size: int | Int32[Array, ""]) -
         far_end=jnp.where(is_token, far_end, layout.far_start),
         near_start=jnp.where(is_token, near_start, i + 1),
     )
+
+
+@_at_once
+def _with_reach(layout: SeparatorLayout, reach: int | Int32[Array, ""]) -> SeparatorLayout:
+    """The far range without keys at positions <= i - reach."""
+    out_of_reach = _count_up_to(layout.global_count, jnp.arange(layout.length, dtype=jnp.int32) - reach)
+    far_start = jnp.maximum(layout.far_start, jnp.minimum(out_of_reach, layout.far_end))
+    return dataclasses.replace(layout, far_start=far_start)
 
 
 def _checked_window(window_size: int | Int32[Array, ""], length: int) -> int | Int32[Array, ""]:

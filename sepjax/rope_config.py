@@ -44,3 +44,8 @@ class RopeConfig:
                 "it must be an even number above 0 and at most head_dim"
             )
         return None
+
+
+def same_rope() -> RopeConfig:
+    """For layers of another kind: rotated as the others are."""
+    return RopeConfig(base=0.0)

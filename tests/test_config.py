@@ -114,7 +114,8 @@ def test_shapes_have_the_published_size(name: str, millions: float) -> None:
 
 
 def test_there_are_about_sixty_settings() -> None:
-    assert len(field_types()) <= 92  # truncate, attention_factor and sliding_window are other projects'
+    names = [name for name in field_types() if not name.startswith("model.sliding_rope.")]  # as model.rope
+    assert len(names) <= 105  # 40 say the shapes of other projects' models
 
 
 # Flags.
@@ -242,7 +243,13 @@ def test_dense_is_the_window_of_a_model_that_has_one() -> None:
     assert (own.pattern, own.num_sinks, own.window_size) == ("sink_window", 0, 7)
     assert validate_attention(own, 4) is own
     assert with_own_window(dense, ModelConfig()) is dense
-    assert with_own_window(separator, ModelConfig(sliding_window=7)) is separator
+    kept = with_own_window(separator, ModelConfig(sliding_window=7, full_layers=(1, 3)))
+    assert kept == dataclasses.replace(separator, layer_reach=(7, 0, 7, 0))
+    assert with_own_window(kept, ModelConfig(sliding_window=7, full_layers=(1, 3))) == kept
+    assert layer_windows(kept, 4, 99) == (7, 64, 7, 64)
+    mixed = with_own_window(dense, ModelConfig(sliding_window=7, full_layers=(1, 3)))
+    assert validate_attention(mixed, 4) is mixed
+    assert [n for n in layer_windows(mixed, 4, 99) if n < 99] == [7, 7]
 
 
 @pytest.mark.parametrize(
@@ -266,6 +273,42 @@ def test_dense_is_the_window_of_a_model_that_has_one() -> None:
         ),
         (Config(model=ModelConfig(norm_epsilon=0.0)), "model.norm_epsilon=0.0 must be above 0"),
         (Config(model=ModelConfig(sliding_window=-1)), "model.sliding_window=-1 must be 0 or more"),
+        (Config(model=ModelConfig(norm_position="behind")), "model.norm_position='behind' is not one of"),
+        (Config(model=ModelConfig(qk_norm="heads")), "model.qk_norm='heads' .*did you mean 'head'"),
+        (Config(model=ModelConfig(norm="layernorm", qk_norm="head")), "qk_norm='head' needs model.norm=\"rmsnorm\""),
+        (Config(model=ModelConfig(norm="layernorm", norm_offset=True)), "norm_offset=True needs model.norm"),
+        (Config(model=ModelConfig(parallel_residual=True, norm_position="both")), 'needs model.norm_position="pre"'),
+        (Config(model=ModelConfig(attention_bias=True, qkv_bias=True)), "qkv_bias=True means no bias of the output"),
+        (Config(model=ModelConfig(logit_divisor=0.0)), "model.logit_divisor=0.0 must be above 0"),
+        (Config(model=ModelConfig(residual_scale=float("inf"))), "model.residual_scale=inf must be above 0"),
+        (Config(model=ModelConfig(final_softcap=-1.0)), "model.final_softcap=-1.0 must be 0 or more"),
+        (
+            Config(model=ModelConfig(sliding_window=4, full_layers=(2, 1))),
+            r"full_layers=\(2, 1\) must be layers, 0 to 3",
+        ),
+        (Config(model=ModelConfig(full_layers=(1,))), "model.full_layers needs model.sliding_window"),
+        (Config(model=ModelConfig(sliding_rope=RopeConfig())), "model.sliding_rope needs model.sliding_window"),
+        (Config(model=ModelConfig(sliding_window=4, full_layers=(0, 1, 2, 3))), "full_layers has all 4 layers"),
+        (Config(model=ModelConfig(no_rope_layers=(4,))), r"no_rope_layers=\(4,\) must be layers, 0 to 3"),
+        (Config(model=ModelConfig(no_rope_layers=(0, 1, 2, 3))), "one at least must know positions"),
+        (
+            Config(model=ModelConfig(position_embedding="learned", no_rope_layers=(1,))),
+            'need model.position_embedding="rope"',
+        ),
+        (
+            Config(model=ModelConfig(sliding_window=4, sliding_rope=RopeConfig(fraction=0.5))),
+            "sliding_rope.fraction=0.5 must be model.rope.fraction=1.0",
+        ),
+        (
+            Config(model=ModelConfig(sliding_window=4, sliding_rope=RopeConfig(factor=0.5))),
+            "model.sliding_rope.factor=0.5 must be 1 or more",
+        ),
+        (Config(attention=AttentionConfig(layer_reach=(8, 8))), "layer_reach has 2 numbers but the model has 4"),
+        (Config(attention=AttentionConfig(layer_reach=(8, -1, 8, 8))), "layer_reach=-1 must be 0 or more"),
+        (
+            Config(attention=AttentionConfig("dense", layer_reach=(8, 8, 8, 8))),
+            'layer_reach is not for pattern="dense"',
+        ),
         (Config(model=ModelConfig(max_positions=0)), "model.max_positions=0 must be 1 or more"),
         (Config(model=ModelConfig(num_heads=4, num_kv_heads=3)), "num_heads=4 is not a multiple of .*num_kv_heads=3"),
         (Config(model=ModelConfig(head_dim=6, rope=RopeConfig(fraction=0.5))), "rotates 3 dimensions"),

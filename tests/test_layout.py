@@ -126,6 +126,22 @@ def test_another_window_is_as_if_built_with_it(batch, n, other, a):
         np.testing.assert_array_equal(getattr(traced, name), expected, err_msg=name)
 
 
+@given(batches(), windows, windows, sinks)
+def test_nothing_beyond_the_reach_is_seen_whatever_is_kept(batch, n, reach, a):
+    is_separator, ids = batch
+    n = min(n, reach)
+    layout = build_layout(is_separator, window_size=n, num_sinks=a, segment_ids=ids)
+    i = np.arange(ids.shape[1])
+    expected = brute_force(is_separator, ids, n, a) & (i[:, None] - i < reach)
+    traced = jax.jit(SeparatorLayout.with_reach)(layout, jnp.int32(reach))
+    for seen in (layout.with_reach(reach), traced):
+        np.testing.assert_array_equal(seen.as_mask(), expected)
+        np.testing.assert_array_equal(seen.num_pairs(), expected.sum((1, 2)))
+        assert all((np.diff(x, axis=1) >= 0).all() for x in (seen.far_start, seen.far_end, seen.near_start))
+    sinks_alone = brute_force(np.zeros_like(is_separator), ids, n, a) & (i[:, None] - i < reach)
+    np.testing.assert_array_equal(layout.with_most_far(a).with_reach(reach).as_mask(), sinks_alone)
+
+
 @given(batches(), windows, sinks)
 def test_as_many_far_keys_as_sinks_are_the_sinks(batch, n, a):
     is_separator, ids = batch

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Float32
 
 from sepjax.array_typing import Bool, Float, Positions, SegmentIds, Tokens
-from sepjax.config import AttentionConfig, layer_windows, sees_kept
+from sepjax.config import AttentionConfig, layer_windows, sees_kept, with_own_window
 from sepjax.model.attend import hidden_before_gate
 from sepjax.model.layers import Attend
-from sepjax.model.rope import rope_table, rotate
+from sepjax.model.rope import layer_numbers, layer_ropes, of_layer, rope_tables, rotate
 from sepjax.model.transformer import Transformer
 
 
@@ -45,6 +45,7 @@ def observe(
       attention: the gated pattern; far is what is beyond the narrowest window n of the layers that see its choice.
     """
     i = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    attention = with_own_window(attention, model.config)
     kept = sees_kept(attention, model.config.num_layers)
     windows = layer_windows(attention, model.config.num_layers, 0)
     window = min(n for n, sees in zip(windows, kept, strict=True) if sees)
@@ -52,8 +53,9 @@ def observe(
     sees = (segments[:, :, None] == segments[:, None]) & (i <= i[:, None])
     is_far = sees & (i[:, None] - i >= window)
     attend, g = _dense(model, positions, sees, is_far), attention.gate_layer
-    x, _ = model.run_layers(model.embed(tokens, positions), attend, None, 0, g)
-    _, worth = model.run_layers(x, attend, None, g)
+    inputs = layer_numbers([n or len(i) for n in attention.layer_reach]), layer_numbers(layer_ropes(model.config)[1])
+    x, _ = model.run_layers(model.embed(tokens, positions), attend, inputs, 0, g)
+    _, worth = model.run_layers(x, attend, inputs, g)
     worth = worth[jnp.asarray([i for i in range(g, len(kept)) if kept[i]]) - g]
 
     places = jnp.asarray(positions)
@@ -66,11 +68,14 @@ def observe(
 
 def _dense(model: Transformer, positions: Positions, sees: jax.Array, is_far: jax.Array) -> Attend:
     """Attention by the mask `sees` that also returns the worth of every key, float32[B, T], by the pairs `is_far`."""
-    config = model.config
-    table = rope_table(positions, config.rope, config.head_dim) if config.position_embedding == "rope" else None
+    tables = rope_tables(positions, layer_ropes(model.config)[0], model.config.head_dim)
+    i = jnp.arange(sees.shape[1])
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
-        if table is not None:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+        reach, rope = layer
+        seen = sees if reach is None else sees & (i[:, None] - i < reach)
+        if tables is not None:
+            table = of_layer(tables, rope)
             q, k = rotate(q, table), rotate(k, table)
         shared = q.shape[2] // k.shape[2]  # queries a key head
 
@@ -80,7 +85,7 @@ def _dense(model: Transformer, positions: Positions, sees: jax.Array, is_far: ja
                 for x, m in ((q, n), (k, n // shared), (v, n // shared))
             )
             scores = jnp.einsum("bth,bsh->bts", query, key, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-            weights = jax.nn.softmax(jnp.where(sees, scores, -jnp.inf), axis=-1)
+            weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
             worth = jnp.sum(jnp.where(is_far, weights, 0.0) ** 2, axis=1)
             return jnp.einsum("bts,bsh->bth", weights.astype(v.dtype), value), worth
 

@@ -135,7 +135,7 @@ def score_windows(
         nll += [losses[i, : len(window) - 1] for i, window in enumerate(rows)]
         kept.append(keys[:, : len(rows)])
         totals += sums
-    per_layer = _of_each_layer(attention, model.config.num_layers, length)
+    per_layer = _of_each_layer(seen, model.config.num_layers, length)
     return WindowLosses(
         attention=attention,
         nll=np.concatenate(nll),

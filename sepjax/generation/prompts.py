@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from sepjax.array_typing import Int32
-from sepjax.config import AttentionConfig, ConfigError, ModelConfig, UserError, layer_windows
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig, UserError, keeps_everything, layer_windows
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.cache.sizes import bucket
 from sepjax.generation.sampling import Sampling
@@ -172,7 +172,7 @@ def check_length(config: ModelConfig, longest: int, max_new_tokens: int | None, 
       max_new_tokens: None: without end.
       attention: the pattern.
     """
-    if max_new_tokens is None and attention.pattern == "dense":
+    if max_new_tokens is None and keeps_everything(attention):
         raise ConfigError(
             'pattern="dense" keeps every token, so a stream without end would need a cache without end; set '
             "max_new_tokens, or use a pattern that evicts"

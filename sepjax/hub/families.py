@@ -12,13 +12,43 @@ from sepjax.config import (
     validate_attention,
     validate_model,
 )
-from sepjax.hub import falcon, gpt2, gpt_neox, llama
+from sepjax.hub import (
+    falcon,
+    gemma,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo,
+    phi,
+    qwen,
+    smollm3,
+    stablelm,
+)
 from sepjax.hub.errors import HubError
 from sepjax.hub.fields import Fields
 from sepjax.hub.tables import Family, Row
 from sepjax.model.transformer import Params, abstract
 
-FAMILIES = (llama.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY, falcon.FAMILY)
+FAMILIES = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    mistral.MINISTRAL,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    smollm3.FAMILY,
+    olmo.OLMO2,
+    olmo.OLMO3,
+    gemma.FAMILY,
+    granite.FAMILY,
+    phi.FAMILY,
+    stablelm.FAMILY,
+    gpt_neox.FAMILY,
+    gpt2.FAMILY,
+    falcon.FAMILY,
+)
+_FEATURES = {name for family in FAMILIES for name in family.features}
 KEY = "sepllm"  # of a config.json, where our settings are
 
 # Keys that any architecture of transformers may have -> the value that changes nothing, and why others are refused.
@@ -54,11 +84,8 @@ def read_model_config(fields: Fields, family: Family, dtype: str) -> ModelConfig
     for name, (neutral, why) in _NOT_SUPPORTED.items():
         if fields.values.get(name) not in (None, neutral):
             fields.refuse(name, why)
-    kinds = fields.values.get("layer_types") or []
-    allowed = (
-        ("full_attention", "sliding_attention") if fields.values["model_type"] == "mistral" else ("full_attention",)
-    )
-    if not isinstance(kinds, list) or not all(kind in allowed for kind in kinds):
+    kinds, allowed = fields.values.get("layer_types") or [], family.layer_types
+    if allowed and not (isinstance(kinds, list) and all(kind in allowed for kind in kinds)):
         fields.refuse("layer_types", f"layers of other kinds than {', '.join(allowed)} are not supported here")
     try:
         return validate_model(dataclasses.replace(family.read_config(fields), dtype=dtype))
@@ -83,10 +110,12 @@ def family_for(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
       HubError: none; says why for each.
     """
     reasons = []
+    plain = ModelConfig()
+    special = [name for name in sorted(_FEATURES) if getattr(config, name) != getattr(plain, name)]
     for family in FAMILIES:
         try:
-            if config.sliding_window and family is not llama.FAMILY:
-                raise HubError("it has no sliding window")
+            if missing := [name for name in special if name not in family.features]:
+                raise HubError(f"it has no {', '.join(missing)}")
             return family, family.write_config(config)
         except HubError as error:
             reasons.append(f"{family.name}: {error}")

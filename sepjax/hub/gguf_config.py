@@ -1,5 +1,6 @@
-"""The metadata of a GGUF file of the llama architecture as our settings: every key is read, known to change nothing, or
-refused by name. What keys mean is llama.cpp's rule, whose format it is.
+"""The metadata of a GGUF file as our settings: each key is read, known to change nothing, or refused by name.
+
+What keys mean is the rule of llama.cpp, whose format it is.
 """
 
 import dataclasses
@@ -10,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from sepjax.config import ConfigError, ModelConfig, RopeConfig, validate_model
+from sepjax.hub.gguf_families import ARCHITECTURES, FACTORS
 from sepjax.hub.gguf_header import GGUFError, Header
 from sepjax.model.rope import rope_frequencies
 
-FACTORS = "rope_freqs.weight"
 _READ = {
     "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
@@ -44,16 +45,14 @@ def model_config(header: Header, dtype: str) -> ModelConfig:
     Raises:
       GGUFError: a field that is missing, of another type, not known or not supported; names it.
     """
-    architecture = header.fields["general.architecture"].value if "general.architecture" in header.fields else None
-    if architecture != "llama":
-        raise GGUFError(f"{str(header.path)!r} has the architecture {architecture!r}; only 'llama' is supported so far")
-    _check_keys(header)
-    values = _Values(header)
+    name = architecture(header)
+    _check_keys(header, name)
+    values = _Values(header, name)
     heads, width = values.integer("attention.head_count"), values.integer("embedding_length")
     head_dim = values.integer("attention.key_length", width // heads or 1)
-    for name in ("attention.value_length", "rope.dimension_count"):
-        if values.integer(name, head_dim) != head_dim:
-            raise values.fault(name, f"must be the size of a head, {head_dim}")
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if values.integer(key, head_dim) != head_dim:
+            raise values.fault(key, f"must be the size of a head, {head_dim}")
     config = ModelConfig(
         vocab_size=len(values.strings("tokenizer.ggml.tokens")),
         num_layers=values.integer("block_count"),
@@ -69,19 +68,32 @@ def model_config(header: Header, dtype: str) -> ModelConfig:
         dtype=dtype,
     )
     try:
-        return validate_model(config)
+        return validate_model(dataclasses.replace(config, **ARCHITECTURES[name].more(values, config)))
     except ConfigError as error:
         raise GGUFError(f"{str(header.path)!r}: {error}") from error
 
 
-def _check_keys(header: Header) -> None:
+def architecture(header: Header) -> str:
+    """The name of a file's architecture. Raises GGUFError for one that is not supported."""
+    name = header.fields["general.architecture"].value if "general.architecture" in header.fields else None
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise GGUFError(
+            f"{str(header.path)!r} has the architecture {repr(name)[:80]}; supported are {', '.join(ARCHITECTURES)}"
+        )
+    return name
+
+
+def _check_keys(header: Header, architecture: str) -> None:
+    read = _READ | ARCHITECTURES[architecture].read
     for name, field in header.fields.items():
         space, _, key = name.partition(".")
-        neutral = _NEUTRAL_ELSEWHERE.get(name, _NEUTRAL.get(key) if space == "llama" else None)
-        if neutral is not None:
+        neutral = _NEUTRAL_ELSEWHERE.get(name, _NEUTRAL.get(key) if space == architecture else None)
+        if space == architecture == "granite" and key == "rope.scaling.finetuned" and field.value is not True:
+            raise GGUFError(f"{_shown(header, name)}: a Granite without rotation is not supported")
+        if neutral is not None and key not in ARCHITECTURES[architecture].read:
             if field.value != neutral:
                 raise GGUFError(f"{_shown(header, name)}: not supported; only {neutral!r} is")
-        elif space == "llama" and key not in _READ | _WITHOUT_EFFECT:
+        elif space == architecture and key not in read | _WITHOUT_EFFECT:
             raise GGUFError(f"{_shown(header, name)}: not a key that is known; the result might not be that model")
         elif space == "adapter" or (key.startswith("ggml.") and not _TOKENIZER.fullmatch(key.removeprefix("ggml."))):
             raise GGUFError(f"{_shown(header, name)}: not supported; the result would not be that model")
@@ -94,18 +106,22 @@ def _shown(header: Header, name: str) -> str:
 
 
 class _Values:
-    """The fields of the llama architecture, their types checked. Lists of one value a layer must be all the same."""
+    """The fields of an architecture, their types checked. Lists of one value a layer must be all the same."""
 
-    def __init__(self, header: Header):
-        self.header = header
+    def __init__(self, header: Header, architecture: str):
+        self.header, self.architecture = header, architecture
+
+    def full(self, name: str) -> str:
+        """A field's name in the file."""
+        return f"{self.architecture}.{name}"
 
     def fault(self, name: str, why: str) -> GGUFError:
         """An error about a field."""
-        return GGUFError(f"{_shown(self.header, f'llama.{name}')}: {why}")
+        return GGUFError(f"{_shown(self.header, self.full(name))}: {why}")
 
     def there(self, name: str) -> bool:
         """Whether the file has it."""
-        return f"llama.{name}" in self.header.fields
+        return self.full(name) in self.header.fields
 
     def integer(self, name: str, default: int | None = None) -> int:
         """A whole number of 1 or more."""
@@ -121,6 +137,12 @@ class _Values:
             raise self.fault(name, "expected a number above 0")
         return float(value)
 
+    def optional(self, name: str, neutral: float) -> float:
+        """A number above 0, which is stored as float32; 0 or none stands for `neutral`."""
+        if self._value(name, 0) == 0:
+            return neutral
+        return float(f"{self.number(name):.6g}")
+
     def strings(self, name: str) -> list[str]:
         """A list of texts, by its whole name."""
         value = self.header.fields[name].value if name in self.header.fields else None
@@ -132,10 +154,10 @@ class _Values:
         if not self.there(name):
             if default is None:
                 raise GGUFError(
-                    f"{str(self.header.path)!r} lacks the field 'llama.{name}'; it is damaged or of another kind"
+                    f"{str(self.header.path)!r} lacks the field {self.full(name)!r}; it is damaged or of another kind"
                 )
             return default
-        value = self.header.fields[f"llama.{name}"].value
+        value = self.header.fields[self.full(name)].value
         if isinstance(value, list):
             if len(set(value)) != 1:
                 raise self.fault(name, "layers of different shapes are not supported")
@@ -145,15 +167,17 @@ class _Values:
 
 def _rope(values: _Values, head_dim: int) -> RopeConfig:
     """The rotary embedding. A factor without a type is linear, as it is to llama.cpp."""
-    kind = values.header.fields["llama.rope.scaling.type"].value if values.there("rope.scaling.type") else "linear"
+    kind = (
+        values.header.fields[values.full("rope.scaling.type")].value if values.there("rope.scaling.type") else "linear"
+    )
     if kind not in ("none", "linear", "yarn"):
         raise values.fault("rope.scaling.type", "supported are none, linear and yarn")
     given = [name for name in ("rope.scaling.factor", "rope.scale_linear") if values.there(name)]
     factor = next((_factor(values, name) for name in given), 1.0)
     if len(given) == 2 and _factor(values, given[1]) != factor:
-        raise values.fault(given[0], f"contradicts llama.{given[1]}")
+        raise values.fault(given[0], f"contradicts {values.full(given[1])}")
     if kind == "none" and factor != 1:
-        raise values.fault(given[0], "contradicts llama.rope.scaling.type='none'")
+        raise values.fault(given[0], f"contradicts {values.full('rope.scaling.type')}='none'")
     rope = RopeConfig(base=values.number("rope.freq_base", 10_000.0), factor=factor)
     if kind == "yarn":
         rope.scaling = "yarn"
@@ -168,7 +192,7 @@ def _rope(values: _Values, head_dim: int) -> RopeConfig:
 
 def _factor(values: _Values, name: str) -> float:
     """How many times longer; 0, which llama.cpp takes for "not said", is 1."""
-    value = values.header.fields[f"llama.{name}"].value
+    value = values.header.fields[values.full(name)].value
     return 1.0 if value == 0 and type(value) in (int, float) else values.number(name)
 
 

@@ -33,6 +33,7 @@ def read_rope(
     base: str = "rope_theta",
     fraction: str | None = None,
     share: float = 1.0,
+    default: float = 10_000.0,
 ) -> RopeConfig:
     """The rotary embedding, in the form of transformers 5 ("rope_parameters") or the older one.
 
@@ -42,6 +43,7 @@ def read_rope(
       base: the family's key of the base, outside of a section.
       fraction: the family's key of the rotated share of a head; None: it rotates whole heads.
       share: what that share is when no key says.
+      default: what the base is when no key says.
 
     Raises:
       HubError: a type or key that is not known, or two keys that contradict each other; names them.
@@ -51,15 +53,23 @@ def read_rope(
         if fields.values.get(name) is not None and not isinstance(fields.values[name], dict):
             fields.refuse(name, "expected a JSON object")
         if fields.values.get(name):
-            found[name] = _read(fields, fields.section(name), positions, base, fraction, share)
+            found[name] = _read(fields, fields.section(name), positions, base, fraction, share, default)
     if len(found) == 2 and found[_SECTIONS[0]] != found[_SECTIONS[1]]:
         fields.refuse(_SECTIONS[0], f"contradicts {_SECTIONS[1]}={fields.values[_SECTIONS[1]]!r}; keep the right one")
     if not found:
-        return _read(fields, Fields(fields.path, {}), positions, base, fraction, share)
+        return _read(fields, Fields(fields.path, {}), positions, base, fraction, share, default)
     return next(iter(found.values()))
 
 
-def _read(fields: Fields, section: Fields, positions: int, base: str, fraction: str | None, share: float) -> RopeConfig:
+def _read(
+    fields: Fields,
+    section: Fields,
+    positions: int,
+    base: str,
+    fraction: str | None,
+    share: float,
+    default: float,
+) -> RopeConfig:
     kind = _kind(section)
     for name, value in section.values.items():
         if name not in _ANY_KIND + _KINDS[kind]:
@@ -67,7 +77,7 @@ def _read(fields: Fields, section: Fields, positions: int, base: str, fraction: 
         if value is None and name in (*_ANY_KIND, "truncate"):
             section.refuse(name, "expected a value; leave the key out for the default")
     rope = RopeConfig(
-        base=_agreed(fields, section, "rope_theta", base, _BASES, 10_000.0),
+        base=_agreed(fields, section, "rope_theta", base, _BASES, default),
         fraction=_agreed(fields, section, "partial_rotary_factor", fraction, _FRACTIONS, share),
         scaling="none" if kind == "default" else kind,
     )
@@ -87,6 +97,13 @@ def _read(fields: Fields, section: Fields, positions: int, base: str, fraction: 
     if kind == "yarn":
         _read_yarn(section, rope)
     return rope
+
+
+def read_section(
+    fields: Fields, section: Fields, *, positions: int, default: float, base: str = "rope_theta"
+) -> RopeConfig:
+    """The rotation of whole heads that one section says, with the keys outside of it; arguments as for `read_rope`."""
+    return _read(fields, section, positions, base, None, 1.0, default)
 
 
 def _kind(section: Fields) -> str:
@@ -146,12 +163,18 @@ def _read_yarn(section: Fields, rope: RopeConfig) -> None:
         rope.attention_factor = part / whole
 
 
-def rope_keys(rope: RopeConfig) -> dict[str, Any]:
+def rope_keys(rope: RopeConfig, whole_heads: str = "") -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a config.json, which old and new versions of transformers read.
 
+    Args:
+      rope: the rotation.
+      whole_heads: the family, in words, if it rotates whole heads only.
+
     Raises:
-      HubError: transformers has no such scaling.
+      HubError: transformers, or the family, has no such rotation.
     """
+    if whole_heads and rope.fraction != 1:
+        raise HubError(f"a {whole_heads} rotates whole heads")
     keys: dict[str, Any] = {"rope_theta": rope.base, "rope_scaling": None}
     if rope.scaling != "yarn" and rope.attention_factor not in (0, 1):
         raise HubError(f"a rotary embedding with attention_factor={rope.attention_factor} must be of the type yarn")

@@ -119,7 +119,21 @@ class _SideBySide:
         return x.reshape(*x.shape[:-3], -1)
 
 
-SAME, FLAT, GROUPED, SIDE_BY_SIDE = _Same(), _Flat(), _Grouped(), _SideBySide()
+class _Stacked:
+    """Matrices that read the same input, one below the other: theirs [all outputs, D] (Phi-3)."""
+
+    def theirs(self, shapes: Sequence[Shape]) -> Shape:
+        return (sum(math.prod(shape[1:]) for shape in shapes), shapes[0][0])
+
+    def split(self, x: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        ends = np.cumsum([math.prod(shape[1:]) for shape in shapes])[:-1]
+        return [part.T.reshape(shape) for part, shape in zip(np.split(x, ends), shapes, strict=True)]
+
+    def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([part.reshape(part.shape[0], -1).T for part in parts])
+
+
+SAME, FLAT, GROUPED, SIDE_BY_SIDE, STACKED = _Same(), _Flat(), _Grouped(), _SideBySide(), _Stacked()
 LINEAR, LINEAR_OUT = _Matrix(1, True), _Matrix(2, True)
 CONV, CONV_OUT = _Matrix(1, False), _Matrix(2, False)
 
@@ -150,6 +164,8 @@ class Family:
     write_config: Callable[[ModelConfig], dict]  # of config.json; raises HubError, with the reason, if it cannot be
     table: Callable[[ModelConfig], tuple[Row, ...]]  # rows for what the config does not have are left out by callers
     ignored: re.Pattern[str]  # tensors that hold no weights: masks and rotary tables that old files carry
+    features: frozenset[str] = frozenset()  # fields of a ModelConfig that Llama, GPT and Falcon leave at their defaults
+    layer_types: tuple[str, ...] | None = ("full_attention",)  # kinds of layers that a config may list; None: it reads
 
 
 def make_rows(prefix: str, *table: tuple[str, Kind, str]) -> tuple[Row, ...]:

@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Float, Int32
+from sepjax.config import AttentionConfig, with_own_window
 from sepjax.console import say
 from sepjax.evaluation.token_loss import token_nll
-from sepjax.model.rope import rope_table, rotate
+from sepjax.model.rope import layer_numbers, layer_ropes, of_layer, rope_tables, rotate
 from sepjax.model.transformer import Transformer, merge, split
 from sepjax.model.unrolled import working_copy
 
@@ -100,19 +101,22 @@ def _with_progress(rows: Sequence[np.ndarray], what: str, every: float) -> Itera
             said = now
 
 
-def _attend(window_size: int, T: int, table: Any, visit: Callable[[jax.Array, jax.Array, jax.Array], Any]) -> Any:
+def _attend(window_size: int, T: int, tables: Any, visit: Callable[[jax.Array, jax.Array, jax.Array], Any]) -> Any:
     """Dense attention, written out: `visit` gets weights [B, K, G, T, T], where they are far, and values."""
     i = jnp.arange(T)
     causal, far = i[:, None] >= i, i[:, None] - i >= window_size
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # weights are made again where they are needed
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, Any]:
-        if table is not None:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        reach, rope = layer
+        if tables is not None:
+            table = of_layer(tables, rope)
             q, k = rotate(q, table), rotate(k, table)
         B, _, N, H = q.shape
         q = q.reshape(B, T, k.shape[2], N // k.shape[2], H)
         scores = jnp.einsum("bikgh,bjkh->bkgij", q, k, preferred_element_type=jnp.float32) * H**-0.5
-        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+        sees = causal if reach is None else causal & (i[:, None] - i < reach)
+        weights = jax.nn.softmax(jnp.where(sees, scores, -jnp.inf), axis=-1)
         out, found = visit(weights, far, v)
         return out.reshape(B, T, N, H).astype(v.dtype), found
 
@@ -123,8 +127,11 @@ def _run(graph: Any, window_size: int, params: Any, tokens: jax.Array, visit: An
     model = merge(graph, params)
     T, config = tokens.shape[1], model.config
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens.shape)
-    table = rope_table(positions, config.rope, config.head_dim) if config.position_embedding == "rope" else None
-    hidden, found = model(tokens, positions, _attend(window_size, T, table, visit))
+    ropes, kinds = layer_ropes(config)
+    reach = with_own_window(AttentionConfig(), config).layer_reach  # dense, so far as the model is
+    inputs = layer_numbers([n or T for n in reach]), layer_numbers(kinds)
+    tables = rope_tables(positions, ropes, config.head_dim)
+    hidden, found = model(tokens, positions, _attend(window_size, T, tables, visit), inputs)
     return model, hidden, found
 
 

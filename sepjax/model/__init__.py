@@ -1,1 +1,1 @@
-"""One decoder whose config expresses Llama, GPT-NeoX, GPT-2 and Falcon."""
+"""One decoder whose config expresses Llama, Qwen, Gemma, OLMo, GPT-NeoX and the like."""

@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +19,11 @@ from sepjax.attention.context_parallel import (
     from_context_order,
     to_context_order,
 )
-from sepjax.config import AttentionConfig, ModelConfig, layer_windows, sees_kept, with_own_window
+from sepjax.config import AttentionConfig, ModelConfig, layer_reaches, layer_windows, sees_kept, with_own_window
 from sepjax.layout import SeparatorLayout, build_layout
 from sepjax.model.gate import keep_best, needs_gate, straight_through
 from sepjax.model.layers import Attend
-from sepjax.model.rope import rope_table, rotate
+from sepjax.model.rope import layer_numbers, layer_ropes, of_layer, rope_tables, rotate
 from sepjax.model.transformer import Transformer
 from sepjax.model.unrolled import Layerwise
 from sepjax.sharding import constrain, manual_over_mesh, ways
@@ -94,20 +94,21 @@ def run_rows(
       ConfigError: a gated pattern for a model without a gate.
     """
     attention = attention or model.attention
-    if attention.pattern == "dense" and 0 < model.config.sliding_window < tokens.shape[1]:
-        attention, is_separator = with_own_window(attention, model.config), jnp.zeros_like(is_separator)
+    if 0 < model.config.sliding_window < tokens.shape[1]:  # else no row is long enough for it
+        is_separator = is_separator if attention.pattern != "dense" else jnp.zeros_like(is_separator)
+        attention = with_own_window(attention, model.config)
     kinds = layer_kinds(attention, model.config.num_layers, tokens.shape[1])
     positions = in_context_order(positions)
     with_rope = _with_rope(model.config, positions, keep_keys)
     x = model.embed(in_context_order(tokens), positions)
-    scores, inputs = None, _layer_inputs(kinds, attention)
+    scores, inputs = None, _layer_inputs(kinds, attention, model.config)
     if attention.pattern == "gated":
         gate, g = needs_gate(model, attention), attention.gate_layer
-        none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, kinds[0][1])
+        none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, kinds[0].window)
         x, keys_below = model.run_layers(x, with_rope(_rows(none, attention, kinds[:g])), inputs, 0, g)
         scores = constrain(_in_text_order(gate(x)), "batch", None)
         is_separator = keep_best(scores if gate_noise is None else scores + gate_noise, none, attention)
-        layout = batch_layout(is_separator, segment_ids, attention, kinds[g][1])
+        layout = batch_layout(is_separator, segment_ids, attention, kinds[g].window)
         far_scale = None if gate_noise is None else straight_through(scores)
         x, keys = model.run_layers(x, with_rope(_rows(layout, attention, kinds[g:], far_scale)), inputs, g)
         keys = jax.tree.map(lambda below, above: jnp.concatenate([below, above]), keys_below, keys)
@@ -122,10 +123,12 @@ def hidden_before_gate(
     model: Transformer, tokens: Tokens, positions: Positions, segment_ids: SegmentIds, attention: AttentionConfig
 ) -> Float[jax.Array, "B T D"]:
     """What a gate would read: the hidden states that enter layer g, behind layers that see sinks and window."""
+    attention = with_own_window(attention, model.config)
     g, kinds = attention.gate_layer, layer_kinds(attention, model.config.num_layers, tokens.shape[1])
-    none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, kinds[0][1])
+    none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, kinds[0].window)
     attend = _with_rope(model.config, positions, False)(_rows(none, attention, kinds[:g]))
-    return model.run_layers(model.embed(tokens, positions), attend, _layer_inputs(kinds, attention), 0, g)[0]
+    inputs = _layer_inputs(kinds, attention, model.config)
+    return model.run_layers(model.embed(tokens, positions), attend, inputs, 0, g)[0]
 
 
 def in_context_order(x: Array) -> Array:
@@ -168,51 +171,74 @@ def layer_layouts(
     """
     kinds = collections.Counter(layer_kinds(attention, num_layers, is_separator.shape[1]))
     layouts: dict[bool, SeparatorLayout] = {}
-    for sees, n in kinds:
+    for sees, n, _ in kinds:
         flags = is_separator if sees else jnp.zeros_like(is_separator)
         if sees not in layouts:
             layouts[sees] = batch_layout(flags, segment_ids, attention, n)
-    return [(layouts[sees].with_window(n), times / num_layers) for (sees, n), times in kinds.items()]
+    seen = {kind: layouts[kind.sees_kept].with_window(kind.window) for kind in kinds}
+    return [
+        (layout if kind.reach is None else layout.with_reach(kind.reach), kinds[kind] / num_layers)
+        for kind, layout in seen.items()
+    ]
 
 
-def layer_kinds(attention: AttentionConfig, num_layers: int, length: int) -> list[tuple[bool, int]]:
-    """Of every layer whether it sees the tokens that are kept, sinks aside, and its window n.
+class Kind(NamedTuple):
+    """How a layer sees a layout."""
+
+    sees_kept: bool  # whether it sees the tokens that are kept, sinks aside
+    window: int  # n
+    reach: int | None  # how far back it sees, kept tokens included; None: without end
+
+
+def layer_kinds(attention: AttentionConfig, num_layers: int, length: int) -> list[Kind]:
+    """Every layer's kind.
 
     `layer_layouts` has a layout for each distinct one, in the order in which they come first.
     """
-    return list(zip(sees_kept(attention, num_layers), layer_windows(attention, num_layers, length), strict=True))
+    reaches = layer_reaches(attention, num_layers) or (None,) * num_layers
+    return list(map(Kind, sees_kept(attention, num_layers), layer_windows(attention, num_layers, length), reaches))
 
 
-type _Kinds = list[tuple[bool, int]]
-type _Seen = tuple[jax.Array, jax.Array]  # a layer's window n, and how many global keys at most it sees far away
+class _Seen(NamedTuple):
+    """What a layer's attention gets; for all layers stacked along L."""
+
+    window: jax.Array
+    most_far: jax.Array  # global keys that it sees far away, at most
+    reach: jax.Array | None  # None: no layer has an end of it
+    rope: jax.Array | None  # number of its rotation; None: all layers have the same
+
+
 type _Attend = Callable[[jax.Array, jax.Array, jax.Array, _Seen], jax.Array]
 
 
-def _layer_inputs(kinds: _Kinds, attention: AttentionConfig) -> _Seen:
-    """Of every layer its window, and the number of far keys: all for one that sees kept tokens, else the sinks."""
-    most = [jnp.iinfo(jnp.int32).max // 2 if sees else attention.num_sinks for sees, _ in kinds]
-    return jnp.asarray([n for _, n in kinds], jnp.int32), jnp.asarray(most, jnp.int32)
+def _layer_inputs(kinds: Sequence[Kind], attention: AttentionConfig, config: ModelConfig) -> _Seen:
+    """Of every layer what it sees: of far keys all if it sees kept tokens, else the sinks."""
+    most = [jnp.iinfo(jnp.int32).max // 2 if kind.sees_kept else attention.num_sinks for kind in kinds]
+    windows = jnp.asarray([kind.window for kind in kinds], jnp.int32)
+    reach = layer_numbers(layer_reaches(attention, len(kinds)))
+    return _Seen(windows, jnp.asarray(most, jnp.int32), reach, layer_numbers(layer_ropes(config)[1]))
 
 
-def _as_seen(layout: SeparatorLayout, kinds: _Kinds, seen: _Seen) -> SeparatorLayout:
+def _as_seen(layout: SeparatorLayout, kinds: Sequence[Kind], seen: _Seen) -> SeparatorLayout:
     """The layout as one layer of these kinds sees it; it was built for the first one's window."""
-    window, most_far = seen
-    if len({n for _, n in kinds}) > 1:
-        layout = layout.with_window(window)
-    return layout if all(sees for sees, _ in kinds) else layout.with_most_far(most_far)
+    if len({kind.window for kind in kinds}) > 1:
+        layout = layout.with_window(seen.window)
+    if not all(kind.sees_kept for kind in kinds):
+        layout = layout.with_most_far(seen.most_far)
+    return layout if seen.reach is None else layout.with_reach(seen.reach)
 
 
 def _whole_pattern(
-    is_separator: Array, segment_ids: Array | None, attention: AttentionConfig, kinds: _Kinds
+    is_separator: Array, segment_ids: Array | None, attention: AttentionConfig, kinds: Sequence[Kind]
 ) -> _Attend:
     """Attention of patterns that flags alone describe."""
     if attention.pattern == "dense" and ways("length") == 1:
         return _dense(segment_ids if attention.document_mask else None)
-    return _rows(batch_layout(is_separator, segment_ids, attention, kinds[0][1]), attention, kinds)
+    return _rows(batch_layout(is_separator, segment_ids, attention, kinds[0].window), attention, kinds)
 
 
 def _rows(
-    layout: SeparatorLayout, attention: AttentionConfig, kinds: _Kinds, far_scale: jax.Array | None = None
+    layout: SeparatorLayout, attention: AttentionConfig, kinds: Sequence[Kind], far_scale: jax.Array | None = None
 ) -> _Attend:
     """Attention of layers of these kinds, all of which see one layout."""
     if ways("length") > 1:
@@ -220,7 +246,9 @@ def _rows(
     return _packed(layout, attention, kinds, far_scale)
 
 
-def _packed(layout: SeparatorLayout, attention: AttentionConfig, kinds: _Kinds, far_scale: jax.Array | None) -> _Attend:
+def _packed(
+    layout: SeparatorLayout, attention: AttentionConfig, kinds: Sequence[Kind], far_scale: jax.Array | None
+) -> _Attend:
     def op(q: jax.Array, k: jax.Array, v: jax.Array, layout: SeparatorLayout, far_scale: jax.Array | None) -> Queries:
         return separator_attention(q, k, v, layout, far_scale=far_scale, implementation=attention.implementation)
 
@@ -238,13 +266,13 @@ _ROOM_FOR_GLOBAL_KEYS = 0.25
 
 
 def _over_context(
-    layout: SeparatorLayout, attention: AttentionConfig, kinds: _Kinds, far_scale: jax.Array | None
+    layout: SeparatorLayout, attention: AttentionConfig, kinds: Sequence[Kind], far_scale: jax.Array | None
 ) -> _Attend:
     """Attention over rows that the axis `context` splits; q, k and v arrive and leave in context order."""
     T, C = layout.length, ways("length")
     room = attention.capacity or round(T * _ROOM_FOR_GLOBAL_KEYS)
     capacity = min(max(-(-room // C), 1), T // C)
-    windows = [n for _, n in kinds]
+    windows = [kind.window for kind in kinds]
     sparse = [n for n in windows if n < T]
     plans = [ContextPlan(C, halo=max(sparse) - 1, capacity=capacity)] if sparse else []
     plans += [ContextPlan(C, halo=T, capacity=capacity, dense=True)] if len(sparse) < len(windows) else []
@@ -262,7 +290,8 @@ def _over_context(
         args = q, k, v, _as_seen(layout, kinds, seen), is_roomy, far_scale
         if len(plans) == 1:
             return run(plans[0], *args)
-        return jax.lax.cond(seen[0] >= T, functools.partial(run, plans[1]), functools.partial(run, plans[0]), *args)
+        sparse_plan, dense_plan = (functools.partial(run, plan) for plan in plans)
+        return jax.lax.cond(seen.window >= T, dense_plan, sparse_plan, *args)
 
     return attend
 
@@ -280,11 +309,11 @@ def _dense(segment_ids: SegmentIds | None) -> _Attend:
 
 def _with_rope(config: ModelConfig, positions: Positions, keep_keys: bool) -> Callable[[_Attend], Attend]:
     """What makes the attention that blocks call of one over rows."""
-    uses_rope = config.position_embedding == "rope"
-    table = rope_table(positions, config.rope, config.head_dim) if uses_rope else None
+    tables = rope_tables(positions, layer_ropes(config)[0], config.head_dim)
 
     def attend(attend_rows: _Attend, q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen) -> tuple[jax.Array, Any]:
-        if table is not None:
+        if tables is not None:
+            table = of_layer(tables, seen.rope)
             q, k = rotate(q, table), rotate(k, table)
         kept = tuple(_in_text_order(x) for x in (k, v)) if keep_keys else None
         k, v = (_for_each_device(x, q.shape[2]) for x in (k, v))

@@ -44,10 +44,24 @@ def _gelu(x: jax.Array) -> jax.Array:
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": _gelu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
-def make_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm | nnx.LayerNorm:
-    """RMSNorm or LayerNorm over the embedding; statistics in float32."""
-    kind = nnx.RMSNorm if config.norm == "rmsnorm" else nnx.LayerNorm
-    return kind(config.embed_dim, epsilon=config.norm_epsilon, dtype=jnp.dtype(config.dtype), rngs=rngs)
+class OffsetNorm(nnx.RMSNorm):
+    """An RMS norm that multiplies by 1 + its weights, which are stored as they are and begin at 0 (Gemma)."""
+
+    def __init__(self, num_features: int, **settings: Any):
+        super().__init__(num_features, scale_init=nnx.initializers.zeros, **settings)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis; all of it in float32."""
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        scale = 0.0 if self.scale is None else self.scale[...].astype(jnp.float32)
+        return (y * (1 + scale)).astype(self.dtype)
+
+
+def make_norm(config: ModelConfig, rngs: nnx.Rngs, size: int | None = None) -> nnx.RMSNorm | nnx.LayerNorm:
+    """The config's norm over so many features, by default those of the embedding; statistics in float32."""
+    kind = nnx.LayerNorm if config.norm == "layernorm" else OffsetNorm if config.norm_offset else nnx.RMSNorm
+    return kind(size or config.embed_dim, epsilon=config.norm_epsilon, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
 class Linear(nnx.LinearGeneral):
@@ -133,17 +147,27 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        bias = config.attention_bias
+        bias = config.attention_bias or config.qkv_bias
         self.query = _linear(config, D, (N, H), bias, _INIT_STD, rngs)
         self.key = _linear(config, D, (K, H), bias, _INIT_STD, rngs)
         self.value = _linear(config, D, (K, H), bias, _INIT_STD, rngs)
-        self.out = _linear(config, (N, H), D, bias, _residual_std(config), rngs)
+        self.out = _linear(config, (N, H), D, config.attention_bias, _residual_std(config), rngs)
+        sizes = {"none": (), "head": (H, H), "width": (N * H, K * H)}[config.qk_norm]
+        self.query_norm, self.key_norm = [make_norm(config, rngs, size) for size in sizes] or (None, None)
+        # Whoever attends multiplies scores by H ** -0.5; what another scale differs by is brought in beforehand.
+        self.query_scale = config.attention_scale * H**0.5 or 1.0
 
     def __call__(self, x: jax.Array, attend: Attend, layer_input: Any) -> tuple[jax.Array, Any]:
         """Maps x[B, T, D] to the attention's output [B, T, D] and what `attend` returned for this layer."""
         q, k, v = (constrain(y, "batch", "length", "heads", None) for y in self._projections(x))
-        out, layer_output = attend(q, k, v, layer_input)
+        out, layer_output = attend(*self.prepared(q, k), v, layer_input)
         return self._output(out), layer_output
+
+    def prepared(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys [B, T, heads, H] after their norms, the queries scaled for an attention of H ** -0.5."""
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = _normed_heads(self.query_norm, q), _normed_heads(self.key_norm, k)
+        return (q if self.query_scale == 1 else q * self.query_scale), k
 
     def _projections(self, x: jax.Array) -> list[jax.Array]:
         """Queries, keys and values [B, T, heads, H]."""
@@ -164,6 +188,13 @@ class Attention(nnx.Module):
         if self.value.bias is None or self.out.bias is None:
             return None
         return output_bias(self.value.bias[...], self.out.kernel[...].astype(self.out.dtype), self.out.bias[...])
+
+
+def _normed_heads(norm: nnx.RMSNorm | nnx.LayerNorm, x: jax.Array) -> jax.Array:
+    """x[B, T, heads, H] normalised over H, or over all heads where the norm has as many features."""
+    if norm.num_features == x.shape[-1]:
+        return _keep_inputs(norm)(x)
+    return _keep_inputs(norm)(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
 
 def output_bias(value: jax.Array, out_kernel: jax.Array, out: jax.Array) -> jax.Array:
@@ -205,26 +236,49 @@ class Block(nnx.Module):
     """One decoder layer.
 
     serial      x -> norm -> attention -> + -> norm -> MLP -> +          (Llama, GPT-2)
+    post        x -> attention -> norm -> + -> MLP -> norm -> +          (OLMo 2; with both, Gemma 3)
     parallel    x -> norm -> attention -> + <- MLP <- norm <- x          (GPT-NeoX; Falcon-7B shares the norm)
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = make_norm(config, rngs)
+        before, after = config.norm_position != "post", config.norm_position != "pre"
+        self.attention_norm = make_norm(config, rngs) if before else None
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = None if config.shared_norm else make_norm(config, rngs)
+        self.mlp_norm = make_norm(config, rngs) if before and not config.shared_norm else None
         self.mlp = MLP(config, rngs=rngs)
-        self.parallel = config.parallel_residual
+        self.attention_out_norm = make_norm(config, rngs) if after else None
+        self.mlp_out_norm = make_norm(config, rngs) if after else None
+        self.parallel, self.shares_norm = config.parallel_residual, config.shared_norm
+        self.residual_scale = config.residual_scale
 
     def __call__(self, x: jax.Array, attend: Attend, layer_input: Any) -> tuple[jax.Array, Any]:
         """Maps the residual stream x[B, T, D] to [B, T, D] and what `attend` returned for this layer."""
-        normed = _keep_inputs(self.attention_norm)(x)
-        attended, layer_output = self.attention(normed, attend, layer_input)
+        x, layer_output = self.run(x, lambda normed: self.attention(normed, attend, layer_input), self.mlp)
+        return constrain(x, "batch", "length", "hidden"), layer_output
+
+    def run(
+        self,
+        x: jax.Array,
+        attention: Callable[[jax.Array], tuple[jax.Array, Any]],
+        mlp: Callable[[jax.Array], jax.Array],
+    ) -> tuple[jax.Array, Any]:
+        """The layer's norms and sums around an attention and an MLP, which may be laid out in another way."""
+        normed = _normed(self.attention_norm, x)
+        attended, layer_output = attention(normed)
+        attended = self._added(self.attention_out_norm, attended)
         if not self.parallel:
             x = x + attended
-        out = self.mlp(normed if self.mlp_norm is None else _keep_inputs(self.mlp_norm)(x))
+        out = self._added(self.mlp_out_norm, mlp(normed if self.shares_norm else _normed(self.mlp_norm, x)))
         # Adding to `attended`, which nobody else needs, a matmul can do in place; x must live on.
-        x = x + (attended + out if self.parallel else out)
-        return constrain(x, "batch", "length", "hidden"), layer_output
+        return x + (attended + out if self.parallel else out), layer_output
+
+    def _added(self, norm: nnx.RMSNorm | nnx.LayerNorm | None, out: jax.Array) -> jax.Array:
+        out = _normed(norm, out)
+        return out if self.residual_scale == 1 else out * self.residual_scale
+
+
+def _normed(norm: nnx.RMSNorm | nnx.LayerNorm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else _keep_inputs(norm)(x)
 
 
 def _keep_inputs(f: Callable[..., jax.Array], scanned: bool = True) -> Callable[..., jax.Array]:

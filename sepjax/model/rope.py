@@ -1,13 +1,64 @@
 """Rotary position embedding (arXiv 2104.09864), half-split form, with the scalings of published models."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int32
 
 from sepjax.array_typing import Array
-from sepjax.config import RopeConfig
+from sepjax.config import ModelConfig, RopeConfig
+
+type Table = tuple[jax.Array, jax.Array]  # cosine and sine
+
+
+def layer_ropes(config: ModelConfig) -> tuple[tuple[RopeConfig | None, ...], tuple[int, ...]]:
+    """The distinct rotations of a model's layers (None: none), and of every layer the number of its own.
+
+    Where all layers have the same one, the second is empty; where positions are learned, both are.
+    """
+    if config.position_embedding != "rope":
+        return (), ()
+    sliding = config.sliding_rope if config.sliding_window and config.sliding_rope.base else config.rope
+    layers = [
+        None if i in config.no_rope_layers else config.rope if i in config.full_layers else sliding
+        for i in range(config.num_layers)
+    ]
+    distinct = [rope for i, rope in enumerate(layers) if rope not in layers[:i]]
+    if len(distinct) == 1:
+        return tuple(distinct), ()
+    return tuple(distinct), tuple(distinct.index(rope) for rope in layers)
+
+
+def layer_numbers(kinds: Sequence[int] | None) -> Int32[jax.Array, "L"] | None:
+    """A number of each layer, such as the second result of `layer_ropes`, as its attention gets it; None: none."""
+    return jnp.array(kinds, jnp.int32) if kinds else None
+
+
+def rope_tables(positions: Int32[Array, "*shape"], ropes: Sequence[RopeConfig | None], head_dim: int) -> Table | None:
+    """`rope_table` of the rotations of `layer_ropes`; several are stacked, for `of_layer`. None: there are none.
+
+    What is not rotated has angles of 0, which change no bit: a layer's number stays data.
+    """
+    if not ropes:
+        return None
+    if len(ropes) == 1 and ropes[0] is not None:
+        return rope_table(positions, ropes[0], head_dim)
+    turning = next(rope for rope in ropes if rope is not None)
+    zeros = jnp.zeros_like(jnp.asarray(positions))
+    tables = [
+        rope_table(zeros, RopeConfig(fraction=turning.fraction), head_dim)
+        if rope is None
+        else rope_table(positions, rope, head_dim)
+        for rope in ropes
+    ]
+    return jnp.stack([cos for cos, _ in tables]), jnp.stack([sin for _, sin in tables])
+
+
+def of_layer(table: Table, number: Int32[Array, ""] | None) -> Table:
+    """A layer's own of `rope_tables`; `number` is None where all layers are alike."""
+    return table if number is None else (table[0][number], table[1][number])
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]:

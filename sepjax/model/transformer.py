@@ -1,4 +1,4 @@
-"""One decoder-only Transformer. Its `ModelConfig` expresses Llama, GPT-NeoX, GPT-2 and Falcon.
+"""One decoder-only Transformer. Its `ModelConfig` expresses Llama, Qwen, Gemma, OLMo, GPT-NeoX and the like.
 
 Flax NNX modules behind a functional boundary: `split` a model once into a hashable graph definition and a plain nested
 dict of arrays, hand the dict through `jax.jit` and `jax.grad`, and `merge` inside.
@@ -75,6 +75,8 @@ class Transformer(nnx.Module):
     def embed(self, tokens: Tokens, positions: Positions) -> Float[jax.Array, "B T D"]:
         """What enters the first layer; arguments as in `__call__`."""
         x = self.embedding(tokens)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         # Behind the barrier the rows are written once, in 16 bits; without, every use of x would gather them again.
@@ -109,11 +111,19 @@ class Transformer(nnx.Module):
         """Scores of the next token, float32[..., V], from hidden states [..., D]."""
         dtype = jnp.dtype(self.config.dtype)
         kernel = self.output_embedding().astype(dtype)
-        return jnp.einsum("...d,vd->...v", hidden.astype(dtype), kernel, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...d,vd->...v", hidden.astype(dtype), kernel, preferred_element_type=jnp.float32)
+        return scaled_logits(logits, self.config)
 
     def output_embedding(self) -> Float[jax.Array, "V D"]:
         """A row for each token, whose product with a hidden state is its logit: the head's, or the tied embedding's."""
         return (self.head or self.embedding).embedding[...]
+
+
+def scaled_logits(logits: jax.Array, config: ModelConfig) -> jax.Array:
+    """Products of hidden states and output embeddings as the config has them: divided, capped, or as they are."""
+    if config.logit_divisor != 1:
+        logits = logits / config.logit_divisor
+    return config.final_softcap * jnp.tanh(logits / config.final_softcap) if config.final_softcap else logits
 
 
 def create(config: ModelConfig, attention: AttentionConfig | None, key: jax.Array) -> Transformer:

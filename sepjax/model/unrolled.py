@@ -122,7 +122,7 @@ class Layerwise:
     def __call__(
         self, tokens: Tokens, positions: Positions, attend: Attend, layer_inputs: Any
     ) -> tuple[Float[jax.Array, "B T D"], Any]:
-        """See `Transformer.__call__`; `layer_inputs` is an array, or a tuple whose items have an entry a layer."""
+        """See `Transformer.__call__`; `layer_inputs`: an array, or a tuple of items with an entry a layer, or None."""
         x, outputs = self.run_layers(self.embed(tokens, positions), attend, layer_inputs)
         return self.final_norm(x), outputs
 
@@ -154,16 +154,14 @@ class Layerwise:
         block: Block = merge(self._graph, _stand_in(layer))
         if _name(_QKV) not in layer["attention"]:
             return block(x, attend, layer_input)
-        normed = block.attention_norm(x)
-        q, k, v = self._heads(_product(normed, layer["attention"][_name(_QKV)]))
-        out, layer_output = attend(q, k, v, layer_input)
-        attended = block.attention.out(out)
-        if not block.parallel:
-            x = x + attended
-        normed = normed if block.mlp_norm is None else block.mlp_norm(x)
+
+        def attention(normed: jax.Array) -> tuple[jax.Array, Any]:
+            q, k, v = self._heads(_product(normed, layer["attention"][_name(_QKV)]))
+            out, layer_output = attend(*block.attention.prepared(q, k), v, layer_input)
+            return block.attention.out(out), layer_output
+
         into = layer["mlp"][_name(_INTO if self.config.gated_mlp else _INTO[1:])]
-        added = block.mlp.down(self._activated(_product(normed, into)))
-        return x + (attended + added if block.parallel else added), layer_output
+        return block.run(x, attention, lambda normed: block.mlp.down(self._activated(_product(normed, into))))
 
     def _heads(self, qkv: jax.Array) -> list[jax.Array]:
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
@@ -184,9 +182,11 @@ def _product(x: jax.Array, matrix: Params) -> jax.Array:
 
 
 def _of_layer(layer_inputs: Any, i: int) -> Any:
-    """Layer i's: of every item of a tuple, or of an array."""
+    """Layer i's: of every item of a tuple, or of an array. What is None stays None."""
     if isinstance(layer_inputs, tuple):
-        return tuple(x[i] for x in layer_inputs)
+        items = tuple(None if x is None else x[i] for x in layer_inputs)
+        make = getattr(layer_inputs, "_make", tuple)  # a tuple with names keeps them
+        return make(items)
     return None if layer_inputs is None else layer_inputs[i]
 
 

@@ -54,6 +54,12 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "attention_norm/bias": (None,),
     "mlp_norm/scale": (None,),
     "mlp_norm/bias": (None,),
+    "attention_out_norm/scale": (None,),
+    "attention_out_norm/bias": (None,),
+    "mlp_out_norm/scale": (None,),
+    "mlp_out_norm/bias": (None,),
+    "query_norm/scale": (None,),
+    "key_norm/scale": (None,),
     "final_norm/scale": (None,),
     "final_norm/bias": (None,),
     "norm/scale": (None,),  # the gate's

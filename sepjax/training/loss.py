@@ -27,6 +27,7 @@ def cross_entropy_sums(
     targets: Int32[Array, "B T"],
     loss_mask: Bool[Array, "B T"],
     z_loss: float = 0.0,
+    softcap: float = 0.0,
 ) -> tuple[Float[jax.Array, ""], Float[jax.Array, ""]]:
     """Sums, not means, so that micro-batches and devices with different token counts add up exactly.
 
@@ -36,13 +37,14 @@ def cross_entropy_sums(
       targets: the next token of every position.
       loss_mask: which positions count.
       z_loss: weight of log(Z)^2 (arXiv 2204.02311), which keeps the softmax's normaliser near 1.
+      softcap: what logits are capped at (`ModelConfig.final_softcap`); 0: they are not.
 
     Returns:
       float32 (objective, negative log-likelihood in nats), both summed over `loss_mask`. Differentiate the first; the
       second is a report, with no gradient.
     """
     chunks = _number_of_chunks(hidden.shape[0], hidden.shape[1], head.shape[0])
-    objective, nll = _chunked(hidden, head, targets, loss_mask, z_loss, chunks)
+    objective, nll = _chunked(hidden, head, targets, loss_mask, z_loss, softcap, chunks)
     return objective, jax.lax.stop_gradient(nll)
 
 
@@ -55,21 +57,23 @@ def _number_of_chunks(B: int, T: int, V: int) -> int:
     return next(chunks for chunks in range(min(least, T), T + 1) if T % chunks == 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked(hidden, head, targets, loss_mask, z_loss, chunks):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _chunked(hidden, head, targets, loss_mask, z_loss, softcap, chunks):
     head = head.astype(hidden.dtype)
 
     def body(sums, chunk):
-        _, log_z, target_logit = _softmax(_logits(chunk[0], head), chunk[1])
+        _, log_z, target_logit = _softmax(_capped(_logits(chunk[0], head), softcap), chunk[1])
         return _add(sums, log_z, target_logit, chunk[2], z_loss), None
 
     return jax.lax.scan(body, _zeros(), _split(chunks, hidden, targets, loss_mask))[0]
 
 
-def _forward(hidden, head, targets, loss_mask, z_loss, chunks):
+def _forward(hidden, head, targets, loss_mask, z_loss, softcap, chunks):
     """Takes the gradients along with the loss, while a chunk's logits are at hand: nothing is computed twice."""
     head_dtype, head = head.dtype, head.astype(hidden.dtype)
-    gradients = _gradients_in_one_read if _reads_once(hidden.dtype) else _gradients
+    gradients = functools.partial(_gradients, softcap=softcap)
+    if _reads_once(hidden.dtype) and not softcap:
+        gradients = _gradients_in_one_read
 
     def body(carry, chunk):
         sums, head_gradient = carry
@@ -86,15 +90,18 @@ def _forward(hidden, head, targets, loss_mask, z_loss, chunks):
     return sums, (_join(h_gradient), head_gradient.astype(head_dtype))
 
 
-def _gradients(h, head, target, mask, z_loss):
+def _gradients(h, head, target, mask, z_loss, softcap=0.0):
     """Loss and gradient of a chunk's logits [B, t, V], as (log-normaliser, target's logit, gradient, factor on it).
 
     The factor, float32 [B, t, 1], is a token's: whoever multiplies by the gradient brings it in. None: it is 1.
     """
-    p, log_z, target_logit = _softmax(_logits(h, head), target)
+    logits = _capped(_logits(h, head), softcap)
+    p, log_z, target_logit = _softmax(logits, target)
     scale = jnp.where(mask, 1 + 2 * z_loss * log_z, 0.0)[..., None]
-    gradient = (p * scale - jax.nn.one_hot(target, p.shape[-1]) * mask[..., None]).astype(h.dtype)
-    return log_z, target_logit, gradient, None
+    gradient = p * scale - jax.nn.one_hot(target, p.shape[-1]) * mask[..., None]
+    if softcap:
+        gradient *= 1 - (logits / softcap) ** 2
+    return log_z, target_logit, gradient.astype(h.dtype), None
 
 
 def _gradients_in_one_read(h, head, target, mask, z_loss):
@@ -130,7 +137,7 @@ def _reads_once(dtype: jnp.dtype) -> bool:
     return target().platform == "gpu" and ways("vocab") == 1 and dtype != jnp.float16
 
 
-def _backward(z_loss, chunks, gradients, cotangents):
+def _backward(z_loss, softcap, chunks, gradients, cotangents):
     objective, _ = cotangents
     hidden_gradient, head_gradient = (g * objective.astype(g.dtype) for g in gradients)
     return hidden_gradient, head_gradient, None, None
@@ -141,6 +148,10 @@ _chunked.defvjp(_forward, _backward)
 
 def _logits(h: jax.Array, head: jax.Array) -> jax.Array:
     return jnp.einsum("btd,vd->btv", h, head, preferred_element_type=jnp.float32)
+
+
+def _capped(logits: jax.Array, softcap: float) -> jax.Array:
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
 def _entry(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -149,7 +149,7 @@ def attention_statistics(config: Config, batch: Batch) -> Metrics:
     batch: with a gated pattern, `is_separator` must be what the gate chose.
     """
     attention = with_own_window(config.attention, config.model)
-    is_separator = batch.is_separator & (attention is config.attention)  # a window of the model's own has none
+    is_separator = batch.is_separator & (attention.pattern == config.attention.pattern)  # a model's own window has none
     layers = layer_layouts(is_separator, batch.segment_ids, attention, config.model.num_layers)
     is_token = batch.segment_ids != 0
     return {
@@ -177,7 +177,10 @@ def _loss(
     inputs = batch.tokens, batch.positions, batch.is_separator, batch.segment_ids
     rows = run_rows(model, *inputs, config.attention, context_order=True, gate_noise=gate_noise)
     targets, loss_mask = in_context_order(batch.targets), in_context_order(batch.loss_mask)
-    sums = cross_entropy_sums(rows.hidden, model.output_embedding(), targets, loss_mask, config.optimizer.z_loss)
+    hidden, head = rows.hidden, model.output_embedding()
+    if config.model.logit_divisor != 1:
+        hidden = hidden / config.model.logit_divisor
+    sums = cross_entropy_sums(hidden, head, targets, loss_mask, config.optimizer.z_loss, config.model.final_softcap)
     return sums[0], (*sums, rows.is_separator)
 
 

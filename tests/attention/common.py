@@ -127,19 +127,21 @@ def check_scaled(op, inputs, layout, plain=None):
 
 @st.composite
 def layouts(draw, shape):
-    """Separators, documents and padding anywhere, seen or hidden; every n and a that differ, and some beyond T."""
+    """Separators, documents and padding anywhere, seen or hidden; every n, a and reach that differ, some beyond T."""
     B, T = shape[:2]
     cuts = np.zeros((B, T), np.int32)
     for b, i in draw(st.lists(st.tuples(st.integers(0, B - 1), st.integers(0, T - 1)), max_size=6)):
         cuts[b, i] = 1
     ids = draw(st.permutations([0, 1, 2, 3])) if draw(st.booleans()) else [1] * 4  # one of four is padding
+    n, reach = draw(st.integers(1, T + 2)), draw(st.integers(1, T + 2))
     layout = build_layout(
         draw(hnp.arrays(bool, (B, T))),
-        window_size=draw(st.integers(1, T + 2)),
+        window_size=n,
         num_sinks=draw(st.integers(0, 5) | st.just(T)),
         segment_ids=np.asarray(ids, np.int32)[np.cumsum(cuts, axis=1) % 4],
     )
-    return layout.with_most_far(draw(st.sampled_from([T, T // 4])))
+    layout = layout.with_most_far(draw(st.sampled_from([T, T // 4])))
+    return layout.with_reach(max(n, reach)) if draw(st.booleans()) else layout
 
 
 @st.composite

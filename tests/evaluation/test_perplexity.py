@@ -90,6 +90,14 @@ def test_kv_kept_is_counted_from_the_last_rows(scores):
     assert scores["sink_window"].kv_kept < scores["separator"].kv_kept
 
 
+def test_what_is_dense_to_a_model_with_a_window_keeps_that_window_where_it_slides(model):
+    config = dataclasses.replace(model.config, num_layers=2, sliding_window=5, full_layers=(1,))
+    mixed = create(config, ATTENTION, jax.random.key(0))
+    (score,) = score_patterns(mixed, Bytes(), TEXTS, PATTERNS[1:2], length=LENGTH)
+    lengths = np.array([len(window) - 1 for window in windows()])
+    assert score.kv_kept == pytest.approx(np.mean((np.minimum(5 / lengths, 1) + 1) / 2), rel=1e-5)
+
+
 def test_a_window_over_everything_is_dense(model, scores):
     wide = dataclasses.replace(ATTENTION, window_size=LENGTH)
     (score,) = score_patterns(model, Bytes(), TEXTS, [wide], length=LENGTH)

@@ -48,7 +48,23 @@ KEYS = {  # what a key may become, besides ODD; those of one family are given to
     "tie_word_embeddings": [True, False],
     "sliding_window": [1, 2, 8, 23, 24, 64, None],
     "use_sliding_window": [True, False],
-    "layer_types": [["full_attention"] * 2, ["sliding_attention"] * 2],
+    "max_window_layers": [0, 1, 2],
+    "sliding_window_pattern": [1, 2, 3],
+    "layer_types": [["full_attention"] * 2, ["sliding_attention"] * 2, ["sliding_attention", "full_attention"]],
+    "no_rope_layers": [[0, 1], [1, 1], [1, 0], [0, 0], [1]],
+    "no_rope_layer_interval": [1, 2, 3],
+    "query_pre_attn_scalar": [16, 24, 100],
+    "final_logit_softcapping": [None, 5.0, 30],
+    "attn_logit_softcapping": [None, 5.0],
+    "use_bidirectional_attention": [False, True],
+    "rope_local_base_freq": [1e4, 500.0, 1e6],
+    "embedding_multiplier": [1.0, 2, 12.0],
+    "residual_multiplier": [1.0, 0.22],
+    "logits_scaling": [1.0, 0.5, 8],
+    "use_qkv_bias": [True, False],
+    "qk_layernorm": [False, True],
+    "pad_token_id": [0, None],
+    "hidden_activation": ["silu", "gelu_pytorch_tanh", "gelu"],
     "hidden_act": ["silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "quick_gelu"],
     "activation": ["gelu", "gelu_new", "relu", "silu"],
     "activation_function": ["gelu", "gelu_new", "gelu_fast", "relu", "silu"],
@@ -110,6 +126,7 @@ SECTION = {
     "short_factor": [[1.0] * 4],
     "mrope_section": [[1, 1, 2]],
 }
+KINDS = "full_attention", "sliding_attention"
 NEEDS = {  # so that half of the sections are whole
     "default": (),
     "linear": ("factor",),
@@ -143,7 +160,10 @@ def hub_config(rng):
             config[name] = draw(rng, KEYS[name])
     for name in ("rope_parameters", "rope_scaling"):
         if kind != "gpt2" and rng.random() < 0.35:
-            config[name] = section(rng) if rng.random() < 0.95 else draw(rng, ODD)
+            kinds = [kind for kind in KINDS if rng.random() < 0.8]
+            nested = config["model_type"] in tiny.WITH_KINDS and name == "rope_parameters" and rng.random() < 0.9
+            found = {kind: section(rng) for kind in kinds} if nested else section(rng)
+            config[name] = found if rng.random() < 0.95 else draw(rng, ODD)
             if name == "rope_scaling" and rng.random() < 0.8:
                 config.pop("rope_parameters", None)  # else they contradict each other
     if rng.random() < 0.1 and isinstance(config.get("rope_scaling"), dict):
@@ -187,61 +207,94 @@ GGUF_KEYS = {  # without effect on a Llama, or with one that must be refused
 }
 
 
+GGUF_OTHERS = {  # architecture -> name in golden.json, keys of config.json, metadata that say the same
+    "qwen2": ("qwen2", {}, {}),
+    "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}, {"attention.key_length": 16}),
+    "olmo2": ("olmo2", {}, {}),
+    "granite": (
+        "granite",
+        {key: GOLDEN["granite"]["config"][key] for key in ("embedding_multiplier", "residual_multiplier")}
+        | {"attention_multiplier": 0.5, "logits_scaling": 0.7},
+        {"embedding_scale": 3.0, "residual_scale": 0.4, "attention.scale": 0.5, "logit_scale": 0.7},
+    ),
+    "gemma3": (
+        "gemma3",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "final_logit_softcapping": 20.0}
+        | {"layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True},
+        {"attention.key_length": 16, "attention.sliding_window": 8, "attention.sliding_window_pattern": 2}
+        | {"final_logit_softcapping": 20.0},
+    ),
+}
+
+
 def gguf_metadata(rng):
-    """A config.json and the metadata that mean the same, with more keys that must not matter or be refused."""
-    config = {k: v for k, v in GOLDEN["llama"]["config"].items() if k != "rope_parameters"}
+    """The architecture, a config.json and the metadata that mean the same, with more that must not matter."""
+    name = rng.choice(["llama", "llama", *GGUF_OTHERS])
     theta, factor = rng.choice([1e4, 500.0, 1e6]), rng.choice([1.0, 2.0, 4.0])
     keys = {
-        "llama.context_length": 128, "llama.embedding_length": 32, "llama.block_count": 2,
-        "llama.feed_forward_length": 48, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.dimension_count": 8, "llama.rope.freq_base": theta,
+        "context_length": 128, "embedding_length": 32, "block_count": 2, "feed_forward_length": 48,
+        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": theta,
     }  # fmt: skip
     kind = rng.choice([None, None, "none", "linear", "yarn"])
     scaling = {"rope_type": "linear", "factor": factor}
     if kind is not None:
-        keys["llama.rope.scaling.type"] = kind
+        keys["rope.scaling.type"] = kind
     if kind == "yarn":
         context = rng.choice([16, 32, 128])
         scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": context}
         if context != 128:
-            keys["llama.rope.scaling.original_context_length"] = context
+            keys["rope.scaling.original_context_length"] = context
         if rng.random() < 0.3:
-            own = keys["llama.rope.scaling.attn_factor"] = rng.choice([1.0, 0.5, 1.5])
+            own = keys["rope.scaling.attn_factor"] = rng.choice([1.0, 0.5, 1.5])
             scaling["attention_factor"] = own * (0.1 * float(np.log(factor)) + 1)
     if kind == "none":
         scaling = None
     else:
-        keys[rng.choice(["llama.rope.scaling.factor", "llama.rope.scale_linear"])] = factor
-    for name in rng.sample([*GGUF_KEYS], rng.choice([0, 0, 1, 2])):
-        keys[name] = rng.choice(GGUF_KEYS[name])
-    return config | {"rope_theta": theta, "rope_scaling": scaling}, keys
+        keys[rng.choice(["rope.scaling.factor", "rope.scale_linear"])] = factor
+    golden, settings, more = GGUF_OTHERS.get(name, ("llama", {}, {}))
+    keys |= more
+    config = {**tiny.LLAMA, "model_type": GOLDEN[golden]["config"]["model_type"], "rms_norm_eps": 1e-5, **settings}
+    keys = {f"{name}.{key}": value for key, value in keys.items()}
+    for other in rng.sample([*GGUF_KEYS], rng.choice([0, 0, 1, 2])):
+        if name == "llama" or not other.startswith("llama."):
+            keys[other] = rng.choice(GGUF_KEYS[other])
+    return name, golden, config | {"rope_theta": theta, "rope_scaling": scaling}, keys
 
 
-def write_gguf(path, keys, tensors):
-    writer = gguf.GGUFWriter(path, "llama")
+GGUF_NAMES = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+    "post_attention_layernorm": "ffn_norm", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+}  # fmt: skip
+GGUF_NORMS = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+GGUF_NORMS |= {"pre_feedforward_layernorm": "ffn_norm"}
+
+
+def write_gguf(path, architecture, keys, tensors):
+    writer = gguf.GGUFWriter(path, architecture)
     writer.data_alignment = alignment if (alignment := keys.get("general.alignment")) in (32, 64) else 32
     for name, value in keys.items():
         adds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         adds.get(type(value), writer.add_array)(name, value)
+    rows = len(tensors["model.embed_tokens.weight"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*map(chr, range(0x4E00, 0x4E3F)), "\u4e00\u4e01"])
-    writer.add_token_types([1] * 64)
+    writer.add_token_list([*map(chr, range(0x4E00, 0x4DFF + rows)), "\u4e00\u4e01"])
+    writer.add_token_types([1] * rows)
     writer.add_token_merges(["\u4e00 \u4e01"])
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    for i, (theirs, ours) in itertools.product(
-        range(2),
-        {
-            "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-            "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
-            "post_attention_layernorm": "ffn_norm", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-        }.items(),
-    ):  # fmt: skip
+    of_layer = GGUF_NAMES | (GGUF_NORMS if architecture in ("olmo2", "gemma3") else {})
+    for i, (theirs, ours) in itertools.product(range(2), of_layer.items()):
         names[f"model.layers.{i}.{theirs}"] = f"blk.{i}.{ours}"
     for name, x in tensors.items():
-        if "q_proj" in name or "k_proj" in name:  # pairs of rows side by side
+        if architecture in ("llama", "granite") and ("q_proj" in name or "k_proj" in name):  # pairs side by side
             x = x.reshape(-1, 2, 4, 32).swapaxes(1, 2).reshape(-1, 32)
-        writer.add_tensor(names[name.removesuffix(".weight")] + ".weight", np.ascontiguousarray(x))
+        if architecture == "gemma3" and "norm" in name:
+            x = x + np.float32(1)
+        stem, _, kind = name.rpartition(".")
+        writer.add_tensor(f"{names[stem]}.{kind}", np.ascontiguousarray(x))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -283,9 +336,11 @@ def example(rng, folder, tokenizer_text):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     if rng.random() < 0.25:
-        config, keys = gguf_metadata(rng)
-        tensors = {name: tiny.weight(name, tuple(shape)) for name, shape in GOLDEN["llama"]["shapes"].items()}
-        write_gguf(folder / "m.gguf", keys, tensors)
+        architecture, golden, config, keys = gguf_metadata(rng)
+        tensors = {name: tiny.weight(name, tuple(shape)) for name, shape in GOLDEN[golden]["shapes"].items()}
+        config["vocab_size"] = len(tensors["model.embed_tokens.weight"])
+        config["pad_token_id"] = 0
+        write_gguf(folder / "m.gguf", architecture, keys, tensors)
         path, about = folder / "m.gguf", json.dumps(keys)
     else:
         config, tensors = hub_config(rng)

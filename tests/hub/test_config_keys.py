@@ -18,6 +18,7 @@ ROPES = tiny.golden_ropes()
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {**tiny.ROPE3, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
+SLIDES = ["sliding_attention", "full_attention"]
 GPT2 = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
@@ -28,15 +29,17 @@ def read(values):
 
 @pytest.mark.parametrize("name", ROPES)
 def test_rotary_embeddings_are_those_of_transformers(name):
-    values, frequencies, factor = ROPES[name]
+    values, kinds = ROPES[name]
     config = read(values)
-    found, scale = rope_frequencies(config.rope, config.head_dim)
-    np.testing.assert_allclose(found, frequencies, rtol=2e-6)  # a few roundings of float32
-    assert scale == pytest.approx(float(factor), rel=1e-12)
+    sliding = config.sliding_rope if config.sliding_rope.base else config.rope
+    for rope, (frequencies, factor) in zip((config.rope, sliding), kinds, strict=False):
+        found, scale = rope_frequencies(rope, config.head_dim)
+        np.testing.assert_allclose(found, frequencies, rtol=2e-6)  # a few roundings of float32
+        assert scale == pytest.approx(float(factor), rel=1e-12)
     # Written and read again it is the same.
     family, keys = family_for(config)
     again = read({"model_type": family.model_types[0], **keys})
-    assert (again.rope, again.sliding_window) == (config.rope, config.sliding_window)
+    assert again == config
 
 
 @pytest.mark.parametrize(
@@ -120,6 +123,35 @@ def test_rotary_embeddings_are_those_of_transformers(name):
         ("mistral", {"attention_bias": True}, "attention_bias=True: a Mistral has no biases"),
         ("mistral", {"sliding_window": 0}, "sliding_window=0: expected a whole number"),
         ("mistral", {"sliding_window": 9, "use_sliding_window": False}, "use_sliding_window=False: contradicts"),
+        ("ministral", {"sliding_window": None, "layer_types": SLIDES}, "layer_types=.*no sliding window in use"),
+        ("ministral", {"layer_types": ["full_attention"]}, "layer_types=.*: 1 kinds for num_hidden_layers=2"),
+        ("qwen2", {"layer_types": SLIDES}, "layer_types=.*no sliding window in use"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": "x"}, "max_window_layers='x': expected a whole"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types=.*other kinds than full_attention and slid"),
+        ("smollm3", {"no_rope_layers": [1]}, r"no_rope_layers=\[1\]: expected a list of 2"),
+        ("smollm3", {"no_rope_layers": [0, 0]}, "one at least must know positions"),
+        ("olmo2", {"layer_types": SLIDES}, "layer_types=.*other kinds than full_attention are"),
+        ("olmo3", {"rope_theta": 1e4}, "rope_theta=10000.0: without rope_parameters.sliding_attention"),
+        ("olmo3", {"rope_parameters": YARN}, "rope_parameters.rope_type='yarn': expected an object for each"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0: a soft cap of attention"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 8}}, "rope_scaling=.*call it rope_type"),
+        (
+            "gemma3_text",
+            {"rope_scaling": LINEAR, "rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope_scaling=.*contradicts rope_parameters.full_attention",
+        ),
+        (
+            "gemma3_text",
+            {"rope_local_base_freq": 7.0, "rope_parameters": {"sliding_attention": {"rope_theta": 8.0}}},
+            "rope_local_base_freq=7.0: contradicts rope_parameters.sliding_attention.rope_theta=8.0",
+        ),
+        ("granite", {"logits_scaling": 0}, "logits_scaling=0: expected a number above 0"),
+        ("phi3", {"rope_scaling": {**YARN}}, "rope_scaling=.*a Phi-3 has no rotation of the type 'yarn'"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "type='longrope': rope type"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True: layer norms of each head's own"),
+        ("gemma2", {}, "model_type='gemma2': supported architectures are .*did you mean 'gemma3_text'"),
+        ("qwen3_moe", {}, "model_type='qwen3_moe': supported architectures are .*did you mean 'qwen3'"),
         ("llama", {"num_key_value_heads": 3}, "num_heads=4 is not a multiple of model.num_kv_heads=3"),
         ("llama", {"num_attention_heads": 5}, "hidden_size=32: not a multiple of num_attention_heads=5"),
         ("llama", {"num_attention_heads": 0}, "num_attention_heads=0: expected a whole number"),

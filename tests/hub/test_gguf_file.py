@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 
 import sepjax
 from sepjax.config import AttentionConfig, ModelConfig, RopeConfig
@@ -15,6 +16,7 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
+from sepjax.hub.export import save_folder
 from sepjax.hub.gguf_file import GGUFError, gguf_shape, load_gguf
 from sepjax.model.attend import forward
 from sepjax.model.rope import rope_frequencies
@@ -57,11 +59,12 @@ def write(
     bos=1,
     chat=False,
     eot=0,
+    pieces=None,
     **keys,
 ):
     """Writes a random model with more metadata (a dot in a key is "__"); returns its parameters as ours."""
     graph, params = split(create(config, None, jax.random.key(5)))
-    params = jax.tree.map(lambda x: np.asarray(8 * x if x.ndim > 2 else x), params)
+    params = jax.tree_util.tree_map_with_path(_scaled, params)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_positions)
@@ -72,10 +75,13 @@ def write(
     writer.add_rope_freq_base(config.rope.base)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.norm_epsilon)
-    writer.add_tokenizer_model("gpt2")
+    tokens, scores, types = pieces or (TOKENS, None, [*kinds, *[1] * (len(TOKENS) - len(kinds))])
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([*kinds, *[1] * (len(TOKENS) - len(kinds))])
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if scores:
+        writer.add_token_scores(scores)
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(bos)
     for name, value in keys.items():
@@ -86,7 +92,7 @@ def write(
     if chat or eot:
         writer.add_eot_token_id(eot)
         writer.add_chat_template("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
-    for name, data in tensors(params, config):
+    for name, data in tensors(params, config, architecture):
         if name not in leave_out:
             kind = gguf.GGMLQuantizationType.Q8_0
             data = np.ascontiguousarray(data)
@@ -105,22 +111,40 @@ def write(
     return graph, params
 
 
-def tensors(params, config):
-    layers, D = params["layers"], config.embed_dim
+def _scaled(path, x):
+    """Matrices whose attention matters, and norms that are not all alike (of few bits: 1 may be added)."""
+    if "norm" in str(path):
+        return np.asarray(x + np.random.default_rng(x.size).integers(-64, 64, x.shape) / 256, np.float32)
+    return np.asarray(8 * x if x.ndim > 2 else x)
+
+
+NAMES = {  # of a layer's parameters in GGUF
+    "attention/query/kernel": "attn_q.weight", "attention/key/kernel": "attn_k.weight",
+    "attention/value/kernel": "attn_v.weight", "attention/out/kernel": "attn_output.weight",
+    "attention/query/bias": "attn_q.bias", "attention/key/bias": "attn_k.bias", "attention/value/bias": "attn_v.bias",
+    "attention/query_norm/scale": "attn_q_norm.weight", "attention/key_norm/scale": "attn_k_norm.weight",
+    "attention_norm/scale": "attn_norm.weight", "attention_out_norm/scale": "post_attention_norm.weight",
+    "mlp_norm/scale": "ffn_norm.weight", "mlp_out_norm/scale": "post_ffw_norm.weight",
+    "mlp/gate/kernel": "ffn_gate.weight", "mlp/up/kernel": "ffn_up.weight", "mlp/down/kernel": "ffn_down.weight",
+}  # fmt: skip
+
+
+def tensors(params, config, architecture="llama"):
+    one = np.float32(architecture == "gemma3")
     yield "token_embd.weight", params["embedding"]["embedding"]
-    yield "output_norm.weight", params["final_norm"]["scale"]
+    yield "output_norm.weight", params["final_norm"]["scale"] + one
     if not config.tie_embeddings:
         yield "output.weight", params["head"]["embedding"]
-    for i in range(config.num_layers):
-        attention, mlp = (jax.tree.map(lambda x, i=i: x[i], layers[name]) for name in ("attention", "mlp"))
-        yield f"blk.{i}.attn_norm.weight", layers["attention_norm"]["scale"][i]
-        yield f"blk.{i}.ffn_norm.weight", layers["mlp_norm"]["scale"][i]
-        yield f"blk.{i}.attn_q.weight", interleave(attention["query"]["kernel"], config)
-        yield f"blk.{i}.attn_k.weight", interleave(attention["key"]["kernel"], config)
-        yield f"blk.{i}.attn_v.weight", attention["value"]["kernel"].reshape(D, -1).T
-        yield f"blk.{i}.attn_output.weight", attention["out"]["kernel"].reshape(-1, D).T
-        for theirs, ours in (("gate", "gate"), ("up", "up"), ("down", "down")):
-            yield f"blk.{i}.ffn_{theirs}.weight", mlp[ours]["kernel"].T
+    for path, stacked in jax.tree_util.tree_leaves_with_path(params["layers"]):
+        name = "/".join(key.key for key in path)
+        for i, x in enumerate(stacked):
+            if architecture in ("llama", "granite") and name in ("attention/query/kernel", "attention/key/kernel"):
+                x = interleave(x, config)
+            elif name.endswith("kernel"):
+                x = x.reshape(-1, x.shape[-1]).T if "out" in name else x.reshape(x.shape[0], -1).T
+            elif name.endswith("bias"):
+                x = x.reshape(-1)
+            yield f"blk.{i}.{NAMES[name]}", x + one if "norm" in name else x
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -131,6 +155,79 @@ def test_a_model_written_and_read_is_the_same(tmp_path, tied):
     assert model.config == config
     assert model.attention == AttentionConfig(num_sinks=4, window_size=256, max_separators=64, cache_size=800)
     jax.tree.map(np.testing.assert_array_equal, split(model)[1], params)
+
+
+OTHERS = {  # architecture -> what it has, and the metadata that say so
+    "qwen2": ({"qkv_bias": True}, {}),
+    "qwen3": ({"qk_norm": "head", "head_dim": 16}, {"qwen3__attention__key_length": 16}),
+    "olmo2": ({"qk_norm": "width", "norm_position": "post"}, {}),
+    "granite": (
+        {"embedding_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.015625, "logit_divisor": 8.0},
+        {
+            "granite__embedding_scale": 12.0,
+            "granite__residual_scale": 0.22,
+            "granite__attention__scale": 0.015625,
+            "granite__logit_scale": 8.0,
+        },
+    ),
+    "gemma3": (
+        {
+            "norm_offset": True,
+            "norm_position": "both",
+            "qk_norm": "head",
+            "activation": "gelu_tanh",
+            "embedding_scale": 32**0.5,
+            "final_softcap": 30.0,
+            "sliding_window": 512,
+            "full_layers": (1,),
+            "sliding_rope": RopeConfig(),
+        },
+        {
+            "gemma3__attention__sliding_window": 512,
+            "gemma3__attention__sliding_window_pattern": 2,
+            "gemma3__final_logit_softcapping": 30.0,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_other_architectures_written_and_read_are_the_same(tmp_path, architecture):
+    settings, keys = OTHERS[architecture]
+    config = dataclasses.replace(CONFIG, **settings)
+    _, params = write(tmp_path / "m.gguf", config, architecture=architecture, pre="qwen2", **keys)
+    model, tokenizer = sepjax.load(tmp_path / "m.gguf")
+    assert model.config == config
+    assert tokenizer.vocab_size == len(TOKENS)
+    jax.tree.map(np.testing.assert_array_equal, split(model)[1], params)
+    save_folder(model, tokenizer, tmp_path / "out")  # it is a family's
+    jax.tree.map(np.testing.assert_array_equal, split(sepjax.load(tmp_path / "out")[0])[1], params)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_sentencepiece_splits_as_its_own_library_does(tmp_path, prefix):
+    text = tmp_path / "text.txt"
+    words = ["the theme", "then, there", "other  mother", "12 thin things", "in an inn", "anthem"]
+    text.write_text("\n".join(words * 20))
+    settings = {"model_type": "bpe", "vocab_size": 300, "byte_fallback": True, "add_dummy_prefix": prefix}
+    settings |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "p"), minloglevel=2, hard_vocab_limit=False, **settings
+    )
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "p.model"))
+    ids = range(theirs.vocab_size())
+    kinds = [2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1 for i in ids]
+    pieces = [theirs.id_to_piece(i) for i in ids], [theirs.get_score(i) for i in ids], kinds
+    write(
+        tmp_path / "m.gguf",
+        dataclasses.replace(CONFIG, vocab_size=len(ids)),
+        pieces=pieces,
+        tokenizer__ggml__add_space_prefix=prefix,
+    )
+    _, tokenizer = gguf_shape(tmp_path / "m.gguf", dtype="float32")
+    for written in ("the other theme", " an inn,  then\n12 mothers", "é in \U0001f600", "a"):
+        assert tokenizer.encode(written) == theirs.encode(written)
+        assert tokenizer.decode(theirs.encode(written)) == written
 
 
 def test_interleaved_pairs_are_what_the_rotation_of_llama_cpp_turns(tmp_path):
@@ -238,6 +335,11 @@ def test_a_read_model_generates(tmp_path):
         ({"llama__attention__scale": 0.25}, "llama.attention.scale=0.25: not supported"),
         ({"llama__attention__causal": False}, "llama.attention.causal=False: not supported; only True is"),
         ({"llama__attention__sliding_window": 64}, "llama.attention.sliding_window=64: not supported"),
+        (
+            {"architecture": "granite", "granite__rope__scaling__finetuned": False},
+            "granite.rope.scaling.finetuned=False: a Granite without rotation",
+        ),
+        ({"architecture": "qwen2", "qwen2__attention__scale": 0.3}, "qwen2.attention.scale=0.3.*: not supported"),
         ({"llama__expert_count": 8}, "llama.expert_count=8: not supported"),
         ({"llama__final_logit_softcapping": 30.0}, "llama.final_logit_softcapping=30.0: not supported"),
         ({"llama__something_new": "x"}, "llama.something_new='x': not a key that is known"),

@@ -63,10 +63,10 @@ def test_logits_dense_and_masked_are_those_of_transformers(models, name):
 
 
 # What decoding adds to the logits above: positions that are turned or learned, key heads that are shared or not.
-RARE = [pytest.param(name, marks=pytest.mark.soak) for name in ("mistral", "pythia", "falcon-40b")]
+RARE = [pytest.param(name, marks=pytest.mark.soak) for name in ("mistral", "pythia", "falcon-40b", "qwen2", "olmo3")]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-7b", *RARE])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-7b", "smollm3", "gemma3", "granite", *RARE])
 def test_greedy_text_is_that_of_transformers(models, name):
     _, model, tokenizer = models[name]
     settings = {"max_new_tokens": tiny.NEW_TOKENS, "stop_at_eos": False, "attention": DENSE}

@@ -18,6 +18,9 @@ PART = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 GROUPS = {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
 
+LINEAR2 = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+ALTERNATE = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
 # name -> (model_type, settings); what is not set is transformers' default
 VARIANTS = {
     "llama": ("llama", {**LLAMA, "rms_norm_eps": 1e-5}),
@@ -33,6 +36,58 @@ VARIANTS = {
     "llama-bias": ("llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
     "llama-yarn": ("llama", {**LLAMA, "rope_parameters": YARN}),
     "mistral": ("mistral", {**LLAMA, "sliding_window": 8}),
+    "ministral": ("ministral", {**LLAMA, **ALTERNATE, "head_dim": 16}),
+    "qwen2": ("qwen2", {**LLAMA, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {**LLAMA, "vocab_size": 72, "head_dim": 16, "tie_word_embeddings": True}),
+    "smollm3": (
+        "smollm3",
+        {
+            **LLAMA,
+            "no_rope_layers": [1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ),
+    "olmo2": ("olmo2", LLAMA),
+    "olmo3": (
+        "olmo3",
+        {**LLAMA, **ALTERNATE, "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 500.0}}},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **LLAMA,
+            **ALTERNATE,
+            "head_dim": 16,
+            "num_attention_heads": 4,
+            "query_pre_attn_scalar": 24,
+            "final_logit_softcapping": 20.0,
+            "rope_parameters": {"full_attention": LINEAR2, "sliding_attention": {"rope_theta": 500.0}},
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            **LLAMA,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.5,
+            "logits_scaling": 0.7,
+        },
+    ),
+    "phi3": (
+        "phi3",
+        {
+            **LLAMA,
+            "sliding_window": 8,
+            "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "stablelm": ("stablelm", {**LLAMA, "use_qkv_bias": True}),
+    "stablelm-parallel": ("stablelm", {**LLAMA, "use_parallel_residual": True}),
     "pythia": ("gpt_neox", {**NEOX, "rope_parameters": PART}),
     "gpt_neox-serial": ("gpt_neox", {**NEOX, "use_parallel_residual": False, "hidden_act": "gelu_new"}),
     "gpt2": ("gpt2", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
@@ -45,6 +100,7 @@ VARIANTS = {
 # frequencies and the factor on cosine and sine that transformers makes of each.
 Y = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 L3 = {**ROPE3, "original_max_position_embeddings": 64}
+LINEAR8 = {"rope_type": "linear", "factor": 8}
 WIDE = {"head_dim": 64, "max_position_embeddings": 128}
 ROPES = {
     "outside": ("llama", {**WIDE, "rope_theta": 5e5}),
@@ -78,13 +134,31 @@ ROPES = {
         "gpt_neox",
         {"hidden_size": 256, "rope_scaling": {**Y, "truncate": False, "partial_rotary_factor": 0.5}},
     ),
+    "qwen3": ("qwen3", {"head_dim": 64, "rope_theta": 1e6, "rope_scaling": {**Y, "type": "yarn"}}),
+    "smollm3, default base": ("smollm3", {"head_dim": 64}),
+    "phi3, a share outside": ("phi3", {"hidden_size": 256, "partial_rotary_factor": 0.75}),
+    "stablelm, default share": ("stablelm", {"hidden_size": 256}),
+    "gemma, older keys": (
+        "gemma3_text",
+        {"head_dim": 64, "rope_theta": 2e6, "rope_local_base_freq": 2e4, "rope_scaling": LINEAR8},
+    ),
+    "gemma, defaults": ("gemma3_text", {"head_dim": 64}),
+    "gemma, a kind each": (
+        "gemma3_text",
+        {"head_dim": 64, "rope_parameters": {"full_attention": {**Y, "rope_theta": 7e2}, "sliding_attention": LINEAR2}},
+    ),
+    "olmo3, older keys": ("olmo3", {"head_dim": 64, "rope_theta": 500000, "rope_scaling": Y}),
+    "olmo3, one kind alone": ("olmo3", {"head_dim": 64, "rope_parameters": {"full_attention": L3 | {"rope_theta": 3}}}),
     "falcon, linear": ("falcon", {"rope_theta": 2e4, "rope_scaling": {"type": "linear", "factor": 3}}),
 }  # fmt: skip
 
 
+WITH_KINDS = ("gemma3_text", "olmo3")  # of layers, each with a rotation of its own
+
+
 def shape_of(kind, keys):
     """A whole config.json for `ROPES`."""
-    shape = {"llama": LLAMA, "mistral": LLAMA, "gpt_neox": NEOX, "falcon": FALCON}[kind]
+    shape = {"gpt_neox": NEOX, "falcon": FALCON}.get(kind, LLAMA | ALTERNATE if kind in WITH_KINDS else LLAMA)
     shape = {name: value for name, value in shape.items() if name != "max_position_embeddings"}
     return {"model_type": kind, **shape, **keys}
 
@@ -93,11 +167,14 @@ def tokens():
     return np.random.default_rng(1).integers(3, 64, (1, LENGTH))
 
 
-def visible():
-    """[1, T, T]: a mask of separators (ids below 11), sinks and a window, written out in full."""
+def visible(window=None):
+    """[1, T, T]: a mask of separators (ids below 11), sinks and a window, written out in full.
+
+    window: of a model's own, beyond which none of them is seen.
+    """
     ids = tokens()
     i, j = np.arange(LENGTH)[:, None], np.arange(LENGTH)
-    return (j <= i) & ((ids[:, None, :] < 11) | (j < SINKS) | (i - j < WINDOW))
+    return (j <= i) & ((ids[:, None, :] < 11) | (j < SINKS) | (i - j < WINDOW)) & (i - j < (window or LENGTH))
 
 
 def weight(name, shape):
@@ -117,9 +194,19 @@ def golden():
 
 
 def golden_ropes():
-    """name -> (config.json, frequencies, factor)."""
+    """name -> (config.json, [(frequencies, factor)], of layers that slide a second one)."""
     with np.load(HERE / "golden.npz", allow_pickle=False) as arrays:
-        return {name: (shape_of(*ROPES[name]), *(arrays[f"rope/{name}/{k}"] for k in ("w", "m"))) for name in ROPES}
+        return {
+            name: (
+                shape_of(*ROPES[name]),
+                [
+                    tuple(arrays[f"rope/{name}/{k}{kind}"] for k in "wm")
+                    for kind in ("", "-sliding")
+                    if f"rope/{name}/w{kind}" in arrays
+                ],
+            )
+            for name in ROPES
+        }
 
 
 def write_safetensors(path, tensors):

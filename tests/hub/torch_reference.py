@@ -19,11 +19,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 
-def logits(model, visible=None):
+def masks(config):
+    """A mask of separators as the model takes it: one, or one for each kind of layers, within their own window."""
+    own = getattr(config, "sliding_window", None)
+    kinds = {"full_attention": tiny.visible(), "sliding_attention": tiny.visible(own)}
+    added = {
+        name: torch.where(torch.tensor(mask)[:, None], 0.0, torch.finfo(torch.float32).min)
+        for name, mask in kinds.items()
+    }
+    return added if getattr(config, "layer_types", None) else added["sliding_attention"]
+
+
+def logits(model, mask=None):
     ids = torch.tensor(tiny.tokens())
-    mask = None
-    if visible is not None:
-        mask = torch.where(torch.tensor(visible)[:, None], 0.0, torch.finfo(torch.float32).min)
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask).logits.numpy()
 
@@ -52,10 +60,18 @@ def build(kind, settings):
 
 def rope(kind, keys):
     values = tiny.shape_of(kind, copy.deepcopy(keys))
-    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), pad_token_id=0, **values)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    turning = next(module for module in model.modules() if hasattr(module, "inv_freq"))
-    return {"w": turning.inv_freq.numpy(), "m": np.float64(turning.attention_scaling)}
+    if kind in tiny.WITH_KINDS:
+        turning = model.model.rotary_emb
+        of = {"": "full_attention_", "-sliding": "sliding_attention_"}
+    else:
+        turning, of = next(module for module in model.modules() if hasattr(module, "inv_freq")), {"": ""}
+    found = {}
+    for kind, name in of.items():
+        found[f"w{kind}"] = getattr(turning, f"{name}inv_freq").numpy()
+        found[f"m{kind}"] = np.float64(getattr(turning, f"{name}attention_scaling"))
+    return found
 
 
 def write_golden():
@@ -66,10 +82,12 @@ def write_golden():
         keep = {
             k: v
             for k, v in config.items()
-            if k in settings or k in ("model_type", "rope_parameters", "rms_norm_eps", "num_ln_in_parallel_attn")
+            if k in settings
+            or k in ("model_type", "rope_parameters", "rms_norm_eps", "num_ln_in_parallel_attn")
+            or (k == "layer_types" and v)
         }
         manifest[name] = {"config": keep, "shapes": shapes, "transformers": transformers.__version__}
-        results = {"logits": logits(model), "masked": logits(model, tiny.visible()), "greedy": greedy(model)}
+        results = {"logits": logits(model), "masked": logits(model, masks(model.config)), "greedy": greedy(model)}
         arrays |= {f"{name}/{key}": value for key, value in results.items()}
         print(name, float(np.abs(results["logits"]).max()), float(np.abs(results["logits"] - results["masked"]).max()))
     for name, keys in tiny.ROPES.items():

@@ -39,6 +39,22 @@ FAMILIES = {
         tie_embeddings=True,
     ),
 }
+FAMILIES["layers of every kind"] = dataclasses.replace(
+    LLAMA,
+    norm_position="both",
+    norm_offset=True,
+    qk_norm="width",
+    qkv_bias=True,
+    sliding_window=8,
+    full_layers=(1, 2),
+    no_rope_layers=(2,),
+    sliding_rope=RopeConfig(base=100.0),
+    embedding_scale=3.0,
+    residual_scale=0.5,
+    attention_scale=0.1,
+    logit_divisor=2.0,
+    final_softcap=10.0,
+)
 # The op has tests of its own; its definition compiles quickest.
 ATTENTION = AttentionConfig(num_sinks=2, window_size=4, implementation="reference")
 

@@ -10,9 +10,9 @@ import pytest
 
 from sepjax.model.transformer import Transformer, create, split
 from sepjax.model.unrolled import Layerwise, by_layer, runner, working_copy
-from tests.generation.cache.test_growing_pass import FALCON, GPT2, LLAMA, NEOX, model_of
+from tests.generation.cache.test_growing_pass import FALCON, GPT2, LLAMA, MIXED, NEOX, model_of
 
-MODELS = {"llama": LLAMA, "neox": NEOX, "gpt2": GPT2, "falcon": FALCON}
+MODELS = {"llama": LLAMA, "neox": NEOX, "gpt2": GPT2, "falcon": FALCON, "layers of every kind": MIXED}
 TOKENS = np.random.default_rng(0).integers(0, LLAMA.vocab_size, (2, 5), dtype=np.int32)
 
 
@@ -53,7 +53,7 @@ def test_converted_once_is_converted_in_every_step(name):
     copy = working_copy(params, config)
     jax.tree.map(np.testing.assert_array_equal, run(graph, params), run(graph, copy))
     dtypes = {str(x.dtype) for x in jax.tree.leaves(copy["layers"]["attention"])}
-    assert dtypes == ({"bfloat16", "float32"} if config.attention_bias else {"bfloat16"})
+    assert dtypes == ({"bfloat16", "float32"} if config.attention_bias or config.qkv_bias else {"bfloat16"})
     assert {str(x.dtype) for x in jax.tree.leaves(copy["final_norm"])} == {"float32"}
 
 

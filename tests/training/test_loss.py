@@ -18,8 +18,9 @@ def problem(seed: int = 0):
     return hidden, head, rng.integers(0, V, (B, T)).astype(np.int32), rng.random((B, T)) < 0.7
 
 
-def textbook(hidden, head, targets, mask, z_loss):
+def textbook(hidden, head, targets, mask, z_loss, softcap=0.0):
     logits = hidden @ head.T
+    logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     return jnp.sum((nll + z_loss * log_z**2) * mask), jnp.sum(nll * mask)
@@ -44,6 +45,18 @@ def test_equals_the_textbook_with_gradients(monkeypatch, reads_once, elements, z
         return jax.grad(lambda h, w: 3.0 * f(h, w, targets, mask, z_loss)[0], argnums=(0, 1))(hidden, head)
 
     for a, b in zip(gradients(loss.cross_entropy_sums), gradients(textbook), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_capped_logits_have_the_textbooks_gradients(reads_once):
+    hidden, head, targets, mask = problem()
+
+    def both(f):
+        return jax.value_and_grad(lambda h, w: f(h, w, targets, mask, 1e-2, 2.0)[0], argnums=(0, 1))(hidden, head)
+
+    (value, got), (expected_value, expected) = both(loss.cross_entropy_sums), both(textbook)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 

@@ -36,8 +36,9 @@ from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.generation.cache.bounded_pass import stream_pass
 from sepjax.generation.cache.newest import keep_newest
 from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.cache.turning import turn_table
 from sepjax.generation.cache.watched import keep_best, seen_by
-from sepjax.model.rope import rope_frequencies, rotate
+from sepjax.model.rope import Table, rotate
 
 _AT_ONCE = 16  # a compaction takes a sixteenth of the rows at a time: in a large batch few are full in the same step
 # All layers in one array, for scans over layers; or an array each, which steps of one token read without a copy.
@@ -223,8 +224,15 @@ class StreamingCache:
         """p of what lies in each slot of the ring, whether it is still an entry or not."""
         return last_at(jnp.arange(self.sizes.ring), self.next_recent[:, None], self.sizes.ring)
 
+    def distances(self, num_tokens: int) -> Int32[jax.Array, "B T C"]:
+        """How many positions each of the next tokens is behind what lies in every slot, as the rotation has it."""
+        sinks, separators, recent = self.query_positions(num_tokens)[..., None]
+        kept = last_at(jnp.arange(self.sizes.max_separators), self.next_separator[:, None], self.sizes.max_separators)
+        zones = sinks - jnp.arange(self.sizes.num_sinks), separators - kept[:, None]
+        return jnp.concatenate([*zones, recent - self.recent_positions()[:, None]], axis=-1)
+
     def recent_turn(self) -> tuple[jax.Array, jax.Array] | None:
-        """Cosine and sine, [B, A, R/2], that turn the keys of sink and separator slots to fit queries of the recent.
+        """Cosine and sine, [(Z,) B, A, R/2], that turn the keys of sink and separator slots to fit recent queries.
 
         For the next pass, in which the three positions of a query differ by constants. That needs separators (`room`);
         None: the keys fit as they are.
@@ -328,28 +336,28 @@ class StreamingCache:
         by += [jnp.repeat(-x[:, None], size, axis=1) for x, size in ((separators, s), (recent, R))]
         by = jnp.concatenate(by, axis=1)
 
-        cos, sin = (t[:, None] for t in self.angles(by))
-
-        def turn(k: jax.Array) -> jax.Array:  # [(L,) B, K, C, H]; with transposed axes the cache might be copied
+        def turn(k: jax.Array, table: Table) -> jax.Array:  # [(L,) B, K, C, H]; transposed, it might be copied
+            cos, sin = (t[..., None, :, :] for t in table)
             return rotate(k[..., None, :], (cos, sin))[..., 0, :]
 
         return dataclasses.replace(
             self,
-            k=_each(turn, self.k),
+            k=self.turned(turn, by),
             next_recent=self.next_recent - recent,
             next_separator=self.next_separator - separators,
         )
 
-    def turn(self, k: jax.Array, by: jax.Array) -> jax.Array:
-        """Rotates keys [B, S, ..., H] by so many positions more, [B, S]. A rotation by 0 changes no bit."""
-        cos, sin = (t.reshape(*by.shape, *(1 for _ in k.shape[2:-2]), -1) for t in self.angles(by))
-        return rotate(k, (cos, sin))
+    def turned(self, f: Callable[[jax.Array, Table], jax.Array], by: jax.Array) -> Layers:
+        """`f` of keys and the cosine and sine, [(L,) ..., R/2], that turn them by so many positions more."""
+        cos, sin = self.angles(by)
+        if not self.sizes.layer_ropes:
+            return _each(lambda k: f(k, (cos, sin)), self.k)
+        number = jnp.array(self.sizes.layer_ropes)
+        return _each(lambda k, cos, sin: f(k, (cos, sin)), self.k, cos[number], sin[number])
 
-    def angles(self, by: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cosine and sine, [..., R/2], of a turn by so many positions."""
-        frequencies, _ = rope_frequencies(self.sizes.rope, self.head_dim)  # the factor of YaRN is in the keys already
-        angles = by.astype(jnp.float32)[..., None] * frequencies
-        return jnp.cos(angles), jnp.sin(angles)
+    def angles(self, by: jax.Array) -> Table:
+        """`turn_table` of this cache's layers."""
+        return turn_table(by, self.sizes.ropes, self.head_dim)
 
 
 def last_at(slot: jax.Array, end: jax.Array, size: int) -> jax.Array:

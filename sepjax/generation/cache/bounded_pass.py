@@ -21,7 +21,7 @@ from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.watched import looks_of_many, looks_of_one
 from sepjax.model.layers import Attend, once
-from sepjax.model.rope import rope_table, rotate
+from sepjax.model.rope import Table, layer_numbers, of_layer, rope_tables, rotate
 from sepjax.separators import flag_separators
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def stream_pass(
     offsets = cache.seen_low[:, None] + jnp.arange(T, dtype=jnp.int32)
     is_separator = flag_separators(tokens, offsets, table, attention)
     attend = _attend_one(cache) if T == 1 else _attend_many(cache, T, counts)
-    hidden, (k, v, *looks) = run_layers(tokens, offsets, attend, (cache.k, cache.v))
+    reach, rope = layer_numbers(cache.sizes.reach), layer_numbers(cache.sizes.layer_ropes)
+    hidden, (k, v, *looks) = run_layers(tokens, offsets, attend, (cache.k, cache.v, reach, rope))
     return hidden, cache.append(k, v, is_separator, counts, *looks)
 
 
@@ -64,12 +65,14 @@ def _attend_one(cache: "StreamingCache") -> Attend:
     """Attention of one token a row. All zones in one product: the turned queries are rows of it, and cost nothing."""
     a, old = cache.sizes.num_sinks, cache.sizes.num_sinks + cache.sizes.max_separators
     zones = slice(-1, None) if cache.sizes.absolute else slice(None)
-    cos, sin = once(rope_table(cache.query_positions(1)[zones], cache.sizes.rope, cache.head_dim))
+    tables = once(_tables(cache, cache.query_positions(1)[zones]))
     recent = cache.recent_positions() >= cache.first_recent(1)
     visible = once(jnp.concatenate([cache.visible_old(), recent], axis=1)[:, None, None])
+    within = _within(cache, 1)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache = layer
+        k_cache, v_cache, reach, rope = layer
+        cos, sin = of_layer(tables, rope)
         B, _, N, H = q.shape
         k = rotate(k, (cos[-1], sin[-1]))
         queries = rotate(jnp.broadcast_to(q, (len(cos), *q.shape)), (cos, sin))
@@ -78,7 +81,8 @@ def _attend_one(cache: "StreamingCache") -> Attend:
         parts = [scores[:, :, -1]]
         if not cache.sizes.absolute:
             parts = [scores[:, :, 0, :, :a], scores[:, :, 1, :, a:old], scores[:, :, 2, :, old:]]
-        scores = jnp.where(visible, jnp.concatenate(parts, axis=-1), -jnp.inf)
+        seen = visible if within is None else visible & within(reach)[:, :, :, 0]
+        scores = jnp.where(seen, jnp.concatenate(parts, axis=-1), -jnp.inf)
         own = _einsum("BKGH,BKH->BKG", queries[:, :, -1], k[:, 0])[..., None]
         weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * H**-0.5, axis=-1)
         out = _einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
@@ -96,22 +100,24 @@ def _attend_many(cache: "StreamingCache", num_tokens: int, counts: Int32[Array, 
     old = cache.sizes.num_sinks + cache.sizes.max_separators
     if old and not cache.sizes.max_separators and not cache.sizes.absolute:
         return _attend_past_evictions(cache, num_tokens)
-    recent_table = rope_table(cache.query_positions(num_tokens)[-1], cache.sizes.rope, cache.head_dim)
+    recent_tables = _tables(cache, cache.query_positions(num_tokens)[-1])
     sees_recent = _sees_recent(cache, num_tokens)
-    table = cache.recent_turn() if old else None
+    turn, within = cache.recent_turn() if old else None, _within(cache, num_tokens)
     sees_old = jnp.broadcast_to(cache.visible_old()[:, None], (*sees_recent.shape[:2], old))
     visible = jnp.concatenate([sees_old, sees_recent], axis=-1)[:, None, None]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache = layer
+        k_cache, v_cache, reach, rope = layer
+        recent_table = of_layer(recent_tables, rope)
         q, k = rotate(q, recent_table), rotate(k, recent_table)
         old_keys = k_cache[:, :, :old]
-        if table is not None:
-            cos, sin = (t[:, None] for t in table)
+        if turn is not None:
+            cos, sin = (t[:, None] for t in of_layer(turn, rope))
             old_keys = rotate(old_keys[..., None, :], (cos, sin))[..., 0, :]
         keys = jnp.concatenate([old_keys, k_cache[:, :, old:], jnp.swapaxes(k, 1, 2)], axis=2)
         values = jnp.concatenate([v_cache, jnp.swapaxes(v, 1, 2)], axis=2)
-        weights = jax.nn.softmax(_scores(q, keys, visible), axis=-1)
+        seen = visible if within is None else visible & within(reach)
+        weights = jax.nn.softmax(_scores(q, keys, seen), axis=-1)
         looks = (looks_of_many(cache, weights, counts),) if cache.sizes.watch else ()
         return _rows(_einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values), q), (k, v, *looks)
 
@@ -123,22 +129,49 @@ def _attend_past_evictions(cache: "StreamingCache", num_tokens: int) -> Attend:
     constants, and the sinks need one of their own.
     """
     a = cache.sizes.num_sinks
-    to_sinks, _, to_recent = (
-        rope_table(p, cache.sizes.rope, cache.head_dim) for p in cache.query_positions(num_tokens)
-    )
+    to_sinks, _, to_recent = (_tables(cache, p) for p in cache.query_positions(num_tokens))
+    within = _within(cache, num_tokens)
     sees_recent, sees_sinks = _sees_recent(cache, num_tokens)[:, None, None], cache.visible_old()[:, None, None, None]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache = layer
-        k = rotate(k, to_recent)
+        k_cache, v_cache, reach, rope = layer
+        seen, seen_sinks = sees_recent, sees_sinks
+        if within is not None:
+            near = within(reach)
+            seen, seen_sinks = seen & near[..., a:], seen_sinks & near[..., :a]
+        k = rotate(k, of_layer(to_recent, rope))
         keys, values = (
             jnp.concatenate([x[:, :, a:], jnp.swapaxes(new, 1, 2)], axis=2) for x, new in ((k_cache, k), (v_cache, v))
         )
-        recent = _scores(rotate(q, to_recent), keys, sees_recent)
-        sinks = _scores(rotate(q, to_sinks), k_cache[:, :, :a], sees_sinks)
+        recent = _scores(rotate(q, of_layer(to_recent, rope)), keys, seen)
+        sinks = _scores(rotate(q, of_layer(to_sinks, rope)), k_cache[:, :, :a], seen_sinks)
         return _rows(_join(recent, values, sinks, v_cache[:, :, :a]), q), (k, v)
 
     return attend
+
+
+def _tables(cache: "StreamingCache", positions: Int32[Array, "..."]) -> Table:
+    tables = rope_tables(positions, cache.sizes.ropes, cache.head_dim)
+    assert tables is not None  # `StreamSizes.create` refuses learned positions
+    return tables
+
+
+def _within(
+    cache: "StreamingCache", num_tokens: int
+) -> Callable[[Int32[Array, ""]], Bool[jax.Array, "B 1 1 T S"]] | None:
+    """Which of the C entries and the T tokens of the run are within a layer's reach of each of the latter.
+
+    None where every layer sees all of them. Of one token without itself.
+    """
+    if not cache.sizes.reach:
+        return None
+    distances = cache.distances(num_tokens)
+    if num_tokens > 1:
+        i = jnp.arange(num_tokens, dtype=jnp.int32)
+        own = jnp.broadcast_to(i[:, None] - i, (len(distances), num_tokens, num_tokens))
+        distances = jnp.concatenate([distances, own], axis=-1)
+    distances = once(distances)[:, None, None]
+    return lambda reach: distances < reach
 
 
 def _sees_recent(cache: "StreamingCache", num_tokens: int) -> Bool[jax.Array, "B T S"]:

@@ -156,16 +156,21 @@ class SeparatorCache:
         return jnp.sum(self.position >= 0, axis=1, dtype=jnp.int32)
 
     def visible(
-        self, window_size: int | Int32[Array, ""], num_sinks: int | Int32[Array, ""] | None = None
+        self,
+        window_size: int | Int32[Array, ""],
+        num_sinks: int | Int32[Array, ""] | None = None,
+        reach: int | Int32[Array, ""] | None = None,
     ) -> Bool[jax.Array, "B C"]:
         """The slots that the next token of each row sees through a window n <= W, itself excluded.
 
         num_sinks: for layers that see so many sinks and no other global token; None: they see all. A number that no
         position reaches stands for all, too.
+        reach: how far back a layer sees, global tokens included; None: without end.
         """
         distance = self.length[:, None] - self.position
         stays = self.is_global if num_sinks is None else self.is_global & (self.position < num_sinks)
-        return (self.position >= 0) & (stays | (distance < window_size))
+        seen = (self.position >= 0) & (stays | (distance < window_size))
+        return seen if reach is None else seen & (distance < reach)
 
     def is_full(self) -> Bool[jax.Array, "B"]:
         """Rows whose next token would push a global one out of the ring with no slot left for it: `grow` first."""

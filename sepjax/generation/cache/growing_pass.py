@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
-from sepjax.config import AttentionConfig, ModelConfig, layer_windows, sees_kept
+from sepjax.config import AttentionConfig, ModelConfig, layer_reaches, layer_windows, sees_kept, with_own_window
 from sepjax.model.gate import needs_gate
 from sepjax.model.layers import once
-from sepjax.model.rope import rope_table, rotate
+from sepjax.model.rope import layer_numbers, layer_ropes, of_layer, rope_tables, rotate
 from sepjax.separators import flag_separators
 
 if TYPE_CHECKING:
@@ -37,13 +37,14 @@ def growing_pass(
 
     With a gate a run is read token by token: what a token sees depends on the scores of those just before it.
     """
+    attention = with_own_window(attention, model.config)
     if tokens.shape[1] == 1:
         return _one_token(model, cache, tokens, counts > 0, table, attention)
     if attention.pattern == "gated":
         return _one_by_one(model, cache, tokens, counts, table, attention)
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     is_global = is_global_token(tokens, positions, table, attention)
-    inputs = (*_what_layers_see(attention, model.config.num_layers, cache.window_size), cache.k, cache.v)
+    inputs = (*_what_layers_see(attention, model.config, cache.window_size), cache.k, cache.v)
     attend = _attend_run(model.config, cache, positions, is_global)
     if model.config.position_embedding == "learned":  # of what stands beyond the counts there may be none
         positions = jnp.minimum(positions, model.config.max_positions - 1)
@@ -67,7 +68,7 @@ def _one_token(
     model: Any, cache: "SeparatorCache", tokens: Array, active: Array, table: Array, attention: AttentionConfig
 ) -> tuple[jax.Array, "SeparatorCache"]:
     positions = cache.length[:, None]
-    inputs = (*_what_layers_see(attention, model.config.num_layers, cache.window_size), cache.k, cache.v)
+    inputs = (*_what_layers_see(attention, model.config, cache.window_size), cache.k, cache.v)
     is_global, score = is_global_token(tokens[:, 0], cache.length, table, attention), None
     attend = _attend_cache(model.config, cache)
     if attention.pattern == "gated":
@@ -82,11 +83,15 @@ def _one_token(
     return hidden, cache.append(k[:, :, 0], v[:, :, 0], is_global, active, score)
 
 
-def _what_layers_see(attention: AttentionConfig, num_layers: int, window_size: int) -> tuple[jax.Array, jax.Array]:
-    """Of every layer its window n, and the position from which on tokens do not stay visible to it: none, or sinks."""
-    stays = [jnp.iinfo(jnp.int32).max if sees else attention.num_sinks for sees in sees_kept(attention, num_layers)]
-    windows = layer_windows(attention, num_layers, window_size)
-    return jnp.asarray(windows, jnp.int32), jnp.asarray(stays, jnp.int32)
+def _what_layers_see(attention: AttentionConfig, config: ModelConfig, window_size: int) -> tuple[jax.Array | None, ...]:
+    """Of every layer its window n, the position from which on tokens do not stay visible to it (none, or the sinks),
+    how far back it sees and the number of its rotation; None: no layer has an end, all have the same.
+    """
+    L = config.num_layers
+    stays = [jnp.iinfo(jnp.int32).max if sees else attention.num_sinks for sees in sees_kept(attention, L)]
+    windows = jnp.asarray(layer_windows(attention, L, window_size), jnp.int32)
+    reach, rope = layer_numbers(layer_reaches(attention, L)), layer_numbers(layer_ropes(config)[1])
+    return windows, jnp.asarray(stays, jnp.int32), reach, rope
 
 
 def _joined(below: jax.Array, above: jax.Array) -> jax.Array:
@@ -106,16 +111,17 @@ def _attend_cache(config: ModelConfig, cache: "SeparatorCache") -> Callable[...,
     The layers only read the cache: the new keys of all of them are written at once, in place, by `append`. (Written in
     the scan over layers they would make it copy the whole cache every token.)
     """
-    uses_rope = config.position_embedding == "rope"
-    angles = once(rope_table(cache.length[:, None], config.rope, config.head_dim)) if uses_rope else None
+    angles = rope_tables(cache.length[:, None], layer_ropes(config)[0], config.head_dim)
+    angles = angles and once(angles)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        window, num_sinks, k_cache, v_cache = layer
+        window, num_sinks, reach, rope, k_cache, v_cache = layer
         if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            turn = of_layer(angles, rope)
+            q, k = rotate(q, turn), rotate(k, turn)
         B, _, N, H = q.shape
         q = q.reshape(B, config.num_kv_heads, -1, H)
-        out = _attend_slots(q, k[:, 0], v[:, 0], k_cache, v_cache, cache.visible(window, num_sinks))
+        out = _attend_slots(q, k[:, 0], v[:, 0], k_cache, v_cache, cache.visible(window, num_sinks, reach))
         return out.astype(v.dtype).reshape(B, 1, N, H), (k, v)
 
     return attend
@@ -125,21 +131,22 @@ def _attend_run(
     config: ModelConfig, cache: "SeparatorCache", positions: Int32[Array, "B T"], is_global: Bool[Array, "B T"]
 ) -> Callable[..., tuple[jax.Array, Any]]:
     """Attention of a run of tokens a row over the slots and one another; an `Attend`, as `_attend_cache` is."""
-    uses_rope = config.position_embedding == "rope"
-    angles = rope_table(positions, config.rope, config.head_dim) if uses_rope else None
+    angles = rope_tables(positions, layer_ropes(config)[0], config.head_dim)
     of_keys = jnp.concatenate([cache.position, positions], axis=1)[:, None]
     distance = positions[..., None] - of_keys
     stays = jnp.concatenate([cache.is_global, is_global], axis=1)[:, None]
     is_there = (of_keys >= 0) & (distance >= 0)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        window, num_sinks, k_cache, v_cache = layer
+        window, num_sinks, reach, rope, k_cache, v_cache = layer
         if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            turn = of_layer(angles, rope)
+            q, k = rotate(q, turn), rotate(k, turn)
         keys, values = (
             jnp.concatenate([x, jnp.swapaxes(new, 1, 2)], axis=2) for x, new in ((k_cache, k), (v_cache, v))
         )
         visible = is_there & ((stays & (of_keys < num_sinks)) | (distance < window))
+        visible = visible if reach is None else visible & (distance < reach)
         grouped = q.reshape(*q.shape[:2], config.num_kv_heads, -1, q.shape[-1])
         scores = _einsum("BTKGH,BKSH->BKGTS", grouped, keys) * q.shape[-1] ** -0.5
         weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from sepjax.generation.cache.turning import turned
+from sepjax.model.rope import Table
+
 if TYPE_CHECKING:
     from sepjax.generation.cache.bounded import StreamingCache
 
@@ -32,12 +35,11 @@ def keep_newest(cache: "StreamingCache") -> "StreamingCache":
     n = (few.next_separator + jnp.maximum(found - s, 0))[:, None] + j
     moved = j < jnp.minimum(found, s)[:, None]
     to = jnp.where(moved, a + n % s, cache.sizes.slots + j)
-    turn = 0 if cache.sizes.absolute else n - source
 
-    def move(x: jax.Array, turn: jax.Array | int) -> jax.Array:
+    def move(x: jax.Array, table: Table | None = None) -> jax.Array:
         at = full[:, None]
         found = x.at[*_layers(x), at, :, a + s + source % R].get(mode="clip")  # [M, s, (L,) K, H]
-        found = found if isinstance(turn, int) else cache.turn(found, turn)
+        found = found if table is None else turned(found, table)
         return x.at[*_layers(x), at, :, to].set(found, mode="drop", unique_indices=True)
 
     def put(x: jax.Array, new: jax.Array | int) -> jax.Array:
@@ -46,8 +48,8 @@ def keep_newest(cache: "StreamingCache") -> "StreamingCache":
     kept = few.num_separators + found
     return dataclasses.replace(
         cache,
-        k=cache.in_each_layer(lambda x: move(x, turn), cache.k),
-        v=cache.in_each_layer(lambda x: move(x, 0), cache.v),
+        k=cache.in_each_layer(move, cache.k) if cache.sizes.absolute else cache.turned(move, n - source),
+        v=cache.in_each_layer(move, cache.v),
         num_separators=put(cache.num_separators, jnp.minimum(kept, s)),
         num_recent=put(cache.num_recent, w),
         next_separator=put(cache.next_separator, few.next_separator + found),

@@ -2,8 +2,18 @@
 
 import dataclasses
 
-from sepjax.config import AttentionConfig, ConfigError, ModelConfig, RopeConfig
+from sepjax.config import (
+    EVERYTHING,
+    AttentionConfig,
+    ConfigError,
+    ModelConfig,
+    RopeConfig,
+    keeps_everything,
+    layer_reaches,
+    with_own_window,
+)
 from sepjax.generation.cache.watched import Watch
+from sepjax.model.rope import layer_ropes
 
 _ALIGN = 64  # slots: what a tensor core's product takes at a time; other numbers are padded by copying
 _COUNT = 2**30  # counters wrap near here, far from the end of int32
@@ -25,7 +35,9 @@ class StreamSizes:
     absolute: bool  # keys keep the positions of their tokens in the text; False: entry k has position k
     drops_separators: bool  # the oldest separator makes room when s are kept; False: that is an error of the host's
     count_wrap: int  # seen tokens are counted as high * count_wrap + low
-    rope: RopeConfig
+    ropes: tuple[RopeConfig | None, ...]  # the distinct rotations of layers, and which one each has
+    layer_ropes: tuple[int, ...]  # (`sepjax.model.rope.layer_ropes`); empty: all the same
+    reach: tuple[int, ...]  # slots back that each layer sees, itself included; empty: all of them
     watch: Watch | None  # the second zone keeps watched tokens; None: separators
 
     @classmethod
@@ -34,9 +46,10 @@ class StreamSizes:
 
         Raises:
           ConfigError: the pattern keeps everything, layers differ in their windows, the cache has no room for its
-            zones, or the model's positions are learned and so have an end.
+            zones, the model's positions are learned and so have an end, or it has a window of its own and positions
+            are those of the text.
         """
-        if attention.pattern == "dense":
+        if keeps_everything(attention):
             raise ConfigError(
                 'attention.pattern="dense" keeps every token, so a stream without end would need a cache without end; '
                 'use "watched", "separator", "sink_window" or "fixed_interval", or set max_new_tokens'
@@ -61,6 +74,11 @@ class StreamSizes:
                 f"a stream without end would pass the {config.max_positions} learned positions of the model; only "
                 'models with model.position_embedding="rope" stream through a bounded cache'
             )
+        if config.sliding_window and attention.stream_positions == "absolute":
+            raise ConfigError(
+                'attention.stream_positions="absolute" does not tell how old a kept token is, which a model with '
+                f'sliding_window={config.sliding_window} of its own must know; use "slot"'
+            )
         window = attention.layer_windows[0] if attention.layer_windows else attention.window_size
         separators = 0 if attention.pattern == "sink_window" else attention.max_separators
         held = attention.num_sinks + separators + window
@@ -76,6 +94,8 @@ class StreamSizes:
             attention.keep_all_separators and attention.pattern != "sink_window"
         ):  # as many as fit, and none is ever dropped
             separators = size - attention.num_sinks - window
+        reach = layer_reaches(with_own_window(attention, config), config.num_layers) or ()
+        ropes, kinds = layer_ropes(config)
         interval = attention.interval if attention.pattern == "fixed_interval" else 1
         return cls(
             num_sinks=attention.num_sinks,
@@ -85,7 +105,9 @@ class StreamSizes:
             absolute=attention.stream_positions == "absolute",
             drops_separators=not attention.keep_all_separators,
             count_wrap=_COUNT - _COUNT % interval,  # a multiple, so that `low` tells every interval-th token
-            rope=config.rope,
+            ropes=ropes,
+            layer_ropes=kinds,
+            reach=reach if min(reach, default=EVERYTHING) <= size else (),  # no more than size + 1 are ever there
             watch=Watch.create(config, attention) if attention.pattern == "watched" else None,
         )
 

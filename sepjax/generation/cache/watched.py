@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import AttentionConfig, ModelConfig
@@ -175,7 +176,12 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
         return jnp.broadcast_to(x, (len(watch.layers), *x.shape[1:]))
 
     where = everywhere(choice.comes), everywhere(choice.source)
-    turns = () if turn is None else tuple(everywhere(x) for x in turn)
+    turns = ()
+    if turn is not None and not cache.sizes.layer_ropes:
+        turns = tuple(everywhere(x) for x in turn)
+    elif turn is not None:  # [Z, G, ...], of every kind of layer
+        kinds, sets = np.array(cache.sizes.layer_ropes), np.arange(len(watch.layers)) % turn[0].shape[1]
+        turns = tuple(x[kinds, sets] for x in turn)
     restarts = few.clock // _CLOCK * _CLOCK  # a cycle of a large cache may be longer
 
     def put(x: jax.Array, new: jax.Array | int) -> jax.Array:

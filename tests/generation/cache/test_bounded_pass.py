@@ -30,6 +30,20 @@ NEOX = dataclasses.replace(
     rope=RopeConfig(fraction=0.5, scaling="yarn", factor=4.0, original_context=64),
     tie_embeddings=False,
 )
+# Layers of every kind: a window of its own with a rotation of its own, no rotation, neither.
+MIXED = dataclasses.replace(
+    LLAMA,
+    num_layers=3,
+    sliding_window=7,
+    full_layers=(1, 2),
+    sliding_rope=RopeConfig(base=50.0),
+    rope=RopeConfig(scaling="linear", factor=3.0),
+    no_rope_layers=(1,),
+    norm_position="both",
+    norm_offset=True,
+    qk_norm="head",
+)
+MIXED_ROPES = MIXED.sliding_rope, None, MIXED.rope
 SEPARATOR = AttentionConfig(num_sinks=2, max_separators=3, window_size=4, cache_size=14)
 CASES = {
     "llama": (LLAMA, SEPARATOR),
@@ -39,6 +53,11 @@ CASES = {
     "neox, partial yarn rotary, no sinks, fixed interval": (
         NEOX,
         dataclasses.replace(SEPARATOR, num_sinks=0, pattern="fixed_interval", interval=3),
+    ),
+    "layers of every kind": (MIXED, SEPARATOR),
+    "StreamingLLM, layers of every kind": (
+        MIXED,
+        AttentionConfig(pattern="sink_window", num_sinks=2, window_size=12, cache_size=14),
     ),
     "absolute positions": (LLAMA, dataclasses.replace(SEPARATOR, stream_positions="absolute")),
 }
@@ -56,19 +75,27 @@ def list_step(graph, params, token, k_list, v_list, k_positions, q_position):
     """One token over lists of un-rotated keys [L, n, K, H], padded; positions of the padding are -1."""
     model = merge(graph, params)
     config = model.config
-    q_table = rope_table(q_position[None, None], config.rope, config.head_dim)
-    k_table = rope_table(k_positions[None], config.rope, config.head_dim)
+    ropes = MIXED_ROPES if config is MIXED else (config.rope,) * config.num_layers
+    moves = [(x - x * (rope is None), rope or RopeConfig()) for rope in ropes for x in (q_position[None], k_positions)]
+    tables = [rope_table(x[None], rope, config.head_dim) for x, rope in moves]
+    q_tables, k_tables = (jax.tree.map(lambda *x: jnp.stack(x), *tables[i::2]) for i in (0, 1))
+    own = [i not in config.full_layers and config.sliding_window for i in range(config.num_layers)]
+    reach = jnp.array([window or 10**6 for window in own])
 
     def attend(q, k, v, layer):
-        keys, values = (jnp.concatenate([x[None], new], axis=1) for x, new in zip(layer, (k, v), strict=True))
+        *old, q_table, k_table, reach = layer
+        keys, values = (jnp.concatenate([x[None], new], axis=1) for x, new in zip(old, (k, v), strict=True))
         group = q.shape[2] // k.shape[2]
         turned = jnp.repeat(rotate(keys, k_table), group, axis=2)
         scores = jnp.einsum("btnh,bsnh->bnts", rotate(q, q_table), turned) * q.shape[-1] ** -0.5
-        scores = jnp.where(jnp.append(k_positions[:-1] >= 0, True), scores, -jnp.inf)
+        seen = jnp.append(k_positions[:-1] >= 0, True) & (q_position - k_positions < reach)
+        scores = jnp.where(seen, scores, -jnp.inf)
         out = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, axis=-1), jnp.repeat(values, group, axis=2))
         return out, (k, v)
 
-    hidden, (k, v) = model(token[None, None], jnp.zeros((1, 1), jnp.int32), attend, (k_list, v_list))
+    hidden, (k, v) = model(
+        token[None, None], jnp.zeros((1, 1), jnp.int32), attend, (k_list, v_list, q_tables, k_tables, reach)
+    )
     return model.logits(hidden[0, 0]), k[:, 0, 0], v[:, 0, 0]
 
 

@@ -35,6 +35,22 @@ NEOX = dataclasses.replace(
 )
 GPT2 = dataclasses.replace(NEOX, parallel_residual=False, position_embedding="learned", tie_embeddings=True)
 FALCON = dataclasses.replace(NEOX, num_kv_heads=1, shared_norm=True, rope=RopeConfig(scaling="llama3", factor=4.0))
+MIXED = dataclasses.replace(  # every kind of layer, and what else a family may have
+    LLAMA,
+    norm_offset=True,
+    norm_position="both",
+    qk_norm="width",
+    qkv_bias=True,
+    sliding_window=8,
+    full_layers=(1,),
+    no_rope_layers=(2,),
+    sliding_rope=RopeConfig(base=50.0),
+    embedding_scale=3.0,
+    residual_scale=0.5,
+    attention_scale=0.2,
+    logit_divisor=0.5,
+    final_softcap=30.0,
+)
 SEPARATOR = AttentionConfig(window_size=5, num_sinks=2)
 GATED = AttentionConfig("gated", window_size=5, num_sinks=2, gate_layer=1, gate_stretch=5, gate_keep=2)
 
@@ -49,6 +65,8 @@ CASES = {  # every kind of model, pattern, window and number of sinks at least o
     "window of one, no sinks": (LLAMA, AttentionConfig(window_size=1, num_sinks=0)),
     "sinks beyond the text": (LLAMA, AttentionConfig(pattern="sink_window", window_size=3, num_sinks=50)),
     "dense": (LLAMA, AttentionConfig(pattern="dense")),
+    "layers of every kind": (MIXED, SEPARATOR),
+    "layers of every kind, dense": (MIXED, AttentionConfig(pattern="dense")),
     "gated": (LLAMA, GATED),
     "gated by embeddings, a window a layer": (
         NEOX,

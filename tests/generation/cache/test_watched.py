@@ -31,7 +31,10 @@ WATCHED = AttentionConfig(
 NEOX = dataclasses.replace(
     LLAMA, num_kv_heads=4, parallel_residual=True, rope=RopeConfig(fraction=0.5, scaling="linear", factor=2.0)
 )
+# The layer that is watched sees everything, the other has a window and a rotation of its own.
+MIXED = dataclasses.replace(LLAMA, sliding_window=9, full_layers=(1,), sliding_rope=RopeConfig(base=50.0))
 CASES = {
+    "layers that differ": (MIXED, WATCHED),
     "a set a head, of the upper layer": (LLAMA, WATCHED),
     "of both layers, never fading, absolute positions, no sinks": (
         LLAMA,
@@ -50,21 +53,29 @@ def list_step(graph, params, token, keys, values, k_positions, q_position):
     """One token over lists of un-rotated keys [L, K, n, H] at positions [L, K, n], -1: none. Its weights too."""
     model = merge(graph, params)
     config = model.config
-    q_table = rope_table(q_position[None, None], config.rope, config.head_dim)
+    slides = jnp.array([config.sliding_window > 0 and i not in config.full_layers for i in range(config.num_layers)])
+
+    def table(positions, slides):
+        kinds = config.rope, config.sliding_rope if config.sliding_window else config.rope
+        return jax.tree.map(
+            functools.partial(jnp.where, slides), *(rope_table(positions, x, config.head_dim) for x in kinds[::-1])
+        )
 
     def attend(q, k, v, layer):
-        keys, values, positions = layer
+        keys, values, positions, slides = layer
+        q_table = table(q_position[None, None], slides)
         K, group = k.shape[2], q.shape[2] // k.shape[2]
-        turned = rotate(keys[:, :, None], rope_table(positions, config.rope, config.head_dim))[:, :, 0]
+        turned = rotate(keys[:, :, None], table(positions, slides))[:, :, 0]
         turned = jnp.concatenate([turned, rotate(k, q_table)[0, 0, :, None]], axis=1)
         queries = rotate(q, q_table)[0, 0].reshape(K, group, -1)
         scores = jnp.einsum("kgh,ksh->kgs", queries, turned) * q.shape[-1] ** -0.5
-        there = jnp.pad(positions >= 0, ((0, 0), (0, 1)), constant_values=True)
+        near = ~slides | (q_position - positions < config.sliding_window)
+        there = jnp.pad((positions >= 0) & near, ((0, 0), (0, 1)), constant_values=True)
         weights = jax.nn.softmax(jnp.where(there[:, None], scores, -jnp.inf), axis=-1)
         out = jnp.einsum("kgs,ksh->kgh", weights, jnp.concatenate([values, v[0, 0, :, None]], axis=1))
         return out.reshape(q.shape), (k[0, 0], v[0, 0], weights.max(axis=1))
 
-    hidden, kept = model(token[None, None], jnp.zeros((1, 1), jnp.int32), attend, (keys, values, k_positions))
+    hidden, kept = model(token[None, None], jnp.zeros((1, 1), jnp.int32), attend, (keys, values, k_positions, slides))
     return model.logits(hidden[0, 0]), *kept
 
 
