@@ -100,7 +100,6 @@ class SepjaxLM(TemplateLM):
             model, tokenizer = sepjax.load(path)
         self._model, self._tokenizer, self._chat_template = model, tokenizer, chat_template
         self.attention = _changed(attention or model.attention, pattern, window_size, model.config.num_layers)
-        self._engine = Generator(model, tokenizer, self.attention)
         self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 64
         self._batch_tokens = batch_tokens
         self._encoded = {} if encoded is None else encoded
@@ -227,6 +226,11 @@ class SepjaxLM(TemplateLM):
                     self.uses[id(requests[i])] = Use(float(answer.cache.held), answer.cache.seen, len(answer.token_ids))
                     self.computed += answer.cache.seen
         return answers
+
+    @functools.cached_property
+    def _engine(self) -> Generator:
+        """Made once, where a task asks for answers: most only score, with the model's weights as they are."""
+        return Generator(self._model, self._tokenizer, self.attention)
 
     def _prompt(self, text: str, new_tokens: int) -> list[int]:
         """The last tokens of a prompt that leave room for the answer."""
