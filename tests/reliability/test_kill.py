@@ -135,6 +135,7 @@ def test_sigterm_saves_within_seconds_twice_in_a_row(config_file, undisturbed, t
 def test_a_second_run_is_refused_and_a_reader_that_hangs_ends_the_first(config_file, tmp_path):
     workdir = tmp_path / "run"
     flags = ("--config.data.num_workers=1", "--config.training.steps=100000", "--step_timeout=14")
+    flags += ("--config.training.eval_every=100000",)
     first = start(config_file, workdir, *flags, "--config.training.checkpoint_every=10")
     wait_until(first, lambda: done(workdir) >= 12)
     second = start(config_file, workdir, *flags)
