@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from sepjax.config import Config
-from sepjax.distill import Lesson
+from sepjax.keeping import Lesson
 from sepjax.settings import AtLeast
 from sepjax.settings import Settings as _Settings
 
@@ -31,7 +31,7 @@ class Settings(_Settings):
 
 def main(settings: Settings) -> None:
     """Observes, learns, grades and writes."""
-    from sepjax.distill.program import distill
+    from sepjax.keeping.distill import distill
 
     lesson = Lesson(settings.rows, settings.held_out, settings.steps, settings.learning_rate)
     distill(settings.config, Path(settings.workdir), lesson, download=settings.download)

@@ -12,8 +12,8 @@ import pytest
 
 from sepjax import moved, programs, root
 from sepjax.config import ConfigError, load_config
-from sepjax.distill import program as distill
 from sepjax.hub import convert
+from sepjax.keeping import distill
 from sepjax.programs import COMMANDS, bench
 from sepjax.settings import flags_of
 from sepjax.training import plan

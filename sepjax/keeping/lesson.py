@@ -13,7 +13,7 @@ from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Bool
 from sepjax.config import AttentionConfig
-from sepjax.distill.teacher import Observed
+from sepjax.keeping.teacher import Observed
 from sepjax.layout import build_layout
 from sepjax.model.gate import keep_best
 from sepjax.model.transformer import Params, merge

@@ -14,10 +14,10 @@ from sepjax.begin import adopt_shape, given_tokenizer
 from sepjax.config import Config, ConfigError, under
 from sepjax.console import say
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
-from sepjax.distill import Lesson
-from sepjax.distill.lesson import LOSSES, Grade, Rows, gather, grade, learn
-from sepjax.distill.teacher import Observed, observe
 from sepjax.hub.convert import keep_origin
+from sepjax.keeping import Lesson
+from sepjax.keeping.lesson import LOSSES, Grade, Rows, gather, grade, learn
+from sepjax.keeping.teacher import Observed, observe
 from sepjax.loading import load, locate
 from sepjax.model.transformer import abstract, merge, split
 from sepjax.run.checkpoint import save_params

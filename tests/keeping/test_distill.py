@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 import sepjax
-from evaluate import evaluate
 from sepjax.begin import adopt_shape, first_state
 from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from sepjax.data.pipeline import prepare_tokenizer
-from sepjax.distill import Lesson
-from sepjax.distill.program import distill
-from sepjax.distill.teacher import observe
 from sepjax.evaluation import compare
+from sepjax.evaluation.jobs import evaluate
 from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
+from sepjax.keeping import Lesson
+from sepjax.keeping.distill import distill
+from sepjax.keeping.teacher import observe
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import create, split
 from sepjax.run.checkpoint import load_params, save_params
@@ -106,11 +106,14 @@ def test_a_gate_learns_what_to_keep_and_goes_wherever_models_go(config, tmp_path
     scores = {x.pattern: x for x in evaluate(tmp_path / "gate", ["sink_window", "gated"], length=64)}
     gated, window = (scores[pattern].layer_kept for pattern in ("gated", "sink_window"))
     assert gated[0] == window[0] < gated[1] < window[1] + 1 / 8, "the layer below the gate, the one above it"
+    asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "score_arms", lambda load, windows, arms, **cut: arms)
-        with_gate, without = (
-            {x.name for x in evaluate(Path(path), length=64)} for path in (tmp_path / "gate", config.training.init_from)
+        patch.setattr(
+            compare, "score_arms", lambda load, windows, arms, **cut: asked.append({x.name for x in arms}) or []
         )
+        for path in (tmp_path / "gate", config.training.init_from):
+            evaluate(Path(path), length=64)
+    with_gate, without = asked
     assert without == {"separator", "dense", "sink_window", "fixed_interval"}
     assert with_gate == without | {"gated"}
     with pytest.raises(ConfigError, match="needs a model with a gate, and this one has none"):
