@@ -130,7 +130,8 @@ def shape_keys(config: ModelConfig, name: str, *, norm: str = "rmsnorm") -> dict
       HubError: none of these families has this shape; `name` is the family, in words.
     """
     if config.norm != norm or not config.gated_mlp or config.position_embedding != "rope":
-        raise HubError(f"a {name} has {norm} norms, a gated MLP and rotary positions")
+        kind = {"rmsnorm": "RMS", "layernorm": "layer"}[norm]
+        raise HubError(f"{a_model(name)} has {kind} norms, a gated MLP and rotary positions")
     return {
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,
@@ -155,4 +156,9 @@ def expect(name: str, config: ModelConfig, **settings: Any) -> None:
     """Raises HubError, in words on a family, where a config has other values than all of that family have."""
     for key, value in settings.items():
         if getattr(config, key) != value:
-            raise HubError(f"a {name} has {key}={value!r}, this model {getattr(config, key)!r}")
+            raise HubError(f"{a_model(name)} has {key}={value!r}, this model {getattr(config, key)!r}")
+
+
+def a_model(name: str) -> str:
+    """A family's name behind its article."""
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"

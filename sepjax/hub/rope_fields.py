@@ -174,7 +174,7 @@ def rope_keys(rope: RopeConfig, whole_heads: str = "") -> dict[str, Any]:
       HubError: transformers, or the family, has no such rotation.
     """
     if whole_heads and rope.fraction != 1:
-        raise HubError(f"a {whole_heads} rotates whole heads")
+        raise HubError(f"{whole_heads}: it rotates whole heads")
     keys: dict[str, Any] = {"rope_theta": rope.base, "rope_scaling": None}
     if rope.scaling != "yarn" and rope.attention_factor not in (0, 1):
         raise HubError(f"a rotary embedding with attention_factor={rope.attention_factor} must be of the type yarn")
