@@ -1,12 +1,13 @@
 """Compiled programs kept from one command to the next, in a folder of the user's: compiling takes most of a start.
 
-    ~/.cache/sepjax/compiled-<this machine's kind>     or under $XDG_CACHE_HOME
+    ~/.cache/sepjax/compiled-<this machine's kind>     or under $XDG_CACHE_HOME, or $SEPJAX_CACHE
 
 JAX's own persistent cache does it (its keys are the program, the compiler's version and settings, and the devices), and
 its settings have the last word: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=0 turns
 it off. What a killed program has left half written is compiled again, and replaced.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -25,16 +26,20 @@ def keep() -> None:
 
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return
-    folder = _folder()
     try:
+        folder = _folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # a user without a home
         return
     if not os.access(folder, os.W_OK | os.X_OK):
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
-    jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
+    for name, value in (
+        ("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS),
+        ("jax_compilation_cache_max_size", _MOST_BYTES),
+    ):
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
     replace_damaged(folder)
 
 
@@ -47,15 +52,18 @@ def replace_damaged(folder: Path) -> None:
         if not found:
             show(message, *about, **more)
             return
+        if re.search(r"Timeout|Permission|lock", str(message)):
+            return  # another process has it; this one compiles
         for file in folder.glob(f"{found[1]}-*-cache"):  # which of them is not said
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     warnings.showwarning = remove
 
 
 def _folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "sepjax" / f"compiled-{_kind_of_machine()}"
+    named = os.environ.get("SEPJAX_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sepjax")
+    return Path(named).expanduser() / f"compiled-{_kind_of_machine()}"
 
 
 def _kind_of_machine() -> str:

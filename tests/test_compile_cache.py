@@ -23,6 +23,7 @@ def no_cache(monkeypatch):
 
 
 def test_compiled_programs_are_kept_in_the_user_s_cache(tmp_path, monkeypatch, settings, no_cache):
+    monkeypatch.delenv("SEPJAX_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     compile_cache.keep()
     (folder,) = (tmp_path / "cache" / "sepjax").iterdir()

@@ -116,19 +116,28 @@ def _matching(
     widths, group = tokenizer.token_widths()[ids], 1 if loss_on.groups else 0
     for number, (text, last) in enumerate(zip(texts, np.cumsum(lengths).tolist(), strict=True)):
         part = slice(last - int(lengths[number]), last)
-        stops, size = np.cumsum(widths[part]), len(text.encode())
-        extra = int(stops[-1]) - size if len(stops) else 0  # a space that encoding puts in front
-        if extra != int(tokenizer.starts_with_space) * bool(size):
+        stops, at = np.cumsum(widths[part]), _byte_offsets(text)
+        size = int(at[-1])
+        extra = int(stops[-1]) - size if len(stops) else 0  # a space that encoding puts in front, if there is none
+        if extra not in (0, int(tokenizer.starts_with_space and size > 0)) or (size and not len(stops)):
             raise DataError(
                 f"data.loss_on={loss_on.pattern!r} finds its tokens by their bytes, but those of text {number}, "
                 f"{text[:30]!r}, are {size + extra} for {size}: this tokenizer changes what it reads; leave loss_on out"
             )
-        starts = stops - widths[part]
-        for match in loss_on.finditer(text):
-            start, stop = (len(text[:i].encode()) + extra for i in match.span(group))
-            scored[part] |= (starts < stop) & (stops > start)
-            ends[number] |= stop == size + extra and stop > start
+        spans = [match.span(group) for match in loss_on.finditer(text)]
+        for start, stop in ((at[i] + extra, at[j] + extra) for i, j in spans if i < j):  # not what took no part
+            # The tokens that end behind its start and begin before its end.
+            first, last = np.searchsorted(stops, start, "right"), np.searchsorted(stops - widths[part], stop, "left")
+            scored[part][first:last] = True
+            ends[number] |= stop == size + extra
     return scored, ends
+
+
+def _byte_offsets(text: str) -> Int64[np.ndarray, "C"]:
+    """Where each character begins in the text's UTF-8, and where the last one ends."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
+    return np.concatenate([[0], np.cumsum(widths)]).astype(np.int64)
 
 
 def _without(

@@ -129,6 +129,11 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
                 self._check_epoch(sum(map(len, parts)))
         stream = TokenStream.join(parts) if len(parts) > 1 else self._rest
         self._block = pack_rows(stream[: num_rows * reader.length], reader.length, reader.flag_separators)
+        if reader.loss_on is not None and not self._block.loss_mask.any():
+            raise DataError(
+                f"data.loss_on={reader.loss_on.pattern!r} matches nothing in {num_rows * reader.length:,} tokens of "
+                f"{reader.source.name}, so that there is nothing to learn; correct it, or leave it out"
+            )
         self._order = np.random.default_rng([reader.shard.seed, self._state["block"]]).permutation(num_rows)
         self._rest = stream[num_rows * reader.length :]
 

@@ -115,7 +115,7 @@ def test_a_stream_taken_apart_joins_again(texts, cut):
 @given(
     tokenizer=TOKENIZERS,
     texts=st.lists(st.text("abcdefgh", max_size=9), max_size=8),
-    loss_on=st.sampled_from(["a", "a(.)", "b.*?c", "(d)|e", "h$", "(?=g)", "[a-h]+"]),
+    loss_on=st.sampled_from(["a", "a(.)", "b.*?c", "(d)|e", "h$", "a(b)?", "", "(?=g)", "[a-h]+"]),
 )
 def test_only_what_a_regular_expression_matches_is_scored(tokenizer, texts, loss_on):
     found = re.compile(loss_on)

@@ -107,6 +107,17 @@ def test_separators_are_flagged(config, tokenizer, batches):
     assert batch.tokens.dtype == batch.targets.dtype == batch.positions.dtype == batch.segment_ids.dtype == np.int32
 
 
+def test_what_a_run_is_scored_on_must_be_somewhere(config, tokenizer, data_dir):
+    def batch(loss_on):
+        data = dataclasses.replace(config.data, loss_on=loss_on)
+        return next(training_batches(dataclasses.replace(config, data=data), tokenizer, data_dir, seed=3))
+
+    scored = batch("e").loss_mask
+    assert 0 < scored.sum() < scored.size
+    with pytest.raises(DataError, match="data.loss_on='nowhere at all' matches nothing in .* tokens of "):
+        batch("nowhere at all")
+
+
 def test_processes_share_the_documents(config, tokenizer, data_dir):
     """Each its rows of a batch; the first block of each holds only documents of its shard."""
     source = text_source(config.data, data_dir, "train")
