@@ -1,5 +1,6 @@
 """Batches: every document once an epoch on one host, the same bits after a restore, finite evaluation, clear errors."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -114,7 +115,7 @@ def test_what_a_run_is_scored_on_must_be_somewhere(config, tokenizer, data_dir):
 
     scored = batch("e").loss_mask
     assert 0 < scored.sum() < scored.size
-    with pytest.raises(DataError, match="data.loss_on='nowhere at all' matches nothing in .* tokens of "):
+    with pytest.raises(DataError, match=r"data.loss_on='nowhere at all' matches nothing in .* tokens of "):
         batch("nowhere at all")
 
 
