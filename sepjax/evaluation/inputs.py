@@ -48,6 +48,12 @@ def with_pattern(config: Config, pattern: str, window_size: int) -> AttentionCon
     return validate_attention(attention, config.model.num_layers)
 
 
+def base_of_arms(config: Config, window_size: int) -> AttentionConfig:
+    """The settings that arms change: the own ones, pattern included, with another window unless 0."""
+    windows = {"window_size": window_size, "layer_windows": ()} if window_size else {}
+    return dataclasses.replace(config.attention, cache_size=0, **windows)
+
+
 def corpus_of(path: Path, split: str, tokenizer: Tokenizer, **cut: Any) -> list[Document]:
     """The documents of a run's own corpus."""
     if not (path / "checkpoints").is_dir():

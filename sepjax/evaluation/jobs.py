@@ -13,7 +13,7 @@ from sepjax.evaluation import compare, curves, needle, perplexity, streaming, ta
 from sepjax.evaluation.arms import Arm, fixed_arms, parse_arms, plain_arms, stream_attention
 from sepjax.evaluation.documents import read_documents, read_texts
 from sepjax.evaluation.equal import density as window_density
-from sepjax.evaluation.inputs import config_of, corpus_of, texts_of, with_pattern
+from sepjax.evaluation.inputs import base_of_arms, config_of, corpus_of, texts_of, with_pattern
 from sepjax.generation import limits
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import load, locate
@@ -48,12 +48,12 @@ def evaluate(
     model, tokenizer = load(workdir, step=step, **settings)
     config = config_of(workdir, model)
     patterns = patterns or [pattern for pattern in PATTERNS if pattern != "gated" or model.gate is not None]
-    attentions = [with_pattern(config, pattern, window_size) for pattern in ["separator", *patterns]]
+    attentions = [with_pattern(config, pattern, window_size) for pattern in ([] if arms else ["separator", *patterns])]
     documents = texts_of(workdir, config, text, split, max_documents)
     length = length or config.data.sequence_length
     windows = perplexity.token_windows(tokenizer, documents, length, bos=bos, max_tokens=max_tokens)
     if arms:
-        compared = parse_arms(arms, dataclasses.replace(attentions[0], cache_size=0), config.model.num_layers)
+        compared = parse_arms(arms, base_of_arms(config, window_size), config.model.num_layers)
     elif equal:
         density = window_density(attentions[0], tokenizer, windows.ids)
         compared = compare.at_equal_kv(attentions[0], density, equal)
@@ -121,9 +121,11 @@ def find_needles(
     if not text:
         raise ConfigError("needles are hidden in --text: give it a .txt file or a folder of them")
     model, tokenizer = load(path, **settings)
-    compared = plain_arms([with_pattern(config_of(path, model), pattern, window_size) for pattern in patterns])
+    config = config_of(path, model)
     if arms:
-        compared = fixed_arms(arms, model.attention, model.config.num_layers)
+        compared = fixed_arms(arms, base_of_arms(config, window_size), config.model.num_layers)
+    else:
+        compared = plain_arms([with_pattern(config, pattern, window_size) for pattern in patterns])
     haystack = "\n\n".join(read_texts(Path(text)))
     grid = {"lengths": lengths, "depths": depths, "tails": tails, "trials": trials, "batch_tokens": batch_tokens}
     return needle.needle_grid(model, tokenizer, haystack, compared, **grid)

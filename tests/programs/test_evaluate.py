@@ -1,12 +1,14 @@
 """`sepjax evaluate` within this process: every setting of a job reaches what scores, and files are where it says."""
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
 
 from sepjax import programs
-from sepjax.evaluation import jobs, recall
+from sepjax.config import AttentionConfig
+from sepjax.evaluation import jobs, needle, recall
 from sepjax.programs import COMMANDS
 from sepjax.settings import flags_of
 from tests.commands import Called, command, leaves, unlike
@@ -37,7 +39,7 @@ def test_no_setting_is_lost_on_its_way(job, monkeypatch, tmp_path):
         monkeypatch.setattr(jobs, CALLS[job], spy)
     values = {flag.name: unlike(flag, i) for i, flag in enumerate(flags_of(module.Settings))}
     values["output"] = str(tmp_path / "scores.json")
-    ways = [{"model": None}, {"workdir": None}]
+    ways = [{"model": None, "download": False}, {"workdir": None}]
     ways = [way | other for way in ways for other in ({"arms": ""}, {"patterns": None, "budgets": None})]
     found: set[str] = set()
     for way in ways:
@@ -50,6 +52,30 @@ def test_no_setting_is_lost_on_its_way(job, monkeypatch, tmp_path):
             if value in reached or percents in reached:
                 found.add(name)
     assert set(values) - found == {"output"}
+
+
+def test_arms_begin_with_the_models_own_settings_and_the_window_that_is_asked_for(tmp_path, monkeypatch):
+    write(tmp_path / "m.gguf")
+    (tmp_path / "text.txt").write_text("abc, ab. a bc, c " * 20)
+    model, tokenizer = jobs.load(tmp_path / "m.gguf")
+    own = AttentionConfig(pattern="gated", gate_layer=0, gate_stretch=4, gate_keep=2, kept_layers=(1,), cache_size=200)
+    model.attention = own
+    seen: list[Any] = []
+    monkeypatch.setattr(jobs, "load", lambda *_, **__: (model, tokenizer))
+    monkeypatch.setattr(needle, "needle_grid", lambda model, tokenizer, haystack, arms, **_: seen.extend(arms) or [])
+    monkeypatch.setattr(jobs.compare, "score_arms", lambda other, windows, arms, **_: seen.extend(arms) or [])
+    arms = "gated; sink_window; separator n=9"
+    expected = [
+        dataclasses.replace(own, cache_size=0, window_size=300),
+        dataclasses.replace(own, cache_size=0, window_size=300, pattern="sink_window", kept_layers=()),
+        dataclasses.replace(own, cache_size=0, window_size=9, pattern="separator", kept_layers=()),
+    ]
+    cut: dict[str, Any] = {"text": str(tmp_path / "text.txt"), "arms": arms, "window_size": 300}
+    jobs.find_needles(tmp_path / "m.gguf", (), lengths=[9], depths=[0.5], **cut)
+    assert [arm.attention for arm in seen] == expected
+    seen.clear()
+    jobs.evaluate(tmp_path / "m.gguf", length=16, **cut)
+    assert [arm.attention for arm in seen] == expected
 
 
 def test_a_stream_is_scored_and_its_curve_written_beside_the_output(tmp_path, capfd):
