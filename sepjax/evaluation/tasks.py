@@ -4,10 +4,12 @@ Of every request the adapter notes what was held and seen; `kv_kept` of a task i
 kept everything, because every prompt fits its window, is refused: its score would be the dense one under another name.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,21 +127,40 @@ def _evaluate(
 
     from sepjax.evaluation.lm_eval_data import local_datasets
 
-    manager = _manager(task)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork for its bootstrap, which JAX cannot stand
-    with local_datasets(data):
+    with metrics_package(), local_datasets(data):
         results: Any = simple_evaluate(
             lm,
             tasks=[task],
             num_fewshot=num_fewshot,
             limit=(limit if limit < 1 else int(limit)) or None,
-            task_manager=manager,
+            task_manager=_manager(task),
             apply_chat_template=apply_chat_template,
             fewshot_as_multiturn=apply_chat_template,
             log_samples=False,
             bootstrap_iters=1000,
         )
     return results
+
+
+@contextlib.contextmanager
+def metrics_package() -> Iterator[None]:
+    """Inside, `import evaluate` is the package of that name, with whose metrics some of lm-eval's tasks score.
+
+    While `python evaluate.py` runs, or `python -m sepjax` in a checkout, it would be our file.
+    """
+    before, path = sys.modules.get("evaluate"), sys.path[:]
+    if hasattr(before, "__path__"):  # it is a package already
+        yield
+        return
+    sys.modules.pop("evaluate", None)
+    sys.path[:] = [folder for folder in path if not Path(folder, "evaluate.py").is_file()]
+    try:
+        yield
+    finally:
+        sys.path[:] = [*path, *(folder for folder in sys.path if folder not in path)]
+        if before is not None:
+            sys.modules["evaluate"] = before
 
 
 @functools.cache

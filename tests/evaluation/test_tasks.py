@@ -1,8 +1,10 @@
 """lm-eval's own tasks on local data: prompts and scoring are its, log-probabilities and answers ours."""
 
 import dataclasses
+import importlib
 import json
 import random
+import sys
 import warnings
 
 import numpy as np
@@ -227,3 +229,32 @@ def test_rolling_scores_and_settings_that_are_not_served(byte_model, byte_tokeni
     with pytest.raises(RequestError, match="no chat template"):
         lm.apply_chat_template([{"role": "user", "content": "hi"}])
     assert lm_eval.evaluator
+
+
+def test_metrics_are_of_the_package_evaluate_and_not_of_our_file(tmp_path, monkeypatch):
+    """The folder of evaluate.py stands first in sys.path when that is run."""
+    for folder in ("checkout", "installed/evaluate"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "checkout/evaluate.py").write_text("")
+    (tmp_path / "installed/evaluate/__init__.py").write_text("import importlib, evaluate.loading\nload = 'theirs'\n")
+    (tmp_path / "installed/evaluate/loading.py").write_text("")
+    path = [str(tmp_path / "checkout"), str(tmp_path / "installed"), *sys.path]
+    monkeypatch.setattr(sys, "path", path[:])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate"]:
+        monkeypatch.delitem(sys.modules, name)
+    ours = importlib.import_module("evaluate")
+    assert ours.__file__ == str(tmp_path / "checkout/evaluate.py")
+    for _ in range(2):
+        with tasks.metrics_package():
+            assert importlib.import_module("evaluate").load == "theirs"
+        assert sys.path == path
+        assert importlib.import_module("evaluate") is ours
+    del sys.modules["evaluate"]
+    monkeypatch.setattr(tasks, "_manager", lambda task: None)
+    found = lambda *_, **__: {"load": importlib.import_module("evaluate").load}  # noqa: E731
+    monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", found)
+    assert tasks._evaluate(None, "humaneval", None, 0, None, False) == {"load": "theirs"}
+    with tasks.metrics_package():  # nobody's was there before, and so it stays
+        assert importlib.import_module("evaluate").load == "theirs"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate"]:
+        del sys.modules[name]  # monkeypatch puts back what was there
