@@ -9,6 +9,7 @@ Ctrl-C cuts an answer short, /quit or Ctrl-D ends the conversation.
 import dataclasses
 from typing import Any
 
+from sepjax.config import ConfigError
 from sepjax.programs.writing import Writing
 
 
@@ -17,6 +18,14 @@ class Settings(Writing):
     """How it begins."""
 
     system: str = ""  # instructions in front of the first turn
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.system and self.resume is not None:
+            raise ConfigError(
+                "--system does nothing beside --resume: instructions stand in front of the first turn, which a saved "
+                "conversation has behind it; leave one of them out"
+            )
 
 
 def main(settings: Settings) -> None:

@@ -25,6 +25,8 @@ class Loading(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of_two("workdir", self.workdir, "model", self.model)
+        if self.download and self.workdir:
+            raise ConfigError("--download does nothing for a run, which is a folder here; it is for --model=OWNER/NAME")
 
     @property
     def path(self) -> Path:
@@ -42,4 +44,13 @@ def refuse_window(pattern: str | None, names: list[str]) -> None:
     if names and pattern == "dense":
         raise ConfigError(
             f"--{names[0]} does nothing for the dense pattern, which sees everything; leave one of them out"
+        )
+
+
+def refuse_separators(pattern: str | None, most: int | None) -> None:
+    """Raises `ConfigError` for a number of separators where none is kept."""
+    if most is not None and pattern == "sink_window":
+        raise ConfigError(
+            "--max_separators does nothing for the sink_window pattern, which keeps none; leave it out (how much is "
+            "held, --cache_size says)"
         )

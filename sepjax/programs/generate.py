@@ -45,23 +45,33 @@ class Settings(Writing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_repeats", "max_separators", "cache_size", "save"):
-            if getattr(self, name) is not None and not self.bounded:
+        takers = {"--resume, --stream": (self.goes_on, ("max_repeats", "save"))}
+        takers["--resume, --stream, --pattern=watched"] = self.bounded, ("max_separators", "cache_size")
+        for flags, (asked, names) in takers.items():
+            idle = [name for name in names if getattr(self, name) is not None and not asked]
+            if idle:
                 raise ConfigError(
-                    f"--{name} does nothing for an answer to --prompt; it is for --resume, --stream: leave it out or "
-                    "add one of them"
+                    f"--{idle[0]} does nothing for an answer to --prompt; it is for {flags}: leave it out or add one "
+                    "of them"
                 )
         prompts = len(self.prompt) + bool(self.prompt_file)
         if not prompts and not self.resume:
             raise ConfigError('nothing to continue; give --prompt="..." (once a text) or --prompt_file')
-        if self.bounded and prompts > 1:
+        if not prompts and self.apply_chat_template:
+            raise ConfigError("--apply_chat_template does nothing without a prompt; add --prompt, or leave it out")
+        if self.goes_on and prompts > 1:
             flag = "--stream" if self.stream else "--resume"
             raise ConfigError(f"{flag} continues one prompt, got {prompts}; leave it out for a batch")
 
     @property
-    def bounded(self) -> bool:
-        """Whether the text runs over a bounded cache."""
+    def goes_on(self) -> bool:
+        """Whether one text goes on, past its end or from where a saved one was."""
         return self.stream or self.resume is not None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the settings ask for a bounded cache."""
+        return self.goes_on or self.pattern == "watched"
 
 
 def main(settings: Settings) -> None:
@@ -81,7 +91,7 @@ def main(settings: Settings) -> None:
     options = settings.options(model) | {"max_new_tokens": new, "control_tokens": control}
     options["stop_at_eos"] = not settings.stream
     settings.warn(model, tokenizer, prompts, new, bounded=settings.bounded)
-    if settings.bounded:
+    if settings.goes_on:
         options |= settings.endless()
     if len(prompts) > 1:
         _answer_all(model, tokenizer, prompts, **options)
@@ -129,7 +139,7 @@ def _answer_one(events: Any, settings: Settings) -> None:
             if interrupted:
                 break
     print()
-    if settings.bounded and last is not None and last.finish_reason in _WHY:
+    if settings.goes_on and last is not None and last.finish_reason in _WHY:
         print(f"ended: {_WHY[last.finish_reason]}", file=sys.stderr)
     if settings.save:
         events.save(settings.save)

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sepjax.config import BOUNDED_PATTERNS, ConfigError
-from sepjax.programs.common import Loading, refuse_window
+from sepjax.config import BOUNDED_PATTERNS, ConfigError, under
+from sepjax.programs.common import Loading, refuse_separators, refuse_window
 from sepjax.settings import AtLeast, OneOf, Repeated
 
 if TYPE_CHECKING:
@@ -20,13 +20,14 @@ MAX_REPEATS = 12
 class Writing(Loading):
     """How text is made, and over which cache."""
 
-    max_new_tokens: Annotated[int, AtLeast(1)] | None = None  # tokens after which an answer ends; default: 128
+    # tokens after which an answer ends; default: 128, of streams and chats none
+    max_new_tokens: Annotated[int, AtLeast(1)] | None = None
     temperature: float | None = None  # 0, the default: always the best token; above: draw
     top_k: int | None = None  # draw from the k best tokens; 0, the default: all
     top_p: float | None = None  # draw from the fewest tokens that reach this probability; default: 1, all
     min_p: float | None = None  # draw from tokens at least so many times as probable as the best; default: 0, all
     sampling_defaults: bool = False  # of these four, what the model's own files recommend
-    seed: int = 0  # of the draws
+    seed: int | None = None  # of the draws; default: 0
     stop: Annotated[tuple[str, ...], Repeated()] = ()  # text that ends an answer
     stop_token_ids: Annotated[tuple[int, ...], AtLeast(0)] = ()  # token ids that end an answer, besides the model's own
     control_tokens: bool | None = None  # names of control tokens in your texts are these tokens; default: not in chats
@@ -41,12 +42,13 @@ class Writing(Loading):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        draws = [name for name in ("min_p", "top_k", "top_p") if getattr(self, name) is not None]
+        draws = [name for name in ("min_p", "seed", "top_k", "top_p") if getattr(self, name) is not None]
         if draws and not self.temperature and not self.sampling_defaults:
             raise ConfigError(
                 f"--{draws[0]} does nothing where the best token is always taken; add --temperature=1, or leave it out"
             )
         refuse_window(self.pattern, self.sizes)
+        refuse_separators(self.pattern, self.max_separators)
 
     @property
     def sizes(self) -> list[str]:
@@ -55,19 +57,21 @@ class Writing(Loading):
 
     def attention(self, model: "Transformer") -> "AttentionConfig":
         """The model's own, with what the flags change."""
-        changes: dict[str, Any] = {} if self.pattern is None else {"pattern": self.pattern}
+        changes: dict[str, Any] = {}
         if self.window_size is not None:
             changes |= {"window_size": self.window_size, "layer_windows": ()}
         for name in ("num_sinks", "max_separators", "cache_size"):
             changes |= {} if getattr(self, name) is None else {name: getattr(self, name)}
-        attention = dataclasses.replace(model.attention, **changes)
-        refuse_window(attention.pattern, self.sizes)  # the model may be dense itself
+        attention = under(model.attention, self.pattern or model.attention.pattern, **changes)
+        refuse_window(attention.pattern, self.sizes)  # the model may be dense itself, or a window
+        refuse_separators(attention.pattern, self.max_separators)
         return attention
 
     def options(self, model: "Transformer") -> dict[str, Any]:
         """Arguments of `sepjax.generate` and `sepjax.stream` that are settings as they are."""
-        names = ("temperature", "top_k", "top_p", "min_p", "sampling_defaults", "seed", "stop", "stop_token_ids")
-        return {name: getattr(self, name) for name in names} | {"attention": self.attention(model)}
+        names = ("temperature", "top_k", "top_p", "min_p", "sampling_defaults", "stop", "stop_token_ids")
+        given = {name: getattr(self, name) for name in names}
+        return given | {"seed": self.seed or 0, "attention": self.attention(model)}
 
     def endless(self) -> dict[str, Any]:
         """Further arguments of `sepjax.stream`, for a bounded cache."""
@@ -77,12 +81,16 @@ class Writing(Loading):
     def warn(
         self, model: "Transformer", tokenizer: "Tokenizer", prompts: "list[Prompt]", new: int | None, *, bounded: bool
     ) -> None:
-        """Lines on stderr where text or cache are longer than what the model was trained on."""
+        """Lines on stderr where text or cache are longer than what the model was trained on.
+
+        `bounded`: whether the settings ask for a bounded cache; a watched text has one in any case.
+        """
         from sepjax.generation import limits
         from sepjax.generation.prompts import encode_prompts
         from sepjax.loading import locate
 
         attention, trained = self.attention(model), limits.trained_length(locate(self.path), model.config)
+        bounded = bounded or attention.pattern == "watched"
         longest = max(map(len, encode_prompts(tokenizer, prompts))) if prompts else 0
         limits.warn_of_length(model.config, attention, longest, new, trained, bounded=bounded)
         if bounded:

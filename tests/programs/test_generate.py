@@ -1,12 +1,13 @@
 """`sepjax generate` and `sepjax chat` within this process: what they print, keep, warn of and refuse."""
 
+import dataclasses
 import io
 import sys
 
 import pytest
 
 import sepjax
-from sepjax.config import AttentionConfig, ConfigError
+from sepjax.config import AttentionConfig, ConfigError, validate_attention
 from sepjax.programs import generate
 from tests.commands import command, refusal
 from tests.hub.test_gguf_file import CONFIG, write
@@ -58,12 +59,17 @@ def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, tmp_path, ca
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--prompt=a --seed=3", "--seed does nothing where the best token is always taken"),
         ("--prompt=a --top_k=3", "--top_k does nothing where the best token is always taken"),
         ("--prompt=a --min_p=0.1 --temperature=0", "--min_p does nothing"),
         ("--prompt=a --pattern=dense --window_size=3", "--window_size does nothing for the dense pattern"),
         ("--prompt=a --save=x", "--save does nothing for an answer to --prompt; it is for --resume, --stream"),
         ("--prompt=a --cache_size=800", "--cache_size does nothing for an answer to --prompt"),
+        ("--prompt=a --max_separators=3", "it is for --resume, --stream, --pattern=watched: leave it out"),
         ("--prompt=a --max_repeats=12", "--max_repeats does nothing for an answer to --prompt"),
+        ("--prompt=a --pattern=watched --save=x", "--save does nothing for an answer to --prompt; it is for --resume"),
+        ("--prompt=a --stream --pattern=sink_window --max_separators=3", "--max_separators does nothing for the sink"),
+        ("--resume=x --apply_chat_template", "--apply_chat_template does nothing without a prompt"),
         ("--prompt=a --system=x", "--system does nothing for sepjax generate; it is for sepjax chat"),
         ("--prompt=a --max_new_tokens=0", "--max_new_tokens=0 must be 1 or more"),
         ("--prompt=a --prompt=b --resume=x", "--resume continues one prompt, got 2"),
@@ -88,6 +94,9 @@ def test_what_is_right_is_not_refused():
         {"pattern": "separator", "window_size": 3},
         {"stream": True, "cache_size": 800, "save": "x"},
         {"resume": "x", "prompt": (), "max_repeats": 3},
+        {"resume": "x", "apply_chat_template": True},
+        {"prompt": ("a", "b"), "pattern": "watched", "cache_size": 800, "max_separators": 3},
+        {"seed": 3, "sampling_defaults": True},
     ):
         assert generate.Settings(**{"model": "m", "prompt": ("a",)} | settings)
 
@@ -98,3 +107,27 @@ def test_a_window_does_nothing_for_a_model_that_is_dense_itself(model):
     settings = generate.Settings(model="m", prompt=("a",), window_size=3)
     with pytest.raises(ConfigError, match="--window_size does nothing for the dense pattern"):
         settings.attention(loaded)
+    loaded.attention = AttentionConfig(pattern="sink_window")
+    settings = generate.Settings(model="m", prompt=("a",), stream=True, max_separators=3)
+    with pytest.raises(ConfigError, match="--max_separators does nothing for the sink_window pattern"):
+        settings.attention(loaded)
+
+
+def test_another_pattern_leaves_the_layers_of_the_own_one(model):
+    loaded, _ = sepjax.load(model.removeprefix("--model="))
+    own = AttentionConfig(pattern="gated", gate_layer=0, gate_stretch=4, kept_layers=(1,))
+    loaded.attention = own
+    for pattern in ("sink_window", "dense", "watched"):
+        found = generate.Settings(model="m", prompt=("a",), pattern=pattern).attention(loaded)
+        assert found == dataclasses.replace(own, pattern=pattern, kept_layers=())
+        assert validate_attention(found, loaded.config.num_layers)
+    for pattern in (None, "gated"):
+        assert generate.Settings(model="m", prompt=("a",), pattern=pattern).attention(loaded) == own
+
+
+def test_watched_answers_have_a_bounded_cache(model, capfd):
+    flags = ["--pattern=watched", "--window_size=20", "--max_separators=8", f"--cache_size={CONFIG.max_positions + 1}"]
+    ended = command(capfd, "generate", model, "--prompt=abc", "--max_new_tokens=2", *flags)
+    assert ended.code == 0, ended.err
+    assert f"warning: a cache of {CONFIG.max_positions + 1} entries is larger than" in ended.err
+    assert "ended:" not in ended.err

@@ -74,6 +74,8 @@ def test_what_there_is(capfd):
         ("distill --config=sep_tiny --workdir=w --rows=0", "--rows=0 must be 1 or more"),
         ("keeping --model=m --text=t --by=magic", "--by='magic' is not one of 'rarity'"),
         ("generate --prompt=a", "give --workdir or --model, one of them: got neither"),
+        ("generate --prompt=a --workdir=w --download", "--download does nothing for a run"),
+        ("chat --model=m --resume=x --system=y", "--system does nothing beside --resume"),
         ("evaluate needle --model=m --lengths=1,x", "--lengths takes whole numbers of 1 or more"),
         ("evaluate stream --model=m --arms=dense --budgets=1/2/3/9", "--budgets does nothing beside --arms"),
         ("evaluate recall --workdir=w --arms=dense --patterns=dense", "--patterns does nothing beside --arms"),
