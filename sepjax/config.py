@@ -241,7 +241,7 @@ def load_config(path: str | Path) -> Config:
     path = _config_file(Path(path))
     spec = importlib.util.spec_from_file_location(f"sepjax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{str(path)!r} is no config file: expected a Python file, *.py, with a get_config()")
+        raise ConfigError(f"{str(path)!r} is not a config file: expected a Python file, *.py, with a get_config()")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):

@@ -190,7 +190,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, message:
     with pytest.raises(ConfigError, match=message):
         load_config(tmp_path / "wrong.py")
     (tmp_path / "wrong.txt").write_text(text)
-    with pytest.raises(ConfigError, match="is no config file"):
+    with pytest.raises(ConfigError, match="is not a config file"):
         load_config(tmp_path / "wrong.txt")
 
 

@@ -152,7 +152,7 @@ def read_regular(path: Any, most: int = _MOST) -> bytes:
     """A file's content.
 
     Raises:
-      SpecialTokenError: it is no regular file (a pipe or a device may have no end), or larger than `most` bytes.
+      SpecialTokenError: it is not a regular file (a pipe or a device may have no end), or larger than `most` bytes.
       FileNotFoundError: it is not there.
     """
     try:

@@ -293,5 +293,5 @@ def _check_unicode(number: int, text: str) -> None:
     except UnicodeEncodeError as error:
         raise DataError(
             f"text {number} holds half of a surrogate pair, {text[error.start]!r} at character {error.start}; "
-            "it is no Unicode text: decode its source with errors='replace'"
+            "it is not Unicode text: decode its source with errors='replace'"
         ) from error

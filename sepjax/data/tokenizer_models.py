@@ -244,7 +244,7 @@ def _fields(proto: bytes) -> set[int]:
     while at < len(proto):
         key, at = _varint(proto, at)
         if key & 7 != 2:  # ModelProto holds messages only
-            raise ValueError("it is no SentencePiece model")
+            raise ValueError("it is not a SentencePiece model")
         size, at = _varint(proto, at)
         fields.add(key >> 3)
         at += size

@@ -108,7 +108,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise StreamError(f"{str(path)!r} is no UTF-8 text: {error}; convert it first") from error
+        raise StreamError(f"{str(path)!r} is not UTF-8 text: {error}; convert it first") from error
 
 
 def _first(documents: Iterable[Document], max_tokens: int) -> list[Document]:

@@ -111,7 +111,7 @@ def _rows(file: Path) -> list[Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise TaskDataError(f"{str(file)!r}, line {number}, is no JSON: {error}") from error
+            raise TaskDataError(f"{str(file)!r}, line {number}, is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise TaskDataError(f"{str(file)!r}, line {number}, is a {type(row).__name__}, expected an object")
         rows.append(row)

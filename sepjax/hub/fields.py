@@ -29,7 +29,7 @@ class Fields:
         try:
             values = json.loads(read_bytes(path, _MOST))
         except (ValueError, RecursionError) as error:
-            raise HubError(f"{str(path)!r} is no JSON: {error}") from error
+            raise HubError(f"{str(path)!r} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise HubError(f"{str(path)!r} holds a {type(values).__name__}, expected a JSON object")
         return cls(path, values)

@@ -88,7 +88,7 @@ class Header:
         self._place()
 
     def _fault(self, what: str) -> GGUFError:
-        return GGUFError(f"{str(self.path)!r} is no complete GGUF file: {what}; download it again")
+        return GGUFError(f"{str(self.path)!r} is not a complete GGUF file: {what}; download it again")
 
     def _take(self, size: int) -> bytes:
         if size > len(self.data) - self._at:
@@ -112,7 +112,7 @@ class Header:
         try:
             return text.decode()
         except UnicodeDecodeError as error:
-            raise self._fault(f"the string at byte {at} is no UTF-8") from error
+            raise self._fault(f"the string at byte {at} is not UTF-8") from error
 
     def _named[T](self, count: int, read: Callable[[], T]) -> dict[str, T]:
         found: dict[str, T] = {}

@@ -75,8 +75,8 @@ class SafetensorsFile:
             length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
             if not 2 <= length <= min(size - 8, _MOST):
                 raise HubError(
-                    f"{str(path)!r} is no complete safetensors file: {size} bytes, and its header would have {length}; "
-                    "download it again"
+                    f"{str(path)!r} is not a complete safetensors file: {size} bytes, and its header would have "
+                    f"{length}; download it again"
                 )
             header = _parse(path, file.read(length))
         self.metadata: dict[str, Any] = header.pop("__metadata__", None) or {}
@@ -104,7 +104,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise HubError(f"{str(path)!r}: the header is no valid JSON: {error}; download the file again") from error
+        raise HubError(f"{str(path)!r}: the header is not valid JSON: {error}; download the file again") from error
     if not isinstance(header, dict):
         raise HubError(f"{str(path)!r}: the header is a {type(header).__name__}, expected a JSON object of tensors")
     return header

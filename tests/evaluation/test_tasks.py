@@ -159,7 +159,7 @@ def test_missing_datasets_are_named(byte_model, byte_tokenizer, separators, data
 
 def test_damaged_data_and_unknown_names_are_named(byte_model, byte_tokenizer, separators, tmp_path, data):
     (tmp_path / "piqa").mkdir()
-    for content, message in (("{", "line 1, is no JSON"), ("[1]", "line 1, is a list"), ("\n", "no rows")):
+    for content, message in (("{", "line 1, is not JSON"), ("[1]", "line 1, is a list"), ("\n", "no rows")):
         (tmp_path / "piqa" / "validation.jsonl").write_text(content)
         with pytest.raises(TaskDataError, match=message):
             run(byte_model, byte_tokenizer, ["piqa"], [separators], tmp_path)

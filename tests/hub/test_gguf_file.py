@@ -457,7 +457,7 @@ def field(name, kind, value):
         (header(fields=1, rest=field(b"a", 9, struct.pack("<IQ", 9, 1)) + bytes(40)), "arrays within arrays"),
         (header(fields=1, rest=field(b"a", 9, struct.pack("<IQ", 77, 1)) + bytes(40)), "unknown kind 77"),
         (header(fields=1, rest=field(b"a", 13, bytes(8))), "unknown kind 13"),
-        (header(fields=1, rest=field(b"\xff", 0, bytes(8))), "no UTF-8"),
+        (header(fields=1, rest=field(b"\xff", 0, bytes(8))), "not UTF-8"),
         (header(tensors=1, rest=struct.pack("<QIIQ", 0, 0, 0, 0) + bytes(40)), "would have 0 axes"),
         (header(tensors=1, rest=struct.pack("<QIIQ", 0, 2**31, 0, 0) + bytes(40)), "would have 2147483648 axes"),
         (header(tensors=1, rest=struct.pack("<QIQIQ", 0, 1, 64, 999, 0) + bytes(64)), "the unknown type 999"),
@@ -497,7 +497,7 @@ def test_damaged_files_are_refused(tmp_path):
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "other.gguf").write_bytes(b"something else" * 100)
     for name in ("cut.gguf", "other.gguf"):
-        with pytest.raises(GGUFError, match="no complete GGUF file"):
+        with pytest.raises(GGUFError, match="not a complete GGUF file"):
             load_gguf(tmp_path / name, dtype="float32")
 
 

@@ -71,9 +71,9 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         ({"a": 3}, b"", r"tensor 'a' needs"),
         (b'{"a": 1, "a": 2}', b"", r"'a' is there twice"),
         (b"[1]", b"", r"header is a list"),
-        (b"{nonsense", b"", r"no valid JSON"),
-        (b"[" * 100_000, b"", r"no valid JSON"),
-        (b"\xff\xfe\xfd", b"", r"no valid JSON"),
+        (b"{nonsense", b"", r"not valid JSON"),
+        (b"[" * 100_000, b"", r"not valid JSON"),
+        (b"\xff\xfe\xfd", b"", r"not valid JSON"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, header, data, message):
@@ -84,7 +84,7 @@ def test_damaged_files_are_named(tmp_path, header, data, message):
 @pytest.mark.parametrize("content", [b"", b"1234567", (2**63).to_bytes(8, "little") + b"{}", b"\0" * 64])
 def test_files_without_a_header_are_refused(tmp_path, content):
     (tmp_path / "m.safetensors").write_bytes(content)
-    with pytest.raises(HubError, match="no complete safetensors file"):
+    with pytest.raises(HubError, match="not a complete safetensors file"):
         SafetensorsFile(tmp_path / "m.safetensors")
 
 
