@@ -3,8 +3,8 @@ r"""The Llama-3-8B shape at a post-training schedule: grouped queries, parameter
     python train.py --config=configs/llama3_8b.py --workdir=runs/llama3 \
         --config.data.name=FOLDER_OR_TFDS_NAME --config.data.tokenizer=LLAMA_FOLDER/tokenizer.json
 
-It starts from random weights: reading Hugging Face checkpoints comes with `sepjax.hub`. Window and sinks are those of
-the paper's training-free runs on this model (a=4, n=256). Hardware: 8 GPUs of 80 GB or a TPU pod. Time and result: not
+It starts from random weights; to begin with a checkpoint see `configs/post_small.py`. Window and sinks are those of the
+paper's training-free runs on this model (a=4, n=256). Hardware: 8 GPUs of 80 GB or a TPU pod. Time and result: not
 measured yet.
 """
 
