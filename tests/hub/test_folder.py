@@ -21,6 +21,7 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
 from sepjax.hub.families import ATTENTION, FAMILIES
 from sepjax.hub.fields import Fields
+from sepjax.hub.folder import folder_shape
 from sepjax.hub.safetensors_file import SafetensorsFile
 from sepjax.loading import LoadError, load_shape
 from sepjax.model.transformer import split
@@ -321,6 +322,22 @@ def test_shapes_that_no_family_has_are_not_written(make, tmp_path):
         save_folder(model, tokenizer, tmp_path / "out", like=make("llama", "o", config={"hidden_size": 64})[0])
     with pytest.raises(HubError, match="holds a model already"):
         save_folder(model, tokenizer, tmp_path / "l")
+
+
+def test_a_control_token_without_an_embedding_is_left_out(make):
+    """As of Gemma 3's text models, `<image_soft_token>`; an ordinary token is another matter."""
+    folder, _ = make()
+    file = json.loads((folder / "tokenizer.json").read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for special in (True, False):
+        file["added_tokens"] = [{"id": 64, "content": "<image>", "special": special, **plain}]
+        (folder / "tokenizer.json").write_text(json.dumps(file))
+        if special:
+            _, tokenizer = folder_shape(folder, dtype="float32")
+            assert (tokenizer.vocab_size, tokenizer.control_id("<image>")) == (64, None)
+        else:
+            with pytest.raises(HubError, match=r"has 65 tokens, but config\.json has vocab_size=64"):
+                folder_shape(folder, dtype="float32")
 
 
 def test_a_hub_id_is_looked_up_in_the_cache_and_never_fetched_unasked(make, tmp_path, monkeypatch):
