@@ -72,6 +72,8 @@ def family_of(fields: Fields) -> Family:
     if not isinstance(kind, str) or kind not in kinds:
         hint = nearest(kind, kinds) if isinstance(kind, str) else ""
         fields.refuse("model_type", f"supported architectures are {', '.join(kinds)}{hint}")
+    if kind == "mistral" and "layer_types" in fields.values:
+        return mistral.MINISTRAL  # transformers reads it as that
     return kinds[str(kind)]
 
 

@@ -324,6 +324,17 @@ def test_shapes_that_no_family_has_are_not_written(make, tmp_path):
         save_folder(model, tokenizer, tmp_path / "l")
 
 
+def test_a_mistral_that_says_the_kinds_of_its_layers_is_a_ministral(make):
+    """As transformers takes it."""
+    kinds = ["sliding_attention", "full_attention"]
+    for types, full in ((kinds, (1,)), (kinds[:1] * 2, ()), (None, ())):
+        folder, _ = make("ministral", f"m{types}", config={"model_type": "mistral", "layer_types": types})
+        config, _ = folder_shape(folder, dtype="float32")
+        assert (config.sliding_window, config.full_layers) == (8, full)
+    folder, _ = make("ministral", "full", config={"model_type": "mistral", "layer_types": kinds[1:] * 2})
+    assert folder_shape(folder, dtype="float32")[0].sliding_window == 0
+
+
 def test_a_control_token_without_an_embedding_is_left_out(make):
     """As of Gemma 3's text models, `<image_soft_token>`; an ordinary token is another matter."""
     folder, _ = make()
