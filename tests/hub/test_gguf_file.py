@@ -280,6 +280,10 @@ def test_the_tokenizer_splits_digits_and_knows_its_control_tokens(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (1, 2, False)
     assert (tokenizer.document_start, tokenizer.document_end) == (0, 0)
     assert tokenizer.encode("<|im_start|>a", bos=True) == [1, 3]
+    # The file names <|im_end|> alone; <|endoftext|> ends an answer by its text, where it is a control token.
+    assert tokenizer.end_ids == (0, 2)
+    write(tmp_path / "m.gguf", kinds=(4, 3, 3))
+    assert gguf_shape(tmp_path / "m.gguf", dtype="float32")[1].end_ids == (2,)
 
 
 def test_the_scaling_of_llama_3_1_is_found_in_its_divisors(tmp_path):
