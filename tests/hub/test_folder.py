@@ -22,6 +22,7 @@ from sepjax.hub.export import save_folder
 from sepjax.hub.families import ATTENTION, FAMILIES
 from sepjax.hub.fields import Fields
 from sepjax.hub.folder import folder_shape
+from sepjax.hub.remote import fetch
 from sepjax.hub.safetensors_file import SafetensorsFile
 from sepjax.loading import LoadError, load_shape
 from sepjax.model.transformer import split
@@ -365,6 +366,24 @@ def test_a_hub_id_is_looked_up_in_the_cache_and_never_fetched_unasked(make, tmp_
     shutil.copytree(folder, home / "snapshots" / ("0" * 40))
     model, _ = sepjax.load("someone/model")
     jax.tree.map(np.testing.assert_array_equal, leaves(model), leaves(sepjax.load(folder)[0]))
+
+
+def test_weights_are_fetched_once(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.model"]
+    others = ["consolidated.safetensors", "consolidated.00.safetensors", "fp16/model.safetensors", "model.py"]
+    fetched = []
+
+    def download(name, *, allow_patterns, ignore_patterns=None, local_files_only):
+        files = filter_repo_objects(there + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        fetched.extend(files)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert fetch("someone/model", download=True) == tmp_path
+    assert fetched == there
 
 
 def test_other_paths_are_refused(tmp_path):
