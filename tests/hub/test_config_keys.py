@@ -204,3 +204,11 @@ def test_other_names_and_missing_keys_mean_what_they_mean_to_transformers():
     assert (missing.num_kv_heads, missing.sliding_window, missing.max_positions) == (8, 4096, 131_072)
     null = read(shape | {"num_key_value_heads": None, "sliding_window": None})
     assert (null.num_kv_heads, null.sliding_window) == (16, 0)
+
+
+def test_a_gemma_without_a_window_is_written_as_transformers_can_run_it():
+    full = tiny.shape_of("gemma3_text", {"layer_types": ["full_attention"] * 2, "sliding_window": 8})
+    config = read(full | {"max_position_embeddings": 64})
+    family, keys = family_for(config)
+    assert (config.sliding_window, keys["sliding_window"], keys["layer_types"]) == (0, 64, ["full_attention"] * 2)
+    assert read({"model_type": family.model_types[0], **keys}) == config
