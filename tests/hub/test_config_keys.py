@@ -212,3 +212,23 @@ def test_a_gemma_without_a_window_is_written_as_transformers_can_run_it():
     family, keys = family_for(config)
     assert (config.sliding_window, keys["sliding_window"], keys["layer_types"]) == (0, 64, ["full_attention"] * 2)
     assert read({"model_type": family.model_types[0], **keys}) == config
+
+
+def test_rotations_of_both_kinds_are_written_for_older_versions_of_transformers_too():
+    """They do not know rope_parameters; what they cannot say is left to newer ones."""
+
+    def older(kind, full, sliding):
+        sections = {"full_attention": full, "sliding_attention": sliding}
+        config = read(tiny.shape_of(kind, {"layer_types": SLIDES, "sliding_window": 8, "rope_parameters": sections}))
+        family, keys = family_for(config)
+        assert read({"model_type": family.model_types[0], **keys}) == config
+        scaling = keys.get("rope_scaling")
+        assert scaling in (None, keys["rope_parameters"]["full_attention"])
+        return keys.get("rope_theta"), keys.get("rope_local_base_freq"), scaling and scaling["rope_type"]
+
+    plain, far = {"rope_theta": 5e5}, {**LINEAR, "rope_theta": 5e5}
+    assert older("gemma3_text", far, {"rope_theta": 2e4}) == (5e5, 2e4, "linear")
+    assert older("gemma3_text", plain, plain) == (5e5, 5e5, None)
+    assert older("gemma3_text", plain, far) == (None, None, None)
+    assert older("olmo3", {**YARN, "rope_theta": 5e5}, plain) == (5e5, None, "yarn")
+    assert older("olmo3", far, {"rope_theta": 1e4}) == older("olmo3", plain, far) == (None, None, None)
