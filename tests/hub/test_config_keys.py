@@ -157,7 +157,10 @@ def test_rotary_embeddings_are_those_of_transformers(name):
         ("llama", {"num_attention_heads": 0}, "num_attention_heads=0: expected a whole number"),
         ("llama", {"head_dim": 7}, "rotates 7 dimensions"),
         ("llama", {"rms_norm_eps": 3.0}, "norm_epsilon=3.0 must be"),
-        ("llama", {"sliding_window": 64, "max_position_embeddings": 128}, "sliding_window=64: a Llama has none"),
+        *(
+            (kind, {"sliding_window": 64, "max_position_embeddings": 128}, f"sliding_window=64: .* {kind} has none")
+            for kind in ("llama", "olmo2", "granite", "stablelm", "gpt_neox", "falcon")
+        ),
         (
             "llama",
             {"layer_types": ["sliding_attention", "full_attention"]},
@@ -184,6 +187,7 @@ def test_what_would_be_another_model_is_refused_by_name(kind, keys, message):
         ({"hidden_size": 64}, "hidden_size=64: contradicts n_embd=32"),
         ({"scale_attn_weights": False}, "scale_attn_weights=False: unscaled"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ({"sliding_window": 63}, "sliding_window=63: the architecture gpt2 has none"),
         ({"n_embd": 34}, "n_embd=34: not a multiple of n_head=4"),
     ],
 )
