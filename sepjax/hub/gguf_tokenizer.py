@@ -191,13 +191,15 @@ def special_tokens(path: Path, fields: Mapping[str, Field], tokens: list[str]) -
     adds_bos = field_of(path, fields, "tokenizer.ggml.add_bos_token", puts_bos)
     if adds_bos and "bos_token" not in ids:
         raise GGUFError(f"{str(path)!r} puts BOS before texts (add_bos_token), but names no bos_token_id")
-    template = "tokenizer.chat_template"
+    template = fields.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template.value, str):
+        raise GGUFError(f"{str(path)!r}: tokenizer.chat_template must be a text")
     ends = {ids[name] for name in ("eos_token", "eot", "eom") if name in ids}
     ends |= {i for i, kind in enumerate(_kinds(path, fields, tokens)) if kind == _CONTROL and tokens[i] in _END_TEXTS}
     return SpecialTokens(
         names={"bos_token": None, "eos_token": None}
         | {name: tokens[i] for name, i in ids.items() if name.endswith("_token")},
         end_ids={path.name: tuple(sorted(ends))},
-        chat_template=field_of(path, fields, template) if template in fields else None,
+        chat_template=None if template is None else template.value,
         adds_bos=bool(adds_bos),
     )

@@ -12,6 +12,7 @@ import sentencepiece
 
 import sepjax
 from sepjax.config import AttentionConfig, ModelConfig, RopeConfig
+from sepjax.data.special_tokens import SpecialTokens, read_beside
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.convert import convert
@@ -423,7 +424,8 @@ def test_tokens_that_the_makers_defined_are_found_and_written(tmp_path):
 
 def test_the_chat_template_survives_conversion(tmp_path):
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}|{% endfor %}"
-    write(tmp_path / "m.gguf", **{"tokenizer__chat_template": template})
+    named = {"tokenizer__ggml__padding_token_id": 0, "tokenizer__ggml__unknown_token_id": 0}
+    write(tmp_path / "m.gguf", **named, **{"tokenizer__chat_template": template})
     convert(tmp_path / "m.gguf", tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "out")
     messages = [{"role": "user", "content": "a"}]
@@ -431,6 +433,9 @@ def test_the_chat_template_survives_conversion(tmp_path):
         found = ChatTemplate.find(path)
         assert (found.source, found.render(messages)) == (template, "<|im_start|>a|")
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    names = SpecialTokens.read(read_beside(tmp_path / "out")).names
+    assert (names["bos_token"], names["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert (names["pad_token"], names["unk_token"]) == ("<|endoftext|>", "<|endoftext|>")
     texts = [sepjax.load(tmp_path / name)[1].encode("abc<|im_end|>") for name in ("m.gguf", "run", "out")]
     assert texts[0] == texts[1] == texts[2]
 
