@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,17 @@ class SpecialTokens:
         generation |= {"eos_token_id": ends} if ends else {}
         found = {CONFIG: config, GENERATION: generation}
         return {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in found.items() if value}
+
+    def without(self, contents: Collection[str]) -> "SpecialTokens":
+        """The same with these tokens named nowhere."""
+        return dataclasses.replace(
+            self,
+            names={key: name for key, name in self.names.items() if name not in contents},
+            flags={name: said for name, said in self.flags.items() if name not in contents},
+            more=tuple(name for name in self.more if name not in contents),
+            by_class={key: name for key, name in self.by_class.items() if name not in contents},
+            added={i: token for i, token in self.added.items() if token["content"] not in contents},
+        )
 
     def check_ends(self, vocab_size: int) -> tuple[int, ...]:
         """All end tokens of the files, in order; SpecialTokenError for one that the vocabulary does not have."""

@@ -93,6 +93,15 @@ class Tokenizer:
                 "tokenizer.json: replace the file, or remove it to have one trained on the corpus"
             ) from error
 
+    def within(self, vocab_size: int) -> "Tokenizer":
+        """The tokenizer of a model with `vocab_size` embeddings: without control tokens that have no embedding.
+
+        Gemma 3's text models have none for `<image_soft_token>`. In a text its name is characters as any others then.
+        A tokenizer that has other tokens beyond, or needs one of them to begin or end texts, is returned as it is.
+        """
+        model = self._model.within(vocab_size)
+        return self if model is self._model else Tokenizer(model)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes tokenizer.model or tokenizer.json into `folder`, made if missing. A reader never sees half a file."""
         target = epath.Path(folder)

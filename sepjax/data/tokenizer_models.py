@@ -48,6 +48,10 @@ class TokenizerModel(abc.ABC):
         """The ids of one text in which control tokens are ordinary characters; none of them comes out."""
         return self.encode([text])[0].tolist()
 
+    def within(self, vocab_size: int) -> "TokenizerModel":
+        """Without the control tokens of ids from `vocab_size` on; itself where that would not make it fit."""
+        return self
+
     @abc.abstractmethod
     def token_bytes(self) -> list[bytes]:
         """What each token id writes; nothing for control tokens."""
@@ -197,6 +201,22 @@ class HuggingFaceModel(TokenizerModel):
         encoded = [np.array(encoding.ids, np.int32) for encoding in encodings]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return np.concatenate([np.zeros(0, np.int32), *encoded]), lengths
+
+    @override
+    def within(self, vocab_size: int) -> "TokenizerModel":
+        added = self.vocabulary.get_added_tokens_decoder()
+        vocabulary = self.vocabulary.get_vocab(with_added_tokens=True)
+        beyond = {name: i for name, i in vocabulary.items() if i >= vocab_size}
+        needed = {self.bos_id, self.eos_id, *self.end_ids}
+        if not beyond or any(i in needed or i not in added or not added[i].special for i in beyond.values()):
+            return self
+        file = json.loads(self.vocabulary.to_str())
+        file["added_tokens"] = [token for token in file["added_tokens"] if token["id"] < vocab_size]
+        pieces = file["model"]["vocab"]  # a Unigram's is a list
+        is_list = isinstance(pieces, list)
+        kept = pieces[:vocab_size] if is_list else {name: i for name, i in pieces.items() if i < vocab_size}
+        file["model"]["vocab"] = kept
+        return HuggingFaceModel(json.dumps(file, ensure_ascii=False), self.special.without(beyond))
 
     @override
     def token_bytes(self) -> list[bytes]:

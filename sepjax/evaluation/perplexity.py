@@ -191,7 +191,7 @@ def _losses(
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     rows = run_rows(model, tokens, positions, is_separator, segment_ids, attention)
-    nll = token_nll(rows.hidden, model.output_embedding(), targets)
+    nll = token_nll(rows.hidden, model.output_embedding(), targets, model.config)
     layers = layer_layouts(rows.is_separator, segment_ids, attention, model.config.num_layers)
     last = jnp.maximum(jnp.sum(segment_ids != 0, axis=1) - 1, 0)
     keys = [jnp.take_along_axis(layout.keys_per_query(), last[:, None], axis=1)[:, 0] for layout, _ in layers]

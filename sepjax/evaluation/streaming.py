@@ -307,7 +307,8 @@ def _one_pass(
     hidden, cache = stream_pass(model, state.cache, tokens, counts, table, attention)
     scored = i < counts[:, None]
     place = jnp.where(scored, index, lanes.inputs.shape[1])  # beyond the end: dropped
-    nll = state.nll.at[rows[:, None], place].set(token_nll(hidden, model.output_embedding(), targets), mode="drop")
+    losses = token_nll(hidden, model.output_embedding(), targets, model.config)
+    nll = state.nll.at[rows[:, None], place].set(losses, mode="drop")
     cache = cache.compact()
     at = state.at + counts
     ended = (at == end) & (counts > 0)

@@ -20,7 +20,6 @@ from sepjax.files import check_folder, replacing_folder
 from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
 from sepjax.hub.folder import TOKENIZER_FILES, is_folder
-from sepjax.hub.gguf_file import chat_files
 from sepjax.hub.packaged import packaged_file
 from sepjax.loading import load
 from sepjax.model.transformer import Transformer, abstract, merge, split
@@ -86,14 +85,8 @@ def _to_workdir(source: Path, target: Path) -> str:
 def keep_origin(source: Path, workdir: Path) -> None:
     """Copies what a Hugging Face folder, or a workdir that came from one, has besides its tensors into a workdir.
 
-    Of a GGUF file it is the chat template; the tokenizer is the workdir's.
+    A GGUF file has nothing: its chat template and special tokens are with the workdir's tokenizer.
     """
-    file = packaged_file(str(source)) or source
-    if file.is_file():
-        for name, content in chat_files(file).items():
-            (workdir / _ORIGIN).mkdir(exist_ok=True)
-            (workdir / _ORIGIN / name).write_text(content, encoding="utf-8")
-        return
     origin = source if is_folder(source) else source / _ORIGIN
     if not origin.is_dir():
         return

@@ -117,10 +117,13 @@ def read_kinds(fields: Fields, window: int, slides: Callable[[int], bool]) -> di
 
 
 def kind_keys(config: ModelConfig) -> dict[str, Any]:
-    """`sliding_window` and `layer_types` of a config.json."""
+    """`sliding_window` and `layer_types` of a config.json.
+
+    A window that no layer has reaches over everything: transformers makes its mask for some families all the same.
+    """
     slides = [config.sliding_window > 0 and i not in config.full_layers for i in range(config.num_layers)]
     kinds = [SLIDING if x else FULL for x in slides]
-    return {"sliding_window": config.sliding_window or None, "layer_types": kinds}
+    return {"sliding_window": config.sliding_window or config.max_positions, "layer_types": kinds}
 
 
 def shape_keys(config: ModelConfig, name: str, *, norm: str = "rmsnorm") -> dict[str, Any]:

@@ -72,6 +72,8 @@ def family_of(fields: Fields) -> Family:
     if not isinstance(kind, str) or kind not in kinds:
         hint = nearest(kind, kinds) if isinstance(kind, str) else ""
         fields.refuse("model_type", f"supported architectures are {', '.join(kinds)}{hint}")
+    if kind == "mistral" and "layer_types" in fields.values:
+        return mistral.MINISTRAL  # transformers reads it as that
     return kinds[str(kind)]
 
 
@@ -88,9 +90,20 @@ def read_model_config(fields: Fields, family: Family, dtype: str) -> ModelConfig
     if allowed and not (isinstance(kinds, list) and all(kind in allowed for kind in kinds)):
         fields.refuse("layer_types", f"layers of other kinds than {', '.join(allowed)} are not supported here")
     try:
-        return validate_model(dataclasses.replace(family.read_config(fields), dtype=dtype))
+        config = family.read_config(fields)
+        if "sliding_window" not in family.features:
+            _refuse_window(fields, config.max_positions)
+        return validate_model(dataclasses.replace(config, dtype=dtype))
     except ConfigError as error:
         raise HubError(f"{str(fields.path)!r}: {error}") from error
+
+
+def _refuse_window(fields: Fields, positions: int) -> None:
+    """Of a family without one. transformers attends to everything there, but for its cache, which drops keys."""
+    if fields.values.get("sliding_window") is not None and fields.integer("sliding_window") < positions:
+        kind = fields.values["model_type"]
+        why = f"the architecture {kind} has none; it would be a Mistral's, or the key is to be null"
+        fields.refuse("sliding_window", why)
 
 
 def read_attention(fields: Fields, num_layers: int) -> AttentionConfig:

@@ -73,7 +73,7 @@ def _shape(path: Path, fields: Fields, family: Family, weights: "Weights", dtype
         config = dataclasses.replace(config, tie_embeddings=False)
     for name in filter(lambda name: (path / name).exists(), TOKENIZER_FILES):
         check_file(path / name)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path).within(config.vocab_size)
     check_tokenizer(path, tokenizer, config.vocab_size)
     return config, tokenizer
 

@@ -30,7 +30,8 @@ _NORMS = (
     ("pre_feedforward_layernorm.weight", SAME, "mlp_norm/scale"),
     ("post_feedforward_layernorm.weight", SAME, "mlp_out_norm/scale"),
 )
-_BASES = {"base": 1e6, "sliding_base": 1e4, "local": "rope_local_base_freq"}
+_LOCAL = "rope_local_base_freq"
+_BASES = {"base": 1e6, "sliding_base": 1e4, "local": _LOCAL}
 
 
 def read_config(fields: Fields) -> ModelConfig:
@@ -70,7 +71,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     scalar = round(config.attention_scale**-2) if config.attention_scale else config.head_dim
     if config.attention_scale and scalar**-0.5 != config.attention_scale:
         raise HubError(f"a Gemma 3 has the root of a whole number for its attention_scale={config.attention_scale}")
-    keys = shape_keys(config, "Gemma 3") | kind_keys(config) | ropes_keys(config, "Gemma 3")
+    keys = shape_keys(config, "Gemma 3") | kind_keys(config) | ropes_keys(config, "Gemma 3", local=_LOCAL)
     del keys["hidden_act"]
     return keys | {
         "hidden_activation": activation_name(config),

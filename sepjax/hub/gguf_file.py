@@ -5,7 +5,6 @@ Quantised weights are read as float32. Some architectures store the rows of Q an
 """
 
 import importlib.util
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -28,23 +27,6 @@ from sepjax.hub.tables import Shape
 from sepjax.model.transformer import Transformer, abstract, merge
 
 _ROWS = 1024  # of a matrix, dequantised at a time: what a piece needs besides stays small
-
-
-def chat_files(path: Path) -> dict[str, str]:
-    """The chat template of a file as the files of a Hugging Face folder, with the tokens that it may name.
-
-    Nothing where it has none. Raises GGUFError as `load_gguf` does.
-    """
-    fields = read_fields(path)
-    template = fields.get("tokenizer.chat_template")
-    if template is None:
-        return {}
-    if not isinstance(template.value, str):
-        raise GGUFError(f"{str(path)!r}: tokenizer.chat_template must be a text")
-    tokens = field_of(path, fields, "tokenizer.ggml.tokens")
-    ids = {f"{name}_token": fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-    named = {name: tokens[i.value] for name, i in ids.items() if i is not None}
-    return {"chat_template.jinja": template.value, "tokenizer_config.json": json.dumps(named, indent=2) + "\n"}
 
 
 def load_gguf(

@@ -30,6 +30,11 @@ _SPECIAL_IDS = {
     "bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding",
     "eot": "eot", "eom": "eom",
 }  # fmt: skip
+# Control tokens at which llama.cpp ends an answer whether or not the file names them.
+_END_TEXTS = {
+    "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>",
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>",
+}  # fmt: skip
 _AFTER_SPLIT = _BYTE_LEVEL | {"use_regex": False}
 _QWEN2 = _LLAMA3 | {"pattern": {"Regex": _LLAMA3["pattern"]["Regex"].replace(r"\p{N}{1,3}", r"\p{N}")}}
 _PRE_TOKENIZERS = {
@@ -143,17 +148,22 @@ def _added_tokens(path: Path, fields: Mapping[str, Field], tokens: list[str]) ->
 
     The latter are plain text, which is also written.
     """
-    kinds = field_of(path, fields, "tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-    if not isinstance(kinds, list) or len(kinds) != len(tokens) or not {*kinds} <= _TOKEN_TYPES:
-        raise GGUFError(
-            f"{str(path)!r}: tokenizer.ggml.token_type must be {len(tokens)} numbers, one a token, from 1 to 6"
-        )
+    kinds = _kinds(path, fields, tokens)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return [
         {"id": i, "content": tokens[i], "special": kind != _USER_DEFINED} | plain
         for i, kind in enumerate(kinds)
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and tokens[i]
     ]
+
+
+def _kinds(path: Path, fields: Mapping[str, Field], tokens: list[str]) -> list[int]:
+    kinds = field_of(path, fields, "tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    if not isinstance(kinds, list) or len(kinds) != len(tokens) or not {*kinds} <= _TOKEN_TYPES:
+        raise GGUFError(
+            f"{str(path)!r}: tokenizer.ggml.token_type must be {len(tokens)} numbers, one a token, from 1 to 6"
+        )
+    return kinds
 
 
 def _merges(path: Path, fields: Mapping[str, Field]) -> list[list[str]]:
@@ -181,11 +191,15 @@ def special_tokens(path: Path, fields: Mapping[str, Field], tokens: list[str]) -
     adds_bos = field_of(path, fields, "tokenizer.ggml.add_bos_token", puts_bos)
     if adds_bos and "bos_token" not in ids:
         raise GGUFError(f"{str(path)!r} puts BOS before texts (add_bos_token), but names no bos_token_id")
-    template = "tokenizer.chat_template"
+    template = fields.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template.value, str):
+        raise GGUFError(f"{str(path)!r}: tokenizer.chat_template must be a text")
+    ends = {ids[name] for name in ("eos_token", "eot", "eom") if name in ids}
+    ends |= {i for i, kind in enumerate(_kinds(path, fields, tokens)) if kind == _CONTROL and tokens[i] in _END_TEXTS}
     return SpecialTokens(
         names={"bos_token": None, "eos_token": None}
         | {name: tokens[i] for name, i in ids.items() if name.endswith("_token")},
-        end_ids={path.name: tuple(ids[name] for name in ("eos_token", "eot", "eom") if name in ids)},
-        chat_template=field_of(path, fields, template) if template in fields else None,
+        end_ids={path.name: tuple(sorted(ends))},
+        chat_template=None if template is None else template.value,
         adds_bos=bool(adds_bos),
     )

@@ -13,7 +13,6 @@ from sepjax.hub.tables import Family
 def read_config(fields: Fields) -> ModelConfig:
     """Our shape of a config.json."""
     shape = read_shape(fields, positions=2048)
-    _refuse_window(fields, shape["max_positions"])
     return ModelConfig(
         **shape,
         norm_epsilon=fields.number("rms_norm_eps", 1e-6),
@@ -23,12 +22,6 @@ def read_config(fields: Fields) -> ModelConfig:
         rope=read_rope(fields, positions=shape["max_positions"]),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
     )
-
-
-def _refuse_window(fields: Fields, positions: int) -> None:
-    """A Llama has no window of its own. transformers attends to everything, but for its cache, which drops keys."""
-    if fields.values.get("sliding_window") is not None and fields.integer("sliding_window") < positions:
-        fields.refuse("sliding_window", "a Llama has none; it would be a Mistral's, or the key is to be null")
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

@@ -6,11 +6,9 @@ from typing import Any
 
 from sepjax.config import ModelConfig
 from sepjax.hub.decoder import (
-    FULL,
     MATRICES,
     NORMS,
     SILU,
-    SLIDING,
     decoder_rows,
     expect,
     kind_keys,
@@ -47,7 +45,7 @@ def _window(fields: Fields) -> int:
 
 
 def read_mistral(fields: Fields) -> ModelConfig:
-    """Our shape of a config.json. It passes over the kinds of layers, as transformers does."""
+    """Our shape of a config.json that does not say the kinds of layers: one that does is a Ministral's."""
     return dataclasses.replace(_read(fields), sliding_window=_window(fields))
 
 
@@ -84,7 +82,6 @@ FAMILY = Family(
     table=decoder_rows(*NORMS, *MATRICES),
     ignored=re.compile(r".*\.rotary_emb\.inv_freq"),
     features=frozenset({"sliding_window"}),
-    layer_types=(FULL, SLIDING),
 )
 MINISTRAL = dataclasses.replace(
     FAMILY,

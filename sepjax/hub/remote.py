@@ -15,6 +15,8 @@ _FILES += [
     "chat_template.json",
     "generation_config.json",
 ]
+# Nor the same weights once more, as Mistral's own files or in a folder of another format.
+_TWICE = ["consolidated*", "*/*"]
 
 
 def fetch(name: str, *, download: bool) -> Path:
@@ -27,7 +29,9 @@ def fetch(name: str, *, download: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=_FILES, local_files_only=not download)
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=_FILES, ignore_patterns=_TWICE, local_files_only=not download
+        )
     except LocalEntryNotFoundError as error:
         if download:
             raise HubError(f"cannot download {name!r}: {error}") from error

@@ -48,14 +48,26 @@ def read_ropes(
     return full, same_rope() if sliding == full else sliding
 
 
-def ropes_keys(config: ModelConfig, name: str) -> dict[str, Any]:
-    """`rope_parameters` of a config.json; `name` is the family, in words.
+def ropes_keys(config: ModelConfig, name: str, *, local: str | None = None) -> dict[str, Any]:
+    """`rope_parameters` of a config.json, and the same as older versions of transformers read it, where they can.
+
+    Args:
+      config: the model's.
+      name: the family, in words.
+      local: as in `read_ropes`.
 
     Raises:
       HubError: transformers has no such rotation.
     """
-    sliding = config.sliding_rope if config.sliding_rope.base else config.rope
-    return {"rope_parameters": {FULL: _section(config.rope, name), SLIDING: _section(sliding, name)}}
+    slides = config.sliding_rope if config.sliding_rope.base else config.rope
+    full, sliding = _section(config.rope, name), _section(slides, name)
+    keys = {"rope_parameters": {FULL: full, SLIDING: sliding}}
+    if config.sliding_window and slides.scaling != "none":
+        return keys  # what slides is never scaled there
+    if local is None and config.sliding_window and slides.base != config.rope.base:
+        return keys  # one base serves both kinds there
+    keys |= {"rope_theta": config.rope.base} | ({} if local is None else {local: slides.base})
+    return keys if config.rope.scaling == "none" else keys | {"rope_scaling": full}
 
 
 def _section(rope: RopeConfig, name: str) -> dict[str, Any]:

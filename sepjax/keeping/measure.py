@@ -158,7 +158,8 @@ def _saved(
             return jnp.einsum("bkgij,bjkh->bikgh", scaled, v), None
 
         model, hidden, _ = _run(graph, window_size, params, tokens, visit)
-        return jnp.sum(jnp.where(is_query, token_nll(hidden, model.output_embedding(), targets), 0.0))
+        losses = token_nll(hidden, model.output_embedding(), targets, model.config)
+        return jnp.sum(jnp.where(is_query, losses, 0.0))
 
     return -jax.grad(loss)(jnp.full(tokens.shape, 0.5))
 

@@ -115,7 +115,10 @@ class Transformer(nnx.Module):
         return scaled_logits(logits, self.config)
 
     def output_embedding(self) -> Float[jax.Array, "V D"]:
-        """A row for each token, whose product with a hidden state is its logit: the head's, or the tied embedding's."""
+        """A row for each token: the head's, or the tied embedding's.
+
+        Its product with a hidden state is the token's logit but for `scaled_logits`, which callers are to apply.
+        """
         return (self.head or self.embedding).embedding[...]
 
 

@@ -177,4 +177,17 @@ def test_losses_are_those_of_the_whole_logits(monkeypatch):
     expected = -np.take_along_axis(np.asarray(scores), targets[..., None], axis=-1)[..., 0]
     for limit in (31, 31 * 7, 2**28):
         monkeypatch.setattr("sepjax.evaluation.token_loss._LOGITS", limit)
-        np.testing.assert_allclose(token_nll(hidden, head, targets), expected, rtol=2e-5)
+        np.testing.assert_allclose(token_nll(hidden, head, targets, ModelConfig()), expected, rtol=2e-5)
+
+
+def test_losses_are_of_the_logits_as_the_model_divides_and_caps_them(model):
+    config = dataclasses.replace(model.config, logit_divisor=2.0, final_softcap=10.0)
+    scaled = create(config, ATTENTION, jax.random.key(0))
+    hidden = 400 * jax.random.normal(jax.random.key(1), (2, 3, config.embed_dim))
+    targets = jnp.array([[0, 1, 2], [3, 4, 5]], jnp.int32)
+    scores = jax.nn.log_softmax(scaled.logits(hidden))
+    expected = -jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    found = token_nll(hidden, scaled.output_embedding(), targets, scaled.config)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    plain = token_nll(hidden, model.output_embedding(), targets, model.config)
+    assert np.abs(plain - expected).max() > 0.1

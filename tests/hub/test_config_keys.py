@@ -157,7 +157,10 @@ def test_rotary_embeddings_are_those_of_transformers(name):
         ("llama", {"num_attention_heads": 0}, "num_attention_heads=0: expected a whole number"),
         ("llama", {"head_dim": 7}, "rotates 7 dimensions"),
         ("llama", {"rms_norm_eps": 3.0}, "norm_epsilon=3.0 must be"),
-        ("llama", {"sliding_window": 64, "max_position_embeddings": 128}, "sliding_window=64: a Llama has none"),
+        *(
+            (kind, {"sliding_window": 64, "max_position_embeddings": 128}, f"sliding_window=64: .* {kind} has none")
+            for kind in ("llama", "olmo2", "granite", "stablelm", "gpt_neox", "falcon")
+        ),
         (
             "llama",
             {"layer_types": ["sliding_attention", "full_attention"]},
@@ -184,6 +187,7 @@ def test_what_would_be_another_model_is_refused_by_name(kind, keys, message):
         ({"hidden_size": 64}, "hidden_size=64: contradicts n_embd=32"),
         ({"scale_attn_weights": False}, "scale_attn_weights=False: unscaled"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ({"sliding_window": 63}, "sliding_window=63: the architecture gpt2 has none"),
         ({"n_embd": 34}, "n_embd=34: not a multiple of n_head=4"),
     ],
 )
@@ -204,3 +208,31 @@ def test_other_names_and_missing_keys_mean_what_they_mean_to_transformers():
     assert (missing.num_kv_heads, missing.sliding_window, missing.max_positions) == (8, 4096, 131_072)
     null = read(shape | {"num_key_value_heads": None, "sliding_window": None})
     assert (null.num_kv_heads, null.sliding_window) == (16, 0)
+
+
+def test_a_gemma_without_a_window_is_written_as_transformers_can_run_it():
+    full = tiny.shape_of("gemma3_text", {"layer_types": ["full_attention"] * 2, "sliding_window": 8})
+    config = read(full | {"max_position_embeddings": 64})
+    family, keys = family_for(config)
+    assert (config.sliding_window, keys["sliding_window"], keys["layer_types"]) == (0, 64, ["full_attention"] * 2)
+    assert read({"model_type": family.model_types[0], **keys}) == config
+
+
+def test_rotations_of_both_kinds_are_written_for_older_versions_of_transformers_too():
+    """They do not know rope_parameters; what they cannot say is left to newer ones."""
+
+    def older(kind, full, sliding):
+        sections = {"full_attention": full, "sliding_attention": sliding}
+        config = read(tiny.shape_of(kind, {"layer_types": SLIDES, "sliding_window": 8, "rope_parameters": sections}))
+        family, keys = family_for(config)
+        assert read({"model_type": family.model_types[0], **keys}) == config
+        scaling = keys.get("rope_scaling")
+        assert scaling in (None, keys["rope_parameters"]["full_attention"])
+        return keys.get("rope_theta"), keys.get("rope_local_base_freq"), scaling and scaling["rope_type"]
+
+    plain, far = {"rope_theta": 5e5}, {**LINEAR, "rope_theta": 5e5}
+    assert older("gemma3_text", far, {"rope_theta": 2e4}) == (5e5, 2e4, "linear")
+    assert older("gemma3_text", plain, plain) == (5e5, 5e5, None)
+    assert older("gemma3_text", plain, far) == (None, None, None)
+    assert older("olmo3", {**YARN, "rope_theta": 5e5}, plain) == (5e5, None, "yarn")
+    assert older("olmo3", far, {"rope_theta": 1e4}) == older("olmo3", plain, far) == (None, None, None)

@@ -76,6 +76,13 @@ def bos_first(bos, i):
     return {"type": "TemplateProcessing", "single": one, "pair": pair, "special_tokens": special}
 
 
+def beyond(parts, content):
+    """A control token behind the vocabulary, for which a model may have no embedding."""
+    (construction, added) = parts
+    return construction, [*added, (len(construction["model"]["vocab"]), content)]
+
+
+IMAGE = "<image_soft_token>"
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 FAMILIES = {  # name -> (construction, template, tokenizer_config, ends in generation_config.json, BOS in front)
     "qwen3": (byte_level(QWEN), QWEN3, {"eos_token": QWEN[2], "bos_token": None}, [QWEN[2], QWEN[0]], None),
@@ -89,9 +96,9 @@ FAMILIES = {  # name -> (construction, template, tokenizer_config, ends in gener
         None,
     ),
     "gemma3": (
-        pieces(["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"], False),
+        beyond(pieces(["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"], False), IMAGE),
         GEMMA,
-        {"eos_token": "<eos>", "bos_token": "<bos>"},
+        {"eos_token": "<eos>", "bos_token": "<bos>", "extra_special_tokens": {"image_token": IMAGE}},
         ["<eos>", "<end_of_turn>"],
         "<bos>",
     ),
@@ -137,6 +144,24 @@ def test_a_tokenizer_of_the_familys_construction_is_read_as_it_is_meant(family):
     assert sum(i in ids.values() for i in encoded) == sum(written.count(name) for name in ids)
     as_text = template.encode(tokenizer, [CHAT[0] | {"content": ends[-1]}], control_tokens=False)
     assert sum(i == ids[ends[-1]] for i in as_text) == template.render(CHAT[:1]).count(ends[-1])
+
+
+@pytest.mark.parametrize("family", ["gemma3"], indirect=True)
+def test_a_control_token_without_an_embedding_is_text(family, tmp_path):
+    folder, ids, ends, _ = family
+    whole = Tokenizer.load(folder)
+    size = ids[IMAGE]
+    assert whole.encode(f"a{IMAGE}") == [*whole.encode("a"), size]
+    fits = Tokenizer.load(folder).within(size)
+    fits.save(tmp_path / "saved")
+    for tokenizer in (fits, Tokenizer.load(tmp_path / "saved")):
+        assert (tokenizer.vocab_size, tokenizer.prefix) == (size, whole.prefix)
+        assert tokenizer.end_ids == whole.end_ids == tuple(sorted(ids[end] for end in ends))
+        assert tokenizer.encode(f"the {IMAGE}") == whole.encode(f"the {IMAGE}", control_tokens=False)
+        assert tokenizer.decode(tokenizer.encode(f"the {IMAGE}")) == f"the {IMAGE}"
+    assert whole.within(size + 1) is whole
+    for too_small in (size - 1, ids["<end_of_turn>"]):  # an ordinary token, an end of an answer
+        assert whole.within(too_small) is whole
 
 
 @pytest.fixture(scope="module")

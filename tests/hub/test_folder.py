@@ -21,6 +21,8 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
 from sepjax.hub.families import ATTENTION, FAMILIES
 from sepjax.hub.fields import Fields
+from sepjax.hub.folder import folder_shape
+from sepjax.hub.remote import fetch
 from sepjax.hub.safetensors_file import SafetensorsFile
 from sepjax.loading import LoadError, load_shape
 from sepjax.model.transformer import split
@@ -323,6 +325,33 @@ def test_shapes_that_no_family_has_are_not_written(make, tmp_path):
         save_folder(model, tokenizer, tmp_path / "l")
 
 
+def test_a_mistral_that_says_the_kinds_of_its_layers_is_a_ministral(make):
+    """As transformers takes it."""
+    kinds = ["sliding_attention", "full_attention"]
+    for types, full in ((kinds, (1,)), (kinds[:1] * 2, ()), (None, ())):
+        folder, _ = make("ministral", f"m{types}", config={"model_type": "mistral", "layer_types": types})
+        config, _ = folder_shape(folder, dtype="float32")
+        assert (config.sliding_window, config.full_layers) == (8, full)
+    folder, _ = make("ministral", "full", config={"model_type": "mistral", "layer_types": kinds[1:] * 2})
+    assert folder_shape(folder, dtype="float32")[0].sliding_window == 0
+
+
+def test_a_control_token_without_an_embedding_is_left_out(make):
+    """As of Gemma 3's text models, `<image_soft_token>`; an ordinary token is another matter."""
+    folder, _ = make()
+    file = json.loads((folder / "tokenizer.json").read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for special in (True, False):
+        file["added_tokens"] = [{"id": 64, "content": "<image>", "special": special, **plain}]
+        (folder / "tokenizer.json").write_text(json.dumps(file))
+        if special:
+            _, tokenizer = folder_shape(folder, dtype="float32")
+            assert (tokenizer.vocab_size, tokenizer.control_id("<image>")) == (64, None)
+        else:
+            with pytest.raises(HubError, match=r"has 65 tokens, but config\.json has vocab_size=64"):
+                folder_shape(folder, dtype="float32")
+
+
 def test_a_hub_id_is_looked_up_in_the_cache_and_never_fetched_unasked(make, tmp_path, monkeypatch):
     import huggingface_hub.constants as constants
 
@@ -337,6 +366,24 @@ def test_a_hub_id_is_looked_up_in_the_cache_and_never_fetched_unasked(make, tmp_
     shutil.copytree(folder, home / "snapshots" / ("0" * 40))
     model, _ = sepjax.load("someone/model")
     jax.tree.map(np.testing.assert_array_equal, leaves(model), leaves(sepjax.load(folder)[0]))
+
+
+def test_weights_are_fetched_once(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.model"]
+    others = ["consolidated.safetensors", "consolidated.00.safetensors", "fp16/model.safetensors", "model.py"]
+    fetched = []
+
+    def download(name, *, allow_patterns, ignore_patterns=None, local_files_only):
+        files = filter_repo_objects(there + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        fetched.extend(files)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert fetch("someone/model", download=True) == tmp_path
+    assert fetched == there
 
 
 def test_other_paths_are_refused(tmp_path):

@@ -12,6 +12,7 @@ import sentencepiece
 
 import sepjax
 from sepjax.config import AttentionConfig, ModelConfig, RopeConfig
+from sepjax.data.special_tokens import SpecialTokens, read_beside
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.convert import convert
@@ -280,6 +281,10 @@ def test_the_tokenizer_splits_digits_and_knows_its_control_tokens(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (1, 2, False)
     assert (tokenizer.document_start, tokenizer.document_end) == (0, 0)
     assert tokenizer.encode("<|im_start|>a", bos=True) == [1, 3]
+    # The file names <|im_end|> alone; <|endoftext|> ends an answer by its text, where it is a control token.
+    assert tokenizer.end_ids == (0, 2)
+    write(tmp_path / "m.gguf", kinds=(4, 3, 3))
+    assert gguf_shape(tmp_path / "m.gguf", dtype="float32")[1].end_ids == (2,)
 
 
 def test_the_scaling_of_llama_3_1_is_found_in_its_divisors(tmp_path):
@@ -419,7 +424,8 @@ def test_tokens_that_the_makers_defined_are_found_and_written(tmp_path):
 
 def test_the_chat_template_survives_conversion(tmp_path):
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}|{% endfor %}"
-    write(tmp_path / "m.gguf", **{"tokenizer__chat_template": template})
+    named = {"tokenizer__ggml__padding_token_id": 0, "tokenizer__ggml__unknown_token_id": 0}
+    write(tmp_path / "m.gguf", **named, **{"tokenizer__chat_template": template})
     convert(tmp_path / "m.gguf", tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "out")
     messages = [{"role": "user", "content": "a"}]
@@ -427,6 +433,9 @@ def test_the_chat_template_survives_conversion(tmp_path):
         found = ChatTemplate.find(path)
         assert (found.source, found.render(messages)) == (template, "<|im_start|>a|")
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    names = SpecialTokens.read(read_beside(tmp_path / "out")).names
+    assert (names["bos_token"], names["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert (names["pad_token"], names["unk_token"]) == ("<|endoftext|>", "<|endoftext|>")
     texts = [sepjax.load(tmp_path / name)[1].encode("abc<|im_end|>") for name in ("m.gguf", "run", "out")]
     assert texts[0] == texts[1] == texts[2]
 
