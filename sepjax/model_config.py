@@ -144,5 +144,7 @@ def with_own_window(attention: AttentionConfig, model: ModelConfig) -> Attention
     if attention.pattern != "dense":
         return attention
     window = EVERYTHING if model.full_layers else model.sliding_window
-    changes = {"num_sinks": 0, "window_size": window, "layer_windows": (), "cache_size": 0}
+    changes = {"num_sinks": 0, "window_size": window, "layer_windows": ()}
+    if model.full_layers:  # no cache has a bound then
+        changes |= {"cache_size": 0}
     return under(attention, "sink_window", **changes)

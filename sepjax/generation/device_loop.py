@@ -193,7 +193,8 @@ def draw(logits: jax.Array, state: DecodeState, request: Request) -> tuple[Decod
     """
     keys = jax.vmap(jax.random.fold_in)(state.key, state.count)
     logits = logits[:, : len(request.table)]
-    drawn = sample(logits, keys, request.sampling)
+    active = ~state.done
+    drawn = sample(logits, keys, request.sampling, active)
     count = state.count + ~state.done
     is_end = jnp.any(drawn[:, None] == request.end_tokens, axis=-1)
     ends = is_end | ((count >= request.max_new_tokens) & (request.max_new_tokens >= 0))
@@ -207,7 +208,7 @@ def draw(logits: jax.Array, state: DecodeState, request: Request) -> tuple[Decod
         key=jnp.where(wraps, other, state.key),
     )
     return state, jax.lax.cond(
-        jnp.any(jnp.asarray(request.logprobs)),
+        jnp.any(jnp.asarray(request.logprobs) & active),
         lambda: jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), drawn[:, None], axis=1)[:, 0],
         lambda: jnp.zeros(drawn.shape, logits.dtype),
     )

@@ -13,7 +13,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from sepjax.config import AttentionConfig
+from sepjax.config import AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.batch import Generation, run
 from sepjax.generation.cache.sizes import bucket
@@ -100,13 +100,15 @@ class Generator:
           PromptError: a prompt without tokens, or with ids that are none.
           TypeError: prompts or stop strings that are no text.
         """
+        if max_new_tokens is None:
+            raise ConfigError("generate needs max_new_tokens, got None; give a number, or use stream for no end")
         settings = RowSettings.create(
             self.tokenizer, stop=stop, stop_token_ids=stop_token_ids, stop_at_eos=stop_at_eos,
             max_new_tokens=max_new_tokens, max_repeats=max_repeats, logprobs=logprobs,
         )  # fmt: skip
         ids = encode_prompts(self.tokenizer, prompts, control_tokens=control_tokens)
         reader = self._reader(self.attention.pattern == "watched" if bounded is None else bounded)
-        reader.check(0, max(map(len, ids)), max_new_tokens)
+        reader.check(0, ids, max_new_tokens)
         for number, prompt in enumerate(ids):
             warn_of_few_in(prompt, self._of.table, self.attention, f"prompt {number}")
         if not isinstance(sampling, Sampling):
@@ -191,11 +193,13 @@ class Generator:
 
 def engine_of(model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None = None) -> Generator:
     """The Generator of these, the same at every call for as long as the model lives and keeps its parameters."""
-    made = laid_out(model).made
+    weights = laid_out(model)
     # A Generator holds its tokenizer, so the number is of no other one as long as the entry is there.
     key = id(tokenizer), dataclasses.replace(attention or model.attention)
-    engine = made.pop(key, None) or Generator(model, tokenizer, attention)
-    made[key] = engine  # now the newest
-    while len(made) > _MOST_ENGINES:
-        del made[next(iter(made))]
+    with weights.lock:
+        made = weights.made
+        engine = made.pop(key, None) or Generator(model, tokenizer, attention)
+        made[key] = engine  # now the newest
+        while len(made) > _MOST_ENGINES:
+            del made[next(iter(made))]
     return engine

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig, with_own_window
 from sepjax.console import say
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.run.checkpoint import load_config
@@ -65,7 +65,7 @@ def warn_of_cache(config: ModelConfig, attention: AttentionConfig, trained: int)
     Raises:
       ConfigError: there is no such cache.
     """
-    slots = StreamSizes.create(config, attention).cache_size
+    slots = StreamSizes.create(config, with_own_window(attention, config)).cache_size
     if slots > trained:
         say(
             f"warning: a cache of {slots} entries is larger than the {trained} tokens that the model was trained on; "

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from sepjax.array_typing import Bool
 from sepjax.config import AttentionConfig, ModelConfig, validate_attention, with_own_window
@@ -51,6 +52,17 @@ class Prepared:
             model.config, weights.graph, weights.params, tokenizer, attention, table, jnp.asarray(table)
         )  # fmt: skip
 
+    def placed[T](self, state: T) -> T:
+        """Fresh arrays put where the weights were put, if that is one device (loaded weights are put there).
+
+        What a program gives lies there, too. Left where they happen to be, fresh arrays would have programs of their
+        own, compiled beside those for what comes back.
+        """
+        leaf = jax.tree.leaves(self.params)[0]
+        if not leaf.committed or len(leaf.sharding.device_set) > 1:
+            return state
+        return jax.device_put(state, SingleDeviceSharding(*leaf.sharding.device_set))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weights:
@@ -61,6 +73,7 @@ class Weights:
     sources: tuple[Any, ...]  # weak references to the model's own arrays
     mesh: Any
     made: dict[Any, Any] = dataclasses.field(default_factory=dict)  # what else was made of them, for whoever knows how
+    lock: Any = dataclasses.field(default_factory=threading.RLock)  # of `made`
 
     def are_of(self, params: Params) -> bool:
         """Whether a model with these parameters still has those that were laid out."""

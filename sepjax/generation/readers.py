@@ -23,13 +23,20 @@ from sepjax.generation.prompts import cache_sizes, check_length, count_global, p
 
 _RUN = 256  # tokens of a pass into a growing cache
 # What of an attention config a growing cache does not depend on.
-_NOT_SEEN = ("implementation", "capacity", "document_mask", "cache_size", "max_separators", "stream_positions")
+_NOT_SEEN = (
+    "implementation", "capacity", "document_mask", "cache_size", "max_separators", "stream_positions",
+    "keep_all_separators", "watch_layers", "kept_set", "watch_after", "watch_half_life", "separators_first",
+)  # fmt: skip
+# What decides which tokens a bounded cache keeps, beside its sizes, by the pattern that reads it.
+_SEPARATORS = ("separators", "separator_ids")
+_KEPT_BY = {"separator": _SEPARATORS, "watched": _SEPARATORS, "fixed_interval": ("interval",)}
 
 
 @runtime_checkable
 class Reader(Protocol):
     """A way into one kind of cache."""
 
+    cache_type: type  # of cache
     cache_size: int | None  # the most entries that a row may hold; None: no bound
     ends_with_positions: bool  # texts end with the positions that int32 has
 
@@ -45,8 +52,19 @@ class Reader(Protocol):
         """What decides which entries there are, for whoever goes on with a saved cache: plain JSON."""
         ...
 
-    def check(self, seen: int, tokens: int, new: int | None) -> None:
-        """Raises ConfigError where `seen` tokens, `tokens` more and `new` (None: without end) cannot be."""
+    def check(self, seen: int, rows: Sequence[Sequence[int]], new: int | None, cache: Any = None) -> None:
+        """Raises ConfigError where `read` could not be: no positions or no memory for all that.
+
+        Args:
+          seen: tokens that rows have seen.
+          rows: what is to be read.
+          new: tokens that may follow; None: without end.
+          cache: where the rows stand, if `seen`.
+        """
+        ...
+
+    def widened(self, cache: Any, seen: int, new: int | None) -> Any:
+        """The cache, ready for a text of `seen` tokens to get `new` more than were planned when it began."""
         ...
 
     def read(
@@ -67,6 +85,7 @@ class Reader(Protocol):
 class GrowingReader:
     """Prompts are prefilled, with the layout and attention of training; what comes later is read in runs."""
 
+    cache_type = SeparatorCache
     cache_size: int | None = None
     ends_with_positions = True
 
@@ -82,7 +101,7 @@ class GrowingReader:
         cache = SeparatorCache.create(
             self._of.config, len(keys), window_size=window_size, capacity=capacity, stretch=stretch, keep=keep
         )
-        return _standing(cache, keys)
+        return self._of.placed(_standing(cache, keys))
 
     def room_of(self, cache: SeparatorCache) -> list[int]:
         """See `Reader`."""
@@ -93,37 +112,53 @@ class GrowingReader:
         known = dataclasses.asdict(self._of.attention)
         return {"cache": "growing"} | {name: x for name, x in known.items() if name not in _NOT_SEEN}
 
-    def check(self, seen: int, tokens: int, new: int | None) -> None:
+    def check(self, seen: int, rows: Sequence[Sequence[int]], new: int | None, cache: Any = None) -> None:
         """See `Reader`."""
-        check_length(self._of.config, seen + tokens, new, self._of.attention)
+        of, longest = self._of, seen + max(map(len, rows))
+        check_length(of.config, longest, new, of.attention)
+        if seen:
+            wanted, (leaving, window_size) = "text", self._room(rows, seen, new)
+            slots = cache.capacity + leaving + max(window_size, cache.window_size)
+        else:
+            wanted = "prompt"
+            slots = sum(cache_sizes(rows, new, of.table, of.attention, of.config.num_layers).values())
+        check_cache(of.config, len(rows), slots, f"{longest} tokens of {wanted} with max_new_tokens={new}")
+
+    def widened(self, cache: SeparatorCache, seen: int, new: int | None) -> SeparatorCache:
+        """See `Reader`."""
+        _, window_size = self._room([[]], seen, new)
+        return cache if window_size <= cache.window_size else cache.reserve(0, window_size)
+
+    def _room(self, rows: Sequence[Sequence[int]], seen: int, new: int | None) -> tuple[int, int]:
+        """Global tokens that may leave the window while `rows` are read, and the window of the whole text."""
+        of = self._of
+        total = bucket(seen + max(map(len, rows)) + (new or 0))
+        windows = layer_windows(of.attention, of.config.num_layers, total)
+        window_size = max(windows) if new is None else min(max(windows), total)
+        if window_size >= total:
+            return 0, window_size
+        # One more for an interval or a stretch that began before.
+        leaving = max(count_global(ids, of.table, of.attention) for ids in rows) + max(1, of.attention.gate_keep)
+        return leaving, window_size
 
     def read(
         self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None
     ) -> tuple[DecodeState, Steps]:
         """See `Reader`."""
-        of, longest = self._of, max(map(len, rows))
+        of = self._of
         if not seen:
             sizes = cache_sizes(rows, new, of.table, of.attention, of.config.num_layers)
-            wanted = f"{longest} tokens of prompt with max_new_tokens={new}"
-            check_cache(of.config, len(rows), sum(sizes.values()), wanted)
             tokens, lengths = pad_prompts(rows)
             return start(of.graph, of.params, tokens, lengths, state.key, request, of.attention, **sizes)
-        total = bucket(seen + longest + (new or 0))
-        windows = layer_windows(of.attention, of.config.num_layers, total)
-        window_size = max(windows) if new is None else min(max(windows), total)
         cache: Any = state.cache
-        leaving = 0
-        if window_size < total:  # one more for an interval or a stretch that began before
-            leaving = max(count_global(ids, of.table, of.attention) for ids in rows) + max(1, of.attention.gate_keep)
-        wanted = f"{seen + longest} tokens of text with max_new_tokens={new}"
-        check_cache(of.config, len(rows), cache.capacity + leaving + window_size, wanted)
-        cache, logits = _read_runs(of, cache.reserve(leaving, window_size), rows, request, _RUN)
+        cache, logits = _read_runs(of, cache.reserve(*self._room(rows, seen, new)), rows, request, _RUN)
         return begin(cache, logits, state.count, state.key, request)
 
 
 class BoundedReader:
     """Everything is read in runs, each up to the next compaction: memory does not depend on the length."""
 
+    cache_type = StreamingCache
     cache_size: int | None
     ends_with_positions = False
 
@@ -136,7 +171,8 @@ class BoundedReader:
     def empty(self, keys: jax.Array, room: Sequence[int] = ()) -> DecodeState:
         """See `Reader`."""
         check_cache(self._of.config, len(keys), self.sizes.slots, f"cache_size={self.cache_size}")
-        return _standing(StreamingCache.create(self._of.config, len(keys), self.sizes, by_layer=True), keys)
+        cache = StreamingCache.create(self._of.config, len(keys), self.sizes, by_layer=True)
+        return self._of.placed(_standing(cache, keys))
 
     def room_of(self, cache: StreamingCache) -> list[int]:
         """See `Reader`."""
@@ -144,20 +180,26 @@ class BoundedReader:
 
     def settings(self) -> dict[str, Any]:
         """See `Reader`."""
-        return dataclasses.asdict(self.sizes)
+        of = self._of.attention
+        kept_by = {name: getattr(of, name) for name in _KEPT_BY.get(of.pattern, ())}
+        return dataclasses.asdict(self.sizes) | {"pattern": of.pattern} | kept_by
 
-    def check(self, seen: int, tokens: int, new: int | None) -> None:
+    def check(self, seen: int, rows: Sequence[Sequence[int]], new: int | None, cache: Any = None) -> None:
         """See `Reader`. Slot numbers have no end; positions in the text are int32."""
-        if self.sizes.absolute and seen + tokens >= 2**31:
+        if self.sizes.absolute and seen + max(map(len, rows)) >= 2**31:
             raise ConfigError(
                 'attention.stream_positions="absolute" counts tokens of the text up to 2^31, which this stream reaches '
                 'now; use "slot" for streams without end'
             )
 
+    def widened(self, cache: StreamingCache, seen: int, new: int | None) -> StreamingCache:
+        """See `Reader`."""
+        return cache
+
     def read(
         self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None
     ) -> tuple[DecodeState, Steps]:
-        """See `Reader`."""
+        """See `Reader`. Raises ConfigError where the cache of `keep_all_separators` is full before all is read."""
         cache, logits = _read_runs(self._of, state.cache, rows, request, self.sizes.chunk)
         return begin(cache, logits, state.count, state.key, request)
 
@@ -172,7 +214,7 @@ def _read_runs(
 ) -> tuple[Cache, jax.Array]:
     """The cache after the tokens of every row, read up to `most` at a time, and the scores of what follows them."""
     consume = make_consume(of.graph, of.attention)
-    logits = jnp.zeros((len(rows), of.config.vocab_size), jnp.float32)
+    logits = of.placed(jnp.zeros((len(rows), of.config.vocab_size), jnp.float32))
     at, lengths = np.zeros(len(rows), np.int32), np.array([len(ids) for ids in rows], np.int32)
     while (left := lengths - at).any():
         tokens = np.zeros((len(rows), min(most, bucket(int(left.max())))), np.int32)
@@ -181,4 +223,7 @@ def _read_runs(
             tokens[b, : left[b]] = ids[at[b] : at[b] + left[b]]
         cache, logits, taken = consume(of.params, cache, logits, tokens, left, request.table)
         at += np.asarray(taken)
+        must_keep = isinstance(cache, StreamingCache) and not cache.sizes.drops_separators
+        if must_keep and (np.asarray(cache.is_stuck()) & (at < lengths)).any():
+            cache.make_room()
     return cache, logits

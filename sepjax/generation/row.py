@@ -29,8 +29,8 @@ class CacheUse:
 
     @property
     def kv_kept(self) -> float:
-        """Share of the tokens seen that is still held."""
-        return self.held / self.seen
+        """Share of the tokens seen that is still held; 1 before the first."""
+        return self.held / self.seen if self.seen else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,8 @@ class StreamEvent:
 
     text: str  # what is now certain to follow: whole characters, nothing of a stop string; may be empty
     token_ids: tuple[int, ...]
-    # None: goes on; "stop": a stop string or token; "eos": the model's end token; "length"; "repetition"
+    # None: goes on; "stop": a stop string or token; "eos": the model's end token; "length"; "repetition"; "full": the
+    # cache of `keep_all_separators` has no room for another separator (of slots; without a token if a prompt fills it)
     finish_reason: str | None
     cache: CacheUse
     logprob: float | None = None  # of the token, before temperature and the like; None: nobody asked
@@ -147,11 +148,16 @@ class Row:
         self._text = TextUntilStop(tokenizer, settings.stop, continues=continues)
         self._guard = RepetitionGuard(settings.max_repeats)
         self._settings, self._has_end = settings, has_end
-        self._left = -1 if settings.max_new_tokens is None else settings.max_new_tokens
+        self._left = self._limit()
         self.seen = seen
         self.finish_reason: str | None = None
 
-    def take(self, token: int, *, taken: int, held: int, nbytes: int, logprob: float = 0.0) -> StreamEvent:
+    def _limit(self) -> int:
+        return -1 if self._settings.max_new_tokens is None else self._settings.max_new_tokens
+
+    def take(
+        self, token: int, *, taken: int, held: int, nbytes: int, logprob: float = 0.0, is_full: bool = False
+    ) -> StreamEvent:
         """The event of one more token.
 
         Args:
@@ -160,6 +166,7 @@ class Row:
           held: tokens that it holds now.
           nbytes: of the row's part of it.
           logprob: of the token.
+          is_full: whether the row must end here, whatever else: its cache has no room.
         """
         self.seen += taken
         self._left -= 1
@@ -173,24 +180,31 @@ class Row:
             self.finish_reason = "length"
         elif self._guard.feed(token):
             self.finish_reason = "repetition"
+        elif is_full:
+            self.finish_reason = "full"
         if self.finish_reason is not None and not self._text.stopped:
             text += self._text.flush()
         use = CacheUse(held, self.seen, nbytes)
         return StreamEvent(text, (token,), self.finish_reason, use, logprob if self._settings.logprobs else None)
 
+    def end_full(self, *, taken: int, held: int, nbytes: int) -> StreamEvent:
+        """The event of an end without a token: the cache has no room for the rest of what is to be read."""
+        self.seen += taken
+        self.finish_reason = "full"
+        return StreamEvent(self._text.flush(), (), self.finish_reason, CacheUse(held, self.seen, nbytes))
+
     def state(self) -> dict[str, Any]:
         """Where it stands, for `restore`: plain JSON."""
         return {
             "seen": self.seen,
-            "left": self._left,
             "finish_reason": self.finish_reason,
             "text": self._text.state(),
             "guard": self._guard.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken."""
-        self.seen, self._left, self.finish_reason = state["seen"], state["left"], state["finish_reason"]
+        """Goes on where `state` was taken, for as many more tokens as these settings say."""
+        self.seen, self.finish_reason, self._left = state["seen"], state["finish_reason"], self._limit()
         self._text.restore(state["text"])
         self._guard.restore(state["guard"])
 
@@ -271,5 +285,5 @@ class RepetitionGuard:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken."""
-        self._recent.extend(state["recent"])
+        self._recent = deque(state["recent"], maxlen=self.LONGEST)
         self._matched = np.array(state["matched"])

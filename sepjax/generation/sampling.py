@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from sepjax.array_typing import Array, Float, Int32
+from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import ConfigError
 
 
@@ -53,15 +53,21 @@ class Sampling:
         return jax.tree.map(lambda *x: jnp.stack(x), *rows)
 
 
-def sample(logits: Float[Array, "B V"], keys: jax.Array, sampling: Sampling) -> Int32[jax.Array, "B"]:
+def sample(
+    logits: Float[Array, "B V"], keys: jax.Array, sampling: Sampling, active: Bool[Array, "B"] | None = None
+) -> Int32[jax.Array, "B"]:
     """Draws one token for each row.
 
     Args:
       logits: scores of the next token.
       keys: typed PRNG keys, one a row; a row's token depends on its own key and scores only.
       sampling: how to draw, all rows alike or each its own way.
+      active: rows whose tokens mean something; what the others wish costs nothing. None: all.
     """
     sampling = _for_rows(sampling, len(logits))
+    if active is not None:
+        greedy_row = Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.float32(0))
+        sampling = jax.tree.map(lambda x, y: jnp.where(active, x, y), sampling, greedy_row)
     # Temperatures below the least normal number would be flushed to zero and divide by it.
     is_hot = sampling.temperature >= jnp.finfo(jnp.float32).tiny
 

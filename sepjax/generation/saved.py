@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sepjax.config import UserError
@@ -21,9 +22,11 @@ from sepjax.hub.safetensors_file import Planned, SafetensorsFile, write_safetens
 
 _WORDS, _STATE = "stream.json", "state.safetensors"
 _WHAT = "a saved stream"
-_KINDS = {
-    "model": dict, "sizes": dict, "room": list, "pending": list, "has_drawn": bool, "seen": int, "left": int,
-    "finish_reason": str | None, "text": dict, "guard": dict, "checksum": int,
+_KINDS = {  # a list: of any length, of its one kind
+    "model": dict, "sizes": dict, "room": [int], "pending": [int], "has_drawn": bool, "seen": int,
+    "finish_reason": str | None, "checksum": int,
+    "text": {"held": str, "stopped": bool, "decoder": {"bytes": [int], "drops_space": bool}},
+    "guard": {"recent": [int], "matched": [int]},
 }  # fmt: skip
 
 
@@ -64,12 +67,26 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], Path]:
     path = place / _WORDS
     try:
         words = {"room": []} | json.loads(path.read_bytes())  # streams of older versions were all over bounded caches
-        damaged = [name for name, kind in _KINDS.items() if not isinstance(words[name], kind)]
+        damaged = _misfit(words, _KINDS, "")
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise StreamStateError(f"{str(path)!r} is not what a stream saves ({error!r}); use another copy") from error
     if damaged:
-        raise StreamStateError(f"{str(path)!r} has {damaged[0]}={words[damaged[0]]!r}; use another copy")
+        raise StreamStateError(f"{str(path)!r} has {damaged}; use another copy")
     return words, place
+
+
+def _misfit(value: Any, kind: Any, name: str) -> str | None:
+    """The name and value of the first that is not of its kind, or a number below 0; None: all are."""
+    if isinstance(kind, dict) and isinstance(value, dict):
+        found = (_misfit(value[key], inner, f"{name}.{key}".lstrip(".")) for key, inner in kind.items())
+        return next(filter(None, found), None)
+    if isinstance(kind, list) and isinstance(value, list):
+        fits = all(type(item) is int and 0 <= item < 2**31 for item in value)
+    elif kind is int:
+        fits = type(value) is int and value >= 0
+    else:
+        fits = not isinstance(kind, (dict, list)) and isinstance(value, kind)
+    return None if fits else f"{name}={str(value)[:80]!r}"
 
 
 def read_leaves(place: Path, words: Mapping[str, Any], like: list[jax.Array]) -> list[jax.Array]:
@@ -85,7 +102,9 @@ def read_leaves(place: Path, words: Mapping[str, Any], like: list[jax.Array]) ->
         raise StreamStateError(f"{str(path)!r} holds arrays of another stream or version; use another copy")
     if _checksum(path) != words["checksum"]:
         raise StreamStateError(f"the contents of {str(path)!r} have changed since it was saved; use another copy")
-    return [jax.device_put(np.array(file.view(str(i))), x.sharding) for i, x in enumerate(like)]
+    arrays = [np.array(file.view(str(i))) for i in range(len(like))]
+    # What lies where it happens to be shall do so again: put there, it would have programs of its own.
+    return [jax.device_put(a, x.sharding) if x.committed else jnp.asarray(a) for a, x in zip(arrays, like, strict=True)]
 
 
 def _reader(leaf: jax.Array) -> Callable[[], np.ndarray]:

@@ -9,6 +9,7 @@ import jax
 
 from sepjax.config import ModelConfig
 from sepjax.generation import saved
+from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.device_loop import DecodeState
 from sepjax.generation.readers import Reader
 from sepjax.generation.saved import StreamStateError
@@ -32,6 +33,32 @@ class SavedRow:
     def seen(self) -> int:
         """Tokens that the cache has taken up."""
         return self.row["seen"]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether its cache is bounded and must not lose what the next token would push out."""
+        cache: Any = self.state.cache
+        return isinstance(cache, StreamingCache) and not cache.sizes.drops_separators and bool(cache.is_stuck()[0])
+
+    def check(self, reader: Reader) -> None:
+        """Raises StreamStateError where the cache is not one of this reader's: of another kind, or other sizes."""
+        cache: Any = self.state.cache
+        if not isinstance(cache, reader.cache_type):
+            names = {True: "bounded", False: "growing"}
+            raise StreamStateError(
+                f"the saved row has a {names[isinstance(cache, StreamingCache)]} cache, expected a "
+                f"{names[issubclass(reader.cache_type, StreamingCache)]} one; take up a row of the same kind"
+            )
+        like = jax.eval_shape(lambda: reader.empty(jax.random.split(jax.random.key(0), 1), reader.room_of(cache)))
+        if isinstance(cache, StreamingCache):
+            mine, ours = (dataclasses.asdict(x.cache.sizes) for x in (self.state, like))
+            for name in (name for name in ours if ours[name] != mine[name]):
+                raise StreamStateError(
+                    f"the saved row has a cache of {name}={mine[name]}, expected {ours[name]}; give the same settings"
+                )
+        mine, ours = ([(x.shape, x.dtype) for x in jax.tree.leaves(state)] for state in (self.state, like))
+        if mine != ours or jax.tree.structure(self.state) != jax.tree.structure(like):
+            raise StreamStateError("the saved row is of a model of another shape; load the model that it was saved of")
 
     def write(self, folder: str | os.PathLike[str], reader: Reader, config: ModelConfig) -> None:
         """Writes all that `read` needs, in place of an older stream. A kill at any moment leaves the old or the new.
@@ -59,6 +86,8 @@ class SavedRow:
           StreamStateError: the files are damaged, or of a model of another shape, or of a cache of other sizes.
         """
         words, place = saved.read(folder)
+        if any(not 0 <= i < config.vocab_size for i in words["pending"]):
+            raise StreamStateError(f"{os.fspath(folder)!r} has tokens that the model does not know; use another copy")
         for name, ours in (("model", dataclasses.asdict(config)), ("sizes", reader.settings())):
             mine = json.loads(json.dumps(ours))
             different = sorted(key for key in mine.keys() | words[name].keys() if mine.get(key) != words[name].get(key))
@@ -72,7 +101,7 @@ class SavedRow:
         leaves, structure = jax.tree.flatten(_plain(reader.empty(keys, words["room"])))
         state = jax.tree.unflatten(structure, saved.read_leaves(place, words, leaves))
         state = dataclasses.replace(state, key=jax.random.wrap_key_data(state.key))
-        row = {name: words[name] for name in ("seen", "left", "finish_reason", "text", "guard")}
+        row = {name: words[name] for name in ("seen", "finish_reason", "text", "guard")}
         return cls(state, tuple(words["pending"]), words["has_drawn"], row)
 
 

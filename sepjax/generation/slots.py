@@ -16,6 +16,7 @@ of a row depends on the others, and every row has its own settings and draws (`s
 
 import dataclasses
 import itertools
+import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -92,6 +93,7 @@ class Slots:
         self._kept: dict[int, SavedRow] = {}
         self._numbers = itertools.count()
         self._turn = 0  # the row that read last
+        self._lock = threading.RLock()  # of what other threads change: who waits, who is known, what is kept
         self._warm_up()
 
     def _empty(self, rows: int) -> Rows:
@@ -100,7 +102,7 @@ class Slots:
         sampling = Sampling.of_rows([Sampling.create()] * rows, rows)
         none = jnp.full((rows, _ENDS), -1, jnp.int32)
         wishes = Wishes(sampling, none, jnp.full(rows, -1, jnp.int32), jnp.zeros(rows, bool))
-        return Rows(cache, state.token, state.count, jnp.ones(rows, bool), state.key, wishes)
+        return self._of.placed(Rows(cache, state.token, state.count, jnp.ones(rows, bool), state.key, wishes))
 
     def _warm_up(self) -> None:
         """Runs every program on rows that nobody has: what is compiled later would be somebody's wait."""
@@ -120,6 +122,8 @@ class Slots:
 
         Raises:
           ConfigError, PromptError, TypeError: what `Generator.stream` raises, from here.
+          ConfigError: the row to go on with has ended, and there is no prompt; or its cache is full.
+          StreamStateError: the row to go on with is of another kind of cache, or of one of other sizes.
         """
         tokenizer, resume = self._of.tokenizer, request.resume
         settings = RowSettings.create(
@@ -128,11 +132,15 @@ class Slots:
         )  # fmt: skip
         pending = self._pending(request)
         seen, continues = (0 if resume is None else resume.seen), True
-        self._reader.check(seen, len(pending), request.max_new_tokens)
+        self._reader.check(seen, [pending], request.max_new_tokens)
         if request.prompt is not None:
             warn_of_few_in(pending, self._of.table, self._of.attention, "a prompt")
             continues = any(map(tokenizer.token_bytes, pending))
         absolute = self._reader.sizes.absolute
+        if resume is not None:
+            resume.check(self._reader)
+            if resume.is_full:
+                raise ConfigError("the row to go on with has a full cache (keep_all_separators); begin another one")
         row = Row(tokenizer, settings, continues=continues, seen=seen, has_end=absolute)
         if request.prompt is None and resume is not None:
             row.restore(resume.row)
@@ -141,8 +149,9 @@ class Slots:
         key = row_keys(request.seed or 0, 1) if resume is None or request.seed is not None else None
         slot = _Slot(next(self._numbers), request, row, pending, self._wishes(settings, request.sampling), key)
         slot.has_drawn = resume is not None and resume.has_drawn
-        self._known[slot.number] = slot
-        self._waiting.append(slot)
+        with self._lock:
+            self._known[slot.number] = slot
+            self._waiting.append(slot)
         return slot.number
 
     def _pending(self, request: SlotRequest) -> list[int]:
@@ -170,10 +179,11 @@ class Slots:
 
     def cancel(self, number: int) -> None:
         """Ends a request: it has no more events, and its row is free at the next step. What was kept is dropped."""
-        self._kept.pop(number, None)
-        slot = self._known.get(number)
-        if slot is not None:
-            slot.is_cancelled = True
+        with self._lock:
+            self._kept.pop(number, None)
+            slot = self._known.get(number)
+            if slot is not None:
+                slot.is_cancelled = True
 
     def save(self, number: int) -> SavedRow:
         """Where a request stands that has a row, or had one to `keep` (once: it is forgotten then). Copies its cache.
@@ -227,16 +237,19 @@ class Slots:
         for i, slot in enumerate(self._slots):
             if slot is not None and slot.is_cancelled:
                 self._free(i, slot)
-        for slot in list(self._waiting):
-            if slot.is_cancelled:
-                self._waiting.remove(slot)
-                self._known.pop(slot.number)
+        with self._lock:
+            for slot in list(self._waiting):
+                if slot.is_cancelled:
+                    self._waiting.remove(slot)
+                    self._known.pop(slot.number)
 
     def _free(self, i: int, slot: _Slot) -> None:
-        if slot.request.keep:
-            self._kept[slot.number] = self._saved(i, slot)
-        self._slots[i] = None
-        self._known.pop(slot.number)
+        """Whoever cancels it meanwhile waits, and finds what was kept: nothing stays that nobody can ask for."""
+        with self._lock:
+            if slot.request.keep and not slot.is_cancelled:
+                self._kept[slot.number] = self._saved(i, slot)
+            self._slots[i] = None
+            self._known.pop(slot.number)
 
     def _admit(self) -> None:
         """Gives free rows to those that wait, in their order."""
@@ -250,7 +263,8 @@ class Slots:
             row = dataclasses.replace(row, done=np.array([bool(new.pending)]))
             if new.key is not None:
                 row = dataclasses.replace(row, key=new.key, count=np.zeros(1, np.int32))
-            self._rows = self._programs.place(self._rows, _number(i), row)
+            self._rows = self._programs.place(self._rows, _number(i), self._of.placed(row))
+            new.request = dataclasses.replace(new.request, resume=None)  # or its arrays would live as long as the row
             self._slots[i] = new
 
     def _next_to_read(self) -> int | None:
@@ -275,6 +289,10 @@ class Slots:
         assert slot is not None
         taken = int(read.taken)
         del slot.pending[:taken]
+        if slot.pending and read.is_stuck:  # the rest would push separators out
+            event = slot.row.end_full(taken=taken, held=int(read.held), nbytes=self._row_bytes)
+            self._free(i, slot)
+            return [(slot.number, event)]
         if slot.pending:
             slot.row.seen += taken
             return []
@@ -285,13 +303,16 @@ class Slots:
         assert slot is not None
         slot.has_drawn = True
         event = slot.row.take(
-            int(token), taken=taken, held=int(held), nbytes=self.cache_bytes // len(self._slots), logprob=float(logprob)
-        )
-        if is_stuck and event.finish_reason is None:
-            event = dataclasses.replace(event, finish_reason="full")
+            int(token), taken=taken, held=int(held), nbytes=self._row_bytes, logprob=float(logprob),
+            is_full=bool(is_stuck),
+        )  # fmt: skip
         if event.finish_reason is not None:
             self._free(i, slot)
         return slot.number, event
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.cache_bytes // len(self._slots)
 
     # -- how full it is ---------------------------------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ class Stream(Iterator[StreamEvent]):
         if self._has_drawn and not pending:  # the last token drawn has not been taken up yet
             pending.append(int(self._state.token[0]))
         pending += ids
-        self._reader.check(self._row.seen, len(pending), self._settings.max_new_tokens)
+        self._reader.check(self._row.seen, [pending], self._settings.max_new_tokens, self._state.cache)
         warn_of_few_in(ids, self._of.table, self._of.attention, "the text fed")
         self._pending = pending
         self._row = self._new_row(continues=any(map(tokenizer.token_bytes, ids)), seen=self._row.seen)
@@ -94,7 +94,11 @@ class Stream(Iterator[StreamEvent]):
         return int(self._state.token[0]) if self._has_drawn else None
 
     def __next__(self) -> StreamEvent:
-        """Draws the next token. An interruption leaves the stream as it was before the token."""
+        """Draws the next token.
+
+        An exception while a prompt is read (an interruption, a cache with `keep_all_separators` that is full) leaves a
+        stream that cannot go on: the runs that were read have used up its cache. Before and after, it does no harm.
+        """
         if self._row.finish_reason is not None or not (self._has_drawn or self._pending):
             raise StopIteration
         if self._is_stuck:
@@ -106,7 +110,7 @@ class Stream(Iterator[StreamEvent]):
             self._pending = []
         else:
             if not self._reader.ends_with_positions:
-                self._reader.check(self._row.seen, 1, None)
+                self._reader.check(self._row.seen, [[0]], None)
             self._state, steps = self._advance(self._of.params, self._state, np.zeros(1, bool), self._request)
         self._has_drawn = True
         return self._event(jax.device_get(steps), taken)
@@ -129,8 +133,19 @@ class Stream(Iterator[StreamEvent]):
         return SavedRow(state, tuple(self._pending), self._has_drawn, self._row.state())
 
     def resume(self, row: SavedRow) -> None:
-        """Goes on where `saved` was called, token for token."""
-        self._state = jax.tree.map(lambda x: x.copy(), row.state)
+        """Goes on where `saved` was called, token for token, for as many more tokens as `max_new_tokens` says.
+
+        Raises:
+          StreamStateError: a row of another kind of cache than this stream's, or of one of other sizes.
+          ConfigError: more tokens than the model has positions for, or memory.
+        """
+        row.check(self._reader)
+        cache, new = row.state.cache, self._settings.max_new_tokens
+        if row.row["finish_reason"] is None and (row.pending or row.has_drawn):
+            self._reader.check(row.seen, [row.pending or [0]], new, cache)
+            if not row.pending:  # else its reader makes room
+                cache = self._reader.widened(cache, row.seen + 1, new)
+        self._state = jax.tree.map(lambda x: x.copy(), dataclasses.replace(row.state, cache=cache))
         self._pending, self._has_drawn = list(row.pending), row.has_drawn
         self._row.restore(row.row)
         self._is_stuck = bool(self._state.cache.is_stuck()[0])
@@ -146,7 +161,7 @@ class Stream(Iterator[StreamEvent]):
         row.write(folder, self._reader, self._of.config)
 
     def restore(self, folder: str | os.PathLike[str]) -> None:
-        """Goes on where `save` was called, token for token.
+        """Goes on where `save` was called, token for token, for as many more tokens as `max_new_tokens` says.
 
         Raises:
           FileNotFoundError: nothing was saved there.

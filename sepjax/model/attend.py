@@ -105,13 +105,16 @@ def run_rows(
     if attention.pattern == "gated":
         gate, g = needs_gate(model, attention), attention.gate_layer
         none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, kinds[0].window)
-        x, keys_below = model.run_layers(x, with_rope(_rows(none, attention, kinds[:g])), inputs, 0, g)
+        keys_below = None
+        if g:  # a gate may read the embeddings
+            x, keys_below = model.run_layers(x, with_rope(_rows(none, attention, kinds[:g])), inputs, 0, g)
         scores = constrain(_in_text_order(gate(x)), "batch", None)
         is_separator = keep_best(scores if gate_noise is None else scores + gate_noise, none, attention)
         layout = batch_layout(is_separator, segment_ids, attention, kinds[g].window)
         far_scale = None if gate_noise is None else straight_through(scores)
         x, keys = model.run_layers(x, with_rope(_rows(layout, attention, kinds[g:], far_scale)), inputs, g)
-        keys = jax.tree.map(lambda below, above: jnp.concatenate([below, above]), keys_below, keys)
+        if keys_below is not None:
+            keys = jax.tree.map(lambda below, above: jnp.concatenate([below, above]), keys_below, keys)
     else:
         attend = _whole_pattern(is_separator, segment_ids, attention, kinds)
         x, keys = model.run_layers(x, with_rope(attend), inputs)
@@ -125,6 +128,8 @@ def hidden_before_gate(
     """What a gate would read: the hidden states that enter layer g, behind layers that see sinks and window."""
     attention = with_own_window(attention, model.config)
     g, kinds = attention.gate_layer, layer_kinds(attention, model.config.num_layers, tokens.shape[1])
+    if not g:
+        return model.embed(tokens, positions)
     none = batch_layout(jnp.zeros(tokens.shape, bool), segment_ids, attention, kinds[0].window)
     attend = _with_rope(model.config, positions, False)(_rows(none, attention, kinds[:g]))
     inputs = _layer_inputs(kinds, attention, model.config)

@@ -127,8 +127,14 @@ def test_streams_over_either_cache_are_fed_saved_and_resumed(tokenizer, tmp_path
     first += list(events)
     events.feed(LONG)
     second = list(events)
-    resumed = engine.stream(seed=77, resume=tmp_path / "saved", **settings)
+    # The limit counts from where it goes on.
+    resumed = engine.stream(seed=77, resume=tmp_path / "saved", **settings | {"max_new_tokens": 7})
     assert [*first[:5], *resumed] == first
+    resumed = engine.stream(seed=77, resume=tmp_path / "saved", **settings)
+    assert [event.token_ids for event in take(resumed, 7)] == [event.token_ids for event in first[5:]]
+    assert len(list(resumed)) == 5
+    resumed = engine.stream(seed=77, resume=tmp_path / "saved", **settings | {"max_new_tokens": 7})
+    list(resumed)
     resumed.feed(LONG)
     assert list(resumed) == second
     ids = [[i for event in turn for i in event.token_ids] for turn in (first, second)]

@@ -1,16 +1,22 @@
 """Requests that come and go: each gets what it would get alone; nothing is compiled, nothing grows, nobody waits."""
 
 import dataclasses
+import gc
 import itertools
+import threading
+import weakref
 
+import jax
 import numpy as np
 import pytest
 
 from sepjax import Generator, Sampling, SlotRequest
 from sepjax.config import AttentionConfig, ConfigError
 from sepjax.generation.prompts import PromptError
+from sepjax.generation.saved import StreamStateError
 from sepjax.generation.slots import SlotError, Slots
 from sepjax.measure import counted_compilations
+from sepjax.model.transformer import merge, split
 from tests.generation.tiny import ATTENTION, LONG, tiny_model, tiny_tokenizer
 
 ROWS = 8
@@ -163,7 +169,7 @@ def test_conversations_continue_their_cache(engine, pattern, tmp_path):
         events += [event for n, event in slots.step() if n == second]
     middle = slots.save(second)
     slots.cancel(second)
-    again = slots.submit(SlotRequest(None, resume=middle, **settings))
+    again = slots.submit(SlotRequest(None, resume=middle, **settings | {"max_new_tokens": 15 - len(events)}))
     while not events[-1].finish_reason:
         events += [event for n, event in slots.step() if n == again]
     assert events == expected[1]
@@ -191,7 +197,90 @@ def test_a_cache_that_keeps_every_separator_ends_its_own_row_only():
         [SlotRequest(dots, stop_at_eos=False), SlotRequest("The cat", max_new_tokens=30, stop_at_eos=False)],
     )
     assert full[-1].finish_reason == "full"
+    assert full[-1].token_ids == (), "the prompt does not fit: nothing is drawn after a part of it"
     assert (len(other), other[-1].finish_reason) == (30, "length")
+
+    # Full in the middle of an answer: what was held back comes out, and neither row nor stream goes on.
+    few = [*engine.tokenizer.encode("a" * 5 + "." * 12), 3 + 0xC3]  # half a character, and one that begins a stop text
+    number = slots.submit(SlotRequest(few, stop_at_eos=False, keep=True))
+    stream = engine.stream(few, bounded=True, stop_at_eos=False)
+    events: list = []
+    while not slots.is_idle:
+        events += [event for _, event in slots.step()]
+        if not slots.is_idle and events:  # the drawn token is taken for a separator
+            slots._rows = dataclasses.replace(slots._rows, token=slots._rows.token.at[0].set(dots[-1]))
+    assert events[-1].finish_reason == "full"
+    kept = slots.save(number)
+    assert kept.row["finish_reason"] == "full"
+    next(stream)
+    while not stream._is_stuck:
+        stream._state = dataclasses.replace(stream._state, token=stream._state.token.at[0].set(dots[-1]))
+        next(stream)
+    for row in (kept, stream.saved()):
+        with pytest.raises(ConfigError, match="has a full cache"):
+            slots.submit(SlotRequest(None, resume=row))
+    (last,) = run(slots, [SlotRequest("The cat", max_new_tokens=9, stop_at_eos=False)])
+    assert len(last) == 9, "nobody is held up"
+
+    with pytest.raises(ConfigError, match="no room for another separator"):
+        engine.generate([dots], bounded=True, max_new_tokens=1)
+
+
+def test_what_was_cancelled_is_not_kept_and_a_resumed_row_is_not_held_twice(engine, slots):
+    source = engine.stream("The cat", bounded=True)
+    next(source)
+    saved = source.saved()
+    gone = weakref.ref(saved)
+    kept = [slots.submit(SlotRequest("The cat", stop_at_eos=False, keep=True)) for _ in range(2)]
+    slots.submit(SlotRequest(None, resume=saved, max_new_tokens=3, stop_at_eos=False))
+    del saved
+    while len(slots.step()) < 2:
+        pass
+    gc.collect()
+    assert gone() is None
+    take = slots._programs.take
+
+    def cancelled_meanwhile(*args):  # by another thread, between the end of a row and its copy
+        other = threading.Thread(target=slots.cancel, args=(kept[1],))
+        other.start()
+        copied = take(*args)
+        others.append(other)
+        return copied
+
+    others: list[threading.Thread] = []
+    slots.cancel(kept[0])
+    slots._programs = dataclasses.replace(slots._programs, take=cancelled_meanwhile)
+    try:
+        slot = slots._known[kept[1]]
+        slots._free(slots._slots.index(slot), slot)
+    finally:
+        slots._programs = dataclasses.replace(slots._programs, take=take)
+    others[0].join()
+    while not slots.is_idle:
+        slots.step()
+    assert slots._kept == {}
+
+
+def test_nothing_is_compiled_for_weights_that_were_put_on_a_device(tmp_path):
+    """As those of `sepjax.load` are: fresh state and results lie in the same place."""
+    graph, params = split(tiny_model())
+    engine = Generator(merge(graph, jax.device_put(params, jax.devices()[0])), tiny_tokenizer())
+    slots = engine.slots(2)
+    stream = engine.stream(LONG, bounded=True, stop_at_eos=False, max_new_tokens=2)
+    list(stream)
+    stream.save(tmp_path / "kept")
+    saved = engine.stream(bounded=True, resume=tmp_path / "kept").saved()
+    wanted = {"max_new_tokens": 2, "stop_at_eos": False}
+    run(slots, [SlotRequest("warm", keep=True, **wanted)])
+    with counted_compilations() as compiled:
+        run(
+            slots,
+            [SlotRequest(LONG, **wanted), SlotRequest("sat", **wanted), SlotRequest("sat", resume=saved, **wanted)],
+        )
+        stream.feed(LONG)
+        list(stream)
+        list(engine.stream(LONG, bounded=True, stop_at_eos=False, max_new_tokens=2))
+    assert compiled == []
 
 
 def test_mistakes_are_named_to_whom_they_belong(engine, slots):
@@ -209,6 +298,16 @@ def test_mistakes_are_named_to_whom_they_belong(engine, slots):
     with pytest.raises(SlotError, match="request 12345 has no row"):
         slots.save(12345)
     slots.cancel(12345)
+    growing = engine.stream("The cat", max_new_tokens=3)
+    larger = Generator(tiny_model(), engine.tokenizer, dataclasses.replace(ATTENTION, cache_size=30)).stream("The cat")
+    for row, message in ((growing.saved(), "has a growing cache"), (larger.saved(), "cache_size=30, expected 20")):
+        with pytest.raises(StreamStateError, match=message):
+            slots.submit(SlotRequest("a", resume=row))
+        with pytest.raises(StreamStateError, match=message):
+            engine.stream(bounded=True).resume(row)
+    with pytest.raises(StreamStateError, match="has a bounded cache, expected a growing one"):
+        growing.resume(larger.saved())
+    assert slots.is_idle
     with pytest.raises(ConfigError, match="slots need 1 row or more"):
         engine.slots(0)
     with pytest.raises(ConfigError, match="cache without end"):
