@@ -145,6 +145,6 @@ def with_own_window(attention: AttentionConfig, model: ModelConfig) -> Attention
         return attention
     window = EVERYTHING if model.full_layers else model.sliding_window
     changes = {"num_sinks": 0, "window_size": window, "layer_windows": ()}
-    if model.full_layers:  # no cache has a bound then
+    if attention.cache_size < window:  # a bound that was meant for another pattern, or has no room
         changes |= {"cache_size": 0}
     return under(attention, "sink_window", **changes)

@@ -240,7 +240,8 @@ def test_a_program_ends_with_one_line_for_mistakes_and_a_traceback_for_bugs(
 def test_dense_is_the_window_of_a_model_that_has_one() -> None:
     dense, separator = AttentionConfig(pattern="dense", cache_size=9), AttentionConfig()
     own = with_own_window(dense, ModelConfig(sliding_window=7))
-    assert (own.pattern, own.num_sinks, own.window_size) == ("sink_window", 0, 7)
+    assert (own.pattern, own.num_sinks, own.window_size, own.cache_size) == ("sink_window", 0, 7, 9)
+    assert with_own_window(dense, ModelConfig(sliding_window=10)).cache_size == 0, "there is no room in 9"
     assert validate_attention(own, 4) is own
     assert with_own_window(dense, ModelConfig()) is dense
     kept = with_own_window(separator, ModelConfig(sliding_window=7, full_layers=(1, 3)))

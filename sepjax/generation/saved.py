@@ -17,6 +17,7 @@ import numpy as np
 
 from sepjax.config import UserError
 from sepjax.files import check_folder, replacing_folder, whole_folder
+from sepjax.generation.row import RepetitionGuard
 from sepjax.hub.errors import HubError
 from sepjax.hub.safetensors_file import Planned, SafetensorsFile, write_safetensors
 
@@ -67,12 +68,22 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], Path]:
     path = place / _WORDS
     try:
         words = {"room": []} | json.loads(path.read_bytes())  # streams of older versions were all over bounded caches
-        damaged = _misfit(words, _KINDS, "")
+        damaged = _misfit(words, _KINDS, "") or _out_of_range(words)
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise StreamStateError(f"{str(path)!r} is not what a stream saves ({error!r}); use another copy") from error
     if damaged:
         raise StreamStateError(f"{str(path)!r} has {damaged}; use another copy")
     return words, place
+
+
+def _out_of_range(words: Mapping[str, Any]) -> str | None:
+    """The same for lists of the right kind that mean nothing."""
+    fits = {
+        "room": len(words["room"]) in (0, 2),
+        "text": all(i < 256 for i in words["text"]["decoder"]["bytes"]),
+        "guard": len(words["guard"]["matched"]) == RepetitionGuard.LONGEST,
+    }
+    return next((f"{name}={str(words[name])[:80]!r}" for name, is_good in fits.items() if not is_good), None)
 
 
 def _misfit(value: Any, kind: Any, name: str) -> str | None:

@@ -91,6 +91,7 @@ class SavedRow:
         for name, ours in (("model", dataclasses.asdict(config)), ("sizes", reader.settings())):
             mine = json.loads(json.dumps(ours))
             different = sorted(key for key in mine.keys() | words[name].keys() if mine.get(key) != words[name].get(key))
+            different.sort(key=lambda key: key != "pattern")  # which explains all others
             if different:
                 key = different[0]
                 raise StreamStateError(

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
-from sepjax.generation.row import TextUntilStop
+from sepjax.generation.row import Row, RowSettings, TextUntilStop
 
 ALPHABET = "abé"  # é: two bytes
 TEXT = st.text(ALPHABET, max_size=12)
@@ -65,6 +65,15 @@ def test_text_waits_no_longer_than_it_could_begin_a_stop_string(tokenizer, text,
         whole = text.encode()[: i + 1].decode(errors="ignore")
         held = whole.removeprefix(out)
         assert not held or any(s.startswith(held) for s in stops)
+
+
+def test_a_full_row_says_so_and_gives_what_was_held_back(tokenizer):
+    settings = RowSettings.create(tokenizer, stop="cat")
+    first, c = cut(tokenizer, "é", [])[0], cut(tokenizer, "c", [])[0]
+    for token, text in ((first, "\ufffd"), (c, "c")):
+        row = Row(tokenizer, settings, continues=True)
+        event = row.take(token, taken=1, held=1, nbytes=0, is_full=True)
+        assert (event.text, event.finish_reason, row.state()["finish_reason"]) == (text, "full", "full")
 
 
 def test_an_unfinished_character_comes_out_at_the_end_only(tokenizer):

@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sepjax.config import ConfigError
+from sepjax.generation import sampling as module
 from sepjax.generation.sampling import Sampling, filter_logits, sample
 
 V = 8
@@ -113,3 +114,23 @@ def test_other_settings_are_the_same_program():
 def test_settings_out_of_range_are_named(name, value):
     with pytest.raises(ConfigError, match=f"{name}={value} must be"):
         Sampling.create(**{name: value})
+
+
+def test_rows_that_have_ended_cost_no_sort(monkeypatch):
+    """Their wishes stay in a slot that is free: only those of rows that go on are looked at."""
+    sorts, least_of_top = [], module._least_of_top
+
+    def counted(*args):
+        jax.debug.callback(lambda: sorts.append(1))
+        return least_of_top(*args)
+
+    monkeypatch.setattr(module, "_least_of_top", counted)
+    logits, own_keys = jnp.asarray(np.random.default_rng(0).normal(size=(2, V)), jnp.float32), keys(2)
+    sampling = Sampling.of_rows([Sampling.create(1.0), Sampling.create(1.0, top_k=2)], 2)
+    draw = jax.jit(lambda *args: sample(*args))
+    rows = {}
+    for active in ([True, True], [True, False]):
+        rows[active[1]] = draw(logits, own_keys, sampling, np.array(active))
+        jax.effects_barrier()
+    assert sorts == [1]
+    assert rows[True][0] == rows[False][0]

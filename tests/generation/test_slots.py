@@ -5,6 +5,7 @@ import gc
 import itertools
 import threading
 import weakref
+from typing import Any
 
 import jax
 import numpy as np
@@ -270,7 +271,9 @@ def test_nothing_is_compiled_for_weights_that_were_put_on_a_device(tmp_path):
     list(stream)
     stream.save(tmp_path / "kept")
     saved = engine.stream(bounded=True, resume=tmp_path / "kept").saved()
-    wanted = {"max_new_tokens": 2, "stop_at_eos": False}
+    stream.feed("a")
+    list(stream)
+    wanted: dict[str, Any] = {"max_new_tokens": 2, "stop_at_eos": False}
     run(slots, [SlotRequest("warm", keep=True, **wanted)])
     with counted_compilations() as compiled:
         run(

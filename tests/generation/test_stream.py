@@ -2,14 +2,16 @@
 
 import dataclasses
 import gc
+import inspect
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepjax import stream
+from sepjax import Generator, stream
 from sepjax.config import AttentionConfig, ConfigError, MeshConfig
 from sepjax.files import ForeignFolder, WriteError
 from sepjax.generation.device_loop import COUNT_WRAP
@@ -117,6 +119,12 @@ def test_a_stream_of_other_settings_is_not_resumed(model, tokenizer, tmp_path):
     other = dataclasses.replace(ATTENTION, window_size=7)
     with pytest.raises(StreamStateError, match=r"sizes\.window_size=6, expected 7"):
         stream(model, tokenizer, resume=tmp_path / "saved", attention=other)
+    other = dataclasses.replace(ATTENTION, pattern="fixed_interval")  # of the same sizes
+    with pytest.raises(StreamStateError, match=r"sizes\.pattern='separator', expected 'fixed_interval'"):
+        stream(model, tokenizer, resume=tmp_path / "saved", attention=other)
+    other = dataclasses.replace(ATTENTION, separators="paper")
+    with pytest.raises(StreamStateError, match=r"sizes\.separators='punctuation', expected 'paper'"):
+        stream(model, tokenizer, resume=tmp_path / "saved", attention=other)
     with pytest.raises(FileNotFoundError):
         stream(model, tokenizer, resume=tmp_path / "nothing")
 
@@ -171,6 +179,27 @@ def test_a_damaged_description_of_a_stream_is_named(model, tokenizer, tmp_path, 
     events.save(tmp_path / "saved")
     (tmp_path / "saved" / "stream.json").write_bytes(content)
     with pytest.raises(StreamStateError, match=r"stream\.json' is not what a stream saves"):
+        stream(model, tokenizer, resume=tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("text", {}), ("text.held", 3), ("text.decoder", []), ("text.decoder.bytes", [-1]), ("guard.recent", ["a"]),
+        ("guard.matched", None), ("room", [-1, 2]), ("pending", [10**6]), ("seen", True), ("finish_reason", 1),
+        ("text.decoder.bytes", [256]), ("guard.matched", [1]), ("room", [1]),
+    ],
+)  # fmt: skip
+def test_a_damaged_word_of_a_stream_is_named(model, tokenizer, tmp_path, path, value):
+    stream(model, tokenizer).save(tmp_path / "saved")
+    file = tmp_path / "saved" / "stream.json"
+    words = inner = json.loads(file.read_text())
+    *names, last = path.split(".")
+    for name in names:
+        inner = inner[name]
+    inner[last] = value
+    file.write_text(json.dumps(words))
+    with pytest.raises(StreamStateError, match="use another copy"):
         stream(model, tokenizer, resume=tmp_path / "saved")
 
 
@@ -248,6 +277,12 @@ def test_repetition_is_noticed_and_rows_of_dashes_are_not():
         return next((i for i, token in enumerate(tokens) if guard.feed(token)), None)
 
     random = np.random.default_rng(0).integers(0, 50, 400).tolist()
+    guard, other = RepetitionGuard(3), RepetitionGuard(3)
+    for i in range(40):
+        guard.feed(i)
+        other.feed(99)
+    other.restore(guard.state())
+    assert other.state() == guard.state()
     assert first(random, 3) is None
     assert first([1, 2, 3] * 100, 0) is None
     assert first([7] * 30, 2) is None  # fewer than LEAST repeated
@@ -276,6 +311,12 @@ def test_mistakes_are_named_at_once(model, tokenizer):
     with pytest.raises(PromptError, match="no tokens"):
         stream(model, tokenizer, [])
     assert list(stream(model, tokenizer)) == []
+    assert stream(model, tokenizer, "a").cache.kv_kept == 1
+    dense = AttentionConfig(pattern="dense")
+    with pytest.raises(ConfigError, match=r"asks for a cache of [\d,]+ entries"):
+        stream(model, tokenizer, "a", max_new_tokens=2**30, attention=dense)  # from this call, before any event
+    with pytest.raises(ConfigError, match="generate needs max_new_tokens"):
+        inspect.unwrap(Generator.generate)(Generator(model, tokenizer), "a", max_new_tokens=None)  # pyright: ignore
 
 
 def test_texts_of_hardly_any_separators_are_named(model, tokenizer, capsys):

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig
 from sepjax.layout import build_layout
 from sepjax.model.attend import forward, layer_layouts, run_rows
 from sepjax.model.gate import keep_best, straight_through
 from sepjax.model.transformer import create, merge, split
+from sepjax.sharding import make_mesh
 
 V, T = 97, 29
 MODEL = ModelConfig(vocab_size=V, num_layers=3, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
@@ -191,3 +192,16 @@ def test_a_model_without_a_gate_is_refused_and_other_parameters_stay_as_they_are
     jax.tree.map(np.testing.assert_array_equal, {k: v for k, v in with_gate.items() if k != "gate"}, split(plain)[1])
     half = dataclasses.replace(MODEL, dtype="bfloat16")
     assert jax.eval_shape(lambda: run(create(half, GATED, jax.random.key(0)), row())[2]).dtype == jnp.float32
+
+
+def test_a_gate_that_reads_embeddings_has_no_layers_below_on_any_mesh():
+    attention = dataclasses.replace(GATED, gate_layer=0)
+    model = create(MODEL, attention, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, V, (1, 32)).astype(np.int32)
+    batch = tokens, np.arange(32, dtype=np.int32)[None], np.zeros((1, 32), bool)
+    expected, kept, _ = run(model, batch, attention)
+    assert kept.any()
+    with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1, 2), jax.devices()[:2])):
+        hidden, flags, _ = run(model, batch, attention)
+    np.testing.assert_array_equal(flags, kept)
+    np.testing.assert_allclose(hidden, expected, atol=1e-5)
