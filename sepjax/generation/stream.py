@@ -46,7 +46,7 @@ class Stream(Iterator[StreamEvent]):
         self._advance = make_advance(prepared.graph, prepared.attention, 1)
         self._state = reader.empty(row_keys(seed, 1))
         self._pending: list[int] = []
-        self._has_drawn = self._is_stuck = False
+        self._has_drawn = self._is_stuck = self._is_closed = False
         self._row = self._new_row(continues=False, seen=0)
 
     def _new_row(self, *, continues: bool, seen: int) -> Row:
@@ -70,7 +70,7 @@ class Stream(Iterator[StreamEvent]):
         pending += ids
         self._reader.check(self._row.seen, [pending], self._settings.max_new_tokens, self._state.cache)
         warn_of_few_in(ids, self._of.table, self._of.attention, "the text fed")
-        self._pending = pending
+        self._pending, self._is_closed = pending, False
         self._row = self._new_row(continues=any(map(tokenizer.token_bytes, ids)), seen=self._row.seen)
 
     @property
@@ -99,7 +99,7 @@ class Stream(Iterator[StreamEvent]):
         An exception while a prompt is read (an interruption, a cache with `keep_all_separators` that is full) leaves a
         stream that cannot go on: the runs that were read have used up its cache. Before and after, it does no harm.
         """
-        if self._row.finish_reason is not None or not (self._has_drawn or self._pending):
+        if self._is_closed or self._row.finish_reason is not None or not (self._has_drawn or self._pending):
             raise StopIteration
         if self._is_stuck:
             self._state = dataclasses.replace(self._state, cache=self._state.cache.make_room())
@@ -114,6 +114,10 @@ class Stream(Iterator[StreamEvent]):
             self._state, steps = self._advance(self._of.params, self._state, np.zeros(1, bool), self._request)
         self._has_drawn = True
         return self._event(jax.device_get(steps), taken)
+
+    def close(self) -> None:
+        """No event comes any more, as of a generator, until `feed` or `resume`; the stream can still be saved."""
+        self._is_closed = True
 
     def _event(self, steps: Steps, taken: int) -> StreamEvent:
         self._is_stuck = bool(steps.is_stuck[0])
@@ -146,7 +150,7 @@ class Stream(Iterator[StreamEvent]):
             if not row.pending:  # else its reader makes room
                 cache = self._reader.widened(cache, row.seen + 1, new)
         self._state = jax.tree.map(lambda x: x.copy(), dataclasses.replace(row.state, cache=cache))
-        self._pending, self._has_drawn = list(row.pending), row.has_drawn
+        self._pending, self._has_drawn, self._is_closed = list(row.pending), row.has_drawn, False
         self._row.restore(row.row)
         self._is_stuck = bool(self._state.cache.is_stuck()[0])
 
