@@ -49,9 +49,9 @@ class SavedRow:
                 f"the saved row has a {names[isinstance(cache, StreamingCache)]} cache, expected a "
                 f"{names[issubclass(reader.cache_type, StreamingCache)]} one; take up a row of the same kind"
             )
-        like = jax.eval_shape(lambda: reader.empty(jax.random.split(jax.random.key(0), 1), reader.room_of(cache)))
+        like: Any = jax.eval_shape(lambda: reader.empty(jax.random.split(jax.random.key(0), 1), reader.room_of(cache)))
         if isinstance(cache, StreamingCache):
-            mine, ours = (dataclasses.asdict(x.cache.sizes) for x in (self.state, like))
+            mine, ours = (dataclasses.asdict(x.sizes) for x in (cache, like.cache))
             for name in (name for name in ours if ours[name] != mine[name]):
                 raise StreamStateError(
                     f"the saved row has a cache of {name}={mine[name]}, expected {ours[name]}; give the same settings"
