@@ -5,9 +5,11 @@ Tests run on the CPU wherever they are. To run those for an accelerator, name it
 """
 
 import gc
+import itertools
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -67,4 +69,20 @@ def pytest_collection_finish() -> None:
     # What is there now stays; looking through the rest less often saves a twentieth of the suite's time.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(50_000, 20, 20)
+
+
+_MAPS, _EVERY, _ran = Path("/proc/self/maps"), 10, itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Compiled programs are mappings of memory, of which Linux gives a process 65,530; beyond, XLA crashes."""
+    if next(_ran) % _EVERY == 0 and _mappings() > 20_000:
+        gc.collect()
+        if _mappings() > 20_000:
+            jax.clear_caches()
+            gc.collect()
+
+
+def _mappings() -> int:
+    return _MAPS.read_bytes().count(b"\n") if _MAPS.exists() else 0
