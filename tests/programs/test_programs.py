@@ -1,6 +1,7 @@
 """The command itself: which program runs, what each says of itself, and what is refused before anything is loaded."""
 
 import dataclasses
+import importlib.util
 import os
 import re
 import runpy
@@ -103,7 +104,7 @@ def test_a_config_that_comes_with_sepjax_has_a_name(tmp_path, monkeypatch):
 
 def test_a_bench_runs_as_a_program_with_its_own_flags(monkeypatch, capfd):
     for module in bench.BENCHES.values():
-        assert runpy._get_module_details(f"{module}.__main__" if module.endswith("mesh") else module)
+        assert importlib.util.find_spec(f"{module}.__main__" if module.endswith("mesh") else module), module
     assert bench.choose(["attention", "--lengths=1"]) == ("sepjax.bench.attention", ["--lengths=1"])
     with pytest.raises(SystemExit):
         bench.main(["atention"])
