@@ -1,12 +1,13 @@
 """What the families that descend from Llama share: their rows, and how their config.json is read and written."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from sepjax.config import ModelConfig
 from sepjax.hub.errors import HubError
 from sepjax.hub.fields import Fields
-from sepjax.hub.tables import FLAT, LINEAR, LINEAR_OUT, SAME, Kind, Row, make_rows
+from sepjax.hub.tables import FLAT, LINEAR, LINEAR_OUT, SAME, Family, Kind, Row, make_rows
 
 SILU = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -53,6 +54,12 @@ def decoder_rows(*layer: tuple[str, Kind, str]) -> Callable[[ModelConfig], tuple
     )
     table = (*make_rows("", *whole), *make_rows("model.layers.{}.", *layer))
     return lambda config: table
+
+
+def decoder_family(name: str, architecture: str, **fields: Any) -> Family:
+    """A family of these: `name` is what its config.json calls it, `fields` are the rest of `Family`."""
+    common = {"model_types": (name,), "prefix": "model.", "ignored": re.compile(r".*\.rotary_emb\.inv_freq")}
+    return Family(name=name, architecture=architecture, **(common | fields))
 
 
 def read_shape(fields: Fields, *, positions: int, kv_heads: int | None = None, head_dim: int = 0) -> dict[str, Any]:

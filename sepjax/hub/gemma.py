@@ -1,7 +1,6 @@
 """Gemma 3, its text models: norms on both sides and of queries and keys, five of six layers with a window."""
 
 import math
-import re
 from typing import Any
 
 from sepjax.config import ModelConfig
@@ -10,6 +9,7 @@ from sepjax.hub.decoder import (
     QK_NORMS,
     SILU,
     activation_name,
+    decoder_family,
     decoder_rows,
     expect,
     kind_keys,
@@ -21,7 +21,7 @@ from sepjax.hub.decoder import (
 from sepjax.hub.errors import HubError
 from sepjax.hub.fields import Fields
 from sepjax.hub.rope_kinds import read_ropes, ropes_keys
-from sepjax.hub.tables import SAME, Family
+from sepjax.hub.tables import SAME
 from sepjax.rope_config import same_rope
 
 _NORMS = (
@@ -81,15 +81,13 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
-    name="gemma3",
+FAMILY = decoder_family(
+    "gemma3",
+    "Gemma3ForCausalLM",
     model_types=("gemma3_text",),
-    architecture="Gemma3ForCausalLM",
-    prefix="model.",
     read_config=read_config,
     write_config=write_config,
     table=decoder_rows(*_NORMS, *QK_NORMS, *MATRICES),
-    ignored=re.compile(r".*\.rotary_emb\.inv_freq"),
     features=frozenset({
         "norm_offset", "norm_position", "qk_norm", "sliding_window", "full_layers", "sliding_rope", "embedding_scale",
         "attention_scale", "final_softcap",

@@ -1,13 +1,11 @@
 """Granite 3: a Llama with scales of embeddings, residuals, attention scores and logits."""
 
-import re
 from typing import Any
 
 from sepjax.config import ModelConfig
-from sepjax.hub.decoder import MATRICES, NORMS, SILU, decoder_rows, expect, read_shape, shape_keys
+from sepjax.hub.decoder import MATRICES, NORMS, SILU, decoder_family, decoder_rows, expect, read_shape, shape_keys
 from sepjax.hub.fields import Fields
 from sepjax.hub.rope_fields import read_rope, rope_keys
-from sepjax.hub.tables import Family
 
 
 def read_config(fields: Fields) -> ModelConfig:
@@ -42,14 +40,11 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FAMILY = Family(
-    name="granite",
-    model_types=("granite",),
-    architecture="GraniteForCausalLM",
-    prefix="model.",
+FAMILY = decoder_family(
+    "granite",
+    "GraniteForCausalLM",
     read_config=read_config,
     write_config=write_config,
     table=decoder_rows(*NORMS, *MATRICES),
-    ignored=re.compile(r".*\.rotary_emb\.inv_freq"),
     features=frozenset({"embedding_scale", "residual_scale", "attention_scale", "logit_divisor"}),
 )

@@ -1,13 +1,11 @@
 """Llama 1, 2, 3 and 3.1, and what has their shape: SmolLM2, TinyLlama."""
 
-import re
 from typing import Any
 
 from sepjax.config import ModelConfig
-from sepjax.hub.decoder import MATRICES, NORMS, SILU, decoder_rows, expect, read_shape, shape_keys
+from sepjax.hub.decoder import MATRICES, NORMS, SILU, decoder_family, decoder_rows, expect, read_shape, shape_keys
 from sepjax.hub.fields import Fields
 from sepjax.hub.rope_fields import read_rope, rope_keys
-from sepjax.hub.tables import Family
 
 
 def read_config(fields: Fields) -> ModelConfig:
@@ -31,13 +29,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return keys | rope_keys(config.rope, "Llama")
 
 
-FAMILY = Family(
-    name="llama",
-    model_types=("llama",),
-    architecture="LlamaForCausalLM",
-    prefix="model.",
+FAMILY = decoder_family(
+    "llama",
+    "LlamaForCausalLM",
     read_config=read_config,
     write_config=write_config,
     table=decoder_rows(*NORMS, *MATRICES),
-    ignored=re.compile(r".*\.rotary_emb\.inv_freq"),
 )

@@ -1,7 +1,6 @@
 """Mistral, every layer of which has a sliding window or none has, and Ministral, whose layers may differ."""
 
 import dataclasses
-import re
 from typing import Any
 
 from sepjax.config import ModelConfig
@@ -9,6 +8,7 @@ from sepjax.hub.decoder import (
     MATRICES,
     NORMS,
     SILU,
+    decoder_family,
     decoder_rows,
     expect,
     kind_keys,
@@ -20,7 +20,6 @@ from sepjax.hub.decoder import (
 from sepjax.hub.errors import HubError
 from sepjax.hub.fields import Fields
 from sepjax.hub.rope_fields import read_rope, rope_keys
-from sepjax.hub.tables import Family
 
 
 def _read(fields: Fields) -> ModelConfig:
@@ -72,15 +71,12 @@ def _keys(config: ModelConfig) -> dict[str, Any]:
     return shape_keys(config, "Mistral") | rope_keys(config.rope, "Mistral")
 
 
-FAMILY = Family(
-    name="mistral",
-    model_types=("mistral",),
-    architecture="MistralForCausalLM",
-    prefix="model.",
+FAMILY = decoder_family(
+    "mistral",
+    "MistralForCausalLM",
     read_config=read_mistral,
     write_config=write_mistral,
     table=decoder_rows(*NORMS, *MATRICES),
-    ignored=re.compile(r".*\.rotary_emb\.inv_freq"),
     features=frozenset({"sliding_window"}),
 )
 MINISTRAL = dataclasses.replace(

@@ -1,7 +1,6 @@
 """OLMo 2 and 3: norms behind attention and MLP, and over all query heads and all key heads; OLMo 3 with windows."""
 
 import dataclasses
-import re
 from typing import Any
 
 from sepjax.config import ModelConfig
@@ -10,6 +9,7 @@ from sepjax.hub.decoder import (
     NORMS_BEHIND,
     QK_NORMS,
     SILU,
+    decoder_family,
     decoder_rows,
     expect,
     kind_keys,
@@ -21,7 +21,6 @@ from sepjax.hub.decoder import (
 from sepjax.hub.fields import Fields
 from sepjax.hub.rope_fields import read_rope, rope_keys
 from sepjax.hub.rope_kinds import read_ropes, ropes_keys
-from sepjax.hub.tables import Family
 from sepjax.rope_config import same_rope
 
 _BASE = 500_000.0  # of OLMo 3's rotation, where no key says
@@ -71,15 +70,12 @@ def _keys(config: ModelConfig, name: str) -> dict[str, Any]:
     return shape_keys(config, name) | {"attention_bias": config.attention_bias}
 
 
-OLMO2 = Family(
-    name="olmo2",
-    model_types=("olmo2",),
-    architecture="Olmo2ForCausalLM",
-    prefix="model.",
+OLMO2 = decoder_family(
+    "olmo2",
+    "Olmo2ForCausalLM",
     read_config=read_olmo2,
     write_config=write_olmo2,
     table=decoder_rows(*NORMS_BEHIND, *QK_NORMS, *MATRICES),
-    ignored=re.compile(r".*\.rotary_emb\.inv_freq"),
     features=frozenset({"norm_position", "qk_norm"}),
 )
 OLMO3 = dataclasses.replace(

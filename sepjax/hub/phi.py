@@ -1,14 +1,23 @@
 """Phi-3, Phi-3.5 and Phi-4: Q, K and V are one matrix in their files, gate and up another."""
 
-import re
 from typing import Any
 
 from sepjax.config import ModelConfig
-from sepjax.hub.decoder import NORMS, OUT, SILU, decoder_rows, expect, read_shape, read_window, shape_keys
+from sepjax.hub.decoder import (
+    NORMS,
+    OUT,
+    SILU,
+    decoder_family,
+    decoder_rows,
+    expect,
+    read_shape,
+    read_window,
+    shape_keys,
+)
 from sepjax.hub.errors import HubError
 from sepjax.hub.fields import Fields
 from sepjax.hub.rope_fields import read_rope, rope_keys
-from sepjax.hub.tables import STACKED, Family
+from sepjax.hub.tables import STACKED
 
 _QKV = "attention/query/kernel attention/key/kernel attention/value/kernel"
 _PART = "partial_rotary_factor"
@@ -40,11 +49,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return shape_keys(config, "Phi-3") | rope_keys(config.rope) | more
 
 
-FAMILY = Family(
-    name="phi3",
-    model_types=("phi3",),
-    architecture="Phi3ForCausalLM",
-    prefix="model.",
+FAMILY = decoder_family(
+    "phi3",
+    "Phi3ForCausalLM",
     read_config=read_config,
     write_config=write_config,
     table=decoder_rows(
@@ -53,6 +60,5 @@ FAMILY = Family(
         ("mlp.gate_up_proj.weight", STACKED, "mlp/gate/kernel mlp/up/kernel"),
         *OUT,
     ),
-    ignored=re.compile(r".*\.rotary_emb\.inv_freq"),
     features=frozenset({"sliding_window"}),
 )

@@ -1,7 +1,6 @@
 """Qwen2 and Qwen2.5, with biases of queries, keys and values; Qwen3, with norms of each query and key head."""
 
 import dataclasses
-import re
 from typing import Any
 
 from sepjax.config import ModelConfig
@@ -10,6 +9,7 @@ from sepjax.hub.decoder import (
     NORMS,
     QK_NORMS,
     SILU,
+    decoder_family,
     decoder_rows,
     expect,
     kind_keys,
@@ -21,7 +21,6 @@ from sepjax.hub.decoder import (
 from sepjax.hub.errors import HubError
 from sepjax.hub.fields import Fields
 from sepjax.hub.rope_fields import read_rope, rope_keys
-from sepjax.hub.tables import Family
 
 _FIRST_TO_SLIDE = 28  # layer, where no key says
 
@@ -73,15 +72,12 @@ def _keys(config: ModelConfig, name: str) -> dict[str, Any]:
     return keys | {"use_sliding_window": config.sliding_window > 0}
 
 
-QWEN2 = Family(
-    name="qwen2",
-    model_types=("qwen2",),
-    architecture="Qwen2ForCausalLM",
-    prefix="model.",
+QWEN2 = decoder_family(
+    "qwen2",
+    "Qwen2ForCausalLM",
     read_config=read_qwen2,
     write_config=write_qwen2,
     table=decoder_rows(*NORMS, *MATRICES),
-    ignored=re.compile(r".*\.rotary_emb\.inv_freq"),
     features=frozenset({"qkv_bias", "sliding_window", "full_layers"}),
     layer_types=None,
 )

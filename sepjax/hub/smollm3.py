@@ -1,6 +1,5 @@
 """SmolLM3: a Llama, every fourth layer of which does not rotate queries and keys."""
 
-import re
 from typing import Any
 
 from sepjax.config import ModelConfig
@@ -8,6 +7,7 @@ from sepjax.hub.decoder import (
     MATRICES,
     NORMS,
     SILU,
+    decoder_family,
     decoder_rows,
     expect,
     kind_keys,
@@ -18,7 +18,6 @@ from sepjax.hub.decoder import (
 )
 from sepjax.hub.fields import Fields
 from sepjax.hub.rope_fields import read_rope, rope_keys
-from sepjax.hub.tables import Family
 
 
 def read_config(fields: Fields) -> ModelConfig:
@@ -63,15 +62,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
-    name="smollm3",
-    model_types=("smollm3",),
-    architecture="SmolLM3ForCausalLM",
-    prefix="model.",
+FAMILY = decoder_family(
+    "smollm3",
+    "SmolLM3ForCausalLM",
     read_config=read_config,
     write_config=write_config,
     table=decoder_rows(*NORMS, *MATRICES),
-    ignored=re.compile(r".*\.rotary_emb\.inv_freq"),
     features=frozenset({"no_rope_layers", "sliding_window", "full_layers"}),
     layer_types=None,
 )

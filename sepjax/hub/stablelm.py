@@ -1,14 +1,13 @@
 """StableLM 2 and 3B: a Llama with layer norms, a part of each head rotated; serial or parallel."""
 
-import re
 from typing import Any
 
 from sepjax.config import ModelConfig
-from sepjax.hub.decoder import MATRICES, NORMS, SILU, decoder_rows, expect, read_shape, shape_keys
+from sepjax.hub.decoder import MATRICES, NORMS, SILU, decoder_family, decoder_rows, expect, read_shape, shape_keys
 from sepjax.hub.errors import HubError
 from sepjax.hub.fields import Fields
 from sepjax.hub.rope_fields import read_rope, rope_keys
-from sepjax.hub.tables import SAME, Family
+from sepjax.hub.tables import SAME
 
 _PART = "partial_rotary_factor"
 _BIASES = (
@@ -48,14 +47,11 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FAMILY = Family(
-    name="stablelm",
-    model_types=("stablelm",),
-    architecture="StableLmForCausalLM",
-    prefix="model.",
+FAMILY = decoder_family(
+    "stablelm",
+    "StableLmForCausalLM",
     read_config=read_config,
     write_config=write_config,
     table=decoder_rows(*NORMS, *_BIASES, *MATRICES),
-    ignored=re.compile(r".*\.rotary_emb\.inv_freq"),
     features=frozenset({"qkv_bias"}),
 )
