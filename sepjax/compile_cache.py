@@ -16,6 +16,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from sepjax.files import cache_folder
+
 _LEAST_SECONDS = 0.3  # of compiling, for a program to be kept
 _MOST_BYTES = 2**31  # then those that were used longest ago go
 
@@ -27,7 +29,7 @@ def keep() -> None:
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return
     try:
-        folder = _folder()
+        folder = cache_folder() / f"compiled-{_kind_of_machine()}"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # a user without a home
         return
@@ -59,11 +61,6 @@ def replace_damaged(folder: Path) -> None:
                 file.unlink()
 
     warnings.showwarning = remove
-
-
-def _folder() -> Path:
-    named = os.environ.get("SEPJAX_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sepjax")
-    return Path(named).expanduser() / f"compiled-{_kind_of_machine()}"
 
 
 def _kind_of_machine() -> str:

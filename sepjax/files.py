@@ -18,6 +18,8 @@ from pathlib import Path
 
 from sepjax.config import UserError
 
+CACHE = "SEPJAX_CACHE"  # the variable that names another folder for `cache_folder`
+
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -255,3 +257,12 @@ def _concerns(name: Path, place: Path) -> bool:
         return True
     first = name.relative_to(place.parent).parts[0] if name.is_relative_to(place.parent) else ""
     return first == place.name or first.startswith(f".{place.name}.")
+
+
+def cache_folder() -> Path:
+    """Where fetched models and compiled programs are kept: $SEPJAX_CACHE, or `sepjax` in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises RuntimeError for a user without a home.
+    """
+    named = os.environ.get(CACHE)
+    return Path(named or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sepjax")).expanduser()

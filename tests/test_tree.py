@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "files": {"config"},
     "interrupt": set(),
     "moved": set(),
-    "compile_cache": set(),
+    "compile_cache": {"files"},
     "settings": {"checks", "config"},
     "separators": BASE | {"attention_config", "console"},
     "layout": BASE | {"separators"},

