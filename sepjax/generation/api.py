@@ -54,8 +54,8 @@ def generate(
       min_p: tokens at least so many times as probable as the best; default: 0, all.
       sampling_defaults: whether those of the four that are not given are as in the model's generation_config.json.
       seed: of the draws; one a prompt makes each answer independent of its place in the list.
-      stop: texts that end an answer, and are no part of it.
-      stop_token_ids: tokens that end an answer, and are no part of its text; control tokens too.
+      stop: texts that end an answer and are left out of it.
+      stop_token_ids: tokens that end an answer and are left out of its text; control tokens too.
       stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
       control_tokens: whether names of control tokens in the prompts' texts are these tokens; False: plain text.
       attention: another pattern than the model was trained with.
@@ -67,8 +67,8 @@ def generate(
 
     Raises:
       ConfigError: settings out of range or impossible together.
-      PromptError: a prompt without tokens, or with ids that are none.
-      TypeError: prompts or stop strings that are no text.
+      PromptError: a prompt without tokens, or with ids outside the vocabulary.
+      TypeError: prompts or stop strings that are not text.
     """
     sampling = choose_sampling(
         tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p

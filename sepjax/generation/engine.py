@@ -85,8 +85,8 @@ class Generator:
           max_new_tokens: tokens after which an answer ends.
           sampling: how to draw, or one a prompt (`Sampling.create`); None: always the best token.
           seed: of the draws; one a prompt makes each answer independent of its place in the list.
-          stop: texts that end an answer, and are no part of it.
-          stop_token_ids: tokens that end an answer, and are no part of its text; control tokens too.
+          stop: texts that end an answer and are left out of it.
+          stop_token_ids: tokens that end an answer and are left out of its text; control tokens too.
           stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
           control_tokens: whether names of control tokens in the prompts' texts are these tokens; False: plain text.
           bounded: whether a row's cache is bounded by `attention.cache_size`, whatever the lengths; None: where the
@@ -97,8 +97,8 @@ class Generator:
 
         Raises:
           ConfigError: settings out of range or impossible together.
-          PromptError: a prompt without tokens, or with ids that are none.
-          TypeError: prompts or stop strings that are no text.
+          PromptError: a prompt without tokens, or with ids outside the vocabulary.
+          TypeError: prompts or stop strings that are not text.
         """
         if max_new_tokens is None:
             raise ConfigError("generate needs max_new_tokens, got None; give a number, or use stream for no end")

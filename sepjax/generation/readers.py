@@ -223,7 +223,6 @@ def _read_runs(
             tokens[b, : left[b]] = ids[at[b] : at[b] + left[b]]
         cache, logits, taken = consume(of.params, cache, logits, tokens, left, request.table)
         at += np.asarray(taken)
-        must_keep = isinstance(cache, StreamingCache) and not cache.sizes.drops_separators
-        if must_keep and (np.asarray(cache.is_stuck()) & (at < lengths)).any():
+        if cache.ends_when_stuck and (np.asarray(cache.is_stuck()) & (at < lengths)).any():
             cache.make_room()
     return cache, logits

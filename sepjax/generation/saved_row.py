@@ -38,7 +38,7 @@ class SavedRow:
     def is_full(self) -> bool:
         """Whether its cache is bounded and must not lose what the next token would push out."""
         cache: Any = self.state.cache
-        return isinstance(cache, StreamingCache) and not cache.sizes.drops_separators and bool(cache.is_stuck()[0])
+        return cache.ends_when_stuck and bool(cache.is_stuck()[0])
 
     def check(self, reader: Reader) -> None:
         """Raises StreamStateError where the cache is not one of this reader's: of another kind, or other sizes."""

@@ -190,8 +190,9 @@ class Slots:
 
         Raises SlotError for any other.
         """
-        if number in self._kept:
-            return self._kept.pop(number)
+        kept = self._kept.pop(number, None)  # at once: another thread may be cancelling it
+        if kept is not None:
+            return kept
         slot = self._known.get(number)
         if slot is None or slot not in self._slots:
             raise SlotError(f"request {number} has no row: it waits, or has ended and was not to be kept (keep=True)")

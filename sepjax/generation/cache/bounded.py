@@ -36,7 +36,7 @@ from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.generation.cache.bounded_pass import stream_pass
 from sepjax.generation.cache.newest import keep_newest
 from sepjax.generation.cache.sizes import StreamSizes
-from sepjax.generation.cache.turning import turn_table
+from sepjax.generation.cache.turning import layer_axis, turn_table
 from sepjax.generation.cache.watched import keep_best, seen_by
 from sepjax.model.rope import Table, rotate
 
@@ -138,9 +138,23 @@ class StreamingCache:
         bare = dataclasses.replace(self, k=(), v=())
         return bare._on_rows(lambda x, axis: jnp.take(x, rows, axis, mode="clip"))
 
+    def with_rows(self, rows: Int32[Array, "M"], **new: jax.Array | int) -> "StreamingCache":
+        """The same with other bookkeeping of these rows, by field, as `of_rows` has it; numbers of no row are none."""
+
+        def put(name: str, x: jax.Array) -> jax.Array:
+            at = (slice(None), rows) if name == "scores" else rows
+            return x.at[at].set(new[name], mode="drop", unique_indices=True)
+
+        return dataclasses.replace(self, **{name: put(name, getattr(self, name)) for name in new})
+
+    @property
+    def ends_when_stuck(self) -> bool:
+        """See `Cache`: with `keep_all_separators`."""
+        return not self.sizes.drops_separators
+
     def is_stuck(self) -> Bool[jax.Array, "B"]:
         """Rows that have lost a separator though none is to be lost (`keep_all_separators`)."""
-        return (self.dropped > 0) & (not self.sizes.drops_separators)
+        return (self.dropped > 0) & self.ends_when_stuck
 
     def make_room(self) -> "StreamingCache":
         """Raises ConfigError: the settings bound it."""
@@ -282,7 +296,7 @@ class StreamingCache:
             if to.size == 1:  # XLA would compare the slot with the end, in a kernel of its own for every layer
                 return jax.lax.dynamic_update_slice_in_dim(x, jnp.swapaxes(new, -3, -2), to[0, 0], axis=x.ndim - 2)
             new = jnp.moveaxis(new, (-4, -3), (0, 1))
-            return x.at[*_layer_axis(x), rows, :, to].set(new, mode=mode, unique_indices=True)
+            return x.at[*layer_axis(x), rows, :, to].set(new, mode=mode, unique_indices=True)
 
         new_sinks = jnp.minimum(counts, sizes.num_sinks - self.num_sinks)
         low = self.seen_low + counts
@@ -367,11 +381,6 @@ def last_at(slot: jax.Array, end: jax.Array, size: int) -> jax.Array:
     """
     last = end - 1
     return last - (last - slot) % max(size, 1)
-
-
-def _layer_axis(x: jax.Array) -> tuple[slice, ...]:
-    """What stands before the batch in an index of [L, B, K, C, H] or [B, K, C, H]."""
-    return (slice(None),) * (x.ndim - 4)
 
 
 def _each(f: Callable[..., jax.Array], x: Layers, *others: jax.Array) -> Layers:

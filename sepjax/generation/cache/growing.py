@@ -193,6 +193,11 @@ class SeparatorCache:
         """The cache itself: what leaves the window goes at once."""
         return self
 
+    @property
+    def ends_when_stuck(self) -> bool:
+        """See `Cache`: there is always room to be made."""
+        return False
+
     def is_stuck(self) -> Bool[jax.Array, "B"]:
         """Rows that are full."""
         return self.is_full()

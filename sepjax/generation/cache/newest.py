@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from sepjax.generation.cache.turning import turned
+from sepjax.generation.cache.turning import layer_axis, turned
 from sepjax.model.rope import Table
 
 if TYPE_CHECKING:
@@ -38,25 +38,19 @@ def keep_newest(cache: "StreamingCache") -> "StreamingCache":
 
     def move(x: jax.Array, table: Table | None = None) -> jax.Array:
         at = full[:, None]
-        found = x.at[*_layers(x), at, :, a + s + source % R].get(mode="clip")  # [M, s, (L,) K, H]
+        found = x.at[*layer_axis(x), at, :, a + s + source % R].get(mode="clip")  # [M, s, (L,) K, H]
         found = found if table is None else turned(found, table)
-        return x.at[*_layers(x), at, :, to].set(found, mode="drop", unique_indices=True)
-
-    def put(x: jax.Array, new: jax.Array | int) -> jax.Array:
-        return x.at[full].set(new, mode="drop", unique_indices=True)
+        return x.at[*layer_axis(x), at, :, to].set(found, mode="drop", unique_indices=True)
 
     kept = few.num_separators + found
     return dataclasses.replace(
-        cache,
+        cache.with_rows(
+            full,
+            num_separators=jnp.minimum(kept, s),
+            num_recent=w,
+            next_separator=few.next_separator + found,
+            dropped=jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30),
+        ),
         k=cache.in_each_layer(move, cache.k) if cache.sizes.absolute else cache.turned(move, n - source),
         v=cache.in_each_layer(move, cache.v),
-        num_separators=put(cache.num_separators, jnp.minimum(kept, s)),
-        num_recent=put(cache.num_recent, w),
-        next_separator=put(cache.next_separator, few.next_separator + found),
-        dropped=put(cache.dropped, jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30)),
     )
-
-
-def _layers(x: jax.Array) -> tuple[slice, ...]:
-    """What stands before the batch in an index of [L, B, K, C, H] or [B, K, C, H]."""
-    return (slice(None),) * (x.ndim - 4)

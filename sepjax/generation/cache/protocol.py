@@ -54,6 +54,11 @@ class Cache(Protocol):
         """Drops what must go before the next pass."""
         ...
 
+    @property
+    def ends_when_stuck(self) -> bool:
+        """Whether a row that is stuck is so for good: `make_room` would raise."""
+        ...
+
     def is_stuck(self) -> Bool[jax.Array, "B"]:
         """Rows whose next token has no place without a loss: `make_room` first."""
         ...

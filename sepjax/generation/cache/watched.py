@@ -184,19 +184,18 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
         turns = tuple(x[kinds, sets] for x in turn)
     restarts = few.clock // _CLOCK * _CLOCK  # a cycle of a large cache may be longer
 
-    def put(x: jax.Array, new: jax.Array | int) -> jax.Array:
-        return x.at[full].set(new, mode="drop", unique_indices=True)
-
     return dataclasses.replace(
-        cache,
+        cache.with_rows(
+            full,
+            scores=_restarted(few, choice.scores, restarts),
+            clock=few.clock - restarts,
+            num_separators=jnp.minimum(kept, s),
+            num_recent=w,
+            next_separator=jnp.minimum(kept, s),  # a kept entry's position is its slot's
+            dropped=jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30),
+        ),
         k=cache.in_each_layer(move, cache.k, *where, *turns),
         v=cache.in_each_layer(move, cache.v, *where),
-        scores=jax.vmap(put)(cache.scores, _restarted(few, choice.scores, restarts)),
-        clock=put(cache.clock, few.clock - restarts),
-        num_separators=put(cache.num_separators, jnp.minimum(kept, s)),
-        num_recent=put(cache.num_recent, w),
-        next_separator=put(cache.next_separator, jnp.minimum(kept, s)),  # a kept entry's position is its slot's
-        dropped=put(cache.dropped, jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30)),
     )
 
 
