@@ -103,10 +103,9 @@ def straight_through(scores: Float32[Array, "B T"]) -> Float32[jax.Array, "B T"]
     Times the values of far keys, they tell the gate what far use of each kept token was worth; decoding, which needs no
     gradient, needs no factors.
     """
-    chance = jax.nn.sigmoid(scores)
-    # A score so low that its sigmoid underflows would divide 0 by 0.
-    chance = jnp.maximum(chance, jnp.finfo(jnp.float32).tiny)
-    return chance / jax.lax.stop_gradient(chance)
+    # As a quotient of sigmoids the gradient would pass through 1 / sigmoid(score), which overflows for low scores.
+    chance = jax.nn.log_sigmoid(scores)
+    return jnp.exp(chance - jax.lax.stop_gradient(chance))
 
 
 def exploring(key: jax.Array, shape: tuple[int, ...], scale: Any) -> Float32[jax.Array, "B T"]:

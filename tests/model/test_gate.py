@@ -169,6 +169,9 @@ def test_noise_explores_and_the_factor_is_one(model):
     far_below = jnp.full((1, 1), -1e4)
     assert float(straight_through(far_below)[0, 0]) == 1.0
     assert np.isfinite(jax.grad(lambda s: straight_through(s).sum())(far_below)).all()
+    for score in (-88.0, -100.0, 0.0):  # at the end of what a sigmoid holds in float32, and times what gradients may be
+        slope = jax.grad(lambda s: 1e3 * straight_through(s).sum())(jnp.full((1, 1), score))
+        np.testing.assert_allclose(slope, 1e3 / (1 + np.exp(score)), rtol=1e-6)
 
 
 def test_keys_are_counted_with_each_layers_own_layout(model):
