@@ -45,7 +45,13 @@ class TextWindows:
 
 
 def token_windows(
-    tokenizer: Tokenizer, texts: Iterable[str], length: int, *, bos: bool = True, max_tokens: int = 0
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    length: int,
+    *,
+    bos: bool = True,
+    max_tokens: int = 0,
+    start: int | None = None,
 ) -> TextWindows:
     """Tokenises texts and cuts them.
 
@@ -55,6 +61,8 @@ def token_windows(
       length: T.
       bos: whether each begins with BOS, where the model's tokenizer puts one.
       max_tokens: of each document, BOS included; 0: all.
+      start: a token that each begins with in place of BOS: a run's own documents begin with `document_start`, whether
+        or not its tokenizer puts it there.
 
     Raises:
       TextError: every document is empty.
@@ -62,7 +70,11 @@ def token_windows(
     windows, documents, num_bytes = [], [], 0
     for number, text in enumerate(texts):
         whole = tokenizer.encode(text)
-        whole = np.array(tokenizer.with_bos(whole) if bos else whole, np.int32)
+        if start is not None:
+            whole = whole if whole[:1] == [start] else [start, *whole]
+        elif bos:
+            whole = tokenizer.with_bos(whole)
+        whole = np.array(whole, np.int32)
         ids = whole[: max_tokens or None]
         complete = len(ids) == len(whole) and ids[:1].tolist() == tokenizer.prefix  # all of the text is scored
         num_bytes += len(text.encode()) if complete else sum(len(tokenizer.token_bytes(int(i))) for i in ids[1:])

@@ -57,7 +57,8 @@ class Answers:
         """Raises `RecallError` where there are none."""
         found, start = [], 0
         for ids in windows.ids:
-            text = "".join(x or " " for x in map(tokenizer.token_texts().__getitem__, ids.tolist()))
+            pieces = map(tokenizer.token_texts().__getitem__, ids.tolist())
+            text = "".join(x if len(x) == 1 else " " for x in pieces)  # a character a token, BOS too
             for i in range(2, len(text)):
                 question = text[i - 2 : i]
                 if question[0] == QUESTION and question[1] in KEYS and text.find(question) == i - 2:  # the first time
@@ -111,7 +112,8 @@ def score_run(
     model, tokenizer = load_model(workdir, **loading)
     config = load_config(workdir)
     length, folder = config.data.sequence_length, config.data.data_dir or str(workdir / "data")
-    windows = token_windows(tokenizer, text_source(config.data, folder, config.data.eval_split)[:], length)
+    texts = text_source(config.data, folder, config.data.eval_split)[:]
+    windows = token_windows(tokenizer, texts, length, start=tokenizer.document_start)  # as in training
     own = model.attention
     compared = plain_arms([under(own, x) for x in patterns or [own.pattern]])
     if arms:

@@ -49,7 +49,8 @@ def test_the_corpus_has_a_document_a_row_and_is_the_same_everywhere(tmp_path, mo
 def test_answers_are_found_and_judged(byte_model, monkeypatch):
     tokenizer = recall_tokenizer()
     texts = ["-Kq--.Zb.----.?Zb?Kq?Kq", "Aa.-----.?Aa"]
-    windows = token_windows(tokenizer, texts, 64)
+    windows = token_windows(tokenizer, texts, 64, start=tokenizer.document_start)
+    assert [ids[0] for ids in windows.ids] == [tokenizer.document_start] * 2
     answers = recall.Answers.find(tokenizer, windows)
     targets = np.concatenate([ids[1:] for ids in windows.ids])
     assert tokenizer.decode(targets[answers.at].tolist()) == "bqa"
