@@ -57,8 +57,7 @@ class Answers:
         """Raises `RecallError` where there are none."""
         found, start = [], 0
         for ids in windows.ids:
-            pieces = map(tokenizer.token_texts().__getitem__, ids.tolist())
-            text = "".join(x if len(x) == 1 else " " for x in pieces)  # a character a token, BOS too
+            text = "".join(x or " " for x in map(tokenizer.token_texts().__getitem__, ids.tolist()))
             for i in range(2, len(text)):
                 question = text[i - 2 : i]
                 if question[0] == QUESTION and question[1] in KEYS and text.find(question) == i - 2:  # the first time
