@@ -60,8 +60,8 @@ class StreamSizes:
             )
         if attention.kept_layers and attention.pattern == "watched":
             raise ConfigError(
-                f"attention.kept_layers={attention.kept_layers}: of watched tokens every layer keeps what its own heads "
-                "looked at; leave kept_layers empty, and name the layers whose looks count in watch_layers"
+                f"attention.kept_layers={attention.kept_layers}: of watched tokens every layer keeps what its own "
+                "heads looked at; leave kept_layers empty, and name the layers whose looks count in watch_layers"
             )
         if len(set(attention.layer_windows)) > 1:
             raise ConfigError(
@@ -90,6 +90,11 @@ class StreamSizes:
                 f"attention.cache_size={size} has no room for num_sinks + max_separators + window_size = "
                 f"{attention.num_sinks} + {separators} + {window} = {held}; set cache_size to {held + 1} or more"
             )
+        if attention.pattern == "gated" and not attention.max_separators:
+            raise ConfigError(
+                "attention.max_separators=0 leaves a bounded cache no room for what a gate keeps; raise it, or use "
+                '"sink_window"'
+            )
         if attention.pattern == "gated" and attention.keep_all_separators:
             raise ConfigError(
                 "attention.keep_all_separators with a gate would end the stream when its zone is full; a gate's zone "
@@ -108,7 +113,8 @@ class StreamSizes:
             cache_size=size,
             absolute=attention.stream_positions == "absolute",
             drops_separators=not attention.keep_all_separators,
-            count_wrap=_COUNT - _COUNT % period,  # a multiple, so that `low` tells every interval-th token, and stretches
+            count_wrap=_COUNT
+            - _COUNT % period,  # a multiple: `low` tells each interval-th token, and stretches
             ropes=ropes,
             layer_ropes=kinds,
             reach=reach if min(reach, default=EVERYTHING) <= size else (),  # no more than size + 1 are ever there
@@ -124,7 +130,7 @@ class StreamSizes:
 
     @property
     def slots(self) -> int:
-        """C: sinks, separators, and a ring that holds the rest of c + 1 entries; if the best stay, `ring_limit` of them.
+        """C: sinks, separators, and a ring for the rest of c + 1 entries; if the best stay, for `ring_limit` of them.
 
         A gate's ring has the scores of a stretch besides whose first tokens are no entries any more.
         """
