@@ -113,8 +113,7 @@ class StreamSizes:
             cache_size=size,
             absolute=attention.stream_positions == "absolute",
             drops_separators=not attention.keep_all_separators,
-            count_wrap=_COUNT
-            - _COUNT % period,  # a multiple: `low` tells each interval-th token, and stretches
+            count_wrap=_COUNT - _COUNT % period,  # a multiple: `low` tells each interval-th token, and stretches
             ropes=ropes,
             layer_ropes=kinds,
             reach=reach if min(reach, default=EVERYTHING) <= size else (),  # no more than size + 1 are ever there
