@@ -237,7 +237,7 @@ def _time(cache: "StreamingCache", p: Int32[jax.Array, "B N"]) -> Float[jax.Arra
     return (cache.clock[:, None] + p - cache.next_recent[:, None]).astype(jnp.float32)
 
 
-def _watched_candidates(cache: "StreamingCache", p: Int32[jax.Array, "B N"]) -> Float[jax.Array, "G B N n"]:
+def _watched_candidates(cache: "StreamingCache", p: Int32[jax.Array, "B M"]) -> Float[jax.Array, "G B N M"]:
     """What the tokens in slots p of the ring count among kept ones."""
     watch, scores, sizes = cache.sizes.watch, cache.scores, cache.sizes
     assert watch is not None
