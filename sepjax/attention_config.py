@@ -41,7 +41,7 @@ class AttentionConfig:
     watch_layers: tuple[int, ...] = ()  # for pattern="watched": the layers that look; empty: the upper half
     kept_set: str = "head"  # "head": a set for every key head of a watched layer; "model": one set for all
     watch_after: int = 16  # tokens of age from which looks at a token count: before, everything is looked at
-    watch_half_life: int = 4096  # tokens after which a look counts half; 0: it never fades
+    watch_half_life: int = 4096  # tokens after which a look (in bounded caches, a gate's choice) counts half; 0: never
     separators_first: bool = False  # separators stay before all others; among them looks decide, as among the rest
     max_separators: int = 64  # [s] slots in a bounded streaming cache
     cache_size: int = 0  # [c] slots of the streaming cache; 0: 2 * (a + s + w), if watched a little over a + s + w
@@ -74,6 +74,8 @@ def validate_attention(attention: AttentionConfig, num_layers: int) -> Attention
     _validate_reach(attention, num_layers)
     if attention.separators == "ids" and not attention.separator_ids and attention.pattern in ("separator", "watched"):
         raise ConfigError('attention.separators="ids" needs attention.separator_ids, got none; list the token ids')
+    if attention.pattern in ("gated", "watched") and attention.watch_half_life:
+        _at_least("attention.watch_half_life", attention.watch_half_life, 256)
     if attention.pattern == "gated":
         _validate_gate(attention, num_layers)
     if attention.pattern == "watched":
@@ -152,8 +154,6 @@ def _validate_watch(attention: AttentionConfig, num_layers: int) -> None:
     _one_of("attention.kept_set", attention.kept_set, KEPT_SETS)
     _at_least("attention.max_separators", attention.max_separators, 1)
     _at_least("attention.watch_after", attention.watch_after, 1)
-    if attention.watch_half_life:
-        _at_least("attention.watch_half_life", attention.watch_half_life, 256)
     for layer in attention.watch_layers:
         if not 0 <= layer < num_layers:
             raise ConfigError(f"attention.watch_layers has {layer}; the model's layers are 0 to {num_layers - 1}")

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float32
 
-from sepjax.array_typing import Array, Bool, Float, Int32
+from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.layout import SeparatorLayout
-from sepjax.model.layers import Linear, make_norm
+from sepjax.model.layers import Attend, Linear, make_norm
 
 _WIDTH = 256  # of the hidden layer: a hundredth of what a small model's layer computes
 
@@ -52,6 +52,28 @@ def needs_gate(model: Any, attention: AttentionConfig) -> Gate:
             "(configs/post_gated.py, sepjax distill), or choose another pattern"
         )
     return gate
+
+
+def run_with_gate(
+    model: Any,
+    tokens: Tokens,
+    positions: Int32[Array, "B T"],
+    attend: Attend,
+    layer_inputs: Any,
+    attention: AttentionConfig,
+) -> tuple[Float[jax.Array, "B T D"], Any, Float32[jax.Array, "B T"]]:
+    """A model's layers with the gate between them, as `Transformer.__call__` runs them without: hidden states, what
+    the layers gave, and the gate's scores.
+
+    Raises ConfigError where the model has no gate.
+    """
+    gate, g = needs_gate(model, attention), attention.gate_layer
+    x, below = model.run_layers(model.embed(tokens, positions), attend, layer_inputs, 0, g)
+    scores = gate(x)
+    x, above = model.run_layers(x, attend, layer_inputs, g)
+    if g:  # of no layers nothing came
+        above = jax.tree.map(lambda *parts: jnp.concatenate(parts), below, above)
+    return model.final_norm(x), above, scores
 
 
 def keep_best(scores: Float32[Array, "B T"], layout: SeparatorLayout, attention: AttentionConfig) -> Bool[Array, "B T"]:

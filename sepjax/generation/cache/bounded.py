@@ -7,7 +7,7 @@ A row holds, in this logical order, its sinks, the newest s separators that left
                in order    | ring              | ring, R >= c + 1 - a
 
 When more than c entries are held, the row *compacts*: of the past window only separators stay, which move to theirs.
-With the pattern "watched" the second zone holds other tokens, by other rules: `sepjax.generation.cache.watched`.
+With the patterns "watched" and "gated" the second zone holds other tokens, by other rules: `watched.py`, `gated.py`.
 Between two compactions a row only grows, so all tokens up to the next one run in one pass (`bounded_pass.py`).
 
 Entry k has position k and the query after L entries position L: a key would have to be rotated anew whenever entries
@@ -62,7 +62,7 @@ class StreamingCache:
     seen_low: Int32[jax.Array, "B"]  # tokens seen, modulo sizes.count_wrap
     seen_high: Int32[jax.Array, "B"]  # and how many times that
     clock: Int32[jax.Array, "B"]  # time of the next token, for scores
-    scores: Float[jax.Array, "G B N S"] | None  # of the second zone and the ring, for watched tokens
+    scores: Float[jax.Array, "G B N S"] | None  # of the second zone and the ring, where the best stay
     sizes: StreamSizes = dataclasses.field(metadata={"static": True})
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
@@ -81,7 +81,8 @@ class StreamingCache:
             return jnp.zeros((config.num_layers, *shape), config.dtype)
 
         zeros = (jnp.zeros(batch_size, jnp.int32) for _ in range(9))  # one array each: a donated one must not be two
-        scores = sizes.watch and sizes.watch.scores(config, batch_size, sizes.max_separators + sizes.ring)
+        best = sizes.keeps_best
+        scores = best and best.scores(config, batch_size, sizes.max_separators + sizes.ring)
         return cls(empty(), empty(), jnp.zeros((batch_size, sizes.ring), bool), *zeros, scores=scores, sizes=sizes)
 
     @property
@@ -108,7 +109,7 @@ class StreamingCache:
 
         Where there are no separators to be moved, evicting ends no pass once the sinks are there.
         """
-        if self.sizes.watch:  # what moves is not lost, so it moves as soon as the ring is full
+        if self.sizes.keeps_best:  # what moves is not lost, so it moves as soon as the ring is full
             sinks = self.sizes.num_sinks - self.num_sinks
             return jnp.minimum(sinks + self.sizes.ring_limit - self.num_recent, most)
         room = jnp.minimum(self.sizes.cache_size + 1 - self.held(), most)
@@ -122,7 +123,7 @@ class StreamingCache:
 
     def is_full(self) -> Bool[jax.Array, "B"]:
         """Rows that have no room for another token."""
-        if self.sizes.watch:
+        if self.sizes.keeps_best:
             return self.num_recent >= self.sizes.ring_limit
         return self.held() > self.sizes.cache_size
 
@@ -269,6 +270,7 @@ class StreamingCache:
         is_separator: Bool[Array, "B T"],
         counts: Int32[Array, "B"],
         looks: Float[Array, "L B K S"] | None = None,
+        gate_scores: Float[Array, "B T"] | None = None,
     ) -> "StreamingCache":
         """Takes up the next tokens of every row. Rows that are then due (`is_due`) must be compacted next.
 
@@ -278,6 +280,7 @@ class StreamingCache:
           is_separator: which of them are separators.
           counts: how many of the T tokens each row takes up, 0 to `room(T)`.
           looks: of watched tokens, what these did to the entries (`sepjax.generation.cache.watched`).
+          gate_scores: of a gate, of the tokens.
         """
         sizes, T = self.sizes, is_separator.shape[1]
         i = jnp.arange(T, dtype=jnp.int32)
@@ -308,6 +311,9 @@ class StreamingCache:
             seen = seen_by(self, jnp.asarray(looks), counts)
             scores = seen[..., :-T].at[:, rows, :, sizes.max_separators + in_ring]
             scores = scores.set(jnp.moveaxis(seen[..., -T:], (1, 3), (0, 1)), mode="drop", unique_indices=True)
+        if gate_scores is not None and scores is not None:
+            at = (0, rows, 0, sizes.max_separators + in_ring)
+            scores = scores.at[at].set(gate_scores, mode="drop", unique_indices=True)
         return dataclasses.replace(
             self,
             k=_each(put, self.k, jnp.asarray(k)),
@@ -328,7 +334,7 @@ class StreamingCache:
         # Loops that run once or never: unlike the branches of a `cond`, they change the cache in place.
         cache = self
         if self.sizes.max_separators:
-            move = keep_best if self.sizes.watch else keep_newest
+            move = keep_best if self.sizes.keeps_best else keep_newest
             cache = jax.lax.while_loop(lambda cache: jnp.any(cache.is_full()), move, self)
         if self.sizes.absolute:
             return cache

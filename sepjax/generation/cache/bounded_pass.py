@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.watched import looks_of_many, looks_of_one
+from sepjax.model.gate import run_with_gate
 from sepjax.model.layers import Attend, once
 from sepjax.model.rope import Table, layer_numbers, of_layer, rope_tables, rotate
 from sepjax.separators import flag_separators
@@ -27,12 +29,11 @@ from sepjax.separators import flag_separators
 if TYPE_CHECKING:
     from sepjax.generation.cache.bounded import StreamingCache
 
-type Run = Callable[[Tokens, Int32[Array, "B T"], Attend, Any], tuple[jax.Array, Any]]
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def stream_pass(
-    run_layers: Run,
+    model: Any,
     cache: "StreamingCache",
     tokens: Tokens,
     counts: Int32[Array, "B"],
@@ -42,7 +43,8 @@ def stream_pass(
     """Runs the next tokens of every row and takes them up.
 
     Args:
-      run_layers: a `Transformer`, or what maps (tokens, positions, attend, layer_inputs) to hidden states as it does.
+      model: a `Transformer` or `Layerwise`; or, without a gate, what maps (tokens, positions, attend, layer_inputs) to
+        hidden states as they do.
       cache: what came before; no row `is_due`. Donate it where this is jitted.
       tokens: int32[B, T], any ids at and beyond a row's count.
       counts: tokens that each row takes up, 0 to `cache.room(T)`. Hidden states beyond mean nothing.
@@ -57,7 +59,11 @@ def stream_pass(
     is_separator = flag_separators(tokens, offsets, table, attention)
     attend = _attend_one(cache) if T == 1 else _attend_many(cache, T, counts)
     reach, rope = layer_numbers(cache.sizes.reach), layer_numbers(cache.sizes.layer_ropes)
-    hidden, (k, v, *looks) = run_layers(tokens, offsets, attend, (cache.k, cache.v, reach, rope))
+    inputs = (cache.k, cache.v, reach, layer_numbers(cache.sizes.sees_kept), rope)
+    if attention.pattern == "gated":
+        hidden, (k, v), scores = run_with_gate(model, tokens, offsets, attend, inputs, attention)
+        return hidden, cache.append(k, v, is_separator, counts, gate_scores=scores)
+    hidden, (k, v, *looks) = model(tokens, offsets, attend, inputs)
     return hidden, cache.append(k, v, is_separator, counts, *looks)
 
 
@@ -68,10 +74,10 @@ def _attend_one(cache: "StreamingCache") -> Attend:
     tables = once(_tables(cache, cache.query_positions(1)[zones]))
     recent = cache.recent_positions() >= cache.first_recent(1)
     visible = once(jnp.concatenate([cache.visible_old(), recent], axis=1)[:, None, None])
-    within = _within(cache, 1)
+    within, is_kept = _within(cache, 1), _is_kept(cache, 0)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache, reach, rope = layer
+        k_cache, v_cache, reach, sees_kept, rope = layer
         cos, sin = of_layer(tables, rope)
         B, _, N, H = q.shape
         k = rotate(k, (cos[-1], sin[-1]))
@@ -82,6 +88,7 @@ def _attend_one(cache: "StreamingCache") -> Attend:
         if not cache.sizes.absolute:
             parts = [scores[:, :, 0, :, :a], scores[:, :, 1, :, a:old], scores[:, :, 2, :, old:]]
         seen = visible if within is None else visible & within(reach)[:, :, :, 0]
+        seen = seen if sees_kept is None else seen & ((sees_kept > 0) | ~is_kept)
         scores = jnp.where(seen, jnp.concatenate(parts, axis=-1), -jnp.inf)
         own = _einsum("BKGH,BKH->BKG", queries[:, :, -1], k[:, 0])[..., None]
         weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * H**-0.5, axis=-1)
@@ -103,11 +110,12 @@ def _attend_many(cache: "StreamingCache", num_tokens: int, counts: Int32[Array, 
     recent_tables = _tables(cache, cache.query_positions(num_tokens)[-1])
     sees_recent = _sees_recent(cache, num_tokens)
     turn, within = cache.recent_turn() if old else None, _within(cache, num_tokens)
+    is_kept = _is_kept(cache, num_tokens)
     sees_old = jnp.broadcast_to(cache.visible_old()[:, None], (*sees_recent.shape[:2], old))
     visible = jnp.concatenate([sees_old, sees_recent], axis=-1)[:, None, None]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache, reach, rope = layer
+        k_cache, v_cache, reach, sees_kept, rope = layer
         recent_table = of_layer(recent_tables, rope)
         q, k = rotate(q, recent_table), rotate(k, recent_table)
         old_keys = k_cache[:, :, :old]
@@ -117,6 +125,7 @@ def _attend_many(cache: "StreamingCache", num_tokens: int, counts: Int32[Array, 
         keys = jnp.concatenate([old_keys, k_cache[:, :, old:], jnp.swapaxes(k, 1, 2)], axis=2)
         values = jnp.concatenate([v_cache, jnp.swapaxes(v, 1, 2)], axis=2)
         seen = visible if within is None else visible & within(reach)
+        seen = seen if sees_kept is None else seen & ((sees_kept > 0) | ~is_kept)
         weights = jax.nn.softmax(_scores(q, keys, seen), axis=-1)
         looks = (looks_of_many(cache, weights, counts),) if cache.sizes.watch else ()
         return _rows(_einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values), q), (k, v, *looks)
@@ -134,7 +143,7 @@ def _attend_past_evictions(cache: "StreamingCache", num_tokens: int) -> Attend:
     sees_recent, sees_sinks = _sees_recent(cache, num_tokens)[:, None, None], cache.visible_old()[:, None, None, None]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache, reach, rope = layer
+        k_cache, v_cache, reach, _, rope = layer
         seen, seen_sinks = sees_recent, sees_sinks
         if within is not None:
             near = within(reach)
@@ -154,6 +163,12 @@ def _tables(cache: "StreamingCache", positions: Int32[Array, "..."]) -> Table:
     tables = rope_tables(positions, cache.sizes.ropes, cache.head_dim)
     assert tables is not None  # `StreamSizes.create` refuses learned positions
     return tables
+
+
+def _is_kept(cache: "StreamingCache", num_tokens: int) -> Bool[np.ndarray, "S"]:
+    """Which of the C slots and the tokens of a run are the second zone's: those that some layers do not see."""
+    i, a = np.arange(cache.sizes.slots + num_tokens), cache.sizes.num_sinks
+    return (a <= i) & (i < a + cache.sizes.max_separators)
 
 
 def _within(

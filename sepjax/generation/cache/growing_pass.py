@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig, ModelConfig, layer_reaches, layer_windows, sees_kept, with_own_window
-from sepjax.model.gate import needs_gate
+from sepjax.model.gate import run_with_gate
 from sepjax.model.layers import once
 from sepjax.model.rope import layer_numbers, layer_ropes, of_layer, rope_tables, rotate
 from sepjax.separators import flag_separators
@@ -72,12 +72,8 @@ def _one_token(
     is_global, score = is_global_token(tokens[:, 0], cache.length, table, attention), None
     attend = _attend_cache(model.config, cache)
     if attention.pattern == "gated":
-        gate, g = needs_gate(model, attention), attention.gate_layer
-        x = model.embed(tokens, positions)
-        x, below = model.run_layers(x, attend, inputs, 0, g)
-        score = jnp.where(is_global, -jnp.inf, gate(x)[:, 0])
-        x, keys = model.run_layers(x, attend, inputs, g)
-        hidden, (k, v) = model.final_norm(x), keys if g == 0 else jax.tree.map(_joined, below, keys)
+        hidden, (k, v), scores = run_with_gate(model, tokens, positions, attend, inputs, attention)
+        score = jnp.where(is_global, -jnp.inf, scores[:, 0])
     else:
         hidden, (k, v) = model(tokens, positions, attend, inputs)
     return hidden, cache.append(k[:, :, 0], v[:, :, 0], is_global, active, score)
@@ -92,10 +88,6 @@ def _what_layers_see(attention: AttentionConfig, config: ModelConfig, window_siz
     windows = jnp.asarray(layer_windows(attention, L, window_size), jnp.int32)
     reach, rope = layer_numbers(layer_reaches(attention, L)), layer_numbers(layer_ropes(config)[1])
     return windows, jnp.asarray(stays, jnp.int32), reach, rope
-
-
-def _joined(below: jax.Array, above: jax.Array) -> jax.Array:
-    return jnp.concatenate([below, above])
 
 
 def is_global_token(tokens: Array, positions: Array, table: Array, attention: AttentionConfig) -> jax.Array:

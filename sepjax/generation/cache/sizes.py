@@ -10,8 +10,10 @@ from sepjax.config import (
     RopeConfig,
     keeps_everything,
     layer_reaches,
+    sees_kept,
     with_own_window,
 )
+from sepjax.generation.cache.gated import Gated
 from sepjax.generation.cache.watched import Watch
 from sepjax.model.rope import layer_ropes
 
@@ -38,7 +40,9 @@ class StreamSizes:
     ropes: tuple[RopeConfig | None, ...]  # the distinct rotations of layers, and which one each has
     layer_ropes: tuple[int, ...]  # (`sepjax.model.rope.layer_ropes`); empty: all the same
     reach: tuple[int, ...]  # slots back that each layer sees, itself included; empty: all of them
-    watch: Watch | None  # the second zone keeps watched tokens; None: separators
+    watch: Watch | None  # the second zone keeps watched tokens
+    gate: Gated | None  # or what a gate chose; None, both: separators
+    sees_kept: tuple[bool, ...]  # for each layer: whether it sees the second zone; empty: all do
 
     @classmethod
     def create(cls, config: ModelConfig, attention: AttentionConfig) -> "StreamSizes":
@@ -54,15 +58,10 @@ class StreamSizes:
                 'attention.pattern="dense" keeps every token, so a stream without end would need a cache without end; '
                 'use "watched", "separator", "sink_window" or "fixed_interval", or set max_new_tokens'
             )
-        if attention.pattern == "gated":
+        if attention.kept_layers and attention.pattern == "watched":
             raise ConfigError(
-                'attention.pattern="gated" is not served by a bounded cache; stream over a growing cache '
-                '(bounded=False), or use "watched", "separator" or "sink_window"'
-            )
-        if attention.kept_layers:
-            raise ConfigError(
-                f"attention.kept_layers={attention.kept_layers}: a bounded cache keeps the same tokens for all layers; "
-                "leave kept_layers empty, or stream over a growing cache (bounded=False)"
+                f"attention.kept_layers={attention.kept_layers}: of watched tokens every layer keeps what its own "
+                "heads looked at; leave kept_layers empty, and name the layers whose looks count in watch_layers"
             )
         if len(set(attention.layer_windows)) > 1:
             raise ConfigError(
@@ -83,20 +82,30 @@ class StreamSizes:
         separators = 0 if attention.pattern == "sink_window" else attention.max_separators
         held = attention.num_sinks + separators + window
         size = attention.cache_size or 2 * (attention.num_sinks + attention.max_separators + window)
-        if attention.pattern == "watched" and not attention.cache_size:
+        keeps_best = attention.pattern in ("watched", "gated")
+        if keeps_best and not attention.cache_size:
             size = held + max(held // 16, 16)  # compacted often: what is still undecided is room that is not used
         if held > size:
             raise ConfigError(
                 f"attention.cache_size={size} has no room for num_sinks + max_separators + window_size = "
                 f"{attention.num_sinks} + {separators} + {window} = {held}; set cache_size to {held + 1} or more"
             )
-        if (
-            attention.keep_all_separators and attention.pattern != "sink_window"
-        ):  # as many as fit, and none is ever dropped
+        if attention.pattern == "gated" and not attention.max_separators:
+            raise ConfigError(
+                "attention.max_separators=0 leaves a bounded cache no room for what a gate keeps; raise it, or use "
+                '"sink_window"'
+            )
+        if attention.pattern == "gated" and attention.keep_all_separators:
+            raise ConfigError(
+                "attention.keep_all_separators with a gate would end the stream when its zone is full; a gate's zone "
+                "keeps the best max_separators: leave keep_all_separators off"
+            )
+        if attention.keep_all_separators and attention.pattern != "sink_window":  # as many as fit, none is ever dropped
             separators = size - attention.num_sinks - window
         reach = layer_reaches(with_own_window(attention, config), config.num_layers) or ()
         ropes, kinds = layer_ropes(config)
-        interval = attention.interval if attention.pattern == "fixed_interval" else 1
+        period = {"fixed_interval": attention.interval, "gated": attention.gate_stretch}.get(attention.pattern, 1)
+        sees = sees_kept(attention, config.num_layers)
         return cls(
             num_sinks=attention.num_sinks,
             max_separators=separators,
@@ -104,17 +113,28 @@ class StreamSizes:
             cache_size=size,
             absolute=attention.stream_positions == "absolute",
             drops_separators=not attention.keep_all_separators,
-            count_wrap=_COUNT - _COUNT % interval,  # a multiple, so that `low` tells every interval-th token
+            count_wrap=_COUNT - _COUNT % period,  # a multiple: `low` tells each interval-th token, and stretches
             ropes=ropes,
             layer_ropes=kinds,
             reach=reach if min(reach, default=EVERYTHING) <= size else (),  # no more than size + 1 are ever there
             watch=Watch.create(config, attention) if attention.pattern == "watched" else None,
+            gate=Gated.create(config, attention) if attention.pattern == "gated" else None,
+            sees_kept=() if all(sees) or not separators else sees,
         )
 
     @property
+    def keeps_best(self) -> "Watch | Gated | None":
+        """What decides by scores which entries of the second zone stay; None: the newest do."""
+        return self.watch or self.gate
+
+    @property
     def slots(self) -> int:
-        """C: sinks, separators, and a ring that holds the rest of c + 1 entries; if watched, `ring_limit` of them."""
-        least = self.cache_size + 1 + (0 if self.watch else self.max_separators)
+        """C: sinks, separators, and a ring for the rest of c + 1 entries; if the best stay, for `ring_limit` of them.
+
+        A gate's ring has the scores of a stretch besides whose first tokens are no entries any more.
+        """
+        least = self.cache_size + 1 + (0 if self.keeps_best else self.max_separators)
+        least += self.gate.stretch - 1 if self.gate else 0
         return -(-least // _ALIGN) * _ALIGN
 
     @property
@@ -124,7 +144,7 @@ class StreamSizes:
 
     @property
     def ring_limit(self) -> int:
-        """Recent entries at which watched tokens are compacted: what sinks and a full second zone leave of c + 1."""
+        """Recent entries at which a zone of the best is compacted: what sinks and a full second zone leave of c + 1."""
         return self.cache_size + 1 - self.num_sinks - self.max_separators
 
     @property
@@ -133,7 +153,7 @@ class StreamSizes:
         tokens = self.cache_size + 1 - self.num_sinks - self.max_separators - self.window_size
         if not self.max_separators:  # evictions do not end a run
             tokens = max(tokens, self.cache_size // 2)
-        least = 16 if self.watch else self.cache_size // 8  # watched tokens are best compacted often
+        least = 16 if self.keeps_best else self.cache_size // 8  # a zone of the best is best compacted often
         return -(-max(tokens, least, 1) // 8) * 8
 
     @property

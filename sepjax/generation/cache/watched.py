@@ -27,6 +27,7 @@ import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.generation.cache import gated
 from sepjax.model.rope import rotate
 
 if TYPE_CHECKING:
@@ -146,20 +147,21 @@ class _Choice:
     comes: Bool[jax.Array, "G B N s"]  # whether another entry comes into it
     source: Int32[jax.Array, "G B N s"]  # p of that
     scores: Float[jax.Array, "G B N S"]  # of kept zone and ring, afterwards
+    rivals: Int32[jax.Array, "B"]  # how many entries the s were chosen from
 
     __no_type_check__ = True
 
 
 def keep_best(cache: "StreamingCache") -> "StreamingCache":
     """Compacts as many full rows as `full_rows` gives: of kept zone and past window the best s stay, and the last w."""
-    a, s, w, watch = cache.sizes.num_sinks, cache.sizes.max_separators, cache.sizes.window_size, cache.sizes.watch
-    assert watch is not None
+    a, s, w, best = cache.sizes.num_sinks, cache.sizes.max_separators, cache.sizes.window_size, cache.sizes.keeps_best
+    assert best is not None
     assert cache.scores is not None
     full = cache.full_rows()
     few = cache.of_rows(full)
     past = few.num_recent - w
     choice = _choose(few, past)
-    kept = few.num_separators + past
+    kept = choice.rivals
     slots = jnp.arange(s, dtype=jnp.int32)
     turn = None if cache.sizes.absolute else cache.angles(slots - choice.source)
 
@@ -173,14 +175,14 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
         return x.at[rows, heads, to].set(found, mode="drop", unique_indices=True)
 
     def everywhere(x: jax.Array) -> jax.Array:  # one set for all layers is each layer's
-        return jnp.broadcast_to(x, (len(watch.layers), *x.shape[1:]))
+        return jnp.broadcast_to(x, (len(best.layers), *x.shape[1:]))
 
     where = everywhere(choice.comes), everywhere(choice.source)
     turns = ()
     if turn is not None and not cache.sizes.layer_ropes:
         turns = tuple(everywhere(x) for x in turn)
     elif turn is not None:  # [Z, G, ...], of every kind of layer
-        kinds, sets = np.array(cache.sizes.layer_ropes), np.arange(len(watch.layers)) % turn[0].shape[1]
+        kinds, sets = np.array(cache.sizes.layer_ropes), np.arange(len(best.layers)) % turn[0].shape[1]
         turns = tuple(x[kinds, sets] for x in turn)
     restarts = few.clock // _CLOCK * _CLOCK  # a cycle of a large cache may be longer
 
@@ -200,20 +202,17 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
 
 
 def _choose(cache: "StreamingCache", past: Int32[jax.Array, "B"]) -> _Choice:
-    watch, scores, sizes = cache.sizes.watch, cache.scores, cache.sizes
-    assert watch is not None
+    scores, sizes = cache.scores, cache.sizes
     assert scores is not None
     s = sizes.max_separators
     i = jnp.arange(sizes.ring_limit - sizes.window_size, dtype=jnp.int32)
     p = (cache.next_recent - cache.num_recent)[:, None] + i
-    at = s + p % sizes.ring
-    candidates = jnp.take_along_axis(scores, jnp.broadcast_to(at[None, :, None], (1, len(p), 1, len(i))), axis=-1)
-    time = (cache.clock[:, None] + p - cache.next_recent[:, None]).astype(jnp.float32)
-    candidates = jnp.where(watch.by_newest(), time[:, None], candidates)
-    if watch.separators_first:
-        flagged = jnp.take_along_axis(cache.is_separator, p % sizes.ring, axis=1)
-        candidates += jnp.where(flagged[:, None], jnp.where(watch.by_newest(), _FIRST_OF_NEWEST, _FIRST), 0.0)
     is_past = i < past[:, None]
+    if sizes.gate:
+        candidates, is_best = gated.candidates(cache, p, _time(cache, p))
+        is_past &= is_best
+    else:
+        candidates = _watched_candidates(cache, p)
     is_kept = jnp.arange(s) < cache.num_separators[:, None]
     there = jnp.concatenate([is_kept, is_past], axis=1)[:, None]
     ranked = jnp.where(there, jnp.concatenate([scores[..., :s], candidates], axis=-1), -jnp.inf)
@@ -229,7 +228,26 @@ def _choose(cache: "StreamingCache", past: Int32[jax.Array, "B"]) -> _Choice:
     new = jnp.take_along_axis(candidates, jnp.minimum(source, len(i) - 1), axis=-1)
     zone = jnp.where(filled, new, scores[..., :s])
     source = jnp.take_along_axis(jnp.broadcast_to(p[None, :, None], (1, len(p), 1, len(i))), source, axis=-1)
-    return _Choice(filled, source, jnp.concatenate([zone, scores[..., s:]], axis=-1))
+    rivals = jnp.sum(there[:, 0], axis=-1, dtype=jnp.int32)
+    return _Choice(filled, source, jnp.concatenate([zone, scores[..., s:]], axis=-1), rivals)
+
+
+def _time(cache: "StreamingCache", p: Int32[jax.Array, "B N"]) -> Float[jax.Array, "B N"]:
+    """When the ring's tokens came, on each row's clock."""
+    return (cache.clock[:, None] + p - cache.next_recent[:, None]).astype(jnp.float32)
+
+
+def _watched_candidates(cache: "StreamingCache", p: Int32[jax.Array, "B M"]) -> Float[jax.Array, "G B N M"]:
+    """What the tokens in slots p of the ring count among kept ones."""
+    watch, scores, sizes = cache.sizes.watch, cache.scores, cache.sizes
+    assert watch is not None
+    assert scores is not None
+    at = jnp.broadcast_to((sizes.max_separators + p % sizes.ring)[None, :, None], (1, len(p), 1, p.shape[1]))
+    found = jnp.where(watch.by_newest(), _time(cache, p)[:, None], jnp.take_along_axis(scores, at, axis=-1))
+    if not watch.separators_first:
+        return found
+    flagged = jnp.take_along_axis(cache.is_separator, p % sizes.ring, axis=1)
+    return found + jnp.where(flagged[:, None], jnp.where(watch.by_newest(), _FIRST_OF_NEWEST, _FIRST), 0.0)
 
 
 def _marked(index: jax.Array, size: int) -> jax.Array:
@@ -241,7 +259,10 @@ def _marked(index: jax.Array, size: int) -> jax.Array:
 
 def _restarted(cache: "StreamingCache", scores: jax.Array, restarts: Int32[jax.Array, "B"]) -> jax.Array:
     """Scores of rows whose times begin again, `restarts` earlier."""
-    watch = cache.sizes.watch
-    assert watch is not None
-    rate = jnp.where(watch.by_newest(), 1.0, 1.0 / watch.half_life)
+    watch, gate = cache.sizes.watch, cache.sizes.gate
+    if gate:  # those of the ring have no times yet
+        rate = jnp.where(jnp.arange(scores.shape[-1]) < cache.sizes.max_separators, 1.0 / gate.half_life, 0.0)
+    else:
+        assert watch is not None
+        rate = jnp.where(watch.by_newest(), 1.0, 1.0 / watch.half_life)
     return scores - rate * restarts.astype(jnp.float32)[:, None, None]

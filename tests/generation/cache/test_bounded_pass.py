@@ -64,9 +64,9 @@ CASES = {
 
 
 @functools.cache
-def model_of(config):
+def model_of(config, attention=None):
     """A model whose attention matters: at the initial scale all weights would be nearly alike."""
-    graph, params = split(create(config, None, jax.random.key(1)))
+    graph, params = split(create(config, attention, jax.random.key(1)))
     return graph, jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
 
 
@@ -129,7 +129,7 @@ def one_pass(graph, params, cache, tokens, counts, attention, table):
 
 def streamed_logits(config, attention, tokens, lengths, table, run):
     """The scores of every row, [B, T, V], in runs of up to `run` tokens; and the last cache."""
-    graph, params = model_of(config)
+    graph, params = model_of(config, attention if attention.pattern == "gated" else None)
     B = len(lengths)
     cache = StreamingCache.create(config, B, StreamSizes.create(config, attention))
     out, at = np.zeros((B, T, V), np.float32), np.zeros(B, int)
