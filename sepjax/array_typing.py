@@ -13,7 +13,7 @@ documentation and cost nothing.
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, Int32
+from jaxtyping import Bool, Float, Int, Int32, UInt16
 
 type Array = jax.Array | np.ndarray
 
@@ -38,4 +38,5 @@ __all__ = [
     "SegmentIds",
     "SeparatorFlags",
     "Tokens",
+    "UInt16",
 ]

@@ -262,6 +262,8 @@ def test_sampling_defaults_are_the_models_where_they_are_asked_for(model, tokeni
     assert answer(hot) == answer({}) != asked
     assert answer(hot, sampling_defaults=True, temperature=0.0) == answer({})  # what is given counts more
     assert answer({"do_sample": False, "temperature": 3.0}, sampling_defaults=True) == answer({})
+    penalised = answer({"repetition_penalty": 1.5}, sampling_defaults=True)  # of the best token, too
+    assert penalised == answer({}, repetition_penalty=1.5) != answer({})
     assert answer({}, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0) == answer({})  # all tokens, as they are anyway
     with pytest.raises(ConfigError, match="top_k=5 does nothing"):  # their file says that the best token is taken
         answer({"do_sample": False}, sampling_defaults=True, top_k=5)
@@ -269,6 +271,7 @@ def test_sampling_defaults_are_the_models_where_they_are_asked_for(model, tokeni
         ({}, "no generation_config.json"),
         ({"do_sample": True, "top_p": "high"}, r"top_p='high', expected float"),
         ({"do_sample": True, "temperature": -1}, "temperature=-1.0 must be"),
+        ({"repetition_penalty": "much"}, r"repetition_penalty='much', expected float"),
     ):
         with pytest.raises(ConfigError, match=message):
             answer(sampling, sampling_defaults=True)

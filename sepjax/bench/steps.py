@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from sepjax.config import AttentionConfig, Config, ConfigError, under, validate_attention
@@ -101,14 +102,12 @@ def _that_fit(weights: int, row: int) -> int:
 
 def _speed(config, graph, params, name, attention, sizes, rows, bandwidth, seconds) -> StepSpeed:
     advance = make_advance(graph, attention, _STEPS)
-    zeros = jnp.zeros(rows, jnp.int32)
-    state = DecodeState(
-        full_cache(config, sizes, rows), zeros, zeros + 1, zeros > 0, jax.random.split(jax.random.key(0), rows)
-    )
+    keys = jax.random.split(jax.random.key(0), rows)
+    state = DecodeState.create(full_cache(config, sizes, rows), keys, config.model.vocab_size)
     cache_bytes = state.cache.nbytes
     table = jax.random.uniform(jax.random.key(1), (config.model.vocab_size,)) < 0.12
     request = Request(table, Sampling.create(), jnp.full(1, -1), jnp.int32(-1))
-    none = jnp.zeros(rows, bool)
+    none = np.zeros(rows, bool)
 
     def run() -> jax.Array:
         nonlocal state

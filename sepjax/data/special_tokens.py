@@ -30,7 +30,7 @@ ORDER = (
 )  # transformers' own
 _MORE = ("extra_special_tokens", "additional_special_tokens")  # the newer key and the older one
 OLDER = "of added_tokens.json"  # marks a token whose flags count only where a tokenizer.json has none for it
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")  # of generation_config.json
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of generation_config.json
 _MOST = 2**28  # bytes of a tokenizer's file; the largest known ones have 40 million
 # Names that a class of transformers gives where no file does: BOS, EOS, unknown, padding.
 _CLASS_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -5,7 +5,7 @@ sepjax.generate(model, tokenizer, ["The function", "A list"], max_new_tokens=64)
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sepjax.config import AttentionConfig
 from sepjax.data.tokenizer import Tokenizer
@@ -26,6 +26,10 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    repetition_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
     sampling_defaults: bool = False,
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
@@ -36,6 +40,7 @@ def generate(
     bounded: bool | None = None,
     max_repeats: int = 0,
     logprobs: bool = False,
+    top_logprobs: int = 0,
 ) -> list[Generation]:
     """Continues prompts, all in one batch; returns an answer to each.
 
@@ -52,7 +57,13 @@ def generate(
       top_k: the k best tokens; 0, the default: all.
       top_p: the fewest tokens that together reach this probability; default: 1, all.
       min_p: tokens at least so many times as probable as the best; default: 0, all.
-      sampling_defaults: whether those of the four that are not given are as in the model's generation_config.json.
+      presence_penalty: taken off the scores of tokens that were generated in this answer, as OpenAI has it; default: 0.
+      frequency_penalty: the same, as many times as they were generated; default: 0.
+      repetition_penalty: scores above 0 of all tokens of prompt and answer are divided by it, those below multiplied,
+        as Hugging Face has it; default: 1, none.
+      logit_bias: added to the scores of up to 300 tokens, by id.
+      sampling_defaults: whether what of temperature, top_k, top_p, min_p and repetition_penalty is not given is as in
+        the model's generation_config.json.
       seed: of the draws; one a prompt makes each answer independent of its place in the list.
       stop: texts that end an answer and are left out of it.
       stop_token_ids: tokens that end an answer and are left out of its text; control tokens too.
@@ -63,7 +74,9 @@ def generate(
         asks for it ("watched").
       max_repeats: ends an answer ("repetition") once it has repeated the same run of tokens more often in a row; 0:
         never.
-      logprobs: whether answers tell the log-probabilities of their tokens, before temperature and the like.
+      logprobs: whether answers tell the log-probabilities of their tokens by the model's own scores, before bias,
+        penalties, temperature and the like.
+      top_logprobs: the same of as many of the most probable tokens at each step, up to 20, and of the token.
 
     Raises:
       ConfigError: settings out of range or impossible together.
@@ -71,12 +84,14 @@ def generate(
       TypeError: prompts or stop strings that are not text.
     """
     sampling = choose_sampling(
-        tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    )
+        tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, repetition_penalty=repetition_penalty,
+        logit_bias=logit_bias,
+    )  # fmt: skip
     return engine_of(model, tokenizer, attention).generate(
         prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop, stop_token_ids=stop_token_ids,
         stop_at_eos=stop_at_eos, control_tokens=control_tokens, bounded=bounded, max_repeats=max_repeats,
-        logprobs=logprobs,
+        logprobs=logprobs, top_logprobs=top_logprobs,
     )  # fmt: skip
 
 
@@ -90,6 +105,10 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    repetition_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
     sampling_defaults: bool = False,
     seed: int = 0,
     stop: str | Sequence[str] = (),
@@ -100,6 +119,7 @@ def stream(
     bounded: bool | None = None,
     max_repeats: int = 0,
     logprobs: bool = False,
+    top_logprobs: int = 0,
     resume: str | os.PathLike[str] | None = None,
 ) -> Stream:
     """Continues one prompt, an event a token.
@@ -117,6 +137,10 @@ def stream(
       top_k: see there.
       top_p: see there.
       min_p: see there.
+      presence_penalty: see there.
+      frequency_penalty: see there.
+      repetition_penalty: see there.
+      logit_bias: see there.
       sampling_defaults: see there.
       seed: see there.
       stop: see there.
@@ -127,6 +151,7 @@ def stream(
       bounded: whether to use the bounded cache; None: where there is no `max_new_tokens`, or the pattern asks for it.
       max_repeats: see there.
       logprobs: see there.
+      top_logprobs: see there.
       resume: folder of a stream that was saved; it goes on there, token for token.
 
     Returns:
@@ -136,10 +161,12 @@ def stream(
       As `generate`, from this call, not from the first event; and what `Stream.restore` raises.
     """
     sampling = choose_sampling(
-        tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    )
+        tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, repetition_penalty=repetition_penalty,
+        logit_bias=logit_bias,
+    )  # fmt: skip
     return engine_of(model, tokenizer, attention).stream(
         prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop, stop_token_ids=stop_token_ids,
         stop_at_eos=stop_at_eos, control_tokens=control_tokens, bounded=bounded, max_repeats=max_repeats,
-        logprobs=logprobs, resume=resume,
+        logprobs=logprobs, top_logprobs=top_logprobs, resume=resume,
     )  # fmt: skip

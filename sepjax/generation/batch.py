@@ -25,6 +25,7 @@ class Generation:
     prompt_tokens: int  # BOS included
     cache: CacheUse  # at the last token
     logprobs: tuple[float, ...] | None = None  # of the tokens; None: nobody asked
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None  # see `StreamEvent`; None: nobody asked
 
     @property
     def kv_kept(self) -> float:
@@ -39,14 +40,16 @@ class Generation:
         token_ids = tuple(i for event in events for i in event.token_ids)
         logprobs = None if last.logprob is None else tuple(event.logprob or 0.0 for event in events)
         text = "".join(event.text for event in events)
-        return cls(text, token_ids, last.finish_reason, len(prompt), last.cache, logprobs)
+        top = None if last.top_logprobs is None else tuple(event.top_logprobs or () for event in events)
+        return cls(text, token_ids, last.finish_reason, len(prompt), last.cache, logprobs, top)
 
 
 def request_of(of: Prepared, settings: RowSettings, sampling: Sampling) -> Request:
     """What the device must know of rows with these settings."""
     limit = -1 if settings.max_new_tokens is None else settings.max_new_tokens
     ends = jnp.asarray(settings.ends.array())
-    return Request(of.table_on_device, sampling, ends, jnp.int32(limit), jnp.bool_(settings.logprobs))
+    asks = jnp.bool_(settings.logprobs), jnp.bool_(settings.top_logprobs > 0)
+    return Request(of.table_on_device, sampling, ends, jnp.int32(limit), *asks)
 
 
 def run(
@@ -96,5 +99,6 @@ def _events(rows: Sequence[Row], taken: Sequence[int], steps: Steps, nbytes: int
                         held=int(record.held[b, i]),
                         nbytes=nbytes,
                         logprob=float(record.logprob[b, i]),
+                        top=(record.top_tokens[b, i], record.top_logprobs[b, i]),
                     ),
                 )

@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.array_typing import Array, Bool, Float, Int32, Tokens, UInt16
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.protocol import Cache
+from sepjax.generation.penalties import after_drawing, after_reading, changed, no_uses
 from sepjax.generation.sampling import Sampling, sample
 from sepjax.generation.step import decode_step, prefill
 from sepjax.model.transformer import Params
 from sepjax.model.unrolled import runner
 
 COUNT_WRAP = 2**30
+MOST_TOP = 20  # tokens whose log-probabilities a request may ask for at each step
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +31,7 @@ class Request:
     end_tokens: Int32[jax.Array, "*B E"]  # the row ends after any of them; filled up with -1, which is no token
     max_new_tokens: Int32[jax.Array, "*B"]  # the row ends after so many; -1: never
     logprobs: Bool[jax.Array, "*B"] | bool = False  # whether anyone asks how probable the tokens were
+    top_logprobs: Bool[jax.Array, "*B"] | bool = False  # whether anyone asks for the most probable ones
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
     __no_type_check__ = True
@@ -44,8 +47,16 @@ class DecodeState:
     count: Int32[jax.Array, "B"]  # tokens drawn; see `_draw` for streams that outlast the counter
     done: Bool[jax.Array, "B"]  # ended; the row and its cache change no more
     key: jax.Array  # typed PRNG keys, [B]; the draw number `count` uses fold_in(key, count)
+    uses: UInt16[jax.Array, "B V"]  # of every token in the text so far (`sepjax.generation.penalties`)
 
     __no_type_check__ = True
+
+    @classmethod
+    def create(cls, cache: Cache, keys: jax.Array, vocab_size: int) -> "DecodeState":
+        """Before anything was read or drawn, a row a key."""
+        rows = len(keys)
+        token, count = (jnp.zeros(rows, jnp.int32) for _ in range(2))
+        return cls(cache, token, count, jnp.zeros(rows, bool), keys, no_uses(rows, vocab_size))
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +67,21 @@ class Steps:
     token: Int32[jax.Array, "B M"]  # drawn; -1 where the row had ended or no step was made
     held: Int32[jax.Array, "B M"]  # tokens in the row's cache at that step
     logprob: Float[jax.Array, "B M"]  # of the token, before temperature and the like; 0 where nobody asks
+    top_tokens: Int32[jax.Array, "B M E"]  # the most probable ones; 0 where nobody asks
+    top_logprobs: Float[jax.Array, "B M E"]  # of these
     is_stuck: Bool[jax.Array, "B"]  # the steps stopped because the row's cache has no room for another separator
+
+    __no_type_check__ = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """How probable the tokens of one draw were by the model's scores, before bias, penalties, temperature and all."""
+
+    logprob: Float[jax.Array, "B"]
+    top_tokens: Int32[jax.Array, "B E"]
+    top_logprobs: Float[jax.Array, "B E"]
 
     __no_type_check__ = True
 
@@ -78,12 +103,14 @@ def start(
     logits, cache = prefill(
         graph, params, tokens, lengths, request.table, attention, window_size=window_size, capacity=capacity
     )
-    zeros = jnp.zeros_like(lengths)
-    return _first(*draw(logits, DecodeState(cache, zeros, zeros, zeros > 0, keys), request))
+    state = DecodeState.create(cache, keys, len(request.table))
+    return _first(dataclasses.replace(state, uses=after_reading(state.uses, tokens, lengths)), logits, request)
 
 
-def _first(state: DecodeState, logprob: jax.Array) -> tuple[DecodeState, Steps]:
-    return state, Steps(state.token[:, None], state.cache.held()[:, None], logprob[:, None], _is_stuck(state))
+def _first(state: DecodeState, logits: jax.Array, request: Request) -> tuple[DecodeState, Steps]:
+    state, drawn = draw(logits, state, request)
+    record = state.token, state.cache.held(), drawn.logprob, drawn.top_tokens, drawn.top_logprobs
+    return state, Steps(*(x[:, None] for x in record), is_stuck=_is_stuck(state))
 
 
 @functools.cache
@@ -115,11 +142,13 @@ def advance(
         i, state, steps = carry
         active = ~state.done
         logits, cache = decode_step(graph, params, state.cache, state.token, request.table, attention, active)
-        state, logprob = draw(logits, dataclasses.replace(state, cache=cache), request)
+        state, drawn = draw(logits, dataclasses.replace(state, cache=cache), request)
         steps = Steps(
             token=steps.token.at[:, i].set(jnp.where(active, state.token, -1)),
             held=steps.held.at[:, i].set(cache.held()),
-            logprob=steps.logprob.at[:, i].set(logprob),
+            logprob=steps.logprob.at[:, i].set(drawn.logprob),
+            top_tokens=steps.top_tokens.at[:, i].set(drawn.top_tokens),
+            top_logprobs=steps.top_logprobs.at[:, i].set(drawn.top_logprobs),
             is_stuck=_is_stuck(state),
         )
         return i + 1, state, steps
@@ -130,7 +159,9 @@ def advance(
 
     state = dataclasses.replace(state, done=state.done | ended)
     none = jnp.full((len(ended), num_steps), -1, jnp.int32)
-    carry = (jnp.int32(0), state, Steps(none, none, jnp.zeros(none.shape), _is_stuck(state)))
+    top = jnp.zeros((*none.shape, min(MOST_TOP, len(request.table))), jnp.int32)
+    record = Steps(none, none, jnp.zeros(none.shape), top, top.astype(jnp.float32), _is_stuck(state))
+    carry = (jnp.int32(0), state, record)
     _, state, steps = jax.lax.while_loop(goes_on, body, carry)
     return state, steps
 
@@ -174,44 +205,60 @@ def consume(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def begin(
-    cache: Cache,
-    logits: Float[jax.Array, "B V"],
-    count: Int32[jax.Array, "B"],
-    key: jax.Array,
-    request: Request,
-) -> tuple[DecodeState, Steps]:
+def begin(state: DecodeState, logits: Float[jax.Array, "B V"], request: Request) -> tuple[DecodeState, Steps]:
     """The state, and its record, after drawing every row's next token from the scores of a text taken up before."""
-    zeros = jnp.zeros_like(count)
-    return _first(*draw(logits, DecodeState(cache, zeros, count, zeros > 0, key), request))
+    return _first(dataclasses.replace(state, done=jnp.zeros_like(state.done)), logits, request)
 
 
-def draw(logits: jax.Array, state: DecodeState, request: Request) -> tuple[DecodeState, jax.Array]:
-    """Draws the next token of every row that has not ended; returns float32[B] log-probabilities, too (see `Steps`).
+mark_read = jax.jit(after_reading, donate_argnums=0)
+
+
+def draw(logits: jax.Array, state: DecodeState, request: Request) -> tuple[DecodeState, Drawn]:
+    """Draws the next token of every row that has not ended, and says how probable it was.
 
     A row without end may draw more often than int32 counts: at 2^30 the count starts again, with another key.
     """
     keys = jax.vmap(jax.random.fold_in)(state.key, state.count)
     logits = logits[:, : len(request.table)]
     active = ~state.done
-    drawn = sample(logits, keys, request.sampling, active)
+    drawn = sample(changed(logits, state.uses, request.sampling, active), keys, request.sampling, active)
     count = state.count + ~state.done
     is_end = jnp.any(drawn[:, None] == request.end_tokens, axis=-1)
     ends = is_end | ((count >= request.max_new_tokens) & (request.max_new_tokens >= 0))
     wraps = count >= COUNT_WRAP
     other = jax.vmap(jax.random.fold_in)(state.key, jnp.full_like(count, COUNT_WRAP))
-    state = dataclasses.replace(
+    new = dataclasses.replace(
         state,
         token=jnp.where(state.done, state.token, drawn),
         count=jnp.where(wraps, 0, count),
         done=state.done | ends,
         key=jnp.where(wraps, other, state.key),
+        uses=after_drawing(state.uses, drawn, active),
     )
-    return state, jax.lax.cond(
-        jnp.any(jnp.asarray(request.logprobs) & active),
-        lambda: jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), drawn[:, None], axis=1)[:, 0],
-        lambda: jnp.zeros(drawn.shape, logits.dtype),
-    )
+    return new, _probabilities(logits, drawn, request, active)
+
+
+def _probabilities(logits: jax.Array, drawn: jax.Array, request: Request, active: jax.Array) -> Drawn:
+    """What active rows ask for; the most probable tokens and their sort only where one asks for them."""
+    most = min(MOST_TOP, logits.shape[1])
+    asks_top = jnp.any(jnp.asarray(request.top_logprobs) & active)
+
+    def nothing() -> tuple[jax.Array, jax.Array]:
+        top = jnp.zeros((len(drawn), most), jnp.int32)
+        return top, top.astype(logits.dtype)
+
+    def asked() -> Drawn:
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+
+        def best() -> tuple[jax.Array, jax.Array]:
+            values, ids = jax.lax.top_k(logprobs, most)
+            return ids.astype(jnp.int32), values
+
+        of_drawn = jnp.take_along_axis(logprobs, drawn[:, None], axis=1)[:, 0]
+        return Drawn(of_drawn, *jax.lax.cond(asks_top, best, nothing))
+
+    asks = asks_top | jnp.any(jnp.asarray(request.logprobs) & active)
+    return jax.lax.cond(asks, asked, lambda: Drawn(jnp.zeros(drawn.shape, logits.dtype), *nothing()))
 
 
 def _is_stuck(state: DecodeState) -> jax.Array:

@@ -76,6 +76,7 @@ class Generator:
         bounded: bool | None = None,
         max_repeats: int = 0,
         logprobs: bool = False,
+        top_logprobs: int = 0,
     ) -> list[Generation]:
         """Continues prompts, all in one batch; returns an answer to each.
 
@@ -93,7 +94,9 @@ class Generator:
             pattern asks for it ("watched").
           max_repeats: ends an answer ("repetition") once it has repeated the same run of tokens more often in a row; 0:
             never.
-          logprobs: whether answers tell the log-probabilities of their tokens, before temperature and the like.
+          logprobs: whether answers tell the log-probabilities of their tokens by the model's own scores, before bias,
+            penalties, temperature and the like.
+          top_logprobs: the same of as many of the most probable tokens at each step, up to 20, and of the token.
 
         Raises:
           ConfigError: settings out of range or impossible together.
@@ -105,6 +108,7 @@ class Generator:
         settings = RowSettings.create(
             self.tokenizer, stop=stop, stop_token_ids=stop_token_ids, stop_at_eos=stop_at_eos,
             max_new_tokens=max_new_tokens, max_repeats=max_repeats, logprobs=logprobs,
+            top_logprobs=top_logprobs,
         )  # fmt: skip
         ids = encode_prompts(self.tokenizer, prompts, control_tokens=control_tokens)
         reader = self._reader(self.attention.pattern == "watched" if bounded is None else bounded)
@@ -113,6 +117,7 @@ class Generator:
             warn_of_few_in(prompt, self._of.table, self.attention, f"prompt {number}")
         if not isinstance(sampling, Sampling):
             sampling = Sampling.of_rows(sampling, len(ids)) if sampling is not None else Sampling.create()
+        sampling.check(self.tokenizer.vocab_size)
         answers: list[list[StreamEvent]] = [[] for _ in ids]
         num_steps = _STEPS_BETWEEN_STOP_CHECKS if settings.stop or max_repeats else bucket(max_new_tokens)
         for row, event in run(self._of, reader, ids, settings, sampling, row_keys(seed, len(ids)), num_steps):
@@ -133,6 +138,7 @@ class Generator:
         bounded: bool | None = None,
         max_repeats: int = 0,
         logprobs: bool = False,
+        top_logprobs: int = 0,
         resume: str | os.PathLike[str] | None = None,
     ) -> Stream:
         """Continues one prompt, an event a token.
@@ -152,8 +158,9 @@ class Generator:
           control_tokens: see there.
           bounded: whether to use the bounded cache; None: where there is no `max_new_tokens`, or the pattern asks for
             it.
-          max_repeats: see `generate`, for the next too.
+          max_repeats: see `generate`, for the next two, too.
           logprobs: see there.
+          top_logprobs: see there.
           resume: folder of a stream that was saved; it goes on there, token for token.
 
         Returns:
@@ -165,12 +172,12 @@ class Generator:
         settings = RowSettings.create(
             self.tokenizer, stop=stop, stop_token_ids=stop_token_ids, stop_at_eos=stop_at_eos,
             max_new_tokens=max_new_tokens, max_repeats=max_repeats, logprobs=logprobs,
+            top_logprobs=top_logprobs,
         )  # fmt: skip
         needs_bound = max_new_tokens is None or self.attention.pattern == "watched"
         reader = self._reader(needs_bound if bounded is None else bounded)
-        events = Stream(
-            self._of, reader, settings, sampling or Sampling.create(), seed=seed, control_tokens=control_tokens
-        )
+        sampling = (sampling or Sampling.create()).check(self.tokenizer.vocab_size)
+        events = Stream(self._of, reader, settings, sampling, seed=seed, control_tokens=control_tokens)
         if resume is not None:
             events.restore(resume)
         if prompt is not None:

@@ -1,7 +1,7 @@
 """What the user asks of generation, checked and made arrays."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ from sepjax.separators import flag_separators
 Prompt = str | Sequence[int]
 _PLAIN = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _PLAIN_DRAW = _PLAIN | {"temperature": 1.0, "top_k": 50}  # what transformers draws with where a file says no more
+# What changes the scores, of the best token too.
+_CHANGES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": None}
 
 
 class PromptError(UserError, ValueError):
@@ -67,33 +69,36 @@ def choose_sampling(tokenizer: Tokenizer, sampling_defaults: bool, **given: Any)
     Args:
       tokenizer: the model's, which has read that file.
       sampling_defaults: whether its settings are asked for.
-      **given: temperature, top_k, top_p, min_p; None: not given.
+      **given: what `Sampling.create` takes; None: not given.
 
     Raises:
       ConfigError: settings out of range or without effect; there is no such file, or it has values of another kind.
     """
-    defaults = dict(_PLAIN)
-    if sampling_defaults:
-        theirs = tokenizer.special.sampling
-        if not theirs:
-            raise ConfigError("the model has no generation_config.json with settings; leave out sampling_defaults")
-        defaults = dict(_PLAIN_DRAW if theirs.get("do_sample") else _PLAIN)
-        for name in _PLAIN if theirs.get("do_sample") else ():  # else it takes the best token, whatever it says
-            value = theirs.get(name)
-            kind = type(_PLAIN[name])
-            if value is not None and type(value) not in (int, kind):
-                raise ConfigError(f"generation_config.json has {name}={str(value)[:80]!r}, expected {kind.__name__}")
-            defaults |= {} if value is None else {name: kind(value)}
-    chosen: dict[str, Any] = {name: defaults[name] if given[name] is None else given[name] for name in _PLAIN}
+    defaults = _PLAIN | _CHANGES | (_theirs(tokenizer.special.sampling) if sampling_defaults else {})
+    chosen: dict[str, Any] = defaults | {name: value for name, value in given.items() if value is not None}
     sampling = Sampling.create(**chosen)
     if chosen["temperature"] == 0:  # what is given and would change nothing is a mistake; all of the tokens are not
-        idle = [name for name in _PLAIN if given[name] not in (None, _PLAIN[name])]
+        idle = [name for name in _PLAIN if given.get(name) not in (None, _PLAIN[name])]
         if idle:
             raise ConfigError(
                 f"{idle[0]}={given[idle[0]]} does nothing where the best token is always taken; set temperature, for "
                 "example to 1, or leave it out"
             )
     return sampling
+
+
+def _theirs(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generation_config.json says."""
+    if not said:
+        raise ConfigError("the model has no generation_config.json with settings; leave out sampling_defaults")
+    found = dict(_PLAIN_DRAW) if said.get("do_sample") else {}
+    # If it does not draw it takes the best token, whatever else it says; of the penalised scores, too.
+    for name in (*(_PLAIN if found else ()), "repetition_penalty"):
+        value, kind = said.get(name), type((_PLAIN | _CHANGES)[name])
+        if value is not None and type(value) not in (int, kind):
+            raise ConfigError(f"generation_config.json has {name}={str(value)[:80]!r}, expected {kind.__name__}")
+        found |= {} if value is None else {name: kind(value)}
+    return found
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B"]]:

@@ -14,9 +14,8 @@ import numpy as np
 from sepjax.config import ConfigError, layer_windows
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.growing import SeparatorCache
-from sepjax.generation.cache.protocol import Cache
 from sepjax.generation.cache.sizes import StreamSizes, bucket
-from sepjax.generation.device_loop import DecodeState, Request, Steps, begin, make_consume, start
+from sepjax.generation.device_loop import DecodeState, Request, Steps, begin, make_consume, mark_read, start
 from sepjax.generation.limits import check_cache
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import cache_sizes, check_length, count_global, pad_prompts
@@ -101,7 +100,7 @@ class GrowingReader:
         cache = SeparatorCache.create(
             self._of.config, len(keys), window_size=window_size, capacity=capacity, stretch=stretch, keep=keep
         )
-        return self._of.placed(_standing(cache, keys))
+        return self._of.placed(DecodeState.create(cache, keys, len(self._of.table)))
 
     def room_of(self, cache: SeparatorCache) -> list[int]:
         """See `Reader`."""
@@ -151,8 +150,8 @@ class GrowingReader:
             tokens, lengths = pad_prompts(rows)
             return start(of.graph, of.params, tokens, lengths, state.key, request, of.attention, **sizes)
         cache: Any = state.cache
-        cache, logits = _read_runs(of, cache.reserve(*self._room(rows, seen, new)), rows, request, _RUN)
-        return begin(cache, logits, state.count, state.key, request)
+        state = dataclasses.replace(state, cache=cache.reserve(*self._room(rows, seen, new)))
+        return begin(*_read_runs(of, state, rows, request, _RUN), request)
 
 
 class BoundedReader:
@@ -172,7 +171,7 @@ class BoundedReader:
         """See `Reader`."""
         check_cache(self._of.config, len(keys), self.sizes.slots, f"cache_size={self.cache_size}")
         cache = StreamingCache.create(self._of.config, len(keys), self.sizes, by_layer=True)
-        return self._of.placed(_standing(cache, keys))
+        return self._of.placed(DecodeState.create(cache, keys, len(self._of.table)))
 
     def room_of(self, cache: StreamingCache) -> list[int]:
         """See `Reader`."""
@@ -200,20 +199,15 @@ class BoundedReader:
         self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None
     ) -> tuple[DecodeState, Steps]:
         """See `Reader`. Raises ConfigError where the cache of `keep_all_separators` is full before all is read."""
-        cache, logits = _read_runs(self._of, state.cache, rows, request, self.sizes.chunk)
-        return begin(cache, logits, state.count, state.key, request)
-
-
-def _standing(cache: Cache, keys: jax.Array) -> DecodeState:
-    token, count = (jnp.zeros(len(keys), jnp.int32) for _ in range(2))
-    return DecodeState(cache, token, count, jnp.zeros(len(keys), bool), keys)
+        return begin(*_read_runs(self._of, state, rows, request, self.sizes.chunk), request)
 
 
 def _read_runs(
-    of: Prepared, cache: Cache, rows: Sequence[Sequence[int]], request: Request, most: int
-) -> tuple[Cache, jax.Array]:
-    """The cache after the tokens of every row, read up to `most` at a time, and the scores of what follows them."""
+    of: Prepared, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, most: int
+) -> tuple[DecodeState, jax.Array]:
+    """The state after the tokens of every row, read up to `most` at a time, and the scores of what follows them."""
     consume = make_consume(of.graph, of.attention)
+    cache, uses = state.cache, state.uses
     logits = of.placed(jnp.zeros((len(rows), of.config.vocab_size), jnp.float32))
     at, lengths = np.zeros(len(rows), np.int32), np.array([len(ids) for ids in rows], np.int32)
     while (left := lengths - at).any():
@@ -222,7 +216,8 @@ def _read_runs(
         for b, ids in enumerate(rows):
             tokens[b, : left[b]] = ids[at[b] : at[b] + left[b]]
         cache, logits, taken = consume(of.params, cache, logits, tokens, left, request.table)
+        uses = mark_read(uses, tokens, taken)
         at += np.asarray(taken)
         if cache.ends_when_stuck and (np.asarray(cache.is_stuck()) & (at < lengths)).any():
             cache.make_room()
-    return cache, logits
+    return dataclasses.replace(state, cache=cache, uses=uses), logits

@@ -17,6 +17,7 @@ from sepjax.data.tokenizer import IncrementalDecoder, Tokenizer
 from sepjax.generation.cache.sizes import bucket
 
 _FEW_ENDS = 16  # end tokens for which all programs are the same
+_MOST_TOP = 20  # as many as the device finds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,9 @@ class StreamEvent:
     # cache of `keep_all_separators` has no room for another separator (of slots; without a token if a prompt fills it)
     finish_reason: str | None
     cache: CacheUse
-    logprob: float | None = None  # of the token, before temperature and the like; None: nobody asked
+    # of the token by the model's own scores, before bias, penalties, temperature and the like; None: nobody asked
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] | None = None  # (token, its), the most probable first; None: likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,7 @@ class RowSettings:
     max_new_tokens: int | None  # None: without end
     max_repeats: int  # see `RepetitionGuard`
     logprobs: bool
+    top_logprobs: int  # as many of the most probable tokens; with their log-probabilities, and the token's
 
     @classmethod
     def create(
@@ -113,14 +117,18 @@ class RowSettings:
         max_new_tokens: int | None = None,
         max_repeats: int = 0,
         logprobs: bool = False,
+        top_logprobs: int = 0,
     ) -> "RowSettings":
         """See `Generator.generate` for the arguments and errors."""
         if max_new_tokens is not None and not 1 <= operator.index(max_new_tokens) < 2**31:
             raise ConfigError(f"max_new_tokens={max_new_tokens} must be 1 or more")
         if max_repeats < 0:
             raise ConfigError(f"max_repeats={max_repeats} must be 0 (as often as it likes) or more")
+        most = min(_MOST_TOP, tokenizer.vocab_size)
+        if not 0 <= operator.index(top_logprobs) <= most:
+            raise ConfigError(f"top_logprobs={top_logprobs} must be between 0 (none) and {most}")
         ends = Ends.create(tokenizer, stop_at_eos, stop_token_ids)
-        return cls(check_stop(stop), ends, max_new_tokens, max_repeats, logprobs)
+        return cls(check_stop(stop), ends, max_new_tokens, max_repeats, logprobs or top_logprobs > 0, top_logprobs)
 
 
 class Row:
@@ -156,7 +164,15 @@ class Row:
         return -1 if self._settings.max_new_tokens is None else self._settings.max_new_tokens
 
     def take(
-        self, token: int, *, taken: int, held: int, nbytes: int, logprob: float = 0.0, is_full: bool = False
+        self,
+        token: int,
+        *,
+        taken: int,
+        held: int,
+        nbytes: int,
+        logprob: float = 0.0,
+        top: tuple[Any, Any] = ((), ()),
+        is_full: bool = False,
     ) -> StreamEvent:
         """The event of one more token.
 
@@ -166,6 +182,7 @@ class Row:
           held: tokens that it holds now.
           nbytes: of the row's part of it.
           logprob: of the token.
+          top: the most probable tokens and their log-probabilities, as many as anyone asks for or more.
           is_full: whether the row must end here, whatever else: its cache has no room.
         """
         self.seen += taken
@@ -185,7 +202,11 @@ class Row:
         if self.finish_reason is not None and not self._text.stopped:
             text += self._text.flush()
         use = CacheUse(held, self.seen, nbytes)
-        return StreamEvent(text, (token,), self.finish_reason, use, logprob if self._settings.logprobs else None)
+        if not self._settings.logprobs:
+            return StreamEvent(text, (token,), self.finish_reason, use)
+        n = self._settings.top_logprobs
+        best = tuple((int(i), float(x)) for i, x in zip(top[0][:n], top[1][:n], strict=True)) if n else None
+        return StreamEvent(text, (token,), self.finish_reason, use, logprob, best)
 
     def end_full(self, *, taken: int, held: int, nbytes: int) -> StreamEvent:
         """The event of an end without a token: the cache has no room for the rest of what is to be read."""

@@ -2,17 +2,22 @@
 
 The order is Hugging Face's: divide by the temperature, then keep the `top_k` best, of these the fewest that reach the
 probability `top_p`, of these the ones at least `min_p` times as probable as the best, and draw. Equal scores are kept
-or dropped together. The best token always stays.
+or dropped together. The best token always stays. Bias and penalties come first (`sepjax.generation.penalties`).
 """
 
 import dataclasses
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import ConfigError
+
+MOST_BIASED = 300  # tokens that a request may give a bias
 
 
 @jax.tree_util.register_dataclass
@@ -20,37 +25,103 @@ from sepjax.config import ConfigError
 class Sampling:
     """How to draw, all rows alike or each its own way: traced, so another value is not another program. By `create`."""
 
-    temperature: Float[jax.Array, "*B"]  # 0: greedy, the best token; then nothing else matters
+    temperature: Float[jax.Array, "*B"]  # 0: greedy, the best token; then the next three do not matter
     top_k: Int32[jax.Array, "*B"]  # 0: all
     top_p: Float[jax.Array, "*B"]  # 1: all
     min_p: Float[jax.Array, "*B"]  # 0: all
+    presence_penalty: Float[jax.Array, "*B"]  # 0: none
+    frequency_penalty: Float[jax.Array, "*B"]  # 0: none
+    repetition_penalty: Float[jax.Array, "*B"]  # 1: none
+    bias_ids: Int32[jax.Array, "*B N"]  # tokens that have a bias; filled up with -1
+    bias: Float[jax.Array, "*B N"]  # theirs
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
     __no_type_check__ = True
 
     @classmethod
-    def create(cls, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> "Sampling":
+    def create(
+        cls,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        *,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
+    ) -> "Sampling":
         """Checks the settings and makes them arrays.
 
+        Args:
+          temperature: 0: always the best token.
+          top_k: the k best tokens; 0: all.
+          top_p: the fewest tokens that together reach this probability; 1: all.
+          min_p: tokens at least so many times as probable as the best; 0: all.
+          presence_penalty: taken off the scores of tokens that were generated in this turn, as OpenAI has it.
+          frequency_penalty: the same, as many times as they were generated.
+          repetition_penalty: scores above 0 of all tokens of the text, read or generated, are divided by it, those
+            below multiplied, as Hugging Face has it.
+          logit_bias: added to the scores of up to 300 tokens, by id.
+
         Raises:
-          ConfigError: temperature or top_k below 0, top_p outside (0, 1], min_p outside [0, 1].
+          ConfigError: temperature or top_k below 0, top_p outside (0, 1], min_p outside [0, 1], presence or frequency
+            penalty outside [-2, 2], repetition_penalty not above 0, a bias outside [-100, 100], or too many.
+          TypeError: a token id that is not a whole number.
         """
         for name, value, fits, expected in (
             ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more, and finite"),
             ("top_k", top_k, 0 <= top_k < 2**31, "0 (all tokens) or more"),
             ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (all tokens)"),
             ("min_p", min_p, 0 <= min_p <= 1, "between 0 (all tokens) and 1"),
+            ("presence_penalty", presence_penalty, -2 <= presence_penalty <= 2, "between -2 and 2; 0: none"),
+            ("frequency_penalty", frequency_penalty, -2 <= frequency_penalty <= 2, "between -2 and 2; 0: none"),
+            ("repetition_penalty", repetition_penalty, 1e-3 <= repetition_penalty <= 1e3, "0.001 to 1000; 1: none"),
         ):
             if not fits:
                 raise ConfigError(f"{name}={value} must be {expected}")
-        return cls(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
+        numbers = {
+            "temperature": temperature, "top_p": top_p, "min_p": min_p, "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty, "repetition_penalty": repetition_penalty,
+        }  # fmt: skip
+        arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in numbers.items()}
+        arrays["top_k"] = np.asarray(top_k, np.int32)
+        arrays["bias_ids"], arrays["bias"] = _bias(logit_bias or {})
+        return cls(**arrays)
 
     @classmethod
     def of_rows(cls, rows: "Sequence[Sampling]", num_rows: int) -> "Sampling":
         """Each row its own way. Raises ConfigError where there are not as many as rows."""
         if len(rows) != num_rows:
             raise ConfigError(f"sampling must be one, or one a prompt: got {len(rows)} for {num_rows} prompts")
-        return jax.tree.map(lambda *x: jnp.stack(x), *rows)
+        return jax.tree.map(lambda *x: np.stack(x), *rows)
+
+    def for_rows(self, rows: int) -> "Sampling":
+        """The same with an axis of rows."""
+        if jnp.ndim(self.temperature):
+            return self
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *jnp.shape(x))), self)
+
+    def check(self, vocab_size: int) -> "Sampling":
+        """The same; raises ConfigError for a bias of a token that there is not."""
+        most = int(np.max(self.bias_ids))
+        if most >= vocab_size:
+            raise ConfigError(f"logit_bias has {most}, which is outside the vocabulary of {vocab_size} tokens")
+        return self
+
+
+def _bias(given: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    """`bias_ids` and `bias` of one row: the arrays of all requests have one shape, which is one program."""
+    if len(given) > MOST_BIASED:
+        raise ConfigError(f"logit_bias has {len(given)} tokens; give {MOST_BIASED} or fewer")
+    ids, bias = np.full(MOST_BIASED, -1, np.int32), np.zeros(MOST_BIASED, np.float32)
+    for n, (token, value) in enumerate(given.items()):
+        if not -100 <= value <= 100:
+            raise ConfigError(f"logit_bias of token {token} is {value}; it must be between -100 and 100")
+        if not 0 <= operator.index(token) < 2**31:
+            raise ConfigError(f"logit_bias has {token}, which is not a token id; ids are 0 or more")
+        ids[n], bias[n] = token, value
+    return ids, bias
 
 
 def sample(
@@ -64,10 +135,11 @@ def sample(
       sampling: how to draw, all rows alike or each its own way.
       active: rows whose tokens mean something; what the others wish costs nothing. None: all.
     """
-    sampling = _for_rows(sampling, len(logits))
+    sampling = sampling.for_rows(len(logits))
     if active is not None:
-        greedy_row = Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.float32(0))
-        sampling = jax.tree.map(lambda x, y: jnp.where(active, x, y), sampling, greedy_row)
+        plain = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0}
+        wished = {name: jnp.where(active, getattr(sampling, name), x) for name, x in plain.items()}
+        sampling = dataclasses.replace(sampling, **wished)
     # Temperatures below the least normal number would be flushed to zero and divide by it.
     is_hot = sampling.temperature >= jnp.finfo(jnp.float32).tiny
 
@@ -82,13 +154,9 @@ def sample(
     return jax.lax.cond(jnp.any(is_hot), draw, greedy)
 
 
-def _for_rows(sampling: Sampling, rows: int) -> Sampling:
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows,)), sampling)
-
-
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[jax.Array, "B V"]:
     """Scores divided by the temperature (above 0), the best token's shifted to 0, those left out at -inf."""
-    sampling = jax.tree.map(lambda x: x[:, None], _for_rows(sampling, len(logits)))
+    sampling = jax.tree.map(lambda x: x[:, None], sampling.for_rows(len(logits)))
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     needs_sort = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
     everything = jnp.full_like(logits[:, :1], -jnp.inf)

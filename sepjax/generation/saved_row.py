@@ -10,6 +10,7 @@ import jax
 from sepjax.config import ModelConfig
 from sepjax.generation import saved
 from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.view import CacheView, of_row
 from sepjax.generation.device_loop import DecodeState
 from sepjax.generation.readers import Reader
 from sepjax.generation.saved import StreamStateError
@@ -39,6 +40,16 @@ class SavedRow:
         """Whether its cache is bounded and must not lose what the next token would push out."""
         cache: Any = self.state.cache
         return cache.ends_when_stuck and bool(cache.is_stuck()[0])
+
+    def view(self, nbytes: int | None = None) -> CacheView:
+        """What its cache holds, and from where in the text; `nbytes` of the row, if not those of its arrays.
+
+        Raises StreamStateError for a growing cache.
+        """
+        cache: Any = self.state.cache
+        if not isinstance(cache, StreamingCache):
+            raise StreamStateError("a growing cache has no zones to look at; take a row of a bounded one")
+        return of_row(cache, self.seen, cache.nbytes if nbytes is None else nbytes)
 
     def check(self, reader: Reader) -> None:
         """Raises StreamStateError where the cache is not one of this reader's: of another kind, or other sizes."""

@@ -1,9 +1,10 @@
-"""What slots do on the device: four programs for all requests, each compiled once.
+"""What slots do on the device: five programs for all requests, each compiled once.
 
     place   a row begins: an empty cache or a saved one, and what the request wants
     read    a row takes up its next tokens, up to its next compaction; after the last, its first token is drawn
     step    one token of every row that is generating
     take    a copy of a row, to be kept
+    look    what a row's cache holds, without keys and values
 
 A row that is free or still reading is `done`: steps leave it as it is. Which row it is, is data: nothing is compiled
 again while requests come and go. No result of a row depends on another row.
@@ -18,10 +19,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.array_typing import Array, Bool, Int32, Tokens, UInt16
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.bounded import StreamingCache
-from sepjax.generation.device_loop import DecodeState, Request, Steps, advance, draw
+from sepjax.generation.cache.view import bookkeeping
+from sepjax.generation.device_loop import DecodeState, Drawn, Request, Steps, advance, draw
+from sepjax.generation.penalties import after_reading
 from sepjax.generation.sampling import Sampling
 from sepjax.model.transformer import Params
 from sepjax.model.unrolled import runner
@@ -36,12 +39,14 @@ class Wishes:
     end_tokens: Int32[jax.Array, "B E"]
     max_new_tokens: Int32[jax.Array, "B"]
     logprobs: Bool[jax.Array, "B"]
+    top_logprobs: Bool[jax.Array, "B"]
 
     __no_type_check__ = True
 
     def request(self, table: Bool[Array, "_"]) -> Request:
         """The rows' `Request`."""
-        return Request(jnp.asarray(table), self.sampling, self.end_tokens, self.max_new_tokens, self.logprobs)
+        asks = self.logprobs, self.top_logprobs
+        return Request(jnp.asarray(table), self.sampling, self.end_tokens, self.max_new_tokens, *asks)
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +59,7 @@ class Rows:
     count: Int32[jax.Array, "B"]
     done: Bool[jax.Array, "B"]
     key: jax.Array  # typed PRNG keys, [B]
+    uses: UInt16[jax.Array, "B V"]
     wishes: Wishes
 
     __no_type_check__ = True
@@ -61,12 +67,12 @@ class Rows:
     @property
     def state(self) -> DecodeState:
         """As the loop has it."""
-        return DecodeState(self.cache, self.token, self.count, self.done, self.key)
+        return DecodeState(self.cache, self.token, self.count, self.done, self.key, self.uses)
 
     def at(self, state: DecodeState) -> "Rows":
         """The same requests, standing there."""
         cache: Any = state.cache
-        return Rows(cache, state.token, state.count, state.done, state.key, self.wishes)
+        return Rows(cache, state.token, state.count, state.done, state.key, state.uses, self.wishes)
 
     def row(self, i: Int32[Array, ""]) -> "Rows":
         """Row i alone."""
@@ -81,7 +87,7 @@ class Rows:
         return Rows(self.cache.with_row(i, row.cache), *others)
 
     def _others(self) -> tuple[Any, ...]:
-        return self.token, self.count, self.done, self.key, self.wishes
+        return self.token, self.count, self.done, self.key, self.uses, self.wishes
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +97,7 @@ class Read:
 
     taken: Int32[jax.Array, ""]  # tokens that the row took up
     token: Int32[jax.Array, ""]  # drawn after the last; means nothing before
-    logprob: Float[jax.Array, ""]
+    drawn: Drawn  # of this one row
     held: Int32[jax.Array, ""]
     is_stuck: Bool[jax.Array, ""]
 
@@ -106,6 +112,7 @@ class SlotPrograms:
     read: Callable[[Params, Rows, Array, Array, Array, Array, Array], tuple[Rows, Read]]
     step: Callable[[Params, Rows, Array, Array], tuple[Rows, Steps]]
     take: Callable[[Rows, Array], Rows]
+    look: Callable[[Rows, Array], StreamingCache]
 
 
 @functools.cache
@@ -116,6 +123,7 @@ def slot_programs(graph: nnx.GraphDef, attention: AttentionConfig) -> SlotProgra
         read=jax.jit(functools.partial(_read, graph, attention), donate_argnums=1),
         step=jax.jit(functools.partial(_step, graph, attention), donate_argnums=1),
         take=jax.jit(Rows.row),
+        look=jax.jit(lambda rows, i: bookkeeping(rows.cache).row(i)),
     )
 
 
@@ -136,10 +144,11 @@ def _read(
     hidden, cache = row.cache.take_up(model, tokens, counts, table, attention)
     logits = model.logits(hidden[:, jnp.maximum(counts[0] - 1, 0)])
     draws = is_last & (counts == left)
-    state = dataclasses.replace(row.state, cache=cache.compact(), done=~draws)
-    state, logprob = draw(logits, state, row.wishes.request(table))
+    uses = after_reading(row.uses, tokens, counts)
+    state = dataclasses.replace(row.state, cache=cache.compact(), done=~draws, uses=uses)
+    state, drawn = draw(logits, state, row.wishes.request(table))
     stuck = state.cache.is_stuck()
-    return rows.with_row(i, row.at(state)), Read(counts[0], state.token[0], logprob[0], state.cache.held()[0], stuck[0])
+    return rows.with_row(i, row.at(state)), Read(counts[0], state.token[0], drawn, state.cache.held()[0], stuck[0])
 
 
 def _step(

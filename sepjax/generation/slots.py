@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.config import ConfigError, UserError
+from sepjax.generation.cache.view import CacheView, of_row
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import Prompt, encode_prompts, row_keys
 from sepjax.generation.readers import BoundedReader
@@ -57,6 +58,7 @@ class SlotRequest:
     control_tokens: bool = True
     max_repeats: int = 0
     logprobs: bool = False
+    top_logprobs: int = 0
     resume: SavedRow | None = None  # a row of these settings' cache, from `Slots.save` or `Stream.saved`
     keep: bool = False  # whether the row can still be saved once it has ended
 
@@ -100,9 +102,10 @@ class Slots:
         state = self._reader.empty(row_keys(0, rows))
         cache: Any = state.cache
         sampling = Sampling.of_rows([Sampling.create()] * rows, rows)
-        none = jnp.full((rows, _ENDS), -1, jnp.int32)
-        wishes = Wishes(sampling, none, jnp.full(rows, -1, jnp.int32), jnp.zeros(rows, bool))
-        return self._of.placed(Rows(cache, state.token, state.count, jnp.ones(rows, bool), state.key, wishes))
+        none, asks = jnp.full((rows, _ENDS), -1, jnp.int32), (jnp.zeros(rows, bool) for _ in range(2))
+        wishes = Wishes(jax.device_put(sampling), none, jnp.full(rows, -1, jnp.int32), *asks)
+        done = jnp.ones(rows, bool)
+        return self._of.placed(Rows(cache, state.token, state.count, done, state.key, state.uses, wishes))
 
     def _warm_up(self) -> None:
         """Runs every program on rows that nobody has: what is compiled later would be somebody's wait."""
@@ -113,7 +116,7 @@ class Slots:
             self._rows, read = self._programs.read(of.params, self._rows, *args, of.table_on_device)
         ended = np.ones(len(self._slots), bool)
         self._rows, _ = self._programs.step(of.params, self._rows, ended, of.table_on_device)
-        jax.block_until_ready((self._programs.take(self._rows, first), read))
+        jax.block_until_ready((self._programs.take(self._rows, first), self._programs.look(self._rows, first), read))
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -129,6 +132,7 @@ class Slots:
         settings = RowSettings.create(
             tokenizer, stop=request.stop, stop_token_ids=request.stop_token_ids, stop_at_eos=request.stop_at_eos,
             max_new_tokens=request.max_new_tokens, max_repeats=request.max_repeats, logprobs=request.logprobs,
+            top_logprobs=request.top_logprobs,
         )  # fmt: skip
         pending = self._pending(request)
         seen, continues = (0 if resume is None else resume.seen), True
@@ -173,9 +177,13 @@ class Slots:
         known = sorted(settings.ends.eos | settings.ends.stop)[:_ENDS]
         ends[0, : len(known)] = known
         # How long a row may get the host knows: a row that goes on somewhere else has drawn before.
-        never, asks = np.full(1, -1, np.int32), np.array([settings.logprobs])
-        sampling = Sampling.of_rows([sampling or Sampling.create()], 1)
-        return Wishes(sampling, *jax.device_put((ends, never, asks)))
+        numbers: Any = (
+            ends,
+            np.full(1, -1, np.int32),
+            *(np.array([x > 0]) for x in (settings.logprobs, settings.top_logprobs)),
+        )
+        sampling = Sampling.of_rows([sampling or Sampling.create()], 1).check(self._of.tokenizer.vocab_size)
+        return jax.device_put(Wishes(sampling, *numbers))
 
     def cancel(self, number: int) -> None:
         """Ends a request: it has no more events, and its row is free at the next step. What was kept is dropped."""
@@ -197,6 +205,18 @@ class Slots:
         if slot is None or slot not in self._slots:
             raise SlotError(f"request {number} has no row: it waits, or has ended and was not to be kept (keep=True)")
         return self._saved(self._slots.index(slot), slot)
+
+    def view(self, number: int) -> CacheView:
+        """What the cache of a request's row holds, and from where in the text. By the thread that steps.
+
+        Raises SlotError where it has no row.
+        """
+        kept, slot = self._kept.get(number), self._known.get(number)
+        if kept is not None:
+            return kept.view(self._row_bytes)
+        if slot is None or slot not in self._slots:
+            raise SlotError(f"request {number} has no row: it waits, or has ended and was not to be kept (keep=True)")
+        return of_row(self._programs.look(self._rows, _number(self._slots.index(slot))), slot.row.seen, self._row_bytes)
 
     def _saved(self, i: int, slot: _Slot) -> SavedRow:
         row = self._programs.take(self._rows, _number(i))
@@ -227,8 +247,10 @@ class Slots:
         steps, read = jax.device_get((steps, read))
         events = []
         for i in generating:
-            numbers = steps.token[i, 0], steps.held[i, 0], steps.logprob[i, 0], steps.is_stuck[i]
-            events.append(self._event(i, 1, *numbers))
+            top = steps.top_tokens[i, 0], steps.top_logprobs[i, 0]
+            events.append(
+                self._event(i, 1, steps.token[i, 0], steps.held[i, 0], steps.logprob[i, 0], top, steps.is_stuck[i])
+            )
         if reading is not None:
             events += self._after_read(reading, read)
         return events
@@ -297,15 +319,18 @@ class Slots:
         if slot.pending:
             slot.row.seen += taken
             return []
-        return [self._event(i, taken, read.token, read.held, read.logprob, read.is_stuck)]
+        top = read.drawn.top_tokens[0], read.drawn.top_logprobs[0]
+        return [self._event(i, taken, read.token, read.held, read.drawn.logprob[0], top, read.is_stuck)]
 
-    def _event(self, i: int, taken: int, token: Any, held: Any, logprob: Any, is_stuck: Any) -> tuple[int, StreamEvent]:
+    def _event(
+        self, i: int, taken: int, token: Any, held: Any, logprob: Any, top: Any, is_stuck: Any
+    ) -> tuple[int, StreamEvent]:
         slot = self._slots[i]
         assert slot is not None
         slot.has_drawn = True
         event = slot.row.take(
             int(token), taken=taken, held=int(held), nbytes=self._row_bytes, logprob=float(logprob),
-            is_full=bool(is_stuck),
+            top=top, is_full=bool(is_stuck),
         )  # fmt: skip
         if event.finish_reason is not None:
             self._free(i, slot)

@@ -127,6 +127,7 @@ class Stream(Iterator[StreamEvent]):
             held=int(steps.held[0, 0]),
             nbytes=self._state.cache.nbytes,
             logprob=float(steps.logprob[0, 0]),
+            top=(steps.top_tokens[0, 0], steps.top_logprobs[0, 0]),
         )
 
     # -- saved and resumed ------------------------------------------------------------------------------------------

@@ -26,7 +26,13 @@ class Writing(Loading):
     top_k: int | None = None  # draw from the k best tokens; 0, the default: all
     top_p: float | None = None  # draw from the fewest tokens that reach this probability; default: 1, all
     min_p: float | None = None  # draw from tokens at least so many times as probable as the best; default: 0, all
-    sampling_defaults: bool = False  # of these four, what the model's own files recommend
+    # taken off the scores of tokens that were generated in this answer: -2 to 2; default: 0, none
+    presence_penalty: float | None = None
+    # the same, as many times as they were generated: -2 to 2; default: 0, none
+    frequency_penalty: float | None = None
+    # scores above 0 of tokens in prompt or answer are divided by it, those below multiplied; default: 1, none
+    repetition_penalty: float | None = None
+    sampling_defaults: bool = False  # of these, what the model's own files recommend
     seed: int | None = None  # of the draws; default: 0
     stop: Annotated[tuple[str, ...], Repeated()] = ()  # text that ends an answer
     stop_token_ids: Annotated[tuple[int, ...], AtLeast(0)] = ()  # token ids that end an answer, besides the model's own
@@ -69,7 +75,10 @@ class Writing(Loading):
 
     def options(self, model: "Transformer") -> dict[str, Any]:
         """Arguments of `sepjax.generate` and `sepjax.stream` that are settings as they are."""
-        names = ("temperature", "top_k", "top_p", "min_p", "sampling_defaults", "stop", "stop_token_ids")
+        names = (
+            "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+            "sampling_defaults", "stop", "stop_token_ids",
+        )  # fmt: skip
         given = {name: getattr(self, name) for name in names}
         return given | {"seed": self.seed or 0, "attention": self.attention(model)}
 

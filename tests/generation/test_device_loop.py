@@ -29,8 +29,7 @@ def test_the_cache_is_updated_in_place(kind):
         # Turning keys back, once in thousands of tokens, makes new ones of all layers: half of the cache.
         attention, copies, params = STREAM, CONFIG.num_layers / 2 + 2, by_layer(params, CONFIG)
         cache = StreamingCache.create(CONFIG, 2, StreamSizes.create(CONFIG, STREAM), by_layer=True)
-    zeros = jnp.zeros(2, jnp.int32)
-    state = DecodeState(cache, zeros, zeros, zeros > 0, jax.random.split(jax.random.key(0), 2))
+    state = DecodeState.create(cache, jax.random.split(jax.random.key(0), 2), 64)
     request = Request(jnp.zeros(64, bool), Sampling.create(), jnp.full(1, -1), jnp.int32(9))
     program = make_advance(graph, attention, 4).lower(params, state, np.zeros(2, bool), request).compile()
     memory = program.memory_analysis()

@@ -94,7 +94,7 @@ def test_the_functions_of_the_package_are_functions():
         assert next(iter(inspect.signature(function).parameters)) == first
         assert len(inspect.getdoc(function) or "") > 500
     # What the one-call functions take beside how to draw and the pattern, a Generator's methods take, too.
-    own = {"model", "tokenizer", "temperature", "top_k", "top_p", "min_p", "sampling_defaults", "attention"}
+    own = {"model", "tokenizer", "sampling_defaults", "attention", *inspect.signature(Sampling.create).parameters}
     for function, method in ((sepjax.generate, Generator.generate), (sepjax.stream, Generator.stream)):
         theirs = inspect.signature(method).parameters.keys() - {"self", "sampling"}
         assert inspect.signature(function).parameters.keys() - own == theirs
@@ -104,6 +104,7 @@ def take(events, count):
     return list(itertools.islice(events, count))
 
 
+PENALISED = Sampling.create(1.1, presence_penalty=0.5, frequency_penalty=0.5, repetition_penalty=1.2)
 KINDS = {
     "growing": (ATTENTION, False),
     "growing, windows that widen": (dataclasses.replace(ATTENTION, window_size=100, cache_size=0), False),
@@ -120,7 +121,7 @@ def test_streams_over_either_cache_are_fed_saved_and_resumed(tokenizer, tmp_path
     """Fed in turns, a growing cache gives what it gives for the whole text at once; saved, any goes on."""
     attention, bounded = KINDS[kind]
     engine = Generator(tiny_model(SHAPE, attention), tokenizer)
-    settings = {"max_new_tokens": 12, "stop_at_eos": False, "bounded": bounded, "sampling": Sampling.create(1.1)}
+    settings = {"max_new_tokens": 12, "stop_at_eos": False, "bounded": bounded, "sampling": PENALISED}
     events = engine.stream("The cat", seed=2, **settings)
     first = take(events, 5)
     events.save(tmp_path / "saved")

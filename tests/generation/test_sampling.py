@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sepjax.config import ConfigError
+from sepjax.generation import penalties
 from sepjax.generation import sampling as module
 from sepjax.generation.sampling import Sampling, filter_logits, sample
 
@@ -15,6 +16,9 @@ V = 8
 LOGITS = st.lists(st.integers(-12, 12).map(lambda x: x / 4), min_size=V, max_size=V)  # with ties
 filtered = jax.jit(filter_logits)
 drawn = jax.jit(sample)
+changed, after_reading, after_drawing = map(
+    jax.jit, (penalties.changed, penalties.after_reading, penalties.after_drawing)
+)
 
 
 def keys(number, seed=0):
@@ -109,11 +113,82 @@ def test_other_settings_are_the_same_program():
         ("top_p", float("nan")),
         ("min_p", -0.1),
         ("min_p", 2.0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("repetition_penalty", 0.0),
     ],
 )
 def test_settings_out_of_range_are_named(name, value):
     with pytest.raises(ConfigError, match=f"{name}={value} must be"):
         Sampling.create(**{name: value})
+
+
+def test_a_bias_out_of_range_is_named():
+    for given_bias, message in (
+        ({3: 101.0}, "logit_bias of token 3 is 101.0"),
+        ({-1: 1.0}, "logit_bias has -1"),
+        (dict.fromkeys(range(301), 1.0), "logit_bias has 301 tokens"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Sampling.create(logit_bias=given_bias)
+    with pytest.raises(ConfigError, match="logit_bias has 8, which is outside the vocabulary of 8"):
+        Sampling.create(logit_bias={8: 1.0}).check(V)
+
+
+def penalised(logits, read, generated, settings):
+    """Bias, then the penalties, token by token, from their definitions: transformers', OpenAI's."""
+    out = []
+    for token, score in enumerate(logits):
+        x = np.float32(score) + np.float32(settings["logit_bias"].get(token, 0))
+        if token in read or token in generated:
+            by = np.float32(settings["repetition_penalty"])
+            x = x * by if x < 0 else x / by
+        times = generated.count(token)
+        x -= times * np.float32(settings["frequency_penalty"])
+        out.append(x - (times > 0) * np.float32(settings["presence_penalty"]))
+    return np.array(out, np.float32)
+
+
+TOKENS = st.lists(st.integers(0, V - 1), max_size=6)
+
+
+@given(
+    logits=LOGITS,
+    turns=st.lists(st.tuples(st.lists(st.integers(0, V - 1), min_size=1, max_size=6), TOKENS), min_size=1, max_size=3),
+    settings=st.fixed_dictionaries(
+        {
+            "presence_penalty": st.sampled_from([0.0, -1.5, 0.5]),
+            "frequency_penalty": st.sampled_from([0.0, 0.25, -2.0]),
+            "repetition_penalty": st.sampled_from([1.0, 1.25, 0.5]),
+            "logit_bias": st.dictionaries(st.integers(0, V - 1), st.sampled_from([-100.0, 0.5, 7.0]), max_size=3),
+        }
+    ),
+)
+def test_penalties_and_bias_are_those_of_their_definitions(logits, turns, settings):
+    """Over turns: what was generated in earlier ones was read. A row beside it that wants nothing keeps its scores."""
+    uses, read = penalties.no_uses(2, V), []
+    for prompt, generated in turns:
+        padded = np.full((2, 6), V - 1, np.int32)
+        padded[:, : len(prompt)] = prompt
+        uses = after_reading(uses, jnp.asarray(padded), jnp.full(2, len(prompt)))
+        for token in generated:
+            uses = after_drawing(uses, jnp.full(2, token), jnp.array([True, True]))
+        uses = after_drawing(uses, jnp.full(2, V - 1), jnp.array([False, False]))  # no row's
+        read += prompt + generated
+    sampling = Sampling.of_rows([Sampling.create(**settings), Sampling.create()], 2)
+    both = jnp.tile(jnp.array(logits, jnp.float32), (2, 1))
+    for active in (True, False):
+        got = changed(both, uses, sampling, jnp.array([active, True]))
+        expected = penalised(logits, read, turns[-1][1], settings) if active else logits
+        np.testing.assert_allclose(got, [expected, logits], rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(got[1], both[1])
+
+
+def test_uses_are_counted_up_to_their_end():
+    uses = jnp.full((1, V), 2**15 - 2, jnp.uint16)
+    for _ in range(3):
+        uses = after_drawing(uses, jnp.array([3]), jnp.array([True]))
+    assert uses[0, 3] == 2**15 - 1, "never taken for a token that was read"
 
 
 def test_rows_that_have_ended_cost_no_sort(monkeypatch):

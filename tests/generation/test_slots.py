@@ -18,6 +18,7 @@ from sepjax.generation.saved import StreamStateError
 from sepjax.generation.slots import SlotError, Slots
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import merge, split
+from tests.generation.cache.common import ListStream
 from tests.generation.tiny import ATTENTION, LONG, tiny_model, tiny_tokenizer
 
 ROWS = 8
@@ -55,7 +56,9 @@ def random_request(rng: np.random.Generator) -> SlotRequest:
         1: Sampling.create(1.5),
         2: Sampling.create(1.2, top_k=5, min_p=0.02),
         3: Sampling.create(0.9, top_p=0.8),
-    }[int(rng.integers(4))]
+        4: Sampling.create(presence_penalty=1.5, repetition_penalty=1.3),
+        5: Sampling.create(1.1, frequency_penalty=0.7, logit_bias={int(i): 5.0 for i in rng.integers(3, 300, 9)}),
+    }[int(rng.integers(6))]
     return SlotRequest(
         rng.integers(3, 300, int(rng.integers(1, 61))).tolist(),
         max_new_tokens=int(rng.integers(1, 25)),
@@ -66,6 +69,7 @@ def random_request(rng: np.random.Generator) -> SlotRequest:
         stop_at_eos=bool(rng.integers(2)),
         max_repeats=int(rng.integers(2)) * 3,
         logprobs=bool(rng.integers(2)),
+        top_logprobs=int(rng.integers(3)) * 2,
     )
 
 
@@ -90,8 +94,12 @@ def test_each_of_200_requests_gets_what_it_would_get_alone(slots):
 
 def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
     prompts = ["The cat", LONG, "Où est-il? It ran away! One; two"]
-    settings = {"max_new_tokens": 40, "stop_at_eos": False, "logprobs": True}
-    sampling = [Sampling.create(), Sampling.create(1.3, top_k=50), Sampling.create(0.8)]
+    settings = {"max_new_tokens": 40, "stop_at_eos": False, "top_logprobs": 3}
+    sampling = [
+        Sampling.create(),
+        Sampling.create(1.3, top_k=50, frequency_penalty=1.5, repetition_penalty=1.2),
+        Sampling.create(0.8, logit_bias={77: 100.0}),
+    ]
     rows = run(
         slots,
         [
@@ -106,9 +114,51 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
             assert tuple(token for event in events for token in event.token_ids) == answer.token_ids
             assert "".join(event.text for event in events) == answer.text
             assert [event.logprob for event in events] == pytest.approx(answer.logprobs, abs=1e-4)
+            for event, top in zip(events, answer.top_logprobs, strict=True):
+                assert [token for token, _ in event.top_logprobs] == [token for token, _ in top]
+                assert [x for _, x in event.top_logprobs] == pytest.approx([x for _, x in top], abs=1e-4)
+                assert dict(event.top_logprobs).get(event.token_ids[0], event.logprob) == event.logprob
             assert (events[-1].cache.held, events[-1].cache.seen) == (answer.cache.held, answer.cache.seen)
             assert events[-1].finish_reason == answer.finish_reason == "length"
     assert len({answer.token_ids for answer in batch}) == 3
+    assert [top[0][0] for top in batch[0].top_logprobs] == list(batch[0].token_ids), "the best token is drawn"
+    assert set(batch[2].token_ids) == {77}
+    assert max(batch[2].logprobs) < 0.9, "by the model's own scores, without the bias"
+    plain = engine.generate(
+        prompts[1], bounded=True, max_new_tokens=40, seed=6, sampling=Sampling.create(1.3, top_k=50)
+    )
+    repeats = [40 - len(set(tokens)) for tokens in (batch[1].token_ids, plain[0].token_ids)]
+    assert repeats[0] < repeats[1]
+
+
+def test_a_continued_conversation_has_the_penalties_of_its_whole_text_and_tells_what_is_held(engine, slots):
+    settings: dict[str, Any] = {"max_new_tokens": 12, "stop_at_eos": False, "keep": True}
+    settings["sampling"] = Sampling.create(presence_penalty=2.0, repetition_penalty=1.5)
+    first = slots.submit(SlotRequest(LONG, **settings))
+    ids = [*engine.tokenizer.encode(LONG, bos=True)]
+    table, events = engine.prepared.table, []
+    limits = [getattr(ATTENTION, x) for x in ("num_sinks", "max_separators", "window_size", "cache_size")]
+    held = ListStream(*limits)
+    for token in ids:
+        held.append(bool(table[token]))
+    with pytest.raises(SlotError, match=f"request {first} has no row"):
+        slots.view(first)
+    while first in slots._known:
+        for _, event in slots.step():
+            events.append(event)
+            if len(events) > 1:
+                held.append(bool(table[ids[-1]]))
+            ids += event.token_ids
+            view = slots.view(first)
+            assert (view.seen, view.held) == (event.cache.seen, event.cache.held)
+            assert view.positions().tolist() == sorted(held.attended())
+            assert (view.kept, view.nbytes) == (held.kept, event.cache.bytes)
+    turn = engine.tokenizer.encode("mat, and.")
+    (whole,) = run(slots, [SlotRequest([*ids, *turn], **settings)])
+    (continued,) = run(slots, [SlotRequest("mat, and.", resume=slots.save(first), **settings)])
+    assert [event.token_ids for event in continued] == [event.token_ids for event in whole]
+    (other,) = run(slots, [SlotRequest([*ids, *turn], **settings | {"sampling": Sampling.create()})])
+    assert [event.token_ids for event in other] != [event.token_ids for event in whole]
 
 
 def test_nobody_waits_longer_than_for_one_run_and_free_rows_are_taken_at_once(engine):
@@ -150,7 +200,8 @@ def test_conversations_continue_their_cache(engine, pattern, tmp_path):
         engine = Generator(
             tiny_model(), engine.tokenizer, dataclasses.replace(ATTENTION, pattern=pattern, watch_after=2)
         )
-    settings = {"max_new_tokens": 15, "stop_at_eos": False, "sampling": Sampling.create(1.4)}
+    sampling = Sampling.create(1.4, frequency_penalty=1.0, repetition_penalty=1.2)
+    settings = {"max_new_tokens": 15, "stop_at_eos": False, "sampling": sampling}
     stream = engine.stream(LONG, bounded=True, seed=3, **settings)
     expected = [list(stream)]
     stream.feed("mat, and.")
@@ -294,6 +345,8 @@ def test_mistakes_are_named_to_whom_they_belong(engine, slots):
         (SlotRequest("a", stop=""), ConfigError, "stop string is empty"),
         (SlotRequest("a", stop_token_ids=[10**6]), ConfigError, "outside the vocabulary"),
         (SlotRequest("a", seed=-1), ConfigError, "seed=-1"),
+        (SlotRequest("a", top_logprobs=21), ConfigError, "top_logprobs=21"),
+        (SlotRequest("a", sampling=Sampling.create(logit_bias={300: 1.0})), ConfigError, "logit_bias has 300"),
     ):
         with pytest.raises(kind, match=message):
             slots.submit(request)

@@ -40,6 +40,7 @@ from sepjax.generation.cache.turning import layer_axis, turn_table
 from sepjax.generation.cache.watched import keep_best, seen_by
 from sepjax.model.rope import Table, rotate
 
+_BY_SET = ("scores", "kept_at")  # whose first axis is the sets that are kept, the second the batch
 _AT_ONCE = 16  # a compaction takes a sixteenth of the rows at a time: in a large batch few are full in the same step
 # All layers in one array, for scans over layers; or an array each, which steps of one token read without a copy.
 type Layers = Float[jax.Array, "L B K C H"] | tuple[Float[jax.Array, "B K C H"], ...]
@@ -63,6 +64,7 @@ class StreamingCache:
     seen_high: Int32[jax.Array, "B"]  # and how many times that
     clock: Int32[jax.Array, "B"]  # time of the next token, for scores
     scores: Float[jax.Array, "G B N S"] | None  # of the second zone and the ring, where the best stay
+    kept_at: Int32[jax.Array, "G B N s"]  # where in the text, modulo sizes.count_wrap, entries of the second zone stand
     sizes: StreamSizes = dataclasses.field(metadata={"static": True})
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
@@ -83,7 +85,10 @@ class StreamingCache:
         zeros = (jnp.zeros(batch_size, jnp.int32) for _ in range(9))  # one array each: a donated one must not be two
         best = sizes.keeps_best
         scores = best and best.scores(config, batch_size, sizes.max_separators + sizes.ring)
-        return cls(empty(), empty(), jnp.zeros((batch_size, sizes.ring), bool), *zeros, scores=scores, sizes=sizes)
+        sets = (1, batch_size, 1) if scores is None else scores.shape[:3]
+        kept_at = jnp.zeros((*sets, sizes.max_separators), jnp.int32)
+        flags = jnp.zeros((batch_size, sizes.ring), bool)
+        return cls(empty(), empty(), flags, *zeros, scores=scores, kept_at=kept_at, sizes=sizes)
 
     @property
     def head_dim(self) -> int:
@@ -143,7 +148,7 @@ class StreamingCache:
         """The same with other bookkeeping of these rows, by field, as `of_rows` has it; numbers of no row are none."""
 
         def put(name: str, x: jax.Array) -> jax.Array:
-            at = (slice(None), rows) if name == "scores" else rows
+            at = (slice(None), rows) if name in _BY_SET else rows
             return x.at[at].set(new[name], mode="drop", unique_indices=True)
 
         return dataclasses.replace(self, **{name: put(name, getattr(self, name)) for name in new})
@@ -186,14 +191,14 @@ class StreamingCache:
         """`f` of every array (and of the others' same array) and the number of its axis B."""
 
         def on(path: tuple, x: jax.Array, *same: jax.Array) -> jax.Array:
-            stacked = path[0].name == "scores" or x.ndim == 5
+            stacked = path[0].name in _BY_SET or x.ndim == 5
             return f(x, *same, int(stacked))
 
         return jax.tree_util.tree_map_with_path(on, self, *others)
 
     def reset(self, rows: Bool[Array, "B"]) -> "StreamingCache":
         """The same with `rows` empty, as for a new document. Keys and values stay, where nothing sees them."""
-        names = [field.name for field in dataclasses.fields(self)][3:-2]
+        names = [field.name for field in dataclasses.fields(self)][3:-3]
         return dataclasses.replace(self, **{name: jnp.where(rows, 0, getattr(self, name)) for name in names})
 
     @staticmethod
@@ -260,6 +265,11 @@ class StreamingCache:
         )
         by = jnp.concatenate([jnp.repeat(shift[:, None], size, axis=1) for shift, size in zones], axis=1)
         return self.angles(by)
+
+    def place_in_text(self, p: Int32[jax.Array, "*B"]) -> Int32[jax.Array, "*B"]:
+        """Where in the text, modulo `sizes.count_wrap`, the tokens of these positions p of the ring stand."""
+        first = self.seen_low - self.next_recent
+        return (first.reshape(-1, *(1 for _ in p.shape[1:])) + p) % self.sizes.count_wrap
 
     # -- what changes ---------------------------------------------------------------------------------------------
 

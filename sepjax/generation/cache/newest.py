@@ -43,6 +43,7 @@ def keep_newest(cache: "StreamingCache") -> "StreamingCache":
         return x.at[*layer_axis(x), at, :, to].set(found, mode="drop", unique_indices=True)
 
     kept = few.num_separators + found
+    kept_at = cache.kept_at.at[0, full[:, None], 0, jnp.where(moved, n % s, s + j)]
     return dataclasses.replace(
         cache.with_rows(
             full,
@@ -51,6 +52,7 @@ def keep_newest(cache: "StreamingCache") -> "StreamingCache":
             next_separator=few.next_separator + found,
             dropped=jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30),
         ),
+        kept_at=kept_at.set(few.place_in_text(source), mode="drop", unique_indices=True),
         k=cache.in_each_layer(move, cache.k) if cache.sizes.absolute else cache.turned(move, n - source),
         v=cache.in_each_layer(move, cache.v),
     )

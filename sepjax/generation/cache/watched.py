@@ -162,6 +162,7 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
     past = few.num_recent - w
     choice = _choose(few, past)
     kept = choice.rivals
+    place = jnp.moveaxis(few.place_in_text(jnp.moveaxis(choice.source, 1, 0)), 0, 1)
     slots = jnp.arange(s, dtype=jnp.int32)
     turn = None if cache.sizes.absolute else cache.angles(slots - choice.source)
 
@@ -195,6 +196,7 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
             num_recent=w,
             next_separator=jnp.minimum(kept, s),  # a kept entry's position is its slot's
             dropped=jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30),
+            kept_at=jnp.where(choice.comes, place, few.kept_at),
         ),
         k=cache.in_each_layer(move, cache.k, *where, *turns),
         v=cache.in_each_layer(move, cache.v, *where),

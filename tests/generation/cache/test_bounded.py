@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.cache.view import of_row
 from tests.generation.cache.common import ListStream
 
 CONFIG = ModelConfig(num_layers=2, num_kv_heads=2, head_dim=4, num_heads=2)
@@ -79,6 +80,9 @@ def check_row(cache, said, b, row):
     tokens = cache.v[0, b, 0, visible, 0].astype(int).tolist()
     expected = row.attended()
     assert sorted(tokens) == sorted(expected)
+    view = of_row(cache, row.seen, 0, b)
+    assert view.positions(1).tolist() == sorted(expected)
+    assert (view.held, view.kept, view.num_sets) == (len(row.entries), row.kept, (1, 1))
     for head in range(2):  # every layer and head has the same tokens in the same slots
         np.testing.assert_array_equal(cache.v[:, b, head][:, visible], np.tile(np.array(tokens)[:, None], (2, 1, 4)))
     # The angle between query and key is that of position L towards position k. Both vectors are (1, 0), turned.
@@ -162,7 +166,10 @@ def test_counters_pass_2_to_the_31():
     old, _ = stream(sizes, flags, cuts, dataclasses.replace(begun, seen_low=low, seen_high=high))
     assert old.seen() == [6 * sizes.count_wrap + 40] * ROWS
     assert old.seen()[0] > 2**32
-    same = dataclasses.replace(old, seen_low=young.seen_low, seen_high=young.seen_high)
+    ages = [(x.seen_low[:, None, None] - x.kept_at) % sizes.count_wrap for x in (old, young)]
+    np.testing.assert_array_equal(*ages)
+    numbers = {name: getattr(young, name) for name in ("seen_low", "seen_high", "kept_at")}
+    same = dataclasses.replace(old, **numbers)
     jax.tree.map(np.testing.assert_array_equal, same, young)
 
 
@@ -221,7 +228,7 @@ def test_bytes_are_those_of_the_arrays():
     sizes = sizes_of("usual")
     assert (sizes.slots, sizes.ring) == (64, 59)
     cache = StreamingCache.create(CONFIG, ROWS, sizes)
-    assert cache.nbytes == 2 * (2 * ROWS * 2 * 64 * 4 * 4) + ROWS * 59 + 9 * 4 * ROWS
+    assert cache.nbytes == 2 * (2 * ROWS * 2 * 64 * 4 * 4) + ROWS * 59 + (9 + 3) * 4 * ROWS
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from sepjax.config import Config as RunConfig
 from sepjax.generation.cache import watched
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.cache.view import of_row
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import merge
 from tests.generation.cache.test_bounded_pass import LLAMA, T, V, model_of, streamed_logits
@@ -171,7 +172,13 @@ def test_runs_give_what_lists_give_token_by_token(case):
             roundings = ((5 * config.num_layers + 1) * config.mlp_dim) ** 0.5  # as in test_forward.py
             bound = (roundings + 2 * T) * np.finfo(np.float32).eps * np.abs(rows).max()
             assert np.abs(got[b, : len(rows)] - rows).max() <= bound
-            assert int(cache.held()[b]) == len(lists.entries((0, 0))) <= attention.cache_size
+            view = of_row(cache, lists.seen, 0, b)
+            assert view.held == len(lists.entries((0, 0))) <= attention.cache_size
+            layers, heads = view.num_sets
+            for layer, head in lists.kept:
+                assert set(view.kept_positions[layer % layers, head % heads]) == set(lists.kept[layer, head])
+            union = {token for head in range(config.num_kv_heads) for token in lists.entries((1, head))}
+            assert view.positions(1).tolist() == sorted(union)
     kept = [set(lists.kept[place]) for _, lists in expected for place in lists.kept]
     one_set = attention.kept_set == "model"
     assert (
