@@ -100,12 +100,23 @@ def _that_fit(weights: int, row: int) -> int:
     return rows if rows < 16 else rows // 8 * 8
 
 
-def _speed(config, graph, params, name, attention, sizes, rows, bandwidth, seconds) -> StepSpeed:
+def loop_speed(
+    config: Config, params: Params, attention: AttentionConfig, rows: int, seconds: float, vocab_size: int
+) -> StepSpeed:
+    """The figure of one cache at so many rows, with the parameters given, drawing from so many tokens."""
+    graph, _ = abstract(config.model, attention)
+    sizes = StreamSizes.create(config.model, attention)
+    bandwidth = memory_bandwidth()
+    return _speed(config, graph, params, "", attention, sizes, rows, bandwidth, seconds, vocab_size)
+
+
+def _speed(config, graph, params, name, attention, sizes, rows, bandwidth, seconds, vocab_size=0) -> StepSpeed:
+    vocab_size = vocab_size or config.model.vocab_size
     advance = make_advance(graph, attention, _STEPS)
     keys = jax.random.split(jax.random.key(0), rows)
-    state = DecodeState.create(full_cache(config, sizes, rows), keys, config.model.vocab_size)
+    state = DecodeState.create(full_cache(config, sizes, rows), keys, vocab_size)
     cache_bytes = state.cache.nbytes
-    table = jax.random.uniform(jax.random.key(1), (config.model.vocab_size,)) < 0.12
+    table = jax.random.uniform(jax.random.key(1), (vocab_size,)) < 0.12
     request = Request(table, Sampling.create(), jnp.full(1, -1), jnp.int32(-1))
     none = np.zeros(rows, bool)
 

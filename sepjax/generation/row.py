@@ -7,7 +7,7 @@ import dataclasses
 import operator
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,8 @@ _FEW_ENDS = 16  # end tokens for which all programs are the same
 _MOST_TOP = 20  # as many as the device finds
 
 
-@dataclasses.dataclass(frozen=True)
-class CacheUse:
+# This and the next are made for every token of every row, and a frozen dataclass takes five times as long.
+class CacheUse(NamedTuple):
     """What a row's cache holds, counted and measured."""
 
     held: int  # tokens in the cache
@@ -34,8 +34,7 @@ class CacheUse:
         return self.held / self.seen if self.seen else 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class StreamEvent:
+class StreamEvent(NamedTuple):
     """One new token."""
 
     text: str  # what is now certain to follow: whole characters, nothing of a stop string; may be empty
@@ -160,6 +159,11 @@ class Row:
         self.seen = seen
         self.finish_reason: str | None = None
 
+    @property
+    def wants_top(self) -> bool:
+        """Whether anyone asks for the most probable tokens."""
+        return self._settings.top_logprobs > 0
+
     def _limit(self) -> int:
         return -1 if self._settings.max_new_tokens is None else self._settings.max_new_tokens
 
@@ -241,12 +245,16 @@ class TextUntilStop:
         """See `Tokenizer.decode` for `continues`. Stop strings are not empty."""
         self._decoder = IncrementalDecoder(tokenizer, continues=continues)
         self._stop = stop
+        self._first = {s[0] for s in stop}
         self._held = ""
         self.stopped = False
 
     def feed(self, token: int) -> str:
         """The text that is certain after `token`, and `stopped` if it completes a stop string."""
-        self._held += self._decoder.feed(token)
+        text = self._decoder.feed(token)
+        if not self._held and self._first.isdisjoint(text):  # nearly all tokens
+            return text
+        self._held += text
         found = [(self._held.index(s) + len(s), self._held.index(s)) for s in self._stop if s in self._held]
         if found:
             self.stopped = True
@@ -287,24 +295,28 @@ class RepetitionGuard:
         """`most`: how often the same run of tokens may come in a row; 0: as often as it likes."""
         self._most = most
         self._recent: deque[int] = deque(maxlen=self.LONGEST)
-        self._matched = np.zeros(self.LONGEST, np.int64)  # for each p: tokens in a row that equal the one p before
+        self._matched: dict[int, int] = {}  # for each p: tokens in a row that equal the one p before, if any
 
     def feed(self, token: int) -> bool:
         """Whether the tokens so far end in more than `most` copies of one run."""
         if not self._most:
             return False
-        before = np.full(self.LONGEST, -1)
-        before[: len(self._recent)] = list(self._recent)[::-1]
-        self._matched = np.where(before == token, self._matched + 1, 0)
+        matched = {}
+        if token in self._recent:
+            before = self._matched
+            for p, other in enumerate(reversed(self._recent), 1):
+                if other == token:
+                    matched[p] = before.get(p, 0) + 1
+        self._matched = matched
         self._recent.append(token)
-        period = np.arange(1, self.LONGEST + 1)
-        return bool(np.any(self._matched >= np.maximum(period * self._most, self.LEAST)))
+        return any(n >= self.LEAST and n >= p * self._most for p, n in matched.items())
 
     def state(self) -> dict[str, Any]:
         """What has come so far, for `restore`: plain JSON."""
-        return {"recent": list(self._recent), "matched": self._matched.tolist()}
+        matched = [self._matched.get(p, 0) for p in range(1, self.LONGEST + 1)]
+        return {"recent": list(self._recent), "matched": matched}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken."""
         self._recent = deque(state["recent"], maxlen=self.LONGEST)
-        self._matched = np.array(state["matched"])
+        self._matched = {p: n for p, n in enumerate(state["matched"], 1) if n}

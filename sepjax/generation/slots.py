@@ -11,70 +11,46 @@ taking turns, so nobody waits longer than for one run; prompts may be longer tha
 an end token, its length or `cancel`, and is free at once. It gives what it would give alone, token for token: no result
 of a row depends on the others, and every row has its own settings and draws (`slot_programs`).
 
-`step` belongs to one thread; `submit` and `cancel` may be called from others.
+While the host looks at what a step drew, the device makes the next one, so events are a step behind the device:
+
+    device     step 1 | step 2 | step 3 | step 4
+    host       ask 1, 2 | events of 1, ask 3 | events of 2, ask 4
+
+Where a row ended with a step that the host had not seen yet (a stop text, repetition), the next one is thrown away; a
+row that is saved is as it was before it. What runs on the device is asked for by a thread of its own: a program with
+branches may hold up whoever starts it until the device has come to them.
+
+`step`, `save` and `view` belong to one thread; `submit` and `cancel` may be called from others.
 """
 
 import dataclasses
 import itertools
 import threading
+import time
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepjax.config import ConfigError, UserError
+from sepjax.config import ConfigError
 from sepjax.generation.cache.view import CacheView, of_row
+from sepjax.generation.device_thread import DeviceThread
 from sepjax.generation.prepared import Prepared
-from sepjax.generation.prompts import Prompt, encode_prompts, row_keys
+from sepjax.generation.prompts import encode_prompts, row_keys
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import Row, RowSettings, StreamEvent
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.saved_row import SavedRow
-from sepjax.generation.slot_programs import Rows, SlotPrograms, Wishes, slot_programs
+from sepjax.generation.slot_programs import Before, Record, Rows, SlotPrograms, Wishes, slot_programs
+from sepjax.generation.slot_request import Flight, Numbers, Slot, SlotError, SlotRequest
 from sepjax.separators import warn_of_few_in
 
 _ENDS = 16  # end tokens that the device knows of; the host knows all
 _SHORT = 64  # tokens of the shorter of two programs that read
-
-
-class SlotError(UserError, LookupError):
-    """A request that there is not, or whose row was not kept."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SlotRequest:
-    """What is asked for. See `Generator.stream` for what is not explained here."""
-
-    prompt: Prompt | None  # None: go on where `resume` stopped, with its draws
-    max_new_tokens: int | None = None
-    sampling: Sampling | None = None
-    seed: int | None = None  # None: 0, or the draws of `resume` go on
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    stop_at_eos: bool = True
-    control_tokens: bool = True
-    max_repeats: int = 0
-    logprobs: bool = False
-    top_logprobs: int = 0
-    resume: SavedRow | None = None  # a row of these settings' cache, from `Slots.save` or `Stream.saved`
-    keep: bool = False  # whether the row can still be saved once it has ended
-
-
-@dataclasses.dataclass(eq=False)
-class _Slot:
-    """A request that waits for a row, or has one."""
-
-    number: int
-    request: SlotRequest
-    row: Row
-    pending: list[int]  # to be read; empty: the row is generating
-    wishes: Wishes
-    key: jax.Array | None  # None: those of `resume`
-    has_drawn: bool = False
-    is_cancelled: bool = False
+_AT_A_TIME = 32  # rows
+_MOST_COUNTED = 2**30  # new tokens that the device counts
 
 
 class Slots:
@@ -86,37 +62,42 @@ class Slots:
             raise ConfigError(f"slots need 1 row or more, got {rows}")
         self._of, self._reader = prepared, reader
         self._programs: SlotPrograms = slot_programs(prepared.graph, prepared.attention)
+        self._device = DeviceThread()
         self._runs = sorted({min(_SHORT, reader.sizes.chunk), reader.sizes.chunk})
         self._rows = self._empty(rows)
         self._nothing = self._empty(1)
-        self._slots: list[_Slot | None] = [None] * rows
-        self._waiting: deque[_Slot] = deque()
-        self._known: dict[int, _Slot] = {}  # that wait or have a row
+        self._slots: list[Slot | None] = [None] * rows
+        self._waiting: deque[Slot] = deque()
+        self._known: dict[int, Slot] = {}  # that wait or have a row
         self._kept: dict[int, SavedRow] = {}
         self._numbers = itertools.count()
         self._turn = 0  # the row that read last
+        self._coming: list[tuple[int, Rows]] = []  # rows that begin before the next step
+        self._flight: Flight | None = None  # what was asked for and has not been looked at
+        self._settled: list[tuple[int, StreamEvent]] = []  # events that the next step gives
         self._lock = threading.RLock()  # of what other threads change: who waits, who is known, what is kept
+        cache: Any = self._nothing.state.cache
+        self._row_bytes: int = cache.nbytes
         self._warm_up()
 
     def _empty(self, rows: int) -> Rows:
         state = self._reader.empty(row_keys(0, rows))
-        cache: Any = state.cache
-        sampling = Sampling.of_rows([Sampling.create()] * rows, rows)
+        state = dataclasses.replace(state, done=jnp.ones(rows, bool))
+        sampling = jax.device_put(Sampling.of_rows([Sampling.create()] * rows, rows))
         none, asks = jnp.full((rows, _ENDS), -1, jnp.int32), (jnp.zeros(rows, bool) for _ in range(2))
-        wishes = Wishes(jax.device_put(sampling), none, jnp.full(rows, -1, jnp.int32), *asks)
-        done = jnp.ones(rows, bool)
-        return self._of.placed(Rows(cache, state.token, state.count, done, state.key, state.uses, wishes))
+        wishes = Wishes(sampling, none, jnp.full(rows, -1, jnp.int32), *asks)
+        before = jax.tree.map(jnp.copy, Before.of(state, state.token, np.zeros(rows, bool)))
+        return self._of.placed(Rows(state, wishes, before))
 
     def _warm_up(self) -> None:
         """Runs every program on rows that nobody has: what is compiled later would be somebody's wait."""
-        of, first = self._of, np.zeros((), np.int32)
-        self._rows = self._programs.place(self._rows, first, self._nothing)
+        first, ended, back = _number(0), np.ones(len(self._slots), bool), np.zeros((), bool)
         for length in self._runs:
-            args = first, np.zeros((1, length), np.int32), np.zeros(1, np.int32), np.zeros((), bool)
-            self._rows, read = self._programs.read(of.params, self._rows, *args, of.table_on_device)
-        ended = np.ones(len(self._slots), bool)
-        self._rows, _ = self._programs.step(of.params, self._rows, ended, of.table_on_device)
-        jax.block_until_ready((self._programs.take(self._rows, first), self._programs.look(self._rows, first), read))
+            tokens = first, np.zeros((1, length), np.int32), np.zeros(1, np.int32), np.zeros((), bool)
+            read = self._device.ask(self._launch, [(0, self._nothing)], ended, tokens).result()[1]
+        copies = self._programs.take, self._programs.look
+        taken = self._device.ask(lambda: [copy(self._rows, first, back) for copy in copies])
+        jax.block_until_ready((taken.result(), read))
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -151,7 +132,7 @@ class Slots:
             if row.finish_reason is not None:
                 raise ConfigError(f"the row to go on with has ended ({row.finish_reason}); give it a prompt")
         key = row_keys(request.seed or 0, 1) if resume is None or request.seed is not None else None
-        slot = _Slot(next(self._numbers), request, row, pending, self._wishes(settings, request.sampling), key)
+        slot = Slot(next(self._numbers), request, row, pending, self._wishes(settings, request.sampling), key)
         slot.has_drawn = resume is not None and resume.has_drawn
         with self._lock:
             self._known[slot.number] = slot
@@ -176,12 +157,9 @@ class Slots:
         ends = np.full((1, _ENDS), -1, np.int32)
         known = sorted(settings.ends.eos | settings.ends.stop)[:_ENDS]
         ends[0, : len(known)] = known
-        # How long a row may get the host knows: a row that goes on somewhere else has drawn before.
-        numbers: Any = (
-            ends,
-            np.full(1, -1, np.int32),
-            *(np.array([x > 0]) for x in (settings.logprobs, settings.top_logprobs)),
-        )
+        asks, new = (settings.logprobs, settings.top_logprobs), settings.max_new_tokens
+        limit = -1 if new is None or new > _MOST_COUNTED else new  # the host counts, too
+        numbers: Any = ends, np.full(1, limit, np.int32), *(np.array([x > 0]) for x in asks)
         sampling = Sampling.of_rows([sampling or Sampling.create()], 1).check(self._of.tokenizer.vocab_size)
         return jax.device_put(Wishes(sampling, *numbers))
 
@@ -196,31 +174,49 @@ class Slots:
     def save(self, number: int) -> SavedRow:
         """Where a request stands that has a row, or had one to `keep` (once: it is forgotten then). Copies its cache.
 
+        That is after its last event. Of a request whose prompt was just read it is after its first, which comes next.
         Raises SlotError for any other.
         """
-        kept = self._kept.pop(number, None)  # at once: another thread may be cancelling it
-        if kept is not None:
-            return kept
-        slot = self._known.get(number)
-        if slot is None or slot not in self._slots:
-            raise SlotError(f"request {number} has no row: it waits, or has ended and was not to be kept (keep=True)")
-        return self._saved(self._slots.index(slot), slot)
+        found = self._standing(number)
+        if isinstance(found, SavedRow):
+            del self._kept[number]
+            return found
+        return self._saved(*found)
 
     def view(self, number: int) -> CacheView:
-        """What the cache of a request's row holds, and from where in the text. By the thread that steps.
+        """What the cache of a request's row holds, and from where in the text, where `save` would take it.
 
-        Raises SlotError where it has no row.
+        Raises SlotError as `save` does.
         """
-        kept, slot = self._kept.get(number), self._known.get(number)
+        found = self._standing(number)
+        if isinstance(found, SavedRow):
+            return found.view(self._row_bytes)
+        i, slot = found
+        back = self._runs_ahead()
+        cache = self._device.ask(lambda: self._programs.look(self._rows, _number(i), back)).result()
+        return of_row(cache, slot.row.seen, self._row_bytes)
+
+    def _standing(self, number: int) -> SavedRow | tuple[int, Slot]:
+        """What was kept of a request, or its row."""
+        slot = self._known.get(number)
+        if slot is not None and self._flight is not None and self._flight.reads is slot:  # which cannot be taken back
+            flight, self._flight = self._flight, None
+            self._settled += self._events_of(flight)
+        kept = self._kept.get(number)  # at once: another thread may be cancelling it
         if kept is not None:
-            return kept.view(self._row_bytes)
+            return kept
         if slot is None or slot not in self._slots:
             raise SlotError(f"request {number} has no row: it waits, or has ended and was not to be kept (keep=True)")
-        return of_row(self._programs.look(self._rows, _number(self._slots.index(slot))), slot.row.seen, self._row_bytes)
+        return self._slots.index(slot), slot
 
-    def _saved(self, i: int, slot: _Slot) -> SavedRow:
-        row = self._programs.take(self._rows, _number(i))
-        return SavedRow(row.state, tuple(slot.pending), slot.has_drawn, slot.row.state())
+    def _saved(self, i: int, slot: Slot) -> SavedRow:
+        back = self._runs_ahead()
+        state = self._device.ask(lambda: self._programs.take(self._rows, _number(i), back)).result()
+        return SavedRow(state, tuple(slot.pending), slot.has_drawn, slot.row.state())
+
+    def _runs_ahead(self) -> np.ndarray:
+        """Whether a step was asked for whose events have not been given."""
+        return np.array(self._flight is not None and self._flight.steps)
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -232,33 +228,20 @@ class Slots:
         """
         self._let_go()
         self._admit()
-        generating = [i for i, slot in enumerate(self._slots) if slot is not None and not slot.pending]
-        reading = self._next_to_read()
-        steps: Any = None
-        of = self._of
-        if generating:
-            ended = np.array([slot is None for slot in self._slots])
-            self._rows, steps = self._programs.step(of.params, self._rows, ended, of.table_on_device)
-        read: Any = None
-        if reading is not None:
-            tokens, left, is_last = self._next_run(reading)
-            args = _number(reading), tokens, left, is_last
-            self._rows, read = self._programs.read(of.params, self._rows, *args, of.table_on_device)
-        steps, read = jax.device_get((steps, read))
-        events = []
-        for i in generating:
-            top = steps.top_tokens[i, 0], steps.top_logprobs[i, 0]
-            events.append(
-                self._event(i, 1, steps.token[i, 0], steps.held[i, 0], steps.logprob[i, 0], top, steps.is_stuck[i])
-            )
-        if reading is not None:
-            events += self._after_read(reading, read)
-        return events
+        if self._flight is not None and not self._flight.matters_to(self._slots):
+            self._flight = None
+        if self._flight is None:
+            self._flight = self._ask()
+        ahead = self._ask()
+        flight, self._flight = self._flight, ahead
+        settled, self._settled = self._settled, []
+        return settled + ([] if flight is None else self._events_of(flight))
 
     def _let_go(self) -> None:
         """Frees the rows of requests that were cancelled."""
         for i, slot in enumerate(self._slots):
             if slot is not None and slot.is_cancelled:
+                self._settled = [(number, event) for number, event in self._settled if number != slot.number]
                 self._free(i, slot)
         with self._lock:
             for slot in list(self._waiting):
@@ -266,7 +249,7 @@ class Slots:
                     self._waiting.remove(slot)
                     self._known.pop(slot.number)
 
-    def _free(self, i: int, slot: _Slot) -> None:
+    def _free(self, i: int, slot: Slot) -> None:
         """Whoever cancels it meanwhile waits, and finds what was kept: nothing stays that nobody can ask for."""
         with self._lock:
             if slot.request.keep and not slot.is_cancelled:
@@ -280,21 +263,52 @@ class Slots:
             if slot is not None or not self._waiting:
                 continue
             new = self._waiting.popleft()
-            row = dataclasses.replace(self._nothing, wishes=new.wishes)
-            if new.request.resume is not None:
-                row = row.at(new.request.resume.state)
-            row = dataclasses.replace(row, done=np.array([bool(new.pending)]))
+            resume = new.request.resume
+            state = self._nothing.state if resume is None else resume.state
+            state = dataclasses.replace(state, done=np.array([bool(new.pending)]))
             if new.key is not None:
-                row = dataclasses.replace(row, key=new.key, count=np.zeros(1, np.int32))
-            self._rows = self._programs.place(self._rows, _number(i), self._of.placed(row))
+                state = dataclasses.replace(state, key=new.key, count=np.zeros(1, np.int32))
+            self._coming.append((i, dataclasses.replace(self._nothing, state=state, wishes=new.wishes)))
             new.request = dataclasses.replace(new.request, resume=None)  # or its arrays would live as long as the row
             self._slots[i] = new
 
+    def _ask(self) -> Flight | None:
+        """Asks the device for the next step and the next run of a prompt; None: there is nothing to do."""
+        reading, before = self._next_to_read(), self._flight
+        just_read = before.reads if before is not None and before.may_draw else None
+        steps = any(slot is not None and (not slot.pending or slot is just_read) for slot in self._slots)
+        if not steps and reading is None:
+            return None
+        slots, args, reads = tuple(self._slots), None, None
+        if reading is not None:
+            reads = slots[reading]
+            args = _number(reading), *self._next_run(reading)
+        ended = np.array([slot is None for slot in slots]) if steps else None
+        coming, self._coming = self._coming, []
+        record = self._device.ask(self._launch, coming, ended, args)
+        return Flight(slots, steps, reads, args is not None and bool(args[-1]), record)
+
+    def _launch(self, coming: list[tuple[int, Rows]], ended: np.ndarray | None, run: Any) -> list[Record | None]:
+        """What `_ask` asks for, in the thread that has the rows; what comes of it begins to be copied to the host."""
+        of, programs = self._of, self._programs
+        records: list[Record | None] = [None, None]
+        for i, row in coming:
+            self._rows = programs.place(self._rows, _number(i), of.placed(row))
+        if ended is not None:
+            self._rows, records[0] = programs.step(of.params, self._rows, ended, of.table_on_device)
+        if run is not None:
+            self._rows, records[1] = programs.read(of.params, self._rows, *run, of.table_on_device)
+        for record in records:
+            if record is not None:
+                record.numbers.copy_to_host_async()
+        return records
+
     def _next_to_read(self) -> int | None:
-        """Rows that read take turns."""
-        n = len(self._slots)
+        """Rows that read take turns. How far one has come is known once its last run was looked at."""
+        n, on_its_way = len(self._slots), None if self._flight is None else self._flight.reads
         order = (i % n for i in range(self._turn + 1, self._turn + 1 + n))
-        found = next((i for i in order if (slot := self._slots[i]) is not None and slot.pending), None)
+        reading = (i for i in order if (slot := self._slots[i]) is not None and slot.pending and slot is not on_its_way)
+        found = next(reading, None)
         self._turn = self._turn if found is None else found
         return found
 
@@ -307,45 +321,51 @@ class Slots:
         tokens[0, : len(part)] = part
         return tokens, np.array([len(part)], np.int32), np.array(len(part) == len(slot.pending))
 
-    def _after_read(self, i: int, read: Any) -> list[tuple[int, StreamEvent]]:
-        slot = self._slots[i]
-        assert slot is not None
-        taken = int(read.taken)
+    def _events_of(self, flight: "Flight") -> list[tuple[int, StreamEvent]]:
+        """Waits for what was asked for. What comes of rows that have ended since is nobody's."""
+        steps, read = flight.records.result()
+        events = []
+        if steps is not None:
+            numbers = Numbers.of(steps, flight.slots)
+            for i, slot in enumerate(flight.slots):
+                if not i % _AT_A_TIME:
+                    time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it
+                if slot is not None and numbers.token[i] >= 0 and self._slots[i] is slot:
+                    events.append(self._event(i, slot, numbers, i))
+        slot = flight.reads
+        if slot is not None and slot in self._slots:
+            events += self._after_read(self._slots.index(slot), slot, Numbers.of(read, [slot]))
+        return events
+
+    def _after_read(self, i: int, slot: Slot, numbers: Numbers) -> list[tuple[int, StreamEvent]]:
+        taken = numbers.taken[0]
         del slot.pending[:taken]
-        if slot.pending and read.is_stuck:  # the rest would push separators out
-            event = slot.row.end_full(taken=taken, held=int(read.held), nbytes=self._row_bytes)
+        if not slot.pending:
+            return [self._event(i, slot, numbers, 0)]
+        if numbers.is_stuck[0]:  # the rest would push separators out
+            event = slot.row.end_full(taken=taken, held=numbers.held[0], nbytes=self._row_bytes)
             self._free(i, slot)
             return [(slot.number, event)]
-        if slot.pending:
-            slot.row.seen += taken
-            return []
-        top = read.drawn.top_tokens[0], read.drawn.top_logprobs[0]
-        return [self._event(i, taken, read.token, read.held, read.drawn.logprob[0], top, read.is_stuck)]
+        slot.row.seen += taken
+        return []
 
-    def _event(
-        self, i: int, taken: int, token: Any, held: Any, logprob: Any, top: Any, is_stuck: Any
-    ) -> tuple[int, StreamEvent]:
-        slot = self._slots[i]
-        assert slot is not None
+    def _event(self, i: int, slot: Slot, numbers: Numbers, at: int) -> tuple[int, StreamEvent]:
         slot.has_drawn = True
+        top = numbers.top_of(at) if slot.row.wants_top else ((), ())
         event = slot.row.take(
-            int(token), taken=taken, held=int(held), nbytes=self._row_bytes, logprob=float(logprob),
-            top=top, is_full=bool(is_stuck),
+            numbers.token[at], taken=numbers.taken[at], held=numbers.held[at], nbytes=self._row_bytes,
+            logprob=numbers.logprob[at], top=top, is_full=bool(numbers.is_stuck[at]),
         )  # fmt: skip
         if event.finish_reason is not None:
             self._free(i, slot)
         return slot.number, event
 
-    @property
-    def _row_bytes(self) -> int:
-        return self.cache_bytes // len(self._slots)
-
     # -- how full it is ---------------------------------------------------------------------------------------------
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do: no request waits or has a row."""
-        return not self._known
+        """Whether there is nothing to do: no request waits, has a row, or has events to come."""
+        return not self._known and not self._settled
 
     @property
     def num_free(self) -> int:
@@ -365,7 +385,7 @@ class Slots:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the caches of all rows, whatever they hold."""
-        return self._rows.cache.nbytes
+        return self._row_bytes * len(self._slots)
 
 
 def _number(i: int) -> np.ndarray:

@@ -89,7 +89,21 @@ def decode_step(
       float32 scores of the token after this one, and the cache with this one. What is stuck
       (`Cache.is_stuck`) loses a token.
     """
+    logits, cache = take_up_one(graph, params, cache, tokens, table, attention, active)
+    return logits, cache.compact()
+
+
+def take_up_one(
+    graph: nnx.GraphDef,
+    params: Params,
+    cache: Cache,
+    tokens: Int32[Array, "B"],
+    table: Bool[Array, "_"],
+    attention: AttentionConfig,
+    active: Bool[Array, "B"] | None = None,
+) -> tuple[Float[jax.Array, "B V"], Cache]:
+    """`decode_step` but for the compaction, which is due before the next one."""
     model = runner(graph, params)
     counts = jnp.ones_like(tokens) if active is None else jnp.asarray(active).astype(jnp.int32)
     hidden, cache = cache.take_up(model, tokens[:, None], counts, table, attention)
-    return model.logits(hidden[:, 0]), cache.compact()
+    return model.logits(hidden[:, 0]), cache

@@ -123,7 +123,7 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
     assert len({answer.token_ids for answer in batch}) == 3
     assert [top[0][0] for top in batch[0].top_logprobs] == list(batch[0].token_ids), "the best token is drawn"
     assert set(batch[2].token_ids) == {77}
-    assert max(batch[2].logprobs) < 0.9, "by the model's own scores, without the bias"
+    assert max(batch[2].logprobs) < -1, "by the model's own scores, without the bias"
     plain = engine.generate(
         prompts[1], bounded=True, max_new_tokens=40, seed=6, sampling=Sampling.create(1.3, top_k=50)
     )
@@ -132,9 +132,9 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
 
 
 def test_a_continued_conversation_has_the_penalties_of_its_whole_text_and_tells_what_is_held(engine, slots):
-    settings: dict[str, Any] = {"max_new_tokens": 12, "stop_at_eos": False, "keep": True}
+    settings: dict[str, Any] = {"max_new_tokens": 12, "stop_at_eos": False}
     settings["sampling"] = Sampling.create(presence_penalty=2.0, repetition_penalty=1.5)
-    first = slots.submit(SlotRequest(LONG, **settings))
+    first = slots.submit(SlotRequest(LONG, keep=True, **settings))
     ids = [*engine.tokenizer.encode(LONG, bos=True)]
     table, events = engine.prepared.table, []
     limits = [getattr(ATTENTION, x) for x in ("num_sinks", "max_separators", "window_size", "cache_size")]
@@ -177,7 +177,8 @@ def test_nobody_waits_longer_than_for_one_run_and_free_rows_are_taken_at_once(en
         if heard.get(long) == 1 and heard.get(other) is None:
             assert slots.num_waiting == 1, "there was no row"
             slots.cancel(first)
-            assert other in [number for number, _ in slots.step()], "the row was free at once, and the prompt is short"
+            soon = [number for _ in range(2) for number, _ in slots.step()]  # one was on its way already
+            assert other in soon, "the row was free at once, and the prompt is short"
             break
     else:
         pytest.fail("the long prompt was never read")
@@ -191,6 +192,14 @@ def test_prompts_that_are_read_take_turns(engine):
     slots.submit(SlotRequest([5] * 2000, max_new_tokens=1))
     short = slots.submit(SlotRequest("mat", max_new_tokens=1))
     assert short in [number for _ in range(2) for number, _ in slots.step()]
+
+
+def standing(row):
+    """What of a saved row are whole numbers, and where what it holds stands in the text."""
+    state: Any = jax.device_get(dataclasses.replace(row.state, key=jax.random.key_data(row.state.key)))
+    numbers = [x.tolist() for x in jax.tree.leaves(dataclasses.replace(state, done=None)) if x.dtype.kind in "iu"]
+    view = row.view()
+    return numbers, [view.positions(layer).tolist() for layer in range(2)], row.pending, row.has_drawn, row.row
 
 
 @pytest.mark.parametrize("pattern", ["separator", "watched"])
@@ -226,6 +235,21 @@ def test_conversations_continue_their_cache(engine, pattern, tmp_path):
         events += [event for n, event in slots.step() if n == again]
     assert events == expected[1]
 
+    # Ends that the host finds: by then the device has made a step more, which is taken back. Compactions are all about.
+    ends = {"stop": ["e", "at"], "max_new_tokens": 60, "stop_at_eos": False, "sampling": sampling}
+    ended = {i: slots.submit(SlotRequest(LONG, seed=i, keep=True, **ends)) for i in range(9)}
+    while not set(ended.values()) <= slots._kept.keys():
+        slots.step()
+    for i, number in ended.items():
+        alone = engine.stream(LONG, bounded=True, seed=i, **ends)
+        assert list(alone)[-1].finish_reason == "stop"
+        row = slots.save(number)
+        assert standing(row) == standing(alone.saved())
+        if i < 2:
+            alone.feed("mat, and.")
+            later = slots.submit(SlotRequest("mat, and.", resume=row, **ends))
+            assert [event for _ in range(70) for n, event in slots.step() if n == later] == list(alone)
+
     # A stream takes over a row, and a row a stream; and the disk lies between them if need be.
     other = engine.stream(bounded=True, seed=99, **settings)
     other.resume(kept)
@@ -237,6 +261,11 @@ def test_conversations_continue_their_cache(engine, pattern, tmp_path):
     third = slots.submit(SlotRequest("sat", resume=saved, **settings))
     found = [event for _ in range(30) for n, event in slots.step() if n == third]
     assert found == list(stream)
+
+
+def set_token(slots, token):
+    state = dataclasses.replace(slots._rows.state, token=slots._rows.state.token.at[0].set(token))
+    slots._rows = dataclasses.replace(slots._rows, state=state)
 
 
 def test_a_cache_that_keeps_every_separator_ends_its_own_row_only():
@@ -260,7 +289,7 @@ def test_a_cache_that_keeps_every_separator_ends_its_own_row_only():
     while not slots.is_idle:
         events += [event for _, event in slots.step()]
         if not slots.is_idle and events:  # the drawn token is taken for a separator
-            slots._rows = dataclasses.replace(slots._rows, token=slots._rows.token.at[0].set(dots[-1]))
+            slots._device.ask(set_token, slots, dots[-1]).result()
     assert events[-1].finish_reason == "full"
     kept = slots.save(number)
     assert kept.row["finish_reason"] == "full"

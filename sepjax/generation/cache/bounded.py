@@ -132,6 +132,20 @@ class StreamingCache:
             return self.num_recent >= self.sizes.ring_limit
         return self.held() > self.sizes.cache_size
 
+    def after_compaction(self) -> tuple[Int32[jax.Array, "B"], Bool[jax.Array, "B"]]:
+        """`held` and `is_stuck` as they will be once the rows that are full have been compacted."""
+        s, w = self.sizes.max_separators, self.sizes.window_size
+        if not s:
+            return self.held(), self.is_stuck()
+        moved = self.num_recent - w
+        if not self.sizes.watch:
+            p, first = self.recent_positions(), (self.next_recent - self.num_recent)[:, None]
+            is_past = (p >= first) & (p < first + moved[:, None])
+            moved = jnp.sum(self.is_separator & is_past, axis=1, dtype=jnp.int32)
+        full, kept = self.is_full(), self.num_separators + moved
+        held = jnp.where(full, self.num_sinks + jnp.minimum(kept, s) + w, self.held())
+        return held, self.is_stuck() | (full & (kept > s) & self.ends_when_stuck)
+
     def full_rows(self) -> Int32[jax.Array, "M"]:
         """Numbers of full rows, as many as one compaction takes; where there are fewer, numbers of no row."""
         B = len(self.num_sinks)

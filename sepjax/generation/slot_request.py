@@ -1,0 +1,93 @@
+"""Requests of slots, and what is known of one between two steps: the host's side of a row, and what is on its way."""
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import jax
+import numpy as np
+
+from sepjax.config import UserError
+from sepjax.generation.prompts import Prompt
+from sepjax.generation.row import Row
+from sepjax.generation.sampling import Sampling
+from sepjax.generation.saved_row import SavedRow
+from sepjax.generation.slot_programs import Record, Wishes
+
+
+class SlotError(UserError, LookupError):
+    """A request that there is not, or whose row was not kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotRequest:
+    """What is asked for. See `Generator.stream` for what is not explained here."""
+
+    prompt: Prompt | None  # None: go on where `resume` stopped, with its draws
+    max_new_tokens: int | None = None
+    sampling: Sampling | None = None
+    seed: int | None = None  # None: 0, or the draws of `resume` go on
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    stop_at_eos: bool = True
+    control_tokens: bool = True
+    max_repeats: int = 0
+    logprobs: bool = False
+    top_logprobs: int = 0
+    resume: SavedRow | None = None  # a row of these settings' cache, from `Slots.save` or `Stream.saved`
+    keep: bool = False  # whether the row can still be saved once it has ended
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """A request that waits for a row, or has one."""
+
+    number: int
+    request: SlotRequest
+    row: Row
+    pending: list[int]  # to be read; empty: the row is generating
+    wishes: Wishes
+    key: jax.Array | None  # None: those of `resume`
+    has_drawn: bool = False
+    is_cancelled: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flight:
+    """What the device was asked for, on its way."""
+
+    slots: tuple[Slot | None, ...]  # who had the rows
+    steps: bool  # whether there is a step
+    reads: Slot | None  # whose prompt is read
+    may_draw: bool  # whether that may be its last run
+    records: Future  # of a step and of a run, or None each
+
+    def matters_to(self, slots: Sequence[Slot | None]) -> bool:
+        """Whether anyone is there whom it was asked for."""
+        return any(x is not None and x is y for x, y in zip(self.slots, slots, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """A `Record` as Python's own numbers, which are many times faster to look at one by one than an array's."""
+
+    token: list[int]
+    held: list[int]
+    logprob: list[float]
+    is_stuck: list[int]
+    taken: list[int]
+    top: tuple[np.ndarray, np.ndarray] | None
+
+    @classmethod
+    def of(cls, record: Record, slots: Sequence[Slot | None]) -> "Numbers":
+        """Waits for it. The most probable tokens are fetched where someone asks for them."""
+        numbers = np.asarray(record.numbers)
+        token, held, _, stuck, taken = numbers.tolist()
+        asked = any(slot is not None and slot.row.wants_top for slot in slots)
+        top = jax.device_get((record.top_tokens, record.top_logprobs)) if asked else None
+        return cls(token, held, numbers[2].view(np.float32).tolist(), stuck, taken, top)
+
+    def top_of(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """The most probable tokens of row i, and their log-probabilities."""
+        assert self.top is not None
+        return self.top[0][i], self.top[1][i]
