@@ -52,11 +52,10 @@ class SlotSpeed:
     share_of_loop: float  # tokens a second over the bare loop's
 
 
-def measure(config: Config, attention: AttentionConfig, rows: Sequence[int], seconds: float) -> Iterator[SlotSpeed]:
+def measure(
+    config: Config, attention: AttentionConfig, tokenizer: Tokenizer, rows: Sequence[int], seconds: float
+) -> Iterator[SlotSpeed]:
     """Yields a figure for each number of rows and kind of request."""
-    from pydoc_data.topics import topics
-
-    tokenizer = train_sentencepiece(list(topics.values()), min(4096, config.model.vocab_size))
     graph, shapes = abstract(config.model, attention)
     engine = Generator(merge(graph, random_params(shapes)), tokenizer, attention)
     for number in rows:
@@ -114,8 +113,11 @@ if __name__ == "__main__":
         print(heading(source))
         (attention,) = caches_of(config.attention, config.model.num_layers, BUDGET.value, 0).values()
         print(f"{'requests':<10}{'rows':>6}{'ms/step':>10}{'host ms':>10}{'tokens/s':>12}{'loop ms':>10}{'share':>8}")
+        from pydoc_data.topics import topics
+
+        tokenizer = train_sentencepiece(list(topics.values()), min(4096, config.model.vocab_size))
         figures = []
-        for x in measure(config, attention, [int(rows) for rows in ROWS.value], SECONDS.value):
+        for x in measure(config, attention, tokenizer, [int(rows) for rows in ROWS.value], SECONDS.value):
             times = f"{x.milliseconds:>10.3f}{x.host_milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}"
             print(f"{x.kind:<10}{x.rows:>6}{times}{x.loop_milliseconds:>10.3f}{x.share_of_loop:>8.1%}", flush=True)
             figures.append(dataclasses.asdict(x))

@@ -47,6 +47,7 @@ from sepjax.generation.slot_programs import Before, Record, Rows, SlotPrograms, 
 from sepjax.generation.slot_request import Flight, Numbers, Slot, SlotError, SlotRequest
 from sepjax.separators import warn_of_few_in
 
+type _Run = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of a prompt: row, tokens, how many, is it the last
 _ENDS = 16  # end tokens that the device knows of; the host knows all
 _SHORT = 64  # tokens of the shorter of two programs that read
 _AT_A_TIME = 32  # rows
@@ -288,7 +289,9 @@ class Slots:
         record = self._device.ask(self._launch, coming, ended, args)
         return Flight(slots, steps, reads, args is not None and bool(args[-1]), record)
 
-    def _launch(self, coming: list[tuple[int, Rows]], ended: np.ndarray | None, run: Any) -> list[Record | None]:
+    def _launch(
+        self, coming: list[tuple[int, Rows]], ended: np.ndarray | None, run: _Run | None
+    ) -> list[Record | None]:
         """What `_ask` asks for, in the thread that has the rows; what comes of it begins to be copied to the host."""
         of, programs = self._of, self._programs
         records: list[Record | None] = [None, None]
