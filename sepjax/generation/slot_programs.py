@@ -25,6 +25,7 @@ from flax import nnx
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens, UInt16
 from sepjax.config import AttentionConfig
+from sepjax.generation.cache.ahead import after_compaction
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.view import bookkeeping
 from sepjax.generation.device_loop import DecodeState, Drawn, Request, draw
@@ -212,7 +213,7 @@ def _step(
     logits, cache = take_up_one(graph, params, state.cache, state.token, table, attention, active)
     new, drawn = draw(logits, dataclasses.replace(state, cache=cache), rows.wishes.request(table))
     now: Any = cache
-    held, stuck = now.after_compaction()
+    held, stuck = after_compaction(now)
     record = Record.of(jnp.where(active, new.token, -1), held, drawn, stuck & active, active.astype(jnp.int32))
     return dataclasses.replace(rows, state=new, before=Before.of(state, new.token, active)), record
 

@@ -39,7 +39,7 @@ def test_full_caches_are_full_and_rows_are_not_in_step():
     assert held.min() >= 2 + 3 + 6
     assert held.max() <= 20
     assert len(set(held.tolist())) > 4
-    assert not np.asarray(cache.is_due()).any()
+    assert not np.asarray(cache.is_full()).any()
     assert np.asarray(cache.visible_old()).all()
 
 

@@ -104,11 +104,6 @@ class StreamingCache:
         """L: entries that each row holds."""
         return self.num_sinks + self.num_separators + self.num_recent
 
-    def seen(self) -> list[int]:
-        """Tokens that each row has seen, as Python numbers: they may pass 2^31."""
-        low, high = jax.device_get((self.seen_low, self.seen_high))
-        return [int(h) * self.sizes.count_wrap + int(l) for l, h in zip(low, high, strict=True)]
-
     def room(self, most: int) -> Int32[jax.Array, "B"]:
         """How many tokens, up to `most`, the next pass may take up: to the row's next compaction, which it completes.
 
@@ -122,29 +117,11 @@ class StreamingCache:
             return room
         return jnp.where(self.num_sinks < self.sizes.num_sinks, room, most)
 
-    def is_due(self) -> Bool[jax.Array, "B"]:
-        """Rows that must be compacted before their next token."""
-        return self.is_full() | self._turns()
-
     def is_full(self) -> Bool[jax.Array, "B"]:
         """Rows that have no room for another token."""
         if self.sizes.keeps_best:
             return self.num_recent >= self.sizes.ring_limit
         return self.held() > self.sizes.cache_size
-
-    def after_compaction(self) -> tuple[Int32[jax.Array, "B"], Bool[jax.Array, "B"]]:
-        """`held` and `is_stuck` as they will be once the rows that are full have been compacted."""
-        s, w = self.sizes.max_separators, self.sizes.window_size
-        if not s:
-            return self.held(), self.is_stuck()
-        moved = self.num_recent - w
-        if not self.sizes.watch:
-            p, first = self.recent_positions(), (self.next_recent - self.num_recent)[:, None]
-            is_past = (p >= first) & (p < first + moved[:, None])
-            moved = jnp.sum(self.is_separator & is_past, axis=1, dtype=jnp.int32)
-        full, kept = self.is_full(), self.num_separators + moved
-        held = jnp.where(full, self.num_sinks + jnp.minimum(kept, s) + w, self.held())
-        return held, self.is_stuck() | (full & (kept > s) & self.ends_when_stuck)
 
     def full_rows(self) -> Int32[jax.Array, "M"]:
         """Numbers of full rows, as many as one compaction takes; where there are fewer, numbers of no row."""
@@ -296,7 +273,7 @@ class StreamingCache:
         looks: Float[Array, "L B K S"] | None = None,
         gate_scores: Float[Array, "B T"] | None = None,
     ) -> "StreamingCache":
-        """Takes up the next tokens of every row. Rows that are then due (`is_due`) must be compacted next.
+        """Takes up the next tokens of every row. `compact` the rows before their next.
 
         Args:
           k: their keys in every layer, rotated by the last of `query_positions`.

@@ -45,7 +45,7 @@ def stream_pass(
     Args:
       model: a `Transformer` or `Layerwise`; or, without a gate, what maps (tokens, positions, attend, layer_inputs) to
         hidden states as they do.
-      cache: what came before; no row `is_due`. Donate it where this is jitted.
+      cache: what came before; no row is due for a compaction. Donate it where this is jitted.
       tokens: int32[B, T], any ids at and beyond a row's count.
       counts: tokens that each row takes up, 0 to `cache.room(T)`. Hidden states beyond mean nothing.
       table: bool over the vocabulary, from `sepjax.separators.configured_table`.

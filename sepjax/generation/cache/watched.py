@@ -159,8 +159,7 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
     assert cache.scores is not None
     full = cache.full_rows()
     few = cache.of_rows(full)
-    past = few.num_recent - w
-    choice = _choose(few, past)
+    choice = _choose(few)
     kept = choice.rivals
     place = jnp.moveaxis(few.place_in_text(jnp.moveaxis(choice.source, 1, 0)), 0, 1)
     slots = jnp.arange(s, dtype=jnp.int32)
@@ -203,35 +202,48 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
     )
 
 
-def _choose(cache: "StreamingCache", past: Int32[jax.Array, "B"]) -> _Choice:
-    scores, sizes = cache.scores, cache.sizes
-    assert scores is not None
-    s = sizes.max_separators
+def rivals(cache: "StreamingCache") -> Int32[jax.Array, "B"]:
+    """How many entries the next compaction of each row will choose from."""
+    return jnp.sum(_contenders(cache)[2], axis=-1, dtype=jnp.int32)
+
+
+def _contenders(
+    cache: "StreamingCache",
+) -> tuple[Int32[jax.Array, "B M"], Float[jax.Array, "G B N M"], Bool[jax.Array, "B E"]]:
+    """The p of the past window's slots, what their tokens count, and which of kept zone and these are there."""
+    sizes = cache.sizes
     i = jnp.arange(sizes.ring_limit - sizes.window_size, dtype=jnp.int32)
     p = (cache.next_recent - cache.num_recent)[:, None] + i
-    is_past = i < past[:, None]
+    is_past = i < (cache.num_recent - sizes.window_size)[:, None]
     if sizes.gate:
         candidates, is_best = gated.candidates(cache, p, _time(cache, p))
         is_past &= is_best
     else:
         candidates = _watched_candidates(cache, p)
-    is_kept = jnp.arange(s) < cache.num_separators[:, None]
-    there = jnp.concatenate([is_kept, is_past], axis=1)[:, None]
+    is_kept = jnp.arange(sizes.max_separators) < cache.num_separators[:, None]
+    return p, candidates, jnp.concatenate([is_kept, is_past], axis=1)
+
+
+def _choose(cache: "StreamingCache") -> _Choice:
+    scores, s = cache.scores, cache.sizes.max_separators
+    assert scores is not None
+    p, candidates, there = _contenders(cache)
+    there, width = there[:, None], p.shape[1]
     ranked = jnp.where(there, jnp.concatenate([scores[..., :s], candidates], axis=-1), -jnp.inf)
     best = jax.lax.top_k(ranked, s)[1]
     stays, comes = jnp.split(_marked(best, ranked.shape[-1]) & there, [s], axis=-1)
     # The entries that come, in their order, into the slots that are free, in theirs.
     rank, free = (jnp.cumsum(x, axis=-1, dtype=jnp.int32) - 1 for x in (comes, ~stays))
     order = jnp.argsort(~comes, axis=-1, stable=True)  # those that come first, each kind in its order
-    order = jnp.pad(order, [(0, 0)] * 3 + [(0, max(0, s - len(i)))])
+    order = jnp.pad(order, [(0, 0)] * 3 + [(0, max(0, s - width))])
     source = jnp.take_along_axis(order, jnp.minimum(free, order.shape[-1] - 1), axis=-1)
     source = jnp.where(stays, 0, source)
     filled = ~stays & (free <= rank[..., -1:])
-    new = jnp.take_along_axis(candidates, jnp.minimum(source, len(i) - 1), axis=-1)
+    new = jnp.take_along_axis(candidates, jnp.minimum(source, width - 1), axis=-1)
     zone = jnp.where(filled, new, scores[..., :s])
-    source = jnp.take_along_axis(jnp.broadcast_to(p[None, :, None], (1, len(p), 1, len(i))), source, axis=-1)
-    rivals = jnp.sum(there[:, 0], axis=-1, dtype=jnp.int32)
-    return _Choice(filled, source, jnp.concatenate([zone, scores[..., s:]], axis=-1), rivals)
+    source = jnp.take_along_axis(jnp.broadcast_to(p[None, :, None], (1, len(p), 1, width)), source, axis=-1)
+    number = jnp.sum(there[:, 0], axis=-1, dtype=jnp.int32)
+    return _Choice(filled, source, jnp.concatenate([zone, scores[..., s:]], axis=-1), number)
 
 
 def _time(cache: "StreamingCache", p: Int32[jax.Array, "B N"]) -> Float[jax.Array, "B N"]:

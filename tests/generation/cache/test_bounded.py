@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.generation.cache.ahead import after_compaction
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.cache.view import of_row
@@ -46,6 +47,13 @@ def append(cache, tokens, is_separator, counts):
     return cache.append(k, v, is_separator, counts)
 
 
+def seen(cache):
+    """Tokens that each row has seen, as Python numbers."""
+    low, high = jax.device_get((cache.seen_low, cache.seen_high))
+    return [int(h) * cache.sizes.count_wrap + int(l) for l, h in zip(low, high, strict=True)]
+
+
+ahead = jax.jit(after_compaction)
 compact = jax.jit(StreamingCache.compact)
 
 
@@ -66,7 +74,12 @@ def shown(cache):
     zones = np.array([cache.sizes.num_sinks, cache.sizes.max_separators, cache.sizes.ring])
     zone = np.repeat(np.arange(3), zones)
     query = cache.query_positions(1)[..., 0][zone].T  # [B, C]
-    answers = {"held": cache.held(), "room": cache.room(99), "due": cache.is_due(), "L": cache.held_before(1)[:, 0]}
+    answers = {
+        "held": cache.held(),
+        "room": cache.room(99),
+        "due": cache.is_full() | cache._turns(),
+        "L": cache.held_before(1)[:, 0],
+    }
     return answers | {"visible": visible, "query": query}
 
 
@@ -97,7 +110,7 @@ def check_row(cache, said, b, row):
 def stream(sizes, flags, cuts, cache=None):
     """Runs rows of flags through cache and lists, in runs as `cuts` draws them, and checks after each."""
     cache = cache or StreamingCache.create(CONFIG, ROWS, sizes)
-    before = cache.seen()[0]
+    before = seen(cache)[0]
     limits = sizes.num_sinks, sizes.max_separators, sizes.window_size, sizes.cache_size
     rows = [ListStream(*limits) for _ in range(ROWS)]
     for cut in cuts:
@@ -108,15 +121,18 @@ def stream(sizes, flags, cuts, cache=None):
             for i in range(counts[b]):
                 tokens[b, i], is_separator[b, i] = row.seen, flags[b][row.seen]
                 row.append(bool(is_separator[b, i]))
-        cache = compact(append(cache, tokens, is_separator, counts))
+        full = append(cache, tokens, is_separator, counts)
+        told = jax.device_get(ahead(full))
+        cache = compact(full)
         said = jax.device_get(shown(cache))
         assert not said["due"].any()
+        np.testing.assert_array_equal(told[0], said["held"])
         host = jax.device_get(cache)
         for b, row in enumerate(rows):
             check_row(host, said, b, row)
             if sizes.max_separators:
                 assert said["room"][b] == min(row.room(), 99)
-        assert cache.seen() == [before + row.seen for row in rows]
+        assert seen(cache) == [before + row.seen for row in rows]
     return cache, rows
 
 
@@ -164,8 +180,8 @@ def test_counters_pass_2_to_the_31():
     begun = StreamingCache.create(CONFIG, ROWS, sizes)
     low, high = (jnp.full(ROWS, n, jnp.int32) for n in (sizes.count_wrap - 20, 5))
     old, _ = stream(sizes, flags, cuts, dataclasses.replace(begun, seen_low=low, seen_high=high))
-    assert old.seen() == [6 * sizes.count_wrap + 40] * ROWS
-    assert old.seen()[0] > 2**32
+    assert seen(old) == [6 * sizes.count_wrap + 40] * ROWS
+    assert seen(old)[0] > 2**32
     ages = [(x.seen_low[:, None, None] - x.kept_at) % sizes.count_wrap for x in (old, young)]
     np.testing.assert_array_equal(*ages)
     numbers = {name: getattr(young, name) for name in ("seen_low", "seen_high", "kept_at")}
@@ -214,7 +230,7 @@ def test_reset_rows_begin_again_and_the_others_do_not_notice():
     cache, _ = stream(sizes, flags, np.full((30, ROWS), RUN))
     after = cache.reset(jnp.array([False, True, False]))
     assert after.held().tolist() == [cache.held()[0], 0, cache.held()[2]]
-    assert after.seen() == [50, 0, 50]
+    assert seen(after) == [50, 0, 50]
     fresh = StreamingCache.create(CONFIG, ROWS, sizes)
     for _ in range(2):
         counts = np.array([0, RUN, 0], np.int32)

@@ -1,0 +1,24 @@
+"""What a bounded cache will hold once its full rows have been compacted: a step may be told of before they are."""
+
+import jax
+import jax.numpy as jnp
+
+from sepjax.array_typing import Bool, Int32
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.watched import rivals
+
+
+def after_compaction(cache: StreamingCache) -> tuple[Int32[jax.Array, "B"], Bool[jax.Array, "B"]]:
+    """`held` and `is_stuck` as they will be then."""
+    s, w = cache.sizes.max_separators, cache.sizes.window_size
+    if not s:  # evictions count at once
+        return cache.held(), cache.is_stuck()
+    full = cache.is_full()
+    if cache.sizes.keeps_best:
+        kept = jax.lax.cond(jnp.any(full), rivals, lambda cache: cache.num_separators, cache)
+    else:
+        p, first = cache.recent_positions(), (cache.next_recent - cache.num_recent)[:, None]
+        is_past = (p >= first) & (p < first + (cache.num_recent - w)[:, None])
+        kept = cache.num_separators + jnp.sum(cache.is_separator & is_past, axis=1, dtype=jnp.int32)
+    held = jnp.where(full, cache.num_sinks + jnp.minimum(kept, s) + w, cache.held())
+    return held, cache.is_stuck() | (full & (kept > s) & cache.ends_when_stuck)
