@@ -199,10 +199,10 @@ class Slots:
 
     def _standing(self, number: int) -> SavedRow | tuple[int, Slot]:
         """What was kept of a request, or its row."""
-        slot = self._known.get(number)
-        if slot is not None and self._flight is not None and self._flight.reads is slot:  # which cannot be taken back
-            flight, self._flight = self._flight, None
-            self._settled += self._events_of(flight)
+        slot, flight = self._known.get(number), self._flight
+        if slot is not None and flight is not None and flight.reads is slot:  # which cannot be taken back
+            self._flight = dataclasses.replace(flight, reads=None, may_draw=False)
+            self._settled += self._events_of_read(flight)
         kept = self._kept.get(number)  # at once: another thread may be cancelling it
         if kept is not None:
             return kept
@@ -326,8 +326,7 @@ class Slots:
 
     def _events_of(self, flight: "Flight") -> list[tuple[int, StreamEvent]]:
         """Waits for what was asked for. What comes of rows that have ended since is nobody's."""
-        steps, read = flight.records.result()
-        events = []
+        events, steps = [], flight.records.result()[0]
         if steps is not None:
             numbers = Numbers.of(steps, flight.slots)
             for i, slot in enumerate(flight.slots):
@@ -335,12 +334,13 @@ class Slots:
                     time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it
                 if slot is not None and numbers.token[i] >= 0 and self._slots[i] is slot:
                     events.append(self._event(i, slot, numbers, i))
-        slot = flight.reads
-        if slot is not None and slot in self._slots:
-            events += self._after_read(self._slots.index(slot), slot, Numbers.of(read, [slot]))
-        return events
+        return events + self._events_of_read(flight)
 
-    def _after_read(self, i: int, slot: Slot, numbers: Numbers) -> list[tuple[int, StreamEvent]]:
+    def _events_of_read(self, flight: Flight) -> list[tuple[int, StreamEvent]]:
+        slot = flight.reads
+        if slot is None or slot not in self._slots:
+            return []
+        i, numbers = self._slots.index(slot), Numbers.of(flight.records.result()[1], [slot])
         taken = numbers.taken[0]
         del slot.pending[:taken]
         if not slot.pending:

@@ -266,6 +266,37 @@ def test_conversations_continue_their_cache(engine, pattern, tmp_path):
     assert found == list(stream)
 
 
+def test_a_row_can_be_saved_at_any_moment(slots):
+    """While its prompt is read, when its first token was just drawn, between two tokens: what follows is the same."""
+    sampling = Sampling.create(1.4, presence_penalty=1.0)
+    settings: dict[str, Any] = {"sampling": sampling, "stop_at_eos": False, "top_logprobs": 2}
+    (expected,) = run(slots, [SlotRequest(LONG, seed=4, max_new_tokens=14, **settings)])
+    slots.submit(SlotRequest("The cat", seed=1, stop_at_eos=False))  # somebody else is generating
+    stages = set()
+    for moment in range(2, 24):
+        number = slots.submit(SlotRequest(LONG, seed=4, max_new_tokens=15, **settings))
+        events = [event for _ in range(moment) for n, event in slots.step() if n == number]
+        saved = slots.save(number)
+        settled = [event for n, event in slots._settled if n == number]  # just drawn: comes next
+        slots.cancel(number)
+        left = 14 - len(events) - len(settled)
+        rest = run_beside(slots, SlotRequest(None, resume=saved, max_new_tokens=left, **settings))
+        assert [(e.token_ids, e.text, e.top_logprobs) for e in events + settled + rest] == [
+            (e.token_ids, e.text, e.top_logprobs) for e in expected
+        ]
+        stages.add((bool(saved.pending), bool(settled), len(events) > 2))
+    assert stages >= {(True, False, False), (False, True, False), (False, False, True)}
+    slots.cancel(min(slots._known))
+
+
+def run_beside(slots, request):
+    """The events of one request, while others go on."""
+    number, events = slots.submit(request), []
+    while number in slots._known:
+        events += [event for n, event in slots.step() if n == number]
+    return events
+
+
 def set_token(slots, token):
     state = dataclasses.replace(slots._rows.state, token=slots._rows.state.token.at[0].set(token))
     slots._rows = dataclasses.replace(slots._rows, state=state)
