@@ -136,6 +136,7 @@ class Row:
     Attributes:
       seen: tokens that the cache has taken up.
       finish_reason: None while the text goes on.
+      wants_top: whether anyone asks for the most probable tokens.
     """
 
     LAST_POSITION = 2**31 - 1  # where positions are those of the text: they are int32
@@ -156,13 +157,9 @@ class Row:
         self._guard = RepetitionGuard(settings.max_repeats)
         self._settings, self._has_end = settings, has_end
         self._left = self._limit()
+        self.wants_top = settings.top_logprobs > 0
         self.seen = seen
         self.finish_reason: str | None = None
-
-    @property
-    def wants_top(self) -> bool:
-        """Whether anyone asks for the most probable tokens."""
-        return self._settings.top_logprobs > 0
 
     def _limit(self) -> int:
         return -1 if self._settings.max_new_tokens is None else self._settings.max_new_tokens
