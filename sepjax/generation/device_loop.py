@@ -221,7 +221,14 @@ def draw(logits: jax.Array, state: DecodeState, request: Request) -> tuple[Decod
     keys = jax.vmap(jax.random.fold_in)(state.key, state.count)
     logits = logits[:, : len(request.table)]
     active = ~state.done
-    drawn = sample(changed(logits, state.uses, request.sampling, active), keys, request.sampling, active)
+    sampling = request.sampling.for_rows(len(logits))
+
+    def choose() -> jax.Array:
+        return sample(changed(logits, state.uses, sampling, active), keys, sampling, active)
+
+    # One branch where nobody asks for anything: a device may have to wait for the host at each.
+    asked = jnp.any(active & ~sampling.is_plain())
+    drawn = jax.lax.cond(asked, choose, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
     count = state.count + ~state.done
     is_end = jnp.any(drawn[:, None] == request.end_tokens, axis=-1)
     ends = is_end | ((count >= request.max_new_tokens) & (request.max_new_tokens >= 0))

@@ -102,6 +102,15 @@ class Sampling:
             return self
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *jnp.shape(x))), self)
 
+    def is_plain(self) -> Bool[jax.Array, "*B"]:
+        """Which rows take the best token by the model's own scores."""
+        penalised = (self.frequency_penalty != 0) | (self.presence_penalty != 0) | (self.repetition_penalty != 1)
+        return ~(self.is_hot() | penalised | (self.bias_ids[..., 0] >= 0))
+
+    def is_hot(self) -> Bool[jax.Array, "*B"]:
+        """Which rows draw. Temperatures below the least normal number would be flushed to zero and divide by it."""
+        return jnp.asarray(self.temperature) >= jnp.finfo(jnp.float32).tiny
+
     def check(self, vocab_size: int) -> "Sampling":
         """The same; raises ConfigError for a bias of a token that there is not."""
         most = int(np.max(self.bias_ids))
@@ -140,8 +149,7 @@ def sample(
         plain = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0}
         wished = {name: jnp.where(active, getattr(sampling, name), x) for name, x in plain.items()}
         sampling = dataclasses.replace(sampling, **wished)
-    # Temperatures below the least normal number would be flushed to zero and divide by it.
-    is_hot = sampling.temperature >= jnp.finfo(jnp.float32).tiny
+    is_hot = sampling.is_hot()
 
     def greedy() -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
