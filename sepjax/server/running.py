@@ -1,0 +1,139 @@
+"""A server as a process: its socket, its signals, and how it ends.
+
+The socket listens from the first moment; until the model is there, all is answered with 503. SIGTERM or Ctrl-C: nothing
+new is taken on, what runs may finish for a while, then all is saved. A second one ends it at once.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from sepjax.config import UserError
+from sepjax.server.app import Limits, create_app
+from sepjax.server.metrics import Metrics
+from sepjax.server.served import Served
+from sepjax.server.worker import Worker
+
+log = logging.getLogger("sepjax.server")
+_GRACE = 5  # seconds for what has been answered to reach its clients, once the worker has ended
+_MOST_HEADERS = 64 << 10  # bytes
+_IDLE_CONNECTIONS = 1024  # beyond those that are answered
+
+
+class ServeError(UserError):
+    """A server that cannot begin."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a server runs."""
+
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: any that is free
+    rows: int = 8
+    max_waiting: int = 256
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    api_key: str = ""
+    drain_seconds: float = 30.0
+
+
+class Running:
+    """One server. `run` is a whole process; `with Running(...)` serves from a thread of this one, until the end."""
+
+    def __init__(self, load: Callable[[], Served], options: Options, page: ASGIApp | None = None):
+        """Takes the address; raises ServeError where it is taken.
+
+        Args:
+          load: makes the model, in the worker's thread.
+          options: how it runs.
+          page: what is at /.
+        """
+        self._options, self.metrics = options, Metrics()
+        self._socket = _listen(options.host, options.port)
+        self.port: int = self._socket.getsockname()[1]
+        self.worker = Worker(
+            load, rows=options.rows, max_waiting=options.max_waiting, metrics=self.metrics, at_end=self._exit
+        )  # fmt: skip
+        self.metrics.watch(self.worker)
+        app = create_app(self.worker, self.metrics, options.limits, api_key=options.api_key, page=page)
+        config: Any = uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="off", proxy_headers=False,
+            timeout_graceful_shutdown=_GRACE, h11_max_incomplete_event_size=_MOST_HEADERS, http="h11",
+            limit_concurrency=options.rows + options.max_waiting + _IDLE_CONNECTIONS,
+        )  # fmt: skip
+        self._server = _Server(config)
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
+        return f"http://{host}:{self.port}"
+
+    def run(self) -> None:
+        """Serves until a signal comes. Raises what ended it, if that is an error."""
+        kinds = (signal.SIGTERM, signal.SIGINT)
+        before = {kind: signal.signal(kind, self._on_signal) for kind in kinds}
+        try:
+            self.worker.start()
+            log.info("listening", extra={"url": self.url})
+            self._server.run(sockets=[self._socket])
+        finally:
+            self.worker.stop(0)
+            self.worker.join()
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+        log.info("ended")
+        if self.worker.error is not None:
+            raise self.worker.error
+
+    def __enter__(self) -> "Running":
+        self.worker.start()
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="http", daemon=True)
+        self._thread.start()
+        while self.worker.served is None or self.worker.slots is None or not self._server.started:
+            if self.worker.error is not None:
+                raise self.worker.error
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.worker.stop(self._options.drain_seconds)
+        self.worker.join()
+        self._thread.join()
+
+    def _exit(self) -> None:
+        self._server.should_exit = True
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        first = not self.worker.is_stopping
+        self.worker.stop(self._options.drain_seconds if first else 0)
+        if first:
+            log.info("stopping", extra={"signal": signal.Signals(number).name, "running": self.worker.num_running})
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals alone."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Does nothing."""
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ServeError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error

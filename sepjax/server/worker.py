@@ -1,0 +1,381 @@
+"""The one thread that steps the slots, and what goes to and from it.
+
+    HTTP side (an event loop)                      worker (a thread)
+    submit(jobs) ---------------- orders --------> queue, one turn a client ---> slots.submit
+    cancel(inbox)                                  slots.step -> events
+    inbox.take() <---- call_soon_threadsafe -----  all events of a step in one go
+
+Everything that the two share is a queue or a counter. A client that reads slowly has its row put aside, exactly where
+it is, and gets it back when it has caught up: it holds neither a row nor memory that grows, and loses nothing.
+"""
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import math
+import queue
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from sepjax.array_typing import Int32
+from sepjax.config import UserError
+from sepjax.generation.row import StreamEvent
+from sepjax.generation.saved_row import SavedRow
+from sepjax.generation.slots import SlotRequest, Slots
+from sepjax.server.errors import ApiError
+from sepjax.server.metrics import Metrics
+from sepjax.server.served import Served, checked
+
+log = logging.getLogger("sepjax.server")
+_UNREAD = 512  # events that wait for a slow client before its row is put aside
+_PATIENCE = 0.5  # seconds between two looks at the clock while nothing happens
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A choice has a row now."""
+
+    cached: int  # tokens of its prompt that were not read again
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A choice will not be answered."""
+
+    error: ApiError
+
+
+@dataclasses.dataclass(frozen=True)
+class Paused:
+    """The row of a choice was put aside until its client has read all that came before this."""
+
+
+Item = Begun | StreamEvent | Paused | Failed
+
+
+class Inbox:
+    """What comes back for one HTTP request. All but `sent` belongs to the event loop.
+
+    Attributes:
+      taken: events that the client's side has taken out.
+      sent: events that the worker has put in; the worker's alone.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop, self.taken, self.sent = loop, 0, 0
+        self._items: deque[tuple[int, Item]] = deque()
+        self._filled = asyncio.Event()
+
+    def put(self, choice: int, item: Item) -> None:
+        """Called by the loop."""
+        self._items.append((choice, item))
+        self._filled.set()
+
+    async def take(self) -> list[tuple[int, Item]]:
+        """(choice, item) of all that has come, one at least."""
+        await self._filled.wait()
+        self._filled.clear()
+        found = list(self._items)
+        self._items.clear()
+        self.taken += sum(isinstance(item, StreamEvent) for _, item in found)
+        return found
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One choice of one request: what one row does."""
+
+    inbox: Inbox
+    choice: int
+    ids: Int32[np.ndarray, "T"]
+    request: SlotRequest  # its prompt is `ids`
+    client: str  # whose turn it is
+    came: float  # time.perf_counter()
+    number: int | None = None  # of the slots' request, while it has one
+    answer: list[int] = dataclasses.field(default_factory=list)
+    last: float = 0.0  # when the last token came
+    held: int = 0
+    aside: SavedRow | None = None  # where it stands, while its client does not read
+
+
+class FairQueue:
+    """Jobs that wait: clients take turns, each client's own in their order."""
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[str, deque[Job]] = OrderedDict()
+
+    def put(self, job: Job) -> None:
+        """Last of its client's."""
+        self._of.setdefault(job.client, deque()).append(job)
+
+    def pop(self) -> Job | None:
+        """The next; None: nobody waits."""
+        if not self._of:
+            return None
+        client, jobs = self._of.popitem(last=False)
+        job = jobs.popleft()
+        if jobs:
+            self._of[client] = jobs  # behind all others
+        return job
+
+    def remove(self, inbox: Inbox) -> list[Job]:
+        """Takes out the jobs of one request."""
+        gone = [job for jobs in self._of.values() for job in jobs if job.inbox is inbox]
+        left = {client: deque(job for job in jobs if job.inbox is not inbox) for client, jobs in self._of.items()}
+        self._of = OrderedDict((client, jobs) for client, jobs in left.items() if jobs)
+        return gone
+
+    def __len__(self) -> int:
+        return sum(map(len, self._of.values()))
+
+
+class Worker:
+    """Begins with `start`; ends with `stop`, or by itself where loading or a step fails (`error`)."""
+
+    def __init__(
+        self, load: Callable[[], Served], *, rows: int, max_waiting: int, metrics: Metrics,
+        at_end: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        """Does nothing yet.
+
+        Args:
+          load: makes the model; called in the worker's thread.
+          rows: slots.
+          max_waiting: choices that may wait for a row, beyond those that have one.
+          metrics: what is counted.
+          at_end: called when the thread ends, whatever the reason.
+        """
+        self._load, self._num_rows, self._max_waiting = load, rows, max_waiting
+        self._metrics, self._at_end = metrics, at_end
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._queue = FairQueue()
+        self._running: dict[int, Job] = {}
+        self._aside: list[Job] = []
+        self._lock = threading.Lock()  # of the next two
+        self._open = 0  # choices that were taken on and have not ended
+        self._stop_at: float | None = None
+        self._seconds = 1.0  # that an answer takes, as a running mean
+        self._out: list[tuple[Inbox, int, Item]] = []
+        self._thread = threading.Thread(target=self._main, name="slots", daemon=True)
+        self.served: Served | None = None
+        self.slots: Slots | None = None
+        self.error: BaseException | None = None
+
+    # -- for others -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Loads the model in its own thread and serves from then on."""
+        self._thread.start()
+
+    def ready(self) -> Served:
+        """The model; raises ApiError(503) while it is being loaded, or the server stops."""
+        if self._stop_at is not None or self.error is not None:
+            raise ApiError(503, "the server is stopping", code="stopping", retry_after=5)
+        if self.served is None or self.slots is None:
+            raise ApiError(503, "the model is being loaded", code="loading", retry_after=5)
+        return self.served
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Takes all of these on, or none. Raises ApiError: 429 for a full queue, 503 while stopping."""
+        self.ready()
+        most = self._num_rows + self._max_waiting
+        if len(jobs) > most:
+            raise ApiError(400, f"{len(jobs)} choices at once; this server takes up to {most}", param="n")
+        with self._lock:
+            if self._open + len(jobs) > most:
+                wait = math.ceil(self._seconds * (self._open / self._num_rows))
+                raise ApiError(
+                    429, f"{self._open} requests run or wait; try again later", code="queue_full",
+                    retry_after=min(max(1, wait), 600),
+                )  # fmt: skip
+            self._open += len(jobs)
+        self._orders.put(lambda: self._take_on(jobs))
+
+    def cancel(self, inbox: Inbox) -> None:
+        """Nobody reads this any more: its rows are free at the next step."""
+        self._orders.put(lambda: self._drop(inbox))
+
+    def caught_up(self, inbox: Inbox) -> None:
+        """A client whose rows may have been put aside has read what there was."""
+        self._orders.put(lambda: self._take_back(inbox))
+
+    def stop(self, seconds: float) -> None:
+        """Takes nothing on any more, and ends when all is answered or the time is up."""
+        self._stop_at = time.monotonic() + seconds
+        self._orders.put(lambda: None)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Waits for the end; returns whether it came."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stop_at is not None
+
+    @property
+    def num_running(self) -> int:
+        """Choices that have a row."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Choices that wait for a row, or for their client to read."""
+        return self._open - len(self._running)
+
+    @property
+    def held(self) -> int:
+        """Cache entries of all rows that run."""
+        return sum(job.held for job in list(self._running.values()))
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            served = self._load()
+            self.slots = served.engine.slots(self._num_rows)
+            self.served = served
+            log.info("ready", extra={"model": served.name, "slots": self._num_rows, "bytes": self.slots.cache_bytes})
+            self._serve(self.slots)
+        except BaseException as error:
+            self.error = error
+            if not isinstance(error, UserError | OSError):
+                log.exception("the worker has failed")
+        finally:
+            self._fail_all(ApiError(503, "the server is stopping", code="stopping", retry_after=5))
+            self._at_end()
+
+    def _serve(self, slots: Slots) -> None:
+        while self._goes_on():
+            self._take_orders(wait=not self._running and not len(self._queue))
+            self._fill(slots)
+            if self._running:
+                for number, event in slots.step():
+                    self._hand_on(slots, number, event)
+            self._send()
+
+    def _goes_on(self) -> bool:
+        if self._stop_at is None:
+            return True
+        return self._open > 0 and time.monotonic() < self._stop_at
+
+    def _take_orders(self, *, wait: bool) -> None:
+        try:
+            self._orders.get(timeout=_PATIENCE if self._stop_at is not None else None)() if wait else None
+            while True:
+                self._orders.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _fill(self, slots: Slots) -> None:
+        """Gives free rows to those whose turn it is."""
+        while slots.num_free > slots.num_waiting and (job := self._queue.pop()) is not None:
+            try:
+                self._begin(slots, job)
+            except UserError as error:
+                self._end(job, Failed(checked(error)))
+
+    def _begin(self, slots: Slots, job: Job) -> None:
+        if job.aside is not None:
+            left = (job.request.max_new_tokens or 0) - len(job.answer)
+            request = dataclasses.replace(job.request, prompt=None, resume=job.aside, seed=None, max_new_tokens=left)
+            job.aside = None
+        else:
+            request = dataclasses.replace(job.request, prompt=job.ids.tolist())
+            self._put(job, Begun(0))
+        job.number = slots.submit(request)
+        self._running[job.number] = job
+
+    def _hand_on(self, slots: Slots, number: int, event: StreamEvent) -> None:
+        job = self._running.get(number)
+        if job is None:
+            return
+        now = time.perf_counter()
+        self._metrics.token(now - (job.last or job.came), is_first=not job.answer)
+        job.last, job.held = now, event.cache.held
+        job.answer += event.token_ids
+        if event.finish_reason is not None:
+            self._end(job, event)
+            return
+        self._put(job, event)
+        if job.inbox.sent - job.inbox.taken > _UNREAD:
+            self._put_aside(slots, job)
+
+    def _put_aside(self, slots: Slots, job: Job) -> None:
+        number = job.number
+        assert number is not None
+        job.aside = slots.save(number)
+        slots.cancel(number)
+        del self._running[number]
+        self._aside.append(job)
+        self._put(job, Paused())
+        log.info("put aside", extra={"tokens": len(job.answer)})
+
+    def _take_on(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._queue.put(job)
+
+    def _take_back(self, inbox: Inbox) -> None:
+        for job in [job for job in self._aside if job.inbox is inbox]:
+            self._aside.remove(job)
+            self._queue.put(job)
+
+    def _drop(self, inbox: Inbox) -> None:
+        gone = self._queue.remove(inbox) + [job for job in self._aside if job.inbox is inbox]
+        self._aside = [job for job in self._aside if job.inbox is not inbox]
+        for number, job in list(self._running.items()):
+            if job.inbox is inbox:
+                assert self.slots is not None
+                self.slots.cancel(number)
+                gone.append(job)
+        for job in gone:
+            self._end(job, None)
+
+    def _end(self, job: Job, item: StreamEvent | Failed | None) -> None:
+        """A choice has ended: by its last event, by an error, or because nobody reads it."""
+        if job.number is not None:
+            self._running.pop(job.number, None)
+        reason = item.finish_reason if isinstance(item, StreamEvent) else "abort" if item is None else "error"
+        seconds = time.perf_counter() - job.came
+        self._seconds += 0.1 * (seconds - self._seconds)
+        self._metrics.ended(str(reason), seconds, len(job.ids), len(job.answer))
+        with self._lock:
+            self._open -= 1
+        if item is not None:
+            self._put(job, item)
+
+    def _put(self, job: Job, item: Item) -> None:
+        job.inbox.sent += isinstance(item, StreamEvent)
+        self._out.append((job.inbox, job.choice, item))
+
+    def _send(self) -> None:
+        """Everything that has come up goes over in one call a loop: each wakes it up."""
+        out, self._out = self._out, []
+        for loop, items in itertools.groupby(out, key=lambda found: found[0].loop):
+            try:
+                loop.call_soon_threadsafe(_put_all, list(items))
+            except RuntimeError:  # the loop is closed: nobody reads
+                log.debug("nobody reads any more")
+
+    def _fail_all(self, error: ApiError) -> None:
+        self._stop_at = time.monotonic()
+        self._take_orders(wait=False)
+        waiting: list[Job] = []
+        while (job := self._queue.pop()) is not None:
+            waiting.append(job)
+        for job in [*waiting, *self._aside, *self._running.values()]:
+            self._end(job, Failed(error))
+        self._aside = []
+        self._send()
+
+
+def _put_all(items: list[tuple[Inbox, int, Any]]) -> None:
+    for inbox, choice, item in items:
+        inbox.put(choice, item)
