@@ -36,6 +36,9 @@ class Settings(Bounded):
     max_prompt_tokens: Annotated[int, AtLeast(0)] = 0  # of one prompt; 0: as long as the body may be
     max_body_bytes: Annotated[int, AtLeast(1024)] = 16 << 20  # of one request
     max_new_tokens: Annotated[int, AtLeast(1)] = 4096  # of an answer where a client gives no max_tokens
+    cache_memory: Annotated[int, AtLeast(0)] = 4 << 30  # bytes of host memory for conversations to go on from; 0: none
+    state: str | None = None  # folder that keeps conversations beyond a restart; default: they go with the process
+    state_bytes: Annotated[int, AtLeast(1)] = 16 << 30  # of its files; the least recently used conversations go first
     drain_seconds: float = 30.0  # that running answers may take to finish after SIGTERM
     log_level: Annotated[str, OneOf(("debug", "info", "warning", "error"))] = "info"  # least that is logged
 
@@ -45,6 +48,8 @@ class Settings(Bounded):
             raise ConfigError(f"--port={self.port} must be at most 65535")
         if not 0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"--drain_seconds={self.drain_seconds} must be 0 or more, and finite")
+        if self.state is not None and not self.cache_memory:
+            raise ConfigError("--state keeps nothing where --cache_memory=0; leave one of them out")
         if self.host not in _HERE and not self.key:
             raise ConfigError(
                 f"--host={self.host} lets others than this machine ask, which needs a key: set {_KEY} or --api_key"
@@ -69,7 +74,8 @@ def main(settings: Settings) -> None:
     limits = Limits(max_body_bytes=settings.max_body_bytes, max_new_tokens=settings.max_new_tokens)
     options = Options(
         host=settings.host, port=settings.port, rows=settings.slots, max_waiting=settings.max_waiting, limits=limits,
-        api_key=settings.key, drain_seconds=settings.drain_seconds,
+        api_key=settings.key, drain_seconds=settings.drain_seconds, cache_memory=settings.cache_memory,
+        state=settings.state, state_bytes=settings.state_bytes,
     )  # fmt: skip
     Running(lambda: load(settings), options).run()
 

@@ -17,8 +17,10 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sepjax.config import UserError
+from sepjax.server.conversations import chain
 from sepjax.server.errors import ApiError
 from sepjax.server.guard import Guard
+from sepjax.server.jobs import Inbox, Item, Job, Paused
 from sepjax.server.metrics import Metrics
 from sepjax.server.protocol import (
     ChatRequest,
@@ -32,7 +34,7 @@ from sepjax.server.protocol import (
 )
 from sepjax.server.responses import Answer, error_event
 from sepjax.server.served import Served, checked, seed_of
-from sepjax.server.worker import Inbox, Item, Job, Paused, Worker
+from sepjax.server.worker import Worker
 
 log = logging.getLogger("sepjax.server")
 _BODY_SECONDS = 60.0  # that a client may take to send a request
@@ -154,7 +156,10 @@ class Api:
         most, jobs = self._limits.max_new_tokens, []
         for choice, ids in enumerate(arrays):
             slot = served.request(wanted, choice=choice, seed=seed, is_chat=is_chat, most=most)
-            jobs.append(Job(inbox, choice, ids, slot, wanted.user or client, came))
+            name = f"{id}:{choice}" if choice else id
+            jobs.append(Job(inbox, choice, ids, slot, wanted.user or client, came, name, chain(ids)))
+            if self._worker.conversations is not None:
+                self._worker.conversations.warm(ids, jobs[-1].blocks)
         return Answer(id, served, wanted, is_chat=is_chat, prompt_tokens=list(map(len, arrays))), wanted, jobs
 
     async def _body(self, request: Request) -> bytes:

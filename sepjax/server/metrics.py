@@ -33,8 +33,12 @@ class Metrics:
         self._gauge("cache_slots_held", "Entries in the caches of running rows").set_function(lambda: worker.held)
 
         def size() -> float:
-            return 0 if worker.slots is None else worker.slots.cache_bytes
+            return 0.0 if worker.slots is None else float(worker.slots.cache_bytes)
 
+        kept = "Conversations that later requests can go on from"
+        self._gauge("conversations_kept", kept).set_function(lambda: len(worker.conversations or ()))
+        size_of = "Bytes of the host's memory for them"
+        self._gauge("conversations_bytes", size_of).set_function(lambda: getattr(worker.conversations, "nbytes", 0))
         self._gauge("cache_bytes", "Bytes of the caches of all rows, whatever they hold").set_function(size)
 
     def token(self, seconds: float, *, is_first: bool) -> None:

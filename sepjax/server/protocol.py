@@ -198,7 +198,8 @@ def _wanted(values: dict[str, Any], logprobs: int | None) -> Wanted:
         raise wrong("max_tokens", most, f"at most {MOST_IN_ONE_PIECE} for an answer in one piece; use stream=true")
     values["top_k"] = max(0, values["top_k"])
     values["seed"] = None if values["seed"] is None else values["seed"] % 2**32
-    return Wanted(**values, **(options or {"include_usage": False, "include_cache": False}), logprobs=logprobs)
+    told: dict[str, Any] = options or {"include_usage": False, "include_cache": False}
+    return Wanted(**values, **told, logprobs=logprobs)
 
 
 def _prompts(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from sepjax.generation.row import CacheUse, StreamEvent
 from sepjax.server.errors import ApiError
+from sepjax.server.jobs import Begun, Failed, Item
 from sepjax.server.protocol import Wanted
 from sepjax.server.served import Served
-from sepjax.server.worker import Begun, Failed, Item
 
 DONE = b"data: [DONE]\n\n"
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length", "repetition": "stop", "full": "length"}

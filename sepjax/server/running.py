@@ -19,8 +19,10 @@ from starlette.types import ASGIApp
 
 from sepjax.config import UserError
 from sepjax.server.app import Limits, create_app
+from sepjax.server.conversations import Conversations
 from sepjax.server.metrics import Metrics
 from sepjax.server.served import Served
+from sepjax.server.state import StateFolder
 from sepjax.server.worker import Worker
 
 log = logging.getLogger("sepjax.server")
@@ -44,6 +46,9 @@ class Options:
     limits: Limits = dataclasses.field(default_factory=Limits)
     api_key: str = ""
     drain_seconds: float = 30.0
+    cache_memory: int = 4 << 30  # bytes of the host's memory for conversations; 0: none is kept
+    state: str | None = None  # folder that keeps them; None: they go with the process
+    state_bytes: int = 16 << 30  # of its files
 
 
 class Running:
@@ -58,16 +63,19 @@ class Running:
           page: what is at /.
         """
         self._options, self.metrics = options, Metrics()
+        self._state: StateFolder | None = None
         self._socket = _listen(options.host, options.port)
         self.port: int = self._socket.getsockname()[1]
         self.worker = Worker(
-            load, rows=options.rows, max_waiting=options.max_waiting, metrics=self.metrics, at_end=self._exit
+            load, self._conversations, rows=options.rows, max_waiting=options.max_waiting, metrics=self.metrics,
+            at_end=self._exit,
         )  # fmt: skip
         self.metrics.watch(self.worker)
-        app = create_app(self.worker, self.metrics, options.limits, api_key=options.api_key, page=page)
+        self.app = create_app(self.worker, self.metrics, options.limits, api_key=options.api_key, page=page)
         config: Any = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="off", proxy_headers=False,
-            timeout_graceful_shutdown=_GRACE, h11_max_incomplete_event_size=_MOST_HEADERS, http="h11",
+            self.app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="off",
+            proxy_headers=False, http="h11", h11_max_incomplete_event_size=_MOST_HEADERS,
+            timeout_graceful_shutdown=_GRACE,
             limit_concurrency=options.rows + options.max_waiting + _IDLE_CONNECTIONS,
         )  # fmt: skip
         self._server = _Server(config)
@@ -110,7 +118,21 @@ class Running:
         self.worker.join()
         self._thread.join()
 
+    def _conversations(self, served: Served) -> Conversations:
+        """What keeps them; in the worker's thread, once the model is there."""
+        options, need = self._options, served.row_bytes
+        if 0 < options.cache_memory < 2 * need:
+            raise ServeError(
+                f"--cache_memory={options.cache_memory} has no room for two conversations of {need} bytes; give "
+                f"{2 * need} or more, or 0 to keep none"
+            )
+        if options.state is not None:
+            self._state = StateFolder(options.state, served, options.state_bytes)
+        return Conversations(served.tokenizer, options.cache_memory, self._state)
+
     def _exit(self) -> None:
+        if self._state is not None:
+            self._state.close()
         self._server.should_exit = True
 
     def _on_signal(self, number: int, frame: Any) -> None:

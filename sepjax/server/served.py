@@ -15,7 +15,8 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.conversation import ChatFormat, conversation_of
 from sepjax.generation.engine import Generator
-from sepjax.generation.prompts import encode_prompts
+from sepjax.generation.prompts import encode_prompts, row_keys
+from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import RowSettings
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest
@@ -66,6 +67,12 @@ class Served:
     def tokenizer(self) -> Tokenizer:
         """The model's."""
         return self.engine.tokenizer
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row's cache."""
+        state: Any = jax.eval_shape(lambda: BoundedReader(self.engine.prepared).empty(row_keys(0, 1)))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
 
     @property
     def cache_size(self) -> int:

@@ -9,7 +9,6 @@ Everything that the two share is a queue or a counter. A client that reads slowl
 it is, and gets it back when it has caught up: it holds neither a row nor memory that grows, and loses nothing.
 """
 
-import asyncio
 import dataclasses
 import itertools
 import logging
@@ -17,18 +16,19 @@ import math
 import queue
 import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from sepjax.array_typing import Int32
 from sepjax.config import UserError
 from sepjax.generation.row import StreamEvent
-from sepjax.generation.saved_row import SavedRow
+from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest, Slots
+from sepjax.server.conversations import Conversations, Plan, before_last, on_host
 from sepjax.server.errors import ApiError
+from sepjax.server.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused
+from sepjax.server.keeper import Keeper
 from sepjax.server.metrics import Metrics
 from sepjax.server.served import Served, checked
 
@@ -37,121 +37,25 @@ _UNREAD = 512  # events that wait for a slow client before its row is put aside
 _PATIENCE = 0.5  # seconds between two looks at the clock while nothing happens
 
 
-@dataclasses.dataclass(frozen=True)
-class Begun:
-    """A choice has a row now."""
-
-    cached: int  # tokens of its prompt that were not read again
-
-
-@dataclasses.dataclass(frozen=True)
-class Failed:
-    """A choice will not be answered."""
-
-    error: ApiError
-
-
-@dataclasses.dataclass(frozen=True)
-class Paused:
-    """The row of a choice was put aside until its client has read all that came before this."""
-
-
-Item = Begun | StreamEvent | Paused | Failed
-
-
-class Inbox:
-    """What comes back for one HTTP request. All but `sent` belongs to the event loop.
-
-    Attributes:
-      taken: events that the client's side has taken out.
-      sent: events that the worker has put in; the worker's alone.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.loop, self.taken, self.sent = loop, 0, 0
-        self._items: deque[tuple[int, Item]] = deque()
-        self._filled = asyncio.Event()
-
-    def put(self, choice: int, item: Item) -> None:
-        """Called by the loop."""
-        self._items.append((choice, item))
-        self._filled.set()
-
-    async def take(self) -> list[tuple[int, Item]]:
-        """(choice, item) of all that has come, one at least."""
-        await self._filled.wait()
-        self._filled.clear()
-        found = list(self._items)
-        self._items.clear()
-        self.taken += sum(isinstance(item, StreamEvent) for _, item in found)
-        return found
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """One choice of one request: what one row does."""
-
-    inbox: Inbox
-    choice: int
-    ids: Int32[np.ndarray, "T"]
-    request: SlotRequest  # its prompt is `ids`
-    client: str  # whose turn it is
-    came: float  # time.perf_counter()
-    number: int | None = None  # of the slots' request, while it has one
-    answer: list[int] = dataclasses.field(default_factory=list)
-    last: float = 0.0  # when the last token came
-    held: int = 0
-    aside: SavedRow | None = None  # where it stands, while its client does not read
-
-
-class FairQueue:
-    """Jobs that wait: clients take turns, each client's own in their order."""
-
-    def __init__(self) -> None:
-        self._of: OrderedDict[str, deque[Job]] = OrderedDict()
-
-    def put(self, job: Job) -> None:
-        """Last of its client's."""
-        self._of.setdefault(job.client, deque()).append(job)
-
-    def pop(self) -> Job | None:
-        """The next; None: nobody waits."""
-        if not self._of:
-            return None
-        client, jobs = self._of.popitem(last=False)
-        job = jobs.popleft()
-        if jobs:
-            self._of[client] = jobs  # behind all others
-        return job
-
-    def remove(self, inbox: Inbox) -> list[Job]:
-        """Takes out the jobs of one request."""
-        gone = [job for jobs in self._of.values() for job in jobs if job.inbox is inbox]
-        left = {client: deque(job for job in jobs if job.inbox is not inbox) for client, jobs in self._of.items()}
-        self._of = OrderedDict((client, jobs) for client, jobs in left.items() if jobs)
-        return gone
-
-    def __len__(self) -> int:
-        return sum(map(len, self._of.values()))
-
-
 class Worker:
     """Begins with `start`; ends with `stop`, or by itself where loading or a step fails (`error`)."""
 
     def __init__(
-        self, load: Callable[[], Served], *, rows: int, max_waiting: int, metrics: Metrics,
-        at_end: Callable[[], None] = lambda: None,
+        self, load: Callable[[], Served], keep: Callable[[Served], Conversations], *, rows: int, max_waiting: int,
+        metrics: Metrics, at_end: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """Does nothing yet.
 
         Args:
           load: makes the model; called in the worker's thread.
+          keep: makes what keeps its conversations; called there too.
           rows: slots.
           max_waiting: choices that may wait for a row, beyond those that have one.
           metrics: what is counted.
           at_end: called when the thread ends, whatever the reason.
         """
-        self._load, self._num_rows, self._max_waiting = load, rows, max_waiting
+        self._load, self._keep = load, keep
+        self._num_rows, self._max_waiting = rows, max_waiting
         self._metrics, self._at_end = metrics, at_end
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._queue = FairQueue()
@@ -165,6 +69,8 @@ class Worker:
         self._thread = threading.Thread(target=self._main, name="slots", daemon=True)
         self.served: Served | None = None
         self.slots: Slots | None = None
+        self.conversations: Conversations | None = None
+        self._keeper: Keeper | None = None
         self.error: BaseException | None = None
 
     # -- for others -------------------------------------------------------------------------------------------------
@@ -241,6 +147,8 @@ class Worker:
         try:
             served = self._load()
             self.slots = served.engine.slots(self._num_rows)
+            self.conversations = self._keep(served)
+            self._keeper = Keeper(self.conversations)
             self.served = served
             log.info("ready", extra={"model": served.name, "slots": self._num_rows, "bytes": self.slots.cache_bytes})
             self._serve(self.slots)
@@ -249,6 +157,8 @@ class Worker:
             if not isinstance(error, UserError | OSError):
                 log.exception("the worker has failed")
         finally:
+            if self._keeper is not None:
+                self._keeper.close()
             self._fail_all(ApiError(503, "the server is stopping", code="stopping", retry_after=5))
             self._at_end()
 
@@ -277,41 +187,95 @@ class Worker:
     def _fill(self, slots: Slots) -> None:
         """Gives free rows to those whose turn it is."""
         while slots.num_free > slots.num_waiting and (job := self._queue.pop()) is not None:
-            try:
-                self._begin(slots, job)
-            except UserError as error:
-                self._end(job, Failed(checked(error)))
+            self._begin(slots, job)
 
     def _begin(self, slots: Slots, job: Job) -> None:
         if job.aside is not None:
             left = (job.request.max_new_tokens or 0) - len(job.answer)
-            request = dataclasses.replace(job.request, prompt=None, resume=job.aside, seed=None, max_new_tokens=left)
+            changes: dict[str, Any] = {"resume": job.aside, "seed": None, "max_new_tokens": left}
             job.aside = None
+            self._submit(slots, job, dataclasses.replace(job.request, **changes))
+            return
+        assert self.conversations is not None
+        plan = self.conversations.plan(job.ids, job.blocks)
+        self._metrics.cached(plan.cached)
+        self._put(job, Begun(plan.cached))
+        if plan.cut:
+            job.cut = plan.cut
+            prompt = job.ids[plan.cached : plan.cut].tolist()
+            beginning = SlotRequest(prompt, 1, Sampling.create(), 0, resume=plan.row, stop_at_eos=False, keep=True)
+            self._submit(slots, job, beginning)
         else:
-            request = dataclasses.replace(job.request, prompt=job.ids.tolist())
-            self._put(job, Begun(0))
-        job.number = slots.submit(request)
-        self._running[job.number] = job
+            self._read(slots, job, plan)
+
+    def _read(self, slots: Slots, job: Job, plan: Plan) -> None:
+        """Reads what a plan leaves of the prompt, and answers it."""
+        job.source = plan.entry
+        prompt = job.ids[plan.cached :].tolist()
+        self._submit(slots, job, dataclasses.replace(job.request, prompt=prompt, resume=plan.row))
+
+    def _submit(self, slots: Slots, job: Job, request: SlotRequest) -> None:
+        try:
+            job.number = slots.submit(request)
+        except UserError as error:
+            self._end(job, Failed(checked(error)))
+        else:
+            self._running[job.number] = job
+
+    def _beginning_read(self, slots: Slots, number: int, job: Job, event: StreamEvent) -> None:
+        """The beginning that a plan wanted is there: it is kept, and gone on from."""
+        assert self.conversations is not None
+        assert self._keeper is not None
+        del self._running[number]
+        cut, job.cut = job.cut, 0
+        if event.finish_reason == "full":  # a cache that must not lose separators
+            slots.cancel(number)
+            self.conversations.given_up(cut, job.blocks)
+            self._read(slots, job, Plan(None, None, 0))
+            return
+        row = before_last(slots.save(number))
+        entry = self.conversations.made(cut, job.blocks, job.ids, row)
+        self._keeper.put(entry)
+        self._read(slots, job, Plan(entry, row, 0))
 
     def _hand_on(self, slots: Slots, number: int, event: StreamEvent) -> None:
         job = self._running.get(number)
         if job is None:
+            return
+        if job.cut:
+            self._beginning_read(slots, number, job, event)
             return
         now = time.perf_counter()
         self._metrics.token(now - (job.last or job.came), is_first=not job.answer)
         job.last, job.held = now, event.cache.held
         job.answer += event.token_ids
         if event.finish_reason is not None:
-            self._end(job, event)
+            self._finish(slots, number, job, event)
             return
         self._put(job, event)
         if job.inbox.sent - job.inbox.taken > _UNREAD:
             self._put_aside(slots, job)
 
+    def _finish(self, slots: Slots, number: int, job: Job, event: StreamEvent) -> None:
+        """The last event: it goes out once the row is safe, if it is to be."""
+        assert self.conversations is not None
+        assert self._keeper is not None
+        del self._running[number]
+        if not self.conversations.is_on or event.finish_reason == "full":
+            slots.cancel(number)  # what was kept of it
+            self._end(job, event)
+            return
+        row = before_last(slots.save(number))
+        ids = np.concatenate([job.ids, np.array(job.answer, np.int32)])
+        if row.seen != len(ids) - 1:  # or somebody would go on from another text
+            raise RuntimeError(f"a row has seen {row.seen} tokens, expected {len(ids) - 1}")
+        entry = self.conversations.add(ids[:-1], int(ids[-1]), row, job.name, instead=job.source)
+        self._keeper.put(entry, lambda: self._orders.put(lambda: self._end(job, event)))
+
     def _put_aside(self, slots: Slots, job: Job) -> None:
         number = job.number
         assert number is not None
-        job.aside = slots.save(number)
+        job.aside = on_host(slots.save(number))
         slots.cancel(number)
         del self._running[number]
         self._aside.append(job)
@@ -342,6 +306,8 @@ class Worker:
         """A choice has ended: by its last event, by an error, or because nobody reads it."""
         if job.number is not None:
             self._running.pop(job.number, None)
+        if job.cut and self.conversations is not None:
+            self.conversations.given_up(job.cut, job.blocks)
         reason = item.finish_reason if isinstance(item, StreamEvent) else "abort" if item is None else "error"
         seconds = time.perf_counter() - job.came
         self._seconds += 0.1 * (seconds - self._seconds)

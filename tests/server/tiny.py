@@ -1,22 +1,50 @@
 """A server of the tests' tiny model, in a thread of this process, and clients of it."""
 
+import dataclasses
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import openai
 
-from sepjax import Generator
+from sepjax import Generator, Sampling
+from sepjax.generation.row import StreamEvent
 from sepjax.server.running import Options, Running
 from sepjax.server.served import Served
-from tests.generation.tiny import tiny_model, tiny_tokenizer
+from tests.generation.tiny import ATTENTION, tiny_model, tiny_tokenizer
+
+ROWS = 4
 
 
-def tiny_served(**settings: Any) -> Served:
-    return Served.create("tiny", Generator(tiny_model(), tiny_tokenizer()), None, **settings)
+def tiny_served(*, max_prompt_tokens: int = 0, **attention: Any) -> Served:
+    engine = Generator(tiny_model(), tiny_tokenizer(), dataclasses.replace(ATTENTION, **attention))
+    return Served.create("tiny", engine, None, max_prompt_tokens=max_prompt_tokens)
 
 
 def running(served: Served, **options: Any) -> Running:
-    return Running(lambda: served, Options(**options))
+    return Running(lambda: served, Options(**{"rows": ROWS, **options}))
 
 
 def client(server: Running, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+
+def alone(served: Served, ids: Sequence[int], temperature: float = 0.0, **settings: Any) -> list[StreamEvent]:
+    """What the engine gives to one prompt, with nobody else there."""
+    draws = {name: settings.pop(name) for name in ("top_k", "top_p", "min_p") if name in settings}
+    sampling = Sampling.create(temperature, **draws)
+    return list(served.engine.stream(list(ids), bounded=True, sampling=sampling, **settings))
+
+
+def text_of(events: Sequence[StreamEvent]) -> str:
+    return "".join(event.text for event in events)
+
+
+def settled(server: Running) -> bool:
+    """Whether nothing is left of what was asked: waits for it a little."""
+    worker, until = server.worker, time.monotonic() + 20
+    while time.monotonic() < until:
+        if worker._open == 0 and worker.slots.is_idle and worker.slots.num_free == ROWS:
+            return not (worker._running or worker._aside or len(worker._queue) or worker.slots._kept)
+        time.sleep(0.02)
+    return False
