@@ -43,7 +43,7 @@ class Guard:
         if not path.startswith(_GUARDED):
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key):
+        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._key):
             return None
         return ApiError(401, "a wrong or missing API key; expected the header Authorization: Bearer KEY",
                         code="invalid_api_key")  # fmt: skip

@@ -103,20 +103,35 @@ class Running:
         if self.worker.error is not None:
             raise self.worker.error
 
-    def __enter__(self) -> "Running":
+    def start(self) -> None:
+        """Listens and loads, in threads of this process."""
         self.worker.start()
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="http", daemon=True)
         self._thread.start()
-        while self.worker.served is None or self.worker.slots is None or not self._server.started:
-            if self.worker.error is not None:
-                raise self.worker.error
-            time.sleep(0.01)
+        while not self._server.started and self._thread.is_alive():
+            time.sleep(0.005)
+
+    def wait(self) -> None:
+        """Until it answers requests; raises what kept it from doing so."""
+        while self.worker.served is None and self.worker.error is None:
+            time.sleep(0.005)
+        if self.worker.error is not None:
+            self._thread.join()
+            raise self.worker.error
+
+    def stop(self, seconds: float) -> None:
+        """Takes nothing on any more; what runs may take so long to finish. Returns when all has ended."""
+        self.worker.stop(seconds)
+        self.worker.join()
+        self._thread.join()
+
+    def __enter__(self) -> "Running":
+        self.start()
+        self.wait()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.worker.stop(self._options.drain_seconds)
-        self.worker.join()
-        self._thread.join()
+        self.stop(self._options.drain_seconds)
 
     def _conversations(self, served: Served) -> Conversations:
         """What keeps them; in the worker's thread, once the model is there."""

@@ -164,9 +164,9 @@ class Worker:
 
     def _serve(self, slots: Slots) -> None:
         while self._goes_on():
-            self._take_orders(wait=not self._running and not len(self._queue))
+            self._take_orders(wait=slots.is_idle and not len(self._queue))
             self._fill(slots)
-            if self._running:
+            if not slots.is_idle:  # rows that were cancelled are let go by a step, too
                 for number, event in slots.step():
                     self._hand_on(slots, number, event)
             self._send()
