@@ -36,9 +36,9 @@ class Settings(Bounded):
     max_prompt_tokens: Annotated[int, AtLeast(0)] = 0  # of one prompt; 0: as long as the body may be
     max_body_bytes: Annotated[int, AtLeast(1024)] = 16 << 20  # of one request
     max_new_tokens: Annotated[int, AtLeast(1)] = 4096  # of an answer where a client gives no max_tokens
-    cache_memory: Annotated[int, AtLeast(0)] = 4 << 30  # bytes of host memory for conversations to go on from; 0: none
+    cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from; 0: none
     state: str | None = None  # folder that keeps conversations beyond a restart; default: they go with the process
-    state_bytes: Annotated[int, AtLeast(1)] = 16 << 30  # of its files; the least recently used conversations go first
+    state_size: Annotated[int, AtLeast(1)] = 16384  # MiB of its files; the least recently used conversations go first
     drain_seconds: float = 30.0  # that running answers may take to finish after SIGTERM
     log_level: Annotated[str, OneOf(("debug", "info", "warning", "error"))] = "info"  # least that is logged
 
@@ -74,8 +74,8 @@ def main(settings: Settings) -> None:
     limits = Limits(max_body_bytes=settings.max_body_bytes, max_new_tokens=settings.max_new_tokens)
     options = Options(
         host=settings.host, port=settings.port, rows=settings.slots, max_waiting=settings.max_waiting, limits=limits,
-        api_key=settings.key, drain_seconds=settings.drain_seconds, cache_memory=settings.cache_memory,
-        state=settings.state, state_bytes=settings.state_bytes,
+        api_key=settings.key, drain_seconds=settings.drain_seconds, cache_memory=settings.cache_memory << 20,
+        state=settings.state, state_bytes=settings.state_size << 20,
     )  # fmt: skip
     Running(lambda: load(settings), options).run()
 

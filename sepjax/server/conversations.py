@@ -19,6 +19,7 @@ from collections import OrderedDict
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Int32
@@ -51,8 +52,15 @@ def on_host(row: SavedRow) -> SavedRow:
 
 
 def before_last(row: SavedRow) -> SavedRow:
-    """The row as it was before it drew its last token, which is given to it again as a prompt."""
-    return dataclasses.replace(row, pending=(), has_drawn=False)
+    """The row as it was before it drew its last token, which is given to it again as a prompt, or forgotten."""
+    state = dataclasses.replace(row.state, uses=_undrawn(row.state.uses, row.state.token))
+    return dataclasses.replace(row, state=state, pending=(), has_drawn=False)
+
+
+@jax.jit
+def _undrawn(uses: jax.Array, token: jax.Array) -> jax.Array:
+    """One use of the token less (`sepjax.generation.penalties`)."""
+    return uses.at[0, token[0]].add(jnp.uint16(2**16 - 1))
 
 
 @dataclasses.dataclass(eq=False)

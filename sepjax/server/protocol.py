@@ -5,18 +5,17 @@ import json
 from typing import Any
 
 from sepjax.server.errors import ApiError
-from sepjax.server.fields import Field, flag, number, read, text, texts, token_ids, whole, wrong
+from sepjax.server.fields import Field, biases, flag, number, read, text, texts, token_ids, whole, wrong
 
 MOST_CHOICES = 128  # `n`, and prompts of one request
 MOST_TOKENS = 2**31 - 1
 MOST_IN_ONE_PIECE = 2**20  # tokens of an answer that is not streamed: it is held until its end
-MOST_ALTERNATIVES = 20  # top_logprobs
+MOST_TOP = 20  # alternatives to a token, in logprobs
 _MOST_STOPS = 16
 _ROLES = ("system", "user", "assistant")
 
 # Name -> its values that ask for nothing. null, [] and {} never do.
 _REFUSED_EVERYWHERE: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "logit_bias": (),
     "store": (False,), "metadata": (), "service_tier": ("auto", "default"), "response_format": ({"type": "text"},),
 }  # fmt: skip
 _REFUSED_IN_CHATS = _REFUSED_EVERYWHERE | {
@@ -39,6 +38,10 @@ _EVERYWHERE = {
     "top_p": Field(number(0.0, 1.0, above=True), 1.0),
     "top_k": Field(whole(-1, MOST_TOKENS), 0),  # -1 is 0, all tokens, as others write it
     "min_p": Field(number(0.0, 1.0), 0.0),
+    "presence_penalty": Field(number(-2.0, 2.0), 0.0),
+    "frequency_penalty": Field(number(-2.0, 2.0), 0.0),
+    "repetition_penalty": Field(number(1e-3, 1e3), 1.0),
+    "logit_bias": Field(biases, ()),
     "n": Field(whole(1, MOST_CHOICES), 1),
     "stop": Field(texts(_MOST_STOPS), ()),
     "stop_token_ids": Field(token_ids, ()),
@@ -60,6 +63,10 @@ class Wanted:
     top_p: float
     top_k: int  # 0: all
     min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]  # (token, what is added to its score)
     n: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -130,7 +137,7 @@ def chat_request(body: Any) -> ChatRequest:
         "messages": Field(_messages),
         "max_completion_tokens": Field(whole(1, MOST_TOKENS)),
         "logprobs": Field(flag, False),
-        "top_logprobs": Field(whole(0, MOST_ALTERNATIVES)),
+        "top_logprobs": Field(whole(0, MOST_TOP)),
     }
     values = read(body, _EVERYWHERE | own, _REFUSED_IN_CHATS)
     messages, most = _given(values, "messages"), values.pop("max_completion_tokens")
@@ -147,7 +154,7 @@ def completion_request(body: Any) -> CompletionRequest:
     """Raises ApiError. OpenAI's default of 16 tokens holds here."""
     own = {
         "prompt": Field(_prompts),
-        "logprobs": Field(whole(0, MOST_ALTERNATIVES)),
+        "logprobs": Field(whole(0, MOST_TOP)),
         "best_of": Field(whole(1, MOST_CHOICES)),
     }
     values = read(body, _EVERYWHERE | own, _REFUSED_IN_COMPLETIONS)
@@ -191,8 +198,6 @@ def _wanted(values: dict[str, Any], logprobs: int | None) -> Wanted:
     options = values.pop("stream_options")
     if options is not None and not values["stream"]:
         raise wrong("stream_options", options, "left out without stream=true")
-    if logprobs:
-        raise ApiError(400, "alternatives in logprobs are not supported by this server", param="logprobs")
     most = values["max_tokens"]
     if not values["stream"] and most is not None and most > MOST_IN_ONE_PIECE:
         raise wrong("max_tokens", most, f"at most {MOST_IN_ONE_PIECE} for an answer in one piece; use stream=true")

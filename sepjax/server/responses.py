@@ -160,7 +160,8 @@ class Answer:
         return any(token in stops for token in item.token_ids)
 
     def _logprob(self, choice: _Choice, token: int, item: StreamEvent) -> dict[str, Any]:
-        found = self._one(token, item.logprob) | {"offset": choice.offset, "top_logprobs": []}
+        tops = [self._one(top, logprob) for top, logprob in item.top_logprobs or ()]
+        found = self._one(token, item.logprob) | {"offset": choice.offset, "top_logprobs": tops}
         choice.offset += len(found["token"])
         return found
 

@@ -138,8 +138,8 @@ class Running:
         options, need = self._options, served.row_bytes
         if 0 < options.cache_memory < 2 * need:
             raise ServeError(
-                f"--cache_memory={options.cache_memory} has no room for two conversations of {need} bytes; give "
-                f"{2 * need} or more, or 0 to keep none"
+                f"--cache_memory is {options.cache_memory} bytes, no room for two conversations of {need}; give "
+                f"{-(-2 * need >> 20)} MiB or more, or 0 to keep none"
             )
         if options.state is not None:
             self._state = StateFolder(options.state, served, options.state_bytes)

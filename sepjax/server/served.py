@@ -134,9 +134,14 @@ class Served:
             "stop_token_ids": [*wanted.stop_token_ids, *(self.stop_token_ids if chat else ())],
             "stop_at_eos": not wanted.ignore_eos,
             "logprobs": wanted.logprobs is not None,
+            "top_logprobs": wanted.logprobs or 0,
         }
         RowSettings.create(self.tokenizer, **settings)  # or it would fail where nobody can answer
-        sampling = Sampling.create(wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p)
+        sampling = Sampling.create(
+            wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p, presence_penalty=wanted.presence_penalty,
+            frequency_penalty=wanted.frequency_penalty, repetition_penalty=wanted.repetition_penalty,
+            logit_bias=dict(wanted.logit_bias),
+        ).check(self.tokenizer.vocab_size)  # fmt: skip
         return SlotRequest(None, sampling=sampling, seed=(seed + choice) % 2**32, keep=True, **settings)
 
     def token_text(self, token: int) -> str:

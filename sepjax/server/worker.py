@@ -147,6 +147,7 @@ class Worker:
         try:
             served = self._load()
             self.slots = served.engine.slots(self._num_rows)
+            before_last(served.engine.stream(bounded=True).saved())  # compiled now, not while somebody waits
             self.conversations = self._keep(served)
             self._keeper = Keeper(self.conversations)
             self.served = served

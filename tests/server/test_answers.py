@@ -59,6 +59,9 @@ def say(api, *said, **settings):
         ({"temperature": 2, "seed": 1, "top_k": -1}, {"temperature": 2.0, "seed": 1}),
         ({"temperature": 2, "seed": 1, "min_p": 0.7}, {"temperature": 2.0, "min_p": 0.7, "seed": 1}),
         ({"max_tokens": 3}, {"max_new_tokens": 3}),
+        ({"presence_penalty": 2, "frequency_penalty": -1}, {"presence_penalty": 2.0, "frequency_penalty": -1.0}),
+        ({"repetition_penalty": 1.8}, {"repetition_penalty": 1.8}),
+        ({"logit_bias": {"40": 7.5, "281": -100}}, {"logit_bias": {40: 7.5, 281: -100.0}}),
         (
             {"ignore_eos": True, "temperature": 3, "max_tokens": 90},
             {"stop_at_eos": False, "temperature": 3.0, "max_new_tokens": 90},
@@ -66,7 +69,9 @@ def say(api, *said, **settings):
     ],
 )
 def test_settings_are_the_engine_s(api, served, fields, settings):
-    extra = {name: fields.pop(name) for name in ("top_k", "min_p", "ignore_eos") if name in fields}
+    extra = {
+        name: fields.pop(name) for name in ("top_k", "min_p", "ignore_eos", "repetition_penalty") if name in fields
+    }
     fields, settings = {"seed": 0} | fields, {"max_new_tokens": 12} | settings
     got = complete(api, **fields, extra_body=extra)
     expected = alone(served, IDS, **settings)
@@ -170,7 +175,19 @@ def test_log_probabilities(api, served):
     assert got.token_logprobs == pytest.approx([event.logprob for event in expected], abs=1e-5)
     assert got.tokens == [served.token_text(token) for token in tokens]
     assert got.text_offset == np.cumsum([0, *map(len, got.tokens[:-1])]).tolist()
-    chat = say(api, "The cat", logprobs=True).choices[0]
+    tops = alone(served, IDS, max_new_tokens=6, top_logprobs=3)
+    got = complete(api, max_tokens=6, logprobs=3).choices[0].logprobs
+    for found, event in zip(got.top_logprobs, tops, strict=True):
+        wanted = {served.token_text(token): logprob for token, logprob in event.top_logprobs}
+        assert found == pytest.approx(wanted, abs=1e-5)
+        assert len(found) == 3
+    chat = say(api, "The cat", logprobs=True, top_logprobs=2).choices[0]
+    for token in chat.logprobs.content:
+        assert [top.logprob for top in token.top_logprobs] == sorted(
+            (x.logprob for x in token.top_logprobs), reverse=True
+        )
+        assert len(token.top_logprobs) == 2
+        assert token.top_logprobs[0].logprob >= token.logprob
     assert (
         b"".join(bytes(token.bytes) for token in chat.logprobs.content).decode(errors="replace") == chat.message.content
     )

@@ -54,6 +54,20 @@ def test_conversations_go_on_from_their_cache_and_say_the_same(pattern):
         assert settled(server)
 
 
+def test_penalties_are_those_of_the_whole_text_however_it_was_read(served):
+    """What was drawn and never became a part of the text has none: the token after a beginning that was kept."""
+    with running(served) as server:
+        settings = {"repetition_penalty": 4.0, "presence_penalty": 1.5, "frequency_penalty": 0.5}
+        first = talk(server, served, 2)
+        for prompt in (first, *([*SYSTEM, 10 + number] for number in range(3))):
+            given = {"extra_body": {"repetition_penalty": 4.0, "ignore_eos": True}} | settings
+            del given["repetition_penalty"]
+            got = complete(server, prompt, **given)
+            expected = alone(served, prompt, max_new_tokens=10, stop_at_eos=False, **settings)
+            assert got.choices[0].text == text_of(expected)
+        assert cached(got) == 2 * BLOCK
+
+
 def test_only_what_is_the_same_from_its_first_token_is_gone_on_from(served):
     with running(served) as server:
         ids = talk(server, served, 2)

@@ -201,10 +201,22 @@ def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
     own = [flag for flag in flags_of(serve.Settings) if flag.name not in ("workdir", "download", "pattern")]
     values = {flag.name: unlike(flag, i) for i, flag in enumerate(own)}
     values |= {"dtype": "bfloat16", "step": None, "max_body_bytes": 4321}
+    values |= {"cache_memory": 3, "state_size": 5}
     with pytest.raises(Called):
         serve.main(serve.Settings(**values))
     reached = leaves([dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x for x in seen])
-    later = {"name", "max_prompt_tokens", "window_size", "num_sinks", "max_separators", "cache_size", "step"}
+    assert (seen[1].cache_memory, seen[1].state_bytes) == (3 << 20, 5 << 20)
+    later = {
+        "cache_memory",
+        "state_size",
+        "name",
+        "max_prompt_tokens",
+        "window_size",
+        "num_sinks",
+        "max_separators",
+        "cache_size",
+        "step",
+    }
     assert not [name for name, value in values.items() if value not in reached and name not in later]
     monkeypatch.setenv("SEPJAX_API_KEY", "from the environment")
     assert serve.Settings(model="m", host="0.0.0.0").key == "from the environment"

@@ -31,7 +31,8 @@ def client(server: Running, key: str = "none") -> openai.OpenAI:
 
 def alone(served: Served, ids: Sequence[int], temperature: float = 0.0, **settings: Any) -> list[StreamEvent]:
     """What the engine gives to one prompt, with nobody else there."""
-    draws = {name: settings.pop(name) for name in ("top_k", "top_p", "min_p") if name in settings}
+    names = [field.name for field in dataclasses.fields(Sampling)] + ["logit_bias"]
+    draws = {name: settings.pop(name) for name in names if name in settings}
     sampling = Sampling.create(temperature, **draws)
     return list(served.engine.stream(list(ids), bounded=True, sampling=sampling, **settings))
 
