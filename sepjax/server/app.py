@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -178,6 +178,8 @@ class Api:
                     found += piece
                     if len(found) > most:
                         raise too_large
+        except ClientDisconnect:
+            raise ApiError(400, "the client went away before the body had come") from None
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {_BODY_SECONDS:g} seconds") from None
         return bytes(found)

@@ -35,13 +35,13 @@ _NAMES = 8  # responses that ended with the same ids, by which a row is found
 Ids = Int32[np.ndarray, "T"]
 
 
-def chain(ids: Ids) -> tuple[bytes, ...]:
-    """A hash for every whole block: of all ids up to its end."""
-    found, so_far = [], hashlib.blake2b(digest_size=16)
-    data = np.ascontiguousarray(ids, np.int32).tobytes()
+def chain(ids: Ids, begun: tuple[bytes, ...] = ()) -> tuple[bytes, ...]:
+    """A hash for every whole block: of all ids up to its end. `begun`: those of the first blocks, which are known."""
+    found, before = list(begun), begun[-1] if begun else b""
+    data = np.ascontiguousarray(ids[len(begun) * BLOCK :], np.int32).tobytes()
     for end in range(4 * BLOCK, len(data) + 1, 4 * BLOCK):
-        so_far.update(data[end - 4 * BLOCK : end])
-        found.append(so_far.digest())
+        before = hashlib.blake2b(before + data[end - 4 * BLOCK : end], digest_size=16).digest()
+        found.append(before)
     return tuple(found)
 
 
@@ -68,6 +68,7 @@ class Entry:
     """A row that was kept."""
 
     key: str  # of its ids: a name for files
+    place: bytes  # the hash of its last whole block
     ids: Ids  # that the cache has seen
     last: int | None  # the token drawn after them; None: the row is the beginning of several texts
     row: SavedRow | None  # None: on disk
@@ -120,7 +121,8 @@ class Conversations:
         self._making: set[bytes] = set()
         self.nbytes = 0
         for found in disk.entries() if disk is not None else ():
-            self._put(Entry(found.key, found.ids, found.last, None, found.row_bytes, found.nbytes, found.names))
+            place = (b"", *chain(found.ids))[-1]
+            self._put(Entry(found.key, place, found.ids, found.last, None, found.row_bytes, found.nbytes, found.names))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -207,15 +209,28 @@ class Conversations:
 
     # -- what is kept -----------------------------------------------------------------------------------------------
 
-    def add(self, ids: Ids, last: int | None, row: SavedRow, name: str = "", *, instead: Entry | None = None) -> Entry:
-        """Keeps a row, of `before_last`, that has seen `ids`; `instead`: what it went on from, which may go first."""
+    def add(
+        self, ids: Ids, blocks: tuple[bytes, ...], last: int | None, row: SavedRow, name: str = "", *,
+        instead: Entry | None = None,
+    ) -> Entry:  # fmt: skip
+        """Keeps a row.
+
+        Args:
+          ids: that it has seen.
+          blocks: `chain` of them.
+          last: the token drawn after them; None: the row is a beginning of several texts.
+          row: of `before_last`.
+          name: by which `get` finds it.
+          instead: what it went on from, which may go first now.
+        """
+        place, rest = (blocks[-1] if blocks else b""), np.ascontiguousarray(ids[len(blocks) * BLOCK :], np.int32)
+        key = hashlib.blake2b(place + rest.tobytes(), digest_size=16).hexdigest()
         cache: Any = row.state.cache
-        key = hashlib.blake2b(np.ascontiguousarray(ids, np.int32).tobytes(), digest_size=16).hexdigest()
         with self._lock:
             old = self._entries.get(key)
             names = () if old is None else old.names
             last = old.last if old is not None and last is None else last
-            entry = Entry(key, ids, last, row, cache.nbytes, 0 if old is None else old.disk_bytes)
+            entry = Entry(key, place, ids, last, row, cache.nbytes, 0 if old is None else old.disk_bytes)
             entry.names = (*names, *([name] if name else []))[-_NAMES:]
             if old is not None:
                 self._forget(old)
@@ -228,7 +243,7 @@ class Conversations:
     def made(self, cut: int, blocks: tuple[bytes, ...], ids: Ids, row: SavedRow) -> Entry:
         """Keeps the beginning that a plan asked for."""
         self.given_up(cut, blocks)
-        return self.add(ids[:cut], None, row)
+        return self.add(ids[:cut], blocks[: cut // BLOCK], None, row)
 
     def moved(self, entry: Entry, row: SavedRow) -> None:
         """The row of an entry is in the host's memory now."""
@@ -255,23 +270,18 @@ class Conversations:
 
     def _put(self, entry: Entry) -> None:
         self._entries[entry.key] = entry
-        self._places.setdefault(self._place(entry), {})[entry.key] = entry
+        self._places.setdefault(entry.place, {})[entry.key] = entry
         for name in entry.names:
             self._names[name] = entry
         self.nbytes += entry.nbytes
-
-    def _place(self, entry: Entry) -> bytes:
-        blocks = chain(entry.ids)
-        return blocks[-1] if blocks else b""
 
     def _forget(self, entry: Entry) -> None:
         """Takes an entry out of all but the disk."""
         if self._entries.pop(entry.key, None) is None:
             return
-        place = self._place(entry)
-        del self._places[place][entry.key]
-        if not self._places[place]:
-            del self._places[place]
+        del self._places[entry.place][entry.key]
+        if not self._places[entry.place]:
+            del self._places[entry.place]
         for name in entry.names:
             self._names.pop(name, None)
         self.nbytes -= entry.nbytes

@@ -46,20 +46,19 @@ class Inbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop, self.taken, self.sent = loop, 0, 0
-        self._items: deque[tuple[int, Item]] = deque()
+        self._items: list[tuple[int, Item]] = []
         self._filled = asyncio.Event()
 
-    def put(self, choice: int, item: Item) -> None:
+    def put(self, items: list[tuple[int, Item]]) -> None:
         """Called by the loop."""
-        self._items.append((choice, item))
+        self._items += items
         self._filled.set()
 
     async def take(self) -> list[tuple[int, Item]]:
         """(choice, item) of all that has come, one at least."""
         await self._filled.wait()
         self._filled.clear()
-        found = list(self._items)
-        self._items.clear()
+        found, self._items = self._items, []
         self.taken += sum(isinstance(item, StreamEvent) for _, item in found)
         return found
 

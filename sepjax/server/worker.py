@@ -25,7 +25,7 @@ from sepjax.config import UserError
 from sepjax.generation.row import StreamEvent
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest, Slots
-from sepjax.server.conversations import Conversations, Plan, before_last, on_host
+from sepjax.server.conversations import Conversations, Plan, before_last, chain, on_host
 from sepjax.server.errors import ApiError
 from sepjax.server.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused
 from sepjax.server.keeper import Keeper
@@ -34,6 +34,7 @@ from sepjax.server.served import Served, checked
 
 log = logging.getLogger("sepjax.server")
 _UNREAD = 512  # events that wait for a slow client before its row is put aside
+_EVERY = 0.01  # seconds between two times that tokens in the middle of an answer are handed over
 _PATIENCE = 0.5  # seconds between two looks at the clock while nothing happens
 
 
@@ -65,7 +66,11 @@ class Worker:
         self._open = 0  # choices that were taken on and have not ended
         self._stop_at: float | None = None
         self._seconds = 1.0  # that an answer takes, as a running mean
-        self._out: list[tuple[Inbox, int, Item]] = []
+        self._out: dict[Inbox, list[tuple[int, Item]]] = {}
+        self._urgent: set[Inbox] = set()
+        self._sent_at = 0.0
+        self._first: list[float] = []  # seconds to the first tokens of this step, and between two
+        self._each: list[float] = []
         self._thread = threading.Thread(target=self._main, name="slots", daemon=True)
         self.served: Served | None = None
         self.slots: Slots | None = None
@@ -93,7 +98,8 @@ class Worker:
         most = self._num_rows + self._max_waiting
         if len(jobs) > most:
             raise ApiError(400, f"{len(jobs)} choices at once; this server takes up to {most}", param="n")
-        with self._lock:
+        with self._lock:  # or the thread could end before it hears of these
+            self.ready()
             if self._open + len(jobs) > most:
                 wait = math.ceil(self._seconds * (self._open / self._num_rows))
                 raise ApiError(
@@ -101,7 +107,7 @@ class Worker:
                     retry_after=min(max(1, wait), 600),
                 )  # fmt: skip
             self._open += len(jobs)
-        self._orders.put(lambda: self._take_on(jobs))
+            self._orders.put(lambda: self._take_on(jobs))
 
     def cancel(self, inbox: Inbox) -> None:
         """Nobody reads this any more: its rows are free at the next step."""
@@ -146,9 +152,9 @@ class Worker:
     def _main(self) -> None:
         try:
             served = self._load()
-            self.slots = served.engine.slots(self._num_rows)
-            before_last(served.engine.stream(bounded=True).saved())  # compiled now, not while somebody waits
             self.conversations = self._keep(served)
+            before_last(served.engine.stream(bounded=True).saved())  # compiled now, not while somebody waits
+            self.slots = served.engine.slots(self._num_rows)
             self._keeper = Keeper(self.conversations)
             self.served = served
             log.info("ready", extra={"model": served.name, "slots": self._num_rows, "bytes": self.slots.cache_bytes})
@@ -168,8 +174,12 @@ class Worker:
             self._take_orders(wait=slots.is_idle and not len(self._queue))
             self._fill(slots)
             if not slots.is_idle:  # rows that were cancelled are let go by a step, too
-                for number, event in slots.step():
-                    self._hand_on(slots, number, event)
+                events = slots.step()
+                now = time.perf_counter()
+                for number, event in events:
+                    self._hand_on(slots, number, event, now)
+                self._metrics.tokens(self._first, self._each)
+                self._first, self._each = [], []
             self._send()
 
     def _goes_on(self) -> bool:
@@ -239,21 +249,21 @@ class Worker:
         self._keeper.put(entry)
         self._read(slots, job, Plan(entry, row, 0))
 
-    def _hand_on(self, slots: Slots, number: int, event: StreamEvent) -> None:
+    def _hand_on(self, slots: Slots, number: int, event: StreamEvent, now: float) -> None:
         job = self._running.get(number)
         if job is None:
             return
         if job.cut:
             self._beginning_read(slots, number, job, event)
             return
-        now = time.perf_counter()
-        self._metrics.token(now - (job.last or job.came), is_first=not job.answer)
+        is_first = not job.answer
+        (self._first if is_first else self._each).append(now - (job.last or job.came))
         job.last, job.held = now, event.cache.held
         job.answer += event.token_ids
         if event.finish_reason is not None:
             self._finish(slots, number, job, event)
             return
-        self._put(job, event)
+        self._put(job, event, is_urgent=is_first)
         if job.inbox.sent - job.inbox.taken > _UNREAD:
             self._put_aside(slots, job)
 
@@ -270,7 +280,8 @@ class Worker:
         ids = np.concatenate([job.ids, np.array(job.answer, np.int32)])
         if row.seen != len(ids) - 1:  # or somebody would go on from another text
             raise RuntimeError(f"a row has seen {row.seen} tokens, expected {len(ids) - 1}")
-        entry = self.conversations.add(ids[:-1], int(ids[-1]), row, job.name, instead=job.source)
+        blocks = chain(ids[:-1], job.blocks)
+        entry = self.conversations.add(ids[:-1], blocks, int(ids[-1]), row, job.name, instead=job.source)
         self._keeper.put(entry, lambda: self._orders.put(lambda: self._end(job, event)))
 
     def _put_aside(self, slots: Slots, job: Job) -> None:
@@ -318,21 +329,32 @@ class Worker:
         if item is not None:
             self._put(job, item)
 
-    def _put(self, job: Job, item: Item) -> None:
+    def _put(self, job: Job, item: Item, *, is_urgent: bool = True) -> None:
         job.inbox.sent += isinstance(item, StreamEvent)
-        self._out.append((job.inbox, job.choice, item))
+        self._out.setdefault(job.inbox, []).append((job.choice, item))
+        if is_urgent:
+            self._urgent.add(job.inbox)
 
-    def _send(self) -> None:
-        """Everything that has come up goes over in one call a loop: each wakes it up."""
-        out, self._out = self._out, []
-        for loop, items in itertools.groupby(out, key=lambda found: found[0].loop):
+    def _send(self, *, everything: bool = False) -> None:
+        """Hands over what has come up: beginnings and ends at once, tokens between a hundred times a second.
+
+        Each waking of a loop, and each chunk that it writes, takes time from the thread that steps.
+        """
+        now = time.monotonic()
+        if everything or now - self._sent_at >= _EVERY:
+            out, self._out, self._sent_at = self._out, {}, now
+        else:
+            out = {inbox: self._out.pop(inbox) for inbox in self._urgent}
+        self._urgent = set()
+        for loop, found in itertools.groupby(out.items(), key=lambda pair: pair[0].loop):
             try:
-                loop.call_soon_threadsafe(_put_all, list(items))
+                loop.call_soon_threadsafe(_put_all, list(found))
             except RuntimeError:  # the loop is closed: nobody reads
                 log.debug("nobody reads any more")
 
     def _fail_all(self, error: ApiError) -> None:
-        self._stop_at = time.monotonic()
+        with self._lock:
+            self._stop_at = time.monotonic()
         self._take_orders(wait=False)
         waiting: list[Job] = []
         while (job := self._queue.pop()) is not None:
@@ -340,9 +362,9 @@ class Worker:
         for job in [*waiting, *self._aside, *self._running.values()]:
             self._end(job, Failed(error))
         self._aside = []
-        self._send()
+        self._send(everything=True)
 
 
-def _put_all(items: list[tuple[Inbox, int, Any]]) -> None:
-    for inbox, choice, item in items:
-        inbox.put(choice, item)
+def _put_all(found: list[tuple[Inbox, list[tuple[int, Item]]]]) -> None:
+    for inbox, items in found:
+        inbox.put(items)
