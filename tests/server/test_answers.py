@@ -13,7 +13,7 @@ import pytest
 from sepjax.measure import counted_compilations
 from sepjax.server.protocol import Message
 from tests.generation.tiny import LONG
-from tests.server.tiny import alone, client, running, settled, text_of, tiny_served
+from tests.server.tiny import alone, client, random_request, running, settled, text_of, tiny_served, wanted_of
 
 IDS = [5, 270, 280, 9, 265]
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -223,18 +223,6 @@ def test_a_prompt_longer_than_the_cache_is_read(api, served):
     got = complete(api, prompt)
     assert got.choices[0].text == text_of(alone(served, prompt, max_new_tokens=12))
     assert got.usage.prompt_tokens == 700
-
-
-def random_request(rng):
-    prompt = [rng.randrange(3, 300) for _ in range(rng.randrange(1, 50))]
-    draws = {"temperature": rng.choice([0.0, 1.2]), "seed": rng.randrange(5)}
-    return {"prompt": prompt, "max_tokens": rng.randrange(1, 20), **draws}
-
-
-def wanted_of(served, asked):
-    """The text that a request of `random_request` gets from the engine alone."""
-    settings = {"seed": asked["seed"], "max_new_tokens": asked["max_tokens"]}
-    return text_of(alone(served, asked["prompt"], asked["temperature"], **settings))
 
 
 def test_64_clients_some_of_whom_go_away_leave_nothing_behind(server, api, served):

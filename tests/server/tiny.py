@@ -1,6 +1,7 @@
 """A server of the tests' tiny model, in a thread of this process, and clients of it."""
 
 import dataclasses
+import random
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -49,3 +50,15 @@ def settled(server: Running) -> bool:
             return not (worker._running or worker._aside or len(worker._queue) or worker.slots._kept)
         time.sleep(0.02)
     return False
+
+
+def random_request(rng: random.Random) -> dict[str, Any]:
+    prompt = [rng.randrange(3, 300) for _ in range(rng.randrange(1, 50))]
+    draws = {"temperature": rng.choice([0.0, 1.2]), "seed": rng.randrange(5)}
+    return {"prompt": prompt, "max_tokens": rng.randrange(1, 20), **draws}
+
+
+def wanted_of(served: Served, asked: dict[str, Any]) -> str:
+    """The text that a request of `random_request` gets from the engine alone."""
+    settings = {"seed": asked["seed"], "max_new_tokens": asked["max_tokens"]}
+    return text_of(alone(served, asked["prompt"], asked["temperature"], **settings))
