@@ -133,9 +133,10 @@ class Api:
     # -- answers ----------------------------------------------------------------------------------------------------
 
     async def _answer(self, request: Request, read: Callable[[bytes], ChatRequest | CompletionRequest]) -> Response:
-        came, served, body = time.perf_counter(), self._worker.ready(), await self._body(request)
+        came, served = time.perf_counter(), self._worker.ready()
         inbox, client = Inbox(asyncio.get_running_loop()), request.client.host if request.client else ""
-        answer, wanted, jobs = await _in_thread(lambda: self._prepare(served, read(body), inbox, client, came))
+        found = [await self._body(request)]  # taken out of it: nobody needs it while the answer is made
+        answer, wanted, jobs = await _in_thread(lambda: self._prepare(served, read(found.pop()), inbox, client, came))
         self._worker.submit(jobs)
         reading = Reading(self._worker, inbox, answer, came)
         return EventStream(reading) if wanted.stream else await reading.whole(request.receive)
@@ -247,7 +248,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Writes it until its end, or until the client goes away."""
-        with self._reading.ending():
+        with contextlib.suppress(ApiError), self._reading.ending():  # which has been answered by then
             try:
                 items = await _first(self._reading, receive)
             except ApiError as error:  # nothing has gone out yet: a status of its own
@@ -325,6 +326,12 @@ def _respond(error: ApiError) -> Response:
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:
+    about = {
+        "status": error.status,
+        "code": error.code,
+        "path": request.url.path[:80],
+    }  # the message may quote contents
+    log.info("refused", extra=about)
     return _respond(error)
 
 

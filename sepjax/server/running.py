@@ -7,6 +7,7 @@ new is taken on, what runs may finish for a while, then all is saved. A second o
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import socket
 import threading
@@ -151,10 +152,14 @@ class Running:
         self._server.should_exit = True
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        first = not self.worker.is_stopping
-        self.worker.stop(self._options.drain_seconds if first else 0)
-        if first:
-            log.info("stopping", extra={"signal": signal.Signals(number).name, "running": self.worker.num_running})
+        name = signal.Signals(number).name
+        if self.worker.is_stopping or self.worker.served is None:  # a second time, or nothing has begun yet
+            log.info("ended at once", extra={"signal": name})
+            os._exit(
+                128 + number if self.worker.is_stopping else 0
+            )  # no thread can be interrupted, and files are whole
+        self.worker.stop(self._options.drain_seconds)
+        log.info("stopping", extra={"signal": name, "running": self.worker.num_running})
 
 
 class _Server(uvicorn.Server):

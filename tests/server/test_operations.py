@@ -143,15 +143,32 @@ def test_all_is_503_while_the_model_is_loaded_and_while_it_stops(served):
         ask(server, "/health")
 
 
-def test_what_runs_longer_than_the_drain_is_told(served):
+def test_what_runs_or_waits_longer_than_the_drain_is_told(served):
+    settings = {"max_tokens": 10**6, "stream": True, "extra_body": {"ignore_eos": True}}
     with running(served, drain_seconds=0.2) as server:
-        stream = client(server).completions.create(
-            model="tiny", prompt=[5], max_tokens=10**6, stream=True, extra_body={"ignore_eos": True}
-        )
-        next(iter(stream))
+        api = client(server)
+        streams = [api.completions.create(model="tiny", prompt=[5], **settings) for _ in range(4)]
+        for stream in streams:
+            next(iter(stream))
+        found: list = []
+
+        def wait():
+            try:
+                api.completions.create(model="tiny", prompt=[6], **settings)
+            except openai.APIError as error:
+                found.append(error)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while server.worker.num_waiting < 1:
+            time.sleep(0.01)
         server.worker.stop(0.2)
-        with pytest.raises(openai.APIError, match="the server is stopping"):
-            list(stream)
+        waiting.join()
+        assert isinstance(found[0], openai.InternalServerError), "nothing had gone out: a status of its own"
+        assert found[0].status_code == 503
+        for stream in streams:
+            with pytest.raises(openai.APIError, match="the server is stopping"):
+                list(stream)
 
 
 def test_a_failure_ends_the_server_and_says_why(served, caplog):
@@ -238,7 +255,7 @@ Running(tiny_served, Options(rows=4, state=sys.argv[1], drain_seconds=60.0)).run
 """
 
 
-def test_sigterm_drains_saves_and_ends_and_the_next_server_goes_on(tmp_path):
+def test_sigterm_drains_saves_and_ends_and_the_next_server_goes_on(served, tmp_path):
     state = str(tmp_path / "state")
     command = [sys.executable, "-c", PROGRAM, state]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -261,7 +278,6 @@ def test_sigterm_drains_saves_and_ends_and_the_next_server_goes_on(tmp_path):
     finally:
         process.kill()
         process.stderr.close()
-    served = tiny_served()
     events = alone(served, [5, 9], max_new_tokens=300, stop_at_eos=False)
     assert text == text_of(events)
     ids = [5, 9, *(token for event in events for token in event.token_ids), 11]
