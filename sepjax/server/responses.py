@@ -13,12 +13,17 @@ from sepjax.server.protocol import Wanted
 from sepjax.server.served import Served
 
 DONE = b"data: [DONE]\n\n"
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length", "repetition": "stop", "full": "length"}
 
 
 def event(body: Any) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _json(body) + b"\n\n"
+
+
+def _json(body: Any) -> bytes:
+    return _ENCODE(body).encode()
 
 
 @dataclasses.dataclass
@@ -48,6 +53,8 @@ class Answer:
         self.id, self._served, self._wanted, self._is_chat = id, served, wanted, is_chat
         self.choices = [_Choice(tokens) for tokens in prompt_tokens]
         self._created = int(time.time())
+        head = self._head("chat.completion.chunk" if is_chat else "text_completion")
+        self._begin = b"data: " + _json(head)[:-1] + b","  # of every chunk: what is always the same is written once
 
     @property
     def is_done(self) -> bool:
@@ -86,10 +93,10 @@ class Answer:
         found: dict[int, list[Item]] = {}
         for number, item in items:
             found.setdefault(number, []).append(item)
-        written = [self._chunk(number, its) for number, its in found.items()]
-        written = [event(chunk) for chunk in written if chunk is not None]
+        chunks = [self._chunk(number, its) for number, its in found.items()]
         if self.is_done and self._wanted.include_usage:
-            written.append(event(self._head(self._chunk_name) | {"choices": [], "usage": self.usage()}))
+            chunks.append({"choices": [], "usage": self.usage()})
+        written = [self._begin + _json(chunk)[1:] + b"\n\n" for chunk in chunks if chunk is not None]
         return written + ([DONE] if self.is_done else [])
 
     def _chunk(self, number: int, items: list[Item]) -> dict[str, Any] | None:
@@ -108,13 +115,9 @@ class Answer:
             }
         listed = self._logprobs(logprobs) if self._wanted.logprobs is not None else None
         said = {"index": number, **said, "logprobs": listed, "finish_reason": choice.finish_reason}
-        chunk = self._head(self._chunk_name) | {"choices": [said]}
+        chunk: dict[str, Any] = {"choices": [said]}
         chunk |= {"usage": None} if self._wanted.include_usage else {}
         return chunk | ({"cache": _cache(events[-1].cache, self._served)} if wants_cache else {})
-
-    @property
-    def _chunk_name(self) -> str:
-        return "chat.completion.chunk" if self._is_chat else "text_completion"
 
     # -- both -------------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,8 @@ from sepjax.server.served import Served, checked
 
 log = logging.getLogger("sepjax.server")
 _UNREAD = 512  # events that wait for a slow client before its row is put aside
-_EVERY = 0.01  # seconds between two times that tokens in the middle of an answer are handed over
+# Seconds between two times that tokens in the middle of an answer are handed over: at least, and for each running row.
+_EVERY, _EACH = 0.01, 2e-4
 _PATIENCE = 0.5  # seconds between two looks at the clock while nothing happens
 
 
@@ -336,12 +337,13 @@ class Worker:
             self._urgent.add(job.inbox)
 
     def _send(self, *, everything: bool = False) -> None:
-        """Hands over what has come up: beginnings and ends at once, tokens between a hundred times a second.
+        """Hands over what has come up: beginnings and ends at once, tokens between up to a hundred times a second.
 
-        Each waking of a loop, and each chunk that it writes, takes time from the thread that steps.
+        Each waking of a loop, and each chunk that it writes, takes time from the thread that steps: of many rows, less
+        often, so that all chunks together take a part of the time and no more.
         """
         now = time.monotonic()
-        if everything or now - self._sent_at >= _EVERY:
+        if everything or now - self._sent_at >= max(_EVERY, _EACH * len(self._running)):
             out, self._out, self._sent_at = self._out, {}, now
         else:
             out = {inbox: self._out.pop(inbox) for inbox in self._urgent}
