@@ -133,7 +133,8 @@ def read(
         if name in refused:
             asks = json.dumps(value)[:_SHOWN]
             raise ApiError(400, f"{what}={asks} is not supported by this server", param=what, code="unsupported")
-        raise ApiError(400, f"unknown field {what!r}{nearest(name[:_SHOWN], list(known))}", param=what, code="unknown_field")
+        meant = nearest(name[:_SHOWN], list(known))
+        raise ApiError(400, f"unknown field {what!r}{meant}", param=what, code="unknown_field")
     given = {name: value for name, value in body.items() if name in known and value is not None}
     return {
         name: field.check(f"{where}{name}", given[name]) if name in given else field.default

@@ -105,6 +105,19 @@ def test_a_beginning_that_comes_again_is_read_once(served):
         assert server.worker.conversations._making == set()
 
 
+def test_a_cache_that_must_not_lose_separators_ends_its_own_answer_only():
+    served = tiny_served(keep_all_separators=True)
+    (dot,) = served.tokenizer.encode(".")[-1:]
+    with running(served) as server:
+        for _ in range(3):  # the second time the beginning is read by itself, and is full too
+            got = complete(server, [dot] * 70)
+            assert (got.choices[0].text, got.choices[0].finish_reason) == ("", "length")
+            assert (cached(got), got.usage.completion_tokens) == (0, 0)
+        assert complete(server, [5, 6]).usage.completion_tokens == 10
+        assert server.worker.conversations._making == set()
+        assert settled(server)
+
+
 def test_memory_has_a_bound_and_the_least_recently_used_go_first(served):
     with running(served, cache_memory=4 * served.row_bytes) as server:
         kept = server.worker.conversations
