@@ -7,7 +7,7 @@ state.safetensors    what the device holds: the leaves of a `DecodeState` under 
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def check_place(folder: str | os.PathLike[str]) -> None:
     check_folder(folder, _WHAT, _is_stream)
 
 
-def write(folder: str | os.PathLike[str], words: Mapping[str, Any], leaves: list[jax.Array]) -> None:
+def write(folder: str | os.PathLike[str], words: Mapping[str, Any], leaves: Sequence[jax.Array | np.ndarray]) -> None:
     """Puts a stream in place of an older one. A kill at any moment leaves the old or the new.
 
     Raises:
@@ -48,7 +48,7 @@ def write(folder: str | os.PathLike[str], words: Mapping[str, Any], leaves: list
       sepjax.files.WriteError: the files cannot be written.
       StreamStateError: the arrays are spread over several processes.
     """
-    if not all(leaf.is_fully_addressable for leaf in leaves):
+    if not all(isinstance(leaf, np.ndarray) or leaf.is_fully_addressable for leaf in leaves):
         raise StreamStateError("a stream whose cache is spread over several processes cannot be saved; use one process")
     with replacing_folder(folder, _WHAT, _is_stream) as partial:
         planned = {str(i): Planned(np.dtype(x.dtype), x.shape, _reader(x)) for i, x in enumerate(leaves)}
@@ -118,7 +118,7 @@ def read_leaves(place: Path, words: Mapping[str, Any], like: list[jax.Array]) ->
     return [jax.device_put(a, x.sharding) if x.committed else jnp.asarray(a) for a, x in zip(arrays, like, strict=True)]
 
 
-def _reader(leaf: jax.Array) -> Callable[[], np.ndarray]:
+def _reader(leaf: jax.Array | np.ndarray) -> Callable[[], np.ndarray]:
     return lambda: np.asarray(leaf)
 
 

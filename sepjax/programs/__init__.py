@@ -26,6 +26,7 @@ COMMANDS = {  # what the user writes after `sepjax` -> its file in this folder
     "evaluate tasks": "evaluate.tasks",
     "generate": "generate",
     "chat": "chat",
+    "serve": "serve",
     "convert": "convert",
     "plan": "plan",
     "distill": "distill",

@@ -1,4 +1,4 @@
-"""What `sepjax generate` and `sepjax chat` share: settings, and what follows from them once the model is there."""
+"""What `sepjax generate`, `chat` and `serve` share: settings, and what follows from them once the model is there."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,42 +17,17 @@ MAX_REPEATS = 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Writing(Loading):
-    """How text is made, and over which cache."""
+class Bounded(Loading):
+    """Over which cache."""
 
-    # tokens after which an answer ends; default: 128, of streams and chats none
-    max_new_tokens: Annotated[int, AtLeast(1)] | None = None
-    temperature: float | None = None  # 0, the default: always the best token; above: draw
-    top_k: int | None = None  # draw from the k best tokens; 0, the default: all
-    top_p: float | None = None  # draw from the fewest tokens that reach this probability; default: 1, all
-    min_p: float | None = None  # draw from tokens at least so many times as probable as the best; default: 0, all
-    # taken off the scores of tokens that were generated in this answer: -2 to 2; default: 0, none
-    presence_penalty: float | None = None
-    # the same, as many times as they were generated: -2 to 2; default: 0, none
-    frequency_penalty: float | None = None
-    # scores above 0 of tokens in prompt or answer are divided by it, those below multiplied; default: 1, none
-    repetition_penalty: float | None = None
-    sampling_defaults: bool = False  # of these, what the model's own files recommend
-    seed: int | None = None  # of the draws; default: 0
-    stop: Annotated[tuple[str, ...], Repeated()] = ()  # text that ends an answer
-    stop_token_ids: Annotated[tuple[int, ...], AtLeast(0)] = ()  # token ids that end an answer, besides the model's own
-    control_tokens: bool | None = None  # names of control tokens in your texts are these tokens; default: not in chats
     pattern: Annotated[str, OneOf(BOUNDED_PATTERNS)] | None = None  # attention pattern; default: as in training
     window_size: int | None = None  # n of every layer; default: as in training
     num_sinks: int | None = None  # first tokens that are always seen; default: as in training
     max_separators: int | None = None  # separators that a bounded cache keeps; default: the config's
     cache_size: int | None = None  # entries of a bounded cache; default: the config's
-    resume: str | None = None  # folder of a saved stream or conversation to go on with
-    # end an endless text that repeats one run of tokens more often in a row; 0: never; default: 12
-    max_repeats: Annotated[int, AtLeast(0)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        draws = [name for name in ("min_p", "seed", "top_k", "top_p") if getattr(self, name) is not None]
-        if draws and not self.temperature and not self.sampling_defaults:
-            raise ConfigError(
-                f"--{draws[0]} does nothing where the best token is always taken; add --temperature=1, or leave it out"
-            )
         refuse_window(self.pattern, self.sizes)
         refuse_separators(self.pattern, self.max_separators)
 
@@ -72,6 +47,40 @@ class Writing(Loading):
         refuse_window(attention.pattern, self.sizes)  # the model may be dense itself, or a window
         refuse_separators(attention.pattern, self.max_separators)
         return attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Writing(Bounded):
+    """How text is made, and over which cache."""
+
+    # tokens after which an answer ends; default: 128, of streams and chats none
+    max_new_tokens: Annotated[int, AtLeast(1)] | None = None
+    temperature: float | None = None  # 0, the default: always the best token; above: draw
+    top_k: int | None = None  # draw from the k best tokens; 0, the default: all
+    top_p: float | None = None  # draw from the fewest tokens that reach this probability; default: 1, all
+    min_p: float | None = None  # draw from tokens at least so many times as probable as the best; default: 0, all
+    # taken off the scores of tokens that were generated in this answer: -2 to 2; default: 0, none
+    presence_penalty: float | None = None
+    # the same, as many times as they were generated: -2 to 2; default: 0, none
+    frequency_penalty: float | None = None
+    # scores above 0 of tokens in prompt or answer are divided by it, those below multiplied; default: 1, none
+    repetition_penalty: float | None = None
+    sampling_defaults: bool = False  # of these, what the model's own files recommend
+    seed: int | None = None  # of the draws; default: 0
+    stop: Annotated[tuple[str, ...], Repeated()] = ()  # text that ends an answer
+    stop_token_ids: Annotated[tuple[int, ...], AtLeast(0)] = ()  # token ids that end an answer, besides the model's own
+    control_tokens: bool | None = None  # names of control tokens in your texts are these tokens; default: not in chats
+    resume: str | None = None  # folder of a saved stream or conversation to go on with
+    # end an endless text that repeats one run of tokens more often in a row; 0: never; default: 12
+    max_repeats: Annotated[int, AtLeast(0)] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        draws = [name for name in ("min_p", "seed", "top_k", "top_p") if getattr(self, name) is not None]
+        if draws and not self.temperature and not self.sampling_defaults:
+            raise ConfigError(
+                f"--{draws[0]} does nothing where the best token is always taken; add --temperature=1, or leave it out"
+            )
 
     def options(self, model: "Transformer") -> dict[str, Any]:
         """Arguments of `sepjax.generate` and `sepjax.stream` that are settings as they are."""

@@ -1,0 +1,100 @@
+"""answers OpenAI's API over HTTP, thousands of endless conversations in constant memory
+
+    sepjax serve --model=smollm2-135m --slots=64
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once"}'
+
+The key that clients must bear is --api_key, or better the environment variable SEPJAX_API_KEY. docs/serving.md has all
+fields of requests, and how to run it for long.
+"""
+
+import dataclasses
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+from sepjax.config import ConfigError, UserError
+from sepjax.programs.writing import Bounded
+from sepjax.settings import AtLeast, OneOf
+
+if TYPE_CHECKING:
+    from sepjax.server.served import Served
+
+_KEY = "SEPJAX_API_KEY"
+_HERE = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Bounded):
+    """What is served, to whom, and how much at once."""
+
+    name: str | None = None  # what clients call the model; default: the last part of --model or --workdir
+    slots: Annotated[int, AtLeast(1)] = 8  # answers at the same time
+    host: str = "127.0.0.1"  # address to listen on; any other than this machine's own needs a key
+    port: Annotated[int, AtLeast(0)] = 8000  # 0: any that is free
+    api_key: str | None = None  # that clients must bear; better in the environment, as SEPJAX_API_KEY
+    max_waiting: Annotated[int, AtLeast(0)] = 256  # answers that may wait for a slot; beyond, clients get 429
+    max_prompt_tokens: Annotated[int, AtLeast(0)] = 0  # of one prompt; 0: as long as the body may be
+    max_body_bytes: Annotated[int, AtLeast(1024)] = 16 << 20  # of one request
+    max_new_tokens: Annotated[int, AtLeast(1)] = 4096  # of an answer where a client gives no max_tokens
+    cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from; 0: none
+    state: str | None = None  # folder that keeps conversations beyond a restart; default: they go with the process
+    state_size: Annotated[int, AtLeast(1)] = 16384  # MiB of its files; the least recently used conversations go first
+    drain_seconds: float = 30.0  # that running answers may take to finish after SIGTERM
+    log_level: Annotated[str, OneOf(("debug", "info", "warning", "error"))] = "info"  # least that is logged
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.port > 65535:
+            raise ConfigError(f"--port={self.port} must be at most 65535")
+        if not 0 <= self.drain_seconds < float("inf"):
+            raise ConfigError(f"--drain_seconds={self.drain_seconds} must be 0 or more, and finite")
+        if self.state is not None and not self.cache_memory:
+            raise ConfigError("--state keeps nothing where --cache_memory=0; leave one of them out")
+        if self.host not in _HERE and not self.key:
+            raise ConfigError(
+                f"--host={self.host} lets others than this machine ask, which needs a key: set {_KEY} or --api_key"
+            )
+
+    @property
+    def key(self) -> str:
+        """That clients must bear; "": none."""
+        return self.api_key if self.api_key is not None else os.environ.get(_KEY, "")
+
+
+def main(settings: Settings) -> None:
+    """Serves until SIGTERM or Ctrl-C."""
+    missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(f"sepjax serve needs {', '.join(missing)}: pip install 'sepjax[serve]'")
+    from sepjax.server import logs
+    from sepjax.server.app import Limits
+    from sepjax.server.running import Options, Running
+
+    logs.begin(settings.log_level)
+    limits = Limits(max_body_bytes=settings.max_body_bytes, max_new_tokens=settings.max_new_tokens)
+    options = Options(
+        host=settings.host, port=settings.port, rows=settings.slots, max_waiting=settings.max_waiting, limits=limits,
+        api_key=settings.key, drain_seconds=settings.drain_seconds, cache_memory=settings.cache_memory << 20,
+        state=settings.state, state_bytes=settings.state_size << 20,
+    )  # fmt: skip
+    Running(lambda: load(settings), options).run()
+
+
+def load(settings: Settings) -> "Served":
+    """The model that answers, over a bounded cache."""
+    import sepjax
+    from sepjax.generation import limits
+    from sepjax.hub.chat_template import ChatTemplate
+    from sepjax.loading import load, locate
+    from sepjax.server.served import Served
+
+    model, tokenizer = load(settings.path, **settings.loading)
+    where = locate(settings.path)
+    attention = settings.attention(model)
+    limits.warn_of_cache(model.config, attention, limits.trained_length(where, model.config))
+    engine: Any = sepjax.Generator(model, tokenizer, attention)
+    del model  # one copy of its weights is enough
+    name = settings.name or settings.path.name or "model"
+    return Served.create(
+        name, engine, ChatTemplate.of_model(where, tokenizer), max_prompt_tokens=settings.max_prompt_tokens
+    )

@@ -1,0 +1,36 @@
+"""What a client is told when something is wrong, in OpenAI's form."""
+
+from typing import Any
+
+_TYPES = {
+    401: "invalid_request_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+    408: "invalid_request_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """A request that is not answered: its status, and what the JSON says of it."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
+    ):
+        """`param`: the field at fault; `retry_after`: seconds, 0: the header is left out."""
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """What goes beside it."""
+        found = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})

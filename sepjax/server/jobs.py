@@ -1,0 +1,115 @@
+"""What goes between the HTTP side and the worker: jobs one way, items the other; and the queue of those that wait."""
+
+import asyncio
+import dataclasses
+from collections import OrderedDict, deque
+
+import numpy as np
+
+from sepjax.array_typing import Int32
+from sepjax.generation.row import StreamEvent
+from sepjax.generation.saved_row import SavedRow
+from sepjax.generation.slots import SlotRequest
+from sepjax.server.conversations import Entry
+from sepjax.server.errors import ApiError
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A choice has a row now."""
+
+    cached: int  # tokens of its prompt that were not read again
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A choice will not be answered."""
+
+    error: ApiError
+
+
+@dataclasses.dataclass(frozen=True)
+class Paused:
+    """The row of a choice was put aside until its client has read all that came before this."""
+
+
+Item = Begun | StreamEvent | Paused | Failed
+
+
+class Inbox:
+    """What comes back for one HTTP request. All but `sent` belongs to the event loop.
+
+    Attributes:
+      taken: events that the client's side has taken out.
+      sent: events that the worker has put in; the worker's alone.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop, self.taken, self.sent = loop, 0, 0
+        self._items: list[tuple[int, Item]] = []
+        self._filled = asyncio.Event()
+
+    def put(self, items: list[tuple[int, Item]]) -> None:
+        """Called by the loop."""
+        self._items += items
+        self._filled.set()
+
+    async def take(self) -> list[tuple[int, Item]]:
+        """(choice, item) of all that has come, one at least."""
+        await self._filled.wait()
+        self._filled.clear()
+        found, self._items = self._items, []
+        self.taken += sum(isinstance(item, StreamEvent) for _, item in found)
+        return found
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One choice of one request: what one row does."""
+
+    inbox: Inbox
+    choice: int
+    ids: Int32[np.ndarray, "T"]
+    request: SlotRequest  # its prompt is `ids`
+    client: str  # whose turn it is
+    came: float  # time.perf_counter()
+    name: str = ""  # by which its row is found when it has ended
+    blocks: tuple[bytes, ...] = ()  # `chain` of the ids
+    number: int | None = None  # of the slots' request, while it has one
+    answer: list[int] = dataclasses.field(default_factory=list)
+    last: float = 0.0  # when the last token came
+    held: int = 0
+    cut: int = 0  # tokens of a beginning that is being read by itself
+    source: Entry | None = None  # what it goes on from
+    aside: SavedRow | None = None  # where it stands, while its client does not read
+
+
+class FairQueue:
+    """Jobs that wait: clients take turns, each client's own in their order."""
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[str, deque[Job]] = OrderedDict()
+
+    def put(self, job: Job) -> None:
+        """Last of its client's."""
+        self._of.setdefault(job.client, deque()).append(job)
+
+    def pop(self) -> Job | None:
+        """The next; None: nobody waits."""
+        if not self._of:
+            return None
+        client, jobs = self._of.popitem(last=False)
+        job = jobs.popleft()
+        if jobs:
+            self._of[client] = jobs  # behind all others
+        return job
+
+    def remove(self, inbox: Inbox) -> list[Job]:
+        """Takes out the jobs of one request."""
+        gone = [job for jobs in self._of.values() for job in jobs if job.inbox is inbox]
+        left = {client: deque(job for job in jobs if job.inbox is not inbox) for client, jobs in self._of.items()}
+        self._of = OrderedDict((client, jobs) for client, jobs in left.items() if jobs)
+        return gone
+
+    def __len__(self) -> int:
+        return sum(map(len, self._of.values()))

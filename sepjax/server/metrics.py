@@ -1,0 +1,95 @@
+"""What /metrics tells, under the names that dashboards of other servers know, behind `sepjax:`."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+
+if TYPE_CHECKING:
+    from sepjax.server.worker import Worker
+
+_FIRST = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+_EACH = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_WHOLE = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+
+
+class Metrics:
+    """One server's; each has a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._first = _Times("time_to_first_token_seconds", "From a request to its first token", _FIRST)
+        self._each = _Times("time_per_output_token_seconds", "Between two tokens of an answer", _EACH)
+        self._registry.register(self._first)
+        self._registry.register(self._each)
+        about = "From a request to the end of its answer"
+        self._whole = Histogram("sepjax:e2e_request_latency_seconds", about, buckets=_WHOLE, registry=self._registry)
+        self._prompt = self._counter("prompt_tokens", "Tokens of prompts, read now or before")
+        self._cached = self._counter("prompt_tokens_cached", "Tokens of prompts that a saved row had read before")
+        self._generated = self._counter("generation_tokens", "Tokens of answers")
+        name = "sepjax:request_success"
+        self._ended = Counter(name, "Choices that have ended", ["finished_reason"], registry=self._registry)
+
+    def watch(self, worker: "Worker") -> None:
+        """Adds what is asked of the worker when somebody looks."""
+        self._gauge("num_requests_running", "Choices that have a row").set_function(lambda: worker.num_running)
+        self._gauge("num_requests_waiting", "Choices that wait").set_function(lambda: worker.num_waiting)
+        self._gauge("cache_slots_held", "Entries in the caches of running rows").set_function(lambda: worker.held)
+
+        def size() -> float:
+            return 0.0 if worker.slots is None else float(worker.slots.cache_bytes)
+
+        kept = "Conversations that later requests can go on from"
+        self._gauge("conversations_kept", kept).set_function(lambda: len(worker.conversations or ()))
+        size_of = "Bytes of the host's memory for them"
+        self._gauge("conversations_bytes", size_of).set_function(lambda: getattr(worker.conversations, "nbytes", 0))
+        self._gauge("cache_bytes", "Bytes of the caches of all rows, whatever they hold").set_function(size)
+
+    def tokens(self, first: Sequence[float], each: Sequence[float]) -> None:
+        """The tokens of one step: seconds from requests to their first ones, and from each other one to the next."""
+        self._first.observe(first)
+        self._each.observe(each)
+
+    def ended(self, reason: str, seconds: float, prompt: int, generated: int) -> None:
+        """One choice has ended."""
+        self._ended.labels(reason).inc()
+        self._whole.observe(seconds)
+        self._prompt.inc(prompt)
+        self._generated.inc(generated)
+
+    def cached(self, tokens: int) -> None:
+        """So many tokens of a prompt were not read again."""
+        self._cached.inc(tokens)
+
+    def text(self) -> bytes:
+        """In Prometheus's format."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, about: str) -> Counter:
+        return Counter(f"sepjax:{name}", about, registry=self._registry)
+
+    def _gauge(self, name: str, about: str) -> Gauge:
+        return Gauge(f"sepjax:{name}", about, registry=self._registry)
+
+
+class _Times:
+    """A histogram that takes many numbers at once: there are tens of thousands of tokens a second."""
+
+    def __init__(self, name: str, about: str, buckets: tuple[float, ...]):
+        self._name, self._about, self._buckets = f"sepjax:{name}", about, np.array(buckets)
+        self._counts, self._sum = np.zeros(len(buckets) + 1, np.int64), 0.0
+
+    def observe(self, seconds: Sequence[float]) -> None:
+        """By one thread."""
+        if seconds:
+            places = np.searchsorted(self._buckets, seconds)
+            self._counts = self._counts + np.bincount(places, minlength=len(self._counts))
+            self._sum += sum(seconds)
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """For the registry."""
+        names = [*map(str, self._buckets.tolist()), "+Inf"]
+        buckets = list(zip(names, np.cumsum(self._counts).astype(float).tolist(), strict=True))
+        yield HistogramMetricFamily(self._name, self._about, buckets=buckets, sum_value=self._sum)

@@ -1,0 +1,255 @@
+"""What clients may ask for: OpenAI's fields and a few more, as tables, read into frozen dataclasses."""
+
+import dataclasses
+import json
+from typing import Any
+
+from sepjax.server.errors import ApiError
+from sepjax.server.fields import Field, biases, flag, number, read, text, texts, token_ids, whole, wrong
+
+MOST_CHOICES = 128  # `n`, and prompts of one request
+MOST_TOKENS = 2**31 - 1
+MOST_IN_ONE_PIECE = 2**20  # tokens of an answer that is not streamed: it is held until its end
+MOST_TOP = 20  # alternatives to a token, in logprobs
+_MOST_STOPS = 16
+_ROLES = ("system", "user", "assistant")
+
+# Name -> its values that ask for nothing. null, [] and {} never do.
+_REFUSED_EVERYWHERE: dict[str, tuple[Any, ...]] = {
+    "store": (False,), "metadata": (), "service_tier": ("auto", "default"), "response_format": ({"type": "text"},),
+}  # fmt: skip
+_REFUSED_IN_CHATS = _REFUSED_EVERYWHERE | {
+    "tools": (), "tool_choice": ("none", "auto"), "parallel_tool_calls": (False, True), "functions": (),
+    "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (),
+    "reasoning_effort": ("none",), "verbosity": (), "web_search_options": (),
+}  # fmt: skip
+_REFUSED_IN_COMPLETIONS = _REFUSED_EVERYWHERE | {"echo": (False,), "suffix": ("",)}
+_REFUSED_IN_MESSAGES = {"refusal": (), "tool_calls": (), "function_call": (), "audio": (), "annotations": ()}
+
+
+def _stream_options(name: str, value: Any) -> dict[str, bool]:
+    return read(value, {"include_usage": Field(flag, False), "include_cache": Field(flag, False)}, {}, f"{name}.")
+
+
+_EVERYWHERE = {
+    "model": Field(text),
+    "max_tokens": Field(whole(1, MOST_TOKENS)),
+    "temperature": Field(number(0.0), 1.0),
+    "top_p": Field(number(0.0, 1.0, above=True), 1.0),
+    "top_k": Field(whole(-1, MOST_TOKENS), 0),  # -1 is 0, all tokens, as others write it
+    "min_p": Field(number(0.0, 1.0), 0.0),
+    "presence_penalty": Field(number(-2.0, 2.0), 0.0),
+    "frequency_penalty": Field(number(-2.0, 2.0), 0.0),
+    "repetition_penalty": Field(number(1e-3, 1e3), 1.0),
+    "logit_bias": Field(biases, ()),
+    "n": Field(whole(1, MOST_CHOICES), 1),
+    "stop": Field(texts(_MOST_STOPS), ()),
+    "stop_token_ids": Field(token_ids, ()),
+    "seed": Field(whole(-(2**63), 2**63 - 1)),
+    "ignore_eos": Field(flag, False),
+    "stream": Field(flag, False),
+    "stream_options": Field(_stream_options),
+    "user": Field(text, ""),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What both kinds of requests may say."""
+
+    model: str | None
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int  # 0: all
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]  # (token, what is added to its score)
+    n: int
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    seed: int | None  # of the first choice; the next have the next ones. 0 to 2^32 - 1
+    ignore_eos: bool
+    logprobs: int | None  # alternatives to each token; None: no log-probabilities at all
+    stream: bool
+    include_usage: bool
+    include_cache: bool  # what the cache holds, in every chunk
+    user: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+    reasoning_content: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """As chat templates read it."""
+        found = {"role": self.role, "content": self.content}
+        return found if self.reasoning_content is None else found | {"reasoning_content": self.reasoning_content}
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatRequest:
+    """`POST /v1/chat/completions`."""
+
+    wanted: Wanted
+    messages: tuple[Message, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionRequest:
+    """`POST /v1/completions`."""
+
+    wanted: Wanted
+    prompts: tuple[str | tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeRequest:
+    """`POST /tokenize`: a text, or messages as a chat has them."""
+
+    prompt: str | None
+    messages: tuple[Message, ...] | None
+    add_special_tokens: bool
+
+
+def load_json(body: bytes) -> Any:
+    """Raises ApiError for what is not JSON."""
+
+    def no_number(name: str) -> None:
+        raise ValueError(f"{name} is not a JSON number")
+
+    try:
+        return json.loads(body, parse_constant=no_number)
+    except (ValueError, RecursionError) as error:
+        said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+        raise ApiError(400, f"the body is not valid JSON: {said}", code="invalid_json") from None
+
+
+def chat_request(body: Any) -> ChatRequest:
+    """Raises ApiError."""
+    own = {
+        "messages": Field(_messages),
+        "max_completion_tokens": Field(whole(1, MOST_TOKENS)),
+        "logprobs": Field(flag, False),
+        "top_logprobs": Field(whole(0, MOST_TOP)),
+    }
+    values = read(body, _EVERYWHERE | own, _REFUSED_IN_CHATS)
+    messages, most = _given(values, "messages"), values.pop("max_completion_tokens")
+    if most is not None and values["max_tokens"] not in (None, most):
+        raise wrong("max_tokens", values["max_tokens"], "left out beside max_completion_tokens, or equal to it")
+    values["max_tokens"] = values["max_tokens"] if most is None else most
+    asked, alternatives = values.pop("logprobs"), values.pop("top_logprobs")
+    if alternatives is not None and not asked:
+        raise wrong("top_logprobs", alternatives, "left out, or come with logprobs=true")
+    return ChatRequest(_wanted(values, (alternatives or 0) if asked else None), messages)
+
+
+def completion_request(body: Any) -> CompletionRequest:
+    """Raises ApiError. OpenAI's default of 16 tokens holds here."""
+    own = {
+        "prompt": Field(_prompts),
+        "logprobs": Field(whole(0, MOST_TOP)),
+        "best_of": Field(whole(1, MOST_CHOICES)),
+    }
+    values = read(body, _EVERYWHERE | own, _REFUSED_IN_COMPLETIONS)
+    best = values.pop("best_of")
+    if best not in (None, values["n"]):
+        raise ApiError(400, f"best_of={best} is not supported by this server beside n={values['n']}", param="best_of")
+    prompts, logprobs = _given(values, "prompt"), values.pop("logprobs")
+    if len(prompts) * values["n"] > MOST_CHOICES:
+        raise wrong("n", values["n"], f"so small that {len(prompts)} prompts make up to {MOST_CHOICES} choices")
+    values["max_tokens"] = values["max_tokens"] or 16
+    return CompletionRequest(_wanted(values, logprobs), prompts)
+
+
+def tokenize_request(body: Any) -> TokenizeRequest:
+    """Raises ApiError."""
+    known = {
+        "model": Field(text),
+        "prompt": Field(text),
+        "messages": Field(_messages),
+        "add_special_tokens": Field(flag, True),
+    }
+    values = read(body, known, {})
+    if (values["prompt"] is None) == (values["messages"] is None):
+        raise ApiError(400, "give prompt or messages, one of them", param="prompt", code="invalid_value")
+    return TokenizeRequest(values["prompt"], values["messages"], values["add_special_tokens"])
+
+
+def detokenize_request(body: Any) -> tuple[int, ...]:
+    """Raises ApiError."""
+    return _given(read(body, {"model": Field(text), "tokens": Field(token_ids)}, {}), "tokens")
+
+
+def _given(values: dict[str, Any], name: str) -> Any:
+    value = values.pop(name)
+    if value is None:
+        raise ApiError(400, f"{name} is missing", param=name, code="missing_field")
+    return value
+
+
+def _wanted(values: dict[str, Any], logprobs: int | None) -> Wanted:
+    options = values.pop("stream_options")
+    if options is not None and not values["stream"]:
+        raise wrong("stream_options", options, "left out without stream=true")
+    most = values["max_tokens"]
+    if not values["stream"] and most is not None and most > MOST_IN_ONE_PIECE:
+        raise wrong("max_tokens", most, f"at most {MOST_IN_ONE_PIECE} for an answer in one piece; use stream=true")
+    values["top_k"] = max(0, values["top_k"])
+    values["seed"] = None if values["seed"] is None else values["seed"] % 2**32
+    told: dict[str, Any] = options or {"include_usage": False, "include_cache": False}
+    return Wanted(**values, **told, logprobs=logprobs)
+
+
+def _prompts(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """A text, token ids, or a list of either: always a list."""
+    if isinstance(value, str):
+        return (value,)
+    expected = f"a string, a list of token ids, or a list of up to {MOST_CHOICES} of either"
+    if not isinstance(value, list) or not value:
+        raise wrong(name, value, expected)
+    if all(type(i) is int for i in value):
+        return (token_ids(name, value),)
+    if len(value) > MOST_CHOICES:
+        raise wrong(name, value, expected)
+    return tuple(x if isinstance(x, str) else token_ids(f"{name}[{i}]", x) for i, x in enumerate(value))
+
+
+def _messages(name: str, value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise wrong(name, value, "a list of messages, one at least")
+    return tuple(_message(f"{name}[{i}]", message) for i, message in enumerate(value))
+
+
+def _message(where: str, value: Any) -> Message:
+    known = {"role": Field(text), "content": Field(_content), "reasoning_content": Field(text)}
+    found = read(value, known, _REFUSED_IN_MESSAGES | {"name": ()}, f"{where}.")
+    role = "system" if found["role"] == "developer" else found["role"]
+    if role not in _ROLES:
+        raise wrong(f"{where}.role", role, f"one of {', '.join(_ROLES)}")
+    if found["content"] is None:
+        raise ApiError(400, f"{where}.content is missing", param=f"{where}.content", code="missing_field")
+    return Message(role, found["content"], found["reasoning_content"])
+
+
+def _content(name: str, value: Any) -> str:
+    """A text, or text in parts."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise wrong(name, value, "a string or a list of text parts")
+    return "".join(_part(f"{name}[{i}]", part) for i, part in enumerate(value))
+
+
+def _part(where: str, value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind != "text":
+        got = kind if isinstance(kind, str) else type(value).__name__
+        raise ApiError(400, f"{where}: parts of type {got[:40]!r} are not supported, only text", param=where)
+    return read(value, {"type": Field(text), "text": Field(text, "")}, {}, f"{where}.")["text"]

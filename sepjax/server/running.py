@@ -1,0 +1,181 @@
+"""A server as a process: its socket, its signals, and how it ends.
+
+The socket listens from the first moment; until the model is there, all is answered with 503. SIGTERM or Ctrl-C: nothing
+new is taken on, what runs may finish for a while, then all is saved. A second one ends it at once.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from sepjax.config import UserError
+from sepjax.server.app import Limits, create_app
+from sepjax.server.conversations import Conversations
+from sepjax.server.metrics import Metrics
+from sepjax.server.served import Served
+from sepjax.server.state import StateFolder
+from sepjax.server.worker import Worker
+
+log = logging.getLogger("sepjax.server")
+_GRACE = 5  # seconds for what has been answered to reach its clients, once the worker has ended
+_MOST_HEADERS = 64 << 10  # bytes
+_IDLE_CONNECTIONS = 1024  # beyond those that are answered
+
+
+class ServeError(UserError):
+    """A server that cannot begin."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a server runs."""
+
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: any that is free
+    rows: int = 8
+    max_waiting: int = 256
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    api_key: str = ""
+    drain_seconds: float = 30.0
+    cache_memory: int = 4 << 30  # bytes of the host's memory for conversations; 0: none is kept
+    state: str | None = None  # folder that keeps them; None: they go with the process
+    state_bytes: int = 16 << 30  # of its files
+
+
+class Running:
+    """One server. `run` is a whole process; `with Running(...)` serves from a thread of this one, until the end."""
+
+    def __init__(self, load: Callable[[], Served], options: Options, page: ASGIApp | None = None):
+        """Takes the address; raises ServeError where it is taken.
+
+        Args:
+          load: makes the model, in the worker's thread.
+          options: how it runs.
+          page: what is at /.
+        """
+        self._options, self.metrics = options, Metrics()
+        self._state: StateFolder | None = None
+        self._socket = _listen(options.host, options.port)
+        self.port: int = self._socket.getsockname()[1]
+        self.worker = Worker(
+            load, self._conversations, rows=options.rows, max_waiting=options.max_waiting, metrics=self.metrics,
+            at_end=self._exit,
+        )  # fmt: skip
+        self.metrics.watch(self.worker)
+        self.app = create_app(self.worker, self.metrics, options.limits, api_key=options.api_key, page=page)
+        config: Any = uvicorn.Config(
+            self.app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="off",
+            proxy_headers=False, http="h11", h11_max_incomplete_event_size=_MOST_HEADERS,
+            timeout_graceful_shutdown=_GRACE,
+            limit_concurrency=options.rows + options.max_waiting + _IDLE_CONNECTIONS,
+        )  # fmt: skip
+        self._server = _Server(config)
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
+        return f"http://{host}:{self.port}"
+
+    def run(self) -> None:
+        """Serves until a signal comes. Raises what ended it, if that is an error."""
+        kinds = (signal.SIGTERM, signal.SIGINT)
+        before = {kind: signal.signal(kind, self._on_signal) for kind in kinds}
+        try:
+            self.worker.start()
+            log.info("listening", extra={"url": self.url})
+            self._server.run(sockets=[self._socket])
+        finally:
+            self.worker.stop(0)
+            self.worker.join()
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+        log.info("ended")
+        if self.worker.error is not None:
+            raise self.worker.error
+
+    def start(self) -> None:
+        """Listens and loads, in threads of this process."""
+        self.worker.start()
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="http", daemon=True)
+        self._thread.start()
+        while not self._server.started and self._thread.is_alive():
+            time.sleep(0.005)
+
+    def wait(self) -> None:
+        """Until it answers requests; raises what kept it from doing so."""
+        while self.worker.served is None and self.worker.error is None:
+            time.sleep(0.005)
+        if self.worker.error is not None:
+            self._thread.join()
+            raise self.worker.error
+
+    def stop(self, seconds: float) -> None:
+        """Takes nothing on any more; what runs may take so long to finish. Returns when all has ended."""
+        self.worker.stop(seconds)
+        self.worker.join()
+        self._thread.join()
+
+    def __enter__(self) -> "Running":
+        self.start()
+        self.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(self._options.drain_seconds)
+
+    def _conversations(self, served: Served) -> Conversations:
+        """What keeps them; in the worker's thread, once the model is there."""
+        options, need = self._options, served.row_bytes
+        if 0 < options.cache_memory < 2 * need:
+            raise ServeError(
+                f"--cache_memory is {options.cache_memory} bytes, no room for two conversations of {need}; give "
+                f"{-(-2 * need >> 20)} MiB or more, or 0 to keep none"
+            )
+        if options.state is not None:
+            self._state = StateFolder(options.state, served, options.state_bytes)
+        return Conversations(served.tokenizer, options.cache_memory, self._state)
+
+    def _exit(self) -> None:
+        if self._state is not None:
+            self._state.close()
+        self._server.should_exit = True
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if self.worker.is_stopping or self.worker.served is None:  # a second time, or nothing has begun yet
+            log.info("ended at once", extra={"signal": name})
+            os._exit(
+                128 + number if self.worker.is_stopping else 0
+            )  # no thread can be interrupted, and files are whole
+        self.worker.stop(self._options.drain_seconds)
+        log.info("stopping", extra={"signal": name, "running": self.worker.num_running})
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals alone."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Does nothing."""
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ServeError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error

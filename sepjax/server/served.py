@@ -1,0 +1,182 @@
+"""The model that answers: how requests become token ids and slots' requests."""
+
+import dataclasses
+import hashlib
+import secrets
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sepjax.array_typing import Int32
+from sepjax.config import UserError
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.conversation import ChatFormat, conversation_of
+from sepjax.generation.engine import Generator
+from sepjax.generation.prompts import encode_prompts, row_keys
+from sepjax.generation.readers import BoundedReader
+from sepjax.generation.row import RowSettings
+from sepjax.generation.sampling import Sampling
+from sepjax.generation.slots import SlotRequest
+from sepjax.hub.chat_template import ChatTemplate
+from sepjax.server.errors import ApiError
+from sepjax.server.protocol import Message, Wanted
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Served:
+    """Made by `create`."""
+
+    name: str  # what clients call it
+    engine: Generator
+    template: ChatTemplate | None
+    form: ChatFormat  # of conversations, where there is no template
+    stop: tuple[str, ...]  # texts that end an answer in a chat
+    stop_token_ids: tuple[int, ...]
+    max_prompt_tokens: int  # 0: as long as they like
+    fingerprint: str  # of the weights, and how they are used
+    control_names: dict[int, str]
+    sizes: StreamSizes  # of a row's cache
+
+    @classmethod
+    def create(
+        cls, name: str, engine: Generator, template: ChatTemplate | None, *, max_prompt_tokens: int = 0
+    ) -> "Served":
+        """Looks at the model's tokens and weights once.
+
+        Args:
+          name: what clients call the model.
+          engine: over a pattern that a bounded cache can serve.
+          template: of conversations; None: one of the known forms (`ChatFormat.of`).
+          max_prompt_tokens: of one prompt; 0: no limit.
+        """
+        tokenizer = engine.tokenizer
+        chat = conversation_of(tokenizer, template)
+        names = {i: text for text in tokenizer.control_tokens() if (i := tokenizer.control_id(text)) is not None}
+        names |= {
+            i: text for text, i in (("<s>", tokenizer.bos_id), ("</s>", tokenizer.eos_id)) if i not in names and i
+        }
+        return cls(
+            name, engine, template, ChatFormat.of(tokenizer), chat.stop, chat.stop_token_ids, max_prompt_tokens,
+            fingerprint(engine), names, StreamSizes.create(engine.prepared.config, engine.attention),
+        )  # fmt: skip
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self.engine.tokenizer
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row's cache."""
+        state: Any = jax.eval_shape(lambda: BoundedReader(self.engine.prepared).empty(row_keys(0, 1)))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
+
+    @property
+    def cache_size(self) -> int:
+        """The most entries that a row's cache may hold."""
+        return self.sizes.cache_size
+
+    def chat_ids(self, messages: tuple[Message, ...]) -> list[int]:
+        """A conversation up to where the next answer begins; names of control tokens in it are plain text.
+
+        Raises UserError: the model's template refuses it.
+        """
+        if self.template is not None:
+            found = [message.for_template() for message in messages]
+            return self.template.encode(self.tokenizer, found, control_tokens=False)
+        ids = list(self.form.begin)
+        for message in messages:
+            before, after = self._around(message.role)
+            ids += [*before, *self.tokenizer.encode(message.content, control_tokens=False), *after]
+        return [*ids, *self.form.answer]
+
+    def _around(self, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if role == "assistant":
+            return self.form.answer, self.form.end
+        return self.form.system if role == "system" else self.form.user
+
+    def prompt_ids(self, prompt: str | tuple[int, ...]) -> list[int]:
+        """Of a completion: BOS goes in front of texts as the model's makers have it; ids are taken as they are."""
+        return encode_prompts(self.tokenizer, [prompt])[0]
+
+    def text_of(self, ids: tuple[int, ...]) -> str:
+        """Their text; raises PromptError for ids outside the vocabulary."""
+        return self.tokenizer.decode(encode_prompts(self.tokenizer, [ids])[0]) if ids else ""
+
+    def check_prompt(self, ids: list[int]) -> Int32[np.ndarray, "T"]:
+        """The ids as an array; raises ApiError for more than are allowed."""
+        if self.max_prompt_tokens and len(ids) > self.max_prompt_tokens:
+            raise ApiError(
+                413, f"the prompt has {len(ids)} tokens; this server takes up to {self.max_prompt_tokens} "
+                "(--max_prompt_tokens)", code="prompt_too_long",
+            )  # fmt: skip
+        return np.array(ids, np.int32)
+
+    def request(self, wanted: Wanted, *, choice: int, seed: int, is_chat: bool, most: int) -> SlotRequest:
+        """What slots are asked for, but for its prompt.
+
+        Args:
+          wanted: the client's settings.
+          choice: number of the answer among those of one HTTP request.
+          seed: of the first choice.
+          is_chat: whether what ends an answer of a conversation ends it.
+          most: tokens of an answer where the client says nothing.
+
+        Raises UserError, TypeError: settings that the model cannot have.
+        """
+        chat = is_chat and not wanted.ignore_eos
+        settings: dict[str, Any] = {
+            "max_new_tokens": wanted.max_tokens or most,
+            "stop": [*wanted.stop, *(self.stop if chat else ())],
+            "stop_token_ids": [*wanted.stop_token_ids, *(self.stop_token_ids if chat else ())],
+            "stop_at_eos": not wanted.ignore_eos,
+            "logprobs": wanted.logprobs is not None,
+            "top_logprobs": wanted.logprobs or 0,
+        }
+        RowSettings.create(self.tokenizer, **settings)  # or it would fail where nobody can answer
+        sampling = Sampling.create(
+            wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p, presence_penalty=wanted.presence_penalty,
+            frequency_penalty=wanted.frequency_penalty, repetition_penalty=wanted.repetition_penalty,
+            logit_bias=dict(wanted.logit_bias),
+        ).check(self.tokenizer.vocab_size)  # fmt: skip
+        return SlotRequest(None, sampling=sampling, seed=(seed + choice) % 2**32, keep=True, **settings)
+
+    def token_text(self, token: int) -> str:
+        """A token as logprobs show it: its text, a control token's name, or its bytes where they are no text."""
+        data = self.tokenizer.token_bytes(token)
+        if not data:
+            return self.control_names.get(token, "")
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def seed_of(wanted: Wanted) -> int:
+    """The client's, or one that nobody can guess."""
+    return secrets.randbits(32) if wanted.seed is None else wanted.seed
+
+
+def checked(error: UserError) -> ApiError:
+    """A mistake in a request that the model's own code found."""
+    return ApiError(400, str(error), code="invalid_value")
+
+
+def fingerprint(engine: Generator) -> str:
+    """Tells models apart whose caches have one shape: of all bits of the weights, and of what decides what is kept."""
+    found = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves(engine.prepared.params):
+        found.update(f"{leaf.shape}{leaf.dtype}{np.asarray(_sums(leaf)).tolist()}".encode())
+    found.update(repr(engine.attention).encode())
+    return found.hexdigest()
+
+
+@jax.jit
+def _sums(x: jax.Array) -> jax.Array:
+    """Two sums of the bits, as whole numbers, so that the order does not matter: plain, and by place."""
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32).reshape(-1)
+    return jnp.stack([jnp.sum(bits), jnp.sum(bits * (jnp.arange(bits.size, dtype=jnp.uint32) | 1))])

@@ -1,0 +1,155 @@
+"""Rows on disk, for the next process: `--state=FOLDER`.
+
+    server.json         which model these are of
+    lock                held by the server that uses the folder
+    KEY/                a row, as streams are saved (`SavedRow.write`)
+    KEY.json            the token ids that it has seen. Written last and removed first: without it the row is not there
+
+A kill at any moment leaves a row whole or leaves it out.
+"""
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sepjax.array_typing import Int32
+from sepjax.config import UserError
+from sepjax.files import write_text
+from sepjax.generation.readers import BoundedReader
+from sepjax.generation.saved import StreamStateError
+from sepjax.generation.saved_row import SavedRow
+from sepjax.server.served import Served
+
+log = logging.getLogger("sepjax.server")
+_SERVER, _LOCK, _VERSION = "server.json", "lock", 1
+
+
+class StateError(UserError):
+    """A folder that holds something else than this server's rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OnDisk:
+    """What KEY.json says."""
+
+    key: str
+    ids: Int32[np.ndarray, "T"]
+    last: int | None
+    names: tuple[str, ...]
+    row_bytes: int
+    nbytes: int  # of all its files
+
+
+class StateFolder:
+    """One server's. `entries` is called once, before all else."""
+
+    def __init__(self, folder: str | os.PathLike[str], served: Served, budget: int):
+        """Takes the folder.
+
+        Args:
+          folder: new, empty, or of an earlier server of the same model.
+          served: the model.
+          budget: bytes of files; whoever writes keeps to it.
+
+        Raises:
+          StateError: it holds something else, or rows of another model or pattern; another server uses it.
+          sepjax.files.WriteError: it cannot be written.
+        """
+        self.budget = budget
+        self._folder, self._config = Path(folder), served.engine.prepared.config
+        self._reader = BoundedReader(served.engine.prepared)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._check(served.fingerprint)
+        self._handle = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            raise StateError(f"another server uses {str(self._folder)!r}; give each a folder of its own") from error
+        mine = {"version": _VERSION, "fingerprint": served.fingerprint, "model": served.name}
+        write_text(self._folder / _SERVER, json.dumps(mine, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Lets others have it."""
+        os.close(self._handle)
+
+    def _check(self, fingerprint: str) -> None:
+        names = {path.name for path in self._folder.iterdir()} - {_LOCK}
+        if not names:
+            return
+        try:
+            words = json.loads((self._folder / _SERVER).read_bytes())
+            theirs, version = words["fingerprint"], words["version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(
+                f"{str(self._folder)!r} holds {', '.join(sorted(names)[:3])}, which is not a server's state; choose a "
+                "folder that is new or empty"
+            ) from error
+        if version != _VERSION or theirs != fingerprint:
+            raise StateError(
+                f"the conversations in {str(self._folder)!r} are of {words.get('model')!r} with other weights or "
+                "another pattern; serve the same model with the same settings, or choose another folder"
+            )
+
+    def entries(self) -> list[OnDisk]:
+        """All rows that are whole, the least recently used first; what a kill has left half done is removed."""
+        found = [(path.stat().st_mtime_ns, path) for path in self._folder.glob("*.json") if path.name != _SERVER]
+        whole = [entry for _, path in sorted(found) if (entry := self._entry(path)) is not None]
+        known = {entry.key for entry in whole}
+        for path in self._folder.iterdir():
+            if path.name in (_SERVER, _LOCK) or path.name.removesuffix(".json") in known:
+                continue
+            log.warning("removed what was half written", extra={"name_on_disk": path.name})
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        return whole
+
+    def _entry(self, path: Path) -> OnDisk | None:
+        try:
+            words = json.loads(path.read_bytes())
+            ids = np.array(words["ids"], np.int32)
+            if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self._config.vocab_size:
+                return None
+            last = None if words["last"] is None else int(words["last"])
+            names, size = tuple(map(str, words["names"])), self._size(path.stem)
+            return OnDisk(path.stem, ids, last, names, int(words["row_bytes"]), size)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            return None
+
+    def _size(self, key: str) -> int:
+        files = [self._folder / f"{key}.json", *(self._folder / key).iterdir()]
+        return sum(path.stat().st_size for path in files)
+
+    def write(
+        self, key: str, ids: Int32[np.ndarray, "T"], last: int | None, names: tuple[str, ...], row: SavedRow,
+        row_bytes: int,
+    ) -> int:  # fmt: skip
+        """Writes a row; returns the bytes of its files. Raises WriteError."""
+        row.write(self._folder / key, self._reader, self._config)
+        words: dict[str, Any] = {"last": last, "names": list(names), "row_bytes": row_bytes, "ids": ids.tolist()}
+        write_text(self._folder / f"{key}.json", json.dumps(words) + "\n")
+        return self._size(key)
+
+    def read(self, key: str) -> SavedRow | None:
+        """The row, which counts as used now; None: it is damaged or gone, and the log says why."""
+        try:
+            row = SavedRow.read(self._folder / key, self._reader, self._config)
+            os.utime(self._folder / f"{key}.json")
+            return row
+        except (StreamStateError, OSError) as error:
+            log.warning("a saved conversation cannot be read", extra={"reason": str(error)})
+            return None
+
+    def remove(self, key: str) -> None:
+        """Removes its files."""
+        (self._folder / f"{key}.json").unlink(missing_ok=True)
+        shutil.rmtree(self._folder / key, ignore_errors=True)

@@ -1,0 +1,372 @@
+"""The one thread that steps the slots, and what goes to and from it.
+
+    HTTP side (an event loop)                      worker (a thread)
+    submit(jobs) ---------------- orders --------> queue, one turn a client ---> slots.submit
+    cancel(inbox)                                  slots.step -> events
+    inbox.take() <---- call_soon_threadsafe -----  all events of a step in one go
+
+Everything that the two share is a queue or a counter. A client that reads slowly has its row put aside, exactly where
+it is, and gets it back when it has caught up: it holds neither a row nor memory that grows, and loses nothing.
+"""
+
+import dataclasses
+import itertools
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from sepjax.config import UserError
+from sepjax.generation.row import StreamEvent
+from sepjax.generation.sampling import Sampling
+from sepjax.generation.slots import SlotRequest, Slots
+from sepjax.server.conversations import Conversations, Plan, before_last, chain, on_host
+from sepjax.server.errors import ApiError
+from sepjax.server.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused
+from sepjax.server.keeper import Keeper
+from sepjax.server.metrics import Metrics
+from sepjax.server.served import Served, checked
+
+log = logging.getLogger("sepjax.server")
+_UNREAD = 512  # events that wait for a slow client before its row is put aside
+# Seconds between two times that tokens in the middle of an answer are handed over: at least, and for each running row.
+_EVERY, _EACH = 0.01, 2e-4
+_PATIENCE = 0.5  # seconds between two looks at the clock while nothing happens
+
+
+class Worker:
+    """Begins with `start`; ends with `stop`, or by itself where loading or a step fails (`error`)."""
+
+    def __init__(
+        self, load: Callable[[], Served], keep: Callable[[Served], Conversations], *, rows: int, max_waiting: int,
+        metrics: Metrics, at_end: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        """Does nothing yet.
+
+        Args:
+          load: makes the model; called in the worker's thread.
+          keep: makes what keeps its conversations; called there too.
+          rows: slots.
+          max_waiting: choices that may wait for a row, beyond those that have one.
+          metrics: what is counted.
+          at_end: called when the thread ends, whatever the reason.
+        """
+        self._load, self._keep = load, keep
+        self._num_rows, self._max_waiting = rows, max_waiting
+        self._metrics, self._at_end = metrics, at_end
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._queue = FairQueue()
+        self._running: dict[int, Job] = {}
+        self._aside: list[Job] = []
+        self._lock = threading.Lock()  # of the next two
+        self._open = 0  # choices that were taken on and have not ended
+        self._stop_at: float | None = None
+        self._seconds = 1.0  # that an answer takes, as a running mean
+        self._out: dict[Inbox, list[tuple[int, Item]]] = {}
+        self._urgent: set[Inbox] = set()
+        self._sent_at = 0.0
+        self._first: list[float] = []  # seconds to the first tokens of this step, and between two
+        self._each: list[float] = []
+        self._thread = threading.Thread(target=self._main, name="slots", daemon=True)
+        self.served: Served | None = None
+        self.slots: Slots | None = None
+        self.conversations: Conversations | None = None
+        self._keeper: Keeper | None = None
+        self.error: BaseException | None = None
+
+    # -- for others -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Loads the model in its own thread and serves from then on."""
+        self._thread.start()
+
+    def ready(self) -> Served:
+        """The model; raises ApiError(503) while it is being loaded, or the server stops."""
+        if self._stop_at is not None or self.error is not None:
+            raise ApiError(503, "the server is stopping", code="stopping", retry_after=5)
+        if self.served is None or self.slots is None:
+            raise ApiError(503, "the model is being loaded", code="loading", retry_after=5)
+        return self.served
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Takes all of these on, or none. Raises ApiError: 429 for a full queue, 503 while stopping."""
+        self.ready()
+        most = self._num_rows + self._max_waiting
+        if len(jobs) > most:
+            raise ApiError(400, f"{len(jobs)} choices at once; this server takes up to {most}", param="n")
+        with self._lock:  # or the thread could end before it hears of these
+            self.ready()
+            if self._open + len(jobs) > most:
+                wait = math.ceil(self._seconds * (self._open / self._num_rows))
+                raise ApiError(
+                    429, f"{self._open} requests run or wait; try again later", code="queue_full",
+                    retry_after=min(max(1, wait), 600),
+                )  # fmt: skip
+            self._open += len(jobs)
+            self._orders.put(lambda: self._take_on(jobs))
+
+    def cancel(self, inbox: Inbox) -> None:
+        """Nobody reads this any more: its rows are free at the next step."""
+        self._orders.put(lambda: self._drop(inbox))
+
+    def caught_up(self, inbox: Inbox) -> None:
+        """A client whose rows may have been put aside has read what there was."""
+        self._orders.put(lambda: self._take_back(inbox))
+
+    def stop(self, seconds: float) -> None:
+        """Takes nothing on any more, and ends when all is answered or the time is up."""
+        self._stop_at = time.monotonic() + seconds
+        self._orders.put(lambda: None)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Waits for the end; returns whether it came."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stop_at is not None
+
+    @property
+    def num_running(self) -> int:
+        """Choices that have a row."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Choices that wait for a row, or for their client to read."""
+        return self._open - len(self._running)
+
+    @property
+    def held(self) -> int:
+        """Cache entries of all rows that run."""
+        return sum(job.held for job in list(self._running.values()))
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            served = self._load()
+            self.conversations = self._keep(served)
+            before_last(served.engine.stream(bounded=True).saved())  # compiled now, not while somebody waits
+            self.slots = served.engine.slots(self._num_rows)
+            self._keeper = Keeper(self.conversations)
+            self.served = served
+            log.info("ready", extra={"model": served.name, "slots": self._num_rows, "bytes": self.slots.cache_bytes})
+            self._serve(self.slots)
+        except BaseException as error:
+            self.error = error
+            if not isinstance(error, UserError | OSError):
+                log.exception("the worker has failed")
+        finally:
+            if self._keeper is not None:
+                self._keeper.close()
+            self._fail_all(ApiError(503, "the server is stopping", code="stopping", retry_after=5))
+            self._at_end()
+
+    def _serve(self, slots: Slots) -> None:
+        while self._goes_on():
+            self._take_orders(wait=slots.is_idle and not len(self._queue))
+            self._fill(slots)
+            if not slots.is_idle:  # rows that were cancelled are let go by a step, too
+                events = slots.step()
+                now = time.perf_counter()
+                for number, event in events:
+                    self._hand_on(slots, number, event, now)
+                self._metrics.tokens(self._first, self._each)
+                self._first, self._each = [], []
+            self._send()
+
+    def _goes_on(self) -> bool:
+        if self._stop_at is None:
+            return True
+        return self._open > 0 and time.monotonic() < self._stop_at
+
+    def _take_orders(self, *, wait: bool) -> None:
+        try:
+            self._orders.get(timeout=_PATIENCE if self._stop_at is not None else None)() if wait else None
+            while True:
+                self._orders.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _fill(self, slots: Slots) -> None:
+        """Gives free rows to those whose turn it is."""
+        while slots.num_free > slots.num_waiting and (job := self._queue.pop()) is not None:
+            self._begin(slots, job)
+
+    def _begin(self, slots: Slots, job: Job) -> None:
+        if job.aside is not None:
+            left = (job.request.max_new_tokens or 0) - len(job.answer)
+            changes: dict[str, Any] = {"resume": job.aside, "seed": None, "max_new_tokens": left}
+            job.aside = None
+            self._submit(slots, job, dataclasses.replace(job.request, **changes))
+            return
+        assert self.conversations is not None
+        plan = self.conversations.plan(job.ids, job.blocks)
+        self._metrics.cached(plan.cached)
+        self._put(job, Begun(plan.cached))
+        if plan.cut:
+            job.cut = plan.cut
+            prompt = job.ids[plan.cached : plan.cut].tolist()
+            beginning = SlotRequest(prompt, 1, Sampling.create(), 0, resume=plan.row, stop_at_eos=False, keep=True)
+            self._submit(slots, job, beginning)
+        else:
+            self._read(slots, job, plan)
+
+    def _read(self, slots: Slots, job: Job, plan: Plan) -> None:
+        """Reads what a plan leaves of the prompt, and answers it."""
+        job.source = plan.entry
+        prompt = job.ids[plan.cached :].tolist()
+        self._submit(slots, job, dataclasses.replace(job.request, prompt=prompt, resume=plan.row))
+
+    def _submit(self, slots: Slots, job: Job, request: SlotRequest) -> None:
+        try:
+            job.number = slots.submit(request)
+        except UserError as error:
+            self._end(job, Failed(checked(error)))
+        else:
+            self._running[job.number] = job
+
+    def _beginning_read(self, slots: Slots, number: int, job: Job, event: StreamEvent) -> None:
+        """The beginning that a plan wanted is there: it is kept, and gone on from."""
+        assert self.conversations is not None
+        assert self._keeper is not None
+        del self._running[number]
+        cut, job.cut = job.cut, 0
+        if event.finish_reason == "full":  # a cache that must not lose separators
+            slots.cancel(number)
+            self.conversations.given_up(cut, job.blocks)
+            self._read(slots, job, Plan(None, None, 0))
+            return
+        row = before_last(slots.save(number))
+        entry = self.conversations.made(cut, job.blocks, job.ids, row)
+        self._keeper.put(entry)
+        self._read(slots, job, Plan(entry, row, 0))
+
+    def _hand_on(self, slots: Slots, number: int, event: StreamEvent, now: float) -> None:
+        job = self._running.get(number)
+        if job is None:
+            return
+        if job.cut:
+            self._beginning_read(slots, number, job, event)
+            return
+        is_first = not job.answer
+        (self._first if is_first else self._each).append(now - (job.last or job.came))
+        job.last, job.held = now, event.cache.held
+        job.answer += event.token_ids
+        if event.finish_reason is not None:
+            self._finish(slots, number, job, event)
+            return
+        self._put(job, event, is_urgent=is_first)
+        if job.inbox.sent - job.inbox.taken > _UNREAD:
+            self._put_aside(slots, job)
+
+    def _finish(self, slots: Slots, number: int, job: Job, event: StreamEvent) -> None:
+        """The last event: it goes out once the row is safe, if it is to be."""
+        assert self.conversations is not None
+        assert self._keeper is not None
+        del self._running[number]
+        if not self.conversations.is_on or event.finish_reason == "full":
+            slots.cancel(number)  # what was kept of it
+            self._end(job, event)
+            return
+        row = before_last(slots.save(number))
+        ids = np.concatenate([job.ids, np.array(job.answer, np.int32)])
+        if row.seen != len(ids) - 1:  # or somebody would go on from another text
+            raise RuntimeError(f"a row has seen {row.seen} tokens, expected {len(ids) - 1}")
+        blocks = chain(ids[:-1], job.blocks)
+        entry = self.conversations.add(ids[:-1], blocks, int(ids[-1]), row, job.name, instead=job.source)
+        self._keeper.put(entry, lambda: self._orders.put(lambda: self._end(job, event)))
+
+    def _put_aside(self, slots: Slots, job: Job) -> None:
+        number = job.number
+        assert number is not None
+        job.aside = on_host(slots.save(number))
+        slots.cancel(number)
+        del self._running[number]
+        self._aside.append(job)
+        self._put(job, Paused())
+        log.info("put aside", extra={"tokens": len(job.answer)})
+
+    def _take_on(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._queue.put(job)
+
+    def _take_back(self, inbox: Inbox) -> None:
+        for job in [job for job in self._aside if job.inbox is inbox]:
+            self._aside.remove(job)
+            self._queue.put(job)
+
+    def _drop(self, inbox: Inbox) -> None:
+        gone = self._queue.remove(inbox) + [job for job in self._aside if job.inbox is inbox]
+        self._aside = [job for job in self._aside if job.inbox is not inbox]
+        for number, job in list(self._running.items()):
+            if job.inbox is inbox:
+                assert self.slots is not None
+                self.slots.cancel(number)
+                gone.append(job)
+        for job in gone:
+            self._end(job, None)
+
+    def _end(self, job: Job, item: StreamEvent | Failed | None) -> None:
+        """A choice has ended: by its last event, by an error, or because nobody reads it."""
+        if job.number is not None:
+            self._running.pop(job.number, None)
+        if job.cut and self.conversations is not None:
+            self.conversations.given_up(job.cut, job.blocks)
+        reason = item.finish_reason if isinstance(item, StreamEvent) else "abort" if item is None else "error"
+        seconds = time.perf_counter() - job.came
+        self._seconds += 0.1 * (seconds - self._seconds)
+        self._metrics.ended(str(reason), seconds, len(job.ids), len(job.answer))
+        with self._lock:
+            self._open -= 1
+        if item is not None:
+            self._put(job, item)
+
+    def _put(self, job: Job, item: Item, *, is_urgent: bool = True) -> None:
+        job.inbox.sent += isinstance(item, StreamEvent)
+        self._out.setdefault(job.inbox, []).append((job.choice, item))
+        if is_urgent:
+            self._urgent.add(job.inbox)
+
+    def _send(self, *, everything: bool = False) -> None:
+        """Hands over what has come up: beginnings and ends at once, tokens between up to a hundred times a second.
+
+        Each waking of a loop, and each chunk that it writes, takes time from the thread that steps: of many rows, less
+        often, so that all chunks together take a part of the time and no more.
+        """
+        now = time.monotonic()
+        if everything or now - self._sent_at >= max(_EVERY, _EACH * len(self._running)):
+            out, self._out, self._sent_at = self._out, {}, now
+        else:
+            out = {inbox: self._out.pop(inbox) for inbox in self._urgent}
+        self._urgent = set()
+        for loop, found in itertools.groupby(out.items(), key=lambda pair: pair[0].loop):
+            try:
+                loop.call_soon_threadsafe(_put_all, list(found))
+            except RuntimeError:  # the loop is closed: nobody reads
+                log.debug("nobody reads any more")
+
+    def _fail_all(self, error: ApiError) -> None:
+        with self._lock:
+            self._stop_at = time.monotonic()
+        self._take_orders(wait=False)
+        waiting: list[Job] = []
+        while (job := self._queue.pop()) is not None:
+            waiting.append(job)
+        for job in [*waiting, *self._aside, *self._running.values()]:
+            self._end(job, Failed(error))
+        self._aside = []
+        self._send(everything=True)
+
+
+def _put_all(found: list[tuple[Inbox, list[tuple[int, Item]]]]) -> None:
+    for inbox, items in found:
+        inbox.put(items)

@@ -1,0 +1,287 @@
+"""Who may ask, how much, and how a server begins and ends."""
+
+import dataclasses
+import http.client
+import importlib.util
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import openai
+import pytest
+
+from sepjax.config import ConfigError
+from sepjax.programs import serve
+from sepjax.server import logs
+from sepjax.server import running as running_module
+from sepjax.server.app import Limits
+from sepjax.settings import flags_of
+from tests.commands import Called, leaves, refusal, unlike
+from tests.server.tiny import alone, client, running, settled, text_of, tiny_served
+
+ROOT = Path(__file__).parents[2]
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def served():
+    return tiny_served(max_prompt_tokens=500)
+
+
+def ask(server, path, body=None, headers=JSON, method=None, host="127.0.0.1"):
+    """(status, headers, JSON) of a request, whatever it comes to."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    try:
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        connection.request(method or ("GET" if body is None else "POST"), path, data, {"Host": host, **headers})
+        answer = connection.getresponse()
+        return answer.status, dict(answer.headers), json.loads(answer.read() or "null")
+    finally:
+        connection.close()
+
+
+def test_refusals_have_openai_s_form(served):
+    with running(served, limits=Limits(max_body_bytes=5000), max_waiting=0) as server:
+        for path, body, more, status, code in (
+            ("/v1/completions", b"{", {}, 400, "invalid_json"),
+            ("/v1/completions", {"prompt": "a", "tempe": 1}, {}, 400, "unknown_field"),
+            ("/v1/completions", {"prompt": [5, 10**6]}, {}, 400, "invalid_value"),
+            ("/v1/completions", {"prompt": ""}, {}, 200, None),
+            ("/v1/completions", {"prompt": [[]]}, {}, 400, "invalid_value"),
+            ("/v1/completions", {"prompt": "\ud800"}, {}, 400, "invalid_value"),
+            ("/v1/completions", {"prompt": "a", "stop_token_ids": [10**6]}, {}, 400, "invalid_value"),
+            ("/v1/completions", {"prompt": "a", "model": "gpt"}, {}, 404, "model_not_found"),
+            ("/v1/completions", {"prompt": [5] * 501}, {}, 413, "prompt_too_long"),
+            ("/v1/completions", {"prompt": "a" * 6000}, {}, 413, "body_too_large"),
+            ("/v1/completions", {"prompt": ["a"] * 5}, {}, 400, None),
+            ("/v1/completions", {"prompt": "a"}, {"Content-Type": "text/plain"}, 415, None),
+            ("/v1/completions", None, {}, 405, None),
+            ("/v1/nothing", None, {}, 404, None),
+            ("/v1/models/gpt", None, {}, 404, "model_not_found"),
+            ("/detokenize", {"tokens": [10**6]}, {}, 400, "invalid_value"),
+            ("/detokenize", {"tokens": []}, {}, 200, None),
+            ("/health", None, {}, 200, None),
+        ):  # fmt: skip
+            got, _, told = ask(server, path, body, {**JSON, **more})
+            assert got == status, (path, body, told)
+            if status != 200:
+                assert told["error"].keys() == {"message", "type", "param", "code"}
+                assert told["error"]["code"] == code
+        assert ask(server, "/v1/models", host="evil.example")[0] == 403, "a name that leads here from elsewhere"
+        assert ask(server, "/health", host="localhost:8000")[0] == 200
+        chunked = iter([b"a" * 3000] * 3)  # larger than is allowed, and does not say so
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.request("POST", "/v1/completions", chunked, JSON, encode_chunked=True)
+        assert connection.getresponse().status == 413
+        connection.close()
+        assert settled(server)
+
+
+def test_a_full_queue_says_when_to_come_again(served):
+    with running(served, max_waiting=1) as server:
+        api = client(server)
+        settings = {"max_tokens": 10**6, "stream": True, "extra_body": {"ignore_eos": True}}
+        endless = [api.completions.create(model="tiny", prompt=[5], **settings) for _ in range(4)]
+        for stream in endless:
+            next(iter(stream))
+        waiting = threading.Thread(target=lambda: api.completions.create(model="tiny", prompt=[6], max_tokens=1))
+        waiting.start()
+        while server.worker.num_waiting < 1:
+            time.sleep(0.01)
+        status, headers, told = ask(server, "/v1/completions", {"prompt": "a"})
+        assert (status, told["error"]["type"]) == (429, "rate_limit_error")
+        assert int(headers["retry-after"]) >= 1
+        with pytest.raises(openai.RateLimitError):
+            api.completions.create(model="tiny", prompt="a")
+        endless[0].close()  # its row is free at once
+        waiting.join(timeout=20)
+        assert not waiting.is_alive()
+        for stream in endless:
+            stream.close()
+        assert settled(server)
+
+
+def test_a_key_is_asked_for(served):
+    with running(served, api_key="sésame", cache_memory=0) as server:
+        for key in ("", "Bearer", "Bearer no", "Basic sésame", "sésame"):
+            for path in ("/v1/models", "/metrics"):
+                status, headers, told = ask(server, path, headers={"Authorization": key.encode("utf-8")})
+                assert (status, told["error"]["code"]) == (401, "invalid_api_key")
+                assert headers["www-authenticate"] == "Bearer"
+        assert ask(server, "/health")[0] == 200
+        ask_with = {"Authorization": "Bearer sésame".encode()}
+        assert ask(server, "/v1/models", headers=ask_with, host="my.server")[0] == 200
+        with pytest.raises(openai.AuthenticationError):
+            client(server, "other").models.list()
+
+
+def test_all_is_503_while_the_model_is_loaded_and_while_it_stops(served):
+    gate = threading.Event()
+    server = running_module.Running(lambda: (gate.wait(), served)[1], running_module.Options(rows=4))
+    server.start()
+    for path, body in (("/health", None), ("/v1/completions", {"prompt": "a"}), ("/v1/models", None)):
+        status, headers, told = ask(server, path, body)
+        assert (status, told["error"]["code"], headers["retry-after"]) == (503, "loading", "5")
+    gate.set()
+    server.wait()
+    stream = client(server).completions.create(
+        model="tiny", prompt=[5, 9], max_tokens=150, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    text = next(iter(stream)).choices[0].text
+    server.worker.stop(60.0)
+    assert ask(server, "/v1/completions", {"prompt": "a"})[2]["error"]["code"] == "stopping"
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text == text_of(alone(served, [5, 9], max_new_tokens=150, stop_at_eos=False)), "what ran came to its end"
+    server.stop(0.0)
+    with pytest.raises(ConnectionRefusedError):
+        ask(server, "/health")
+
+
+def test_what_runs_or_waits_longer_than_the_drain_is_told(served):
+    settings = {"max_tokens": 10**6, "stream": True, "extra_body": {"ignore_eos": True}}
+    with running(served, drain_seconds=0.2) as server:
+        api = client(server)
+        streams = [api.completions.create(model="tiny", prompt=[5], **settings) for _ in range(4)]
+        for stream in streams:
+            next(iter(stream))
+        found: list = []
+
+        def wait():
+            try:
+                api.completions.create(model="tiny", prompt=[6], **settings)
+            except openai.APIError as error:
+                found.append(error)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while server.worker.num_waiting < 1:
+            time.sleep(0.01)
+        server.worker.stop(0.2)
+        waiting.join()
+        assert isinstance(found[0], openai.InternalServerError), "nothing had gone out: a status of its own"
+        assert found[0].status_code == 503
+        for stream in streams:
+            with pytest.raises(openai.APIError, match="the server is stopping"):
+                list(stream)
+
+
+def test_a_failure_ends_the_server_and_says_why(served, caplog):
+    def dense():
+        return tiny_served(pattern="dense")
+
+    with pytest.raises(ConfigError, match="cache without end"):
+        running_module.Running(dense, running_module.Options()).__enter__()
+    with running(served) as server:
+        with pytest.raises(running_module.ServeError, match=f"cannot listen on 127.0.0.1:{server.port}"):
+            running(served, port=server.port)
+        server.worker.slots.step = lambda: 1 / 0
+        with caplog.at_level(logging.CRITICAL, "sepjax.server"):
+            status, _, told = ask(server, "/v1/completions", {"prompt": "a"})
+        assert (status, told["error"]["code"]) == (503, "stopping")
+        server.worker.join()
+        assert isinstance(server.worker.error, ZeroDivisionError)
+    with pytest.raises(running_module.ServeError, match="no room for two conversations"):
+        running(served, cache_memory=1).__enter__()
+
+
+def test_the_log_has_no_contents(served, caplog):
+    with running(served) as server, caplog.at_level(logging.DEBUG, "sepjax.server"):
+        client(server).completions.create(model="tiny", prompt="The cat", max_tokens=3, user="secret")
+    record = next(record for record in caplog.records if record.message == "answered")
+    line = json.loads(logs.JsonLines().format(record))
+    assert line["event"] == "answered"
+    assert (line["status"], line["completion_tokens"], line["finish"]) == (200, 3, ["length"])
+    assert not any(word in logs.JsonLines().format(found) for found in caplog.records for word in ("cat", "secret"))
+
+
+def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
+    seen: list = []
+
+    class Spy:
+        def __init__(self, load, options):
+            seen.append(options)
+            self.run = load
+
+    def load(*arguments, **named):
+        seen.extend([arguments, named])
+        raise Called
+
+    monkeypatch.setattr("sepjax.server.running.Running", Spy)
+    monkeypatch.setattr("sepjax.server.logs.begin", lambda level: seen.append(level))
+    monkeypatch.setattr("sepjax.loading.load", load)
+    own = [flag for flag in flags_of(serve.Settings) if flag.name not in ("workdir", "download", "pattern")]
+    values = {flag.name: unlike(flag, i) for i, flag in enumerate(own)}
+    values |= {"dtype": "bfloat16", "step": None, "max_body_bytes": 4321}
+    values |= {"cache_memory": 3, "state_size": 5}
+    with pytest.raises(Called):
+        serve.main(serve.Settings(**values))
+    reached = leaves([dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x for x in seen])
+    assert (seen[1].cache_memory, seen[1].state_bytes) == (3 << 20, 5 << 20)
+    later = {
+        "cache_memory",
+        "state_size",
+        "name",
+        "max_prompt_tokens",
+        "window_size",
+        "num_sinks",
+        "max_separators",
+        "cache_size",
+        "step",
+    }
+    assert not [name for name, value in values.items() if value not in reached and name not in later]
+    monkeypatch.setenv("SEPJAX_API_KEY", "from the environment")
+    assert serve.Settings(model="m", host="0.0.0.0").key == "from the environment"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "sepjax serve needs starlette, uvicorn, prometheus_client: pip install" in refusal(
+        capfd, "serve", "--model=m"
+    )
+
+
+PROGRAM = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from sepjax.server import logs
+from sepjax.server.running import Options, Running
+from tests.server.tiny import tiny_served
+logs.begin("info")
+Running(tiny_served, Options(rows=4, state=sys.argv[1], drain_seconds=60.0)).run()
+"""
+
+
+def test_sigterm_drains_saves_and_ends_and_the_next_server_goes_on(served, tmp_path):
+    state = str(tmp_path / "state")
+    command = [sys.executable, "-c", PROGRAM, state]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(json.loads(line))
+            if lines[-1]["event"] == "ready":
+                break
+        url = next(line["url"] for line in lines if line["event"] == "listening")
+        api = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        settings = {"max_tokens": 300, "temperature": 0, "stream": True, "extra_body": {"ignore_eos": True}}
+        stream = api.completions.create(model="tiny", prompt=[5, 9], **settings)
+        text = next(iter(stream)).choices[0].text
+        process.send_signal(signal.SIGTERM)
+        text += "".join(chunk.choices[0].text for chunk in stream)
+        rest = process.stderr.read()
+        assert process.wait(60) == 0, rest
+    finally:
+        process.kill()
+        process.stderr.close()
+    events = alone(served, [5, 9], max_new_tokens=300, stop_at_eos=False)
+    assert text == text_of(events)
+    ids = [5, 9, *(token for event in events for token in event.token_ids), 11]
+    with running(served, state=state) as server:
+        got = client(server).completions.create(model="tiny", prompt=ids, max_tokens=9, temperature=0)
+        assert got.usage.prompt_tokens_details.cached_tokens == len(ids) - 2
+        assert got.choices[0].text == text_of(alone(served, ids, max_new_tokens=9))

@@ -1,0 +1,159 @@
+"""What is read, what is refused, and how the refusal says which field it is."""
+
+import asyncio
+import re
+
+import numpy as np
+import pytest
+
+from sepjax.generation.slots import SlotRequest
+from sepjax.server.errors import ApiError
+from sepjax.server.jobs import FairQueue, Inbox, Job
+from sepjax.server.protocol import chat_request, completion_request, detokenize_request, load_json, tokenize_request
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def refusal(read, body):
+    with pytest.raises(ApiError) as error:
+        read(body)
+    assert error.value.status == 400
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("temperature", -1, "temperature=-1 must be a number of at least 0"),
+        ("temperature", True, "temperature=true must be a number"),
+        ("temperature", "1", 'temperature="1" must be'),
+        ("temperature", 10**400, "temperature=1000"),
+        ("top_p", 0, "top_p=0 must be a number above 0 and at most 1"),
+        ("top_k", -2, "top_k=-2 must be a whole number from -1"),
+        ("top_k", 1.5, "top_k=1.5 must be a whole number"),
+        ("min_p", 2, "min_p=2 must be a number of at least 0 and at most 1"),
+        ("n", 0, "n=0 must be a whole number from 1 to 128"),
+        ("seed", 2**63, "seed=9223372036854775808 must be"),
+        ("stop", ["a"] * 17, "stop=.* must be a string or a list of up to 16 strings"),
+        ("stop", [""], "none of them empty"),
+        ("stop", {"a": 1}, "must be a string or a list"),
+        ("stop_token_ids", [-1], "a list of token ids"),
+        ("stop_token_ids", 5, "a list of token ids"),
+        ("max_tokens", 0, "max_tokens=0 must be a whole number from 1"),
+        ("max_tokens", 2**21, "max_tokens=2097152 must be at most 1048576 for an answer in one piece; use stream=true"),
+        ("stream", "yes", 'stream="yes" must be true or false'),
+        ("stream_options", {"include_usage": True}, "left out without stream=true"),
+        ("temprature", 1, "unknown field 'temprature'; did you mean 'temperature'"),
+        ("a" * 500, 1, "unknown field 'aaaa"),
+        ("user", 5, "user=5 must be a string"),
+        ("response_format", {"type": "json_object"}, "response_format=.*json_object.* is not supported"),
+    ],
+)
+def test_a_wrong_field_is_named(field, value, message):
+    for read, body in ((completion_request, {"prompt": "a"}), (chat_request, {"messages": HI})):
+        error = refusal(read, body | {field: value})
+        assert error.param in (field, field[:80])
+        assert re.search(message, error.message), error.message
+        assert len(error.message) < 400
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "messages is missing"),
+        ({"messages": []}, "messages=[] must be a list of messages, one at least"),
+        ({"messages": "Hi"}, 'messages="Hi" must be a list'),
+        ({"messages": ["Hi"]}, 'messages[0]="Hi" must be a JSON object'),
+        ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            'messages[0].role="tool" must be one of system, user, assis',
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "parts of type 'image_url' are not supp",
+        ),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "messages[0].content[0]: parts of type 'str'"),
+        (
+            {"messages": [*HI, {"role": "assistant", "content": "a", "tool_calls": [{}]}]},
+            "messages[1].tool_calls=[{}] is",
+        ),
+        ({"messages": HI, "tools": [{"type": "function"}]}, "is not supported by this server"),
+        ({"messages": HI, "top_logprobs": 2}, "top_logprobs=2 must be left out, or come with logprobs=true"),
+        ({"messages": HI, "logprobs": 2}, "logprobs=2 must be true or false"),
+        ({"messages": HI, "max_tokens": 2, "max_completion_tokens": 3}, "max_tokens=2 must be left out beside max_com"),
+        ({"messages": HI, "prompt": "a"}, "unknown field 'prompt'"),
+        ([], "the request=[] must be a JSON object"),
+    ],
+)
+def test_chats_that_cannot_be(body, message):
+    assert message in refusal(chat_request, body).message
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "prompt is missing"),
+        ({"prompt": []}, "prompt=[] must be a string, a list of token ids"),
+        ({"prompt": [1, "a"]}, "prompt[0]=1 must be a list of token ids"),
+        ({"prompt": [[1], [-1]]}, "prompt[1]=[-1] must be a list of token ids"),
+        ({"prompt": ["a"] * 129}, "a list of up to 128 of either"),
+        ({"prompt": ["a"] * 128, "n": 2}, "n=2 must be so small that 128 prompts make up to 128 choices"),
+        ({"prompt": "a", "best_of": 3}, "best_of=3 is not supported by this server beside n=1"),
+        ({"prompt": "a", "echo": True}, "echo=true is not supported"),
+        ({"prompt": "a", "suffix": "b"}, 'suffix="b" is not supported'),
+        ({"prompt": "a", "logprobs": True}, "logprobs=true must be a whole number from 0 to 20"),
+    ],
+)
+def test_completions_that_cannot_be(body, message):
+    assert message in refusal(completion_request, body).message
+
+
+def test_what_asks_for_nothing_is_no_mistake():
+    """Clients send every field of theirs, and send back whole messages of ours."""
+    answer = {
+        "role": "assistant",
+        "content": "Yes",
+        "refusal": None,
+        "annotations": [],
+        "tool_calls": None,
+        "audio": None,
+    }
+    nothing = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False, "metadata": {},
+               "stop": None, "seed": None, "n": 1.0, "modalities": ["text"]}  # fmt: skip
+    found = chat_request({"messages": [*HI, answer, *HI], **nothing})
+    said = [(message.role, message.content) for message in found.messages]
+    assert said == [
+        ("user", "Hi"),
+        ("assistant", "Yes"),
+        ("user", "Hi"),
+    ]
+    assert found.wanted.temperature == 1.0
+    assert found.wanted.logprobs is None
+    assert (
+        completion_request({"prompt": "a", "echo": False, "suffix": "", "best_of": 2, "n": 2}).wanted.max_tokens == 16
+    )
+    assert completion_request({"prompt": "a", "seed": -1}).wanted.seed == 2**32 - 1
+
+
+def test_bodies_that_are_not_json():
+    for body in (b"", b"{", b'{"a": NaN}', b"\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"):
+        assert "the body is not valid JSON" in refusal(load_json, body).message
+    for read, body in (
+        (tokenize_request, {}),
+        (tokenize_request, {"prompt": "a", "messages": HI}),
+        (detokenize_request, {}),
+    ):
+        refusal(read, body)
+
+
+def test_clients_take_turns():
+    """One that asks for much waits for itself, not others for it."""
+    queue, loop = FairQueue(), asyncio.new_event_loop()
+    inbox = Inbox(loop)
+    for client, choice in [("a", i) for i in range(5)] + [("b", 0), ("c", 0), ("b", 1)]:
+        queue.put(Job(inbox, choice, np.zeros(1, np.int32), SlotRequest("a"), client, 0.0))
+    turns = [(job.client, job.choice) for job in iter(queue.pop, None)]
+    assert turns == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("b", 1), ("a", 2), ("a", 3), ("a", 4)]
+    assert len(queue) == 0
+    loop.close()
