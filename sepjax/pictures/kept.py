@@ -82,8 +82,9 @@ class KeptText:
     def caption(self, frame: Frame) -> str:
         """The numbers of a frame."""
         kept = sum(state not in (SINK, RECENT, GONE) for state in frame.states)
-        places = f"{frame.held:,} of {frame.seen:,} tokens held ({frame.held / max(frame.seen, 1):.0%})"
-        return f"{places}, {kept:,} of them kept by a layer or head from before the window; {frame.nbytes:,} bytes"
+        places = f"{frame.held:,} entries of {frame.seen:,} tokens ({frame.held / max(frame.seen, 1):.0%})"
+        where = f"{kept:,} tokens from before the window kept somewhere" if kept else "nothing kept from before the window"
+        return f"{places} in each layer and head, {where}; {frame.nbytes:,} bytes"
 
     def html(self) -> str:
         """One self-contained page: the text, a slider over time, light and dark, legible in print."""
