@@ -1,0 +1,136 @@
+"""Figures drawn by matplotlib: quality against the keys kept, and the losses of several runs."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sepjax.config import UserError
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, each with a marker of its own for print.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX"
+
+
+class FigureError(UserError, ValueError):
+    """Results of which no figure can be made, or nothing to draw with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One arm of an evaluation: what it kept and how well it did."""
+
+    pattern: str
+    arm: str
+    kept: float  # keys held over keys of dense attention
+    loss: float  # nats a token over the baseline arm's
+    error: float  # one standard error of it
+
+
+def read_points(files: Iterable[Path]) -> tuple[list[Point], str]:
+    """The arms of results of `sepjax evaluate compare` and what they were compared with.
+
+    Raises:
+      FigureError: a file that holds no such results, or files with different baselines.
+    """
+    points, baselines = [], set()
+    for file in files:
+        try:
+            scores = json.loads(file.read_text(encoding="utf-8"))["scores"]
+            for score in scores:
+                names = ("pattern", "arm", "kv_kept", "difference", "difference_error")
+                points.append(Point(*(score[name] for name in names)))
+                baselines.add(score["baseline"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise FigureError(
+                f"{file} holds no results of sepjax evaluate compare ({type(error).__name__}: {error}); give what it "
+                "wrote"
+            ) from error
+    if len(baselines) != 1:
+        raise FigureError(
+            f"the results have {len(baselines)} baselines, {sorted(baselines)}; compare each with the same arm"
+        )
+    return points, baselines.pop()
+
+
+def draw_pareto(path: Path, points: Sequence[Point], baseline: str, title: str) -> None:
+    """Loss against keys kept, a line for each pattern; `path` ends in .png, .svg or .pdf."""
+    figure, axes = _figure(title)
+    by_pattern: dict[str, list[Point]] = {}
+    for point in points:
+        by_pattern.setdefault(point.pattern, []).append(point)
+    for (pattern, some), colour, marker in zip(by_pattern.items(), _cycle(_COLOURS), _cycle(_MARKERS), strict=False):
+        some = sorted(some, key=lambda x: x.kept)
+        axes.errorbar(
+            [100 * x.kept for x in some], [x.loss for x in some], yerr=[x.error for x in some],
+            label=pattern, color=colour, marker=marker, capsize=3, linewidth=1.2,
+        )  # fmt: skip
+        for x in some:
+            axes.annotate(x.arm, (100 * x.kept, x.loss), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set(xlabel="keys held, % of dense attention's", ylabel=f"nats per token over {baseline!r}: lower is better")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def read_curves(workdirs: Iterable[Path], metric: str) -> Mapping[str, tuple[list[int], list[float]]]:
+    """Steps and values of a metric from the `metrics.jsonl` of each workdir.
+
+    A run that was resumed has a step's newest value. Raises FigureError where there is none.
+    """
+    curves = {}
+    for workdir in workdirs:
+        file = workdir / "metrics.jsonl"
+        if not file.is_file():
+            raise FigureError(f"{workdir} has no metrics.jsonl; give folders of runs of sepjax train")
+        rows: list[Any] = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:  # the line that a run was writing when it was killed
+                continue
+        found = {row["step"]: row[metric] for row in rows if metric in row}
+        if not found:
+            known = sorted({name for row in rows for name in row} - {"step", "time"})
+            raise FigureError(f"{file} has no {metric!r}; it has {', '.join(known)}")
+        curves[workdir.name] = (sorted(found), [found[step] for step in sorted(found)])
+    return curves
+
+
+def draw_curves(path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], metric: str) -> None:
+    """A metric over steps, a line for each run; `path` ends in .png, .svg or .pdf."""
+    figure, axes = _figure(f"{metric} of {', '.join(curves)}")
+    for (name, (steps, values)), colour in zip(curves.items(), _cycle(_COLOURS), strict=False):
+        axes.plot(steps, values, label=name, color=colour, linewidth=1.2, marker="." if len(steps) < 30 else "")
+    axes.set(xlabel="step", ylabel=metric)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _cycle(items: Sequence[str]) -> Iterable[str]:
+    while True:
+        yield from items
+
+
+def _figure(title: str) -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise FigureError('figures are drawn by matplotlib, which is missing: pip install "sepjax[plot]"') from error
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10, loc="left", wrap=True)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    kinds = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
+    if path.suffix not in kinds:
+        raise FigureError(f"--output={path} is to end in .png, .svg or .pdf")
+    metadata = {"Software": None} if path.suffix == ".png" else {"Date": None} if path.suffix == ".svg" else {}
+    figure.savefig(path, format=kinds[path.suffix], dpi=150, metadata=metadata)

@@ -1,0 +1,1 @@
+"""Pictures, a file each: `sepjax picture kept|pareto|curves`."""

@@ -1,0 +1,29 @@
+"""draws a metric of several runs over their steps
+
+sepjax picture curves --workdirs=runs/a,runs/b --metric=train/loss --output=curves.png
+"""
+
+import dataclasses
+from pathlib import Path
+
+from sepjax.settings import Settings as _Settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Settings):
+    """Which runs."""
+
+    workdirs: tuple[str, ...]  # folders of runs of sepjax train
+    metric: str = "train/loss"  # as metrics.jsonl names it
+    output: str = "curves.png"  # a .png, .svg or .pdf file
+
+
+def main(settings: Settings) -> None:
+    """Writes the figure."""
+    from sepjax.files import check_file
+    from sepjax.pictures.figures import draw_curves, read_curves
+
+    check_file(settings.output)
+    curves = read_curves(map(Path, settings.workdirs), settings.metric)
+    draw_curves(Path(settings.output), curves, settings.metric)
+    print(f"{len(curves)} runs, written to {settings.output}")

@@ -1,0 +1,59 @@
+"""shows which tokens of a text a bounded cache keeps, in the terminal or as one HTML page with a slider over time
+
+    sepjax picture kept --model=smollm2-135m --text=mine.txt --arm="watched a=4 s=100 w=120 c=256" --output=kept.html
+
+Sinks are underlined, kept tokens on colour (the stronger, the more layers and heads keep them), what is gone is faint.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+from sepjax.config import ConfigError
+from sepjax.programs.common import Loading
+from sepjax.settings import AtLeast
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Loading):
+    """Which text, through which cache."""
+
+    text: str  # a UTF-8 text file
+    arm: str = ""  # pattern and sizes as in --arms of sepjax evaluate (a=, s=, w=, c=, ...); default: the model's own
+    max_tokens: Annotated[int, AtLeast(1)] = 4096  # of the text, at most
+    output: str = ""  # an .html file to write; default: the terminal, as it stands at the end
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output and Path(self.output).suffix != ".html":
+            raise ConfigError(f"--output={self.output} is to end in .html; leave it out for the terminal")
+
+
+def main(settings: Settings) -> None:
+    """Prints the text, or writes the page."""
+    from sepjax.console import say
+    from sepjax.evaluation.arms import parse_arms
+    from sepjax.evaluation.documents import read_texts
+    from sepjax.files import check_file, write_text
+    from sepjax.loading import load
+    from sepjax.pictures import kept_text
+
+    if settings.output:
+        check_file(settings.output)
+    (text, *others) = read_texts(Path(settings.text))
+    if others:
+        raise ConfigError(f"--text={settings.text} has {len(others) + 1} texts; give one file")
+    model, tokenizer = load(settings.path, **settings.loading)
+    attention = model.attention
+    if settings.arm:
+        arms = parse_arms(settings.arm, attention, model.config.num_layers)
+        if len(arms) != 1:
+            raise ConfigError(f"--arm={settings.arm!r} names {len(arms)} arms; give one")
+        attention = arms[0].attention
+    picture = kept_text(model, tokenizer, text, attention, max_tokens=settings.max_tokens)
+    if not settings.output:
+        print(picture.terminal())
+        return
+    write_text(settings.output, picture.html())
+    say(f"{picture.caption(picture.frames[-1])}", error=False)
+    print(f"written to {settings.output}")

@@ -1,0 +1,29 @@
+"""draws quality against the keys kept, a line a pattern, from results of sepjax evaluate compare
+
+sepjax picture pareto --results=a/compare.json,b/compare.json --output=pareto.svg
+"""
+
+import dataclasses
+from pathlib import Path
+
+from sepjax.settings import Settings as _Settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Settings):
+    """Which results."""
+
+    results: tuple[str, ...]  # files that sepjax evaluate compare wrote, with one baseline
+    output: str = "pareto.png"  # a .png, .svg or .pdf file
+    title: str = ""  # above the figure: model and text; default: the files
+
+
+def main(settings: Settings) -> None:
+    """Writes the figure."""
+    from sepjax.files import check_file
+    from sepjax.pictures.figures import draw_pareto, read_points
+
+    check_file(settings.output)
+    points, baseline = read_points(map(Path, settings.results))
+    draw_pareto(Path(settings.output), points, baseline, settings.title or ", ".join(settings.results))
+    print(f"{len(points)} arms, written to {settings.output}")

@@ -1,0 +1,64 @@
+"""Figures: what is read from results and runs, and that it is drawn where it belongs."""
+
+import json
+
+import pytest
+
+from sepjax.pictures.figures import FigureError, draw_curves, draw_pareto, read_curves, read_points
+
+
+def results(path, arms, baseline="window"):
+    scores = [
+        {"pattern": p, "arm": a, "kv_kept": k, "difference": d, "difference_error": 0.001, "baseline": baseline}
+        for p, a, k, d in arms
+    ]
+    path.write_text(json.dumps({"scores": scores}))
+    return path
+
+
+def test_quality_against_keys(tmp_path):
+    first = results(tmp_path / "a.json", [("sink_window", "window", 0.175, 0.0), ("gated", "gate 8", 0.12, 0.004)])
+    second = results(tmp_path / "b.json", [("gated", "gate & <16>", 0.17, -0.0137), ("dense", "dense", 1.0, -0.0368)])
+    points, baseline = read_points([first, second])
+    assert baseline == "window"
+    assert [(x.arm, x.kept, x.loss) for x in points][2] == ("gate & <16>", 0.17, -0.0137)
+    draw_pareto(tmp_path / "p.svg", points, baseline, "SmolLM2 on books")
+    drawn = (tmp_path / "p.svg").read_text()
+    for words in (
+        "SmolLM2 on books",
+        "gate &amp; &lt;16&gt;",
+        "keys held",
+        "nats per token over 'window'",
+        "sink_window",
+    ):
+        assert f"<!-- {words}" in drawn or words in drawn
+    draw_pareto(tmp_path / "p.png", points, baseline, "t")
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(FigureError, match=r"to end in \.png, \.svg or \.pdf"):
+        draw_pareto(tmp_path / "p.gif", points, baseline, "t")
+
+
+def test_results_that_do_not_belong_together_are_named(tmp_path):
+    mine = results(tmp_path / "a.json", [("dense", "dense", 1.0, 0.0)], baseline="dense")
+    other = results(tmp_path / "b.json", [("dense", "dense", 1.0, 0.0)])
+    with pytest.raises(FigureError, match="2 baselines"):
+        read_points([mine, other])
+    (tmp_path / "c.json").write_text('{"scores": [{"arm": 1}]}')
+    with pytest.raises(FigureError, match=r"c\.json holds no results of sepjax evaluate compare \(KeyError"):
+        read_points([tmp_path / "c.json"])
+
+
+def test_curves_of_runs(tmp_path):
+    for name, scale in (("a", 1.0), ("b", 2.0)):
+        rows = [{"step": s, "time": 0.0, "train/loss": scale / s} for s in (1, 2, 3, 2)]
+        rows.append({"step": 3, "eval/loss": 9.0})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 4, "tra')
+    curves = read_curves([tmp_path / "a", tmp_path / "b"], "train/loss")
+    assert curves == {"a": ([1, 2, 3], [1, 0.5, 1 / 3]), "b": ([1, 2, 3], [2, 1, 2 / 3])}
+    draw_curves(tmp_path / "c.svg", curves, "train/loss")
+    assert "train/loss of a, b" in (tmp_path / "c.svg").read_text()
+    with pytest.raises(FigureError, match="has no 'loss'; it has eval/loss, train/loss"):
+        read_curves([tmp_path / "a"], "loss")
+    with pytest.raises(FigureError, match=r"has no metrics\.jsonl"):
+        read_curves([tmp_path], "train/loss")
