@@ -145,7 +145,7 @@ def _place(share: sharding.RowShare, batch_sharding: jax.sharding.NamedSharding,
 
 
 def _evaluate(eval_fn: Callable[..., Any], state: TrainState, batches: list[Batch]) -> dict[str, float]:
-    sums = [eval_fn(state.params, batch) for batch in batches]
+    sums = [eval_fn(state.all_params, batch) for batch in batches]
     loss = sum(float(nll) for nll, _ in sums) / max(sum(float(count) for _, count in sums), 1.0)
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
@@ -153,12 +153,11 @@ def _evaluate(eval_fn: Callable[..., Any], state: TrainState, batches: list[Batc
 def _announce(config: Config, workdir: Path, mesh: jax.sharding.Mesh, state: TrainState, peak: object) -> None:
     if jax.process_index() != 0:
         return
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    learn, frozen = (sum(leaf.size for leaf in jax.tree.leaves(x)) for x in (state.params, state.frozen))
+    parameters = f"{learn + frozen:,} parameters" + (f" of which {learn:,} learn" if frozen else "")
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} {dict(mesh.shape)}, peak {peak}"
     begins = f"resumes at step {int(state.step)}" if int(state.step) else "starts"
-    print(
-        f"{workdir}: {begins}; {parameters:,} parameters, {config.attention.pattern} attention; {devices}", flush=True
-    )
+    print(f"{workdir}: {begins}; {parameters}, {config.attention.pattern} attention; {devices}", flush=True)
 
 
 def main(settings: Settings) -> None:

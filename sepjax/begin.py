@@ -86,7 +86,8 @@ def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, do
     if not config.training.init_from:
         return jax.jit(functools.partial(create_state, config), out_shardings=shardings)()
     source = locate(config.training.init_from, download=download)
-    model, _ = load(source, param_dtype="float32", mesh=mesh)
+    is_base = bool(config.lora.rank)  # it is held in model.dtype: widened first, it would need twice the memory
+    model, _ = load(source, param_dtype=None if is_base else "float32", mesh=mesh)
     if (found := _computed_alike(model.config, config.model)) != config.model:
         raise ConfigError(
             f"training.init_from={config.training.init_from!r} has another shape than when this run began: {found}, "
@@ -98,7 +99,7 @@ def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, do
     if (pattern := config.attention.pattern) != "gated" and params.pop("gate", None) is not None:
         say(f"{workdir}: the gate of {source} is left out, attention.pattern={pattern!r} has no use for it")
     begin = functools.partial(create_state, config)
-    return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
+    return jax.jit(begin, out_shardings=shardings, donate_argnums=() if is_base else 0)(params)
 
 
 def _computed_alike(shape: ModelConfig, like: ModelConfig) -> ModelConfig:

@@ -28,6 +28,7 @@ from sepjax.checks import at_least as _at_least
 from sepjax.checks import check_type as _check_type
 from sepjax.checks import check_types as _check_types
 from sepjax.checks import type_name as _type_name
+from sepjax.lora_config import LoraConfig, validate_lora
 from sepjax.model_config import ModelConfig, validate_model, with_own_window
 from sepjax.root import root
 from sepjax.rope_config import RopeConfig
@@ -38,6 +39,7 @@ __all__ = [  # of other files, for whoever reads a config
     "PATTERNS",
     "AttentionConfig",
     "ConfigError",
+    "LoraConfig",
     "ModelConfig",
     "RopeConfig",
     "UserError",
@@ -123,6 +125,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
 
 def validate(config: Config) -> Config:
@@ -130,6 +133,7 @@ def validate(config: Config) -> Config:
     _check_types(config, "")
     validate_model(config.model)
     validate_attention(config.attention, config.model.num_layers)
+    validate_lora(config.lora, config.model, config.training.init_from)
     _validate_training(config)
     layer_windows(config.attention, config.model.num_layers, config.data.sequence_length)  # what no row can have
     return config

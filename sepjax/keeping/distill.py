@@ -91,6 +91,8 @@ def _checked(config: Config, workdir: Path, download: bool) -> Config:
             f"attention.pattern={config.attention.pattern!r} has no gate; use a config with 'gated', such as "
             "configs/post_gated.py"
         )
+    if config.lora.rank:
+        raise ConfigError(f"lora.rank={config.lora.rank}, but a gate is distilled for a model as it is; set it to 0")
     if not config.training.init_from:
         raise ConfigError("training.init_from is empty; it names the model that the gate is for, and learns from")
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):

@@ -142,7 +142,7 @@ def _clear_failed_start(workdir: Path, path: Path, config: Config) -> None:
         changed = ["data."]
     if any(name.startswith(("data.", "training.init_from")) for name in changed):
         say(f"{workdir}: an earlier start of another config saved nothing; its tokenizer is made anew")
-        for name in ("tokenizer", "hub"):
+        for name in ("tokenizer", "hub", "frozen"):
             shutil.rmtree(workdir / name, ignore_errors=True)
 
 
