@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from sepjax import sharding
-from sepjax.begin import adopt_shape, first_state, given_tokenizer
+from sepjax.begin import adopt_shape, conversation_form, first_state, given_tokenizer
 from sepjax.config import Config
 from sepjax.data.batch import Batch
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
@@ -68,7 +68,8 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float, d
     given = given_tokenizer(config, download=download)
     tokenizer = prepare_tokenizer(config, data_dir, workdir / "tokenizer", given)
     share = sharding.row_share(mesh, config.data.batch_size)
-    here = {"process_index": share.index, "process_count": share.count}
+    here: dict[str, Any] = {"process_index": share.index, "process_count": share.count}
+    here["form"] = conversation_form(config, tokenizer)
     batches = training_batches(config, tokenizer, data_dir, seed=config.training.seed, **here)
     place = functools.partial(_place, share, sharding.batch_sharding(mesh))
 

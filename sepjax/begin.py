@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 
 from sepjax.config import Config, ConfigError, ModelConfig, from_json, validate
 from sepjax.console import say
+from sepjax.data.sources import is_json_lines
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.convert import keep_origin
+from sepjax.hub.training_form import TrainingForm, training_form
 from sepjax.loading import load, load_shape, locate
 from sepjax.model.transformer import split
 from sepjax.run.workdir import has_begun
@@ -65,6 +67,14 @@ def given_tokenizer(config: Config, *, download: bool = False) -> Callable[[], T
     """Reads the tokenizer of `training.init_from`; None without one."""
     source = config.training.init_from
     return (lambda: load_shape(source, download=download)[1]) if source else None
+
+
+def conversation_form(config: Config, tokenizer: Tokenizer) -> TrainingForm | None:
+    """How conversations of `data.name` are written; None for other data, or without a chat template.
+
+    Raises HubError where the template cannot be read.
+    """
+    return training_form(config.data, tokenizer) if is_json_lines(config.data.name) else None
 
 
 def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, download: bool = False) -> TrainState:

@@ -35,9 +35,16 @@ def texts_of(path: Path, config: Config, text: str, split: str, most: int) -> li
 
 def _source(data: DataConfig, folder: str, split: str) -> Sequence[str]:
     """The documents of a corpus. Imported late: token ids and text files are scored without TFDS."""
+    from sepjax.data.conversations import NoFormError
     from sepjax.data.sources import text_source
 
-    return text_source(data, folder, split)
+    try:
+        return text_source(data, folder, split)
+    except NoFormError as error:
+        raise ConfigError(
+            f"{data.name!r} has conversations, but whole texts are scored here, questions and answers alike: give "
+            "--text. The loss on held-out answers is eval/loss in a run's metrics.jsonl"
+        ) from error
 
 
 def with_pattern(config: Config, pattern: str, window_size: int) -> AttentionConfig:
