@@ -20,7 +20,10 @@ type Message = Mapping[str, str]
 class Form(Protocol):
     """How conversations become texts: a chat template, and what of it is scored (`data.train_on`)."""
 
-    train_on: str
+    @property
+    def train_on(self) -> str:
+        """Of `DataConfig`."""
+        ...
 
     @property
     def key(self) -> str:

@@ -26,6 +26,7 @@ from sepjax.data.sources import BadDocuments, TextSource, text_source
 from sepjax.data.tokenizer import FILES, Tokenizer, train_sentencepiece
 from sepjax.separators import configured_table, flag_separators
 
+_TOLD: set[str] = set()  # corpora of which an evaluation has said how many conversations are too long
 _TOKENIZER_CHARACTERS = 10_000_000  # of the corpus, spread over it, that a tokenizer is trained on
 
 
@@ -142,7 +143,10 @@ def evaluation_batches(
     bad, loss_on = BadDocuments(config.data.max_bad_documents), _loss_on(config.data)
     one_pass = _one_pass
     if source.conversations:
-        long = LongDocuments(source.name, config.data.sequence_length, skip=config.data.too_long == "skip")
+        tells = source.name not in _TOLD  # every evaluation reads the same
+        _TOLD.add(source.name)
+        skip = config.data.too_long == "skip"
+        long = LongDocuments(source.name, config.data.sequence_length, skip=skip, tells=tells)
         one_pass = functools.partial(_one_pass_of_whole, long)
     for batch in one_pass(source, tokenizer, flag, *size, bad, loss_on):
         yield jax.tree.map(lambda x: x[mine], batch)

@@ -58,8 +58,9 @@ class Shard:
 class LongDocuments:
     """Documents that no row has room for: cut or left out, counted, and told when there are 1, 10, 100, ..."""
 
-    def __init__(self, name: str, length: int, *, skip: bool):
-        self._name, self._length, self._skip = name, length, skip
+    def __init__(self, name: str, length: int, *, skip: bool, tells: bool = True):
+        """`name` is the source's, `length` a row's; `skip` leaves them out; `tells`: whether anything is said."""
+        self._name, self._length, self._skip, self._tells = name, length, skip, tells
         self._found = self._read = 0
         self._tell_at = 1
 
@@ -68,7 +69,7 @@ class LongDocuments:
         self._read += len(stream.begins())
         stream, found = fitting(stream, self._length, skip=self._skip)
         self._found += found
-        if self._found >= self._tell_at:
+        if self._tells and self._found >= self._tell_at:
             self._tell_at = 10 ** len(str(self._found))
             logging.warning(
                 "%d of %d conversations of %s so far have more than data.sequence_length=%d tokens and were %s.",

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +27,25 @@ from sepjax.config import (
 )
 from sepjax.data.batch import Batch
 from sepjax.flops import training_flops
+from sepjax.hub.adapter import origin_family, write_adapter
 from sepjax.hub.convert import convert
+from sepjax.hub.errors import HubError
+from sepjax.hub.families import family_for
 from sepjax.lora_config import adapter_parameters, projections
 from sepjax.model.attend import forward
 from sepjax.model.lora import divided, joined, merged
-from sepjax.model.transformer import merge, split
+from sepjax.model.transformer import abstract, merge, split
 from sepjax.run.checkpoint import load_params
 from sepjax.run.frozen import FrozenError
 from sepjax.sharding import batch_sharding, make_mesh
 from sepjax.training.optimizer import decayed_parameters
 from sepjax.training.step import _loss, abstract_state, create_state, model_graph, train_step
 from tests.hub import tiny
+from tests.hub.test_training_form import CHATML, conversations, write, write_tokenizer
 from tests.runs import losses, start_quickly
 from train import train
 
+TORCH = os.environ.get("SEPJAX_TORCH_PYTHON")
 T, B = 16, 4
 LORA = LoraConfig(rank=3, alpha=6.0)
 # Biases everywhere and norms of heads: an adapter of the output reads values with their bias.
@@ -229,24 +236,20 @@ def test_adapters_need_a_model_that_has_learned():
 
 
 @pytest.fixture
-def source(tmp_path, tokenizer_text):
+def source(tmp_path):
     golden, folder = tiny.golden()["llama-bias"], tmp_path / "llama"
     tiny.write_checkpoint(folder, golden["config"] | {"torch_dtype": "float32"}, golden["shapes"])
-    (folder / "tokenizer.json").write_text(tokenizer_text)
+    write_tokenizer(folder, CHATML, size=64)
     return folder
 
 
 @pytest.fixture
 def config(tmp_path, source):
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(20):
-        words = rng.choice(["the cat, ", "in and out. ", "then an ant! ", "who ran? "], 20)
-        (corpus / f"{number}.txt").write_text("".join(words) + "\n")
+    """Fine-tuning on conversations."""
+    corpus = write(tmp_path / "conversations.jsonl", conversations(40))
     return Config(
         attention=AttentionConfig(num_sinks=2, window_size=8),
-        data=DataConfig(name=str(corpus), sequence_length=32, batch_size=8),
+        data=DataConfig(name=str(corpus), sequence_length=100, batch_size=4),
         optimizer=OptimizerConfig(learning_rate=3e-2, warmup_steps=1),
         training=TrainingConfig(
             steps=6, log_every=1, eval_every=6, eval_batches=1, checkpoint_every=3, init_from=str(source)
@@ -255,7 +258,7 @@ def config(tmp_path, source):
     )
 
 
-def test_a_run_resumes_bit_for_bit_and_goes_out_merged(config, source, tmp_path, monkeypatch):
+def test_a_run_on_conversations_resumes_bit_for_bit_and_goes_out_merged(config, source, tmp_path, monkeypatch):
     start_quickly(monkeypatch)
     whole, again = tmp_path / "whole", tmp_path / "again"
     last = train(config, whole)
@@ -264,6 +267,7 @@ def test_a_run_resumes_bit_for_bit_and_goes_out_merged(config, source, tmp_path,
     shutil.rmtree(source)  # a run that has begun needs it no longer
     assert_same(train(config, again), last)
     assert losses(again) == losses(whole)
+    assert losses(whole)[6] < losses(whole)[1]
 
     # Checkpoints have adapters alone (another tree would be refused); what is read is one plain model.
     saved, params, step = load_params(whole)
@@ -293,3 +297,103 @@ def test_the_state_before_the_first_step_is_the_source(config, source, tmp_path)
     assert_same(merged(state.all_params, config.lora), split(sepjax.load(source)[0])[1])
     assert_same(*(divided(state.all_params)[i] for i in (0, 0)))
     assert projections(config.model)["gate"] == (32, 48)
+
+
+def adapted(config, params, tokens):
+    """Logits of a plain model under dense attention."""
+    tokens, shape = jnp.asarray(tokens, jnp.int32), np.shape(tokens)
+    positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    model = merge(abstract(config)[0], params)
+    flags, segments = jnp.zeros(shape, bool), jnp.ones(shape, jnp.int32)
+    return model.logits(forward(model, tokens, positions, flags, segments, AttentionConfig("dense"))[0])
+
+
+def test_adapters_go_out_and_come_in_as_pefts(source, tmp_path):
+    """What is written adds the same to the base as what has learned."""
+    model, _ = sepjax.load(source)
+    shape = model.config
+    config = dataclasses.replace(
+        CONFIG, model=shape, lora=LoraConfig(rank=3, alpha=6.0, targets=("query", "out", "gate"))
+    )
+    state = create_state(config, split(model)[1])
+    learned = noisy(state.params)
+    write_adapter(tmp_path / "adapter", config, learned, origin_family(shape, source))
+    keys = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert keys["target_modules"] == ["gate_proj", "o_proj", "q_proj"]
+    assert (keys["r"], keys["lora_alpha"], keys["fan_in_fan_out"]) == (3, 6.0, False)
+    found, _ = sepjax.load(source, adapter=tmp_path / "adapter")
+    assert_close(split(found)[1], merged(joined(state.frozen, learned), config.lora), 1e-6)
+    converted = convert(source, tmp_path / "run", adapter=tmp_path / "adapter")
+    assert "step 0 of a run" in converted
+    assert_same(load_params(tmp_path / "run")[1], split(found)[1])
+
+    def refused(message, **changes):
+        path = tmp_path / "adapter" / "adapter_config.json"
+        path.write_text(json.dumps(keys | changes))
+        with pytest.raises(HubError, match=message):
+            sepjax.load(source, adapter=tmp_path / "adapter")
+
+    refused("peft_type='LOHA': adapters of the type LORA", peft_type="LOHA")
+    refused("use_dora=True: it is not read; merge", use_dora=True)
+    refused("bias='all': expected one of 'none'", bias="all")
+    refused("init_lora_weights='pissa': expected one of", init_lora_weights="pissa")
+    refused("lora_alpha=-1: expected a number above 0", lora_alpha=-1)
+    with pytest.raises(HubError, match="has no place for a gate"):
+        write_adapter(tmp_path / "no", config, learned | {"gate": {}}, origin_family(shape, source))
+    neox = dataclasses.replace(
+        shape, parallel_residual=True, norm="layernorm", activation="gelu", gated_mlp=False, attention_bias=True,
+        mlp_bias=True, num_kv_heads=4, tie_embeddings=False,
+    )  # fmt: skip
+    family = family_for(neox)[0]
+    assert family.name == "gpt_neox"
+    narrow = dataclasses.replace(config, model=neox, lora=LoraConfig(rank=2, targets=("query",)))
+    with pytest.raises(HubError, match="has attention/query and attention/key and attention/value in one matrix"):
+        write_adapter(tmp_path / "no", narrow, create_state(narrow).params, family)
+    for bad in (source, tmp_path / "run"):
+        with pytest.raises(HubError, match=r"adapter_only needs a run with lora\.rank"):
+            convert(bad, tmp_path / "out", adapter_only=True)
+    with pytest.raises(HubError, match="is for pretrained models; export"):
+        convert(tmp_path / "run", tmp_path / "out", adapter=tmp_path / "adapter")
+
+
+@pytest.mark.skipif(TORCH is None, reason="needs torch, transformers and peft in SEPJAX_TORCH_PYTHON")
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        ("llama-bias", ["q_proj", "down_proj"]),
+        ("pythia", ["query_key_value", "dense"]),
+        ("gpt2", ["c_attn", "c_fc"]),
+    ],
+)
+def test_peft_computes_the_same(name, modules, tmp_path, tokenizer_text):
+    """Logits of a model with an adapter that PEFT made, and of one that we wrote where the family's names allow it."""
+    golden, base = tiny.golden()[name], tmp_path / "base"
+    tiny.write_checkpoint(base, golden["config"] | {"torch_dtype": "float32"}, golden["shapes"])
+    (base / "tokenizer.json").write_text(tokenizer_text)
+    model, _ = sepjax.load(base)
+    config = dataclasses.replace(CONFIG, model=model.config, lora=LoraConfig(rank=3, alpha=6.0, targets=("up", "down")))
+    learned = noisy(create_state(config).params)
+    write_adapter(tmp_path / "ours", config, learned, origin_family(model.config, base))
+    script = f"""
+import sys, torch, transformers, peft, numpy as np
+folder = sys.argv[1]
+tokens = torch.tensor(np.load(folder + '/tokens.npy'))
+load = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder + '/base', dtype=torch.float32).eval()
+theirs = peft.LoraConfig(r=2, lora_alpha=5, use_rslora=True, target_modules={modules})
+theirs = peft.get_peft_model(load(), theirs)
+torch.manual_seed(0)
+for n, p in theirs.named_parameters():
+    if 'lora_' in n: p.data = torch.randn_like(p) * 0.3
+theirs.eval().save_pretrained(folder + '/theirs')
+ours = peft.PeftModel.from_pretrained(load(), folder + '/ours').eval()
+with torch.no_grad():
+    np.savez(folder + '/logits.npz', theirs=theirs(tokens).logits.numpy(), ours=ours(tokens).logits.numpy())
+"""
+    np.save(tmp_path / "tokens.npy", tiny.tokens())
+    subprocess.run([TORCH, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True)
+    with np.load(tmp_path / "logits.npz", allow_pickle=False) as logits:
+        for kind in ("theirs", "ours"):
+            found, _ = sepjax.load(base, adapter=tmp_path / kind)
+            got = adapted(model.config, split(found)[1], tiny.tokens())
+            np.testing.assert_allclose(got, logits[kind], atol=1e-4 * np.abs(logits[kind]).max())
+            assert np.abs(logits[kind] - golden["logits"]).max() > 0.05

@@ -58,11 +58,13 @@ TURNS = [
 ]
 
 
-def write_tokenizer(folder, template, **changes):
+def write_tokenizer(folder, template, size=66, **changes):
     """A byte-level tokenizer with ChatML's control tokens and a chat template; `changes` are of tokenizer.json."""
     folder.mkdir(exist_ok=True)
     file = json.loads(tokenizer_json())
-    named = {"<|im_start|>": 64, "<|im_end|>": 65}
+    model, named = file["model"], {"<|im_start|>": size - 2, "<|im_end|>": size - 1}
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < size - 2}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
     file["added_tokens"] += [{**file["added_tokens"][0], "id": i, "content": name} for name, i in named.items()]
     (folder / "tokenizer.json").write_text(json.dumps(file | changes))
     config = {"chat_template": template, "eos_token": "<|im_end|>", "bos_token": None}
