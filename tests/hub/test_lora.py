@@ -31,12 +31,14 @@ from sepjax.hub.adapter import origin_family, write_adapter
 from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
 from sepjax.hub.families import family_for
+from sepjax.keeping import Lesson
+from sepjax.keeping.distill import distill
 from sepjax.lora_config import adapter_parameters, projections
 from sepjax.model.attend import forward
 from sepjax.model.lora import divided, joined, merged
 from sepjax.model.transformer import abstract, merge, split
 from sepjax.run.checkpoint import load_params
-from sepjax.run.frozen import FrozenError
+from sepjax.run.frozen import FrozenError, read_frozen, write_frozen
 from sepjax.sharding import batch_sharding, make_mesh
 from sepjax.training.optimizer import decayed_parameters
 from sepjax.training.step import _loss, abstract_state, create_state, model_graph, train_step
@@ -397,3 +399,20 @@ with torch.no_grad():
             got = adapted(model.config, split(found)[1], tiny.tokens())
             np.testing.assert_allclose(got, logits[kind], atol=1e-4 * np.abs(logits[kind]).max())
             assert np.abs(logits[kind] - golden["logits"]).max() > 0.05
+
+
+def test_a_base_is_written_once_unless_a_start_left_another(tmp_path):
+    target = {"a": {"kernel": jnp.zeros((2, 3), jnp.bfloat16)}}
+    first, second = (jax.tree.map(lambda x, i=i: x + i, target) for i in (1, 2))
+    write_frozen(tmp_path, {}, anew=True)
+    assert read_frozen(tmp_path, {}) == {}
+    with pytest.raises(FrozenError, match="it is not there; bring back a copy of the folder"):
+        read_frozen(tmp_path, target)
+    for params, anew, expected in ((first, False, first), (second, False, first), (second, True, second)):
+        write_frozen(tmp_path, params, anew=anew)
+        assert_same(read_frozen(tmp_path, target), expected)
+
+
+def test_a_gate_is_not_distilled_into_adapters(tmp_path):
+    with pytest.raises(ConfigError, match=r"lora\.rank=3, but a gate is distilled for a model as it is"):
+        distill(dataclasses.replace(CONFIG, attention=GATED), tmp_path / "run", Lesson())

@@ -117,7 +117,8 @@ class JsonLines(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if len(self._bad) > self._max_bad:
             raise self._too_many(reason)
         logging.warning("a record is left out, %d of at most %d: %s", len(self._bad), self._max_bad, reason)
-        self.info.metadata["bad"] = self._bad
+        metadata: Any = self.info.metadata
+        metadata["bad"] = self._bad
 
     def _too_many(self, reason: str) -> DataError:
         before = f", and {self._max_bad} before it were left out" if self._max_bad else ""
