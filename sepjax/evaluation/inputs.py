@@ -8,7 +8,7 @@ from typing import Any
 
 from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, under, validate_attention
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation.documents import Document, documents_of, read_texts
+from sepjax.evaluation.documents import Document, documents_of, has_json_lines, read_texts
 from sepjax.model.transformer import Transformer
 from sepjax.run.checkpoint import load_config
 
@@ -23,7 +23,8 @@ def config_of(path: Path, model: Transformer) -> Config:
 
 def texts_of(path: Path, config: Config, text: str, split: str, most: int) -> list[str]:
     """The texts to score: of files, or of a split of a corpus."""
-    if text and not split and not (path / "checkpoints").is_dir() and Path(text).exists():
+    is_plain = Path(text).exists() and not has_json_lines(Path(text))
+    if text and not split and not (path / "checkpoints").is_dir() and is_plain:
         documents: Sequence[str] = read_texts(Path(text))
         return list(documents[: most or len(documents)])
     data = dataclasses.replace(config.data, name=text) if text else config.data

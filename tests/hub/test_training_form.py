@@ -19,6 +19,7 @@ from sepjax.data.pipeline import evaluation_batches, training_batches
 from sepjax.data.scored import marked, unmarked
 from sepjax.data.sources import text_source
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation.documents import StreamError, read_texts
 from sepjax.evaluation.inputs import texts_of
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.training_form import training_form
@@ -303,6 +304,11 @@ def test_records_of_texts_are_documents(tmp_path):
     assert sorted([*source, *held_out]) == sorted([*(f"text {i}" for i in range(30)), "packed"])
     assert not source.conversations
     assert sorted(text_source(data, str(tmp_path / "p"), "all")) == sorted([*source, *held_out])
+    texts = texts_of(tmp_path, Config(data=DataConfig(text_key="body")), str(folder / "a.jsonl"), "", 3)
+    assert len(texts) == 3
+    assert set(texts) < {f"text {i}" for i in range(30)}
+    with pytest.raises(StreamError, match=r"a\.jsonl' has JSON lines, which"):
+        read_texts(folder / "a.jsonl")
     with pytest.raises(DataError, match=r"a\.jsonl:1: it has the fields 'body', expected 'messages', .*or 'text'"):
         text_source(DataConfig(name=str(folder)), str(tmp_path / "p"), "train")
     (folder / "c.jsonl.zst").write_bytes(b"")
