@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from sepjax import sharding
-from sepjax.begin import adopt_shape, first_state, given_tokenizer
+from sepjax.begin import adopt_shape, conversation_form, first_state, given_tokenizer
 from sepjax.config import Config
 from sepjax.data.batch import Batch
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
@@ -68,7 +68,8 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float, d
     given = given_tokenizer(config, download=download)
     tokenizer = prepare_tokenizer(config, data_dir, workdir / "tokenizer", given)
     share = sharding.row_share(mesh, config.data.batch_size)
-    here = {"process_index": share.index, "process_count": share.count}
+    here: dict[str, Any] = {"process_index": share.index, "process_count": share.count}
+    here["form"] = conversation_form(config, tokenizer)
     batches = training_batches(config, tokenizer, data_dir, seed=config.training.seed, **here)
     place = functools.partial(_place, share, sharding.batch_sharding(mesh))
 
@@ -145,7 +146,7 @@ def _place(share: sharding.RowShare, batch_sharding: jax.sharding.NamedSharding,
 
 
 def _evaluate(eval_fn: Callable[..., Any], state: TrainState, batches: list[Batch]) -> dict[str, float]:
-    sums = [eval_fn(state.params, batch) for batch in batches]
+    sums = [eval_fn(state.all_params, batch) for batch in batches]
     loss = sum(float(nll) for nll, _ in sums) / max(sum(float(count) for _, count in sums), 1.0)
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
@@ -153,12 +154,11 @@ def _evaluate(eval_fn: Callable[..., Any], state: TrainState, batches: list[Batc
 def _announce(config: Config, workdir: Path, mesh: jax.sharding.Mesh, state: TrainState, peak: object) -> None:
     if jax.process_index() != 0:
         return
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    learn, frozen = (sum(leaf.size for leaf in jax.tree.leaves(x)) for x in (state.params, state.frozen))
+    parameters = f"{learn + frozen:,} parameters" + (f" of which {learn:,} learn" if frozen else "")
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} {dict(mesh.shape)}, peak {peak}"
     begins = f"resumes at step {int(state.step)}" if int(state.step) else "starts"
-    print(
-        f"{workdir}: {begins}; {parameters:,} parameters, {config.attention.pattern} attention; {devices}", flush=True
-    )
+    print(f"{workdir}: {begins}; {parameters}, {config.attention.pattern} attention; {devices}", flush=True)
 
 
 def main(settings: Settings) -> None:

@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 
 from sepjax.config import Config, ConfigError, ModelConfig, from_json, validate
 from sepjax.console import say
+from sepjax.data.sources import is_json_lines
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.convert import keep_origin
+from sepjax.hub.training_form import TrainingForm, training_form
 from sepjax.loading import load, load_shape, locate
 from sepjax.model.transformer import split
 from sepjax.run.workdir import has_begun
@@ -67,6 +69,14 @@ def given_tokenizer(config: Config, *, download: bool = False) -> Callable[[], T
     return (lambda: load_shape(source, download=download)[1]) if source else None
 
 
+def conversation_form(config: Config, tokenizer: Tokenizer) -> TrainingForm | None:
+    """How conversations of `data.name` are written; None for other data, or without a chat template.
+
+    Raises HubError where the template cannot be read.
+    """
+    return training_form(config.data, tokenizer) if is_json_lines(config.data.name) else None
+
+
 def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, download: bool = False) -> TrainState:
     """The state before step 1: parameters from `training.init_from`, or drawn from `training.seed`; in their shards.
 
@@ -86,7 +96,8 @@ def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, do
     if not config.training.init_from:
         return jax.jit(functools.partial(create_state, config), out_shardings=shardings)()
     source = locate(config.training.init_from, download=download)
-    model, _ = load(source, param_dtype="float32", mesh=mesh)
+    is_base = bool(config.lora.rank)  # it is held in model.dtype: widened first, it would need twice the memory
+    model, _ = load(source, param_dtype=None if is_base else "float32", mesh=mesh)
     if (found := _computed_alike(model.config, config.model)) != config.model:
         raise ConfigError(
             f"training.init_from={config.training.init_from!r} has another shape than when this run began: {found}, "
@@ -98,7 +109,7 @@ def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, do
     if (pattern := config.attention.pattern) != "gated" and params.pop("gate", None) is not None:
         say(f"{workdir}: the gate of {source} is left out, attention.pattern={pattern!r} has no use for it")
     begin = functools.partial(create_state, config)
-    return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
+    return jax.jit(begin, out_shardings=shardings, donate_argnums=() if is_base else 0)(params)
 
 
 def _computed_alike(shape: ModelConfig, like: ModelConfig) -> ModelConfig:

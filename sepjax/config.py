@@ -27,7 +27,9 @@ from sepjax.checks import ConfigError, UserError, nearest
 from sepjax.checks import at_least as _at_least
 from sepjax.checks import check_type as _check_type
 from sepjax.checks import check_types as _check_types
+from sepjax.checks import one_of as _one_of
 from sepjax.checks import type_name as _type_name
+from sepjax.lora_config import LoraConfig, validate_lora
 from sepjax.model_config import ModelConfig, validate_model, with_own_window
 from sepjax.root import root
 from sepjax.rope_config import RopeConfig
@@ -38,6 +40,7 @@ __all__ = [  # of other files, for whoever reads a config
     "PATTERNS",
     "AttentionConfig",
     "ConfigError",
+    "LoraConfig",
     "ModelConfig",
     "RopeConfig",
     "UserError",
@@ -57,9 +60,12 @@ __all__ = [  # of other files, for whoever reads a config
 class DataConfig:
     """Where text comes from and how it becomes batches."""
 
-    name: str = "embedded"  # "embedded" | "recall" (a generated task) | a folder of .txt files | any TFDS text dataset
+    # "embedded" | "recall" (a generated task) | .txt or .jsonl files or a folder of them | any TFDS text dataset
+    name: str = "embedded"
     data_dir: str = ""  # where TFDS keeps prepared datasets; empty: <workdir>/data
-    text_key: str = "text"  # field that holds the text in a TFDS dataset
+    text_key: str = "text"  # field that holds the text in a TFDS dataset or JSON lines
+    train_on: str = "assistant"  # of conversations: "assistant" (what it says) | "last" (its last answer) | "all"
+    too_long: str = "truncate"  # a conversation longer than a row: "truncate" | "skip"
     train_split: str = "train"  # of the corpus, as TFDS names it
     eval_split: str = "validation"  # of the corpus, for the evaluations of a run
     tokenizer: str = ""  # SentencePiece .model or Hugging Face tokenizer.json; empty: train one on the corpus
@@ -68,7 +74,7 @@ class DataConfig:
     batch_size: int = 8  # B: rows per optimizer step, over all devices
     loss_on: str = ""  # regular expression: only tokens that it, or its group 1, matches are scored; empty: all
     num_workers: int = 0  # Grain worker processes; 0: threads of this process
-    max_bad_documents: int = 0  # unreadable documents that a reader passes over; one more is an error
+    max_bad_documents: int = 0  # unreadable documents or records that are passed over; one more is an error
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -123,6 +129,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
 
 def validate(config: Config) -> Config:
@@ -130,6 +137,7 @@ def validate(config: Config) -> Config:
     _check_types(config, "")
     validate_model(config.model)
     validate_attention(config.attention, config.model.num_layers)
+    validate_lora(config.lora, config.model, config.training.init_from)
     _validate_training(config)
     layer_windows(config.attention, config.model.num_layers, config.data.sequence_length)  # what no row can have
     return config
@@ -151,6 +159,8 @@ def _validate_training(config: Config) -> None:
             raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} must be 0 or more and below 1")
     if not optimizer.clip_norm > 0:
         raise ConfigError(f"optimizer.clip_norm={optimizer.clip_norm} must be above 0; a large one never clips")
+    _one_of("data.train_on", data.train_on, ("assistant", "last", "all"))
+    _one_of("data.too_long", data.too_long, ("truncate", "skip"))
     _at_least("data.num_workers", data.num_workers, 0)
     _at_least("data.max_bad_documents", data.max_bad_documents, 0)
     try:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sepjax.config import Config, ModelConfig
+from sepjax.lora_config import adapter_parameters
 
 # Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets (for GPUs the figures without 2:4 sparsity).
 # A TPU v4, v5p chip is one device, its two cores fused; a TPU7x chip (2307e12) is two devices.
@@ -67,6 +68,7 @@ def training_flops(config: Config, pairs_per_row: int | float) -> float:
 
     A parameter costs one multiply-add (2 FLOPs) forward and two backward. A visible (query, key) pair costs a dot
     product and a weighted sum over each of N heads of size H: 4 N H FLOPs forward and twice that backward.
+    Frozen parameters (`lora.rank`) have no gradient of their own: 4 in place of 6 for the base, 6 for adapters.
 
     Args:
       config: gives the shape and T = `data.sequence_length`.
@@ -74,6 +76,8 @@ def training_flops(config: Config, pairs_per_row: int | float) -> float:
     """
     model = config.model
     attention = 12 * model.num_heads * model.head_dim * model.num_layers * pairs_per_row / config.data.sequence_length
+    if config.lora.rank:
+        return 4 * matmul_parameters(model) + 6 * adapter_parameters(config.lora, model) + attention
     return 6 * matmul_parameters(model) + attention
 
 

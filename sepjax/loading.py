@@ -9,11 +9,12 @@ from jax.sharding import Mesh
 
 from sepjax.config import ConfigError, ModelConfig, UserError
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.hub.adapter import add_adapter, origin_family
 from sepjax.hub.folder import folder_shape, is_folder, load_folder
 from sepjax.hub.gguf_file import gguf_shape, load_gguf
 from sepjax.hub.packaged import packaged_file
 from sepjax.hub.remote import fetch
-from sepjax.model.transformer import Transformer, abstract, merge
+from sepjax.model.transformer import Transformer, abstract, merge, split
 from sepjax.run.checkpoint import load_config, load_params
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -34,6 +35,7 @@ def load(
     dtype: str | None = None,
     param_dtype: str | None = None,
     mesh: Mesh | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     download: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
     """Reads a model that `train.py` wrote, or a pretrained one.
@@ -46,6 +48,7 @@ def load(
         has its own.
       param_dtype: of a pretrained model's parameters; None: the files' own (float32 for GGUF).
       mesh: where the parameters go, each device reading its own part; None: the first device.
+      adapter: a folder that PEFT wrote, whose low-rank adapters are added to the model's matrices.
       download: whether a hub id may be downloaded; else it must be in the hub's local cache.
 
     Raises:
@@ -56,6 +59,22 @@ def load(
       sepjax.data.errors.DataError: the tokenizer's file is damaged.
     """
     source = locate(path, download=download)
+    model, tokenizer = _load(path, source, step, dtype, param_dtype, mesh)
+    if adapter is not None:
+        graph, params = split(model)
+        family = origin_family(model.config, source if is_folder(source) else source / "hub")
+        model = merge(graph, add_adapter(params, Path(adapter), model.config, family))
+    return model, tokenizer
+
+
+def _load(
+    path: str | os.PathLike[str],
+    source: Path,
+    step: int | None,
+    dtype: str | None,
+    param_dtype: str | None,
+    mesh: Mesh | None,
+) -> tuple[Transformer, Tokenizer]:
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if value not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"{name}={value!r} must be float32, bfloat16 or float16")

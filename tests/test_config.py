@@ -115,7 +115,7 @@ def test_shapes_have_the_published_size(name: str, millions: float) -> None:
 
 def test_there_are_about_sixty_settings() -> None:
     names = [name for name in field_types() if not name.startswith("model.sliding_rope.")]  # as model.rope
-    assert len(names) <= 105  # 40 say the shapes of other projects' models
+    assert len(names) <= 109  # 40 say the shapes of other projects' models
 
 
 # Flags.

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "attention_config": {"checks"},
     "root": set(),
     "model_config": {"checks", "rope_config", "attention_config"},
-    "config": {"checks", "rope_config", "attention_config", "model_config", "root"},
+    "lora_config": {"checks", "model_config"},
+    "config": {"checks", "rope_config", "attention_config", "model_config", "lora_config", "root"},
     "files": {"config"},
     "interrupt": set(),
     "moved": set(),
@@ -33,11 +34,11 @@ MAY_IMPORT = {
     "sharding": BASE,
     "measure": set(),
     "console": set(),
-    "flops": {"config"},
+    "flops": {"config", "lora_config"},
     "attention": BASE | {"separators", "layout", "sharding"},
     "flags": {"attention_config", "compile_cache", "checks", "config", "interrupt", "separators", "settings"},
     "data": BASE | {"separators", "layout", "sharding", "interrupt"},
-    "model": BASE | {"separators", "layout", "sharding", "attention"},
+    "model": BASE | {"separators", "layout", "sharding", "attention", "lora_config"},
     "generation": BASE
     | {
         "separators",

@@ -16,15 +16,17 @@ from etils import epath
 from sepjax import interrupt
 from sepjax.config import Config, ConfigError, DataConfig
 from sepjax.data.batch import Batch
+from sepjax.data.conversations import Form
 from sepjax.data.corpora.recall.recall import recall_tokenizer
 from sepjax.data.errors import DataError
 from sepjax.data.locks import exclusive
-from sepjax.data.packing import FlagSeparators, TokenStream, pack_rows
-from sepjax.data.reader import BatchReader, Shard
+from sepjax.data.packing import FlagSeparators, TokenStream, WholeRows, pack_rows
+from sepjax.data.reader import BatchReader, LongDocuments, Shard
 from sepjax.data.sources import BadDocuments, TextSource, text_source
 from sepjax.data.tokenizer import FILES, Tokenizer, train_sentencepiece
 from sepjax.separators import configured_table, flag_separators
 
+_TOLD: set[str] = set()  # corpora of which an evaluation has said how many conversations are too long
 _TOKENIZER_CHARACTERS = 10_000_000  # of the corpus, spread over it, that a tokenizer is trained on
 
 
@@ -59,9 +61,18 @@ def prepare_tokenizer(
 
 
 def training_batches(
-    config: Config, tokenizer: Tokenizer, data_dir: str, *, seed: int, process_index: int = 0, process_count: int = 1
+    config: Config,
+    tokenizer: Tokenizer,
+    data_dir: str,
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    form: Form | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Shuffled batches of the training split, for ever: this process's data.batch_size / process_count rows of each.
+
+    `form` says how conversations are written, where `data.name` has some.
 
     Every epoch each document is read once, by one process, in an order that depends on `seed` and the epoch. The
     iterator's `get_state()` is JSON; `set_state()` continues bit for bit, with prefetching threads or worker processes.
@@ -72,7 +83,7 @@ def training_batches(
     """
     _check_vocabulary(config, tokenizer)
     rows = _rows_per_process(config, process_count)
-    source = text_source(config.data, data_dir, config.data.train_split)
+    source = text_source(config.data, data_dir, config.data.train_split, form)
     workers = max(config.data.num_workers, 1)
     if len(source) < process_count * workers:
         raise ConfigError(
@@ -89,6 +100,7 @@ def training_batches(
             length=config.data.sequence_length,
             max_bad=config.data.max_bad_documents,
             loss_on=_loss_on(config.data),
+            skip_long=config.data.too_long == "skip",
         )
         for worker in range(workers)
     ]
@@ -105,11 +117,19 @@ def training_batches(
     }
     if config.data.loss_on:
         made_by["loss_on"] = config.data.loss_on
+    if source.conversations:
+        made_by |= {"train_on": config.data.train_on, "too_long": config.data.too_long}
     return iter(_Labelled(_prefetched(readers, config.data.num_workers), made_by))
 
 
 def evaluation_batches(
-    config: Config, tokenizer: Tokenizer, data_dir: str, *, process_index: int = 0, process_count: int = 1
+    config: Config,
+    tokenizer: Tokenizer,
+    data_dir: str,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    form: Form | None = None,
 ) -> Iterator[Batch]:
     """One pass over the evaluation split in the dataset's own order; all processes yield the same number of batches.
 
@@ -117,11 +137,18 @@ def evaluation_batches(
     """
     _check_vocabulary(config, tokenizer)
     rows = _rows_per_process(config, process_count)
-    source = text_source(config.data, data_dir, config.data.eval_split)
+    source = text_source(config.data, data_dir, config.data.eval_split, form)
     flag, mine = _separator_flags(config, tokenizer), slice(process_index * rows, (process_index + 1) * rows)
     size = config.data.batch_size, config.data.sequence_length
     bad, loss_on = BadDocuments(config.data.max_bad_documents), _loss_on(config.data)
-    for batch in _one_pass(source, tokenizer, flag, *size, bad, loss_on):
+    one_pass = _one_pass
+    if source.conversations:
+        tells = source.name not in _TOLD  # every evaluation reads the same
+        _TOLD.add(source.name)
+        skip = config.data.too_long == "skip"
+        long = LongDocuments(source.name, config.data.sequence_length, skip=skip, tells=tells)
+        one_pass = functools.partial(_one_pass_of_whole, long)
+    for batch in one_pass(source, tokenizer, flag, *size, bad, loss_on):
         yield jax.tree.map(lambda x: x[mine], batch)
 
 
@@ -151,6 +178,32 @@ def _one_pass(
             yield jax.tree.map(lambda x: np.pad(x, ((0, rows - len(x)), (0, 0))), batch)
     if is_empty:
         raise DataError(f"{source.name} has no tokens to evaluate on")
+
+
+def _one_pass_of_whole(
+    long: LongDocuments,
+    source: TextSource,
+    tokenizer: Tokenizer,
+    flag: FlagSeparators,
+    rows: int,
+    length: int,
+    bad: BadDocuments,
+    loss_on: re.Pattern[str] | None,
+) -> Iterator[Batch]:
+    """`_one_pass` of documents that stay whole."""
+    rest, unread, is_empty = TokenStream.empty(), 0, True
+    while unread < len(source) or len(rest):
+        whole = WholeRows(rows, length)
+        while not len(rest := whole.add(rest)) and unread < len(source):
+            end = min(unread + source.documents_for(whole.free), len(source))
+            texts = bad.read(source, range(unread, end))
+            rest = long.fitted(TokenStream.encode(tokenizer, texts, unread, loss_on, conversations=True))
+            unread = end
+        batch = whole.batch(flag)
+        is_empty &= not batch.loss_mask.any()
+        yield batch
+    if is_empty:
+        raise DataError(f"{source.name} has no answers to evaluate on")
 
 
 def _prefetched(readers: list[BatchReader], num_workers: int) -> grain.IterDataset[Batch]:

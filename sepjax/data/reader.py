@@ -22,7 +22,7 @@ from absl import logging
 
 from sepjax.data.batch import Batch
 from sepjax.data.errors import DataError
-from sepjax.data.packing import FlagSeparators, TokenStream, pack_rows
+from sepjax.data.packing import FlagSeparators, TokenStream, WholeRows, fitting, pack_rows
 from sepjax.data.sources import BadDocuments, TextSource
 from sepjax.data.tokenizer import Tokenizer
 
@@ -55,6 +55,30 @@ class Shard:
         )
 
 
+class LongDocuments:
+    """Documents that no row has room for: cut or left out, counted, and told when there are 1, 10, 100, ..."""
+
+    def __init__(self, name: str, length: int, *, skip: bool, tells: bool = True):
+        """`name` is the source's, `length` a row's; `skip` leaves them out; `tells`: whether anything is said."""
+        self._name, self._length, self._skip, self._tells = name, length, skip, tells
+        self._found = self._read = 0
+        self._tell_at = 1
+
+    def fitted(self, stream: TokenStream) -> TokenStream:
+        """The documents of a stream, each in `length` tokens."""
+        self._read += len(stream.begins())
+        stream, found = fitting(stream, self._length, skip=self._skip)
+        self._found += found
+        if self._tells and self._found >= self._tell_at:
+            self._tell_at = 10 ** len(str(self._found))
+            logging.warning(
+                "%d of %d conversations of %s so far have more than data.sequence_length=%d tokens and were %s.",
+                *(self._found, self._read, self._name, self._length),
+                "left out (data.too_long)" if self._skip else "cut at their ends (data.too_long)",
+            )
+        return stream
+
+
 class BatchReader(grain.IterDataset[Batch]):
     """Batches of `rows` rows of `length` tokens, for ever."""
 
@@ -69,6 +93,7 @@ class BatchReader(grain.IterDataset[Batch]):
         length: int,
         max_bad: int = 0,
         loss_on: re.Pattern[str] | None = None,
+        skip_long: bool = False,
     ):
         super().__init__()
         self.source = source
@@ -79,6 +104,7 @@ class BatchReader(grain.IterDataset[Batch]):
         self.length = length
         self.max_bad = max_bad
         self.loss_on = loss_on
+        self.skip_long = skip_long
         self.batches_per_block = min(max(_BLOCK_TOKENS // (rows * length), 1), _BLOCK_BATCHES)
 
     @override
@@ -92,6 +118,7 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         self._reader = reader
         self._is_small = False  # and has said so
         self._bad = BadDocuments(reader.max_bad)
+        self._long = LongDocuments(reader.source.name, reader.length, skip=reader.skip_long)
         self.set_state({"document": 0, "offset": 0, "block": 0, "batch": 0})
 
     @override
@@ -120,6 +147,30 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
     def _read_block(self) -> None:
         reader = self._reader
         num_rows = reader.rows * reader.batches_per_block
+        self._block = self._whole_documents(num_rows) if reader.source.conversations else self._cut_stream(num_rows)
+        if not self._block.loss_mask.any() and (reader.loss_on is not None or reader.source.conversations):
+            pattern = reader.loss_on and reader.loss_on.pattern
+            what = "no answer is" if pattern is None else f"data.loss_on={pattern!r} matches nothing"
+            raise DataError(
+                f"{what} in {num_rows * reader.length:,} tokens of {reader.source.name}, so that there is nothing to "
+                "learn; correct it, or leave it out"
+            )
+        self._order = np.random.default_rng([reader.shard.seed, self._state["block"]]).permutation(num_rows)
+
+    def _whole_documents(self, num_rows: int) -> Batch:
+        """Rows of documents that stay whole, until one finds no room: the block after this one begins with it."""
+        rows, read = WholeRows(num_rows, self._reader.length), len(self._rest)
+        while not len(rest := rows.add(self._rest)):
+            self._rest = self._read_on(rows.free)
+            read += len(self._rest)
+            if self._unread - self._state["document"] >= len(self._reader.shard):
+                self._check_epoch(read)
+        self._rest = rest
+        return rows.batch(self._reader.flag_separators)
+
+    def _cut_stream(self, num_rows: int) -> Batch:
+        """Rows cut from the stream of all documents."""
+        reader = self._reader
         missing = num_rows * reader.length - len(self._rest)
         parts = [self._rest]
         while missing > 0:
@@ -128,14 +179,8 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
             if self._unread - self._state["document"] >= len(reader.shard):
                 self._check_epoch(sum(map(len, parts)))
         stream = TokenStream.join(parts) if len(parts) > 1 else self._rest
-        self._block = pack_rows(stream[: num_rows * reader.length], reader.length, reader.flag_separators)
-        if reader.loss_on is not None and not self._block.loss_mask.any():
-            raise DataError(
-                f"data.loss_on={reader.loss_on.pattern!r} matches nothing in {num_rows * reader.length:,} tokens of "
-                f"{reader.source.name}, so that there is nothing to learn; correct it, or leave it out"
-            )
-        self._order = np.random.default_rng([reader.shard.seed, self._state["block"]]).permutation(num_rows)
         self._rest = stream[num_rows * reader.length :]
+        return pack_rows(stream[: num_rows * reader.length], reader.length, reader.flag_separators)
 
     def _read_on(self, num_tokens: int) -> TokenStream:
         """The next documents, about `num_tokens` of them; right after a restore from the block's first token on."""
@@ -143,7 +188,10 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         count = reader.source.documents_for(num_tokens)
         texts = self._bad.read(reader.source, [reader.shard[i] for i in range(first, first + count)])
         self._unread += count
-        read = TokenStream.encode(reader.tokenizer, texts, first, reader.loss_on)
+        is_whole = reader.source.conversations
+        read = TokenStream.encode(reader.tokenizer, texts, first, reader.loss_on, conversations=is_whole)
+        if is_whole:
+            return self._long.fitted(read)
         return read[self._state["offset"] :] if first == self._state["document"] else read
 
     def _leave_block(self) -> None:

@@ -1,6 +1,7 @@
 """Where documents come from: the embedded corpus, files of text, or any TFDS text dataset; read without TensorFlow."""
 
 import contextlib
+import functools
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,9 @@ from absl import logging
 from google.protobuf.json_format import ParseError
 
 from sepjax.config import DataConfig, UserError
+from sepjax.data.conversations import Form
 from sepjax.data.corpora.embedded.embedded import Embedded
+from sepjax.data.corpora.json_lines.json_lines import JsonLines, json_files
 from sepjax.data.corpora.recall.recall import Recall
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
 from sepjax.data.errors import DataError
@@ -29,6 +32,7 @@ class TextSource(Sequence[str]):
     Attributes:
       name: dataset, fingerprint and split, for messages.
       bytes_per_document: in the mean.
+      conversations: whether documents are of a chat template, with marks around what is scored.
     """
 
     def __init__(self, folder: str, split: str, key: str):
@@ -38,7 +42,7 @@ class TextSource(Sequence[str]):
           DataError: there is no such split or field, or the data are not in array_record.
         """
         self._place = (folder, split, key)
-        self._key = key
+        self._key, self.conversations = key, key == "conversation"
         try:
             builder: Any = tfds.builder_from_directory(folder)
         except Exception as error:  # of JSON, of protocol buffers, of files
@@ -130,23 +134,24 @@ class BadDocuments:
         logging.warning("passed over, %d of at most %d: %s", len(self._found), self.most, error)
 
 
-def text_source(data: DataConfig, data_dir: str, split: str) -> TextSource:
+def text_source(data: DataConfig, data_dir: str, split: str, form: Form | None = None) -> TextSource:
     """The documents of one split of `data.name`; our own corpora are prepared in `data_dir` on first use.
 
     Args:
-      data: `name` is "embedded", "recall" (generated, a document a row), an existing .txt file or a folder of them,
-        or the name of a TFDS dataset that is prepared in `data_dir` as array_record; `text_key` is the field of the
-        latter that holds the text.
+      data: `name` is "embedded", "recall" (generated, a document a row), an existing .txt or .jsonl file or a folder of
+        them, or the name of a TFDS dataset that is prepared in `data_dir` as array_record; `text_key` is the field of
+        the latter, or of JSON lines, that holds the text.
       data_dir: where TFDS keeps prepared datasets.
       split: "train", "validation", or whatever TFDS understands ("train[:10%]"). "all" of files on disk keeps every
         file whole, holding back none.
+      form: how conversations are written.
 
     Raises:
       DataError: there is no such dataset, split or field, or files are empty or no UTF-8 text.
       OSError: `data_dir` cannot be written.
     """
     try:
-        builder, key = _builder(data, data_dir, split)
+        builder, key = _builder(data, data_dir, split, form)
     except UserError:
         raise
     except (ParseError, ValueError, KeyError) as error:
@@ -154,10 +159,22 @@ def text_source(data: DataConfig, data_dir: str, split: str) -> TextSource:
             f"cannot read the dataset {data.name!r} in {data_dir}: {_first_line(error)}; if its files are damaged, "
             "remove them to have it prepared anew"
         ) from error
-    return TextSource(str(builder.data_path), split, key)
+    source = TextSource(str(builder.data_path), split, key)
+    if source.conversations and data.loss_on and data.train_on != "all":
+        raise DataError(
+            f"data.loss_on={data.loss_on!r} with conversations, of which data.train_on={data.train_on!r} says what is "
+            "scored; leave one of them out (train_on='all' to have loss_on decide)"
+        )
+    return source
 
 
-def _builder(data: DataConfig, data_dir: str, split: str) -> tuple[Any, str]:
+def is_json_lines(name: str) -> bool:
+    """Whether `data.name` is a file of JSON lines, or a folder of them."""
+    path = Path(name).expanduser()
+    return path.exists() and bool(json_files(path))
+
+
+def _builder(data: DataConfig, data_dir: str, split: str, form: Form | None) -> tuple[Any, str]:
     """A builder whose data are on disk, and the name of its text field."""
     folder = str(Path(data_dir).expanduser()) if "://" not in data_dir else data_dir
     if data.name == "embedded":
@@ -170,6 +187,12 @@ def _builder(data: DataConfig, data_dir: str, split: str) -> tuple[Any, str]:
         ), "text"
     if Path(data.name).expanduser().exists():
         hold_out = split != "all"
+        if is_json_lines(data.name):
+            settings = {"text_key": data.text_key, "form": form, "max_bad": data.max_bad_documents}
+            make = functools.partial(JsonLines, path=data.name, hold_out=hold_out, data_dir=folder, **settings)
+            builder = _prepared(lambda: make(file_format=_FORMAT), folder)
+            builder.check_prepared()
+            return builder, builder.key
         return _prepared(
             lambda: TextFolder(path=data.name, hold_out=hold_out, data_dir=folder, file_format=_FORMAT), folder
         ), "text"

@@ -189,6 +189,10 @@ class Tokenizer:
             i = next((i for i in [vocabulary.piece_to_id(name)] if vocabulary.id_to_piece(i) == name), None)
         return i if i is not None and not self._bytes[i] else None
 
+    def offsets(self, text: str) -> Int64[np.ndarray, "N 2"] | None:
+        """[first, last) characters of the text that each of its tokens stands for; None where nothing tells."""
+        return self._model.offsets(text)
+
     def token_widths(self) -> Int32[np.ndarray, "V"]:
         """Bytes of a text that each token stands for: what it writes, or a control token's name."""
         if self._widths is None:

@@ -48,6 +48,10 @@ class TokenizerModel(abc.ABC):
         """The ids of one text in which control tokens are ordinary characters; none of them comes out."""
         return self.encode([text])[0].tolist()
 
+    def offsets(self, text: str) -> Int64[np.ndarray, "N 2"] | None:
+        """[first, last) characters of each token of `encode`; None where nothing tells."""
+        return None
+
     def within(self, vocab_size: int) -> "TokenizerModel":
         """Without the control tokens of ids from `vocab_size` on; itself where that would not make it fit."""
         return self
@@ -201,6 +205,11 @@ class HuggingFaceModel(TokenizerModel):
         encoded = [np.array(encoding.ids, np.int32) for encoding in encodings]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return np.concatenate([np.zeros(0, np.int32), *encoded]), lengths
+
+    @override
+    def offsets(self, text: str) -> Int64[np.ndarray, "N 2"] | None:
+        found = self.vocabulary.encode(text, add_special_tokens=False).offsets
+        return np.array(found, np.int64).reshape(-1, 2)
 
     @override
     def within(self, vocab_size: int) -> "TokenizerModel":

@@ -91,6 +91,11 @@ def read_documents(path: Path, tokenizer: Tokenizer, *, line_wise: bool = False,
     return documents_of(tokenizer, read_texts(path), line_wise=line_wise, max_tokens=max_tokens)
 
 
+def has_json_lines(path: Path) -> bool:
+    """Whether this is a file of JSON lines, or a folder with some."""
+    return any(".jsonl" in file.name for file in ([path] if path.is_file() else path.rglob("*.jsonl*")))
+
+
 def read_texts(path: Path) -> list[str]:
     """The text of a UTF-8 file, or of a folder's .txt files in order of their names.
 
@@ -99,6 +104,8 @@ def read_texts(path: Path) -> list[str]:
       StreamError: no UTF-8 text, or a folder without .txt files.
     """
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if path.is_file() and has_json_lines(path):
+        raise StreamError(f"{str(path)!r} has JSON lines, which `sepjax evaluate windows` reads and nothing else here")
     if not files:
         raise StreamError(f"{str(path)!r} has no .txt files")
     return [_read_text(file) for file in files]

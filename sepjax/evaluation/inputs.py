@@ -8,7 +8,7 @@ from typing import Any
 
 from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, under, validate_attention
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation.documents import Document, documents_of, read_texts
+from sepjax.evaluation.documents import Document, documents_of, has_json_lines, read_texts
 from sepjax.model.transformer import Transformer
 from sepjax.run.checkpoint import load_config
 
@@ -23,7 +23,8 @@ def config_of(path: Path, model: Transformer) -> Config:
 
 def texts_of(path: Path, config: Config, text: str, split: str, most: int) -> list[str]:
     """The texts to score: of files, or of a split of a corpus."""
-    if text and not split and not (path / "checkpoints").is_dir() and Path(text).exists():
+    is_plain = Path(text).exists() and not has_json_lines(Path(text))
+    if text and not split and not (path / "checkpoints").is_dir() and is_plain:
         documents: Sequence[str] = read_texts(Path(text))
         return list(documents[: most or len(documents)])
     data = dataclasses.replace(config.data, name=text) if text else config.data
@@ -35,9 +36,16 @@ def texts_of(path: Path, config: Config, text: str, split: str, most: int) -> li
 
 def _source(data: DataConfig, folder: str, split: str) -> Sequence[str]:
     """The documents of a corpus. Imported late: token ids and text files are scored without TFDS."""
+    from sepjax.data.conversations import NoFormError
     from sepjax.data.sources import text_source
 
-    return text_source(data, folder, split)
+    try:
+        return text_source(data, folder, split)
+    except NoFormError as error:
+        raise ConfigError(
+            f"{data.name!r} has conversations, but whole texts are scored here, questions and answers alike: give "
+            "--text. The loss on held-out answers is eval/loss in a run's metrics.jsonl"
+        ) from error
 
 
 def with_pattern(config: Config, pattern: str, window_size: int) -> AttentionConfig:

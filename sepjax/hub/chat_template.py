@@ -5,6 +5,7 @@ jinja2's sandbox and under limits of time and memory: it can format text and not
 `apply_chat_template` of transformers writes.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 from sepjax.data.special_tokens import SpecialTokenError, SpecialTokens, read_beside
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.errors import HubError
-from sepjax.hub.template_process import ask
+from sepjax.hub.template_process import ask, ask_with_answers
 
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MOST = 1_000_000  # characters of a template
 # Characters that no text may have (Unicode's noncharacters), around what is to be read as text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
@@ -87,15 +89,39 @@ class ChatTemplate:
         Raises:
           HubError: there are no messages; the template refuses them, fails, or asks for too much time or memory.
         """
+        return ask(self.source, self._values(messages, add_generation_prompt))
+
+    def _values(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> dict[str, Any]:
+        """What the template may name."""
         if not len(messages):
             raise HubError("a chat template needs at least one message")
-        values = {
+        return self._tokens | {
             "messages": [_as_templates_read(message) for message in messages],
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        return ask(self.source, self._tokens | values)
+
+    def answers(
+        self, messages: Sequence[Mapping[str, str]], *, only_last: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and [first, last) characters of what an assistant says in it.
+
+        That is what the template has in {% generation %}, or behind the prompt for an answer. Raises HubError as
+        `render`, and where the first messages are written otherwise than alone.
+        """
+        values = self._values(messages, False)
+        return ask_with_answers(self.source, values, "last" if only_last else "all")
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether it says itself, by {% generation %}, what an assistant says."""
+        return bool(GENERATION.search(self.source))
+
+    @property
+    def key(self) -> str:
+        """Another one for every template that could write something else."""
+        return json.dumps([self.source, self._tokens], sort_keys=True)
 
     def encode(
         self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, control_tokens: bool = True

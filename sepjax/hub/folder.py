@@ -139,8 +139,8 @@ def _files(path: Path) -> list[SafetensorsFile]:
     for name in _ADAPTERS:
         if (path / name).exists():
             raise HubError(
-                f"{str(path / name)!r} is an adapter beside the weights, which would not be applied: merge it "
-                "(peft's merge_and_unload), or remove it to have the model without it"
+                f"{str(path / name)!r} is an adapter beside the weights, which would not be applied: move its "
+                "files into a folder of their own, and name that (adapter=..., --adapter), or remove them"
             )
     if (path / INDEX).exists():
         files = _indexed(path)

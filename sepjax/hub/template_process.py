@@ -1,6 +1,7 @@
 """The side of `sepjax.hub.template_worker` in this process: starts it once, asks it, and reports how it ended."""
 
 import atexit
+import functools
 import importlib.util
 import json
 import os
@@ -32,19 +33,43 @@ def ask(source: str, values: Mapping[str, Any] | None) -> str:
     Raises:
       HubError: jinja2 is missing, or the template cannot be read, fails, or asks for too much time or memory.
     """
-    if importlib.util.find_spec("jinja2") is None:
+    return _asked({"source": source, "values": values})["text"]
+
+
+def ask_with_answers(source: str, values: Mapping[str, Any], answers: str) -> tuple[str, list[tuple[int, int]]]:
+    """What a template writes, and [first, last) characters of what an assistant says in it.
+
+    Args:
+      source: the template.
+      values: what it may name.
+      answers: "all", or the "last" one alone.
+
+    Raises:
+      HubError: as `ask`, and where a template without {% generation %} writes a conversation's first messages otherwise
+        than it does alone, so that nothing tells where an answer begins.
+    """
+    answer = _asked({"source": source, "values": values, "answers": answers})
+    return answer["text"], [(first, last) for first, last in answer["spans"]]
+
+
+@functools.cache
+def _has_jinja() -> bool:
+    return importlib.util.find_spec("jinja2") is not None
+
+
+def _asked(request: Mapping[str, Any]) -> dict[str, Any]:
+    if not _has_jinja():
         raise HubError("a chat template needs the package jinja2: pip install jinja2")
-    request = json.dumps({"source": source, "values": values}).encode() + b"\n"
     with _lock:
-        answer = _answered(request)
+        answer = _answered(json.dumps(request).encode() + b"\n")
     if "unreadable" in answer:
         raise HubError(f"the chat template cannot be read: {answer['unreadable']}")
     if "fails" in answer:
         raise HubError(f"the chat template fails: {answer['fails']}")
-    return answer["text"]
+    return answer
 
 
-def _answered(request: bytes) -> dict[str, str]:
+def _answered(request: bytes) -> dict[str, Any]:
     worker = _worker()
     assert worker.stdin is not None
     assert worker.stdout is not None

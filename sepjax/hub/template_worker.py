@@ -5,6 +5,10 @@ but not from loops without end or from texts of gigabytes, which it may even mak
 bounds both. Each line of standard input is a request, each line of standard output its answer, in JSON:
 
     {"source": ..., "values": {...} or null}   ->   {"text": ...} | {"unreadable": why} | {"fails": why}
+    {..., "answers": "all" or "last"}          ->   {"text": ..., "spans": [[first, last], ...]} | ...
+
+The spans are the characters that an assistant says: what is between {% generation %} and {% endgeneration %}, or of a
+template without these, what it writes behind the prompt for an answer, up to where the next message begins.
 
 Started by `sepjax.hub.chat_template`, by its file, so that nothing of this package is imported.
 """
@@ -12,8 +16,10 @@ Started by `sepjax.hub.chat_template`, by its file, so that nothing of this pack
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import math
+import re
 import resource
 import sys
 import time
@@ -28,6 +34,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 2  # of computing that a request may take, and one more for each million bytes of it
 _MEMORY = 2**29  # bytes, and 32 for each byte of the request
+_OPEN, _CLOSE = "\ufdd2", "\ufdd3"  # noncharacters, which no text may have
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TEXT = 10_000_000  # characters that a template may write, and eight for each byte of the request
 
 
@@ -35,6 +43,7 @@ class _Generation(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %}, which marks answers for training, and writes what is inside."""
 
     tags: ClassVar[set[str]] = {"generation"}
+    marks = False  # whether it marks them now
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -42,7 +51,7 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
 
     def _write(self, caller: Any) -> str:
-        return caller()
+        return f"{_OPEN}{caller()}{_CLOSE}" if _Generation.marks else caller()
 
 
 def _tojson(
@@ -87,7 +96,7 @@ def _compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def answer(request: dict[str, Any], size: int) -> dict[str, str]:
+def answer(request: dict[str, Any], size: int) -> dict[str, Any]:
     """The answer to one request of `size` bytes. Anything may go wrong in a template: every error is an answer."""
     try:
         template = _compiled(request["source"])
@@ -95,13 +104,53 @@ def answer(request: dict[str, Any], size: int) -> dict[str, str]:
         return {"unreadable": _reason(error)}
     if request["values"] is None:
         return {"text": ""}
+    spans: dict[str, Any] = {}
     try:
-        text = template.render(**request["values"])
+        if "answers" not in request:
+            text = template.render(**request["values"])
+        elif _GENERATION.search(request["source"]):
+            text, spans["spans"] = _generated(template, request["values"])
+        else:
+            text, spans["spans"] = _by_prefixes(template, request["values"], request["answers"] == "last")
     except Exception as error:
         return {"fails": _reason(error)}
     if len(text) > _TEXT + 8 * size:
         return {"fails": f"it writes {len(text):,} characters, more than {_TEXT + 8 * size:,}"}
-    return {"text": text}
+    if request.get("answers") == "last":
+        spans["spans"] = spans["spans"][-1:]
+    return {"text": text, **spans}
+
+
+def _generated(template: jinja2.Template, values: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+    """The text and what the template itself marks in it."""
+    _Generation.marks = True
+    try:
+        parts = re.split(f"[{_OPEN}{_CLOSE}]", template.render(**values))
+    finally:
+        _Generation.marks = False
+    ends = list(itertools.accumulate(map(len, parts)))
+    return "".join(parts), [(ends[i - 1], ends[i]) for i in range(1, len(parts), 2)]
+
+
+def _by_prefixes(
+    template: jinja2.Template, values: dict[str, Any], only_last: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and of every answer what stands behind the prompt for it, in the text up to it.
+
+    Raises TemplateError where the template does not write the first messages of a conversation as it does alone.
+    """
+    messages, text = values["messages"], template.render(**values)
+    numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = []
+    for i in numbers[-1:] if only_last else numbers:
+        before = template.render(**{**values, "messages": messages[:i], "add_generation_prompt": True})
+        until = text if i + 1 == len(messages) else template.render(**{**values, "messages": messages[: i + 1]})
+        if not until.startswith(before):
+            raise jinja2.TemplateError(f"the prompt for messages[{i}] is not how it writes that message")
+        if not text.startswith(until):
+            raise jinja2.TemplateError(f"messages[:{i + 1}] are written otherwise once others follow")
+        spans.append((len(before), len(until)))
+    return text, spans
 
 
 def _reason(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sepjax.begin import adopt_shape, given_tokenizer
+from sepjax.begin import adopt_shape, conversation_form, given_tokenizer
 from sepjax.config import Config, ConfigError, under
 from sepjax.console import say
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
@@ -59,9 +59,10 @@ def distill(config: Config, workdir: Path, lesson: Lesson, *, download: bool = F
 
     size = config.data.batch_size // config.optimizer.accumulation_steps
     began = time.perf_counter()
-    train = training_batches(config, tokenizer, data_dir, seed=config.training.seed)
+    form = conversation_form(config, tokenizer)
+    train = training_batches(config, tokenizer, data_dir, seed=config.training.seed, form=form)
     watch = functools.partial(_watched, functools.partial(see, params), size)
-    held_out = watch(evaluation_batches(config, tokenizer, data_dir), lesson.held_out, "held-out rows")
+    held_out = watch(evaluation_batches(config, tokenizer, data_dir, form=form), lesson.held_out, "held-out rows")
     rows = watch(train, lesson.rows, "rows")
     _check_judged(config, rows, held_out)
     say(f"{workdir}: observed {len(rows.worth) + len(held_out.worth)} rows in {time.perf_counter() - began:.0f} s")
@@ -91,6 +92,8 @@ def _checked(config: Config, workdir: Path, download: bool) -> Config:
             f"attention.pattern={config.attention.pattern!r} has no gate; use a config with 'gated', such as "
             "configs/post_gated.py"
         )
+    if config.lora.rank:
+        raise ConfigError(f"lora.rank={config.lora.rank}, but a gate is distilled for a model as it is; set it to 0")
     if not config.training.init_from:
         raise ConfigError("training.init_from is empty; it names the model that the gate is for, and learns from")
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):

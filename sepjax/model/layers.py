@@ -65,7 +65,18 @@ def make_norm(config: ModelConfig, rngs: nnx.Rngs, size: int | None = None) -> n
 
 
 class Linear(nnx.LinearGeneral):
-    """`nnx.LinearGeneral` over the last axes, as one product of flat features. It has the same parameters."""
+    """`nnx.LinearGeneral` over the last axes, as one product of flat features. It has the same parameters.
+
+    Attributes:
+      is_frozen: whether no gradient of the kernel is asked for (`sepjax.model.lora` sets these four).
+      lora_a, lora_b: a low-rank adapter, [*inputs, R] and [R, *outputs]; None: there is none.
+      lora_scale: what it adds is multiplied by.
+    """
+
+    is_frozen = False
+    lora_a: nnx.Param[jax.Array] | None = None
+    lora_b: nnx.Param[jax.Array] | None = None
+    lora_scale = 1.0
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x[..., *inputs] to [..., *outputs]."""
@@ -74,7 +85,17 @@ class Linear(nnx.LinearGeneral):
     def product(self, x: jax.Array) -> jax.Array:
         """The mapping without its bias."""
         lead = x.shape[: x.ndim - len(self.in_features)]
-        return _matmul(x.astype(self.dtype).reshape(*lead, -1), self.flat_kernel()).reshape(*lead, *self.out_features)
+        x, kernel = x.astype(self.dtype).reshape(*lead, -1), self.flat_kernel()
+        # A kernel without a gradient needs none of `_matmul`'s care for it, and x is not kept for its sake.
+        y = x @ kernel if self.is_frozen else _matmul(x, kernel)
+        return (y if self.lora_a is None else y + self.adapter(x)).reshape(*lead, *self.out_features)
+
+    def adapter(self, x: jax.Array) -> jax.Array:
+        """What the adapter adds to the product of flat features x[..., I]."""
+        assert self.lora_a is not None
+        assert self.lora_b is not None
+        a, b = self.lora_a[...].astype(self.dtype), self.lora_b[...].astype(self.dtype)
+        return (x @ a.reshape(-1, a.shape[-1]) * self.lora_scale) @ b.reshape(b.shape[0], -1)
 
     def flat_kernel(self) -> jax.Array:
         """The kernel of flat features, [I, O], in the dtype of the product."""
@@ -172,7 +193,7 @@ class Attention(nnx.Module):
     def _projections(self, x: jax.Array) -> list[jax.Array]:
         """Queries, keys and values [B, T, heads, H]."""
         linears = self.query, self.key, self.value
-        if ways("heads") > 1:  # side by side, the heads of a device would not be
+        if ways("heads") > 1 or self.query.is_frozen:  # side by side, the heads of a device would not be
             products = [f.product(x) for f in linears]
         else:
             flat = _matmuls(x.astype(self.query.dtype), tuple(f.flat_kernel() for f in linears))
@@ -187,7 +208,12 @@ class Attention(nnx.Module):
     def _output_bias(self) -> jax.Array | None:
         if self.value.bias is None or self.out.bias is None:
             return None
-        return output_bias(self.value.bias[...], self.out.kernel[...].astype(self.out.dtype), self.out.bias[...])
+        value = self.value.bias[...]
+        bias = output_bias(value, self.out.kernel[...].astype(self.out.dtype), self.out.bias[...])
+        if self.out.lora_a is None:
+            return bias
+        flat = jnp.repeat(value, self.out.in_features[0] // value.shape[0], axis=0).reshape(-1)
+        return bias + self.out.adapter(flat.astype(self.out.dtype))  # which reads values with their bias
 
 
 def _normed_heads(norm: nnx.RMSNorm | nnx.LayerNorm, x: jax.Array) -> jax.Array:

@@ -2,8 +2,10 @@
 
     sepjax convert --source=runs/tiny --target=exported [--dtype=bfloat16]
     sepjax convert --source=models/pythia-160m --target=runs/pythia
+    sepjax convert --source=runs/lora --target=adapter --adapter_only        PEFT's files of a run with adapters
+    sepjax convert --source=models/llama --adapter=adapter --target=runs/adapted
 
-Bit for bit, unless --dtype asks for another type (`sepjax.hub.convert`).
+Bit for bit, unless --dtype asks for another type (`sepjax.hub.convert`). A run's adapters are merged into its model.
 """
 
 import dataclasses
@@ -20,10 +22,14 @@ class Settings(_Settings):
     target: str  # folder to write, new or empty
     dtype: str | None = None  # of the tensors of a Hugging Face folder; default: the origin's
     step: int | None = None  # checkpoint of a workdir; default: the newest
+    adapter: str | None = None  # a folder of PEFT's, merged into a pretrained model
+    adapter_only: bool = False  # of a run with config.lora.rank, write its adapters alone, as PEFT reads them
 
 
 def main(settings: Settings) -> None:
     """Converts."""
     from sepjax.hub.convert import convert
 
-    print(convert(Path(settings.source), Path(settings.target), dtype=settings.dtype, step=settings.step))
+    options = {"dtype": settings.dtype, "step": settings.step, "adapter_only": settings.adapter_only}
+    adapter = Path(settings.adapter) if settings.adapter else None
+    print(convert(Path(settings.source), Path(settings.target), adapter=adapter, **options))

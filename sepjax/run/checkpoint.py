@@ -1,11 +1,12 @@
 """Checkpoints of a run: parameters, optimizer, data iterator and config, written by Orbax in the background.
 
-<workdir>/checkpoints/<step>/params      sharded arrays, readable alone (generation, evaluation)
+<workdir>/checkpoints/<step>/params      sharded arrays, readable alone (generation, evaluation); what learns
                             /optimizer   optax moments
                             /data        the data iterator, one file a process
                             /config      the Config as JSON
                             /health      skipped steps and the mean loss, JSON
                             /sepjax_files.json    sizes and checksums (`sepjax.run.checkpoint_files`)
+<workdir>/frozen                         with `lora.rank` the base (`sepjax.run.frozen`)
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from jax.sharding import Mesh
 
 from sepjax.config import Config, UserError, from_json, to_json
 from sepjax.console import say
-from sepjax.model.transformer import Params, abstract
+from sepjax.model.transformer import Params
 from sepjax.run.checkpoint_files import (
     Seals,
     check_shapes,
@@ -36,8 +37,9 @@ from sepjax.run.checkpoint_files import (
     set_aside,
     steps_on_disk,
 )
+from sepjax.run.frozen import learned_and_frozen, merged_with, read_frozen, write_frozen
 from sepjax.run.workdir import check_same_run
-from sepjax.sharding import make_mesh, parameter_shardings
+from sepjax.sharding import make_mesh
 
 if TYPE_CHECKING:
     import grain
@@ -96,6 +98,8 @@ class Checkpointer:
         try:
             self._ensure_workdir()
             _probe(self._folder)
+            with _naming(self._folder):  # what an earlier start left without a checkpoint may be of another model
+                write_frozen(self._folder.parent, state.frozen, anew=not self._manager.all_steps())
             self.write(step, items)
         except (CheckpointError, OSError) as error:
             self._note(step, error)
@@ -190,7 +194,12 @@ class Checkpointer:
         }
         health = dataclasses.replace(target.health, skipped=scalars["skipped"], loss_mean=scalars["loss_mean"])
         return dataclasses.replace(
-            target, step=scalars["step"], params=read["params"], optimizer=read["optimizer"], health=health
+            target,
+            step=scalars["step"],
+            params=read["params"],
+            optimizer=read["optimizer"],
+            health=health,
+            frozen=read_frozen(self._folder.parent, target.frozen),
         )
 
     def _set_aside(self, steps: Sequence[int]) -> None:
@@ -306,7 +315,7 @@ def directory(workdir: Path) -> Path:
 
 
 def load_params(workdir: Path | str, step: int | None = None, mesh: Mesh | None = None) -> tuple[Config, Params, int]:
-    """Reads the config and the parameters of a run, and nothing else.
+    """Reads the config and the parameters of a run, and nothing else. Adapters come merged into their base.
 
     Args:
       workdir: of a run that has saved at least once.
@@ -321,19 +330,27 @@ def load_params(workdir: Path | str, step: int | None = None, mesh: Mesh | None 
       CheckpointError: its files are damaged. Without `step` damaged checkpoints are passed over with a warning.
       ConfigError: the parameters are not those of the saved config, or another version saved it.
     """
+    config, learned, base, step, mesh = _read(workdir, step, mesh)
+    return config, merged_with(base, learned, config, mesh), step
+
+
+def load_adapter(workdir: Path | str, step: int | None = None) -> tuple[Config, Params, int]:
+    """`load_params` of what a run with `lora.rank` has learned alone: adapters, and a gate if there is one."""
+    config, learned, _, step, _ = _read(workdir, step, None)
+    return config, learned, step
+
+
+def _read(workdir: Path | str, step: int | None, mesh: Mesh | None) -> tuple[Config, Params, Params, int, Mesh]:
+    """The config, what has learned, the frozen base, the step, and where they are."""
     folder = _step_folder(Path(workdir), step)
     config = from_json((folder / "config" / "metadata").read_bytes())
     mesh = mesh or make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1, context=1), jax.devices()[:1])
-    shapes = abstract(config.model, config.attention)[1]
-    target = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        parameter_shardings(shapes, mesh),
-    )
+    target, frozen = learned_and_frozen(config, mesh)
     try:
         check_shapes(folder / "params", target)
+        base = read_frozen(Path(workdir), frozen)
         with ocp.StandardCheckpointer() as reader:
-            return config, reader.restore(folder / "params", target), int(folder.name)
+            return config, reader.restore(folder / "params", target), base, int(folder.name), mesh
     except UserError:
         raise
     except Exception as error:  # see Checkpointer.restore

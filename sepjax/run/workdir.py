@@ -36,7 +36,7 @@ _FREE += ("mesh.", "attention.implementation", "attention.capacity", "attention.
 _FREE += ("attention.stream_positions", "attention.keep_all_separators")
 # Settings that it may change with --new_data: the order of the data is another one then. Never the tokenizer.
 _DATA = ("data.name", "data.text_key", "data.train_split", "data.eval_split", "data.sequence_length", "data.batch_size")
-_DATA += ("optimizer.accumulation_steps",)
+_DATA += ("optimizer.accumulation_steps", "data.train_on", "data.too_long")
 
 
 class WorkdirInUse(UserError):
@@ -142,7 +142,7 @@ def _clear_failed_start(workdir: Path, path: Path, config: Config) -> None:
         changed = ["data."]
     if any(name.startswith(("data.", "training.init_from")) for name in changed):
         say(f"{workdir}: an earlier start of another config saved nothing; its tokenizer is made anew")
-        for name in ("tokenizer", "hub"):
+        for name in ("tokenizer", "hub", "frozen"):
             shutil.rmtree(workdir / name, ignore_errors=True)
 
 

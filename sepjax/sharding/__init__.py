@@ -65,6 +65,10 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "norm/scale": (None,),  # the gate's
     "norm/bias": (None,),
 }
+# Low-rank adapters lie as the matrix does that they are added to: A as its inputs, B as its outputs.
+for _name, _inputs in {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}.items():
+    _axes = PARAMETER_AXES[f"{_name}/kernel"]
+    PARAMETER_AXES |= {f"{_name}/lora_a": (*_axes[:_inputs], None), f"{_name}/lora_b": (None, *_axes[_inputs:])}
 
 
 def join_cluster() -> None:

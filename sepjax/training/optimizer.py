@@ -36,4 +36,5 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def decayed_parameters(params: Any) -> Any:
     """True for matrices, which weight decay shrinks; False for biases and norm scales, which it must leave alone."""
     # By name: stacked layers give every parameter one more axis, so its rank does not tell.
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+    matrices = ("kernel", "embedding", "lora_a", "lora_b")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in matrices, params)

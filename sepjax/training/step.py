@@ -14,7 +14,9 @@ from sepjax.config import Config, TrainingConfig, with_own_window
 from sepjax.data.batch import Batch
 from sepjax.model.attend import in_context_order, layer_layouts, run_rows
 from sepjax.model.gate import exploring
+from sepjax.model.lora import abstract_adapted, create_adapted, divided, joined
 from sepjax.model.transformer import Params, abstract, create, merge, split
+from sepjax.model.unrolled import working_copy
 from sepjax.sharding import constrain, parameter_shardings
 from sepjax.training.loss import cross_entropy_sums
 from sepjax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -39,15 +41,22 @@ class Health:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes. Parameters and moments are float32."""
+    """Everything that a step changes, and what it reads besides. Parameters and moments are float32."""
 
     # It is also a tree of shapes or shardings (`abstract_state`): jaxtyping must not check __init__.
     __no_type_check__ = True
 
     step: Int32[Array, ""]  # steps done, those that were not applied included
-    params: Params
+    params: Params  # what learns
     optimizer: Any  # optax state
     health: Health
+    # What does not: with `lora.rank` the base, in `model.dtype` as layers read it, vectors float32. Else empty.
+    frozen: Params = dataclasses.field(default_factory=dict)
+
+    @property
+    def all_params(self) -> Params:
+        """What `model_graph` is merged with."""
+        return joined(self.frozen, self.params)
 
 
 def create_state(config: Config, params: Params | None = None) -> TrainState:
@@ -55,15 +64,20 @@ def create_state(config: Config, params: Params | None = None) -> TrainState:
 
     Args:
       config: the experiment.
-      params: float32 parameters to begin with; None: random ones from `training.seed`. So is a gate that they lack and
-        the pattern needs.
+      params: of a plain model, to begin with: float32, with `lora.rank` of any type; None: random ones from
+        `training.seed`. So is a gate that they lack and the pattern needs, and so are adapters.
     """
+    key = jax.random.key(config.training.seed)
     if params is None:
-        _, params = split(create(config.model, config.attention, jax.random.key(config.training.seed)))
-    params = with_gate(config, params)
+        _, params = split(create(config.model, config.attention, key))
+    params, frozen = with_gate(config, params), {}
+    if config.lora.rank:
+        adapters, _ = divided(split(create_adapted(config.model, None, config.lora, key))[1])
+        gate, base = divided(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+        params, frozen = adapters | gate, working_copy(base, config.model)
     optimizer = make_optimizer(config.optimizer, config.training.steps).init(params)
     health = Health(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer, health)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer, health, frozen)
 
 
 def with_gate(config: Config, params: Params) -> Params:
@@ -85,7 +99,9 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def model_graph(config: Config) -> nnx.GraphDef:
-    """The model's structure, to be merged with `TrainState.params`."""
+    """The model's structure, to be merged with `TrainState.all_params`."""
+    if config.lora.rank:
+        return abstract_adapted(config.model, config.attention, config.lora)[0]
     return abstract(config.model, config.attention)[0]
 
 
@@ -101,7 +117,7 @@ def train_step(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Ba
       The next state, and float32 scalars under the names that are logged.
     """
     (gradients, objective, nll, count), kept = _accumulate(
-        config, graph, state.params, batch, _gate_noise(config, state, batch)
+        config, graph, state, batch, _gate_noise(config, state, batch)
     )
     scale = 1.0 / jnp.maximum(count, 1.0)
     gradients = jax.tree.map(lambda g: g * scale, gradients)
@@ -123,7 +139,7 @@ def train_step(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Ba
         "optim/skipped_steps": health.skipped.astype(jnp.float32),
         **attention_statistics(config, dataclasses.replace(batch, is_separator=kept)),
     }
-    return TrainState(state.step + 1, params, moments, health), metrics
+    return TrainState(state.step + 1, params, moments, health, state.frozen), metrics
 
 
 def _judge(
@@ -138,8 +154,11 @@ def _judge(
 
 
 def eval_step(config: Config, graph: nnx.GraphDef, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sums over a batch: negative log-likelihood in nats, and tokens scored (both float32 scalars)."""
-    _, (_, nll, _) = _loss(params, config, graph, batch)
+    """Sums over a batch: negative log-likelihood in nats, and tokens scored (both float32 scalars).
+
+    `params` are all of them (`TrainState.all_params`).
+    """
+    _, (_, nll, _) = _loss(params, {}, config, graph, batch)
     return nll, jnp.sum(batch.loss_mask, dtype=jnp.float32)
 
 
@@ -170,10 +189,10 @@ def _gate_noise(config: Config, state: TrainState, batch: Batch) -> Float[jax.Ar
 
 
 def _loss(
-    params: Params, config: Config, graph: nnx.GraphDef, batch: Batch, gate_noise: Any = None
+    params: Params, frozen: Params, config: Config, graph: nnx.GraphDef, batch: Batch, gate_noise: Any = None
 ) -> tuple[jax.Array, Any]:
     """The objective, summed, and (itself, negative log-likelihood, who was kept)."""
-    model = merge(graph, params)
+    model = merge(graph, joined(frozen, params))
     inputs = batch.tokens, batch.positions, batch.is_separator, batch.segment_ids
     rows = run_rows(model, *inputs, config.attention, context_order=True, gate_noise=gate_noise)
     targets, loss_mask = in_context_order(batch.targets), in_context_order(batch.loss_mask)
@@ -184,13 +203,13 @@ def _loss(
     return sums[0], (*sums, rows.is_separator)
 
 
-def _accumulate(config: Config, graph: nnx.GraphDef, params: Params, batch: Batch, gate_noise: Any) -> Any:
+def _accumulate(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Batch, gate_noise: Any) -> Any:
     """(summed gradients, objective, negative log-likelihood, token count) over the micro-batches, and who was kept."""
     steps = config.optimizer.accumulation_steps
     gradient = jax.value_and_grad(_loss, has_aux=True)
 
     def micro(batch: Batch, gate_noise: Any) -> Any:
-        (_, (objective, nll, kept)), gradients = gradient(params, config, graph, batch, gate_noise)
+        (_, (objective, nll, kept)), gradients = gradient(state.params, state.frozen, config, graph, batch, gate_noise)
         return (gradients, objective, nll, jnp.sum(batch.loss_mask, dtype=jnp.float32)), kept
 
     if steps == 1:

@@ -203,7 +203,7 @@ def test_a_gate_learns_by_far_use_and_its_choice_is_counted():
     @jax.jit
     def value_and_gradient(gate):
         def mean_loss(gate):
-            loss, (_, _, kept) = _loss(params | {"gate": gate}, config, graph, batch, jnp.zeros((B, T)))
+            loss, (_, _, kept) = _loss(params | {"gate": gate}, {}, config, graph, batch, jnp.zeros((B, T)))
             return loss / batch.loss_mask.sum(), kept
 
         return jax.value_and_grad(mean_loss, has_aux=True)(gate)

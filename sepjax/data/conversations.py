@@ -1,0 +1,137 @@
+"""Records of JSON lines: conversations, prompts with completions, or plain texts.
+
+{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+{"prompt": "...", "completion": "..."}        a turn of each; both may be lists of messages
+{"text": "..."}                               a document, under the name of `data.text_key`
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from sepjax.data.errors import DataError
+from sepjax.data.scored import CLOSE, OPEN
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+type Message = Mapping[str, str]
+
+
+@runtime_checkable
+class Form(Protocol):
+    """How conversations become texts: a chat template, and what of it is scored (`data.train_on`)."""
+
+    @property
+    def train_on(self) -> str:
+        """Of `DataConfig`."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Changes where any text would."""
+        ...
+
+    def __call__(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation, what is scored between marks; DataError where it cannot be written."""
+        ...
+
+
+class RecordError(ValueError):
+    """A record that cannot be used; the message is a reason to put behind its place."""
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; raises RecordError."""
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise RecordError("it is nested too deeply") from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise RecordError(f"it is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise RecordError(f"it is {str(record)[:40]!r}, expected a JSON object")
+    return record
+
+
+def kind_of(record: Mapping[str, Any], text_key: str) -> str:
+    """ "conversation" or "text"; raises RecordError for a record that is neither."""
+    if "messages" in record or {"prompt", "completion"} <= record.keys():
+        return "conversation"
+    if text_key in record:
+        return "text"
+    names = ", ".join(repr(str(name)[:30]) for name in list(record)[:8]) or "none"
+    raise RecordError(f"it has the fields {names}, expected 'messages', 'prompt' with 'completion', or {text_key!r}")
+
+
+def text_of(record: Mapping[str, Any], text_key: str) -> str:
+    """The text of a plain document; raises RecordError."""
+    if text_key not in record:
+        raise RecordError(f"it has no {text_key!r}, as records before it have")
+    return _text(record[text_key], text_key)
+
+
+def messages_of(record: Mapping[str, Any], *, answers: bool) -> list[dict[str, str]]:
+    """The messages of a conversation.
+
+    Args:
+      record: see the heading of this file.
+      answers: whether there must be one of an assistant's.
+
+    Raises:
+      RecordError: it has none, or a message without a known role and a text.
+    """
+    if "messages" in record:
+        messages = _messages(record["messages"], "messages", "")
+    elif {"prompt", "completion"} <= record.keys():
+        messages = _messages(record["prompt"], "prompt", "user")
+        messages += _messages(record["completion"], "completion", "assistant")
+    else:
+        raise RecordError("it has neither 'messages' nor 'prompt' with 'completion', as records before it have")
+    if answers and not any(message["role"] == "assistant" for message in messages):
+        raise RecordError("no message is an assistant's, so there is nothing to learn")
+    return messages
+
+
+def _messages(given: Any, name: str, role: str) -> list[dict[str, str]]:
+    """The messages of a list, or of a text that someone of `role` says."""
+    if role and isinstance(given, str):
+        return [{"role": role, "content": _text(given, name)}]
+    if not isinstance(given, list) or not given:
+        expected = "a text or a list of messages" if role else "a list of messages"
+        raise RecordError(f"{name!r} is {str(given)[:40]!r}, expected {expected}")
+    return [_message(message, f"{name}[{number}]") for number, message in enumerate(given)]
+
+
+def _message(given: Any, where: str) -> dict[str, str]:
+    if not isinstance(given, dict):
+        raise RecordError(f"{where} is {str(given)[:40]!r}, expected an object with 'role' and 'content'")
+    for name in ("role", "content"):
+        if name not in given:
+            raise RecordError(f"{where} has no {name!r}")
+    if given["role"] not in ROLES:
+        raise RecordError(f"{where} has the role {str(given['role'])[:40]!r}, expected one of {', '.join(ROLES)}")
+    values = {name: value for name, value in given.items() if value is not None or name == "content"}
+    return {name: _text(value, f"{where}.{name}") for name, value in values.items()}
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise RecordError(f"{where!r} is {str(value)[:40]!r}, expected a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{where!r} has half of a surrogate pair at character {error.start}") from error
+    if OPEN in value or CLOSE in value:
+        raise RecordError(f"{where!r} has U+FDD2 or U+FDD3, which no text may have")
+    return value
+
+
+class NoFormError(DataError):
+    """Conversations are to be read, and nothing tells how they are written."""
+
+
+def no_form(name: str) -> NoFormError:
+    """What to say then."""
+    return NoFormError(
+        f"{name} has conversations, but the model's tokenizer has no chat template to write them by; begin with a "
+        "model that has one (training.init_from), or put a chat_template.jinja beside its tokenizer"
+    )

@@ -1,0 +1,67 @@
+"""Conversations as training reads them: written by the model's chat template, with marks around what is scored."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from sepjax.config import DataConfig
+from sepjax.data.conversations import Message
+from sepjax.data.errors import DataError
+from sepjax.data.scored import marked
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.hub.chat_template import ChatTemplate
+from sepjax.hub.errors import HubError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingForm:
+    """A `sepjax.data.conversations.Form`.
+
+    Attributes:
+      template: the model's.
+      train_on: see `DataConfig`.
+      ends: names of the tokens that end an answer; an answer is scored up to the last of them that its turn has.
+    """
+
+    template: ChatTemplate
+    train_on: str
+    ends: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """See `Form`."""
+        return json.dumps([self.template.key, self.train_on, self.ends])
+
+    def __call__(self, messages: Sequence[Message]) -> str:
+        """See `Form`."""
+        try:
+            if self.train_on == "all":
+                text = self.template.render(messages, add_generation_prompt=False)
+                return marked(text, [(0, len(text))])
+            text, spans = self.template.answers(messages, only_last=self.train_on == "last")
+        except HubError as error:
+            hint = ""
+            if "otherwise once others follow" in str(error):
+                hint = "; with data.train_on='last' the last answer alone is scored"
+            raise DataError(f"{error}{hint}") from error
+        return marked(text, [(first, self._end(text, first, last)) for first, last in spans])
+
+    def _end(self, text: str, first: int, last: int) -> int:
+        """Where an answer ends: what a template writes behind its end token (a newline) nobody is to say."""
+        if self.template.marks_answers:
+            return last
+        found = [text.rfind(name, first, last) + len(name) for name in self.ends if name in text[first:last]]
+        return max(found, default=last)
+
+
+def training_form(data: DataConfig, tokenizer: Tokenizer) -> TrainingForm | None:
+    """How the model with this tokenizer is trained on conversations; None without a chat template.
+
+    Raises:
+      HubError: the template cannot be read.
+    """
+    template = ChatTemplate.of(tokenizer)
+    if template is None:
+        return None
+    ends = {tokenizer.control_id(name): name for name in tokenizer.control_tokens()}
+    return TrainingForm(template, data.train_on, tuple(ends[i] for i in tokenizer.end_ids if i in ends))

@@ -1,0 +1,94 @@
+"""What a run with adapters never changes: its base, written once and read beside every checkpoint.
+
+<workdir>/frozen/         sharded arrays in the types that the steps read (`TrainState.frozen`)
+<workdir>/checkpoints/    adapters and their moments alone
+
+So checkpoints stay small, and the workdir needs nothing outside of it (docs/decisions.md, 101).
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from sepjax.config import Config, UserError
+from sepjax.model.lora import joined, merged
+from sepjax.model.transformer import Params, abstract
+from sepjax.run.checkpoint_files import check_shapes, damage, quiet, seal
+from sepjax.sharding import parameter_shardings
+
+FOLDER = "frozen"
+
+
+class FrozenError(UserError, OSError):
+    """A base that could not be read. Without it no checkpoint of the run is a model."""
+
+
+def write_frozen(workdir: Path, params: Params, *, anew: bool) -> None:
+    """Writes the base unless it is there, or `anew` in the place of what is; by all processes together.
+
+    Raises what Orbax does where the files cannot be written.
+    """
+    folder = workdir.absolute() / FOLDER
+    if not params or (folder.is_dir() and not anew):
+        return
+    with quiet(), ocp.StandardCheckpointer() as writer:  # complete or not there: renamed at the end
+        writer.save(folder, params, force=True)
+    if jax.process_index() == 0:
+        seal(folder)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("sepjax_frozen")
+
+
+def read_frozen(workdir: Path, target: Any) -> Params:
+    """The base, straight into the shards of `target`, a tree of shapes, dtypes and shardings; empty where that is.
+
+    Raises:
+      FrozenError: it is missing or damaged.
+      ConfigError: it is of another shape.
+    """
+    folder = workdir.absolute() / FOLDER
+    if not target:
+        return {}
+    reason = damage(folder, ()) if folder.is_dir() else "it is not there"
+    if reason is None:
+        check_shapes(folder, target)
+        try:
+            with quiet(), ocp.StandardCheckpointer() as reader:
+                return reader.restore(folder, target)
+        except Exception as error:  # Orbax and TensorStore raise all kinds for damaged files
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    raise FrozenError(
+        f"cannot read {folder}, the model that this run's adapters belong to: {reason}; bring back a copy of the "
+        "folder, or start a new --workdir"
+    )
+
+
+def learned_and_frozen(config: Config, mesh: Mesh) -> tuple[Any, Any]:
+    """What a run's checkpoints hold and what its base is, as shapes, dtypes and shardings; no adapters, no base."""
+    if not config.lora.rank:
+        return _placed(abstract(config.model, config.attention)[1], mesh), {}
+    from sepjax.training.step import create_state  # whoever reads a plain model needs no optimizer
+
+    state = jax.eval_shape(lambda: create_state(config))
+    return _placed(state.params, mesh), _placed(state.frozen, mesh)
+
+
+def merged_with(base: Params, params: Params, config: Config, mesh: Mesh) -> Params:
+    """The parameters of a plain model, float32, in their shards: adapters added to the matrices of their base."""
+    if not config.lora.rank:
+        return params
+    places = parameter_shardings(abstract(config.model, config.attention)[1], mesh)
+    return jax.jit(functools.partial(merged, lora=config.lora), out_shardings=places)(joined(base, params))
+
+
+def _placed(shapes: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        parameter_shardings(shapes, mesh),
+    )
