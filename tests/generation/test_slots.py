@@ -143,7 +143,7 @@ def test_prompts_that_are_read_take_turns(engine):
     assert short in [number for _ in range(2) for number, _ in slots.step()]
 
 
-@pytest.mark.parametrize("pattern", ["separator", "watched"])
+@pytest.mark.parametrize("pattern", ["separator", pytest.param("watched", marks=pytest.mark.soak)])
 def test_conversations_continue_their_cache(engine, pattern, tmp_path):
     """A row that was kept goes on in another row, as a stream that was fed does; so does one saved in the middle."""
     if pattern == "watched":
