@@ -94,6 +94,7 @@ CASES = {
 # Ten to twenty seconds each, with -m soak. Blocks beyond the last token, grouped heads and several rows are in the
 # other tests too; results of heads of 256 are for a GPU as well (test_mosaic_gpu.py).
 RARE = ("every token a separator", "no key but the own", "grouped heads, blocks beyond the last token", "heads of 256")
+RARE += ("documents and padding, one head a key head",)
 
 
 @pytest.mark.usefixtures("simulated")
@@ -161,6 +162,7 @@ def test_packing_moves_every_global_key_and_nothing_else():
             np.testing.assert_array_equal(np.asarray(target)[row, :count], np.asarray(source)[row, index])
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("simulated")
 def test_the_kernel_bench_runs_every_kernel():
     settings = Settings(num_heads=2, num_kv_heads=1, head_dim=64, window_size=20)

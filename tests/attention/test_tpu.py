@@ -159,8 +159,9 @@ SIMULATED_SHAPES = {"T = 1": ONE_TOKEN, "two blocks": (1, 300, 2, 1, 128), "H = 
 
 @pytest.mark.parametrize(
     "shape",
-    [pytest.param(x, id=k, marks=pytest.mark.soak if k != "H = 256" else []) for k, x in SIMULATED_SHAPES.items()],
+    [pytest.param(x, id=k) for k, x in SIMULATED_SHAPES.items()],
 )
+@pytest.mark.soak  # of memory, half precision changes the size of tiles, which test_tpu_compile.py sees
 def test_half_precision_in_simulated_memories(shape):
     is_separator = np.random.default_rng(1).random(shape[:2]) < 0.5
     run_and_check(SIMULATED, shape, jnp.bfloat16, build_layout(is_separator, window_size=70, num_sinks=1))
@@ -308,6 +309,7 @@ def test_too_little_room_for_the_separators_is_exact_under_jit():
         check(got, GROUP, inputs, build_layout(is_separator, window_size=5, num_sinks=0))
 
 
+@pytest.mark.soak  # a program of its own; the packing without room is that of test_op.py
 def test_no_room_and_no_global_keys():
     inputs = tensors(GROUP)
     layout, same = (build_layout(NONE, window_size=5, num_sinks=0, capacity=x) for x in (0, None))

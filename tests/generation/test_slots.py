@@ -262,6 +262,7 @@ def test_what_was_cancelled_is_not_kept_and_a_resumed_row_is_not_held_twice(engi
     assert slots._kept == {}
 
 
+@pytest.mark.soak  # programs of their own; that nothing is compiled for any request is above
 def test_nothing_is_compiled_for_weights_that_were_put_on_a_device(tmp_path):
     """As those of `sepjax.load` are: fresh state and results lie in the same place."""
     graph, params = split(tiny_model())

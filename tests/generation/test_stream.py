@@ -97,7 +97,9 @@ def test_turns_continue_the_cache(model, tokenizer):
     assert events.cache.seen == len(whole) + 8
 
 
-@pytest.mark.parametrize(("at", "attention"), [(0, None), (1, None), (17, None), (17, WATCHED)])
+@pytest.mark.parametrize(
+    ("at", "attention"), [(0, None), (17, None), pytest.param(17, WATCHED, marks=pytest.mark.soak)]
+)
 def test_a_saved_stream_goes_on_as_if_nothing_had_happened(model, tokenizer, tmp_path, at, attention):
     settings = HOT | {"stop": "zzz", "max_repeats": 50, "attention": attention}
     expected = take(stream(model, tokenizer, "é The cat", **settings), 60)
@@ -203,6 +205,7 @@ def test_a_damaged_word_of_a_stream_is_named(model, tokenizer, tmp_path, path, v
         stream(model, tokenizer, resume=tmp_path / "saved")
 
 
+@pytest.mark.soak  # generation on meshes, without a stream around it, is in tests/sharding
 def test_a_stream_on_a_mesh_says_the_same(model, tokenizer, tmp_path):
     """Weights over `fsdp` and `tensor`, the cache's key heads over `tensor`; saved there, it goes on on one device."""
     expected = ids_of(take(stream(model, tokenizer, PROMPT), 40))
