@@ -23,7 +23,6 @@ from sepjax.config import (
     TrainingConfig,
     validate,
 )
-from sepjax.run.checkpoint import load_params
 from sepjax.sharding import check_batch, check_heads, check_length, join_cluster, make_mesh, row_share
 from tests.runs import losses
 from train import train
@@ -94,7 +93,7 @@ def test_a_run_moves_from_one_device_to_eight(config, alone, tmp_path):
     (workdir / "metrics.jsonl").unlink()
     found = train_on(8, (1, 2, 2, 2), config, workdir)
     assert sorted(found) == [5, 6], "it went on from step 4"
-    assert_same(found, losses(alone))
+    assert_same(found, {step: losses(alone)[step] for step in found})
 
 
 @pytest.mark.soak
@@ -106,41 +105,26 @@ def test_a_run_moves_from_one_device_to_eight_and_to_two(config, alone, tmp_path
     assert_same(train_on(2, (2, 1, 1, 1), config, workdir), losses(alone))
 
 
-def write_config(config: Config, file: Path) -> Path:
-    sections = {type(value).__name__ for value in (config, *vars(config).values(), config.model.rope)}
-    imports = f"from sepjax.config import {', '.join(sorted(sections))}"
-    file.write_text(f"{imports}\ndef get_config():\n    return {config!r}\n")
-    return file
-
-
-def test_two_processes_go_on_with_a_run_of_one(config, alone, tmp_path):
-    """Two devices each, joined by gloo: they restore, train, save and end, and one process reads what they wrote."""
-    workdir = Path(shutil.copytree(alone, tmp_path / "run"))
-    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-    file = write_config(config, tmp_path / "config.py")
-    mesh = [f"--config.mesh.{axis}={size}" for axis, size in (("data", 1), ("fsdp", 2), ("tensor", 2))]
-    (out, _), _ = _two_processes(file, workdir, *mesh)
-    assert f"resumes at step {STEPS - 2}" in out
-    assert_same(losses(workdir), losses(alone))
-    (_, got, step), (_, expected, _) = load_params(workdir), load_params(alone)
-    assert step == STEPS
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-4), got, expected)  # a tenth of a step of Adam
-
-
-@pytest.mark.soak  # the first save and a restore by two of what two wrote besides
-def test_two_processes_train_save_restore_and_end(config, tmp_path):
-    """Two devices each, joined by gloo; the second time other axes of the mesh are used."""
+# The same axes again are compiled already; a restore into others is in the test above, on the devices of one process.
+@pytest.mark.parametrize("again", [("data", "fsdp"), pytest.param(("fsdp", "tensor"), marks=pytest.mark.soak)])
+def test_two_processes_train_save_restore_and_end(config, tmp_path, again):
+    """Two devices each, joined by gloo."""
     attention = dataclasses.replace(config.attention, layer_windows=())
     model = dataclasses.replace(config.model, num_layers=1)  # compiles in less time
-    file = write_config(dataclasses.replace(config, attention=attention, model=model), tmp_path / "config.py")
+    config = dataclasses.replace(config, attention=attention, model=model)
+    file = tmp_path / "config.py"
+    sections = ", ".join(
+        sorted({type(value).__name__ for value in (config, *vars(config).values(), config.model.rope)})
+    )
+    file.write_text(f"from sepjax.config import {sections}\ndef get_config():\n    return {config!r}\n")
     workdir = tmp_path / "run"
     _two_processes(file, workdir, "--config.mesh.data=2", "--config.mesh.fsdp=2")
     first = losses(workdir)
     assert sorted(first) == list(range(1, STEPS + 1))
     assert first[STEPS] < first[1] - 0.3
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-    mesh = [f"--config.mesh.{axis}=2" for axis in ("fsdp", "tensor")]
-    (out, _), _ = _two_processes(file, workdir, "--config.mesh.data=1", *mesh)
+    mesh = [f"--config.mesh.{axis}={2 if axis in again else 1}" for axis in ("data", "fsdp", "tensor")]
+    (out, _), _ = _two_processes(file, workdir, *mesh)
     assert f"resumes at step {STEPS - 2}" in out
     assert_same(losses(workdir), first)
 

@@ -205,20 +205,21 @@ def test_a_damaged_word_of_a_stream_is_named(model, tokenizer, tmp_path, path, v
         stream(model, tokenizer, resume=tmp_path / "saved")
 
 
-@pytest.mark.soak  # generation on meshes, without a stream around it, is in tests/sharding
 def test_a_stream_on_a_mesh_says_the_same(model, tokenizer, tmp_path):
     """Weights over `fsdp` and `tensor`, the cache's key heads over `tensor`; saved there, it goes on on one device."""
-    expected = ids_of(take(stream(model, tokenizer, PROMPT), 40))
+    settings = {"stop_at_eos": False, "bounded": True}
+    expected = ids_of(take(stream(model, tokenizer, "The cat", **settings), 40))
     graph, params = split(model)
     mesh = make_mesh(MeshConfig(1, 2, 2, 1), jax.devices()[:4])
     with jax.set_mesh(mesh):
         params = jax.device_put(params, parameter_shardings(params, mesh))
-        events = stream(merge(graph, params), tokenizer, PROMPT)
+        events = stream(merge(graph, params), tokenizer, "The cat", **settings)
         assert ids_of(take(events, 30)) == expected[:30]
         keys = events._state.cache.k[0]
         assert keys.sharding.shard_shape(keys.shape)[1] == SHAPE.num_kv_heads // 2
         events.save(tmp_path / "saved")
-    assert ids_of(take(stream(model, tokenizer, resume=tmp_path / "saved"), 10)) == expected[30:]
+    resumed = stream(model, tokenizer, resume=tmp_path / "saved", **settings)
+    assert ids_of(take(resumed, 10)) == expected[30:]
 
 
 def live_bytes():
