@@ -92,7 +92,7 @@ def stop(config_file: Path, workdir: Path, at: int) -> tuple[int, str, str]:
 def test_killed_and_stopped_a_run_is_bit_for_bit_what_it_would_have_been(config_file, undisturbed, tmp_path):
     """Killed during a save, told to stop: on what the kill has left. More kills, between saves too, with -m soak."""
     workdir = tmp_path / "run"
-    last = kill(config_file, workdir, 1, EVERY, while_saving=True)
+    last = kill(config_file, workdir, 1, 2 * EVERY, while_saving=True)  # by then the first checkpoint is complete
     assert EVERY < last < STEPS - EVERY
     saved, out, err = stop(config_file, workdir, last + 2)
     assert "resumes at step" in out
