@@ -51,7 +51,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 FIRST = ("attention/test_tpu.py", "test_meshes.py", "test_generate.py", "reliability/test_kill.py", "test_parity.py")
 FIRST += ("attention/test_tpu_compile.py", "reliability/test_numbers.py", "test_train.py", "test_post_training.py")
 FIRST += ("test_distill.py", "training/test_plan.py", "test_mosaic_gpu_interpret.py", "training/test_step.py")
-FIRST += ("streaming/test_forward.py", "streaming/test_watched.py", "reliability/test_torn.py", "test_transformer.py")
+FIRST += ("cache/test_growing_pass.py", "generation/test_engine.py", "generation/test_slots.py", "test_bounded_pass.py")
+FIRST += ("reliability/test_torn.py", "cache/test_watched.py", "test_transformer.py", "attention/test_op.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

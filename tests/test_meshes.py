@@ -86,8 +86,18 @@ def test_every_mesh_gives_the_same_losses(mesh, config, alone, tmp_path):
     assert_same(train_on(8, mesh, config, tmp_path), losses(alone))
 
 
-def test_a_run_moves_from_one_device_to_eight_and_to_two(config, alone, tmp_path):
+def test_a_run_moves_from_one_device_to_eight(config, alone, tmp_path):
     """The state is read into other shards, and the batches go on where they were."""
+    workdir = Path(shutil.copytree(alone, tmp_path / "run"))
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    (workdir / "metrics.jsonl").unlink()
+    found = train_on(8, (1, 2, 2, 2), config, workdir)
+    assert sorted(found) == [5, 6], "it went on from step 4"
+    assert_same(found, {step: losses(alone)[step] for step in found})
+
+
+@pytest.mark.soak
+def test_a_run_moves_from_one_device_to_eight_and_to_two(config, alone, tmp_path):
     workdir = Path(shutil.copytree(alone, tmp_path / "run"))
     for step in (4, STEPS):
         shutil.rmtree(workdir / "checkpoints" / str(step))
@@ -95,8 +105,10 @@ def test_a_run_moves_from_one_device_to_eight_and_to_two(config, alone, tmp_path
     assert_same(train_on(2, (2, 1, 1, 1), config, workdir), losses(alone))
 
 
-def test_two_processes_train_save_restore_and_end(config, tmp_path):
-    """Two devices each, joined by gloo; the second time other axes of the mesh are used."""
+# The same axes again are compiled already; a restore into others is in the test above, on the devices of one process.
+@pytest.mark.parametrize("again", [("data", "fsdp"), pytest.param(("fsdp", "tensor"), marks=pytest.mark.soak)])
+def test_two_processes_train_save_restore_and_end(config, tmp_path, again):
+    """Two devices each, joined by gloo."""
     attention = dataclasses.replace(config.attention, layer_windows=())
     model = dataclasses.replace(config.model, num_layers=1)  # compiles in less time
     config = dataclasses.replace(config, attention=attention, model=model)
@@ -111,8 +123,8 @@ def test_two_processes_train_save_restore_and_end(config, tmp_path):
     assert sorted(first) == list(range(1, STEPS + 1))
     assert first[STEPS] < first[1] - 0.3
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-    mesh = [f"--config.mesh.{axis}=2" for axis in ("fsdp", "tensor")]
-    (out, _), _ = _two_processes(file, workdir, "--config.mesh.data=1", *mesh)
+    mesh = [f"--config.mesh.{axis}={2 if axis in again else 1}" for axis in ("data", "fsdp", "tensor")]
+    (out, _), _ = _two_processes(file, workdir, *mesh)
     assert f"resumes at step {STEPS - 2}" in out
     assert_same(losses(workdir), first)
 

@@ -1,6 +1,8 @@
 """train.py, evaluate.py and sepjax generate as a user runs them, and what bad input does to them."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -17,6 +19,7 @@ from sepjax.evaluation import jobs
 from sepjax.run.checkpoint import load_params
 from sepjax.run.workdir import differing_fields
 from tests.commands import command
+from tests.runs import start_quickly
 from train import train
 
 ROOT = Path(__file__).parent.parent
@@ -73,11 +76,13 @@ def losses(workdir: Path) -> dict[int, dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def finished(config_file, tmp_path_factory) -> Path:
-    """The workdir of a run that nothing disturbed."""
+    """The workdir of a run that nothing disturbed, in this process; runs in their own: reliability/test_kill.py."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    out, _ = run("train.py", f"--config={config_file}", f"--workdir={workdir}")
-    assert "MFU" in out
-    assert "attention" in out
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        start_quickly(patch)
+        train(load_config(config_file), workdir)
+    assert "MFU" in out.getvalue()
+    assert "attention" in out.getvalue()
     return workdir
 
 
@@ -133,10 +138,11 @@ def test_what_training_does_not_use_may_change_when_it_is_resumed():
     ]
 
 
-def test_evaluate_compares_patterns(finished, tmp_path):
+def test_evaluate_compares_patterns(finished, tmp_path, capfd):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(SENTENCES * 4))
-    out, _ = run("evaluate.py", f"--workdir={finished}", f"--text={text}", f"--output={tmp_path / 'scores.json'}")
+    flags = f"--model={finished}", f"--text={text}", f"--output={tmp_path / 'scores.json'}"
+    out = command(capfd, "evaluate", "windows", *flags).out
     scores = {score["pattern"]: score for score in json.loads((tmp_path / "scores.json").read_text())["scores"]}
     assert list(scores) == ["separator", "dense", "sink_window", "fixed_interval"]
     assert all(pattern in out for pattern in scores)

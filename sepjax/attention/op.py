@@ -1,5 +1,6 @@
 """separator_attention: checks the arguments and chooses the implementation."""
 
+import importlib
 from types import ModuleType
 from typing import Literal, overload
 
@@ -7,14 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Keys, Queries
-from sepjax.attention import mosaic_gpu, reference, tpu, xla
+from sepjax.attention.target import target
 from sepjax.layout import SeparatorLayout
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
-# Best first. `attend(q, k, v, layout, far_scale, *, scale)` returns (out, lse), `attend_ranges` the same over any two
-# arrays of keys (`ranges.Ranges`); `unsupported(q)` says why neither can serve a call.
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"mosaic_gpu": mosaic_gpu, "tpu": tpu, "xla": xla, "reference": reference}
+# Best first, with the platform that each is for. `attend(q, k, v, layout, far_scale, *, scale)` returns (out, lse),
+# `attend_ranges` the same over any two arrays of keys (`ranges.Ranges`); `unsupported(q)` says why neither can serve.
+_IMPLEMENTATIONS = {"mosaic_gpu": "gpu", "tpu": "tpu", "xla": "any", "reference": "any"}
 
 
 @overload
@@ -93,12 +94,14 @@ def separator_attention(
 def choose(implementation: str | None, q: Queries) -> ModuleType:
     """The module that serves a call with queries like `q`; errors as in `separator_attention`."""
     if implementation is None:
-        return next(module for module in _IMPLEMENTATIONS.values() if module.unsupported(q) is None)
+        here = (target().platform, "any")
+        modules = (_module(name) for name, platform in _IMPLEMENTATIONS.items() if platform in here)
+        return next(module for module in modules if module.unsupported(q) is None)
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; expected None or one of {', '.join(_IMPLEMENTATIONS)}"
         )
-    module = _IMPLEMENTATIONS[implementation]
+    module = _module(implementation)
     reason = module.unsupported(q)
     if reason is not None:
         raise NotImplementedError(
@@ -106,6 +109,11 @@ def choose(implementation: str | None, q: Queries) -> ModuleType:
             "back to another; use None (the best that fits) or 'xla' (runs anywhere)"
         )
     return module
+
+
+def _module(implementation: str) -> ModuleType:
+    """Imported when it is wanted: the languages of kernels take half a second, which most programs need not wait."""
+    return importlib.import_module(f"sepjax.attention.{implementation}")
 
 
 def _check(q: Queries, k: Keys, v: Keys, layout: SeparatorLayout, far_scale: Array | None) -> None:

@@ -24,9 +24,11 @@ def test_equals_a_layout_that_sees_everything(segment_ids):
     q, k, v = tensors()
     layout = build_layout(np.zeros((B, T), bool), window_size=T, num_sinks=0, segment_ids=segment_ids)
 
+    @jax.jit
     def dense(q, k, v):
         return dense_attention(q, k, v, segment_ids, scale=0.5)
 
+    @jax.jit
     def by_layout(q, k, v):
         return separator_attention(q, k, v, layout, scale=0.5, implementation="reference")
 
@@ -37,7 +39,7 @@ def test_equals_a_layout_that_sees_everything(segment_ids):
 
 
 def test_padding_gives_zero_and_takes_no_gradient():
-    out, vjp = jax.vjp(lambda *x: dense_attention(*x, SEGMENT_IDS), *tensors())
+    out, vjp = jax.vjp(jax.jit(lambda *x: dense_attention(*x, SEGMENT_IDS)), *tensors())
     padding = SEGMENT_IDS == 0
     np.testing.assert_array_equal(np.asarray(out).any(axis=(2, 3)), ~padding)
     for gradient in vjp(jnp.ones_like(out)):

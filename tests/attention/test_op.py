@@ -259,8 +259,14 @@ def mesh():
 
 
 @needs_four_devices
-@pytest.mark.parametrize("K", [2, 1])
-@pytest.mark.parametrize("manual", [False, True], ids=["jit", "shard_map"])
+@pytest.mark.parametrize(
+    ("manual", "K"),
+    [
+        pytest.param(manual, K, id=f"{name}-{K}", marks=[] if manual == (K == 2) else pytest.mark.soak)
+        for manual, name in ((False, "jit"), (True, "shard_map"))
+        for K in (2, 1)
+    ],
+)
 def test_rows_and_heads_on_several_devices(mesh, K, manual):
     heads = "tensor" if K > 1 else None  # a key head that all query heads share is on every device
     specs = [jax.P("data", None, x) for x in ("tensor", heads, heads, "tensor", "tensor")]

@@ -70,8 +70,9 @@ def kernels(program):
 EVERY_KERNEL = {f"separator_attention_{name}" for name in ("forward", "query_gradient", "key_gradient")}
 
 
-# The two larger shapes for one chip, a small one for each of the others (below); the rest, minutes of it, with -m soak.
-ALWAYS = {("v5e", 8192), ("v5e", 32768)}
+# A large shape for one chip, small ones for another and for float32 of the largest heads (below); the rest, minutes
+# of it, with -m soak.
+ALWAYS = {("v5e", 8192)}
 EVERY_PAIR = [
     pytest.param(chip, T, marks=[] if (chip, T) in ALWAYS else pytest.mark.soak) for chip in CHIPS for T in SHAPES
 ]
@@ -83,7 +84,7 @@ def test_kernels_compile_and_are_what_is_chosen(chip, T):
     assert kernels(compiled_kernels(chip, T)) == EVERY_KERNEL
 
 
-OTHERS = ["v6e", "tpu7x", pytest.param("v5p", marks=pytest.mark.soak)]  # v5p: the limits of v5e
+OTHERS = ["tpu7x", *(pytest.param(x, marks=pytest.mark.soak) for x in ("v6e", "v5p"))]  # those: the limits of v5e
 
 
 @pytest.mark.parametrize("chip", OTHERS)
@@ -97,7 +98,8 @@ def test_float32_compiles(chip):
     assert kernels(compiled(mesh_of(CHIPS[chip]), (1, 300, 4, 2, 256), jnp.float32)) == EVERY_KERNEL
 
 
-@pytest.mark.parametrize("T", [2**17 - 1, pytest.param(2**19, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("T", [2**17 - 1, 2**19])
 def test_long_rows_compile(T):
     """Just below T = 128k, where tiles grow, the tables are largest; 512k is the longest that is served."""
     assert kernels(compiled(mesh_of(CHIPS["v5e"]), (1, T, 2, 1, 64), jnp.bfloat16)) == EVERY_KERNEL
@@ -168,7 +170,6 @@ def test_no_array_of_quadratic_size_is_in_the_program():
     definition = functools.partial(reference.attend, scale=1.0)
     small = (1, 1024, 2, 1, 64)
     assert largest_array(compiled(mesh_of(CHIPS["v5e"]), small, jnp.bfloat16, definition)) >= 1024**2
-    assert largest_array(compiled_kernels("v5e", 32768)) == 2 * 32768 * 256 < 32768**2 // 50
 
 
 def test_stated_cost_reaches_the_compiler():
@@ -180,7 +181,7 @@ def test_stated_cost_reaches_the_compiler():
 
 def test_memory_is_linear_in_the_length():
     """No device memory beyond a few copies of the arguments, packed keys for all tokens and float32 gradients."""
-    memory = compiled_kernels("v5e", 32768).memory_analysis()
+    memory = compiled_kernels("v5e", 8192).memory_analysis()
     assert memory.temp_size_in_bytes < 4 * memory.argument_size_in_bytes
 
 

@@ -139,7 +139,8 @@ OPS = {name: over(plan, "tpu") for name, (_, plan) in PLANS.items()}
 
 
 @pytest.mark.usefixtures("served_here")
-@pytest.mark.parametrize("name", [x if x == "4 devices" else pytest.param(x, marks=pytest.mark.soak) for x in PLANS])
+@pytest.mark.soak  # ranges of any kind are above, and the same around the XLA form in test_context_parallel.py
+@pytest.mark.parametrize("name", PLANS)
 @examples(2)
 @given(data=st.data())
 def test_rows_split_over_devices(name, data):

@@ -33,8 +33,8 @@ PATTERNS = {
 }
 
 
-# Windows of sinks and of intervals are flags of other tokens: what is packed and cut does not know them.
-RARE = ("sink_window", "fixed_interval")
+# Windows of sinks and of intervals are flags of other tokens: what is packed and cut does not know them, nor windows.
+RARE = ("sink_window", "fixed_interval", "two windows")
 
 
 @pytest.fixture(

@@ -202,7 +202,7 @@ def standing(row):
     return numbers, [view.positions(layer).tolist() for layer in range(2)], row.pending, row.has_drawn, row.row
 
 
-@pytest.mark.parametrize("pattern", ["separator", "watched"])
+@pytest.mark.parametrize("pattern", ["separator", pytest.param("watched", marks=pytest.mark.soak)])
 def test_conversations_continue_their_cache(engine, pattern, tmp_path):
     """A row that was kept goes on in another row, as a stream that was fed does; so does one saved in the middle."""
     if pattern == "watched":
@@ -376,6 +376,7 @@ def test_what_was_cancelled_is_not_kept_and_a_resumed_row_is_not_held_twice(engi
     assert slots._kept == {}
 
 
+@pytest.mark.soak  # programs of their own; that nothing is compiled for any request is above
 def test_nothing_is_compiled_for_weights_that_were_put_on_a_device(tmp_path):
     """As those of `sepjax.load` are: fresh state and results lie in the same place."""
     graph, params = split(tiny_model())

@@ -47,6 +47,17 @@ def run(model, batch, attention=GATED, noise=None):
     return _run(graph, params, attention, batch, noise)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _forward(graph, params, attention, batch):
+    return forward(merge(graph, params), *batch, None, attention)[0]
+
+
+def hidden_of(model, tokens, positions, flags, attention):
+    """Hidden states where these tokens are separators."""
+    graph, params = split(model)
+    return _forward(graph, params, attention, (tokens, positions, flags))
+
+
 _keep_best = jax.jit(keep_best, static_argnums=2)
 
 
@@ -147,14 +158,14 @@ def test_layers_above_see_what_was_kept_and_layers_below_do_not(model):
         everywhere = dataclasses.replace(
             only, pattern="separator", gate_layer=2
         )  # all flagged: the same, without a gate
-        got = forward(model, *batch[:2], np.ones_like(batch[2]), None, everywhere)[0]
+        got = hidden_of(model, *batch[:2], np.ones_like(batch[2]), everywhere)
         np.testing.assert_allclose(got, run(model, batch, alike)[0], atol=1e-5)
 
     # At layer 0 the choice is made before any layer: then it is a separator pattern with these flags.
     at_once = dataclasses.replace(GATED, gate_layer=0)
     got, flags, _ = run(model, batch, at_once)
     same = dataclasses.replace(GATED, pattern="separator")
-    np.testing.assert_allclose(got, forward(model, *batch[:2], flags, None, same)[0], atol=1e-5)
+    np.testing.assert_allclose(got, hidden_of(model, *batch[:2], flags, same), atol=1e-5)
 
 
 def test_noise_explores_and_the_factor_is_one(model):

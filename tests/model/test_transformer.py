@@ -181,8 +181,8 @@ def plain_gradient():
     return gradient(LLAMA)
 
 
-CHANGED = [("dots", True), ("full", False), ("none", not LLAMA.scan_layers)]
-REPEATED = [pytest.param(*both, marks=pytest.mark.soak) for both in (("dots", False), ("full", True))]
+CHANGED, OTHERS = [("dots", True), ("full", False)], [("dots", False), ("full", True), ("none", not LLAMA.scan_layers)]
+REPEATED = [pytest.param(*both, marks=pytest.mark.soak) for both in OTHERS]
 
 
 @pytest.mark.parametrize(("remat", "scan_layers"), [*CHANGED, *REPEATED])

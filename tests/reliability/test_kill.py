@@ -90,10 +90,9 @@ def stop(config_file: Path, workdir: Path, at: int) -> tuple[int, str, str]:
 
 
 def test_killed_and_stopped_a_run_is_bit_for_bit_what_it_would_have_been(config_file, undisturbed, tmp_path):
-    """Killed between two saves, killed during one, told to stop: each time on what the last end has left."""
+    """Killed during a save, told to stop: on what the kill has left. More kills, between saves too, with -m soak."""
     workdir = tmp_path / "run"
-    last = kill(config_file, workdir, 0, EVERY, while_saving=False)
-    last = kill(config_file, workdir, 1, last, while_saving=True)
+    last = kill(config_file, workdir, 1, 2 * EVERY, while_saving=True)  # by then the first checkpoint is complete
     assert EVERY < last < STEPS - EVERY
     saved, out, err = stop(config_file, workdir, last + 2)
     assert "resumes at step" in out
@@ -132,16 +131,12 @@ def test_sigterm_saves_within_seconds_twice_in_a_row(config_file, undisturbed, t
     assert_same(workdir, undisturbed, STEPS)
 
 
-def test_a_second_run_is_refused_and_a_reader_that_hangs_ends_the_first(config_file, tmp_path):
+def test_a_reader_that_hangs_ends_the_run(config_file, tmp_path):
     workdir = tmp_path / "run"
     flags = ("--config.data.num_workers=1", "--config.training.steps=100000", "--step_timeout=14")
     flags += ("--config.training.eval_every=100000",)
     first = start(config_file, workdir, *flags, "--config.training.checkpoint_every=10")
     wait_until(first, lambda: done(workdir) >= 12)
-    second = start(config_file, workdir, *flags)
-    _, err = finish(second, 2)
-    assert f"is in use: process {first.pid} on " in err
-    assert err.count("\n") == 1, err
     (reader,) = [p for p in children(first.pid) if "spawn_main" in command(p)]
     os.kill(reader, signal.SIGSTOP)  # alive, and silent for ever
     _, err = finish(first, 4)

@@ -13,7 +13,7 @@ from sepjax.config import AttentionConfig, Config, DataConfig, MeshConfig, Model
 from sepjax.data.batch import Batch
 from sepjax.model.attend import forward
 from sepjax.model.transformer import merge
-from sepjax.sharding import batch_sharding, make_mesh
+from sepjax.sharding import batch_sharding, make_mesh, replicated
 from sepjax.training.optimizer import decayed_parameters, learning_rate_schedule
 from sepjax.training.step import (
     _loss,
@@ -125,7 +125,7 @@ def test_same_seed_same_bits():
         (CONFIG, MeshConfig(data=2, fsdp=2, tensor=2)),
         pytest.param(GATED, MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.soak),
         pytest.param(GATED, MeshConfig(data=1, fsdp=2, tensor=2, context=2), marks=pytest.mark.soak),
-        (GATED, MeshConfig(data=1, context=2)),  # compiles in less time
+        pytest.param(GATED, MeshConfig(data=1, context=2), marks=pytest.mark.soak),
     ],
     ids=["separators", "gated", "gated, all", "gated, context"],
 )
@@ -145,6 +145,17 @@ def test_meshes_give_the_same_step(config, sizes):
     # Adam divides by the root of the second moment: where a gradient is nearly zero its rounding decides the direction,
     # so parameters agree to a fraction of the learning rate, not to rounding.
     assert_close(state.params, expected.params, 0.1 * CONFIG.optimizer.learning_rate)
+
+
+def test_parts_of_rows_give_a_gated_model_the_same_loss():
+    """What `context` adds to a gate, without gradients; with them above, with -m soak."""
+    graph, params, batch = model_graph(GATED), jax.jit(lambda: create_state(GATED).params)(), make_batch()
+    expected = jax.jit(functools.partial(eval_step, GATED, graph))(params, batch)
+    mesh = make_mesh(MeshConfig(data=1, context=2), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(batch, batch_sharding(mesh))
+        got = jax.jit(functools.partial(eval_step, GATED, graph))(jax.device_put(params, replicated(mesh)), placed)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_decay_spares_biases_and_norms():
@@ -177,7 +188,7 @@ def test_clipping_bounds_the_step_but_not_the_report():
 def test_statistics_are_counted_from_the_mask():
     config = dataclasses.replace(CONFIG, attention=dataclasses.replace(CONFIG.attention, layer_windows=(6, T)))
     batch = make_batch()
-    got = attention_statistics(config, batch)
+    got = jax.jit(functools.partial(attention_statistics, config))(batch)
     i, j = np.arange(T)[:, None], np.arange(T)[None]
     fractions, kept, pairs = [], [], []
     for n in (6, T):
@@ -198,7 +209,7 @@ def test_a_gate_learns_by_far_use_and_its_choice_is_counted():
     batch = make_batch(lengths=(32,))
     config = dataclasses.replace(GATED, training=dataclasses.replace(CONFIG.training, gate_noise=0.0))
     graph, params = model_graph(config), run(config, [batch] * 30)[0].params
-    gate = create_state(config).params["gate"]
+    gate = compiled(config)[0]().params["gate"]
 
     @jax.jit
     def value_and_gradient(gate):
@@ -209,16 +220,21 @@ def test_a_gate_learns_by_far_use_and_its_choice_is_counted():
         return jax.value_and_grad(mean_loss, has_aux=True)(gate)
 
     adam = optax.adam(3e-3)
+
+    @jax.jit
+    def update(gate, moments, gradient):
+        updates, moments = adam.update(gradient, moments)
+        return optax.apply_updates(gate, updates), moments
+
     moments, losses = adam.init(gate), []
     for _ in range(60):
         (loss, kept), gradient = value_and_gradient(gate)
         assert all(np.asarray(x).any() for x in jax.tree.leaves(gradient))
         losses.append(float(loss))
-        updates, moments = adam.update(gradient, moments)
-        gate = optax.apply_updates(gate, updates)
+        gate, moments = update(gate, moments, gradient)
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.01
 
-    got = attention_statistics(config, dataclasses.replace(batch, is_separator=kept))
+    got = jax.jit(functools.partial(attention_statistics, config))(dataclasses.replace(batch, is_separator=kept))
     kept = np.asarray(kept)
     assert (kept[:, :25].sum(1) == 2 * 5).all()  # two of each stretch
     held = np.stack([np.full(B, 2 + 6), 2 + 6 + kept[:, :26].sum(1)])  # by the last query of the two layers
@@ -240,9 +256,14 @@ def test_golden_step():
     adam = optax.adamw(lambda step: 5e-3 * step, b1=0.9, b2=0.95, weight_decay=0.1, mask=mask)  # warm-up: 0, 5e-3
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adam)
     moments = optimizer.init(params)
-    for _ in range(2):
+
+    @jax.jit
+    def update(params, moments):
         updates, moments = optimizer.update(jax.grad(mean_loss)(params), moments, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), moments
+
+    for _ in range(2):
+        params, moments = update(params, moments)
     state, _ = run(CONFIG, [batch] * 2)
     assert_close(
         state.params, params, 0.02 * 5e-3

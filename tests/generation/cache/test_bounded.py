@@ -136,7 +136,11 @@ def stream(sizes, flags, cuts, cache=None):
     return cache, rows
 
 
-@pytest.mark.parametrize("name", SIZES)
+# A program each: with -m soak, what lies between the others.
+RARE = ("StreamingLLM: w = c - a", "no sinks, no separators", "sinks only, in bursts")
+
+
+@pytest.mark.parametrize("name", [x if x not in RARE else pytest.param(x, marks=pytest.mark.soak) for x in SIZES])
 @given(data=st.data())
 @settings(max_examples=12)
 def test_slots_borders_and_attended_sets_are_those_of_a_list(name, data):

@@ -145,7 +145,11 @@ def streamed_logits(config, attention, tokens, lengths, table, run):
     return out, cache
 
 
-@pytest.mark.parametrize("case", CASES)
+# Programs of seconds each: with -m soak, sizes and patterns that test_bounded.py has against lists of slots.
+RARE = ("a + s + w = c - 1", "sinks only, in bursts", "StreamingLLM, layers of every kind")
+
+
+@pytest.mark.parametrize("case", [x if x not in RARE else pytest.param(x, marks=pytest.mark.soak) for x in CASES])
 def test_runs_give_what_lists_of_unrotated_keys_give_token_by_token(case):
     config, attention = CASES[case]
     random = np.random.default_rng(7)
@@ -157,7 +161,7 @@ def test_runs_give_what_lists_of_unrotated_keys_give_token_by_token(case):
         is_separator = np.broadcast_to((np.arange(T) + 1) % 3 == 0, tokens.shape)
     expected = [list_logits(config, attention, tokens[b, :n], is_separator[b]) for b, n in enumerate(lengths)]
     caches = []
-    for run in (1, 4, 16) if case == "llama" else (1, 5):
+    for run in (1, 16) if case == "llama" else (1, 5):
         got, cache = streamed_logits(config, attention, tokens, lengths, jnp.asarray(table), run)
         caches.append(cache)
         for b, rows in enumerate(expected):
@@ -177,9 +181,9 @@ def test_a_row_does_not_depend_on_its_neighbours():
     tokens = random.integers(0, V, (3, T), dtype=np.int32)
     table = jnp.asarray(random.random(V) < 0.3)
     lengths = np.array([T, 61, 40])
-    together, _ = streamed_logits(config, attention, tokens, lengths, table, 8)
+    together, _ = streamed_logits(config, attention, tokens, lengths, table, 16)
     tokens[1:] = random.integers(0, V, (2, T))
-    others, _ = streamed_logits(config, attention, tokens, np.array([T, 3, T]), table, 8)
+    others, _ = streamed_logits(config, attention, tokens, np.array([T, 3, T]), table, 16)
     np.testing.assert_array_equal(together[0], others[0])
 
 
@@ -193,7 +197,6 @@ def test_bfloat16_errs_no_more_than_twice_what_lists_in_bfloat16_do():
     lengths = np.array([T] * 3)
     exact = np.stack([list_logits(config, attention, row, table[row]) for row in tokens])
     lists = np.stack([list_logits(half, attention, row, table[row]) for row in tokens])
-    for run in (1, 16):
-        got, _ = streamed_logits(half, attention, tokens, lengths, jnp.asarray(table), run)
-        error, floor = (np.sqrt(np.mean((x - exact) ** 2)) for x in (got, lists))
-        assert error <= 2 * floor
+    got, _ = streamed_logits(half, attention, tokens, lengths, jnp.asarray(table), 16)
+    error, floor = (np.sqrt(np.mean((x - exact) ** 2)) for x in (got, lists))
+    assert error <= 2 * floor

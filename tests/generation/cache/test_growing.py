@@ -59,7 +59,7 @@ def append(cache, k, is_global, active, score=None):
 
 
 grow = jax.jit(SeparatorCache.grow, static_argnums=1)
-from_prompt = jax.jit(SeparatorCache.from_prompt, static_argnames=("window_size", "capacity"))
+from_prompt = jax.jit(SeparatorCache.from_prompt, static_argnames=("window_size", "capacity", "stretch", "keep"))
 
 
 @jax.jit
@@ -123,8 +123,8 @@ def test_prompt_fills_the_cache_as_its_tokens_one_by_one(window_size, flags):
     jax.tree.map(np.testing.assert_array_equal, filled, cache)
 
 
-@pytest.mark.parametrize("window_size", [4, 7, 20])
-@given(data=st.data(), keep=st.integers(0, 3))
+@pytest.mark.parametrize(("window_size", "keep"), [(4, 2), (7, 1), (20, 3), (7, 0)])  # programs of their own
+@given(data=st.data())
 def test_of_every_stretch_the_best_stay(window_size, keep, data):
     """A gate's cache against a list, and prompts against their tokens one by one."""
     T, S, P, sinks = 12, 12, 4, 1
@@ -139,7 +139,7 @@ def test_of_every_stretch_the_best_stay(window_size, keep, data):
     stays[:, :sinks] = True
     sizes = {"window_size": window_size, "capacity": S, "stretch": P, "keep": keep}
     k = jnp.asarray(key_of(np.arange(2)[:, None, None], np.arange(ROWS)[:, None], np.arange(T)), jnp.float32)
-    filled = SeparatorCache.from_prompt(k, -k, stays, lengths, scores, **sizes)
+    filled = from_prompt(k, -k, stays, lengths, scores, **sizes)
     cache = SeparatorCache.create(CONFIG, ROWS, **sizes)
     for i in range(T):
         cache = append(cache, k[:, :, i], np.full(ROWS, i < sinks), i < lengths, scores[:, i])

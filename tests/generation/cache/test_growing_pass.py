@@ -76,6 +76,16 @@ CASES = {  # every kind of model, pattern, window and number of sinks at least o
     "separators for the middle layer alone": (NEOX, dataclasses.replace(SEPARATOR, kept_layers=(1,))),
     "gated, a wide window below": (FALCON, dataclasses.replace(GATED, gate_layer=2, layer_windows=(12, 3, 6))),
 }
+# A program of several seconds each: with -m soak, what the others have in other company.
+RARE = ("llama", "sinks beyond the text", "dense", "layers of every kind, dense", "gated")
+RARE += ("separators for the middle layer alone", "gated, a wide window below")
+RARE += ("falcon, one key head, fixed interval", "gated for the last layer alone")
+
+
+def often(cases, rare):
+    """Parameters of a test, the rare ones marked."""
+    return [x if x not in rare else pytest.param(x, marks=pytest.mark.soak) for x in cases]
+
 
 # These programs run a few times for a few milliseconds: compiling them takes the time.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -118,9 +128,9 @@ def model_of(config, attention=None):
     return graph, jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", often(CASES, RARE))
 @given(seed=st.integers(0, 1000), lengths=st.lists(st.integers(1, T), min_size=3, max_size=3))
-@settings(max_examples=5)
+@settings(max_examples=4)
 def test_decoding_equals_the_masked_forward_pass_at_every_step(case, seed, lengths):
     config, attention = CASES[case]
     random = np.random.default_rng(seed)
@@ -167,7 +177,7 @@ def run_of(graph, params, width, cache, tokens, counts, attention, table):
     return cache.take_up(merge(graph, params), tokens[:, :width], counts, table, attention)
 
 
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("case", often(RUNS, (*RARE, *RUNS[:2])))
 def test_a_run_of_tokens_is_what_they_are_one_by_one(case):
     """Ragged runs, longer than the window too: the same hidden states, and the same tokens in the same slots."""
     config, attention = CASES[case]
