@@ -9,7 +9,7 @@ Bit for bit, unless --dtype asks for another type (`sepjax.hub.convert`).
 import dataclasses
 from pathlib import Path
 
-from sepjax.settings import Settings as _Settings
+from sepjax.command.settings import Settings as _Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
