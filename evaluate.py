@@ -40,10 +40,10 @@ from typing import Any
 
 from absl import flags
 
+from sepjax.command.flags import Jobs, asks_help, one_of_two, parse, run_program
+from sepjax.command.settings import Flag, Settings, define, flag_lines, flags_of, value_of
 from sepjax.config import ConfigError
-from sepjax.flags import Jobs, asks_help, one_of_two, parse, run_program
 from sepjax.programs.evaluate import compare, needle, recall, stream, tasks, windows
-from sepjax.settings import Flag, Settings, define, flag_lines, flags_of, value_of
 
 PERPLEXITY, EQUAL_KV = "--task=perplexity", "--task=perplexity --compare"
 STREAMING, NEEDLE, RECALL = "--task=streaming", "--task=needle", "--task=recall"

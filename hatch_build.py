@@ -1,4 +1,4 @@
-"""Puts what stands at the root of the checkout into the wheel, inside the package: `sepjax.root` finds it there."""
+"""Puts what stands at the root of the checkout into the wheel, where `sepjax.config.checkout` looks for it."""
 
 from typing import Any
 

@@ -23,10 +23,10 @@ import jax
 
 from sepjax import sharding
 from sepjax.begin import adopt_shape, conversation_form, first_state, given_tokenizer
+from sepjax.command.flags import run_settings
 from sepjax.config import Config
 from sepjax.data.batch import Batch
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
-from sepjax.flags import run_settings
 from sepjax.flops import flops_report, peak_flops
 from sepjax.programs.train import Settings
 from sepjax.run.checkpoint import Checkpointer

@@ -34,7 +34,8 @@ def _program(arguments: list[str]) -> str:
 
 
 if _program(sys.orig_argv):  # before all else is imported, which takes seconds
-    from sepjax import interrupt, moved
+    from sepjax import interrupt
+    from sepjax.command import moved
 
     interrupt.end_in_one_line()
     moved.refuse(_program(sys.orig_argv))

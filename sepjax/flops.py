@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sepjax.config import Config, ModelConfig
-from sepjax.lora_config import adapter_parameters
+from sepjax.config.lora import adapter_parameters
 
 # Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets (for GPUs the figures without 2:4 sparsity).
 # A TPU v4, v5p chip is one device, its two cores fused; a TPU7x chip (2307e12) is two devices.

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepjax.attention_config import TABLES
 from sepjax.config import AttentionConfig, ConfigError
+from sepjax.config.attention import TABLES
 from sepjax.console import say
 
 PAPER_SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from sepjax import programs
+from sepjax.command.settings import OneOf
 from sepjax.config import Config
-from sepjax.settings import OneOf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import warnings
 import jax
 import pytest
 
-from sepjax import compile_cache
+from sepjax.command import compile_cache
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sepjax import config as config_lib
+from sepjax.command.flags import parse, whole_numbers
 from sepjax.config import (
     AttentionConfig,
     Config,
@@ -33,7 +34,6 @@ from sepjax.config import (
     validate_attention,
     with_own_window,
 )
-from sepjax.flags import parse, whole_numbers
 from sepjax.flops import matmul_parameters
 
 ROOT = Path(__file__).parents[1]
@@ -198,7 +198,7 @@ PROGRAM = '''"""Says hello."""
 import sys
 from absl import flags
 from sepjax.config import UserError
-from sepjax.flags import run_main
+from sepjax.command.flags import run_main
 if __name__ == "__main__":
     MODE = flags.DEFINE_string("mode", "", "what to do")
     def main(config):

@@ -11,10 +11,10 @@ import pytest
 from absl import flags
 
 import evaluate
+from sepjax.command.flags import one_line_errors, parse
+from sepjax.command.settings import Settings
 from sepjax.config import ConfigError
-from sepjax.flags import one_line_errors, parse
 from sepjax.programs.evaluate import compare, needle, recall, stream, tasks, windows
-from sepjax.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 JOBS = evaluate.jobs()

@@ -7,9 +7,9 @@ from typing import Annotated
 import pytest
 from absl import flags
 
+from sepjax.command.flags import read_settings
+from sepjax.command.settings import AtLeast, OneOf, Repeated, Settings, config_flags, flags_of, help_text
 from sepjax.config import Config, ConfigError, field_types
-from sepjax.flags import read_settings
-from sepjax.settings import AtLeast, OneOf, Repeated, Settings, config_flags, flags_of, help_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,32 +13,23 @@ PRODUCT = sorted([*ROOT.glob("*.py"), *ROOT.glob("sepjax/**/*.py"), *ROOT.glob("
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "pyproject.toml", ROOT / ".ci" / "run"])
 
-BASE = {"config", "array_typing", "rope_config", "files"}
+BASE = {"config", "array_typing", "files"}
 # Room -> the rooms it may import from, besides itself. Rooms that are not listed are above all of these.
 MAY_IMPORT = {
     "array_typing": set(),
-    "checks": set(),
-    "rope_config": set(),
-    "attention_config": {"checks"},
-    "root": set(),
-    "model_config": {"checks", "rope_config", "attention_config"},
-    "lora_config": {"checks", "model_config"},
-    "config": {"checks", "rope_config", "attention_config", "model_config", "lora_config", "root"},
+    "config": set(),
     "files": {"config"},
     "interrupt": set(),
-    "moved": set(),
-    "compile_cache": {"files"},
-    "settings": {"checks", "config"},
-    "separators": BASE | {"attention_config", "console"},
+    "command": {"config", "files", "interrupt", "separators"},
+    "separators": BASE | {"console"},
     "layout": BASE | {"separators"},
     "sharding": BASE,
     "measure": set(),
     "console": set(),
-    "flops": {"config", "lora_config"},
+    "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"},
-    "flags": {"attention_config", "compile_cache", "checks", "config", "interrupt", "separators", "settings"},
     "data": BASE | {"separators", "layout", "sharding", "interrupt"},
-    "model": BASE | {"separators", "layout", "sharding", "attention", "lora_config"},
+    "model": BASE | {"separators", "layout", "sharding", "attention"},
     "generation": BASE
     | {
         "separators",

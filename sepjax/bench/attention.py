@@ -27,9 +27,9 @@ import numpy as np
 from absl import flags
 
 from sepjax.attention import dense_attention, separator_attention
+from sepjax.command.flags import run_main, whole_numbers
 from sepjax.config import ConfigError
 from sepjax.files import write_text
-from sepjax.flags import run_main, whole_numbers
 from sepjax.layout import SeparatorLayout, build_layout
 from sepjax.measure import Timing, heading, provenance, time_calls
 

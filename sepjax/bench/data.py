@@ -12,9 +12,9 @@ import time
 
 from absl import flags
 
+from sepjax.command.flags import run_main
 from sepjax.config import Config
 from sepjax.data.pipeline import prepare_tokenizer, training_batches
-from sepjax.flags import run_main
 
 
 def measure(config: Config, data_dir: str, seconds: float) -> dict[str, float]:

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 from absl import flags
 
+from sepjax.command.flags import run_main
 from sepjax.config import Config
 from sepjax.data.tokenizer import train_sentencepiece
-from sepjax.flags import run_main
 from sepjax.generation.api import generate, stream
 from sepjax.model.transformer import create
 

@@ -16,8 +16,8 @@ from absl import flags
 from sepjax.attention import mosaic_gpu, mosaic_gpu_kernels
 from sepjax.attention.ranges import whole_rows
 from sepjax.bench.attention import Settings, make_inputs
+from sepjax.command.flags import run_main, whole_numbers
 from sepjax.config import ConfigError
-from sepjax.flags import run_main, whole_numbers
 from sepjax.measure import heading, provenance, time_calls
 
 # FLOPs of one (query, key) pair, over N * H, where a kernel computes pairs.

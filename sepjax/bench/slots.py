@@ -18,9 +18,9 @@ import numpy as np
 from absl import flags
 
 from sepjax.bench.steps import caches_of, loop_speed, random_params
+from sepjax.command.flags import run_main
 from sepjax.config import AttentionConfig, Config
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
-from sepjax.flags import run_main
 from sepjax.generation.engine import Generator
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest, Slots

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from sepjax.command.flags import run_main
 from sepjax.config import AttentionConfig, Config, ConfigError, under, validate_attention
-from sepjax.flags import run_main
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.device_loop import DecodeState, Request, make_advance

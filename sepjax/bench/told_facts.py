@@ -14,8 +14,8 @@ from pathlib import Path
 
 from absl import flags
 
+from sepjax.command.flags import run_main
 from sepjax.config import ConfigError
-from sepjax.flags import run_main
 
 
 def _words(text: str) -> list[str]:

@@ -18,10 +18,10 @@ import jax
 import numpy as np
 from absl import flags
 
+from sepjax.command.flags import run_main, whole_numbers
 from sepjax.config import Config, ConfigError, under, validate
 from sepjax.data.batch import Batch
 from sepjax.files import write_text
-from sepjax.flags import run_main, whole_numbers
 from sepjax.flops import Peak, flops_report, peak_flops
 from sepjax.measure import Timing, heading, provenance, time_calls
 from sepjax.sharding import batch_sharding, check_batch, make_mesh, replicated

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from sepjax.config import ModelConfig
+from sepjax.config.rope import same_rope
 from sepjax.hub.decoder import (
     MATRICES,
     QK_NORMS,
@@ -22,7 +23,6 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.fields import Fields
 from sepjax.hub.rope_kinds import read_ropes, ropes_keys
 from sepjax.hub.tables import SAME
-from sepjax.rope_config import same_rope
 
 _NORMS = (
     ("input_layernorm.weight", SAME, "attention_norm/scale"),

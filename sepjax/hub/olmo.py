@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from sepjax.config import ModelConfig
+from sepjax.config.rope import same_rope
 from sepjax.hub.decoder import (
     MATRICES,
     NORMS_BEHIND,
@@ -21,7 +22,6 @@ from sepjax.hub.decoder import (
 from sepjax.hub.fields import Fields
 from sepjax.hub.rope_fields import read_rope, rope_keys
 from sepjax.hub.rope_kinds import read_ropes, ropes_keys
-from sepjax.rope_config import same_rope
 
 _BASE = 500_000.0  # of OLMo 3's rotation, where no key says
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 from sepjax.config import ModelConfig, RopeConfig
+from sepjax.config.rope import same_rope
 from sepjax.hub.decoder import FULL, SLIDING
 from sepjax.hub.fields import Fields
 from sepjax.hub.rope_fields import read_section, rope_keys
-from sepjax.rope_config import same_rope
 
 
 def read_ropes(

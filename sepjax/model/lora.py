@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sepjax.config import AttentionConfig, LoraConfig, ModelConfig
-from sepjax.lora_config import targets_of
+from sepjax.config.lora import targets_of
 from sepjax.model.layers import Linear
 from sepjax.model.transformer import Params, Transformer, create, split
 

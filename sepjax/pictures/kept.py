@@ -83,7 +83,9 @@ class KeptText:
         """The numbers of a frame."""
         kept = sum(state not in (SINK, RECENT, GONE) for state in frame.states)
         places = f"{frame.held:,} entries of {frame.seen:,} tokens ({frame.held / max(frame.seen, 1):.0%})"
-        where = f"{kept:,} tokens from before the window kept somewhere" if kept else "nothing kept from before the window"
+        where = (
+            f"{kept:,} tokens from before the window kept somewhere" if kept else "nothing kept from before the window"
+        )
         return f"{places} in each layer and head, {where}; {frame.nbytes:,} bytes"
 
     def html(self) -> str:

@@ -1,6 +1,6 @@
 """The command `sepjax`: one subcommand a job.
 
-A program is a file with a docstring, `Settings`, a dataclass that is its command line (`sepjax.settings`), and
+A program is a file with a docstring, `Settings`, a dataclass that is its command line (`sepjax.command.settings`), and
 `main(settings)`. It imports JAX and what is built on it when it runs, so that --help and mistakes take no seconds. What
 only a process of its own may do, before anything touches a device, is in `begin()`.
 """
@@ -11,10 +11,10 @@ from types import ModuleType
 
 from absl import flags
 
+from sepjax.command.flags import FLAG, one_line_errors, read_settings, run_program
+from sepjax.command.settings import flags_of
 from sepjax.config import ConfigError, nearest
-from sepjax.flags import FLAG, one_line_errors, read_settings, run_program
 from sepjax.programs import bench
-from sepjax.settings import flags_of
 
 COMMANDS = {  # what the user writes after `sepjax` -> its file in this folder
     "train": "train",

@@ -7,8 +7,8 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+from sepjax.command.flags import one_line_errors
 from sepjax.config import ConfigError, nearest
-from sepjax.flags import one_line_errors
 
 BENCHES = {  # name -> the module that measures it; each is also python -m MODULE
     "attention": "sepjax.bench.attention",

@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+from sepjax.command.flags import one_of_two
+from sepjax.command.settings import OneOf, Settings
 from sepjax.config import ConfigError
-from sepjax.flags import one_of_two
-from sepjax.settings import OneOf, Settings
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -11,7 +11,7 @@ Bit for bit, unless --dtype asks for another type (`sepjax.hub.convert`). A run'
 import dataclasses
 from pathlib import Path
 
-from sepjax.settings import Settings as _Settings
+from sepjax.command.settings import Settings as _Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
+from sepjax.command.settings import AtLeast
+from sepjax.command.settings import Settings as _Settings
 from sepjax.config import Config
 from sepjax.keeping import Lesson
-from sepjax.settings import AtLeast
-from sepjax.settings import Settings as _Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from sepjax.command.settings import Repeated
 from sepjax.config import ConfigError, UserError
 from sepjax.programs.writing import Writing
-from sepjax.settings import Repeated
 
 if TYPE_CHECKING:
     from sepjax.data.tokenizer import Tokenizer

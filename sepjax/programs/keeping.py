@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+from sepjax.command.settings import AtLeast, OneOf
+from sepjax.command.settings import Settings as _Settings
 from sepjax.keeping import MEASURES
-from sepjax.settings import AtLeast, OneOf
-from sepjax.settings import Settings as _Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ What a pod user wants to know before paying. Needs the package libtpu and no TPU
 import dataclasses
 from typing import Annotated
 
+from sepjax.command.settings import AtLeast
+from sepjax.command.settings import Settings as _Settings
 from sepjax.config import Config
-from sepjax.settings import AtLeast
-from sepjax.settings import Settings as _Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

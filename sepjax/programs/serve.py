@@ -12,9 +12,9 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING, Annotated, Any
 
+from sepjax.command.settings import AtLeast, OneOf
 from sepjax.config import ConfigError, UserError
 from sepjax.programs.writing import Bounded
-from sepjax.settings import AtLeast, OneOf
 
 if TYPE_CHECKING:
     from sepjax.server.served import Served

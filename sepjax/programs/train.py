@@ -7,9 +7,8 @@ The same as `python train.py` in a checkout; --config takes a file, or the name 
 
 import dataclasses
 
-from sepjax import root
-from sepjax.config import Config
-from sepjax.settings import Settings as _Settings
+from sepjax.command.settings import Settings as _Settings
+from sepjax.config import Config, checkout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,4 +31,4 @@ def begin() -> None:
 
 def main(settings: Settings) -> None:
     """Trains."""
-    root.program("train").main(settings)
+    checkout.program("train").main(settings)

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
+from sepjax.command.settings import AtLeast, OneOf, Repeated
 from sepjax.config import BOUNDED_PATTERNS, ConfigError, under
 from sepjax.programs.common import Loading, refuse_separators, refuse_window
-from sepjax.settings import AtLeast, OneOf, Repeated
 
 if TYPE_CHECKING:
     from sepjax.config import AttentionConfig

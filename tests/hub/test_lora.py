@@ -25,6 +25,7 @@ from sepjax.config import (
     TrainingConfig,
     validate,
 )
+from sepjax.config.lora import adapter_parameters, projections
 from sepjax.data.batch import Batch
 from sepjax.flops import training_flops
 from sepjax.hub.adapter import origin_family, write_adapter
@@ -33,7 +34,6 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.families import family_for
 from sepjax.keeping import Lesson
 from sepjax.keeping.distill import distill
-from sepjax.lora_config import adapter_parameters, projections
 from sepjax.model.attend import forward
 from sepjax.model.lora import divided, joined, merged
 from sepjax.model.transformer import abstract, merge, split

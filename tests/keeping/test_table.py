@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sepjax.command.flags import parse
 from sepjax.config import AttentionConfig, ConfigError, from_json_section
-from sepjax.flags import parse
 from sepjax.keeping.measure import best_ids, per_use, worth
 from sepjax.keeping.table import TableError, measure_table, store
 from sepjax.model.rope import rope_table, rotate

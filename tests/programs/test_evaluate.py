@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from sepjax import programs
+from sepjax.command.settings import flags_of
 from sepjax.config import AttentionConfig
 from sepjax.evaluation import jobs, needle, recall
 from sepjax.programs import COMMANDS
-from sepjax.settings import flags_of
 from tests.commands import Called, command, leaves, unlike
 from tests.hub.test_gguf_file import write
 

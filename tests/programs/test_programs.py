@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from sepjax import moved, programs, root
-from sepjax.config import ConfigError, load_config
+from sepjax import programs
+from sepjax.command import moved
+from sepjax.command.settings import flags_of
+from sepjax.config import ConfigError, checkout, load_config
 from sepjax.hub import convert
 from sepjax.keeping import distill
 from sepjax.programs import COMMANDS, bench
-from sepjax.settings import flags_of
 from sepjax.training import plan
 from tests.commands import Called, command, leaves, refusal, unlike
 
@@ -129,7 +130,7 @@ def test_no_setting_is_lost_on_its_way(name, monkeypatch):
         seen.extend([arguments, named])
         raise Called
 
-    callee = {"train": root.program("train"), "convert": convert, "plan": plan, "distill": distill}[name]
+    callee = {"train": checkout.program("train"), "convert": convert, "plan": plan, "distill": distill}[name]
     monkeypatch.setattr(callee, "main" if name == "plan" else name, spy)
     module = programs.program(name)
     values = {flag.name: unlike(flag, i) for i, flag in enumerate(flags_of(module.Settings))}

@@ -28,9 +28,9 @@ from absl import flags
 from hypothesis import strategies as st
 
 from sepjax import generate
+from sepjax.command.flags import parse
 from sepjax.config import AttentionConfig, ModelConfig, UserError, field_types
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
-from sepjax.flags import parse
 from sepjax.hub.fields import Fields
 from sepjax.hub.folder import INDEX, SINGLE, _files
 from sepjax.hub.safetensors_file import Planned, SafetensorsFile, write_safetensors

@@ -16,12 +16,12 @@ from pathlib import Path
 import openai
 import pytest
 
+from sepjax.command.settings import flags_of
 from sepjax.config import ConfigError
 from sepjax.programs import serve
 from sepjax.server import logs
 from sepjax.server import running as running_module
 from sepjax.server.app import Limits
-from sepjax.settings import flags_of
 from tests.commands import Called, leaves, refusal, unlike
 from tests.server.tiny import alone, client, running, settled, text_of, tiny_served
 

@@ -6,8 +6,8 @@ from absl import flags
 
 from sepjax.bench.mesh import PARTS, Settings, main
 from sepjax.bench.mesh.training import AXES as ALL_AXES
+from sepjax.command.flags import run_main, whole_numbers
 from sepjax.config import ConfigError, nearest
-from sepjax.flags import run_main, whole_numbers
 
 if __name__ == "__main__":
     DEFAULT = Settings()

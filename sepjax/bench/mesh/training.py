@@ -14,10 +14,10 @@ import orbax.checkpoint as ocp
 
 from sepjax.bench.training import random_batch
 from sepjax.config import Config, MeshConfig, load_config, validate
+from sepjax.config.checkout import root
 from sepjax.data.batch import Batch
 from sepjax.flops import flops_report, peak_flops
 from sepjax.measure import time_calls
-from sepjax.root import root
 from sepjax.sharding import batch_sharding, make_mesh, replicated
 from sepjax.training.compiled import Program
 from sepjax.training.step import TrainState, abstract_state, create_state, model_graph, train_step

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from sepjax.command.settings import AtLeast, Settings
 from sepjax.config import ConfigError
 from sepjax.files import check_file, write_text
 from sepjax.programs.common import Loading, refuse_window
-from sepjax.settings import AtLeast, Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ Every pattern keeps as many keys as the separators do, or with --compare_at=pair
 import dataclasses
 from typing import Annotated
 
+from sepjax.command.settings import OneOf
 from sepjax.programs.evaluate import common
-from sepjax.settings import OneOf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

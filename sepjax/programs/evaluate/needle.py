@@ -8,8 +8,8 @@ Without --patterns: dense, separator and sink_window. A heat map goes beside the
 import dataclasses
 from typing import Annotated
 
+from sepjax.command.settings import AtLeast
 from sepjax.programs.evaluate import common
-from sepjax.settings import AtLeast
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

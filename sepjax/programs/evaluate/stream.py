@@ -9,8 +9,8 @@ Budgets are sinks/separators/window/cache (docs/streaming.md). Without --pattern
 import dataclasses
 from typing import Annotated
 
+from sepjax.command.settings import AtLeast
 from sepjax.programs.evaluate import common
-from sepjax.settings import AtLeast
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

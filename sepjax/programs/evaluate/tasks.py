@@ -9,10 +9,10 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
+from sepjax.command.settings import AtLeast
 from sepjax.config import ConfigError
 from sepjax.programs.common import refuse_window
 from sepjax.programs.evaluate import common
-from sepjax.settings import AtLeast
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
+from sepjax.command.settings import AtLeast
 from sepjax.config import ConfigError
 from sepjax.programs.common import Loading
-from sepjax.settings import AtLeast
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ sepjax picture pareto --results=a/compare.json,b/compare.json --output=pareto.sv
 import dataclasses
 from pathlib import Path
 
-from sepjax.settings import Settings as _Settings
+from sepjax.command.settings import Settings as _Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from typing import Any
 
 from absl import flags
 
-from sepjax.checks import at_least, check_type, one_of, whole_numbers
 from sepjax.config import Config
+from sepjax.config.checks import at_least, check_type, one_of, whole_numbers
 
 _WIDTH, _COLUMN = 120, 32  # of --help: where lines end, and where meanings begin
 

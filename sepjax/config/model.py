@@ -3,11 +3,11 @@
 import dataclasses
 import math
 
-from sepjax.attention_config import EVERYTHING, AttentionConfig, under
-from sepjax.checks import ConfigError
-from sepjax.checks import at_least as _at_least
-from sepjax.checks import one_of as _one_of
-from sepjax.rope_config import SCALINGS, RopeConfig, same_rope
+from sepjax.config.attention import EVERYTHING, AttentionConfig, under
+from sepjax.config.checks import ConfigError
+from sepjax.config.checks import at_least as _at_least
+from sepjax.config.checks import one_of as _one_of
+from sepjax.config.rope import SCALINGS, RopeConfig, same_rope
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -1,7 +1,7 @@
 """The command line of the entry points: typed config overrides, and mistakes answered in one line.
 
     if __name__ == "__main__":
-        run_settings(MySettings, main, __doc__)  # a dataclass that is the command line: sepjax.settings
+        run_settings(MySettings, main, __doc__)  # a dataclass that is the command line: sepjax.command.settings
 
 `--config=FILE` names a config file, `--config.section.field=value` changes one field of what it returns.
 """
@@ -17,11 +17,12 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sepjax import compile_cache, interrupt
-from sepjax.attention_config import TABLES
-from sepjax.checks import whole_numbers
+from sepjax import interrupt
+from sepjax.command import compile_cache
+from sepjax.command.settings import Settings, define, flags_of, help_text, value_of
 from sepjax.config import Config, ConfigError, UserError, field_types, load_config, nearest, validate
-from sepjax.settings import Settings, define, flags_of, help_text, value_of
+from sepjax.config.attention import TABLES
+from sepjax.config.checks import whole_numbers
 
 __all__ = ["whole_numbers"]  # of another file, for the programs
 FLAG = re.compile(r"--?([A-Za-z_][\w.]*)")

@@ -8,8 +8,8 @@ from types import ModuleType
 
 def root() -> Path:
     """The folder that has them."""
-    packaged = Path(__file__).with_name("_root")  # hatch_build.py puts them there
-    return packaged if packaged.is_dir() else Path(__file__).parents[1]
+    packaged = Path(__file__).parents[1] / "_root"  # hatch_build.py puts them there
+    return packaged if packaged.is_dir() else Path(__file__).parents[2]
 
 
 def program(name: str) -> ModuleType:

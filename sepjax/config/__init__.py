@@ -1,7 +1,7 @@
 """Every knob of a run: typed dataclasses, one `Config` with a section each, and `validate()`.
 
 A config file (`configs/*.py`) has a `get_config()` that returns a `Config`. Flags change single fields:
-`--config=configs/sep_tiny.py --config.training.steps=100` (`sepjax.flags`).
+`--config=configs/sep_tiny.py --config.training.steps=100` (`sepjax.command.flags`).
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sepjax.attention_config import (
+from sepjax.config.attention import (
     BOUNDED_PATTERNS,
     EVERYTHING,
     PATTERNS,
@@ -23,16 +23,16 @@ from sepjax.attention_config import (
     under,
     validate_attention,
 )
-from sepjax.checks import ConfigError, UserError, nearest
-from sepjax.checks import at_least as _at_least
-from sepjax.checks import check_type as _check_type
-from sepjax.checks import check_types as _check_types
-from sepjax.checks import one_of as _one_of
-from sepjax.checks import type_name as _type_name
-from sepjax.lora_config import LoraConfig, validate_lora
-from sepjax.model_config import ModelConfig, validate_model, with_own_window
-from sepjax.root import root
-from sepjax.rope_config import RopeConfig
+from sepjax.config.checkout import root
+from sepjax.config.checks import ConfigError, UserError, nearest
+from sepjax.config.checks import at_least as _at_least
+from sepjax.config.checks import check_type as _check_type
+from sepjax.config.checks import check_types as _check_types
+from sepjax.config.checks import one_of as _one_of
+from sepjax.config.checks import type_name as _type_name
+from sepjax.config.lora import LoraConfig, validate_lora
+from sepjax.config.model import ModelConfig, validate_model, with_own_window
+from sepjax.config.rope import RopeConfig
 
 __all__ = [  # of other files, for whoever reads a config
     "BOUNDED_PATTERNS",

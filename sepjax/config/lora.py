@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-from sepjax.checks import ConfigError, at_least, nearest
-from sepjax.model_config import ModelConfig
+from sepjax.config.checks import ConfigError, at_least, nearest
+from sepjax.config.model import ModelConfig
 
 ALL = "all"
 

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from sepjax.checks import ConfigError
-from sepjax.checks import at_least as _at_least
-from sepjax.checks import one_of as _one_of
+from sepjax.config.checks import ConfigError
+from sepjax.config.checks import at_least as _at_least
+from sepjax.config.checks import one_of as _one_of
 
 PATTERNS = ("separator", "dense", "sink_window", "fixed_interval", "gated")
 SEPARATOR_POLICIES = ("punctuation", "paper", "ids")
