@@ -144,7 +144,8 @@ def kept_text(
 
 
 def _frames(of: Prepared, sizes: StreamSizes, ids: list[int]) -> list[Frame]:
-    consume, cache = make_consume(of.graph, of.attention), StreamingCache.create(of.config, 1, sizes, by_layer=True)
+    consume = make_consume(of.graph, of.attention)
+    cache: Any = StreamingCache.create(of.config, 1, sizes, by_layer=True)
     cache, logits = of.placed(cache), of.placed(jnp.zeros((1, of.config.vocab_size), jnp.float32))
     nbytes, frames, at = cache.nbytes, [], 0
     while at < len(ids):
