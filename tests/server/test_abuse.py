@@ -98,16 +98,16 @@ def abuse(server, rng):
 
 
 def fuzz(server, served, seconds, *, seed=0):
-    """Abuse by 12 clients while 2 others ask what can be answered, and are."""
+    """Abuse by 12 clients, for so long and 40 times at least, while 2 others ask what can be answered, and are."""
     until = time.monotonic() + seconds
     errors: list[BaseException] = []
     counts = [0, 0]
 
     def run(number):
         rng = random.Random(seed + number)
-        api = client(server)
+        api = client(server).with_options(timeout=600)  # on a busy machine all of this is slow
         try:
-            while time.monotonic() < until:
+            while time.monotonic() < until or counts[0] < 40 or counts[1] < 4:
                 if number < 12:
                     abuse(server, rng)
                     counts[0] += 1
@@ -118,11 +118,11 @@ def fuzz(server, served, seconds, *, seed=0):
                 counts[1] += 1
         except BaseException as error:
             errors.append(error)
+            counts[:] = 1000, 1000  # nobody waits for what will not come
 
     with ThreadPoolExecutor(14) as pool:
         list(pool.map(run, range(14)))
     assert errors == []
-    assert min(counts) > 0
     return counts
 
 
@@ -169,7 +169,7 @@ def test_1000_requests_at_64_at_once_are_each_what_they_are_alone(served):
     rng = random.Random(1)
     asked = [random_request(rng) for _ in range(1000)]
     with running(served) as server:
-        api = client(server)
+        api = client(server).with_options(timeout=600)  # on a busy machine all of this is slow
         began = time.monotonic()
         with ThreadPoolExecutor(64) as pool:
             got = list(pool.map(lambda one: api.completions.create(model="tiny", **one).choices[0].text, asked))
