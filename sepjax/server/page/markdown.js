@@ -252,7 +252,7 @@ class Inlines {
     const depth = 1 + this.nodes.slice(place + 1).reduce((most, node) => Math.max(most, node.depth ?? 0), 0);
     if (depth > DEEPEST_MARK) return 0;
     for (const other of Object.values(this.openings)) while (other.at(-1) >= place) other.pop();
-    const inlines = this.nodes.splice(place + 1).map(plainNode);
+    const inlines = finished(this.nodes.splice(place + 1));
     opening.text = opening.text.slice(taken);
     if (opening.text) stack.push(place);
     else this.nodes.pop();
@@ -285,11 +285,20 @@ class Inlines {
   }
 
   close() {
-    return this.nodes.map(plainNode);
+    return finished(this.nodes);
   }
 }
 
-const plainNode = ({ mark, depth, ...node }) => node;
+// Without what only the reader needs; marks that opened nothing are a part of the text around them.
+function finished(nodes) {
+  const found = [];
+  for (const { mark, depth, ...node } of nodes) {
+    const last = found.at(-1);
+    if (node.type === "text" && last?.type === "text") last.text += node.text;
+    else found.push(node);
+  }
+  return found;
+}
 
 function folded(char, size, inlines) {
   if (char === "~") return { type: "del", inlines };

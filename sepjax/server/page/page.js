@@ -76,7 +76,7 @@ function showList() {
       close("side");
     };
     return element("li", {}, choose,
-      tool("✎", `Rename “${one.title}”`, () => rename(one.id)), tool("✕", `Delete “${one.title}”`, () => drop(one.id)));
+      tool("✎", `Rename “${one.title}”`, () => rename(one.id)), tool("×", `Delete “${one.title}”`, () => drop(one.id)));
   }));
 }
 
@@ -200,7 +200,7 @@ async function read(conversation, answer, body, signal) {
 }
 
 function about(usage, first, whole, reason) {
-  const seconds = (milliseconds) => `${(milliseconds / 1000).toFixed(milliseconds < 9950 ? 1 : 0)} s`;
+  const seconds = (time) => (time < 950 ? `${Math.round(time)} ms` : `${(time / 1000).toFixed(time < 9950 ? 1 : 0)} s`);
   const said = [];
   if (usage) {
     const count = usage.completion_tokens;
@@ -209,7 +209,7 @@ function about(usage, first, whole, reason) {
     if (first !== null) said.push(`the first after ${seconds(first)}`);
     said.push(`${usage.prompt_tokens - cached} of ${usage.prompt_tokens} prompt tokens read anew`);
   }
-  if (reason === "length") said.push("cut off at the most tokens");
+  if (reason === "length") said.push("cut off at its limit of tokens");
   return said.join(" · ");
 }
 
@@ -371,6 +371,10 @@ function listen() {
 }
 
 listen();
+narrow.onchange = () => {
+  toggle("side", false);
+  toggle("cache", !narrow.matches);
+};
 toggle("cache", !narrow.matches);
 open(store.conversations()[0] ?? current);
 if (!store.isLasting) notice("This browser keeps nothing: conversations go with this page.");
