@@ -4,7 +4,7 @@
     a turn                  the earlier ones and a new message, answered as a stream; then a pause, and the next turn
     lengths                 lognormal: of messages and answers in tokens; turns are geometric
 
-Texts are stretches of the language reference that every Python ships. An answer is of the length that was drawn: all its
+Texts are stretches of the language reference that every Python ships. An answer has the length that was drawn: all its
 tokens are one word (`logit_bias`), so that a client's copy of it has the same ids and turns can continue their cache,
 whatever the model. `sepjax bench serve` runs this as a process of its own: it and the server share no thread.
 """

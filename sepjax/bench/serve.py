@@ -259,4 +259,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_settings(Settings, main, __doc__)
+    run_settings(Settings, main, str(__doc__))

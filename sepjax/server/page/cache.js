@@ -77,12 +77,12 @@ export function showText(target, view) {
     const kind = token.omitted ? "omitted" : token.state;
     const last = runs.at(-1);
     const text = token.omitted ? ` … ${numbers.format(token.omitted)} tokens, let go … ` : token.text;
-    const share = Math.ceil((token.share ?? 1) * 4);
+    const share = Math.ceil(Math.sqrt(token.share ?? 1) * 3); // 1 to 3: few layers hold it, or many
     if (last && last.kind === kind && last.share === share && !token.control && !last.control) last.text += text;
     else runs.push({ kind, text, share, control: token.control });
   }
   target.replaceChildren(...runs.map(({ kind, text, share, control }) => {
-    const name = `token ${kind}${kind === "kept" && share < 4 ? ` share${share}` : ""}${control ? " control" : ""}`;
+    const name = `token ${kind}${kind === "kept" && share < 3 ? ` share${share}` : ""}${control ? " control" : ""}`;
     return element(kind === "kept" || kind === "sink" ? "mark" : "span", { className: name, textContent: text });
   }));
   target.scrollTop = target.scrollHeight;
