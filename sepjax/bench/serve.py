@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from sepjax.bench import load
-from sepjax.config import AttentionConfig, Config, ConfigError, UserError, load_config
+from sepjax.config import AttentionConfig, Config, ConfigError, ModelConfig, UserError, load_config
 from sepjax.flags import run_settings
 from sepjax.settings import AtLeast
 from sepjax.settings import Settings as _Settings
@@ -220,8 +220,9 @@ def _one(
     from sepjax.server.running import Options, Running
     from sepjax.server.served import Served
 
-    bare = _bare(settings, model, attention, name, slots)
-    served = Served.create("bench", Generator(model, tokenizer, attention), None)
+    engine = Generator(model, tokenizer, attention)
+    bare = _bare(settings, engine, model.config, slots)
+    served = Served.create("bench", engine, None)
     options = Options(rows=slots, max_waiting=4 * slots + 64, cache_memory=settings.cache_memory << 20, drain_seconds=5)
     with Running(lambda: served, options) as server:
         figures = measure(settings, server.url, slots, name)
@@ -233,14 +234,14 @@ def _one(
     return figures
 
 
-def _bare(settings: Settings, model: Any, attention: AttentionConfig, name: str, slots: int) -> float | None:
+def _bare(settings: Settings, engine: Any, model: ModelConfig, slots: int) -> float | None:
     if not settings.bare_seconds:
         return None
-    from sepjax.bench import steps
+    from sepjax.bench.steps import loop_speed
 
-    config = dataclasses.replace(Config(), model=model.config, attention=attention)
-    (found,) = steps.measure(config, {name: attention}, [str(slots)], settings.bare_seconds)
-    return found.tokens_per_second
+    config, size = dataclasses.replace(Config(), model=model, attention=engine.attention), engine.tokenizer.vocab_size
+    params = engine.prepared.params
+    return loop_speed(config, params, engine.attention, slots, settings.bare_seconds, size).tokens_per_second
 
 
 def main(settings: Settings) -> None:
