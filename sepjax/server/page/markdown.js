@@ -7,7 +7,7 @@
 // in pieces is read again and again, and models write anything: every loop here is linear in the text, or nearly so.
 
 const DEEPEST = 6; // quotes and lists within each other
-const DEEPEST_MARK = 8; // marks of emphasis within each other
+const MOST_OPEN = 16; // marks of emphasis of one kind that wait for their end; older ones have waited in vain
 const FENCE = /^ {0,3}(`{3,}|~{3,})([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t](.*))?$/;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
@@ -238,7 +238,8 @@ class Inlines {
       size -= folded;
     }
     if (!size) return;
-    if (fits && /\S/.test(after)) this.openings[char].push(this.nodes.length);
+    const stack = this.openings[char];
+    if (fits && /\S/.test(after) && stack.push(this.nodes.length) > MOST_OPEN) stack.shift();
     this.nodes.push({ type: "text", text: char.repeat(size), mark: true });
   }
 
@@ -249,14 +250,12 @@ class Inlines {
     if (place === undefined || place === this.nodes.length - 1) return 0;
     const opening = this.nodes[place];
     const taken = Math.min(size, opening.text.length);
-    const depth = 1 + this.nodes.slice(place + 1).reduce((most, node) => Math.max(most, node.depth ?? 0), 0);
-    if (depth > DEEPEST_MARK) return 0;
     for (const other of Object.values(this.openings)) while (other.at(-1) >= place) other.pop();
     const inlines = finished(this.nodes.splice(place + 1));
     opening.text = opening.text.slice(taken);
     if (opening.text) stack.push(place);
     else this.nodes.pop();
-    this.nodes.push({ ...folded(char, taken, inlines), depth });
+    this.nodes.push(folded(char, taken, inlines));
     return taken;
   }
 
@@ -292,7 +291,7 @@ class Inlines {
 // Without what only the reader needs; marks that opened nothing are a part of the text around them.
 function finished(nodes) {
   const found = [];
-  for (const { mark, depth, ...node } of nodes) {
+  for (const { mark, ...node } of nodes) {
     const last = found.at(-1);
     if (node.type === "text" && last?.type === "text") last.text += node.text;
     else found.push(node);
