@@ -32,7 +32,7 @@ export function showGauge(target, use, zones = null) {
   target.replaceChildren(
     line("Slots held", `${numbers.format(held)} of ${numbers.format(size)}`),
     meter(`${held} of ${size} slots held`, slots),
-    ...(zones ? [legend(zones)] : []),
+    legend(zones),
     line("Tokens read", numbers.format(seen)),
     meter(`${seen} tokens read, ${held} of them held`, [part("held", held / scale), part("evicted", (seen - held) / scale)]),
     line("Memory, whatever it holds", bytes(use.bytes)),
@@ -55,10 +55,11 @@ function meter(label, parts) {
   return element("div", { className: "meter", role: "img", "aria-label": label }, ...parts);
 }
 
+// How many of each; while that is not known, its room.
 function legend(zones) {
-  const made = element("ul", { className: "legend" });
-  for (const [kind, count] of [["sink", zones.sinks], ["kept", zones.kept], ["recent", zones.recent], ["evicted", null]]) {
-    const said = count === null ? NAMES[kind] : `${NAMES[kind]} ${numbers.format(count)}`;
+  const made = element("ul", { className: zones ? "legend" : "legend unknown" });
+  for (const [kind, count] of [["sink", zones?.sinks], ["kept", zones?.kept], ["recent", zones?.recent], ["evicted"]]) {
+    const said = count === undefined ? NAMES[kind] : `${NAMES[kind]} ${numbers.format(count)}`;
     made.append(element("li", { title: ABOUT[kind] }, element("span", { className: `token ${kind}`, textContent: said })));
   }
   return made;

@@ -9,7 +9,7 @@ import * as store from "./store.js";
 const $ = (id) => document.getElementById(id);
 const narrow = matchMedia("(max-width: 60rem)");
 const log = new Log($("log"));
-const runs = new Map(); // id of a conversation -> AbortController of its answer
+const runs = new Map(); // id of a conversation -> {conversation, controller}, while it is answered
 let current = store.newConversation(store.settings().system ?? "");
 let model = null;
 let layer = null; // whose kept tokens are shown; null: the server's choice
@@ -33,7 +33,7 @@ function failed(error) {
   if (error instanceof ApiError && error.status === 401) {
     $("open-key").hidden = false;
     if (key.get()) showError(error);
-    $("key").showModal();
+    if (!$("key").open) $("key").showModal();
     return;
   }
   showError(error);
@@ -49,8 +49,16 @@ function keep(conversation) {
   }
 }
 
+// The one that is on the screen or being answered, else as it was kept.
+function find(id) {
+  return id === current.id ? current : runs.get(id)?.conversation ?? store.conversation(id);
+}
+
 function open(conversation) {
   current = conversation;
+  if (current.draft && !$("prompt").value) $("prompt").value = current.draft;
+  delete current.draft;
+  fit();
   log.show(current, runs.has(current.id));
   $("title").textContent = current.title;
   showControls();
@@ -72,7 +80,7 @@ function showList() {
     const choose = element("button", { type: "button", className: "choose", textContent: one.title });
     if (isCurrent) choose.setAttribute("aria-current", "true");
     choose.onclick = () => {
-      if (one.id !== current.id) open(store.conversation(one.id) ?? one);
+      if (one.id !== current.id) open(find(one.id) ?? one);
       close("side");
     };
     return element("li", {}, choose,
@@ -85,7 +93,7 @@ function tool(sign, label, onclick) {
 }
 
 function rename(id) {
-  const of = id === current.id ? current : store.conversation(id);
+  const of = find(id);
   const row = $("list").children[store.conversations().findIndex((one) => one.id === id)];
   const field = element("input", { value: of.title, "aria-label": "New name", maxLength: 200 });
   row.replaceChildren(field);
@@ -112,8 +120,8 @@ function rename(id) {
 }
 
 function drop(id) {
-  const gone = id === current.id ? current : store.conversation(id);
-  runs.get(id)?.abort();
+  const gone = find(id);
+  runs.get(id)?.controller.abort();
   store.remove(id);
   if (id === current.id) open(store.newConversation(store.settings().system ?? ""));
   else showList();
@@ -156,12 +164,12 @@ async function send() {
   log.add(answer);
   $("title").textContent = conversation.title;
   showList();
-  const run = new AbortController();
-  runs.set(conversation.id, run);
+  const controller = new AbortController();
+  runs.set(conversation.id, { conversation, controller });
   log.busy(true);
   showControls();
   try {
-    await read(conversation, answer, body, run.signal);
+    await read(conversation, answer, body, controller.signal);
     $("said").textContent = "The answer is complete.";
   } catch (error) {
     ended(conversation, answer, error);
@@ -219,14 +227,11 @@ function ended(conversation, answer, error) {
   if (answer.content) answer.about = wasStopped ? "stopped" : `broken off: ${error.message}`;
   else {
     const [question] = conversation.messages.splice(-2);
-    if (conversation === current) {
-      log.show(conversation, false);
-      $("prompt").value ||= question.content;
-      fit();
-    }
+    conversation.draft = question.content; // for when it is on the screen
+    if (conversation === current) open(conversation);
   }
-  if (wasStopped) notice("Stopped.");
-  else failed(error);
+  if (!wasStopped) failed(error);
+  else if (conversation === current) $("said").textContent = "Stopped.";
 }
 
 const titleOf = (text) => (text.length > 48 ? `${text.slice(0, 47).trimEnd()}…` : text).replace(/\s+/g, " ");
@@ -336,10 +341,10 @@ function listen() {
       send();
     }
   };
-  $("stop").onclick = () => runs.get(current.id)?.abort();
+  $("stop").onclick = () => runs.get(current.id)?.controller.abort();
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
-    if (runs.has(current.id)) runs.get(current.id).abort();
+    if (runs.has(current.id)) runs.get(current.id).controller.abort();
     else for (const id of ["side", "cache"]) close(id);
   });
   $("new").onclick = openNew;
