@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from sepjax.bench import load
+from sepjax.command.flags import run_settings
+from sepjax.command.settings import AtLeast
+from sepjax.command.settings import Settings as _Settings
 from sepjax.config import AttentionConfig, Config, ConfigError, ModelConfig, UserError, load_config
-from sepjax.flags import run_settings
-from sepjax.settings import AtLeast
-from sepjax.settings import Settings as _Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
