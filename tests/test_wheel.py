@@ -26,7 +26,7 @@ def test_everything_is_in_the_wheel_once(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert len(names) == len(set(names))
     packaged = {name for name in names if name.startswith("sepjax/")}
-    page = [path for kind in ("html", "css", "js") for path in ROOT.glob(f"sepjax/server/page/*.{kind}")]
+    page = [path for kind in ("html", "css", "js") for path in ROOT.glob(f"sepjax/**/*.{kind}")]
     here = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("sepjax/**/*.py"), *page]} | {"sepjax/py.typed"}
     assert {"sepjax/server/page/index.html", "sepjax/server/page/page.js"} < here
     roots = ["train.py", "evaluate.py", *(f"configs/{path.name}" for path in ROOT.glob("configs/*.py"))]
