@@ -19,6 +19,7 @@ BENCHES = {  # name -> the module that measures it; each is also python -m MODUL
     "steps": "sepjax.bench.steps",
     "slots": "sepjax.bench.slots",
     "mesh": "sepjax.bench.mesh",
+    "serve": "sepjax.bench.serve",
 }
 
 

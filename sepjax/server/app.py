@@ -13,10 +13,11 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sepjax.config import UserError
+from sepjax.server import page
 from sepjax.server.conversations import chain
 from sepjax.server.errors import ApiError
 from sepjax.server.guard import Guard
@@ -34,6 +35,7 @@ from sepjax.server.protocol import (
 )
 from sepjax.server.responses import Answer, error_event
 from sepjax.server.served import Served, checked, seed_of
+from sepjax.server.view import cache_route
 from sepjax.server.worker import Worker
 
 log = logging.getLogger("sepjax.server")
@@ -48,9 +50,7 @@ class Limits:
     max_new_tokens: int = 4096  # of an answer where the client says nothing
 
 
-def create_app(
-    worker: Worker, metrics: Metrics, limits: Limits, *, api_key: str = "", page: ASGIApp | None = None
-) -> ASGIApp:
+def create_app(worker: Worker, metrics: Metrics, limits: Limits, *, api_key: str = "") -> ASGIApp:
     """The application.
 
     Args:
@@ -58,7 +58,6 @@ def create_app(
       metrics: what /metrics tells.
       limits: of requests.
       api_key: that every request must bear; "": none, and then only those that name this machine are answered.
-      page: what is at /, beside the API.
     """
     api = Api(worker, metrics, limits)
     routes: list[BaseRoute] = [
@@ -70,9 +69,9 @@ def create_app(
         Route("/detokenize", api.detokenize, methods=["POST"]),
         Route("/health", api.health),
         Route("/metrics", api.metrics),
+        cache_route(worker),
+        *page.routes(),
     ]
-    if page is not None:
-        routes.append(Mount("/", page))
     handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, Exception: _bug}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), api_key)
 

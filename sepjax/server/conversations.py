@@ -137,6 +137,10 @@ class Conversations:
         with self._lock:
             return self._names.get(name)
 
+    def row(self, entry: Entry) -> SavedRow | None:
+        """That of an entry, from disk if it is there; None: it is gone."""
+        return self._row_of(entry)
+
     # -- what a request goes on from --------------------------------------------------------------------------------
 
     def plan(self, ids: Ids, blocks: tuple[bytes, ...]) -> Plan:

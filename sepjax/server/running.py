@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
 
 from sepjax.config import UserError
 from sepjax.server.app import Limits, create_app
@@ -55,13 +54,12 @@ class Options:
 class Running:
     """One server. `run` is a whole process; `with Running(...)` serves from a thread of this one, until the end."""
 
-    def __init__(self, load: Callable[[], Served], options: Options, page: ASGIApp | None = None):
+    def __init__(self, load: Callable[[], Served], options: Options):
         """Takes the address; raises ServeError where it is taken.
 
         Args:
           load: makes the model, in the worker's thread.
           options: how it runs.
-          page: what is at /.
         """
         self._options, self.metrics = options, Metrics()
         self._state: StateFolder | None = None
@@ -72,7 +70,7 @@ class Running:
             at_end=self._exit,
         )  # fmt: skip
         self.metrics.watch(self.worker)
-        self.app = create_app(self.worker, self.metrics, options.limits, api_key=options.api_key, page=page)
+        self.app = create_app(self.worker, self.metrics, options.limits, api_key=options.api_key)
         config: Any = uvicorn.Config(
             self.app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="off",
             proxy_headers=False, http="h11", h11_max_incomplete_event_size=_MOST_HEADERS,

@@ -1,0 +1,263 @@
+"""A server under rising load: time to first token, time per output token, tokens a second, memory.
+
+    sepjax bench serve --model=smollm2-135m --slots=256 --budget=4/64/256/800
+    sepjax bench serve --config=configs/sep_tiny.py --slots=8 --budget=2/8/16/64     the shape, with random weights
+    sepjax bench serve --url=http://127.0.0.1:8000 --slots=64                        a server that runs already
+
+The load is a process of its own (`sepjax.bench.load` says what conversations are like). `--loads`: "full" keeps all
+slots busy, "80%" begins that share of the conversations a second that were answered so, a number is conversations a
+second. With --dense_context=N the same is measured for a cache of equal memory that keeps the last N tokens whole. The
+bare loop is `sepjax bench steps` with as many rows: the most that a server could reach. The last line is JSON.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from sepjax.bench import load
+from sepjax.command.flags import run_settings
+from sepjax.command.settings import AtLeast
+from sepjax.command.settings import Settings as _Settings
+from sepjax.config import AttentionConfig, Config, ConfigError, ModelConfig, UserError, load_config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Settings):
+    """Which server, and which loads."""
+
+    url: str | None = None  # of a server that runs; else one is started here, of --model or --config
+    api_key: str = ""  # with --url: that it wants
+    model: str | None = None  # what sepjax.load reads
+    config: str | None = None  # config file whose shape is served, with random weights
+    pattern: str = "separator"  # of the bounded cache
+    budget: str = "4/64/256/800"  # of the bounded cache: sinks/separators/window/cache
+    slots: Annotated[int, AtLeast(1)] = 8  # of the server; with --url: that it was given
+    cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from
+    dense_context: Annotated[int, AtLeast(0)] = (
+        0  # tokens of a dense cache of equal memory to measure beside it; 0: none
+    )
+    loads: tuple[str, ...] = ("full", "25%", "50%", "80%", "95%")  # in this order
+    seconds: float = 30.0  # of each load; the first quarter warms up
+    bare_seconds: float = 5.0  # for the bare loop of as many rows; 0: not measured
+    prompt_median: float = 60.0  # tokens of a message, lognormal
+    prompt_sigma: float = 0.8  # of their logarithm
+    answer_median: float = 120.0  # tokens of an answer, lognormal
+    answer_sigma: float = 0.6  # of their logarithm
+    turns: float = 4.0  # of a conversation, mean of a geometric distribution
+    pause: float = 1.0  # seconds between turns, mean of an exponential distribution; none at "full"
+    seed: int = 0  # of the load
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("url", "model", "config") if getattr(self, name)]
+        if len(given) != 1:
+            raise ConfigError(f"give --url, --model or --config, one of them: got {' and '.join(given) or 'none'}")
+        for name in ("prompt", "answer"):
+            median, sigma = getattr(self, f"{name}_median"), getattr(self, f"{name}_sigma")
+            if not (1 <= median < 1e6 and 0 <= sigma <= 3):
+                raise ConfigError(
+                    f"--{name}_median must be 1 or more and --{name}_sigma 0 to 3, got {median} and {sigma}"
+                )
+        if not (self.seconds > 0 and self.turns >= 1 and self.pause >= 0 and self.bare_seconds >= 0):
+            raise ConfigError("--seconds must be above 0, --turns 1 or more, --pause and --bare_seconds 0 or more")
+        if self.url and self.dense_context:
+            raise ConfigError(
+                "--dense_context starts another server, which goes with --model or --config, not with --url"
+            )
+        for name in self.loads:
+            share_of(name)
+
+
+def share_of(name: str) -> tuple[float, bool]:
+    """(number, whether it is a share of what "full" reaches) of a load; ("full": (0, False)). Raises ConfigError."""
+    try:
+        number = 0.0 if name == "full" else float(name.removesuffix("%"))
+        if number > 0 or name == "full":
+            return (number / 100, True) if name.endswith("%") else (number, False)
+    except ValueError:
+        pass
+    raise ConfigError(f'--loads takes "full", shares like 80% and conversations a second like 2.5, got {name!r}')
+
+
+def in_order(loads: Sequence[str]) -> list[str]:
+    """The loads, "full" before the first share: it says what of."""
+    names = list(dict.fromkeys(loads))
+    if any(share_of(name)[1] for name in names):
+        names = ["full", *(name for name in names if name != "full")]
+    return names
+
+
+# -- loads ---------------------------------------------------------------------------------------------------------
+
+
+def measure(settings: Settings, url: str, slots: int, label: str) -> list[dict[str, Any]]:
+    """Runs the loads on a server and prints a line each; returns their figures."""
+    capacity, figures = 0.0, []
+    for number, name in enumerate(in_order(settings.loads)):
+        value, is_share = share_of(name)
+        rate = value * capacity if is_share else value
+        if is_share and not rate:
+            raise UserError(
+                "no answer was complete at full load, so there is nothing to take shares of; raise --seconds"
+            )
+        users = 0 if rate else slots + max(1, slots // 8)  # a row that gets free has somebody waiting
+        plan = load.Plan(
+            url, settings.seconds, rate, users, settings.prompt_median, settings.prompt_sigma, settings.answer_median,
+            settings.answer_sigma, settings.turns, settings.pause, settings.seed + number, settings.api_key,
+        )  # fmt: skip
+        found = {"cache": label, "slots": slots, "load": name, **_in_a_process(plan), "memory": _memory()}
+        if name == "full":
+            capacity = found["turns_per_second"] / settings.turns
+        print(_row(found), flush=True)
+        figures.append(found)
+    return figures
+
+
+def _in_a_process(plan: load.Plan) -> dict[str, Any]:
+    """The load from outside: threads of one Python would take time from each other."""
+    command = [sys.executable, "-m", "sepjax.bench.load", json.dumps(dataclasses.asdict(plan))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"the load on {plan.url} failed: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _memory() -> dict[str, int]:
+    """Bytes now: of the first device, where it tells, and of this process."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    with open("/proc/self/statm") as file:
+        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return {"resident": resident} | ({"device": stats["bytes_in_use"]} if "bytes_in_use" in stats else {})
+
+
+_COLUMNS = (
+    f"{'cache':<26}{'load':>7}{'conv/s':>8}{'requests':>9}{'errors':>7}"
+    f"{'first p50':>11}{'p99':>8}{'token p50':>11}{'p99':>8}"
+    f"{'tokens/s':>10}{'cached':>8}{'running':>9}{'held':>9}{'cache MB':>10}{'memory MB':>11}"
+)
+
+
+def _row(x: dict[str, Any]) -> str:
+    def ms(name: str, width: int) -> str:
+        return f"{'-' if x[name] is None else format(1e3 * x[name], ',.0f'):>{width}}"
+
+    rate = f"{x['rate']:.2f}" if x["rate"] else "-"
+    memory = x["memory"].get("device", x["memory"]["resident"])
+    times = f"{ms('first_token_p50', 11)}{ms('first_token_p99', 8)}{ms('per_token_p50', 11)}{ms('per_token_p99', 8)}"
+    return (
+        f"{x['cache']:<26}{x['load']:>7}{rate:>8}{x['requests']:>9}{x['errors']:>7}{times}"
+        f"{x['tokens_per_second']:>10,.0f}{x['cached_share']:>8.0%}{x['running']:>9.1f}{x['slots_held']:>9,.0f}"
+        f"{x['cache_bytes'] / 1e6:>10,.1f}{memory / 1e6:>11,.0f}" + (f"  {x['first_error']}" if x["errors"] else "")
+    )
+
+
+# -- a server of our own -------------------------------------------------------------------------------------------
+
+
+def serve_and_measure(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Figures of the bounded cache and, if asked for, of a dense one of equal memory; and what is said beside them."""
+    from sepjax.bench.steps import caches_of
+
+    model, tokenizer = _model(settings)
+    caches = caches_of(
+        model.attention, model.config.num_layers, settings.budget, settings.dense_context, (settings.pattern,)
+    )
+    bounded, *dense = caches.items()
+    row = row_bytes(model, bounded[1])
+    figures, said = [], {"row_bytes": row}
+    figures += _one(settings, model, tokenizer, *bounded, settings.slots, said)
+    for name, attention in dense:
+        dense_row = row_bytes(model, attention)
+        slots = settings.slots * row // dense_row
+        print(f"in the memory of {settings.slots} rows of {row:,} bytes, {slots} dense rows of {dense_row:,} find room")
+        said |= {"dense_row_bytes": dense_row, "dense_slots": slots}
+        if slots:
+            figures += _one(settings, model, tokenizer, name, attention, slots, said)
+    return figures, said
+
+
+def row_bytes(model: Any, attention: AttentionConfig) -> int:
+    """Of one row's cache."""
+    import jax
+
+    from sepjax.generation.cache.bounded import StreamingCache
+    from sepjax.generation.cache.sizes import StreamSizes
+
+    sizes = StreamSizes.create(model.config, attention)
+    shapes = jax.eval_shape(lambda: StreamingCache.create(model.config, 1, sizes, by_layer=True))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+def _model(settings: Settings) -> tuple[Any, Any]:
+    import jax
+
+    if settings.model is not None:
+        from sepjax.loading import load as read
+
+        return read(settings.model)
+    from pydoc_data.topics import topics
+
+    from sepjax.data.tokenizer import train_sentencepiece
+    from sepjax.model.transformer import create
+
+    config = load_config(str(settings.config))
+    tokenizer = train_sentencepiece(list(topics.values()), min(4096, config.model.vocab_size))
+    return create(config.model, config.attention, jax.random.key(0)), tokenizer
+
+
+def _one(
+    settings: Settings, model: Any, tokenizer: Any, name: str, attention: AttentionConfig, slots: int,
+    said: dict[str, Any],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A server with this cache, measured; the bare loop first, while nothing else has memory."""
+    from sepjax.generation.engine import Generator
+    from sepjax.server.running import Options, Running
+    from sepjax.server.served import Served
+
+    engine = Generator(model, tokenizer, attention)
+    bare = _bare(settings, engine, model.config, slots)
+    served = Served.create("bench", engine, None)
+    options = Options(rows=slots, max_waiting=4 * slots + 64, cache_memory=settings.cache_memory << 20, drain_seconds=5)
+    with Running(lambda: served, options) as server:
+        figures = measure(settings, server.url, slots, name)
+    for figure in figures if bare else ():
+        figure["bare_tokens_per_second"] = bare
+    if bare:
+        best = max(figure["tokens_per_second"] for figure in figures)
+        print(f"the bare loop of {slots} rows makes {bare:,.0f} tokens/s; the server reached {best / bare:.0%} of it")
+    return figures
+
+
+def _bare(settings: Settings, engine: Any, model: ModelConfig, slots: int) -> float | None:
+    if not settings.bare_seconds:
+        return None
+    from sepjax.bench.steps import loop_speed
+
+    config, size = dataclasses.replace(Config(), model=model, attention=engine.attention), engine.tokenizer.vocab_size
+    params = engine.prepared.params
+    return loop_speed(config, params, engine.attention, slots, settings.bare_seconds, size).tokens_per_second
+
+
+def main(settings: Settings) -> None:
+    """Prints a line a load, then JSON."""
+    from sepjax.measure import heading, provenance
+
+    source = provenance()
+    print(heading(source))
+    print(_COLUMNS + "   (times in ms)")
+    if settings.url:
+        figures, said = measure(settings, settings.url.rstrip("/"), settings.slots, settings.url), {}
+    else:
+        figures, said = serve_and_measure(settings)
+    asked = {k: v for k, v in dataclasses.asdict(settings).items() if k != "api_key"}
+    print(json.dumps(source | {"settings": asked, **said, "figures": figures}))
+
+
+if __name__ == "__main__":
+    run_settings(Settings, main, str(__doc__))

@@ -1,0 +1,73 @@
+"""The load on a server: what clients see is what the server did."""
+
+import asyncio
+import json
+
+import pytest
+
+from sepjax.bench import load, serve
+from sepjax.config import ConfigError
+from tests.server.tiny import running, settled, tiny_served
+
+
+def plan(server, **changes):
+    return load.Plan(
+        **{"url": server.url, "seconds": 3.0, "rate": 0.0, "users": 5, "prompt_median": 8.0, "answer_median": 6.0,
+           "turns": 3.0, "pause": 0.05, "prompt_sigma": 0.3} | changes
+    )  # fmt: skip
+
+
+def test_a_load_is_answered_and_measured():
+    with running(tiny_served(), max_waiting=40) as server:
+        run = load.Load(plan(server))
+        found = asyncio.run(run.run())
+        assert found["errors"] == 0
+        assert found["requests"] > 3
+        assert settled(server)
+        counts = dict(line.rsplit(" ", 1) for line in server.metrics.text().decode().splitlines())
+        made = float(counts["sepjax:generation_tokens_total"])
+        assert sum(turn.tokens for turn in run.turns) == made
+        assert all(0 < turn.first - turn.sent <= turn.last - turn.sent for turn in run.turns)
+        assert 0 < found["first_token_p50"] <= found["first_token_p99"]
+        assert found["cache_bytes"] == server.worker.slots.cache_bytes
+        assert found["cached_share"] > 0.2, "turns go on from their cache"
+        rate = load.run(plan(server, rate=20.0, users=0, seconds=1.5))
+        assert rate["errors"] == 0
+        assert 10 <= rate["conversations"] <= 60, "20 a second by Poisson's law: 30, give or take 5"
+        crowd = load.Load(plan(server, users=80, seconds=0.5))
+        asyncio.run(crowd.run())
+        assert any((turn.error or "").startswith("LoadError: 429") for turn in crowd.turns), "44 may run or wait"
+
+
+def test_tokens_count_where_they_came():
+    turn = load.Turn(sent=0.0, first=2.0, last=4.0, tokens=21)
+    assert load._within(turn, 0.0, 10.0) == 21
+    assert load._within(turn, 3.0, 10.0) == pytest.approx(10.5)
+    assert load._within(turn, 5.0, 10.0) == 0
+    assert turn.per_token == pytest.approx(0.1)
+
+
+def test_loads_are_read_and_ordered():
+    assert serve.in_order(("50%", "2.5", "full", "50%")) == ["full", "50%", "2.5"]
+    assert serve.in_order(("2", "1")) == ["2", "1"]
+    assert [serve.share_of(name) for name in ("full", "80%", "3")] == [(0.0, False), (0.8, True), (3.0, False)]
+    for wrong in ({"loads": ("fast",)}, {"loads": ("0",)}, {"url": None}, {"model": "x"}, {"prompt_sigma": 9.0},
+                  {"dense_context": 5}):  # fmt: skip
+        with pytest.raises(ConfigError):
+            serve.Settings(**{"url": "http://127.0.0.1:1"} | wrong)
+
+
+def test_the_program_prints_a_line_a_load_and_json(capfd, monkeypatch):
+    """In this process, the load too: another one would only take longer to begin."""
+    monkeypatch.setattr(serve, "_in_a_process", load.run)
+    with running(tiny_served()) as server:
+        serve.main(serve.Settings(
+            url=server.url, slots=4, loads=("50%",), seconds=2.0, prompt_median=6.0, answer_median=4.0, turns=2.0,
+            pause=0.1,
+        ))  # fmt: skip
+    lines = capfd.readouterr().out.splitlines()
+    said = json.loads(lines[-1])
+    assert [figure["load"] for figure in said["figures"]] == ["full", "50%"]
+    full, half = said["figures"]
+    assert half["rate"] == pytest.approx(0.5 * full["turns_per_second"] / 2.0)
+    assert len(lines) == 5

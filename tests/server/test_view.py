@@ -1,0 +1,80 @@
+"""GET /v1/cache/ID: which tokens of a text the cache behind a response holds."""
+
+import numpy as np
+import pytest
+
+from tests.server.test_conversations import complete
+from tests.server.test_operations import ask
+from tests.server.tiny import running, tiny_served
+
+PROMPT = np.random.default_rng(5).integers(3, 300, 90).tolist()
+
+
+@pytest.mark.parametrize("pattern", ["separator", "watched"])
+def test_it_says_what_the_cache_holds(pattern, tmp_path):
+    """Against the positions that the engine's own view gives; from memory, and read from disk by another server."""
+    served = tiny_served(pattern=pattern, **({"watch_after": 2} if pattern == "watched" else {}))
+    with running(served, state=str(tmp_path / "state")) as server:
+        got = complete(server, PROMPT)
+        entry = server.worker.conversations.get(got.id)
+        view = entry.row.view()
+        status, headers, said = ask(server, f"/v1/cache/{got.id}")
+        assert (status, headers["cache-control"]) == (200, "no-store")
+        assert [token["id"] for token in said["tokens"]] == entry.token_ids
+        text = "".join(token["text"] for token in said["tokens"] if "control" not in token)
+        assert text == served.text_of(tuple(entry.token_ids))
+        states = [token["state"] for token in said["tokens"]]
+        held = [i for i, state in enumerate(states) if state in ("sink", "kept", "recent")]
+        every = [view.positions(layer) for layer in range(view.num_sets[0])]
+        assert held == np.unique(np.concatenate(every)).tolist()
+        assert states[-1] == "new", "drawn, and not taken up"
+        assert states.count("sink") == said["sinks"] == served.sizes.num_sinks
+        assert states.count("recent") == said["recent"]
+        assert said["held"] == view.held <= said["size"] == served.cache_size
+        assert (said["layers"], said["heads"]) == view.num_sets
+        assert states.count("evicted") > 40
+        for layer in range(view.num_sets[0]):
+            one = ask(server, f"/v1/cache/{got.id}?layer={layer}")[2]["tokens"]
+            held = [i for i, token in enumerate(one[:-1]) if token["state"] != "evicted"]
+            assert held == view.positions(layer).tolist()
+        if pattern == "watched":
+            assert view.num_sets != (1, 1)
+            everywhere = set.intersection(*(set(x.tolist()) for x in view.kept_positions.reshape(-1, view.kept)))
+            both = ask(server, f"/v1/cache/{got.id}?layer=all")[2]["tokens"]
+            assert {i for i, token in enumerate(both) if token["state"] == "kept"} == everywhere
+            shares = sum(token.get("share", 0) for token in said["tokens"])
+            assert shares == pytest.approx(view.kept, abs=0.01), "each set keeps so many"
+    with running(served, state=str(tmp_path / "state")) as server:
+        assert ask(server, f"/v1/cache/{got.id}")[2] == said
+
+
+def test_what_was_let_go_long_ago_is_counted(served):
+    with running(served) as server:
+        got = complete(server, PROMPT)
+        whole = ask(server, f"/v1/cache/{got.id}?last=65536")[2]["tokens"]
+        for last in (0, 7, 60):
+            tokens = ask(server, f"/v1/cache/{got.id}?last={last}")[2]["tokens"]
+            written = [token for token in tokens if "omitted" not in token]
+            assert sum(token.get("omitted", 1) for token in tokens) == len(whole)
+            expected = [t for i, t in enumerate(whole) if t["state"] != "evicted" or i >= len(whole) - last]
+            assert [(t["id"], t["state"]) for t in written] == [(t["id"], t["state"]) for t in expected]
+
+
+def test_refusals(served):
+    with running(served) as server:
+        got = complete(server, PROMPT)
+        for query, status, code in (
+            ("?layer=1", 400, "invalid_value"), ("?layer=x", 400, "invalid_value"), ("?last=-1", 400, "invalid_value"),
+            ("?last=99999", 400, "invalid_value"), ("?lst=1", 400, None), ("x", 404, "cache_not_kept"),
+        ):  # fmt: skip
+            answer = ask(server, f"/v1/cache/{got.id}{query}")
+            assert (answer[0], answer[2]["error"]["code"]) == (status, code), query
+    with running(served, cache_memory=0) as server:
+        assert "keeps no conversations" in ask(server, f"/v1/cache/{complete(server, [5]).id}")[2]["error"]["message"]
+    with running(served, api_key="secret") as server:
+        assert ask(server, f"/v1/cache/{got.id}")[0] == 401
+
+
+@pytest.fixture(scope="module")
+def served():
+    return tiny_served()
