@@ -44,7 +44,7 @@ MAY_IMPORT = {
         "run",
         "measure",
     },
-    "server": BASE | {"array_typing", "data", "generation", "hub", "model"},  # of programs and benches alone
+    "serve": BASE | {"array_typing", "data", "generation", "hub", "model"},  # of programs and benches alone
     "training": BASE | {"separators", "layout", "sharding", "attention", "data", "model", "flops", "console"},
     "run": BASE | {"console", "measure", "sharding", "model", "training"},
 }
@@ -55,7 +55,7 @@ UNSAFE_CALLS |= {"yaml.full_load", "yaml.unsafe_load", "os.popen", "subprocess.g
 # Rooms that may reach the network, when the user asks for it.
 NETWORK = {"requests", "urllib", "http", "httpx", "aiohttp", "ftplib", "socket", "huggingface_hub", "datasets"}
 MAY_REACH_IT = {
-    "sepjax/server/running.py",  # the socket that it listens on
+    "sepjax/serve/running.py",  # the socket that it listens on
     "sepjax/hub/remote.py",  # the hub, with --download
     "sepjax/hub/packaged.py",  # the package index, by pip in a process of its own, for the models that it names
     "sepjax/run/workdir.py",  # this host's name

@@ -28,7 +28,7 @@ def test_everything_is_in_the_wheel_once(wheel):
     packaged = {name for name in names if name.startswith("sepjax/")}
     page = [path for kind in ("html", "css", "js") for path in ROOT.glob(f"sepjax/**/*.{kind}")]
     here = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("sepjax/**/*.py"), *page]} | {"sepjax/py.typed"}
-    assert {"sepjax/server/page/index.html", "sepjax/server/page/page.js"} < here
+    assert {"sepjax/serve/page/index.html", "sepjax/serve/page/page.js"} < here
     roots = ["train.py", "evaluate.py", *(f"configs/{path.name}" for path in ROOT.glob("configs/*.py"))]
     assert packaged == here | {f"sepjax/_root/{name}" for name in roots}
     assert {name.split("/")[0] for name in names} == {"sepjax", "sepjax-0.1.0.dist-info"}

@@ -217,8 +217,8 @@ def _one(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A server with this cache, measured; the bare loop first, while nothing else has memory."""
     from sepjax.generation.engine import Generator
-    from sepjax.server.running import Options, Running
-    from sepjax.server.served import Served
+    from sepjax.serve.running import Options, Running
+    from sepjax.serve.served import Served
 
     engine = Generator(model, tokenizer, attention)
     bare = _bare(settings, engine, model.config, slots)

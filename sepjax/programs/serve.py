@@ -17,7 +17,7 @@ from sepjax.config import ConfigError, UserError
 from sepjax.programs.writing import Bounded
 
 if TYPE_CHECKING:
-    from sepjax.server.served import Served
+    from sepjax.serve.served import Served
 
 _KEY = "SEPJAX_API_KEY"
 _HERE = ("127.0.0.1", "localhost", "::1")
@@ -66,9 +66,9 @@ def main(settings: Settings) -> None:
     missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f"sepjax serve needs {', '.join(missing)}: pip install 'sepjax[serve]'")
-    from sepjax.server import logs
-    from sepjax.server.app import Limits
-    from sepjax.server.running import Options, Running
+    from sepjax.serve import logs
+    from sepjax.serve.app import Limits
+    from sepjax.serve.running import Options, Running
 
     logs.begin(settings.log_level)
     limits = Limits(max_body_bytes=settings.max_body_bytes, max_new_tokens=settings.max_new_tokens)
@@ -86,7 +86,7 @@ def load(settings: Settings) -> "Served":
     from sepjax.generation import limits
     from sepjax.hub.chat_template import ChatTemplate
     from sepjax.loading import load, locate
-    from sepjax.server.served import Served
+    from sepjax.serve.served import Served
 
     model, tokenizer = load(settings.path, **settings.loading)
     where = locate(settings.path)

@@ -7,7 +7,7 @@ import pytest
 
 from sepjax.bench import load, serve
 from sepjax.config import ConfigError
-from tests.server.tiny import running, settled, tiny_served
+from tests.serve.tiny import running, settled, tiny_served
 
 
 def plan(server, **changes):

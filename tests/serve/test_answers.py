@@ -11,9 +11,9 @@ import openai
 import pytest
 
 from sepjax.measure import counted_compilations
-from sepjax.server.protocol import Message
+from sepjax.serve.protocol import Message
 from tests.generation.tiny import LONG
-from tests.server.tiny import alone, client, random_request, running, settled, text_of, tiny_served, wanted_of
+from tests.serve.tiny import alone, client, random_request, running, settled, text_of, tiny_served, wanted_of
 
 IDS = [5, 270, 280, 9, 265]
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from sepjax.generation.row import CacheUse, StreamEvent
-from sepjax.server.errors import ApiError
-from sepjax.server.jobs import Begun, Failed, Item
-from sepjax.server.protocol import Wanted
-from sepjax.server.served import Served
+from sepjax.serve.errors import ApiError
+from sepjax.serve.jobs import Begun, Failed, Item
+from sepjax.serve.protocol import Wanted
+from sepjax.serve.served import Served
 
 DONE = b"data: [DONE]\n\n"
 _ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

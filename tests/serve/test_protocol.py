@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from sepjax.generation.slots import SlotRequest
-from sepjax.server.errors import ApiError
-from sepjax.server.jobs import FairQueue, Inbox, Job
-from sepjax.server.protocol import chat_request, completion_request, detokenize_request, load_json, tokenize_request
+from sepjax.serve.errors import ApiError
+from sepjax.serve.jobs import FairQueue, Inbox, Job
+from sepjax.serve.protocol import chat_request, completion_request, detokenize_request, load_json, tokenize_request
 
 HI = [{"role": "user", "content": "Hi"}]
 

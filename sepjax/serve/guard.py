@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sepjax.server.errors import ApiError
+from sepjax.serve.errors import ApiError
 
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _GUARDED = ("/v1/", "/metrics", "/tokenize", "/detokenize")  # the page is for everybody, and asks with a key

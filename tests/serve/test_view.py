@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from tests.server.test_conversations import complete
-from tests.server.test_operations import ask
-from tests.server.tiny import running, tiny_served
+from tests.serve.test_conversations import complete
+from tests.serve.test_operations import ask
+from tests.serve.tiny import running, tiny_served
 
 PROMPT = np.random.default_rng(5).integers(3, 300, 90).tolist()
 

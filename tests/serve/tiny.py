@@ -10,8 +10,8 @@ import openai
 
 from sepjax import Generator, Sampling
 from sepjax.generation.row import StreamEvent
-from sepjax.server.running import Options, Running
-from sepjax.server.served import Served
+from sepjax.serve.running import Options, Running
+from sepjax.serve.served import Served
 from tests.generation.tiny import ATTENTION, tiny_model, tiny_tokenizer
 
 ROWS = 4

@@ -17,13 +17,13 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sepjax.config import UserError
-from sepjax.server import page
-from sepjax.server.conversations import chain
-from sepjax.server.errors import ApiError
-from sepjax.server.guard import Guard
-from sepjax.server.jobs import Inbox, Item, Job, Paused
-from sepjax.server.metrics import Metrics
-from sepjax.server.protocol import (
+from sepjax.serve import page
+from sepjax.serve.conversations import chain
+from sepjax.serve.errors import ApiError
+from sepjax.serve.guard import Guard
+from sepjax.serve.jobs import Inbox, Item, Job, Paused
+from sepjax.serve.metrics import Metrics
+from sepjax.serve.protocol import (
     ChatRequest,
     CompletionRequest,
     Wanted,
@@ -33,12 +33,12 @@ from sepjax.server.protocol import (
     load_json,
     tokenize_request,
 )
-from sepjax.server.responses import Answer, error_event
-from sepjax.server.served import Served, checked, seed_of
-from sepjax.server.view import cache_route
-from sepjax.server.worker import Worker
+from sepjax.serve.responses import Answer, error_event
+from sepjax.serve.served import Served, checked, seed_of
+from sepjax.serve.view import cache_route
+from sepjax.serve.worker import Worker
 
-log = logging.getLogger("sepjax.server")
+log = logging.getLogger("sepjax.serve")
 _BODY_SECONDS = 60.0  # that a client may take to send a request
 
 

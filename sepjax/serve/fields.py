@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sepjax.config import nearest
-from sepjax.server.errors import ApiError
+from sepjax.serve.errors import ApiError
 
 _SHOWN = 80  # characters of a wrong value that an error repeats
 

@@ -4,8 +4,8 @@ import dataclasses
 import json
 from typing import Any
 
-from sepjax.server.errors import ApiError
-from sepjax.server.fields import Field, biases, flag, number, read, text, texts, token_ids, whole, wrong
+from sepjax.serve.errors import ApiError
+from sepjax.serve.fields import Field, biases, flag, number, read, text, texts, token_ids, whole, wrong
 
 MOST_CHOICES = 128  # `n`, and prompts of one request
 MOST_TOKENS = 2**31 - 1

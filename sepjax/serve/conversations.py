@@ -25,9 +25,9 @@ import numpy as np
 from sepjax.array_typing import Int32
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.saved_row import SavedRow
-from sepjax.server.state import StateFolder
+from sepjax.serve.state import StateFolder
 
-log = logging.getLogger("sepjax.server")
+log = logging.getLogger("sepjax.serve")
 BLOCK = 32  # ids
 _SEEN = 1 << 16  # blocks of earlier requests that are remembered
 _NAMES = 8  # responses that ended with the same ids, by which a row is found

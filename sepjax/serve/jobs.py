@@ -10,8 +10,8 @@ from sepjax.array_typing import Int32
 from sepjax.generation.row import StreamEvent
 from sepjax.generation.saved_row import SavedRow
 from sepjax.generation.slots import SlotRequest
-from sepjax.server.conversations import Entry
-from sepjax.server.errors import ApiError
+from sepjax.serve.conversations import Entry
+from sepjax.serve.errors import ApiError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,14 +18,14 @@ from typing import Any
 import uvicorn
 
 from sepjax.config import UserError
-from sepjax.server.app import Limits, create_app
-from sepjax.server.conversations import Conversations
-from sepjax.server.metrics import Metrics
-from sepjax.server.served import Served
-from sepjax.server.state import StateFolder
-from sepjax.server.worker import Worker
+from sepjax.serve.app import Limits, create_app
+from sepjax.serve.conversations import Conversations
+from sepjax.serve.metrics import Metrics
+from sepjax.serve.served import Served
+from sepjax.serve.state import StateFolder
+from sepjax.serve.worker import Worker
 
-log = logging.getLogger("sepjax.server")
+log = logging.getLogger("sepjax.serve")
 _GRACE = 5  # seconds for what has been answered to reach its clients, once the worker has ended
 _MOST_HEADERS = 64 << 10  # bytes
 _IDLE_CONNECTIONS = 1024  # beyond those that are answered

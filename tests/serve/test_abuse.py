@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sepjax.server.app import Limits
-from tests.server.tiny import client, random_request, running, settled, tiny_served, wanted_of
+from sepjax.serve.app import Limits
+from tests.serve.tiny import client, random_request, running, settled, tiny_served, wanted_of
 
 VALUES = [
     None,

@@ -25,9 +25,9 @@ from sepjax.files import write_text
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.saved import StreamStateError
 from sepjax.generation.saved_row import SavedRow
-from sepjax.server.served import Served
+from sepjax.serve.served import Served
 
-log = logging.getLogger("sepjax.server")
+log = logging.getLogger("sepjax.serve")
 _SERVER, _LOCK, _VERSION = "server.json", "lock", 1
 
 

@@ -25,14 +25,14 @@ from sepjax.config import UserError
 from sepjax.generation.row import StreamEvent
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest, Slots
-from sepjax.server.conversations import Conversations, Plan, before_last, chain, on_host
-from sepjax.server.errors import ApiError
-from sepjax.server.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused
-from sepjax.server.keeper import Keeper
-from sepjax.server.metrics import Metrics
-from sepjax.server.served import Served, checked
+from sepjax.serve.conversations import Conversations, Plan, before_last, chain, on_host
+from sepjax.serve.errors import ApiError
+from sepjax.serve.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused
+from sepjax.serve.keeper import Keeper
+from sepjax.serve.metrics import Metrics
+from sepjax.serve.served import Served, checked
 
-log = logging.getLogger("sepjax.server")
+log = logging.getLogger("sepjax.serve")
 _UNREAD = 512  # events that wait for a slow client before its row is put aside
 # Seconds between two times that tokens in the middle of an answer are handed over: at least, and for each running row.
 _EVERY, _EACH = 0.01, 2e-4

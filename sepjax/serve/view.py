@@ -18,11 +18,11 @@ from starlette.routing import Route
 
 from sepjax.data.tokenizer import IncrementalDecoder
 from sepjax.generation.cache.view import CacheView
-from sepjax.server.conversations import Entry
-from sepjax.server.errors import ApiError
-from sepjax.server.fields import wrong
-from sepjax.server.served import Served
-from sepjax.server.worker import Worker
+from sepjax.serve.conversations import Entry
+from sepjax.serve.errors import ApiError
+from sepjax.serve.fields import wrong
+from sepjax.serve.served import Served
+from sepjax.serve.worker import Worker
 
 _LAST, _MOST = 8192, 65536  # tokens that are written out
 _STATES = ("evicted", "sink", "kept", "recent", "new")

@@ -21,8 +21,8 @@ from sepjax.generation.row import RowSettings
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest
 from sepjax.hub.chat_template import ChatTemplate
-from sepjax.server.errors import ApiError
-from sepjax.server.protocol import Message, Wanted
+from sepjax.serve.errors import ApiError
+from sepjax.serve.protocol import Message, Wanted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from sepjax.server import worker as worker_module
-from sepjax.server.conversations import BLOCK, Conversations, chain
-from sepjax.server.state import StateError
-from tests.server.tiny import alone, client, running, settled, text_of, tiny_served
+from sepjax.serve import worker as worker_module
+from sepjax.serve.conversations import BLOCK, Conversations, chain
+from sepjax.serve.state import StateError
+from tests.serve.tiny import alone, client, running, settled, text_of, tiny_served
 
 SYSTEM = np.random.default_rng(1).integers(3, 300, 2 * BLOCK + 9).tolist()
 

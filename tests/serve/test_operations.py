@@ -19,11 +19,11 @@ import pytest
 from sepjax.command.settings import flags_of
 from sepjax.config import ConfigError
 from sepjax.programs import serve
-from sepjax.server import logs
-from sepjax.server import running as running_module
-from sepjax.server.app import Limits
+from sepjax.serve import logs
+from sepjax.serve import running as running_module
+from sepjax.serve.app import Limits
 from tests.commands import Called, leaves, refusal, unlike
-from tests.server.tiny import alone, client, running, settled, text_of, tiny_served
+from tests.serve.tiny import alone, client, running, settled, text_of, tiny_served
 
 ROOT = Path(__file__).parents[2]
 JSON = {"Content-Type": "application/json"}
@@ -181,7 +181,7 @@ def test_a_failure_ends_the_server_and_says_why(served, caplog):
         with pytest.raises(running_module.ServeError, match=f"cannot listen on 127.0.0.1:{server.port}"):
             running(served, port=server.port)
         server.worker.slots.step = lambda: 1 / 0
-        with caplog.at_level(logging.CRITICAL, "sepjax.server"):
+        with caplog.at_level(logging.CRITICAL, "sepjax.serve"):
             status, _, told = ask(server, "/v1/completions", {"prompt": "a"})
         assert (status, told["error"]["code"]) == (503, "stopping")
         server.worker.join()
@@ -191,7 +191,7 @@ def test_a_failure_ends_the_server_and_says_why(served, caplog):
 
 
 def test_the_log_has_no_contents(served, caplog):
-    with running(served) as server, caplog.at_level(logging.DEBUG, "sepjax.server"):
+    with running(served) as server, caplog.at_level(logging.DEBUG, "sepjax.serve"):
         client(server).completions.create(model="tiny", prompt="The cat", max_tokens=3, user="secret")
     record = next(record for record in caplog.records if record.message == "answered")
     line = json.loads(logs.JsonLines().format(record))
@@ -212,8 +212,8 @@ def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
         seen.extend([arguments, named])
         raise Called
 
-    monkeypatch.setattr("sepjax.server.running.Running", Spy)
-    monkeypatch.setattr("sepjax.server.logs.begin", lambda level: seen.append(level))
+    monkeypatch.setattr("sepjax.serve.running.Running", Spy)
+    monkeypatch.setattr("sepjax.serve.logs.begin", lambda level: seen.append(level))
     monkeypatch.setattr("sepjax.loading.load", load)
     own = [flag for flag in flags_of(serve.Settings) if flag.name not in ("workdir", "download", "pattern")]
     values = {flag.name: unlike(flag, i) for i, flag in enumerate(own)}
@@ -247,9 +247,9 @@ PROGRAM = """
 import sys
 import jax
 jax.config.update("jax_platforms", "cpu")
-from sepjax.server import logs
-from sepjax.server.running import Options, Running
-from tests.server.tiny import tiny_served
+from sepjax.serve import logs
+from sepjax.serve.running import Options, Running
+from tests.serve.tiny import tiny_served
 logs.begin("info")
 Running(tiny_served, Options(rows=4, state=sys.argv[1], drain_seconds=60.0)).run()
 """
