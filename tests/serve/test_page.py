@@ -192,7 +192,7 @@ class Page:
         self.driver, self.server = driver, server
         emulate(driver, width=1280, height=800)
         driver.get(f"{server.url}/health")  # the page itself would keep what it has when it is left
-        self.run("localStorage.clear(); sessionStorage.clear(); localStorage.setItem('sepjax.command.settings', arguments[0])",
+        self.run("localStorage.clear(); sessionStorage.clear(); localStorage.setItem('sepjax.settings', arguments[0])",
                  json.dumps(settings))  # fmt: skip
         self.open()
 
@@ -318,7 +318,7 @@ def test_escape_stops_an_answer_and_frees_its_row(driver, server):
     assert settled(server)
     assert "stopped" in at.text(".message.assistant .about")
     assert at.run("return document.activeElement.id") == "prompt"
-    at.run("localStorage['sepjax.command.settings'] = JSON.stringify({temperature: 0, max_tokens: 2})")
+    at.run("localStorage['sepjax.settings'] = JSON.stringify({temperature: 0, max_tokens: 2})")
     at.say("And now?")
     assert len(at.stored()[0]["messages"]) == 4
     assert at.complaints() == []
@@ -359,7 +359,7 @@ def test_errors_are_said_in_one_line_and_nothing_typed_is_lost(driver, server):
     at.run("document.getElementById('prompt').value = ''")
     at.say("Again.")
     assert not at.find("#error").is_displayed()
-    assert at.run("return JSON.parse(localStorage['sepjax.command.settings'])") == {"temperature": 0, "max_tokens": 2}
+    assert at.run("return JSON.parse(localStorage['sepjax.settings'])") == {"temperature": 0, "max_tokens": 2}
 
 
 def test_a_key_is_asked_for_where_the_server_wants_one(driver, served):
