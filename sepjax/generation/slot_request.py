@@ -53,14 +53,26 @@ class Slot:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """The next tokens of a prompt."""
+
+    slot: Slot  # whose
+    may_draw: bool  # whether they may be its last
+    at: int  # its record's number in the flight
+
+
+@dataclasses.dataclass(frozen=True)
 class Flight:
     """What the device was asked for, on its way."""
 
     slots: tuple[Slot | None, ...]  # who had the rows
     steps: bool  # whether there is a step
-    reads: Slot | None  # whose prompt is read
-    may_draw: bool  # whether that may be its last run
-    records: Future  # of a step and of a run, or None each
+    runs: tuple[Run, ...]  # of prompts that are read, one a row at most
+    records: Future  # of a step, or None, and of the runs
+
+    def run_of(self, slot: Slot | None) -> Run | None:
+        """The run of a request; None: it is not read."""
+        return next((run for run in self.runs if run.slot is slot), None)
 
     def matters_to(self, slots: Sequence[Slot | None]) -> bool:
         """Whether anyone is there whom it was asked for."""

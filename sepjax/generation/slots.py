@@ -3,7 +3,7 @@
     slots = engine.slots(8)
     first = slots.submit(SlotRequest("Once", max_new_tokens=100, seed=1))
     while not slots.is_idle:
-        for number, event in slots.step():       # one token of every row that is generating, one run of one prompt
+        for number, event in slots.step():       # one token of every row that generates, runs of prompts
             ...                                  # event.text, event.finish_reason
 
 A request takes the first free row. Its prompt is read in runs between the steps of the others, the rows that read
@@ -44,10 +44,10 @@ from sepjax.generation.row import Row, RowSettings, StreamEvent
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.saved_row import SavedRow
 from sepjax.generation.slot_programs import Before, Record, Rows, SlotPrograms, Wishes, slot_programs
-from sepjax.generation.slot_request import Flight, Numbers, Slot, SlotError, SlotRequest
+from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
 from sepjax.separators import warn_of_few_in
 
-type _Run = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of a prompt: row, tokens, how many, is it the last
+type _Read = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of a prompt: row, tokens, how many, is it the last
 _ENDS = 16  # end tokens that the device knows of; the host knows all
 _SHORT = 64  # tokens of the shorter of two programs that read
 _AT_A_TIME = 32  # rows
@@ -95,7 +95,7 @@ class Slots:
         first, ended, back = _number(0), np.ones(len(self._slots), bool), np.zeros((), bool)
         for length in self._runs:
             tokens = first, np.zeros((1, length), np.int32), np.zeros(1, np.int32), np.zeros((), bool)
-            read = self._device.ask(self._launch, [(0, self._nothing)], ended, tokens).result()[1]
+            read = self._device.ask(self._launch, [(0, self._nothing)], ended, [tokens]).result()[1]
         copies = self._programs.take, self._programs.look
         taken = self._device.ask(lambda: [copy(self._rows, first, back) for copy in copies])
         jax.block_until_ready((taken.result(), read))
@@ -200,9 +200,10 @@ class Slots:
     def _standing(self, number: int) -> SavedRow | tuple[int, Slot]:
         """What was kept of a request, or its row."""
         slot, flight = self._known.get(number), self._flight
-        if slot is not None and flight is not None and flight.reads is slot:  # which cannot be taken back
-            self._flight = dataclasses.replace(flight, reads=None, may_draw=False)
-            self._settled += self._events_of_read(flight)
+        run = None if slot is None or flight is None else flight.run_of(slot)
+        if flight is not None and run is not None:  # which cannot be taken back
+            self._flight = dataclasses.replace(flight, runs=tuple(x for x in flight.runs if x is not run))
+            self._settled += self._events_of_run(flight, run)
         kept = self._kept.get(number)  # at once: another thread may be cancelling it
         if kept is not None:
             return kept
@@ -222,7 +223,8 @@ class Slots:
     # -- the step ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[tuple[int, StreamEvent]]:
-        """One token of every row that is generating, and one run of one row's prompt; returns their events.
+        """One token of every row that is generating, and runs of prompts of as many tokens as one run may have at most:
+        one of a long prompt, or several of short ones. Returns their events.
 
         An event is the number of its request and what `Stream` gives. The last has a `finish_reason`: those of a
         stream, or "full" where the cache of `keep_all_separators` has no room for another separator.
@@ -274,51 +276,64 @@ class Slots:
             self._slots[i] = new
 
     def _ask(self) -> Flight | None:
-        """Asks the device for the next step and the next run of a prompt; None: there is nothing to do."""
+        """Asks the device for the next step and the next runs of prompts; None: there is nothing to do."""
         reading, before = self._next_to_read(), self._flight
-        just_read = before.reads if before is not None and before.may_draw else None
-        steps = any(slot is not None and (not slot.pending or slot is just_read) for slot in self._slots)
-        if not steps and reading is None:
+        just_read = [] if before is None else [id(run.slot) for run in before.runs if run.may_draw]
+        steps = any(slot is not None and (not slot.pending or id(slot) in just_read) for slot in self._slots)
+        if not steps and not reading:
             return None
-        slots, args, reads = tuple(self._slots), None, None
-        if reading is not None:
-            reads = slots[reading]
-            args = _number(reading), *self._next_run(reading)
+        slots, reads, runs = tuple(self._slots), [], []
+        for i in reading:
+            slot, read = slots[i], self._next_run(i)
+            assert slot is not None
+            reads.append((_number(i), *read))
+            runs.append(Run(slot, bool(read[-1]), len(reads)))
         ended = np.array([slot is None for slot in slots]) if steps else None
         coming, self._coming = self._coming, []
-        record = self._device.ask(self._launch, coming, ended, args)
-        return Flight(slots, steps, reads, args is not None and bool(args[-1]), record)
+        return Flight(slots, steps, tuple(runs), self._device.ask(self._launch, coming, ended, reads))
 
     def _launch(
-        self, coming: list[tuple[int, Rows]], ended: np.ndarray | None, run: _Run | None
+        self, coming: list[tuple[int, Rows]], ended: np.ndarray | None, reads: list[_Read]
     ) -> list[Record | None]:
         """What `_ask` asks for, in the thread that has the rows; what comes of it begins to be copied to the host."""
         of, programs = self._of, self._programs
-        records: list[Record | None] = [None, None]
+        records: list[Record | None] = [None]
         for i, row in coming:
             self._rows = programs.place(self._rows, _number(i), of.placed(row))
         if ended is not None:
             self._rows, records[0] = programs.step(of.params, self._rows, ended, of.table_on_device)
-        if run is not None:
-            self._rows, records[1] = programs.read(of.params, self._rows, *run, of.table_on_device)
+        for read in reads:
+            self._rows, record = programs.read(of.params, self._rows, *read, of.table_on_device)
+            records.append(record)
         for record in records:
             if record is not None:
                 record.numbers.copy_to_host_async()
         return records
 
-    def _next_to_read(self) -> int | None:
-        """Rows that read take turns. How far one has come is known once its last run was looked at."""
-        n, on_its_way = len(self._slots), None if self._flight is None else self._flight.reads
-        order = (i % n for i in range(self._turn + 1, self._turn + 1 + n))
-        reading = (i for i in order if (slot := self._slots[i]) is not None and slot.pending and slot is not on_its_way)
-        found = next(reading, None)
-        self._turn = self._turn if found is None else found
+    def _next_to_read(self) -> list[int]:
+        """Rows that read take turns: as many in a step as have room in the longest run, so nobody waits longer for many
+        short prompts than for a long one. How far a row has come is known once its last run was looked at.
+        """
+        n, flight, found, room = len(self._slots), self._flight, [], self._runs[-1]
+        for i in range(self._turn + 1, self._turn + 1 + n):
+            slot = self._slots[i % n]
+            if slot is None or not slot.pending or (flight is not None and flight.run_of(slot) is not None):
+                continue
+            room -= self._length(slot)
+            if room < 0:
+                break
+            found.append(i % n)
+        self._turn = found[-1] if found else self._turn
         return found
+
+    def _length(self, slot: Slot) -> int:
+        """Of the program that reads its next run."""
+        return next((length for length in self._runs if length >= len(slot.pending)), self._runs[-1])
 
     def _next_run(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         slot = self._slots[i]
         assert slot is not None
-        length = next((length for length in self._runs if length >= len(slot.pending)), self._runs[-1])
+        length = self._length(slot)
         part = slot.pending[:length]
         tokens = np.zeros((1, length), np.int32)
         tokens[0, : len(part)] = part
@@ -334,13 +349,13 @@ class Slots:
                     time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it
                 if slot is not None and numbers.token[i] >= 0 and self._slots[i] is slot:
                     events.append(self._event(i, slot, numbers, i))
-        return events + self._events_of_read(flight)
+        return events + [event for run in flight.runs for event in self._events_of_run(flight, run)]
 
-    def _events_of_read(self, flight: Flight) -> list[tuple[int, StreamEvent]]:
-        slot = flight.reads
-        if slot is None or slot not in self._slots:
+    def _events_of_run(self, flight: Flight, run: Run) -> list[tuple[int, StreamEvent]]:
+        slot = run.slot
+        if slot not in self._slots:
             return []
-        i, numbers = self._slots.index(slot), Numbers.of(flight.records.result()[1], [slot])
+        i, numbers = self._slots.index(slot), Numbers.of(flight.records.result()[run.at], [slot])
         taken = numbers.taken[0]
         del slot.pending[:taken]
         if not slot.pending:
