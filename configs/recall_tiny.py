@@ -8,7 +8,7 @@
     python evaluate.py --task=recall --workdir=runs/recall
 
 Only the answers are scored: with all tokens scored, what cannot be known (the facts, the filler) drowns them, and 5 M
-tokens teach dense nothing. Hardware: a GPU, a minute; 2 CPU cores, half an hour. Result on one H200: dense, separators
+tokens teach dense nothing. Hardware: a GPU, 3 minutes; 2 CPU cores, an hour. Result on one H200: dense, separators
 and a gate that keeps 3 of every 8 tokens answer all questions, a window of 8 none, a gate that keeps 2 of 8 40 % of
 them (docs/evaluation.md).
 """

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ class Point:
     arm: str
     kept: float  # keys held over keys of dense attention
     loss: float  # nats a token over the baseline arm's
-    error: float  # one standard error of it
+    error: float | None  # one standard error of it; None: of one window it is not known
 
 
 def read_points(files: Iterable[Path]) -> tuple[list[Point], str]:
@@ -62,8 +64,9 @@ def draw_pareto(path: Path, points: Sequence[Point], baseline: str, title: str) 
         by_pattern.setdefault(point.pattern, []).append(point)
     for (pattern, some), colour, marker in zip(by_pattern.items(), _cycle(_COLOURS), _cycle(_MARKERS), strict=False):
         some = sorted(some, key=lambda x: x.kept)
+        errors = [math.nan if x.error is None else x.error for x in some]
         axes.errorbar(
-            [100 * x.kept for x in some], [x.loss for x in some], yerr=[x.error for x in some],
+            [100 * x.kept for x in some], [x.loss for x in some], yerr=errors,
             label=pattern, color=colour, marker=marker, capsize=3, linewidth=1.2,
         )  # fmt: skip
         for x in some:
@@ -79,7 +82,9 @@ def read_curves(workdirs: Iterable[Path], metric: str) -> Mapping[str, tuple[lis
 
     A run that was resumed has a step's newest value. Raises FigureError where there is none.
     """
-    curves = {}
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    workdirs = list(workdirs)
+    names = _names(workdirs)
     for workdir in workdirs:
         file = workdir / "metrics.jsonl"
         if not file.is_file():
@@ -94,8 +99,18 @@ def read_curves(workdirs: Iterable[Path], metric: str) -> Mapping[str, tuple[lis
         if not found:
             known = sorted({name for row in rows for name in row} - {"step", "time"})
             raise FigureError(f"{file} has no {metric!r}; it has {', '.join(known)}")
-        curves[workdir.name] = (sorted(found), [found[step] for step in sorted(found)])
+        curves[names[workdir]] = (sorted(found), [found[step] for step in sorted(found)])
     return curves
+
+
+def _names(workdirs: Sequence[Path]) -> dict[Path, str]:
+    """The last parts of each path, as few as tell them apart."""
+    parts = {workdir: workdir.parts for workdir in workdirs}
+    for count in range(1, max((len(x) for x in parts.values()), default=0) + 1):
+        names = {workdir: os.path.join(*x[-count:]) for workdir, x in parts.items() if x}
+        if len(set(names.values())) == len(parts):
+            return names
+    return {workdir: str(workdir) for workdir in workdirs}
 
 
 def draw_curves(path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], metric: str) -> None:

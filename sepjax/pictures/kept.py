@@ -67,6 +67,7 @@ class KeptText:
     tokens: tuple[str, ...]  # their texts; one that ends within a character has what was whole before
     frames: tuple[Frame, ...]  # in order of time; the last has seen all tokens
     cache_size: int
+    where: str = "layer and head"  # that has so many entries
 
     def terminal(self, frame: int = -1) -> str:
         """One frame in ANSI colours: sinks underlined, kept tokens on colour, recent ones plain, the others faint."""
@@ -86,7 +87,7 @@ class KeptText:
         where = (
             f"{kept:,} tokens from before the window kept somewhere" if kept else "nothing kept from before the window"
         )
-        return f"{places} in each layer and head, {where}; {frame.nbytes:,} bytes"
+        return f"{places} in each {self.where}, {where}; {frame.nbytes:,} bytes"
 
     def html(self) -> str:
         """One self-contained page: the text, a slider over time, light and dark, legible in print."""
@@ -140,6 +141,7 @@ def kept_text(
         tokens=tuple(_pieces(tokenizer, ids)),
         frames=tuple(frames[::-1][::every][::-1]),
         cache_size=sizes.cache_size,
+        where="layer that keeps, fewer in others" if sizes.sees_kept else "layer and head",
     )
 
 

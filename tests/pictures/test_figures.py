@@ -1,5 +1,6 @@
 """Figures: what is read from results and runs, and that it is drawn where it belongs."""
 
+import dataclasses
 import json
 
 import pytest
@@ -21,6 +22,7 @@ def test_quality_against_keys(tmp_path):
     second = results(tmp_path / "b.json", [("gated", "gate & <16>", 0.17, -0.0137), ("dense", "dense", 1.0, -0.0368)])
     points, baseline = read_points([first, second])
     assert baseline == "window"
+    points.append(dataclasses.replace(points[0], arm="one window", error=None))
     assert [(x.arm, x.kept, x.loss) for x in points][2] == ("gate & <16>", 0.17, -0.0137)
     draw_pareto(tmp_path / "p.svg", points, baseline, "SmolLM2 on books")
     drawn = (tmp_path / "p.svg").read_text()
@@ -58,6 +60,10 @@ def test_curves_of_runs(tmp_path):
     assert curves == {"a": ([1, 2, 3], [1, 0.5, 1 / 3]), "b": ([1, 2, 3], [2, 1, 2 / 3])}
     draw_curves(tmp_path / "c.svg", curves, "train/loss")
     assert "train/loss of a, b" in (tmp_path / "c.svg").read_text()
+    (tmp_path / "c").mkdir()
+    (tmp_path / "a").rename(tmp_path / "c" / "b")
+    assert list(read_curves([tmp_path / "c" / "b", tmp_path / "b"], "train/loss")) == ["c/b", f"{tmp_path.name}/b"]
+    (tmp_path / "c" / "b").rename(tmp_path / "a")
     with pytest.raises(FigureError, match="has no 'loss'; it has eval/loss, train/loss"):
         read_curves([tmp_path / "a"], "loss")
     with pytest.raises(FigureError, match=r"has no metrics\.jsonl"):
