@@ -10,8 +10,8 @@ Layers 18 and 23 see the whole row of 4096 tokens; the best 8 of every 64 tokens
 and 24; the window of all but the two is 326. The last token of a row sees 16.1 % of the keys, averaged over layers.
 What the two dense layers hold grows with the text; the gate holds an eighth of that in its layers.
 Hardware: a GPU or TPU with 40 GB. Result, 190 seconds of training on one H200, on books with facts told once and asked
-for later (`python -m sepjax.bench.told_facts`): 99 % of needles of 4000 tokens found, perplexity 23.40 on held-out books,
-where a window of the same keys and texts has 23.75 (docs/keeping.md).
+for later (`python -m sepjax.bench.told_facts`): 99 % of needles of 4000 tokens found, perplexity 23.40 on held-out
+books, where a window of the same keys and texts has 23.75 (docs/keeping.md).
 """
 
 import dataclasses
