@@ -53,31 +53,7 @@ class StreamSizes:
             zones, the model's positions are learned and so have an end, or it has a window of its own and positions
             are those of the text.
         """
-        if keeps_everything(attention):
-            raise ConfigError(
-                'attention.pattern="dense" keeps every token, so a stream without end would need a cache without end; '
-                'use "watched", "separator", "sink_window" or "fixed_interval", or set max_new_tokens'
-            )
-        if attention.kept_layers and attention.pattern == "watched":
-            raise ConfigError(
-                f"attention.kept_layers={attention.kept_layers}: of watched tokens every layer keeps what its own "
-                "heads looked at; leave kept_layers empty, and name the layers whose looks count in watch_layers"
-            )
-        if len(set(attention.layer_windows)) > 1:
-            raise ConfigError(
-                f"attention.layer_windows={attention.layer_windows}: a bounded cache has one window for all layers; "
-                "leave layer_windows empty and set window_size, or stream over a growing cache (bounded=False)"
-            )
-        if config.position_embedding == "learned":
-            raise ConfigError(
-                f"a stream without end would pass the {config.max_positions} learned positions of the model; only "
-                'models with model.position_embedding="rope" stream through a bounded cache'
-            )
-        if config.sliding_window and attention.stream_positions == "absolute":
-            raise ConfigError(
-                'attention.stream_positions="absolute" does not tell how old a kept token is, which a model with '
-                f'sliding_window={config.sliding_window} of its own must know; use "slot"'
-            )
+        _check_served(config, attention)
         window = attention.layer_windows[0] if attention.layer_windows else attention.window_size
         separators = 0 if attention.pattern == "sink_window" else attention.max_separators
         held = attention.num_sinks + separators + window
@@ -89,16 +65,6 @@ class StreamSizes:
             raise ConfigError(
                 f"attention.cache_size={size} has no room for num_sinks + max_separators + window_size = "
                 f"{attention.num_sinks} + {separators} + {window} = {held}; set cache_size to {held + 1} or more"
-            )
-        if attention.pattern == "gated" and not attention.max_separators:
-            raise ConfigError(
-                "attention.max_separators=0 leaves a bounded cache no room for what a gate keeps; raise it, or use "
-                '"sink_window"'
-            )
-        if attention.pattern == "gated" and attention.keep_all_separators:
-            raise ConfigError(
-                "attention.keep_all_separators with a gate would end the stream when its zone is full; a gate's zone "
-                "keeps the best max_separators: leave keep_all_separators off"
             )
         if attention.keep_all_separators and attention.pattern != "sink_window":  # as many as fit, none is ever dropped
             separators = size - attention.num_sinks - window
@@ -160,3 +126,42 @@ class StreamSizes:
     def rotation_limit(self) -> int:
         """Positions at which rotations start again from 0: small angles are exact in float32."""
         return 2 * self.slots
+
+
+def _check_served(config: ModelConfig, attention: AttentionConfig) -> None:
+    """Raises ConfigError for what no bounded cache serves."""
+    if keeps_everything(attention):
+        raise ConfigError(
+            'attention.pattern="dense" keeps every token, so a stream without end would need a cache without end; '
+            'use "watched", "separator", "gated", "sink_window" or "fixed_interval", or set max_new_tokens'
+        )
+    if attention.kept_layers and attention.pattern == "watched":
+        raise ConfigError(
+            f"attention.kept_layers={attention.kept_layers}: of watched tokens every layer keeps what its own "
+            "heads looked at; leave kept_layers empty, and name the layers whose looks count in watch_layers"
+        )
+    if len(set(attention.layer_windows)) > 1:
+        raise ConfigError(
+            f"attention.layer_windows={attention.layer_windows}: a bounded cache has one window for all layers; "
+            "leave layer_windows empty and set window_size, or stream over a growing cache (bounded=False)"
+        )
+    if config.position_embedding == "learned":
+        raise ConfigError(
+            f"a stream without end would pass the {config.max_positions} learned positions of the model; only "
+            'models with model.position_embedding="rope" stream through a bounded cache'
+        )
+    if config.sliding_window and attention.stream_positions == "absolute":
+        raise ConfigError(
+            'attention.stream_positions="absolute" does not tell how old a kept token is, which a model with '
+            f'sliding_window={config.sliding_window} of its own must know; use "slot"'
+        )
+    if attention.pattern == "gated" and not attention.max_separators:
+        raise ConfigError(
+            "attention.max_separators=0 leaves a bounded cache no room for what a gate keeps; raise it, or use "
+            '"sink_window"'
+        )
+    if attention.pattern == "gated" and attention.keep_all_separators:
+        raise ConfigError(
+            "attention.keep_all_separators with a gate would end the stream when its zone is full; a gate's zone "
+            "keeps the best max_separators: leave keep_all_separators off"
+        )
