@@ -93,7 +93,7 @@ def _shares(view: CacheView, size: int, layer: str) -> np.ndarray:
         if not (layer.isascii() and layer.isdigit() and len(layer) < 10 and int(layer) < len(sets)):
             raise wrong("layer", layer, f"any, all, or a layer from 0 to {len(sets) - 1}")
         sets = sets[int(layer)][None]
-    sets = sets.reshape(-1, sets.shape[-1])
+    sets = sets.reshape(sets.shape[0] * sets.shape[1], sets.shape[2])  # nothing may be kept yet: no -1
     counts = np.zeros(size)
     for positions in sets:
         counts[np.unique(positions[(positions >= 0) & (positions < size)])] += 1

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from sepjax.serve.conversations import Entry
+from sepjax.serve.view import described
 from tests.serve.test_conversations import complete
 from tests.serve.test_operations import ask
 from tests.serve.tiny import running, tiny_served
@@ -58,6 +60,21 @@ def test_what_was_let_go_long_ago_is_counted(served):
             assert sum(token.get("omitted", 1) for token in tokens) == len(whole)
             expected = [t for i, t in enumerate(whole) if t["state"] != "evicted" or i >= len(whole) - last]
             assert [(t["id"], t["state"]) for t in written] == [(t["id"], t["state"]) for t in expected]
+
+
+@pytest.mark.parametrize(("pattern", "size"), [("separator", 5), ("sink_window", 90)])
+def test_a_cache_that_keeps_nothing_between_its_ends_is_described(pattern, size):
+    served = tiny_served(pattern=pattern)
+    stream = served.engine.stream(PROMPT[:size], bounded=True, max_new_tokens=1)
+    assert list(stream)
+    row = stream.saved()
+    ids = np.array(PROMPT[:size], np.int32)
+    entry = Entry("key", b"", ids, None, row, 0)
+    for layer in ("any", "all", "0"):
+        said = described(served, entry, row.view(), layer=layer, last="100")
+        states = [token["state"] for token in said["tokens"]]
+        assert (said["kept"], states.count("kept")) == (0, 0)
+        assert len(states) - states.count("evicted") - states.count("new") == said["held"] > 0
 
 
 def test_refusals(served):
