@@ -45,12 +45,6 @@ def chain(ids: Ids, begun: tuple[bytes, ...] = ()) -> tuple[bytes, ...]:
     return tuple(found)
 
 
-def on_host(row: SavedRow) -> SavedRow:
-    """The same, its arrays in the host's memory; the key, of a few bytes, stays."""
-    state: Any = dataclasses.replace(row.state, key=None)
-    return dataclasses.replace(row, state=dataclasses.replace(jax.device_get(state), key=row.state.key))
-
-
 def before_last(row: SavedRow) -> SavedRow:
     """The row as it was before it drew its last token, which is given to it again as a prompt, or forgotten."""
     state = dataclasses.replace(row.state, uses=_undrawn(row.state.uses, row.state.token))

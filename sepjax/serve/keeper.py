@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from sepjax.config import UserError
 from sepjax.generation.saved_row import SavedRow
-from sepjax.serve.conversations import Conversations, Entry, on_host
+from sepjax.serve.conversations import Conversations, Entry
+from sepjax.serve.state import on_host
 
 log = logging.getLogger("sepjax.serve")
 _MOST = 16  # rows on their way: they are on the device still, whose memory is not to grow

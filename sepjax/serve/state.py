@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from sepjax.array_typing import Int32
@@ -29,6 +30,12 @@ from sepjax.serve.served import Served
 
 log = logging.getLogger("sepjax.serve")
 _SERVER, _LOCK, _VERSION = "server.json", "lock", 1
+
+
+def on_host(row: SavedRow) -> SavedRow:
+    """The same, its arrays in the host's memory; the key, of a few bytes, stays."""
+    state: Any = dataclasses.replace(row.state, key=None)
+    return dataclasses.replace(row, state=dataclasses.replace(jax.device_get(state), key=row.state.key))
 
 
 class StateError(UserError):
@@ -140,9 +147,9 @@ class StateFolder:
         return self._size(key)
 
     def read(self, key: str) -> SavedRow | None:
-        """The row, which counts as used now; None: it is damaged or gone, and the log says why."""
+        """The row, in the host's memory, which counts as used now; None: it is damaged or gone, and the log says why."""
         try:
-            row = SavedRow.read(self._folder / key, self._reader, self._config)
+            row = on_host(SavedRow.read(self._folder / key, self._reader, self._config))
             os.utime(self._folder / f"{key}.json")
             return row
         except (StreamStateError, OSError) as error:

@@ -25,12 +25,13 @@ from sepjax.config import UserError
 from sepjax.generation.row import StreamEvent
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest, Slots
-from sepjax.serve.conversations import Conversations, Plan, before_last, chain, on_host
+from sepjax.serve.conversations import Conversations, Plan, before_last, chain
 from sepjax.serve.errors import ApiError
 from sepjax.serve.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused
 from sepjax.serve.keeper import Keeper
 from sepjax.serve.metrics import Metrics
 from sepjax.serve.served import Served, checked
+from sepjax.serve.state import on_host
 
 log = logging.getLogger("sepjax.serve")
 _UNREAD = 512  # events that wait for a slow client before its row is put aside

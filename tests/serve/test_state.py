@@ -1,0 +1,52 @@
+"""Rows on disk: what is read back, what is left alone, and whose a folder is."""
+
+import errno
+import fcntl
+import json
+import stat
+
+import jax
+import numpy as np
+import pytest
+
+from sepjax.serve import state as state_module
+from sepjax.serve.conversations import BLOCK, Conversations, chain
+from sepjax.serve.served import fingerprint
+from sepjax.serve.state import StateError, StateFolder
+from tests.serve.tiny import tiny_served
+
+IDS = np.arange(5, 11, dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def served():
+    return tiny_served()
+
+
+@pytest.fixture(scope="module")
+def row(served):
+    stream = served.engine.stream(IDS.tolist(), bounded=True, max_new_tokens=1)
+    assert list(stream)
+    return stream.saved()
+
+
+def opened(served, folder, memory=1 << 30):
+    """(what keeps rows, its folder)."""
+    disk = StateFolder(folder, served, 1 << 30)
+    return Conversations(served.tokenizer, memory, disk), disk
+
+
+def saved(kept, ids, row, **more):
+    entry = kept.add(ids, chain(ids), None, row, **more)
+    kept.save(entry, row)
+    return entry
+
+
+def test_what_is_read_back_lies_in_the_host_s_memory(served, row, tmp_path):
+    kept, disk = opened(served, tmp_path / "state")
+    entry = saved(kept, IDS, row)
+    found = disk.read(entry.key)
+    leaves = jax.tree.leaves(found.state)
+    assert sum(isinstance(leaf, np.ndarray) for leaf in leaves) == len(leaves) - 1, "all but the key"
+    assert found.seen == row.seen
+    disk.close()
