@@ -199,7 +199,7 @@ class Conversations:
         with self._lock:
             if row is None:
                 self._remove(entry)
-            elif entry.key in self._entries and entry.row is None:
+            elif self._entries.get(entry.key) is entry and entry.row is None:
                 entry.row = row
                 self.nbytes += entry.row_bytes
                 self._evict(besides=entry)
@@ -273,21 +273,23 @@ class Conversations:
             self._names[name] = entry
         self.nbytes += entry.nbytes
 
-    def _forget(self, entry: Entry) -> None:
-        """Takes an entry out of all but the disk."""
-        if self._entries.pop(entry.key, None) is None:
-            return
+    def _forget(self, entry: Entry) -> bool:
+        """Takes an entry out of all but the disk; False: it had gone, or another one has its place now."""
+        if self._entries.get(entry.key) is not entry:
+            return False
+        del self._entries[entry.key]
         del self._places[entry.place][entry.key]
         if not self._places[entry.place]:
             del self._places[entry.place]
         for name in entry.names:
-            self._names.pop(name, None)
+            if self._names.get(name) is entry:
+                del self._names[name]
         self.nbytes -= entry.nbytes
         entry.row = None
+        return True
 
     def _remove(self, entry: Entry) -> None:
-        self._forget(entry)
-        if self._disk is not None and entry.disk_bytes:
+        if self._forget(entry) and self._disk is not None and entry.disk_bytes:
             self._disk.remove(entry.key)
 
     def _evict(self, besides: Entry) -> None:

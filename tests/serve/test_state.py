@@ -50,3 +50,16 @@ def test_what_is_read_back_lies_in_the_host_s_memory(served, row, tmp_path):
     assert sum(isinstance(leaf, np.ndarray) for leaf in leaves) == len(leaves) - 1, "all but the key"
     assert found.seen == row.seen
     disk.close()
+
+
+def test_an_entry_that_another_one_has_replaced_takes_nothing_with_it(served, row, tmp_path):
+    """Its reading fails because the other one is being written in its place."""
+    kept, disk = opened(served, tmp_path / "state")
+    old = saved(kept, IDS, row, name="one")
+    new = saved(kept, IDS, row, name="two")
+    assert new.names == ("one", "two")
+    before = kept.nbytes
+    kept._remove(old)
+    assert (kept.get("one"), kept.get("two"), len(kept), kept.nbytes) == (new, new, 1, before)
+    assert disk.read(new.key) is not None
+    disk.close()
