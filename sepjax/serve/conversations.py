@@ -81,6 +81,11 @@ class Entry:
         return self.ids.nbytes + (0 if self.row is None else self.row_bytes)
 
 
+def _begins(entry: Entry, ids: Ids, most: int) -> bool:
+    size = len(entry.ids)
+    return size <= most and np.array_equal(entry.ids, ids[:size])
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How a prompt is read."""
@@ -145,7 +150,7 @@ class Conversations:
         cached = 0 if entry is None else len(entry.ids)
         with self._lock:
             shared = next((i for i in range(len(blocks), 0, -1) if blocks[i - 1] in self._seen), 0)
-            shared -= shared * BLOCK == len(ids)  # something is left to be read
+            shared = min(shared, self._most(ids) // BLOCK)  # something is left to be read, and by itself means the same
             for block in blocks:
                 self._seen[block] = None
                 self._seen.move_to_end(block)
@@ -174,22 +179,23 @@ class Conversations:
         return None, None
 
     def _match(self, ids: Ids, blocks: tuple[bytes, ...]) -> Entry | None:
+        most = self._most(ids)
         with self._lock:
             for i in range(len(blocks), -1, -1):
                 place = self._places.get(blocks[i - 1] if i else b"", {})
-                fitting = [entry for entry in place.values() if self._continues(entry, ids)]
+                fitting = [entry for entry in place.values() if _begins(entry, ids, most)]
                 if fitting:
                     found = max(fitting, key=lambda entry: len(entry.ids))
                     self._entries.move_to_end(found.key)
                     return found
             return None
 
-    def _continues(self, entry: Entry, ids: Ids) -> bool:
-        size = len(entry.ids)
-        if size >= len(ids) or not np.array_equal(entry.ids, ids[:size]):
-            return False
+    def _most(self, ids: Ids) -> int:
+        """The most ids that may have been read before the others: whatever else, one is left; below 0: none may."""
+        if not self._tokenizer.starts_with_space:
+            return len(ids) - 1
         # Whether a first space is the answer's own depends on whether there is text in what a row reads.
-        return not self._tokenizer.starts_with_space or any(map(self._tokenizer.token_bytes, ids[size:].tolist()))
+        return next((i for i in range(len(ids) - 1, -1, -1) if self._tokenizer.token_bytes(int(ids[i]))), -1)
 
     def _row_of(self, entry: Entry) -> SavedRow | None:
         row = entry.row

@@ -248,3 +248,16 @@ def test_rows_are_found_by_their_ids_alone(served):
         if plan.cut:
             kept.given_up(plan.cut, chain(text))
             assert plan.cached + BLOCK <= plan.cut < len(text)
+
+
+def test_what_is_read_by_itself_leaves_text_to_be_read(served):
+    """Or the answer's first space, which goes with the text before it, would be lost or added."""
+    tokenizer, word = served.tokenizer, served.tokenizer.encode("the")[-1]
+    assert tokenizer.starts_with_space
+    assert tokenizer.token_bytes(word)
+    assert not tokenizer.token_bytes(tokenizer.bos_id)
+    for text, cut in ((BLOCK + 9, BLOCK), (2 * BLOCK, BLOCK), (2 * BLOCK + 1, 2 * BLOCK), (0, 0)):
+        kept = Conversations(tokenizer, 1 << 40)
+        ids = np.array([word] * text + [tokenizer.bos_id] * 3 * BLOCK, np.int32)
+        assert kept.plan(ids, chain(ids)).cut == 0
+        assert kept.plan(ids, chain(ids)).cut == cut
