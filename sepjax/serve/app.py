@@ -147,20 +147,24 @@ class Api:
         wanted, is_chat = asked.wanted, isinstance(asked, ChatRequest)
         if wanted.model is not None:
             _check_model(served, wanted.model)
+        self._worker.check_room(wanted.n * (1 if isinstance(asked, ChatRequest) else len(asked.prompts)))
         if isinstance(asked, ChatRequest):
             prompts = [served.chat_ids(asked.messages)]
         else:
             prompts = [served.prompt_ids(prompt) for prompt in asked.prompts]
-        arrays = [served.check_prompt(ids) for ids in prompts for _ in range(wanted.n)]
+        # One array and one chain for all choices of a prompt: both are as long as it is.
+        read = [(ids, chain(ids)) for ids in map(served.check_prompt, prompts)]
+        if self._worker.conversations is not None:
+            for ids, blocks in read:
+                self._worker.conversations.warm(ids, blocks)
         id, seed = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", seed_of(wanted)
         most, jobs = self._limits.max_new_tokens, []
-        for choice, ids in enumerate(arrays):
+        each = [pair for pair in read for _ in range(wanted.n)]
+        for choice, (ids, blocks) in enumerate(each):
             slot = served.request(wanted, choice=choice, seed=seed, is_chat=is_chat, most=most)
             name = f"{id}:{choice}" if choice else id
-            jobs.append(Job(inbox, choice, ids, slot, wanted.user or client, came, name, chain(ids)))
-            if self._worker.conversations is not None:
-                self._worker.conversations.warm(ids, jobs[-1].blocks)
-        return Answer(id, served, wanted, is_chat=is_chat, prompt_tokens=list(map(len, arrays))), wanted, jobs
+            jobs.append(Job(inbox, choice, ids, slot, wanted.user or client, came, name, blocks))
+        return Answer(id, served, wanted, is_chat=is_chat, prompt_tokens=[len(ids) for ids, _ in each]), wanted, jobs
 
     async def _body(self, request: Request) -> bytes:
         """The whole body, within limits of size and time."""

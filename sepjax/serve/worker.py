@@ -96,20 +96,23 @@ class Worker:
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Takes all of these on, or none. Raises ApiError: 429 for a full queue, 503 while stopping."""
-        self.ready()
-        most = self._num_rows + self._max_waiting
-        if len(jobs) > most:
-            raise ApiError(400, f"{len(jobs)} choices at once; this server takes up to {most}", param="n")
         with self._lock:  # or the thread could end before it hears of these
-            self.ready()
-            if self._open + len(jobs) > most:
-                wait = math.ceil(self._seconds * (self._open / self._num_rows))
-                raise ApiError(
-                    429, f"{self._open} requests run or wait; try again later", code="queue_full",
-                    retry_after=min(max(1, wait), 600),
-                )  # fmt: skip
+            self.check_room(len(jobs))
             self._open += len(jobs)
             self._orders.put(lambda: self._take_on(jobs))
+
+    def check_room(self, choices: int) -> None:
+        """Raises what `submit` would for so many choices now: before work is done for what will not be answered."""
+        self.ready()
+        most, now = self._num_rows + self._max_waiting, self._open
+        if choices > most:
+            raise ApiError(400, f"{choices} choices at once; this server takes up to {most}", param="n")
+        if now + choices > most:
+            wait = math.ceil(self._seconds * (now / self._num_rows))
+            raise ApiError(
+                429, f"{now} requests run or wait; try again later", code="queue_full",
+                retry_after=min(max(1, wait), 600),
+            )  # fmt: skip
 
     def cancel(self, inbox: Inbox) -> None:
         """Nobody reads this any more: its rows are free at the next step."""

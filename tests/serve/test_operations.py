@@ -107,6 +107,28 @@ def test_a_full_queue_says_when_to_come_again(served):
         assert settled(server)
 
 
+def test_what_will_not_be_answered_is_not_read(served, monkeypatch):
+    """Neither tokenized nor hashed; and choices of one prompt share what is made of it."""
+    with running(served, max_waiting=0) as server:
+        monkeypatch.setattr(served.tokenizer, "encode", lambda *_, **__: 1 / 0)
+        assert ask(server, "/v1/completions", {"prompt": "a", "n": 5})[0] == 400
+        server.worker._open += 1
+        for path, body in (
+            ("/v1/completions", {"prompt": ["a", "b"], "n": 2}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 4}),
+        ):
+            assert ask(server, path, body)[2]["error"]["code"] == "queue_full"
+        server.worker._open -= 1
+        monkeypatch.undo()
+        jobs: list = []
+        submit = server.worker.submit
+        monkeypatch.setattr(server.worker, "submit", lambda found: (jobs.extend(found), submit(found)))
+        assert ask(server, "/v1/completions", {"prompt": ["a", [7] * 40], "n": 2, "max_tokens": 1})[0] == 200
+        assert len({id(job.ids) for job in jobs}) == len({id(job.ids) for job in jobs[::2]}) == 2
+        assert jobs[2].blocks is jobs[3].blocks
+        assert settled(server)
+
+
 def test_a_key_is_asked_for(served):
     with running(served, api_key="sésame", cache_memory=0) as server:
         for key in ("", "Bearer", "Bearer no", "Basic sésame", "sésame"):
