@@ -159,6 +159,7 @@ class Api:
                 self._worker.conversations.warm(ids, blocks)
         id, seed = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", seed_of(wanted)
         most, jobs = self._limits.max_new_tokens, []
+        inbox.choices = wanted.n * len(read)
         each = [pair for pair in read for _ in range(wanted.n)]
         for choice, (ids, blocks) in enumerate(each):
             slot = served.request(wanted, choice=choice, seed=seed, is_chat=is_chat, most=most)

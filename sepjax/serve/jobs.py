@@ -40,14 +40,20 @@ class Inbox:
     """What comes back for one HTTP request. All but `sent` belongs to the event loop.
 
     Attributes:
+      choices: how many answers come through it.
       taken: events that the client's side has taken out.
-      sent: events that the worker has put in; the worker's alone.
+      sent: events that the worker has handed over; the worker's alone.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.loop, self.taken, self.sent = loop, 0, 0
+    def __init__(self, loop: asyncio.AbstractEventLoop, choices: int = 1):
+        self.loop, self.choices, self.taken, self.sent = loop, choices, 0, 0
         self._items: list[tuple[int, Item]] = []
         self._filled = asyncio.Event()
+
+    @property
+    def unread(self) -> int:
+        """Events of each choice that were handed over and lie there; what the worker still holds nobody could read."""
+        return (self.sent - self.taken) // self.choices
 
     def put(self, items: list[tuple[int, Item]]) -> None:
         """Called by the loop."""

@@ -34,7 +34,7 @@ from sepjax.serve.served import Served, checked
 from sepjax.serve.state import on_host
 
 log = logging.getLogger("sepjax.serve")
-_UNREAD = 512  # events that wait for a slow client before its row is put aside
+_UNREAD = 512  # events of each choice that wait for a slow client before its row is put aside
 # Seconds between two times that tokens in the middle of an answer are handed over: at least, and for each running row.
 _EVERY, _EACH = 0.01, 2e-4
 _PATIENCE = 0.5  # seconds between two looks at the clock while nothing happens
@@ -269,7 +269,7 @@ class Worker:
             self._finish(slots, number, job, event)
             return
         self._put(job, event, is_urgent=is_first)
-        if job.inbox.sent - job.inbox.taken > _UNREAD:
+        if job.inbox.unread > _UNREAD:
             self._put_aside(slots, job)
 
     def _finish(self, slots: Slots, number: int, job: Job, event: StreamEvent) -> None:
@@ -335,7 +335,6 @@ class Worker:
             self._put(job, item)
 
     def _put(self, job: Job, item: Item, *, is_urgent: bool = True) -> None:
-        job.inbox.sent += isinstance(item, StreamEvent)
         self._out.setdefault(job.inbox, []).append((job.choice, item))
         if is_urgent:
             self._urgent.add(job.inbox)
@@ -352,6 +351,8 @@ class Worker:
         else:
             out = {inbox: self._out.pop(inbox) for inbox in self._urgent}
         self._urgent = set()
+        for inbox, items in out.items():
+            inbox.sent += sum(isinstance(item, StreamEvent) for _, item in items)
         for loop, found in itertools.groupby(out.items(), key=lambda pair: pair[0].loop):
             try:
                 loop.call_soon_threadsafe(_put_all, list(found))

@@ -3,13 +3,18 @@
 import asyncio
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
 
+from sepjax.generation.slots import SlotRequest
 from sepjax.serve import worker as worker_module
 from sepjax.serve.conversations import BLOCK, Conversations, chain
+from sepjax.serve.jobs import Inbox, Job
+from sepjax.serve.metrics import Metrics
 from sepjax.serve.state import StateError
+from sepjax.serve.worker import Worker
 from tests.serve.tiny import alone, client, running, settled, text_of, tiny_served
 
 SYSTEM = np.random.default_rng(1).integers(3, 300, 2 * BLOCK + 9).tolist()
@@ -228,6 +233,28 @@ def test_a_slow_client_holds_no_row_and_loses_nothing(served, monkeypatch):
         assert text == text_of(alone(served, prompt, 1.2, seed=3, max_new_tokens=most, stop_at_eos=False))
         assert aside == 1
         assert settled(server)
+
+
+def test_a_client_of_many_choices_is_not_slow(served):
+    """What the worker has not handed over yet is not the client's to read, and each choice has a share of the rest."""
+
+    async def found():
+        inbox = Inbox(asyncio.get_running_loop(), 4)
+        worker = Worker(lambda: served, lambda _: None, rows=4, max_waiting=0, metrics=Metrics())
+        event = next(iter(alone(served, [5], max_new_tokens=1)))
+        worker._sent_at = time.monotonic() + 3600  # it waits with what is not urgent
+        job = Job(inbox, 0, np.array([5], np.int32), SlotRequest(None), "", 0.0)
+        counts = []
+        for _ in range(8):
+            worker._put(job, event, is_urgent=False)
+        worker._send()
+        counts.append(inbox.unread)
+        worker._send(everything=True)
+        counts.append(inbox.unread)
+        await inbox.take()
+        return [*counts, inbox.unread]
+
+    assert asyncio.run(found()) == [0, 2, 0]
 
 
 def test_rows_are_found_by_their_ids_alone(served):
