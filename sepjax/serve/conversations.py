@@ -172,18 +172,20 @@ class Conversations:
             self._longest(ids, blocks)
 
     def _longest(self, ids: Ids, blocks: tuple[bytes, ...]) -> tuple[Entry | None, SavedRow | None]:
-        while (entry := self._match(ids, blocks)) is not None:
+        missed: set[Entry] = set()
+        while (entry := self._match(ids, blocks, missed)) is not None:
             row = self._row_of(entry)
             if row is not None:
                 return entry, row
+            missed.add(entry)
         return None, None
 
-    def _match(self, ids: Ids, blocks: tuple[bytes, ...]) -> Entry | None:
+    def _match(self, ids: Ids, blocks: tuple[bytes, ...], missed: set[Entry]) -> Entry | None:
         most = self._most(ids)
         with self._lock:
             for i in range(len(blocks), -1, -1):
                 place = self._places.get(blocks[i - 1] if i else b"", {})
-                fitting = [entry for entry in place.values() if _begins(entry, ids, most)]
+                fitting = [entry for entry in place.values() if entry not in missed and _begins(entry, ids, most)]
                 if fitting:
                     found = max(fitting, key=lambda entry: len(entry.ids))
                     self._entries.move_to_end(found.key)
@@ -201,7 +203,11 @@ class Conversations:
         row = entry.row
         if row is not None or self._disk is None:
             return row
-        row = self._disk.read(entry.key)
+        try:
+            row = self._disk.read(entry.key)
+        except OSError as error:  # it may be read another time
+            log.warning("a saved conversation cannot be read now", extra={"reason": str(error)})
+            return None
         with self._lock:
             if row is None:
                 self._remove(entry)

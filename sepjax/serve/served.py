@@ -170,7 +170,8 @@ def fingerprint(engine: Generator) -> str:
     found = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(engine.prepared.params):
         found.update(f"{leaf.shape}{leaf.dtype}{np.asarray(_sums(leaf)).tolist()}".encode())
-    found.update(repr(engine.attention).encode())
+    words = [dataclasses.asdict(engine.prepared.config), BoundedReader(engine.prepared).settings()]
+    found.update(repr((engine.attention, words)).encode())
     return found.hexdigest()
 
 

@@ -8,6 +8,7 @@
 A kill at any moment leaves a row whole or leaves it out.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -147,14 +148,18 @@ class StateFolder:
         return self._size(key)
 
     def read(self, key: str) -> SavedRow | None:
-        """The row, in the host's memory, which counts as used now; None: it is damaged or gone, and the log says why."""
+        """The row, in the host's memory, which counts as used now; None: it is damaged or gone, and the log says why.
+
+        Raises OSError where the files may be whole and cannot be read now (no file handles are left, say).
+        """
         try:
             row = on_host(SavedRow.read(self._folder / key, self._reader, self._config))
-            os.utime(self._folder / f"{key}.json")
-            return row
-        except (StreamStateError, OSError) as error:
-            log.warning("a saved conversation cannot be read", extra={"reason": str(error)})
+        except (StreamStateError, FileNotFoundError) as error:
+            log.warning("a saved conversation is damaged or gone", extra={"reason": str(error)})
             return None
+        with contextlib.suppress(OSError):  # it is only used earlier than it seems
+            os.utime(self._folder / f"{key}.json")
+        return row
 
     def remove(self, key: str) -> None:
         """Removes its files."""

@@ -1,5 +1,7 @@
 """Rows on disk: what is read back, what is left alone, and whose a folder is."""
 
+import copy
+import dataclasses
 import errno
 import fcntl
 import json
@@ -63,3 +65,35 @@ def test_an_entry_that_another_one_has_replaced_takes_nothing_with_it(served, ro
     assert (kept.get("one"), kept.get("two"), len(kept), kept.nbytes) == (new, new, 1, before)
     assert disk.read(new.key) is not None
     disk.close()
+
+
+def test_what_cannot_be_read_now_is_kept(served, row, tmp_path, monkeypatch):
+    """No file handles are left, say; what is damaged goes."""
+    kept, disk = opened(served, tmp_path / "state")
+    entry, ids = saved(kept, IDS, row, name="one"), np.append(IDS, IDS)
+    entry.row = None  # as after a restart
+
+    def busy(*_):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state_module.SavedRow, "read", busy)
+        assert kept.plan(ids, chain(ids)).cached == 0
+        assert kept.row(entry) is None
+    assert kept.get("one") is entry
+    assert kept.plan(ids, chain(ids)).cached == len(IDS)
+    entry.row = None
+    (tmp_path / "state" / entry.key / "stream.json").write_text("{")
+    assert kept.plan(ids, chain(ids)).cached == 0
+    assert kept.get("one") is None
+    assert not list((tmp_path / "state").glob(f"*{entry.key}*"))
+    disk.close()
+
+
+def test_a_folder_is_of_one_shape_and_way_of_keeping(served):
+    """Two models of the same weights may differ in what no weight tells."""
+    engine = served.engine
+    config = dataclasses.replace(engine.prepared.config, norm_epsilon=0.5)
+    other = copy.copy(engine)
+    other._of = dataclasses.replace(engine.prepared, config=config)
+    assert fingerprint(other) != fingerprint(engine)
