@@ -217,9 +217,11 @@ def _one(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A server with this cache, measured; the bare loop first, while nothing else has memory."""
     from sepjax.generation.engine import Generator
+    from sepjax.serve import process
     from sepjax.serve.running import Options, Running
     from sepjax.serve.served import Served
 
+    process.prepare()
     engine = Generator(model, tokenizer, attention)
     bare = _bare(settings, engine, model.config, slots)
     served = Served.create("bench", engine, None)

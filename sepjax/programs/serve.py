@@ -66,10 +66,11 @@ def main(settings: Settings) -> None:
     missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f"sepjax serve needs {', '.join(missing)}: pip install 'sepjax[serve]'")
-    from sepjax.serve import logs
+    from sepjax.serve import logs, process
     from sepjax.serve.app import Limits
     from sepjax.serve.running import Options, Running
 
+    process.prepare()
     logs.begin(settings.log_level)
     limits = Limits(max_body_bytes=settings.max_body_bytes, max_new_tokens=settings.max_new_tokens)
     options = Options(
