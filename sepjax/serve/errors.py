@@ -15,6 +15,11 @@ _TYPES = {
 }
 
 
+def _sendable(text: str) -> str:
+    """With question marks for halves of surrogate pairs, which JSON can name and UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
 class ApiError(Exception):
     """A request that is not answered: its status, and what the JSON says of it."""
 
@@ -28,7 +33,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
         kind = _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _sendable(self.param)
+        return {"error": {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         """What goes beside it."""

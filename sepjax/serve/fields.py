@@ -102,7 +102,7 @@ def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     bias = number(-100.0, 100.0)
     found = []
     for key, x in value.items():
-        if not (key.isascii() and key.isdigit()) or int(key[:10]) >= 2**31:
+        if not (key.isascii() and key.isdigit() and len(key) <= 10) or int(key) >= 2**31:
             raise wrong(f"{name}.{key[:_SHOWN]}", x, "under a token id")
         found.append((int(key), bias(f"{name}.{key}", x)))
     return tuple(found)

@@ -47,7 +47,7 @@ def ask(server, path, body=None, headers=JSON, method=None, host="127.0.0.1"):
 
 
 def test_refusals_have_openai_s_form(served):
-    with running(served, limits=Limits(max_body_bytes=5000), max_waiting=0) as server:
+    with running(served, limits=Limits(max_body_bytes=7000), max_waiting=0) as server:
         for path, body, more, status, code in (
             ("/v1/completions", b"{", {}, 400, "invalid_json"),
             ("/v1/completions", {"prompt": "a", "tempe": 1}, {}, 400, "unknown_field"),
@@ -55,10 +55,14 @@ def test_refusals_have_openai_s_form(served):
             ("/v1/completions", {"prompt": ""}, {}, 200, None),
             ("/v1/completions", {"prompt": [[]]}, {}, 400, "invalid_value"),
             ("/v1/completions", {"prompt": "\ud800"}, {}, 400, "invalid_value"),
+            ("/v1/completions", {"prompt": "a", "\ud800": 1}, {}, 400, "unknown_field"),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "\udfff": "a"}]}, {}, 400, "unknown_field"),
+            ("/v1/completions", {"prompt": "a", "logit_bias": {"1" * 5000: 1}}, {}, 400, "invalid_value"),
+            ("/v1/completions", {"prompt": "a", "logit_bias": {"0" * 5000 + "5": 1}}, {}, 400, "invalid_value"),
             ("/v1/completions", {"prompt": "a", "stop_token_ids": [10**6]}, {}, 400, "invalid_value"),
             ("/v1/completions", {"prompt": "a", "model": "gpt"}, {}, 404, "model_not_found"),
             ("/v1/completions", {"prompt": [5] * 501}, {}, 413, "prompt_too_long"),
-            ("/v1/completions", {"prompt": "a" * 6000}, {}, 413, "body_too_large"),
+            ("/v1/completions", {"prompt": "a" * 8000}, {}, 413, "body_too_large"),
             ("/v1/completions", {"prompt": ["a"] * 5}, {}, 400, None),
             ("/v1/completions", {"prompt": "a"}, {"Content-Type": "text/plain"}, 415, None),
             ("/v1/completions", None, {}, 405, None),
@@ -75,7 +79,7 @@ def test_refusals_have_openai_s_form(served):
                 assert told["error"]["code"] == code
         assert ask(server, "/v1/models", host="evil.example")[0] == 403, "a name that leads here from elsewhere"
         assert ask(server, "/health", host="localhost:8000")[0] == 200
-        chunked = iter([b"a" * 3000] * 3)  # larger than is allowed, and does not say so
+        chunked = iter([b"a" * 3000] * 4)  # larger than is allowed, and does not say so
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         connection.request("POST", "/v1/completions", chunked, JSON, encode_chunked=True)
         assert connection.getresponse().status == 413
