@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from sepjax.command.settings import flags_of
 from sepjax.config import ConfigError
 from sepjax.programs import serve
-from sepjax.serve import logs
+from sepjax.serve import logs, process
 from sepjax.serve import running as running_module
 from sepjax.serve.app import Limits
 from tests.commands import Called, leaves, refusal, unlike
@@ -239,6 +240,7 @@ def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
         raise Called
 
     monkeypatch.setattr("sepjax.serve.running.Running", Spy)
+    monkeypatch.setattr("sepjax.serve.process.prepare", lambda: None)
     monkeypatch.setattr("sepjax.serve.logs.begin", lambda level: seen.append(level))
     monkeypatch.setattr("sepjax.loading.load", load)
     own = [flag for flag in flags_of(serve.Settings) if flag.name not in ("workdir", "download", "pattern")]
@@ -267,6 +269,21 @@ def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
     assert "sepjax serve needs starlette, uvicorn, prometheus_client: pip install" in refusal(
         capfd, "serve", "--model=m"
     )
+
+
+def test_a_process_that_serves_may_open_many_files_and_its_threads_take_short_turns():
+    before, interval = resource.getrlimit(resource.RLIMIT_NOFILE), sys.getswitchinterval()
+    low = min(256, before[1]) if before[1] != resource.RLIM_INFINITY else 256
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(low, len(os.listdir("/proc/self/fd")) + 64), before[1]))
+        process.prepare()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert hard == before[1]
+        assert soft == (1 << 16 if hard == resource.RLIM_INFINITY else min(1 << 16, hard))
+        assert sys.getswitchinterval() == pytest.approx(5e-4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        sys.setswitchinterval(interval)
 
 
 PROGRAM = """
