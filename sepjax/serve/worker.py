@@ -244,12 +244,12 @@ class Worker:
         assert self._keeper is not None
         del self._running[number]
         cut, job.cut = job.cut, 0
-        if event.finish_reason == "full":  # a cache that must not lose separators
+        row = None if event.finish_reason == "full" else before_last(slots.save(number))
+        if row is None or row.is_full:  # a cache that must not lose separators: nothing can go on from it
             slots.cancel(number)
             self.conversations.given_up(cut, job.blocks)
             self._read(slots, job, Plan(None, None, 0))
             return
-        row = before_last(slots.save(number))
         entry = self.conversations.made(cut, job.blocks, job.ids, row)
         self._keeper.put(entry)
         self._read(slots, job, Plan(entry, row, 0))
@@ -282,6 +282,9 @@ class Worker:
             self._end(job, event)
             return
         row = before_last(slots.save(number))
+        if row.is_full:  # whatever it ended by: whoever went on from it would be refused
+            self._end(job, event)
+            return
         ids = np.concatenate([job.ids, np.array(job.answer, np.int32)])
         if row.seen != len(ids) - 1:  # or somebody would go on from another text
             raise RuntimeError(f"a row has seen {row.seen} tokens, expected {len(ids) - 1}")

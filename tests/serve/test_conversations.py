@@ -10,7 +10,7 @@ import pytest
 
 from sepjax.generation.slots import SlotRequest
 from sepjax.serve import worker as worker_module
-from sepjax.serve.conversations import BLOCK, Conversations, chain
+from sepjax.serve.conversations import BLOCK, Conversations, before_last, chain
 from sepjax.serve.jobs import Inbox, Job
 from sepjax.serve.metrics import Metrics
 from sepjax.serve.state import StateError
@@ -119,6 +119,29 @@ def test_a_cache_that_must_not_lose_separators_ends_its_own_answer_only():
             assert (got.choices[0].text, got.choices[0].finish_reason) == ("", "length")
             assert (cached(got), got.usage.completion_tokens) == (0, 0)
         assert complete(server, [5, 6]).usage.completion_tokens == 10
+        assert server.worker.conversations._making == set()
+        assert settled(server)
+
+
+def test_a_row_that_is_full_is_not_kept():
+    """It may end by its length before anybody says so. Whoever went on from it would be refused."""
+    served = tiny_served(keep_all_separators=True)
+    (dot,) = served.tokenizer.encode(".")[-1:]
+    with running(served) as server:
+        for size in range(1, 2 * BLOCK + 2):
+            stream = served.engine.stream([dot] * size, bounded=True, max_new_tokens=1)
+            list(stream)
+            if before_last(stream.saved()).is_full:
+                break
+        else:
+            pytest.fail("it never gets full")
+        got = complete(server, [dot] * size, max_tokens=1)
+        assert got.usage.completion_tokens == 1
+        assert server.worker.conversations.get(got.id) is None
+        for _ in range(3):  # at the second a beginning is read by itself
+            again = complete(server, [*[dot] * max(size, BLOCK), 5, 6], max_tokens=1)
+            assert again.choices[0].finish_reason == "length"
+        assert not any(entry.row.is_full for entry in server.worker.conversations._entries.values())
         assert server.worker.conversations._making == set()
         assert settled(server)
 
