@@ -25,6 +25,7 @@ import numpy as np
 from sepjax.array_typing import Int32
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.saved_row import SavedRow
+from sepjax.serve.served import row_bytes
 from sepjax.serve.state import StateFolder
 
 log = logging.getLogger("sepjax.serve")
@@ -122,6 +123,8 @@ class Conversations:
         for found in disk.entries() if disk is not None else ():
             place = (b"", *chain(found.ids))[-1]
             self._put(Entry(found.key, place, found.ids, found.last, None, found.row_bytes, found.nbytes, found.names))
+        if self._entries and self.is_on:
+            self._evict(besides=next(reversed(self._entries.values())))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -235,12 +238,11 @@ class Conversations:
         """
         place, rest = (blocks[-1] if blocks else b""), np.ascontiguousarray(ids[len(blocks) * BLOCK :], np.int32)
         key = hashlib.blake2b(place + rest.tobytes(), digest_size=16).hexdigest()
-        cache: Any = row.state.cache
         with self._lock:
             old = self._entries.get(key)
             names = () if old is None else old.names
             last = old.last if old is not None and last is None else last
-            entry = Entry(key, place, ids, last, row, cache.nbytes, 0 if old is None else old.disk_bytes)
+            entry = Entry(key, place, ids, last, row, row_bytes(row.state), 0 if old is None else old.disk_bytes)
             entry.names = (*names, *([name] if name else []))[-_NAMES:]
             if old is not None:
                 self._forget(old)
@@ -305,7 +307,10 @@ class Conversations:
             self._disk.remove(entry.key)
 
     def _evict(self, besides: Entry) -> None:
-        """Rows go from memory, the oldest first; an entry that is on disk stays, and is read from there."""
+        """Rows go from memory, the oldest first; an entry that is on disk stays, and is read from there.
+
+        Where ids alone are above the budget, the oldest go from the disk too: nobody could find them again.
+        """
         for entry in list(self._entries.values()):
             if self.nbytes <= self._budget:
                 return
@@ -316,6 +321,11 @@ class Conversations:
                 self.nbytes -= entry.row_bytes
             else:
                 self._forget(entry)
+        for entry in list(self._entries.values()):
+            if self.nbytes <= self._budget:
+                return
+            if entry is not besides:
+                self._remove(entry)
 
     def _evict_from_disk(self, besides: Entry) -> None:
         assert self._disk is not None

@@ -70,9 +70,8 @@ class Served:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row's cache."""
-        state: Any = jax.eval_shape(lambda: BoundedReader(self.engine.prepared).empty(row_keys(0, 1)))
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
+        """Of one row, as it is kept."""
+        return row_bytes(jax.eval_shape(lambda: BoundedReader(self.engine.prepared).empty(row_keys(0, 1))))
 
     @property
     def cache_size(self) -> int:
@@ -153,6 +152,12 @@ class Served:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def row_bytes(state: Any) -> int:
+    """Of a `DecodeState`'s arrays, or their shapes: the cache, and how often every token of the vocabulary was used."""
+    leaves = jax.tree.leaves(dataclasses.replace(state, key=None))
+    return sum(x.size * x.dtype.itemsize for x in leaves)
 
 
 def seed_of(wanted: Wanted) -> int:

@@ -97,3 +97,23 @@ def test_a_folder_is_of_one_shape_and_way_of_keeping(served):
     other = copy.copy(engine)
     other._of = dataclasses.replace(engine.prepared, config=config)
     assert fingerprint(other) != fingerprint(engine)
+
+
+def test_ids_are_bounded_too(served, row, tmp_path):
+    """Of rows on disk the ids stay in memory; they count, and so does all of a row."""
+    kept, disk = opened(served, tmp_path / "state", memory=2 * served.row_bytes + 4 * 4000)
+    leaves = jax.tree.leaves(dataclasses.replace(row.state, key=None))
+    first = saved(kept, IDS, row)
+    assert first.row_bytes == served.row_bytes == sum(leaf.nbytes for leaf in leaves)
+    text = np.full(served.row_bytes // 4, 7, np.int32)
+    for number in range(4):
+        text[0] = number
+        saved(kept, text.copy(), row, name=str(number))
+        assert kept.nbytes <= 2 * served.row_bytes + 4 * 4000
+    assert kept.get("3") is not None
+    assert kept.get("0") is None
+    assert len(list((tmp_path / "state").glob("[!.]*.json"))) == 1 + len(kept)
+    disk.close()
+    again, disk = opened(served, tmp_path / "state", memory=len(text) * 4 + 100)
+    assert [entry.names for entry in again._entries.values()] == [("3",)]
+    disk.close()
