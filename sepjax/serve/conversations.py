@@ -16,7 +16,6 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -10,10 +10,12 @@ A kill at any moment leaves a row whole or leaves it out.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import numpy as np
 
 from sepjax.array_typing import Int32
 from sepjax.config import UserError
-from sepjax.files import write_text
+from sepjax.files import whole_folder, write_text
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.saved import StreamStateError
 from sepjax.generation.saved_row import SavedRow
@@ -31,6 +33,9 @@ from sepjax.serve.served import Served
 
 log = logging.getLogger("sepjax.serve")
 _SERVER, _LOCK, _VERSION = "server.json", "lock", 1
+_LOST = "lost+found"  # a file system's own
+_KEY, _ROW = re.compile(r"[0-9a-f]{32}\.json"), re.compile(r"[0-9a-f]{32}")
+_HALF = re.compile(r"\.(?:server|[0-9a-f]{32})\.json\.\d+\.partial|\.[0-9a-f]{32}\.(?:partial|old)")  # `sepjax.files`
 
 
 def on_host(row: SavedRow) -> SavedRow:
@@ -73,13 +78,17 @@ class StateFolder:
         self.budget = budget
         self._folder, self._config = Path(folder), served.engine.prepared.config
         self._reader = BoundedReader(served.engine.prepared)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what people said lies there
         self._check(served.fingerprint)
         self._handle = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.close()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise StateError(
+                    f"cannot lock {str(self._folder)!r}: {error.strerror}; choose a folder on a file system with locks"
+                ) from error
             raise StateError(f"another server uses {str(self._folder)!r}; give each a folder of its own") from error
         mine = {"version": _VERSION, "fingerprint": served.fingerprint, "model": served.name}
         write_text(self._folder / _SERVER, json.dumps(mine, indent=2) + "\n")
@@ -89,7 +98,8 @@ class StateFolder:
         os.close(self._handle)
 
     def _check(self, fingerprint: str) -> None:
-        names = {path.name for path in self._folder.iterdir()} - {_LOCK}
+        names = {path.name for path in self._folder.iterdir()} - {_LOCK, _LOST}
+        names = {name for name in names if not _HALF.fullmatch(name)}
         if not names:
             return
         try:
@@ -107,12 +117,20 @@ class StateFolder:
             )
 
     def entries(self) -> list[OnDisk]:
-        """All rows that are whole, the least recently used first; what a kill has left half done is removed."""
-        found = [(path.stat().st_mtime_ns, path) for path in self._folder.glob("*.json") if path.name != _SERVER]
+        """All rows that are whole, the least recently used first; what a kill has left half done is removed.
+
+        Files with names that this class does not give are left alone.
+        """
+        found = [(path.stat().st_mtime_ns, path) for path in self._folder.iterdir() if _KEY.fullmatch(path.name)]
         whole = [entry for _, path in sorted(found) if (entry := self._entry(path)) is not None]
         known = {entry.key for entry in whole}
+        read_from = {
+            whole_folder(self._folder / key).name for key in known
+        }  # .KEY.old, where a kill fell between renames
         for path in self._folder.iterdir():
-            if path.name in (_SERVER, _LOCK) or path.name.removesuffix(".json") in known:
+            ours = _KEY.fullmatch(path.name) or _HALF.fullmatch(path.name) or _ROW.fullmatch(path.name)
+            key = path.name.removesuffix(".json")
+            if not ours or key in known or path.name in read_from:
                 continue
             log.warning("removed what was half written", extra={"name_on_disk": path.name})
             if path.is_dir():
@@ -134,7 +152,7 @@ class StateFolder:
             return None
 
     def _size(self, key: str) -> int:
-        files = [self._folder / f"{key}.json", *(self._folder / key).iterdir()]
+        files = [self._folder / f"{key}.json", *whole_folder(self._folder / key).iterdir()]
         return sum(path.stat().st_size for path in files)
 
     def write(
@@ -164,4 +182,5 @@ class StateFolder:
     def remove(self, key: str) -> None:
         """Removes its files."""
         (self._folder / f"{key}.json").unlink(missing_ok=True)
-        shutil.rmtree(self._folder / key, ignore_errors=True)
+        for name in (key, f".{key}.old"):
+            shutil.rmtree(self._folder / name, ignore_errors=True)

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import errno
 import fcntl
-import json
 import stat
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from sepjax.serve import state as state_module
-from sepjax.serve.conversations import BLOCK, Conversations, chain
+from sepjax.serve.conversations import Conversations, chain
 from sepjax.serve.served import fingerprint
 from sepjax.serve.state import StateError, StateFolder
 from tests.serve.tiny import tiny_served
@@ -117,3 +116,40 @@ def test_ids_are_bounded_too(served, row, tmp_path):
     again, disk = opened(served, tmp_path / "state", memory=len(text) * 4 + 100)
     assert [entry.names for entry in again._entries.values()] == [("3",)]
     disk.close()
+
+
+def test_a_folder_keeps_what_is_not_ours_and_what_can_be_read(served, row, tmp_path):
+    """A kill between two renames leaves the row under another name; the first start may be killed, too."""
+    folder = tmp_path / "state"
+    folder.mkdir()
+    (folder / "lost+found").mkdir()
+    (folder / ".server.json.12.partial").write_text("{")
+    kept, disk = opened(served, folder)
+    entry, other = saved(kept, IDS, row, name="one"), saved(kept, IDS[:-1], row, name="two")
+    disk.close()
+    (folder / entry.key).rename(folder / f".{entry.key}.old")
+    (folder / f".{other.key}.old").mkdir()
+    (folder / "notes.json").write_text("mine")
+    kept, disk = opened(served, folder)
+    names = {path.name for path in folder.iterdir()}
+    rows = {f".{entry.key}.old", f"{entry.key}.json", other.key, f"{other.key}.json"}
+    assert names == {"server.json", "lock", "lost+found", "notes.json"} | rows
+    assert disk.read(entry.key).seen == row.seen
+    kept._remove(kept.get("one"))
+    assert not list(folder.glob(f"*{entry.key}*"))
+    disk.close()
+
+
+def test_a_folder_is_for_its_server_alone(served, tmp_path, monkeypatch):
+    _, disk = opened(served, tmp_path / "state")
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
+    with pytest.raises(StateError, match="another server uses"):
+        StateFolder(tmp_path / "state", served, 1)
+    disk.close()
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StateError, match=r"cannot lock .*: No locks available; choose a folder on"):
+        StateFolder(tmp_path / "state", served, 1)
