@@ -271,7 +271,8 @@ class EventStream(Response):
                     break
                 chunks = self._reading.answer.chunks(await self._reading.take())
         except ApiError as error:
-            await send({"type": "http.response.body", "body": error_event(error), "more_body": True})
+            await send({"type": "http.response.body", "body": error_event(error), "more_body": False})
+            raise  # for the log: it was not the client that went away
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

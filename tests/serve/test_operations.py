@@ -170,9 +170,9 @@ def test_all_is_503_while_the_model_is_loaded_and_while_it_stops(served):
         ask(server, "/health")
 
 
-def test_what_runs_or_waits_longer_than_the_drain_is_told(served):
+def test_what_runs_or_waits_longer_than_the_drain_is_told(served, caplog):
     settings = {"max_tokens": 10**6, "stream": True, "extra_body": {"ignore_eos": True}}
-    with running(served, drain_seconds=0.2) as server:
+    with caplog.at_level(logging.INFO, "sepjax.serve"), running(served, drain_seconds=0.2) as server:
         api = client(server)
         streams = [api.completions.create(model="tiny", prompt=[5], **settings) for _ in range(4)]
         for stream in streams:
@@ -196,6 +196,8 @@ def test_what_runs_or_waits_longer_than_the_drain_is_told(served):
         for stream in streams:
             with pytest.raises(openai.APIError, match="the server is stopping"):
                 list(stream)
+    said = [vars(record)["status"] for record in caplog.records if record.message == "not answered"]
+    assert said == [503] * 5, "499 is a client that went away"
 
 
 def test_a_failure_ends_the_server_and_says_why(served, caplog):
