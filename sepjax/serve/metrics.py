@@ -52,16 +52,17 @@ class Metrics:
         self._first.observe(first)
         self._each.observe(each)
 
-    def ended(self, reason: str, seconds: float, prompt: int, generated: int) -> None:
-        """One choice has ended."""
-        self._ended.labels(reason).inc()
-        self._whole.observe(seconds)
+    def begun(self, prompt: int, cached: int) -> None:
+        """A choice has a row: tokens of its prompt, and how many of them are not read again."""
         self._prompt.inc(prompt)
-        self._generated.inc(generated)
+        self._cached.inc(cached)
 
-    def cached(self, tokens: int) -> None:
-        """So many tokens of a prompt were not read again."""
-        self._cached.inc(tokens)
+    def ended(self, reason: str | None, seconds: float, generated: int) -> None:
+        """A choice has come to its end for a reason, or (None) was broken off."""
+        self._generated.inc(generated)
+        if reason is not None:
+            self._ended.labels(reason).inc()
+            self._whole.observe(seconds)
 
     def text(self) -> bytes:
         """In Prometheus's format."""

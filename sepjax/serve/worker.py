@@ -214,7 +214,7 @@ class Worker:
             return
         assert self.conversations is not None
         plan = self.conversations.plan(job.ids, job.blocks)
-        self._metrics.cached(plan.cached)
+        self._metrics.begun(len(job.ids), plan.cached)
         self._put(job, Begun(plan.cached))
         if plan.cut:
             job.cut = plan.cut
@@ -328,10 +328,11 @@ class Worker:
             self._running.pop(job.number, None)
         if job.cut and self.conversations is not None:
             self.conversations.given_up(job.cut, job.blocks)
-        reason = item.finish_reason if isinstance(item, StreamEvent) else "abort" if item is None else "error"
+        reason = item.finish_reason if isinstance(item, StreamEvent) else None
         seconds = time.perf_counter() - job.came
-        self._seconds += 0.1 * (seconds - self._seconds)
-        self._metrics.ended(str(reason), seconds, len(job.ids), len(job.answer))
+        if reason is not None:
+            self._seconds += 0.1 * (seconds - self._seconds)
+        self._metrics.ended(reason, seconds, len(job.answer))
         with self._lock:
             self._open -= 1
         if item is not None:

@@ -198,6 +198,10 @@ def test_what_runs_or_waits_longer_than_the_drain_is_told(served, caplog):
                 list(stream)
     said = [vars(record)["status"] for record in caplog.records if record.message == "not answered"]
     assert said == [503] * 5, "499 is a client that went away"
+    counts = server.metrics.text().decode()
+    assert "sepjax:prompt_tokens_total 4.0" in counts, "four prompts of a token were read, the fifth was not"
+    assert "sepjax:e2e_request_latency_seconds_count 0.0" in counts
+    assert "finished_reason=" not in counts, "none has come to its end"
 
 
 def test_a_failure_ends_the_server_and_says_why(served, caplog):
