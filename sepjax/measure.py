@@ -88,12 +88,16 @@ def checkout(root: Path = _ROOT) -> tuple[str | None, bool | None]:
     return commit.strip(), bool(changes.strip())
 
 
-def provenance() -> dict[str, Any]:
-    """What stands beside every measured figure: device, jax version, commit of sepjax, changes to it, UTC time."""
+def provenance(*, has_device: bool = True) -> dict[str, Any]:
+    """What stands beside every measured figure: device, jax version, commit of sepjax, changes to it, UTC time.
+
+    Args:
+      has_device: whether this process measures a device; False: none is named, and JAX does not take one.
+    """
     head, changed = checkout()
+    device = {"device": jax.devices()[0].device_kind, "devices": jax.device_count()} if has_device else {}
     return {
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
+        **device,
         "jax": jax.__version__,
         "commit": head,
         "changed": changed,
@@ -105,4 +109,5 @@ def heading(source: dict[str, Any]) -> str:
     """`provenance()` in one line, to stand above a table."""
     head = f"commit {source['commit'][:9]}" if source["commit"] else "no commit known"
     changed = " with changes" if source["changed"] else ""
-    return f"{source['device']}, jax {source['jax']}, {head}{changed}, {source['date']}"
+    device = f"{source['device']}, " if "device" in source else ""
+    return f"{device}jax {source['jax']}, {head}{changed}, {source['date']}"

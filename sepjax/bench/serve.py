@@ -109,7 +109,8 @@ def measure(settings: Settings, url: str, slots: int, label: str) -> list[dict[s
             url, settings.seconds, rate, users, settings.prompt_median, settings.prompt_sigma, settings.answer_median,
             settings.answer_sigma, settings.turns, settings.pause, settings.seed + number, settings.api_key,
         )  # fmt: skip
-        found = {"cache": label, "slots": slots, "load": name, **_in_a_process(plan), "memory": _memory()}
+        memory = None if settings.url else _memory()  # that of this process says nothing about a server elsewhere
+        found = {"cache": label, "slots": slots, "load": name, **_in_a_process(plan), "memory": memory}
         if name == "full":
             capacity = found["turns_per_second"] / settings.turns
         print(_row(found), flush=True)
@@ -119,8 +120,9 @@ def measure(settings: Settings, url: str, slots: int, label: str) -> list[dict[s
 
 def _in_a_process(plan: load.Plan) -> dict[str, Any]:
     """The load from outside: threads of one Python would take time from each other."""
-    command = [sys.executable, "-m", "sepjax.bench.load", json.dumps(dataclasses.asdict(plan))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "sepjax.bench.load"]  # the plan has a key in it, and all may see arguments
+    words = json.dumps(dataclasses.asdict(plan))
+    done = subprocess.run(command, input=words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"the load on {plan.url} failed: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -148,13 +150,14 @@ def _row(x: dict[str, Any]) -> str:
         return f"{'-' if x[name] is None else format(1e3 * x[name], ',.0f'):>{width}}"
 
     rate = f"{x['rate']:.2f}" if x["rate"] else "-"
-    memory = x["memory"].get("device", x["memory"]["resident"])
+    memory = "-" if x["memory"] is None else f"{x['memory'].get('device', x['memory']['resident']) / 1e6:,.0f}"
     times = f"{ms('first_token_p50', 11)}{ms('first_token_p99', 8)}{ms('per_token_p50', 11)}{ms('per_token_p99', 8)}"
     return (
         f"{x['cache']:<26}{x['load']:>7}{rate:>8}{x['requests']:>9}{x['errors']:>7}{times}"
         f"{x['tokens_per_second']:>10,.0f}{x['cached_share']:>8.0%}{x['running']:>9.1f}{x['slots_held']:>9,.0f}"
-        f"{x['cache_bytes'] / 1e6:>10,.1f}{memory / 1e6:>11,.0f}" + (f"  {x['first_error']}" if x["errors"] else "")
-    )
+        f"{x['cache_bytes'] / 1e6:>10,.1f}{memory:>11}" + (f"  {x['first_error']}" if x["errors"] else "")
+        + (f"  /metrics: {x['metrics_error']}" if x["metrics_error"] else "")
+    )  # fmt: skip
 
 
 # -- a server of our own -------------------------------------------------------------------------------------------
@@ -250,7 +253,7 @@ def main(settings: Settings) -> None:
     """Prints a line a load, then JSON."""
     from sepjax.measure import heading, provenance
 
-    source = provenance()
+    source = provenance(has_device=not settings.url)
     print(heading(source))
     print(_COLUMNS + "   (times in ms)")
     if settings.url:

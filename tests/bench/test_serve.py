@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import subprocess
 
 import pytest
 
@@ -39,6 +40,36 @@ def test_a_load_is_answered_and_measured():
         assert any((turn.error or "").startswith("LoadError: 429") for turn in crowd.turns), "44 may run or wait"
 
 
+def test_a_server_without_metrics_is_told_of(monkeypatch):
+    async def refuse(self, path, body=None):
+        raise load.LoadError(f"404: no {path}")
+
+    async def looked():
+        monkeypatch.setattr(load.Server, "whole", refuse)
+        run = load.Load(load.Plan("http://127.0.0.1:1", 1.0, 1.0))
+        task = asyncio.create_task(run._look())
+        await asyncio.sleep(0.01)
+        assert not task.done(), "it looks again"
+        task.cancel()
+        return run.summary()
+
+    found = asyncio.run(looked())
+    assert (found["metrics_error"], found["running"]) == ("LoadError: 404: no /metrics", 0.0)
+
+
+def test_no_other_process_sees_the_key(monkeypatch):
+    seen: list = []
+
+    def run(command, *, input, **_):
+        seen.append(command)
+        plan = load.Plan(**json.loads(input))
+        return subprocess.CompletedProcess(command, 0, json.dumps({"key": plan.api_key}), "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert serve._in_a_process(load.Plan("http://x", 1.0, 1.0, api_key="secret")) == {"key": "secret"}
+    assert "secret" not in str(seen)
+
+
 def test_tokens_count_where_they_came():
     turn = load.Turn(sent=0.0, first=2.0, last=4.0, tokens=21)
     assert load._within(turn, 0.0, 10.0) == 21
@@ -71,3 +102,7 @@ def test_the_program_prints_a_line_a_load_and_json(capfd, monkeypatch):
     full, half = said["figures"]
     assert half["rate"] == pytest.approx(0.5 * full["turns_per_second"] / 2.0)
     assert len(lines) == 5
+    assert "device" not in said, "of a server elsewhere"
+    assert (full["memory"], full["metrics_error"]) == (None, None)
+    assert " - " in serve._row(full | {"metrics_error": "LoadError: 404: no"})
+    assert serve._row(full | {"metrics_error": "LoadError: 404: no"}).endswith("  /metrics: LoadError: 404: no")
