@@ -115,6 +115,7 @@ class Api:
 
         def find() -> list[int]:
             asked = tokenize_request(load_json(body))
+            _check_model(served, asked.model)
             if asked.messages is not None:
                 return served.chat_ids(asked.messages)
             assert asked.prompt is not None
@@ -126,8 +127,13 @@ class Api:
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
         served, body = self._worker.ready(), await self._body(request)
-        text = await _in_thread(lambda: served.text_of(detokenize_request(load_json(body))))
-        return JSONResponse({"prompt": text})
+
+        def find() -> str:
+            asked = detokenize_request(load_json(body))
+            _check_model(served, asked.model)
+            return served.text_of(asked.tokens)
+
+        return JSONResponse({"prompt": await _in_thread(find)})
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
@@ -145,8 +151,7 @@ class Api:
     ) -> tuple[Answer, Wanted, list[Job]]:
         """Everything that takes time and no device, outside the event loop. Raises ApiError, UserError."""
         wanted, is_chat = asked.wanted, isinstance(asked, ChatRequest)
-        if wanted.model is not None:
-            _check_model(served, wanted.model)
+        _check_model(served, wanted.model)
         self._worker.check_room(wanted.n * (1 if isinstance(asked, ChatRequest) else len(asked.prompts)))
         if isinstance(asked, ChatRequest):
             prompts = [served.chat_ids(asked.messages)]
@@ -318,8 +323,8 @@ def _model(served: Served) -> dict[str, Any]:
     return {"id": served.name, "object": "model", "created": 0, "owned_by": "sepjax"}
 
 
-def _check_model(served: Served, name: str) -> None:
-    if name != served.name:
+def _check_model(served: Served, name: str | None) -> None:
+    if name is not None and name != served.name:
         raise ApiError(
             404, f"the model {name[:80]!r} does not exist here; there is {served.name!r}", param="model",
             code="model_not_found",

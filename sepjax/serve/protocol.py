@@ -113,9 +113,18 @@ class CompletionRequest:
 class TokenizeRequest:
     """`POST /tokenize`: a text, or messages as a chat has them."""
 
+    model: str | None
     prompt: str | None
     messages: tuple[Message, ...] | None
     add_special_tokens: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class DetokenizeRequest:
+    """`POST /detokenize`."""
+
+    model: str | None
+    tokens: tuple[int, ...]
 
 
 def load_json(body: bytes) -> Any:
@@ -174,17 +183,21 @@ def tokenize_request(body: Any) -> TokenizeRequest:
         "model": Field(text),
         "prompt": Field(text),
         "messages": Field(_messages),
-        "add_special_tokens": Field(flag, True),
+        "add_special_tokens": Field(flag),
     }
     values = read(body, known, {})
     if (values["prompt"] is None) == (values["messages"] is None):
         raise ApiError(400, "give prompt or messages, one of them", param="prompt", code="invalid_value")
-    return TokenizeRequest(values["prompt"], values["messages"], values["add_special_tokens"])
+    special = values["add_special_tokens"]
+    if special is not None and values["messages"] is not None:
+        raise wrong("add_special_tokens", special, "left out beside messages, which have those of their template")
+    return TokenizeRequest(values["model"], values["prompt"], values["messages"], special is not False)
 
 
-def detokenize_request(body: Any) -> tuple[int, ...]:
+def detokenize_request(body: Any) -> DetokenizeRequest:
     """Raises ApiError."""
-    return _given(read(body, {"model": Field(text), "tokens": Field(token_ids)}, {}), "tokens")
+    values = read(body, {"model": Field(text), "tokens": Field(token_ids)}, {})
+    return DetokenizeRequest(values["model"], _given(values, "tokens"))
 
 
 def _given(values: dict[str, Any], name: str) -> Any:

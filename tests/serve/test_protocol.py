@@ -142,6 +142,7 @@ def test_bodies_that_are_not_json():
     for read, body in (
         (tokenize_request, {}),
         (tokenize_request, {"prompt": "a", "messages": HI}),
+        (tokenize_request, {"messages": HI, "add_special_tokens": False}),
         (detokenize_request, {}),
     ):
         refusal(read, body)
