@@ -347,7 +347,9 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     found = ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
-    return _respond(found)
+    response = _respond(found)
+    response.headers.update(error.headers or {})  # of a 405, what is allowed
+    return response
 
 
 async def _bug(request: Request, error: Exception) -> Response:

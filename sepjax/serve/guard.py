@@ -37,7 +37,7 @@ class Guard:
         if not self._key:
             host = headers.get("host", "localhost")
             name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-            if name in LOCAL:
+            if name.lower() in LOCAL:
                 return None
             return ApiError(403, f"requests without a key must be for {' or '.join(LOCAL)}, got Host: {host[:80]}")
         if not path.startswith(_GUARDED):

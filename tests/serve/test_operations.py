@@ -82,7 +82,8 @@ def test_refusals_have_openai_s_form(served):
                 assert told["error"].keys() == {"message", "type", "param", "code"}
                 assert told["error"]["code"] == code
         assert ask(server, "/v1/models", host="evil.example")[0] == 403, "a name that leads here from elsewhere"
-        assert ask(server, "/health", host="localhost:8000")[0] == 200
+        assert ask(server, "/health", host="LocalHost:8000")[0] == 200
+        assert ask(server, "/v1/completions")[1]["allow"] == "POST"
         chunked = iter([b"a" * 3000] * 4)  # larger than is allowed, and does not say so
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         connection.request("POST", "/v1/completions", chunked, JSON, encode_chunked=True)
