@@ -170,7 +170,7 @@ def test_no_text_takes_long_to_read():
     texts = [piece * (size // len(piece)) for piece in pieces] + [
         "# " + " " * size + "x", "```" + " " * size + "`", "*a " * 9999 + "a* " * 9999, "- \n" * 9999,
         "https://a.org/" + "." * size + "x", "".join(f"{' ' * i}- a\n" for i in range(300)),
-        "|a|\n|-|" + " " * size + "x",
+        "|a|\n|-|" + " " * size + "x", "[a](" + " " * 4 * size + "x", "[a](b" + " " * 4 * size + "x",
     ]  # fmt: skip
     assert len(parsed(*texts, budget=60)) == len(texts)
 

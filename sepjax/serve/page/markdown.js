@@ -129,7 +129,8 @@ const leading = (line) => line.length - line.trimStart().length;
 
 // -- inside a block ------------------------------------------------------------------------------------------------
 
-const LINK = /!?\[((?:[^[\]\\\n]|\\.)*)\]\(\s*([^\s()\\]*(?:\([^\s()\\]*\)[^\s()\\]*)*)(?:\s+"[^"\n]*")?\s*\)/y;
+// Few spaces at a time: \s* beside \s* would take n^2 steps for n spaces.
+const LINK = /!?\[((?:[^[\]\\\n]|\\.)*)\]\(\s{0,16}([^\s()\\]*(?:\([^\s()\\]*\)[^\s()\\]*)*)(?:\s{1,16}"[^"\n]*")?\s{0,16}\)/y;
 const BARE = /https?:\/\/[^\s<>"'`*\]|\\]+/y;
 const ANGLED = /<(https?:\/\/[^\s<>]*)>/y;
 const WORD = /[\p{L}\p{N}]/u;
