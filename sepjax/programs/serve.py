@@ -66,6 +66,7 @@ def main(settings: Settings) -> None:
     missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f"sepjax serve needs {', '.join(missing)}: pip install 'sepjax[serve]'")
+    from sepjax import console
     from sepjax.serve import logs, process
     from sepjax.serve.app import Limits
     from sepjax.serve.running import Options, Running
@@ -78,7 +79,8 @@ def main(settings: Settings) -> None:
         api_key=settings.key, drain_seconds=settings.drain_seconds, cache_memory=settings.cache_memory << 20,
         state=settings.state, state_bytes=settings.state_size << 20,
     )  # fmt: skip
-    Running(lambda: load(settings), options).run()
+    with console.given_to(logs.warn):
+        Running(lambda: load(settings), options).run()
 
 
 def load(settings: Settings) -> "Served":

@@ -25,6 +25,11 @@ class JsonLines(logging.Formatter):
         return json.dumps(found, default=str, ensure_ascii=False)
 
 
+def warn(message: str) -> None:
+    """A line that other parts of sepjax have for whoever runs the server."""
+    logging.getLogger("sepjax.serve").warning(message.removeprefix("warning: "))
+
+
 def begin(level: str) -> None:
     """From here on to stderr; of the HTTP library only what went wrong."""
     handler = logging.StreamHandler(sys.stderr)

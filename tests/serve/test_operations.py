@@ -17,6 +17,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from sepjax import console, separators
 from sepjax.command.settings import flags_of
 from sepjax.config import ConfigError
 from sepjax.programs import serve
@@ -235,6 +236,18 @@ def test_the_log_has_no_contents(served, caplog):
     assert line["event"] == "answered"
     assert (line["status"], line["completion_tokens"], line["finish"]) == (200, 3, ["length"])
     assert not any(word in logs.JsonLines().format(found) for found in caplog.records for word in ("cat", "secret"))
+
+
+def test_what_others_say_is_a_line_of_the_log(served, caplog, capfd, monkeypatch):
+    """Of a prompt with few separators, say: stderr has a JSON object a line."""
+    monkeypatch.setattr(separators, "_warned", set())
+    (word,) = served.tokenizer.encode("a", bos=False)[:1]
+    with caplog.at_level(logging.INFO, "sepjax.serve"), console.given_to(logs.warn), running(served) as server:
+        client(server).completions.create(model="tiny", prompt=[word] * 300, max_tokens=1)
+    assert "separators" not in capfd.readouterr().err
+    (line,) = [logs.JsonLines().format(x) for x in caplog.records if "separators" in x.message]
+    assert json.loads(line)["level"] == "warning"
+    assert json.loads(line)["event"].startswith("a prompt: 0.00% of 300 tokens are separators")
 
 
 def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
