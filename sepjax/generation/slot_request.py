@@ -51,6 +51,18 @@ class Slot:
     has_drawn: bool = False
     is_cancelled: bool = False
 
+    def run_length(self, lengths: Sequence[int]) -> int:
+        """Tokens of the program that reads what comes next: of these, the shortest that takes all, or the longest."""
+        return next((length for length in lengths if length >= len(self.pending)), lengths[-1])
+
+    def next_run(self, lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What comes next, int32[1, T]; how many of it count; whether nothing is left then."""
+        length = self.run_length(lengths)
+        part = self.pending[:length]
+        tokens = np.zeros((1, length), np.int32)
+        tokens[0, : len(part)] = part
+        return tokens, np.array([len(part)], np.int32), np.array(len(part) == len(self.pending))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
@@ -61,7 +73,7 @@ class Run:
     at: int  # its record's number in the flight
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Flight:
     """What the device was asked for, on its way."""
 

@@ -284,8 +284,9 @@ class Slots:
             return None
         slots, reads, runs = tuple(self._slots), [], []
         for i in reading:
-            slot, read = slots[i], self._next_run(i)
+            slot = slots[i]
             assert slot is not None
+            read = slot.next_run(self._runs)
             reads.append((_number(i), *read))
             runs.append(Run(slot, bool(read[-1]), len(reads)))
         ended = np.array([slot is None for slot in slots]) if steps else None
@@ -319,25 +320,12 @@ class Slots:
             slot = self._slots[i % n]
             if slot is None or not slot.pending or (flight is not None and flight.run_of(slot) is not None):
                 continue
-            room -= self._length(slot)
+            room -= slot.run_length(self._runs)
             if room < 0:
                 break
             found.append(i % n)
         self._turn = found[-1] if found else self._turn
         return found
-
-    def _length(self, slot: Slot) -> int:
-        """Of the program that reads its next run."""
-        return next((length for length in self._runs if length >= len(slot.pending)), self._runs[-1])
-
-    def _next_run(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        slot = self._slots[i]
-        assert slot is not None
-        length = self._length(slot)
-        part = slot.pending[:length]
-        tokens = np.zeros((1, length), np.int32)
-        tokens[0, : len(part)] = part
-        return tokens, np.array([len(part)], np.int32), np.array(len(part) == len(slot.pending))
 
     def _events_of(self, flight: "Flight") -> list[tuple[int, StreamEvent]]:
         """Waits for what was asked for. What comes of rows that have ended since is nobody's."""

@@ -37,7 +37,7 @@ from sepjax.generation.cache.bounded_pass import stream_pass
 from sepjax.generation.cache.newest import keep_newest
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.cache.turning import layer_axis, turn_table
-from sepjax.generation.cache.watched import keep_best, seen_by
+from sepjax.generation.cache.watched import keep_best, scores_after
 from sepjax.model.rope import Table, rotate
 
 _BY_SET = ("scores", "kept_at")  # whose first axis is the sets that are kept, the second the batch
@@ -307,7 +307,7 @@ class StreamingCache:
         held = jnp.take_along_axis(self.held_before(T + 1), counts[:, None], axis=1)[:, 0]
         in_ring = jnp.where(taken & ~is_sink, slot, sizes.ring + i)
         flags = self.is_separator.at[rows, in_ring]
-        scores = self._scores_after(looks, gate_scores, counts, in_ring)
+        scores = scores_after(self, looks, gate_scores, counts, in_ring)
         return dataclasses.replace(
             self,
             k=_each(put, self.k, jnp.asarray(k)),
@@ -321,22 +321,6 @@ class StreamingCache:
             clock=self.clock + counts,
             scores=scores,
         )
-
-    def _scores_after(
-        self, looks: Array | None, gate_scores: Array | None, counts: Int32[Array, "B"], in_ring: Int32[Array, "B T"]
-    ) -> jax.Array | None:
-        """The scores once the tokens of `append` are in these slots of the ring."""
-        scores, rows, T = self.scores, jnp.arange(len(counts))[:, None], in_ring.shape[1]
-        at = self.sizes.max_separators + in_ring
-        if scores is None:
-            return None
-        if looks is not None:
-            seen = seen_by(self, jnp.asarray(looks), counts)
-            scores = seen[..., :-T].at[:, rows, :, at]
-            return scores.set(jnp.moveaxis(seen[..., -T:], (1, 3), (0, 1)), mode="drop", unique_indices=True)
-        if gate_scores is not None:
-            return scores.at[0, rows, 0, at].set(gate_scores, mode="drop", unique_indices=True)
-        return scores
 
     def compact(self) -> "StreamingCache":
         """Compacts the rows that are due; the others stay as they are, and are not even read."""

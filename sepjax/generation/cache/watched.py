@@ -139,6 +139,27 @@ def seen_by(cache: "StreamingCache", looks: Float[Array, "L B K S"], counts: Int
     return jnp.concatenate([jnp.maximum(scores, value + first), own], axis=-1)
 
 
+def scores_after(
+    cache: "StreamingCache",
+    looks: Array | None,
+    gate_scores: Array | None,
+    counts: Int32[Array, "B"],
+    in_ring: Int32[Array, "B T"],
+) -> jax.Array | None:
+    """A cache's scores once the tokens of `StreamingCache.append` are in these slots of the ring."""
+    scores, rows, T = cache.scores, jnp.arange(len(counts))[:, None], in_ring.shape[1]
+    at = cache.sizes.max_separators + in_ring
+    if scores is None:
+        return None
+    if looks is not None:
+        seen = seen_by(cache, jnp.asarray(looks), counts)
+        scores = seen[..., :-T].at[:, rows, :, at]
+        return scores.set(jnp.moveaxis(seen[..., -T:], (1, 3), (0, 1)), mode="drop", unique_indices=True)
+    if gate_scores is not None:
+        return scores.at[0, rows, 0, at].set(gate_scores, mode="drop", unique_indices=True)
+    return scores
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Choice:
