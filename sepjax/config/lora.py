@@ -65,6 +65,10 @@ def validate_lora(lora: LoraConfig, model: ModelConfig, init_from: str) -> None:
             f"{', '.join(projections(model))}"
         )
     if not lora.rank:
+        for name in ("alpha", "targets"):
+            if (given := getattr(lora, name)) != getattr(LoraConfig(), name):
+                shown = given if name == "alpha" else ",".join(given)
+                raise ConfigError(f"lora.{name}={shown} does nothing without lora.rank; set that too, or leave it out")
         return
     if not init_from:
         raise ConfigError(

@@ -224,6 +224,8 @@ def test_only_adapters_have_moments_and_the_base_has_its_matmuls_type():
         ({"rank": 2, "targets": ("gat",)}, "did you mean 'gate'"),
         ({"rank": 2, "targets": ()}, r"lora\.targets='' must be all"),
         ({"rank": 2, "targets": ("all", "up")}, r"lora\.targets='all,up' must be all, or names of matrices, each once"),
+        ({"alpha": 32.0}, r"lora\.alpha=32\.0 does nothing without lora\.rank"),
+        ({"targets": ("query", "up")}, r"lora\.targets=query,up does nothing without lora\.rank"),
         ({"rank": 17}, r"lora\.rank=17 is above the 16 that the matrix 'query' has at most"),
     ],
 )
