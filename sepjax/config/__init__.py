@@ -137,7 +137,7 @@ def validate(config: Config) -> Config:
     _check_types(config, "")
     validate_model(config.model)
     validate_attention(config.attention, config.model.num_layers)
-    validate_lora(config.lora, config.model, config.training.init_from)
+    validate_lora(config.lora, config.training.init_from)
     _validate_training(config)
     layer_windows(config.attention, config.model.num_layers, config.data.sequence_length)  # what no row can have
     return config

@@ -25,7 +25,7 @@ from sepjax.config import (
     TrainingConfig,
     validate,
 )
-from sepjax.config.lora import adapter_parameters, projections
+from sepjax.config.lora import adapter_parameters, check_adapters, projections
 from sepjax.data.batch import Batch
 from sepjax.flops import training_flops
 from sepjax.hub.adapter import origin_family, write_adapter
@@ -220,18 +220,26 @@ def test_only_adapters_have_moments_and_the_base_has_its_matmuls_type():
     [
         ({"rank": -1}, r"lora\.rank=-1 must be 0 or more"),
         ({"rank": 2, "alpha": 0.0}, r"lora\.alpha=0\.0 must be above 0"),
-        ({"rank": 2, "targets": ("q_proj",)}, r"'q_proj', which is not one of this model's matrices, query, key"),
+        ({"rank": 2, "targets": ("q_proj",)}, r"'q_proj', which is not one of a model's matrices, query, key"),
         ({"rank": 2, "targets": ("gat",)}, "did you mean 'gate'"),
         ({"rank": 2, "targets": ()}, r"lora\.targets='' must be all"),
         ({"rank": 2, "targets": ("all", "up")}, r"lora\.targets='all,up' must be all, or names of matrices, each once"),
         ({"alpha": 32.0}, r"lora\.alpha=32\.0 does nothing without lora\.rank"),
         ({"targets": ("query", "up")}, r"lora\.targets=query,up does nothing without lora\.rank"),
-        ({"rank": 17}, r"lora\.rank=17 is above the 16 that the matrix 'query' has at most"),
     ],
 )
 def test_mistakes_are_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         validate(dataclasses.replace(CONFIG, lora=LoraConfig(**changes)))
+
+
+def test_a_rank_is_held_against_the_shape_that_is_begun_with(config, tmp_path):
+    """Not against the model section, which stands for the source's shape."""
+    wide = validate(dataclasses.replace(config, model=ModelConfig(), lora=LoraConfig(rank=600)))
+    with pytest.raises(ConfigError, match=r"lora\.rank=600 is above the \d+ that the matrix 'query' has at most"):
+        adopt_shape(wide, tmp_path / "run")
+    with pytest.raises(ConfigError, match="'gate', which is not one of this model's matrices, query, key"):
+        check_adapters(LoraConfig(rank=2, targets=("gate",)), ModelConfig(gated_mlp=False))
 
 
 def test_adapters_need_a_model_that_has_learned():
