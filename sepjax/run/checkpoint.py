@@ -330,25 +330,30 @@ def load_params(workdir: Path | str, step: int | None = None, mesh: Mesh | None 
       CheckpointError: its files are damaged. Without `step` damaged checkpoints are passed over with a warning.
       ConfigError: the parameters are not those of the saved config, or another version saved it.
     """
-    config, learned, base, step, mesh = _read(workdir, step, mesh)
+    config, learned, base, step, mesh = _read(workdir, step, mesh, with_base=True)
     return config, merged_with(base, learned, config, mesh), step
 
 
 def load_adapter(workdir: Path | str, step: int | None = None) -> tuple[Config, Params, int]:
-    """`load_params` of what a run with `lora.rank` has learned alone: adapters, and a gate if there is one."""
-    config, learned, _, step, _ = _read(workdir, step, None)
+    """`load_params` of what a run with `lora.rank` has learned alone: adapters, and a gate if there is one.
+
+    Nothing of the base is read.
+    """
+    config, learned, _, step, _ = _read(workdir, step, None, with_base=False)
     return config, learned, step
 
 
-def _read(workdir: Path | str, step: int | None, mesh: Mesh | None) -> tuple[Config, Params, Params, int, Mesh]:
-    """The config, what has learned, the frozen base, the step, and where they are."""
+def _read(
+    workdir: Path | str, step: int | None, mesh: Mesh | None, *, with_base: bool
+) -> tuple[Config, Params, Params, int, Mesh]:
+    """The config, what has learned, the frozen base (else empty), the step, and where they are."""
     folder = _step_folder(Path(workdir), step)
     config = from_json((folder / "config" / "metadata").read_bytes())
     mesh = mesh or make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1, context=1), jax.devices()[:1])
     target, frozen = learned_and_frozen(config, mesh)
     try:
         check_shapes(folder / "params", target)
-        base = read_frozen(Path(workdir), frozen)
+        base = read_frozen(Path(workdir), frozen if with_base else {})
         with ocp.StandardCheckpointer() as reader:
             return config, reader.restore(folder / "params", target), base, int(folder.name), mesh
     except UserError:

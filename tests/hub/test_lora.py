@@ -37,7 +37,7 @@ from sepjax.keeping.distill import distill
 from sepjax.model.attend import forward
 from sepjax.model.lora import divided, joined, merged
 from sepjax.model.transformer import abstract, merge, split
-from sepjax.run.checkpoint import load_params
+from sepjax.run.checkpoint import load_adapter, load_params
 from sepjax.run.frozen import FrozenError, read_frozen, write_frozen
 from sepjax.sharding import batch_sharding, make_mesh
 from sepjax.training.optimizer import decayed_parameters
@@ -294,6 +294,7 @@ def test_a_run_on_conversations_resumes_bit_for_bit_and_goes_out_merged(config, 
     shutil.rmtree(whole / "frozen" / "d")
     with pytest.raises(FrozenError, match=r"frozen, the model that this run's adapters belong to: d/.* is missing"):
         sepjax.load(whole)
+    assert_same(load_adapter(whole)[1], last.params)  # of which the base is no part
     other = dataclasses.replace(config, lora=LoraConfig(rank=2))
     with pytest.raises(ConfigError, match=r"lora\.rank: 3 in the workdir, 2 now"):
         train(other, again)
