@@ -23,8 +23,8 @@ def config_of(path: Path, model: Transformer) -> Config:
 
 def texts_of(path: Path, config: Config, text: str, split: str, most: int) -> list[str]:
     """The texts to score: of files, or of a split of a corpus."""
-    is_plain = Path(text).exists() and not has_json_lines(Path(text))
-    if text and not split and not (path / "checkpoints").is_dir() and is_plain:
+    may_be_plain = text and not split and not (path / "checkpoints").is_dir()  # without a text Path() is a folder
+    if may_be_plain and Path(text).exists() and not has_json_lines(Path(text)):
         documents: Sequence[str] = read_texts(Path(text))
         return list(documents[: most or len(documents)])
     data = dataclasses.replace(config.data, name=text) if text else config.data

@@ -19,6 +19,7 @@ from sepjax.data.pipeline import evaluation_batches, training_batches
 from sepjax.data.scored import marked, unmarked
 from sepjax.data.sources import text_source
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation import inputs
 from sepjax.evaluation.documents import StreamError, read_texts
 from sepjax.evaluation.inputs import texts_of
 from sepjax.hub.chat_template import ChatTemplate
@@ -290,6 +291,14 @@ def test_templates_that_cannot_tell_are_refused(tmp_path):
     for name, value in (("train_on", "user"), ("too_long", "cut")):
         with pytest.raises(ConfigError, match=rf"data\.{name}='{value}' is not one of"):
             validate(dataclasses.replace(config, data=dataclasses.replace(config.data, **{name: value})))
+
+
+def test_without_text_the_working_folder_is_not_searched(tmp_path, monkeypatch):
+    searched = []
+    monkeypatch.setattr(inputs, "has_json_lines", searched.append)
+    monkeypatch.setattr(inputs, "_source", lambda data, folder, split: [data.name, split])
+    assert texts_of(tmp_path, Config(), "", "", 0) == ["embedded", "validation"]
+    assert not searched
 
 
 def test_records_of_texts_are_documents(tmp_path):
