@@ -44,7 +44,8 @@ def _source(data: DataConfig, folder: str, split: str) -> Sequence[str]:
     except NoFormError as error:
         raise ConfigError(
             f"{data.name!r} has conversations, but whole texts are scored here, questions and answers alike: give "
-            "--text. The loss on held-out answers is eval/loss in a run's metrics.jsonl"
+            f"--text with .txt files, or with JSON lines of texts ({{{data.text_key!r}: ...}}). The loss on held-out "
+            "answers is eval/loss in a run's metrics.jsonl"
         ) from error
 
 

@@ -281,7 +281,9 @@ def test_templates_that_cannot_tell_are_refused(tmp_path):
     plain = write_tokenizer(tmp_path / "plain", "")
     with pytest.raises(DataError, match="has conversations, but the model's tokenizer has no chat template"):
         text_source(config.data, str(tmp_path / "p"), "train", conversation_form(config, plain))
-    with pytest.raises(ConfigError, match="has conversations, but whole texts are scored here"):
+    with pytest.raises(
+        ConfigError, match="whole texts are scored .* give --text with .txt files, or with JSON lines of"
+    ):
         texts_of(tmp_path, config, str(path), "all", 0)
     data = dataclasses.replace(config.data, loss_on="a")
     chatml = write_tokenizer(tmp_path / "chatml", CHATML)
@@ -316,7 +318,9 @@ def test_records_of_texts_are_documents(tmp_path):
     texts = texts_of(tmp_path, Config(data=DataConfig(text_key="body")), str(folder / "a.jsonl"), "", 3)
     assert len(texts) == 3
     assert set(texts) < {f"text {i}" for i in range(30)}
-    with pytest.raises(StreamError, match=r"a\.jsonl' has JSON lines, which"):
+    with pytest.raises(
+        StreamError, match=r"a\.jsonl' has JSON lines: .* reads those that are texts, .*; give \.txt files"
+    ):
         read_texts(folder / "a.jsonl")
     with pytest.raises(DataError, match=r"a\.jsonl:1: it has the fields 'body', expected 'messages', .*or 'text'"):
         text_source(DataConfig(name=str(folder)), str(tmp_path / "p"), "train")
