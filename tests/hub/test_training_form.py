@@ -13,6 +13,7 @@ import pytest
 from sepjax.begin import conversation_form
 from sepjax.config import Config, ConfigError, DataConfig, ModelConfig, validate
 from sepjax.data import reader
+from sepjax.data.conversations import messages_of
 from sepjax.data.errors import DataError
 from sepjax.data.packing import TokenStream, WholeRows, fitting
 from sepjax.data.pipeline import evaluation_batches, training_batches
@@ -154,6 +155,12 @@ def test_the_mask_is_that_of_transformers(tmp_path):
     assert sum(mask) > 10
 
 
+def test_notes_and_empty_fields_change_nothing():
+    record = {"messages": [{**turn, "tool_calls": None, "name": "x"} for turn in TURNS], "id": 3, "tools": []}
+    record["messages"][2]["tool_calls"] = []
+    assert messages_of(record, answers=True) == [{**turn, "name": "x"} for turn in TURNS]
+
+
 def conversations(count, seed=0):
     rng = np.random.default_rng(seed)
     words = ["the ant", "in and out", "who ran", "an ant", "then"]
@@ -248,6 +255,19 @@ def test_what_is_too_long_is_counted_and_told(tokenizer, tmp_path, caplog):
             r":2: messages\[0\] has the role 'bot', expected one of system",
         ),
         ('{"messages": [{"role": "user", "content": ["a"]}]}', r":2: 'messages\[0\].content' is .*, expected a text"),
+        ('{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}', r":2: 'tools' is not read, and would change"),
+        (
+            '{"prompt": "a", "completion": "b", "chat_template_kwargs": {"x": 1}}',
+            r":2: 'chat_template_kwargs' is not read",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}]}',
+            r":2: messages\[0\] has 'tool_calls'; tool calls are not read",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}',
+            r":2: messages\[0\] has null for 'content', .*; tool calls are not read",
+        ),
         ('{"messages": [{"role": "user", "content": "a"}]}', r":2: no message is an assistant's"),
         ('{"prompt": 1, "completion": "a"}', r":2: 'prompt' is '1', expected a text or a list of messages"),
         ('{"text": "a"}', r":2: it has neither 'messages' nor 'prompt' with 'completion', as records before it have"),
