@@ -17,8 +17,8 @@ from sepjax.data.scored import CLOSE, OPEN
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Fields beside the messages that templates read, or that say something of the answer; nothing here does.
 _NOT_READ = (
-    "audio", "audios", "chat_template_kwargs", "chosen", "documents", "function_call", "functions", "images", "rejected",
-    "response_format", "system", "enable_thinking", "tool_choice", "tools", "videos",
+    "audio", "audios", "chat_template_kwargs", "chosen", "documents", "function_call", "functions", "images",
+    "rejected", "response_format", "system", "enable_thinking", "tool_choice", "tools", "videos",
 )  # fmt: skip
 _CALLS = ("tool_calls", "function_call")  # of a message
 type Message = Mapping[str, str]

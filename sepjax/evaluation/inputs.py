@@ -27,7 +27,9 @@ def texts_of(path: Path, config: Config, text: str, split: str, most: int) -> li
     if may_be_plain and Path(text).exists() and not has_json_lines(Path(text)):
         documents: Sequence[str] = read_texts(Path(text))
         return list(documents[: most or len(documents)])
-    data = dataclasses.replace(config.data, name=text) if text else config.data
+    plain = DataConfig()  # what a run does with conversations is nothing to another text
+    other = {"name": text, "train_on": plain.train_on, "too_long": plain.too_long}
+    data = dataclasses.replace(config.data, **other) if text else config.data
     with tempfile.TemporaryDirectory() as scratch:  # a pretrained model has no folder for prepared data
         folder = data.data_dir or str(path / "data" if (path / "checkpoints").is_dir() else scratch)
         documents = _source(data, folder, split or ("all" if text else data.eval_split))

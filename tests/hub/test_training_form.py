@@ -298,11 +298,16 @@ def test_templates_that_cannot_tell_are_refused(tmp_path):
     match = r"data\.jsonl:1: the chat template fails: messages\[:3\] are written otherwise .*data\.train_on='last'"
     with pytest.raises(DataError, match=match):
         text_source(config.data, str(tmp_path / "p"), "all", conversation_form(config, tokenizer))
+    greeted = training_form(DataConfig(), write_tokenizer(tmp_path / "first", "{{ messages[0].role }}" + CHATML))
+    match = r"messages\[0\] is an assistant's, and the template cannot write a prompt before it; .*train_on='last'"
+    with pytest.raises(DataError, match=match):
+        greeted(TURNS[2:])
+    assert unmarked(dataclasses.replace(greeted, train_on="last")(TURNS[2:]))[1]
     plain = write_tokenizer(tmp_path / "plain", "")
     with pytest.raises(DataError, match="has conversations, but the model's tokenizer has no chat template"):
         text_source(config.data, str(tmp_path / "p"), "train", conversation_form(config, plain))
     with pytest.raises(
-        ConfigError, match="whole texts are scored .* give --text with .txt files, or with JSON lines of"
+        ConfigError, match=r"whole texts are scored .* give --text with \.txt files, or with JSON lines of"
     ):
         texts_of(tmp_path, config, str(path), "all", 0)
     data = dataclasses.replace(config.data, loss_on="a")
@@ -335,7 +340,14 @@ def test_records_of_texts_are_documents(tmp_path):
     assert sorted([*source, *held_out]) == sorted([*(f"text {i}" for i in range(30)), "packed"])
     assert not source.conversations
     assert sorted(text_source(data, str(tmp_path / "p"), "all")) == sorted([*source, *held_out])
-    texts = texts_of(tmp_path, Config(data=DataConfig(text_key="body")), str(folder / "a.jsonl"), "", 3)
+    for name, value in (("train_on", "last"), ("too_long", "skip")):
+        with pytest.raises(
+            DataError, match=rf"data\.{name}='{value}' does nothing for .*texts', which has no conversations"
+        ):
+            text_source(dataclasses.replace(data, **{name: value}), str(tmp_path / "p"), "train")
+    texts = texts_of(
+        tmp_path, Config(data=DataConfig(text_key="body", train_on="last")), str(folder / "a.jsonl"), "", 3
+    )
     assert len(texts) == 3
     assert set(texts) < {f"text {i}" for i in range(30)}
     with pytest.raises(
