@@ -134,6 +134,8 @@ def add_adapter(params: Params, folder: Path, config: ModelConfig, family: Famil
                 "adapter is of another model, or of a kind that is not read"
             )
         pairs.setdefault(match["module"], {})[match["part"]] = name
+    if not pairs:
+        raise HubError(f"{str(file.path)!r} has no tensors, so there is nothing to add; write the adapter anew")
     deltas: dict[str, np.ndarray] = {}
     for module, names in pairs.items():
         row, layer = rows[module]

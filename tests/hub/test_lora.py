@@ -32,6 +32,7 @@ from sepjax.hub.adapter import origin_family, write_adapter
 from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
 from sepjax.hub.families import family_for
+from sepjax.hub.safetensors_file import write_safetensors
 from sepjax.keeping import Lesson
 from sepjax.keeping.distill import distill
 from sepjax.model.attend import forward
@@ -351,6 +352,11 @@ def test_adapters_go_out_and_come_in_as_pefts(source, tmp_path):
     refused("bias='all': expected one of 'none'", bias="all")
     refused("init_lora_weights='pissa': expected one of", init_lora_weights="pissa")
     refused("lora_alpha=-1: expected a number above 0", lora_alpha=-1)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "adapter_config.json").write_text(json.dumps(keys))
+    write_safetensors(tmp_path / "empty" / "adapter_model.safetensors", {})
+    with pytest.raises(HubError, match="has no tensors, so there is nothing to add"):
+        sepjax.load(source, adapter=tmp_path / "empty")
     with pytest.raises(HubError, match="has no place for a gate"):
         write_adapter(tmp_path / "no", config, learned | {"gate": {}}, origin_family(shape, source))
     neox = dataclasses.replace(
