@@ -22,6 +22,8 @@ from sepjax.files import write_text
 from sepjax.hub.errors import HubError
 from sepjax.hub.families import family_for, family_of, flat, flat_shapes, rows_of
 from sepjax.hub.fields import Fields
+from sepjax.hub.folder import is_folder
+from sepjax.hub.remote import HUB_ID, fetch
 from sepjax.hub.safetensors_file import Planned, SafetensorsFile, write_safetensors
 from sepjax.hub.tables import CONV, CONV_OUT, LINEAR, LINEAR_OUT, SIDE_BY_SIDE, Family, Row
 from sepjax.model.transformer import Params
@@ -98,7 +100,7 @@ def _keys(config: Config, rows: list[Row], family: Family) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.training.init_from,
+        "base_model_name_or_path": peft_base(config.training.init_from),
         "r": config.lora.rank,
         "lora_alpha": config.lora.alpha,
         "target_modules": sorted({short(row) for row in rows}),
@@ -107,6 +109,22 @@ def _keys(config: Config, rows: list[Row], family: Family) -> dict[str, Any]:
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def peft_base(source: str) -> str | None:
+    """The name by which PEFT opens a `training.init_from`: a Hugging Face folder's or the hub's; None: it cannot.
+
+    An id of the hub counts where the hub's local cache has it: a workdir that has gone may look like one.
+    """
+    if (path := Path(source)).exists():
+        return source if is_folder(path) else None
+    if not HUB_ID.fullmatch(source):
+        return None
+    try:
+        fetch(source, download=False)
+    except HubError:
+        return None
+    return source
 
 
 def add_adapter(params: Params, folder: Path, config: ModelConfig, family: Family) -> Params:

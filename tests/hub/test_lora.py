@@ -28,6 +28,7 @@ from sepjax.config import (
 from sepjax.config.lora import adapter_parameters, check_adapters, projections
 from sepjax.data.batch import Batch
 from sepjax.flops import training_flops
+from sepjax.hub import adapter
 from sepjax.hub.adapter import origin_family, write_adapter
 from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
@@ -282,6 +283,10 @@ def test_a_run_on_conversations_resumes_bit_for_bit_and_goes_out_merged(config, 
     assert losses(again) == losses(whole)
     assert losses(whole)[6] < losses(whole)[1]
 
+    assert convert(whole, tmp_path / "alone", adapter_only=True).endswith(
+        f"belong to {str(source)!r}, which PEFT cannot open: give it that model yourself"
+    )
+
     # Checkpoints have adapters alone (another tree would be refused); what is read is one plain model.
     saved, params, step = load_params(whole)
     assert (saved.lora, step) == (LORA, 6)
@@ -334,6 +339,7 @@ def test_adapters_go_out_and_come_in_as_pefts(source, tmp_path):
     write_adapter(tmp_path / "adapter", config, learned, origin_family(shape, source))
     keys = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert keys["target_modules"] == ["gate_proj", "o_proj", "q_proj"]
+    assert keys["base_model_name_or_path"] is None  # "a model" is none of PEFT's
     assert (keys["r"], keys["lora_alpha"], keys["fan_in_fan_out"]) == (3, 6.0, False)
     found, _ = sepjax.load(source, adapter=tmp_path / "adapter")
     assert_close(split(found)[1], merged(joined(state.frozen, learned), config.lora), 1e-6)
@@ -373,6 +379,21 @@ def test_adapters_go_out_and_come_in_as_pefts(source, tmp_path):
             convert(bad, tmp_path / "out", adapter_only=True)
     with pytest.raises(HubError, match="is for pretrained models; export"):
         convert(tmp_path / "run", tmp_path / "out", adapter=tmp_path / "adapter")
+
+
+def test_the_base_is_named_where_peft_can_open_it(source, tmp_path, monkeypatch):
+    def fetched(name, *, download):
+        assert not download
+        if name != "owner/cached":
+            raise HubError("not here")
+
+    monkeypatch.setattr(adapter, "fetch", fetched)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "model.gguf").touch()
+    assert adapter.peft_base(str(source)) == str(source)
+    assert adapter.peft_base("owner/cached") == "owner/cached"
+    for name in (str(tmp_path / "run"), str(tmp_path / "model.gguf"), "smollm2-135m", "runs/gone"):
+        assert adapter.peft_base(name) is None
 
 
 @pytest.mark.skipif(TORCH is None, reason="needs torch, transformers and peft in SEPJAX_TORCH_PYTHON")
