@@ -60,8 +60,10 @@ def load(
     model, tokenizer = _load(path, source, step, dtype, param_dtype, mesh)
     if adapter is not None:
         graph, params = split(model)
-        family = origin_family(model.config, source if is_folder(source) else source / "hub")
-        model = merge(graph, add_adapter(params, Path(adapter), model.config, family))
+        shape = model.config
+        del model  # its parameters are changed where they are
+        family = origin_family(shape, source if is_folder(source) else source / "hub")
+        model = merge(graph, add_adapter(params, Path(adapter), shape, family))
     return model, tokenizer
 
 

@@ -7,7 +7,9 @@ The scale is lora_alpha / r, with use_rslora lora_alpha / sqrt(r). What would ch
 refused by name.
 """
 
+import functools
 import json
+import operator
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sepjax.config import Config, ModelConfig
 from sepjax.files import write_text
@@ -131,7 +134,7 @@ def add_adapter(params: Params, folder: Path, config: ModelConfig, family: Famil
     """The parameters of a model with a PEFT adapter added, in the types and places that they had.
 
     Args:
-      params: of a plain model, from `sepjax.model.transformer.split`.
+      params: of a plain model, from `sepjax.model.transformer.split`. They are used up: changed where they are.
       folder: the adapter.
       config: the model's.
       family: the names of the model's tensors.
@@ -154,15 +157,14 @@ def add_adapter(params: Params, folder: Path, config: ModelConfig, family: Famil
         pairs.setdefault(match["module"], {})[match["part"]] = name
     if not pairs:
         raise HubError(f"{str(file.path)!r} has no tensors, so there is nothing to add; write the adapter anew")
-    deltas: dict[str, np.ndarray] = {}
-    for module, names in pairs.items():
+    for module, names in pairs.items():  # one matrix of one layer at a time: a model may fill its device
         row, layer = rows[module]
         whole = _product(file, module, names, row.kind.theirs([shapes[name] for name in row.ours]), row, keys)
         for ours, part in zip(row.ours, row.kind.split(whole, [shapes[name] for name in row.ours]), strict=True):
-            if ours not in deltas:
-                deltas[ours] = np.zeros((config.num_layers, *shapes[ours]), np.float32)
-            deltas[ours][layer] = part
-    return _added(params, {tuple(name.split("/")): x for name, x in deltas.items()})
+            *path, last = ours.split("/")
+            place = functools.reduce(operator.getitem, path, params["layers"])
+            place[last] = _added(place[last], layer, part)
+    return params
 
 
 def _product(
@@ -184,14 +186,20 @@ def _product(
     return whole.T if row.kind in _INPUTS_FIRST else whole
 
 
-def _added(params: Params, deltas: Mapping[tuple[str, ...], np.ndarray]) -> Params:
-    def add(path: Any, x: jax.Array) -> jax.Array:
-        delta = deltas.get(tuple(key.key for key in path)[1:])
-        if delta is None or path[0].key != "layers":
-            return x
-        return (x.astype(jnp.float32) + jax.device_put(delta, x.sharding)).astype(x.dtype)
+def _added(x: jax.Array, layer: int, delta: np.ndarray) -> jax.Array:
+    """A stack of matrices [L, ...] with `delta` added to one of them, in its place in memory: `x` is used up."""
+    one = x.sharding
+    if isinstance(one, NamedSharding):
+        one = NamedSharding(one.mesh, PartitionSpec(*one.spec[1:]))
+    return _adder(x.sharding)(x, layer, jax.device_put(delta, one))
 
-    return jax.tree_util.tree_map_with_path(add, params)
+
+@functools.cache
+def _adder(sharding: jax.sharding.Sharding) -> Any:
+    def add(x: jax.Array, layer: jax.Array, delta: jax.Array) -> jax.Array:
+        return x.at[layer].set((x[layer].astype(jnp.float32) + delta).astype(x.dtype))
+
+    return jax.jit(add, donate_argnums=0, out_shardings=sharding)
 
 
 def _checked(folder: Path) -> Fields:

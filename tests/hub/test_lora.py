@@ -343,6 +343,14 @@ def test_adapters_go_out_and_come_in_as_pefts(source, tmp_path):
     assert (keys["r"], keys["lora_alpha"], keys["fan_in_fan_out"]) == (3, 6.0, False)
     found, _ = sepjax.load(source, adapter=tmp_path / "adapter")
     assert_close(split(found)[1], merged(joined(state.frozen, learned), config.lora), 1e-6)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    spread, _ = sepjax.load(source, adapter=tmp_path / "adapter", mesh=mesh)
+    assert_same(split(spread)[1], split(found)[1])
+    plain = split(sepjax.load(source, mesh=mesh)[0])[1]
+    assert jax.tree.map(lambda x: x.sharding, split(spread)[1]) == jax.tree.map(lambda x: x.sharding, plain)
+    before = plain["layers"]["attention"]["query"]["kernel"]
+    adapter.add_adapter(plain, tmp_path / "adapter", shape, origin_family(shape, source))
+    assert before.is_deleted()  # so that no second model needs room
     converted = convert(source, tmp_path / "run", adapter=tmp_path / "adapter")
     assert "step 0 of a run" in converted
     assert_same(load_params(tmp_path / "run")[1], split(found)[1])
