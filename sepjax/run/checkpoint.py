@@ -30,8 +30,10 @@ from sepjax.console import say
 from sepjax.model.transformer import Params
 from sepjax.run.checkpoint_files import (
     Seals,
+    agreed,
     check_shapes,
     damage,
+    on_first,
     quiet,
     remove_unfinished,
     set_aside,
@@ -151,7 +153,7 @@ class Checkpointer:
         """
         torn: list[tuple[int, str]] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            reason = _agreed(damage(self._folder / str(step), _ITEMS, share=(jax.process_index(), jax.process_count())))
+            reason = agreed(damage(self._folder / str(step), _ITEMS, share=(jax.process_index(), jax.process_count())))
             if reason is None:
                 try:
                     state = self._read(step, target, data, config, new_data)
@@ -249,10 +251,13 @@ class Checkpointer:
 
 def _probe(folder: Path) -> None:
     """Raises OSError where nothing can be made in the folder: Orbax would wait for a thread that has died of it."""
-    if jax.process_index() == 0:
+
+    def make() -> None:
         probe = folder / f".probe.{os.getpid()}"
         probe.mkdir()
         probe.rmdir()
+
+    on_first(make)
 
 
 @contextlib.contextmanager
@@ -286,14 +291,6 @@ def _first_line(error: Exception) -> str:
 def _say(message: str) -> None:
     if jax.process_index() == 0:
         say(message)
-
-
-def _agreed(reason: str | None) -> str | None:
-    """The same answer on every process: damage that one has found counts for all."""
-    if jax.process_count() == 1:
-        return reason
-    found = multihost_utils.process_allgather(np.array(reason is not None))
-    return reason or ("another process found its files damaged" if found.any() else None)
 
 
 def sync(name: str) -> None:

@@ -39,6 +39,7 @@ from sepjax.keeping.distill import distill
 from sepjax.model.attend import forward
 from sepjax.model.lora import divided, joined, merged
 from sepjax.model.transformer import abstract, merge, split
+from sepjax.run import checkpoint_files, frozen
 from sepjax.run.checkpoint import load_adapter, load_params
 from sepjax.run.frozen import FrozenError, read_frozen, write_frozen
 from sepjax.sharding import batch_sharding, make_mesh
@@ -457,6 +458,31 @@ def test_a_base_is_written_once_unless_a_start_left_another(tmp_path):
     for params, anew, expected in ((first, False, first), (second, False, first), (second, True, second)):
         write_frozen(tmp_path, params, anew=anew)
         assert_same(read_frozen(tmp_path, target), expected)
+
+
+def test_what_one_process_finds_of_a_base_is_an_error_of_all(tmp_path, monkeypatch):
+    """Here the other of two processes, which alone fails; then this one, whose seal does not succeed."""
+    target = {"a": {"kernel": jnp.ones((2, 3))}}
+    write_frozen(tmp_path, target, anew=True)
+    shares, answers, damage = [], [True], checkpoint_files.damage
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        checkpoint_files.multihost_utils, "process_allgather", lambda mine: np.array([mine, answers.pop(0)])
+    )
+    monkeypatch.setattr(frozen, "damage", lambda *args, share: shares.append(share) or damage(*args, share=share))
+    with pytest.raises(FrozenError, match="another process found its files damaged"):
+        read_frozen(tmp_path, target)
+    assert shares == [(0, 2)]
+    for failed, message in ((True, "process 0 could not write its files"), (False, "a full disk")):
+        answers.append(failed)
+
+        def act(failed=failed):
+            if not failed:
+                raise OSError("a full disk")
+
+        with pytest.raises(OSError, match=message):
+            checkpoint_files.on_first(act)
+    assert not answers
 
 
 def test_a_gate_is_not_distilled_into_adapters(tmp_path):
