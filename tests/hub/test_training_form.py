@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from sepjax.begin import conversation_form
-from sepjax.config import Config, ConfigError, DataConfig, ModelConfig, validate
+from sepjax.bench.data import measure
+from sepjax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig, validate
 from sepjax.data import reader
 from sepjax.data.conversations import messages_of
 from sepjax.data.errors import DataError
@@ -25,6 +26,7 @@ from sepjax.evaluation.documents import StreamError, read_texts
 from sepjax.evaluation.inputs import texts_of
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.training_form import training_form
+from tests.hub import tiny
 from tests.hub.conftest import tokenizer_json
 
 pytest.importorskip("jinja2")
@@ -207,6 +209,19 @@ def test_conversations_stay_whole_and_a_run_resumes(tokenizer, tmp_path, monkeyp
     held_out = list(evaluation_batches(config, tokenizer, str(tmp_path / "prepared"), form=form))
     assert len(held_out) == 1
     assert 0 < held_out[0].loss_mask.sum() < (held_out[0].segment_ids > 0).sum()
+
+
+def test_the_bench_reads_conversations_as_training_does(tmp_path):
+    write(tmp_path / "data.jsonl", conversations(40))
+    model = tmp_path / "model"
+    golden = tiny.golden()["llama-bias"]
+    tiny.write_checkpoint(model, golden["config"] | {"torch_dtype": "float32"}, golden["shapes"])
+    write_tokenizer(model, CHATML, size=64)
+    config = Config(
+        data=DataConfig(name=str(tmp_path / "data.jsonl"), sequence_length=100, batch_size=4),
+        training=TrainingConfig(init_from=str(model)),
+    )
+    assert measure(config, str(tmp_path / "bench"), seconds=0.01)["tokens_per_second"] > 0
 
 
 def test_rows_are_filled_first_fit():
