@@ -42,6 +42,7 @@ from sepjax.model.transformer import abstract, merge, split
 from sepjax.run import checkpoint_files, frozen
 from sepjax.run.checkpoint import load_adapter, load_params
 from sepjax.run.frozen import FrozenError, read_frozen, write_frozen
+from sepjax.run.metrics import Throughput
 from sepjax.sharding import batch_sharding, make_mesh
 from sepjax.training.optimizer import decayed_parameters
 from sepjax.training.step import _loss, abstract_state, create_state, model_graph, train_step
@@ -275,8 +276,12 @@ def config(tmp_path, source):
 
 def test_a_run_on_conversations_resumes_bit_for_bit_and_goes_out_merged(config, source, tmp_path, monkeypatch):
     start_quickly(monkeypatch)
+    counted, add = [], Throughput.add
+    monkeypatch.setattr(Throughput, "add", lambda self, tokens: counted.append(tokens) or add(self, tokens))
     whole, again = tmp_path / "whole", tmp_path / "again"
     last = train(config, whole)
+    assert len(counted) == 6
+    assert all(200 < tokens < 400 for tokens in counted)  # of 4 rows of 100, padding left out
     shutil.copytree(whole, again)
     shutil.rmtree(again / "checkpoints" / "6")
     shutil.rmtree(source)  # a run that has begun needs it no longer
