@@ -246,6 +246,19 @@ def test_a_rank_is_held_against_the_shape_that_is_begun_with(config, tmp_path):
         check_adapters(LoraConfig(rank=2, targets=("gate",)), ModelConfig(gated_mlp=False))
 
 
+def test_settings_by_layer_are_held_against_the_shape_that_is_begun_with(config, tmp_path):
+    """A source of two layers: four, the default, are not those of the run."""
+    layers = adopt_shape(config, tmp_path / "run").model.num_layers
+    windows = dataclasses.replace(config.attention, layer_windows=(8,) * layers)
+    fits = validate(dataclasses.replace(config, attention=windows))
+    assert layers != config.model.num_layers
+    assert adopt_shape(fits, tmp_path / "run").attention == windows
+    kept = dataclasses.replace(config.attention, kept_layers=(20,))
+    beyond = validate(dataclasses.replace(config, attention=kept))
+    with pytest.raises(ConfigError, match=rf"attention\.kept_layers has 20; the model's layers are 0 to {layers - 1}"):
+        adopt_shape(beyond, tmp_path / "run")
+
+
 def test_adapters_need_a_model_that_has_learned():
     with pytest.raises(ConfigError, match=r"lora\.rank=3 without training\.init_from"):
         validate(dataclasses.replace(CONFIG, training=TrainingConfig()))
