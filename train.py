@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from sepjax import sharding
 from sepjax.begin import adopt_shape, conversation_form, first_state, given_tokenizer
@@ -111,14 +112,16 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float, d
             most, skipped = config.training.max_skipped_steps, int(state.health.skipped)
             guard = StepGuard(watchdog, most, skipped, checkpoints.describe)
             for step in range(start + 1, config.training.steps + 1):
-                state, metrics = step_fn(state, place(next(batches)))
+                batch = next(batches)
+                tokens = share.count * int(np.count_nonzero(batch.segment_ids))  # no padding; of others as many
+                state, metrics = step_fn(state, place(batch))
                 guard.follow(step, metrics)
-                throughput.add(batch_tokens)
+                throughput.add(tokens)
                 stops = notice.reached(step)
                 if _due(step, config.training.log_every, config):
                     guard.catch_up()
                     metrics = {name: float(value) for name, value in metrics.items()}
-                    pairs = metrics.pop("sep/pairs_per_row")
+                    pairs = metrics.pop("sep/pairs_per_row") * batch_tokens / max(tokens, 1)  # of rows without padding
                     writer.write(step, metrics | flops_report(config, pairs, throughput.rate(), peak))
                     if config.attention.pattern == "separator" and jax.process_index() == 0:
                         warn_of_few(metrics["sep/separator_fraction"], batch_tokens, "the training data")

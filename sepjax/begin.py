@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sepjax.config import Config, ConfigError, ModelConfig, from_json, validate
+from sepjax.config import Config, ConfigError, ModelConfig, from_json, validate, validate_attention
+from sepjax.config.lora import check_adapters
 from sepjax.console import say
 from sepjax.data.sources import is_json_lines
 from sepjax.data.tokenizer import Tokenizer
@@ -35,7 +36,8 @@ def adopt_shape(config: Config, workdir: Path, *, download: bool = False) -> Con
       download: whether a hub id may be fetched.
 
     Raises:
-      ConfigError: the model section sets something that is otherwise in the source, or there is a data.tokenizer.
+      ConfigError: the model section sets something that is otherwise in the source, there is a data.tokenizer, or
+        adapters or settings by layer do not fit the source's layers.
       OSError, UserError: as `sepjax.load`.
     """
     source, begun = config.training.init_from, workdir / "config.json"
@@ -60,6 +62,8 @@ def adopt_shape(config: Config, workdir: Path, *, download: bool = False) -> Con
             f"training.init_from={source!r} has another shape than the model section: {'; '.join(wrong)}; leave the "
             "section at its defaults, for they stand for the source's shape"
         )
+    check_adapters(config.lora, shape)
+    validate_attention(config.attention, shape.num_layers)
     return validate(dataclasses.replace(config, model=shape))
 
 

@@ -72,7 +72,8 @@ def training_flops(config: Config, pairs_per_row: int | float) -> float:
 
     Args:
       config: gives the shape and T = `data.sequence_length`.
-      pairs_per_row: visible pairs of a row of T tokens, averaged over rows and layers.
+      pairs_per_row: visible pairs of a row of T tokens, averaged over rows and layers; where a part of the rows is
+        padding, those of as many rows as their tokens would fill.
     """
     model = config.model
     attention = 12 * model.num_heads * model.head_dim * model.num_layers * pairs_per_row / config.data.sequence_length
@@ -96,7 +97,7 @@ def flops_report(config: Config, pairs_per_row: float, tokens_per_second: float,
     Args:
       config: the run's.
       pairs_per_row: as in `training_flops`.
-      tokens_per_second: of the whole run, over all devices; T * rows per second.
+      tokens_per_second: of the whole run, over all devices; padding is none.
       peak: from `peak_flops`.
     """
     dense = training_flops(config, dense_pairs(config.data.sequence_length))

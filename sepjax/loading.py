@@ -1,7 +1,6 @@
 """Reading a model and its tokenizer, whatever they were saved as."""
 
 import os
-import re
 from pathlib import Path
 
 import jax
@@ -13,11 +12,10 @@ from sepjax.hub.adapter import add_adapter, origin_family
 from sepjax.hub.folder import folder_shape, is_folder, load_folder
 from sepjax.hub.gguf_file import gguf_shape, load_gguf
 from sepjax.hub.packaged import packaged_file
-from sepjax.hub.remote import fetch
+from sepjax.hub.remote import HUB_ID, fetch
 from sepjax.model.transformer import Transformer, abstract, merge, split
 from sepjax.run.checkpoint import load_config, load_params
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _KINDS = (
     "the --workdir of a run of train.py, a Hugging Face folder, a GGUF file, smollm2-135m, or the id of a model on the "
     "Hugging Face hub"
@@ -62,8 +60,10 @@ def load(
     model, tokenizer = _load(path, source, step, dtype, param_dtype, mesh)
     if adapter is not None:
         graph, params = split(model)
-        family = origin_family(model.config, source if is_folder(source) else source / "hub")
-        model = merge(graph, add_adapter(params, Path(adapter), model.config, family))
+        shape = model.config
+        del model  # its parameters are changed where they are
+        family = origin_family(shape, source if is_folder(source) else source / "hub")
+        model = merge(graph, add_adapter(params, Path(adapter), shape, family))
     return model, tokenizer
 
 
@@ -112,7 +112,7 @@ def locate(path: str | os.PathLike[str], *, download: bool = False) -> Path:
     source = packaged_file(os.fspath(path)) or Path(path)
     if source.exists():
         return source
-    if not _HUB_ID.fullmatch(os.fspath(path)):
+    if not HUB_ID.fullmatch(os.fspath(path)):
         raise FileNotFoundError(f"no such folder: {os.fspath(path)!r}; expected {_KINDS}")
     return fetch(os.fspath(path), download=download)
 

@@ -113,6 +113,20 @@ def test_shapes_have_the_published_size(name: str, millions: float) -> None:
     assert size / 1e6 == pytest.approx(millions, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config.lora.targets=query,value"],
+        ["--config.lora.targets", "query, value"],
+        ["--config.lora.targets=query", "--config.lora.targets=value"],
+        ["--config.lora.targets=('query', 'value')"],
+    ],
+)
+def test_lists_of_texts_are_divided_at_commas(tiny: str, arguments: list[str]) -> None:
+    config = _parse(tiny, "--workdir=x", "--config.lora.rank=2", "--config.training.init_from=y", *arguments)
+    assert config.lora.targets == ("query", "value")
+
+
 def test_there_are_about_sixty_settings() -> None:
     names = [name for name in field_types() if not name.startswith("model.sliding_rope.")]  # as model.rope
     assert len(names) <= 109  # 40 say the shapes of other projects' models

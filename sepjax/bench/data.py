@@ -9,7 +9,9 @@ The last line is JSON.
 import json
 import os
 import time
+from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from sepjax.command.flags import run_main
@@ -19,14 +21,19 @@ from sepjax.data.pipeline import prepare_tokenizer, training_batches
 
 def measure(config: Config, data_dir: str, seconds: float) -> dict[str, float]:
     """Draws batches for about `seconds`; returns rates, with CPU time of this process where it does all the work."""
-    tokenizer = prepare_tokenizer(config, data_dir, f"{data_dir}/tokenizer")
-    batches = training_batches(config, tokenizer, data_dir, seed=config.training.seed)
+    from sepjax.begin import adopt_shape, conversation_form, given_tokenizer  # here, for readers import this file too
+
+    config = adopt_shape(config, Path(data_dir))
+    given = given_tokenizer(config)
+    tokenizer = given() if given else prepare_tokenizer(config, data_dir, f"{data_dir}/tokenizer")
+    form = conversation_form(config, tokenizer)
+    batches = training_batches(config, tokenizer, data_dir, seed=config.training.seed, form=form)
     began = time.perf_counter()
     next(batches)
     first = time.perf_counter() - began
     tokens, began, cpu = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - began < seconds:
-        tokens += next(batches).tokens.size
+        tokens += np.count_nonzero(next(batches).segment_ids)  # no padding
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu
     batches.close()
     rates = {"tokens_per_second": tokens / wall, "seconds": wall, "seconds_to_first_batch": first}

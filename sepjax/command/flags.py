@@ -126,7 +126,21 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, *, with_config: bo
     _check_sizes(flag_values)
     if positional:
         raise ConfigError(f"unexpected argument {positional[0]!r}; everything is a flag here: --name=value")
-    return [validate(_with_table(holder.value)) for holder in holders]
+    return [validate(_with_table(_divided(holder.value))) for holder in holders]
+
+
+def _divided(section: Any) -> Any:
+    """A config whose lists of texts are divided at commas: ml_collections takes `query,value` for one text."""
+    changes = {}
+    for field in dataclasses.fields(section):
+        value = new = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            new = _divided(value)
+        elif field.type == tuple[str, ...] and isinstance(value, tuple) and all(isinstance(x, str) for x in value):
+            new = tuple(part.strip() for text in value for part in text.split(","))
+        if new != value:
+            changes[field.name] = new
+    return dataclasses.replace(section, **changes) if changes else section
 
 
 def _with_table(config: Config) -> Config:

@@ -19,6 +19,7 @@ from sepjax.config.attention import (
     keeps_everything,
     layer_reaches,
     layer_windows,
+    layers_meant,
     sees_kept,
     under,
     validate_attention,
@@ -136,10 +137,13 @@ def validate(config: Config) -> Config:
     """Returns `config` unchanged, or raises `ConfigError` naming the first setting that cannot work."""
     _check_types(config, "")
     validate_model(config.model)
-    validate_attention(config.attention, config.model.num_layers)
-    validate_lora(config.lora, config.model, config.training.init_from)
+    layers = config.model.num_layers
+    if config.training.init_from and layers == ModelConfig().num_layers:  # it may stand for another: see `adopt_shape`
+        layers = layers_meant(config.attention, layers)
+    validate_attention(config.attention, layers)
+    validate_lora(config.lora, config.training.init_from)
     _validate_training(config)
-    layer_windows(config.attention, config.model.num_layers, config.data.sequence_length)  # what no row can have
+    layer_windows(config.attention, layers, config.data.sequence_length)  # what no row can have
     return config
 
 

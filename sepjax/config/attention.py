@@ -169,6 +169,12 @@ def _validate_watch(attention: AttentionConfig, num_layers: int) -> None:
         )
 
 
+def layers_meant(attention: AttentionConfig, least: int) -> int:
+    """How many layers a model has whose settings by layer these are: as many as are listed, else `least` or more."""
+    named = (*attention.kept_layers, *attention.watch_layers, attention.gate_layer)
+    return len(attention.layer_windows) or len(attention.layer_reach) or max(least, 1 + max(named))
+
+
 def layer_windows(attention: AttentionConfig, num_layers: int, length: int) -> tuple[int, ...]:
     """The window n of every layer; a dense layer is a window of `length`, which must cover the whole sequence.
 

@@ -43,18 +43,15 @@ def adapter_parameters(lora: LoraConfig, model: ModelConfig) -> int:
     return model.num_layers * sum(lora.rank * sum(sides[name]) for name in targets_of(lora, model))
 
 
-def validate_lora(lora: LoraConfig, model: ModelConfig, init_from: str) -> None:
-    """Raises ConfigError for adapters that cannot be, or that nothing is there for."""
+def validate_lora(lora: LoraConfig, init_from: str) -> None:
+    """Raises ConfigError for adapters that no model can have, or that nothing is there for.
+
+    The shape that they are for is known once that of `init_from` is: `check_adapters`.
+    """
     at_least("lora.rank", lora.rank, 0)
     if not 0 < lora.alpha < math.inf:
         raise ConfigError(f"lora.alpha={lora.alpha} must be above 0; it is twice lora.rank as a rule")
-    known = (*projections(model), ALL)
-    for name in lora.targets:
-        if name not in known:
-            raise ConfigError(
-                f"lora.targets has {name!r}, which is not one of this model's matrices, {', '.join(known)}"
-                f"{nearest(name, known)}"
-            )
+    _check_names(lora, ModelConfig(gated_mlp=True), "a")
     if (
         not lora.targets
         or len(set(lora.targets)) < len(lora.targets)
@@ -62,18 +59,37 @@ def validate_lora(lora: LoraConfig, model: ModelConfig, init_from: str) -> None:
     ):
         raise ConfigError(
             f"lora.targets={','.join(lora.targets)!r} must be {ALL}, or names of matrices, each once: "
-            f"{', '.join(projections(model))}"
+            f"{', '.join(projections(ModelConfig(gated_mlp=True)))}"
         )
     if not lora.rank:
+        for name in ("alpha", "targets"):
+            if (given := getattr(lora, name)) != getattr(LoraConfig(), name):
+                shown = given if name == "alpha" else ",".join(given)
+                raise ConfigError(f"lora.{name}={shown} does nothing without lora.rank; set that too, or leave it out")
         return
     if not init_from:
         raise ConfigError(
             f"lora.rank={lora.rank} without training.init_from: adapters change a model that has learned; name one, or "
             "set lora.rank=0 to train every parameter"
         )
+
+
+def check_adapters(lora: LoraConfig, model: ModelConfig) -> None:
+    """Raises ConfigError for adapters that a model of this shape cannot have; `lora` has passed `validate_lora`."""
+    _check_names(lora, model, "this")
     for name in targets_of(lora, model):
         if lora.rank > min(projections(model)[name]):
             raise ConfigError(
                 f"lora.rank={lora.rank} is above the {min(projections(model)[name])} that the matrix {name!r} has at "
                 "most; lower it, leave that matrix out of lora.targets, or set lora.rank=0 to train every parameter"
+            )
+
+
+def _check_names(lora: LoraConfig, model: ModelConfig, whose: str) -> None:
+    known = (*projections(model), ALL)
+    for name in lora.targets:
+        if name not in known:
+            raise ConfigError(
+                f"lora.targets has {name!r}, which is not one of {whose} model's matrices, {', '.join(known)}"
+                f"{nearest(name, known)}"
             )

@@ -3,6 +3,8 @@
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 {"prompt": "...", "completion": "..."}        a turn of each; both may be lists of messages
 {"text": "..."}                               a document, under the name of `data.text_key`
+
+Other fields of a conversation are notes (an id, a source), but for those that would change its text: these are refused.
 """
 
 import json
@@ -13,6 +15,12 @@ from sepjax.data.errors import DataError
 from sepjax.data.scored import CLOSE, OPEN
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# Fields beside the messages that templates read, or that say something of the answer; nothing here does.
+_NOT_READ = (
+    "audio", "audios", "chat_template_kwargs", "chosen", "documents", "function_call", "functions", "images",
+    "rejected", "response_format", "system", "enable_thinking", "tool_choice", "tools", "videos",
+)  # fmt: skip
+_CALLS = ("tool_calls", "function_call")  # of a message
 type Message = Mapping[str, str]
 
 
@@ -77,8 +85,15 @@ def messages_of(record: Mapping[str, Any], *, answers: bool) -> list[dict[str, s
       answers: whether there must be one of an assistant's.
 
     Raises:
-      RecordError: it has none, or a message without a known role and a text.
+      RecordError: it has none, a message without a known role and a text, or a field that would change its text and is
+        not read.
     """
+    for name in _NOT_READ:
+        if record.get(name):
+            raise RecordError(
+                f"{name!r} is not read, and would change the conversation; write what it says into the messages, or "
+                "take the field out"
+            )
     if "messages" in record:
         messages = _messages(record["messages"], "messages", "")
     elif {"prompt", "completion"} <= record.keys():
@@ -104,12 +119,17 @@ def _messages(given: Any, name: str, role: str) -> list[dict[str, str]]:
 def _message(given: Any, where: str) -> dict[str, str]:
     if not isinstance(given, dict):
         raise RecordError(f"{where} is {str(given)[:40]!r}, expected an object with 'role' and 'content'")
+    for name in _CALLS:
+        if given.get(name):
+            raise RecordError(f"{where} has {name!r}; tool calls are not read: write them into 'content' as text")
     for name in ("role", "content"):
         if name not in given:
             raise RecordError(f"{where} has no {name!r}")
+    if given["content"] is None:
+        raise RecordError(f"{where} has null for 'content', expected a text; tool calls are not read")
     if given["role"] not in ROLES:
         raise RecordError(f"{where} has the role {str(given['role'])[:40]!r}, expected one of {', '.join(ROLES)}")
-    values = {name: value for name, value in given.items() if value is not None or name == "content"}
+    values = {name: value for name, value in given.items() if value is not None and name not in _CALLS}
     return {name: _text(value, f"{where}.{name}") for name, value in values.items()}
 
 

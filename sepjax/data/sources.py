@@ -160,6 +160,11 @@ def text_source(data: DataConfig, data_dir: str, split: str, form: Form | None =
             "remove them to have it prepared anew"
         ) from error
     source = TextSource(str(builder.data_path), split, key)
+    for name, default in (("train_on", "assistant"), ("too_long", "truncate")):
+        if not source.conversations and (given := getattr(data, name)) != default:
+            raise DataError(
+                f"data.{name}={given!r} does nothing for {data.name!r}, which has no conversations; leave it out"
+            )
     if source.conversations and data.loss_on and data.train_on != "all":
         raise DataError(
             f"data.loss_on={data.loss_on!r} with conversations, of which data.train_on={data.train_on!r} says what is "

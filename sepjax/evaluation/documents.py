@@ -105,7 +105,10 @@ def read_texts(path: Path) -> list[str]:
     """
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if path.is_file() and has_json_lines(path):
-        raise StreamError(f"{str(path)!r} has JSON lines, which `sepjax evaluate windows` reads and nothing else here")
+        raise StreamError(
+            f"{str(path)!r} has JSON lines: `sepjax evaluate windows` reads those that are texts, "
+            '{"text": ...}, and nothing else here does; give .txt files'
+        )
     if not files:
         raise StreamError(f"{str(path)!r} has no .txt files")
     return [_read_text(file) for file in files]

@@ -23,11 +23,13 @@ def config_of(path: Path, model: Transformer) -> Config:
 
 def texts_of(path: Path, config: Config, text: str, split: str, most: int) -> list[str]:
     """The texts to score: of files, or of a split of a corpus."""
-    is_plain = Path(text).exists() and not has_json_lines(Path(text))
-    if text and not split and not (path / "checkpoints").is_dir() and is_plain:
+    may_be_plain = text and not split and not (path / "checkpoints").is_dir()  # without a text Path() is a folder
+    if may_be_plain and Path(text).exists() and not has_json_lines(Path(text)):
         documents: Sequence[str] = read_texts(Path(text))
         return list(documents[: most or len(documents)])
-    data = dataclasses.replace(config.data, name=text) if text else config.data
+    plain = DataConfig()  # what a run does with conversations is nothing to another text
+    other = {"name": text, "train_on": plain.train_on, "too_long": plain.too_long}
+    data = dataclasses.replace(config.data, **other) if text else config.data
     with tempfile.TemporaryDirectory() as scratch:  # a pretrained model has no folder for prepared data
         folder = data.data_dir or str(path / "data" if (path / "checkpoints").is_dir() else scratch)
         documents = _source(data, folder, split or ("all" if text else data.eval_split))
@@ -44,7 +46,8 @@ def _source(data: DataConfig, folder: str, split: str) -> Sequence[str]:
     except NoFormError as error:
         raise ConfigError(
             f"{data.name!r} has conversations, but whole texts are scored here, questions and answers alike: give "
-            "--text. The loss on held-out answers is eval/loss in a run's metrics.jsonl"
+            f"--text with .txt files, or with JSON lines of texts ({{{data.text_key!r}: ...}}). The loss on held-out "
+            "answers is eval/loss in a run's metrics.jsonl"
         ) from error
 
 

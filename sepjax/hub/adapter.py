@@ -7,7 +7,9 @@ The scale is lora_alpha / r, with use_rslora lora_alpha / sqrt(r). What would ch
 refused by name.
 """
 
+import functools
 import json
+import operator
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +18,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sepjax.config import Config, ModelConfig
 from sepjax.files import write_text
 from sepjax.hub.errors import HubError
 from sepjax.hub.families import family_for, family_of, flat, flat_shapes, rows_of
 from sepjax.hub.fields import Fields
+from sepjax.hub.folder import is_folder
+from sepjax.hub.remote import HUB_ID, fetch
 from sepjax.hub.safetensors_file import Planned, SafetensorsFile, write_safetensors
 from sepjax.hub.tables import CONV, CONV_OUT, LINEAR, LINEAR_OUT, SIDE_BY_SIDE, Family, Row
 from sepjax.model.transformer import Params
@@ -98,7 +103,7 @@ def _keys(config: Config, rows: list[Row], family: Family) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.training.init_from,
+        "base_model_name_or_path": peft_base(config.training.init_from),
         "r": config.lora.rank,
         "lora_alpha": config.lora.alpha,
         "target_modules": sorted({short(row) for row in rows}),
@@ -109,11 +114,27 @@ def _keys(config: Config, rows: list[Row], family: Family) -> dict[str, Any]:
     }
 
 
+def peft_base(source: str) -> str | None:
+    """The name by which PEFT opens a `training.init_from`: a Hugging Face folder's or the hub's; None: it cannot.
+
+    An id of the hub counts where the hub's local cache has it: a workdir that has gone may look like one.
+    """
+    if (path := Path(source)).exists():
+        return source if is_folder(path) else None
+    if not HUB_ID.fullmatch(source):
+        return None
+    try:
+        fetch(source, download=False)
+    except HubError:
+        return None
+    return source
+
+
 def add_adapter(params: Params, folder: Path, config: ModelConfig, family: Family) -> Params:
     """The parameters of a model with a PEFT adapter added, in the types and places that they had.
 
     Args:
-      params: of a plain model, from `sepjax.model.transformer.split`.
+      params: of a plain model, from `sepjax.model.transformer.split`. They are used up: changed where they are.
       folder: the adapter.
       config: the model's.
       family: the names of the model's tensors.
@@ -134,15 +155,16 @@ def add_adapter(params: Params, folder: Path, config: ModelConfig, family: Famil
                 "adapter is of another model, or of a kind that is not read"
             )
         pairs.setdefault(match["module"], {})[match["part"]] = name
-    deltas: dict[str, np.ndarray] = {}
-    for module, names in pairs.items():
+    if not pairs:
+        raise HubError(f"{str(file.path)!r} has no tensors, so there is nothing to add; write the adapter anew")
+    for module, names in pairs.items():  # one matrix of one layer at a time: a model may fill its device
         row, layer = rows[module]
         whole = _product(file, module, names, row.kind.theirs([shapes[name] for name in row.ours]), row, keys)
         for ours, part in zip(row.ours, row.kind.split(whole, [shapes[name] for name in row.ours]), strict=True):
-            if ours not in deltas:
-                deltas[ours] = np.zeros((config.num_layers, *shapes[ours]), np.float32)
-            deltas[ours][layer] = part
-    return _added(params, {tuple(name.split("/")): x for name, x in deltas.items()})
+            *path, last = ours.split("/")
+            place = functools.reduce(operator.getitem, path, params["layers"])
+            place[last] = _added(place[last], layer, part)
+    return params
 
 
 def _product(
@@ -164,14 +186,20 @@ def _product(
     return whole.T if row.kind in _INPUTS_FIRST else whole
 
 
-def _added(params: Params, deltas: Mapping[tuple[str, ...], np.ndarray]) -> Params:
-    def add(path: Any, x: jax.Array) -> jax.Array:
-        delta = deltas.get(tuple(key.key for key in path)[1:])
-        if delta is None or path[0].key != "layers":
-            return x
-        return (x.astype(jnp.float32) + jax.device_put(delta, x.sharding)).astype(x.dtype)
+def _added(x: jax.Array, layer: int, delta: np.ndarray) -> jax.Array:
+    """A stack of matrices [L, ...] with `delta` added to one of them, in its place in memory: `x` is used up."""
+    one = x.sharding
+    if isinstance(one, NamedSharding):
+        one = NamedSharding(one.mesh, PartitionSpec(*one.spec[1:]))
+    return _adder(x.sharding)(x, layer, jax.device_put(delta, one))
 
-    return jax.tree_util.tree_map_with_path(add, params)
+
+@functools.cache
+def _adder(sharding: jax.sharding.Sharding) -> Any:
+    def add(x: jax.Array, layer: jax.Array, delta: jax.Array) -> jax.Array:
+        return x.at[layer].set((x[layer].astype(jnp.float32) + delta).astype(x.dtype))
+
+    return jax.jit(add, donate_argnums=0, out_shardings=sharding)
 
 
 def _checked(folder: Path) -> Fields:

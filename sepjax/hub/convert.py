@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from sepjax.config import Config, DataConfig
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.files import check_folder, replacing_folder
-from sepjax.hub.adapter import origin_family, write_adapter
+from sepjax.hub.adapter import origin_family, peft_base, write_adapter
 from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
 from sepjax.hub.folder import TOKENIZER_FILES, is_folder
@@ -95,7 +95,9 @@ def _to_adapter(source: Path, target: Path, step: int | None) -> str:
     config, learned, step = load_adapter(source, step)
     with replacing_folder(target, _NEW, _is_none) as partial:
         write_adapter(partial, config, learned, origin_family(config.model, source / _ORIGIN))
-    return f"the adapters of step {step} of {source} as PEFT reads them in {target}"
+    base = config.training.init_from
+    alone = f"; they belong to {base!r}, which PEFT cannot open: give it that model yourself"
+    return f"the adapters of step {step} of {source} as PEFT reads them in {target}{'' if peft_base(base) else alone}"
 
 
 def _to_workdir(source: Path, target: Path, adapter: Path | None) -> str:

@@ -140,7 +140,8 @@ def _files(path: Path) -> list[SafetensorsFile]:
         if (path / name).exists():
             raise HubError(
                 f"{str(path / name)!r} is an adapter beside the weights, which would not be applied: move its "
-                "files into a folder of their own, and name that (adapter=..., --adapter), or remove them"
+                "files into a folder of their own, and name that (adapter=... of sepjax.load, --adapter of "
+                "sepjax convert), or remove them"
             )
     if (path / INDEX).exists():
         files = _indexed(path)

@@ -1,9 +1,11 @@
 """Models of the Hugging Face hub: from the local cache, and over the network only when that is asked for."""
 
+import re
 from pathlib import Path
 
 from sepjax.hub.errors import HubError
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # what the name of a model there looks like
 # Nothing else is ever fetched: no code, no pickled weights. An adapter's config only to be refused.
 _FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json"]
 _FILES += [

@@ -143,7 +143,7 @@ def _by_prefixes(
     numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
     for i in numbers[-1:] if only_last else numbers:
-        before = template.render(**{**values, "messages": messages[:i], "add_generation_prompt": True})
+        before = _prompt(template, values, i)
         until = text if i + 1 == len(messages) else template.render(**{**values, "messages": messages[: i + 1]})
         if not until.startswith(before):
             raise jinja2.TemplateError(f"the prompt for messages[{i}] is not how it writes that message")
@@ -151,6 +151,17 @@ def _by_prefixes(
             raise jinja2.TemplateError(f"messages[:{i + 1}] are written otherwise once others follow")
         spans.append((len(before), len(until)))
     return text, spans
+
+
+def _prompt(template: jinja2.Template, values: dict[str, Any], i: int) -> str:
+    """What stands before the answer messages[i]."""
+    try:
+        return template.render(**{**values, "messages": values["messages"][:i], "add_generation_prompt": True})
+    except Exception as error:  # of no messages many templates ask for the first all the same
+        if i or isinstance(error, MemoryError | RecursionError):
+            raise
+        why = "messages[0] is an assistant's, and the template cannot write a prompt before it"
+        raise jinja2.TemplateError(why) from error
 
 
 def _reason(error: Exception) -> str:

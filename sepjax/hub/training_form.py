@@ -12,6 +12,8 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.errors import HubError
 
+_NOT_THE_LAST = ("otherwise once others follow", "cannot write a prompt before it")  # what ails earlier answers alone
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingForm:
@@ -41,7 +43,7 @@ class TrainingForm:
             text, spans = self.template.answers(messages, only_last=self.train_on == "last")
         except HubError as error:
             hint = ""
-            if "otherwise once others follow" in str(error):
+            if self.train_on != "last" and any(reason in str(error) for reason in _NOT_THE_LAST):
                 hint = "; with data.train_on='last' the last answer alone is scored"
             raise DataError(f"{error}{hint}") from error
         return marked(text, [(first, self._end(text, first, last)) for first, last in spans])

@@ -30,8 +30,10 @@ from sepjax.console import say
 from sepjax.model.transformer import Params
 from sepjax.run.checkpoint_files import (
     Seals,
+    agreed,
     check_shapes,
     damage,
+    on_first,
     quiet,
     remove_unfinished,
     set_aside,
@@ -151,7 +153,7 @@ class Checkpointer:
         """
         torn: list[tuple[int, str]] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            reason = _agreed(damage(self._folder / str(step), _ITEMS, share=(jax.process_index(), jax.process_count())))
+            reason = agreed(damage(self._folder / str(step), _ITEMS, share=(jax.process_index(), jax.process_count())))
             if reason is None:
                 try:
                     state = self._read(step, target, data, config, new_data)
@@ -249,10 +251,13 @@ class Checkpointer:
 
 def _probe(folder: Path) -> None:
     """Raises OSError where nothing can be made in the folder: Orbax would wait for a thread that has died of it."""
-    if jax.process_index() == 0:
+
+    def make() -> None:
         probe = folder / f".probe.{os.getpid()}"
         probe.mkdir()
         probe.rmdir()
+
+    on_first(make)
 
 
 @contextlib.contextmanager
@@ -286,14 +291,6 @@ def _first_line(error: Exception) -> str:
 def _say(message: str) -> None:
     if jax.process_index() == 0:
         say(message)
-
-
-def _agreed(reason: str | None) -> str | None:
-    """The same answer on every process: damage that one has found counts for all."""
-    if jax.process_count() == 1:
-        return reason
-    found = multihost_utils.process_allgather(np.array(reason is not None))
-    return reason or ("another process found its files damaged" if found.any() else None)
 
 
 def sync(name: str) -> None:
@@ -330,25 +327,30 @@ def load_params(workdir: Path | str, step: int | None = None, mesh: Mesh | None 
       CheckpointError: its files are damaged. Without `step` damaged checkpoints are passed over with a warning.
       ConfigError: the parameters are not those of the saved config, or another version saved it.
     """
-    config, learned, base, step, mesh = _read(workdir, step, mesh)
+    config, learned, base, step, mesh = _read(workdir, step, mesh, with_base=True)
     return config, merged_with(base, learned, config, mesh), step
 
 
 def load_adapter(workdir: Path | str, step: int | None = None) -> tuple[Config, Params, int]:
-    """`load_params` of what a run with `lora.rank` has learned alone: adapters, and a gate if there is one."""
-    config, learned, _, step, _ = _read(workdir, step, None)
+    """`load_params` of what a run with `lora.rank` has learned alone: adapters, and a gate if there is one.
+
+    Nothing of the base is read.
+    """
+    config, learned, _, step, _ = _read(workdir, step, None, with_base=False)
     return config, learned, step
 
 
-def _read(workdir: Path | str, step: int | None, mesh: Mesh | None) -> tuple[Config, Params, Params, int, Mesh]:
-    """The config, what has learned, the frozen base, the step, and where they are."""
+def _read(
+    workdir: Path | str, step: int | None, mesh: Mesh | None, *, with_base: bool
+) -> tuple[Config, Params, Params, int, Mesh]:
+    """The config, what has learned, the frozen base (else empty), the step, and where they are."""
     folder = _step_folder(Path(workdir), step)
     config = from_json((folder / "config" / "metadata").read_bytes())
     mesh = mesh or make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1, context=1), jax.devices()[:1])
     target, frozen = learned_and_frozen(config, mesh)
     try:
         check_shapes(folder / "params", target)
-        base = read_frozen(Path(workdir), frozen)
+        base = read_frozen(Path(workdir), frozen if with_base else {})
         with ocp.StandardCheckpointer() as reader:
             return config, reader.restore(folder / "params", target), base, int(folder.name), mesh
     except UserError:

@@ -15,12 +15,14 @@ import shutil
 import sys
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from sepjax.config import ConfigError
 
@@ -136,6 +138,32 @@ def remove_unfinished(folder: Path, step: int) -> None:
 def steps_on_disk(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, in order."""
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def agreed(reason: str | None, elsewhere: str = "another process found its files damaged") -> str | None:
+    """The same answer on every process: a failure of one counts for all. Every process has to ask.
+
+    Args:
+      reason: what has failed here; None: nothing.
+      elsewhere: the answer where only others have failed.
+    """
+    if jax.process_count() == 1:
+        return reason
+    found = multihost_utils.process_allgather(np.array(reason is not None))
+    return reason or (elsewhere if found.any() else None)
+
+
+def on_first(act: Callable[[], None]) -> None:
+    """Has process 0 do something. Raises OSError on every process where that fails: none waits for one that ended."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            act()
+        except OSError as failed:
+            error = failed
+    reason = agreed(None if error is None else str(error), "process 0 could not write its files")
+    if reason is not None:
+        raise error or OSError(reason)
 
 
 @contextlib.contextmanager

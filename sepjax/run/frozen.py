@@ -12,13 +12,12 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sepjax.config import Config, UserError
 from sepjax.model.lora import joined, merged
 from sepjax.model.transformer import Params, abstract
-from sepjax.run.checkpoint_files import check_shapes, damage, quiet, seal
+from sepjax.run.checkpoint_files import agreed, check_shapes, damage, on_first, quiet, seal
 from sepjax.sharding import parameter_shardings
 
 FOLDER = "frozen"
@@ -38,14 +37,13 @@ def write_frozen(workdir: Path, params: Params, *, anew: bool) -> None:
         return
     with quiet(), ocp.StandardCheckpointer() as writer:  # complete or not there: renamed at the end
         writer.save(folder, params, force=True)
-    if jax.process_index() == 0:
-        seal(folder)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("sepjax_frozen")
+    on_first(lambda: seal(folder))
 
 
 def read_frozen(workdir: Path, target: Any) -> Params:
     """The base, straight into the shards of `target`, a tree of shapes, dtypes and shardings; empty where that is.
+
+    By all processes together: what one finds is an error of all.
 
     Raises:
       FrozenError: it is missing or damaged.
@@ -54,14 +52,18 @@ def read_frozen(workdir: Path, target: Any) -> Params:
     folder = workdir.absolute() / FOLDER
     if not target:
         return {}
-    reason = damage(folder, ()) if folder.is_dir() else "it is not there"
+    share = (jax.process_index(), jax.process_count())
+    reason = agreed(damage(folder, (), share=share) if folder.is_dir() else "it is not there")
     if reason is None:
         check_shapes(folder, target)
+        base = {}
         try:
             with quiet(), ocp.StandardCheckpointer() as reader:
-                return reader.restore(folder, target)
+                base = reader.restore(folder, target)
         except Exception as error:  # Orbax and TensorStore raise all kinds for damaged files
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        if (reason := agreed(reason)) is None:
+            return base
     raise FrozenError(
         f"cannot read {folder}, the model that this run's adapters belong to: {reason}; bring back a copy of the "
         "folder, or start a new --workdir"

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from sepjax.config import Config, UserError
+from sepjax.config import Config, UserError, validate_attention
+from sepjax.config.lora import check_adapters
 from sepjax.data.batch import Batch
 from sepjax.sharding import batch_sharding, check_batch, check_heads, check_length, make_mesh, replicated
 from sepjax.training import h100
@@ -183,6 +184,8 @@ def report(plan: Plan, config: Config) -> str:
 
 def main(config: Config, topology: str, largest: int) -> None:
     """Prints the plan of a config's step on a topology."""
+    check_adapters(config.lora, config.model)
+    validate_attention(config.attention, config.model.num_layers)
     print(report(make_plan(config, topology, largest), config), flush=True)
 
 

@@ -260,7 +260,10 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         (spoil_config(num_attention_heads=2**30, head_dim=2**30), r"num_heads \* head_dim = 1152921504606846976 and"),
         (spoil_config(quantization_config={"quant_method": "awq"}), r"quantization_config=.+quantised checkpoints"),
         (stale_index, r"has model.safetensors and an index of other files, model.safetensors.index.json"),
-        (write("adapter_config.json", b"{}"), r"adapter_config.json' is an adapter beside the weights"),
+        (
+            write("adapter_config.json", b"{}"),
+            r"adapter_config.json' is an adapter beside .*adapter=\.\.\. of sepjax\.load, --adapter of sepjax convert",
+        ),
         (write("adapter_model.safetensors", b""), r"adapter_model.safetensors' is an adapter"),
         (write("config.json", b" " * 100_000_001), r"config.json' has 100000001 bytes; at most"),
         *((pipe(name), f"{name}' is not an ordinary file") for name in ("tokenizer.json", INDEX, "model.safetensors")),

@@ -25,20 +25,24 @@ from sepjax.config import (
     TrainingConfig,
     validate,
 )
-from sepjax.config.lora import adapter_parameters, projections
+from sepjax.config.lora import adapter_parameters, check_adapters, projections
 from sepjax.data.batch import Batch
 from sepjax.flops import training_flops
+from sepjax.hub import adapter
 from sepjax.hub.adapter import origin_family, write_adapter
 from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
 from sepjax.hub.families import family_for
+from sepjax.hub.safetensors_file import write_safetensors
 from sepjax.keeping import Lesson
 from sepjax.keeping.distill import distill
 from sepjax.model.attend import forward
 from sepjax.model.lora import divided, joined, merged
 from sepjax.model.transformer import abstract, merge, split
-from sepjax.run.checkpoint import load_params
+from sepjax.run import checkpoint_files, frozen
+from sepjax.run.checkpoint import load_adapter, load_params
 from sepjax.run.frozen import FrozenError, read_frozen, write_frozen
+from sepjax.run.metrics import Throughput
 from sepjax.sharding import batch_sharding, make_mesh
 from sepjax.training.optimizer import decayed_parameters
 from sepjax.training.step import _loss, abstract_state, create_state, model_graph, train_step
@@ -220,16 +224,39 @@ def test_only_adapters_have_moments_and_the_base_has_its_matmuls_type():
     [
         ({"rank": -1}, r"lora\.rank=-1 must be 0 or more"),
         ({"rank": 2, "alpha": 0.0}, r"lora\.alpha=0\.0 must be above 0"),
-        ({"rank": 2, "targets": ("q_proj",)}, r"'q_proj', which is not one of this model's matrices, query, key"),
+        ({"rank": 2, "targets": ("q_proj",)}, r"'q_proj', which is not one of a model's matrices, query, key"),
         ({"rank": 2, "targets": ("gat",)}, "did you mean 'gate'"),
         ({"rank": 2, "targets": ()}, r"lora\.targets='' must be all"),
         ({"rank": 2, "targets": ("all", "up")}, r"lora\.targets='all,up' must be all, or names of matrices, each once"),
-        ({"rank": 17}, r"lora\.rank=17 is above the 16 that the matrix 'query' has at most"),
+        ({"alpha": 32.0}, r"lora\.alpha=32\.0 does nothing without lora\.rank"),
+        ({"targets": ("query", "up")}, r"lora\.targets=query,up does nothing without lora\.rank"),
     ],
 )
 def test_mistakes_are_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         validate(dataclasses.replace(CONFIG, lora=LoraConfig(**changes)))
+
+
+def test_a_rank_is_held_against_the_shape_that_is_begun_with(config, tmp_path):
+    """Not against the model section, which stands for the source's shape."""
+    wide = validate(dataclasses.replace(config, model=ModelConfig(), lora=LoraConfig(rank=600)))
+    with pytest.raises(ConfigError, match=r"lora\.rank=600 is above the \d+ that the matrix 'query' has at most"):
+        adopt_shape(wide, tmp_path / "run")
+    with pytest.raises(ConfigError, match="'gate', which is not one of this model's matrices, query, key"):
+        check_adapters(LoraConfig(rank=2, targets=("gate",)), ModelConfig(gated_mlp=False))
+
+
+def test_settings_by_layer_are_held_against_the_shape_that_is_begun_with(config, tmp_path):
+    """A source of two layers: four, the default, are not those of the run."""
+    layers = adopt_shape(config, tmp_path / "run").model.num_layers
+    windows = dataclasses.replace(config.attention, layer_windows=(8,) * layers)
+    fits = validate(dataclasses.replace(config, attention=windows))
+    assert layers != config.model.num_layers
+    assert adopt_shape(fits, tmp_path / "run").attention == windows
+    kept = dataclasses.replace(config.attention, kept_layers=(20,))
+    beyond = validate(dataclasses.replace(config, attention=kept))
+    with pytest.raises(ConfigError, match=rf"attention\.kept_layers has 20; the model's layers are 0 to {layers - 1}"):
+        adopt_shape(beyond, tmp_path / "run")
 
 
 def test_adapters_need_a_model_that_has_learned():
@@ -262,14 +289,22 @@ def config(tmp_path, source):
 
 def test_a_run_on_conversations_resumes_bit_for_bit_and_goes_out_merged(config, source, tmp_path, monkeypatch):
     start_quickly(monkeypatch)
+    counted, add = [], Throughput.add
+    monkeypatch.setattr(Throughput, "add", lambda self, tokens: counted.append(tokens) or add(self, tokens))
     whole, again = tmp_path / "whole", tmp_path / "again"
     last = train(config, whole)
+    assert len(counted) == 6
+    assert all(200 < tokens < 400 for tokens in counted)  # of 4 rows of 100, padding left out
     shutil.copytree(whole, again)
     shutil.rmtree(again / "checkpoints" / "6")
     shutil.rmtree(source)  # a run that has begun needs it no longer
     assert_same(train(config, again), last)
     assert losses(again) == losses(whole)
     assert losses(whole)[6] < losses(whole)[1]
+
+    assert convert(whole, tmp_path / "alone", adapter_only=True).endswith(
+        f"belong to {str(source)!r}, which PEFT cannot open: give it that model yourself"
+    )
 
     # Checkpoints have adapters alone (another tree would be refused); what is read is one plain model.
     saved, params, step = load_params(whole)
@@ -284,6 +319,7 @@ def test_a_run_on_conversations_resumes_bit_for_bit_and_goes_out_merged(config, 
     shutil.rmtree(whole / "frozen" / "d")
     with pytest.raises(FrozenError, match=r"frozen, the model that this run's adapters belong to: d/.* is missing"):
         sepjax.load(whole)
+    assert_same(load_adapter(whole)[1], last.params)  # of which the base is no part
     other = dataclasses.replace(config, lora=LoraConfig(rank=2))
     with pytest.raises(ConfigError, match=r"lora\.rank: 3 in the workdir, 2 now"):
         train(other, again)
@@ -322,9 +358,18 @@ def test_adapters_go_out_and_come_in_as_pefts(source, tmp_path):
     write_adapter(tmp_path / "adapter", config, learned, origin_family(shape, source))
     keys = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert keys["target_modules"] == ["gate_proj", "o_proj", "q_proj"]
+    assert keys["base_model_name_or_path"] is None  # "a model" is none of PEFT's
     assert (keys["r"], keys["lora_alpha"], keys["fan_in_fan_out"]) == (3, 6.0, False)
     found, _ = sepjax.load(source, adapter=tmp_path / "adapter")
     assert_close(split(found)[1], merged(joined(state.frozen, learned), config.lora), 1e-6)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    spread, _ = sepjax.load(source, adapter=tmp_path / "adapter", mesh=mesh)
+    assert_same(split(spread)[1], split(found)[1])
+    plain = split(sepjax.load(source, mesh=mesh)[0])[1]
+    assert jax.tree.map(lambda x: x.sharding, split(spread)[1]) == jax.tree.map(lambda x: x.sharding, plain)
+    before = plain["layers"]["attention"]["query"]["kernel"]
+    adapter.add_adapter(plain, tmp_path / "adapter", shape, origin_family(shape, source))
+    assert before.is_deleted()  # so that no second model needs room
     converted = convert(source, tmp_path / "run", adapter=tmp_path / "adapter")
     assert "step 0 of a run" in converted
     assert_same(load_params(tmp_path / "run")[1], split(found)[1])
@@ -340,6 +385,11 @@ def test_adapters_go_out_and_come_in_as_pefts(source, tmp_path):
     refused("bias='all': expected one of 'none'", bias="all")
     refused("init_lora_weights='pissa': expected one of", init_lora_weights="pissa")
     refused("lora_alpha=-1: expected a number above 0", lora_alpha=-1)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "adapter_config.json").write_text(json.dumps(keys))
+    write_safetensors(tmp_path / "empty" / "adapter_model.safetensors", {})
+    with pytest.raises(HubError, match="has no tensors, so there is nothing to add"):
+        sepjax.load(source, adapter=tmp_path / "empty")
     with pytest.raises(HubError, match="has no place for a gate"):
         write_adapter(tmp_path / "no", config, learned | {"gate": {}}, origin_family(shape, source))
     neox = dataclasses.replace(
@@ -356,6 +406,21 @@ def test_adapters_go_out_and_come_in_as_pefts(source, tmp_path):
             convert(bad, tmp_path / "out", adapter_only=True)
     with pytest.raises(HubError, match="is for pretrained models; export"):
         convert(tmp_path / "run", tmp_path / "out", adapter=tmp_path / "adapter")
+
+
+def test_the_base_is_named_where_peft_can_open_it(source, tmp_path, monkeypatch):
+    def fetched(name, *, download):
+        assert not download
+        if name != "owner/cached":
+            raise HubError("not here")
+
+    monkeypatch.setattr(adapter, "fetch", fetched)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "model.gguf").touch()
+    assert adapter.peft_base(str(source)) == str(source)
+    assert adapter.peft_base("owner/cached") == "owner/cached"
+    for name in (str(tmp_path / "run"), str(tmp_path / "model.gguf"), "smollm2-135m", "runs/gone"):
+        assert adapter.peft_base(name) is None
 
 
 @pytest.mark.skipif(TORCH is None, reason="needs torch, transformers and peft in SEPJAX_TORCH_PYTHON")
@@ -411,6 +476,31 @@ def test_a_base_is_written_once_unless_a_start_left_another(tmp_path):
     for params, anew, expected in ((first, False, first), (second, False, first), (second, True, second)):
         write_frozen(tmp_path, params, anew=anew)
         assert_same(read_frozen(tmp_path, target), expected)
+
+
+def test_what_one_process_finds_of_a_base_is_an_error_of_all(tmp_path, monkeypatch):
+    """Here the other of two processes, which alone fails; then this one, whose seal does not succeed."""
+    target = {"a": {"kernel": jnp.ones((2, 3))}}
+    write_frozen(tmp_path, target, anew=True)
+    shares, answers, damage = [], [True], checkpoint_files.damage
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        checkpoint_files.multihost_utils, "process_allgather", lambda mine: np.array([mine, answers.pop(0)])
+    )
+    monkeypatch.setattr(frozen, "damage", lambda *args, share: shares.append(share) or damage(*args, share=share))
+    with pytest.raises(FrozenError, match="another process found its files damaged"):
+        read_frozen(tmp_path, target)
+    assert shares == [(0, 2)]
+    for failed, message in ((True, "process 0 could not write its files"), (False, "a full disk")):
+        answers.append(failed)
+
+        def act(failed=failed):
+            if not failed:
+                raise OSError("a full disk")
+
+        with pytest.raises(OSError, match=message):
+            checkpoint_files.on_first(act)
+    assert not answers
 
 
 def test_a_gate_is_not_distilled_into_adapters(tmp_path):

@@ -11,18 +11,22 @@ import numpy as np
 import pytest
 
 from sepjax.begin import conversation_form
-from sepjax.config import Config, ConfigError, DataConfig, ModelConfig, validate
+from sepjax.bench.data import measure
+from sepjax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig, validate
 from sepjax.data import reader
+from sepjax.data.conversations import messages_of
 from sepjax.data.errors import DataError
 from sepjax.data.packing import TokenStream, WholeRows, fitting
 from sepjax.data.pipeline import evaluation_batches, training_batches
 from sepjax.data.scored import marked, unmarked
 from sepjax.data.sources import text_source
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation import inputs
 from sepjax.evaluation.documents import StreamError, read_texts
 from sepjax.evaluation.inputs import texts_of
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.training_form import training_form
+from tests.hub import tiny
 from tests.hub.conftest import tokenizer_json
 
 pytest.importorskip("jinja2")
@@ -153,6 +157,12 @@ def test_the_mask_is_that_of_transformers(tmp_path):
     assert sum(mask) > 10
 
 
+def test_notes_and_empty_fields_change_nothing():
+    record = {"messages": [{**turn, "tool_calls": None, "name": "x"} for turn in TURNS], "id": 3, "tools": []}
+    record["messages"][2]["tool_calls"] = []
+    assert messages_of(record, answers=True) == [{**turn, "name": "x"} for turn in TURNS]
+
+
 def conversations(count, seed=0):
     rng = np.random.default_rng(seed)
     words = ["the ant", "in and out", "who ran", "an ant", "then"]
@@ -201,6 +211,19 @@ def test_conversations_stay_whole_and_a_run_resumes(tokenizer, tmp_path, monkeyp
     assert 0 < held_out[0].loss_mask.sum() < (held_out[0].segment_ids > 0).sum()
 
 
+def test_the_bench_reads_conversations_as_training_does(tmp_path):
+    write(tmp_path / "data.jsonl", conversations(40))
+    model = tmp_path / "model"
+    golden = tiny.golden()["llama-bias"]
+    tiny.write_checkpoint(model, golden["config"] | {"torch_dtype": "float32"}, golden["shapes"])
+    write_tokenizer(model, CHATML, size=64)
+    config = Config(
+        data=DataConfig(name=str(tmp_path / "data.jsonl"), sequence_length=100, batch_size=4),
+        training=TrainingConfig(init_from=str(model)),
+    )
+    assert measure(config, str(tmp_path / "bench"), seconds=0.01)["tokens_per_second"] > 0
+
+
 def test_rows_are_filled_first_fit():
     def stream(*sizes):
         parts = [
@@ -247,6 +270,19 @@ def test_what_is_too_long_is_counted_and_told(tokenizer, tmp_path, caplog):
             r":2: messages\[0\] has the role 'bot', expected one of system",
         ),
         ('{"messages": [{"role": "user", "content": ["a"]}]}', r":2: 'messages\[0\].content' is .*, expected a text"),
+        ('{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}', r":2: 'tools' is not read, and would change"),
+        (
+            '{"prompt": "a", "completion": "b", "chat_template_kwargs": {"x": 1}}',
+            r":2: 'chat_template_kwargs' is not read",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}]}',
+            r":2: messages\[0\] has 'tool_calls'; tool calls are not read",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}',
+            r":2: messages\[0\] has null for 'content', .*; tool calls are not read",
+        ),
         ('{"messages": [{"role": "user", "content": "a"}]}', r":2: no message is an assistant's"),
         ('{"prompt": 1, "completion": "a"}', r":2: 'prompt' is '1', expected a text or a list of messages"),
         ('{"text": "a"}', r":2: it has neither 'messages' nor 'prompt' with 'completion', as records before it have"),
@@ -277,10 +313,17 @@ def test_templates_that_cannot_tell_are_refused(tmp_path):
     match = r"data\.jsonl:1: the chat template fails: messages\[:3\] are written otherwise .*data\.train_on='last'"
     with pytest.raises(DataError, match=match):
         text_source(config.data, str(tmp_path / "p"), "all", conversation_form(config, tokenizer))
+    greeted = training_form(DataConfig(), write_tokenizer(tmp_path / "first", "{{ messages[0].role }}" + CHATML))
+    match = r"messages\[0\] is an assistant's, and the template cannot write a prompt before it; .*train_on='last'"
+    with pytest.raises(DataError, match=match):
+        greeted(TURNS[2:])
+    assert unmarked(dataclasses.replace(greeted, train_on="last")(TURNS[2:]))[1]
     plain = write_tokenizer(tmp_path / "plain", "")
     with pytest.raises(DataError, match="has conversations, but the model's tokenizer has no chat template"):
         text_source(config.data, str(tmp_path / "p"), "train", conversation_form(config, plain))
-    with pytest.raises(ConfigError, match="has conversations, but whole texts are scored here"):
+    with pytest.raises(
+        ConfigError, match=r"whole texts are scored .* give --text with \.txt files, or with JSON lines of"
+    ):
         texts_of(tmp_path, config, str(path), "all", 0)
     data = dataclasses.replace(config.data, loss_on="a")
     chatml = write_tokenizer(tmp_path / "chatml", CHATML)
@@ -290,6 +333,14 @@ def test_templates_that_cannot_tell_are_refused(tmp_path):
     for name, value in (("train_on", "user"), ("too_long", "cut")):
         with pytest.raises(ConfigError, match=rf"data\.{name}='{value}' is not one of"):
             validate(dataclasses.replace(config, data=dataclasses.replace(config.data, **{name: value})))
+
+
+def test_without_text_the_working_folder_is_not_searched(tmp_path, monkeypatch):
+    searched = []
+    monkeypatch.setattr(inputs, "has_json_lines", searched.append)
+    monkeypatch.setattr(inputs, "_source", lambda data, folder, split: [data.name, split])
+    assert texts_of(tmp_path, Config(), "", "", 0) == ["embedded", "validation"]
+    assert not searched
 
 
 def test_records_of_texts_are_documents(tmp_path):
@@ -304,10 +355,19 @@ def test_records_of_texts_are_documents(tmp_path):
     assert sorted([*source, *held_out]) == sorted([*(f"text {i}" for i in range(30)), "packed"])
     assert not source.conversations
     assert sorted(text_source(data, str(tmp_path / "p"), "all")) == sorted([*source, *held_out])
-    texts = texts_of(tmp_path, Config(data=DataConfig(text_key="body")), str(folder / "a.jsonl"), "", 3)
+    for name, value in (("train_on", "last"), ("too_long", "skip")):
+        with pytest.raises(
+            DataError, match=rf"data\.{name}='{value}' does nothing for .*texts', which has no conversations"
+        ):
+            text_source(dataclasses.replace(data, **{name: value}), str(tmp_path / "p"), "train")
+    texts = texts_of(
+        tmp_path, Config(data=DataConfig(text_key="body", train_on="last")), str(folder / "a.jsonl"), "", 3
+    )
     assert len(texts) == 3
     assert set(texts) < {f"text {i}" for i in range(30)}
-    with pytest.raises(StreamError, match=r"a\.jsonl' has JSON lines, which"):
+    with pytest.raises(
+        StreamError, match=r"a\.jsonl' has JSON lines: .* reads those that are texts, .*; give \.txt files"
+    ):
         read_texts(folder / "a.jsonl")
     with pytest.raises(DataError, match=r"a\.jsonl:1: it has the fields 'body', expected 'messages', .*or 'text'"):
         text_source(DataConfig(name=str(folder)), str(tmp_path / "p"), "train")

@@ -55,7 +55,9 @@ class Sliced(Settings):
 class Texts(Settings):
     """What is scored: texts in windows."""
 
-    text: str = ""  # a .txt file, a folder of them or a TFDS dataset; default: the run's corpus
+    # .txt files, or JSON lines that are texts ({"text": ...}): a file or a folder; or a TFDS dataset; default: the
+    # run's corpus
+    text: str = ""
     split: str = ""  # of that data, as TFDS names it; default: all of --text, or validation
     length: Annotated[int, AtLeast(0)] = 0  # tokens of a window; default: as in training
     window_size: Annotated[int, AtLeast(0)] = 0  # n of every layer; default: as in training
