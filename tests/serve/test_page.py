@@ -303,7 +303,7 @@ def test_the_policy_refuses_what_the_page_does_not_do(driver, server):
 
 
 def test_escape_stops_an_answer_and_frees_its_row(driver, server):
-    at = Page(driver, server, temperature=1, max_tokens=50_000, seed=3)
+    at = Page(driver, server, temperature=0, max_tokens=50_000)  # drawn, it would soon draw an end
     at.type("Go on.\ue007")
     length = "(document.querySelector('.message.assistant .body')?.textContent.length ?? 0)"
     at.until(f"{length} > 20")
