@@ -4,12 +4,8 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from sepjax.config import UserError
 from sepjax.evaluation.streaming import StreamScore
-
-
-class PictureError(UserError, ImportError):
-    """There is nothing to draw with."""
+from sepjax.pictures.canvas import blank
 
 
 def table(scores: Sequence[StreamScore]) -> str:
@@ -48,13 +44,7 @@ def write_png(path: Path, scores: Sequence[StreamScore]) -> None:
     Raises:
       PictureError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise PictureError('the curve is drawn by matplotlib, which is missing: pip install "sepjax[plot]"') from error
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(8.0, 4.5, "the curve")
     axes = figure.add_subplot()
     for s in scores:
         axes.plot([b.start for b in s.buckets], [b.perplexity for b in s.buckets], marker=".", label=label(s))

@@ -18,6 +18,7 @@ from sepjax.generation import limits
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import load, locate
 from sepjax.model.transformer import Transformer
+from sepjax.pictures.canvas import PictureError
 
 
 def evaluate(
@@ -156,7 +157,7 @@ def write_files(output: Path, what: Any, scores: Sequence[Any]) -> str:
     try:
         with files.replacing(output.with_suffix(".png")) as partial:
             what.write_png(partial, scores)
-    except curves.PictureError as error:
+    except PictureError as error:
         return f"{output.with_suffix('.csv')} (no picture: {error})"
     return f"{output.with_suffix('.csv')}, {output.with_suffix('.png')}"
 

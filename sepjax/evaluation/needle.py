@@ -19,9 +19,9 @@ import numpy as np
 from sepjax.config import UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.arms import Arm
-from sepjax.evaluation.curves import PictureError
 from sepjax.evaluation.scoring import score_continuations
 from sepjax.model.transformer import Transformer
+from sepjax.pictures.canvas import blank
 
 _PLACES = ("harbour", "library", "mill", "castle", "bakery", "theatre", "station", "garden", "tower", "market")
 _NEEDLE = " The secret number of the {place} is {number}{tail}."
@@ -175,15 +175,9 @@ def write_png(path: Path, cells: Sequence[Cell]) -> None:
     Raises:
       PictureError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise PictureError('the map is drawn by matplotlib, which is missing: pip install "sepjax[plot]"') from error
     patterns = list(dict.fromkeys((c.arm, c.tail) for c in cells))
     lengths, depths = (sorted({getattr(c, name) for c in cells}) for name in ("length", "depth"))
-    figure = Figure(figsize=(1.5 + 3.2 * len(patterns), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(1.5 + 3.2 * len(patterns), 3.6, "the map")
     axes = figure.subplots(1, len(patterns), squeeze=False, sharey=True)[0]
     image = None
     for axis, (arm, tail) in zip(axes, patterns, strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sepjax.config import UserError
+from sepjax.pictures.canvas import blank
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, each with a marker of its own for print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -16,7 +17,7 @@ _MARKERS = "osD^vPX"
 
 
 class FigureError(UserError, ValueError):
-    """Results of which no figure can be made, or nothing to draw with."""
+    """Results of which no figure can be made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,13 +130,7 @@ def _cycle(items: Sequence[str]) -> Iterable[str]:
 
 
 def _figure(title: str) -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise FigureError('figures are drawn by matplotlib, which is missing: pip install "sepjax[plot]"') from error
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(7.0, 4.4, "the figure")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=10, loc="left", wrap=True)
     axes.grid(alpha=0.25)

@@ -32,8 +32,8 @@ SINK, RECENT, GONE = "s", "r", "0"  # in a frame's states; "1" to "9": kept, by 
 _SHADES = 9
 
 
-class PictureError(UserError, ValueError):
-    """A text or results of which no picture can be made."""
+class EmptyTextError(UserError, ValueError):
+    """A text without tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +126,14 @@ def kept_text(
       max_frames: moments, at most; the last is always one.
 
     Raises:
-      PictureError: an empty text.
+      EmptyTextError: an empty text.
       ConfigError: a pattern that no bounded cache serves (`StreamSizes.create`).
     """
     of = Prepared.create(model, tokenizer, attention)
     sizes = StreamSizes.create(of.config, of.attention)
     ids = tokenizer.encode(text, bos=True)[:max_tokens]
     if not tokenizer.encode(text):
-        raise PictureError("the text is empty; give one of some hundred words")
+        raise EmptyTextError("the text is empty; give one of some hundred words")
     frames = _frames(of, sizes, ids)
     every = -(-len(frames) // max_frames)
     return KeptText(

@@ -9,7 +9,7 @@ import pytest
 from sepjax.config import AttentionConfig, ConfigError
 from sepjax.generation.cache.view import CacheView
 from sepjax.pictures import kept_text
-from sepjax.pictures.kept import Frame, PictureError
+from sepjax.pictures.kept import EmptyTextError, Frame
 from sepjax.separators import configured_table
 from tests.generation.cache.common import ListStream
 from tests.generation.tiny import tiny_model, tiny_tokenizer
@@ -79,5 +79,5 @@ def test_few_frames_and_few_tokens(tokenizer, picture):
     assert len(short.frames) <= 2 < len(picture.frames)
     with pytest.raises(ConfigError, match="keeps every token"):
         kept_text(tiny_model(), tokenizer, TEXT, AttentionConfig(pattern="dense"))
-    with pytest.raises(PictureError, match="the text is empty"):
+    with pytest.raises(EmptyTextError, match="the text is empty"):
         kept_text(tiny_model(), tokenizer, "", ATTENTION)

@@ -24,7 +24,7 @@ from sepjax.config import AttentionConfig, ModelConfig, sees_kept
 if TYPE_CHECKING:
     from sepjax.generation.cache.bounded import StreamingCache
 
-_NEVER = 2**20  # tokens after which a token counts half that is not to fade at all
+NEVER = 2**20  # tokens after which what is not to fade at all counts half; beyond what float32 tells apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Gated:
             layers=sees_kept(attention, config.num_layers),
             stretch=attention.gate_stretch,
             keep=attention.gate_keep,
-            half_life=attention.watch_half_life or _NEVER,
+            half_life=attention.watch_half_life or NEVER,
         )
 
     def scores(self, config: ModelConfig, batch_size: int, size: int) -> Float[jax.Array, "1 B 1 S"]:
@@ -66,7 +66,7 @@ def candidates(
     assert cache.scores is not None
     ring = cache.scores[0, :, 0, sizes.max_separators :]
     end = cache.next_recent[:, None]
-    place = (cache.seen_low[:, None] + p - end) % gate.stretch  # in the text; `count_wrap` is a multiple of a stretch
+    place = cache.place_in_text(p) % gate.stretch  # which is counted modulo a multiple of a stretch
     rivals = (p - place)[..., None] + jnp.arange(gate.stretch, dtype=jnp.int32)
     # Tokens that are no sinks, as many as a ring may hold: those before them have no score.
     came = jnp.where(cache.seen_high > 0, sizes.ring, cache.seen_low - cache.num_sinks)

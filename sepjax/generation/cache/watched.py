@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 _LEAST = 1e-30  # of a weight, so that its logarithm is finite
 _FIRST = 1024.0  # what separators that go first have more than all others: scores are between -100 and 2^15 / 256
 _FIRST_OF_NEWEST = 2.0**20  # the same where scores are times
-_NEVER = 2**20  # tokens after which a look counts half that is not to fade at all; beyond what float32 tells apart
 _CLOCK = 2**15  # times begin again here, so that they stay exact
 
 
@@ -58,7 +57,7 @@ class Watch:
             layers=tuple(i in layers for i in range(config.num_layers)),
             per_head=attention.kept_set == "head",
             after=attention.watch_after,
-            half_life=attention.watch_half_life or _NEVER,
+            half_life=attention.watch_half_life or gated.NEVER,
             separators_first=attention.separators_first,
         )
 
