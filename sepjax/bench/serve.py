@@ -189,11 +189,10 @@ def row_bytes(model: Any, attention: AttentionConfig) -> int:
     """Of one row's cache."""
     import jax
 
-    from sepjax.generation.cache.bounded import StreamingCache
-    from sepjax.generation.cache.sizes import StreamSizes
+    from sepjax.generation.cache.mixed import bounded_sizes, empty_cache
 
-    sizes = StreamSizes.create(model.config, attention)
-    shapes = jax.eval_shape(lambda: StreamingCache.create(model.config, 1, sizes, by_layer=True))
+    sizes = bounded_sizes(model.config, attention)
+    shapes = jax.eval_shape(lambda: empty_cache(model.config, 1, sizes, by_layer=True))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 

@@ -106,11 +106,16 @@ def _validate_kept_layers(attention: AttentionConfig, num_layers: int) -> None:
                 f"attention.kept_layers has {layer}, below gate_layer={attention.gate_layer}: nothing is kept before "
                 "the gate has read; lower gate_layer or leave the layer out"
             )
-    if attention.kept_layers and attention.pattern in ("dense", "sink_window", "watched"):
-        other = "watch_layers" if attention.pattern == "watched" else "layer_windows"
+    if attention.kept_layers and attention.pattern == "watched" and len(set(attention.layer_windows)) < 2:
         raise ConfigError(
-            f"attention.kept_layers is for patterns that keep the same tokens in all layers, and pattern="
-            f"{attention.pattern!r} does not; leave it out, or set {other}"
+            f"attention.kept_layers={attention.kept_layers} with watched tokens needs layer_windows that differ: "
+            "layers that keep nothing hold their window alone; set them, or leave kept_layers out and name "
+            "the layers whose looks count in watch_layers"
+        )
+    if attention.kept_layers and attention.pattern in ("dense", "sink_window"):
+        raise ConfigError(
+            f"attention.kept_layers is for patterns that keep tokens, and pattern={attention.pattern!r} does not; "
+            "leave it out, or set layer_windows"
         )
 
 

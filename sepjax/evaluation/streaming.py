@@ -25,9 +25,7 @@ from sepjax.evaluation.compare import baseline_index, references
 from sepjax.evaluation.documents import Document, Lanes, StreamError
 from sepjax.evaluation.slices import EDGES, ScoredTokens, Slice, by_position, sliced
 from sepjax.evaluation.token_loss import token_nll
-from sepjax.generation.cache.bounded import StreamingCache
-from sepjax.generation.cache.bounded_pass import stream_pass
-from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.cache.mixed import BoundedCache, MixedSizes, bounded_sizes, empty_cache
 from sepjax.generation.limits import check_cache
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import Transformer, split
@@ -111,7 +109,7 @@ def score_streams(
     if not documents:
         raise StreamError("no text to score: every document is empty")
     arms = _arms(attentions)
-    sizes = [StreamSizes.create(model.config, arm.attention) for arm in arms]
+    sizes = [bounded_sizes(model.config, arm.attention) for arm in arms]
     for s in sizes:
         check_cache(model.config, 1, s.slots, f"cache_size={s.cache_size}")
     far = far or max(x.cache_size for x in sizes)
@@ -153,7 +151,7 @@ def _counted(documents: Sequence[Document]) -> Iterator[tuple[int, int]]:
 class _State:
     """Where every lane stands."""
 
-    cache: StreamingCache
+    cache: BoundedCache
     at: Int32[jax.Array, "B"]  # in the lane
     start: Int32[jax.Array, "B"]  # of the document, in the lane
     document: Int32[jax.Array, "B"]  # its number in the lane
@@ -189,7 +187,7 @@ def _score(
     num_bytes: int,
 ) -> tuple[StreamScore, np.ndarray]:
     """What was measured, and the loss of every token of the documents, one after the other."""
-    sizes = StreamSizes.create(model.config, attention)
+    sizes = bounded_sizes(model.config, attention)
     chunk = chunk or min(sizes.chunk, lanes.inputs.shape[1])
     table = jnp.asarray(configured_table(tokenizer, attention))
     lengths = lanes.ends[:, -1, None]
@@ -198,13 +196,13 @@ def _score(
     )
     graph, params = split(model)
     # Short passes wait for memory and for each other, as single steps do; long ones for arithmetic.
-    short = chunk <= _SHORT
+    short = chunk <= _SHORT or isinstance(sizes, MixedSizes)
     params = (by_layer if short else working_copy)(params, model.config)
     run = jax.jit(functools.partial(_passes, graph, attention, chunk), donate_argnums=1)
     on_device = jax.device_put(lanes)
 
     def start() -> _State:
-        cache = StreamingCache.create(model.config, len(lanes.inputs), sizes, by_layer=short)
+        cache = empty_cache(model.config, len(lanes.inputs), sizes, by_layer=short)
         at, first, document = (jnp.zeros(len(lanes.inputs), jnp.int32) for _ in range(3))
         return _State(cache, at, first, document, jnp.zeros(lanes.inputs.shape))
 
@@ -304,7 +302,7 @@ def _one_pass(
     index = jnp.minimum(state.at[:, None] + i, lanes.inputs.shape[1] - 1)
     tokens, targets = (jnp.take_along_axis(x, index, axis=1) for x in (lanes.inputs, lanes.targets))
     held = state.cache.held_before(chunk)
-    hidden, cache = stream_pass(model, state.cache, tokens, counts, table, attention)
+    hidden, cache = state.cache.take_up(model, tokens, counts, table, attention)
     scored = i < counts[:, None]
     place = jnp.where(scored, index, lanes.inputs.shape[1])  # beyond the end: dropped
     losses = token_nll(hidden, model.output_embedding(), targets, model.config)

@@ -8,7 +8,7 @@ import numpy as np
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig, with_own_window
 from sepjax.console import say
-from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.cache.mixed import bounded_sizes
 from sepjax.run.checkpoint import load_config
 
 
@@ -65,7 +65,7 @@ def warn_of_cache(config: ModelConfig, attention: AttentionConfig, trained: int)
     Raises:
       ConfigError: there is no such cache.
     """
-    slots = StreamSizes.create(config, with_own_window(attention, config)).cache_size
+    slots = bounded_sizes(config, with_own_window(attention, config)).cache_size
     if slots > trained:
         say(
             f"warning: a cache of {slots} entries is larger than the {trained} tokens that the model was trained on; "

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.config import ConfigError, layer_windows
-from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.growing import SeparatorCache
-from sepjax.generation.cache.sizes import StreamSizes, bucket
+from sepjax.generation.cache.mixed import BOUNDED, BoundedCache, bounded_sizes, empty_cache
+from sepjax.generation.cache.sizes import bucket
 from sepjax.generation.device_loop import DecodeState, Request, Steps, begin, make_consume, mark_read, start
 from sepjax.generation.limits import check_cache
 from sepjax.generation.prepared import Prepared
@@ -35,7 +35,7 @@ _KEPT_BY = {"separator": _SEPARATORS, "watched": _SEPARATORS, "fixed_interval": 
 class Reader(Protocol):
     """A way into one kind of cache."""
 
-    cache_type: type  # of cache
+    cache_type: Any  # of cache: a class, or several as isinstance has them
     cache_size: int | None  # the most entries that a row may hold; None: no bound
     ends_with_positions: bool  # texts end with the positions that int32 has
 
@@ -157,23 +157,23 @@ class GrowingReader:
 class BoundedReader:
     """Everything is read in runs, each up to the next compaction: memory does not depend on the length."""
 
-    cache_type = StreamingCache
+    cache_type = BOUNDED
     cache_size: int | None
     ends_with_positions = False
 
     def __init__(self, prepared: Prepared):
-        """Raises ConfigError where a bounded cache cannot serve the pattern (`StreamSizes.create`)."""
+        """Raises ConfigError where a bounded cache cannot serve the pattern (`bounded_sizes`)."""
         self._of = prepared
-        self.sizes = StreamSizes.create(prepared.config, prepared.attention)
+        self.sizes = bounded_sizes(prepared.config, prepared.attention)
         self.cache_size = self.sizes.cache_size
 
     def empty(self, keys: jax.Array, room: Sequence[int] = ()) -> DecodeState:
         """See `Reader`."""
         check_cache(self._of.config, len(keys), self.sizes.slots, f"cache_size={self.cache_size}")
-        cache = StreamingCache.create(self._of.config, len(keys), self.sizes, by_layer=True)
+        cache = empty_cache(self._of.config, len(keys), self.sizes, by_layer=True)
         return self._of.placed(DecodeState.create(cache, keys, len(self._of.table)))
 
-    def room_of(self, cache: StreamingCache) -> list[int]:
+    def room_of(self, cache: BoundedCache) -> list[int]:
         """See `Reader`."""
         return []
 
@@ -191,7 +191,7 @@ class BoundedReader:
                 'now; use "slot" for streams without end'
             )
 
-    def widened(self, cache: StreamingCache, seen: int, new: int | None) -> StreamingCache:
+    def widened(self, cache: BoundedCache, seen: int, new: int | None) -> BoundedCache:
         """See `Reader`."""
         return cache
 

@@ -9,7 +9,7 @@ import jax
 
 from sepjax.config import ModelConfig
 from sepjax.generation import saved
-from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.mixed import BOUNDED
 from sepjax.generation.cache.view import CacheView, of_row
 from sepjax.generation.device_loop import DecodeState
 from sepjax.generation.readers import Reader
@@ -47,7 +47,7 @@ class SavedRow:
         Raises StreamStateError for a growing cache.
         """
         cache: Any = self.state.cache
-        if not isinstance(cache, StreamingCache):
+        if not isinstance(cache, BOUNDED):
             raise StreamStateError("a growing cache has no zones to look at; take a row of a bounded one")
         return of_row(cache, self.seen, cache.nbytes if nbytes is None else nbytes)
 
@@ -57,11 +57,11 @@ class SavedRow:
         if not isinstance(cache, reader.cache_type):
             names = {True: "bounded", False: "growing"}
             raise StreamStateError(
-                f"the saved row has a {names[isinstance(cache, StreamingCache)]} cache, expected a "
-                f"{names[issubclass(reader.cache_type, StreamingCache)]} one; take up a row of the same kind"
+                f"the saved row has a {names[isinstance(cache, BOUNDED)]} cache, expected a "
+                f"{names[reader.cache_type is BOUNDED]} one; take up a row of the same kind"
             )
         like: Any = jax.eval_shape(lambda: reader.empty(jax.random.split(jax.random.key(0), 1), reader.room_of(cache)))
-        if isinstance(cache, StreamingCache):
+        if isinstance(cache, BOUNDED):
             mine, ours = (dataclasses.asdict(x.sizes) for x in (cache, like.cache))
             for name in (name for name in ours if ours[name] != mine[name]):
                 raise StreamStateError(

@@ -27,6 +27,7 @@ from sepjax.array_typing import Array, Bool, Float, Int32, Tokens, UInt16
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.ahead import after_compaction
 from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.mixed import BoundedCache
 from sepjax.generation.cache.view import bookkeeping
 from sepjax.generation.device_loop import DecodeState, Drawn, Request, draw
 from sepjax.generation.penalties import after_reading
@@ -60,7 +61,7 @@ class Wishes:
 class Before:
     """What the last step changed, as it was before."""
 
-    cache: StreamingCache  # without keys and values
+    cache: BoundedCache  # without keys and values
     token: Int32[jax.Array, "B"]
     count: Int32[jax.Array, "B"]
     key: jax.Array
@@ -73,14 +74,13 @@ class Before:
     def of(cls, state: DecodeState, drawn: Int32[Array, "B"], stepped: Bool[Array, "B"]) -> "Before":
         """Before a step from `state` that drew these tokens."""
         cache: Any = state.cache
-        bare = dataclasses.replace(cache, k=(), v=())
         use = state.uses[jnp.arange(len(drawn)), drawn]
-        return cls(bare, state.token, state.count, state.key, use, jnp.asarray(stepped))
+        return cls(cache.bare(), state.token, state.count, state.key, use, jnp.asarray(stepped))
 
     def back(self, state: DecodeState, wanted: Bool[Array, ""]) -> DecodeState:
         """A state of one row, and if that is `wanted` as it was before its last step."""
         now: Any = state.cache
-        cache = dataclasses.replace(self.cache, k=now.k, v=now.v)
+        cache = self.cache.with_entries_of(now)
         uses = state.uses.at[0, state.token[0]].set(self.use[0])
         then = DecodeState(cache, self.token, self.count, jnp.zeros_like(state.done), self.key, uses)
         takes_back = jnp.asarray(wanted) & self.stepped[0]

@@ -18,7 +18,7 @@ from sepjax.layout import build_layout
 from sepjax.model.gate import keep_best
 from sepjax.model.transformer import Params, merge
 
-LOSSES = ("log", "top")
+LOSSES = ("log", "top", "share")
 
 
 class Rows(NamedTuple):
@@ -57,7 +57,8 @@ def learn(
       rows: to learn from.
       attention: the gated pattern.
       loss: "log": squared error of log worth, a stretch's mean taken off both sides; "top": cross-entropy of being
-        among the `gate_keep` best of the stretch.
+        among the `gate_keep` best of the stretch; "share": cross-entropy of the share that each token has of its
+        stretch's worth, so that scores tell expected worth: what is seldom needed, but then sharply, counts.
       steps: of the optimizer.
       batch: rows of a step.
       learning_rate: at first; a cosine takes it to 0.
@@ -117,14 +118,9 @@ def _documents(rows: Rows) -> Any:
 
 
 def _log_error(scores: jax.Array, rows: Rows, *, attention: AttentionConfig, floor: float) -> jax.Array:
-    i = jnp.arange(scores.shape[1])
-    stretch = i - (i - _documents(rows).document_start) % attention.gate_stretch  # by its first token
     difference = scores - jnp.log(jnp.asarray(rows.worth) + floor)
     judged = jnp.asarray(rows.is_judged, jnp.float32)
-
-    def total(x: jax.Array) -> jax.Array:
-        return jax.vmap(lambda x, to: jnp.zeros_like(x).at[to].add(x)[to])(x * judged, stretch)
-
+    total = functools.partial(_of_stretch, rows, attention)
     centred = difference - total(difference) / jnp.maximum(total(jnp.ones_like(judged)), 1)
     return jnp.sum(centred**2 * judged) / jnp.maximum(jnp.sum(judged), 1)
 
@@ -136,4 +132,23 @@ def _top_error(scores: jax.Array, rows: Rows, *, attention: AttentionConfig, flo
     return jnp.sum(errors * judged) / jnp.maximum(jnp.sum(judged), 1)
 
 
-_LOSSES = {"log": _log_error, "top": _top_error}
+def _share_error(scores: jax.Array, rows: Rows, *, attention: AttentionConfig, floor: float) -> jax.Array:
+    judged = jnp.asarray(rows.is_judged, jnp.float32)
+    total = functools.partial(_of_stretch, rows, attention)
+    scores = scores - jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True))  # which changes no share
+    says = scores - jnp.log(jnp.maximum(total(jnp.exp(scores)), 1e-30))
+    worth = jnp.asarray(rows.worth) + floor
+    share = worth / jnp.maximum(total(worth), floor)
+    stretches = jnp.sum(judged / jnp.maximum(total(jnp.ones_like(judged)), 1))
+    return -jnp.sum(share * says * judged) / jnp.maximum(stretches, 1)
+
+
+def _of_stretch(rows: Rows, attention: AttentionConfig, x: jax.Array) -> jax.Array:
+    """The sum of `x` over the judged tokens of each token's stretch."""
+    i = jnp.arange(x.shape[1])
+    stretch = i - (i - _documents(rows).document_start) % attention.gate_stretch  # by its first token
+    x = x * jnp.asarray(rows.is_judged, jnp.float32)
+    return jax.vmap(lambda x, to: jnp.zeros_like(x).at[to].add(x)[to])(x, stretch)
+
+
+_LOSSES = {"log": _log_error, "top": _top_error, "share": _share_error}

@@ -108,7 +108,8 @@ def run_rows(
         keys_below = None
         if g:  # a gate may read the embeddings
             x, keys_below = model.run_layers(x, with_rope(_rows(none, attention, kinds[:g])), inputs, 0, g)
-        scores = constrain(_in_text_order(gate(x)), "batch", None)
+        # What the gate learns is not to move the layers below it: in a model from scratch it tears them apart.
+        scores = constrain(_in_text_order(gate(jax.lax.stop_gradient(x))), "batch", None)
         is_separator = keep_best(scores if gate_noise is None else scores + gate_noise, none, attention)
         layout = batch_layout(is_separator, segment_ids, attention, kinds[g].window)
         far_scale = None if gate_noise is None else straight_through(scores)

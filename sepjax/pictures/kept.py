@@ -21,8 +21,7 @@ import numpy as np
 
 from sepjax.config import AttentionConfig, UserError
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.generation.cache.bounded import StreamingCache
-from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.cache.mixed import BoundedSizes, bounded_sizes, empty_cache
 from sepjax.generation.cache.view import CacheView, of_row
 from sepjax.generation.device_loop import make_consume
 from sepjax.generation.prepared import Prepared
@@ -127,10 +126,10 @@ def kept_text(
 
     Raises:
       EmptyTextError: an empty text.
-      ConfigError: a pattern that no bounded cache serves (`StreamSizes.create`).
+      ConfigError: a pattern that no bounded cache serves (`bounded_sizes`).
     """
     of = Prepared.create(model, tokenizer, attention)
-    sizes = StreamSizes.create(of.config, of.attention)
+    sizes = bounded_sizes(of.config, of.attention)
     ids = tokenizer.encode(text, bos=True)[:max_tokens]
     if not tokenizer.encode(text):
         raise EmptyTextError("the text is empty; give one of some hundred words")
@@ -145,9 +144,9 @@ def kept_text(
     )
 
 
-def _frames(of: Prepared, sizes: StreamSizes, ids: list[int]) -> list[Frame]:
+def _frames(of: Prepared, sizes: BoundedSizes, ids: list[int]) -> list[Frame]:
     consume = make_consume(of.graph, of.attention)
-    cache: Any = StreamingCache.create(of.config, 1, sizes, by_layer=True)
+    cache: Any = empty_cache(of.config, 1, sizes, by_layer=True)
     cache, logits = of.placed(cache), of.placed(jnp.zeros((1, of.config.vocab_size), jnp.float32))
     nbytes, frames, at = cache.nbytes, [], 0
     while at < len(ids):
@@ -159,7 +158,7 @@ def _frames(of: Prepared, sizes: StreamSizes, ids: list[int]) -> list[Frame]:
     return frames
 
 
-def _title(attention: AttentionConfig, sizes: StreamSizes) -> str:
+def _title(attention: AttentionConfig, sizes: BoundedSizes) -> str:
     kept = f", {sizes.max_separators} kept" if sizes.max_separators else ""
     zones = f"{sizes.num_sinks} sinks{kept}, window {sizes.window_size}"
     return f"{attention.pattern}: {zones}, at most {sizes.cache_size} held"

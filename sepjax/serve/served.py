@@ -12,7 +12,7 @@ import numpy as np
 from sepjax.array_typing import Int32
 from sepjax.config import UserError
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.cache.mixed import BoundedSizes, bounded_sizes
 from sepjax.generation.conversation import ChatFormat, conversation_of
 from sepjax.generation.engine import Generator
 from sepjax.generation.prompts import encode_prompts, row_keys
@@ -38,7 +38,7 @@ class Served:
     max_prompt_tokens: int  # 0: as long as they like
     fingerprint: str  # of the weights, and how they are used
     control_names: dict[int, str]
-    sizes: StreamSizes  # of a row's cache
+    sizes: BoundedSizes  # of a row's cache
 
     @classmethod
     def create(
@@ -60,7 +60,7 @@ class Served:
         }
         return cls(
             name, engine, template, ChatFormat.of(tokenizer), chat.stop, chat.stop_token_ids, max_prompt_tokens,
-            fingerprint(engine), names, StreamSizes.create(engine.prepared.config, engine.attention),
+            fingerprint(engine), names, bounded_sizes(engine.prepared.config, engine.attention),
         )  # fmt: skip
 
     @property

@@ -22,7 +22,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer of a run of `steps` steps."""
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        clip_apart(config.clip_norm),
         optax.adamw(
             learning_rate_schedule(config, steps),
             b1=config.b1,
@@ -31,6 +31,24 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             mask=decayed_parameters,
         ),
     )
+
+
+def clip_apart(max_norm: float) -> optax.GradientTransformation:
+    """Clips by the global norm, and a gate's gradients by a norm of their own.
+
+    Together, large ones of a gate would shrink all others.
+    """
+    clip = optax.clip_by_global_norm(max_norm)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        gate = {name: x for name, x in updates.items() if name == "gate"}
+        rest = {name: x for name, x in updates.items() if name != "gate"}
+        clipped: Any = {}
+        for part in (gate, rest):
+            clipped |= clip.update(part, state)[0] if part else {}
+        return {name: clipped[name] for name in updates}, state
+
+    return optax.GradientTransformation(clip.init, update)
 
 
 def decayed_parameters(params: Any) -> Any:

@@ -5,11 +5,19 @@ import jax.numpy as jnp
 
 from sepjax.array_typing import Bool, Int32
 from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.mixed import BoundedCache, MixedCache
 from sepjax.generation.cache.watched import rivals
 
 
-def after_compaction(cache: StreamingCache) -> tuple[Int32[jax.Array, "B"], Bool[jax.Array, "B"]]:
+def after_compaction(cache: BoundedCache) -> tuple[Int32[jax.Array, "B"], Bool[jax.Array, "B"]]:
     """`held` and `is_stuck` as they will be then."""
+    if isinstance(cache, MixedCache):
+        stuck = [_after(part)[1] for part in cache.parts]
+        return cache.averaged(lambda part: _after(part)[0]), jnp.any(jnp.stack(stuck), axis=0)
+    return _after(cache)
+
+
+def _after(cache: StreamingCache) -> tuple[Int32[jax.Array, "B"], Bool[jax.Array, "B"]]:
     s, w = cache.sizes.max_separators, cache.sizes.window_size
     if not s:  # evictions count at once
         return cache.held(), cache.is_stuck()

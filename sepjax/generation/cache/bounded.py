@@ -132,8 +132,20 @@ class StreamingCache:
 
     def of_rows(self, rows: Int32[Array, "M"]) -> "StreamingCache":
         """The bookkeeping of these rows alone, without keys and values; numbers of no row give any one's."""
-        bare = dataclasses.replace(self, k=(), v=())
-        return bare._on_rows(lambda x, axis: jnp.take(x, rows, axis, mode="clip"))
+        return self.bare()._on_rows(lambda x, axis: jnp.take(x, rows, axis, mode="clip"))
+
+    def bare(self) -> "StreamingCache":
+        """The bookkeeping alone, without keys and values."""
+        return dataclasses.replace(self, k=(), v=())
+
+    def with_entries_of(self, other: "StreamingCache") -> "StreamingCache":
+        """This bookkeeping with the keys and values of another."""
+        return dataclasses.replace(self, k=other.k, v=other.v)
+
+    @property
+    def main(self) -> "StreamingCache":
+        """Itself: of caches with several sizes (`sepjax.generation.cache.mixed`), the part to look at."""
+        return self
 
     def with_rows(self, rows: Int32[Array, "M"], **new: jax.Array | int) -> "StreamingCache":
         """The same with other bookkeeping of these rows, by field, as `of_rows` has it; numbers of no row are none."""

@@ -57,14 +57,25 @@ def stream_pass(
     T = tokens.shape[1]
     offsets = cache.seen_low[:, None] + jnp.arange(T, dtype=jnp.int32)
     is_separator = flag_separators(tokens, offsets, table, attention)
-    attend = _attend_one(cache) if T == 1 else _attend_many(cache, T, counts)
-    reach, rope = layer_numbers(cache.sizes.reach), layer_numbers(cache.sizes.layer_ropes)
-    inputs = (cache.k, cache.v, reach, layer_numbers(cache.sizes.sees_kept), rope)
+    attend, inputs = attend_run(cache, T, counts), pass_inputs(cache)
     if attention.pattern == "gated":
         hidden, (k, v), scores = run_with_gate(model, tokens, offsets, attend, inputs, attention)
         return hidden, cache.append(k, v, is_separator, counts, gate_scores=scores)
     hidden, (k, v, *looks) = model(tokens, offsets, attend, inputs)
     return hidden, cache.append(k, v, is_separator, counts, *looks)
+
+
+def attend_run(cache: "StreamingCache", num_tokens: int, counts: Int32[Array, "B"]) -> Attend:
+    """The attention of a run of so many tokens, of which each row takes up `counts`; with `pass_inputs`."""
+    return _attend_one(cache) if num_tokens == 1 else _attend_many(cache, num_tokens, counts)
+
+
+def pass_inputs(cache: "StreamingCache") -> tuple[Any, ...]:
+    """What `attend_run` is given in each layer: items with an entry a layer, or None."""
+    sizes = cache.sizes
+    return (
+        cache.k, cache.v, layer_numbers(sizes.reach), layer_numbers(sizes.sees_kept), layer_numbers(sizes.layer_ropes),
+    )  # fmt: skip
 
 
 def _attend_one(cache: "StreamingCache") -> Attend:

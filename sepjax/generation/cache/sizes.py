@@ -135,15 +135,10 @@ def _check_served(config: ModelConfig, attention: AttentionConfig) -> None:
             'attention.pattern="dense" keeps every token, so a stream without end would need a cache without end; '
             'use "watched", "separator", "gated", "sink_window" or "fixed_interval", or set max_new_tokens'
         )
-    if attention.kept_layers and attention.pattern == "watched":
-        raise ConfigError(
-            f"attention.kept_layers={attention.kept_layers}: of watched tokens every layer keeps what its own "
-            "heads looked at; leave kept_layers empty, and name the layers whose looks count in watch_layers"
-        )
     if len(set(attention.layer_windows)) > 1:
         raise ConfigError(
-            f"attention.layer_windows={attention.layer_windows}: a bounded cache has one window for all layers; "
-            "leave layer_windows empty and set window_size, or stream over a growing cache (bounded=False)"
+            f"attention.layer_windows={attention.layer_windows}: one size for all layers has one window; leave "
+            "layer_windows empty, or take `sepjax.generation.cache.mixed.bounded_sizes`"
         )
     if config.position_embedding == "learned":
         raise ConfigError(

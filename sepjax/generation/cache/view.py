@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.mixed import BoundedCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +41,12 @@ class CacheView:
         return np.unique(np.concatenate([np.arange(self.sinks), kept.ravel(), recent]))
 
 
-def bookkeeping(cache: StreamingCache) -> StreamingCache:
-    """The little that `of_row` needs of a cache: no keys, values or scores."""
-    return dataclasses.replace(cache, k=(), v=(), scores=None)
+def bookkeeping(cache: BoundedCache) -> StreamingCache:
+    """The little that `of_row` needs of a cache: no keys, values or scores. Of several sizes, the first part's."""
+    return dataclasses.replace(cache.main.bare(), scores=None)
 
 
-def of_row(cache: StreamingCache, seen: int, nbytes: int, row: int = 0) -> CacheView:
+def of_row(cache: BoundedCache, seen: int, nbytes: int, row: int = 0) -> CacheView:
     """The view of a row of a cache, `bookkeeping` or more.
 
     Args:
@@ -57,8 +58,8 @@ def of_row(cache: StreamingCache, seen: int, nbytes: int, row: int = 0) -> Cache
     few: Any = jax.device_get(bookkeeping(cache))
     numbers = few.num_sinks, few.num_separators, few.num_recent, few.next_separator
     sinks, kept, recent, end = (int(x[row]) for x in numbers)
-    s = cache.sizes.max_separators
+    s = few.sizes.max_separators
     slots = np.arange(end - kept, end) % max(s, 1)
     places = few.kept_at[:, row][..., slots].astype(np.int64)
-    places = seen - (int(few.seen_low[row]) - places) % cache.sizes.count_wrap
+    places = seen - (int(few.seen_low[row]) - places) % few.sizes.count_wrap
     return CacheView(seen, sinks, kept, recent, nbytes, places)

@@ -38,12 +38,15 @@ CASES = {
 
 @functools.partial(jax.jit, static_argnums=(0, 7))
 def list_step(graph, params, token, k_list, v_list, k_positions, q_position, gate_layer):
-    """One token over lists of un-rotated keys [L, n, K, H] at positions [L, n], -1: not seen. Its gate's score, too."""
+    """One token over lists of un-rotated keys [L, n, K, H] at positions [L, n], -1: not seen. Its gate's score, too.
+
+    q_position: the token's own, of all layers or int32[L].
+    """
     model = merge(graph, params)
     rope, H = model.config.rope, model.config.head_dim
 
     def attend(q, k, v, layer):
-        keys, values, positions = layer
+        keys, values, positions, q_position = layer
         own = rope_table(q_position[None, None], rope, H)
         keys = jnp.concatenate([rotate(keys[None], rope_table(positions[None], rope, H)), rotate(k, own)], axis=1)[0]
         queries = rotate(q, own)[0, 0].reshape(k.shape[2], -1, H)
@@ -53,6 +56,7 @@ def list_step(graph, params, token, k_list, v_list, k_positions, q_position, gat
         return jnp.einsum("kgs,skh->kgh", weights, jnp.concatenate([values, v[0]])).reshape(q.shape), (k[0, 0], v[0, 0])
 
     x, kept, inputs = model.embed(token[None, None], jnp.zeros((1, 1), jnp.int32)), [], (k_list, v_list, k_positions)
+    inputs = *inputs, jnp.broadcast_to(q_position, model.config.num_layers)
     score = jnp.zeros(())
     for i in range(model.config.num_layers):
         if i == gate_layer and model.gate is not None:

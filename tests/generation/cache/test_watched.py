@@ -51,10 +51,14 @@ CASES = {
 
 @functools.partial(jax.jit, static_argnums=0)
 def list_step(graph, params, token, keys, values, k_positions, q_position):
-    """One token over lists of un-rotated keys [L, K, n, H] at positions [L, K, n], -1: none. Its weights too."""
+    """One token over lists of un-rotated keys [L, K, n, H] at positions [L, K, n], -1: none. Its weights too.
+
+    q_position: the token's own, of all layers or int32[L].
+    """
     model = merge(graph, params)
     config = model.config
     slides = jnp.array([config.sliding_window > 0 and i not in config.full_layers for i in range(config.num_layers)])
+    q_positions = jnp.broadcast_to(q_position, config.num_layers)
 
     def table(positions, slides):
         kinds = config.rope, config.sliding_rope if config.sliding_window else config.rope
@@ -63,7 +67,7 @@ def list_step(graph, params, token, keys, values, k_positions, q_position):
         )
 
     def attend(q, k, v, layer):
-        keys, values, positions, slides = layer
+        keys, values, positions, slides, q_position = layer
         q_table = table(q_position[None, None], slides)
         K, group = k.shape[2], q.shape[2] // k.shape[2]
         turned = rotate(keys[:, :, None], table(positions, slides))[:, :, 0]
@@ -76,7 +80,8 @@ def list_step(graph, params, token, keys, values, k_positions, q_position):
         out = jnp.einsum("kgs,ksh->kgh", weights, jnp.concatenate([values, v[0, 0, :, None]], axis=1))
         return out.reshape(q.shape), (k[0, 0], v[0, 0], weights.max(axis=1))
 
-    hidden, kept = model(token[None, None], jnp.zeros((1, 1), jnp.int32), attend, (keys, values, k_positions, slides))
+    inputs = keys, values, k_positions, slides, q_positions
+    hidden, kept = model(token[None, None], jnp.zeros((1, 1), jnp.int32), attend, inputs)
     return model.logits(hidden[0, 0]), *kept
 
 

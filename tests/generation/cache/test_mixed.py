@@ -1,0 +1,173 @@
+"""Layers that hold different numbers of entries, against a plain list for every layer: token by token."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sepjax.config import EVERYTHING, AttentionConfig, ConfigError, validate_attention
+from sepjax.generation.cache.ahead import after_compaction
+from sepjax.generation.cache.mixed import MixedCache, bounded_sizes, empty_cache
+from sepjax.generation.cache.protocol import Cache
+from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.cache.view import of_row
+from sepjax.model.unrolled import by_layer, runner
+from tests.generation.cache.common import ListStream
+from tests.generation.cache.test_bounded_pass import LLAMA, T, V, model_of
+from tests.generation.cache.test_gated import GatedLists
+from tests.generation.cache.test_gated import list_step as gated_step
+from tests.generation.cache.test_watched import WATCHED, WatchedLists, list_step
+
+DEEP = dataclasses.replace(LLAMA, num_layers=4)
+# A window of 9 alone in the first layer, one of 3 in the last; those between keep what they watch, or a gate chose.
+SIZES = {"layer_windows": (9, 6, 6, 3), "kept_layers": (1, 2)}
+CASES = {
+    "watched": dataclasses.replace(WATCHED, **SIZES),
+    "watched in one layer of two": dataclasses.replace(WATCHED, **SIZES, watch_layers=(2,)),
+    "a gate": AttentionConfig(
+        "gated", num_sinks=2, max_separators=4, window_size=6, cache_size=16, gate_layer=1, gate_stretch=5,
+        gate_keep=2, watch_half_life=256, **SIZES,
+    ),
+    "separators, in all layers": AttentionConfig(
+        num_sinks=2, max_separators=3, window_size=4, cache_size=14, layer_windows=(4, 7, 4, 7)
+    ),
+}  # fmt: skip
+
+
+class Layers:
+    """What every layer of one row holds."""
+
+    def __init__(self, attention):
+        self.attention, self.sees = attention, [i in (attention.kept_layers or range(4)) for i in range(4)]
+        kept = [i for i, sees in enumerate(self.sees) if sees]
+        alone = dataclasses.replace(attention, layer_windows=(), kept_layers=())
+        self.lists, self.watched = {}, None
+        for i, (window, sees) in enumerate(zip(attention.layer_windows, self.sees, strict=True)):
+            a, s, size = 2, attention.max_separators, attention.cache_size + window - attention.window_size
+            self.lists[i] = ListStream(a, s, window, size) if sees else ListStream(a, 0, window, a + window)
+        if attention.pattern == "watched":
+            watching = tuple(kept.index(i) for i in attention.watch_layers or kept)
+            config = dataclasses.replace(DEEP, num_layers=len(kept))
+            self.shared = WatchedLists(config, dataclasses.replace(alone, watch_layers=watching))
+        elif attention.pattern == "gated":
+            self.shared = GatedLists(alone)
+        self.kept = kept if attention.pattern in ("watched", "gated") else []
+
+    def entries(self, layer, head):
+        if layer not in self.kept:
+            return [token for token, _ in self.lists[layer].entries]
+        if self.attention.pattern == "gated":
+            return list(self.shared.attended())
+        return self.shared.entries((self.kept.index(layer), head))
+
+    def append(self, flags, looks, score):
+        if self.attention.pattern == "watched":
+            self.shared.look(looks[self.kept])
+            self.shared.append(flags)
+        elif self.kept:
+            self.shared.append(score)
+        for i, stream in self.lists.items():
+            if i not in self.kept:
+                stream.append(bool(flags[stream.seen]))
+
+    def held(self):
+        return sum(len(self.entries(layer, 0)) for layer in range(4)) // 4
+
+
+def list_logits(attention, tokens, flags):
+    """The scores after every token of one row, [T, V], and what its layers hold in the end."""
+    graph, params = model_of(DEEP, attention if attention.pattern == "gated" else None)
+    row, K = Layers(attention), DEEP.num_kv_heads
+    store = np.zeros((2, 4, K, len(tokens), DEEP.head_dim), np.float32)
+    out = []
+    for i, token in enumerate(tokens):
+        numbers, positions = np.zeros((4, K, 24), int), np.full((4, K, 24), -1, np.int32)
+        for layer, head in np.ndindex(4, K):
+            entries = row.entries(layer, head)
+            numbers[layer, head, : len(entries)] = entries
+            positions[layer, head, : len(entries)] = range(len(entries))
+        own = jnp.array([len(row.entries(layer, 0)) for layer in range(4)], jnp.int32)
+        k, v = (np.take_along_axis(x, numbers[..., None], axis=2) for x in store)
+        score, looks, token = 0.0, None, jnp.int32(token)
+        if attention.pattern == "gated":  # all heads hold the same
+            k, v = (np.swapaxes(x, 1, 2) for x in (k, v))
+            logits, k, v, score = gated_step(graph, params, token, k, v, positions[:, 0], own, attention.gate_layer)
+        else:
+            logits, k, v, looks = list_step(graph, params, token, k, v, positions, own)
+        store[:, :, :, i] = k, v
+        row.append(flags, None if looks is None else np.asarray(looks), float(score))
+        out.append(np.asarray(logits))
+    return np.stack(out), row
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 7))
+def one_pass(graph, params, cache, tokens, counts, attention, table, scan):
+    model = runner(graph, params, scan=scan)
+    hidden, cache = cache.take_up(model, tokens, counts, table, attention)
+    return model.logits(hidden), cache.compact(), after_compaction(cache)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_runs_give_what_lists_give_token_by_token(case):
+    attention, random = validate_attention(CASES[case], 4), np.random.default_rng(31)
+    lengths = np.array([T, 47])
+    tokens = random.integers(0, V, (2, T), dtype=np.int32)
+    table = random.random(V) < 0.25
+    expected = [list_logits(attention, tokens[b, :n], table[tokens[b]]) for b, n in enumerate(lengths)]
+    graph, params = model_of(DEEP, attention if attention.pattern == "gated" else None)
+    params = by_layer(params, DEEP)
+    for run, scan in ((1, False), (5, True)):
+        cache, at = empty_cache(DEEP, 2, bounded_sizes(DEEP, attention)), np.zeros(2, int)
+        assert isinstance(cache, Cache)
+        out = np.zeros((2, T, V), np.float32)
+        while (at < lengths).any():
+            counts = np.minimum(np.asarray(cache.room(run)), lengths - at).astype(np.int32)
+            part = np.stack([np.resize(np.append(tokens[b, at[b] :][:run], [V - 1] * run), run) for b in range(2)])
+            logits, cache, (held, stuck) = one_pass(
+                graph, params, cache, part.astype(np.int32), counts, attention, jnp.asarray(table), scan
+            )
+            np.testing.assert_array_equal(held, cache.held())
+            assert not stuck.any()
+            for b in range(2):
+                out[b, at[b] :][: counts[b]] = logits[b, : counts[b]]
+            at += counts
+        for b, (rows, layers) in enumerate(expected):
+            roundings = ((5 * 4 + 1) * DEEP.mlp_dim) ** 0.5  # as in test_bounded_pass.py
+            bound = (roundings + 2 * T) * np.finfo(np.float32).eps * np.abs(rows).max()
+            assert np.abs(out[b, : len(rows)] - rows).max() <= bound
+            assert int(cache.held()[b]) == layers.held()
+            seen = int(lengths[b])
+            main = cache.sizes.layers(0)[0]
+            union = {token for head in range(2) for token in layers.entries(main, head)}
+            assert of_row(cache, seen, 0, b).positions(0).tolist() == sorted(union)
+
+
+def test_layers_hold_what_their_windows_ask_for():
+    sizes = bounded_sizes(DEEP, CASES["watched"])
+    assert sizes.part_of == (2, 0, 0, 1)
+    assert [(x.max_separators, x.window_size, x.cache_size) for x in sizes.parts] == [(4, 6, 16), (0, 3, 5), (0, 9, 11)]
+    assert sizes.sees_kept == (False, True, True, False)
+    long = dataclasses.replace(CASES["watched"], layer_windows=(190, 6, 6, 190))
+    cache = jax.eval_shape(lambda: empty_cache(DEEP, 3, bounded_sizes(DEEP, long)))
+    assert [part.k[0].shape for part in cache.parts] == [(3, 2, 64, 8), (3, 2, 256, 8)]
+    assert isinstance(cache, MixedCache)
+    assert cache.sizes.slots == (2 * 64 + 2 * 256) // 4
+    one = dataclasses.replace(CASES["watched"], layer_windows=(), kept_layers=())
+    assert isinstance(bounded_sizes(DEEP, one), StreamSizes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_windows": ()}, "needs layer_windows that differ"),
+        ({"layer_windows": (6, 6, 6, 6)}, "needs layer_windows that differ"),
+        ({"layer_windows": (9, 6, 6, EVERYTHING)}, "keeps every token"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, message):
+    attention = dataclasses.replace(CASES["watched"], **changes)
+    with pytest.raises(ConfigError, match=message):
+        bounded_sizes(DEEP, validate_attention(attention, 4))
