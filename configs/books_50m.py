@@ -11,7 +11,8 @@ layers,
 
 and separators, `--config.attention.pattern=separator --config.attention.window_size=175`; the dense control is
 `--config.attention.pattern=dense`. The vocabulary is 49,152; without `data.tokenizer` a SentencePiece model of 16,384
-is trained on the texts. Hardware: a GPU or TPU with 40 GB. Time and result: not measured yet.
+is trained on the texts. Hardware: a GPU or TPU with 40 GB; 170 seconds on one H200. Result on 491 books, with SmolLM2's
+vocabulary: perplexity 68.6 on held-out books, the gate 68.3, separators 69.5 (docs/keeping.md).
 """
 
 from sepjax.config import AttentionConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig

@@ -11,5 +11,5 @@ class Lesson:
 
     rows: int = 512  # of data.sequence_length tokens, from the training split
     held_out: int = 32  # from the evaluation split, to grade the gate by
-    steps: int = 2000  # of Adam, for each of the two losses
+    steps: int = 2000  # of Adam, for each of the three losses
     learning_rate: float = 1e-3

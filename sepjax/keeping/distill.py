@@ -27,7 +27,7 @@ from sepjax.training.step import with_gate
 def distill(config: Config, workdir: Path, lesson: Lesson, *, download: bool = False) -> dict[str, Grade]:
     """Writes a workdir with the model of `training.init_from` and a gate that has learned from its dense attention.
 
-    Two gates learn, one by each loss; the one that keeps more of what the dense model looks at is written.
+    A gate learns by each loss; the one that keeps more of what the dense model looks at is written.
 
     Args:
       config: with a gated pattern; its data section says what is read. Rows that are observed and learned from at a

@@ -13,6 +13,9 @@ Every row of text is run once, dense. Three measures, each summed over the place
 
 The mean of an id that came seldom is uncertain, and an id that never came has none: both are drawn to the mean of ids
 that came about as often (`per_use`).
+
+The loss also tells which layers make use of the distant past: with a g for each layer in place of one for each place,
+the same derivative says what each gains (`gains_of_layers`).
 """
 
 import functools
@@ -101,14 +104,33 @@ def _with_progress(rows: Sequence[np.ndarray], what: str, every: float) -> Itera
             said = now
 
 
-def _attend(window_size: int, T: int, tables: Any, visit: Callable[[jax.Array, jax.Array, jax.Array], Any]) -> Any:
-    """Dense attention, written out: `visit` gets weights [B, K, G, T, T], where they are far, and values."""
+def gains_of_layers(
+    model: Transformer, rows: Sequence[Int32[np.ndarray, "_"]], *, window_size: int, every: float = 10.0
+) -> np.ndarray:
+    """What each layer's view of the distant past gives, in nats a token: float64[L].
+
+    Arguments as in `worth`. Each layer's g goes from 0 to 1 with those of all others; the sum of the gains is what the
+    dense model has over one that sees a window.
+    """
+    graph, params = split(model)
+    step = jax.jit(functools.partial(_saved_by_layers, graph, window_size))
+    params = working_copy(params, model.config)
+    sums, length = np.zeros(model.config.num_layers), max(map(len, rows)) - 1
+    for ids in _with_progress(rows, "measuring layers", every):
+        padded = np.pad(ids, (0, length + 1 - len(ids)))[None]
+        sums += np.asarray(step(params, padded[:, :-1], padded[:, 1:], np.int32(len(ids) - 1)), np.float64)
+    return sums / sum(len(ids) - 1 for ids in rows)
+
+
+def _attend(window_size: int, T: int, tables: Any, visit: Callable[..., Any]) -> Any:
+    """Dense attention, written out: `visit` gets weights [B, K, G, T, T], where they are far, values, and the layer's
+    g, if layers have one."""
     i = jnp.arange(T)
     causal, far = i[:, None] >= i, i[:, None] - i >= window_size
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # weights are made again where they are needed
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        reach, rope = layer
+        reach, rope, g = layer
         if tables is not None:
             table = of_layer(tables, rope)
             q, k = rotate(q, table), rotate(k, table)
@@ -117,19 +139,21 @@ def _attend(window_size: int, T: int, tables: Any, visit: Callable[[jax.Array, j
         scores = jnp.einsum("bikgh,bjkh->bkgij", q, k, preferred_element_type=jnp.float32) * H**-0.5
         sees = causal if reach is None else causal & (i[:, None] - i < reach)
         weights = jax.nn.softmax(jnp.where(sees, scores, -jnp.inf), axis=-1)
-        out, found = visit(weights, far, v)
+        out, found = visit(weights, far, v) if g is None else visit(weights, far, v, g)
         return out.reshape(B, T, N, H).astype(v.dtype), found
 
     return attend
 
 
-def _run(graph: Any, window_size: int, params: Any, tokens: jax.Array, visit: Any) -> tuple[Transformer, Any, Any]:
+def _run(
+    graph: Any, window_size: int, params: Any, tokens: jax.Array, visit: Any, g: jax.Array | None = None
+) -> tuple[Transformer, Any, Any]:
     model = merge(graph, params)
     T, config = tokens.shape[1], model.config
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens.shape)
     ropes, kinds = layer_ropes(config)
     reach = with_own_window(AttentionConfig(), config).layer_reach  # dense, so far as the model is
-    inputs = layer_numbers([n or T for n in reach]), layer_numbers(kinds)
+    inputs = layer_numbers([n or T for n in reach]), layer_numbers(kinds), g
     tables = rope_tables(positions, ropes, config.head_dim)
     hidden, found = model(tokens, positions, _attend(window_size, T, tables, visit), inputs)
     return model, hidden, found
@@ -162,6 +186,20 @@ def _saved(
         return jnp.sum(jnp.where(is_query, losses, 0.0))
 
     return -jax.grad(loss)(jnp.full(tokens.shape, 0.5))
+
+
+def _saved_by_layers(
+    graph: Any, window_size: int, params: Any, tokens: jax.Array, targets: jax.Array, length: jax.Array
+) -> Float[jax.Array, "L"]:
+    def loss(g: jax.Array) -> jax.Array:
+        def visit(weights: jax.Array, far: jax.Array, v: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+            return jnp.einsum("bkgij,bjkh->bikgh", jnp.where(far, weights * g, weights), v), None
+
+        model, hidden, _ = _run(graph, window_size, params, tokens, visit, g)
+        losses = token_nll(hidden, model.output_embedding(), targets, model.config)
+        return jnp.sum(jnp.where(jnp.arange(tokens.shape[1]) < length, losses, 0.0))
+
+    return -jax.grad(loss)(jnp.full(merge(graph, params).config.num_layers, 0.5))
 
 
 _MEASURES = {"attention": _received, "loss": _saved}

@@ -71,10 +71,7 @@ def measure_table(
     counts = np.bincount(np.concatenate(windows), minlength=model.config.vocab_size)
     value, measured = -counts.astype(float), 0
     if by != "rarity":
-        full = [ids for ids in windows if len(ids) > window_size + 1]
-        if not full:
-            raise TableError(f"no text has more than --window_size={window_size} tokens: nothing is far in them")
-        rows = full[:: -(-len(full) * (length + 1) // max_tokens)]
+        rows = rows_with_a_past(windows, window_size, length, max_tokens)
         value = per_use(*worth(model, rows, by, window_size=window_size))
         measured = sum(map(len, rows))
     names = tokenizer.token_texts()
@@ -95,6 +92,19 @@ def measure_table(
         measured=measured,
         most=tuple((str(names[i]), int(counts[i])) for i in most),
     )
+
+
+def rows_with_a_past(
+    windows: Sequence[np.ndarray], window_size: int, length: int, max_tokens: int
+) -> Sequence[np.ndarray]:
+    """Of windows of text of up to `length` + 1 tokens those that reach beyond n, at most `max_tokens`, spread evenly.
+
+    Raises TableError where there is none.
+    """
+    full = [ids for ids in windows if len(ids) > window_size + 1]
+    if not full:
+        raise TableError(f"no text has more than {window_size} tokens: nothing is far in them; give longer ones")
+    return full[:: -(-len(full) * (length + 1) // max_tokens)]
 
 
 def store(table: KeptTable, folder: Path, attention: AttentionConfig) -> Path:

@@ -31,6 +31,7 @@ COMMANDS = {  # what the user writes after `sepjax` -> its file in this folder
     "plan": "plan",
     "distill": "distill",
     "keeping": "keeping",
+    "layers": "layers",
     "picture kept": "picture.kept",
     "picture pareto": "picture.pareto",
     "picture curves": "picture.curves",

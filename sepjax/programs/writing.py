@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sepjax.command.settings import AtLeast, OneOf, Repeated
 from sepjax.config import BOUNDED_PATTERNS, ConfigError, under
-from sepjax.programs.common import Loading, refuse_separators, refuse_window
+from sepjax.programs.common import Loading, one_arm, refuse_separators, refuse_window
 
 if TYPE_CHECKING:
     from sepjax.config import AttentionConfig
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sepjax.model.transformer import Transformer
 
 MAX_REPEATS = 12
+_SIZES = ("window_size", "num_sinks", "max_separators", "cache_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,9 +26,15 @@ class Bounded(Loading):
     num_sinks: int | None = None  # first tokens that are always seen; default: as in training
     max_separators: int | None = None  # separators that a bounded cache keeps; default: the config's
     cache_size: int | None = None  # entries of a bounded cache; default: the config's
+    # all of these at once, as in --arms of sepjax evaluate: a pattern, then a=, s=, w=, c=, ...; @FILE: what it says,
+    # @smollm2_800, @smollm2_324: what is best for SmolLM2-135M (docs/keeping.md)
+    arm: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        told = [name for name in ("pattern", *_SIZES) if getattr(self, name) is not None]
+        if self.arm and told:
+            raise ConfigError(f"--{told[0]} and --arm both say what is kept; give one of them")
         refuse_window(self.pattern, self.sizes)
         refuse_separators(self.pattern, self.max_separators)
 
@@ -38,6 +45,8 @@ class Bounded(Loading):
 
     def attention(self, model: "Transformer") -> "AttentionConfig":
         """The model's own, with what the flags change."""
+        if self.arm:
+            return one_arm(self.arm, model.attention, model.config.num_layers)
         changes: dict[str, Any] = {}
         if self.window_size is not None:
             changes |= {"window_size": self.window_size, "layer_windows": ()}

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from sepjax.command.settings import AtLeast
 from sepjax.config import ConfigError
-from sepjax.programs.common import Loading
+from sepjax.programs.common import Loading, one_arm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,8 @@ class Settings(Loading):
     """Which text, through which cache."""
 
     text: str  # a UTF-8 text file
-    arm: str = ""  # pattern and sizes as in --arms of sepjax evaluate (a=, s=, w=, c=, ...); default: the model's own
+    # pattern and sizes as in --arms of sepjax evaluate (a=, s=, w=, c=, ...), or @FILE; default: the model's own
+    arm: str = ""
     max_tokens: Annotated[int, AtLeast(1)] = 4096  # of the text, at most
     output: str = ""  # an .html file to write; default: the terminal, as it stands at the end
 
@@ -32,7 +33,6 @@ class Settings(Loading):
 def main(settings: Settings) -> None:
     """Prints the text, or writes the page."""
     from sepjax.console import say
-    from sepjax.evaluation.arms import parse_arms
     from sepjax.evaluation.documents import read_texts
     from sepjax.files import check_file, write_text
     from sepjax.loading import load
@@ -46,10 +46,7 @@ def main(settings: Settings) -> None:
     model, tokenizer = load(settings.path, **settings.loading)
     attention = model.attention
     if settings.arm:
-        arms = parse_arms(settings.arm, attention, model.config.num_layers)
-        if len(arms) != 1:
-            raise ConfigError(f"--arm={settings.arm!r} names {len(arms)} arms; give one")
-        attention = arms[0].attention
+        attention = one_arm(settings.arm, attention, model.config.num_layers)
     picture = kept_text(model, tokenizer, text, attention, max_tokens=settings.max_tokens)
     if not settings.output:
         print(picture.terminal())
