@@ -128,7 +128,7 @@ class Stream(Iterator[StreamEvent]):
         self._is_stuck = bool(steps.is_stuck[0])
         if self._nbytes is None:
             self._nbytes = self._state.cache.nbytes
-        counts: dict[str, int] = {"taken": taken, "held": int(steps.held[0, 0]), "nbytes": self._nbytes}
+        counts: dict[str, Any] = {"taken": taken, "held": int(steps.held[0, 0]), "nbytes": self._nbytes}
         if not self._settings.logprobs:
             return self._row.take(int(steps.token[0, 0]), **counts)
         top = steps.top_tokens[0, 0], steps.top_logprobs[0, 0]
