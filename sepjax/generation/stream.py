@@ -10,6 +10,7 @@ token and goes on from there as if nothing had happened. Over a bounded cache a 
 import dataclasses
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
