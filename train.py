@@ -108,9 +108,8 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float, d
 
         # The loop. The host runs two steps ahead of the devices, and waits for them where it reads metrics.
         with MetricWriter(workdir, total_steps=config.training.steps, resume_step=start) as writer:
-            throughput, batch_tokens = Throughput(), config.data.batch_size * config.data.sequence_length
-            most, skipped = config.training.max_skipped_steps, int(state.health.skipped)
-            guard = StepGuard(watchdog, most, skipped, checkpoints.describe)
+            throughput, most = Throughput(), config.training.max_skipped_steps
+            guard = StepGuard(watchdog, most, int(state.health.skipped), checkpoints.describe)
             for step in range(start + 1, config.training.steps + 1):
                 batch = next(batches)
                 tokens = share.count * int(np.count_nonzero(batch.segment_ids))  # no padding; of others as many
@@ -120,11 +119,7 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float, d
                 stops = notice.reached(step)
                 if _due(step, config.training.log_every, config):
                     guard.catch_up()
-                    metrics = {name: float(value) for name, value in metrics.items()}
-                    pairs = metrics.pop("sep/pairs_per_row") * batch_tokens / max(tokens, 1)  # of rows without padding
-                    writer.write(step, metrics | flops_report(config, pairs, throughput.rate(), peak))
-                    if config.attention.pattern == "separator" and jax.process_index() == 0:
-                        warn_of_few(metrics["sep/separator_fraction"], batch_tokens, "the training data")
+                    writer.write(step, _report(config, metrics, tokens, throughput, peak))
                 if _due(step, config.training.eval_every, config):
                     guard.catch_up()
                     with throughput.pause(), watchdog.pause():
@@ -146,6 +141,16 @@ def _due(step: int, every: int, config: Config) -> bool:
 def _place(share: sharding.RowShare, batch_sharding: jax.sharding.NamedSharding, batch: Batch) -> Batch:
     """From this host's rows to arrays over the whole mesh."""
     return jax.tree.map(lambda x: share.place(x, batch_sharding), batch)
+
+
+def _report(config: Config, metrics: dict[str, Any], tokens: int, speed: Throughput, peak: Any) -> dict[str, float]:
+    """What is written of a step: its metrics as numbers, which waits for them, and speed; `tokens`: without padding."""
+    batch_tokens = config.data.batch_size * config.data.sequence_length
+    found = {name: float(value) for name, value in metrics.items()}
+    pairs = found.pop("sep/pairs_per_row") * batch_tokens / max(tokens, 1)  # of rows without padding
+    if config.attention.pattern == "separator" and jax.process_index() == 0:
+        warn_of_few(found["sep/separator_fraction"], batch_tokens, "the training data")
+    return found | flops_report(config, pairs, speed.rate(), peak)
 
 
 def _evaluate(eval_fn: Callable[..., Any], state: TrainState, batches: list[Batch]) -> dict[str, float]:

@@ -14,7 +14,6 @@ from sepjax.hub.gguf_file import gguf_shape, load_gguf
 from sepjax.hub.packaged import packaged_file
 from sepjax.hub.remote import HUB_ID, fetch
 from sepjax.model.transformer import Transformer, abstract, merge, split
-from sepjax.run.checkpoint import load_config, load_params
 
 _KINDS = (
     "the --workdir of a run of train.py, a Hugging Face folder, a GGUF file, smollm2-135m, or the id of a model on the "
@@ -88,6 +87,8 @@ def _load(
     _check_is_run(path, source)
     if dtype is not None:
         raise ConfigError(f"dtype={dtype!r} is for pretrained models; a run computes in its own, model.dtype")
+    from sepjax.run.checkpoint import load_params  # brings Orbax, which a pretrained model need not wait for
+
     config, params, _ = load_params(source, step, mesh)
     graph, _ = abstract(config.model, config.attention)
     return merge(graph, params), Tokenizer.load(source / "tokenizer")
@@ -104,6 +105,8 @@ def load_shape(path: str | os.PathLike[str], *, download: bool = False) -> tuple
     if is_folder(source):
         return folder_shape(source, dtype="float32")
     _check_is_run(path, source)
+    from sepjax.run.checkpoint import load_config
+
     return load_config(source).model, Tokenizer.load(source / "tokenizer")
 
 

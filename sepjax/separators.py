@@ -195,8 +195,16 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _byte_level_text(piece: str) -> str:
-    values = bytes(BYTE_OF_CHARACTER[c] for c in piece if c in BYTE_OF_CHARACTER)
-    return values.decode("utf-8", errors="replace")
+    """The text of a piece; characters that stand for no byte are left out."""
+    return piece.translate(_TEXT_OF_CODE).encode("latin-1", errors="ignore").decode("utf-8", errors="replace")
+
+
+def bytes_of_alphabet(piece: str) -> bytes:
+    """The bytes of a piece of a byte-level vocabulary; one with characters that stand for no byte stands for itself."""
+    try:
+        return piece.translate(_BYTE_OF_CODE).encode("latin-1")
+    except UnicodeEncodeError:
+        return piece.encode()
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -207,13 +215,18 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF_CHARACTER = _byte_alphabet()
+_OF_BYTES = {ord(c): byte for c, byte in BYTE_OF_CHARACTER.items()}
+# What these do to a whole vocabulary, Python's loops would take seconds for. None: left out; "\uffff": no byte.
+_TEXT_OF_CODE: dict[int, int | None] = dict.fromkeys(range(256)) | _OF_BYTES
+_BYTE_OF_CODE = dict.fromkeys(range(256), 0xFFFF) | _OF_BYTES
 
 
 def _is_punctuation(text: str | None) -> bool:
     if not text:
         return False
-    visible = [c for c in text if not c.isspace()]
-    return not visible or (not terminals().isdisjoint(visible) and all(map(_may_surround, visible)))
+    if terminals().isdisjoint(text):  # most of a vocabulary
+        return text.isspace()
+    return all(c.isspace() or _may_surround(c) for c in text)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sepjax import config as config_lib
-from sepjax.command.flags import parse, whole_numbers
+from sepjax.command.flags import parse
 from sepjax.config import (
     AttentionConfig,
     Config,
@@ -34,6 +34,7 @@ from sepjax.config import (
     validate_attention,
     with_own_window,
 )
+from sepjax.config.checks import whole_numbers
 from sepjax.flops import matmul_parameters
 
 ROOT = Path(__file__).parents[1]
@@ -209,21 +210,27 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, message:
 
 
 PROGRAM = '''"""Says hello."""
-import sys
-from absl import flags
-from sepjax.config import UserError
-from sepjax.command.flags import run_main
+import dataclasses
+from sepjax.config import Config, UserError
+from sepjax.command.flags import run_settings
+from sepjax.command.settings import Settings
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine(Settings):
+    config: Config
+    mode: str = ""  # what to do
+
+def main(settings):
+    if settings.mode == "user":
+        raise UserError("the text is empty")
+    if settings.mode == "system":
+        open("/nowhere/at/all")
+    if settings.mode == "bug":
+        raise RuntimeError("a real bug")
+    print("steps", settings.config.training.steps)
+
 if __name__ == "__main__":
-    MODE = flags.DEFINE_string("mode", "", "what to do")
-    def main(config):
-        if MODE.value == "user":
-            raise UserError("the text is empty")
-        if MODE.value == "system":
-            open("/nowhere/at/all")
-        if MODE.value == "bug":
-            raise RuntimeError("a real bug")
-        print("steps", config.training.steps)
-    run_main(main, with_config=True)
+    run_settings(Mine, main, __doc__)
 '''
 
 

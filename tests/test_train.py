@@ -175,7 +175,7 @@ def test_generate_uses_the_workdir(finished, capfd):
 
 
 def test_bad_texts_are_the_users_mistakes(finished, tmp_path):
-    """`run_main` prints these kinds of errors in one line (tests/test_config.py)."""
+    """`run_settings` prints these kinds of errors in one line (tests/test_config.py)."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     for text, message in (("none.txt", "none.txt"), ("empty.txt", "empty"), ("latin.txt", "UTF-8")):

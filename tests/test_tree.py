@@ -166,6 +166,22 @@ def test_files_stay_readable_in_one_go(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
+THE_LOOP = {"train.py": {"_train"}}  # reads from top to bottom
+
+
+@pytest.mark.parametrize("path", [path for path in PRODUCT if not path.stem.endswith("_kernels")], ids=_name)
+def test_functions_and_main_blocks_stay_short(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    # From `def` to the last line: signature, docstring and body.
+    lines = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    allowed = THE_LOOP.get(_name(path), set())
+    assert {name: n for name, n in lines.items() if n > (80 if name in allowed else 60)} == {}
+    # What a program does is in functions, which tests can call; this block only starts it.
+    blocks = [node for node in tree.body if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)]
+    assert [n for node in blocks if (n := (node.end_lineno or 0) - node.lineno + 1) > 10] == []
+
+
 @pytest.mark.parametrize("path", PRODUCT + TESTS + DOCUMENTS, ids=_name)
 def test_nothing_reaches_outside_the_repository(path: Path) -> None:
     # A fresh clone has no neighbours: neither the team's shared folder nor its notes.

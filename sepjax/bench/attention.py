@@ -19,15 +19,16 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from sepjax.attention import dense_attention, separator_attention
-from sepjax.command.flags import run_main, whole_numbers
+from sepjax.command.flags import run_settings
+from sepjax.command.settings import AtLeast, AtMost, OneOf
+from sepjax.command.settings import Settings as _Settings
 from sepjax.config import ConfigError
 from sepjax.files import write_text
 from sepjax.layout import SeparatorLayout, build_layout
@@ -38,27 +39,35 @@ BEST = "best"  # the name on the command line of implementation=None
 FLOPS_PER_PAIR = {"forward": 4, "forward+backward": 14}
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is measured. The defaults are the shapes of the project's bars."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shapes(_Settings):
+    """Of which rows. The defaults are the shapes of the project's bars."""
 
-    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 131072)  # T of each row of the table
-    tokens: int = 32768  # B * T of a call; B is at least 1
-    density: float = 0.12  # share of tokens that are separators, drawn at random
-    window_size: int = 256  # n
-    num_sinks: int = 4  # a
-    num_heads: int = 32  # N
-    num_kv_heads: int = 8  # K
-    head_dim: int = 128  # H
-    dtype: str = "bfloat16"
-    document_lengths: tuple[int, ...] = ()  # packed documents, repeated until the row is full; (): a row is a document
-    implementations: tuple[str, ...] = (BEST,)
-    repeats: int = 5  # timed loops
-    seconds: float = 0.5  # for the loops of one figure
+    lengths: Annotated[tuple[int, ...], AtLeast(1)] = (2048, 4096, 8192, 16384, 32768, 131072)  # tokens of a row, T
+    tokens: Annotated[int, AtLeast(1)] = 32768  # of a call, B * T; B is at least 1
+    density: Annotated[float, AtLeast(0), AtMost(1)] = 0.12  # share of tokens that are separators, drawn at random
+    window_size: Annotated[int, AtLeast(1)] = 256  # keys of the window, n
+    num_sinks: Annotated[int, AtLeast(0)] = 4  # first tokens always visible, a
+    num_heads: Annotated[int, AtLeast(1)] = 32  # query heads, N
+    num_kv_heads: Annotated[int, AtLeast(1)] = 8  # key heads, K
+    head_dim: Annotated[int, AtLeast(1)] = 128  # head size, H
+    dtype: Annotated[str, OneOf(("bfloat16", "float16", "float32"))] = "bfloat16"  # of queries and keys
+    # packed documents, repeated until a row is full; default: a row is a document
+    document_lengths: Annotated[tuple[int, ...], AtLeast(1)] = ()
+    repeats: Annotated[int, AtLeast(1)] = 5  # timed loops of a figure
+    seconds: Annotated[float, AtLeast(0)] = 0.5  # for the timed loops of a figure
 
     def rows(self, length: int) -> int:
         """B, the rows of a call."""
         return max(1, self.tokens // length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Shapes):
+    """What is measured."""
+
+    implementations: tuple[str, ...] = (BEST,)  # of separator_attention; best: what None picks
+    json: str | None = None  # file for all figures and settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +188,7 @@ def _passes(op: Op, passes: str) -> Callable[..., Any]:
     return jax.jit(both)
 
 
-def make_inputs(settings: Settings, rows: int, length: int) -> tuple[Any, ...]:
+def make_inputs(settings: Shapes, rows: int, length: int) -> tuple[Any, ...]:
     """Random (q, k, v, layout, cotangent of the output)."""
 
     def draw(key: jax.Array, heads: int) -> jax.Array:
@@ -190,7 +199,7 @@ def make_inputs(settings: Settings, rows: int, length: int) -> tuple[Any, ...]:
     return q, k, v, jax.jit(lambda: _layout(settings, rows, length))(), cotangent
 
 
-def _layout(settings: Settings, rows: int, length: int) -> SeparatorLayout:
+def _layout(settings: Shapes, rows: int, length: int) -> SeparatorLayout:
     is_separator = jax.random.bernoulli(jax.random.key(0), settings.density, (rows, length))
     return build_layout(
         is_separator,
@@ -200,7 +209,7 @@ def _layout(settings: Settings, rows: int, length: int) -> SeparatorLayout:
     )
 
 
-def _segment_ids(settings: Settings, rows: int, length: int) -> np.ndarray | None:
+def _segment_ids(settings: Shapes, rows: int, length: int) -> np.ndarray | None:
     if not settings.document_lengths:
         return None
     documents = -(-length // sum(settings.document_lengths)) * len(settings.document_lengths)
@@ -267,7 +276,7 @@ def report(source: dict[str, Any], settings: Settings, table: list[Row]) -> dict
     return source | {"settings": dataclasses.asdict(settings), "baseline": baseline(settings), "rows": rows}
 
 
-def main(settings: Settings, json_file: str | None) -> None:
+def main(settings: Settings) -> None:
     """Prints the table line by line, then writes the JSON file."""
     check(settings)
     source = provenance()
@@ -277,43 +286,9 @@ def main(settings: Settings, json_file: str | None) -> None:
         table.append(row)
         print(table_line(row, settings), flush=True)
     print(table_foot(table))
-    if json_file:
-        write_text(json_file, json.dumps(report(source, settings, table), indent=2) + "\n")
+    if settings.json:
+        write_text(settings.json, json.dumps(report(source, settings, table), indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    DEFAULT = Settings()
-    LENGTHS = flags.DEFINE_list("lengths", list(map(str, DEFAULT.lengths)), "tokens of a row, T")
-    TOKENS = flags.DEFINE_integer("tokens", DEFAULT.tokens, "tokens of a call, B * T", lower_bound=1)
-    DENSITY = flags.DEFINE_float("density", DEFAULT.density, "share of separators", lower_bound=0, upper_bound=1)
-    WINDOW = flags.DEFINE_integer("window_size", DEFAULT.window_size, "keys of the window, n", lower_bound=1)
-    SINKS = flags.DEFINE_integer("num_sinks", DEFAULT.num_sinks, "first tokens always visible, a", lower_bound=0)
-    HEADS = flags.DEFINE_integer("num_heads", DEFAULT.num_heads, "query heads, N", lower_bound=1)
-    KV_HEADS = flags.DEFINE_integer("num_kv_heads", DEFAULT.num_kv_heads, "key heads, K", lower_bound=1)
-    HEAD_DIM = flags.DEFINE_integer("head_dim", DEFAULT.head_dim, "head size, H", lower_bound=1)
-    DTYPE = flags.DEFINE_enum("dtype", DEFAULT.dtype, ["bfloat16", "float16", "float32"], "of queries and keys")
-    DOCUMENTS = flags.DEFINE_list("document_lengths", [], "packed documents, repeated until a row is full")
-    IMPLEMENTATIONS = flags.DEFINE_list("implementations", [BEST], f"of separator_attention; {BEST}: what None picks")
-    REPEATS = flags.DEFINE_integer("repeats", DEFAULT.repeats, "timed loops of a figure", lower_bound=1)
-    SECONDS = flags.DEFINE_float("seconds", DEFAULT.seconds, "for the timed loops of a figure", lower_bound=0)
-    JSON = flags.DEFINE_string("json", None, "file for all figures and settings")
-
-    def _main() -> None:
-        settings = Settings(
-            lengths=whole_numbers("lengths", LENGTHS.value),
-            tokens=TOKENS.value,
-            density=DENSITY.value,
-            window_size=WINDOW.value,
-            num_sinks=SINKS.value,
-            num_heads=HEADS.value,
-            num_kv_heads=KV_HEADS.value,
-            head_dim=HEAD_DIM.value,
-            dtype=DTYPE.value,
-            document_lengths=whole_numbers("document_lengths", DOCUMENTS.value),
-            implementations=tuple(IMPLEMENTATIONS.value),
-            repeats=REPEATS.value,
-            seconds=SECONDS.value,
-        )
-        main(settings, JSON.value)
-
-    run_main(_main)
+    run_settings(Settings, main, str(__doc__))

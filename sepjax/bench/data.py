@@ -6,17 +6,29 @@ Prepares what is missing first (corpus, tokenizer), then times batches as train.
 The last line is JSON.
 """
 
+import dataclasses
 import json
 import os
 import time
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from absl import flags
 
-from sepjax.command.flags import run_main
+from sepjax.command.flags import run_settings
+from sepjax.command.settings import AtLeast
+from sepjax.command.settings import Settings as _Settings
 from sepjax.config import Config
 from sepjax.data.pipeline import prepare_tokenizer, training_batches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Settings):
+    """What is measured."""
+
+    config: Config  # a config file: its data section
+    data_dir: str  # folder of prepared datasets and the tokenizer
+    seconds: Annotated[float, AtLeast(0)] = 10.0  # how long to draw batches
 
 
 def measure(config: Config, data_dir: str, seconds: float) -> dict[str, float]:
@@ -40,10 +52,10 @@ def measure(config: Config, data_dir: str, seconds: float) -> dict[str, float]:
     return rates if config.data.num_workers else rates | {"tokens_per_cpu_second": tokens / cpu}
 
 
-def main(config: Config) -> None:
+def main(settings: Settings) -> None:
     """Prints the rates: one line to read, one of JSON."""
-    rates = measure(config, DATA_DIR.value, SECONDS.value)
-    data = config.data
+    rates = measure(settings.config, settings.data_dir, settings.seconds)
+    data = settings.config.data
     print(
         f"{rates['tokens_per_second']:,.0f} tokens/s, {data.name}, batches of {data.batch_size} x "
         f"{data.sequence_length}, {data.num_workers} workers; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
@@ -52,6 +64,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":  # Grain's worker processes import this file again
-    DATA_DIR = flags.DEFINE_string("data_dir", None, "folder of prepared datasets and the tokenizer", required=True)
-    SECONDS = flags.DEFINE_float("seconds", 10.0, "how long to draw batches", lower_bound=0.0)
-    run_main(main, with_config=True)
+    run_settings(Settings, main, str(__doc__))

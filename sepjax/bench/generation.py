@@ -6,21 +6,32 @@ The tokenizer is trained on the spot on the language reference of Python itself.
 which compiles nothing, is timed from prompt to last token. The last line is JSON.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
-from absl import flags
 
-from sepjax.command.flags import run_main
+from sepjax.command.flags import run_settings
+from sepjax.command.settings import AtLeast
+from sepjax.command.settings import Settings as _Settings
 from sepjax.config import Config
 from sepjax.data.tokenizer import train_sentencepiece
 from sepjax.generation.api import generate, stream
 from sepjax.model.transformer import create
 
 PROMPT = "The function returns a value."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Settings):
+    """What is measured."""
+
+    config: Config  # a config file, whose shape is taken
+    batch_sizes: Annotated[tuple[int, ...], AtLeast(1)] = (1, 32)  # prompts at a time
+    max_new_tokens: Annotated[int, AtLeast(1)] = 256  # tokens of each answer
 
 
 def measure(config: Config, batch_sizes: Sequence[int], max_new_tokens: int) -> dict[str, float]:
@@ -45,16 +56,14 @@ def _second_run(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def main(settings: Settings) -> None:
+    """Prints a line a case, then JSON."""
+    device = jax.devices()[0].device_kind
+    speeds = measure(settings.config, settings.batch_sizes, settings.max_new_tokens)
+    for name, speed in speeds.items():
+        print(f"{name:<24}{speed:>12,.1f} tokens/s")
+    print(json.dumps({"device": device, "jax": jax.__version__, "tokens_per_second": speeds}))
+
+
 if __name__ == "__main__":
-    ROWS = flags.DEFINE_list("batch_sizes", ["1", "32"], "prompts at a time")
-    TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "tokens of each answer", lower_bound=1)
-
-    def main(config: Config) -> None:
-        """Prints a line a case, then JSON."""
-        device = jax.devices()[0].device_kind
-        speeds = measure(config, [int(rows) for rows in ROWS.value], TOKENS.value)
-        for name, speed in speeds.items():
-            print(f"{name:<24}{speed:>12,.1f} tokens/s")
-        print(json.dumps({"device": device, "jax": jax.__version__, "tokens_per_second": speeds}))
-
-    run_main(main, with_config=True)
+    run_settings(Settings, main, str(__doc__))

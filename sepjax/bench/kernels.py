@@ -5,23 +5,32 @@
 What docs/kernels.md logs. Inputs are those of `sepjax.bench.attention`; it needs a Hopper GPU.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
 from sepjax.attention import mosaic_gpu, mosaic_gpu_kernels
 from sepjax.attention.ranges import whole_rows
-from sepjax.bench.attention import Settings, make_inputs
-from sepjax.command.flags import run_main, whole_numbers
+from sepjax.bench.attention import Shapes, make_inputs
+from sepjax.command.flags import run_settings
+from sepjax.command.settings import AtLeast
 from sepjax.config import ConfigError
 from sepjax.measure import heading, provenance, time_calls
 
 # FLOPs of one (query, key) pair, over N * H, where a kernel computes pairs.
 _FLOPS = {"forward": 4, "dQ": 6, "dK and dV": 8}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Shapes):
+    """What is measured."""
+
+    lengths: Annotated[tuple[int, ...], AtLeast(1)] = (2048, 4096, 32768)  # tokens of a row, T
+    seconds: Annotated[float, AtLeast(0)] = 0.2  # for the timed loops of a figure
 
 
 def stages(
@@ -76,24 +85,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    DEFAULT = Settings()
-    LENGTHS = flags.DEFINE_list("lengths", ["2048", "4096", "32768"], "tokens of a row, T")
-    HEADS = flags.DEFINE_integer("num_heads", DEFAULT.num_heads, "query heads, N", lower_bound=1)
-    KV_HEADS = flags.DEFINE_integer("num_kv_heads", DEFAULT.num_kv_heads, "key heads, K", lower_bound=1)
-    HEAD_DIM = flags.DEFINE_integer("head_dim", DEFAULT.head_dim, "head size, H: 64, 128 or 256", lower_bound=1)
-    WINDOW = flags.DEFINE_integer("window_size", DEFAULT.window_size, "keys of the window, n", lower_bound=1)
-    DENSITY = flags.DEFINE_float("density", DEFAULT.density, "share of separators", lower_bound=0, upper_bound=1)
-
-    def _main() -> None:
-        settings = Settings(
-            lengths=whole_numbers("lengths", LENGTHS.value),
-            num_heads=HEADS.value,
-            num_kv_heads=KV_HEADS.value,
-            head_dim=HEAD_DIM.value,
-            window_size=WINDOW.value,
-            density=DENSITY.value,
-            seconds=0.2,
-        )
-        main(settings)
-
-    run_main(_main)
+    run_settings(Settings, main, str(__doc__))

@@ -12,13 +12,15 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
-from absl import flags
 
 from sepjax.bench.steps import caches_of, loop_speed, random_params
-from sepjax.command.flags import run_main
+from sepjax.command.flags import run_settings
+from sepjax.command.settings import AtLeast
+from sepjax.command.settings import Settings as _Settings
 from sepjax.config import AttentionConfig, Config
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
 from sepjax.generation.engine import Generator
@@ -37,6 +39,16 @@ KINDS = {
         logprobs=True,
     ),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Settings):
+    """What is measured."""
+
+    config: Config  # a config file, whose shape is taken
+    budget: str = "4/64/256/800"  # of the bounded cache: sinks/separators/window/cache
+    rows: Annotated[tuple[int, ...], AtLeast(1)] = (8,)  # slots
+    seconds: Annotated[float, AtLeast(0)] = 3.0  # for each figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,25 +114,22 @@ def _fill(slots: Slots, request: SlotRequest, tokenizer: Tokenizer, numbers: lis
         heard.update(number for number, _ in slots.step())
 
 
+def main(settings: Settings) -> None:
+    """Prints a line a figure, then JSON."""
+    from pydoc_data.topics import topics
+
+    source, model = provenance(), settings.config.model
+    print(heading(source))
+    (attention,) = caches_of(settings.config.attention, model.num_layers, settings.budget, 0).values()
+    print(f"{'requests':<10}{'rows':>6}{'ms/step':>10}{'host ms':>10}{'tokens/s':>12}{'loop ms':>10}{'share':>8}")
+    tokenizer = train_sentencepiece(list(topics.values()), min(4096, model.vocab_size))
+    figures = []
+    for x in measure(settings.config, attention, tokenizer, settings.rows, settings.seconds):
+        times = f"{x.milliseconds:>10.3f}{x.host_milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}"
+        print(f"{x.kind:<10}{x.rows:>6}{times}{x.loop_milliseconds:>10.3f}{x.share_of_loop:>8.1%}", flush=True)
+        figures.append(dataclasses.asdict(x))
+    print(json.dumps(source | {"device": jax.devices()[0].device_kind, "figures": figures}))
+
+
 if __name__ == "__main__":
-    BUDGET = flags.DEFINE_string("budget", "4/64/256/800", "of the bounded cache: sinks/separators/window/cache")
-    ROWS = flags.DEFINE_list("rows", ["8"], "slots")
-    SECONDS = flags.DEFINE_float("seconds", 3.0, "for each figure", lower_bound=0)
-
-    def main(config: Config) -> None:
-        """Prints a line a figure, then JSON."""
-        source = provenance()
-        print(heading(source))
-        (attention,) = caches_of(config.attention, config.model.num_layers, BUDGET.value, 0).values()
-        print(f"{'requests':<10}{'rows':>6}{'ms/step':>10}{'host ms':>10}{'tokens/s':>12}{'loop ms':>10}{'share':>8}")
-        from pydoc_data.topics import topics
-
-        tokenizer = train_sentencepiece(list(topics.values()), min(4096, config.model.vocab_size))
-        figures = []
-        for x in measure(config, attention, tokenizer, [int(rows) for rows in ROWS.value], SECONDS.value):
-            times = f"{x.milliseconds:>10.3f}{x.host_milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}"
-            print(f"{x.kind:<10}{x.rows:>6}{times}{x.loop_milliseconds:>10.3f}{x.share_of_loop:>8.1%}", flush=True)
-            figures.append(dataclasses.asdict(x))
-        print(json.dumps(source | {"device": jax.devices()[0].device_kind, "figures": figures}))
-
-    run_main(main, with_config=True)
+    run_settings(Settings, main, str(__doc__))

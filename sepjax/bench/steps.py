@@ -10,13 +10,15 @@ at that budget, `--dense_context=32768` one that holds so many tokens. The last 
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from sepjax.command.flags import run_main
+from sepjax.command.flags import run_settings
+from sepjax.command.settings import AtLeast
+from sepjax.command.settings import Settings as _Settings
 from sepjax.config import AttentionConfig, Config, ConfigError, under, validate_attention
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.mixed import BoundedCache, BoundedSizes, MixedCache, bounded_sizes, empty_cache
@@ -28,6 +30,19 @@ from sepjax.model.unrolled import by_layer
 
 _STEPS = 32  # in a call
 _SPARE = 0.06  # of the memory, for what a step computes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Settings):
+    """What is measured."""
+
+    config: Config  # a config file, whose shape is taken
+    budget: str = "4/64/256/800"  # of the bounded caches: sinks/separators/window/cache
+    patterns: tuple[str, ...] = ("separator",)  # of the bounded caches
+    batch_sizes: tuple[str, ...] = ("1", "auto")  # rows of a step; auto: as many as fit
+    # tokens of a dense cache to measure beside it; 0: none
+    dense_context: Annotated[int, AtLeast(0)] = 0
+    seconds: Annotated[float, AtLeast(0)] = 3.0  # for each figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,25 +208,20 @@ def caches_of(
     return caches
 
 
+def main(settings: Settings) -> None:
+    """Prints a line a figure, then JSON."""
+    source, s = provenance(), settings
+    print(heading(source))
+    caches = caches_of(s.config.attention, s.config.model.num_layers, s.budget, s.dense_context, s.patterns)
+    columns = f"{'ms/step':>10}{'tokens/s':>12}{'weights':>10}{'all':>8}{'cache bytes':>18}"
+    print(f"{'cache':<24}{'rows':>6}{columns}   (weights, all: time to read them once over the step's)")
+    figures = []
+    for x in measure(s.config, caches, s.batch_sizes, s.seconds):
+        shares = f"{x.share_of_weights:>10.1%}{x.share_of_bandwidth:>8.1%}{x.cache_bytes:>18,}"
+        print(f"{x.name:<24}{x.rows:>6}{x.milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}{shares}", flush=True)
+        figures.append(dataclasses.asdict(x))
+    print(json.dumps(source | {"figures": figures}))
+
+
 if __name__ == "__main__":
-    BUDGET = flags.DEFINE_string("budget", "4/64/256/800", "of the bounded cache: sinks/separators/window/cache")
-    PATTERNS = flags.DEFINE_list("patterns", ["separator"], "of the bounded caches")
-    ROWS = flags.DEFINE_list("batch_sizes", ["1", "auto"], "rows of a step; auto: as many as fit")
-    DENSE = flags.DEFINE_integer("dense_context", 0, "tokens of a dense cache to measure beside it; 0: none")
-    SECONDS = flags.DEFINE_float("seconds", 3.0, "for each figure", lower_bound=0)
-
-    def main(config: Config) -> None:
-        """Prints a line a figure, then JSON."""
-        source = provenance()
-        print(heading(source))
-        caches = caches_of(config.attention, config.model.num_layers, BUDGET.value, DENSE.value, PATTERNS.value)
-        columns = f"{'ms/step':>10}{'tokens/s':>12}{'weights':>10}{'all':>8}{'cache bytes':>18}"
-        print(f"{'cache':<24}{'rows':>6}{columns}   (weights, all: time to read them once over the step's)")
-        figures = []
-        for x in measure(config, caches, ROWS.value, SECONDS.value):
-            shares = f"{x.share_of_weights:>10.1%}{x.share_of_bandwidth:>8.1%}{x.cache_bytes:>18,}"
-            print(f"{x.name:<24}{x.rows:>6}{x.milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}{shares}", flush=True)
-            figures.append(dataclasses.asdict(x))
-        print(json.dumps(source | {"figures": figures}))
-
-    run_main(main, with_config=True)
+    run_settings(Settings, main, str(__doc__))

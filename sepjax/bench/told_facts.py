@@ -11,11 +11,21 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
-from absl import flags
-
-from sepjax.command.flags import run_main
+from sepjax.command.flags import run_settings
+from sepjax.command.settings import AtLeast
+from sepjax.command.settings import Settings as _Settings
 from sepjax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Settings):
+    """What is written, where."""
+
+    text: str  # folder of .txt files
+    output: str  # folder to write
+    every: Annotated[int, AtLeast(100)] = 6_000  # characters of text for each fact
 
 
 def _words(text: str) -> list[str]:
@@ -122,14 +132,11 @@ def write(text: Path, output: Path, every: int) -> Iterator[Path]:
         yield to
 
 
-def main() -> None:
+def main(settings: Settings) -> None:
     """Writes the folder and says how many."""
-    written = list(write(Path(TEXT.value), Path(OUTPUT.value), EVERY.value))
-    print(f"{OUTPUT.value}: {len(written)} texts with a fact about every {EVERY.value:,} characters")
+    written = list(write(Path(settings.text), Path(settings.output), settings.every))
+    print(f"{settings.output}: {len(written)} texts with a fact about every {settings.every:,} characters")
 
 
 if __name__ == "__main__":
-    TEXT = flags.DEFINE_string("text", None, "folder of .txt files", required=True)
-    OUTPUT = flags.DEFINE_string("output", None, "folder to write", required=True)
-    EVERY = flags.DEFINE_integer("every", 6_000, "characters of text for each fact", lower_bound=100)
-    run_main(main)
+    run_settings(Settings, main, str(__doc__))

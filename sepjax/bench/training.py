@@ -12,13 +12,14 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
-from absl import flags
 
-from sepjax.command.flags import run_main, whole_numbers
+from sepjax.command.flags import run_settings
+from sepjax.command.settings import AtLeast, AtMost
+from sepjax.command.settings import Settings as _Settings
 from sepjax.config import Config, ConfigError, under, validate
 from sepjax.data.batch import Batch
 from sepjax.files import write_text
@@ -28,16 +29,25 @@ from sepjax.sharding import batch_sharding, check_batch, make_mesh, replicated
 from sepjax.training.step import abstract_state, create_state, model_graph, train_step
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Settings):
     """What is measured, besides the config."""
 
-    lengths: tuple[int, ...] = (2048, 8192, 32768)  # T of each line of the table
-    tokens: int = 32768  # of a micro-batch
-    accumulation_steps: int = 1  # micro-batches of a step; the optimizer's share shrinks with them
-    density: float = 0.12  # share of tokens that are separators
-    repeats: int = 5  # timed loops
-    seconds: float = 3.0  # for the loops of one figure
+    lengths: Annotated[tuple[int, ...], AtLeast(1)] = (2048, 8192, 32768)  # tokens of a row, T
+    tokens: Annotated[int, AtLeast(1)] = 32768  # of a micro-batch
+    # micro-batches of a step; the optimizer's share shrinks with them
+    accumulation_steps: Annotated[int, AtLeast(1)] = 1
+    density: Annotated[float, AtLeast(0), AtMost(1)] = 0.12  # share of tokens that are separators, drawn at random
+    repeats: Annotated[int, AtLeast(1)] = 5  # timed loops of a figure
+    seconds: Annotated[float, AtLeast(0)] = 3.0  # for the timed loops of a figure
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommandLine(Settings):
+    """The same from a command line."""
+
+    config: Config  # a config file: the model and its optimizer
+    json: str | None = None  # file for all figures and settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,30 +181,11 @@ def main(config: Config, settings: Settings, json_file: str | None) -> None:
         rows.append(row)
         print(table_line(row), flush=True)
     if json_file:
-        report = {"settings": dataclasses.asdict(settings), "config": dataclasses.asdict(config), "peak": str(peak)}
+        told = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)}
+        report = {"settings": told, "config": dataclasses.asdict(config), "peak": str(peak)}
         report = source | report | {"rows": [dataclasses.asdict(row) for row in rows]}
         write_text(json_file, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    DEFAULT = Settings()
-    LENGTHS = flags.DEFINE_list("lengths", list(map(str, DEFAULT.lengths)), "tokens of a row, T")
-    TOKENS = flags.DEFINE_integer("tokens", DEFAULT.tokens, "tokens of a micro-batch", lower_bound=1)
-    STEPS = flags.DEFINE_integer("accumulation_steps", DEFAULT.accumulation_steps, "micro-batches", lower_bound=1)
-    DENSITY = flags.DEFINE_float("density", DEFAULT.density, "share of separators", lower_bound=0, upper_bound=1)
-    REPEATS = flags.DEFINE_integer("repeats", DEFAULT.repeats, "timed loops of a figure", lower_bound=1)
-    SECONDS = flags.DEFINE_float("seconds", DEFAULT.seconds, "for the timed loops of a figure", lower_bound=0)
-    JSON = flags.DEFINE_string("json", None, "file for all figures and settings")
-
-    def _main(config: Config) -> None:
-        settings = Settings(
-            lengths=whole_numbers("lengths", LENGTHS.value),
-            tokens=TOKENS.value,
-            accumulation_steps=STEPS.value,
-            density=DENSITY.value,
-            repeats=REPEATS.value,
-            seconds=SECONDS.value,
-        )
-        main(config, settings, JSON.value)
-
-    run_main(_main, with_config=True)
+    run_settings(CommandLine, lambda given: main(given.config, given, given.json), str(__doc__))

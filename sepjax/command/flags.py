@@ -22,9 +22,7 @@ from sepjax.command import compile_cache
 from sepjax.command.settings import Settings, define, flags_of, help_text, value_of
 from sepjax.config import Config, ConfigError, UserError, field_types, load_config, nearest, validate
 from sepjax.config.attention import TABLES
-from sepjax.config.checks import whole_numbers
 
-__all__ = ["whole_numbers"]  # of another file, for the programs
 FLAG = re.compile(r"--?([A-Za-z_][\w.]*)")
 
 
@@ -69,16 +67,6 @@ def run_settings[S: Settings](
 ) -> None:
     """`run_program` with the settings that `cls` describes; `about` is what --help says of the program."""
     run_program(lambda argv: read_settings(cls, argv, flags.FLAGS, about), main, begin=begin)
-
-
-def run_main(main: Callable[..., None], *, with_config: bool = False) -> None:
-    """`run_program` for a program that defines absl's flags itself.
-
-    Args:
-      main: called with the validated `Config` if `with_config`, else without arguments.
-      with_config: adds the flag `--config`, which is then required.
-    """
-    run_program(lambda argv: parse(argv, flags.FLAGS, with_config=with_config), lambda found: main(*found))
 
 
 def read_settings[S: Settings](cls: type[S], argv: Sequence[str], flag_values: flags.FlagValues, about: str) -> S:

@@ -27,7 +27,7 @@ from typing import Any
 from absl import flags
 
 from sepjax.config import Config
-from sepjax.config.checks import at_least, check_type, one_of, whole_numbers
+from sepjax.config.checks import at_least, at_most, check_type, one_of, whole_numbers
 
 _WIDTH, _COLUMN = 120, 32  # of --help: where lines end, and where meanings begin
 
@@ -37,6 +37,13 @@ class AtLeast:
     """Of a number, or of each in a tuple of numbers: none may be smaller."""
 
     least: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AtMost:
+    """Of a number: it may not be larger."""
+
+    most: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Flag:
     kind: Any  # bool, int, float, str, tuple[int, ...], tuple[str, ...] or Config
     default: Any  # dataclasses.MISSING: the flag is required
     optional: bool  # None is a value: not given
-    marks: tuple[Any, ...]  # AtLeast, OneOf, Repeated
+    marks: tuple[Any, ...]  # AtLeast, AtMost, OneOf, Repeated
     meaning: str
 
     def mark[M](self, kind: type[M]) -> M | None:
@@ -108,6 +115,8 @@ def _check(flag: Flag, value: Any) -> None:
     for item in each:
         if mark := flag.mark(AtLeast):
             at_least(name, item, mark.least)
+        if mark := flag.mark(AtMost):
+            at_most(name, item, mark.most)
         if mark := flag.mark(OneOf):
             one_of(name, item, mark.choices)
 
@@ -198,10 +207,11 @@ def config_flags(cls: type = Config, prefix: str = "config.") -> list[tuple[str,
 
 def _line(flag: Flag) -> Sequence[str]:
     """A flag, its form, its meaning and its default, wrapped."""
-    choices, least = flag.mark(OneOf), flag.mark(AtLeast)
+    choices, least, most = flag.mark(OneOf), flag.mark(AtLeast), flag.mark(AtMost)
     form = "|".join(choices.choices) if choices else "TEXT" if flag.mark(Repeated) else _FORMS.get(flag.kind, "TEXT")
     head = f"  --[no]{flag.name}" if flag.kind is bool else f"  --{flag.name}={form}"
     notes = [f"{least.least} or more"] if least else []
+    notes += [f"{most.most} or less"] if most else []
     if flag.default is dataclasses.MISSING:
         notes.append("required")
     elif flag.default not in (None, "", ()):

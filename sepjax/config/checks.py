@@ -32,6 +32,12 @@ def at_least(name: str, value: int | float, least: int) -> None:
         raise ConfigError(f"{name}={value} is out of range: whole numbers end at 2^31 - 1 = {2**31 - 1}")
 
 
+def at_most(name: str, value: int | float, most: int) -> None:
+    """Raises ConfigError for a value above `most`, and for NaN."""
+    if not value <= most:
+        raise ConfigError(f"{name}={value} must be {most} or less")
+
+
 def whole_numbers(flag: str, values: Sequence[str], *, least: int = 1) -> tuple[int, ...]:
     """The entries of a list flag as whole numbers of `least` or more; raises `ConfigError` for anything else."""
     if not all(value.isdecimal() and int(value) >= least for value in values):

@@ -17,7 +17,7 @@ import tokenizers
 from jaxtyping import Int32, Int64
 
 from sepjax.data.special_tokens import OLDER, ORDER, SpecialTokenError, SpecialTokens
-from sepjax.separators import BYTE_OF_CHARACTER, BYTE_TOKEN
+from sepjax.separators import BYTE_TOKEN, bytes_of_alphabet
 
 SPACE = "▁"  # U+2581, what SentencePiece writes for a space
 _UNKNOWN = "\ufffd".encode()
@@ -236,7 +236,7 @@ class HuggingFaceModel(TokenizerModel):
             if i in added:
                 table[i] = b"" if added[i].special else added[i].content.encode()
             else:
-                table[i] = _alphabet_bytes(piece) if self._is_byte_level else _piece_bytes(piece)
+                table[i] = bytes_of_alphabet(piece) if self._is_byte_level else _piece_bytes(piece)
         return table
 
     @override
@@ -304,13 +304,6 @@ def _sums(lengths: Int64[np.ndarray, "parts"], counts: Sequence[int]) -> Int64[n
 def _piece_bytes(piece: str) -> bytes:
     byte = BYTE_TOKEN.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
-
-
-def _alphabet_bytes(piece: str) -> bytes:
-    """A piece of a byte-level vocabulary; one with characters outside the byte alphabet stands for itself."""
-    if all(c in BYTE_OF_CHARACTER for c in piece):
-        return bytes(BYTE_OF_CHARACTER[c] for c in piece)
-    return piece.encode()
 
 
 def _checked_ids(vocabulary: tokenizers.Tokenizer) -> dict[str, int]:

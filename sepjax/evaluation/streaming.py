@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -207,17 +207,12 @@ def _score(
         return _State(cache, at, first, document, jnp.zeros(lanes.inputs.shape))
 
     jax.block_until_ready(run(params, start(), on_device, table, jnp.int32(1)))  # compiles outside the timing
-    state, total = start(), None
-    cache_bytes = state.cache.nbytes // len(lanes.inputs)
+    state, limit = start(), jnp.int32(_PASSES)
     began = time.perf_counter()
     with counted_compilations() as compiled:
-        at, ends = np.zeros(len(lanes.inputs), np.int32), lanes.ends[:, -1]
-        while (at < ends).any():
-            state, sums = run(params, state, on_device, table, jnp.int32(_PASSES))
-            at, sums = jax.device_get((state.at, sums))
-            total = sums if total is None else _add(total, sums)
+        ends = np.asarray(lanes.ends[:, -1])
+        state, total = _to_the_end(lambda state: run(params, state, on_device, table, limit), state, ends)
     seconds = time.perf_counter() - began
-    assert total is not None  # there is a document
     nll = lanes.of_documents(np.asarray(state.nll))
     tokens, whole = len(nll), float(np.sum(nll, dtype=np.float64))
     score = StreamScore(
@@ -233,7 +228,7 @@ def _score(
         bytes=num_bytes,
         slots_held=float(total.held) / tokens,
         slots_most=int(total.most),
-        cache_bytes=cache_bytes,
+        cache_bytes=state.cache.nbytes // len(lanes.inputs),
         kv_kept=float(total.kept) / int(total.ended),
         seconds=seconds,
         tokens_per_second=tokens / seconds,
@@ -242,6 +237,18 @@ def _score(
         compilations=len(compiled),
     )
     return score, nll
+
+
+def _to_the_end(
+    passes: Callable[[_State], tuple[_State, _Sums]], state: _State, ends: np.ndarray
+) -> tuple[_State, Any]:
+    """Makes passes until every lane is at its end; the last state, and what all passes add up to."""
+    at, total = np.zeros(len(ends), np.int32), None
+    while (at < ends).any():
+        state, sums = passes(state)
+        at, sums = jax.device_get((state.at, sums))
+        total = sums if total is None else _add(total, sums)
+    return state, total
 
 
 def _add(total: Any, sums: Any) -> Any:

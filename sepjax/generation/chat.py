@@ -7,7 +7,7 @@ is read twice, and it may go on for ever.
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ def chat(
     tokenizer: Tokenizer,
     *,
     system: str = "",
+    template_variables: Mapping[str, Any] | None = None,
     conversation: Conversation | None = None,
     read: Callable[[], str] = lambda: input(">>> "),
     write: Callable[[str], Any] = lambda text: print(text, end="", flush=True),
@@ -45,13 +46,15 @@ def chat(
       events: a stream that nothing was fed to, or one that was restored.
       tokenizer: the model's.
       system: instructions in front of the first turn.
-      conversation: its form, which has them already; None: by the tokenizer's own chat template, if there is one.
+      template_variables: what the chat template may name besides (`ChatTemplate.with_variables`).
+      conversation: its form, which has both already; None: by the tokenizer's own chat template, if there is one.
       read: returns what the user says.
       write: gets the answers, piece by piece.
       report: gets the gauge after each answer, and what else there is to say.
     """
     if conversation is None:
-        conversation = conversation_of(tokenizer, ChatTemplate.of(tokenizer), system=system)
+        settings: dict[str, Any] = {"system": system, "template_variables": template_variables}
+        conversation = conversation_of(tokenizer, ChatTemplate.of(tokenizer), **settings)
     report(f"a conversation in the form of {conversation.name}; {HELP}")
     while True:
         try:

@@ -10,8 +10,10 @@ the new turn and without it, and what is new is fed:
 
 import abc
 import dataclasses
-from typing import override
+from collections.abc import Mapping
+from typing import Any, override
 
+from sepjax.config import ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.chat_template import ChatTemplate, encode_marked, marked, unmarked
 from sepjax.hub.errors import HubError
@@ -89,7 +91,12 @@ class Conversation(abc.ABC):
 
 
 def conversation_of(
-    tokenizer: Tokenizer, template: ChatTemplate | None, *, system: str = "", control_tokens: bool = False
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    *,
+    system: str = "",
+    control_tokens: bool = False,
+    template_variables: Mapping[str, Any] | None = None,
 ) -> Conversation:
     """A conversation in the model's own form.
 
@@ -98,10 +105,16 @@ def conversation_of(
       template: the model's; None: one of the known forms.
       system: instructions that stand in front of the first turn.
       control_tokens: see `ChatFormat.turn`.
+      template_variables: see `ChatTemplate.with_variables`; all turns are rendered with them.
+
+    Raises:
+      ConfigError: variables that cannot be, or without a template.
     """
+    if template_variables and template is None:
+        raise ConfigError("template_variables do nothing for a model without a chat template; leave them out")
     if template is None:
         return _InForm(tokenizer, system, control_tokens)
-    return _ByTemplate(tokenizer, template, system, control_tokens)
+    return _ByTemplate(tokenizer, template.with_variables(template_variables or {}), system, control_tokens)
 
 
 class _InForm(Conversation):
@@ -127,7 +140,8 @@ class _ByTemplate(Conversation):
     """Turns as the model's template writes them."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, system: str, control_tokens: bool):
-        self._tokenizer, self._template, self._control_tokens = tokenizer, template, control_tokens
+        self._tokenizer, self._control_tokens = tokenizer, control_tokens
+        self._template = template if control_tokens else template.with_plain_variables(tokenizer)
         self._first = [{"role": "system", "content": self._said(system)}] if system else []
         self._messages: list[dict[str, str]] = []  # up to the last answer; none: not known (a conversation resumed)
         self._text = ""  # of the conversation so far, as it was fed and answered
@@ -181,7 +195,7 @@ class _ByTemplate(Conversation):
     def _after_answer(self, history: list[dict[str, str]], said: dict[str, str] | None) -> str:
         """What follows an answer: a stand-in for it is looked for, since templates strip and trim."""
         texts = "".join(message["content"] for message in [*history, *([said] if said else [])])
-        answer = next(word for n in range(10**6) if (word := f"answer{n}") not in texts + self._template.source)
+        answer = next(word for n in range(10**6) if (word := f"answer{n}") not in texts + self._template.key)
         messages = [*history, {"role": "assistant", "content": answer}, *([said] if said else [])]
         written = self._template.render(messages, add_generation_prompt=said is not None)
         _, found, after = written.partition(answer)

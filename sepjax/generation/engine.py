@@ -81,13 +81,12 @@ class Generator:
         """Continues prompts, all in one batch; returns an answer to each.
 
         Args:
-          prompts: one text, or a list whose items are texts (BOS goes in front where the model's own tokenizer puts it,
-            unless the text begins with it) or token ids.
+          prompts: one text, or a list of texts (BOS goes in front where the model's own tokenizer puts it, never twice)
+            or of token ids.
           max_new_tokens: tokens after which an answer ends.
           sampling: how to draw, or one a prompt (`Sampling.create`); None: always the best token.
           seed: of the draws; one a prompt makes each answer independent of its place in the list.
-          stop: texts that end an answer and are left out of it.
-          stop_token_ids: tokens that end an answer and are left out of its text; control tokens too.
+          stop, stop_token_ids: texts and tokens (control tokens too) that end an answer and are left out of its text.
           stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
           control_tokens: whether names of control tokens in the prompts' texts are these tokens; False: plain text.
           bounded: whether a row's cache is bounded by `attention.cache_size`, whatever the lengths; None: where the
@@ -147,20 +146,11 @@ class Generator:
         (with `stop_at_eos=False` not even at an end of text) and runs over a bounded cache: at most
         `attention.cache_size` entries, whatever the length of prompt and text (docs/streaming.md).
 
-        Args:
+        Args, besides those that `generate` explains:
           prompt: a text or token ids; None: nothing yet, for a stream that is resumed or fed later.
           max_new_tokens: tokens after which a turn ends; None: without end.
-          sampling: how to draw; None: always the best token.
-          seed: of the draws.
-          stop: see `generate`, for the following four too.
-          stop_token_ids: see there.
-          stop_at_eos: see there.
-          control_tokens: see there.
           bounded: whether to use the bounded cache; None: where there is no `max_new_tokens`, or the pattern asks for
             it.
-          max_repeats: see `generate`, for the next two, too.
-          logprobs: see there.
-          top_logprobs: see there.
           resume: folder of a stream that was saved; it goes on there, token for token.
 
         Returns:

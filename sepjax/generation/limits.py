@@ -9,7 +9,6 @@ import numpy as np
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig, with_own_window
 from sepjax.console import say
 from sepjax.generation.cache.mixed import bounded_sizes
-from sepjax.run.checkpoint import load_config
 
 
 def check_cache(config: ModelConfig, rows: int, slots: int, wanted: str) -> None:
@@ -76,6 +75,8 @@ def warn_of_cache(config: ModelConfig, attention: AttentionConfig, trained: int)
 def trained_length(source: Path, config: ModelConfig) -> int:
     """Tokens of the longest text that a model was trained on: a run's rows, or what its files say."""
     if (source / "checkpoints").is_dir() and (source / "config.json").is_file():  # a converted model has none
+        from sepjax.run.checkpoint import load_config  # brings Orbax, which a pretrained model need not wait for
+
         run = load_config(source)
         if not run.training.init_from:
             return run.data.sequence_length

@@ -10,6 +10,7 @@ token and goes on from there as if nothing had happened. Over a bounded cache a 
 import dataclasses
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,6 +48,7 @@ class Stream(Iterator[StreamEvent]):
         self._state = reader.empty(row_keys(seed, 1))
         self._pending: list[int] = []
         self._has_drawn = self._is_stuck = self._is_closed = False
+        self._nbytes: int | None = None  # of the cache; None: to be counted again
         self._row = self._new_row(continues=False, seen=0)
 
     def _new_row(self, *, continues: bool, seen: int) -> Row:
@@ -104,6 +106,8 @@ class Stream(Iterator[StreamEvent]):
         if self._is_stuck:
             self._state = dataclasses.replace(self._state, cache=self._state.cache.make_room())
         taken = len(self._pending) or 1
+        if self._is_stuck or self._pending:
+            self._nbytes = None
         if self._pending:
             new = self._settings.max_new_tokens
             self._state, steps = self._reader.read(self._state, [self._pending], self._request, self._row.seen, new)
@@ -113,6 +117,8 @@ class Stream(Iterator[StreamEvent]):
                 self._reader.check(self._row.seen, [[0]], None)
             self._state, steps = self._advance(self._of.params, self._state, np.zeros(1, bool), self._request)
         self._has_drawn = True
+        if not self._settings.logprobs:  # each array that is fetched takes some of a small model's time
+            steps = dataclasses.replace(steps, logprob=None, top_tokens=None, top_logprobs=None)
         return self._event(jax.device_get(steps), taken)
 
     def close(self) -> None:
@@ -121,14 +127,13 @@ class Stream(Iterator[StreamEvent]):
 
     def _event(self, steps: Steps, taken: int) -> StreamEvent:
         self._is_stuck = bool(steps.is_stuck[0])
-        return self._row.take(
-            int(steps.token[0, 0]),
-            taken=taken,
-            held=int(steps.held[0, 0]),
-            nbytes=self._state.cache.nbytes,
-            logprob=float(steps.logprob[0, 0]),
-            top=(steps.top_tokens[0, 0], steps.top_logprobs[0, 0]),
-        )
+        if self._nbytes is None:
+            self._nbytes = self._state.cache.nbytes
+        counts: dict[str, Any] = {"taken": taken, "held": int(steps.held[0, 0]), "nbytes": self._nbytes}
+        if not self._settings.logprobs:
+            return self._row.take(int(steps.token[0, 0]), **counts)
+        top = steps.top_tokens[0, 0], steps.top_logprobs[0, 0]
+        return self._row.take(int(steps.token[0, 0]), **counts, logprob=float(steps.logprob[0, 0]), top=top)
 
     # -- saved and resumed ------------------------------------------------------------------------------------------
 
@@ -153,6 +158,7 @@ class Stream(Iterator[StreamEvent]):
         self._state = jax.tree.map(lambda x: x.copy(), dataclasses.replace(row.state, cache=cache))
         self._pending, self._has_drawn, self._is_closed = list(row.pending), row.has_drawn, False
         self._row.restore(row.row)
+        self._nbytes = None
         self._is_stuck = bool(self._state.cache.is_stuck()[0])
 
     def save(self, folder: str | os.PathLike[str]) -> None:

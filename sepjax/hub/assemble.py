@@ -12,7 +12,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from sepjax.config import ModelConfig
 from sepjax.hub.errors import HubError
-from sepjax.hub.families import flat_shapes, rows_of
+from sepjax.hub.families import rows_of, shapes_of
 from sepjax.hub.tables import Family, Row, Shape
 from sepjax.model.transformer import Params, abstract
 from sepjax.sharding import parameter_shardings
@@ -75,10 +75,10 @@ def assemble(
     Raises:
       HubError: a tensor is missing, unknown or of another shape or no floating-point numbers; names it.
     """
-    shapes = flat_shapes(config)
+    tree = abstract(config)[1]
+    shapes = shapes_of(tree)
     rows = rows_of(family, config, shapes)
     _check(source, family, config, rows, shapes)
-    tree = abstract(config)[1]
     shardings = parameter_shardings(tree, mesh) if mesh else jax.tree.map(lambda _: _first_device(), tree)
     where = {name: (row, i) for row in rows for i, name in enumerate(row.ours)}
     dtypes = {name: _dtype(source, row, config, param_dtype) for name, (row, _) in where.items()}

@@ -5,13 +5,15 @@ jinja2's sandbox and under limits of time and memory: it can format text and not
 `apply_chat_template` of transformers writes.
 """
 
+import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sepjax.data.special_tokens import SpecialTokenError, SpecialTokens, read_beside
+from sepjax.config import ConfigError
+from sepjax.data.special_tokens import ORDER, SpecialTokenError, SpecialTokens, read_beside
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.errors import HubError
 from sepjax.hub.template_process import ask, ask_with_answers
@@ -20,6 +22,9 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MOST = 1_000_000  # characters of a template
 # Characters that no text may have (Unicode's noncharacters), around what is to be read as text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+# What is set here or in `sepjax.hub.template_worker`, and not by whoever renders.
+_OURS = {"messages", "add_generation_prompt", *ORDER, "raise_exception", "namespace", "strftime_now"}
+_DEEPEST = 32  # lists and objects in one another, in a variable
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates have for it, the first the usual one
 _MARKED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
 
@@ -45,6 +50,7 @@ class ChatTemplate:
         if len(self.source) > _MOST:
             raise HubError(f"a chat template of {len(self.source)} characters; {_MOST} are allowed")
         self._tokens = {name: token for name, token in (tokens or {}).items() if token is not None}
+        self._variables: dict[str, Any] = {}
         ask(self.source, None)
 
     @classmethod
@@ -79,6 +85,29 @@ class ChatTemplate:
         names = {**special.by_class, **special.names}
         return cls(special.chat_template, names) if special.chat_template else None
 
+    def with_variables(self, variables: Mapping[str, Any]) -> "ChatTemplate":
+        """The same template where it may also name these, in whatever it renders.
+
+        Args:
+          variables: JSON values by name, as the model's card has them: {"enable_thinking": False}, or {"tools": [...]}.
+            One that the template never asks for changes nothing. They come on top of those that it has already.
+
+        Raises:
+          ConfigError: a name that is set here (the messages, special tokens, ...), or a value that is not JSON.
+        """
+        ours = next((name for name in variables if name in _OURS or name in self._tokens), None)
+        if ours is not None:
+            raise ConfigError(f"template variable {ours!r} is set by the renderer itself; leave it out")
+        found = copy.copy(self)
+        found._variables = self._variables | {name: _as_json(x, name) for name, x in variables.items()}
+        return found
+
+    def with_plain_variables(self, tokenizer: Tokenizer) -> "ChatTemplate":
+        """The same where names of control tokens in the variables are text (`marked`)."""
+        found = copy.copy(self)
+        found._variables = _each_text(self._variables, lambda text: marked(tokenizer, text))
+        return found
+
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The text of a conversation.
 
@@ -99,6 +128,7 @@ class ChatTemplate:
             "messages": [_as_templates_read(message) for message in messages],
             "tools": None,
             "documents": None,
+            **self._variables,
             "add_generation_prompt": add_generation_prompt,
         }
 
@@ -121,7 +151,7 @@ class ChatTemplate:
     @property
     def key(self) -> str:
         """Another one for every template that could write something else."""
-        return json.dumps([self.source, self._tokens], sort_keys=True)
+        return json.dumps([self.source, self._tokens, self._variables], sort_keys=True)
 
     def encode(
         self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, control_tokens: bool = True
@@ -131,12 +161,13 @@ class ChatTemplate:
         Args:
           tokenizer: the model's.
           messages: see `render`.
-          control_tokens: whether names of control tokens in the messages are these tokens; False: they are text, and
-            only the template's own count.
+          control_tokens: whether names of control tokens in messages and variables are these tokens; False: they are
+            text, and only the template's own count.
         """
-        if not control_tokens:
-            messages = [{k: marked(tokenizer, v) for k, v in message.items()} for message in messages]
-        return encode_marked(tokenizer, self.render(messages))
+        if control_tokens:
+            return encode_marked(tokenizer, self.render(messages))
+        messages = [{k: marked(tokenizer, v) for k, v in message.items()} for message in messages]
+        return encode_marked(tokenizer, self.with_plain_variables(tokenizer).render(messages))
 
 
 def _as_templates_read(message: Mapping[str, str | None]) -> dict[str, str]:
@@ -144,6 +175,26 @@ def _as_templates_read(message: Mapping[str, str | None]) -> dict[str, str]:
     found = {key: value for key, value in message.items() if value is not None}
     reasoning = next((found[key] for key in _REASONING if key in found), None)
     return found if reasoning is None else {"thinking": reasoning, **found, "reasoning_content": reasoning}
+
+
+def _as_json(value: Any, name: str, depth: int = 0) -> Any:
+    """The value as JSON has it; raises ConfigError for one that it has not, or lists of lists of lists without end."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if depth < _DEEPEST and isinstance(value, list | tuple):
+        return [_as_json(x, name, depth + 1) for x in value]
+    if depth < _DEEPEST and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _as_json(x, name, depth + 1) for key, x in value.items()}
+    raise ConfigError(f"template variable {name!r} must be a JSON value, not too deep, got {type(value).__name__}")
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with all its texts changed; names stay."""
+    if isinstance(value, list):
+        return [_each_text(x, change) for x in value]
+    if isinstance(value, dict):
+        return {key: _each_text(x, change) for key, x in value.items()}
+    return change(value) if isinstance(value, str) else value
 
 
 def marked(tokenizer: Tokenizer, text: str) -> str:

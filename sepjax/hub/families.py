@@ -146,7 +146,12 @@ def rows_of(family: Family, config: ModelConfig, shapes: dict[str, tuple[int, ..
 
 def flat_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter, a layer's once: "attention/query/kernel" [D, N, H], "embedding/embedding"."""
-    return {name: leaf.shape[in_layers:] for name, in_layers, leaf in flat(abstract(config)[1])}
+    return shapes_of(abstract(config)[1])
+
+
+def shapes_of(params: Params) -> dict[str, tuple[int, ...]]:
+    """`flat_shapes` of parameters that are there, or stand-ins for them."""
+    return {name: leaf.shape[in_layers:] for name, in_layers, leaf in flat(params)}
 
 
 def flat(params: Params) -> list[tuple[str, bool, Any]]:

@@ -38,7 +38,7 @@ class Fields:
         """A whole number of 1 or more."""
         value = self._value(name, default)
         if type(value) is not int or not 1 <= value < 2**31:
-            self.refuse(name, "expected a whole number of 1 or more")
+            self.refuse(name, "expected a whole number of 1 or more, below 2^31")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

@@ -107,7 +107,7 @@ def answer(request: dict[str, Any], size: int) -> dict[str, Any]:
     spans: dict[str, Any] = {}
     try:
         if "answers" not in request:
-            text = template.render(**request["values"])
+            text = template.render(request["values"])
         elif _GENERATION.search(request["source"]):
             text, spans["spans"] = _generated(template, request["values"])
         else:
@@ -125,7 +125,7 @@ def _generated(template: jinja2.Template, values: dict[str, Any]) -> tuple[str, 
     """The text and what the template itself marks in it."""
     _Generation.marks = True
     try:
-        parts = re.split(f"[{_OPEN}{_CLOSE}]", template.render(**values))
+        parts = re.split(f"[{_OPEN}{_CLOSE}]", template.render(values))
     finally:
         _Generation.marks = False
     ends = list(itertools.accumulate(map(len, parts)))
@@ -139,12 +139,12 @@ def _by_prefixes(
 
     Raises TemplateError where the template does not write the first messages of a conversation as it does alone.
     """
-    messages, text = values["messages"], template.render(**values)
+    messages, text = values["messages"], template.render(values)
     numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
     for i in numbers[-1:] if only_last else numbers:
         before = _prompt(template, values, i)
-        until = text if i + 1 == len(messages) else template.render(**{**values, "messages": messages[: i + 1]})
+        until = text if i + 1 == len(messages) else template.render({**values, "messages": messages[: i + 1]})
         if not until.startswith(before):
             raise jinja2.TemplateError(f"the prompt for messages[{i}] is not how it writes that message")
         if not text.startswith(until):
@@ -156,7 +156,7 @@ def _by_prefixes(
 def _prompt(template: jinja2.Template, values: dict[str, Any], i: int) -> str:
     """What stands before the answer messages[i]."""
     try:
-        return template.render(**{**values, "messages": values["messages"][:i], "add_generation_prompt": True})
+        return template.render({**values, "messages": values["messages"][:i], "add_generation_prompt": True})
     except Exception as error:  # of no messages many templates ask for the first all the same
         if i or isinstance(error, MemoryError | RecursionError):
             raise

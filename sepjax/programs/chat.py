@@ -33,11 +33,10 @@ def main(settings: Settings) -> None:
     import sepjax
     from sepjax.generation.chat import chat
     from sepjax.generation.conversation import conversation_of
-    from sepjax.hub.chat_template import ChatTemplate
-    from sepjax.loading import load, locate
+    from sepjax.loading import load
 
     model, tokenizer = load(settings.path, **settings.loading)
-    template, control = ChatTemplate.of_model(locate(settings.path), tokenizer), settings.control_tokens is True
+    template, control = settings.template(tokenizer), settings.control_tokens is True
     form = conversation_of(tokenizer, template, system=settings.system, control_tokens=control)
     options = settings.options(model) | settings.endless()
     options["stop"] = [*settings.stop, *form.stop]

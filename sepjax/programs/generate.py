@@ -59,6 +59,10 @@ class Settings(Writing):
             raise ConfigError('nothing to continue; give --prompt="..." (once a text) or --prompt_file')
         if not prompts and self.apply_chat_template:
             raise ConfigError("--apply_chat_template does nothing without a prompt; add --prompt, or leave it out")
+        if self.template_variables is not None and not self.apply_chat_template:
+            raise ConfigError(
+                "--template_variables does nothing without --apply_chat_template; leave it out, or add that"
+            )
         if self.goes_on and prompts > 1:
             flag = "--stream" if self.stream else "--resume"
             raise ConfigError(f"{flag} continues one prompt, got {prompts}; leave it out for a batch")
@@ -79,14 +83,14 @@ def main(settings: Settings) -> None:
     prompts = _prompts(settings)
     import sepjax
     from sepjax.generation import saved
-    from sepjax.loading import load, locate
+    from sepjax.loading import load
 
     if settings.save:
         saved.check_place(settings.save)
     model, tokenizer = load(settings.path, **settings.loading)
     control = settings.control_tokens is not False
     if settings.apply_chat_template:
-        prompts = _as_messages(locate(settings.path), tokenizer, prompts, control)
+        prompts = _as_messages(settings, tokenizer, prompts, control)
     new = settings.max_new_tokens or (None if settings.stream else _NEW_TOKENS)
     options = settings.options(model) | {"max_new_tokens": new, "control_tokens": control}
     options["stop_at_eos"] = not settings.stream
@@ -111,13 +115,13 @@ def _prompts(settings: Settings) -> "list[Prompt]":
     return texts
 
 
-def _as_messages(path: Path, tokenizer: "Tokenizer", texts: "Sequence[Prompt]", control_tokens: bool) -> "list[Prompt]":
+def _as_messages(
+    settings: Settings, tokenizer: "Tokenizer", texts: "Sequence[Prompt]", control_tokens: bool
+) -> "list[Prompt]":
     """Token ids of each text as a user's message, up to where the answer begins."""
-    from sepjax.hub.chat_template import ChatTemplate
-
-    template = ChatTemplate.of_model(path, tokenizer)
+    template = settings.template(tokenizer)
     if template is None:
-        raise UserError(f"{str(path)!r} has no chat template; leave out --apply_chat_template")
+        raise UserError(f"{str(settings.path)!r} has no chat template; leave out --apply_chat_template")
     messages = [[{"role": "user", "content": str(text)}] for text in texts]
     return [template.encode(tokenizer, message, control_tokens=control_tokens) for message in messages]
 

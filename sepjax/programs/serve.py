@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sepjax.command.settings import AtLeast, OneOf
 from sepjax.config import ConfigError, UserError
-from sepjax.programs.writing import Bounded
+from sepjax.programs.writing import Conversing
 
 if TYPE_CHECKING:
     from sepjax.serve.served import Served
@@ -24,7 +24,7 @@ _HERE = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Bounded):
+class Settings(Conversing):
     """What is served, to whom, and how much at once."""
 
     name: str | None = None  # what clients call the model; default: the last part of --model or --workdir
@@ -87,7 +87,6 @@ def load(settings: Settings) -> "Served":
     """The model that answers, over a bounded cache."""
     import sepjax
     from sepjax.generation import limits
-    from sepjax.hub.chat_template import ChatTemplate
     from sepjax.loading import load, locate
     from sepjax.serve.served import Served
 
@@ -98,6 +97,4 @@ def load(settings: Settings) -> "Served":
     engine: Any = sepjax.Generator(model, tokenizer, attention)
     del model  # one copy of its weights is enough
     name = settings.name or settings.path.name or "model"
-    return Served.create(
-        name, engine, ChatTemplate.of_model(where, tokenizer), max_prompt_tokens=settings.max_prompt_tokens
-    )
+    return Served.create(name, engine, settings.template(tokenizer), max_prompt_tokens=settings.max_prompt_tokens)

@@ -1,6 +1,7 @@
 """What `sepjax generate`, `chat` and `serve` share: settings, and what follows from them once the model is there."""
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sepjax.command.settings import AtLeast, OneOf, Repeated
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from sepjax.config import AttentionConfig
     from sepjax.data.tokenizer import Tokenizer
     from sepjax.generation.prompts import Prompt
+    from sepjax.hub.chat_template import ChatTemplate
     from sepjax.model.transformer import Transformer
 
 MAX_REPEATS = 12
@@ -59,7 +61,44 @@ class Bounded(Loading):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Writing(Bounded):
+class Conversing(Bounded):
+    """How conversations are written."""
+
+    # JSON object of what the model's chat template may name, as its card says, like '{"enable_thinking": false}'
+    template_variables: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.variables  # raises what it raises
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What --template_variables has; raises ConfigError where that is not a JSON object."""
+        if self.template_variables is None:
+            return {}
+        try:
+            found = json.loads(self.template_variables)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"--template_variables={self.template_variables[:80]} is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"--template_variables={self.template_variables[:80]} must be a JSON object")
+        return found
+
+    def template(self, tokenizer: "Tokenizer") -> "ChatTemplate | None":
+        """The model's, with the variables; raises ConfigError where it has none for them."""
+        from sepjax.hub.chat_template import ChatTemplate
+        from sepjax.loading import locate
+
+        found = ChatTemplate.of_model(locate(self.path), tokenizer)
+        if self.template_variables is None or found is not None:
+            return found and found.with_variables(self.variables)
+        raise ConfigError(
+            f"--template_variables does nothing for {str(self.path)!r}, which has no chat template; leave it out"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Writing(Conversing):
     """How text is made, and over which cache."""
 
     # tokens after which an answer ends; default: 128, of streams and chats none

@@ -117,7 +117,7 @@ class Api:
             asked = tokenize_request(load_json(body))
             _check_model(served, asked.model)
             if asked.messages is not None:
-                return served.chat_ids(asked.messages)
+                return served.chat_ids(asked.messages, asked.template_variables)
             assert asked.prompt is not None
             return served.tokenizer.encode(asked.prompt, bos=asked.add_special_tokens)
 
@@ -154,7 +154,7 @@ class Api:
         _check_model(served, wanted.model)
         self._worker.check_room(wanted.n * (1 if isinstance(asked, ChatRequest) else len(asked.prompts)))
         if isinstance(asked, ChatRequest):
-            prompts = [served.chat_ids(asked.messages)]
+            prompts = [served.chat_ids(asked.messages, asked.template_variables)]
         else:
             prompts = [served.prompt_ids(prompt) for prompt in asked.prompts]
         # One array and one chain for all choices of a prompt: both are as long as it is.

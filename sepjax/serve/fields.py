@@ -76,6 +76,13 @@ def text(name: str, value: Any) -> str:
     return value
 
 
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    """An object of whatever it holds."""
+    if not isinstance(value, dict):
+        raise wrong(name, value, "an object")
+    return value
+
+
 def texts(most: int) -> Check:
     """A string or up to `most` of them, none of them empty: a tuple."""
 

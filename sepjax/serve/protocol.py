@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from sepjax.serve.errors import ApiError
-from sepjax.serve.fields import Field, biases, flag, number, read, text, texts, token_ids, whole, wrong
+from sepjax.serve.fields import Field, biases, flag, mapping, number, read, text, texts, token_ids, whole, wrong
 
 MOST_CHOICES = 128  # `n`, and prompts of one request
 MOST_TOKENS = 2**31 - 1
@@ -99,6 +99,7 @@ class ChatRequest:
 
     wanted: Wanted
     messages: tuple[Message, ...]
+    template_variables: dict[str, Any] = dataclasses.field(default_factory=dict)  # "chat_template_kwargs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,7 @@ class TokenizeRequest:
     prompt: str | None
     messages: tuple[Message, ...] | None
     add_special_tokens: bool
+    template_variables: dict[str, Any] = dataclasses.field(default_factory=dict)  # "chat_template_kwargs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,19 +146,21 @@ def chat_request(body: Any) -> ChatRequest:
     """Raises ApiError."""
     own = {
         "messages": Field(_messages),
+        "chat_template_kwargs": Field(mapping, {}),
         "max_completion_tokens": Field(whole(1, MOST_TOKENS)),
         "logprobs": Field(flag, False),
         "top_logprobs": Field(whole(0, MOST_TOP)),
     }
     values = read(body, _EVERYWHERE | own, _REFUSED_IN_CHATS)
     messages, most = _given(values, "messages"), values.pop("max_completion_tokens")
+    variables = values.pop("chat_template_kwargs")
     if most is not None and values["max_tokens"] not in (None, most):
         raise wrong("max_tokens", values["max_tokens"], "left out beside max_completion_tokens, or equal to it")
     values["max_tokens"] = values["max_tokens"] if most is None else most
     asked, alternatives = values.pop("logprobs"), values.pop("top_logprobs")
     if alternatives is not None and not asked:
         raise wrong("top_logprobs", alternatives, "left out, or come with logprobs=true")
-    return ChatRequest(_wanted(values, (alternatives or 0) if asked else None), messages)
+    return ChatRequest(_wanted(values, (alternatives or 0) if asked else None), messages, variables)
 
 
 def completion_request(body: Any) -> CompletionRequest:
@@ -184,6 +188,7 @@ def tokenize_request(body: Any) -> TokenizeRequest:
         "prompt": Field(text),
         "messages": Field(_messages),
         "add_special_tokens": Field(flag),
+        "chat_template_kwargs": Field(mapping, {}),
     }
     values = read(body, known, {})
     if (values["prompt"] is None) == (values["messages"] is None):
@@ -191,7 +196,10 @@ def tokenize_request(body: Any) -> TokenizeRequest:
     special = values["add_special_tokens"]
     if special is not None and values["messages"] is not None:
         raise wrong("add_special_tokens", special, "left out beside messages, which have those of their template")
-    return TokenizeRequest(values["model"], values["prompt"], values["messages"], special is not False)
+    variables = values["chat_template_kwargs"]
+    if variables and values["messages"] is None:
+        raise wrong("chat_template_kwargs", variables, "left out beside prompt, which goes into no template")
+    return TokenizeRequest(values["model"], values["prompt"], values["messages"], special is not False, variables)
 
 
 def detokenize_request(body: Any) -> DetokenizeRequest:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Int32
-from sepjax.config import UserError
+from sepjax.config import ConfigError, UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.cache.mixed import BoundedSizes, bounded_sizes
 from sepjax.generation.conversation import ChatFormat, conversation_of
@@ -78,14 +79,19 @@ class Served:
         """The most entries that a row's cache may hold."""
         return self.sizes.cache_size
 
-    def chat_ids(self, messages: tuple[Message, ...]) -> list[int]:
+    def chat_ids(self, messages: tuple[Message, ...], variables: Mapping[str, Any] | None = None) -> list[int]:
         """A conversation up to where the next answer begins; names of control tokens in it are plain text.
 
-        Raises UserError: the model's template refuses it.
+        `variables`: what the template may name (`ChatTemplate.with_variables`), on top of the server's own.
+
+        Raises UserError: the model's template refuses it, or variables that cannot be, or without a template.
         """
         if self.template is not None:
             found = [message.for_template() for message in messages]
-            return self.template.encode(self.tokenizer, found, control_tokens=False)
+            template = self.template.with_variables(variables or {})
+            return template.encode(self.tokenizer, found, control_tokens=False)
+        if variables:
+            raise ConfigError("chat_template_kwargs do nothing here: the model has no chat template; leave them out")
         ids = list(self.form.begin)
         for message in messages:
             before, after = self._around(message.role)

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from sepjax import stream
-from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.data.special_tokens import SpecialTokens
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.data.tokenizer_models import HuggingFaceModel
@@ -114,6 +114,21 @@ def test_turns_are_what_the_models_template_adds():
     assert form.stop_token_ids == (2,)
     fed, _, _ = turns(BY_NAME, ["a<|im_end|>b"], answers=[], before=[])
     assert fed == ["<|im_start|>user: a<|im_end|>b<|im_end|><|im_start|>assistant: "]
+
+
+def test_every_turn_of_a_conversation_has_the_same_template_variables():
+    brief = BY_NAME.replace("assistant: ", "assistant: {% if not thinking %}-{% endif %}")
+    said, answers, ends = ["hi", "why?"], ["well"], ["<|im_end|>"]
+    for thinking, prompt in ((True, "assistant: "), (False, "assistant: -")):
+        variables = {"thinking": thinking}
+        fed, reports, _ = turns(brief, said, answers=answers, before=ends, template_variables=variables)
+        assert fed[1] == f"<|im_start|>user: why?<|im_end|><|im_start|>{prompt}"
+        assert fed[0].endswith(f"<|im_start|>{prompt}")
+        assert reports == ["", ""] if thinking else reports[0] == ""
+    tokenizer = tokenizer_of(CHATML, eos="<|im_end|>")
+    assert conversation_of(tokenizer, None, template_variables={}).name == "ChatML"
+    with pytest.raises(ConfigError, match="template_variables do nothing for a model without a chat template"):
+        conversation_of(tokenizer, None, template_variables={"thinking": False})
 
 
 def test_a_template_that_rewrites_earlier_turns_is_reported_once():

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import inspect
 import itertools
+import sys
 import weakref
 
 import jax
@@ -97,6 +98,32 @@ def test_the_functions_of_the_package_are_functions():
     for function, method in ((sepjax.generate, Generator.generate), (sepjax.stream, Generator.stream)):
         theirs = inspect.signature(method).parameters.keys() - {"self", "sampling"}
         assert inspect.signature(function).parameters.keys() - own == theirs
+
+
+def test_a_prompt_reaches_attention_and_its_token_the_caller_through_ten_files(tokenizer):
+    """The files that are open at once, so to speak, wherever one stops on the way; attention itself is another room."""
+    model, stacks = tiny_model(dataclasses.replace(SHAPE, num_layers=1)), set()
+
+    def note(frame, event, _):
+        if event == "call" and "/sepjax/" in frame.f_code.co_filename:
+            files = {}  # in the order of the frames
+            while frame is not None:
+                files[frame.f_code.co_filename.rpartition("/sepjax/")[2]] = frame.f_code.co_filename
+                frame = frame.f_back
+            stacks.add(tuple(name for name, path in files.items() if "/sepjax/" in path))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        sepjax.generate(model, tokenizer, "The cat", max_new_tokens=3, stop_at_eos=False)
+    finally:
+        sys.setprofile(before)
+    ways = [way[::-1] for way in stacks if way[-1] == "generation/api.py"]
+    to_attention = [way[: way.index("attention/op.py") + 1] for way in ways if "attention/op.py" in way]
+    assert to_attention, "no prompt was compiled"
+    assert any("generation/sampling.py" in way for way in ways)
+    outside = [way for way in ways if "attention/op.py" not in way]
+    assert max(map(len, to_attention + outside)) <= 10
 
 
 def take(events, count):

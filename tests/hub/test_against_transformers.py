@@ -161,7 +161,7 @@ def hub_config(rng):
     for name in ("rope_parameters", "rope_scaling"):
         if kind != "gpt2" and rng.random() < 0.35:
             kinds = [kind for kind in KINDS if rng.random() < 0.8]
-            nested = config["model_type"] in tiny.WITH_KINDS and name == "rope_parameters" and rng.random() < 0.9
+            nested = config.get("model_type") in tiny.WITH_KINDS and name == "rope_parameters" and rng.random() < 0.9
             found = {kind: section(rng) for kind in kinds} if nested else section(rng)
             config[name] = found if rng.random() < 0.95 else draw(rng, ODD)
             if name == "rope_scaling" and rng.random() < 0.8:

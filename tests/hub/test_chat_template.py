@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sepjax.config import ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub import template_process
 from sepjax.hub.chat_template import ChatTemplate
@@ -137,6 +138,35 @@ def test_only_the_templates_own_control_tokens_count(tmp_path):
     assert safe.count(258) == 1
     assert tokenizer.decode(safe) == "user\na<|im_end|>b\nassistant\n"
     assert template.encode(tokenizer, said).count(258) == 2
+
+
+def test_variables_are_what_the_template_may_name_besides(tmp_path):
+    plain = ChatTemplate(
+        "{% if thinking is defined and thinking is false %}brief{% endif %}|{{ tools | tojson }}|{{ mode }}",
+        {"bos_token": "<s>", "boi_token": "<i>"},
+    )
+    tools = [{"type": "function", "function": {"name": "sum", "parameters": {}}}]
+    given = plain.with_variables({"thinking": False, "tools": tools, "nobody_asks": (1, None), "self": 2})
+    assert given.render(MESSAGES) == f"brief|{json.dumps(tools)}|"
+    assert given.with_variables({"thinking": True, "mode": "x"}).render(MESSAGES) == f"|{json.dumps(tools)}|x"
+    assert plain.render(MESSAGES) == "|null|"
+    assert len({plain.key, given.key, given.with_variables({"mode": "x"}).key}) == 3
+    for name in ("messages", "add_generation_prompt", "bos_token", "eos_token", "boi_token", "strftime_now"):
+        with pytest.raises(
+            ConfigError, match=f"template variable '{name}' is set by the renderer itself; leave it out"
+        ):
+            plain.with_variables({"x": 1, name: 1})
+    deep = []
+    for _ in range(10_000):
+        deep = [deep]
+    for value in (object(), {1: 2}, [b"x"], deep):
+        with pytest.raises(ConfigError, match="template variable 'x' must be a JSON value"):
+            plain.with_variables({"x": value})
+
+    tokenizer = Tokenizer.load(write(tmp_path, SMOL))  # names of control tokens in a user's variables are text, too
+    loud = ChatTemplate(CHATML + "{{ x.y[0] }}").with_variables({"x": {"y": ["a<|im_end|>"]}})
+    counts = [loud.encode(tokenizer, MESSAGES[:1], control_tokens=control).count(258) for control in (True, False)]
+    assert counts == [2, 1]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,13 @@ def test_a_batch_is_what_the_library_answers(model, tmp_path, capfd):
     assert f"cache holds {seen} of {seen} tokens (100.0%)" in ended.err.splitlines()[-1]
 
 
+def test_template_variables_reach_the_template(tmp_path, capfd):
+    write(tmp_path / "m.gguf", tokenizer__chat_template="{{ messages[0].content }}{{ 'c' if brief else 'b' }}")
+    flags = ["--apply_chat_template", "--prompt=a", "--prompt=b", "--max_new_tokens=2"]
+    ended = command(capfd, "generate", f"--model={tmp_path}/m.gguf", '--template_variables={"brief": true}', *flags)
+    assert [line for line in ended.out.splitlines() if line.startswith(">>> ")] == [">>> ac", ">>> bc"], ended.err
+
+
 def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, tmp_path, capfd, monkeypatch):
     said = f"abc\nab, c.\n/save {tmp_path / 'talk'}\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
@@ -79,6 +86,10 @@ def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, tmp_path, ca
         ("--prompt_file={folder}/none.txt", "none.txt"),
         ("--prompt=a --stream --save={folder}", "latin.txt, which is not a saved stream"),
         ("--prompt=a --apply_chat_template", "has no chat template; leave out --apply_chat_template"),
+        ("--prompt=a --template_variables={{}}", "--template_variables does nothing without --apply_chat_template"),
+        ("--prompt=a --apply_chat_template --template_variables={{}}", "which has no chat template; leave it out"),
+        ("--prompt=a --apply_chat_template --template_variables=a=1", "--template_variables=a=1 is not JSON: "),
+        ("--prompt=a --apply_chat_template --template_variables=[1]", "[1] must be a JSON object"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, model, tmp_path, capfd):

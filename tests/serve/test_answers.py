@@ -1,5 +1,6 @@
 """What the openai client gets, field by field, against the engine alone."""
 
+import dataclasses
 import json
 import random
 import threading
@@ -10,6 +11,7 @@ import numpy as np
 import openai
 import pytest
 
+from sepjax.hub.chat_template import ChatTemplate
 from sepjax.measure import counted_compilations
 from sepjax.serve.protocol import Message
 from tests.generation.tiny import LONG
@@ -216,6 +218,15 @@ def test_tokens_and_models(server, api, served):
                  "time_per_output_token_seconds_bucket", "prompt_tokens_total", "generation_tokens_total",
                  "cache_slots_held 0.0", "cache_bytes"):  # fmt: skip
         assert f"sepjax:{name}" in told
+
+
+def test_chat_template_kwargs_are_what_the_template_may_name(api, served):
+    template = ChatTemplate("{{ messages[0].content }}{{ '' if brief else ' please' }}").with_variables({"brief": True})
+    brief, hi = dataclasses.replace(served, template=template), (Message("user", "Hi"),)
+    assert brief.chat_ids(hi) == served.tokenizer.encode("Hi")
+    assert brief.chat_ids(hi, {"brief": False}) == served.tokenizer.encode("Hi please")
+    with pytest.raises(openai.BadRequestError, match="the model has no chat template; leave them out"):
+        say(api, "Hi", extra_body={"chat_template_kwargs": {"brief": False}})
 
 
 def test_a_prompt_longer_than_the_cache_is_read(api, served):

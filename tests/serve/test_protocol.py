@@ -79,6 +79,7 @@ def test_a_wrong_field_is_named(field, value, message):
             "messages[1].tool_calls=[{}] is",
         ),
         ({"messages": HI, "tools": [{"type": "function"}]}, "is not supported by this server"),
+        ({"messages": HI, "chat_template_kwargs": [1]}, "chat_template_kwargs=[1] must be an object"),
         ({"messages": HI, "top_logprobs": 2}, "top_logprobs=2 must be left out, or come with logprobs=true"),
         ({"messages": HI, "logprobs": 2}, "logprobs=2 must be true or false"),
         ({"messages": HI, "max_tokens": 2, "max_completion_tokens": 3}, "max_tokens=2 must be left out beside max_com"),

@@ -1,50 +1,47 @@
 """The command `python -m sepjax.bench.mesh`; see `sepjax.bench.mesh`."""
 
 import dataclasses
+from typing import Annotated
 
-from absl import flags
+from sepjax.bench import mesh
+from sepjax.bench.mesh import PARTS, Settings
+from sepjax.bench.mesh.training import AXES
+from sepjax.command.flags import run_settings
+from sepjax.command.settings import AtLeast, OneOf
+from sepjax.command.settings import Settings as _Settings
 
-from sepjax.bench.mesh import PARTS, Settings, main
-from sepjax.bench.mesh.training import AXES as ALL_AXES
-from sepjax.command.flags import run_main, whole_numbers
-from sepjax.config import ConfigError, nearest
+_DEFAULT = Settings()
+_TRAINING = _DEFAULT.training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommandLine(_Settings):
+    """What is measured."""
+
+    parts: Annotated[tuple[str, ...], OneOf(PARTS)] = PARTS[:-1]  # of the bench
+    configs: tuple[str, ...] = _TRAINING.configs  # files in configs/, without .py
+    axes: Annotated[tuple[str, ...], OneOf(AXES)] = _TRAINING.axes  # meshes, each of one axis over all devices
+    length: Annotated[int, AtLeast(1)] = _TRAINING.length  # tokens of a row in training
+    long_length: Annotated[int, AtLeast(1)] = _TRAINING.long_length  # the same on the mesh `context`
+    tokens: Annotated[int, AtLeast(1)] = _TRAINING.tokens  # of a device's micro-batch
+    lengths: Annotated[tuple[int, ...], AtLeast(1)] = _DEFAULT.attention.lengths  # tokens of a row of attention
+    longest: Annotated[tuple[int, ...], AtLeast(1)] = _TRAINING.longest  # tokens of a row in the part of that name
+    seconds: Annotated[float, AtLeast(0)] = _TRAINING.seconds  # for the loops of a figure
+    scan_layers: bool = _TRAINING.scan_layers  # compile one layer; --noscan_layers: as configs say
+    json: str | None = None  # file for all figures and settings
+
+    def settings(self) -> Settings:
+        """The same, part by part."""
+        names = ("configs", "axes", "length", "long_length", "longest", "tokens", "seconds", "scan_layers")
+        training = dataclasses.replace(_TRAINING, **{name: getattr(self, name) for name in names})
+        attention = dataclasses.replace(_DEFAULT.attention, lengths=self.lengths)
+        return Settings(training, attention, dataclasses.replace(_DEFAULT.generation, config=self.configs[-1]))
+
+
+def main(given: CommandLine) -> None:
+    """Measures the parts that are asked for."""
+    mesh.main(given.parts, given.settings(), given.json)
+
 
 if __name__ == "__main__":
-    DEFAULT = Settings()
-    CHOSEN = flags.DEFINE_list("parts", list(PARTS[:-1]), f"of {', '.join(PARTS)}")
-    CONFIGS = flags.DEFINE_list("configs", list(DEFAULT.training.configs), "files in configs/, without .py")
-    AXES = flags.DEFINE_list("axes", list(DEFAULT.training.axes), "meshes, each of one axis over all devices")
-    LENGTH = flags.DEFINE_integer("length", DEFAULT.training.length, "tokens of a row in training", lower_bound=1)
-    LONG = flags.DEFINE_integer("long_length", DEFAULT.training.long_length, "the same on `context`", lower_bound=1)
-    TOKENS = flags.DEFINE_integer("tokens", DEFAULT.training.tokens, "of a device's micro-batch", lower_bound=1)
-    LENGTHS = flags.DEFINE_list("lengths", list(map(str, DEFAULT.attention.lengths)), "tokens of a row of attention")
-    LONGEST = flags.DEFINE_list("longest", list(map(str, DEFAULT.training.longest)), "tokens of a row in that part")
-    SECONDS = flags.DEFINE_float("seconds", DEFAULT.training.seconds, "for the loops of a figure", lower_bound=0)
-    SCAN = flags.DEFINE_bool(
-        "scan_layers", DEFAULT.training.scan_layers, "compile one layer; --noscan_layers: as configs say"
-    )
-    JSON = flags.DEFINE_string("json", None, "file for all figures and settings")
-
-    def _known(flag: str, given: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
-        for name in given:
-            if name not in known:
-                raise ConfigError(f"--{flag}={name} is none of {', '.join(known)}{nearest(name, known)}")
-        return tuple(given)
-
-    def _main() -> None:
-        training = dataclasses.replace(
-            DEFAULT.training,
-            configs=tuple(CONFIGS.value),
-            axes=_known("axes", AXES.value, ALL_AXES),
-            length=LENGTH.value,
-            long_length=LONG.value,
-            longest=whole_numbers("longest", LONGEST.value),
-            tokens=TOKENS.value,
-            seconds=SECONDS.value,
-            scan_layers=SCAN.value,
-        )
-        attention = dataclasses.replace(DEFAULT.attention, lengths=whole_numbers("lengths", LENGTHS.value))
-        generation = dataclasses.replace(DEFAULT.generation, config=CONFIGS.value[-1])
-        main(_known("parts", CHOSEN.value, PARTS), Settings(training, attention, generation), JSON.value)
-
-    run_main(_main)
+    run_settings(CommandLine, main, str(mesh.__doc__))
