@@ -36,7 +36,7 @@ from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.generation.cache.bounded_pass import stream_pass
 from sepjax.generation.cache.newest import keep_newest
 from sepjax.generation.cache.sizes import StreamSizes
-from sepjax.generation.cache.turning import layer_axis, turn_table
+from sepjax.generation.cache.turning import last_at, layer_axis, turn_table
 from sepjax.generation.cache.watched import keep_best, scores_after
 from sepjax.model.rope import Table, rotate
 
@@ -384,15 +384,6 @@ class StreamingCache:
     def angles(self, by: jax.Array) -> Table:
         """`turn_table` of this cache's layers."""
         return turn_table(by, self.sizes.ropes, self.head_dim)
-
-
-def last_at(slot: jax.Array, end: jax.Array, size: int) -> jax.Array:
-    """The largest number below `end` that is `slot` modulo `size`: what a ring that has been filled so far holds there.
-
-    Negative where nothing has been put there yet.
-    """
-    last = end - 1
-    return last - (last - slot) % max(size, 1)
 
 
 def _each(f: Callable[..., jax.Array], x: Layers, *others: jax.Array) -> Layers:

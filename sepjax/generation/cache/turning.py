@@ -31,3 +31,12 @@ def turned(k: jax.Array, table: Table) -> jax.Array:
         return rotate(k, (jnp.moveaxis(table[0], 0, 2), jnp.moveaxis(table[1], 0, 2)))
     cos, sin = (t.reshape(*t.shape[:2], *(1 for _ in k.shape[2:-2]), -1) for t in table)
     return rotate(k, (cos, sin))
+
+
+def last_at(slot: jax.Array, end: jax.Array, size: int) -> jax.Array:
+    """The largest number below `end` that is `slot` modulo `size`: what a ring that has been filled so far holds there.
+
+    Negative where nothing has been put there yet.
+    """
+    last = end - 1
+    return last - (last - slot) % max(size, 1)
