@@ -14,8 +14,9 @@ Every row of text is run once, dense. Three measures, each summed over the place
 The mean of an id that came seldom is uncertain, and an id that never came has none: both are drawn to the mean of ids
 that came about as often (`per_use`).
 
-The loss also tells which layers make use of the distant past: with a g for each layer in place of one for each place,
-the same derivative says what each gains (`gains_of_layers`).
+The loss also tells which layers make use of the distant past (`gains_of_layers`): with a g for each layer in place of
+one for each place, and weights that are made to sum to 1 again, so that g = 0 is a window with sinks, the same
+derivative says what each gains.
 """
 
 import functools
@@ -105,15 +106,20 @@ def _with_progress(rows: Sequence[np.ndarray], what: str, every: float) -> Itera
 
 
 def gains_of_layers(
-    model: Transformer, rows: Sequence[Int32[np.ndarray, "_"]], *, window_size: int, every: float = 10.0
+    model: Transformer,
+    rows: Sequence[Int32[np.ndarray, "_"]],
+    *,
+    window_size: int,
+    num_sinks: int = 4,
+    every: float = 10.0,
 ) -> np.ndarray:
     """What each layer's view of the distant past gives, in nats a token: float64[L].
 
-    Arguments as in `worth`. Each layer's g goes from 0 to 1 with those of all others; the sum of the gains is what the
-    dense model has over one that sees a window.
+    Arguments as in `worth`, and `num_sinks`, the first tokens, which are always seen. The g of all layers go from 0 to
+    1 together: the gains add up to what the dense model has over one that sees sinks and a window, to third order.
     """
     graph, params = split(model)
-    step = jax.jit(functools.partial(_saved_by_layers, graph, window_size))
+    step = jax.jit(functools.partial(_saved_by_layers, graph, window_size, num_sinks))
     params = working_copy(params, model.config)
     sums, length = np.zeros(model.config.num_layers), max(map(len, rows)) - 1
     for ids in _with_progress(rows, "measuring layers", every):
@@ -124,7 +130,8 @@ def gains_of_layers(
 
 def _attend(window_size: int, T: int, tables: Any, visit: Callable[..., Any]) -> Any:
     """Dense attention, written out: `visit` gets weights [B, K, G, T, T], where they are far, values, and the layer's
-    g, if layers have one."""
+    g, if layers have one.
+    """
     i = jnp.arange(T)
     causal, far = i[:, None] >= i, i[:, None] - i >= window_size
 
@@ -189,11 +196,20 @@ def _saved(
 
 
 def _saved_by_layers(
-    graph: Any, window_size: int, params: Any, tokens: jax.Array, targets: jax.Array, length: jax.Array
+    graph: Any,
+    window_size: int,
+    num_sinks: int,
+    params: Any,
+    tokens: jax.Array,
+    targets: jax.Array,
+    length: jax.Array,
 ) -> Float[jax.Array, "L"]:
     def loss(g: jax.Array) -> jax.Array:
         def visit(weights: jax.Array, far: jax.Array, v: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
-            return jnp.einsum("bkgij,bjkh->bikgh", jnp.where(far, weights * g, weights), v), None
+            hidden = far & (jnp.arange(tokens.shape[1]) >= num_sinks)
+            weights = jnp.where(hidden, weights * g, weights)
+            weights /= jnp.sum(weights, axis=-1, keepdims=True)
+            return jnp.einsum("bkgij,bjkh->bikgh", weights, v), None
 
         model, hidden, _ = _run(graph, window_size, params, tokens, visit, g)
         losses = token_nll(hidden, model.output_embedding(), targets, model.config)

@@ -23,7 +23,7 @@ class Settings(_Settings):
     slots: Annotated[int, AtLeast(64)] = 800  # of a layer, averaged over the layers
     layers: Annotated[int, AtLeast(0)] = 0  # that keep tokens; 0: a quarter of the model's
     length: Annotated[int, AtLeast(2)] = 2048  # tokens of a measured row
-    max_tokens: Annotated[int, AtLeast(1)] = 32_768  # measured at most
+    max_tokens: Annotated[int, AtLeast(1)] = 16_384  # measured at most
     output: str = "layers.arm"  # the settings, for --arm=@FILE
 
 
@@ -50,7 +50,7 @@ def main(settings: Settings) -> None:
     split_memory(model.config, range(number), settings.slots, model.attention)  # before minutes of measuring
     texts = token_windows(tokenizer, read_texts(Path(settings.text)), settings.length).ids
     rows = rows_with_a_past(texts, window, settings.length, settings.max_tokens)
-    gains = gains_of_layers(model, rows, window_size=window)
+    gains = gains_of_layers(model, rows, window_size=window, num_sinks=model.attention.num_sinks)
     chosen = best_layers(gains, number)
     attention = split_memory(model.config, chosen, settings.slots, model.attention)
     write_text(settings.output, as_arm(attention) + "\n")

@@ -134,7 +134,7 @@ def test_tables_that_cannot_be_measured_are_named(table):
 def test_layers_gain_what_their_far_values_give(byte_model):  # noqa: F811
     """Against the same loss written out, a factor for each layer."""
     L, i = byte_model.config.num_layers, jnp.arange(24)
-    far = i[:, None] - i >= WINDOW
+    far = (i[:, None] - i >= WINDOW) & (i >= 2)
 
     def loss(g, ids):
         tokens, turn = (
@@ -146,15 +146,16 @@ def test_layers_gain_what_their_far_values_give(byte_model):  # noqa: F811
             q, k = rotate(q, turn)[0], rotate(k, turn)[0]
             k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v[0]))
             scores = jnp.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
+            scores = jnp.where(far, scores + jnp.log(g), scores)
             weights = jax.nn.softmax(jnp.where(np.tri(24, dtype=bool), scores, -jnp.inf))
-            return jnp.einsum("hts,shd->thd", jnp.where(far, weights * g, weights), v)[None], None
+            return jnp.einsum("hts,shd->thd", weights, v)[None], None
 
         hidden, _ = byte_model(tokens, i[None], attend, g)
         return -jax.nn.log_softmax(byte_model.logits(hidden)[0])[i, ids[1:]].sum()
 
     run = jax.jit(jax.grad(loss))
     expected = -sum(np.asarray(run(jnp.full(L, 0.5), ids)) for ids in ROWS) / 48
-    gains = gains_of_layers(byte_model, ROWS, window_size=WINDOW)
+    gains = gains_of_layers(byte_model, ROWS, window_size=WINDOW, num_sinks=2)
     np.testing.assert_allclose(gains, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
