@@ -47,12 +47,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash.get(COMPILED, ""), ignore_errors=True)
 
 
-# Files of few tests that take a minute: begun last, one would keep one worker busy while the others have nothing left.
-FIRST = ("attention/test_tpu.py", "test_meshes.py", "test_generate.py", "reliability/test_kill.py", "test_parity.py")
-FIRST += ("attention/test_tpu_compile.py", "reliability/test_numbers.py", "test_train.py", "test_post_training.py")
-FIRST += ("test_distill.py", "training/test_plan.py", "test_mosaic_gpu_interpret.py", "training/test_step.py")
-FIRST += ("cache/test_growing_pass.py", "generation/test_engine.py", "generation/test_slots.py", "test_bounded_pass.py")
-FIRST += ("reliability/test_torn.py", "cache/test_watched.py", "test_transformer.py", "attention/test_op.py")
+# Files that take half a minute and more, the longest first: begun last, one would keep one worker busy while the others
+# have nothing left.
+FIRST = ("hub/test_lora.py", "generation/test_slots.py", "generation/test_engine.py", "attention/test_tpu.py")
+FIRST += ("test_meshes.py", "serve/test_page.py", "serve/test_conversations.py", "attention/test_op.py")
+FIRST += ("reliability/test_kill.py", "test_generate.py", "hub/test_parity.py", "reliability/test_numbers.py")
+FIRST += ("reliability/test_torn.py", "model/test_transformer.py", "training/test_step.py", "test_tpu_compile.py")
+FIRST += ("keeping/test_distill.py", "test_context_parallel.py", "test_mosaic_gpu_interpret.py", "model/test_gate.py")
+FIRST += ("cache/test_bounded_pass.py", "cache/test_growing_pass.py", "evaluation/test_streaming.py", "test_train.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
