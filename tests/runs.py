@@ -46,7 +46,12 @@ def start_quickly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(jax, "jit", _jit_once)
     patch.setattr(program, "model_graph", _model_graph)
     patch.setattr(program, "abstract_state", _abstract_state)
-    patch.setattr(program, "peak_flops", _peak_flops)  # measured anew otherwise
+    measure_once(patch)
+
+
+def measure_once(patch: pytest.MonkeyPatch) -> None:
+    """How fast this machine is, not anew in every run."""
+    patch.setattr(program, "peak_flops", _peak_flops)
 
 
 _peak_flops = functools.cache(program.peak_flops)

@@ -184,30 +184,30 @@ def changed(config: Config, section: str, **values: object) -> Config:
 
 def test_other_data_need_the_flag_and_another_model_is_refused_with_it(tiny, copy, capsys):
     longer = changed(tiny, "training", steps=STEPS + EVERY)
-    other = changed(longer, "data", loss_on="e")
-    message = r"data.loss_on:  in the workdir, e now\nOr add --new_data"
+    fewer = changed(longer, "data", batch_size=16)
+    message = r"data.batch_size: 8 in the workdir, 16 now\nOr add --new_data"
     with pytest.raises(ConfigError, match=message):
-        train(other, copy)
+        train(fewer, copy)
     with pytest.raises(ConfigError, match=r"model.num_layers: 2 in the workdir, 3 now"):
-        train(changed(other, "model", num_layers=3), copy, new_data=True)
+        train(changed(fewer, "model", num_layers=3), copy, new_data=True)
     with pytest.raises(ConfigError, match=r"data.tokenizer_vocab_size: 300 in the workdir, 299 now"):
         train(changed(longer, "data", tokenizer_vocab_size=299), copy, new_data=True)
-    train(other, copy, new_data=True)
+    train(fewer, copy, new_data=True)
     assert f"resumes at step {STEPS}" in capsys.readouterr().out
     assert max(losses(copy)) == STEPS + EVERY
     place = json.loads((copy / "checkpoints" / str(STEPS + EVERY) / "data" / "process_0-of-1.json").read_text())
-    assert place["made_by"]["loss_on"] == "e"
-    with pytest.raises(ConfigError, match=r"data.loss_on: e in the workdir,  now"):
+    assert place["made_by"]["rows"] == 16
+    with pytest.raises(ConfigError, match=r"data.batch_size: 16 in the workdir, 8 now"):
         train(longer, copy)
 
 
 def test_killed_after_new_data_and_before_a_checkpoint_the_flag_is_asked_for_again(tiny, copy):
     """config.json has the new data then, but the newest checkpoint is still a place in the old ones."""
-    other = changed(changed(tiny, "training", steps=STEPS + EVERY), "data", loss_on="e")
+    other = changed(changed(tiny, "training", steps=STEPS + EVERY), "data", batch_size=16)
     text = json.loads((copy / "config.json").read_text())
-    text["data"]["loss_on"] = "e"
+    text["data"]["batch_size"] = 16
     (copy / "config.json").write_text(json.dumps(text))
-    with pytest.raises(ConfigError, match=rf"checkpoints/{STEPS} .*\n  data.loss_on: .*, e now\nOr add"):
+    with pytest.raises(ConfigError, match=rf"checkpoints/{STEPS} .*\n  data.batch_size: 8 .*, 16 now\nOr add"):
         train(other, copy)
     train(other, copy, new_data=True)
     assert max(losses(copy)) == STEPS + EVERY
