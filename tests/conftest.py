@@ -5,7 +5,6 @@ Tests run on the CPU wherever they are. To run those for an accelerator, name it
 """
 
 import gc
-import itertools
 import os
 import shutil
 import tempfile
@@ -75,16 +74,25 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-_MAPS, _EVERY, _ran = Path("/proc/self/maps"), 10, itertools.count(1)
+_MAPS, _LIMIT, _MOST = Path("/proc/self/maps"), 65_000, 40_000
+_MADE = 4_500  # mappings that a test makes at most
+_unseen = [0]  # how many tests may end before they are counted again
 
 
 def pytest_runtest_teardown() -> None:
-    """Compiled programs are mappings of memory, of which Linux gives a process 65,530; beyond, XLA crashes."""
-    if next(_ran) % _EVERY == 0 and _mappings() > 20_000:
+    """Compiled programs are mappings of memory, of which Linux gives a process 65,530; beyond, XLA crashes.
+
+    What is forgotten is traced and compiled again by whichever test comes next, so not before it must be.
+    """
+    _unseen[0] -= 1
+    if _unseen[0] > 0:
+        return
+    if _mappings() > _MOST:
         gc.collect()
-        if _mappings() > 20_000:
+        if _mappings() > _MOST:
             jax.clear_caches()
             gc.collect()
+    _unseen[0] = (_LIMIT - _mappings()) // _MADE
 
 
 def _mappings() -> int:

@@ -21,8 +21,8 @@ def h100():
     return jax.sharding.Mesh(devices.reshape(1), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def lowered(mesh, shape, dtype, op):
-    """Forward and backward of `op` for (B, T, N, K, H)."""
+def lowered(mesh, shape, dtype, op, results=results):
+    """Forward and backward of `op` for (B, T, N, K, H), or another function of it."""
     B, T, N, K, H = shape
     placed = jax.NamedSharding(mesh, jax.P())
 
@@ -69,6 +69,7 @@ def test_inside_shard_map(h100):
     specs = {"in_specs": (heads, heads, heads, rows), "out_specs": (heads, jax.P("data", None, None))}
     best = functools.partial(separator_attention, return_lse=True)
     mapped = jax.shard_map(best, mesh=h100, **specs, check_vma=False)
-    assert "mosaic_gpu" in lowered(h100, (2, 128, 2, 1, 64), jnp.bfloat16, mapped).as_text()
+    forward = lambda op, q, k, v, d_out, d_lse, layout: op(q, k, v, layout)  # noqa: E731
+    assert "mosaic_gpu" in lowered(h100, (2, 128, 2, 1, 64), jnp.bfloat16, mapped, forward).as_text()
     with pytest.raises(NotImplementedError, match="pass check_vma=False to"):
         lowered(h100, (2, 128, 2, 1, 64), jnp.bfloat16, jax.shard_map(KERNEL, mesh=h100, **specs))
