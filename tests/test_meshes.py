@@ -113,17 +113,19 @@ def test_a_run_moves_from_one_device_to_eight(config, alone, tmp_path):
     assert_same(found, {step: losses(alone)[step] for step in found})
 
 
-def test_a_run_of_two_processes_starts_again(config, alone, tmp_path):
-    """Two devices each, joined by gloo: the losses of one device, from their own checkpoint on too."""
+def test_a_run_of_two_processes_starts_again(config, tmp_path):
+    """Two devices each, joined by gloo. In processes of their own, and on other axes, below."""
     workdir = tmp_path / "run"
-    flags = (*TWO_EACH, "--config.training.steps=2", "4")
-    (out, _), (other, _) = _two_processes(_file(config, tmp_path), workdir, *flags, program=("-c", TWICE))
+    (out, _), (other, _) = _two_processes(_file(config, tmp_path), workdir, *TWO_EACH, program=("-c", TWICE))
     assert [line.partition(": ")[2].partition(";")[0] for line in out.splitlines() if "parameters" in line] == [
         "starts",
-        "resumes at step 2",
+        f"resumes at step {STEPS - 2}",
     ]
     assert "parameters" not in other, "one of them reports"
-    assert_same(losses(workdir), {step: losses(alone)[step] for step in (1, 2, 3, 4)})
+    first = losses(workdir / "first")
+    assert sorted(first) == list(range(1, STEPS + 1))
+    assert first[STEPS] < first[1] - 0.3
+    assert_same(losses(workdir), first)
 
 
 @pytest.mark.soak
@@ -142,11 +144,10 @@ def test_two_processes_train_save_restore_and_end(config, tmp_path, again):
 
 
 TWO_EACH = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
-# train.py as a user starts it, and once more in the same process, which has imported everything and joined the other.
+# train.py as a user starts it; and once more, without its last checkpoint, where all is imported and the two are joined.
 TWICE = """
-import dataclasses, pathlib, runpy, sys
+import pathlib, runpy, shutil, sys
 
-steps = int(sys.argv.pop())
 sys.argv.pop(0)
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -154,12 +155,20 @@ except SystemExit as end:
     if end.code:
         raise
 
+import jax
+from jax.experimental.multihost_utils import sync_global_devices
 from sepjax.config import from_json
 from train import train
 
 workdir = next(pathlib.Path(x.partition("=")[2]) for x in sys.argv if x.startswith("--workdir="))
 config = from_json((workdir / "config.json").read_bytes())
-train(dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps)), workdir)
+sync_global_devices("both have ended")
+if jax.process_index() == 0:
+    (workdir / "first").mkdir()
+    shutil.copy(workdir / "metrics.jsonl", workdir / "first")
+    shutil.rmtree(workdir / "checkpoints" / str(config.training.steps))
+sync_global_devices("the last checkpoint is gone")
+train(config, workdir)
 """
 
 

@@ -16,7 +16,7 @@ from sepjax.model.unrolled import by_layer
 from sepjax.sharding import make_mesh, parameter_shardings
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, embed_dim=32, num_heads=8, num_kv_heads=2, head_dim=8, mlp_dim=64)
-ATTENTION = AttentionConfig(num_sinks=2, window_size=8)
+ATTENTION = AttentionConfig(num_sinks=2, window_size=8, implementation="reference")  # which compiles quickest
 ROWS, LENGTH, NEW = 4, 32, 12
 
 
