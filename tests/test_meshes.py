@@ -144,7 +144,7 @@ def test_two_processes_train_save_restore_and_end(config, tmp_path, again):
 
 
 TWO_EACH = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
-# train.py as a user starts it; and once more, without its last checkpoint, where all is imported and the two are joined.
+# train.py as a user starts it; and once more, without its last checkpoint, where all is imported and joined already.
 TWICE = """
 import pathlib, runpy, shutil, sys
 
