@@ -5,7 +5,6 @@ Tests run on the CPU wherever they are. To run those for an accelerator, name it
 """
 
 import gc
-import itertools
 import os
 import shutil
 import tempfile
@@ -47,12 +46,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash.get(COMPILED, ""), ignore_errors=True)
 
 
-# Files of few tests that take a minute: begun last, one would keep one worker busy while the others have nothing left.
-FIRST = ("attention/test_tpu.py", "test_meshes.py", "test_generate.py", "reliability/test_kill.py", "test_parity.py")
-FIRST += ("attention/test_tpu_compile.py", "reliability/test_numbers.py", "test_train.py", "test_post_training.py")
-FIRST += ("test_distill.py", "training/test_plan.py", "test_mosaic_gpu_interpret.py", "training/test_step.py")
-FIRST += ("cache/test_growing_pass.py", "generation/test_engine.py", "generation/test_slots.py", "test_bounded_pass.py")
-FIRST += ("reliability/test_torn.py", "cache/test_watched.py", "test_transformer.py", "attention/test_op.py")
+# Files that take half a minute and more, the longest first: begun last, one would keep one worker busy while the others
+# have nothing left.
+FIRST = ("hub/test_lora.py", "generation/test_slots.py", "generation/test_engine.py", "attention/test_tpu.py")
+FIRST += ("test_meshes.py", "serve/test_page.py", "serve/test_conversations.py", "attention/test_op.py")
+FIRST += ("reliability/test_kill.py", "test_generate.py", "hub/test_parity.py", "reliability/test_numbers.py")
+FIRST += ("reliability/test_torn.py", "model/test_transformer.py", "training/test_step.py", "test_tpu_compile.py")
+FIRST += ("keeping/test_distill.py", "test_context_parallel.py", "test_mosaic_gpu_interpret.py", "model/test_gate.py")
+FIRST += ("cache/test_bounded_pass.py", "cache/test_growing_pass.py", "evaluation/test_streaming.py", "test_train.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,16 +74,25 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-_MAPS, _EVERY, _ran = Path("/proc/self/maps"), 10, itertools.count(1)
+_MAPS, _LIMIT, _MOST = Path("/proc/self/maps"), 65_000, 40_000
+_MADE = 4_500  # mappings that a test makes at most
+_unseen = [0]  # how many tests may end before they are counted again
 
 
 def pytest_runtest_teardown() -> None:
-    """Compiled programs are mappings of memory, of which Linux gives a process 65,530; beyond, XLA crashes."""
-    if next(_ran) % _EVERY == 0 and _mappings() > 20_000:
+    """Compiled programs are mappings of memory, of which Linux gives a process 65,530; beyond, XLA crashes.
+
+    What is forgotten is traced and compiled again by whichever test comes next, so not before it must be.
+    """
+    _unseen[0] -= 1
+    if _unseen[0] > 0:
+        return
+    if _mappings() > _MOST:
         gc.collect()
-        if _mappings() > 20_000:
+        if _mappings() > _MOST:
             jax.clear_caches()
             gc.collect()
+    _unseen[0] = (_LIMIT - _mappings()) // _MADE
 
 
 def _mappings() -> int:

@@ -21,16 +21,18 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 _jit, _jitted = jax.jit, {}
+ONCE: tuple[Callable, ...] = (create_state, train_step, eval_step)
 
 
 def _jit_once(function: Callable | None = None, **settings: Any) -> Any:
     """`jax.jit` that knows train.py's steps again: tracing them anew is most of what a start here costs."""
-    if not isinstance(function, functools.partial) or function.func not in (create_state, train_step, eval_step):
+    if not isinstance(function, functools.partial) or function.func not in ONCE:
         return _jit(**settings) if function is None else _jit(function, **settings)  # `@jax.jit(...)` gives none
     config = function.args[0]
-    data = dataclasses.replace(config.data, name="", data_dir="")
-    training = dataclasses.replace(config.training, init_from="")
-    key = function.func, dataclasses.replace(config, data=data, training=training), settings.get("donate_argnums")
+    # Of data a step knows the shapes alone; and the host counts what it skips.
+    training = dataclasses.replace(config.training, init_from="", max_skipped_steps=0)
+    known = dataclasses.replace(config, data=type(config.data)(), training=training)
+    key = function.func, known, settings.get("donate_argnums")
     return _jitted.setdefault(key, _jit(function, **settings))
 
 
@@ -44,6 +46,13 @@ def start_quickly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(jax, "jit", _jit_once)
     patch.setattr(program, "model_graph", _model_graph)
     patch.setattr(program, "abstract_state", _abstract_state)
+    measure_once(patch)
 
 
+def measure_once(patch: pytest.MonkeyPatch) -> None:
+    """How fast this machine is, not anew in every run."""
+    patch.setattr(program, "peak_flops", _peak_flops)
+
+
+_peak_flops = functools.cache(program.peak_flops)
 _model_graph, _abstract_state = functools.cache(program.model_graph), functools.cache(program.abstract_state)

@@ -24,7 +24,7 @@ from sepjax.config import (
     validate,
 )
 from sepjax.sharding import check_batch, check_heads, check_length, join_cluster, make_mesh, row_share
-from tests.runs import losses
+from tests.runs import losses, measure_once
 from train import train
 
 ROOT = Path(__file__).parents[1]
@@ -36,16 +36,19 @@ SENTENCES = ("The cat sat on the mat, and looked.", "Where is the dog? It ran aw
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    """Four query and two key heads; a constant learning rate, so that the length of a run changes nothing."""
+    """Four query and two key heads; a constant learning rate, so that the length of a run changes nothing.
+
+    One layer and the op's definition compile quickest; what runs on meshes without the latter is in test_step.py.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     for number in range(30):
         (folder / f"{number}.txt").write_text(" ".join(rng.choice(SENTENCES, 12)) + "\n")
     return Config(
         model=ModelConfig(
-            vocab_size=320, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64
+            vocab_size=320, num_layers=1, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64
         ),
-        attention=AttentionConfig(num_sinks=2, window_size=8, max_separators=8, layer_windows=(8, 32)),
+        attention=AttentionConfig(num_sinks=2, window_size=8, max_separators=8, implementation="reference"),
         data=DataConfig(name=str(folder), tokenizer_vocab_size=300, sequence_length=32, batch_size=8),
         optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-3, warmup_steps=2),
         training=TrainingConfig(steps=STEPS, log_every=1, eval_every=STEPS, eval_batches=1, checkpoint_every=2),
@@ -61,6 +64,7 @@ def train_on(
     some = jax.devices()[:devices]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *args: some)
+        measure_once(patch)
         train(config, workdir)
     return losses(workdir)
 
@@ -82,8 +86,21 @@ def alone(config, tmp_path_factory) -> Path:
 # One is in the run that moves, one in that of two processes; a sharded step of every kind in training/test_step.py.
 @pytest.mark.soak
 @pytest.mark.parametrize("mesh", [(-1, 1, 1, 1), (4, 2, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)], ids=str)
-def test_every_mesh_gives_the_same_losses(mesh, config, alone, tmp_path):
-    assert_same(train_on(8, mesh, config, tmp_path), losses(alone))
+def test_every_mesh_gives_the_same_losses(mesh, config, tmp_path):
+    """As users have them: the best op, and a layer that sees everything."""
+    attention = dataclasses.replace(config.attention, layer_windows=(8, 32), implementation=None)
+    model = dataclasses.replace(config.model, num_layers=2)
+    config = dataclasses.replace(config, attention=attention, model=model)
+    assert_same(train_on(8, mesh, config, tmp_path / "run"), train_on(1, (1, 1, 1, 1), config, tmp_path / "alone"))
+
+
+@pytest.mark.soak
+def test_a_run_moves_from_one_device_to_eight_and_to_two(config, alone, tmp_path):
+    workdir = Path(shutil.copytree(alone, tmp_path / "run"))
+    for step in (4, STEPS):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    assert sorted(train_on(8, (1, 2, 2, 2), config, workdir, steps=4)) == [1, 2, 3, 4], "it went on from step 2"
+    assert_same(train_on(2, (2, 1, 1, 1), config, workdir), losses(alone))
 
 
 def test_a_run_moves_from_one_device_to_eight(config, alone, tmp_path):
@@ -96,32 +113,29 @@ def test_a_run_moves_from_one_device_to_eight(config, alone, tmp_path):
     assert_same(found, {step: losses(alone)[step] for step in found})
 
 
-@pytest.mark.soak
-def test_a_run_moves_from_one_device_to_eight_and_to_two(config, alone, tmp_path):
-    workdir = Path(shutil.copytree(alone, tmp_path / "run"))
-    for step in (4, STEPS):
-        shutil.rmtree(workdir / "checkpoints" / str(step))
-    assert sorted(train_on(8, (1, 2, 2, 2), config, workdir, steps=4)) == [1, 2, 3, 4], "it went on from step 2"
-    assert_same(train_on(2, (2, 1, 1, 1), config, workdir), losses(alone))
-
-
-# The same axes again are compiled already; a restore into others is in the test above, on the devices of one process.
-@pytest.mark.parametrize("again", [("data", "fsdp"), pytest.param(("fsdp", "tensor"), marks=pytest.mark.soak)])
-def test_two_processes_train_save_restore_and_end(config, tmp_path, again):
-    """Two devices each, joined by gloo."""
-    attention = dataclasses.replace(config.attention, layer_windows=())
-    model = dataclasses.replace(config.model, num_layers=1)  # compiles in less time
-    config = dataclasses.replace(config, attention=attention, model=model)
-    file = tmp_path / "config.py"
-    sections = ", ".join(
-        sorted({type(value).__name__ for value in (config, *vars(config).values(), config.model.rope)})
-    )
-    file.write_text(f"from sepjax.config import {sections}\ndef get_config():\n    return {config!r}\n")
+def test_a_run_of_two_processes_starts_again(config, tmp_path):
+    """Two devices each, joined by gloo. In processes of their own, and on other axes, below."""
     workdir = tmp_path / "run"
-    _two_processes(file, workdir, "--config.mesh.data=2", "--config.mesh.fsdp=2")
-    first = losses(workdir)
+    (out, _), (other, _) = _two_processes(_file(config, tmp_path), workdir, *TWO_EACH, program=("-c", TWICE))
+    assert [line.partition(": ")[2].partition(";")[0] for line in out.splitlines() if "parameters" in line] == [
+        "starts",
+        f"resumes at step {STEPS - 2}",
+    ]
+    assert "parameters" not in other, "one of them reports"
+    first = losses(workdir / "first")
     assert sorted(first) == list(range(1, STEPS + 1))
     assert first[STEPS] < first[1] - 0.3
+    assert_same(losses(workdir), first)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("again", [("data", "fsdp"), ("fsdp", "tensor")])
+def test_two_processes_train_save_restore_and_end(config, tmp_path, again):
+    """Each time in processes of their own, on the same axes and on others."""
+    file, workdir = _file(config, tmp_path), tmp_path / "run"
+    _two_processes(file, workdir, *TWO_EACH)
+    first = losses(workdir)
+    assert sorted(first) == list(range(1, STEPS + 1))
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     mesh = [f"--config.mesh.{axis}={2 if axis in again else 1}" for axis in ("data", "fsdp", "tensor")]
     (out, _), _ = _two_processes(file, workdir, *mesh)
@@ -129,19 +143,61 @@ def test_two_processes_train_save_restore_and_end(config, tmp_path, again):
     assert_same(losses(workdir), first)
 
 
-def _two_processes(config_file: Path, workdir: Path, *flags: str) -> list[tuple[str, str]]:
+TWO_EACH = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+# train.py as a user starts it; and once more, without its last checkpoint, where all is imported and joined already.
+TWICE = """
+import pathlib, runpy, shutil, sys
+
+sys.argv.pop(0)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    if end.code:
+        raise
+
+import jax
+from jax.experimental.multihost_utils import sync_global_devices
+from sepjax.config import from_json
+from train import train
+
+workdir = next(pathlib.Path(x.partition("=")[2]) for x in sys.argv if x.startswith("--workdir="))
+config = from_json((workdir / "config.json").read_bytes())
+sync_global_devices("both have ended")
+if jax.process_index() == 0:
+    (workdir / "first").mkdir()
+    shutil.copy(workdir / "metrics.jsonl", workdir / "first")
+    shutil.rmtree(workdir / "checkpoints" / str(config.training.steps))
+sync_global_devices("the last checkpoint is gone")
+train(config, workdir)
+"""
+
+
+def _file(config: Config, folder: Path) -> Path:
+    """A config file with it."""
+    file = folder / "config.py"
+    sections = ", ".join(
+        sorted({type(value).__name__ for value in (config, *vars(config).values(), config.model.rope)})
+    )
+    file.write_text(f"from sepjax.config import {sections}\ndef get_config():\n    return {config!r}\n")
+    return file
+
+
+def _two_processes(
+    config_file: Path, workdir: Path, *flags: str, program: tuple[str, ...] = ()
+) -> list[tuple[str, str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT), "JAX_NUM_PROCESSES": "2"}
     shared |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), f"--config={config_file}", f"--workdir={workdir}", *flags]
+    command = [sys.executable, *program, str(ROOT / "train.py")]
+    command += [f"--config={config_file}", f"--workdir={workdir}", *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [
         subprocess.Popen(command, env=os.environ | shared | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(2)
     ]
     try:
-        ends = [process.communicate(timeout=240) for process in processes]
+        ends = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()

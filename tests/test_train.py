@@ -156,9 +156,9 @@ def test_evaluate_compares_patterns(finished, tmp_path, capfd):
 
 def test_evaluate_scores_any_arms(finished, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text(" ".join(SENTENCES * 8))
-    arms = f"dense; rare: separator ids=7,9 n=5; sink_window n=kv:rare; again: dense model={finished}"
-    dense, rare, window, again = jobs.evaluate(finished, arms=arms, text=str(text), length=64, baseline="rare")
+    text.write_text(" ".join(SENTENCES * 4))  # rows as above
+    arms = f"dense; rare: separator ids=7,9; sink_window n=kv:rare; again: dense model={finished}"
+    dense, rare, window, again = jobs.evaluate(finished, arms=arms, text=str(text), baseline="rare")
     assert window.kv_kept == pytest.approx(rare.kv_kept, abs=0.02)
     assert (again.perplexity, rare.difference, rare.baseline) == (dense.perplexity, 0, "rare")
     assert dense.difference == pytest.approx(np.log(dense.perplexity / rare.perplexity))

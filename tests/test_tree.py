@@ -1,12 +1,12 @@
 """Properties of the source tree itself: what code may import and call, and how long files may get."""
 
 import ast
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = sorted([*ROOT.glob("*.py"), *ROOT.glob("sepjax/**/*.py"), *ROOT.glob("configs/*.py")])
@@ -68,9 +68,19 @@ def _name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def imports(source: str) -> Iterator[tuple[str, bool]]:
+def wrong(paths: Iterable[Path], found: Callable[[Path], Any]) -> dict[str, Any]:
+    """What `found` finds in each file that has some of it. A test of each file for itself would be 2,000 of them."""
+    return {_name(path): what for path in paths if (what := found(path))}
+
+
+_text = functools.cache(Path.read_text)
+_parsed = functools.cache(ast.parse)
+
+
+@functools.cache
+def imports(source: str) -> tuple[tuple[str, bool], ...]:
     """(dotted name, whether it runs when the module is imported) of everything that `source` imports."""
-    tree = ast.parse(source)
+    tree, found = _parsed(source), []
     nested = {
         node
         for outer in ast.walk(tree)
@@ -80,16 +90,17 @@ def imports(source: str) -> Iterator[tuple[str, bool]]:
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node not in nested) for alias in node.names)
+            found += [(alias.name, node not in nested) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
-            yield from ((f"{module}.{alias.name}", node not in nested) for alias in node.names)
+            found += [(f"{module}.{alias.name}", node not in nested) for alias in node.names]
+    return tuple(found)
 
 
 def unsafe(source: str) -> list[str]:
     """What `source` has that could run code hidden in data, or drags in a second framework."""
     found = [name for name, _ in imports(source) if name.split(".")[0] in UNSAFE_MODULES]
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(_parsed(source)):
         if isinstance(node, ast.Call):
             found += [name for name in [ast.unparse(node.func)] if name in UNSAFE_CALLS]
             found += [k.arg for k in node.keywords if k.arg in UNSAFE_ARGUMENTS and ast.unparse(k.value) != "False"]
@@ -126,22 +137,23 @@ def test_the_checks_find_what_they_look_for() -> None:
     assert DOCUMENTS
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=_name)
-def test_product_code_runs_nothing_that_hides_in_data(path: Path) -> None:
-    assert unsafe(path.read_text()) == []
+def test_product_code_runs_nothing_that_hides_in_data() -> None:
+    assert wrong(PRODUCT, lambda path: unsafe(_text(path))) == {}
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=_name)
-def test_product_code_reaches_the_network_in_one_place(path: Path) -> None:
-    found = {name.split(".")[0] for name, _ in imports(path.read_text())} & NETWORK
-    assert not found or _name(path) in MAY_REACH_IT
+def test_product_code_reaches_the_network_in_one_place() -> None:
+    found = wrong(PRODUCT, lambda path: {name.split(".")[0] for name, _ in imports(_text(path))} & NETWORK)
+    assert set(found) <= MAY_REACH_IT, found
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("sepjax/**/*.py")), ids=_name)
-def test_dependencies_point_downward(path: Path) -> None:
-    # A package's __main__.py is a program, like train.py: nothing imports it, and it may import from every room.
-    room = "__main__" if path.name == "__main__.py" else path.relative_to(ROOT / "sepjax").parts[0].removesuffix(".py")
-    assert upward(path.read_text(), room) == []
+def test_dependencies_point_downward() -> None:
+    def found(path: Path) -> list[str]:
+        # A package's __main__.py is a program, like train.py: nothing imports it, and it may import from every room.
+        is_program = path.name == "__main__.py"
+        room = "__main__" if is_program else path.relative_to(ROOT / "sepjax").parts[0].removesuffix(".py")
+        return upward(_text(path), room)
+
+    assert wrong(ROOT.glob("sepjax/**/*.py"), found) == {}
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
@@ -149,46 +161,49 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
 
     def imported(path: Path) -> set[str]:
-        names = {name for name, at_import in imports(path.read_text()) if at_import}
+        names = {name for name, at_import in imports(_text(path)) if at_import}
         return ({name if name in modules else name.rpartition(".")[0] for name in names} & set(modules)) - {"sepjax"}
 
     order = TopologicalSorter({name: imported(path) - {name} for name, path in modules.items()}).static_order()
     assert set(order) == set(modules)  # a cycle raises CycleError, which names it
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=_name)
-def test_every_module_says_what_it_is_for(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text()))
+def test_every_module_says_what_it_is_for() -> None:
+    assert wrong(PRODUCT, lambda path: not ast.get_docstring(_parsed(_text(path)))) == {}
 
 
-@pytest.mark.parametrize("path", [path for path in PRODUCT if not path.stem.endswith("_kernels")], ids=_name)
-def test_files_stay_readable_in_one_go(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
+def test_files_stay_readable_in_one_go() -> None:
+    files = [path for path in PRODUCT if not path.stem.endswith("_kernels")]
+    lengths = {_name(path): len(_text(path).splitlines()) for path in files}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
 THE_LOOP = {"train.py": {"_train"}}  # reads from top to bottom
 
 
-@pytest.mark.parametrize("path", [path for path in PRODUCT if not path.stem.endswith("_kernels")], ids=_name)
-def test_functions_and_main_blocks_stay_short(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    # From `def` to the last line: signature, docstring and body.
-    lines = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
-    allowed = THE_LOOP.get(_name(path), set())
-    assert {name: n for name, n in lines.items() if n > (80 if name in allowed else 60)} == {}
-    # What a program does is in functions, which tests can call; this block only starts it.
-    blocks = [node for node in tree.body if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)]
-    assert [n for node in blocks if (n := (node.end_lineno or 0) - node.lineno + 1) > 10] == []
+def _lines(node: ast.stmt) -> int:
+    """From `def` or `if` to the last line: signature, docstring and body."""
+    return (node.end_lineno or 0) - node.lineno + 1
 
 
-@pytest.mark.parametrize("path", PRODUCT + TESTS + DOCUMENTS, ids=_name)
-def test_nothing_reaches_outside_the_repository(path: Path) -> None:
+def test_functions_and_main_blocks_stay_short() -> None:
+    def found(path: Path) -> list[tuple[str, int]]:
+        tree, allowed = _parsed(_text(path)), THE_LOOP.get(_name(path), set())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        long = [(x.name, n) for x in functions if (n := _lines(x)) > (80 if x.name in allowed else 60)]
+        # What a program does is in functions, which tests can call; this block only starts it.
+        blocks = [node for node in tree.body if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)]
+        return long + [("__main__", n) for x in blocks if (n := _lines(x)) > 10]
+
+    assert wrong([path for path in PRODUCT if not path.stem.endswith("_kernels")], found) == {}
+
+
+def test_nothing_reaches_outside_the_repository() -> None:
     # A fresh clone has no neighbours: neither the team's shared folder nor its notes.
     neighbours = ["shared/" + "data", "../" + "shared", "/work" + "/"]
-    assert not [name for name in neighbours if name in path.read_text()]
+    files = PRODUCT + TESTS + DOCUMENTS
+    assert wrong(files, lambda path: [name for name in neighbours if name in _text(path)]) == {}
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=_name)
-def test_product_code_leaves_nothing_open(path: Path) -> None:
-    assert not re.findall(r"\b(?:TODO|FIXME|XXX)\b", path.read_text())
+def test_product_code_leaves_nothing_open() -> None:
+    assert wrong(PRODUCT, lambda path: re.findall(r"\b(?:TODO|FIXME|XXX)\b", _text(path))) == {}

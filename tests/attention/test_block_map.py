@@ -82,7 +82,7 @@ def check(seen, tiling):
 
 
 @every_side
-@examples(10)
+@examples(5)
 @given(data=st.data())
 def test_lists_hold_every_visible_tile_once(block, tile, data):
     check_rows(data.draw(layouts((B, T))), block, tile)
@@ -100,7 +100,7 @@ def part_tiling(sizes, sides):
 
 
 @every_part
-@examples(10)
+@examples(5)
 @given(data=st.data())
 def test_lists_of_any_ranges(sizes, sides, data):
     check(data.draw(ranges((B, *sizes))), part_tiling(sizes, sides))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepjax.attention import separator_attention
+from sepjax.attention import mosaic_gpu, separator_attention, xla
+from sepjax.attention.op import choose
 from sepjax.layout import build_layout
 from sepjax.training.plan import topology_devices
 from tests.attention.common import results
@@ -20,8 +21,8 @@ def h100():
     return jax.sharding.Mesh(devices.reshape(1), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def lowered(mesh, shape, dtype, op):
-    """Forward and backward of `op` for (B, T, N, K, H)."""
+def lowered(mesh, shape, dtype, op, results=results):
+    """Forward and backward of `op` for (B, T, N, K, H), or another function of it."""
     B, T, N, K, H = shape
     placed = jax.NamedSharding(mesh, jax.P())
 
@@ -56,19 +57,19 @@ def test_compiles_for_an_h100(h100, shape, dtype):
 
 
 def test_it_is_chosen_for_an_h100_that_is_not_there(h100):
-    text = lowered(
-        h100, (1, 128, 2, 1, 64), jnp.bfloat16, functools.partial(separator_attention, return_lse=True)
-    ).as_text()
-    assert "mosaic_gpu" in text
-    text = lowered(
-        h100, (1, 128, 2, 1, 64), jnp.float32, functools.partial(separator_attention, return_lse=True)
-    ).as_text()
-    assert "mosaic_gpu" not in text, "float32 is for the XLA form"
+    chosen = []
+    with jax.set_mesh(h100):
+        for dtype in (jnp.bfloat16, jnp.float32):
+            jax.eval_shape(lambda q: chosen.append(choose(None, q)), jax.ShapeDtypeStruct((1, 128, 2, 64), dtype))
+    assert chosen == [mosaic_gpu, xla], "float32 is for the XLA form"
 
 
 def test_inside_shard_map(h100):
     heads, rows = jax.P("data", None, None, None), jax.P("data")
     specs = {"in_specs": (heads, heads, heads, rows), "out_specs": (heads, jax.P("data", None, None))}
-    lowered(h100, (2, 128, 2, 1, 64), jnp.bfloat16, jax.shard_map(KERNEL, mesh=h100, **specs, check_vma=False))
+    best = functools.partial(separator_attention, return_lse=True)
+    mapped = jax.shard_map(best, mesh=h100, **specs, check_vma=False)
+    forward = lambda op, q, k, v, d_out, d_lse, layout: op(q, k, v, layout)  # noqa: E731
+    assert "mosaic_gpu" in lowered(h100, (2, 128, 2, 1, 64), jnp.bfloat16, mapped, forward).as_text()
     with pytest.raises(NotImplementedError, match="pass check_vma=False to"):
         lowered(h100, (2, 128, 2, 1, 64), jnp.bfloat16, jax.shard_map(KERNEL, mesh=h100, **specs))

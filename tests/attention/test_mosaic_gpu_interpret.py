@@ -91,14 +91,12 @@ CASES = {
     "every token a separator": ((2, 78, 2, 1, 64), 1.0, 5, 0, None),
     "no key but the own": ((1, 78, 2, 1, 64), 0.0, 1, 0, None),
 }
-# Ten to twenty seconds each, with -m soak. Blocks beyond the last token, grouped heads and several rows are in the
-# other tests too; results of heads of 256 are for a GPU as well (test_mosaic_gpu.py).
-RARE = ("every token a separator", "no key but the own", "grouped heads, blocks beyond the last token", "heads of 256")
-RARE += ("documents and padding, one head a key head",)
 
 
+# With scaled values and with any ranges below; tiles of heads of 128 in test_mosaic_gpu_compile.py.
+@pytest.mark.soak
 @pytest.mark.usefixtures("simulated")
-@pytest.mark.parametrize("case", [x if x not in RARE else pytest.param(x, marks=pytest.mark.soak) for x in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_equals_the_definition(case):
     shape, density, window_size, num_sinks, lengths = CASES[case]
     layout = build_layout(

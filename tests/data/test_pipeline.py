@@ -133,7 +133,7 @@ def test_processes_share_the_documents(config, tokenizer, data_dir):
         assert rows_of(first) == rows_of([expected])
 
 
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(before=st.integers(0, 50), between=st.integers(0, 6))
 def test_a_restored_iterator_goes_on_bit_for_bit(config, tokenizer, data_dir, before, between):
     """From anywhere in a block (4 batches) or in three epochs, with the thread reading ahead; the state is JSON."""

@@ -35,4 +35,6 @@ def byte_model(byte_tokenizer):
         vocab_size=byte_tokenizer.vocab_size, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8,
         mlp_dim=32, max_positions=1024,
     )  # fmt: skip
-    return create(config, AttentionConfig(num_sinks=2, window_size=8), jax.random.key(3))
+    # What is scored does not know the op, which has tests of its own: its definition compiles quickest.
+    attention = AttentionConfig(num_sinks=2, window_size=8, implementation="reference")
+    return create(config, attention, jax.random.key(3))

@@ -21,7 +21,7 @@ from sepjax.evaluation.report import plain, slice_table, table
 from sepjax.evaluation.slices import ratio_error
 
 TEXT = "A cat, a dog, and a bird; all of them sang. Why? Nobody knew, but it was fine! " * 6
-ATTENTION = AttentionConfig(num_sinks=2, window_size=8)
+ATTENTION = AttentionConfig(num_sinks=2, window_size=8, implementation="reference")
 
 
 @pytest.fixture(scope="module")

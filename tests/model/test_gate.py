@@ -123,58 +123,56 @@ def test_documents_are_alone_in_their_row(model):
         assert not touched[i + 1 :].any(), i
 
     packed = run(model, (tokens, positions, flags, segments))
-    alone = run(model, (tokens[:, first:], positions[:, first:], flags[:, first:]))
-    np.testing.assert_allclose(packed[0][:, first:], alone[0], atol=1e-5)
-    np.testing.assert_array_equal(packed[1][:, first:], alone[1])
+    second = np.where(segments == 2, segments, 0)
+    alone = run(model, tuple(np.roll(x, -first, axis=1) for x in (tokens, positions, flags, second)))  # then padding
+    np.testing.assert_allclose(packed[0][:, first:], alone[0][:, :-first], atol=1e-5)
+    np.testing.assert_array_equal(packed[1][:, first:], alone[1][:, :-first])
 
 
 def test_layers_above_see_what_was_kept_and_layers_below_do_not(model):
-    batch = row(B=2)
+    batch = row()
     hidden = {}
     for name, attention in {
         "the bare window": dataclasses.replace(GATED, pattern="sink_window"),
         "nothing kept": dataclasses.replace(GATED, gate_keep=0),
-        "dense above": dataclasses.replace(GATED, pattern="sink_window", layer_windows=(7, T, T)),
-        "all kept": dataclasses.replace(GATED, gate_keep=5),
         "some kept": GATED,
-        "other windows below": dataclasses.replace(GATED, layer_windows=(12, 7, 7)),
-        "all kept, other windows below": dataclasses.replace(GATED, gate_keep=5, layer_windows=(12, 7, 9)),
-        "dense above, other windows below": dataclasses.replace(GATED, pattern="sink_window", layer_windows=(12, T, T)),
+        "some kept, other windows": dataclasses.replace(GATED, layer_windows=(12, 7, 9)),
+        "all kept, other windows": dataclasses.replace(GATED, gate_keep=5, layer_windows=(12, 7, 9)),
+        "dense above, the other window below": dataclasses.replace(
+            GATED, pattern="sink_window", layer_windows=(12, T, T)
+        ),
     }.items():
         hidden[name] = np.asarray(run(model, batch, attention)[0])
-    for same in ("the bare window", "nothing kept"), ("dense above", "all kept"):
+    for same in (
+        ("the bare window", "nothing kept"),
+        ("all kept, other windows", "dense above, the other window below"),
+    ):
         np.testing.assert_allclose(*(hidden[name] for name in same), atol=1e-5)
-    pair = "all kept, other windows below", "dense above, other windows below"
-    np.testing.assert_allclose(*(hidden[name] for name in pair), atol=1e-5)
-    assert np.abs(hidden["some kept"] - hidden["all kept"]).max() > 1e-3
-    assert np.abs(hidden["some kept"] - hidden["nothing kept"]).max() > 1e-3
-    assert np.abs(hidden["some kept"] - hidden["other windows below"]).max() > 1e-3
+    for other in (
+        ("some kept", "nothing kept"),
+        ("some kept", "some kept, other windows"),
+        ("some kept, other windows", "all kept, other windows"),
+    ):
+        assert np.abs(hidden[other[0]] - hidden[other[1]]).max() > 1e-3, other
 
     # Layers above the gate that see nothing of its choice are windows; what the others see, only they see.
-    for layers, same in ((2,), (7, 7, T)), ((1,), (7, T, 7)):
-        only = dataclasses.replace(GATED, gate_keep=5, kept_layers=layers)
-        alike = dataclasses.replace(GATED, pattern="sink_window", layer_windows=same)
-        np.testing.assert_allclose(run(model, batch, only)[0], run(model, batch, alike)[0], atol=1e-5)
-        everywhere = dataclasses.replace(
-            only, pattern="separator", gate_layer=2
-        )  # all flagged: the same, without a gate
-        got = hidden_of(model, *batch[:2], np.ones_like(batch[2]), everywhere)
-        np.testing.assert_allclose(got, run(model, batch, alike)[0], atol=1e-5)
-
-    # At layer 0 the choice is made before any layer: then it is a separator pattern with these flags.
-    at_once = dataclasses.replace(GATED, gate_layer=0)
-    got, flags, _ = run(model, batch, at_once)
-    same = dataclasses.replace(GATED, pattern="separator")
-    np.testing.assert_allclose(got, hidden_of(model, *batch[:2], flags, same), atol=1e-5)
+    only = dataclasses.replace(GATED, gate_keep=5, kept_layers=(2,))
+    alike = dataclasses.replace(GATED, pattern="sink_window", layer_windows=(7, 7, T))
+    np.testing.assert_allclose(run(model, batch, only)[0], run(model, batch, alike)[0], atol=1e-5)
+    # All flagged: the same, without a gate.
+    only = dataclasses.replace(only, pattern="separator", gate_layer=2, kept_layers=(1,))
+    alike = dataclasses.replace(alike, layer_windows=(7, T, 7))
+    got = hidden_of(model, *batch[:2], np.ones_like(batch[2]), only)
+    np.testing.assert_allclose(got, run(model, batch, alike)[0], atol=1e-5)
 
 
 def test_noise_explores_and_the_factor_is_one(model):
-    batch = row(B=2)
+    batch = row()
     hidden, flags, scores = run(model, batch)
-    still = run(model, batch, noise=jnp.zeros((2, T)))
+    still = run(model, batch, noise=jnp.zeros((1, T)))
     np.testing.assert_allclose(still[0], hidden, atol=1e-5)
     np.testing.assert_array_equal(still[1], flags)
-    noise = jax.random.gumbel(jax.random.key(1), (2, T))
+    noise = jax.random.gumbel(jax.random.key(1), (1, T))
     assert (run(model, batch, noise=noise)[1] != flags).any()
     np.testing.assert_allclose(run(model, batch, noise=noise)[2], scores, atol=1e-6)
     far_below = jnp.full((1, 1), -1e4)
@@ -215,6 +213,9 @@ def test_a_gate_that_reads_embeddings_has_no_layers_below_on_any_mesh():
     batch = tokens, np.arange(32, dtype=np.int32)[None], np.zeros((1, 32), bool)
     expected, kept, _ = run(model, batch, attention)
     assert kept.any()
+    # The choice is made before any layer: it is a separator pattern with these flags.
+    same = dataclasses.replace(attention, pattern="separator")
+    np.testing.assert_allclose(expected, hidden_of(model, *batch[:2], kept, same), atol=1e-5)
     with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1, 2), jax.devices()[:2])):
         hidden, flags, _ = run(model, batch, attention)
     np.testing.assert_array_equal(flags, kept)

@@ -81,6 +81,12 @@ def model(request):
     return create(FAMILIES[request.param], ATTENTION, jax.random.key(0))
 
 
+# Who sees whom, and the loop over layers, do not know most of what a family is: of its blocks two kinds, the rest with
+# -m soak.
+TWO = [pytest.param(x, marks=[] if x in ("llama", "layers of every kind") else pytest.mark.soak) for x in FAMILIES]
+of_two_families = pytest.mark.parametrize("model", TWO, indirect=True, scope="module")
+
+
 def test_families_give_float32_logits(model):
     out = logits(model, *rows())
     assert out.shape == (2, T, V)
@@ -96,6 +102,7 @@ def test_parameters_are_float32_and_named_in_the_sharding_table(model):
     assert len(shardings) == len(jax.tree.leaves(params))
 
 
+@of_two_families
 def test_gradient_follows_the_mask(model):
     """d logits[i] / d embedding of token j is zero exactly where no path of layers leads from j to i."""
     tokens, positions, is_separator = rows(B=1)
@@ -139,6 +146,7 @@ def test_a_far_token_reaches_nobody_but_through_separators():
     np.testing.assert_array_equal(touched, [3, 11, 17, 18, 19, 20])
 
 
+@of_two_families
 def test_scan_equals_a_python_loop_over_layers(model):
     tokens, positions, is_separator = rows()
     seen = []
@@ -217,10 +225,12 @@ def test_bfloat16_keeps_float32_parameters_and_logits():
     assert np.abs(out - exact).max() < 0.05 * np.abs(exact).max()
 
 
-MESHES = [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8)]
+ONE_AXIS = [MeshConfig(data=1, fsdp=8), MeshConfig(data=8)]
 
 
-@pytest.mark.parametrize("sizes", [*MESHES, pytest.param(MeshConfig(data=8), marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "sizes", [MeshConfig(data=2, fsdp=2, tensor=2), *(pytest.param(x, marks=pytest.mark.soak) for x in ONE_AXIS)]
+)
 def test_meshes_change_nothing(sizes):
     model = create(LLAMA, ATTENTION, jax.random.key(0))
     batch = rows(B=8)

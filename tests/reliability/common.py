@@ -99,7 +99,7 @@ def done(workdir: Path) -> int:
         lines = (workdir / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         return 0
-    return max((json.loads(line)["step"] for line in lines), default=0)
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def checkpoints(workdir: Path) -> list[int]:

@@ -204,8 +204,8 @@ def fuzz_checkpoints(world: World, data: st.DataObject) -> None:
 
 
 TARGETS: dict[str, tuple[Callable[[World, st.DataObject], None], int]] = {  # and examples a round
-    "flags": (fuzz_flags, 60),
-    "prompts": (fuzz_prompts, 30),
+    "flags": (fuzz_flags, 40),
+    "prompts": (fuzz_prompts, 15),
     "tokenizer files": (fuzz_tokenizer_files, 60),
     "safetensors": (fuzz_safetensors, 60),
     "checkpoints": (fuzz_checkpoints, 8),

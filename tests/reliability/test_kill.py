@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import train as program
+from sepjax.config import load_config
 from tests.reliability.common import (
     EVERY,
     STEPS,
@@ -89,7 +91,16 @@ def stop(config_file: Path, workdir: Path, at: int) -> tuple[int, str, str]:
     return saved, out, err
 
 
-def test_killed_and_stopped_a_run_is_bit_for_bit_what_it_would_have_been(config_file, undisturbed, tmp_path):
+def go_on(config_file: Path, workdir: Path, capfd: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """The rest of a run, in this process where its bits are those of others, and what was printed."""
+    if ON_GPU:
+        return finish(start(config_file, workdir))
+    capfd.readouterr()
+    program.train(load_config(config_file), workdir)
+    return capfd.readouterr()
+
+
+def test_killed_and_stopped_a_run_is_bit_for_bit_what_it_would_have_been(config_file, undisturbed, tmp_path, capfd):
     """Killed during a save, told to stop: on what the kill has left. More kills, between saves too, with -m soak."""
     workdir = tmp_path / "run"
     last = kill(config_file, workdir, 1, 2 * EVERY, while_saving=True)  # by then the first checkpoint is complete
@@ -97,7 +108,7 @@ def test_killed_and_stopped_a_run_is_bit_for_bit_what_it_would_have_been(config_
     saved, out, err = stop(config_file, workdir, last + 2)
     assert "resumes at step" in out
     assert "is gone without having ended; this one takes over" in err  # the lock file still names the killed process
-    out, err = finish(start(config_file, workdir))
+    out, err = go_on(config_file, workdir, capfd)
     assert f"resumes at step {saved}" in out
     assert "is gone" not in err
     assert_same(workdir, undisturbed, STEPS)
@@ -131,6 +142,7 @@ def test_sigterm_saves_within_seconds_twice_in_a_row(config_file, undisturbed, t
     assert_same(workdir, undisturbed, STEPS)
 
 
+@pytest.mark.soak  # what watches it is in test_numbers.py
 def test_a_reader_that_hangs_ends_the_run(config_file, tmp_path):
     workdir = tmp_path / "run"
     flags = ("--config.data.num_workers=1", "--config.training.steps=100000", "--step_timeout=14")

@@ -4,9 +4,11 @@ import dataclasses
 import resource
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,15 @@ import pytest
 
 import train as program
 from sepjax.config import Config, ConfigError, validate
+from sepjax.programs.train import Settings
 from sepjax.run import guard
 from sepjax.run.checkpoint import CheckpointError, load_params
 from sepjax.run.checkpoint_files import MANIFEST
 from sepjax.run.guard import BadNumbers, StepGuard, Watchdog
-from sepjax.training.step import create_state, model_graph, train_step
+from sepjax.training.step import train_step
+from tests import runs
 from tests.reliability.common import EVERY, STEPS, assert_same, checkpoints, done, finish, losses, start, wait_until
-from tests.training.test_step import CONFIG, make_batch
+from tests.training.test_step import CONFIG, compiled, first_state, make_batch
 
 
 def with_training(config: Config, **values: object) -> Config:
@@ -35,11 +39,13 @@ def poisoned(params, value: float):
     return structure.unflatten(leaves)
 
 
+SPIKE = with_training(CONFIG, spike_factor=1.5)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_step_of_bad_numbers_changes_no_bit(value: float):
-    graph, batch = model_graph(CONFIG), make_batch()
-    step = jax.jit(lambda state, batch: train_step(CONFIG, graph, state, batch))
-    state, _ = step(create_state(CONFIG), batch)
+    batch, step = make_batch(), compiled(SPIKE)
+    state, _ = step(first_state(CONFIG), batch)
     bad = dataclasses.replace(state, params=poisoned(state.params, value))
     after, metrics = step(bad, batch)
     assert not np.isfinite(float(metrics["optim/grad_norm"]))
@@ -55,10 +61,8 @@ def test_a_step_of_bad_numbers_changes_no_bit(value: float):
 
 
 def test_a_spike_is_judged_by_the_running_mean():
-    config = with_training(CONFIG, spike_factor=1.5)
-    graph, batch = model_graph(config), make_batch()
-    step = jax.jit(lambda state, batch: train_step(config, graph, state, batch))
-    state, metrics = step(create_state(config), batch)
+    batch, step = make_batch(), compiled(SPIKE)
+    state, metrics = step(first_state(CONFIG), batch)
     assert float(state.health.loss_mean) == float(metrics["train/loss"])
     low = dataclasses.replace(state.health, loss_mean=jnp.float32(0.5 * float(metrics["train/loss"])))
     after, metrics = step(dataclasses.replace(state, health=low), batch)
@@ -70,23 +74,24 @@ def test_a_spike_is_judged_by_the_running_mean():
         validate(with_training(CONFIG, spike_factor=0.5))
 
 
-def poison_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the loss of these steps NaN, inside the compiled step."""
-    real = program.train_step
+def step_of_nan(config, graph, state, batch):
+    """`train_step` whose loss is NaN in the steps 5, 6 and 9, inside the compiled step."""
+    poison = jnp.isin(state.step + 1, jnp.array([5, 6, 9]))
+    scaled = jax.tree.map(lambda x: jnp.where(poison, x * jnp.nan, x), state.params)
+    after, metrics = train_step(config, graph, dataclasses.replace(state, params=scaled), batch)
+    # A bad step returns the parameters that it was given: hand back those from before the poison.
+    params = jax.tree.map(lambda new, old: jnp.where(poison, old, new), after.params, state.params)
+    return dataclasses.replace(after, params=params), metrics
 
-    def step_of_nan(config, graph, state, batch):
-        poison = jnp.isin(state.step + 1, jnp.array(sorted(steps)))
-        scaled = jax.tree.map(lambda x: jnp.where(poison, x * jnp.nan, x), state.params)
-        after, metrics = real(config, graph, dataclasses.replace(state, params=scaled), batch)
-        # A bad step returns the parameters that it was given: hand back those from before the poison.
-        params = jax.tree.map(lambda new, old: jnp.where(poison, old, new), after.params, state.params)
-        return dataclasses.replace(after, params=params), metrics
 
+@pytest.fixture
+def poison(monkeypatch) -> None:
     monkeypatch.setattr(program, "train_step", step_of_nan)
+    monkeypatch.setattr(runs, "ONCE", (*runs.ONCE, step_of_nan))
 
 
-def test_nan_ends_the_run_and_names_the_step_and_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
-    poison_at({5, 6, 9}, monkeypatch)
+@pytest.mark.usefixtures("poison")
+def test_nan_ends_the_run_and_names_the_step_and_the_last_good_checkpoint(tiny, tmp_path):
     with pytest.raises(BadNumbers) as error:
         program.train(with_training(tiny, steps=12), tmp_path / "run")  # the program of the next tests
     assert error.value.exit_code == 3
@@ -96,8 +101,8 @@ def test_nan_ends_the_run_and_names_the_step_and_the_last_good_checkpoint(tiny, 
     assert max(losses(tmp_path / "run")) == EVERY
 
 
-def test_nan_is_skipped_and_counted_as_often_as_the_config_says(tiny, tmp_path, monkeypatch, capsys):
-    poison_at({5, 6, 9}, monkeypatch)
+@pytest.mark.usefixtures("poison")
+def test_nan_is_skipped_and_counted_as_often_as_the_config_says(tiny, tmp_path, capsys):
     config = with_training(tiny, steps=12, max_skipped_steps=2)
     state = program.train(config, tmp_path / "run")
     assert int(state.health.skipped) == 3
@@ -106,12 +111,19 @@ def test_nan_is_skipped_and_counted_as_often_as_the_config_says(tiny, tmp_path, 
     assert losses(tmp_path / "run")[5]["train/loss"] is None
     err = capsys.readouterr().err
     assert "warning: step 6 failed and was not applied: loss nan, |g| nan (skipped so far: 2)" in err
-    with pytest.raises(BadNumbers, match=r"step 6 failed .*, the 2\. in a row; .* above 1"):
-        program.train(with_training(config, max_skipped_steps=1), tmp_path / "other")
 
 
+def test_bad_numbers_are_counted_in_a_row():
+    """One may pass; a good step between them begins anew."""
+    guard = StepGuard(Watchdog(0.0), 1, 0, lambda: "the newest checkpoint")
+    for step, skipped in enumerate((0, 1, 1, 2, 3), start=1):
+        guard.follow(step, {"optim/skipped_steps": skipped, "train/loss": np.nan, "optim/grad_norm": np.nan})
+    with pytest.raises(BadNumbers, match=r"step 5 failed .*, the 2\. in a row; the newest checkpoint.* above 1"):
+        guard.catch_up()
+
+
+@pytest.mark.usefixtures("poison")
 def test_the_count_of_skipped_steps_survives_a_restart(tiny, tmp_path, monkeypatch):
-    poison_at({5, 6, 9}, monkeypatch)
     config = with_training(tiny, steps=12, max_skipped_steps=2)  # the program of the test above
     with monkeypatch.context() as notice:
         notice.setattr(guard.StopNotice, "reached", lambda self, step: step == 7)
@@ -244,6 +256,33 @@ def test_the_watchdog_prints_stacks_once_of_a_step_that_takes_long(monkeypatch, 
 
 def a_step_that_hangs() -> None:
     time.sleep(1.2)
+
+
+def test_a_step_that_hangs_ends_the_program_and_its_readers(tiny, tmp_path, monkeypatch, capfd):
+    """With real readers, one of which is stopped, in test_kill.py, with -m soak."""
+    ends, over, reader = [], threading.Event(), mock.Mock()
+
+    def end(code: int) -> None:
+        ends.append(code)
+        over.set()
+
+    def read_for_ever(share, sharding, batch):
+        if done(tmp_path / "run") >= 4:
+            over.wait()
+            raise InterruptedError
+        return real(share, sharding, batch)
+
+    real = program._place
+    monkeypatch.setattr(program, "_place", read_for_ever)
+    monkeypatch.setattr(guard.os, "_exit", end)
+    monkeypatch.setattr(guard.multiprocessing, "active_children", lambda: [reader])
+    with pytest.raises(InterruptedError):
+        program.main(Settings(config=tiny, workdir=str(tmp_path / "run"), step_timeout=6.0))
+    assert set(ends) == {4}
+    assert reader.kill.called
+    err = capfd.readouterr().err
+    assert "hangs: nothing for 6 s" in err
+    assert "in read_for_ever" in err
 
 
 def test_the_host_is_never_more_than_two_steps_ahead():

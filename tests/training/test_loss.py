@@ -35,8 +35,19 @@ def reads_once(request, monkeypatch) -> bool:
     return request.param
 
 
-@pytest.mark.parametrize("elements", [2**28, B * V * 4, 1], ids=["one chunk", "three chunks", "a token a chunk"])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+# Of both z_loss, both ways to read and all chunks every pair; reads_once is the fixture's.
+CHUNKS = {"one chunk": 2**28, "three chunks": B * V * 4, "a token a chunk": 1}
+
+
+@pytest.mark.parametrize(
+    ("reads_once", "elements", "z_loss"),
+    [
+        pytest.param(once, elements, z_loss, id=f"{name}-{'one read' if once else 'two reads'}")
+        for number, (name, elements) in enumerate(CHUNKS.items())
+        for once, z_loss in (((False, 0.0), (True, 1e-2)), ((False, 1e-2), (True, 0.0)))[number % 2]
+    ],
+    indirect=["reads_once"],
+)
 def test_equals_the_textbook_with_gradients(monkeypatch, reads_once, elements, z_loss):
     monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", elements)
     (sums, got), (expected_sums, expected) = sums_and_gradients(loss.cross_entropy_sums, z_loss), by_textbook(z_loss)

@@ -17,7 +17,7 @@ plan.compile_here()
 ROOT = Path(__file__).parents[2]
 SMALL = Config(
     model=ModelConfig(
-        vocab_size=512, num_layers=3, embed_dim=128, num_heads=2, num_kv_heads=2, head_dim=64, mlp_dim=256
+        vocab_size=512, num_layers=2, embed_dim=128, num_heads=2, num_kv_heads=2, head_dim=64, mlp_dim=256
     )
 )
 

@@ -26,18 +26,19 @@ from sepjax.training.step import (
 )
 
 V, B, T = 61, 8, 32
+# The op has tests of its own; its definition compiles in half the time. The step on a mesh below has what users get.
 CONFIG = Config(
     model=ModelConfig(vocab_size=V, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32),
-    attention=AttentionConfig(num_sinks=2, window_size=6),
+    attention=AttentionConfig(num_sinks=2, window_size=6, implementation="reference"),
     data=DataConfig(tokenizer_vocab_size=V, sequence_length=T, batch_size=B),
-    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, clip_norm=0.2),
     training=TrainingConfig(steps=100),
 )
 
 
 GATED = dataclasses.replace(
     CONFIG,
-    attention=AttentionConfig("gated", num_sinks=2, window_size=6, gate_layer=1, gate_stretch=5, gate_keep=2),
+    attention=dataclasses.replace(CONFIG.attention, pattern="gated", gate_layer=1, gate_stretch=5, gate_keep=2),
 )
 
 
@@ -57,15 +58,21 @@ def make_batch(seed: int = 0, lengths: tuple[int, ...] = (12, 20)) -> Batch:
 
 
 @functools.cache
+def first_state(config: Config):
+    """What a run of it begins with; nothing changes it."""
+    return jax.jit(lambda: create_state(config))()
+
+
+@functools.cache
 def compiled(config: Config):
-    """First state and step of a config, traced once for all tests of it."""
+    """The step of a config, traced once for all tests of it."""
     graph = model_graph(config)
-    return jax.jit(lambda: create_state(config)), jax.jit(lambda state, batch: train_step(config, graph, state, batch))
+    return jax.jit(lambda state, batch: train_step(config, graph, state, batch))
 
 
 def run(config: Config, batches: list[Batch]):
-    first, step = compiled(config)
-    state, metrics = first(), {}
+    step = compiled(config)
+    state, metrics = first_state(dataclasses.replace(config, optimizer=CONFIG.optimizer)), {}
     for batch in batches:
         state, metrics = step(state, batch)
     return state, metrics
@@ -98,7 +105,7 @@ def test_micro_batches_add_up_to_the_whole_batch(config):
 
 def test_packing_is_invisible_to_documents():
     """The same documents scored in rows of two or in rows of one: the same summed loss."""
-    graph, params = model_graph(CONFIG), compiled(CONFIG)[0]().params
+    graph, params = model_graph(CONFIG), first_state(CONFIG).params
     packed, score = make_batch(lengths=(12, 20)), jax.jit(functools.partial(eval_step, CONFIG, graph))
     nll, count = score(params, packed)
 
@@ -132,6 +139,7 @@ def test_same_seed_same_bits():
 def test_meshes_give_the_same_step(config, sizes):
     batches = [make_batch(seed) for seed in range(3)]
     expected, expected_metrics = run(config, batches)
+    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, implementation=None))
     devices = jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor * sizes.context]
     mesh, graph = make_mesh(sizes, devices), model_graph(config)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
@@ -149,7 +157,7 @@ def test_meshes_give_the_same_step(config, sizes):
 
 def test_parts_of_rows_give_a_gated_model_the_same_loss():
     """What `context` adds to a gate, without gradients; with them above, with -m soak."""
-    graph, params, batch = model_graph(GATED), jax.jit(lambda: create_state(GATED).params)(), make_batch()
+    graph, params, batch = model_graph(GATED), first_state(GATED).params, make_batch()
     expected = jax.jit(functools.partial(eval_step, GATED, graph))(params, batch)
     mesh = make_mesh(MeshConfig(data=1, context=2), jax.devices()[:2])
     with jax.set_mesh(mesh):
@@ -179,12 +187,6 @@ def test_schedule_warms_up_and_ends_where_it_should():
     assert float(schedule(100)) == float(schedule(1000)) == pytest.approx(6e-5)
 
 
-def test_clipping_bounds_the_step_but_not_the_report():
-    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, clip_norm=1e-3))
-    _, metrics = run(config, [make_batch()])
-    assert float(metrics["optim/grad_norm"]) > 1e-2
-
-
 def test_statistics_are_counted_from_the_mask():
     config = dataclasses.replace(CONFIG, attention=dataclasses.replace(CONFIG.attention, layer_windows=(6, T)))
     batch = make_batch()
@@ -207,9 +209,13 @@ def test_statistics_are_counted_from_the_mask():
 def test_a_gate_learns_by_far_use_and_its_choice_is_counted():
     """Everything else held still, the straight-through gradient alone must lower the loss."""
     batch = make_batch(lengths=(32,))
-    config = dataclasses.replace(GATED, training=dataclasses.replace(CONFIG.training, gate_noise=0.0))
+    config = dataclasses.replace(
+        GATED,
+        training=dataclasses.replace(CONFIG.training, gate_noise=0.0),
+        optimizer=dataclasses.replace(CONFIG.optimizer, clip_norm=1.0),
+    )
     graph, params = model_graph(config), run(config, [batch] * 30)[0].params
-    gate = compiled(config)[0]().params["gate"]
+    gate = first_state(GATED).params["gate"]
 
     @jax.jit
     def value_and_gradient(gate):
@@ -242,9 +248,12 @@ def test_a_gate_learns_by_far_use_and_its_choice_is_counted():
 
 
 def test_golden_step():
-    """Two steps against a loop written out here: plain logits, optax's cross-entropy, clip, AdamW."""
+    """Two steps against a loop written out here: plain logits, optax's cross-entropy, clip, AdamW.
+
+    Clipping bounds the step, but not the norm that is reported.
+    """
     batch, graph = make_batch(), model_graph(CONFIG)
-    params = compiled(CONFIG)[0]().params
+    params = first_state(CONFIG).params
 
     def mean_loss(params):
         model = merge(graph, params)
@@ -254,17 +263,20 @@ def test_golden_step():
 
     mask = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
     adam = optax.adamw(lambda step: 5e-3 * step, b1=0.9, b2=0.95, weight_decay=0.1, mask=mask)  # warm-up: 0, 5e-3
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adam)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.2), adam)
     moments = optimizer.init(params)
 
     @jax.jit
     def update(params, moments):
-        updates, moments = optimizer.update(jax.grad(mean_loss)(params), moments, params)
-        return optax.apply_updates(params, updates), moments
+        gradient = jax.grad(mean_loss)(params)
+        updates, moments = optimizer.update(gradient, moments, params)
+        return optax.apply_updates(params, updates), moments, optax.tree.norm(gradient)
 
     for _ in range(2):
-        params, moments = update(params, moments)
-    state, _ = run(CONFIG, [batch] * 2)
+        params, moments, norm = update(params, moments)
+    state, metrics = run(CONFIG, [batch] * 2)
+    assert float(metrics["optim/grad_norm"]) == pytest.approx(float(norm), rel=1e-3)
+    assert float(norm) > CONFIG.optimizer.clip_norm, "it is clipped"
     assert_close(
         state.params, params, 0.02 * 5e-3
     )  # Adam turns rounding of near-zero gradients into a share of its step
