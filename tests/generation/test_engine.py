@@ -22,6 +22,7 @@ from sepjax.model.transformer import merge, split
 from tests.generation.tiny import ATTENTION, GATED, LONG, ROWS, SHAPE, tiny_engine, tiny_model, tiny_tokenizer
 
 CATS = ["The cat"] * ROWS
+MORE = "mat, and looked. Four, five."  # all of it, before and after, is no longer than 64 tokens: one program reads it
 NEW = {"max_new_tokens": 8, "stop_at_eos": False}
 OTHER = dataclasses.replace(ATTENTION, window_size=2, num_sinks=0)
 
@@ -154,7 +155,7 @@ def test_streams_over_either_cache_are_fed_saved_and_resumed(tokenizer, tmp_path
     first = take(events, 5)
     events.save(tmp_path / "saved")
     first += list(events)
-    events.feed(LONG)
+    events.feed(MORE)
     second = list(events)
     # The limit counts from where it goes on.
     resumed = engine.stream(seed=77, resume=tmp_path / "saved", **settings | {"max_new_tokens": 7})
@@ -164,7 +165,7 @@ def test_streams_over_either_cache_are_fed_saved_and_resumed(tokenizer, tmp_path
     assert len(list(resumed)) == 5
     resumed = engine.stream(seed=77, resume=tmp_path / "saved", **settings)
     take(resumed, 7)
-    resumed.feed(LONG)
+    resumed.feed(MORE)
     assert list(resumed) == second
     ids = [[i for event in turn for i in event.token_ids] for turn in (first, second)]
     assert len(ids[1]) == 12
@@ -174,7 +175,7 @@ def test_streams_over_either_cache_are_fed_saved_and_resumed(tokenizer, tmp_path
         assert second[-1].cache.held < second[-1].cache.seen
         return
     # What is drawn after all of it is what the whole text at once gives.
-    text = [*tokenizer.encode("The cat", bos=True), *ids[0], *tokenizer.encode(LONG)]
+    text = [*tokenizer.encode("The cat", bos=True), *ids[0], *tokenizer.encode(MORE)]
     settings |= {"sampling": None, "max_new_tokens": 3}
     greedy = engine.stream(text[:20], **settings)
     drawn = next(greedy).token_ids
