@@ -19,7 +19,7 @@ def server():
 
 def plan(server, **changes):
     return load.Plan(
-        **{"url": server.url, "seconds": 2.0, "rate": 0.0, "users": 5, "prompt_median": 8.0, "answer_median": 6.0,
+        **{"url": server.url, "seconds": 3.0, "rate": 0.0, "users": 5, "prompt_median": 8.0, "answer_median": 6.0,
            "turns": 3.0, "pause": 0.05, "prompt_sigma": 0.3} | changes
     )  # fmt: skip
 
