@@ -1,13 +1,11 @@
 """generate and stream against the forward pass without a cache; batches, seeds, stops, growth."""
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
 from pathlib import Path
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,47 +13,34 @@ import pytest
 
 import sepjax
 from sepjax import generate, stream
-from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig
+from sepjax.config import AttentionConfig, Config, ConfigError
 from sepjax.data.errors import DataError
 from sepjax.data.special_tokens import SpecialTokens
-from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
+from sepjax.data.tokenizer import Tokenizer
 from sepjax.data.tokenizer_models import SentencePieceModel
-from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.prompts import PromptError, encode_prompts
 from sepjax.generation.row import Row, check_stop
 from sepjax.hub.gguf_file import GGUFError
 from sepjax.loading import LoadError
+from sepjax.measure import counted_compilations
 from sepjax.model.attend import forward
-from sepjax.model.transformer import Transformer, create, merge, split
-from sepjax.run.checkpoint import Checkpointer
+from sepjax.model.transformer import Transformer, merge, split
+from sepjax.run.checkpoint import save_params
 from sepjax.separators import configured_table, flag_separators
-from sepjax.training.step import create_state
+from tests.generation.tiny import ATTENTION, GATED, SHAPE, TEXTS, tiny_model, tiny_tokenizer
 
-TEXTS = ["The cat sat on the mat, and looked.", "Où est-il? It ran away!", "One; two: three. Four, five."] * 3
 PROMPTS = ["The cat", "", "Où est-il? It ran away! One; two", "mat, and. looked"]
-SHAPE = ModelConfig(
-    vocab_size=320, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, max_positions=128
-)
-SEPARATOR = AttentionConfig(window_size=6, num_sinks=2)
 EVERYTHING_KEPT = AttentionConfig(pattern="fixed_interval", interval=1, window_size=6)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_sentencepiece(TEXTS, 300)
-
-
-def make_model(shape: ModelConfig, attention: AttentionConfig = SEPARATOR) -> Transformer:
-    """A random model whose attention matters, unlike at the initial scale, and that seldom spells in bytes."""
-    graph, params = split(create(shape, attention, jax.random.key(3)))
-    params = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
-    params["embedding"]["embedding"] = params["embedding"]["embedding"].at[3:259].multiply(0.3)
-    return merge(graph, params)
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return make_model(SHAPE)
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +67,9 @@ def check_greedy(model, tokenizer, prompt, answer, attention):
     assert answer.token_ids == tuple(best[len(start) - 1 :][: len(answer.token_ids)].tolist())
 
 
-@contextlib.contextmanager
-def counted_compilations():
-    """A list that gets an entry for every program that XLA compiles."""
-    compiled = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_a_ragged_batch_is_what_whole_forward_passes_give(model, tokenizer, answers):
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        check_greedy(model, tokenizer, prompt, answer, SEPARATOR)
+        check_greedy(model, tokenizer, prompt, answer, ATTENTION)
         assert len(answer.token_ids) == 40
         assert answer.text == tokenizer.decode(answer.token_ids, continues=bool(prompt))
         assert answer.finish_reason == "length"
@@ -109,18 +78,12 @@ def test_a_ragged_batch_is_what_whole_forward_passes_give(model, tokenizer, answ
 
 
 def test_a_gated_model_generates_what_whole_forward_passes_give(tokenizer):
-    """Also where the cache must grow: half of all tokens stay."""
-    attention = dataclasses.replace(SEPARATOR, pattern="gated", gate_layer=1, gate_stretch=6, gate_keep=3)
-    model = make_model(SHAPE, attention)
-    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=100, stop_at_eos=False)
+    """That a gate's cache may grow is in generation/cache/test_growing.py, streams without end in test_engine.py."""
+    model = tiny_model(SHAPE, GATED)
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=60, stop_at_eos=False)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        if len(tokenizer.encode(prompt, bos=True)) + 100 <= 128:
-            check_greedy(model, tokenizer, prompt, answer, attention)
-    assert any(answer.cache.held < answer.cache.seen for answer in answers)
-    attention = dataclasses.replace(attention, max_separators=16)
-    events = stream(model, tokenizer, PROMPTS[0], attention=attention, stop_at_eos=False)
-    events, bound = list(itertools.islice(events, 100)), StreamSizes.create(SHAPE, attention).cache_size
-    assert max(event.cache.held for event in events) == bound < events[-1].cache.seen  # without an end, and bounded
+        check_greedy(model, tokenizer, prompt, answer, GATED)
+        assert answer.cache.held < answer.cache.seen
 
 
 def test_each_row_is_what_it_would_be_alone_and_what_stream_gives(model, tokenizer, answers):
@@ -166,7 +129,7 @@ def cache_bytes(slots: int) -> int:
 
 
 def test_the_cache_holds_what_the_method_says(model, tokenizer, answers):
-    table = configured_table(tokenizer, SEPARATOR)
+    table = configured_table(tokenizer, ATTENTION)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         ids = [*tokenizer.encode(prompt, bos=True), *answer.token_ids[:-1]]
         kept = sum(i >= len(ids) - 6 or i < 2 or bool(table[token]) for i, token in enumerate(ids))
@@ -176,7 +139,7 @@ def test_the_cache_holds_what_the_method_says(model, tokenizer, answers):
 
 
 def test_an_endless_stream_of_sinks_and_window_never_grows(model, tokenizer):
-    attention = dataclasses.replace(SEPARATOR, pattern="sink_window")
+    attention = dataclasses.replace(ATTENTION, pattern="sink_window")
     events = stream(model, tokenizer, "The", stop_at_eos=False, attention=attention, bounded=False)
     last = next(itertools.islice(events, 299, None))
     assert (last.cache.held, last.finish_reason) == (2 + 6, None)
@@ -219,7 +182,6 @@ def test_the_end_token_ends_a_row(model, tokenizer, answers):
         size = whole.token_ids.index(drawn[at]) + 1 if drawn[at] in whole.token_ids else 40
         assert answer.token_ids == whole.token_ids[:size]
         assert answer.finish_reason == ("eos" if drawn[at] in whole.token_ids else "length")
-    assert len(generate(model, ends_early, PROMPTS[:1], max_new_tokens=40)[0].token_ids) == at + 1
     events = list(stream(model, ends_early, PROMPTS[0], max_new_tokens=40))
     assert (len(events), events[-1].finish_reason) == (at + 1, "eos")
 
@@ -233,11 +195,11 @@ def test_every_end_token_of_the_model_and_the_users_ends_a_row(model, tokenizer,
     with_ends = Tokenizer(SentencePieceModel(proto, special))
     assert set(with_ends.end_ids) == {tokenizer.eos_id, drawn[at], drawn[later]}
     settings = {"max_new_tokens": 40, "stop_at_eos": True}
-    (ended,) = generate(model, with_ends, PROMPTS[:1], **settings)
+    ended = generate(model, with_ends, PROMPTS, **settings)[0]
     assert (ended.token_ids, ended.finish_reason) == (drawn[: at + 1], "eos")
     with counted_compilations() as compiled:
-        (stopped,) = generate(model, tokenizer, PROMPTS[:1], stop_token_ids=[drawn[at]], **settings)
-        (longer,) = generate(model, with_ends, PROMPTS[:1], stop_at_eos=False, max_new_tokens=40)
+        stopped = generate(model, tokenizer, PROMPTS, stop_token_ids=[drawn[at]], **settings)[0]
+        longer = generate(model, with_ends, PROMPTS, stop_at_eos=False, max_new_tokens=40)[0]
     assert compiled == []
     assert (stopped.token_ids, stopped.finish_reason) == (drawn[: at + 1], "stop")
     assert stopped.text == tokenizer.decode(drawn[:at], continues=True)
@@ -254,7 +216,7 @@ def test_sampling_defaults_are_the_models_where_they_are_asked_for(model, tokeni
 
     def answer(sampling, **settings):
         theirs = Tokenizer(SentencePieceModel(proto, SpecialTokens(sampling=sampling)))
-        return generate(model, theirs, PROMPTS[0], max_new_tokens=20, seed=3, **settings)[0].token_ids
+        return generate(model, theirs, PROMPTS, max_new_tokens=20, seed=3, **settings)[0].token_ids
 
     hot = {"do_sample": True, "temperature": 3.0, "top_p": 0.9}
     asked = answer(hot, sampling_defaults=True)
@@ -290,8 +252,8 @@ def test_text_comes_in_whole_characters(model, tokenizer):
 
 def test_no_token_beyond_the_tokenizer_is_drawn(model, tokenizer):
     assert tokenizer.vocab_size < model.config.vocab_size
-    answer = generate(model, tokenizer, "a", max_new_tokens=100, temperature=50.0, stop_at_eos=False)[0]
-    assert max(answer.token_ids) < tokenizer.vocab_size
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=64, temperature=50.0, stop_at_eos=False)
+    assert max(max(answer.token_ids) for answer in answers) < tokenizer.vocab_size
 
 
 def test_other_lengths_and_settings_compile_nothing(model, tokenizer, answers):
@@ -302,16 +264,15 @@ def test_other_lengths_and_settings_compile_nothing(model, tokenizer, answers):
         generate(model, tokenizer, PROMPTS, max_new_tokens=30, stop=["y", "zz"], stop_at_eos=False)
     assert compiled == []
     with counted_compilations() as compiled:
-        generate(model, tokenizer, PROMPTS[:3], max_new_tokens=3)
+        jax.jit(lambda x: x + len(PROMPTS))(jnp.ones(3))
     assert compiled  # the counter counts
 
 
 def test_the_pattern_can_be_another_than_in_training(model, tokenizer, answers):
     dense = AttentionConfig(pattern="dense")
-    dense_model = make_model(SHAPE, dense)  # the same parameters
-    expected = generate(dense_model, tokenizer, PROMPTS, max_new_tokens=40, stop_at_eos=False)
     got = generate(model, tokenizer, PROMPTS, max_new_tokens=40, stop_at_eos=False, attention=dense)
-    assert got == expected
+    for prompt, answer in zip(PROMPTS, got, strict=True):
+        check_greedy(model, tokenizer, prompt, answer, dense)
     assert [a.token_ids for a in got] != [a.token_ids for a in answers]
 
 
@@ -341,14 +302,15 @@ def test_a_dense_stream_without_end_is_refused_at_once(model, tokenizer):
 
 
 def test_learned_positions_have_an_end(tokenizer):
-    learned = make_model(dataclasses.replace(SHAPE, position_embedding="learned", max_positions=20))
+    """That decoding is right up to the last one is in tests/generation/cache/test_growing_pass.py."""
+    learned = tiny_model(dataclasses.replace(SHAPE, position_embedding="learned", max_positions=20))
     prompt = tokenizer.encode("The cat", bos=True)
     most = 20 - len(prompt) + 1
-    assert len(generate(learned, tokenizer, [prompt], max_new_tokens=most, stop_at_eos=False)[0].token_ids) == most
+    assert stream(learned, tokenizer, prompt, max_new_tokens=most).finish_reason is None
     with pytest.raises(ConfigError, match=f"20 learned positions .* max_new_tokens to {most} or less"):
         generate(learned, tokenizer, [prompt], max_new_tokens=most + 1)
     with pytest.raises(ConfigError, match="without end would pass the 20 learned positions"):
-        stream(learned, tokenizer, [prompt][0])
+        stream(learned, tokenizer, prompt)
 
 
 def test_prompts_that_are_none_are_refused(model, tokenizer):
@@ -374,29 +336,25 @@ def test_prompts_that_are_none_are_refused(model, tokenizer):
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tokenizer):
-    small = make_model(dataclasses.replace(SHAPE, vocab_size=tokenizer.vocab_size - 1))
+    small = tiny_model(dataclasses.replace(SHAPE, vocab_size=tokenizer.vocab_size - 1))
     with pytest.raises(ConfigError, match=f"{tokenizer.vocab_size} tokens but the model only"):
         generate(small, tokenizer, "a", max_new_tokens=1)
 
 
 @pytest.fixture(scope="module")
-def workdir(tokenizer, tmp_path_factory) -> Path:
-    """What train.py leaves after no steps at all."""
+def workdir(model, tokenizer, tmp_path_factory) -> Path:
+    """A run before its first step."""
     folder = tmp_path_factory.mktemp("run")
-    config = Config(model=SHAPE, attention=SEPARATOR, data=DataConfig(sequence_length=32))
-    with Checkpointer(folder, 1) as checkpoints:
-        checkpoints.save(create_state(config), iter(grain.MapDataset.range(1).to_iter_dataset()), config)
+    save_params(folder, Config(model=SHAPE, attention=ATTENTION), split(model)[1])
     tokenizer.save(folder / "tokenizer")
     return folder
 
 
-def test_a_run_is_loaded_and_the_names_of_the_package_work(workdir, tokenizer):
-    model, loaded = sepjax.load(workdir)
-    assert (model.config, model.attention) == (SHAPE, SEPARATOR)
-    assert loaded.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
-    (answer,) = sepjax.generate(model, loaded, "The cat", max_new_tokens=5, stop_at_eos=False)
-    events = sepjax.stream(model, loaded, "The cat", max_new_tokens=5, stop_at_eos=False)
-    assert "".join(event.text for event in events) == answer.text
+def test_a_run_is_loaded(workdir, model, tokenizer):
+    loaded, its_tokenizer = sepjax.load(workdir)
+    assert (loaded.config, loaded.attention) == (SHAPE, ATTENTION)
+    assert its_tokenizer.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+    jax.tree.map(np.testing.assert_array_equal, split(loaded)[1], split(model)[1])
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = sepjax.lode
 

@@ -11,6 +11,12 @@ from sepjax.config import ConfigError
 from tests.serve.tiny import running, settled, tiny_served
 
 
+@pytest.fixture(scope="module")
+def server():
+    with running(tiny_served(), max_waiting=40) as made:
+        yield made
+
+
 def plan(server, **changes):
     return load.Plan(
         **{"url": server.url, "seconds": 3.0, "rate": 0.0, "users": 5, "prompt_median": 8.0, "answer_median": 6.0,
@@ -18,26 +24,26 @@ def plan(server, **changes):
     )  # fmt: skip
 
 
-def test_a_load_is_answered_and_measured():
-    with running(tiny_served(), max_waiting=40) as server:
-        run = load.Load(plan(server))
-        found = asyncio.run(run.run())
-        assert found["errors"] == 0
-        assert found["requests"] > 3
-        assert settled(server)
-        counts = dict(line.rsplit(" ", 1) for line in server.metrics.text().decode().splitlines())
-        made = float(counts["sepjax:generation_tokens_total"])
-        assert sum(turn.tokens for turn in run.turns) == made
-        assert all(0 < turn.first - turn.sent <= turn.last - turn.sent for turn in run.turns)
-        assert 0 < found["first_token_p50"] <= found["first_token_p99"]
-        assert found["cache_bytes"] == server.worker.slots.cache_bytes
-        assert found["cached_share"] > 0.2, "turns go on from their cache"
-        rate = load.run(plan(server, rate=20.0, users=0, seconds=1.5))
-        assert rate["errors"] == 0
-        assert 10 <= rate["conversations"] <= 60, "20 a second by Poisson's law: 30, give or take 5"
-        crowd = load.Load(plan(server, users=80, seconds=0.5))
-        asyncio.run(crowd.run())
-        assert any((turn.error or "").startswith("LoadError: 429") for turn in crowd.turns), "44 may run or wait"
+def test_a_load_is_answered_and_measured(server):
+    run = load.Load(plan(server))
+    found = asyncio.run(run.run())
+    assert found["errors"] == 0
+    assert found["requests"] > 3
+    assert settled(server)
+    counts = dict(line.rsplit(" ", 1) for line in server.metrics.text().decode().splitlines())
+    made = float(counts["sepjax:generation_tokens_total"])
+    assert sum(turn.tokens for turn in run.turns) == made
+    assert all(0 < turn.first - turn.sent <= turn.last - turn.sent for turn in run.turns)
+    assert 0 < found["first_token_p50"] <= found["first_token_p99"]
+    assert found["cache_bytes"] == server.worker.slots.cache_bytes
+    assert found["cached_share"] > 0.2, "turns go on from their cache"
+    rate = load.run(plan(server, rate=20.0, users=0, seconds=1.0))
+    assert rate["errors"] == 0
+    assert 5 <= rate["conversations"] <= 45, "20 a second by Poisson's law: 20, give or take 4"
+    crowd = load.Load(plan(server, users=80, seconds=0.5))
+    asyncio.run(crowd.run())
+    assert any((turn.error or "").startswith("LoadError: 429") for turn in crowd.turns), "44 may run or wait"
+    assert settled(server)
 
 
 def test_a_server_without_metrics_is_told_of(monkeypatch):
@@ -88,14 +94,13 @@ def test_loads_are_read_and_ordered():
             serve.Settings(**{"url": "http://127.0.0.1:1"} | wrong)
 
 
-def test_the_program_prints_a_line_a_load_and_json(capfd, monkeypatch):
+def test_the_program_prints_a_line_a_load_and_json(server, capfd, monkeypatch):
     """In this process, the load too: another one would only take longer to begin."""
     monkeypatch.setattr(serve, "_in_a_process", load.run)
-    with running(tiny_served()) as server:
-        serve.main(serve.Settings(
-            url=server.url, slots=4, loads=("50%",), seconds=2.0, prompt_median=6.0, answer_median=4.0, turns=2.0,
-            pause=0.1,
-        ))  # fmt: skip
+    serve.main(serve.Settings(
+        url=server.url, slots=4, loads=("50%",), seconds=2.0, prompt_median=6.0, answer_median=4.0, turns=2.0,
+        pause=0.1,
+    ))  # fmt: skip
     lines = capfd.readouterr().out.splitlines()
     said = json.loads(lines[-1])
     assert [figure["load"] for figure in said["figures"]] == ["full", "50%"]

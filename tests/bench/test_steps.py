@@ -12,7 +12,7 @@ from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.measure import counted_compilations
 
 MODEL = ModelConfig(
-    vocab_size=300, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48,
+    vocab_size=300, num_layers=1, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48,
     tie_embeddings=False, dtype="bfloat16",
 )  # fmt: skip
 CONFIG = Config(model=MODEL, data=DataConfig(tokenizer_vocab_size=300))
@@ -20,10 +20,10 @@ CONFIG = Config(model=MODEL, data=DataConfig(tokenizer_vocab_size=300))
 
 def test_every_cache_and_batch_size_gets_a_figure():
     attention = dataclasses.replace(CONFIG.attention, watch_after=4)  # below the window of 6
-    caches = caches_of(attention, 2, "2/3/6/20", 50, ("separator", "watched"))
+    caches = caches_of(attention, 1, "2/3/6/20", 50, ("separator", "watched"))
     figures = list(measure(CONFIG, caches, ["2"], seconds=0.01))
     assert [(x.name, x.rows) for x in figures] == [("separator 2/3/6/20", 2), ("watched 2/3/6/20", 2), ("dense 50", 2)]
-    read = 2 * (300 * 32 + 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)) + 4 * 5 * 32  # bfloat16; norms float32
+    read = 2 * (300 * 32 + 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48) + 4 * 3 * 32  # bfloat16; norms float32
     for x in figures:
         assert x.weight_bytes == read
         assert x.tokens_per_second == pytest.approx(x.rows / x.milliseconds * 1e3)
@@ -33,7 +33,7 @@ def test_every_cache_and_batch_size_gets_a_figure():
 
 
 def test_full_caches_are_full_and_rows_are_not_in_step():
-    attention = caches_of(CONFIG.attention, 2, "2/3/6/20", 0)["separator 2/3/6/20"]
+    attention = caches_of(CONFIG.attention, 1, "2/3/6/20", 0)["separator 2/3/6/20"]
     cache = full_cache(CONFIG, StreamSizes.create(MODEL, attention), 8)
     held = np.asarray(cache.held())
     assert held.min() >= 2 + 3 + 6
@@ -44,7 +44,7 @@ def test_full_caches_are_full_and_rows_are_not_in_step():
 
 
 def test_a_dense_cache_sees_everything_at_its_own_place():
-    attention = caches_of(CONFIG.attention, 2, "2/3/6/20", 50)["dense 50"]
+    attention = caches_of(CONFIG.attention, 1, "2/3/6/20", 50)["dense 50"]
     sizes = StreamSizes.create(MODEL, attention)
     assert (sizes.num_sinks, sizes.max_separators, sizes.window_size, sizes.absolute) == (0, 0, 50, True)
     assert sizes.cache_size == 50 + 64
@@ -59,10 +59,10 @@ def test_random_parameters_have_the_shapes_and_scales_they_should():
 
 def test_settings_that_cannot_work_are_named():
     with pytest.raises(ConfigError, match="sinks/separators/window/cache"):
-        caches_of(CONFIG.attention, 2, "4/64", 0)
+        caches_of(CONFIG.attention, 1, "4/64", 0)
     with pytest.raises(ConfigError, match="cache_size"):
-        caches_of(CONFIG.attention, 2, "4/64/256/300", 0)
-    caches = caches_of(dataclasses.replace(CONFIG.attention), 2, "2/3/6/20", 0)
+        caches_of(CONFIG.attention, 1, "4/64/256/300", 0)
+    caches = caches_of(dataclasses.replace(CONFIG.attention), 1, "2/3/6/20", 0)
     if jax.default_backend() == "cpu":
         with pytest.raises(ConfigError, match="give numbers instead"):
             next(measure(CONFIG, caches, ["auto"], seconds=0.01))

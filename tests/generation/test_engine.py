@@ -13,12 +13,16 @@ import pytest
 
 import sepjax
 from sepjax import Generator, Sampling
-from sepjax.config import AttentionConfig, ConfigError
+from sepjax.config import ConfigError
 from sepjax.generation import prepared
+from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.engine import engine_of
 from sepjax.generation.saved import StreamStateError
 from sepjax.model.transformer import merge, split
-from tests.generation.tiny import ATTENTION, LONG, SHAPE, tiny_model, tiny_tokenizer
+from tests.generation.tiny import ATTENTION, GATED, LONG, ROWS, SHAPE, tiny_engine, tiny_model, tiny_tokenizer
 
+CATS = ["The cat"] * ROWS
+MORE = "mat, and looked. Four, five."  # all of it, before and after, is no longer than 64 tokens: one program reads it
 NEW = {"max_new_tokens": 8, "stop_at_eos": False}
 OTHER = dataclasses.replace(ATTENTION, window_size=2, num_sinks=0)
 
@@ -48,28 +52,26 @@ def weight_bytes():
 
 def test_weights_are_laid_out_once_a_model_whoever_asks(tokenizer, layouts):
     model = tiny_model()
-    first = sepjax.generate(model, tokenizer, "The cat", **NEW)
+    first = sepjax.generate(model, tokenizer, CATS, **NEW)
     held = weight_bytes()
-    assert sepjax.generate(model, tokenizer, "The cat", **NEW) == first
+    assert sepjax.generate(model, tokenizer, CATS, **NEW) == first
     assert weight_bytes() == held
     events = list(sepjax.stream(model, tokenizer, "The cat", **NEW))
     assert tuple(i for event in events for i in event.token_ids) == first[0].token_ids
-    sepjax.generate(model, tokenizer, LONG, attention=OTHER, **NEW)
-    Generator(model, tokenizer).generate("The cat", **NEW)
+    assert engine_of(model, tokenizer, OTHER) is not engine_of(model, tokenizer)
+    assert Generator(model, tokenizer).generate(CATS, **NEW) == first
     assert layouts == [1]
 
 
-def test_a_model_with_other_parameters_or_attention_is_another(tokenizer, layouts):
+def test_a_model_with_other_parameters_is_another(tokenizer, layouts):
+    """That another attention is, too, is in tests/test_generate.py."""
     model = tiny_model()
-    before = sepjax.generate(model, tokenizer, "The cat", **NEW)
-    assert sepjax.generate(model, tokenizer, LONG, attention=OTHER, **NEW) != sepjax.generate(
-        model, tokenizer, LONG, **NEW
-    )
+    before = sepjax.generate(model, tokenizer, CATS, **NEW)
     model.embedding.embedding.set_value(model.embedding.embedding[...][::-1])
-    after = sepjax.generate(model, tokenizer, "The cat", **NEW)
+    after = sepjax.generate(model, tokenizer, CATS, **NEW)
     assert after != before
     graph, params = split(model)
-    assert sepjax.generate(merge(graph, params), tokenizer, "The cat", **NEW) == after
+    assert sepjax.generate(merge(graph, params), tokenizer, CATS, **NEW) == after
     assert layouts == [1, 1, 1]
 
 
@@ -79,11 +81,11 @@ def test_one_copy_of_the_weights_remains_when_the_model_goes(tokenizer):
     weights = weight_bytes() - before
     engine = Generator(model, tokenizer)
     gone = weakref.ref(model)
-    expected = engine.generate("The cat", **NEW)
+    expected = engine.generate(CATS, **NEW)
     del model
     assert weight_bytes() - before < 1.1 * weights  # and the table of separators, and end tokens
     assert gone() is None
-    assert engine.generate("The cat", **NEW) == expected
+    assert engine.generate(CATS, **NEW) == expected
     del engine
     assert weight_bytes() - before < 0.1 * weights
 
@@ -134,15 +136,13 @@ PENALISED = Sampling.create(1.1, presence_penalty=0.5, frequency_penalty=0.5, re
 KINDS = {
     "growing": (ATTENTION, False),
     "growing, windows that widen": (dataclasses.replace(ATTENTION, window_size=100, cache_size=0), False),
-    "growing, gated": (
-        AttentionConfig("gated", num_sinks=2, window_size=6, gate_layer=1, gate_stretch=6, gate_keep=2),
-        False,
-    ),
-    "bounded": (ATTENTION, True),
+    "growing, gated": (GATED, False),
+    "bounded": (ATTENTION, True),  # test_stream.py has it saved and fed
+    "bounded, gated": (GATED, True),
 }
 
 
-RARE = ("growing", "growing, windows that widen")  # as the gated one, which makes the same programs; with -m soak
+RARE = ("growing", "growing, windows that widen", "bounded")  # as gated ones, which save scores, too; with -m soak
 
 
 @pytest.mark.parametrize("kind", [x if x not in RARE else pytest.param(x, marks=pytest.mark.soak) for x in KINDS])
@@ -155,7 +155,7 @@ def test_streams_over_either_cache_are_fed_saved_and_resumed(tokenizer, tmp_path
     first = take(events, 5)
     events.save(tmp_path / "saved")
     first += list(events)
-    events.feed(LONG)
+    events.feed(MORE)
     second = list(events)
     # The limit counts from where it goes on.
     resumed = engine.stream(seed=77, resume=tmp_path / "saved", **settings | {"max_new_tokens": 7})
@@ -165,46 +165,51 @@ def test_streams_over_either_cache_are_fed_saved_and_resumed(tokenizer, tmp_path
     assert len(list(resumed)) == 5
     resumed = engine.stream(seed=77, resume=tmp_path / "saved", **settings)
     take(resumed, 7)
-    resumed.feed(LONG)
+    resumed.feed(MORE)
     assert list(resumed) == second
     ids = [[i for event in turn for i in event.token_ids] for turn in (first, second)]
     assert len(ids[1]) == 12
     assert second[-1].cache.seen == resumed.cache.seen
     if bounded:
+        assert max(event.cache.held for event in second) <= StreamSizes.create(SHAPE, attention).cache_size
+        assert second[-1].cache.held < second[-1].cache.seen
         return
     # What is drawn after all of it is what the whole text at once gives.
-    text = [*tokenizer.encode("The cat", bos=True), *ids[0], *tokenizer.encode(LONG)]
+    text = [*tokenizer.encode("The cat", bos=True), *ids[0], *tokenizer.encode(MORE)]
     settings |= {"sampling": None, "max_new_tokens": 3}
     greedy = engine.stream(text[:20], **settings)
     drawn = next(greedy).token_ids
     greedy.feed(text[20:])  # after a token that was drawn
     turn = list(greedy)
-    (whole,) = engine.generate([[*text[:20], *drawn, *text[20:]]], max_new_tokens=3, stop_at_eos=False)
-    assert tuple(i for event in turn for i in event.token_ids) == whole.token_ids
-    assert (turn[-1].cache.held, turn[-1].cache.seen) == (whole.cache.held, whole.cache.seen)
+    whole = list(engine.stream([*text[:20], *drawn, *text[20:]], **settings))
+    assert [event.token_ids for event in turn] == [event.token_ids for event in whole]
+    assert (turn[-1].cache.held, turn[-1].cache.seen) == (whole[-1].cache.held, whole[-1].cache.seen)
 
 
-def test_a_saved_stream_is_resumed_over_its_own_kind_of_cache(tokenizer, tmp_path):
-    engine = Generator(tiny_model(), tokenizer)
+def test_a_saved_stream_is_resumed_over_its_own_kind_of_cache(tmp_path):
+    engine = tiny_engine()
     events = engine.stream("The cat", **NEW)
     next(events)
     events.save(tmp_path / "saved")
     with pytest.raises(StreamStateError, match=r"sizes\.\w+='?\w+'?, expected"):
         engine.stream(bounded=True, resume=tmp_path / "saved")
-    other = Generator(tiny_model(), tokenizer, dataclasses.replace(ATTENTION, window_size=7))
+    other = tiny_engine(window_size=7)
     with pytest.raises(StreamStateError, match=r"sizes\.window_size=6, expected 7"):
         other.stream(bounded=False, resume=tmp_path / "saved", **NEW)
 
 
-def test_bounded_batches_read_prompts_of_any_length_in_constant_memory(tokenizer):
-    engine = Generator(tiny_model(), tokenizer)
-    prompts = [LONG * 9, "The cat"]
-    answers = engine.generate(prompts, bounded=True, max_new_tokens=30, stop_at_eos=False)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        events = list(engine.stream(prompt, bounded=True, max_new_tokens=30, stop_at_eos=False))
+def test_bounded_batches_read_prompts_of_any_length_in_constant_memory():
+    """Each row with sampling of its own."""
+    engine, settings = tiny_engine(), {"bounded": True, "max_new_tokens": 30, "stop_at_eos": False}
+    prompts, sampling = [LONG * 9, *CATS[1:]], [Sampling.create()] * 2 + [Sampling.create(2.0)] * 2
+    seeds = [0, 0, 4, 5]
+    answers = engine.generate(prompts, sampling=sampling, seed=seeds, **settings)
+    for prompt, how, seed, answer in zip(prompts, sampling, seeds, answers, strict=True):
+        events = list(engine.stream(prompt, sampling=how, seed=seed, **settings))
         assert tuple(i for event in events for i in event.token_ids) == answer.token_ids
         assert answer.cache.held <= ATTENTION.cache_size + 1
         assert answer.cache.bytes == answers[0].cache.bytes
+    assert len({answer.token_ids for answer in answers}) == ROWS
 
 
 @pytest.mark.soak  # the command in tests/programs/test_generate.py needs no asking either
@@ -214,17 +219,20 @@ def test_watched_batches_are_bounded(tokenizer):
     assert answer.cache.held < answer.cache.seen
 
 
-def test_rows_have_sampling_of_their_own_and_log_probabilities_where_asked_for(tokenizer):
-    engine = Generator(tiny_model(), tokenizer)
-    hot, cold = Sampling.create(2.0), Sampling.create()
-    both = engine.generate(["The cat"] * 2, sampling=[hot, cold], seed=[4, 4], logprobs=True, **NEW)
-    for answer, sampling in zip(both, (hot, cold), strict=True):
-        (alone,) = engine.generate("The cat", sampling=sampling, seed=[4], logprobs=True, **NEW)
-        assert answer.token_ids == alone.token_ids
-        np.testing.assert_allclose(answer.logprobs, alone.logprobs, atol=1e-4)
-    assert both[0].token_ids != both[1].token_ids
-    assert engine.generate("The cat", **NEW)[0].logprobs is None
-    assert all(x < 0 for x in both[0].logprobs)
+def test_log_probabilities_are_there_where_they_are_asked_for(tokenizer):
+    """And rows have sampling of their own: each says what a stream of its own says."""
+    engine, hot, cold = tiny_engine(), Sampling.create(2.0), Sampling.create()
+    each = [hot, cold, hot, cold]
+    both = engine.generate(CATS, sampling=each, seed=[4, 4, 5, 5], logprobs=True, bounded=True, **NEW)
+    for answer, sampling, seed in zip(both, each, (4, 4, 5, 5), strict=True):
+        alone = list(engine.stream("The cat", sampling=sampling, seed=seed, logprobs=True, bounded=True, **NEW))
+        assert answer.token_ids == tuple(i for event in alone for i in event.token_ids)
+        np.testing.assert_allclose(answer.logprobs, [event.logprob for event in alone], atol=1e-4)
+    assert len({answer.token_ids for answer in both}) == 3
+    all_hot = engine.generate(CATS, sampling=hot, seed=[4, 5, 4, 5], logprobs=True, **NEW)
+    assert all(x < 0 for answer in all_hot for x in answer.logprobs)
+    assert [answer.token_ids for answer in all_hot[:2]] == [answer.token_ids for answer in all_hot[2:]]
+    assert engine.generate(CATS, **NEW)[0].logprobs is None
     # The best token's is the most probable of all: no less than 1 / V each, whatever the temperature was.
     assert all(x >= -np.log(tokenizer.vocab_size) for x in both[1].logprobs)
     with pytest.raises(ConfigError, match="got 2 for 1 prompts"):

@@ -12,26 +12,34 @@ import numpy as np
 import pytest
 
 from sepjax import Generator, Sampling, SlotRequest
-from sepjax.config import AttentionConfig, ConfigError
+from sepjax.config import ConfigError
 from sepjax.generation.prompts import PromptError
 from sepjax.generation.saved import StreamStateError
 from sepjax.generation.slots import SlotError, Slots
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import merge, split
 from tests.generation.cache.common import ListStream
-from tests.generation.tiny import ATTENTION, LONG, tiny_model, tiny_tokenizer
-
-ROWS = 8
+from tests.generation.tiny import ATTENTION, LONG, ROWS, tiny_engine, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return Generator(tiny_model(), tiny_tokenizer())
+    return tiny_engine()
 
 
 @pytest.fixture(scope="module")
-def slots(engine):
+def all_slots(engine):
     return engine.slots(ROWS)
+
+
+@pytest.fixture
+def slots(all_slots):
+    """Made once, empty at each test's begin."""
+    yield all_slots
+    for number in list(all_slots._known):
+        all_slots.cancel(number)
+    while not all_slots.is_idle:
+        all_slots.step()
 
 
 def run(slots: Slots, requests, *, every=1, cancel=None) -> list[list]:
@@ -73,11 +81,11 @@ def random_request(rng: np.random.Generator) -> SlotRequest:
     )
 
 
-def test_each_of_200_requests_gets_what_it_would_get_alone(slots):
+def test_each_of_80_requests_gets_what_it_would_get_alone(slots):
     """Whoever its neighbours are, whenever they come and go: the same tokens, texts, log-probabilities, cache."""
     rng = np.random.default_rng(0)
-    requests = [random_request(rng) for _ in range(200)]
-    cancel = {i: int(rng.integers(1, 12)) for i in rng.choice(200, 40, replace=False).tolist()}
+    requests = [random_request(rng) for _ in range(80)]
+    cancel = {i: int(rng.integers(1, 12)) for i in rng.choice(80, 16, replace=False).tolist()}
     before = slots.cache_bytes
     with counted_compilations() as compiled:
         together = run(slots, requests, cancel=cancel)
@@ -124,10 +132,9 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
     assert [top[0][0] for top in batch[0].top_logprobs] == list(batch[0].token_ids), "the best token is drawn"
     assert set(batch[2].token_ids) == {77}
     assert max(batch[2].logprobs) < -1, "by the model's own scores, without the bias"
-    plain = engine.generate(
-        prompts[1], bounded=True, max_new_tokens=40, seed=6, sampling=Sampling.create(1.3, top_k=50)
-    )
-    repeats = [40 - len(set(tokens)) for tokens in (batch[1].token_ids, plain[0].token_ids)]
+    plain = engine.stream(prompts[1], bounded=True, max_new_tokens=40, seed=6, sampling=Sampling.create(1.3, top_k=50))
+    drawn = [i for event in plain for i in event.token_ids]
+    repeats = [40 - len(set(tokens)) for tokens in (batch[1].token_ids, drawn)]
     assert repeats[0] < repeats[1]
 
 
@@ -161,17 +168,16 @@ def test_a_continued_conversation_has_the_penalties_of_its_whole_text_and_tells_
     assert [event.token_ids for event in other] != [event.token_ids for event in whole]
 
 
-def test_nobody_waits_longer_than_for_one_run_and_free_rows_are_taken_at_once(engine):
-    slots = engine.slots(3)
-    first, second = (slots.submit(SlotRequest("The cat", stop_at_eos=False)) for _ in range(2))
-    while len(slots.step()) < 2:
+def test_nobody_waits_longer_than_for_one_run_and_free_rows_are_taken_at_once(slots):
+    first, *others = (slots.submit(SlotRequest("The cat", stop_at_eos=False)) for _ in range(ROWS - 1))
+    while len(slots.step()) < ROWS - 1:
         pass
     long = slots.submit(SlotRequest([5] * 300, max_new_tokens=3))  # many runs, through a cache of 20
     other = slots.submit(SlotRequest("mat", max_new_tokens=3))
     heard: dict[int, int] = {}
     for _ in range(100):
         now = [number for number, _ in slots.step()]
-        assert now.count(first) == now.count(second) == 1, "one token each, whatever else is read"
+        assert all(now.count(x) == 1 for x in (first, *others)), "one token each, whatever else is read"
         for number in now:
             heard[number] = heard.get(number, 0) + 1
         if heard.get(long) == 1 and heard.get(other) is None:
@@ -183,15 +189,17 @@ def test_nobody_waits_longer_than_for_one_run_and_free_rows_are_taken_at_once(en
     else:
         pytest.fail("the long prompt was never read")
     slots.cancel(first)  # nothing is left of it
-    slots.cancel(second)
+    for x in others:
+        slots.cancel(x)
     assert {number for number, _ in slots.step()} <= {long, other}
 
 
-def test_prompts_that_are_read_take_turns(engine):
-    slots = engine.slots(3)
-    slots.submit(SlotRequest([5] * 2000, max_new_tokens=1))
+def test_prompts_that_are_read_take_turns(slots):
+    """Two long ones, that could have every run between them, and a short one after them."""
+    for _ in range(2):
+        slots.submit(SlotRequest([5] * 2000, max_new_tokens=1))
     short = slots.submit(SlotRequest("mat", max_new_tokens=1))
-    assert short in [number for _ in range(2) for number, _ in slots.step()]
+    assert short in [number for _ in range(4) for number, _ in slots.step()]
 
 
 def standing(row):
@@ -203,12 +211,11 @@ def standing(row):
 
 
 @pytest.mark.parametrize("pattern", ["separator", pytest.param("watched", marks=pytest.mark.soak)])
-def test_conversations_continue_their_cache(engine, pattern, tmp_path):
+def test_conversations_continue_their_cache(engine, slots, pattern, tmp_path):
     """A row that was kept goes on in another row, as a stream that was fed does; so does one saved in the middle."""
     if pattern == "watched":
-        engine = Generator(
-            tiny_model(), engine.tokenizer, dataclasses.replace(ATTENTION, pattern=pattern, watch_after=2)
-        )
+        engine = tiny_engine(pattern=pattern, watch_after=2)
+        slots = engine.slots(ROWS)
     sampling = Sampling.create(1.4, frequency_penalty=1.0, repetition_penalty=1.2)
     settings = {"max_new_tokens": 15, "stop_at_eos": False, "sampling": sampling}
     stream = engine.stream(LONG, bounded=True, seed=3, **settings)
@@ -216,7 +223,6 @@ def test_conversations_continue_their_cache(engine, pattern, tmp_path):
     stream.feed("mat, and.")
     expected.append(list(stream))
 
-    slots = engine.slots(3)
     number = slots.submit(SlotRequest(LONG, seed=3, keep=True, **settings))
     got = [event for _, event in itertools.chain.from_iterable(slots.step() for _ in range(40))]
     assert got == expected[0]
@@ -237,7 +243,7 @@ def test_conversations_continue_their_cache(engine, pattern, tmp_path):
 
     # Ends that the host finds: by then the device has made a step more, which is taken back. Compactions are all about.
     ends = {"stop": ["e", "at"], "max_new_tokens": 60, "stop_at_eos": False, "sampling": sampling}
-    ended = {i: slots.submit(SlotRequest(LONG, seed=i, keep=True, **ends)) for i in range(9)}
+    ended = {i: slots.submit(SlotRequest(LONG, seed=i, keep=True, **ends)) for i in range(6)}
     while not set(ended.values()) <= slots._kept.keys():
         slots.step()
     reasons: list[str | None] = []
@@ -251,7 +257,7 @@ def test_conversations_continue_their_cache(engine, pattern, tmp_path):
             later = slots.submit(SlotRequest("mat, and.", resume=row, **ends))
             assert [event for _ in range(70) for n, event in slots.step() if n == later] == list(alone)
 
-    assert reasons.count("stop") > 5
+    assert reasons.count("stop") > 3
 
     # A stream takes over a row, and a row a stream; and the disk lies between them if need be.
     other = engine.stream(bounded=True, seed=99, **settings)
@@ -273,7 +279,7 @@ def test_a_row_can_be_saved_at_any_moment(slots):
     (expected,) = run(slots, [SlotRequest(LONG, seed=4, max_new_tokens=14, **settings)])
     slots.submit(SlotRequest("The cat", seed=1, stop_at_eos=False))  # somebody else is generating
     stages = set()
-    for moment in range(2, 24):
+    for moment in (2, 3, 4, 5, 6, 7, 8, 13, 20):
         number = slots.submit(SlotRequest(LONG, seed=4, max_new_tokens=15, **settings))
         events = [event for _ in range(moment) for n, event in slots.step() if n == number]
         saved = slots.save(number)
@@ -303,10 +309,9 @@ def set_token(slots, token):
 
 
 def test_a_cache_that_keeps_every_separator_ends_its_own_row_only():
-    attention = dataclasses.replace(ATTENTION, keep_all_separators=True)
-    engine = Generator(tiny_model(), tiny_tokenizer(), attention)
+    engine = tiny_engine(keep_all_separators=True)
     dots = engine.tokenizer.encode("." * 40)
-    slots = engine.slots(2)
+    slots = engine.slots(ROWS)
     full, other = run(
         slots,
         [SlotRequest(dots, stop_at_eos=False), SlotRequest("The cat", max_new_tokens=30, stop_at_eos=False)],
@@ -419,7 +424,7 @@ def test_mistakes_are_named_to_whom_they_belong(engine, slots):
         slots.save(12345)
     slots.cancel(12345)
     growing = engine.stream("The cat", max_new_tokens=3)
-    larger = Generator(tiny_model(), engine.tokenizer, dataclasses.replace(ATTENTION, cache_size=30)).stream("The cat")
+    larger = tiny_engine(cache_size=30).stream("The cat")
     for row, message in ((growing.saved(), "has a growing cache"), (larger.saved(), "cache_size=30, expected 20")):
         with pytest.raises(StreamStateError, match=message):
             slots.submit(SlotRequest("a", resume=row))
@@ -431,4 +436,4 @@ def test_mistakes_are_named_to_whom_they_belong(engine, slots):
     with pytest.raises(ConfigError, match="slots need 1 row or more"):
         engine.slots(0)
     with pytest.raises(ConfigError, match="cache without end"):
-        Generator(tiny_model(), engine.tokenizer, AttentionConfig(pattern="dense")).slots(1)
+        tiny_engine(pattern="dense").slots(1)

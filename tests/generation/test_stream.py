@@ -254,12 +254,13 @@ def test_draws_go_on_when_their_counter_starts_again(model, tokenizer):
 
 def test_absolute_positions_end_with_a_word_before_they_overflow(model, tokenizer):
     attention = dataclasses.replace(ATTENTION, stream_positions="absolute")
-    events = stream(model, tokenizer, "The cat", attention=attention, stop_at_eos=False)
-    take(events, 3)
-    events._row.seen = 2**31 - 2
-    next(events)
-    with pytest.raises(ConfigError, match=r'use "slot" for streams without end'):
-        next(events)
+    events = stream(model, tokenizer, attention=attention, stop_at_eos=False)
+    events._has_drawn, events._row.seen = True, 2**31 - 1  # as after so many tokens, the last of which was drawn
+    for goes_on in (lambda: next(events), lambda: events.feed([5])):
+        with pytest.raises(ConfigError, match=r'use "slot" for streams without end'):
+            goes_on()
+    events._row.seen -= 1
+    assert events._reader.check(events._row.seen, [[5]], None) is None
 
 
 def test_a_cache_that_keeps_every_separator_says_when_it_is_full(model, tokenizer):

@@ -1,7 +1,15 @@
-"""A model and a tokenizer that take no time, for the tests of this folder."""
+"""A model and a tokenizer that take no time, for all tests of generation and of what is built on it.
+
+What takes time is compiling, and a program is of one shape: of the model, the pattern and the rows. So tests share this
+shape, these patterns and this number of rows, in batches and in slots, wherever others would prove no more.
+"""
+
+import dataclasses
+import functools
 
 import jax
 
+from sepjax import Generator
 from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
 from sepjax.model.transformer import Transformer, create, merge, split
@@ -9,9 +17,14 @@ from sepjax.model.transformer import Transformer, create, merge, split
 TEXTS = ["The cat sat on the mat, and looked.", "Où est-il? It ran away!", "One; two: three. Four, five."] * 3
 SHAPE = ModelConfig(vocab_size=320, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
 ATTENTION = AttentionConfig(num_sinks=2, max_separators=3, window_size=6, cache_size=20)
+GATED = AttentionConfig(
+    "gated", num_sinks=2, max_separators=16, window_size=6, gate_layer=1, gate_stretch=6, gate_keep=3
+)
+ROWS = 4
 LONG = "One; two: three. Four, five. The cat sat on the mat, and looked. Où est-il?"
 
 
+@functools.cache
 def tiny_tokenizer() -> Tokenizer:
     return train_sentencepiece(TEXTS, 300)
 
@@ -22,3 +35,9 @@ def tiny_model(shape: ModelConfig = SHAPE, attention: AttentionConfig = ATTENTIO
     params = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
     params["embedding"]["embedding"] = params["embedding"]["embedding"].at[3:259].multiply(0.3)
     return merge(graph, params)
+
+
+@functools.cache
+def tiny_engine(**attention: object) -> Generator:
+    """The same for all who ask for the same pattern."""
+    return Generator(tiny_model(), tiny_tokenizer(), dataclasses.replace(ATTENTION, **attention))

@@ -19,7 +19,6 @@ from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
 from sepjax.hub.gguf_file import GGUFError, gguf_shape, load_gguf
-from sepjax.model.attend import forward
 from sepjax.model.rope import rope_frequencies
 from sepjax.model.transformer import create, merge, split
 
@@ -306,16 +305,6 @@ def test_the_splitting_of_llama_3(tmp_path):
     _, tokenizer = load_gguf(tmp_path / "m.gguf", dtype="float32")
     assert [TOKENS[i] for i in tokenizer.encode("abc abc, 11.")] == ["abc", "Ġa", "bc", ",", "Ġ", "1", "1", "."]
     assert tokenizer.decode(tokenizer.encode("abc abc, 11.")) == "abc abc, 11."
-
-
-def test_a_read_model_generates(tmp_path):
-    write(tmp_path / "m.gguf")
-    model, tokenizer = sepjax.load(tmp_path / "m.gguf")
-    (answer,) = sepjax.generate(model, tokenizer, "abc", max_new_tokens=4, stop_at_eos=False)
-    tokens = jnp.array([[*tokenizer.encode("abc"), *answer.token_ids]], jnp.int32)
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    hidden, _ = forward(model, tokens, positions, jnp.zeros_like(tokens, bool))
-    assert jnp.argmax(model.logits(hidden), axis=-1)[0, -5:-1].tolist() == list(answer.token_ids)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import sepjax
 from sepjax.config import AttentionConfig, ConfigError
 from sepjax.hub.export import save_folder
 from sepjax.model.attend import forward
-from sepjax.model.transformer import merge, split
 
 spec = importlib.util.spec_from_file_location("tiny_checkpoints", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(spec)
@@ -24,8 +23,9 @@ spec.loader.exec_module(tiny)
 
 GOLDEN = tiny.golden()
 SEPARATORS = AttentionConfig(
-    num_sinks=tiny.SINKS, window_size=tiny.WINDOW, separators="ids", separator_ids=tuple(range(11)), max_separators=8
-)
+    num_sinks=tiny.SINKS, window_size=tiny.WINDOW, separators="ids", separator_ids=tuple(range(11)), max_separators=8,
+    implementation="reference",  # the least to run; that all are alike is in tests/attention
+)  # fmt: skip
 DENSE = AttentionConfig(pattern="dense")
 TORCH = sys.executable if importlib.util.find_spec("torch") else os.environ.get("SEPJAX_TORCH_PYTHON")
 
@@ -43,16 +43,16 @@ def models(tmp_path_factory, tokenizer_text):
 
 
 def logits(model, attention, *flags):
-    """The scores where these tokens are separators, by one program."""
-    graph, params = split(model)
+    """The scores where these tokens are separators.
 
-    @jax.jit
-    def run(params, tokens, is_separator):
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        model = merge(graph, params)
-        return model.logits(forward(model, tokens, positions, is_separator, None, attention)[0])
-
-    return [np.asarray(run(params, jnp.asarray(tiny.tokens(), jnp.int32), x)) for x in flags]
+    One operation after another: the families have most in common, so few are compiled, where a program of each family
+    would take a second or two.
+    """
+    tokens = jnp.asarray(tiny.tokens(), jnp.int32)
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    with jax.disable_jit():
+        hidden = [forward(model, tokens, positions, jnp.asarray(x), None, attention)[0] for x in flags]
+        return [np.asarray(model.logits(x)) for x in hidden]
 
 
 FEW, ALL = tiny.tokens() < 11, np.ones_like(tiny.tokens(), bool)
@@ -75,8 +75,8 @@ def test_logits_of_the_dense_pattern_are_those_of_transformers(models, name):
     np.testing.assert_allclose(dense, GOLDEN[name]["logits"], atol=1e-4, rtol=0)
 
 
-# What decoding adds to the logits above: positions that are turned or learned, key heads that are shared or not.
-OFTEN = ("gpt2", "gemma3")
+# What decoding adds to the logits above is in tests/generation/cache/test_growing_pass.py, for layers of every kind.
+OFTEN = ("gemma3",)
 
 
 @pytest.mark.parametrize("name", [x if x in OFTEN else pytest.param(x, marks=pytest.mark.soak) for x in GOLDEN])
@@ -87,6 +87,7 @@ def test_greedy_text_is_that_of_transformers(models, name):
     assert answer.token_ids == tuple(GOLDEN[name]["greedy"].tolist())
 
 
+@pytest.mark.soak  # the masked logits are above, what a cache lets go in tests/test_generate.py
 def test_training_free(models):
     _, model, tokenizer = models["pythia"]
     ids = tiny.tokens()[0].tolist()

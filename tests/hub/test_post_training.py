@@ -84,7 +84,7 @@ def begun(config, workdir):
 def test_what_no_step_changes_goes_out_as_it_came_in(config, source, tmp_path):
     """Parameters before step 1, in shards, are the source's, and so is the exported folder, bit for bit.
 
-    That steps at a learning rate of 0 change none is in tests/keeping.
+    That a step at a learning rate of 0 changes none is in test_lora.py.
     """
     config, state = begun(dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path / "run")
     assert any(len({shard.index for shard in x.addressable_shards}) > 1 for x in jax.tree.leaves(state.params))

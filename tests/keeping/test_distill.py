@@ -25,7 +25,6 @@ from sepjax.run.checkpoint import load_params, save_params
 from sepjax.sharding import make_mesh
 from sepjax.training.step import abstract_state
 from tests.runs import start_quickly
-from train import train
 
 MODEL = ModelConfig(vocab_size=320, num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64)
 GATED = AttentionConfig("gated", num_sinks=1, window_size=8, gate_layer=1, gate_stretch=8, gate_keep=1)
@@ -129,14 +128,18 @@ def test_a_gate_learns_what_to_keep_and_goes_wherever_models_go(config, tmp_path
     with pytest.raises(HubError, match=r"has sepllm_gate.safetensors, but its config.json says sepllm.pattern='sep"):
         sepjax.load(tmp_path / "folder")
 
-    still = OptimizerConfig(learning_rate=0.0, final_learning_rate=0.0, warmup_steps=0, accumulation_steps=2)
-    begun = dataclasses.replace(config.training, init_from=str(tmp_path / "gate"))
-    train(dataclasses.replace(config, optimizer=still, training=begun), tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / "run")[1]["gate"], gate)
-    without = dataclasses.replace(config, attention=dataclasses.replace(GATED, pattern="separator"), training=begun)
-    without, mesh = adopt_shape(without, tmp_path / "without"), make_mesh(config.mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(without, mesh))
-    assert "gate" not in first_state(without, tmp_path / "without", mesh, shardings).params
+    # A run goes on with the gate, or without it.
+    training = dataclasses.replace(config.training, init_from=str(tmp_path / "gate"))
+
+    def begun(pattern):
+        changed = dataclasses.replace(config, attention=dataclasses.replace(GATED, pattern=pattern), training=training)
+        workdir = tmp_path / pattern
+        changed, mesh = adopt_shape(changed, workdir), make_mesh(config.mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, abstract_state(changed, mesh))
+        return first_state(changed, workdir, mesh, shardings).params
+
+    jax.tree.map(np.testing.assert_array_equal, begun("gated")["gate"], gate)
+    assert "gate" not in begun("separator")
     assert "is left out, attention.pattern='separator' has no use for it" in capsys.readouterr().err
 
 

@@ -155,8 +155,9 @@ def check_nothing_stays(served, seconds):
         print(f"{counts[0]} abuses, {counts[1]} answers; before {before}, after {after}")
 
 
-def test_three_seconds_of_anything(served):
-    check_nothing_stays(served, 3.0)
+def test_a_second_of_anything(served):
+    """Two of them: before the first nobody has measured."""
+    check_nothing_stays(served, 1.0)
 
 
 @pytest.mark.soak

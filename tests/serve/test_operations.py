@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import openai
 import pytest
 
@@ -313,6 +314,7 @@ PROGRAM = """
 import sys
 import jax
 jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
 from sepjax.serve import logs
 from sepjax.serve.running import Options, Running
 from tests.serve.tiny import tiny_served
@@ -323,8 +325,11 @@ Running(tiny_served, Options(rows=4, state=sys.argv[1], drain_seconds=60.0)).run
 
 def test_sigterm_drains_saves_and_ends_and_the_next_server_goes_on(served, tmp_path):
     state = str(tmp_path / "state")
-    command = [sys.executable, "-c", PROGRAM, state]
+    command = [sys.executable, "-c", PROGRAM, state, str(jax.device_count())]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    # It finds the programs that were compiled here, and writes none: it may be killed.
+    environment |= {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000000"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         lines = []

@@ -1,11 +1,11 @@
-"""GET /v1/cache/ID: which tokens of a text the cache behind a response holds."""
+"""GET /v1/cache/ID: which tokens of a text the cache behind a response holds. And conversations over watched ones."""
 
 import numpy as np
 import pytest
 
 from sepjax.serve.conversations import Entry
 from sepjax.serve.view import described
-from tests.serve.test_conversations import complete
+from tests.serve.test_conversations import complete, talk
 from tests.serve.test_operations import ask
 from tests.serve.tiny import running, tiny_served
 
@@ -48,6 +48,9 @@ def test_it_says_what_the_cache_holds(pattern, tmp_path):
             assert shares == pytest.approx(view.kept, abs=0.01), "each set keeps so many"
     with running(served, state=str(tmp_path / "state")) as server:
         assert ask(server, f"/v1/cache/{got.id}")[2] == said
+        if pattern == "watched":  # as other caches in test_conversations.py; here these programs are
+            talk(server, served, 4)
+            talk(server, served, 2, temperature=1.3, seed=4)
 
 
 def test_what_was_let_go_long_ago_is_counted(served):

@@ -8,18 +8,15 @@ from typing import Any
 
 import openai
 
-from sepjax import Generator, Sampling
+from sepjax import Sampling
 from sepjax.generation.row import StreamEvent
 from sepjax.serve.running import Options, Running
 from sepjax.serve.served import Served
-from tests.generation.tiny import ATTENTION, tiny_model, tiny_tokenizer
-
-ROWS = 4
+from tests.generation.tiny import ROWS, tiny_engine
 
 
 def tiny_served(*, max_prompt_tokens: int = 0, **attention: Any) -> Served:
-    engine = Generator(tiny_model(), tiny_tokenizer(), dataclasses.replace(ATTENTION, **attention))
-    return Served.create("tiny", engine, None, max_prompt_tokens=max_prompt_tokens)
+    return Served.create("tiny", tiny_engine(**attention), None, max_prompt_tokens=max_prompt_tokens)
 
 
 def running(served: Served, **options: Any) -> Running:

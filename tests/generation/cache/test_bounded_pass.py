@@ -146,7 +146,7 @@ def streamed_logits(config, attention, tokens, lengths, table, run):
 
 
 # Programs of seconds each: with -m soak, sizes and patterns that test_bounded.py has against lists of slots.
-RARE = ("a + s + w = c - 1", "sinks only, in bursts", "StreamingLLM, layers of every kind")
+RARE = ("a + s + w = c - 1", "sinks only, in bursts", "StreamingLLM, layers of every kind", "absolute positions")
 
 
 @pytest.mark.parametrize("case", [x if x not in RARE else pytest.param(x, marks=pytest.mark.soak) for x in CASES])

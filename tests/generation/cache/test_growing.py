@@ -172,13 +172,19 @@ def test_what_a_token_sees_is_the_last_row_of_the_mask(window_size, num_sinks, f
     np.testing.assert_array_equal(seen, expected)
 
 
+@pytest.mark.parametrize("gate", [{}, {"stretch": 3, "keep": 1}], ids=["separators", "gated"])
 @given(flags=st.lists(st.booleans(), min_size=10, max_size=10), grow_at=st.integers(0, 6))
-def test_growing_is_the_same_as_having_been_large(flags, grow_at):
-    small = SeparatorCache.create(CONFIG, 1, window_size=2, capacity=4)
-    large = SeparatorCache.create(CONFIG, 1, window_size=2, capacity=10)
-    for i, is_global in enumerate(flags):
+def test_growing_is_the_same_as_having_been_large(gate, flags, grow_at):
+    small = SeparatorCache.create(CONFIG, 1, window_size=2, capacity=4, **gate)
+    large = SeparatorCache.create(CONFIG, 1, window_size=2, capacity=10, **gate)
+    for i, flag in enumerate(flags):
         small = grow(small, 10) if i == grow_at else small
-        args = new_keys([i]), np.array([is_global]), np.array([True])
+        what = (
+            (np.array([not i]), np.array([True]), np.array([float(flag)], np.float32))
+            if gate
+            else (np.array([flag]), np.array([True]))
+        )
+        args = new_keys([i]), *what
         small, large = append(small, *args), append(large, *args)
     jax.tree.map(np.testing.assert_array_equal, small, large)
 
