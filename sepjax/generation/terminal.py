@@ -1,0 +1,188 @@
+"""`sepjax chat` in a terminal: the loop over what the user says, and where it is read and written.
+
+With prompt_toolkit lines are edited, kept from one chat to the next, and pasted whole, and a status line tells what the
+cache holds. Without it (the extra `chat`) they are the terminal's own.
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from sepjax import interrupt
+from sepjax.config import UserError
+from sepjax.files import cache_folder
+from sepjax.generation.chat import gauge, interrupt_flag
+from sepjax.generation.commands import Next, take
+from sepjax.generation.row import StreamEvent
+from sepjax.generation.talk import Talk
+from sepjax.progress import working
+
+PROMPT = ">>> "
+_MISSING = "editing, history, pasting and the status line need prompt_toolkit: pip install 'sepjax[chat]'"
+_PATIENCE = 0.5  # seconds that an answer may take to begin before something moves
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class PressedTwice(KeyboardInterrupt):
+    """Ctrl-C cleared a line, and came again."""
+
+
+@runtime_checkable
+class Screen(Protocol):
+    """Where the user is."""
+
+    def read(self, prompt: str, status: str) -> str:
+        """What the user says, with a line `status` below it where that can be.
+
+        Raises EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C where nothing is written, `PressedTwice`.
+        """
+        ...
+
+    def write(self, text: str) -> None:
+        """A piece of an answer."""
+        ...
+
+    def report(self, text: str) -> None:
+        """What the program says."""
+        ...
+
+
+def is_terminal() -> bool:
+    """Whether a person sits at both ends."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def screen_of(*, private: bool) -> Screen:
+    """The best that there is here; says what is missing for a better one. `private`: what is typed is not kept."""
+    if importlib.util.find_spec("prompt_toolkit") is None:
+        print(_MISSING, file=sys.stderr)
+        return Lines()
+    from sepjax.generation.editor import Editor
+
+    return Editor(None if private else history_file())
+
+
+def history_file() -> Path | None:
+    """Where what the user types is kept; None: there is no folder for it."""
+    try:
+        folder = cache_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a user without a home
+        return None
+    return folder / "chat_history" if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+class Lines:
+    """A terminal that reads plain lines."""
+
+    def read(self, prompt: str, status: str) -> str:
+        """See `Screen`."""
+        return input(prompt)
+
+    def write(self, text: str) -> None:
+        """See `Screen`."""
+        print(visible(text), end="", flush=True)
+
+    def report(self, text: str) -> None:
+        """See `Screen`."""
+        print(visible(text), file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would obey (escape sequences, bells) as pictures of these characters."""
+    return _CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])) if found[0] < " " else "\ufffd", text)
+
+
+def talk_on(talk: Talk, screen: Screen) -> None:
+    """Talks until /quit, Ctrl-D or Ctrl-C twice. Ctrl-C once cuts an answer short or clears the line."""
+    screen.report(f"a conversation in the form of {talk.form.name}; /help lists what else there is")
+    pressed = False  # whether the last thing that the user did was Ctrl-C
+    while True:
+        try:
+            with interrupt.caught():
+                line = screen.read(PROMPT, status(talk))
+        except EOFError:
+            return
+        except KeyboardInterrupt as press:
+            if pressed or isinstance(press, PressedTwice):
+                _offer(talk, screen)
+                return
+            pressed = True
+            screen.report("(Ctrl-C once more leaves)")
+            continue
+        pressed = False
+        try:
+            then = take(talk, line, screen.report)
+            if then is Next.ANSWER:
+                pressed = _answer(talk, screen)
+        except KeyboardInterrupt:  # the second, within an answer
+            talk.take_back()
+            screen.report("(that turn is taken back)")
+            _offer(talk, screen)
+            return
+        except UserError as error:
+            screen.report(f"{error}; that turn is taken back")
+            continue
+        if then is Next.END:
+            return
+
+
+def _answer(talk: Talk, screen: Screen) -> bool:
+    """Writes the answer; returns whether Ctrl-C cut it short."""
+    what, first = ("reading and compiling", 2) if talk.turns == 1 else ("reading", 1)
+    texts: list[str] = []
+
+    def write(event: StreamEvent) -> None:
+        texts.append(event.text)
+        screen.write(event.text)
+
+    with interrupt_flag() as pressed, contextlib.closing(talk.answer()) as events:
+        # The first token waits for the turn to be read, the second, once in a program's life, for a compilation.
+        begun: list[StreamEvent] = []
+        with working(what, patience=_PATIENCE):
+            while len(begun) < first and not pressed and (event := next(events, None)) is not None:
+                begun.append(event)
+        for event in begun:
+            write(event)
+        while not pressed and (event := next(events, None)) is not None:
+            write(event)
+    if not "".join(texts).endswith("\n"):
+        screen.write("\n")
+    if pressed:
+        screen.report("(cut short)")
+    if talk.events.finish_reason == "repetition":
+        screen.report("(the answer had begun to repeat itself)")
+    if talk.is_same:
+        screen.report("(the same answer: the best token is always taken; --temperature=1 draws)")
+    return bool(pressed)
+
+
+def _offer(talk: Talk, screen: Screen) -> None:
+    """Offers to save what would be lost."""
+    while not talk.is_saved:
+        try:
+            with interrupt.caught():
+                folder = screen.read("save in which folder? (none: leave without) ", status(talk)).strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not folder:
+            return
+        screen.report(talk.save(folder))
+
+
+def status(talk: Talk, width: int = 24) -> str:
+    """One line on what the cache holds: a bar of sinks (#), kept (=) and recent entries (|), and numbers."""
+    view, use, most, rate = talk.view(), talk.cache, talk.events.cache_size, talk.measured.rate
+    speed = f", {rate:.1f} tokens/s" if rate else ""
+    if view is None or most is None:
+        return gauge(use, most, 0, 0.0).strip("[]") + speed
+    zones = {"#": view.sinks, "=": view.kept, "|": view.recent}
+    bar = "".join(sign * -(-count * width // most) for sign, count in zones.items())[:width]
+    return (
+        f"cache [{bar:.<{width}}] {view.sinks} sinks, {view.kept} kept, {view.recent} recent of {most} slots; "
+        f"{use.seen:,} tokens seen{speed}"
+    )
