@@ -17,7 +17,9 @@ COMMANDS = {  # as the user writes it -> what it does
     "/quit": "ends it, as Ctrl-D does",
 }
 NAMES = tuple(usage.split()[0] for usage in COMMANDS)
-_MORE = "//... begins a turn with a slash. Ctrl-C cuts an answer short or clears the line; twice leaves, and offers to save."
+_MORE = """\
+//... begins a turn with a slash; Alt-Enter begins another line of a turn.
+Ctrl-C cuts an answer short or clears the line; twice leaves, and offers to save."""
 
 
 class Next(enum.Enum):

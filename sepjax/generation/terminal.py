@@ -174,15 +174,15 @@ def _offer(talk: Talk, screen: Screen) -> None:
         screen.report(talk.save(folder))
 
 
-def status(talk: Talk, width: int = 24) -> str:
+def status(talk: Talk, width: int = 12) -> str:
     """One line on what the cache holds: a bar of sinks (#), kept (=) and recent entries (|), and numbers."""
     view, use, most, rate = talk.view(), talk.cache, talk.events.cache_size, talk.measured.rate
-    speed = f", {rate:.1f} tokens/s" if rate else ""
+    speed = f" | {rate:.1f} tokens/s" if rate else ""
     if view is None or most is None:
         return gauge(use, most, 0, 0.0).strip("[]") + speed
     zones = {"#": view.sinks, "=": view.kept, "|": view.recent}
     bar = "".join(sign * -(-count * width // most) for sign, count in zones.items())[:width]
     return (
-        f"cache [{bar:.<{width}}] {view.sinks} sinks, {view.kept} kept, {view.recent} recent of {most} slots; "
+        f"[{bar:.<{width}}] {view.sinks} sinks, {view.kept} kept, {view.recent} recent of {most:,} | "
         f"{use.seen:,} tokens seen{speed}"
     )
