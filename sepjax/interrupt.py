@@ -56,8 +56,6 @@ def caught() -> "AbstractContextManager[object]":
     if signal.getsignal(signal.SIGINT) is _note:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         stack.callback(signal.signal, signal.SIGINT, _note)
-        # An event loop inside takes the place of ours, and leaves none.
-        stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
     return stack
 
 

@@ -8,11 +8,12 @@ import contextlib
 import importlib.util
 import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from sepjax import interrupt
 from sepjax.config import UserError
 from sepjax.files import cache_folder
 from sepjax.generation.chat import gauge, interrupt_flag
@@ -28,7 +29,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class PressedTwice(KeyboardInterrupt):
-    """Ctrl-C cleared a line, and came again."""
+    """Ctrl-C came twice, and nothing between: the user wants to leave."""
 
 
 @runtime_checkable
@@ -100,39 +101,51 @@ def visible(text: str) -> str:
 def talk_on(talk: Talk, screen: Screen) -> None:
     """Talks until /quit, Ctrl-D or Ctrl-C twice. Ctrl-C once cuts an answer short or clears the line."""
     screen.report(f"a conversation in the form of {talk.form.name}; /help lists what else there is")
-    pressed = False  # whether the last thing that the user did was Ctrl-C
+    with interrupt_flag() as pressed:  # Ctrl-C since the last line
+        try:
+            while _one_line(talk, screen, pressed):
+                pass
+        except PressedTwice:
+            _offer(talk, screen)
+
+
+def _one_line(talk: Talk, screen: Screen, pressed: list[bool]) -> bool:
+    """Reads a line and does what it asks for; returns whether there is to be another. Raises `PressedTwice`."""
+    line = _read(talk, screen, pressed)
+    pressed.clear()
+    try:
+        then = Next.END if line is None else take(talk, line, screen.report)
+        if then is Next.ANSWER:
+            _answer(talk, screen, pressed)
+    except KeyboardInterrupt as press:
+        talk.take_back()
+        screen.report("(that turn is taken back)")
+        raise PressedTwice from press
+    except UserError as error:
+        screen.report(f"{error}; that turn is taken back")
+        return True
+    return then is not Next.END
+
+
+def _read(talk: Talk, screen: Screen, pressed: list[bool]) -> str | None:
+    """What the user says; None for Ctrl-D. Raises `PressedTwice`."""
     while True:
         try:
-            with interrupt.caught():
-                line = screen.read(PROMPT, status(talk))
+            with _interruptible():
+                return screen.read(PROMPT, status(talk))
         except EOFError:
-            return
+            return None
         except KeyboardInterrupt as press:
-            if pressed or isinstance(press, PressedTwice):
-                _offer(talk, screen)
-                return
-            pressed = True
+            if pressed:
+                raise PressedTwice from press
+            if isinstance(press, PressedTwice):
+                raise
+            pressed.append(True)
             screen.report("(Ctrl-C once more leaves)")
-            continue
-        pressed = False
-        try:
-            then = take(talk, line, screen.report)
-            if then is Next.ANSWER:
-                pressed = _answer(talk, screen)
-        except KeyboardInterrupt:  # the second, within an answer
-            talk.take_back()
-            screen.report("(that turn is taken back)")
-            _offer(talk, screen)
-            return
-        except UserError as error:
-            screen.report(f"{error}; that turn is taken back")
-            continue
-        if then is Next.END:
-            return
 
 
-def _answer(talk: Talk, screen: Screen) -> bool:
-    """Writes the answer; returns whether Ctrl-C cut it short."""
+def _answer(talk: Talk, screen: Screen, pressed: list[bool]) -> None:
+    """Writes the answer, up to its end or Ctrl-C."""
     what, first = ("reading and compiling", 2) if talk.turns == 1 else ("reading", 1)
     texts: list[str] = []
 
@@ -140,7 +153,7 @@ def _answer(talk: Talk, screen: Screen) -> bool:
         texts.append(event.text)
         screen.write(event.text)
 
-    with interrupt_flag() as pressed, contextlib.closing(talk.answer()) as events:
+    with contextlib.closing(talk.answer()) as events:
         # The first token waits for the turn to be read, the second, once in a program's life, for a compilation.
         begun: list[StreamEvent] = []
         with working(what, patience=_PATIENCE):
@@ -158,20 +171,34 @@ def _answer(talk: Talk, screen: Screen) -> bool:
         screen.report("(the answer had begun to repeat itself)")
     if talk.is_same:
         screen.report("(the same answer: the best token is always taken; --temperature=1 draws)")
-    return bool(pressed)
 
 
 def _offer(talk: Talk, screen: Screen) -> None:
     """Offers to save what would be lost."""
     while not talk.is_saved:
         try:
-            with interrupt.caught():
+            with _interruptible():
                 folder = screen.read("save in which folder? (none: leave without) ", status(talk)).strip()
         except (EOFError, KeyboardInterrupt):
             return
         if not folder:
             return
         screen.report(talk.save(folder))
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C is a KeyboardInterrupt; and an event loop may take what tells of signals, and leave none."""
+    try:
+        handler, told = signal.signal(signal.SIGINT, signal.default_int_handler), signal.set_wakeup_fd(-1)
+    except ValueError:  # not in the main thread: nobody can press Ctrl-C here
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        signal.signal(signal.SIGINT, handler)
 
 
 def status(talk: Talk, width: int = 12) -> str:

@@ -108,10 +108,9 @@ class Scripted:
         return sum(words in line for line in self.reports)
 
 
-def test_commands_are_answered_here(talker, tmp_path, capfd):  # noqa: F811
-    talk, fed = talk_of(talker), []
-    feed = talk.form.turn
-    talk.form.turn = lambda text, **more: fed.append(text) or feed(text, **more)
+def test_commands_are_answered_here(talker, tmp_path, monkeypatch):  # noqa: F811
+    talk, fed, feed = talk_of(talker), [], Talk._feed
+    monkeypatch.setattr(Talk, "_feed", lambda self, text: fed.append(text) or feed(self, text))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "a").write_text("of somebody else")
     screen = Scripted(
@@ -120,15 +119,15 @@ def test_commands_are_answered_here(talker, tmp_path, capfd):  # noqa: F811
         "/system be kind", "/system", "/clear", "/quit", "never",
     )  # fmt: skip
     talk_on(talk, screen)
-    assert fed == ["/etc is a folder"]  # the others are of conversations that came after it, and of copies
+    assert fed == ["/etc is a folder", "two\nlines", "two\nlines"]  # nothing else was said to the model
     assert all(usage in screen.reports[1] for usage in COMMANDS)
     assert screen.said("there is no turn to answer anew") == 1
-    assert screen.said("unknown command /sav; did you mean '/save'?; /help") + screen.said("unknown command /sav") >= 1
+    assert screen.said("unknown command /sav; did you mean '/save'") == 1
     assert screen.said("unknown command /usr/bin") == 1
     assert screen.said("where to?") == 1
     assert screen.said("not saved: ") == 1
     assert (tmp_path / "foreign" / "a").exists()
-    assert screen.said("--resume=") == 1
+    assert screen.said("goes on from here") == 1
     assert (tmp_path / "kept" / "stream.json").exists()
     assert screen.said("no instructions") == 1
     assert screen.said("instructions: be kind") == 1
