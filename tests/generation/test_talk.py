@@ -1,17 +1,25 @@
 """Conversations whose turns can be taken back, their commands, and the loop over a screen that is scripted."""
 
+import importlib.util
 import os
 import signal
 
 import jax
 import numpy as np
+import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 from sepjax import stream
 from sepjax.generation.commands import COMMANDS, NAMES
 from sepjax.generation.conversation import conversation_of
+from sepjax.generation.editor import Editor
 from sepjax.generation.row import CacheUse
 from sepjax.generation.talk import Talk
-from sepjax.generation.terminal import Lines, PressedTwice, history_file, status, talk_on, visible
+from sepjax.generation.terminal import Lines, PressedTwice, history_file, screen_of, status, talk_on, visible
 from sepjax.hub.chat_template import ChatTemplate
 from tests.generation.test_chat import BY_NAME, talker  # noqa: F401
 
@@ -232,3 +240,44 @@ def test_history_is_kept_where_there_is_a_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SEPJAX_CACHE", str(tmp_path / "file"))
     assert history_file() is None
+
+
+def test_without_the_editor_lines_are_the_terminals_own(monkeypatch, capfd):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert type(screen_of(private=True)) is Lines
+    assert capfd.readouterr().err.endswith("need prompt_toolkit: pip install 'sepjax[chat]'\n")
+    monkeypatch.setattr("builtins.input", lambda prompt: f"after {prompt}")
+    assert Lines().read(">>> ", "status") == "after >>> "
+
+
+def test_the_editor(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a folder").mkdir()
+    history = tmp_path / "history"
+    history.write_text("".join(f"\n# {i}\n+line {i}\n+more\n" for i in range(60_000)))
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        editor = Editor(history)
+        assert history.stat().st_size < 2**20
+        assert history.read_text().startswith("# ")
+        keys.send_text("\x1b[A\r")
+        assert editor.read(">>> ", "status") == "line 59999\nmore"
+        keys.send_text("kept\r")
+        assert editor.read(">>> ", "status") == "kept"
+        for written, more in (("/save a", [" folder"]), ("/s", ["/save", "/system", "/stats"]), ("a /s", [])):
+            found = editor._session.completer.get_completions(Document(written), CompleteEvent())
+            assert [completion.text for completion in found] == more
+        for pressed, kind in (("\x03", KeyboardInterrupt), ("abc\x03\x03", PressedTwice), ("\x04", EOFError)):
+            keys.send_text(pressed)
+            with pytest.raises(kind) as raised:
+                editor.read(">>> ", "status")
+            assert type(raised.value) is kind
+        keys.send_text("abc\x03d\x03e\r")  # the second clears another line
+        assert editor.read("a question? ", "status") == "e"
+        before = history.read_text()
+        assert before.endswith("+kept\n")  # and not the answer to a question
+        private = Editor(None)
+        keys.send_text("a secret\r")
+        assert private.read(">>> ", "status") == "a secret"
+        keys.send_text("\x1b[A\r")
+        assert private.read(">>> ", "status") == "a secret"
+        assert history.read_text() == before
