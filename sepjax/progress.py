@@ -143,6 +143,13 @@ class _Display:
             time.sleep(_EVERY)
 
     def _refresh(self) -> None:
+        """`_show`; a terminal that has gone must not end the run."""
+        try:
+            self._show()
+        except OSError:
+            self._live = None
+
+    def _show(self) -> None:
         """Draws what has taken longer than its patience; ends the drawing where that is nothing."""
         for work in self._works:
             work.is_shown |= work.seconds >= work.patience

@@ -89,3 +89,16 @@ def test_how_far_it_is(monkeypatch):
     clock[0], work.total = 3_725.0, None
     assert work.note() == "1 h 02 min"
     assert Work("x", 2.5e9, "bytes", 0.0).note() == "0% of 2.5 GB, 0.0 s"
+
+
+def test_a_terminal_that_has_gone_does_not_end_the_work(monkeypatch):
+    def gone(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    with terminal(monkeypatch):
+        monkeypatch.setattr(progress, "_live", gone)
+        with working("loading", patience=0.0) as work:
+            time.sleep(2 * progress._EVERY)
+            work.add(1)
+    assert work.done == 1
+    assert not progress._display._works
