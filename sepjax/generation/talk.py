@@ -59,6 +59,7 @@ class Talk:
       form: how turns are written.
       turns: of the user so far.
       is_saved: whether nothing was said that is not saved.
+      is_asked: whether the last turn waits for its answer.
       measured: of the last answer.
       compiled: seconds of compiling so far.
       is_same: whether the last answer was said again, and came out as it was.
@@ -72,21 +73,20 @@ class Talk:
           first: the one to begin with, such as one that was saved; None: a new one.
           system: its instructions.
         """
-        self._begin, self.system = begin, system
+        self._begin, self.system, self.compiled = begin, system, 0.0
         self._start(first or begin(system))
-        self.measured, self.compiled = Measured(), 0.0
 
     def _start(self, made: tuple[Stream, Conversation]) -> None:
         self.events, self.form = made
-        self.turns, self.is_saved = 0, True
+        self.turns, self.is_saved, self.is_asked, self.measured = 0, True, False, Measured()
         self._last: _Turn | None = None
         self._answer, self._tries, self.is_same = "", 0, False
 
     def clear(self, system: str | None = None) -> None:
         """Begins anew, as if nothing had been said; with other instructions, if there are any."""
-        if system is not None:
-            self.system = system
-        self._start(self._begin(self.system))
+        system = self.system if system is None else system
+        self._start(self._begin(system))
+        self.system = system
 
     def say(self, text: str) -> str:
         """Feeds what the user says; returns what is to be reported. `answer` is next.
@@ -115,22 +115,22 @@ class Talk:
     def _restore(self, turn: _Turn) -> None:
         self.events.resume(turn.row)
         self.form, self.turns, self.is_saved = turn.form.copy(), turn.turns, turn.is_saved
-        self._last = None
+        self._last, self.is_asked = None, False
 
     def _feed(self, text: str) -> str:
         try:
             ids, report = self.form.turn(text, before=self.events.last_token)
             self.events.feed(ids)
-        except UserError:
+        except (KeyboardInterrupt, UserError):
             self.take_back()
             raise
-        self.turns, self.is_saved = self.turns + 1, False
+        self.turns, self.is_saved, self.is_asked = self.turns + 1, False, True
         return report
 
     def answer(self) -> Generator[StreamEvent]:
         """The events of the answer; close it to cut the answer short. An error takes the turn back."""
         texts: list[str] = []
-        self.measured = measured = Measured()
+        self.measured, self.is_asked = (measured := Measured()), False
         began = time.perf_counter()
         try:
             with counted_compilations() as compiled:

@@ -118,11 +118,11 @@ def _one_line(talk: Talk, screen: Screen, pressed: list[bool]) -> bool:
         if then is Next.ANSWER:
             _answer(talk, screen, pressed)
     except KeyboardInterrupt as press:
-        talk.take_back()
-        screen.report("(that turn is taken back)")
+        if talk.is_asked:
+            _take_back(talk, screen)
         raise PressedTwice from press
     except UserError as error:
-        screen.report(f"{error}; that turn is taken back")
+        screen.report(f"{error} (the conversation is as it was before)")
         return True
     return then is not Next.END
 
@@ -145,7 +145,29 @@ def _read(talk: Talk, screen: Screen, pressed: list[bool]) -> str | None:
 
 
 def _answer(talk: Talk, screen: Screen, pressed: list[bool]) -> None:
-    """Writes the answer, up to its end or Ctrl-C."""
+    """Writes the answer, up to its end or Ctrl-C. A second Ctrl-C takes the turn back, and goes on."""
+    try:
+        if not pressed:
+            _write_answer(talk, screen, pressed)
+    except KeyboardInterrupt:
+        _take_back(talk, screen)
+        raise
+    if pressed and talk.is_asked:  # before anything of the turn was read
+        _take_back(talk, screen)
+    elif pressed:
+        screen.report("(cut short)")
+    if talk.events.finish_reason == "repetition":
+        screen.report("(the answer had begun to repeat itself)")
+    if talk.is_same:
+        screen.report("(the same answer: the best token is always taken; --temperature=1 draws)")
+
+
+def _take_back(talk: Talk, screen: Screen) -> None:
+    talk.take_back()
+    screen.report("(that turn is taken back)")
+
+
+def _write_answer(talk: Talk, screen: Screen, pressed: list[bool]) -> None:
     what, first = ("reading and compiling", 2) if talk.turns == 1 else ("reading", 1)
     texts: list[str] = []
 
@@ -165,12 +187,6 @@ def _answer(talk: Talk, screen: Screen, pressed: list[bool]) -> None:
             write(event)
     if not "".join(texts).endswith("\n"):
         screen.write("\n")
-    if pressed:
-        screen.report("(cut short)")
-    if talk.events.finish_reason == "repetition":
-        screen.report("(the answer had begun to repeat itself)")
-    if talk.is_same:
-        screen.report("(the same answer: the best token is always taken; --temperature=1 draws)")
 
 
 def _offer(talk: Talk, screen: Screen) -> None:

@@ -178,7 +178,7 @@ def test_ctrl_c(talker, tmp_path):  # noqa: F811
     assert talk.events.finish_reason is None
 
 
-def test_a_second_ctrl_c_within_an_answer_takes_the_turn_back(talker):  # noqa: F811
+def test_a_second_ctrl_c_within_an_answer_takes_the_turn_back(talker, monkeypatch):  # noqa: F811
     talk = talk_of(talker, stop_at_eos=False, temperature=0.0, max_new_tokens=None)
     talk.say("hello")
     answering = talk.answer()
@@ -197,6 +197,23 @@ def test_a_second_ctrl_c_within_an_answer_takes_the_turn_back(talker):  # noqa: 
     assert screen.said("that turn is taken back") == 1
     assert everything(talk) == before
 
+    class PressingAtOnce(Scripted):
+        def report(self, text):
+            super().report(text)
+            for _ in range(self.presses if text.startswith(("form", "rewrites")) else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    feed = Talk._feed
+    monkeypatch.setattr(Talk, "_feed", lambda self, text: feed(self, text) or "rewrites turns")
+    for presses, line in ((1, "again"), (2, "again"), (1, "/stats"), (2, "/stats")):
+        talk.is_saved = True
+        before = everything(talk)
+        screen = PressingAtOnce(line, KeyboardInterrupt(), EOFError())
+        screen.presses = presses
+        talk_on(talk, screen)
+        assert screen.written == []
+        assert everything(talk) == before, (presses, line)  # a turn that was answered is not taken back
+
 
 def test_what_cannot_be_said_leaves_the_conversation_as_it_was(talker):  # noqa: F811
     refusing = "{% for m in messages %}{{ raise_exception('no') if m.content == 'bad' }}{{ m.content }}{% endfor %}"
@@ -206,7 +223,7 @@ def test_what_cannot_be_said_leaves_the_conversation_as_it_was(talker):  # noqa:
     ))  # fmt: skip
     screen = Scripted("bad", "/stats")
     talk_on(talk, screen)
-    assert screen.said("that turn is taken back") == 1
+    assert screen.said("as it was before") == 1
     assert talk.turns == 0
     assert not talk.events.saved().pending
 
