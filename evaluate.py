@@ -40,7 +40,7 @@ from typing import Any
 
 from absl import flags
 
-from sepjax.command.flags import Jobs, asks_help, one_of_two, parse, run_program
+from sepjax.command.flags import Jobs, asks_help, call, one_of_two, parse, run_program
 from sepjax.command.settings import Flag, Settings, define, flag_lines, flags_of, value_of
 from sepjax.config import ConfigError
 from sepjax.programs.evaluate import compare, needle, recall, stream, tasks, windows
@@ -112,4 +112,4 @@ def read(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> tuple[M
 
 
 if __name__ == "__main__":
-    run_program(read, lambda found: found[0].main(found[1]))
+    run_program(read, lambda found: call(found[0].main, found[1]))

@@ -13,9 +13,10 @@ if __name__ == "__main__":  # first, for the imports below take seconds
 elif __name__ == "__mp_main__":  # a reader of data, which imports the program
     interrupt.leave_to_parent()
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from sepjax.data.batch import Batch
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
 from sepjax.flops import flops_report, peak_flops
 from sepjax.programs.train import Settings
+from sepjax.progress import counted, working
 from sepjax.run.checkpoint import Checkpointer
 from sepjax.run.guard import StepGuard, StopNotice, Watchdog
 from sepjax.run.metrics import MetricWriter, Throughput, run_meta
@@ -83,9 +85,9 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float, d
 
     def evaluate(state: TrainState) -> dict[str, float]:
         rows = evaluation_batches(config, tokenizer, data_dir, **here)
-        return _evaluate(
-            eval_fn, state, [place(b) for b, _ in zip(rows, range(config.training.eval_batches), strict=False)]
-        )
+        most = config.training.eval_batches
+        batches = [place(b) for b, _ in zip(rows, range(most), strict=False)]
+        return _evaluate(eval_fn, state, counted(batches, "evaluating", len(batches), "batches"))
 
     def remake() -> None:
         claim_workdir(workdir, config)
@@ -113,7 +115,8 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float, d
             for step in range(start + 1, config.training.steps + 1):
                 batch = next(batches)
                 tokens = share.count * int(np.count_nonzero(batch.segment_ids))  # no padding; of others as many
-                state, metrics = step_fn(state, place(batch))
+                with working("compiling the step") if step == start + 1 else contextlib.nullcontext():
+                    state, metrics = step_fn(state, place(batch))
                 guard.follow(step, metrics)
                 throughput.add(tokens)
                 stops = notice.reached(step)
@@ -153,7 +156,7 @@ def _report(config: Config, metrics: dict[str, Any], tokens: int, speed: Through
     return found | flops_report(config, pairs, speed.rate(), peak)
 
 
-def _evaluate(eval_fn: Callable[..., Any], state: TrainState, batches: list[Batch]) -> dict[str, float]:
+def _evaluate(eval_fn: Callable[..., Any], state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
     sums = [eval_fn(state.all_params, batch) for batch in batches]
     loss = sum(float(nll) for nll, _ in sums) / max(sum(float(count) for _, count in sums), 1.0)
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}

@@ -24,3 +24,8 @@ def given_to(taker: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         _takers.remove(taker)
+
+
+def is_taken() -> bool:
+    """Whether such a `taker` has the lines."""
+    return bool(_takers)

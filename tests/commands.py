@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sepjax import programs
-from sepjax.command.settings import OneOf
+from sepjax.command.settings import Flag, OneOf, Settings, flags_of
 from sepjax.config import Config
 
 
@@ -42,6 +42,11 @@ def refusal(capfd: pytest.CaptureFixture[str], *words: str) -> str:
 
 class Called(Exception):
     """In place of scores."""
+
+
+def own_flags(settings: type) -> list[Flag]:
+    """What a program itself does something with: not the flags of all programs."""
+    return [flag for flag in flags_of(settings) if flag not in flags_of(Settings)]
 
 
 def unlike(flag: Any, number: int) -> Any:

@@ -84,7 +84,9 @@ def test_comments_are_the_help(capsys):
         "words": "said",
         "loud": "whether they are shouted",
         "calm": "whether they are not",
+        "quiet": "show no progress; results, warnings and errors stay",
     }
+    assert "--[no]quiet" in said.splitlines()[-1]  # what all have comes last
     assert "how many there are, a pair at a time [1 or more; default: 2]" in said
     assert "in metres [0 or more; default: 3,4]" in said
     assert "--color=red|green " in said
@@ -100,4 +102,8 @@ def test_every_setting_of_a_config_has_a_meaning_and_is_in_the_help():
     assert set(found) == {f"config.{path}" for path in field_types()}
     assert not [path for path, flag in found.items() if not flag.meaning]
     heads = [line for line in help_text("program", "runs", WithConfig).splitlines() if line.startswith("  --")]
-    assert {re.split("[= ]", line.split("--")[1])[0].removeprefix("[no]") for line in heads} == {"config", *found}
+    assert {re.split("[= ]", line.split("--")[1])[0].removeprefix("[no]") for line in heads} == {
+        "config",
+        "quiet",
+        *found,
+    }

@@ -13,22 +13,23 @@ PRODUCT = sorted([*ROOT.glob("*.py"), *ROOT.glob("sepjax/**/*.py"), *ROOT.glob("
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "pyproject.toml", ROOT / ".ci" / "run"])
 
-BASE = {"config", "array_typing", "files"}
+BASE = {"config", "array_typing", "files", "progress"}
 # Room -> the rooms it may import from, besides itself. Rooms that are not listed are above all of these.
 MAY_IMPORT = {
     "array_typing": set(),
     "config": set(),
     "files": {"config"},
     "interrupt": set(),
-    "command": {"config", "files", "interrupt", "separators"},
+    "command": {"config", "files", "interrupt", "progress", "separators"},
     "separators": BASE | {"console"},
     "layout": BASE | {"separators"},
     "sharding": BASE,
     "measure": set(),
     "console": set(),
+    "progress": {"console"},
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"},
-    "data": BASE | {"separators", "layout", "sharding", "interrupt"},
+    "data": BASE | {"console", "separators", "layout", "sharding", "interrupt"},
     "model": BASE | {"separators", "layout", "sharding", "attention"},
     "generation": BASE
     | {

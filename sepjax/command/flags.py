@@ -8,6 +8,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sepjax import interrupt
+from sepjax import interrupt, progress
 from sepjax.command import compile_cache
 from sepjax.command.settings import Settings, define, flags_of, help_text, value_of
 from sepjax.config import Config, ConfigError, UserError, field_types, load_config, nearest, validate
@@ -66,7 +67,13 @@ def run_settings[S: Settings](
     cls: type[S], main: Callable[[S], None], about: str, begin: Callable[[], None] = lambda: None
 ) -> None:
     """`run_program` with the settings that `cls` describes; `about` is what --help says of the program."""
-    run_program(lambda argv: read_settings(cls, argv, flags.FLAGS, about), main, begin=begin)
+    run_program(lambda argv: read_settings(cls, argv, flags.FLAGS, about), functools.partial(call, main), begin=begin)
+
+
+def call[S: Settings](main: Callable[[S], None], settings: S) -> None:
+    """`main(settings)`, quiet if that is one of them."""
+    with progress.quietly(settings.quiet):
+        main(settings)
 
 
 def read_settings[S: Settings](cls: type[S], argv: Sequence[str], flag_values: flags.FlagValues, about: str) -> S:
@@ -85,8 +92,10 @@ def read_settings[S: Settings](cls: type[S], argv: Sequence[str], flag_values: f
     for flag in found:
         define(flag, flag_values)
     configs = parse(argv, flag_values, with_config=any(flag.kind is Config for flag in found))
-    values = {flag.name: value_of(flag, flag_values) for flag in found if flag.kind is not Config}
-    return cls(**values, **({"config": configs[0]} if configs else {}))
+    values: dict[str, Any] = {flag.name: value_of(flag, flag_values) for flag in found if flag.kind is not Config}
+    if configs:
+        values["config"] = configs[0]
+    return cls(**values)
 
 
 def asks_help(argv: Sequence[str]) -> bool:

@@ -74,8 +74,11 @@ class Flag:
         return next((mark for mark in self.marks if isinstance(mark, kind)), None)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Base of all settings: checks types and ranges. Subclasses are frozen dataclasses, `kw_only` all of them."""
+
+    quiet: bool = False  # show no progress; results, warnings and errors stay
 
     def __post_init__(self) -> None:
         for flag in flags_of(type(self)):
@@ -181,7 +184,8 @@ def _comments(source: str) -> dict[str, str]:
 
 def help_text(command: str, about: str, cls: type) -> str:
     """What --help prints: `about`, every field, and every setting of a config if there is one."""
-    own = sorted(flags_of(cls), key=lambda flag: flag.default is not dataclasses.MISSING)
+    everywhere = {field.name for field in dataclasses.fields(Settings)}
+    own = sorted(flags_of(cls), key=lambda flag: (flag.default is not dataclasses.MISSING, flag.name in everywhere))
     lines = [f"{command}: {about.strip()}", "", "Flags:", *flag_lines(own)]
     if any(flag.kind is Config for flag in own):
         lines += ["", "Settings of --config, each with the value it has where the file says nothing:"]

@@ -24,6 +24,7 @@ from sepjax.data.packing import FlagSeparators, TokenStream, WholeRows, pack_row
 from sepjax.data.reader import BatchReader, LongDocuments, Shard
 from sepjax.data.sources import BadDocuments, TextSource, text_source
 from sepjax.data.tokenizer import FILES, Tokenizer, train_sentencepiece
+from sepjax.progress import working
 from sepjax.separators import configured_table, flag_separators
 
 _TOLD: set[str] = set()  # corpora of which an evaluation has said how many conversations are too long
@@ -274,7 +275,8 @@ def _make_tokenizer(config: Config, data_dir: str) -> Tokenizer:
         return recall_tokenizer()
     source = text_source(config.data, data_dir, config.data.train_split)
     sample = _sample(source, _TOKENIZER_CHARACTERS, BadDocuments(config.data.max_bad_documents))
-    return train_sentencepiece(sample, config.data.tokenizer_vocab_size)
+    with working("training a tokenizer"):
+        return train_sentencepiece(sample, config.data.tokenizer_vocab_size)
 
 
 def _sample(source: TextSource, num_characters: int, bad: BadDocuments) -> Iterator[str]:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import io
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload, override
@@ -13,6 +12,7 @@ from absl import logging
 from google.protobuf.json_format import ParseError
 
 from sepjax.config import DataConfig, UserError
+from sepjax.console import say
 from sepjax.data.conversations import Form
 from sepjax.data.corpora.embedded.embedded import Embedded
 from sepjax.data.corpora.json_lines.json_lines import JsonLines, json_files
@@ -20,6 +20,7 @@ from sepjax.data.corpora.recall.recall import Recall
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
 from sepjax.data.errors import DataError
 from sepjax.data.locks import exclusive
+from sepjax.progress import working
 
 _FORMAT = "array_record"
 _BYTES_PER_TOKEN = 3  # how far to read ahead; a wrong guess costs another read
@@ -224,8 +225,9 @@ def _prepared(make: Callable[[], Any], folder: str) -> Any:
     with exclusive(Path(folder) / builder.name if "://" not in folder else folder):
         builder = make()  # reads what another process has written in the meantime
         if not _is_prepared(builder):
-            print(f"preparing the corpus in {builder.data_path} (once)", file=sys.stderr, flush=True)
-            _prepare(builder)
+            say(f"preparing the corpus in {builder.data_path} (once)")
+            with working("preparing the corpus"):
+                _prepare(builder)
     return builder
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from sepjax.array_typing import Array, Int32
 from sepjax.config import UserError
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.progress import counted
 
 
 class StreamError(UserError, ValueError):
@@ -43,7 +44,7 @@ def documents_of(
         raise StreamError("the line-wise protocol puts a BOS in front of every line, but the tokenizer has none")
 
     def ids() -> Iterator[Document]:
-        for text in texts:
+        for text in counted(texts, "tokenising"):
             if line_wise:
                 lines = [[start, *tokenizer.encode(line)] for line in text.splitlines() if line.strip()]
                 pairs = [(line[:-1], line[1:]) for line in lines]

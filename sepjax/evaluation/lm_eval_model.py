@@ -20,10 +20,12 @@ from lm_eval.api.registry import register_model
 import sepjax
 from sepjax.config import PATTERNS, AttentionConfig, ConfigError, UserError, nearest, under, validate_attention
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation.passes import rows_of_pass
 from sepjax.evaluation.scoring import Continuation, score_continuations
 from sepjax.generation.engine import Generator
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.model.transformer import Transformer
+from sepjax.progress import counted
 
 _MAX_NEW = 256  # tokens of an answer where the task does not say: lm-eval's own default
 _IGNORED = {"do_sample", "until", "max_gen_toks", "max_new_tokens", "temperature", "top_k", "top_p", "seed"}
@@ -215,9 +217,11 @@ class SepjaxLM(TemplateLM):
             ids = {i: self._prompt(requests[i].args[0], most) for i in numbers}
             # Prompts of like length together: the same few shapes, and little padding.
             ordered = sorted(numbers, key=lambda i: -len(ids[i]))
-            for first in range(0, len(ordered), self._batch_size):
-                batch = ordered[first : first + self._batch_size]
-                filled = [*batch, *batch[-1:] * (min(self._batch_size, len(ordered)) - len(batch))]
+            rows = rows_of_pass(len(ordered), self._batch_size)
+            firsts = range(0, len(ordered), rows)
+            for first in counted(firsts, f"answering {len(ordered)} prompts", len(firsts), "passes"):
+                batch = ordered[first : first + rows]
+                filled = [*batch, *batch[-1:] * (rows - len(batch))]
                 found = self._engine.generate(
                     [ids[i] for i in filled], max_new_tokens=most, stop=list(stop)
                 )  # fmt: skip

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -19,10 +19,12 @@ import numpy as np
 from sepjax.array_typing import Float, Int32
 from sepjax.config import AttentionConfig, UserError, with_own_window
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation.passes import rows_of_pass
 from sepjax.evaluation.token_loss import token_nll
 from sepjax.model.attend import layer_kinds, layer_layouts, run_rows
 from sepjax.model.transformer import Transformer, merge, split
 from sepjax.model.unrolled import working_copy
+from sepjax.progress import counted, working
 from sepjax.separators import configured_table, flag_separators, warn_of_few_in
 
 
@@ -68,7 +70,7 @@ def token_windows(
       TextError: every document is empty.
     """
     windows, documents, num_bytes = [], [], 0
-    for number, text in enumerate(texts):
+    for number, text in enumerate(counted(texts, "tokenising")):
         whole = tokenizer.encode(text)
         if start is not None:
             whole = whole if whole[:1] == [start] else [start, *whole]
@@ -123,8 +125,7 @@ def score_windows(
       windows: of up to `length` tokens.
       attention: the pattern.
       length: T, tokens of a row.
-      batch_size: rows of a forward pass, at most. All passes have as many, the fewest that need no further pass:
-        nothing is compiled again for what is left, and hardly a row is empty.
+      batch_size: rows of a forward pass, at most (`rows_of_pass`).
 
     Raises:
       TextError: a learned position table is shorter than `length`.
@@ -138,15 +139,18 @@ def score_windows(
     table = configured_table(tokenizer, seen)
     warn_of_few_in(np.concatenate(windows.ids), table, seen, "the text to score")
     nll, kept, totals, seconds = [], [], np.zeros(2), 0.0
-    for number, (batch, rows) in enumerate(_batches(windows.ids, table, seen, length, batch_size)):
-        if number == 0:
-            jax.block_until_ready(step(params, *batch))  # compile outside the timing
-        began = time.perf_counter()
-        losses, keys, sums = (np.asarray(x) for x in step(params, *batch))
-        seconds += time.perf_counter() - began
-        nll += [losses[i, : len(window) - 1] for i, window in enumerate(rows)]
-        kept.append(keys[:, : len(rows)])
-        totals += sums
+    with working(f"scoring {seen.pattern}", len(windows.ids), "windows") as work:
+        for number, (batch, rows) in enumerate(_batches(windows.ids, table, seen, length, batch_size)):
+            if number == 0:
+                with working(f"compiling for {seen.pattern}"):
+                    step.lower(params, *batch).compile()  # outside the timing
+            began = time.perf_counter()
+            losses, keys, sums = (np.asarray(x) for x in step(params, *batch))
+            seconds += time.perf_counter() - began
+            nll += [losses[i, : len(window) - 1] for i, window in enumerate(rows)]
+            kept.append(keys[:, : len(rows)])
+            totals += sums
+            work.add(len(rows))
     per_layer = _of_each_layer(seen, model.config.num_layers, length)
     return WindowLosses(
         attention=attention,
@@ -169,7 +173,7 @@ def _batches(
 ) -> Iterator[tuple[tuple[np.ndarray, ...], list[np.ndarray]]]:
     """tokens, targets, segment_ids, is_separator, each [B, T], and the windows in them; missing rows are padding."""
     positions = np.arange(length, dtype=np.int32)
-    size = -(-len(windows) // -(-len(windows) // batch_size))
+    size = rows_of_pass(len(windows), batch_size)
     for i in range(0, len(windows), size):
         rows = windows[i : i + size]
         ids = np.full((size, length + 1), -1, np.int32)
@@ -182,7 +186,7 @@ def _batches(
 
 
 @functools.cache
-def _make_step(graph: Any, attention: AttentionConfig) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+def _make_step(graph: Any, attention: AttentionConfig) -> Any:
     """`_losses` compiled for one model and pattern."""
     return jax.jit(functools.partial(_losses, graph, attention))
 

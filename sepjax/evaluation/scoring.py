@@ -19,12 +19,14 @@ import numpy as np
 
 from sepjax.config import AttentionConfig, UserError, validate_attention, with_own_window
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation.passes import rows_of_pass
 from sepjax.generation.cache.sizes import bucket
 from sepjax.generation.prompts import check_vocabulary
 from sepjax.layout import SeparatorLayout
 from sepjax.model.attend import layer_layouts, run_rows
 from sepjax.model.transformer import Transformer, merge, split
 from sepjax.model.unrolled import working_copy
+from sepjax.progress import counted
 from sepjax.separators import configured_table, flag_separators
 
 _CHUNK = 512  # scored tokens whose logits exist at once
@@ -82,17 +84,17 @@ def score_continuations(
     inputs = _inputs(requests, max_length or model.config.max_positions)
     if not inputs:
         return []
-    longest = max(len(x.ids) for x in inputs)
-    length = min(max(bucket(2 * longest), 256), max(bucket(longest), batch_tokens))
-    rows = max(1, batch_tokens // length)
+    length = _row_length([len(x.ids) for x in inputs], batch_tokens)
     packed = _pack(inputs, length)
+    rows = rows_of_pass(len(packed), max(1, batch_tokens // length))
     table = configured_table(tokenizer, attention)
     graph, params = split(model)
     step = _make_step(graph, attention)
     params = working_copy(params, model.config)
     logprob, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
     held: list[float] = [0.0] * len(requests)
-    for batch in _batches(packed, length, min(rows, len(packed)), table, attention):
+    batches, passes = _batches(packed, length, rows, table, attention), -(-len(packed) // rows)
+    for batch in counted(batches, f"scoring {attention.pattern}", passes, "passes"):
         values, best, kept = (np.asarray(x) for x in step(params, *batch.arrays))
         np.add.at(logprob, batch.request, values[: len(batch.request)].astype(np.float64))
         np.logical_and.at(greedy, batch.request, best[: len(batch.request)])
@@ -104,6 +106,12 @@ def score_continuations(
         Continuation(float(logprob[i]), bool(greedy[i]), held[i], seen[i], computed.get(i, 0))
         for i in range(len(requests))
     ]
+
+
+def _row_length(sizes: Sequence[int], batch_tokens: int) -> int:
+    """Room for two of the longest inputs, so that little of a row is left empty; less where all of them are less."""
+    longest, total = max(sizes), sum(sizes)
+    return min(max(bucket(2 * longest), 256), max(bucket(longest), batch_tokens), bucket(total))
 
 
 def _inputs(requests: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int) -> list[_Input]:

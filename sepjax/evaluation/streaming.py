@@ -30,6 +30,7 @@ from sepjax.generation.limits import check_cache
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import Transformer, split
 from sepjax.model.unrolled import Layerwise, by_layer, runner, working_copy
+from sepjax.progress import working
 from sepjax.separators import configured_table, warn_of_few_in
 
 _SHORT = 64  # tokens of a row in a pass, up to which layers are not scanned
@@ -206,12 +207,13 @@ def _score(
         at, first, document = (jnp.zeros(len(lanes.inputs), jnp.int32) for _ in range(3))
         return _State(cache, at, first, document, jnp.zeros(lanes.inputs.shape))
 
-    jax.block_until_ready(run(params, start(), on_device, table, jnp.int32(1)))  # compiles outside the timing
     state, limit = start(), jnp.int32(_PASSES)
+    with working(f"compiling for {attention.pattern}"):  # outside the timing
+        run.lower(params, state, on_device, table, limit).compile()
     began = time.perf_counter()
     with counted_compilations() as compiled:
-        ends = np.asarray(lanes.ends[:, -1])
-        state, total = _to_the_end(lambda state: run(params, state, on_device, table, limit), state, ends)
+        ends, what = np.asarray(lanes.ends[:, -1]), f"streaming through {attention.pattern}"
+        state, total = _to_the_end(lambda state: run(params, state, on_device, table, limit), state, ends, what)
     seconds = time.perf_counter() - began
     nll = lanes.of_documents(np.asarray(state.nll))
     tokens, whole = len(nll), float(np.sum(nll, dtype=np.float64))
@@ -240,14 +242,16 @@ def _score(
 
 
 def _to_the_end(
-    passes: Callable[[_State], tuple[_State, _Sums]], state: _State, ends: np.ndarray
+    passes: Callable[[_State], tuple[_State, _Sums]], state: _State, ends: np.ndarray, what: str
 ) -> tuple[_State, Any]:
-    """Makes passes until every lane is at its end; the last state, and what all passes add up to."""
+    """Makes passes until every lane is at its end; the last state, and what all passes add up to. `what` they do."""
     at, total = np.zeros(len(ends), np.int32), None
-    while (at < ends).any():
-        state, sums = passes(state)
-        at, sums = jax.device_get((state.at, sums))
-        total = sums if total is None else _add(total, sums)
+    with working(what, int(ends.sum()), "tokens") as work:
+        while (at < ends).any():
+            state, sums = passes(state)
+            at, sums = jax.device_get((state.at, sums))
+            total = sums if total is None else _add(total, sums)
+            work.done = int(np.minimum(at, ends).sum())
     return state, total
 
 

@@ -9,6 +9,7 @@ the new turn and without it, and what is new is fed:
 """
 
 import abc
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, override
@@ -88,6 +89,10 @@ class Conversation(abc.ABC):
     @abc.abstractmethod
     def answered(self, text: str) -> None:
         """Notes the answer to the last turn."""
+
+    def copy(self) -> "Conversation":
+        """The conversation as it stands, which further turns of this one do not change."""
+        return copy.copy(self)
 
 
 def conversation_of(
@@ -173,6 +178,12 @@ class _ByTemplate(Conversation):
         if self._messages:
             self._messages.append({"role": "assistant", "content": text})
             self._text += text
+
+    @override
+    def copy(self) -> "Conversation":
+        other = copy.copy(self)
+        other._messages, other._reported = list(self._messages), set(self._reported)
+        return other
 
     def _said(self, text: str) -> str:
         return text if self._control_tokens else marked(self._tokenizer, text)

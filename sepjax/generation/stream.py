@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from sepjax.generation.batch import request_of
+from sepjax.generation.cache.view import CacheView
 from sepjax.generation.device_loop import Steps, make_advance
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import Prompt, encode_prompts, row_keys
@@ -89,6 +90,10 @@ class Stream(Iterator[StreamEvent]):
     def cache_size(self) -> int | None:
         """The most entries that the cache may hold; None: it grows."""
         return self._reader.cache_size
+
+    def view(self) -> CacheView:
+        """What a bounded cache holds, zone by zone, and from where in the text. Raises StreamStateError for another."""
+        return SavedRow(self._state, (), self._has_drawn, self._row.state()).view()
 
     @property
     def last_token(self) -> int | None:

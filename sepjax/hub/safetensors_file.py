@@ -21,6 +21,7 @@ import numpy as np
 from sepjax.files import replacing
 from sepjax.hub.errors import HubError
 from sepjax.hub.fields import check_file
+from sepjax.progress import counted
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -177,7 +178,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Planned]) -> None:
     text += b" " * (-len(text) % 8)
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, planned in tensors.items():
+        for name, planned in counted(tensors.items(), f"writing {path}", at, "bytes", lambda item: item[1].nbytes):
             array = np.ascontiguousarray(planned.read().reshape(planned.shape).astype(planned.dtype, copy=False))
             if array.nbytes != planned.nbytes:
                 raise HubError(f"tensor {name!r} has {array.nbytes} bytes, {planned.nbytes} were announced")

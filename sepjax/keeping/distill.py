@@ -20,6 +20,7 @@ from sepjax.keeping.lesson import LOSSES, Grade, Rows, gather, grade, learn
 from sepjax.keeping.teacher import Observed, observe
 from sepjax.loading import load, locate
 from sepjax.model.transformer import abstract, merge, split
+from sepjax.progress import counted
 from sepjax.run.checkpoint import save_params
 from sepjax.training.step import with_gate
 
@@ -111,13 +112,9 @@ def _watched(see: Any, size: int, batches: Iterable[Any], rows: int, what: str) 
                 if np.any(part.segment_ids):
                     yield part
 
-    def told(parts: Iterable[Any]) -> Iterator[Any]:
-        for number, part in enumerate(parts, 1):
-            yield part
-            if number % 8 == 0:
-                say(f"observed {number * size} of {rows} {what}")
-
-    return gather(see, told(itertools.islice(parts(), -(-rows // size))))
+    passes = -(-rows // size)
+    parts_of = itertools.islice(parts(), passes)
+    return gather(see, counted(parts_of, f"observing {what}", passes * size, "rows", lambda part: size))
 
 
 def _check_judged(config: Config, rows: Rows, held_out: Rows) -> None:

@@ -20,8 +20,7 @@ derivative says what each gains.
 """
 
 import functools
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,17 +29,17 @@ import numpy as np
 
 from sepjax.array_typing import Float, Int32
 from sepjax.config import AttentionConfig, with_own_window
-from sepjax.console import say
 from sepjax.evaluation.token_loss import token_nll
 from sepjax.model.rope import layer_numbers, layer_ropes, of_layer, rope_tables, rotate
 from sepjax.model.transformer import Transformer, merge, split
 from sepjax.model.unrolled import working_copy
+from sepjax.progress import counted
 
 _PRIOR = 4.0  # uses that the mean of equally rare ids counts for
 
 
 def worth(
-    model: Transformer, rows: Sequence[Int32[np.ndarray, "_"]], by: str, *, window_size: int, every: float = 10.0
+    model: Transformer, rows: Sequence[Int32[np.ndarray, "_"]], by: str, *, window_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measures ids on rows of text.
 
@@ -49,7 +48,6 @@ def worth(
       rows: token ids of up to T + 1 tokens each; the last is a target only.
       by: "attention" or "loss".
       window_size: n; nearer than that every token is seen anyway.
-      every: seconds between two lines of progress on stderr.
 
     Returns:
       float64[V] sums, and int64[V] how often each id came.
@@ -59,7 +57,7 @@ def worth(
     params = working_copy(params, model.config)
     V, length = model.config.vocab_size, max(map(len, rows)) - 1
     sums, counts = np.zeros(V), np.zeros(V, np.int64)
-    for ids in _with_progress(rows, f"measuring by {by}", every):
+    for ids in counted(rows, f"measuring by {by}", sum(map(len, rows)), "tokens", len):
         padded = np.pad(ids, (0, length + 1 - len(ids)))[None]
         found = np.asarray(step(params, padded[:, :-1], padded[:, 1:], np.int32(len(ids) - 1)), np.float64)[0]
         np.add.at(sums, ids[:-1], found[: len(ids) - 1])
@@ -92,26 +90,12 @@ def best_ids(value: np.ndarray, counts: np.ndarray, density: float, candidates: 
     return np.array(sorted(taken), int)
 
 
-def _with_progress(rows: Sequence[np.ndarray], what: str, every: float) -> Iterator[np.ndarray]:
-    total, done, began = sum(map(len, rows)), 0, time.monotonic()
-    said = began
-    for ids in rows:
-        yield ids
-        done += len(ids)
-        now = time.monotonic()
-        if now - said >= every or done == total:
-            left = (now - began) / done * (total - done)
-            say(f"{what}: {done:,} of {total:,} tokens, {done / (now - began):,.0f} tokens/s, {left:,.0f} s left")
-            said = now
-
-
 def gains_of_layers(
     model: Transformer,
     rows: Sequence[Int32[np.ndarray, "_"]],
     *,
     window_size: int,
     num_sinks: int = 4,
-    every: float = 10.0,
 ) -> np.ndarray:
     """What each layer's view of the distant past gives, in nats a token: float64[L].
 
@@ -122,7 +106,7 @@ def gains_of_layers(
     step = jax.jit(functools.partial(_saved_by_layers, graph, window_size, num_sinks))
     params = working_copy(params, model.config)
     sums, length = np.zeros(model.config.num_layers), max(map(len, rows)) - 1
-    for ids in _with_progress(rows, "measuring layers", every):
+    for ids in counted(rows, "measuring layers", sum(map(len, rows)), "tokens", len):
         padded = np.pad(ids, (0, length + 1 - len(ids)))[None]
         sums += np.asarray(step(params, padded[:, :-1], padded[:, 1:], np.int32(len(ids) - 1)), np.float64)
     return sums / sum(len(ids) - 1 for ids in rows)

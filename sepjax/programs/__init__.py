@@ -5,14 +5,15 @@ A program is a file with a docstring, `Settings`, a dataclass that is its comman
 only a process of its own may do, before anything touches a device, is in `begin()`.
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
 from absl import flags
 
-from sepjax.command.flags import FLAG, one_line_errors, read_settings, run_program
-from sepjax.command.settings import flags_of
+from sepjax.command.flags import FLAG, call, one_line_errors, read_settings, run_program
+from sepjax.command.settings import Settings, flags_of
 from sepjax.config import ConfigError, nearest
 from sepjax.programs import bench
 
@@ -48,14 +49,15 @@ def main(words: Sequence[str]) -> None:
     else:
         module = program(command)
         begin = getattr(module, "begin", lambda: None)
-        run_program(lambda argv: read(command, argv, flags.FLAGS), module.main, [f"sepjax {command}", *rest], begin)
+        main_of = functools.partial(call, module.main)
+        run_program(lambda argv: read(command, argv, flags.FLAGS), main_of, [f"sepjax {command}", *rest], begin)
 
 
 def run_here(words: Sequence[str]) -> None:
     """The same within this process, for tests and notebooks: with flags of its own, and not under absl."""
     with one_line_errors():
         command, rest = choose(words)
-        program(command).main(read(command, [f"sepjax {command}", *rest], flags.FlagValues()))
+        call(program(command).main, read(command, [f"sepjax {command}", *rest], flags.FlagValues()))
 
 
 def choose(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -98,7 +100,7 @@ def program(command: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{COMMANDS[command]}")
 
 
-def read(command: str, argv: Sequence[str], flag_values: flags.FlagValues) -> object:
+def read(command: str, argv: Sequence[str], flag_values: flags.FlagValues) -> Settings:
     """The settings that a command line asks for; raises `ConfigError` for flags of other commands too, by name."""
     module = program(command)
     _refuse_others(command, argv)

@@ -3,14 +3,19 @@
     sepjax chat --model=smollm2-135m [--system="Answer in one sentence." --cache_size=800 ...]
     sepjax chat --model=smollm2-135m --resume=kept            goes on with what /save kept
 
-Ctrl-C cuts an answer short, /quit or Ctrl-D ends the conversation.
+Ctrl-C cuts an answer short, /quit or Ctrl-D ends the conversation. In a terminal /help lists what else there is; lines
+are edited there with the package prompt_toolkit (the extra `chat`).
 """
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sepjax.config import ConfigError
 from sepjax.programs.writing import Writing
+
+if TYPE_CHECKING:
+    from sepjax.generation.conversation import Conversation
+    from sepjax.generation.stream import Stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +23,7 @@ class Settings(Writing):
     """How it begins."""
 
     system: str = ""  # instructions in front of the first turn
+    private: bool = False  # of a terminal: do not keep what is typed for the next chat
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,17 +37,27 @@ class Settings(Writing):
 def main(settings: Settings) -> None:
     """Talks."""
     import sepjax
+    from sepjax.generation import terminal
     from sepjax.generation.chat import chat
     from sepjax.generation.conversation import conversation_of
+    from sepjax.generation.talk import Talk
     from sepjax.loading import load
 
     model, tokenizer = load(settings.path, **settings.loading)
     template, control = settings.template(tokenizer), settings.control_tokens is True
-    form = conversation_of(tokenizer, template, system=settings.system, control_tokens=control)
-    options = settings.options(model) | settings.endless()
-    options["stop"] = [*settings.stop, *form.stop]
-    options["stop_token_ids"] = [*settings.stop_token_ids, *form.stop_token_ids]
     new = settings.max_new_tokens
     settings.warn(model, tokenizer, [], new, bounded=True)
-    events: Any = sepjax.stream(model, tokenizer, max_new_tokens=new, control_tokens=control, **options)
-    chat(events, tokenizer, conversation=form)
+
+    def begin(system: str, resume: str | None = None) -> "tuple[Stream, Conversation]":
+        form = conversation_of(tokenizer, template, system=system, control_tokens=control)
+        options: dict[str, Any] = settings.options(model) | settings.endless() | {"resume": resume}
+        options["stop"] = [*settings.stop, *form.stop]
+        options["stop_token_ids"] = [*settings.stop_token_ids, *form.stop_token_ids]
+        return sepjax.stream(model, tokenizer, max_new_tokens=new, control_tokens=control, **options), form
+
+    events, form = begin(settings.system, settings.resume)
+    if terminal.is_terminal():
+        talk = Talk(begin, (events, form), system=settings.system)
+        terminal.talk_on(talk, terminal.screen_of(private=settings.private))
+    else:
+        chat(events, tokenizer, conversation=form)

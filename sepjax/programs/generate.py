@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from sepjax.command.settings import Repeated
 from sepjax.config import ConfigError, UserError
 from sepjax.programs.writing import Writing
+from sepjax.progress import working
 
 if TYPE_CHECKING:
     from sepjax.data.tokenizer import Tokenizer
@@ -135,7 +136,8 @@ def _answer_one(events: Any, settings: Settings) -> None:
 
     times: list[float] = []
     last = None
-    first = list(itertools.islice(events, 1))
+    with working("reading the prompt and compiling"):
+        first = list(itertools.islice(events, 1))
     with interrupt_flag() as interrupted:
         for last in itertools.chain(first, events):
             print(last.text, end="", flush=True)
@@ -162,7 +164,8 @@ def _answer_all(model: "Transformer", tokenizer: "Tokenizer", prompts: "Sequence
     import sepjax
 
     begun = time.perf_counter()
-    answers = sepjax.generate(model, tokenizer, prompts, **options)
+    with working(f"answering {len(prompts)} prompts"):
+        answers = sepjax.generate(model, tokenizer, prompts, **options)
     seconds = time.perf_counter() - begun
     for prompt, answer in zip(prompts, answers, strict=True):
         text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)

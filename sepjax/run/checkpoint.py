@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from sepjax.config import Config, UserError, from_json, to_json
 from sepjax.console import say
 from sepjax.model.transformer import Params
+from sepjax.progress import working
 from sepjax.run.checkpoint_files import (
     Seals,
     agreed,
@@ -156,7 +157,8 @@ class Checkpointer:
             reason = agreed(damage(self._folder / str(step), _ITEMS, share=(jax.process_index(), jax.process_count())))
             if reason is None:
                 try:
-                    state = self._read(step, target, data, config, new_data)
+                    with working(f"loading step {step} of {self._folder}"):
+                        state = self._read(step, target, data, config, new_data)
                 except UserError:
                     raise
                 except Exception as error:  # Orbax, TensorStore and Grain raise all kinds for damaged files
@@ -350,8 +352,8 @@ def _read(
     target, frozen = learned_and_frozen(config, mesh)
     try:
         check_shapes(folder / "params", target)
-        base = read_frozen(Path(workdir), frozen if with_base else {})
-        with ocp.StandardCheckpointer() as reader:
+        with working(f"loading step {folder.name} of {workdir}"), ocp.StandardCheckpointer() as reader:
+            base = read_frozen(Path(workdir), frozen if with_base else {})
             return config, reader.restore(folder / "params", target), base, int(folder.name), mesh
     except UserError:
         raise
@@ -370,7 +372,7 @@ def save_params(workdir: Path, config: Config, params: Params) -> None:
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(params), config=ocp.args.JsonSave(json.loads(to_json(config)))
     )
-    with Checkpointer(workdir, keep=1, warns=False) as checkpointer:  # closing raises
+    with working(f"writing {workdir}"), Checkpointer(workdir, keep=1, warns=False) as checkpointer:  # closing raises
         checkpointer.write(0, items)
 
 

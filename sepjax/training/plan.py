@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from sepjax.config import Config, UserError, validate_attention
 from sepjax.config.lora import check_adapters
 from sepjax.data.batch import Batch
+from sepjax.progress import working
 from sepjax.sharding import batch_sharding, check_batch, check_heads, check_length, make_mesh, replicated
 from sepjax.training import h100
 from sepjax.training.compiled import Collective, LargeArray, Program
@@ -119,9 +120,9 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     step = functools.partial(train_step, config, model_graph(config))
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     with jax.set_mesh(mesh):
-        lowered = step.lower(state, _abstract_batch(config, mesh))
         try:
-            return lowered.compile()
+            with working("compiling the step"):
+                return step.lower(state, _abstract_batch(config, mesh)).compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from sepjax.config import AttentionConfig
+from sepjax.evaluation import scoring
 from sepjax.evaluation.equal import kept_keys, window_of_equal_kept
+from sepjax.evaluation.passes import rows_of_pass
 from sepjax.evaluation.scoring import ScoringError, score_continuations
 from sepjax.layout import build_layout
 from sepjax.model.attend import forward
@@ -128,3 +130,30 @@ def test_kept_keys_are_those_of_the_layout_and_the_window_is_the_nearest(pattern
     found = window_of_equal_kept(attention, seen, 0.5).window_size
     errors = {n: abs(np.mean(kept_keys(attention, np.array(seen), n) / seen) - 0.5) for n in range(1, 301)}
     assert errors[found] == min(errors.values())
+
+
+def test_no_pass_is_larger_than_what_is_left(byte_model, byte_tokenizer, monkeypatch):
+    for count in range(1, 40):
+        for most in range(1, 12):
+            rows = rows_of_pass(count, most)
+            passes = -(-count // rows)
+            assert rows <= most
+            assert passes == -(-count // most)  # no more than full ones would need
+            assert passes * rows - count < passes  # a row of padding a pass, at most
+    shapes = []
+
+    def step(params, tokens, positions, segments, is_separator, where):
+        shapes.append(tokens.shape)
+        entries = where.shape[0] * where.shape[1]
+        return np.zeros(entries), np.zeros(entries, bool), np.zeros(tokens.shape)
+
+    monkeypatch.setattr(scoring, "_make_step", lambda graph, attention: step)
+    request = [5] * 1000, [6]
+    for requests, expected in (
+        ([request], [(1, 1024)]),  # not twice its length, and not the 8 rows that would fit
+        ([([i] * 1000, [6]) for i in range(9)], [(5, 2048)]),
+        ([([i] * 1000, [6]) for i in range(33)], [(9, 2048), (9, 2048)]),  # 17 rows, of which 16 would fit
+    ):
+        shapes.clear()
+        score_continuations(byte_model, byte_tokenizer, requests, batch_tokens=32_768)
+        assert shapes == expected

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from sepjax import programs
-from sepjax.command.settings import flags_of
 from sepjax.config import AttentionConfig
 from sepjax.evaluation import jobs, needle, recall
 from sepjax.programs import COMMANDS
-from tests.commands import Called, command, leaves, unlike
+from tests.commands import Called, command, leaves, own_flags, unlike
 from tests.hub.test_gguf_file import write
 
 CALLS = {
@@ -37,7 +36,7 @@ def test_no_setting_is_lost_on_its_way(job, monkeypatch, tmp_path):
         monkeypatch.setattr(recall, "score_run", spy)
     else:
         monkeypatch.setattr(jobs, CALLS[job], spy)
-    values = {flag.name: unlike(flag, i) for i, flag in enumerate(flags_of(module.Settings))}
+    values = {flag.name: unlike(flag, i) for i, flag in enumerate(own_flags(module.Settings))}
     values["output"] = str(tmp_path / "scores.json")
     ways = [{"model": None, "download": False}, {"workdir": None}]
     ways = [way | other for way in ways for other in ({"arms": ""}, {"patterns": None, "budgets": None})]

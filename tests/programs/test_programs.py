@@ -19,7 +19,7 @@ from sepjax.hub import convert
 from sepjax.keeping import distill
 from sepjax.programs import COMMANDS, bench
 from sepjax.training import plan
-from tests.commands import Called, command, leaves, refusal, unlike
+from tests.commands import Called, command, leaves, own_flags, refusal, unlike
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,7 +133,7 @@ def test_no_setting_is_lost_on_its_way(name, monkeypatch):
     callee = {"train": checkout.program("train"), "convert": convert, "plan": plan, "distill": distill}[name]
     monkeypatch.setattr(callee, "main" if name == "plan" else name, spy)
     module = programs.program(name)
-    values = {flag.name: unlike(flag, i) for i, flag in enumerate(flags_of(module.Settings))}
+    values = {flag.name: unlike(flag, i) for i, flag in enumerate(own_flags(module.Settings))}
     with pytest.raises(Called):
         module.main(module.Settings(**values))
     reached = leaves(seen)

@@ -19,13 +19,12 @@ import openai
 import pytest
 
 from sepjax import console, separators
-from sepjax.command.settings import flags_of
 from sepjax.config import ConfigError
 from sepjax.programs import serve
 from sepjax.serve import logs, process
 from sepjax.serve import running as running_module
 from sepjax.serve.app import Limits
-from tests.commands import Called, leaves, refusal, unlike
+from tests.commands import Called, leaves, own_flags, refusal, unlike
 from tests.serve.tiny import alone, client, running, settled, text_of, tiny_served
 
 ROOT = Path(__file__).parents[2]
@@ -267,7 +266,7 @@ def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
     monkeypatch.setattr("sepjax.serve.process.prepare", lambda: None)
     monkeypatch.setattr("sepjax.serve.logs.begin", lambda level: seen.append(level))
     monkeypatch.setattr("sepjax.loading.load", load)
-    own = [flag for flag in flags_of(serve.Settings) if flag.name not in ("workdir", "download", "pattern")]
+    own = [flag for flag in own_flags(serve.Settings) if flag.name not in ("workdir", "download", "pattern")]
     values = {flag.name: unlike(flag, i) for i, flag in enumerate(own)}
     values |= {"dtype": "bfloat16", "step": None, "max_body_bytes": 4321}
     values |= {"cache_memory": 3, "state_size": 5}

@@ -69,7 +69,7 @@ class Texts(Settings):
     @property
     def texts(self) -> dict[str, Any]:
         """These settings, as `sepjax.evaluation.jobs.evaluate` takes them."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Texts)}
+        return {name: getattr(self, name) for name in Texts.__annotations__}
 
 
 def output_of(settings: Job, name: str) -> Path:
