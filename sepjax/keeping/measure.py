@@ -14,9 +14,9 @@ Every row of text is run once, dense. Three measures, each summed over the place
 The mean of an id that came seldom is uncertain, and an id that never came has none: both are drawn to the mean of ids
 that came about as often (`per_use`).
 
-The loss also tells which layers make use of the distant past (`gains_of_layers`): with a g for each layer in place of
-one for each place, and weights that are made to sum to 1 again, so that g = 0 is a window with sinks, the same
-derivative says what each gains.
+The loss also tells which layers make use of the distant past (`gains_of_layers`): with a g for each layer that goes
+from the output of its attention to sinks and window (0) to that of dense attention (1), the same derivative says what
+each gains.
 """
 
 import functools
@@ -190,10 +190,9 @@ def _saved_by_layers(
 ) -> Float[jax.Array, "L"]:
     def loss(g: jax.Array) -> jax.Array:
         def visit(weights: jax.Array, far: jax.Array, v: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
-            hidden = far & (jnp.arange(tokens.shape[1]) >= num_sinks)
-            weights = jnp.where(hidden, weights * g, weights)
-            weights /= jnp.sum(weights, axis=-1, keepdims=True)
-            return jnp.einsum("bkgij,bjkh->bikgh", weights, v), None
+            near = jnp.where(far & (jnp.arange(tokens.shape[1]) >= num_sinks), 0.0, weights)
+            near /= jnp.sum(near, axis=-1, keepdims=True)
+            return jnp.einsum("bkgij,bjkh->bikgh", g * weights + (1 - g) * near, v), None
 
         model, hidden, _ = _run(graph, window_size, params, tokens, visit, g)
         losses = token_nll(hidden, model.output_embedding(), targets, model.config)

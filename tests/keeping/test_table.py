@@ -145,9 +145,11 @@ def test_layers_gain_what_their_far_values_give(byte_model):  # noqa: F811
             q, k = rotate(q, turn)[0], rotate(k, turn)[0]
             k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v[0]))
             scores = jnp.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
-            scores = jnp.where(far, scores + jnp.log(g), scores)
-            weights = jax.nn.softmax(jnp.where(np.tri(24, dtype=bool), scores, -jnp.inf))
-            return jnp.einsum("hts,shd->thd", weights, v)[None], None
+            sees = np.tri(24, dtype=bool)
+            dense, near = (
+                jax.nn.softmax(jnp.where(x, scores, -jnp.inf)) @ v.swapaxes(0, 1) for x in (sees, sees & ~far)
+            )
+            return (g * dense + (1 - g) * near).swapaxes(0, 1)[None], None
 
         hidden, _ = byte_model(tokens, i[None], attend, g)
         return -jax.nn.log_softmax(byte_model.logits(hidden)[0])[i, ids[1:]].sum()
