@@ -88,7 +88,7 @@ class OptimizerConfig:
     b1: float = 0.9  # decay of the mean of gradients
     b2: float = 0.95  # decay of the mean of their squares
     weight_decay: float = 0.1  # on matrices only
-    clip_norm: float = 1.0  # global gradient norm
+    clip_norm: float = 1.0  # of all gradients together, and of a gate's by themselves
     accumulation_steps: int = 1  # micro-batches per step; divides data.batch_size
     z_loss: float = 0.0  # weight of log(Z)^2
 

@@ -23,7 +23,8 @@ class AttentionConfig:
     pattern: str = "separator"  # "separator" | "dense" | "sink_window" | "fixed_interval" | "gated" | "watched"
     num_sinks: int = 4  # [a] first tokens of each document, always visible
     window_size: int = 64  # [n, w] keys of the local window, the query itself included
-    layer_windows: tuple[int, ...] = ()  # one n per layer; empty: window_size everywhere
+    # one n per layer; empty: window_size everywhere. In bounded caches: layers of several sizes (docs/streaming.md)
+    layer_windows: tuple[int, ...] = ()
     # layers that see kept tokens, the others sinks and window; empty: all (a gate: those above it)
     kept_layers: tuple[int, ...] = ()
     layer_reach: tuple[int, ...] = ()  # one per layer: how far back it sees, kept keys included; 0: without end
@@ -162,10 +163,18 @@ def _validate_watch(attention: AttentionConfig, num_layers: int) -> None:
     for layer in attention.watch_layers:
         if not 0 <= layer < num_layers:
             raise ConfigError(f"attention.watch_layers has {layer}; the model's layers are 0 to {num_layers - 1}")
-    if attention.watch_after >= attention.window_size:
+    windows, kept = attention.layer_windows or (attention.window_size,) * num_layers, sees_kept(attention, num_layers)
+    narrowest = min(n for n, sees in zip(windows, kept, strict=True) if sees)
+    if attention.watch_after >= narrowest:
         raise ConfigError(
-            f"attention.watch_after={attention.watch_after} must be below window_size={attention.window_size}: looks "
-            "count from that age on, and a token must be seen at it before it leaves the window"
+            f"attention.watch_after={attention.watch_after} must be below the window of layers that keep, {narrowest}: "
+            "looks count from that age on, and a token must be seen at it before it leaves the window"
+        )
+    idle = [layer for layer in attention.watch_layers if not kept[layer]]
+    if idle:
+        raise ConfigError(
+            f"attention.watch_layers has {idle[0]}, which is none of kept_layers={attention.kept_layers}: its looks "
+            "would decide nothing; leave it out"
         )
     if attention.keep_all_separators:
         raise ConfigError(

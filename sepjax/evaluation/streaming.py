@@ -324,7 +324,7 @@ def _one_pass(
     kept = jnp.where(ended, cache.held() / jnp.maximum(at - state.start, 1), 0.0)
     sums = _Sums(
         held=sums.held + jnp.sum(jnp.where(scored, held, 0), dtype=jnp.float32),
-        most=jnp.maximum(sums.most, jnp.max(jnp.where(scored, held, 0))),
+        most=jnp.maximum(sums.most, jnp.max(jnp.where(scored, held, 0)).astype(jnp.int32)),
         kept=sums.kept + jnp.sum(kept),
         ended=sums.ended + jnp.sum(ended),
     )

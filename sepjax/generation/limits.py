@@ -64,7 +64,7 @@ def warn_of_cache(config: ModelConfig, attention: AttentionConfig, trained: int)
     Raises:
       ConfigError: there is no such cache.
     """
-    slots = bounded_sizes(config, with_own_window(attention, config)).cache_size
+    slots = bounded_sizes(config, with_own_window(attention, config)).largest
     if slots > trained:
         say(
             f"warning: a cache of {slots} entries is larger than the {trained} tokens that the model was trained on; "

@@ -36,6 +36,8 @@ def split_memory(
       ConfigError: no such layers, or too few slots for sinks and windows.
     """
     base, L = base or AttentionConfig(), config.num_layers
+    if L < 2:
+        raise ConfigError("a model of one layer has nothing to be split among layers")
     if not 0 < len(layers) < L:
         raise ConfigError(f"{len(layers)} of the model's {L} layers cannot be those that keep; choose 1 to {L - 1}")
     others = int(slots * _OTHERS)
@@ -46,7 +48,7 @@ def split_memory(
     if min(window - base.watch_after, others - base.num_sinks) < 1:
         raise ConfigError(
             f"{slots} slots a layer leave no room for {base.num_sinks} sinks, kept tokens and a window of more than "
-            f"watch_after={base.watch_after}; give {8 * (base.watch_after + base.num_sinks)} or more"
+            f"watch_after={base.watch_after}; give more"
         )
     windows = tuple(window if i in layers else others - base.num_sinks for i in range(L))
     split = dataclasses.replace(
@@ -62,4 +64,5 @@ def as_arm(attention: AttentionConfig) -> str:
     windows = ",".join(map(str, x.layer_windows))
     layers = ",".join(map(str, x.kept_layers))
     sizes = f"a={x.num_sinks} s={x.max_separators} w={x.window_size} c={x.cache_size}"
-    return f"{x.pattern} {sizes} windows={windows} kept_layers={layers}"
+    own = "watch_layers= keep_all_separators=false"  # whatever the model's own settings are
+    return f"{x.pattern} {sizes} windows={windows} kept_layers={layers} {own}"

@@ -191,7 +191,7 @@ def _saved_by_layers(
     def loss(g: jax.Array) -> jax.Array:
         def visit(weights: jax.Array, far: jax.Array, v: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
             near = jnp.where(far & (jnp.arange(tokens.shape[1]) >= num_sinks), 0.0, weights)
-            near /= jnp.sum(near, axis=-1, keepdims=True)
+            near /= jnp.maximum(jnp.sum(near, axis=-1, keepdims=True), 1e-30)
             return jnp.einsum("bkgij,bjkh->bikgh", g * weights + (1 - g) * near, v), None
 
         model, hidden, _ = _run(graph, window_size, params, tokens, visit, g)

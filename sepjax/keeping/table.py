@@ -103,7 +103,10 @@ def rows_with_a_past(
     """
     full = [ids for ids in windows if len(ids) > window_size + 1]
     if not full:
-        raise TableError(f"no text has more than {window_size} tokens: nothing is far in them; give longer ones")
+        raise TableError(
+            f"no text has more than {window_size} tokens, which are seen anyway: nothing is far in them; give longer "
+            "texts, or lower --window_size (of sepjax layers: --slots)"
+        )
     return full[:: -(-len(full) * (length + 1) // max_tokens)]
 
 

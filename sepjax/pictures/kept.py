@@ -21,7 +21,7 @@ import numpy as np
 
 from sepjax.config import AttentionConfig, UserError
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.generation.cache.mixed import BoundedSizes, bounded_sizes, empty_cache
+from sepjax.generation.cache.mixed import BoundedSizes, MixedSizes, bounded_sizes, empty_cache
 from sepjax.generation.cache.view import CacheView, of_row
 from sepjax.generation.device_loop import make_consume
 from sepjax.generation.prepared import Prepared
@@ -139,8 +139,8 @@ def kept_text(
         title=_title(of.attention, sizes),
         tokens=tuple(_pieces(tokenizer, ids)),
         frames=tuple(frames[::-1][::every][::-1]),
-        cache_size=sizes.cache_size,
-        where="layer that keeps, fewer in others" if sizes.sees_kept else "layer and head",
+        cache_size=sizes.main.cache_size,
+        where=_where(sizes),
     )
 
 
@@ -158,10 +158,16 @@ def _frames(of: Prepared, sizes: BoundedSizes, ids: list[int]) -> list[Frame]:
     return frames
 
 
+def _where(sizes: BoundedSizes) -> str:
+    if isinstance(sizes, MixedSizes):
+        return f"of layers {', '.join(map(str, sizes.layers(0)))}, others in others"
+    return "layer that keeps, fewer in others" if sizes.sees_kept else "layer and head"
+
+
 def _title(attention: AttentionConfig, sizes: BoundedSizes) -> str:
     kept = f", {sizes.max_separators} kept" if sizes.max_separators else ""
     zones = f"{sizes.num_sinks} sinks{kept}, window {sizes.window_size}"
-    return f"{attention.pattern}: {zones}, at most {sizes.cache_size} held"
+    return f"{attention.pattern}: {zones}, at most {sizes.main.cache_size} held"
 
 
 def _pieces(tokenizer: Tokenizer, ids: list[int]) -> Any:

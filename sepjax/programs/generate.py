@@ -46,10 +46,11 @@ class Settings(Writing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        takers: dict[str, tuple[bool, tuple[str, ...]]]
         takers = {"--resume, --stream": (self.goes_on, ("max_repeats", "save"))}
-        takers["--resume, --stream, --pattern=watched"] = self.bounded, ("max_separators", "cache_size")
+        takers["--resume, --stream, --pattern=watched"] = self.bounded, ("max_separators", "cache_size", "arm")
         for flags, (asked, names) in takers.items():
-            idle = [name for name in names if getattr(self, name) is not None and not asked]
+            idle = [name for name in names if getattr(self, name) not in (None, "") and not asked]
             if idle:
                 raise ConfigError(
                     f"--{idle[0]} does nothing for an answer to --prompt; it is for {flags}: leave it out or add one "

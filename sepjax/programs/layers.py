@@ -10,6 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+
 from sepjax.command.settings import AtLeast
 from sepjax.command.settings import Settings as _Settings
 
@@ -33,6 +35,7 @@ def main(settings: Settings) -> None:
     from sepjax.evaluation.documents import read_texts
     from sepjax.evaluation.perplexity import token_windows
     from sepjax.files import check_file, write_text
+    from sepjax.generation.cache.mixed import bounded_sizes
     from sepjax.keeping.layers import as_arm, best_layers, split_memory
     from sepjax.keeping.measure import gains_of_layers
     from sepjax.keeping.table import rows_with_a_past
@@ -46,11 +49,14 @@ def main(settings: Settings) -> None:
             f"other layers; raise it to {2 * settings.slots} or more"
         )
     model, tokenizer = load(settings.model)
-    number = settings.layers or max(1, round(model.config.num_layers / 4))
-    split_memory(model.config, range(number), settings.slots, model.attention)  # before minutes of measuring
+    number = settings.layers or max(1, model.config.num_layers // 4)
+    trial = split_memory(model.config, range(number), settings.slots, model.attention)
+    bounded_sizes(model.config, trial)  # says what no such cache serves, before minutes of measuring
     texts = token_windows(tokenizer, read_texts(Path(settings.text)), settings.length).ids
     rows = rows_with_a_past(texts, window, settings.length, settings.max_tokens)
     gains = gains_of_layers(model, rows, window_size=window, num_sinks=model.attention.num_sinks)
+    if not np.isfinite(gains).all():
+        raise ConfigError(f"on rows of {settings.length} tokens the model's losses are not finite; lower --length")
     chosen = best_layers(gains, number)
     attention = split_memory(model.config, chosen, settings.slots, model.attention)
     write_text(settings.output, as_arm(attention) + "\n")

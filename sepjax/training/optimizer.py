@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up, cosine decay and clipping by the global norm."""
+"""AdamW with linear warm-up, cosine decay and clipping by the global norm, a gate's apart."""
 
 from typing import Any
 

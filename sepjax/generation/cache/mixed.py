@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
-from sepjax.config import AttentionConfig, ModelConfig, sees_kept, under
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig, sees_kept, under
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.bounded_pass import attend_run, pass_inputs
 from sepjax.generation.cache.sizes import StreamSizes
@@ -45,6 +45,11 @@ class MixedSizes:
 
     @property
     def cache_size(self) -> int:
+        """The most entries that a layer holds, averaged over the layers and rounded up."""
+        return -(-sum(self.parts[part].cache_size for part in self.part_of) // len(self.part_of))
+
+    @property
+    def largest(self) -> int:
         """The most entries that any layer holds."""
         return max(part.cache_size for part in self.parts)
 
@@ -90,38 +95,43 @@ type BoundedSizes = StreamSizes | MixedSizes
 def bounded_sizes(config: ModelConfig, attention: AttentionConfig) -> BoundedSizes:
     """The sizes that a config asks for: of one kind of layers, or of several where `layer_windows` differ.
 
-    Of several, a layer that sees kept tokens (`kept_layers`; empty: each, of a gate those above it) holds as many
-    entries more or less than `cache_size` as its window is wider or narrower than `window_size`. The others hold sinks
-    and their windows, and nothing else.
+    Of several, a layer that sees kept tokens (`kept_layers`; empty: each, of a gate those above it), or each of a
+    window's, holds as many entries more or less than `cache_size` as its window is wider or narrower than
+    `window_size`. The others hold sinks and their windows, and nothing else.
 
     Raises:
-      ConfigError: as `StreamSizes.create`.
+      ConfigError: as `StreamSizes.create`, or several kinds of layers are to share one set of watched tokens.
     """
     if len(set(attention.layer_windows)) < 2:
         return StreamSizes.create(config, attention)
-    sees = sees_kept(attention, config.num_layers)
-    if not attention.max_separators or attention.pattern == "sink_window":
-        sees = (False,) * len(sees)
+    watched = attention.watch_layers or attention.kept_layers
+    alike = dataclasses.replace(attention, layer_windows=(), kept_layers=(), watch_layers=watched)
+    like = StreamSizes.create(config, alike)  # which says, too, what no bounded cache serves
+    has_zone = like.max_separators > 0
+    sees = [has_zone and x for x in sees_kept(attention, config.num_layers)]
     kinds = list(zip((not x for x in sees), attention.layer_windows, strict=True))
     distinct = sorted(set(kinds))
+    if attention.pattern == "watched" and attention.kept_set == "model" and sum(not x for x, _ in distinct) > 1:
+        raise ConfigError(
+            'attention.kept_set="model" keeps one set for all layers, which layers that keep tokens in caches of '
+            'several sizes cannot share; give them one window in layer_windows, or use kept_set="head"'
+        )
     part_of = tuple(distinct.index(kind) for kind in kinds)
     sizes = MixedSizes((), part_of)
     parts = tuple(
-        _of_layers(StreamSizes.create(config, _alone(attention, window, not without)), sizes.layers(i))
+        _of_layers(StreamSizes.create(config, _alone(alike, like, window, not without)), sizes.layers(i))
         for i, (without, window) in enumerate(distinct)
     )
     return dataclasses.replace(sizes, parts=parts)
 
 
-def _alone(attention: AttentionConfig, window: int, keeps: bool) -> AttentionConfig:
+def _alone(alike: AttentionConfig, like: StreamSizes, window: int, keeps: bool) -> AttentionConfig:
     """What layers of one kind would be given if all were like them."""
-    watched = attention.watch_layers or attention.kept_layers
-    alike = dataclasses.replace(attention, layer_windows=(), kept_layers=(), watch_layers=watched, window_size=window)
-    if not keeps:
-        size = attention.num_sinks + window
-        return dataclasses.replace(under(alike, "sink_window"), cache_size=size, keep_all_separators=False)
-    wider = window - attention.window_size
-    return dataclasses.replace(alike, cache_size=attention.cache_size and attention.cache_size + wider)
+    size = like.cache_size + window - alike.window_size
+    if like.max_separators and not keeps:
+        alike = dataclasses.replace(under(alike, "sink_window"), keep_all_separators=False)
+        size = alike.num_sinks + window
+    return dataclasses.replace(alike, window_size=window, cache_size=size)
 
 
 def _of_layers(sizes: StreamSizes, layers: tuple[int, ...]) -> StreamSizes:
@@ -157,16 +167,20 @@ class MixedCache:
 
     def averaged(self, of: Callable[[StreamingCache], jax.Array]) -> jax.Array:
         """A number of entries, averaged over the layers and rounded down."""
+        return self._over_layers(of) // len(self.sizes.part_of)
+
+    def _over_layers(self, of: Callable[[StreamingCache], jax.Array]) -> jax.Array:
         numbers = [of(part) * len(self.sizes.layers(i)) for i, part in enumerate(self.parts)]
-        return sum(numbers[1:], numbers[0]) // len(self.sizes.part_of)
+        return sum(numbers[1:], numbers[0])
 
     def held(self) -> Int32[jax.Array, "B"]:
         """Entries of a layer that each row holds, averaged over the layers and rounded down."""
         return self.averaged(StreamingCache.held)
 
-    def held_before(self, num_tokens: int) -> Int32[jax.Array, "B T"]:
-        """The same of each of the next `num_tokens` tokens."""
-        return self.averaged(lambda part: part.held_before(num_tokens))
+    def held_before(self, num_tokens: int) -> Float[jax.Array, "B T"]:
+        """The same of each of the next `num_tokens` tokens, not rounded."""
+        total = self._over_layers(lambda part: part.held_before(num_tokens))
+        return total.astype(jnp.float32) / len(self.sizes.part_of)
 
     def room(self, most: int) -> Int32[jax.Array, "B"]:
         """See `Cache`: what the fullest part takes."""

@@ -18,7 +18,7 @@ from sepjax.config import AttentionConfig
 
 @runtime_checkable
 class Cache(Protocol):
-    """Keys and values of B rows. `SeparatorCache` grows, `StreamingCache` is bounded."""
+    """Keys and values of B rows. `SeparatorCache` grows, `StreamingCache` and `MixedCache` are bounded."""
 
     @property
     def nbytes(self) -> int:
@@ -26,7 +26,7 @@ class Cache(Protocol):
         ...
 
     def held(self) -> Int32[jax.Array, "B"]:
-        """Tokens that each row holds."""
+        """Tokens that each row holds; where layers differ, averaged over them."""
         ...
 
     def room(self, most: int) -> Int32[jax.Array, "B"]:

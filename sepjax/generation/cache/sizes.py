@@ -89,6 +89,16 @@ class StreamSizes:
         )
 
     @property
+    def main(self) -> "StreamSizes":
+        """Itself: of caches with several sizes (`sepjax.generation.cache.mixed`), the part to look at."""
+        return self
+
+    @property
+    def largest(self) -> int:
+        """The most entries that any layer holds."""
+        return self.cache_size
+
+    @property
     def keeps_best(self) -> "Watch | Gated | None":
         """What decides by scores which entries of the second zone stay; None: the newest do."""
         return self.watch or self.gate
@@ -137,8 +147,8 @@ def _check_served(config: ModelConfig, attention: AttentionConfig) -> None:
         )
     if len(set(attention.layer_windows)) > 1:
         raise ConfigError(
-            f"attention.layer_windows={attention.layer_windows}: one size for all layers has one window; leave "
-            "layer_windows empty, or take `sepjax.generation.cache.mixed.bounded_sizes`"
+            f"attention.layer_windows={attention.layer_windows}: one size for all layers has one window "
+            "(sepjax.generation.cache.mixed.bounded_sizes has several)"
         )
     if config.position_embedding == "learned":
         raise ConfigError(

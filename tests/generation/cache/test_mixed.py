@@ -155,6 +155,18 @@ def test_layers_hold_what_their_windows_ask_for():
     assert [part.k[0].shape for part in cache.parts] == [(3, 2, 64, 8), (3, 2, 256, 8)]
     assert isinstance(cache, MixedCache)
     assert cache.sizes.slots == (2 * 64 + 2 * 256) // 4
+    assert (cache.sizes.cache_size, cache.sizes.largest) == ((2 * 192 + 2 * 16) // 4, 192)
+    windows = AttentionConfig("sink_window", num_sinks=2, window_size=6, cache_size=16, layer_windows=(6, 9, 6, 9))
+    assert [(x.window_size, x.cache_size) for x in bounded_sizes(DEEP, windows).parts] == [(6, 16), (9, 19)]
+    ends = AttentionConfig(
+        num_sinks=2,
+        max_separators=0,
+        window_size=6,
+        cache_size=16,
+        layer_windows=(6, 9, 6, 9),
+        keep_all_separators=True,
+    )
+    assert [(x.max_separators, x.cache_size) for x in bounded_sizes(DEEP, ends).parts] == [(8, 16), (8, 19)]
     one = dataclasses.replace(CASES["watched"], layer_windows=(), kept_layers=())
     assert isinstance(bounded_sizes(DEEP, one), StreamSizes)
 
@@ -165,6 +177,14 @@ def test_layers_hold_what_their_windows_ask_for():
         ({"layer_windows": ()}, "needs layer_windows that differ"),
         ({"layer_windows": (6, 6, 6, 6)}, "needs layer_windows that differ"),
         ({"layer_windows": (9, 6, 6, EVERYTHING)}, "keeps every token"),
+        ({"pattern": "dense", "kept_layers": ()}, "keeps every token"),
+        (
+            {"pattern": "gated", "max_separators": 0, "gate_stretch": 5, "gate_layer": 1},
+            "no room for what a gate keeps",
+        ),
+        ({"kept_set": "model", "kept_layers": (), "layer_windows": (9, 6, 6, 4)}, "keeps one set for all layers"),
+        ({"watch_layers": (0,)}, "is none of kept_layers"),
+        ({"watch_after": 6}, "below the window of layers that keep, 6"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):
