@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from sepjax.config import Config, ConfigError, ModelConfig, from_json, validate, validate_attention
 from sepjax.config.lora import check_adapters
 from sepjax.console import say
-from sepjax.data.sources import is_json_lines
+from sepjax.data.sources import has_records
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.convert import keep_origin
 from sepjax.hub.training_form import TrainingForm, training_form
@@ -78,7 +78,7 @@ def conversation_form(config: Config, tokenizer: Tokenizer) -> TrainingForm | No
 
     Raises HubError where the template cannot be read.
     """
-    return training_form(config.data, tokenizer) if is_json_lines(config.data.name) else None
+    return training_form(config.data, tokenizer) if has_records(config.data.name) else None
 
 
 def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, download: bool = False) -> TrainState:

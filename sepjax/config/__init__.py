@@ -61,10 +61,10 @@ __all__ = [  # of other files, for whoever reads a config
 class DataConfig:
     """Where text comes from and how it becomes batches."""
 
-    # "embedded" | "recall" (a generated task) | .txt or .jsonl files or a folder of them | any TFDS text dataset
+    # "embedded" | "recall" (generated) | a .txt, .jsonl (.gz, .zst) or .parquet file, a folder of them | a TFDS dataset
     name: str = "embedded"
     data_dir: str = ""  # where TFDS keeps prepared datasets; empty: <workdir>/data
-    text_key: str = "text"  # field that holds the text in a TFDS dataset or JSON lines
+    text_key: str = "text"  # field that holds the text in a TFDS dataset, JSON lines or Parquet
     train_on: str = "assistant"  # of conversations: "assistant" (what it says) | "last" (its last answer) | "all"
     too_long: str = "truncate"  # a conversation longer than a row: "truncate" | "skip"
     train_split: str = "train"  # of the corpus, as TFDS names it

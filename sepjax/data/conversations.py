@@ -1,4 +1,4 @@
-"""Records of JSON lines: conversations, prompts with completions, or plain texts.
+"""Records of JSON lines and Parquet: conversations, prompts with completions, or plain texts.
 
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 {"prompt": "...", "completion": "..."}        a turn of each; both may be lists of messages
@@ -21,6 +21,7 @@ _NOT_READ = (
     "rejected", "response_format", "system", "enable_thinking", "tool_choice", "tools", "videos",
 )  # fmt: skip
 _CALLS = ("tool_calls", "function_call")  # of a message
+FIELDS = frozenset({"messages", "prompt", "completion", *_NOT_READ})  # of a conversation, that are looked at
 type Message = Mapping[str, str]
 
 

@@ -15,8 +15,9 @@ from sepjax.config import DataConfig, UserError
 from sepjax.console import say
 from sepjax.data.conversations import Form
 from sepjax.data.corpora.embedded.embedded import Embedded
-from sepjax.data.corpora.json_lines.json_lines import JsonLines, json_files
+from sepjax.data.corpora.files import files_of, kind_of_file
 from sepjax.data.corpora.recall.recall import Recall
+from sepjax.data.corpora.records.records import Records
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
 from sepjax.data.errors import DataError
 from sepjax.data.locks import exclusive
@@ -139,9 +140,9 @@ def text_source(data: DataConfig, data_dir: str, split: str, form: Form | None =
     """The documents of one split of `data.name`; our own corpora are prepared in `data_dir` on first use.
 
     Args:
-      data: `name` is "embedded", "recall" (generated, a document a row), an existing .txt or .jsonl file or a folder of
-        them, or the name of a TFDS dataset that is prepared in `data_dir` as array_record; `text_key` is the field of
-        the latter, or of JSON lines, that holds the text.
+      data: `name` is "embedded", "recall" (generated, a document a row), an existing .txt, .jsonl (also .gz
+        or .zst) or .parquet file or a folder of them, or the name of a TFDS dataset that is prepared in `data_dir` as
+        array_record; `text_key` is the field of the latter, or of records, that holds the text.
       data_dir: where TFDS keeps prepared datasets.
       split: "train", "validation", or whatever TFDS understands ("train[:10%]"). "all" of files on disk keeps every
         file whole, holding back none.
@@ -174,10 +175,13 @@ def text_source(data: DataConfig, data_dir: str, split: str, form: Form | None =
     return source
 
 
-def is_json_lines(name: str) -> bool:
-    """Whether `data.name` is a file of JSON lines, or a folder of them."""
+def has_records(name: str) -> bool:
+    """Whether `data.name` is a file of records (JSON lines, Parquet), or a folder with some.
+
+    Raises DataError for a folder without any file that is read.
+    """
     path = Path(name).expanduser()
-    return path.exists() and bool(json_files(path))
+    return path.exists() and any(kind_of_file(file) in ("lines", "parquet") for file in files_of(path))
 
 
 def _builder(data: DataConfig, data_dir: str, split: str, form: Form | None) -> tuple[Any, str]:
@@ -193,9 +197,9 @@ def _builder(data: DataConfig, data_dir: str, split: str, form: Form | None) -> 
         ), "text"
     if Path(data.name).expanduser().exists():
         hold_out = split != "all"
-        if is_json_lines(data.name):
+        if has_records(data.name):
             settings = {"text_key": data.text_key, "form": form, "max_bad": data.max_bad_documents}
-            make = functools.partial(JsonLines, path=data.name, hold_out=hold_out, data_dir=folder, **settings)
+            make = functools.partial(Records, path=data.name, hold_out=hold_out, data_dir=folder, **settings)
             builder = _prepared(lambda: make(file_format=_FORMAT), folder)
             builder.check_prepared()
             return builder, builder.key
@@ -212,7 +216,7 @@ def _builder(data: DataConfig, data_dir: str, split: str, form: Form | None) -> 
     if not _is_prepared(builder):
         raise DataError(
             f"TFDS dataset {data.name!r} is not prepared: looked in {builder.data_path}. Nothing is downloaded "
-            f"unasked; run: tfds build {data.name} --file_format={_FORMAT} --data_dir={folder}, or set data.data_dir"
+            f"unasked: set data.data_dir, or prepare it with file_format={_FORMAT} as docs/data.md says"
         )
     return builder, data.text_key
 

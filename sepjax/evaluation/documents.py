@@ -15,6 +15,7 @@ import numpy as np
 
 from sepjax.array_typing import Array, Int32
 from sepjax.config import UserError
+from sepjax.data.corpora.files import kind_of_file
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.progress import counted
 
@@ -92,9 +93,10 @@ def read_documents(path: Path, tokenizer: Tokenizer, *, line_wise: bool = False,
     return documents_of(tokenizer, read_texts(path), line_wise=line_wise, max_tokens=max_tokens)
 
 
-def has_json_lines(path: Path) -> bool:
-    """Whether this is a file of JSON lines, or a folder with some."""
-    return any(".jsonl" in file.name for file in ([path] if path.is_file() else path.rglob("*.jsonl*")))
+def has_records(path: Path) -> bool:
+    """Whether this is a file of JSON lines or Parquet, or a packed one, or a folder with some."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return any(kind_of_file(file) and file.suffix != ".txt" for file in files)
 
 
 def read_texts(path: Path) -> list[str]:
@@ -105,10 +107,10 @@ def read_texts(path: Path) -> list[str]:
       StreamError: no UTF-8 text, or a folder without .txt files.
     """
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    if path.is_file() and has_json_lines(path):
+    if path.is_file() and has_records(path):
         raise StreamError(
-            f"{str(path)!r} has JSON lines: `sepjax evaluate windows` reads those that are texts, "
-            '{"text": ...}, and nothing else here does; give .txt files'
+            f"{str(path)!r} has JSON lines or Parquet, or is packed: `sepjax evaluate windows` reads those that are "
+            'texts, {"text": ...}, and nothing else here does; give .txt files'
         )
     if not files:
         raise StreamError(f"{str(path)!r} has no .txt files")

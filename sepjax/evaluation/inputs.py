@@ -8,7 +8,7 @@ from typing import Any
 
 from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, under, validate_attention
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation.documents import Document, documents_of, has_json_lines, read_texts
+from sepjax.evaluation.documents import Document, documents_of, has_records, read_texts
 from sepjax.model.transformer import Transformer
 from sepjax.run.checkpoint import load_config
 
@@ -24,7 +24,7 @@ def config_of(path: Path, model: Transformer) -> Config:
 def texts_of(path: Path, config: Config, text: str, split: str, most: int) -> list[str]:
     """The texts to score: of files, or of a split of a corpus."""
     may_be_plain = text and not split and not (path / "checkpoints").is_dir()  # without a text Path() is a folder
-    if may_be_plain and Path(text).exists() and not has_json_lines(Path(text)):
+    if may_be_plain and Path(text).exists() and not has_records(Path(text)):
         documents: Sequence[str] = read_texts(Path(text))
         return list(documents[: most or len(documents)])
     plain = DataConfig()  # what a run does with conversations is nothing to another text

@@ -1,7 +1,10 @@
 """Documents from files, from the installation and from prepared datasets: complete, split for good, errors by name."""
 
 import os
+import re
 import resource
+import shlex
+import subprocess
 import sys
 import textwrap
 import threading
@@ -22,6 +25,7 @@ from sepjax.data.errors import DataError
 from sepjax.data.locks import exclusive
 from sepjax.data.sources import TextSource, text_source
 
+ROOT = Path(__file__).parents[2]
 PROSE = " ".join(["This function returns what its caller asked for, and nothing else."] * 6)
 
 
@@ -124,7 +128,9 @@ def test_unchanged_files_are_prepared_once_and_changed_ones_anew(tmp_path):
 @pytest.mark.parametrize(
     ("files", "split", "message"),
     [
-        ({}, "train", "holds no .txt files"),
+        ({}, "train", r"holds no \.txt, .* files .*; it has no files"),
+        ({"a.md": b"x", "b.md": b"x", "c.csv": b"1"}, "train", r"holds no .*; it has 2 \.md, 1 \.csv"),
+        ({"a.txt.xz": b"x"}, "train", r"a\.txt\.xz' is packed in a way that is not read"),
         ({"a.txt": b" \n"}, "train", r"a\.txt' is empty"),
         ({"a.txt": b"fine", "b.txt": "caf\u00e9s".encode("latin-1")}, "train", r"b\.txt' is not UTF-8 text: .*byte 3"),
         ({"a.txt": b"x"}, "train", r"a\.txt' is too short"),
@@ -167,6 +173,21 @@ def test_prepared_tfds_datasets_are_read_by_name(corpus, tmp_path):
         read(f"text_folder/{config.name}", data_dir, text_key="story")
 
 
+def test_a_builder_of_ones_own_is_prepared_without_tensorflow(tmp_path):
+    """As docs/data.md says, line by line."""
+    blocks = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    (code,) = [text for language, text in blocks if language == "python"]
+    (command,) = [text for _, text in blocks if "download_and_prepare" in text]
+    (tmp_path / "my_books").mkdir()
+    (tmp_path / "my_books" / "__init__.py").touch()
+    (tmp_path / "my_books" / "my_books.py").write_text(code)
+    subprocess.run(
+        [sys.executable, "-c", shlex.split(command)[2]], cwd=tmp_path, check=True, timeout=120, capture_output=True
+    )
+    assert sorted(read("my_books", tmp_path / "DATA", "validation")) == [f"The text of book {i}." for i in range(2)]
+    assert len(read("my_books", tmp_path / "DATA")) == 98
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -175,7 +196,7 @@ def test_prepared_tfds_datasets_are_read_by_name(corpus, tmp_path):
             "neither 'embedded' nor 'recall', nor an existing file or folder, nor a TFDS .*no_such_set not found",
         ),
         ("/no/such/folder", "data.name='/no/such/folder' is neither"),
-        ("lm1b", r"'lm1b' is not prepared: looked in .*lm1b.* Nothing is downloaded unasked; run: tfds build lm1b"),
+        ("lm1b", r"'lm1b' is not prepared: looked in .*lm1b.* Nothing is downloaded unasked: set data.data_dir, or "),
         ("text_folder", "neither 'embedded'"),
     ],
 )

@@ -337,7 +337,7 @@ def test_templates_that_cannot_tell_are_refused(tmp_path):
 
 def test_without_text_the_working_folder_is_not_searched(tmp_path, monkeypatch):
     searched = []
-    monkeypatch.setattr(inputs, "has_json_lines", searched.append)
+    monkeypatch.setattr(inputs, "has_records", searched.append)
     monkeypatch.setattr(inputs, "_source", lambda data, folder, split: [data.name, split])
     assert texts_of(tmp_path, Config(), "", "", 0) == ["embedded", "validation"]
     assert not searched
@@ -366,11 +366,11 @@ def test_records_of_texts_are_documents(tmp_path):
     assert len(texts) == 3
     assert set(texts) < {f"text {i}" for i in range(30)}
     with pytest.raises(
-        StreamError, match=r"a\.jsonl' has JSON lines: .* reads those that are texts, .*; give \.txt files"
+        StreamError, match=r"a\.jsonl' has JSON lines or Parquet.* reads those that are texts, .*; give \.txt files"
     ):
         read_texts(folder / "a.jsonl")
     with pytest.raises(DataError, match=r"a\.jsonl:1: it has the fields 'body', expected 'messages', .*or 'text'"):
         text_source(DataConfig(name=str(folder)), str(tmp_path / "p"), "train")
-    (folder / "c.jsonl.zst").write_bytes(b"")
+    (folder / "c.jsonl.bz2").write_bytes(b"")
     with pytest.raises(DataError, match="packed in a way that is not read"):
         text_source(data, str(tmp_path / "p"), "train")

@@ -1,4 +1,4 @@
-"""Any folder of .txt files, or one .txt file, as a TFDS dataset: one document per file."""
+"""Any folder of text files, or one of them, as a TFDS dataset: one document per file."""
 
 import os
 import re
@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from sepjax.data.corpora.files import files_of, read_text
 from sepjax.data.corpora.splits import FEATURES, fingerprint, held_out
 from sepjax.data.errors import DataError
 
@@ -16,7 +17,7 @@ _BORDERS = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"\s"))  # of 
 
 
 class TextFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Files found recursively, in order of their paths; UTF-8, with any kind of line ends.
+    """Files (.txt, .txt.gz, .txt.zst) found recursively, in order of their paths; UTF-8, with any kind of line ends.
 
     Splits: a folder's files go to train or validation by a hash of their relative path. A single file is cut at a
     paragraph's end: the last 5 % are validation. With `hold_out=False` all is one split, train, and every file whole.
@@ -26,9 +27,9 @@ class TextFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, path: str | os.PathLike[str], hold_out: bool = True, **kwargs: Any):
-        """`path` is a folder or a file; `kwargs` are TFDS's, such as data_dir. Raises DataError without .txt files."""
+        """`path` is a folder or a file; `kwargs` are TFDS's, such as data_dir. Raises DataError without files."""
         root = Path(path).expanduser().resolve()
-        self._files = {str(file.relative_to(root.parent)): file for file in _text_files(root)}
+        self._files = {str(file.relative_to(root.parent)): file for file in files_of(root)}
         self._hold_out = hold_out
         facts = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in self._files.items()]
         super().__init__(config=fingerprint([hold_out, str(root), *facts]), **kwargs)
@@ -61,18 +62,9 @@ class TextFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 yield name, {"name": name, "text": text if part is None else _cut(text, file)[part]}
 
 
-def _text_files(root: Path) -> list[Path]:
-    if root.is_file():
-        return [root]
-    files = sorted(file for file in root.rglob("*.txt") if file.is_file())
-    if not files:
-        raise DataError(f"folder {str(root)!r} holds no .txt files; each should be one document in UTF-8")
-    return files
-
-
 def _read(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{str(file)!r} is not UTF-8 text: {error.reason} at byte {error.start}; convert it, for example with "

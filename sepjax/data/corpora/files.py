@@ -1,0 +1,132 @@
+"""The files that a corpus is made of, by their names: texts, JSON lines and Parquet, the first two packed or not."""
+
+import gzip
+import importlib
+import io
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, override
+
+from sepjax.data.errors import DataError
+
+PACKED = ("", ".gz", ".zst")
+SUFFIXES = {
+    "text": tuple(f".txt{packed}" for packed in PACKED),
+    "lines": tuple(f".jsonl{packed}" for packed in PACKED),
+    "parquet": (".parquet",),
+}
+_OTHER_PACKERS = (".7z", ".br", ".bz2", ".lz4", ".lzma", ".rar", ".xz", ".z", ".zip")
+_READ = 1 << 16  # bytes of what is unpacked
+_CHUNK = 1024  # bytes of a .zst file unpacked at once: 32 MB come out of the worst of them
+
+
+def kind_of_file(file: Path) -> str:
+    """ "text", "lines" or "parquet", by the file's name; "" for any other."""
+    return next((kind for kind, suffixes in SUFFIXES.items() if file.name.endswith(suffixes)), "")
+
+
+def files_of(root: Path) -> list[Path]:
+    """The files at a path that a corpus is read from, in order. A single file that is of no known kind is a text.
+
+    Raises:
+      DataError: there are none, or one is packed in a way that is not read.
+    """
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+    for file in files:
+        if not kind_of_file(file) and (".jsonl." in file.name or _is_packed_otherwise(file)):
+            raise DataError(
+                f"{str(file)!r} is packed in a way that is not read; unpack it, or pack it with gzip or zstd"
+            )
+    if root.is_file():
+        return files
+    if found := [file for file in files if kind_of_file(file)]:
+        return found
+    counts = Counter(file.suffix or "without a suffix" for file in files).most_common(8)
+    there = ", ".join(f"{count} {suffix}" for suffix, count in counts) or "no files"
+    raise DataError(
+        f"folder {str(root)!r} holds no .txt, .jsonl or .parquet files (.txt and .jsonl may be packed: .gz, .zst); "
+        f"it has {there}"
+    )
+
+
+def _is_packed_otherwise(file: Path) -> bool:
+    return file.suffix.lower() in _OTHER_PACKERS and bool(kind_of_file(Path(file.stem)))
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
+    """The bytes of a file, unpacked as they are read.
+
+    Raises:
+      DataError: it cannot be opened, or, from within the block, read or unpacked; or the library for it is missing.
+    """
+    try:
+        if file.suffix == ".gz":
+            with gzip.open(file) as stream:
+                yield stream
+        elif file.suffix == ".zst":
+            with file.open("rb") as packed:
+                unpacked: Any = _Unpacked(packed, library("zstandard", file))
+                with io.BufferedReader(unpacked, _READ) as stream:
+                    yield stream
+        else:
+            with file.open("rb") as stream:
+                yield stream
+    except (OSError, EOFError, zlib.error) as error:  # gzip's own are of these
+        raise DataError(f"cannot read {str(file)!r}: {error}") from error
+
+
+def read_text(file: Path) -> str:
+    """A text file, unpacked, with any kind of line ends. Raises DataError as `opened`, and UnicodeDecodeError."""
+    with opened(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
+        return text.read()
+
+
+def library(name: str, file: Path) -> Any:
+    """A library of the extra `data`. Raises DataError where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise DataError(f'{str(file)!r} is read by {package}, which is missing: pip install "sepjax[data]"') from error
+
+
+class _Unpacked(io.RawIOBase):
+    """What frames of zstd hold, one after the other. A file that ends within a frame is an error, not a short file."""
+
+    def __init__(self, packed: io.BufferedReader, zstandard: Any):
+        self._packed, self._zstandard = packed, zstandard
+        self._frame: Any = None
+        self._input, self._output = b"", memoryview(b"")
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._output and self._fill():
+            pass
+        part, self._output = self._output[: len(buffer)], self._output[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+    def _fill(self) -> bool:
+        """Unpacks some more; False at the end."""
+        self._input = self._input or self._packed.read(_CHUNK)
+        if not self._input:
+            if self._frame is not None:
+                raise EOFError("it ends within a frame of zstd, so its end is missing")
+            return False
+        try:
+            self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+            self._output = memoryview(self._frame.decompress(self._input))
+        except self._zstandard.ZstdError as error:
+            raise OSError(f"damaged: {error}") from error
+        self._input = self._frame.unused_data if self._frame.eof else b""
+        if self._frame.eof:
+            self._frame = None
+        return True

@@ -1,1 +1,0 @@
-"""The `json_lines` dataset."""

@@ -1,0 +1,118 @@
+"""Records of files of any kind, streamed: a line of JSON lines, a row of Parquet, a whole text file."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sepjax.data.conversations import FIELDS, RecordError, parse
+from sepjax.data.corpora.files import kind_of_file, library, opened, read_text
+from sepjax.data.corpora.splits import digest
+from sepjax.data.errors import DataError
+
+_LINE = 1 << 28  # bytes of a record, at most
+_ROWS = 64  # of Parquet, held at once
+_BUFFER = 1 << 20  # bytes of a column of Parquet, read at once
+
+# A line as it is, a row or a text as fields, or why it cannot be read.
+type Raw = bytes | dict[str, Any] | RecordError
+
+
+def records(files: Iterable[Path], text_key: str, kind: str = "") -> Iterator[tuple[str, Raw]]:
+    """The place of every record ("FILE:LINE", "FILE: row group G, row R", "FILE"), and what is there.
+
+    Args:
+      files: in order.
+      text_key: field of a plain text; a text file's text gets it.
+      kind: "text" or "conversation", if it is known: other columns of Parquet are then not read.
+
+    Raises:
+      DataError: a file cannot be read, or has a line without end or none of the columns.
+    """
+    for file in files:
+        what = kind_of_file(file)
+        if what == "lines":
+            yield from _lines(file)
+        elif what == "parquet":
+            yield from _rows(file, text_key, kind)
+        else:
+            yield str(file), _text(file, text_key)
+
+
+def record_of(raw: Raw) -> dict[str, Any]:
+    """The fields of a record; raises RecordError."""
+    if isinstance(raw, RecordError):
+        raise raw
+    return parse(raw) if isinstance(raw, bytes) else raw
+
+
+def record_digest(raw: Raw) -> int:
+    """64 bits that depend on a record's content alone, so that equal records are on one side of a split."""
+    if isinstance(raw, bytes):
+        return digest(raw.decode(errors="backslashreplace"))
+    return digest(json.dumps(raw, sort_keys=True, default=str) if isinstance(raw, dict) else str(raw))
+
+
+def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
+    with opened(file) as lines:
+        number = 0
+        while line := lines.readline(_LINE):
+            number += 1
+            if len(line) >= _LINE:
+                raise DataError(f"{file}:{number} has more than {_LINE:,} bytes; divide it")
+            if stripped := line.strip():
+                yield f"{file}:{number}", stripped
+
+
+def _text(file: Path, text_key: str) -> Raw:
+    try:
+        text = read_text(file)
+    except UnicodeDecodeError as error:
+        return RecordError(f"it is not UTF-8 text: {error.reason} at byte {error.start}")
+    return {text_key: text} if text.strip() else RecordError("it is empty")
+
+
+def _rows(file: Path, text_key: str, kind: str) -> Iterator[tuple[str, Raw]]:
+    """Rows, a few at a time, whatever the size of a row group."""
+    parquet, arrow = library("pyarrow.parquet", file), library("pyarrow", file)
+    group = 0
+    try:
+        with parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as table:
+            columns = _columns(file, list(table.schema_arrow.names), text_key, kind)
+            for group in range(table.num_row_groups):
+                number = 0
+                batches = table.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False)
+                for batch in batches:
+                    for row in range(batch.num_rows):
+                        yield f"{file}: row group {group}, row {number}", _row(batch, row)
+                        number += 1
+    except (OSError, arrow.ArrowException) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(f"cannot read row group {group} of {str(file)!r}: {reason}") from error
+
+
+def _columns(file: Path, there: list[str], text_key: str, kind: str) -> list[str]:
+    wanted = {"text": {text_key}, "conversation": FIELDS}.get(kind, FIELDS | {text_key})
+    if not (columns := [name for name in there if name in wanted]):
+        names = ", ".join(repr(name[:30]) for name in there[:8]) or "none"
+        expected = {"text": repr(text_key), "conversation": "'messages', or 'prompt' with 'completion'"}
+        raise DataError(
+            f"{str(file)!r} has the columns {names}, expected "
+            f"{expected.get(kind) or ', or '.join(expected[x] for x in ('conversation', 'text'))}; data.text_key names "
+            "the column of texts"
+        )
+    return columns
+
+
+def _row(batch: Any, row: int) -> Raw:
+    """The fields of a row that are not null, as JSON lines leave them out."""
+    fields = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            value = column[row].as_py()
+            value = value.decode() if isinstance(value, bytes) else value  # texts that are not marked as such
+        except UnicodeDecodeError as error:
+            return RecordError(f"{name!r} is not UTF-8 text: {error.reason} at byte {error.start}")
+        if value is not None:
+            fields[name] = value
+    return fields
