@@ -1,33 +1,32 @@
 """What a run reads: its tokenizer, endless training batches and finite evaluation batches, each host its own rows."""
 
 import functools
+import itertools
 import math
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, override
 
 import grain
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 
 from sepjax import interrupt
-from sepjax.config import Config, ConfigError, DataConfig
+from sepjax.config import Config, ConfigError
 from sepjax.data.batch import Batch
 from sepjax.data.conversations import Form
 from sepjax.data.corpora.recall.recall import recall_tokenizer
 from sepjax.data.errors import DataError
 from sepjax.data.locks import exclusive
-from sepjax.data.packing import FlagSeparators, TokenStream, WholeRows, pack_rows
-from sepjax.data.reader import BatchReader, LongDocuments, Shard
-from sepjax.data.sources import BadDocuments, TextSource, text_source
+from sepjax.data.mixed_reader import MixedReader, mixed_pass
+from sepjax.data.mixture import parts_of
+from sepjax.data.one_pass import loss_pattern, one_pass, separator_flags
+from sepjax.data.reader import BatchReader, Shard
+from sepjax.data.sources import BadDocuments, TextSource, sources_of
 from sepjax.data.tokenizer import FILES, Tokenizer, train_sentencepiece
 from sepjax.progress import working
-from sepjax.separators import configured_table, flag_separators
 
-_TOLD: set[str] = set()  # corpora of which an evaluation has said how many conversations are too long
 _TOKENIZER_CHARACTERS = 10_000_000  # of the corpus, spread over it, that a tokenizer is trained on
 
 
@@ -84,30 +83,16 @@ def training_batches(
     """
     _check_vocabulary(config, tokenizer)
     rows = _rows_per_process(config, process_count)
-    source = text_source(config.data, data_dir, config.data.train_split, form)
+    sources = sources_of(config.data, data_dir, config.data.train_split, form)
     workers = max(config.data.num_workers, 1)
-    if len(source) < process_count * workers:
-        raise ConfigError(
-            f"{source.name} has {len(source)} documents for {process_count} processes of {workers} readers each, and "
-            "every reader needs one; use fewer processes, a smaller data.num_workers or more, shorter files"
-        )
+    _check_documents(sources, process_count, workers)
     readers = [
-        BatchReader(
-            source,
-            tokenizer,
-            _separator_flags(config, tokenizer),
-            Shard(len(source), process_index + process_count * worker, process_count * workers, seed % 2**32),
-            rows=rows,
-            length=config.data.sequence_length,
-            max_bad=config.data.max_bad_documents,
-            loss_on=_loss_on(config.data),
-            skip_long=config.data.too_long == "skip",
-        )
-        for worker in range(workers)
+        _reader(config, sources, tokenizer, (process_index + process_count * i, process_count * workers), seed)
+        for i in range(workers)
     ]
     made_by: dict[str, int | str] = {
-        "dataset": source.name,
-        "documents": len(source),
+        "dataset": ", ".join(source.name for source in sources),
+        "documents": len(sources[0]) if len(sources) == 1 else ", ".join(str(len(source)) for source in sources),
         "vocab_size": tokenizer.vocab_size,
         "rows": rows,
         "sequence_length": config.data.sequence_length,
@@ -118,7 +103,9 @@ def training_batches(
     }
     if config.data.loss_on:
         made_by["loss_on"] = config.data.loss_on
-    if source.conversations:
+    if len(sources) > 1:
+        made_by["shares"] = ", ".join(str(part.share) for part in parts_of(config.data.name))
+    if any(source.conversations for source in sources):
         made_by |= {"train_on": config.data.train_on, "too_long": config.data.too_long}
     return iter(_Labelled(_prefetched(readers, config.data.num_workers), made_by))
 
@@ -138,76 +125,56 @@ def evaluation_batches(
     """
     _check_vocabulary(config, tokenizer)
     rows = _rows_per_process(config, process_count)
-    source = text_source(config.data, data_dir, config.data.eval_split, form)
-    flag, mine = _separator_flags(config, tokenizer), slice(process_index * rows, (process_index + 1) * rows)
-    size = config.data.batch_size, config.data.sequence_length
-    bad, loss_on = BadDocuments(config.data.max_bad_documents), _loss_on(config.data)
-    one_pass = _one_pass
-    if source.conversations:
-        tells = source.name not in _TOLD  # every evaluation reads the same
-        _TOLD.add(source.name)
-        skip = config.data.too_long == "skip"
-        long = LongDocuments(source.name, config.data.sequence_length, skip=skip, tells=tells)
-        one_pass = functools.partial(_one_pass_of_whole, long)
-    for batch in one_pass(source, tokenizer, flag, *size, bad, loss_on):
+    sources = sources_of(config.data, data_dir, config.data.eval_split, form)
+    mine = slice(process_index * rows, (process_index + 1) * rows)
+    if parts := parts_of(config.data.name):
+        passes = [functools.partial(one_pass, source, config, tokenizer, 1) for source in sources]
+        batches = mixed_pass(parts, passes, config.data.batch_size)
+    else:
+        batches = one_pass(sources[0], config, tokenizer, config.data.batch_size)
+    for batch in batches:
         yield jax.tree.map(lambda x: x[mine], batch)
 
 
-def _loss_on(data: DataConfig) -> re.Pattern[str] | None:
-    return re.compile(data.loss_on, re.DOTALL) if data.loss_on else None
+def _check_documents(sources: Sequence[TextSource], process_count: int, workers: int) -> None:
+    for source in sources:
+        if len(source) < process_count * workers:
+            raise ConfigError(
+                f"{source.name} has {len(source)} documents for {process_count} processes of {workers} readers each, "
+                "and every reader needs one; use fewer processes, a smaller data.num_workers or more, shorter files"
+            )
 
 
-def _one_pass(
-    source: TextSource,
+def _reader(
+    config: Config,
+    sources: Sequence[TextSource],
     tokenizer: Tokenizer,
-    flag: FlagSeparators,
-    rows: int,
-    length: int,
-    bad: BadDocuments,
-    loss_on: re.Pattern[str] | None,
-) -> Iterator[Batch]:
-    """Batches of all processes together."""
-    size, stream, unread, is_empty = rows * length, TokenStream.empty(), 0, True
-    while unread < len(source) or len(stream):
-        if unread < len(source) and len(stream) < size:
-            end = min(unread + source.documents_for(size - len(stream)), len(source))
-            texts = bad.read(source, range(unread, end))
-            stream = TokenStream.join([stream, TokenStream.encode(tokenizer, texts, unread, loss_on)])
-            unread += len(texts)
-        else:
-            batch, stream, is_empty = pack_rows(stream[:size], length, flag), stream[size:], False
-            yield jax.tree.map(lambda x: np.pad(x, ((0, rows - len(x)), (0, 0))), batch)
-    if is_empty:
-        raise DataError(f"{source.name} has no tokens to evaluate on")
+    place: tuple[int, int],
+    seed: int,
+) -> BatchReader | MixedReader:
+    """The batches of one reader; `place` is its index and the number of readers."""
+    data, parts = config.data, parts_of(config.data.name)
+    (index, count), flag = place, separator_flags(config, tokenizer)
+    rows = data.batch_size // (count // max(data.num_workers, 1))
+    readers = [
+        BatchReader(
+            source,
+            tokenizer,
+            flag,
+            Shard(len(source), index, count, (seed + number) % 2**32),
+            rows=1 if parts else rows,
+            length=data.sequence_length,
+            max_bad=data.max_bad_documents,
+            loss_on=loss_pattern(data),
+            skip_long=data.too_long == "skip",
+            batch_rows=rows,
+        )
+        for number, source in enumerate(sources)
+    ]
+    return MixedReader(parts, readers, rows) if parts else readers[0]
 
 
-def _one_pass_of_whole(
-    long: LongDocuments,
-    source: TextSource,
-    tokenizer: Tokenizer,
-    flag: FlagSeparators,
-    rows: int,
-    length: int,
-    bad: BadDocuments,
-    loss_on: re.Pattern[str] | None,
-) -> Iterator[Batch]:
-    """`_one_pass` of documents that stay whole."""
-    rest, unread, is_empty = TokenStream.empty(), 0, True
-    while unread < len(source) or len(rest):
-        whole = WholeRows(rows, length)
-        while not len(rest := whole.add(rest)) and unread < len(source):
-            end = min(unread + source.documents_for(whole.free), len(source))
-            texts = bad.read(source, range(unread, end))
-            rest = long.fitted(TokenStream.encode(tokenizer, texts, unread, loss_on, conversations=True))
-            unread = end
-        batch = whole.batch(flag)
-        is_empty &= not batch.loss_mask.any()
-        yield batch
-    if is_empty:
-        raise DataError(f"{source.name} has no answers to evaluate on")
-
-
-def _prefetched(readers: list[BatchReader], num_workers: int) -> grain.IterDataset[Batch]:
+def _prefetched(readers: Sequence[BatchReader | MixedReader], num_workers: int) -> grain.IterDataset[Batch]:
     """The readers' batches in turn, made ahead by a thread, or by a process each; a block ahead, so that none waits."""
     ahead = readers[0].batches_per_block + 1
     if not num_workers:
@@ -273,10 +240,15 @@ def _make_tokenizer(config: Config, data_dir: str) -> Tokenizer:
         return Tokenizer.load(config.data.tokenizer)
     if config.data.name == "recall":
         return recall_tokenizer()
-    source = text_source(config.data, data_dir, config.data.train_split)
-    sample = _sample(source, _TOKENIZER_CHARACTERS, BadDocuments(config.data.max_bad_documents))
+    sources = sources_of(config.data, data_dir, config.data.train_split)
+    shares = [part.share for part in parts_of(config.data.name)] or [1.0]
+    bad = config.data.max_bad_documents
+    samples = [
+        _sample(source, math.ceil(share * _TOKENIZER_CHARACTERS), BadDocuments(bad))
+        for source, share in zip(sources, shares, strict=True)
+    ]
     with working("training a tokenizer"):
-        return train_sentencepiece(sample, config.data.tokenizer_vocab_size)
+        return train_sentencepiece(itertools.chain(*samples), config.data.tokenizer_vocab_size)
 
 
 def _sample(source: TextSource, num_characters: int, bad: BadDocuments) -> Iterator[str]:
@@ -290,11 +262,6 @@ def _sample(source: TextSource, num_characters: int, bad: BadDocuments) -> Itera
 
 def _holds_tokenizer(folder: epath.Path) -> bool:
     return any((folder / name).exists() for name in FILES)
-
-
-def _separator_flags(config: Config, tokenizer: Tokenizer) -> FlagSeparators:
-    table = configured_table(tokenizer, config.attention)
-    return functools.partial(flag_separators, table=table, attention=config.attention)
 
 
 def _rows_per_process(config: Config, process_count: int) -> int:

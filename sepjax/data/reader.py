@@ -94,7 +94,9 @@ class BatchReader(grain.IterDataset[Batch]):
         max_bad: int = 0,
         loss_on: re.Pattern[str] | None = None,
         skip_long: bool = False,
+        batch_rows: int = 0,
     ):
+        """`batch_rows`: of the batches that these are made into later, if that is so."""
         super().__init__()
         self.source = source
         self.tokenizer = tokenizer
@@ -105,7 +107,8 @@ class BatchReader(grain.IterDataset[Batch]):
         self.max_bad = max_bad
         self.loss_on = loss_on
         self.skip_long = skip_long
-        self.batches_per_block = min(max(_BLOCK_TOKENS // (rows * length), 1), _BLOCK_BATCHES)
+        most = _BLOCK_BATCHES * max(batch_rows // rows, 1)
+        self.batches_per_block = min(max(_BLOCK_TOKENS // (rows * length), 1), most)
 
     @override
     def __iter__(self) -> "_BatchIterator":

@@ -1,6 +1,7 @@
 """Where documents come from: the embedded corpus, files of text, or any TFDS text dataset; read without TensorFlow."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from sepjax.data.corpora.records.records import Records
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
 from sepjax.data.errors import DataError
 from sepjax.data.locks import exclusive
+from sepjax.data.mixture import parts_of
 from sepjax.progress import working
 
 _FORMAT = "array_record"
@@ -152,6 +154,22 @@ def text_source(data: DataConfig, data_dir: str, split: str, form: Form | None =
       DataError: there is no such dataset, split or field, or files are empty or no UTF-8 text.
       OSError: `data_dir` cannot be written.
     """
+    if parts_of(data.name):
+        raise DataError(f"{data.name!r} is a mixture, which is not read as one text; name one of its sources")
+    source = _source(data, data_dir, split, form)
+    _check_settings(data, [source])
+    return source
+
+
+def sources_of(data: DataConfig, data_dir: str, split: str, form: Form | None = None) -> list[TextSource]:
+    """The sources of a mixture's parts, or the one of any other `data.name`. Arguments and errors as `text_source`."""
+    names = [part.name for part in parts_of(data.name)] or [data.name]
+    sources = [_source(dataclasses.replace(data, name=name), data_dir, split, form) for name in names]
+    _check_settings(data, sources)
+    return sources
+
+
+def _source(data: DataConfig, data_dir: str, split: str, form: Form | None) -> TextSource:
     try:
         builder, key = _builder(data, data_dir, split, form)
     except UserError:
@@ -161,25 +179,31 @@ def text_source(data: DataConfig, data_dir: str, split: str, form: Form | None =
             f"cannot read the dataset {data.name!r} in {data_dir}: {_first_line(error)}; if its files are damaged, "
             "remove them to have it prepared anew"
         ) from error
-    source = TextSource(str(builder.data_path), split, key)
+    return TextSource(str(builder.data_path), split, key)
+
+
+def _check_settings(data: DataConfig, sources: Sequence[TextSource]) -> None:
+    """Refuses settings of conversations where there are none, and two that say what is scored."""
+    conversations = any(source.conversations for source in sources)
     for name, default in (("train_on", "assistant"), ("too_long", "truncate")):
-        if not source.conversations and (given := getattr(data, name)) != default:
+        if not conversations and (given := getattr(data, name)) != default:
             raise DataError(
                 f"data.{name}={given!r} does nothing for {data.name!r}, which has no conversations; leave it out"
             )
-    if source.conversations and data.loss_on and data.train_on != "all":
+    if conversations and data.loss_on and data.train_on != "all":
         raise DataError(
             f"data.loss_on={data.loss_on!r} with conversations, of which data.train_on={data.train_on!r} says what is "
             "scored; leave one of them out (train_on='all' to have loss_on decide)"
         )
-    return source
 
 
 def has_records(name: str) -> bool:
-    """Whether `data.name` is a file of records (JSON lines, Parquet), or a folder with some.
+    """Whether `data.name` is a file of records (JSON lines, Parquet), a folder with some, or a mixture with such.
 
-    Raises DataError for a folder without any file that is read.
+    Raises DataError for a folder without any file that is read, and for a mixture that is written wrongly.
     """
+    if parts := parts_of(name):
+        return any(has_records(part.name) for part in parts)
     path = Path(name).expanduser()
     return path.exists() and any(kind_of_file(file) in ("lines", "parquet") for file in files_of(path))
 

@@ -168,11 +168,10 @@ WORKERS = """
 import json, sys
 from absl import app
 
-def main(argv):
+def resumes(corpus, data_dir, tokenizer):
     from sepjax.config import Config, DataConfig, ModelConfig
     from sepjax.data.pipeline import training_batches
     from sepjax.data.tokenizer import Tokenizer
-    corpus, data_dir, tokenizer = argv[1:]
     config = Config(model=ModelConfig(vocab_size=400),
                     data=DataConfig(name=corpus, sequence_length=32, batch_size=4, num_workers=2))
     tokenizer = Tokenizer.load(tokenizer)
@@ -189,19 +188,27 @@ def main(argv):
     print("rows", sum(len(batch.tokens) for batch in expected))
     first.close(), second.close()
 
+def main(argv):
+    for corpus in argv[3:]:
+        resumes(corpus, argv[1], argv[2])
+
 if __name__ == "__main__":
     app.run(main)
 """
 
 
 def test_worker_processes_resume_too(corpus, data_dir, tokenizer, tmp_path):
+    """Those of one source, and of a mixture."""
     tokenizer.save(tmp_path / "tokenizer")
     (tmp_path / "program.py").write_text(textwrap.dedent(WORKERS))
-    command = [sys.executable, str(tmp_path / "program.py"), str(corpus), data_dir, str(tmp_path / "tokenizer")]
+    lines = [json.dumps({"text": f"The cat sat {'on a mat ' * i}."}) for i in range(20)]
+    (tmp_path / "more.jsonl").write_text("\n".join(lines))
+    names = [str(corpus), f"{corpus}*3,{tmp_path / 'more.jsonl'}*1"]
+    command = [sys.executable, str(tmp_path / "program.py"), data_dir, str(tmp_path / "tokenizer"), *names]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "rows 20"
+    assert done.stdout.split("\n")[:-1] == ["rows 20", "rows 20"]
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
