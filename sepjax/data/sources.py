@@ -26,6 +26,7 @@ from sepjax.data.mixture import parts_of
 from sepjax.progress import working
 
 _FORMAT = "array_record"
+_MADE = ("embedded", "recall")  # names of ours, whatever the working folder holds
 _BYTES_PER_TOKEN = 3  # how far to read ahead; a wrong guess costs another read
 _DOCUMENTS_AT_ONCE = 1024
 
@@ -155,7 +156,7 @@ def text_source(data: DataConfig, data_dir: str, split: str, form: Form | None =
       OSError: `data_dir` cannot be written.
     """
     if parts_of(data.name):
-        raise DataError(f"{data.name!r} is a mixture, which is not read as one text; name one of its sources")
+        raise DataError(f"{data.name!r} is a mixture, which is not read as one text; name one of its sources (--text)")
     source = _source(data, data_dir, split, form)
     _check_settings(data, [source])
     return source
@@ -205,7 +206,11 @@ def has_records(name: str) -> bool:
     if parts := parts_of(name):
         return any(has_records(part.name) for part in parts)
     path = Path(name).expanduser()
-    return path.exists() and any(kind_of_file(file) in ("lines", "parquet") for file in files_of(path))
+    return (
+        name not in _MADE
+        and path.exists()
+        and any(kind_of_file(file) in ("lines", "parquet") for file in files_of(path))
+    )
 
 
 def _builder(data: DataConfig, data_dir: str, split: str, form: Form | None) -> tuple[Any, str]:

@@ -103,12 +103,14 @@ def test_a_mixture_is_scored_in_its_shares(mixed, data_dir):
     assert first.loss_mask.any()
 
 
-def test_names_may_have_commas_and_stars(digits, corpus, data_dir):
+def test_names_may_have_commas_and_stars(digits, corpus, tmp_path, monkeypatch):
     assert parts_of(str(digits)) == ()
     assert parts_of("pg19") == ()
     assert [part.name for part in parts_of(f"{digits}*1,{corpus}*3")] == [str(digits), str(corpus)]
     assert [part.share for part in parts_of(f"{digits}*1,{corpus}*3")] == [0.25, 0.75]
     assert has_records(f"{digits}*1,{corpus}*3")
+    (tmp_path / "embedded").mkdir()  # the name stays ours
+    monkeypatch.chdir(tmp_path)
     assert not has_records(f"embedded*1,{corpus}*3")
 
 

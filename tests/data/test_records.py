@@ -139,6 +139,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     fails(tmp_path / "c.txt.gz", gzip.compress(b"text" * 99)[:-9], r"cannot read '.*c\.txt\.gz'")
     fails(tmp_path / "d.parquet", table[:-1], r"cannot read row group 0 of '.*d\.parquet'")
     fails(tmp_path / "e.parquet", table[:4] + bytes(40) + table[44:], r"cannot read row group 0 of '.*e\.parquet'")
+    named = parquet(tmp_path / "a.parquet", {"name": TEXTS, "text": TEXTS}).read_bytes().replace(b"name", b"n\xffme")
+    fails(tmp_path / "f.parquet", named, r"cannot read row group 0 of '.*f\.parquet'")
+    (tmp_path / "a.parquet").write_bytes(table)
     for key, expected in (("story", "'messages', .* or 'story'"), ("id", r"'messages'.* or 'id'")):
         with pytest.raises(DataError, match=rf"a\.parquet' has the columns 'text', expected {expected}"):
             read(tmp_path / "a.parquet", tmp_path / "p", text_key=key)

@@ -86,7 +86,7 @@ def _rows(file: Path, text_key: str, kind: str) -> Iterator[tuple[str, Raw]]:
                     for row in range(batch.num_rows):
                         yield f"{file}: row group {group}, row {number}", _row(batch, row)
                         number += 1
-    except (OSError, arrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, arrow.ArrowException) as error:  # names of columns are texts too
         reason = str(error).strip().partition("\n")[0]
         raise DataError(f"cannot read row group {group} of {str(file)!r}: {reason}") from error
 
