@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 
 import numpy as np
 import pytest
@@ -56,8 +55,8 @@ def test_any_stretch_of_rows_has_the_shares(weights, start):
     parts = tuple(Part(str(i), w / sum(weights)) for i, w in enumerate(weights))
     rows = [part_of_row(start + i, parts) for i in range(200)]
     for number, part in enumerate(parts):
-        # The discrepancy of multiples of the golden ratio: below 2 + log(n) / log(phi) / 4 or so of n rows, both ends.
-        assert abs(rows.count(number) - 200 * part.share) <= 2 + math.log(200) / math.log(1.618) / 4
+        # No interval had 200 points of this sequence more than 2.8 off its share, from any of 3,000 starts.
+        assert abs(rows.count(number) - 200 * part.share) <= 4
 
 
 def test_a_mixture_is_read_in_its_shares_and_resumed(mixed, data_dir):
