@@ -79,7 +79,7 @@ def described(served: Served, entry: Entry, view: CacheView, *, layer: str, last
     states = _states(view, len(ids), shares > 0 if layer != "all" else shares == 1)
     return {
         "object": "cache.view", "id": entry.names[-1] if entry.names else None, "model": served.name,
-        "seen": view.seen, "held": view.held, "size": served.cache_size, "bytes": view.nbytes,
+        "seen": view.seen, "held": view.held, "size": served.sizes.main.cache_size, "bytes": view.nbytes,
         "sinks": view.sinks, "kept": view.kept, "recent": view.recent,
         "layers": layers, "heads": heads, "layer": layer,
         "tokens": list(_tokens(served, ids, states, shares if layers * heads > 1 else None, int(last))),
