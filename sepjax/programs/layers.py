@@ -10,8 +10,6 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-
 from sepjax.command.settings import AtLeast
 from sepjax.command.settings import Settings as _Settings
 
@@ -31,6 +29,8 @@ class Settings(_Settings):
 
 def main(settings: Settings) -> None:
     """Writes the settings and says what each layer gains."""
+    import numpy as np
+
     from sepjax.config import ConfigError
     from sepjax.evaluation.documents import read_texts
     from sepjax.evaluation.perplexity import token_windows
