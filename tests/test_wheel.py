@@ -29,7 +29,8 @@ def test_everything_is_in_the_wheel_once(wheel):
     page = [path for kind in ("html", "css", "js") for path in ROOT.glob(f"sepjax/**/*.{kind}")]
     here = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("sepjax/**/*.py"), *page]} | {"sepjax/py.typed"}
     assert {"sepjax/serve/page/index.html", "sepjax/serve/page/page.js"} < here
-    roots = ["train.py", "evaluate.py", *(f"configs/{path.name}" for path in ROOT.glob("configs/*.py"))]
+    configs = [path.name for path in ROOT.glob("configs/*") if path.suffix in (".py", ".arm")]
+    roots = ["train.py", "evaluate.py", *(f"configs/{name}" for name in configs)]
     assert packaged == here | {f"sepjax/_root/{name}" for name in roots}
     assert {name.split("/")[0] for name in names} == {"sepjax", "sepjax-0.1.0.dist-info"}
 
