@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-_WARM = 0.25  # of the time: rows fill and conversations get older; not counted
+WARM = 0.25  # of the time: rows fill and conversations get older; not counted
 _LOOK = 0.5  # seconds between two looks at /metrics
 _PATIENCE = 300.0  # seconds for an answer to go on
 
@@ -146,7 +146,7 @@ class Load:
         self.conversations = 0
         self.looks: list[dict[str, float]] = []
         self.metrics_error: str | None = None  # of the first look that failed
-        self._begin = 0.0
+        self._begin, self._computing = 0.0, 0.0
 
     @property
     def now(self) -> float:
@@ -156,7 +156,7 @@ class Load:
     async def run(self) -> dict[str, Any]:
         """Runs it; returns `summary`. Raises LoadError, OSError where there is no server to begin with."""
         await self._learn()
-        self._begin, plan = time.perf_counter(), self._plan
+        self._begin, self._computing, plan = time.perf_counter(), time.process_time(), self._plan
         looking = asyncio.create_task(self._look())
         if plan.rate:
             await self._stream()
@@ -252,7 +252,7 @@ class Load:
 
     def summary(self) -> dict[str, Any]:
         """Figures of the time behind the warm-up and before the last conversation began. Times in seconds."""
-        begin, end = _WARM * self._plan.seconds, self._plan.seconds
+        begin, end = WARM * self._plan.seconds, self._plan.seconds
         asked = [turn for turn in self.turns if begin <= turn.sent < end]
         good = [turn for turn in asked if turn.error is None]
         first = [turn.first - turn.sent for turn in good if turn.first is not None]
@@ -271,6 +271,7 @@ class Load:
             "prompt_tokens": prompt, "cached_share": sum(turn.cached for turn in good) / prompt if prompt else 0.0,
             "running": _mean(looks, "num_requests_running"), "waiting": _mean(looks, "num_requests_waiting"),
             "slots_held": _mean(looks, "cache_slots_held"),
+            "client_busy": (time.process_time() - self._computing) / max(self.now, 1e-9),
             "cache_bytes": max((x.get("cache_bytes", 0.0) for x in looks), default=0.0),
         }  # fmt: skip
 

@@ -13,6 +13,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+from sepjax.clocks import Clocks
 from sepjax.config import AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.batch import Generation, run
@@ -174,12 +175,13 @@ class Generator:
             events.feed(prompt)
         return events
 
-    def slots(self, rows: int) -> Slots:
+    def slots(self, rows: int, clocks: Clocks | None = None) -> Slots:
         """Rows of one compiled step over bounded caches, for requests that come and go: what a server drives.
 
         Raises ConfigError for a pattern that a bounded cache cannot serve, or more rows than memory holds.
+        `clocks` tell where the time goes.
         """
-        return Slots(self._of, self._bounded(), rows)
+        return Slots(self._of, self._bounded(), rows, clocks)
 
     def _reader(self, bounded: bool) -> Reader:
         return self._bounded() if bounded else GrowingReader(self._of)

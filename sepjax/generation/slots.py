@@ -31,25 +31,22 @@ from collections import deque
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from sepjax.clocks import Clocks
 from sepjax.config import ConfigError
 from sepjax.generation.cache.view import CacheView, of_row
-from sepjax.generation.device_thread import DeviceThread
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import encode_prompts, row_keys
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import Row, RowSettings, StreamEvent
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.saved_row import SavedRow
-from sepjax.generation.slot_programs import Before, Record, Rows, SlotPrograms, Wishes, slot_programs
+from sepjax.generation.slot_device import ENDS, Read, SlotDevice
+from sepjax.generation.slot_programs import Rows, Wishes
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
 from sepjax.separators import warn_of_few_in
 
-type _Read = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of a prompt: row, tokens, how many, is it the last
-_ENDS = 16  # end tokens that the device knows of; the host knows all
-_SHORT = 64  # tokens of the shorter of two programs that read
 _AT_A_TIME = 32  # rows
 _MOST_COUNTED = 2**30  # new tokens that the device counts
 
@@ -57,16 +54,14 @@ _MOST_COUNTED = 2**30  # new tokens that the device counts
 class Slots:
     """Made by `Generator.slots`."""
 
-    def __init__(self, prepared: Prepared, reader: BoundedReader, rows: int):
+    def __init__(self, prepared: Prepared, reader: BoundedReader, rows: int, clocks: Clocks | None = None):
         """Makes room for `rows` rows, and compiles all that will ever run."""
         if rows < 1:
             raise ConfigError(f"slots need 1 row or more, got {rows}")
         self._of, self._reader = prepared, reader
-        self._programs: SlotPrograms = slot_programs(prepared.graph, prepared.attention)
-        self._device = DeviceThread()
-        self._runs = sorted({min(_SHORT, reader.sizes.chunk), reader.sizes.chunk})
-        self._rows = self._empty(rows)
-        self._nothing = self._empty(1)
+        self.clocks = clocks or Clocks()
+        self._device = SlotDevice(prepared, reader, rows, self.clocks)
+        self._runs, self._nothing, self._row_bytes = self._device.runs, self._device.nothing, self._device.row_bytes
         self._slots: list[Slot | None] = [None] * rows
         self._waiting: deque[Slot] = deque()
         self._known: dict[int, Slot] = {}  # that wait or have a row
@@ -77,28 +72,6 @@ class Slots:
         self._flight: Flight | None = None  # what was asked for and has not been looked at
         self._settled: list[tuple[int, StreamEvent]] = []  # events that the next step gives
         self._lock = threading.RLock()  # of what other threads change: who waits, who is known, what is kept
-        cache: Any = self._nothing.state.cache
-        self._row_bytes: int = cache.nbytes
-        self._warm_up()
-
-    def _empty(self, rows: int) -> Rows:
-        state = self._reader.empty(row_keys(0, rows))
-        state = dataclasses.replace(state, done=jnp.ones(rows, bool))
-        sampling = jax.device_put(Sampling.of_rows([Sampling.create()] * rows, rows))
-        none, asks = jnp.full((rows, _ENDS), -1, jnp.int32), (jnp.zeros(rows, bool) for _ in range(2))
-        wishes = Wishes(sampling, none, jnp.full(rows, -1, jnp.int32), *asks)
-        before = jax.tree.map(jnp.copy, Before.of(state, state.token, np.zeros(rows, bool)))
-        return self._of.placed(Rows(state, wishes, before))
-
-    def _warm_up(self) -> None:
-        """Runs every program on rows that nobody has: what is compiled later would be somebody's wait."""
-        first, ended, back = _number(0), np.ones(len(self._slots), bool), np.zeros((), bool)
-        for length in self._runs:
-            tokens = first, np.zeros((1, length), np.int32), np.zeros(1, np.int32), np.zeros((), bool)
-            read = self._device.ask(self._launch, [(0, self._nothing)], ended, [tokens]).result()[1]
-        copies = self._programs.take, self._programs.look
-        taken = self._device.ask(lambda: [copy(self._rows, first, back) for copy in copies])
-        jax.block_until_ready((taken.result(), read))
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -155,8 +128,8 @@ class Slots:
         return pending + encode_prompts(tokenizer, [prompt], control_tokens=request.control_tokens)[0]
 
     def _wishes(self, settings: RowSettings, sampling: Sampling | None) -> Wishes:
-        ends = np.full((1, _ENDS), -1, np.int32)
-        known = sorted(settings.ends.eos | settings.ends.stop)[:_ENDS]
+        ends = np.full((1, ENDS), -1, np.int32)
+        known = sorted(settings.ends.eos | settings.ends.stop)[:ENDS]
         ends[0, : len(known)] = known
         asks, new = (settings.logprobs, settings.top_logprobs), settings.max_new_tokens
         limit = -1 if new is None or new > _MOST_COUNTED else new  # the host counts, too
@@ -194,7 +167,7 @@ class Slots:
             return found.view(self._row_bytes)
         i, slot = found
         back = self._runs_ahead()
-        cache = self._device.ask(lambda: self._programs.look(self._rows, _number(i), back)).result()
+        cache = self._device.look(i, back).result()
         return of_row(cache, slot.row.seen, self._row_bytes)
 
     def _standing(self, number: int) -> SavedRow | tuple[int, Slot]:
@@ -212,13 +185,13 @@ class Slots:
         return self._slots.index(slot), slot
 
     def _saved(self, i: int, slot: Slot) -> SavedRow:
-        back = self._runs_ahead()
-        state = self._device.ask(lambda: self._programs.take(self._rows, _number(i), back)).result()
+        with self.clocks("slots: save"):
+            state = self._device.take(i, self._runs_ahead()).result()
         return SavedRow(state, tuple(slot.pending), slot.has_drawn, slot.row.state())
 
-    def _runs_ahead(self) -> np.ndarray:
+    def _runs_ahead(self) -> bool:
         """Whether a step was asked for whose events have not been given."""
-        return np.array(self._flight is not None and self._flight.steps)
+        return self._flight is not None and self._flight.steps
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -229,13 +202,16 @@ class Slots:
         An event is the number of its request and what `Stream` gives. The last has a `finish_reason`: those of a
         stream, or "full" where the cache of `keep_all_separators` has no room for another separator.
         """
-        self._let_go()
-        self._admit()
-        if self._flight is not None and not self._flight.matters_to(self._slots):
-            self._flight = None
-        if self._flight is None:
-            self._flight = self._ask()
-        ahead = self._ask()
+        clocks = self.clocks
+        with clocks("slots: admit"):
+            self._let_go()
+            self._admit()
+        with clocks("slots: ask"):
+            if self._flight is not None and not self._flight.matters_to(self._slots):
+                self._flight = None
+            if self._flight is None:
+                self._flight = self._ask()
+            ahead = self._ask()
         flight, self._flight = self._flight, ahead
         settled, self._settled = self._settled, []
         return settled + ([] if flight is None else self._events_of(flight))
@@ -282,34 +258,17 @@ class Slots:
         steps = any(slot is not None and (not slot.pending or id(slot) in just_read) for slot in self._slots)
         if not steps and not reading:
             return None
-        slots, reads, runs = tuple(self._slots), [], []
+        slots, runs = tuple(self._slots), []
+        reads: list[Read] = []
         for i in reading:
             slot = slots[i]
             assert slot is not None
             read = slot.next_run(self._runs)
-            reads.append((_number(i), *read))
+            reads.append((np.array(i, np.int32), *read))
             runs.append(Run(slot, bool(read[-1]), len(reads)))
         ended = np.array([slot is None for slot in slots]) if steps else None
         coming, self._coming = self._coming, []
-        return Flight(slots, steps, tuple(runs), self._device.ask(self._launch, coming, ended, reads))
-
-    def _launch(
-        self, coming: list[tuple[int, Rows]], ended: np.ndarray | None, reads: list[_Read]
-    ) -> list[Record | None]:
-        """What `_ask` asks for, in the thread that has the rows; what comes of it begins to be copied to the host."""
-        of, programs = self._of, self._programs
-        records: list[Record | None] = [None]
-        for i, row in coming:
-            self._rows = programs.place(self._rows, _number(i), of.placed(row))
-        if ended is not None:
-            self._rows, records[0] = programs.step(of.params, self._rows, ended, of.table_on_device)
-        for read in reads:
-            self._rows, record = programs.read(of.params, self._rows, *read, of.table_on_device)
-            records.append(record)
-        for record in records:
-            if record is not None:
-                record.numbers.copy_to_host_async()
-        return records
+        return Flight(slots, steps, tuple(runs), self._device.launch(coming, ended, reads))
 
     def _next_to_read(self) -> list[int]:
         """Rows that read take turns: as many in a step as have room in the longest run, so nobody waits longer for many
@@ -329,15 +288,18 @@ class Slots:
 
     def _events_of(self, flight: "Flight") -> list[tuple[int, StreamEvent]]:
         """Waits for what was asked for. What comes of rows that have ended since is nobody's."""
-        events, steps = [], flight.records.result()[0]
-        if steps is not None:
-            numbers = Numbers.of(steps, flight.slots)
-            for i, slot in enumerate(flight.slots):
+        events, numbers = [], None
+        with self.clocks("slots: wait for the device"):
+            steps = flight.records.result()[0]
+            if steps is not None:
+                numbers = Numbers.of(steps, flight.slots)
+        with self.clocks("slots: look at tokens (with saving)"):
+            for i, slot in enumerate(flight.slots if numbers is not None else ()):
                 if not i % _AT_A_TIME:
                     time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it
-                if slot is not None and numbers.token[i] >= 0 and self._slots[i] is slot:
+                if slot is not None and numbers is not None and numbers.token[i] >= 0 and self._slots[i] is slot:
                     events.append(self._event(i, slot, numbers, i))
-        return events + [event for run in flight.runs for event in self._events_of_run(flight, run)]
+            return events + [event for run in flight.runs for event in self._events_of_run(flight, run)]
 
     def _events_of_run(self, flight: Flight, run: Run) -> list[tuple[int, StreamEvent]]:
         slot = run.slot
@@ -366,6 +328,15 @@ class Slots:
             self._free(i, slot)
         return slot.number, event
 
+    def alone(self) -> dict[str, float]:
+        """Milliseconds of what the device is asked for, each by itself, while no request is there.
+
+        Raises SlotError where one is.
+        """
+        if any(self._slots):
+            raise SlotError("what the device does is timed alone, and there are requests")
+        return self._device.alone()
+
     # -- how full it is ---------------------------------------------------------------------------------------------
 
     @property
@@ -392,7 +363,3 @@ class Slots:
     def cache_bytes(self) -> int:
         """Bytes of the caches of all rows, whatever they hold."""
         return self._row_bytes * len(self._slots)
-
-
-def _number(i: int) -> np.ndarray:
-    return np.array(i, np.int32)

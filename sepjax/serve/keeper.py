@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Callable
 
+from sepjax.clocks import Clocks
 from sepjax.config import UserError
 from sepjax.generation.saved_row import SavedRow
 from sepjax.serve.conversations import Conversations, Entry
@@ -19,8 +20,8 @@ _Task = tuple[Entry, SavedRow, Callable[[], None]]
 class Keeper:
     """Begins at once; ends with `close`."""
 
-    def __init__(self, conversations: Conversations):
-        self._conversations = conversations
+    def __init__(self, conversations: Conversations, clocks: Clocks):
+        self._conversations, self._clocks = conversations, clocks
         self._tasks: queue.Queue[_Task | None] = queue.Queue(_MOST)
         self._thread = threading.Thread(target=self._main, name="keeper", daemon=True)
         self._thread.start()
@@ -30,7 +31,8 @@ class Keeper:
         if entry.row is None:  # evicted at once
             done()
             return
-        self._tasks.put((entry, entry.row, done))
+        with self._clocks("worker: wait for the keeper"):
+            self._tasks.put((entry, entry.row, done))
 
     def close(self) -> None:
         """Finishes what it has."""
@@ -42,7 +44,8 @@ class Keeper:
             entry, row, done = task
             del task
             try:
-                row = on_host(row)
+                with self._clocks("keeper: to the host"):
+                    row = on_host(row)
                 self._conversations.moved(entry, row)
                 self._conversations.save(entry, row)
             except (UserError, OSError) as error:

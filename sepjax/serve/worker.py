@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from sepjax.clocks import Clocks
 from sepjax.config import UserError
 from sepjax.generation.row import StreamEvent
 from sepjax.generation.sampling import Sampling
@@ -74,6 +75,7 @@ class Worker:
         self._first: list[float] = []  # seconds to the first tokens of this step, and between two
         self._each: list[float] = []
         self._thread = threading.Thread(target=self._main, name="slots", daemon=True)
+        self.clocks = Clocks()  # of all threads of the server
         self.served: Served | None = None
         self.slots: Slots | None = None
         self.conversations: Conversations | None = None
@@ -159,8 +161,8 @@ class Worker:
             served = self._load()
             self.conversations = self._keep(served)
             before_last(served.engine.stream(bounded=True).saved())  # compiled now, not while somebody waits
-            self.slots = served.engine.slots(self._num_rows)
-            self._keeper = Keeper(self.conversations)
+            self.slots = served.engine.slots(self._num_rows, self.clocks)
+            self._keeper = Keeper(self.conversations, self.clocks)
             self.served = served
             log.info("ready", extra={"model": served.name, "slots": self._num_rows, "bytes": self.slots.cache_bytes})
             self._serve(self.slots)
@@ -175,17 +177,23 @@ class Worker:
             self._at_end()
 
     def _serve(self, slots: Slots) -> None:
+        clocks = slots.clocks
         while self._goes_on():
-            self._take_orders(wait=slots.is_idle and not len(self._queue))
-            self._fill(slots)
+            with clocks("worker: orders, or nothing to do"):
+                self._take_orders(wait=slots.is_idle and not len(self._queue))
+            with clocks("worker: begin requests"):
+                self._fill(slots)
             if not slots.is_idle:  # rows that were cancelled are let go by a step, too
-                events = slots.step()
-                now = time.perf_counter()
-                for number, event in events:
-                    self._hand_on(slots, number, event, now)
-                self._metrics.tokens(self._first, self._each)
-                self._first, self._each = [], []
-            self._send()
+                with clocks("worker: slots.step"):
+                    events = slots.step()
+                with clocks("worker: hand on"):
+                    now = time.perf_counter()
+                    for number, event in events:
+                        self._hand_on(slots, number, event, now)
+                    self._metrics.tokens(self._first, self._each)
+                    self._first, self._each = [], []
+            with clocks("worker: send"):
+                self._send()
 
     def _goes_on(self) -> bool:
         if self._stop_at is None:

@@ -304,8 +304,9 @@ def run_beside(slots, request):
 
 
 def set_token(slots, token):
-    state = dataclasses.replace(slots._rows.state, token=slots._rows.state.token.at[0].set(token))
-    slots._rows = dataclasses.replace(slots._rows, state=state)
+    device = slots._device
+    state = dataclasses.replace(device.rows.state, token=device.rows.state.token.at[0].set(token))
+    device.rows = dataclasses.replace(device.rows, state=state)
 
 
 def test_a_cache_that_keeps_every_separator_ends_its_own_row_only():
@@ -358,7 +359,7 @@ def test_what_was_cancelled_is_not_kept_and_a_resumed_row_is_not_held_twice(engi
         pass
     gc.collect()
     assert gone() is None
-    take = slots._programs.take
+    take = slots._device.programs.take
 
     def cancelled_meanwhile(*args):  # by another thread, between the end of a row and its copy
         other = threading.Thread(target=slots.cancel, args=(kept[1],))
@@ -369,12 +370,12 @@ def test_what_was_cancelled_is_not_kept_and_a_resumed_row_is_not_held_twice(engi
 
     others: list[threading.Thread] = []
     slots.cancel(kept[0])
-    slots._programs = dataclasses.replace(slots._programs, take=cancelled_meanwhile)
+    slots._device.programs = dataclasses.replace(slots._device.programs, take=cancelled_meanwhile)
     try:
         slot = slots._known[kept[1]]
         slots._free(slots._slots.index(slot), slot)
     finally:
-        slots._programs = dataclasses.replace(slots._programs, take=take)
+        slots._device.programs = dataclasses.replace(slots._device.programs, take=take)
     others[0].join()
     while not slots.is_idle:
         slots.step()
