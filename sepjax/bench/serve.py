@@ -42,6 +42,8 @@ class Settings(_Settings):
     budget: str = "4/64/256/800"  # of the bounded cache: sinks/separators/window/cache
     slots: Annotated[int, AtLeast(1)] = 8  # of the server; with --url: that it was given
     cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from
+    device_memory: Annotated[int, AtLeast(0)] = 0  # MiB of the device's memory for those that go on soon
+    steps: Annotated[int, AtLeast(1)] = 4  # tokens of an answer that the device may make before the host looks at them
     dense_context: Annotated[int, AtLeast(0)] = (
         0  # tokens of a dense cache of equal memory to measure beside it; 0: none
     )
@@ -253,7 +255,10 @@ def _one(
     engine = Generator(model, tokenizer, attention)
     bare = _bare(settings, engine, model.config, slots)
     served = Served.create("bench", engine, None)
-    options = Options(rows=slots, max_waiting=4 * slots + 64, cache_memory=settings.cache_memory << 20, drain_seconds=5)
+    options = Options(
+        rows=slots, max_waiting=4 * slots + 64, cache_memory=settings.cache_memory << 20, drain_seconds=5,
+        device_memory=settings.device_memory << 20, steps=settings.steps,
+    )  # fmt: skip
     with Running(lambda: served, options) as server:
         figures = measure(settings, server.url, slots, name, server.worker if settings.profile else None)
     if settings.profile and server.worker.slots is not None:

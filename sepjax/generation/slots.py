@@ -3,7 +3,7 @@
     slots = engine.slots(8)
     first = slots.submit(SlotRequest("Once", max_new_tokens=100, seed=1))
     while not slots.is_idle:
-        for number, event in slots.step():       # one token of every row that generates, runs of prompts
+        for number, event in slots.step():       # runs of prompts, and a token of every row that generates
             ...                                  # event.text, event.finish_reason
 
 A request takes the first free row. Its prompt is read in runs between the steps of the others, the rows that read
@@ -11,14 +11,18 @@ taking turns, so nobody waits longer than for one run; prompts may be longer tha
 an end token, its length or `cancel`, and is free at once. It gives what it would give alone, token for token: no result
 of a row depends on the others, and every row has its own settings and draws (`slot_programs`).
 
-While the host looks at what a step drew, the device makes the next one, so events are a step behind the device:
+While the host looks at what one launch drew, the device works on the next, so events are one behind the device:
 
-    device     step 1 | step 2 | step 3 | step 4
+    device     launch 1 | launch 2 | launch 3 | launch 4
     host       ask 1, 2 | events of 1, ask 3 | events of 2, ask 4
 
-Where a row ended with a step that the host had not seen yet (a stop text, repetition), the next one is thrown away; a
-row that is saved is as it was before it. What runs on the device is asked for by a thread of its own: a program with
-branches may hold up whoever starts it until the device has come to them.
+Where a row ended in a way that only the host finds (a stop text, repetition), the next launch is thrown away; a row
+that is saved is as it was before it. `steps`: a launch may make several tokens of every row, since the device waits for
+its host between two. Ends that the device knows (end tokens, lengths) end a row at their token. While a row is there
+whose end it does not know, and which is to be saved, launches make one token, which can be taken back.
+
+What runs on the device is asked for by a thread of its own: a program with branches may hold up whoever starts it until
+the device has come to them.
 
 `step`, `save` and `view` belong to one thread; `submit` and `cancel` may be called from others.
 """
@@ -28,7 +32,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -36,14 +40,13 @@ import numpy as np
 from sepjax.clocks import Clocks
 from sepjax.config import ConfigError
 from sepjax.generation.cache.view import CacheView, of_row
+from sepjax.generation.packed import PackedState
 from sepjax.generation.prepared import Prepared
-from sepjax.generation.prompts import encode_prompts, row_keys
+from sepjax.generation.prompts import check_seeds, encode_prompts
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import Row, RowSettings, StreamEvent
-from sepjax.generation.sampling import Sampling
 from sepjax.generation.saved_row import SavedRow
-from sepjax.generation.slot_device import ENDS, Read, SlotDevice
-from sepjax.generation.slot_programs import Rows, Wishes
+from sepjax.generation.slot_device import ENDS, Read, SlotDevice, arrival
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
 from sepjax.separators import warn_of_few_in
 
@@ -54,21 +57,34 @@ _MOST_COUNTED = 2**30  # new tokens that the device counts
 class Slots:
     """Made by `Generator.slots`."""
 
-    def __init__(self, prepared: Prepared, reader: BoundedReader, rows: int, clocks: Clocks | None = None):
-        """Makes room for `rows` rows, and compiles all that will ever run."""
-        if rows < 1:
-            raise ConfigError(f"slots need 1 row or more, got {rows}")
+    def __init__(
+        self, prepared: Prepared, reader: BoundedReader, rows: int, steps: int = 1, clocks: Clocks | None = None,
+        *, together: int = 0,
+    ):  # fmt: skip
+        """Makes room, and compiles all that will ever run.
+
+        Args:
+          prepared: the model.
+          reader: of its bounded caches.
+          rows: how many.
+          steps: tokens of a row that one launch may make.
+          clocks: where the time goes.
+          together: rows whose prompts one program reads; 0: as suits the device.
+        """
+        for name, value in (("1 row", rows), ("steps of 1", steps)):
+            if value < 1:
+                raise ConfigError(f"slots need {name} or more, got {value}")
         self._of, self._reader = prepared, reader
         self.clocks = clocks or Clocks()
-        self._device = SlotDevice(prepared, reader, rows, self.clocks)
-        self._runs, self._nothing, self._row_bytes = self._device.runs, self._device.nothing, self._device.row_bytes
+        self._device = SlotDevice(prepared, reader, rows, steps, self.clocks, together)
+        self._row_bytes = self._device.row_bytes
         self._slots: list[Slot | None] = [None] * rows
         self._waiting: deque[Slot] = deque()
         self._known: dict[int, Slot] = {}  # that wait or have a row
         self._kept: dict[int, SavedRow] = {}
         self._numbers = itertools.count()
-        self._turn = 0  # the row that read last
-        self._coming: list[tuple[int, Rows]] = []  # rows that begin before the next step
+        self._turns = dict.fromkeys(self._device.lengths, 0)  # the row that read last, with each program
+        self._coming: list[tuple[int, np.ndarray, PackedState | None]] = []  # rows that begin with the next launch
         self._flight: Flight | None = None  # what was asked for and has not been looked at
         self._settled: list[tuple[int, StreamEvent]] = []  # events that the next step gives
         self._lock = threading.RLock()  # of what other threads change: who waits, who is known, what is kept
@@ -105,8 +121,8 @@ class Slots:
             row.restore(resume.row)
             if row.finish_reason is not None:
                 raise ConfigError(f"the row to go on with has ended ({row.finish_reason}); give it a prompt")
-        key = row_keys(request.seed or 0, 1) if resume is None or request.seed is not None else None
-        slot = Slot(next(self._numbers), request, row, pending, self._wishes(settings, request.sampling), key)
+        told, own_ends = self._told(request, settings, pending)
+        slot = Slot(next(self._numbers), request, row, pending, told, own_ends)
         slot.has_drawn = resume is not None and resume.has_drawn
         with self._lock:
             self._known[slot.number] = slot
@@ -127,15 +143,20 @@ class Slots:
             raise ConfigError("a request needs a prompt, or a row to go on with (resume)")
         return pending + encode_prompts(tokenizer, [prompt], control_tokens=request.control_tokens)[0]
 
-    def _wishes(self, settings: RowSettings, sampling: Sampling | None) -> Wishes:
-        ends = np.full((1, ENDS), -1, np.int32)
-        known = sorted(settings.ends.eos | settings.ends.stop)[:ENDS]
-        ends[0, : len(known)] = known
-        asks, new = (settings.logprobs, settings.top_logprobs), settings.max_new_tokens
+    def _told(self, request: SlotRequest, settings: RowSettings, pending: Sequence[int]) -> tuple[np.ndarray, bool]:
+        """Bytes of what the device is told; whether the row may be saved after an end that the device does not know."""
+        resume, new, ends = request.resume, settings.max_new_tokens, sorted(settings.ends.eos | settings.ends.stop)
         limit = -1 if new is None or new > _MOST_COUNTED else new  # the host counts, too
-        numbers: Any = ends, np.full(1, limit, np.int32), *(np.array([x > 0]) for x in asks)
-        sampling = Sampling.of_rows([sampling or Sampling.create()], 1).check(self._of.tokenizer.vocab_size)
-        return jax.device_put(Wishes(sampling, *numbers))
+        check_seeds([request.seed or 0])
+        seed = (request.seed or 0) if resume is None or request.seed is not None else None
+        told = arrival(
+            self._of, request.sampling, ends, limit, settings.logprobs, settings.top_logprobs > 0, seed,
+            is_reading=bool(pending),
+        )  # fmt: skip
+        most = (0 if resume is None else resume.seen) + len(pending) + (new or _MOST_COUNTED)
+        own = settings.stop or settings.max_repeats or len(ends) > ENDS or (limit < 0 and new is not None)
+        own = own or self._reader.form.ends_when_stuck or (self._reader.sizes.absolute and most >= Row.LAST_POSITION)
+        return self._device.arrivals.of_host(told), bool(own) and request.keep
 
     def cancel(self, number: int) -> None:
         """Ends a request: it has no more events, and its row is free at the next step. What was kept is dropped."""
@@ -166,17 +187,26 @@ class Slots:
         if isinstance(found, SavedRow):
             return found.view(self._row_bytes)
         i, slot = found
-        back = self._runs_ahead()
-        cache = self._device.look(i, back).result()
-        return of_row(cache, slot.row.seen, self._row_bytes)
+        return of_row(self._device.look(i, back=self._runs_ahead()), slot.row.seen, self._row_bytes)
+
+    def can_save(self, number: int) -> bool:
+        """Whether `save` would take a row as its last event left it; if not it can after the next events of the row."""
+        slot, flight = self._known.get(number), self._flight
+        if slot is not None:
+            slot.steps_singly = True
+        return flight is None or slot not in flight.slots or (flight.steps <= 1 and flight.run_of(slot) is None)
 
     def _standing(self, number: int) -> SavedRow | tuple[int, Slot]:
         """What was kept of a request, or its row."""
         slot, flight = self._known.get(number), self._flight
-        run = None if slot is None or flight is None else flight.run_of(slot)
-        if flight is not None and run is not None:  # which cannot be taken back
-            self._flight = dataclasses.replace(flight, runs=tuple(x for x in flight.runs if x is not run))
-            self._settled += self._events_of_run(flight, run)
+        if flight is not None and slot is not None and slot in flight.slots:
+            run = flight.run_of(slot)
+            if flight.steps > 1:  # which cannot be taken back
+                self._flight = None
+                self._settled += self._events_of(flight)
+            elif run is not None:  # likewise
+                self._flight = dataclasses.replace(flight, runs=tuple(x for x in flight.runs if x is not run))
+                self._settled += self._events_of_run(flight, run)
         kept = self._kept.get(number)  # at once: another thread may be cancelling it
         if kept is not None:
             return kept
@@ -185,19 +215,20 @@ class Slots:
         return self._slots.index(slot), slot
 
     def _saved(self, i: int, slot: Slot) -> SavedRow:
-        with self.clocks("slots: save"):
-            state = self._device.take(i, self._runs_ahead()).result()
-        return SavedRow(state, tuple(slot.pending), slot.has_drawn, slot.row.state())
+        undrawn = slot.request.undrawn and slot.row.finish_reason is not None
+        taken = self._device.take(i, back=self._runs_ahead(), undrawn=undrawn)
+        return SavedRow(taken, tuple(slot.pending), slot.has_drawn and not undrawn, slot.row.state())
 
     def _runs_ahead(self) -> bool:
         """Whether a step was asked for whose events have not been given."""
-        return self._flight is not None and self._flight.steps
+        return self._flight is not None and self._flight.steps > 0
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[tuple[int, StreamEvent]]:
-        """One token of every row that is generating, and runs of prompts of as many tokens as one run may have at most:
-        one of a long prompt, or several of short ones. Returns their events.
+        """Runs of prompts, and a token of every row that is generating, or several (`steps`). Returns their events.
+
+        A launch has one run of prompts of each length that there is a program for: nobody waits longer for them.
 
         An event is the number of its request and what `Stream` gives. The last has a `finish_reason`: those of a
         stream, or "full" where the cache of `keep_all_separators` has no room for another separator.
@@ -243,86 +274,114 @@ class Slots:
                 continue
             new = self._waiting.popleft()
             resume = new.request.resume
-            state = self._nothing.state if resume is None else resume.state
-            state = dataclasses.replace(state, done=np.array([bool(new.pending)]))
-            if new.key is not None:
-                state = dataclasses.replace(state, key=new.key, count=np.zeros(1, np.int32))
-            self._coming.append((i, dataclasses.replace(self._nothing, state=state, wishes=new.wishes)))
+            saved = None if resume is None else resume.packed(self._reader.form)
+            self._coming.append((i, new.told, saved))
             new.request = dataclasses.replace(new.request, resume=None)  # or its arrays would live as long as the row
             self._slots[i] = new
 
     def _ask(self) -> Flight | None:
-        """Asks the device for the next step and the next runs of prompts; None: there is nothing to do."""
-        reading, before = self._next_to_read(), self._flight
-        just_read = [] if before is None else [id(run.slot) for run in before.runs if run.may_draw]
-        steps = any(slot is not None and (not slot.pending or id(slot) in just_read) for slot in self._slots)
-        if not steps and not reading:
+        """Asks the device for the next runs of prompts and the next steps; None: there is nothing to do."""
+        before, runs, reads = self._flight, [], []
+        for length, rows in self._next_to_read().items():
+            read, some = self._read(length, rows, len(reads))
+            reads.append(read)
+            runs += some
+        may_draw = [*runs, *(() if before is None else before.runs)]
+        drawing = {id(run.slot) for run in may_draw if run.may_draw}
+        generating = [x for x in self._slots if x is not None and (not x.pending or id(x) in drawing)]
+        steps = 0
+        if generating:
+            steps = 1 if any(slot.steps_singly for slot in generating) else self._device.most_steps
+        if not steps and not reads:
             return None
-        slots, runs = tuple(self._slots), []
-        reads: list[Read] = []
-        for i in reading:
-            slot = slots[i]
-            assert slot is not None
-            read = slot.next_run(self._runs)
-            reads.append((np.array(i, np.int32), *read))
-            runs.append(Run(slot, bool(read[-1]), len(reads)))
-        ended = np.array([slot is None for slot in slots]) if steps else None
+        ended = np.array([slot is None for slot in self._slots]) if steps else None
         coming, self._coming = self._coming, []
-        return Flight(slots, steps, tuple(runs), self._device.launch(coming, ended, reads))
+        return Flight(
+            tuple(self._slots), steps, tuple(runs), self._device.launch(coming, reads, ended, steps)
+        )  # fmt: skip
 
-    def _next_to_read(self) -> list[int]:
-        """Rows that read take turns: as many in a step as have room in the longest run, so nobody waits longer for many
-        short prompts than for a long one. How far a row has come is known once its last run was looked at.
+    def _next_to_read(self) -> dict[int, list[int]]:
+        """Rows that read take turns: as many in a launch as the programs take, by their lengths.
+
+        How far a row has come is known once its last run was looked at.
         """
-        n, flight, found, room = len(self._slots), self._flight, [], self._runs[-1]
-        for i in range(self._turn + 1, self._turn + 1 + n):
-            slot = self._slots[i % n]
-            if slot is None or not slot.pending or (flight is not None and flight.run_of(slot) is not None):
-                continue
-            room -= slot.run_length(self._runs)
-            if room < 0:
-                break
-            found.append(i % n)
-        self._turn = found[-1] if found else self._turn
-        return found
+        flight, lengths = self._flight, self._device.lengths
+        waiting: dict[int, list[int]] = {}
+        for i, slot in enumerate(self._slots):
+            if slot is not None and slot.pending and (flight is None or flight.run_of(slot) is None):
+                waiting.setdefault(slot.run_length(lengths), []).append(i)
+        for length, rows in waiting.items():
+            last = self._turns[length]
+            rows.sort(key=lambda i, last=last: (i <= last, i))
+            del rows[lengths[length] :]
+            self._turns[length] = rows[-1]
+        return waiting
 
-    def _events_of(self, flight: "Flight") -> list[tuple[int, StreamEvent]]:
+    def _read(self, length: int, rows: Sequence[int], at: int) -> tuple[Read, list[Run]]:
+        """The next run of these rows, as the device and as the host knows it."""
+        most, none = self._device.lengths[length], len(self._slots)
+        read = Read(
+            np.arange(none, none + most, dtype=np.int32), np.zeros((most, length), np.int32),
+            np.zeros(most, np.int32), np.zeros(most, bool),
+        )  # fmt: skip
+        runs = []
+        for j, i in enumerate(rows):
+            slot = self._slots[i]
+            assert slot is not None
+            part = slot.pending[:length]
+            read.rows[j], read.left[j], read.tokens[j, : len(part)] = i, len(part), part
+            read.is_last[j] = len(part) == len(slot.pending)
+            runs.append(Run(slot, bool(read.is_last[j]), at, j))
+        return read, runs
+
+    def _events_of(self, flight: Flight) -> list[tuple[int, StreamEvent]]:
         """Waits for what was asked for. What comes of rows that have ended since is nobody's."""
-        events, numbers = [], None
         with self.clocks("slots: wait for the device"):
-            steps = flight.records.result()[0]
-            if steps is not None:
-                numbers = Numbers.of(steps, flight.slots)
-        with self.clocks("slots: look at tokens (with saving)"):
-            for i, slot in enumerate(flight.slots if numbers is not None else ()):
-                if not i % _AT_A_TIME:
-                    time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it
-                if slot is not None and numbers is not None and numbers.token[i] >= 0 and self._slots[i] is slot:
-                    events.append(self._event(i, slot, numbers, i))
-            return events + [event for run in flight.runs for event in self._events_of_run(flight, run)]
+            records = flight.records.result()
+            jax.block_until_ready([record.numbers for record in records])
+        with self.clocks("slots: look at tokens"):
+            events = [event for run in flight.runs for event in self._events_of_run(flight, run)]
+            if flight.steps:
+                events += self._events_of_steps(flight, Numbers.of(records[-1], flight.slots))
+        return events
+
+    def _events_of_steps(self, flight: Flight, numbers: Numbers) -> list[tuple[int, StreamEvent]]:
+        """A row's one after another."""
+        events = []
+        for i, slot in enumerate(flight.slots):
+            if not i % _AT_A_TIME:
+                time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it
+            if slot is None:
+                continue
+            for step in range(flight.steps):
+                if self._slots[i] is not slot or numbers.token[step][i] < 0:
+                    break
+                events.append(self._event(i, slot, numbers, step, i))
+        return events
 
     def _events_of_run(self, flight: Flight, run: Run) -> list[tuple[int, StreamEvent]]:
-        slot = run.slot
+        slot, j = run.slot, run.row
         if slot not in self._slots:
             return []
         i, numbers = self._slots.index(slot), Numbers.of(flight.records.result()[run.at], [slot])
-        taken = numbers.taken[0]
+        taken = numbers.taken[0][j]
         del slot.pending[:taken]
         if not slot.pending:
-            return [self._event(i, slot, numbers, 0)]
-        if numbers.is_stuck[0]:  # the rest would push separators out
-            event = slot.row.end_full(taken=taken, held=numbers.held[0], nbytes=self._row_bytes)
+            return [self._event(i, slot, numbers, 0, j)]
+        if numbers.is_stuck[0][j]:  # the rest would push separators out
+            event = slot.row.end_full(taken=taken, held=numbers.held[0][j], nbytes=self._row_bytes)
             self._free(i, slot)
             return [(slot.number, event)]
         slot.row.seen += taken
         return []
 
-    def _event(self, i: int, slot: Slot, numbers: Numbers, at: int) -> tuple[int, StreamEvent]:
+    def _event(self, i: int, slot: Slot, numbers: Numbers, step: int, at: int) -> tuple[int, StreamEvent]:
         slot.has_drawn = True
-        top = numbers.top_of(at) if slot.row.wants_top else ((), ())
+        top = numbers.top_of(step, at) if slot.row.wants_top else ((), ())
         event = slot.row.take(
-            numbers.token[at], taken=numbers.taken[at], held=numbers.held[at], nbytes=self._row_bytes,
-            logprob=numbers.logprob[at], top=top, is_full=bool(numbers.is_stuck[at]),
+            numbers.token[step][at], taken=numbers.taken[step][at], held=numbers.held[step][at],
+            nbytes=self._row_bytes, logprob=numbers.logprob[step][at], top=top,
+            is_full=bool(numbers.is_stuck[step][at]),
         )  # fmt: skip
         if event.finish_reason is not None:
             self._free(i, slot)

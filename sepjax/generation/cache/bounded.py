@@ -190,6 +190,19 @@ class StreamingCache:
 
         return self._on_rows(put, row)
 
+    def whole_rows(self, rows: Int32[Array, "M"]) -> "StreamingCache":
+        """These rows as a cache of their own; numbers of no row give any one's."""
+        return self._on_rows(lambda x, axis: jnp.take(x, rows, axis, mode="clip"))
+
+    def with_whole_rows(self, rows: Int32[Array, "M"], few: "StreamingCache") -> "StreamingCache":
+        """The same with these rows as `few` has them; numbers of no row are none."""
+
+        def put(x: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+            at = (slice(None), rows) if axis else rows
+            return x.at[at].set(new, mode="drop", unique_indices=True)
+
+        return self._on_rows(put, few)
+
     def _on_rows(self, f: Callable[..., jax.Array], *others: "StreamingCache") -> "StreamingCache":
         """`f` of every array (and of the others' same array) and the number of its axis B."""
 
