@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sepjax.config import ModelConfig
 from sepjax.generation import saved
@@ -70,7 +71,9 @@ class SavedRow:
         if isinstance(self.standing, PackedState) and not self.standing.form.ends_when_stuck:
             return False  # and nobody waits for it
         cache: Any = self.state.cache
-        return cache.ends_when_stuck and bool(cache.is_stuck()[0])
+        if not cache.ends_when_stuck:
+            return False
+        return bool(dataclasses.replace(cache, dropped=jnp.asarray(cache.dropped)).is_stuck()[0])
 
     def view(self, nbytes: int | None = None) -> CacheView:
         """What its cache holds, and from where in the text; `nbytes` of the row, if not those of its arrays.

@@ -53,7 +53,7 @@ def run(slots: Slots, requests, *, every=1, cancel=None) -> list[list]:
             numbers.append(slots.submit(waiting.pop(0)))
             events[numbers[-1]] = []
         for number, event in slots.step():
-            most = (cancel or {}).get(numbers.index(number))
+            most = cancel and cancel.get(numbers.index(number))
             if most and len(events[number]) == most:
                 continue  # it came with the last one that was wanted
             events[number].append(event)
@@ -155,12 +155,15 @@ def test_a_continued_conversation_has_the_penalties_of_its_whole_text_and_tells_
         held.append(bool(table[token]))
     with pytest.raises(SlotError, match=f"request {first} has no row"):
         slots.view(first)
+    slots.can_save(first)  # from now on it makes one token in a launch
     while first in slots._known:
-        for _, event in slots.step():
+        new = [event for _, event in slots.step()]
+        for event in new:
             events.append(event)
             if len(events) > 1:
                 held.append(bool(table[ids[-1]]))
             ids += event.token_ids
+        for event in new[-1:]:
             view = slots.view(first)
             assert (view.seen, view.held) == (event.cache.seen, event.cache.held)
             assert view.positions().tolist() == sorted(held.attended())
@@ -175,17 +178,17 @@ def test_a_continued_conversation_has_the_penalties_of_its_whole_text_and_tells_
 
 def test_nobody_waits_longer_than_for_one_run_and_free_rows_are_taken_at_once(slots):
     first, *others = (slots.submit(SlotRequest("The cat", stop_at_eos=False)) for _ in range(ROWS - 1))
-    while len(slots.step()) < ROWS - 1:
+    while len({number for number, _ in slots.step()}) < ROWS - 1:
         pass
-    long = slots.submit(SlotRequest([5] * 300, max_new_tokens=3))  # many runs, through a cache of 20
+    long = slots.submit(SlotRequest([5] * 300, max_new_tokens=30))  # many runs, through a cache of 20
     other = slots.submit(SlotRequest("mat", max_new_tokens=3))
     heard: dict[int, int] = {}
     for _ in range(100):
         now = [number for number, _ in slots.step()]
-        assert all(now.count(x) == 1 for x in (first, *others)), "one token each, whatever else is read"
+        assert all(now.count(x) == 3 for x in (first, *others)), "three tokens each, whatever else is read"
         for number in now:
             heard[number] = heard.get(number, 0) + 1
-        if heard.get(long) == 1 and heard.get(other) is None:
+        if heard.get(long) and heard.get(other) is None:
             assert slots.num_waiting == 1, "there was no row"
             slots.cancel(first)
             soon = [number for _ in range(2) for number, _ in slots.step()]  # one was on its way already
@@ -379,9 +382,9 @@ def test_what_was_cancelled_is_not_kept_and_a_resumed_row_is_not_held_twice(engi
     try:
         slot = slots._known[kept[1]]
         slots._free(slots._slots.index(slot), slot)
+        slots._device.ask(lambda: None).result()
     finally:
         slots._device.programs = dataclasses.replace(slots._device.programs, take=take)
-    slots._device.ask(lambda: None).result()
     others[0].join()
     while not slots.is_idle:
         slots.step()
