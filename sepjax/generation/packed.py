@@ -1,10 +1,12 @@
 """Where a row stands, in two arrays: keys and values of all layers side by side, and the bytes of everything else.
 
 A state has some hundred arrays. To start a program with them, or to copy them between a device and its host, costs the
-host a while for each, which is longer than the copy itself; two cost nothing.
+host a while for each, which is longer than the copy itself; two cost nothing. Of a cache whose layers have several
+sizes there is an array of keys and values for each shape.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -21,7 +23,7 @@ from sepjax.generation.device_loop import DecodeState
 class Packed:
     """The arrays."""
 
-    kv: Float[Array, "M K C H"]  # keys of every layer, then values
+    kv: tuple[Float[Array, "M K C H"], ...]  # keys and values of layers that have one shape, for every shape
     rest: UInt8[Array, "_"]
 
     __no_type_check__ = True
@@ -79,39 +81,62 @@ class Form:
     def __init__(self, like: DecodeState):
         """`like`: such a state, or its shapes."""
         cache, bare = _cache(like), _bare(like)
-        self.rest, self._layers = Bytes(bare), len(cache.k)
+        self.rest = Bytes(bare)
         self.ends_when_stuck: bool = cache.ends_when_stuck  # see `Cache`
-        self.kv_like = jax.ShapeDtypeStruct((2 * self._layers, *cache.k[0].shape[1:]), cache.k[0].dtype)
+        shapes = [(tuple(x.shape[1:]), jnp.dtype(x.dtype)) for x in cache.entries]
+        kinds = list(dict.fromkeys(shapes))
+        self._stacks = tuple(kinds.index(shape) for shape in shapes)  # of every array of keys or values
+        self.kv_like = tuple(
+            jax.ShapeDtypeStruct((self._stacks.count(i), *shape), dtype) for i, (shape, dtype) in enumerate(kinds)
+        )
         key: Any = bare.key
-        kv_bytes = self.kv_like.size * self.kv_like.dtype.itemsize
+        kv_bytes = sum(x.size * x.dtype.itemsize for x in self.kv_like)
         self.nbytes: int = kv_bytes + self.rest.nbytes - key.size * key.dtype.itemsize  # but for the random key's
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Form) and (self.rest, self.kv_like) == (other.rest, other.kv_like)
+        return isinstance(other, Form) and self._all == other._all
 
     def __hash__(self) -> int:
-        return hash((self.rest, self.kv_like.shape))
+        return hash(self._all)
+
+    @property
+    def _all(self) -> tuple[Any, ...]:
+        return self.rest, self._stacks, self.kv_like
 
     def pack(self, state: DecodeState) -> Packed:
         """For a program on the device."""
-        return Packed(jnp.concatenate([*_cache(state).k, *_cache(state).v]), self.rest.of(_bare(state)))
+        stacks = self._stacked(_cache(state).entries)
+        return Packed(tuple(jnp.concatenate(stack) for stack in stacks), self.rest.of(_bare(state)))
 
     def unpack(self, packed: Packed) -> DecodeState:
         """For a program on the device."""
         return self._with(packed.kv, self.rest.tree(packed.rest))
 
+    def empty(self) -> Packed:
+        """Of a row that has seen nothing, for a program on the device. The random key is to be replaced."""
+        kv = tuple(jnp.zeros(like.shape, like.dtype) for like in self.kv_like)
+        return Packed(kv, jnp.zeros(self.rest.nbytes, jnp.uint8))
+
     def packed_on_host(self, state: DecodeState) -> Packed:
         """Of a state wherever it is."""
-        kv: Any = jax.device_get((*_cache(state).k, *_cache(state).v))
-        return Packed(np.concatenate(kv), self.rest.of_host(_bare(state)))
+        stacks = self._stacked(jax.device_get(_cache(state).entries))
+        return Packed(tuple(np.concatenate(stack) for stack in stacks), self.rest.of_host(_bare(state)))
 
     def unpacked_on_host(self, packed: Packed) -> DecodeState:
         """Its arrays in the host's memory, keys and values those of `packed`; the random key is a JAX array."""
         return self._with(packed.kv, self.rest.tree_on_host(np.asarray(packed.rest)))
 
-    def _with(self, kv: Any, bare: DecodeState) -> DecodeState:
-        layers = tuple(kv[i : i + 1] for i in range(2 * self._layers))
-        cache = dataclasses.replace(_cache(bare), k=layers[: self._layers], v=layers[self._layers :])
+    def _stacked(self, entries: Sequence[Any]) -> list[list[Any]]:
+        """Arrays of keys and values by their shapes."""
+        return [
+            [x for x, stack in zip(entries, self._stacks, strict=True) if stack == i] for i in range(len(self.kv_like))
+        ]
+
+    def _with(self, kv: Sequence[Any], bare: DecodeState) -> DecodeState:
+        """`kv` on a device or its host."""
+        rows = [iter(range(len(stack))) for stack in kv]
+        places = [(stack, next(rows[stack])) for stack in self._stacks]
+        cache = _cache(bare).with_entries([kv[stack][i : i + 1] for stack, i in places])
         return dataclasses.replace(bare, cache=cache, key=jax.random.wrap_key_data(bare.key))
 
 
@@ -131,7 +156,7 @@ class PackedState:
     @property
     def is_on_host(self) -> bool:
         """Whether no device holds it."""
-        return not isinstance(self._packed, Future) and isinstance(self._packed.kv, np.ndarray)
+        return not isinstance(self._packed, Future) and isinstance(self._packed.rest, np.ndarray)
 
     def on_host(self) -> "PackedState":
         """The same in the host's memory; waits for it."""
@@ -154,7 +179,7 @@ def _bare(state: DecodeState) -> DecodeState:
     key: Any = state.key
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.eval_shape(jax.random.key_data, key) if isinstance(key, jax.ShapeDtypeStruct) else _key_data(key)
-    return dataclasses.replace(state, cache=dataclasses.replace(_cache(state), k=(), v=()), key=key)
+    return dataclasses.replace(state, cache=_cache(state).bare(), key=key)
 
 
 _key_data = jax.jit(jax.random.key_data)

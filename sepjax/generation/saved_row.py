@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sepjax.config import ModelConfig
 from sepjax.generation import saved
-from sepjax.generation.cache.mixed import BOUNDED
+from sepjax.generation.cache.mixed import BOUNDED, MixedCache
 from sepjax.generation.cache.view import CacheView, of_row
 from sepjax.generation.device_loop import DecodeState
 from sepjax.generation.packed import Form, PackedState
@@ -73,7 +73,7 @@ class SavedRow:
         cache: Any = self.state.cache
         if not cache.ends_when_stuck:
             return False
-        return bool(dataclasses.replace(cache, dropped=jnp.asarray(cache.dropped)).is_stuck()[0])
+        return bool(jax.tree.map(jnp.asarray, cache.bare()).is_stuck()[0])
 
     def view(self, nbytes: int | None = None) -> CacheView:
         """What its cache holds, and from where in the text; `nbytes` of the row, if not those of its arrays.
@@ -98,6 +98,12 @@ class SavedRow:
             )
         like: Any = jax.eval_shape(lambda: reader.empty(jax.random.split(jax.random.key(0), 1), reader.room_of(cache)))
         if isinstance(cache, BOUNDED):
+            if type(cache) is not type(like.cache):
+                names = {True: "layers of several sizes", False: "layers of one size"}
+                raise StreamStateError(
+                    f"the saved row has {names[isinstance(cache, MixedCache)]}, expected "
+                    f"{names[isinstance(like.cache, MixedCache)]} (layer_windows); give the same settings"
+                )
             mine, ours = (dataclasses.asdict(x.sizes) for x in (cache, like.cache))
             for name in (name for name in ours if ours[name] != mine[name]):
                 raise StreamStateError(

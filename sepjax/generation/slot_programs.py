@@ -210,8 +210,7 @@ def slot_programs(
 
 def _begin(form: Form, arrivals: Bytes, rows: Rows, i: Int32[Array, ""], arrival: UInt8[Array, "_"]) -> Rows:
     """Row i is empty."""
-    nothing = jnp.zeros(form.rest.nbytes, jnp.uint8)
-    return _place(form, arrivals, rows, i, Packed(jnp.zeros(form.kv_like.shape, form.kv_like.dtype), nothing), arrival)
+    return _place(form, arrivals, rows, i, form.empty(), arrival)
 
 
 def _place(
@@ -291,7 +290,7 @@ def _steps(
     return dataclasses.replace(rows, state=state, before=before), record
 
 
-def cast_cache(cache: Any) -> StreamingCache:
+def cast_cache(cache: Any) -> BoundedCache:
     """The cache of slots is of this kind."""
     return cache
 

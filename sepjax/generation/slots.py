@@ -46,8 +46,9 @@ from sepjax.generation.prompts import check_seeds, encode_prompts
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import Row, RowSettings, StreamEvent
 from sepjax.generation.saved_row import SavedRow
-from sepjax.generation.slot_device import ENDS, Read, SlotDevice, arrival
+from sepjax.generation.slot_device import ENDS, SlotDevice, arrival
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
+from sepjax.generation.slot_turns import Turns
 from sepjax.separators import warn_of_few_in
 
 _AT_A_TIME = 32  # rows
@@ -83,7 +84,7 @@ class Slots:
         self._known: dict[int, Slot] = {}  # that wait or have a row
         self._kept: dict[int, SavedRow] = {}
         self._numbers = itertools.count()
-        self._turns = dict.fromkeys(self._device.lengths, 0)  # the row that read last, with each program
+        self._turns = Turns(self._device.lengths)
         self._coming: list[tuple[int, np.ndarray, PackedState | None]] = []  # rows that begin with the next launch
         self._flight: Flight | None = None  # what was asked for and has not been looked at
         self._settled: list[tuple[int, StreamEvent]] = []  # events that the next step gives
@@ -281,11 +282,8 @@ class Slots:
 
     def _ask(self) -> Flight | None:
         """Asks the device for the next runs of prompts and the next steps; None: there is nothing to do."""
-        before, runs, reads = self._flight, [], []
-        for length, rows in self._next_to_read().items():
-            read, some = self._read(length, rows, len(reads))
-            reads.append(read)
-            runs += some
+        before = self._flight
+        reads, runs = self._turns.next(self._slots, before)
         may_draw = [*runs, *(() if before is None else before.runs)]
         drawing = {id(run.slot) for run in may_draw if run.may_draw}
         generating = [x for x in self._slots if x is not None and (not x.pending or id(x) in drawing)]
@@ -299,40 +297,6 @@ class Slots:
         return Flight(
             tuple(self._slots), steps, tuple(runs), self._device.launch(coming, reads, ended, steps)
         )  # fmt: skip
-
-    def _next_to_read(self) -> dict[int, list[int]]:
-        """Rows that read take turns: as many in a launch as the programs take, by their lengths.
-
-        How far a row has come is known once its last run was looked at.
-        """
-        flight, lengths = self._flight, self._device.lengths
-        waiting: dict[int, list[int]] = {}
-        for i, slot in enumerate(self._slots):
-            if slot is not None and slot.pending and (flight is None or flight.run_of(slot) is None):
-                waiting.setdefault(slot.run_length(lengths), []).append(i)
-        for length, rows in waiting.items():
-            last = self._turns[length]
-            rows.sort(key=lambda i, last=last: (i <= last, i))
-            del rows[lengths[length] :]
-            self._turns[length] = rows[-1]
-        return waiting
-
-    def _read(self, length: int, rows: Sequence[int], at: int) -> tuple[Read, list[Run]]:
-        """The next run of these rows, as the device and as the host knows it."""
-        most, none = self._device.lengths[length], len(self._slots)
-        read = Read(
-            np.arange(none, none + most, dtype=np.int32), np.zeros((most, length), np.int32),
-            np.zeros(most, np.int32), np.zeros(most, bool),
-        )  # fmt: skip
-        runs = []
-        for j, i in enumerate(rows):
-            slot = self._slots[i]
-            assert slot is not None
-            part = slot.pending[:length]
-            read.rows[j], read.left[j], read.tokens[j, : len(part)] = i, len(part), part
-            read.is_last[j] = len(part) == len(slot.pending)
-            runs.append(Run(slot, bool(read.is_last[j]), at, j))
-        return read, runs
 
     def _events_of(self, flight: Flight) -> list[tuple[int, StreamEvent]]:
         """Waits for what was asked for. What comes of rows that have ended since is nobody's."""

@@ -28,7 +28,7 @@ from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest, Slots
 from sepjax.serve.conversations import Conversations, Plan, chain
 from sepjax.serve.errors import ApiError
-from sepjax.serve.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused
+from sepjax.serve.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused, put_all
 from sepjax.serve.keeper import Keeper
 from sepjax.serve.metrics import Metrics
 from sepjax.serve.served import Served, checked
@@ -378,7 +378,7 @@ class Worker:
             inbox.sent += sum(isinstance(item, StreamEvent) for _, item in items)
         for loop, found in itertools.groupby(out.items(), key=lambda pair: pair[0].loop):
             try:
-                loop.call_soon_threadsafe(_put_all, list(found))
+                loop.call_soon_threadsafe(put_all, list(found))
             except RuntimeError:  # the loop is closed: nobody reads
                 log.debug("nobody reads any more")
 
@@ -393,8 +393,3 @@ class Worker:
             self._end(job, Failed(error))
         self._aside = []
         self._send(everything=True)
-
-
-def _put_all(found: list[tuple[Inbox, list[tuple[int, Item]]]]) -> None:
-    for inbox, items in found:
-        inbox.put(items)

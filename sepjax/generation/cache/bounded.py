@@ -25,7 +25,7 @@ ring's size, once in thousands of tokens.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -141,6 +141,16 @@ class StreamingCache:
     def with_entries_of(self, other: "StreamingCache") -> "StreamingCache":
         """This bookkeeping with the keys and values of another."""
         return dataclasses.replace(self, k=other.k, v=other.v)
+
+    @property
+    def entries(self) -> tuple[jax.Array, ...]:
+        """Keys of every layer, then values, of a cache that has an array for each."""
+        return (*self.k, *self.v)
+
+    def with_entries(self, entries: Sequence[jax.Array]) -> "StreamingCache":
+        """This bookkeeping with other `entries`."""
+        half = len(entries) // 2
+        return dataclasses.replace(self, k=tuple(entries[:half]), v=tuple(entries[half:]))
 
     @property
     def main(self) -> "StreamingCache":

@@ -1,0 +1,70 @@
+"""What the keeper leaves on the device, and what it moves to the host's memory and to disk."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sepjax.clocks import Clocks
+from sepjax.generation.packed import Form, PackedState
+from sepjax.generation.saved_row import SavedRow
+from sepjax.serve.conversations import Conversations
+from sepjax.serve.keeper import Keeper
+from tests.generation.test_packed import empty_state
+from tests.generation.tiny import ATTENTION, tiny_tokenizer
+
+
+class Disk:
+    """Takes rows and says how they came."""
+
+    def __init__(self):
+        self.budget, self.written = 1 << 30, []
+
+    def entries(self):
+        return []
+
+    def write(self, key, ids, last, names, row, row_bytes):
+        self.written.append((ids.tolist(), row.standing.is_on_host))
+        return row_bytes
+
+    def remove(self, key):
+        pass
+
+
+@pytest.mark.parametrize("has_disk", [False, True])
+def test_the_newest_rows_stay_on_the_device_and_no_more_than_have_room(has_disk):
+    state = empty_state(ATTENTION, jnp.float32)
+    form, disk, done = Form(state), Disk(), []
+    packed = jax.jit(form.pack)(state)
+    folder: Any = disk if has_disk else None
+    conversations = Conversations(tiny_tokenizer(), 100 * form.nbytes, folder)
+    keeper = Keeper(conversations, Clocks(), 3 * form.nbytes + 1)
+
+    def put(number: int):
+        row = SavedRow(PackedState(form, packed), (), False, {"seen": 2})
+        entry = conversations.add(np.array([number, 5], np.int32), (), 9, row)
+        assert keeper.put(entry, lambda: done.append(number)) is not has_disk
+        return entry
+
+    entries = [put(number) for number in range(40)]  # more than may be on their way
+    for _ in range(20):  # the same text again and again: each takes the place of the one before
+        last = put(40)
+    assert [x.row is not None for x in keeper._staying] == [False] * 0 + [True] * 3
+    keeper.close()
+
+    def is_on_host(entry):
+        return entry.row.standing.is_on_host
+
+    assert [is_on_host(entry) for entry in entries] == [True] * 38 + [False] * 2
+    assert not is_on_host(last)
+    assert done == ([*range(40), *[40] * 20] if has_disk else [])
+    if has_disk:
+        assert disk.written[:40] == [([number, 5], True) for number in range(40)]
+    else:
+        assert disk.written == []
+    none = Keeper(conversations, Clocks())
+    none.put(last)
+    none.close()
+    assert is_on_host(last)
