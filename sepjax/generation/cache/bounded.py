@@ -143,11 +143,11 @@ class StreamingCache:
         return dataclasses.replace(self, k=other.k, v=other.v)
 
     @property
-    def entries(self) -> tuple[jax.Array, ...]:
-        """Keys of every layer, then values, of a cache that has an array for each."""
+    def entries(self) -> tuple[Any, ...]:
+        """Keys of every layer, then values, of a cache that has an array for each, wherever they are; or their shapes."""
         return (*self.k, *self.v)
 
-    def with_entries(self, entries: Sequence[jax.Array]) -> "StreamingCache":
+    def with_entries(self, entries: Sequence[Any]) -> "StreamingCache":
         """This bookkeeping with other `entries`."""
         half = len(entries) // 2
         return dataclasses.replace(self, k=tuple(entries[:half]), v=tuple(entries[half:]))

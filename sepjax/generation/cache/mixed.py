@@ -259,11 +259,11 @@ class MixedCache:
         return self._each(StreamingCache.with_entries_of, other)
 
     @property
-    def entries(self) -> tuple[jax.Array, ...]:
+    def entries(self) -> tuple[Any, ...]:
         """Keys of every layer of the first part, then values; then those of the next."""
         return tuple(x for part in self.parts for x in part.entries)
 
-    def with_entries(self, entries: Sequence[jax.Array]) -> "MixedCache":
+    def with_entries(self, entries: Sequence[Any]) -> "MixedCache":
         """This bookkeeping with other `entries`."""
         ends = list(itertools.accumulate(2 * len(self.sizes.layers(i)) for i in range(len(self.parts))))
         parts = zip(self.parts, [0, *ends], ends, strict=False)
