@@ -1,5 +1,8 @@
 """What the keeper leaves on the device, and what it moves to the host's memory and to disk."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ from sepjax.serve.keeper import Keeper
 from sepjax.serve.state import StateFolder
 from tests.generation.test_packed import empty_state
 from tests.generation.tiny import ATTENTION, tiny_tokenizer
+from tests.serve.tiny import client, running, tiny_served
 
 
 class Disk(StateFolder):
@@ -68,3 +72,29 @@ def test_the_newest_rows_stay_on_the_device_and_no_more_than_have_room(has_disk)
     none.put(last)
     none.close()
     assert is_on_host(last)
+
+
+def test_a_row_that_is_being_saved_when_the_server_stops_is_saved_and_told_of(tmp_path, monkeypatch):
+    """Even where no time is left to finish: the answer is made, only its row is on its way."""
+    write, begun, goes_on = StateFolder.write, threading.Event(), threading.Event()
+
+    def slow(self, *args):
+        begun.set()
+        assert goes_on.wait(60)
+        return write(self, *args)
+
+    monkeypatch.setattr(StateFolder, "write", slow)
+    served = tiny_served()
+    with running(served, state=str(tmp_path), drain_seconds=0.0) as server, ThreadPoolExecutor(2) as pool:
+        asked = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 5, "extra_body": {"ignore_eos": True}}
+        answer = pool.submit(lambda: client(server).completions.create(**asked))
+        assert begun.wait(60)
+        stopped = pool.submit(server.stop, 0.0)
+        while not server.worker._keeper._tasks.qsize():  # until the slots have ended, and the keeper is to
+            time.sleep(0.01)
+        goes_on.set()
+        stopped.result()
+        assert answer.result().usage.completion_tokens == 5
+    folder = StateFolder(tmp_path, served, 1 << 30)
+    assert [len(entry.ids) for entry in folder.entries()] == [3 + 5 - 1]
+    folder.close()
