@@ -170,7 +170,8 @@ class Slots:
     def save(self, number: int) -> SavedRow:
         """Where a request stands that has a row, or had one to `keep` (once: it is forgotten then). Copies its cache.
 
-        That is after its last event. Of a request whose prompt was just read it is after its first, which comes next.
+        That is after its last event. Where its prompt was just read, or several tokens are on their way (`can_save`),
+        it is after those, and their events come with the next step, unless it is cancelled.
         Raises SlotError for any other.
         """
         found = self._standing(number)

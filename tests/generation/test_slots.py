@@ -243,6 +243,7 @@ def test_conversations_continue_their_cache(engine, slots, pattern, tmp_path):
     while len(events) < 6:
         events += [event for n, event in slots.step() if n == second]
     middle = slots.save(second)
+    events += [event for n, event in slots._settled if n == second]  # of the launch that was looked at before
     slots.cancel(second)
     again = slots.submit(SlotRequest(None, resume=middle, **settings | {"max_new_tokens": 15 - len(events)}))
     while not events[-1].finish_reason:
@@ -287,7 +288,7 @@ def test_a_row_can_be_saved_at_any_moment(slots):
     (expected,) = run(slots, [SlotRequest(LONG, seed=4, max_new_tokens=14, **settings)])
     slots.submit(SlotRequest("The cat", seed=1, stop_at_eos=False))  # somebody else is generating
     stages = set()
-    for moment in (2, 3, 4, 5, 6, 7, 8, 13, 20):
+    for moment in (2, 3, 7, 8, 13, 14, 16, 17, 21):
         number = slots.submit(SlotRequest(LONG, seed=4, max_new_tokens=15, **settings))
         singly = moment % 2 and slots.can_save(number)  # else whole launches are looked at before it is saved
         events = [event for _ in range(moment) for n, event in slots.step() if n == number]
