@@ -90,7 +90,7 @@ class SlotDevice:
 
     def launch(
         self, coming: Sequence[tuple[int, np.ndarray, PackedState | None]], reads: Sequence[Read],
-        ended: Bool[np.ndarray, "B"] | None, steps: int,
+        ended: Bool[np.ndarray, "B"] | None, first: Int32[np.ndarray, "B"], steps: int,
     ) -> Future[list[Record]]:  # fmt: skip
         """Asks for what comes next.
 
@@ -98,12 +98,13 @@ class SlotDevice:
           coming: rows that begin: number, bytes of an `Arrival`, where it stands (None: nothing was read).
           reads: runs of prompts, one a row at most.
           ended: rows that the host has ended; None: no steps.
+          first: number of the step from which a row takes part.
           steps: up to `most_steps`.
 
         Returns:
           Records of the reads, and of the steps if there are any, on their way to the host.
         """
-        return self.ask(self._launch, coming, reads, ended, steps)
+        return self.ask(self._launch, coming, reads, ended, first, steps)
 
     def take(self, i: int, *, back: bool, undrawn: bool) -> PackedState:
         """A copy of row i, to come (`SlotPrograms.take`)."""
@@ -115,7 +116,7 @@ class SlotDevice:
 
     def _launch(
         self, coming: Sequence[tuple[int, np.ndarray, PackedState | None]], reads: Sequence[Read],
-        ended: np.ndarray | None, steps: int,
+        ended: np.ndarray | None, first: np.ndarray, steps: int,
     ) -> list[Record]:  # fmt: skip
         clocks, params, table = self.clocks, self._of.params, self._of.table_on_device
         records: list[Record] = []
@@ -129,7 +130,7 @@ class SlotDevice:
                 records.append(record)
         if ended is not None:
             with clocks("device thread: steps"):
-                self.rows, record = self.programs.steps(params, self.rows, ended, _number(steps), table)
+                self.rows, record = self.programs.steps(params, self.rows, ended, first, _number(steps), table)
                 records.append(record)
         for record in records:
             record.numbers.copy_to_host_async()
@@ -172,12 +173,13 @@ class SlotDevice:
             "take, to the host, place": lambda: begin(lambda: taken().on_host()),
             "look": lambda: self.programs.look(self.rows, _number(0), np.array(False)),
         }
+        first = np.zeros(self._num_rows, np.int32)
         for length, together in self.lengths.items():
             none = np.arange(self._num_rows, self._num_rows + together, dtype=np.int32)
             read = Read(none, np.zeros((together, length), np.int32), np.zeros_like(none), np.zeros(together, bool))
-            jobs[f"read {together} x {length}"] = lambda read=read: self._launch([], [read], None, 0)[0].numbers
+            jobs[f"read {together} x {length}"] = lambda read=read: self._launch([], [read], None, first, 0)[0].numbers
         ended, most = np.ones(self._num_rows, bool), self.most_steps
-        jobs["no step: all have ended"] = lambda: self._launch([], [], ended, most)[0].numbers
+        jobs["no step: all have ended"] = lambda: self._launch([], [], ended, first, most)[0].numbers
         return jobs
 
     def alone(self, repeats: int = 10) -> dict[str, float]:

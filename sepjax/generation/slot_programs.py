@@ -10,7 +10,8 @@
 The host asks for steps before it has seen what the last ones drew, and may find that a row had ended with those. So a
 step can be taken back. It writes keys and values where nothing lay, and what else it changes is small and kept
 (`Before`). Only a compaction could not be undone: it comes at the beginning of the next step, not at the end. Of
-several steps only the last can be taken back: they are for rows whose ends the device finds itself.
+several steps only the last can be taken back: rows whose ends the host finds make no other one than that. (The last,
+not the first: a row that has made its step may be full, and has no room for what later steps write into idle rows.)
 
 A row that is free or still reading is `done`: steps leave it as it is. Which row it is, is data: nothing is compiled
 again while requests come and go. No result of a row depends on another row.
@@ -188,7 +189,7 @@ class SlotPrograms:
     begin: Callable[[Rows, Array, Array], Rows]
     place: Callable[[Rows, Array, Packed, Array], Rows]
     read: Callable[[Params, Rows, Array, Array, Array, Array, Array], tuple[Rows, Record]]
-    steps: Callable[[Params, Rows, Array, Array, Array], tuple[Rows, Record]]
+    steps: Callable[[Params, Rows, Array, Array, Array, Array], tuple[Rows, Record]]
     take: Callable[[Rows, Array, Array, Array], Packed]
     look: Callable[[Rows, Array, Array], StreamingCache]
 
@@ -261,32 +262,38 @@ def _steps(
     params: Params,
     rows: Rows,
     ended: Bool[Array, "B"],
+    first: Int32[Array, "B"],
     count: Int32[Array, ""],
     table: Bool[Array, "_"],
 ) -> tuple[Rows, Record]:
-    """Up to `count` steps, `most` at most; fewer when all rows have ended. `ended`: by the host, since the last."""
+    """Up to `count` steps, `most` at most; those in which no row takes part are left out.
+
+    `ended`: by the host, since the last. `first`: number of the step from which a row takes part.
+    """
     request, B = rows.wishes.request(table), len(ended)
 
     def one(carry: tuple[jax.Array, DecodeState, Before, Record]) -> tuple[jax.Array, DecodeState, Before, Record]:
         i, state, _, record = carry
         cache: Any = state.cache
         state = dataclasses.replace(state, cache=cache.compact())
-        active = ~state.done
+        active = ~state.done & (i >= first)
         logits, now = take_up_one(graph, params, state.cache, state.token, table, attention, active)
-        new, drawn = draw(logits, dataclasses.replace(state, cache=now), request)
+        new, drawn = draw(logits, dataclasses.replace(state, cache=now, done=~active), request)
+        new = dataclasses.replace(new, done=jnp.where(active, new.done, state.done))
         held, stuck = after_compaction(cast_cache(now))
         mine = Record.of(jnp.where(active, new.token, -1), held, drawn, stuck & active, active.astype(jnp.int32))
         record = jax.tree.map(lambda x, y: x.at[i].set(y.astype(x.dtype)), record, mine)
-        return i + 1, new, Before.of(state, new.token, active), record
+        return jnp.maximum(i + 1, next_of(new)), new, Before.of(state, new.token, active), record
 
-    def goes_on(carry: tuple[jax.Array, DecodeState, Before, Record]) -> jax.Array:
-        return (carry[0] < count) & ~jnp.all(carry[1].done)
+    def next_of(state: DecodeState) -> jax.Array:
+        return jnp.min(jnp.where(state.done, count, first))
 
     state = dataclasses.replace(rows.state, done=rows.state.done | ended)
     top = jnp.zeros((most, B, min(MOST_TOP, len(table))), jnp.int32)
     nothing = Record(jnp.full((most, 5, B), -1, jnp.int32), top, top.astype(jnp.float32))
     before = dataclasses.replace(rows.before, stepped=jnp.zeros(B, bool))
-    _, state, before, record = jax.lax.while_loop(goes_on, one, (jnp.int32(0), state, before, nothing))
+    carry = next_of(state), state, before, nothing
+    _, state, before, record = jax.lax.while_loop(lambda carry: carry[0] < count, one, carry)
     return dataclasses.replace(rows, state=state, before=before), record
 
 

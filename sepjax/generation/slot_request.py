@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import jax
 import numpy as np
 
-from sepjax.array_typing import UInt8
+from sepjax.array_typing import Int32, UInt8
 from sepjax.config import UserError
 from sepjax.generation.prompts import Prompt
 from sepjax.generation.row import Row
@@ -49,7 +49,8 @@ class Slot:
     row: Row
     pending: list[int]  # to be read; empty: the row is generating
     told: UInt8[np.ndarray, "_"]  # `Arrival`
-    steps_singly: bool  # whether launches make one token while it generates
+    steps_singly: bool  # whether a launch makes one token of it: it may end in a way that only the host finds
+    wishes_to_be_saved: bool = False  # whether the next launch is to make one token of it
     has_drawn: bool = False
     is_cancelled: bool = False
 
@@ -74,12 +75,17 @@ class Flight:
 
     slots: tuple[Slot | None, ...]  # who had the rows
     steps: int  # of the rows that generate
+    first: Int32[np.ndarray, "B"]  # number of the step from which each takes part
     runs: tuple[Run, ...]  # of prompts that are read, one a row at most
     records: Future[list[Record]]  # of the runs, and of the steps if there are any
 
     def run_of(self, slot: Slot | None) -> Run | None:
         """The run of a request; None: it is not read."""
         return next((run for run in self.runs if run.slot is slot), None)
+
+    def steps_of(self, slot: Slot) -> int:
+        """The most tokens that it makes of a request which has a row, beyond one that is drawn after its prompt."""
+        return max(0, self.steps - int(self.first[self.slots.index(slot)]))
 
     def matters_to(self, slots: Sequence[Slot | None]) -> bool:
         """Whether anyone is there whom it was asked for."""

@@ -18,8 +18,9 @@ While the host looks at what one launch drew, the device works on the next, so e
 
 Where a row ended in a way that only the host finds (a stop text, repetition), the next launch is thrown away; a row
 that is saved is as it was before it. `steps`: a launch may make several tokens of every row, since the device waits for
-its host between two. Ends that the device knows (end tokens, lengths) end a row at their token. While a row is there
-whose end it does not know, and which is to be saved, launches make one token, which can be taken back.
+its host between two. Ends that the device knows (end tokens, lengths) end a row at their token. Of a row whose end it
+may not know, and which is to be saved, a launch makes one token, drawn after its prompt or in the last step: it can be
+taken back.
 
 What runs on the device is asked for by a thread of its own: a program with branches may hold up whoever starts it until
 the device has come to them.
@@ -192,18 +193,23 @@ class Slots:
         return of_row(self._device.look(i, back=self._runs_ahead()), slot.row.seen, self._row_bytes)
 
     def can_save(self, number: int) -> bool:
-        """Whether `save` would take a row as its last event left it; if not it can after the next events of the row."""
+        """Whether `save` would take a row as its last event left it; if not, it can after the next events of the row.
+
+        So the next launch makes one token of it, and those after that as many as ever unless this is asked again.
+        """
         slot, flight = self._known.get(number), self._flight
         if slot is not None:
-            slot.steps_singly = True
-        return flight is None or slot not in flight.slots or (flight.steps <= 1 and flight.run_of(slot) is None)
+            slot.wishes_to_be_saved = True
+        if flight is None or slot is None or slot not in flight.slots:
+            return True
+        return flight.steps_of(slot) <= 1 and flight.run_of(slot) is None
 
     def _standing(self, number: int) -> SavedRow | tuple[int, Slot]:
         """What was kept of a request, or its row."""
         slot, flight = self._known.get(number), self._flight
         if flight is not None and slot is not None and slot in flight.slots:
             run = flight.run_of(slot)
-            if flight.steps > 1:  # which cannot be taken back
+            if flight.steps_of(slot) > 1:  # which cannot be taken back
                 self._flight = None
                 self._settled += self._events_of(flight)
             elif run is not None:  # likewise
@@ -287,17 +293,34 @@ class Slots:
         reads, runs = self._turns.next(self._slots, before)
         may_draw = [*runs, *(() if before is None else before.runs)]
         drawing = {id(run.slot) for run in may_draw if run.may_draw}
-        generating = [x for x in self._slots if x is not None and (not x.pending or id(x) in drawing)]
-        steps = 0
-        if generating:
-            steps = 1 if any(slot.steps_singly for slot in generating) else self._device.most_steps
+        generating = [x is not None and (not x.pending or id(x) in drawing) for x in self._slots]
+        steps, first = self._steps(generating, {id(run.slot) for run in runs if run.may_draw})
         if not steps and not reads:
             return None
         ended = np.array([slot is None for slot in self._slots]) if steps else None
         coming, self._coming = self._coming, []
         return Flight(
-            tuple(self._slots), steps, tuple(runs), self._device.launch(coming, reads, ended, steps)
+            tuple(self._slots), steps, first, tuple(runs), self._device.launch(coming, reads, ended, first, steps)
         )  # fmt: skip
+
+    def _steps(self, generating: Sequence[bool], drawing: set[int]) -> tuple[int, np.ndarray]:
+        """How many steps the next launch makes, and from which each row takes part.
+
+        Args:
+          generating: which rows do.
+          drawing: those (`id`) that may draw their first token in this launch, before its steps.
+        """
+        most = np.zeros(len(self._slots), np.int32)
+        for i, slot in enumerate(self._slots):
+            if slot is None or not generating[i]:
+                continue
+            if slot.steps_singly or slot.wishes_to_be_saved:
+                most[i] = id(slot) not in drawing  # two tokens could not be taken back
+            else:
+                most[i] = self._device.most_steps
+            slot.wishes_to_be_saved = False
+        steps = int(most.max())
+        return steps, steps - most
 
     def _events_of(self, flight: Flight) -> list[tuple[int, StreamEvent]]:
         """Waits for what was asked for. What comes of rows that have ended since is nobody's."""
@@ -319,9 +342,10 @@ class Slots:
             if slot is None:
                 continue
             for step in range(flight.steps):
-                if self._slots[i] is not slot or numbers.token[step][i] < 0:
+                if self._slots[i] is not slot:
                     break
-                events.append(self._event(i, slot, numbers, step, i))
+                if numbers.token[step][i] >= 0:
+                    events.append(self._event(i, slot, numbers, step, i))
         return events
 
     def _events_of_run(self, flight: Flight, run: Run) -> list[tuple[int, StreamEvent]]:

@@ -155,8 +155,8 @@ def test_a_continued_conversation_has_the_penalties_of_its_whole_text_and_tells_
         held.append(bool(table[token]))
     with pytest.raises(SlotError, match=f"request {first} has no row"):
         slots.view(first)
-    slots.can_save(first)  # from now on it makes one token in a launch
     while first in slots._known:
+        slots.can_save(first)  # the next launch makes one token of it
         new = [event for _, event in slots.step()]
         for event in new:
             events.append(event)
@@ -216,6 +216,28 @@ def standing(row):
     numbers = [x.tolist() for x in jax.tree.leaves(dataclasses.replace(state, done=None)) if x.dtype.kind in "iu"]
     view = row.view()
     return numbers, [view.positions(layer).tolist() for layer in range(2)], row.pending, row.has_drawn, row.row
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_row_that_the_host_ends_at_its_first_token_is_saved_there(engine, slots, steps):
+    """By then the device was asked for more. Only such a row goes singly: the others make whole launches."""
+    slots = slots if steps == 3 else engine.slots(2)
+    beside = slots.submit(SlotRequest("mat", stop_at_eos=False))
+    always: dict[str, Any] = {"stop_at_eos": False, "sampling": Sampling.create(1.3, logit_bias={104: 100.0})}  # "c"
+    always["max_new_tokens"] = 9
+    ends: list[dict[str, Any]] = [{"stop": ["c"]}, {"stop": ["cc"]}, {"stop_token_ids": [*range(3, 19), 104]}]
+    for prompt, end in itertools.product(["The cat", LONG], ends):
+        number = slots.submit(SlotRequest(prompt, keep=True, **end, **always))
+        while number not in slots._kept:
+            slots.step()
+        alone = engine.stream(prompt, bounded=True, **end, **always)
+        assert [event.finish_reason for event in alone][-1] == "stop"
+        assert standing(slots.save(number)) == standing(alone.saved())
+    singly = slots.submit(SlotRequest("The cat", stop=["never said"], stop_at_eos=False, keep=True))
+    counts = [[n for n, _ in slots.step()] for _ in range(9)][3:]
+    assert [(found.count(beside), found.count(singly)) for found in counts] == [(steps, 1)] * 6
+    slots.cancel(beside)
+    slots.cancel(singly)
 
 
 @pytest.mark.parametrize("pattern", ["separator", pytest.param("watched", marks=pytest.mark.soak)])
@@ -290,8 +312,11 @@ def test_a_row_can_be_saved_at_any_moment(slots):
     stages = set()
     for moment in (2, 3, 7, 8, 13, 14, 16, 17, 21):
         number = slots.submit(SlotRequest(LONG, seed=4, max_new_tokens=15, **settings))
-        singly = moment % 2 and slots.can_save(number)  # else whole launches are looked at before it is saved
-        events = [event for _ in range(moment) for n, event in slots.step() if n == number]
+        singly, events = moment % 2, []  # else whole launches are looked at before it is saved
+        for _ in range(moment):
+            if singly:
+                slots.can_save(number)
+            events += [event for n, event in slots.step() if n == number]
         if not singly and len(events) > 8:
             slots.cancel(number)
             continue
