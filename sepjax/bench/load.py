@@ -51,14 +51,16 @@ class Turn:
     first: float | None = None  # when text came first
     last: float = 0.0
     tokens: int = 0
+    begun: int = 1  # of these, those that came with the first text
     prompt_tokens: int = 0
     cached: int = 0
     error: str | None = None
 
     @property
     def per_token(self) -> float | None:
-        """Seconds between two tokens, as a mean over the answer."""
-        return None if self.first is None or self.tokens < 2 else (self.last - self.first) / (self.tokens - 1)
+        """Seconds between two tokens, as a mean over those that came after the first text."""
+        later = self.tokens - self.begun
+        return None if self.first is None or later < 1 else (self.last - self.first) / later
 
 
 class LoadError(Exception):
@@ -215,7 +217,7 @@ class Load:
             "ignore_eos": True, "temperature": 0, "logit_bias": self._bias, "stream": True,
             "stream_options": {"include_usage": True},
         }  # fmt: skip
-        turn, text = Turn(self.now), ""
+        turn, text, begun = Turn(self.now), "", ""
         self.turns.append(turn)
         try:
             async for chunk in self._server.events("/v1/chat/completions", body):
@@ -224,12 +226,14 @@ class Load:
                 for choice in chunk["choices"]:
                     piece = choice["delta"].get("content", "")
                     if piece:
-                        text, turn.last = text + piece, self.now
+                        text, begun, turn.last = text + piece, begun or piece, self.now
                         turn.first = turn.last if turn.first is None else turn.first
                 usage = chunk.get("usage")
                 if usage:
                     turn.tokens, turn.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
                     turn.cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+            if text:  # all tokens are one word
+                turn.begun = max(1, round(turn.tokens * len(begun) / len(text)))
         except _FAILURES as error:
             turn.error = f"{type(error).__name__}: {error}"[:200]
             await asyncio.sleep(0.2)  # or a server that refuses would be asked without end

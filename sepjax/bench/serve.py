@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sepjax.bench import load
 from sepjax.command.flags import run_settings
-from sepjax.command.settings import AtLeast
+from sepjax.command.settings import AtLeast, AtMost
 from sepjax.command.settings import Settings as _Settings
 from sepjax.config import AttentionConfig, Config, ConfigError, ModelConfig, UserError, load_config
+from sepjax.serve.bounds import MOST_STEPS, check_memory
 
 if TYPE_CHECKING:
     from sepjax.serve.worker import Worker
@@ -43,7 +44,8 @@ class Settings(_Settings):
     slots: Annotated[int, AtLeast(1)] = 8  # of the server; with --url: that it was given
     cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from
     device_memory: Annotated[int, AtLeast(0)] = 0  # MiB of the device's memory for those that go on soon
-    steps: Annotated[int, AtLeast(1)] = 4  # tokens of an answer that the device may make before the host looks at them
+    # tokens of an answer that the device may make before the host looks at them; not measured on a GPU yet
+    steps: Annotated[int, AtLeast(1), AtMost(MOST_STEPS)] = 1
     dense_context: Annotated[int, AtLeast(0)] = (
         0  # tokens of a dense cache of equal memory to measure beside it; 0: none
     )
@@ -78,6 +80,7 @@ class Settings(_Settings):
             )
         if self.url and self.profile:
             raise ConfigError("--profile looks into a server of this process: give --model or --config, not --url")
+        check_memory(self.device_memory, self.cache_memory)
         for name in self.loads:
             share_of(name)
 

@@ -59,8 +59,11 @@ class Bytes:
         return self._unflatten([_of_bytes(x, *like) for x, like in self._parts(data)])
 
     def of_host(self, tree: Any) -> UInt8[np.ndarray, "_"]:
-        """Of arrays wherever they are."""
+        """Of arrays wherever they are. Raises ValueError where they are not alike: all behind would be misread."""
         leaves: list[Any] = jax.device_get(jax.tree.leaves(tree))
+        found = tuple((np.shape(x), np.asarray(x).dtype) for x in leaves)
+        if found != self._like:
+            raise ValueError(f"arrays to be packed are {found}, expected {self._like}; give those of the same pytree")
         return np.concatenate([np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in leaves])
 
     def tree_on_host(self, data: UInt8[np.ndarray, "_"]) -> Any:
@@ -149,14 +152,16 @@ class PackedState:
     @property
     def packed(self) -> Packed:
         """The arrays; waits until the program that makes them has been started."""
-        if isinstance(self._packed, Future):
-            self._packed = self._packed.result()
-        return self._packed
+        found = self._packed  # looked at once: another thread may be waiting, too
+        if isinstance(found, Future):
+            found = self._packed = found.result()
+        return found
 
     @property
     def is_on_host(self) -> bool:
         """Whether no device holds it."""
-        return not isinstance(self._packed, Future) and isinstance(self._packed.rest, np.ndarray)
+        found = self._packed
+        return not isinstance(found, Future) and isinstance(found.rest, np.ndarray)
 
     def on_host(self) -> "PackedState":
         """The same in the host's memory; waits for it."""

@@ -215,7 +215,7 @@ def arrival(
     """
     known = np.full((1, ENDS), -1, np.int32)
     known[0, : len(ends[:ENDS])] = ends[:ENDS]
-    asks: Any = (np.array([x]) for x in (logprobs, top_logprobs))
+    asks: Any = (np.array([bool(x)]) for x in (logprobs, top_logprobs))
     sampling = Sampling.of_rows([sampling or Sampling.create()], 1).check(prepared.tokenizer.vocab_size)
     limits: Any = np.full(1, limit, np.int32)
     wishes = Wishes(sampling, known, limits, *asks)  # pyright: ignore[reportArgumentType]

@@ -89,6 +89,7 @@ class Slots:
         self._coming: list[tuple[int, np.ndarray, PackedState | None]] = []  # rows that begin with the next launch
         self._flight: Flight | None = None  # what was asked for and has not been looked at
         self._settled: list[tuple[int, StreamEvent]] = []  # events that the next step gives
+        self._cancelled: set[int] = set()  # whose events the next step leaves out
         self._lock = threading.RLock()  # of what other threads change: who waits, who is known, what is kept
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -164,6 +165,7 @@ class Slots:
         """Ends a request: it has no more events, and its row is free at the next step. What was kept is dropped."""
         with self._lock:
             self._kept.pop(number, None)
+            self._cancelled.add(number)  # it may have ended, and have events that are settled
             slot = self._known.get(number)
             if slot is not None:
                 slot.is_cancelled = True
@@ -177,7 +179,7 @@ class Slots:
         """
         found = self._standing(number)
         if isinstance(found, SavedRow):
-            del self._kept[number]
+            self._kept.pop(number, None)  # another thread may have cancelled it
             return found
         return self._saved(*found)
 
@@ -252,14 +254,16 @@ class Slots:
                 self._flight = self._ask()
             ahead = self._ask()
         flight, self._flight = self._flight, ahead
-        settled, self._settled = self._settled, []
+        with self._lock:
+            cancelled, self._cancelled = self._cancelled, set()
+        settled = [(number, event) for number, event in self._settled if number not in cancelled]
+        self._settled = []
         return settled + ([] if flight is None else self._events_of(flight))
 
     def _let_go(self) -> None:
         """Frees the rows of requests that were cancelled."""
         for i, slot in enumerate(self._slots):
             if slot is not None and slot.is_cancelled:
-                self._settled = [(number, event) for number, event in self._settled if number != slot.number]
                 self._free(i, slot)
         with self._lock:
             for slot in list(self._waiting):

@@ -247,6 +247,15 @@ class Conversations:
             if entry.row is not None:
                 entry.row = row
 
+    def lost(self, entry: Entry) -> None:
+        """The row of an entry cannot be fetched from the device: what is not on disk is forgotten."""
+        with self._lock:
+            if not entry.disk_bytes:
+                self._forget(entry)
+            elif entry.row is not None:
+                entry.row = None
+                self.nbytes -= entry.row_bytes
+
     @property
     def has_disk(self) -> bool:
         """Whether rows are to be saved to disk."""

@@ -88,8 +88,12 @@ class Keeper:
                 done()
 
     def _do(self, task: _Task) -> None:
-        with self._clocks("keeper: to the host"):
-            row = task.row.on_host()
+        try:
+            with self._clocks("keeper: to the host"):
+                row = task.row.on_host()
+        except Exception:
+            self._conversations.lost(task.entry)  # or whoever went on from it would fail
+            raise
         if task.moves:
             self._conversations.moved(task.entry, row)
         if task.saves:

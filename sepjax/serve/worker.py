@@ -240,7 +240,9 @@ class Worker:
         """Reads what a plan leaves of the prompt, and answers it."""
         job.source = plan.entry
         prompt = job.ids[plan.cached :].tolist()
-        self._submit(slots, job, dataclasses.replace(job.request, prompt=prompt, resume=plan.row))
+        assert self.conversations is not None
+        keep = self.conversations.is_on  # else nobody would ask for it
+        self._submit(slots, job, dataclasses.replace(job.request, prompt=prompt, resume=plan.row, keep=keep))
 
     def _submit(self, slots: Slots, job: Job, request: SlotRequest) -> None:
         try:
@@ -277,9 +279,9 @@ class Worker:
             return
         is_first, passed = not job.answer, now - (job.last or job.came)
         if is_first:
-            self._first.append(passed)
-            passed = 0.0  # what came with the first token took no time
-        self._each += [passed / len(events)] * (len(events) - is_first)
+            self._first.append(passed)  # what came with it in one launch says nothing about the time between two
+        else:
+            self._each += [passed / len(events)] * len(events)
         job.last, job.held = now, last.cache.held
         for event in events:
             job.answer += event.token_ids

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import inspect
 import itertools
 import threading
 import weakref
@@ -16,6 +17,7 @@ from sepjax.config import ConfigError
 from sepjax.generation.prompts import PromptError
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.saved import StreamStateError
+from sepjax.generation.slot_device import arrival
 from sepjax.generation.slots import SlotError, Slots
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import merge, split
@@ -134,6 +136,13 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
             assert (events[-1].cache.held, events[-1].cache.seen) == (answer.cache.held, answer.cache.seen)
             assert events[-1].finish_reason == answer.finish_reason == "length"
     assert len({answer.token_ids for answer in batch}) == 3
+    told = [  # without the types' checks: 1 is as good as true
+        slots._device.arrivals.of_host(
+            inspect.unwrap(arrival)(engine.prepared, None, (), -1, x, x, None, is_reading=True)
+        ).tolist()
+        for x in (True, 1, False)
+    ]
+    assert told[0] == told[1] != told[2]
     assert [top[0][0] for top in batch[0].top_logprobs] == list(batch[0].token_ids), "the best token is drawn"
     assert set(batch[2].token_ids) == {77}
     assert max(batch[2].logprobs) < -1, "by the model's own scores, without the bias"
@@ -236,8 +245,19 @@ def test_a_row_that_the_host_ends_at_its_first_token_is_saved_there(engine, slot
     singly = slots.submit(SlotRequest("The cat", stop=["never said"], stop_at_eos=False, keep=True))
     counts = [[n for n, _ in slots.step()] for _ in range(9)][3:]
     assert [(found.count(beside), found.count(singly)) for found in counts] == [(steps, 1)] * 6
-    slots.cancel(beside)
     slots.cancel(singly)
+    other = slots.submit(SlotRequest("The cat", max_new_tokens=2 * steps + 1, stop_at_eos=False))
+    settled = False
+    while other in slots._known:  # its last events are settled when another row is looked at
+        if not any(n == other for n, _ in slots.step()):
+            continue
+        slots.view(beside)
+        if any(n == other for n, _ in slots._settled) and other not in slots._known:
+            settled = True
+            slots.cancel(other)
+            assert other not in [n for n, _ in slots.step()]
+    assert settled is (steps > 1)
+    slots.cancel(beside)
 
 
 @pytest.mark.parametrize("pattern", ["separator", pytest.param("watched", marks=pytest.mark.soak)])

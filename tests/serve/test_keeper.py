@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -72,6 +72,15 @@ def test_the_newest_rows_stay_on_the_device_and_no_more_than_have_room(has_disk)
     none.put(last)
     none.close()
     assert is_on_host(last)
+    broken, before = Future(), conversations.nbytes
+    broken.set_exception(RuntimeError("the device is lost"))
+    row = SavedRow(PackedState(form, broken), (), False, {"seen": 2})
+    ids = np.array([99, 5], np.int32)
+    none = Keeper(conversations, Clocks())
+    none.put(conversations.add(ids, (), 9, row))
+    none.close()
+    assert conversations.plan(np.append(ids, 7), ()).entry is None, "nobody goes on from what is not there"
+    assert conversations.nbytes == before
 
 
 def test_a_row_that_is_being_saved_when_the_server_stops_is_saved_and_told_of(tmp_path, monkeypatch):
