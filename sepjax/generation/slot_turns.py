@@ -1,9 +1,10 @@
-"""Whose prompts slots read next: rows take turns, as many in a launch as the programs take, by their lengths."""
+"""What the next launch of slots does: whose prompts are read (rows take turns), and how many steps each row makes."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from sepjax.array_typing import Int32
 from sepjax.generation.slot_device import Read
 from sepjax.generation.slot_request import Flight, Run, Slot
 
@@ -54,3 +55,28 @@ def _fill(read: Read, j: int, i: int, slot: Slot | None, at: int) -> Run:
     read.rows[j], read.left[j], read.tokens[j, : len(part)] = i, len(part), part
     read.is_last[j] = len(part) == len(slot.pending)
     return Run(slot, bool(read.is_last[j]), at, j)
+
+
+def steps_of(
+    slots: Sequence[Slot | None], generating: Sequence[bool], runs: Sequence[Run], most_steps: int
+) -> tuple[int, Int32[np.ndarray, "B"]]:
+    """How many steps the next launch makes, and from which each row takes part.
+
+    Args:
+      slots: who has the rows. Wishes to be saved are fulfilled with this.
+      generating: which rows do, or may by then.
+      runs: of prompts, before the steps.
+      most_steps: of a launch.
+    """
+    drawing = {run.slot.number for run in runs if run.may_draw}
+    most = np.zeros(len(slots), np.int32)
+    for i, slot in enumerate(slots):
+        if slot is None or not generating[i]:
+            continue
+        if slot.steps_singly or slot.wishes_to_be_saved:
+            most[i] = slot.number not in drawing  # two tokens could not be taken back
+        else:
+            most[i] = most_steps
+        slot.wishes_to_be_saved = False
+    steps = int(most.max())
+    return steps, steps - most

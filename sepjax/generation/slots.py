@@ -49,7 +49,7 @@ from sepjax.generation.row import Row, RowSettings, StreamEvent
 from sepjax.generation.saved_row import SavedRow
 from sepjax.generation.slot_device import ENDS, SlotDevice, arrival
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
-from sepjax.generation.slot_turns import Turns
+from sepjax.generation.slot_turns import Turns, steps_of
 from sepjax.separators import warn_of_few_in
 
 _AT_A_TIME = 32  # rows
@@ -298,7 +298,7 @@ class Slots:
         may_draw = [*runs, *(() if before is None else before.runs)]
         drawing = {id(run.slot) for run in may_draw if run.may_draw}
         generating = [x is not None and (not x.pending or id(x) in drawing) for x in self._slots]
-        steps, first = self._steps(generating, {id(run.slot) for run in runs if run.may_draw})
+        steps, first = steps_of(self._slots, generating, runs, self._device.most_steps)
         if not steps and not reads:
             return None
         ended = np.array([slot is None for slot in self._slots]) if steps else None
@@ -306,25 +306,6 @@ class Slots:
         return Flight(
             tuple(self._slots), steps, first, tuple(runs), self._device.launch(coming, reads, ended, first, steps)
         )  # fmt: skip
-
-    def _steps(self, generating: Sequence[bool], drawing: set[int]) -> tuple[int, np.ndarray]:
-        """How many steps the next launch makes, and from which each row takes part.
-
-        Args:
-          generating: which rows do.
-          drawing: those (`id`) that may draw their first token in this launch, before its steps.
-        """
-        most = np.zeros(len(self._slots), np.int32)
-        for i, slot in enumerate(self._slots):
-            if slot is None or not generating[i]:
-                continue
-            if slot.steps_singly or slot.wishes_to_be_saved:
-                most[i] = id(slot) not in drawing  # two tokens could not be taken back
-            else:
-                most[i] = self._device.most_steps
-            slot.wishes_to_be_saved = False
-        steps = int(most.max())
-        return steps, steps - most
 
     def _events_of(self, flight: Flight) -> list[tuple[int, StreamEvent]]:
         """Waits for what was asked for. What comes of rows that have ended since is nobody's."""

@@ -79,7 +79,7 @@ def test_the_newest_rows_stay_on_the_device_and_no_more_than_have_room(has_disk)
     none = Keeper(conversations, Clocks())
     none.put(conversations.add(ids, (), 9, row))
     none.close()
-    assert conversations.plan(np.append(ids, 7), ()).entry is None, "nobody goes on from what is not there"
+    assert conversations.plan(np.array([99, 5, 7], np.int32), ()).entry is None, "nobody goes on from what is not there"
     assert conversations.nbytes == before
 
 
