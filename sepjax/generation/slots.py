@@ -254,11 +254,11 @@ class Slots:
                 self._flight = self._ask()
             ahead = self._ask()
         flight, self._flight = self._flight, ahead
-        with self._lock:
-            cancelled, self._cancelled = self._cancelled, set()
-        settled = [(number, event) for number, event in self._settled if number not in cancelled]
-        self._settled = []
-        return settled + ([] if flight is None else self._events_of(flight))
+        settled, self._settled = self._settled, []
+        events = settled + ([] if flight is None else self._events_of(flight))
+        with self._lock:  # of those that have rows still, more may be settled
+            cancelled, self._cancelled = self._cancelled, self._cancelled & self._known.keys()
+        return [(number, event) for number, event in events if number not in cancelled]
 
     def _let_go(self) -> None:
         """Frees the rows of requests that were cancelled."""

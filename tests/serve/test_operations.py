@@ -268,7 +268,7 @@ def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
     monkeypatch.setattr("sepjax.loading.load", load)
     own = [flag for flag in own_flags(serve.Settings) if flag.name not in ("workdir", "download", "pattern", "arm")]
     values = {flag.name: unlike(flag, i) for i, flag in enumerate(own)}
-    values |= {"dtype": "bfloat16", "step": None, "max_body_bytes": 4321}
+    values |= {"dtype": "bfloat16", "step": None, "max_body_bytes": 4321, "steps": 47}
     values |= {"cache_memory": 3, "device_memory": 7, "state_size": 5, "template_variables": '{"a": 1}'}
     with pytest.raises(Called):
         serve.main(serve.Settings(**values))
