@@ -13,7 +13,7 @@ documentation and cost nothing.
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, Int32, UInt16
+from jaxtyping import Bool, Float, Int, Int32, UInt8, UInt16, UInt32
 
 type Array = jax.Array | np.ndarray
 
@@ -38,5 +38,7 @@ __all__ = [
     "SegmentIds",
     "SeparatorFlags",
     "Tokens",
+    "UInt8",
     "UInt16",
+    "UInt32",
 ]

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "layout": BASE | {"separators"},
     "sharding": BASE,
     "measure": set(),
+    "clocks": set(),
     "console": set(),
     "progress": {"console"},
     "flops": {"config"},
@@ -44,8 +45,9 @@ MAY_IMPORT = {
         "interrupt",
         "run",
         "measure",
+        "clocks",
     },
-    "serve": BASE | {"array_typing", "data", "generation", "hub", "model"},  # of programs and benches alone
+    "serve": BASE | {"array_typing", "clocks", "data", "generation", "hub", "model"},  # of programs and benches alone
     "training": BASE | {"separators", "layout", "sharding", "attention", "data", "model", "flops", "console"},
     "run": BASE | {"console", "measure", "sharding", "model", "training"},
 }

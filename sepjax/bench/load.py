@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-_WARM = 0.25  # of the time: rows fill and conversations get older; not counted
+WARM = 0.25  # of the time: rows fill and conversations get older; not counted
 _LOOK = 0.5  # seconds between two looks at /metrics
 _PATIENCE = 300.0  # seconds for an answer to go on
 
@@ -51,14 +51,16 @@ class Turn:
     first: float | None = None  # when text came first
     last: float = 0.0
     tokens: int = 0
+    begun: int = 1  # of these, those that came with the first text
     prompt_tokens: int = 0
     cached: int = 0
     error: str | None = None
 
     @property
     def per_token(self) -> float | None:
-        """Seconds between two tokens, as a mean over the answer."""
-        return None if self.first is None or self.tokens < 2 else (self.last - self.first) / (self.tokens - 1)
+        """Seconds between two tokens, as a mean over those that came after the first text."""
+        later = self.tokens - self.begun
+        return None if self.first is None or later < 1 else (self.last - self.first) / later
 
 
 class LoadError(Exception):
@@ -146,7 +148,7 @@ class Load:
         self.conversations = 0
         self.looks: list[dict[str, float]] = []
         self.metrics_error: str | None = None  # of the first look that failed
-        self._begin = 0.0
+        self._begin, self._computing = 0.0, 0.0
 
     @property
     def now(self) -> float:
@@ -156,7 +158,7 @@ class Load:
     async def run(self) -> dict[str, Any]:
         """Runs it; returns `summary`. Raises LoadError, OSError where there is no server to begin with."""
         await self._learn()
-        self._begin, plan = time.perf_counter(), self._plan
+        self._begin, self._computing, plan = time.perf_counter(), time.process_time(), self._plan
         looking = asyncio.create_task(self._look())
         if plan.rate:
             await self._stream()
@@ -215,7 +217,7 @@ class Load:
             "ignore_eos": True, "temperature": 0, "logit_bias": self._bias, "stream": True,
             "stream_options": {"include_usage": True},
         }  # fmt: skip
-        turn, text = Turn(self.now), ""
+        turn, text, begun = Turn(self.now), "", ""
         self.turns.append(turn)
         try:
             async for chunk in self._server.events("/v1/chat/completions", body):
@@ -224,12 +226,14 @@ class Load:
                 for choice in chunk["choices"]:
                     piece = choice["delta"].get("content", "")
                     if piece:
-                        text, turn.last = text + piece, self.now
+                        text, begun, turn.last = text + piece, begun or piece, self.now
                         turn.first = turn.last if turn.first is None else turn.first
                 usage = chunk.get("usage")
                 if usage:
                     turn.tokens, turn.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
                     turn.cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+            if text:  # all tokens are one word
+                turn.begun = max(1, round(turn.tokens * len(begun) / len(text)))
         except _FAILURES as error:
             turn.error = f"{type(error).__name__}: {error}"[:200]
             await asyncio.sleep(0.2)  # or a server that refuses would be asked without end
@@ -252,7 +256,7 @@ class Load:
 
     def summary(self) -> dict[str, Any]:
         """Figures of the time behind the warm-up and before the last conversation began. Times in seconds."""
-        begin, end = _WARM * self._plan.seconds, self._plan.seconds
+        begin, end = WARM * self._plan.seconds, self._plan.seconds
         asked = [turn for turn in self.turns if begin <= turn.sent < end]
         good = [turn for turn in asked if turn.error is None]
         first = [turn.first - turn.sent for turn in good if turn.first is not None]
@@ -271,6 +275,7 @@ class Load:
             "prompt_tokens": prompt, "cached_share": sum(turn.cached for turn in good) / prompt if prompt else 0.0,
             "running": _mean(looks, "num_requests_running"), "waiting": _mean(looks, "num_requests_waiting"),
             "slots_held": _mean(looks, "cache_slots_held"),
+            "client_busy": (time.process_time() - self._computing) / max(self.now, 1e-9),
             "cache_bytes": max((x.get("cache_bytes", 0.0) for x in looks), default=0.0),
         }  # fmt: skip
 

@@ -16,13 +16,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from sepjax.bench import load
 from sepjax.command.flags import run_settings
-from sepjax.command.settings import AtLeast
+from sepjax.command.settings import AtLeast, AtMost
 from sepjax.command.settings import Settings as _Settings
 from sepjax.config import AttentionConfig, Config, ConfigError, ModelConfig, UserError, load_config
+from sepjax.serve.bounds import MOST_STEPS, check_memory
+
+if TYPE_CHECKING:
+    from sepjax.serve.worker import Worker
+
+_STARTS = 1.0  # seconds that the load's process needs to begin
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,9 @@ class Settings(_Settings):
     budget: str = "4/64/256/800"  # of the bounded cache: sinks/separators/window/cache
     slots: Annotated[int, AtLeast(1)] = 8  # of the server; with --url: that it was given
     cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from
+    device_memory: Annotated[int, AtLeast(0)] = 0  # MiB of the device's memory for those that go on soon
+    # tokens of an answer that the device may make before the host looks at them; not measured on a GPU yet
+    steps: Annotated[int, AtLeast(1), AtMost(MOST_STEPS)] = 1
     dense_context: Annotated[int, AtLeast(0)] = (
         0  # tokens of a dense cache of equal memory to measure beside it; 0: none
     )
@@ -50,6 +59,7 @@ class Settings(_Settings):
     turns: float = 4.0  # of a conversation, mean of a geometric distribution
     pause: float = 1.0  # seconds between turns, mean of an exponential distribution; none at "full"
     seed: int = 0  # of the load
+    profile: bool = False  # whether to tell where the server's time goes, part by part; not with --url
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +78,9 @@ class Settings(_Settings):
             raise ConfigError(
                 "--dense_context starts another server, which goes with --model or --config, not with --url"
             )
+        if self.url and self.profile:
+            raise ConfigError("--profile looks into a server of this process: give --model or --config, not --url")
+        check_memory(self.device_memory, self.cache_memory)
         for name in self.loads:
             share_of(name)
 
@@ -94,8 +107,12 @@ def in_order(loads: Sequence[str]) -> list[str]:
 # -- loads ---------------------------------------------------------------------------------------------------------
 
 
-def measure(settings: Settings, url: str, slots: int, label: str) -> list[dict[str, Any]]:
-    """Runs the loads on a server and prints a line each; returns their figures."""
+def measure(
+    settings: Settings, url: str, slots: int, label: str, worker: "Worker | None" = None
+) -> list[dict[str, Any]]:
+    """Runs the loads on a server and prints a line each; returns their figures. `worker`: whose time is looked into."""
+    if worker is not None:
+        from sepjax.bench import spent
     capacity, figures = 0.0, []
     for number, name in enumerate(in_order(settings.loads)):
         value, is_share = share_of(name)
@@ -110,12 +127,26 @@ def measure(settings: Settings, url: str, slots: int, label: str) -> list[dict[s
             settings.answer_sigma, settings.turns, settings.pause, settings.seed + number, settings.api_key,
         )  # fmt: skip
         memory = None if settings.url else _memory()  # that of this process says nothing about a server elsewhere
-        found = {"cache": label, "slots": slots, "load": name, **_in_a_process(plan), "memory": memory}
+        found: dict[str, Any] = {"cache": label, "slots": slots, "load": name, "memory": memory}
+        found |= _in_a_process(plan) if worker is None else _watched(plan, worker)
         if name == "full":
             capacity = found["turns_per_second"] / settings.turns
         print(_row(found), flush=True)
+        if worker is not None:
+            print(
+                f"{spent.table(found['spent'])}\n  its clients: {found['client_busy']:.0%} of a processor", flush=True
+            )
         figures.append(found)
     return figures
+
+
+def _watched(plan: load.Plan, worker: "Worker") -> dict[str, Any]:
+    from sepjax.bench import spent
+
+    begin = load.WARM * plan.seconds + _STARTS
+    with spent.Watch(worker, begin, plan.seconds - begin) as watch:
+        found = _in_a_process(plan)
+    return found | {"spent": watch.found}
 
 
 def _in_a_process(plan: load.Plan) -> dict[str, Any]:
@@ -227,9 +258,17 @@ def _one(
     engine = Generator(model, tokenizer, attention)
     bare = _bare(settings, engine, model.config, slots)
     served = Served.create("bench", engine, None)
-    options = Options(rows=slots, max_waiting=4 * slots + 64, cache_memory=settings.cache_memory << 20, drain_seconds=5)
+    options = Options(
+        rows=slots, max_waiting=4 * slots + 64, cache_memory=settings.cache_memory << 20, drain_seconds=5,
+        device_memory=settings.device_memory << 20, steps=settings.steps,
+    )  # fmt: skip
     with Running(lambda: served, options) as server:
-        figures = measure(settings, server.url, slots, name)
+        figures = measure(settings, server.url, slots, name, server.worker if settings.profile else None)
+    if settings.profile and server.worker.slots is not None:
+        from sepjax.bench import spent
+
+        said["alone_milliseconds"] = server.worker.slots.alone()
+        print(spent.alone_table(said["alone_milliseconds"]))
     for figure in figures if bare else ():
         figure["bare_tokens_per_second"] = bare
     if bare:

@@ -13,6 +13,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+from sepjax.clocks import Clocks
 from sepjax.config import AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.batch import Generation, run
@@ -174,12 +175,18 @@ class Generator:
             events.feed(prompt)
         return events
 
-    def slots(self, rows: int) -> Slots:
+    def slots(self, rows: int, *, steps: int = 1, clocks: Clocks | None = None) -> Slots:
         """Rows of one compiled step over bounded caches, for requests that come and go: what a server drives.
+
+        Args:
+          rows: requests that are answered at once.
+          steps: tokens of each that the device may make before the host looks at them. The more, the less the device
+            waits for the host, and the longer a request for its first token.
+          clocks: that tell where the time goes.
 
         Raises ConfigError for a pattern that a bounded cache cannot serve, or more rows than memory holds.
         """
-        return Slots(self._of, self._bounded(), rows)
+        return Slots(self._of, self._bounded(), rows, steps, clocks)
 
     def _reader(self, bounded: bool) -> Reader:
         return self._bounded() if bounded else GrowingReader(self._of)

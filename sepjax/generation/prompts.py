@@ -157,10 +157,15 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> jax.Array:
         seeds, rows = list(seed), np.zeros(num_rows, np.uint32)
     if len(seeds) != num_rows:
         raise ConfigError(f"seed must be one number or one a prompt: got {len(seeds)} seeds for {num_rows} prompts")
+    check_seeds(seeds)
+    return _fold(np.array(seeds, np.uint32), rows)
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises ConfigError for a seed outside 0 to 2^32 - 1."""
     outside = [s for s in seeds if not 0 <= s < 2**32]
     if outside:
         raise ConfigError(f"seed={outside[0]} must be between 0 and 2^32 - 1")
-    return _fold(np.array(seeds, np.uint32), rows)
 
 
 @jax.jit

@@ -17,6 +17,7 @@ from sepjax.generation.cache.mixed import BOUNDED, BoundedCache, bounded_sizes, 
 from sepjax.generation.cache.sizes import bucket
 from sepjax.generation.device_loop import DecodeState, Request, Steps, begin, make_consume, mark_read, start
 from sepjax.generation.limits import check_cache
+from sepjax.generation.packed import Form
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import cache_sizes, check_length, count_global, pad_prompts
 
@@ -38,6 +39,11 @@ class Reader(Protocol):
     cache_type: Any  # of cache: a class, or several as isinstance has them
     cache_size: int | None  # the most entries that a row may hold; None: no bound
     ends_with_positions: bool  # texts end with the positions that int32 has
+
+    @property
+    def form(self) -> Form | None:
+        """How rows of its caches are packed; None: they are not."""
+        ...
 
     def empty(self, keys: jax.Array, room: Sequence[int] = ()) -> DecodeState:
         """The state before anything was read, a row a key; `room`: as large as the cache that `room_of` tells of."""
@@ -87,6 +93,7 @@ class GrowingReader:
     cache_type = SeparatorCache
     cache_size: int | None = None
     ends_with_positions = True
+    form: Form | None = None
 
     def __init__(self, prepared: Prepared):
         self._of = prepared
@@ -166,6 +173,14 @@ class BoundedReader:
         self._of = prepared
         self.sizes = bounded_sizes(prepared.config, prepared.attention)
         self.cache_size = self.sizes.cache_size
+        self._form: Form | None = None
+
+    @property
+    def form(self) -> Form:
+        """See `Reader`."""
+        if self._form is None:  # it takes some milliseconds
+            self._form = Form(jax.eval_shape(lambda: self.empty(jax.random.split(jax.random.key(0), 1))))
+        return self._form
 
     def empty(self, keys: jax.Array, room: Sequence[int] = ()) -> DecodeState:
         """See `Reader`."""

@@ -6,12 +6,14 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sepjax.config import ModelConfig
 from sepjax.generation import saved
-from sepjax.generation.cache.mixed import BOUNDED
+from sepjax.generation.cache.mixed import BOUNDED, MixedCache
 from sepjax.generation.cache.view import CacheView, of_row
 from sepjax.generation.device_loop import DecodeState
+from sepjax.generation.packed import Form, PackedState
 from sepjax.generation.readers import Reader
 from sepjax.generation.saved import StreamStateError
 
@@ -20,10 +22,38 @@ from sepjax.generation.saved import StreamStateError
 class SavedRow:
     """One row, of a stream or of slots."""
 
-    state: DecodeState  # of one row
+    standing: DecodeState | PackedState  # of one row
     pending: tuple[int, ...]  # tokens that the cache has yet to take up; empty: all but the last drawn one
     has_drawn: bool  # whether there is a last drawn token
     row: dict[str, Any]  # `Row.state()`
+
+    @property
+    def state(self) -> DecodeState:
+        """Where it stands; on the host, if it was packed."""
+        return self.standing.state() if isinstance(self.standing, PackedState) else self.standing
+
+    def packed(self, form: Form) -> PackedState:
+        """The same packed as a `form` has it, which must be that of its cache (`check`)."""
+        if isinstance(self.standing, PackedState):
+            return self.standing
+        return PackedState(form, form.packed_on_host(self.standing))
+
+    def on_host(self) -> "SavedRow":
+        """The same, its arrays in the host's memory; the random key, of a few bytes, may stay on a device."""
+        if isinstance(self.standing, PackedState):
+            return dataclasses.replace(self, standing=self.standing.on_host())
+        state: Any = dataclasses.replace(self.standing, key=None)
+        return dataclasses.replace(
+            self, standing=dataclasses.replace(jax.device_get(state), key=self.standing.key)
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Of its arrays, but for the random key's."""
+        if isinstance(self.standing, PackedState):
+            return self.standing.form.nbytes
+        leaves = jax.tree.leaves(dataclasses.replace(self.standing, key=None))
+        return sum(x.size * x.dtype.itemsize for x in leaves)
 
     @property
     def last_token(self) -> int | None:
@@ -38,8 +68,12 @@ class SavedRow:
     @property
     def is_full(self) -> bool:
         """Whether its cache is bounded and must not lose what the next token would push out."""
+        if isinstance(self.standing, PackedState) and not self.standing.form.ends_when_stuck:
+            return False  # and nobody waits for it
         cache: Any = self.state.cache
-        return cache.ends_when_stuck and bool(cache.is_stuck()[0])
+        if not cache.ends_when_stuck:
+            return False
+        return bool(jax.tree.map(jnp.asarray, cache.bare()).is_stuck()[0])
 
     def view(self, nbytes: int | None = None) -> CacheView:
         """What its cache holds, and from where in the text; `nbytes` of the row, if not those of its arrays.
@@ -53,6 +87,8 @@ class SavedRow:
 
     def check(self, reader: Reader) -> None:
         """Raises StreamStateError where the cache is not one of this reader's: of another kind, or other sizes."""
+        if isinstance(self.standing, PackedState) and self.standing.form == reader.form:
+            return
         cache: Any = self.state.cache
         if not isinstance(cache, reader.cache_type):
             names = {True: "bounded", False: "growing"}
@@ -62,6 +98,12 @@ class SavedRow:
             )
         like: Any = jax.eval_shape(lambda: reader.empty(jax.random.split(jax.random.key(0), 1), reader.room_of(cache)))
         if isinstance(cache, BOUNDED):
+            if type(cache) is not type(like.cache):
+                names = {True: "layers of several sizes", False: "layers of one size"}
+                raise StreamStateError(
+                    f"the saved row has {names[isinstance(cache, MixedCache)]}, expected "
+                    f"{names[isinstance(like.cache, MixedCache)]} (layer_windows); give the same settings"
+                )
             mine, ours = (dataclasses.asdict(x.sizes) for x in (cache, like.cache))
             for name in (name for name in ours if ours[name] != mine[name]):
                 raise StreamStateError(

@@ -1,18 +1,19 @@
 """Requests of slots, and what is known of one between two steps: the host's side of a row, and what is on its way."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 
 import jax
 import numpy as np
 
+from sepjax.array_typing import Int32, UInt8
 from sepjax.config import UserError
 from sepjax.generation.prompts import Prompt
 from sepjax.generation.row import Row
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.saved_row import SavedRow
-from sepjax.generation.slot_programs import Record, Wishes
+from sepjax.generation.slot_programs import Record
 
 
 class SlotError(UserError, LookupError):
@@ -36,6 +37,7 @@ class SlotRequest:
     top_logprobs: int = 0
     resume: SavedRow | None = None  # a row of these settings' cache, from `Slots.save` or `Stream.saved`
     keep: bool = False  # whether the row can still be saved once it has ended
+    undrawn: bool = False  # and then is as it was before it drew its last token, which may be given to it as a prompt
 
 
 @dataclasses.dataclass(eq=False)
@@ -46,22 +48,15 @@ class Slot:
     request: SlotRequest
     row: Row
     pending: list[int]  # to be read; empty: the row is generating
-    wishes: Wishes
-    key: jax.Array | None  # None: those of `resume`
+    told: UInt8[np.ndarray, "_"]  # `Arrival`
+    steps_singly: bool  # whether a launch makes one token of it: it may end in a way that only the host finds
+    wishes_to_be_saved: bool = False  # whether the next launch is to make one token of it
     has_drawn: bool = False
     is_cancelled: bool = False
 
-    def run_length(self, lengths: Sequence[int]) -> int:
+    def run_length(self, lengths: Iterable[int]) -> int:
         """Tokens of the program that reads what comes next: of these, the shortest that takes all, or the longest."""
-        return next((length for length in lengths if length >= len(self.pending)), lengths[-1])
-
-    def next_run(self, lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What comes next, int32[1, T]; how many of it count; whether nothing is left then."""
-        length = self.run_length(lengths)
-        part = self.pending[:length]
-        tokens = np.zeros((1, length), np.int32)
-        tokens[0, : len(part)] = part
-        return tokens, np.array([len(part)], np.int32), np.array(len(part) == len(self.pending))
+        return next((length for length in lengths if length >= len(self.pending)), max(lengths))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +66,7 @@ class Run:
     slot: Slot  # whose
     may_draw: bool  # whether they may be its last
     at: int  # its record's number in the flight
+    row: int  # and its row there
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,13 +74,18 @@ class Flight:
     """What the device was asked for, on its way."""
 
     slots: tuple[Slot | None, ...]  # who had the rows
-    steps: bool  # whether there is a step
+    steps: int  # of the rows that generate
+    first: Int32[np.ndarray, "B"]  # number of the step from which each takes part
     runs: tuple[Run, ...]  # of prompts that are read, one a row at most
-    records: Future  # of a step, or None, and of the runs
+    records: Future[list[Record]]  # of the runs, and of the steps if there are any
 
     def run_of(self, slot: Slot | None) -> Run | None:
         """The run of a request; None: it is not read."""
         return next((run for run in self.runs if run.slot is slot), None)
+
+    def steps_of(self, slot: Slot) -> int:
+        """The most tokens that it makes of a request which has a row, beyond one that is drawn after its prompt."""
+        return max(0, self.steps - int(self.first[self.slots.index(slot)]))
 
     def matters_to(self, slots: Sequence[Slot | None]) -> bool:
         """Whether anyone is there whom it was asked for."""
@@ -95,23 +96,28 @@ class Flight:
 class Numbers:
     """A `Record` as Python's own numbers, which are many times faster to look at one by one than an array's."""
 
-    token: list[int]
-    held: list[int]
-    logprob: list[float]
-    is_stuck: list[int]
-    taken: list[int]
+    token: list[list[int]]  # of each step, and in it of each row; a run of a prompt is one step
+    held: list[list[int]]
+    logprob: list[list[float]]
+    is_stuck: list[list[int]]
+    taken: list[list[int]]
     top: tuple[np.ndarray, np.ndarray] | None
 
     @classmethod
     def of(cls, record: Record, slots: Sequence[Slot | None]) -> "Numbers":
         """Waits for it. The most probable tokens are fetched where someone asks for them."""
         numbers = np.asarray(record.numbers)
+        numbers = numbers.reshape(-1, *numbers.shape[-2:]).swapaxes(0, 1)
         token, held, _, stuck, taken = numbers.tolist()
         asked = any(slot is not None and slot.row.wants_top for slot in slots)
-        top = jax.device_get((record.top_tokens, record.top_logprobs)) if asked else None
-        return cls(token, held, numbers[2].view(np.float32).tolist(), stuck, taken, top)
+        top = None
+        if asked:
+            ids, values = jax.device_get((record.top_tokens, record.top_logprobs))
+            top = tuple(x.reshape(-1, *x.shape[-2:]) for x in (ids, values))
+        logprob = np.ascontiguousarray(numbers[2]).view(np.float32).tolist()
+        return cls(token, held, logprob, stuck, taken, top)
 
-    def top_of(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def top_of(self, step: int, i: int) -> tuple[np.ndarray, np.ndarray]:
         """The most probable tokens of row i, and their log-probabilities."""
         assert self.top is not None
-        return self.top[0][i], self.top[1][i]
+        return self.top[0][step, i], self.top[1][step, i]

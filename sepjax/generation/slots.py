@@ -3,7 +3,7 @@
     slots = engine.slots(8)
     first = slots.submit(SlotRequest("Once", max_new_tokens=100, seed=1))
     while not slots.is_idle:
-        for number, event in slots.step():       # one token of every row that generates, runs of prompts
+        for number, event in slots.step():       # runs of prompts, and a token of every row that generates
             ...                                  # event.text, event.finish_reason
 
 A request takes the first free row. Its prompt is read in runs between the steps of the others, the rows that read
@@ -11,14 +11,19 @@ taking turns, so nobody waits longer than for one run; prompts may be longer tha
 an end token, its length or `cancel`, and is free at once. It gives what it would give alone, token for token: no result
 of a row depends on the others, and every row has its own settings and draws (`slot_programs`).
 
-While the host looks at what a step drew, the device makes the next one, so events are a step behind the device:
+While the host looks at what one launch drew, the device works on the next, so events are one behind the device:
 
-    device     step 1 | step 2 | step 3 | step 4
+    device     launch 1 | launch 2 | launch 3 | launch 4
     host       ask 1, 2 | events of 1, ask 3 | events of 2, ask 4
 
-Where a row ended with a step that the host had not seen yet (a stop text, repetition), the next one is thrown away; a
-row that is saved is as it was before it. What runs on the device is asked for by a thread of its own: a program with
-branches may hold up whoever starts it until the device has come to them.
+Where a row ended in a way that only the host finds (a stop text, repetition), the next launch is thrown away; a row
+that is saved is as it was before it. `steps`: a launch may make several tokens of every row, since the device waits for
+its host between two. Ends that the device knows (end tokens, lengths) end a row at their token. Of a row whose end it
+may not know, and which is to be saved, a launch makes one token, drawn after its prompt or in the last step: it can be
+taken back.
+
+What runs on the device is asked for by a thread of its own: a program with branches may hold up whoever starts it until
+the device has come to them.
 
 `step`, `save` and `view` belong to one thread; `submit` and `cancel` may be called from others.
 """
@@ -28,28 +33,25 @@ import itertools
 import threading
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from sepjax.clocks import Clocks
 from sepjax.config import ConfigError
 from sepjax.generation.cache.view import CacheView, of_row
-from sepjax.generation.device_thread import DeviceThread
+from sepjax.generation.packed import PackedState
 from sepjax.generation.prepared import Prepared
-from sepjax.generation.prompts import encode_prompts, row_keys
+from sepjax.generation.prompts import check_seeds, encode_prompts
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import Row, RowSettings, StreamEvent
-from sepjax.generation.sampling import Sampling
 from sepjax.generation.saved_row import SavedRow
-from sepjax.generation.slot_programs import Before, Record, Rows, SlotPrograms, Wishes, slot_programs
+from sepjax.generation.slot_device import ENDS, SlotDevice, arrival
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
+from sepjax.generation.slot_turns import Turns, steps_of
 from sepjax.separators import warn_of_few_in
 
-type _Read = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of a prompt: row, tokens, how many, is it the last
-_ENDS = 16  # end tokens that the device knows of; the host knows all
-_SHORT = 64  # tokens of the shorter of two programs that read
 _AT_A_TIME = 32  # rows
 _MOST_COUNTED = 2**30  # new tokens that the device counts
 
@@ -57,48 +59,38 @@ _MOST_COUNTED = 2**30  # new tokens that the device counts
 class Slots:
     """Made by `Generator.slots`."""
 
-    def __init__(self, prepared: Prepared, reader: BoundedReader, rows: int):
-        """Makes room for `rows` rows, and compiles all that will ever run."""
-        if rows < 1:
-            raise ConfigError(f"slots need 1 row or more, got {rows}")
+    def __init__(
+        self, prepared: Prepared, reader: BoundedReader, rows: int, steps: int = 1, clocks: Clocks | None = None,
+        *, together: int = 0,
+    ):  # fmt: skip
+        """Makes room, and compiles all that will ever run.
+
+        Args:
+          prepared: the model.
+          reader: of its bounded caches.
+          rows: how many.
+          steps: tokens of a row that one launch may make.
+          clocks: where the time goes.
+          together: rows whose prompts one program reads; 0: as suits the device.
+        """
+        for name, value in (("1 row", rows), ("steps of 1", steps)):
+            if value < 1:
+                raise ConfigError(f"slots need {name} or more, got {value}")
         self._of, self._reader = prepared, reader
-        self._programs: SlotPrograms = slot_programs(prepared.graph, prepared.attention)
-        self._device = DeviceThread()
-        self._runs = sorted({min(_SHORT, reader.sizes.chunk), reader.sizes.chunk})
-        self._rows = self._empty(rows)
-        self._nothing = self._empty(1)
+        self.clocks = clocks or Clocks()
+        self._device = SlotDevice(prepared, reader, rows, steps, self.clocks, together)
+        self._row_bytes = self._device.row_bytes
         self._slots: list[Slot | None] = [None] * rows
         self._waiting: deque[Slot] = deque()
         self._known: dict[int, Slot] = {}  # that wait or have a row
         self._kept: dict[int, SavedRow] = {}
         self._numbers = itertools.count()
-        self._turn = 0  # the row that read last
-        self._coming: list[tuple[int, Rows]] = []  # rows that begin before the next step
+        self._turns = Turns(self._device.lengths)
+        self._coming: list[tuple[int, np.ndarray, PackedState | None]] = []  # rows that begin with the next launch
         self._flight: Flight | None = None  # what was asked for and has not been looked at
         self._settled: list[tuple[int, StreamEvent]] = []  # events that the next step gives
+        self._cancelled: set[int] = set()  # whose events the next step leaves out
         self._lock = threading.RLock()  # of what other threads change: who waits, who is known, what is kept
-        cache: Any = self._nothing.state.cache
-        self._row_bytes: int = cache.nbytes
-        self._warm_up()
-
-    def _empty(self, rows: int) -> Rows:
-        state = self._reader.empty(row_keys(0, rows))
-        state = dataclasses.replace(state, done=jnp.ones(rows, bool))
-        sampling = jax.device_put(Sampling.of_rows([Sampling.create()] * rows, rows))
-        none, asks = jnp.full((rows, _ENDS), -1, jnp.int32), (jnp.zeros(rows, bool) for _ in range(2))
-        wishes = Wishes(sampling, none, jnp.full(rows, -1, jnp.int32), *asks)
-        before = jax.tree.map(jnp.copy, Before.of(state, state.token, np.zeros(rows, bool)))
-        return self._of.placed(Rows(state, wishes, before))
-
-    def _warm_up(self) -> None:
-        """Runs every program on rows that nobody has: what is compiled later would be somebody's wait."""
-        first, ended, back = _number(0), np.ones(len(self._slots), bool), np.zeros((), bool)
-        for length in self._runs:
-            tokens = first, np.zeros((1, length), np.int32), np.zeros(1, np.int32), np.zeros((), bool)
-            read = self._device.ask(self._launch, [(0, self._nothing)], ended, [tokens]).result()[1]
-        copies = self._programs.take, self._programs.look
-        taken = self._device.ask(lambda: [copy(self._rows, first, back) for copy in copies])
-        jax.block_until_ready((taken.result(), read))
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -132,8 +124,8 @@ class Slots:
             row.restore(resume.row)
             if row.finish_reason is not None:
                 raise ConfigError(f"the row to go on with has ended ({row.finish_reason}); give it a prompt")
-        key = row_keys(request.seed or 0, 1) if resume is None or request.seed is not None else None
-        slot = Slot(next(self._numbers), request, row, pending, self._wishes(settings, request.sampling), key)
+        told, own_ends = self._told(request, settings, pending)
+        slot = Slot(next(self._numbers), request, row, pending, told, own_ends)
         slot.has_drawn = resume is not None and resume.has_drawn
         with self._lock:
             self._known[slot.number] = slot
@@ -154,20 +146,26 @@ class Slots:
             raise ConfigError("a request needs a prompt, or a row to go on with (resume)")
         return pending + encode_prompts(tokenizer, [prompt], control_tokens=request.control_tokens)[0]
 
-    def _wishes(self, settings: RowSettings, sampling: Sampling | None) -> Wishes:
-        ends = np.full((1, _ENDS), -1, np.int32)
-        known = sorted(settings.ends.eos | settings.ends.stop)[:_ENDS]
-        ends[0, : len(known)] = known
-        asks, new = (settings.logprobs, settings.top_logprobs), settings.max_new_tokens
+    def _told(self, request: SlotRequest, settings: RowSettings, pending: Sequence[int]) -> tuple[np.ndarray, bool]:
+        """Bytes of what the device is told; whether the row may be saved after an end that the device does not know."""
+        resume, new, ends = request.resume, settings.max_new_tokens, sorted(settings.ends.eos | settings.ends.stop)
         limit = -1 if new is None or new > _MOST_COUNTED else new  # the host counts, too
-        numbers: Any = ends, np.full(1, limit, np.int32), *(np.array([x > 0]) for x in asks)
-        sampling = Sampling.of_rows([sampling or Sampling.create()], 1).check(self._of.tokenizer.vocab_size)
-        return jax.device_put(Wishes(sampling, *numbers))
+        check_seeds([request.seed or 0])
+        seed = (request.seed or 0) if resume is None or request.seed is not None else None
+        told = arrival(
+            self._of, request.sampling, ends, limit, settings.logprobs, settings.top_logprobs > 0, seed,
+            is_reading=bool(pending),
+        )  # fmt: skip
+        most = (0 if resume is None else resume.seen) + len(pending) + (new or _MOST_COUNTED)
+        own = settings.stop or settings.max_repeats or len(ends) > ENDS or (limit < 0 and new is not None)
+        own = own or self._reader.form.ends_when_stuck or (self._reader.sizes.absolute and most >= Row.LAST_POSITION)
+        return self._device.arrivals.of_host(told), bool(own) and request.keep
 
     def cancel(self, number: int) -> None:
         """Ends a request: it has no more events, and its row is free at the next step. What was kept is dropped."""
         with self._lock:
             self._kept.pop(number, None)
+            self._cancelled.add(number)  # it may have ended, and have events that are settled
             slot = self._known.get(number)
             if slot is not None:
                 slot.is_cancelled = True
@@ -175,12 +173,13 @@ class Slots:
     def save(self, number: int) -> SavedRow:
         """Where a request stands that has a row, or had one to `keep` (once: it is forgotten then). Copies its cache.
 
-        That is after its last event. Of a request whose prompt was just read it is after its first, which comes next.
+        That is after its last event. Where its prompt was just read, or several tokens are on their way (`can_save`),
+        it is after those, and their events come with the next step, unless it is cancelled.
         Raises SlotError for any other.
         """
         found = self._standing(number)
         if isinstance(found, SavedRow):
-            del self._kept[number]
+            self._kept.pop(number, None)  # another thread may have cancelled it
             return found
         return self._saved(*found)
 
@@ -193,17 +192,31 @@ class Slots:
         if isinstance(found, SavedRow):
             return found.view(self._row_bytes)
         i, slot = found
-        back = self._runs_ahead()
-        cache = self._device.ask(lambda: self._programs.look(self._rows, _number(i), back)).result()
-        return of_row(cache, slot.row.seen, self._row_bytes)
+        return of_row(self._device.look(i, back=self._runs_ahead()), slot.row.seen, self._row_bytes)
+
+    def can_save(self, number: int) -> bool:
+        """Whether `save` would take a row as its last event left it; if not, it can after the next events of the row.
+
+        So the next launch makes one token of it, and those after that as many as ever unless this is asked again.
+        """
+        slot, flight = self._known.get(number), self._flight
+        if slot is not None:
+            slot.wishes_to_be_saved = True
+        if flight is None or slot is None or slot not in flight.slots:
+            return True
+        return flight.steps_of(slot) <= 1 and flight.run_of(slot) is None
 
     def _standing(self, number: int) -> SavedRow | tuple[int, Slot]:
         """What was kept of a request, or its row."""
         slot, flight = self._known.get(number), self._flight
-        run = None if slot is None or flight is None else flight.run_of(slot)
-        if flight is not None and run is not None:  # which cannot be taken back
-            self._flight = dataclasses.replace(flight, runs=tuple(x for x in flight.runs if x is not run))
-            self._settled += self._events_of_run(flight, run)
+        if flight is not None and slot is not None and slot in flight.slots:
+            run = flight.run_of(slot)
+            if flight.steps_of(slot) > 1:  # which cannot be taken back
+                self._flight = None
+                self._settled += self._events_of(flight)
+            elif run is not None:  # likewise
+                self._flight = dataclasses.replace(flight, runs=tuple(x for x in flight.runs if x is not run))
+                self._settled += self._events_of_run(flight, run)
         kept = self._kept.get(number)  # at once: another thread may be cancelling it
         if kept is not None:
             return kept
@@ -212,39 +225,45 @@ class Slots:
         return self._slots.index(slot), slot
 
     def _saved(self, i: int, slot: Slot) -> SavedRow:
-        back = self._runs_ahead()
-        state = self._device.ask(lambda: self._programs.take(self._rows, _number(i), back)).result()
-        return SavedRow(state, tuple(slot.pending), slot.has_drawn, slot.row.state())
+        undrawn = slot.request.undrawn and slot.row.finish_reason is not None
+        taken = self._device.take(i, back=self._runs_ahead(), undrawn=undrawn)
+        return SavedRow(taken, tuple(slot.pending), slot.has_drawn and not undrawn, slot.row.state())
 
-    def _runs_ahead(self) -> np.ndarray:
+    def _runs_ahead(self) -> bool:
         """Whether a step was asked for whose events have not been given."""
-        return np.array(self._flight is not None and self._flight.steps)
+        return self._flight is not None and self._flight.steps > 0
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[tuple[int, StreamEvent]]:
-        """One token of every row that is generating, and runs of prompts of as many tokens as one run may have at most:
-        one of a long prompt, or several of short ones. Returns their events.
+        """Runs of prompts, and a token of every row that is generating, or several (`steps`). Returns their events.
+
+        A launch has one run of prompts of each length that there is a program for: nobody waits longer for them.
 
         An event is the number of its request and what `Stream` gives. The last has a `finish_reason`: those of a
         stream, or "full" where the cache of `keep_all_separators` has no room for another separator.
         """
-        self._let_go()
-        self._admit()
-        if self._flight is not None and not self._flight.matters_to(self._slots):
-            self._flight = None
-        if self._flight is None:
-            self._flight = self._ask()
-        ahead = self._ask()
+        clocks = self.clocks
+        with clocks("slots: admit"):
+            self._let_go()
+            self._admit()
+        with clocks("slots: ask"):
+            if self._flight is not None and not self._flight.matters_to(self._slots):
+                self._flight = None
+            if self._flight is None:
+                self._flight = self._ask()
+            ahead = self._ask()
         flight, self._flight = self._flight, ahead
         settled, self._settled = self._settled, []
-        return settled + ([] if flight is None else self._events_of(flight))
+        events = settled + ([] if flight is None else self._events_of(flight))
+        with self._lock:  # of those that have rows still, more may be settled
+            cancelled, self._cancelled = self._cancelled, self._cancelled & self._known.keys()
+        return [(number, event) for number, event in events if number not in cancelled]
 
     def _let_go(self) -> None:
         """Frees the rows of requests that were cancelled."""
         for i, slot in enumerate(self._slots):
             if slot is not None and slot.is_cancelled:
-                self._settled = [(number, event) for number, event in self._settled if number != slot.number]
                 self._free(i, slot)
         with self._lock:
             for slot in list(self._waiting):
@@ -267,104 +286,89 @@ class Slots:
                 continue
             new = self._waiting.popleft()
             resume = new.request.resume
-            state = self._nothing.state if resume is None else resume.state
-            state = dataclasses.replace(state, done=np.array([bool(new.pending)]))
-            if new.key is not None:
-                state = dataclasses.replace(state, key=new.key, count=np.zeros(1, np.int32))
-            self._coming.append((i, dataclasses.replace(self._nothing, state=state, wishes=new.wishes)))
+            saved = None if resume is None else resume.packed(self._reader.form)
+            self._coming.append((i, new.told, saved))
             new.request = dataclasses.replace(new.request, resume=None)  # or its arrays would live as long as the row
             self._slots[i] = new
 
     def _ask(self) -> Flight | None:
-        """Asks the device for the next step and the next runs of prompts; None: there is nothing to do."""
-        reading, before = self._next_to_read(), self._flight
-        just_read = [] if before is None else [id(run.slot) for run in before.runs if run.may_draw]
-        steps = any(slot is not None and (not slot.pending or id(slot) in just_read) for slot in self._slots)
-        if not steps and not reading:
+        """Asks the device for the next runs of prompts and the next steps; None: there is nothing to do."""
+        before = self._flight
+        reads, runs = self._turns.next(self._slots, before)
+        may_draw = [*runs, *(() if before is None else before.runs)]
+        drawing = {id(run.slot) for run in may_draw if run.may_draw}
+        generating = [x is not None and (not x.pending or id(x) in drawing) for x in self._slots]
+        steps, first = steps_of(self._slots, generating, runs, self._device.most_steps)
+        if not steps and not reads:
             return None
-        slots, reads, runs = tuple(self._slots), [], []
-        for i in reading:
-            slot = slots[i]
-            assert slot is not None
-            read = slot.next_run(self._runs)
-            reads.append((_number(i), *read))
-            runs.append(Run(slot, bool(read[-1]), len(reads)))
-        ended = np.array([slot is None for slot in slots]) if steps else None
+        ended = np.array([slot is None for slot in self._slots]) if steps else None
         coming, self._coming = self._coming, []
-        return Flight(slots, steps, tuple(runs), self._device.ask(self._launch, coming, ended, reads))
+        return Flight(
+            tuple(self._slots), steps, first, tuple(runs), self._device.launch(coming, reads, ended, first, steps)
+        )  # fmt: skip
 
-    def _launch(
-        self, coming: list[tuple[int, Rows]], ended: np.ndarray | None, reads: list[_Read]
-    ) -> list[Record | None]:
-        """What `_ask` asks for, in the thread that has the rows; what comes of it begins to be copied to the host."""
-        of, programs = self._of, self._programs
-        records: list[Record | None] = [None]
-        for i, row in coming:
-            self._rows = programs.place(self._rows, _number(i), of.placed(row))
-        if ended is not None:
-            self._rows, records[0] = programs.step(of.params, self._rows, ended, of.table_on_device)
-        for read in reads:
-            self._rows, record = programs.read(of.params, self._rows, *read, of.table_on_device)
-            records.append(record)
-        for record in records:
-            if record is not None:
-                record.numbers.copy_to_host_async()
-        return records
-
-    def _next_to_read(self) -> list[int]:
-        """Rows that read take turns: as many in a step as have room in the longest run, so nobody waits longer for many
-        short prompts than for a long one. How far a row has come is known once its last run was looked at.
-        """
-        n, flight, found, room = len(self._slots), self._flight, [], self._runs[-1]
-        for i in range(self._turn + 1, self._turn + 1 + n):
-            slot = self._slots[i % n]
-            if slot is None or not slot.pending or (flight is not None and flight.run_of(slot) is not None):
-                continue
-            room -= slot.run_length(self._runs)
-            if room < 0:
-                break
-            found.append(i % n)
-        self._turn = found[-1] if found else self._turn
-        return found
-
-    def _events_of(self, flight: "Flight") -> list[tuple[int, StreamEvent]]:
+    def _events_of(self, flight: Flight) -> list[tuple[int, StreamEvent]]:
         """Waits for what was asked for. What comes of rows that have ended since is nobody's."""
-        events, steps = [], flight.records.result()[0]
-        if steps is not None:
-            numbers = Numbers.of(steps, flight.slots)
-            for i, slot in enumerate(flight.slots):
-                if not i % _AT_A_TIME:
-                    time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it
-                if slot is not None and numbers.token[i] >= 0 and self._slots[i] is slot:
-                    events.append(self._event(i, slot, numbers, i))
-        return events + [event for run in flight.runs for event in self._events_of_run(flight, run)]
+        with self.clocks("slots: wait for the device"):
+            records = flight.records.result()
+            jax.block_until_ready([record.numbers for record in records])
+        with self.clocks("slots: look at tokens"):
+            events = [event for run in flight.runs for event in self._events_of_run(flight, run)]
+            if flight.steps:
+                events += self._events_of_steps(flight, Numbers.of(records[-1], flight.slots))
+        return events
+
+    def _events_of_steps(self, flight: Flight, numbers: Numbers) -> list[tuple[int, StreamEvent]]:
+        """A row's one after another."""
+        events = []
+        for i, slot in enumerate(flight.slots):
+            if not i % _AT_A_TIME:
+                time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it
+            if slot is None:
+                continue
+            for step in range(flight.steps):
+                if self._slots[i] is not slot:
+                    break
+                if numbers.token[step][i] >= 0:
+                    events.append(self._event(i, slot, numbers, step, i))
+        return events
 
     def _events_of_run(self, flight: Flight, run: Run) -> list[tuple[int, StreamEvent]]:
-        slot = run.slot
+        slot, j = run.slot, run.row
         if slot not in self._slots:
             return []
         i, numbers = self._slots.index(slot), Numbers.of(flight.records.result()[run.at], [slot])
-        taken = numbers.taken[0]
+        taken = numbers.taken[0][j]
         del slot.pending[:taken]
         if not slot.pending:
-            return [self._event(i, slot, numbers, 0)]
-        if numbers.is_stuck[0]:  # the rest would push separators out
-            event = slot.row.end_full(taken=taken, held=numbers.held[0], nbytes=self._row_bytes)
+            return [self._event(i, slot, numbers, 0, j)]
+        if numbers.is_stuck[0][j]:  # the rest would push separators out
+            event = slot.row.end_full(taken=taken, held=numbers.held[0][j], nbytes=self._row_bytes)
             self._free(i, slot)
             return [(slot.number, event)]
         slot.row.seen += taken
         return []
 
-    def _event(self, i: int, slot: Slot, numbers: Numbers, at: int) -> tuple[int, StreamEvent]:
+    def _event(self, i: int, slot: Slot, numbers: Numbers, step: int, at: int) -> tuple[int, StreamEvent]:
         slot.has_drawn = True
-        top = numbers.top_of(at) if slot.row.wants_top else ((), ())
+        top = numbers.top_of(step, at) if slot.row.wants_top else ((), ())
         event = slot.row.take(
-            numbers.token[at], taken=numbers.taken[at], held=numbers.held[at], nbytes=self._row_bytes,
-            logprob=numbers.logprob[at], top=top, is_full=bool(numbers.is_stuck[at]),
+            numbers.token[step][at], taken=numbers.taken[step][at], held=numbers.held[step][at],
+            nbytes=self._row_bytes, logprob=numbers.logprob[step][at], top=top,
+            is_full=bool(numbers.is_stuck[step][at]),
         )  # fmt: skip
         if event.finish_reason is not None:
             self._free(i, slot)
         return slot.number, event
+
+    def alone(self) -> dict[str, float]:
+        """Milliseconds of what the device is asked for, each by itself, while no request is there.
+
+        Raises SlotError where one is.
+        """
+        if any(self._slots):
+            raise SlotError("what the device does is timed alone, and there are requests")
+        return self._device.alone()
 
     # -- how full it is ---------------------------------------------------------------------------------------------
 
@@ -392,7 +396,3 @@ class Slots:
     def cache_bytes(self) -> int:
         """Bytes of the caches of all rows, whatever they hold."""
         return self._row_bytes * len(self._slots)
-
-
-def _number(i: int) -> np.ndarray:
-    return np.array(i, np.int32)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sepjax.generation.batch import request_of
@@ -155,12 +156,13 @@ class Stream(Iterator[StreamEvent]):
           ConfigError: more tokens than the model has positions for, or memory.
         """
         row.check(self._reader)
-        cache, new = row.state.cache, self._settings.max_new_tokens
+        state, new = row.state, self._settings.max_new_tokens
+        cache: Any = state.cache
         if row.row["finish_reason"] is None and (row.pending or row.has_drawn):
             self._reader.check(row.seen, [row.pending or [0]], new, cache)
             if not row.pending:  # else its reader makes room
                 cache = self._reader.widened(cache, row.seen + 1, new)
-        self._state = jax.tree.map(lambda x: x.copy(), dataclasses.replace(row.state, cache=cache))
+        self._state = jax.tree.map(lambda x: jnp.asarray(x).copy(), dataclasses.replace(state, cache=cache))
         self._pending, self._has_drawn, self._is_closed = list(row.pending), row.has_drawn, False
         self._row.restore(row.row)
         self._nbytes = None

@@ -12,9 +12,10 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sepjax.command.settings import AtLeast, OneOf
+from sepjax.command.settings import AtLeast, AtMost, OneOf
 from sepjax.config import ConfigError, UserError
 from sepjax.programs.writing import Conversing
+from sepjax.serve.bounds import MOST_STEPS, check_memory
 
 if TYPE_CHECKING:
     from sepjax.serve.served import Served
@@ -37,6 +38,9 @@ class Settings(Conversing):
     max_body_bytes: Annotated[int, AtLeast(1024)] = 16 << 20  # of one request
     max_new_tokens: Annotated[int, AtLeast(1)] = 4096  # of an answer where a client gives no max_tokens
     cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from; 0: none
+    device_memory: Annotated[int, AtLeast(0)] = 0  # MiB of the device's memory for those that go on soon
+    # tokens of an answer that the device may make before the host looks at them; not measured on a GPU yet
+    steps: Annotated[int, AtLeast(1), AtMost(MOST_STEPS)] = 1
     state: str | None = None  # folder that keeps conversations beyond a restart; default: they go with the process
     state_size: Annotated[int, AtLeast(1)] = 16384  # MiB of its files; the least recently used conversations go first
     drain_seconds: float = 30.0  # that running answers may take to finish after SIGTERM
@@ -50,6 +54,7 @@ class Settings(Conversing):
             raise ConfigError(f"--drain_seconds={self.drain_seconds} must be 0 or more, and finite")
         if self.state is not None and not self.cache_memory:
             raise ConfigError("--state keeps nothing where --cache_memory=0; leave one of them out")
+        check_memory(self.device_memory, self.cache_memory)
         if self.host not in _HERE and not self.key:
             raise ConfigError(
                 f"--host={self.host} lets others than this machine ask, which needs a key: set {_KEY} or --api_key"
@@ -77,7 +82,8 @@ def main(settings: Settings) -> None:
     options = Options(
         host=settings.host, port=settings.port, rows=settings.slots, max_waiting=settings.max_waiting, limits=limits,
         api_key=settings.key, drain_seconds=settings.drain_seconds, cache_memory=settings.cache_memory << 20,
-        state=settings.state, state_bytes=settings.state_size << 20,
+        device_memory=settings.device_memory << 20, steps=settings.steps, state=settings.state,
+        state_bytes=settings.state_size << 20,
     )  # fmt: skip
     with console.given_to(logs.warn):
         Running(lambda: load(settings), options).run()

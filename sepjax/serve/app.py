@@ -141,7 +141,12 @@ class Api:
         came, served = time.perf_counter(), self._worker.ready()
         inbox, client = Inbox(asyncio.get_running_loop()), request.client.host if request.client else ""
         found = [await self._body(request)]  # taken out of it: nobody needs it while the answer is made
-        answer, wanted, jobs = await _in_thread(lambda: self._prepare(served, read(found.pop()), inbox, client, came))
+
+        def prepare() -> tuple[Answer, Wanted, list[Job]]:
+            with self._worker.clocks("http: read a request (in threads)"):
+                return self._prepare(served, read(found.pop()), inbox, client, came)
+
+        answer, wanted, jobs = await _in_thread(prepare)
         self._worker.submit(jobs)
         reading = Reading(self._worker, inbox, answer, came)
         return EventStream(reading) if wanted.stream else await reading.whole(request.receive)
@@ -200,7 +205,7 @@ class Reading:
 
     def __init__(self, worker: Worker, inbox: Inbox, answer: Answer, came: float):
         self._worker, self._inbox, self._came = worker, inbox, came
-        self.answer = answer
+        self.answer, self.clocks = answer, worker.clocks
 
     async def take(self) -> list[tuple[int, Item]]:
         """What has come; gives rows back that were put aside, now that all before was read."""
@@ -274,7 +279,9 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": b"".join(chunks), "more_body": True})
                 if self._reading.answer.is_done:
                     break
-                chunks = self._reading.answer.chunks(await self._reading.take())
+                items = await self._reading.take()
+                with self._reading.clocks("http: write chunks"):
+                    chunks = self._reading.answer.chunks(items)
         except ApiError as error:
             await send({"type": "http.response.body", "body": error_event(error), "more_body": False})
             raise  # for the log: it was not the client that went away

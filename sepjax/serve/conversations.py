@@ -17,14 +17,11 @@ import logging
 import threading
 from collections import OrderedDict
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Int32
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.saved_row import SavedRow
-from sepjax.serve.served import row_bytes
 from sepjax.serve.state import StateFolder
 
 log = logging.getLogger("sepjax.serve")
@@ -43,18 +40,6 @@ def chain(ids: Ids, begun: tuple[bytes, ...] = ()) -> tuple[bytes, ...]:
         before = hashlib.blake2b(before + data[end - 4 * BLOCK : end], digest_size=16).digest()
         found.append(before)
     return tuple(found)
-
-
-def before_last(row: SavedRow) -> SavedRow:
-    """The row as it was before it drew its last token, which is given to it again as a prompt, or forgotten."""
-    state = dataclasses.replace(row.state, uses=_undrawn(row.state.uses, row.state.token))
-    return dataclasses.replace(row, state=state, pending=(), has_drawn=False)
-
-
-@jax.jit
-def _undrawn(uses: jax.Array, token: jax.Array) -> jax.Array:
-    """One use of the token less (`sepjax.generation.penalties`)."""
-    return uses.at[0, token[0]].add(jnp.uint16(2**16 - 1))
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,7 +93,7 @@ class Conversations:
 
         Args:
           tokenizer: the model's.
-          budget: bytes of the host's memory for rows; 0: none is kept.
+          budget: bytes of rows, wherever they are; 0: none is kept.
           disk: where they are kept beyond this process's life; its own budget bounds it.
         """
         self._tokenizer, self._budget, self._disk = tokenizer, budget, disk
@@ -231,7 +216,7 @@ class Conversations:
           ids: that it has seen.
           blocks: `chain` of them.
           last: the token drawn after them; None: the row is a beginning of several texts.
-          row: of `before_last`.
+          row: as it was before it drew its last token (`SlotRequest.undrawn`).
           name: by which `get` finds it.
           instead: what it went on from, which may go first now.
         """
@@ -241,7 +226,7 @@ class Conversations:
             old = self._entries.get(key)
             names = () if old is None else old.names
             last = old.last if old is not None and last is None else last
-            entry = Entry(key, place, ids, last, row, row_bytes(row.state), 0 if old is None else old.disk_bytes)
+            entry = Entry(key, place, ids, last, row, row.nbytes, 0 if old is None else old.disk_bytes)
             entry.names = (*names, *([name] if name else []))[-_NAMES:]
             if old is not None:
                 self._forget(old)
@@ -261,6 +246,20 @@ class Conversations:
         with self._lock:
             if entry.row is not None:
                 entry.row = row
+
+    def lost(self, entry: Entry) -> None:
+        """The row of an entry cannot be fetched from the device: what is not on disk is forgotten."""
+        with self._lock:
+            if not entry.disk_bytes:
+                self._forget(entry)
+            elif entry.row is not None:
+                entry.row = None
+                self.nbytes -= entry.row_bytes
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether rows are to be saved to disk."""
+        return self._disk is not None
 
     def save(self, entry: Entry, row: SavedRow) -> None:
         """Puts an entry on disk, if rows are kept there."""

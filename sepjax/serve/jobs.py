@@ -69,6 +69,12 @@ class Inbox:
         return found
 
 
+def put_all(found: list[tuple[Inbox, list[tuple[int, Item]]]]) -> None:
+    """Puts items into the inboxes of one loop; called by it."""
+    for inbox, items in found:
+        inbox.put(items)
+
+
 @dataclasses.dataclass(eq=False)
 class Job:
     """One choice of one request: what one row does."""

@@ -1,36 +1,73 @@
-"""A thread that moves kept rows to the host's memory and to disk, beside the thread that steps the slots."""
+"""A thread that moves kept rows to the host's memory and to disk, beside the thread that steps the slots.
 
+The newest stay on the device, as many as have room: a conversation that goes on soon need not come back to it.
+"""
+
+import dataclasses
 import logging
 import queue
 import threading
 from collections.abc import Callable
 
+from sepjax.clocks import Clocks
 from sepjax.config import UserError
 from sepjax.generation.saved_row import SavedRow
 from sepjax.serve.conversations import Conversations, Entry
-from sepjax.serve.state import on_host
 
 log = logging.getLogger("sepjax.serve")
 _MOST = 16  # rows on their way: they are on the device still, whose memory is not to grow
 
-_Task = tuple[Entry, SavedRow, Callable[[], None]]
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Task:
+    entry: Entry
+    row: SavedRow
+    moves: bool  # it goes from the device
+    saves: bool  # it is new, and goes to disk if rows do
+    done: Callable[[], None]
 
 
 class Keeper:
-    """Begins at once; ends with `close`."""
+    """Begins at once; ends with `close`. `put` belongs to one thread."""
 
-    def __init__(self, conversations: Conversations):
-        self._conversations = conversations
+    def __init__(self, conversations: Conversations, clocks: Clocks, on_device: int = 0):
+        """`on_device`: bytes of rows that stay there."""
+        self._conversations, self._clocks, self._on_device = conversations, clocks, on_device
+        self._staying: list[Entry] = []  # on the device, the oldest first
         self._tasks: queue.Queue[_Task | None] = queue.Queue(_MOST)
         self._thread = threading.Thread(target=self._main, name="keeper", daemon=True)
         self._thread.start()
 
-    def put(self, entry: Entry, done: Callable[[], None] = lambda: None) -> None:
-        """Moves an entry that was just added; `done` is called when it is safe, or cannot be saved. May wait."""
-        if entry.row is None:  # evicted at once
-            done()
-            return
-        self._tasks.put((entry, entry.row, done))
+    def put(self, entry: Entry, done: Callable[[], None] = lambda: None) -> bool:
+        """Keeps an entry that was just added. May wait.
+
+        Returns whether it is as safe as it gets: held in memory, or it has gone already. Else `done` is called when it
+        is on disk, or cannot be saved.
+        """
+        row, to_disk = entry.row, self._conversations.has_disk
+        if row is None:  # evicted at once
+            return True
+        leaving = self._leaving(entry)
+        if to_disk:
+            self._ask(_Task(entry, row, entry in leaving, True, done))
+        for each in leaving:
+            if (old := each.row) is not None and not (to_disk and each is entry):
+                self._ask(_Task(each, old, True, False, lambda: None))
+        return not to_disk
+
+    def _leaving(self, new: Entry) -> list[Entry]:
+        """Takes an entry on, and lets go those that have no room on the device any more: the oldest, or itself."""
+        staying = [each for each in self._staying if each.row is not None] + [new]
+        total, first = sum(each.row_bytes for each in staying), 0
+        while total > self._on_device:
+            total -= staying[first].row_bytes
+            first += 1
+        self._staying = staying[first:]
+        return staying[:first]
+
+    def _ask(self, task: _Task) -> None:
+        with self._clocks("worker: wait for the keeper"):
+            self._tasks.put(task)
 
     def close(self) -> None:
         """Finishes what it has."""
@@ -39,15 +76,25 @@ class Keeper:
 
     def _main(self) -> None:
         while (task := self._tasks.get()) is not None:
-            entry, row, done = task
-            del task
+            done = task.done
             try:
-                row = on_host(row)
-                self._conversations.moved(entry, row)
-                self._conversations.save(entry, row)
+                self._do(task)
             except (UserError, OSError) as error:
                 log.error("a conversation was not saved", extra={"reason": str(error)})
             except Exception:
                 log.exception("a conversation was not saved")
             finally:
+                del task  # or its row would lie on the device until the next one comes
                 done()
+
+    def _do(self, task: _Task) -> None:
+        try:
+            with self._clocks("keeper: to the host"):
+                row = task.row.on_host()
+        except Exception:
+            self._conversations.lost(task.entry)  # or whoever went on from it would fail
+            raise
+        if task.moves:
+            self._conversations.moved(task.entry, row)
+        if task.saves:
+            self._conversations.save(task.entry, row)

@@ -47,6 +47,8 @@ class Options:
     api_key: str = ""
     drain_seconds: float = 30.0
     cache_memory: int = 4 << 30  # bytes of the host's memory for conversations; 0: none is kept
+    device_memory: int = 0  # bytes of the device's memory for those that go on soon, beyond `cache_memory`
+    steps: int = 1  # tokens of an answer that the device may make before the host looks at them
     state: str | None = None  # folder that keeps them; None: they go with the process
     state_bytes: int = 16 << 30  # of its files
 
@@ -67,7 +69,7 @@ class Running:
         self.port: int = self._socket.getsockname()[1]
         self.worker = Worker(
             load, self._conversations, rows=options.rows, max_waiting=options.max_waiting, metrics=self.metrics,
-            at_end=self._exit,
+            steps=options.steps, on_device=options.device_memory, at_end=self._exit,
         )  # fmt: skip
         self.metrics.watch(self.worker)
         self.app = create_app(self.worker, self.metrics, options.limits, api_key=options.api_key)
@@ -142,7 +144,8 @@ class Running:
             )
         if options.state is not None:
             self._state = StateFolder(options.state, served, options.state_bytes)
-        return Conversations(served.tokenizer, options.cache_memory, self._state)
+        budget = options.cache_memory and options.cache_memory + options.device_memory
+        return Conversations(served.tokenizer, budget, self._state)
 
     def _exit(self) -> None:
         if self._state is not None:

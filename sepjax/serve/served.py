@@ -16,7 +16,7 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.cache.mixed import BoundedSizes, bounded_sizes
 from sepjax.generation.conversation import ChatFormat, conversation_of
 from sepjax.generation.engine import Generator
-from sepjax.generation.prompts import encode_prompts, row_keys
+from sepjax.generation.prompts import encode_prompts
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import RowSettings
 from sepjax.generation.sampling import Sampling
@@ -71,8 +71,8 @@ class Served:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row, as it is kept."""
-        return row_bytes(jax.eval_shape(lambda: BoundedReader(self.engine.prepared).empty(row_keys(0, 1))))
+        """Of one row, as it is kept: the cache, and how often every token of the vocabulary was used."""
+        return BoundedReader(self.engine.prepared).form.nbytes
 
     @property
     def cache_size(self) -> int:
@@ -147,7 +147,7 @@ class Served:
             frequency_penalty=wanted.frequency_penalty, repetition_penalty=wanted.repetition_penalty,
             logit_bias=dict(wanted.logit_bias),
         ).check(self.tokenizer.vocab_size)  # fmt: skip
-        return SlotRequest(None, sampling=sampling, seed=(seed + choice) % 2**32, keep=True, **settings)
+        return SlotRequest(None, sampling=sampling, seed=(seed + choice) % 2**32, keep=True, undrawn=True, **settings)
 
     def token_text(self, token: int) -> str:
         """A token as logprobs show it: its text, a control token's name, or its bytes where they are no text."""
@@ -158,12 +158,6 @@ class Served:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def row_bytes(state: Any) -> int:
-    """Of a `DecodeState`'s arrays, or their shapes: the cache, and how often every token of the vocabulary was used."""
-    leaves = jax.tree.leaves(dataclasses.replace(state, key=None))
-    return sum(x.size * x.dtype.itemsize for x in leaves)
 
 
 def seed_of(wanted: Wanted) -> int:

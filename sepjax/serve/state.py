@@ -20,7 +20,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from sepjax.array_typing import Int32
@@ -36,12 +35,6 @@ _SERVER, _LOCK, _VERSION = "server.json", "lock", 1
 _LOST = "lost+found"  # a file system's own
 _KEY, _ROW = re.compile(r"[0-9a-f]{32}\.json"), re.compile(r"[0-9a-f]{32}")
 _HALF = re.compile(r"\.(?:server|[0-9a-f]{32})\.json\.\d+\.partial|\.[0-9a-f]{32}\.(?:partial|old)")  # `sepjax.files`
-
-
-def on_host(row: SavedRow) -> SavedRow:
-    """The same, its arrays in the host's memory; the key, of a few bytes, stays."""
-    state: Any = dataclasses.replace(row.state, key=None)
-    return dataclasses.replace(row, state=dataclasses.replace(jax.device_get(state), key=row.state.key))
 
 
 class StateError(UserError):
@@ -171,7 +164,7 @@ class StateFolder:
         Raises OSError where the files may be whole and cannot be read now (no file handles are left, say).
         """
         try:
-            row = on_host(SavedRow.read(self._folder / key, self._reader, self._config))
+            row = SavedRow.read(self._folder / key, self._reader, self._config).on_host()
         except (StreamStateError, FileNotFoundError) as error:
             log.warning("a saved conversation is damaged or gone", extra={"reason": str(error)})
             return None

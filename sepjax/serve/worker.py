@@ -21,17 +21,17 @@ from typing import Any
 
 import numpy as np
 
+from sepjax.clocks import Clocks
 from sepjax.config import UserError
 from sepjax.generation.row import StreamEvent
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest, Slots
-from sepjax.serve.conversations import Conversations, Plan, before_last, chain
+from sepjax.serve.conversations import Conversations, Plan, chain
 from sepjax.serve.errors import ApiError
-from sepjax.serve.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused
+from sepjax.serve.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused, put_all
 from sepjax.serve.keeper import Keeper
 from sepjax.serve.metrics import Metrics
 from sepjax.serve.served import Served, checked
-from sepjax.serve.state import on_host
 
 log = logging.getLogger("sepjax.serve")
 _UNREAD = 512  # events of each choice that wait for a slow client before its row is put aside
@@ -45,7 +45,7 @@ class Worker:
 
     def __init__(
         self, load: Callable[[], Served], keep: Callable[[Served], Conversations], *, rows: int, max_waiting: int,
-        metrics: Metrics, at_end: Callable[[], None] = lambda: None,
+        metrics: Metrics, steps: int = 1, on_device: int = 0, at_end: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """Does nothing yet.
 
@@ -55,10 +55,12 @@ class Worker:
           rows: slots.
           max_waiting: choices that may wait for a row, beyond those that have one.
           metrics: what is counted.
+          steps: tokens of a row between two looks at them (`Generator.slots`).
+          on_device: bytes of rows that have ended and stay on the device.
           at_end: called when the thread ends, whatever the reason.
         """
         self._load, self._keep = load, keep
-        self._num_rows, self._max_waiting = rows, max_waiting
+        self._num_rows, self._max_waiting, self._steps, self._on_device = rows, max_waiting, steps, on_device
         self._metrics, self._at_end = metrics, at_end
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._queue = FairQueue()
@@ -74,6 +76,7 @@ class Worker:
         self._first: list[float] = []  # seconds to the first tokens of this step, and between two
         self._each: list[float] = []
         self._thread = threading.Thread(target=self._main, name="slots", daemon=True)
+        self.clocks = Clocks()  # of all threads of the server
         self.served: Served | None = None
         self.slots: Slots | None = None
         self.conversations: Conversations | None = None
@@ -158,9 +161,8 @@ class Worker:
         try:
             served = self._load()
             self.conversations = self._keep(served)
-            before_last(served.engine.stream(bounded=True).saved())  # compiled now, not while somebody waits
-            self.slots = served.engine.slots(self._num_rows)
-            self._keeper = Keeper(self.conversations)
+            self.slots = served.engine.slots(self._num_rows, steps=self._steps, clocks=self.clocks)
+            self._keeper = Keeper(self.conversations, self.clocks, self._on_device)
             self.served = served
             log.info("ready", extra={"model": served.name, "slots": self._num_rows, "bytes": self.slots.cache_bytes})
             self._serve(self.slots)
@@ -175,17 +177,25 @@ class Worker:
             self._at_end()
 
     def _serve(self, slots: Slots) -> None:
+        clocks = slots.clocks
         while self._goes_on():
-            self._take_orders(wait=slots.is_idle and not len(self._queue))
-            self._fill(slots)
+            with clocks("worker: orders, or nothing to do"):
+                self._take_orders(wait=slots.is_idle and not len(self._queue))
+            with clocks("worker: begin requests"):
+                self._fill(slots)
             if not slots.is_idle:  # rows that were cancelled are let go by a step, too
-                events = slots.step()
-                now = time.perf_counter()
-                for number, event in events:
-                    self._hand_on(slots, number, event, now)
-                self._metrics.tokens(self._first, self._each)
-                self._first, self._each = [], []
-            self._send()
+                with clocks("worker: slots.step"):
+                    events: dict[int, list[StreamEvent]] = {}
+                    for number, event in slots.step():
+                        events.setdefault(number, []).append(event)
+                with clocks("worker: hand on"):
+                    now = time.perf_counter()
+                    for number, its in events.items():
+                        self._hand_on(slots, number, its, now)
+                    self._metrics.tokens(self._first, self._each)
+                    self._first, self._each = [], []
+            with clocks("worker: send"):
+                self._send()
 
     def _goes_on(self) -> bool:
         if self._stop_at is None:
@@ -219,7 +229,9 @@ class Worker:
         if plan.cut:
             job.cut = plan.cut
             prompt = job.ids[plan.cached : plan.cut].tolist()
-            beginning = SlotRequest(prompt, 1, Sampling.create(), 0, resume=plan.row, stop_at_eos=False, keep=True)
+            beginning = SlotRequest(
+                prompt, 1, Sampling.create(), 0, resume=plan.row, stop_at_eos=False, keep=True, undrawn=True
+            )  # fmt: skip
             self._submit(slots, job, beginning)
         else:
             self._read(slots, job, plan)
@@ -228,7 +240,9 @@ class Worker:
         """Reads what a plan leaves of the prompt, and answers it."""
         job.source = plan.entry
         prompt = job.ids[plan.cached :].tolist()
-        self._submit(slots, job, dataclasses.replace(job.request, prompt=prompt, resume=plan.row))
+        assert self.conversations is not None
+        keep = self.conversations.is_on  # else nobody would ask for it
+        self._submit(slots, job, dataclasses.replace(job.request, prompt=prompt, resume=plan.row, keep=keep))
 
     def _submit(self, slots: Slots, job: Job, request: SlotRequest) -> None:
         try:
@@ -244,7 +258,7 @@ class Worker:
         assert self._keeper is not None
         del self._running[number]
         cut, job.cut = job.cut, 0
-        row = None if event.finish_reason == "full" else before_last(slots.save(number))
+        row = None if event.finish_reason == "full" else slots.save(number)
         if row is None or row.is_full:  # a cache that must not lose separators: nothing can go on from it
             slots.cancel(number)
             self.conversations.given_up(cut, job.blocks)
@@ -254,22 +268,28 @@ class Worker:
         self._keeper.put(entry)
         self._read(slots, job, Plan(entry, row, 0))
 
-    def _hand_on(self, slots: Slots, number: int, event: StreamEvent, now: float) -> None:
+    def _hand_on(self, slots: Slots, number: int, events: Sequence[StreamEvent], now: float) -> None:
+        """All that a step gave to a row."""
         job = self._running.get(number)
         if job is None:
             return
+        last = events[-1]
         if job.cut:
-            self._beginning_read(slots, number, job, event)
+            self._beginning_read(slots, number, job, last)
             return
-        is_first = not job.answer
-        (self._first if is_first else self._each).append(now - (job.last or job.came))
-        job.last, job.held = now, event.cache.held
-        job.answer += event.token_ids
-        if event.finish_reason is not None:
-            self._finish(slots, number, job, event)
-            return
-        self._put(job, event, is_urgent=is_first)
-        if job.inbox.unread > _UNREAD:
+        is_first, passed = not job.answer, now - (job.last or job.came)
+        if is_first:
+            self._first.append(passed)  # what came with it in one launch says nothing about the time between two
+        else:
+            self._each += [passed / len(events)] * len(events)
+        job.last, job.held = now, last.cache.held
+        for event in events:
+            job.answer += event.token_ids
+            if event.finish_reason is None:
+                self._put(job, event, is_urgent=is_first)
+        if last.finish_reason is not None:
+            self._finish(slots, number, job, last)
+        elif job.inbox.unread > _UNREAD and slots.can_save(number):
             self._put_aside(slots, job)
 
     def _finish(self, slots: Slots, number: int, job: Job, event: StreamEvent) -> None:
@@ -281,7 +301,7 @@ class Worker:
             slots.cancel(number)  # what was kept of it
             self._end(job, event)
             return
-        row = before_last(slots.save(number))
+        row = slots.save(number)
         if row.is_full:  # whatever it ended by: whoever went on from it would be refused
             self._end(job, event)
             return
@@ -290,12 +310,13 @@ class Worker:
             raise RuntimeError(f"a row has seen {row.seen} tokens, expected {len(ids) - 1}")
         blocks = chain(ids[:-1], job.blocks)
         entry = self.conversations.add(ids[:-1], blocks, int(ids[-1]), row, job.name, instead=job.source)
-        self._keeper.put(entry, lambda: self._orders.put(lambda: self._end(job, event)))
+        if self._keeper.put(entry, lambda: self._orders.put(lambda: self._end(job, event))):
+            self._end(job, event)
 
     def _put_aside(self, slots: Slots, job: Job) -> None:
         number = job.number
         assert number is not None
-        job.aside = on_host(slots.save(number))
+        job.aside = slots.save(number).on_host()
         slots.cancel(number)
         del self._running[number]
         self._aside.append(job)
@@ -359,7 +380,7 @@ class Worker:
             inbox.sent += sum(isinstance(item, StreamEvent) for _, item in items)
         for loop, found in itertools.groupby(out.items(), key=lambda pair: pair[0].loop):
             try:
-                loop.call_soon_threadsafe(_put_all, list(found))
+                loop.call_soon_threadsafe(put_all, list(found))
             except RuntimeError:  # the loop is closed: nobody reads
                 log.debug("nobody reads any more")
 
@@ -374,8 +395,3 @@ class Worker:
             self._end(job, Failed(error))
         self._aside = []
         self._send(everything=True)
-
-
-def _put_all(found: list[tuple[Inbox, list[tuple[int, Item]]]]) -> None:
-    for inbox, items in found:
-        inbox.put(items)

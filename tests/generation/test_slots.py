@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import inspect
 import itertools
 import threading
 import weakref
@@ -14,7 +15,9 @@ import pytest
 from sepjax import Generator, Sampling, SlotRequest
 from sepjax.config import ConfigError
 from sepjax.generation.prompts import PromptError
+from sepjax.generation.readers import BoundedReader
 from sepjax.generation.saved import StreamStateError
+from sepjax.generation.slot_device import arrival
 from sepjax.generation.slots import SlotError, Slots
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import merge, split
@@ -29,7 +32,8 @@ def engine():
 
 @pytest.fixture(scope="module")
 def all_slots(engine):
-    return engine.slots(ROWS)
+    """That make up to three tokens in a launch, and read up to three prompts in a program, as on an accelerator."""
+    return Slots(engine.prepared, BoundedReader(engine.prepared), ROWS, steps=3, together=3)
 
 
 @pytest.fixture
@@ -51,8 +55,11 @@ def run(slots: Slots, requests, *, every=1, cancel=None) -> list[list]:
             numbers.append(slots.submit(waiting.pop(0)))
             events[numbers[-1]] = []
         for number, event in slots.step():
+            most = cancel and cancel.get(numbers.index(number))
+            if most and len(events[number]) == most:
+                continue  # it came with the last one that was wanted
             events[number].append(event)
-            if cancel and len(events[number]) == cancel.get(numbers.index(number)):
+            if len(events[number]) == most:
                 slots.cancel(number)
     return [events[number] for number in numbers]
 
@@ -129,6 +136,13 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
             assert (events[-1].cache.held, events[-1].cache.seen) == (answer.cache.held, answer.cache.seen)
             assert events[-1].finish_reason == answer.finish_reason == "length"
     assert len({answer.token_ids for answer in batch}) == 3
+    told = [  # without the types' checks: 1 is as good as true
+        slots._device.arrivals.of_host(
+            inspect.unwrap(arrival)(engine.prepared, None, (), -1, x, x, None, is_reading=True)
+        ).tolist()
+        for x in (True, 1, False)
+    ]
+    assert told[0] == told[1] != told[2]
     assert [top[0][0] for top in batch[0].top_logprobs] == list(batch[0].token_ids), "the best token is drawn"
     assert set(batch[2].token_ids) == {77}
     assert max(batch[2].logprobs) < -1, "by the model's own scores, without the bias"
@@ -151,11 +165,14 @@ def test_a_continued_conversation_has_the_penalties_of_its_whole_text_and_tells_
     with pytest.raises(SlotError, match=f"request {first} has no row"):
         slots.view(first)
     while first in slots._known:
-        for _, event in slots.step():
+        slots.can_save(first)  # the next launch makes one token of it
+        new = [event for _, event in slots.step()]
+        for event in new:
             events.append(event)
             if len(events) > 1:
                 held.append(bool(table[ids[-1]]))
             ids += event.token_ids
+        for event in new[-1:]:
             view = slots.view(first)
             assert (view.seen, view.held) == (event.cache.seen, event.cache.held)
             assert view.positions().tolist() == sorted(held.attended())
@@ -170,17 +187,17 @@ def test_a_continued_conversation_has_the_penalties_of_its_whole_text_and_tells_
 
 def test_nobody_waits_longer_than_for_one_run_and_free_rows_are_taken_at_once(slots):
     first, *others = (slots.submit(SlotRequest("The cat", stop_at_eos=False)) for _ in range(ROWS - 1))
-    while len(slots.step()) < ROWS - 1:
+    while len({number for number, _ in slots.step()}) < ROWS - 1:
         pass
-    long = slots.submit(SlotRequest([5] * 300, max_new_tokens=3))  # many runs, through a cache of 20
+    long = slots.submit(SlotRequest([5] * 300, max_new_tokens=30))  # many runs, through a cache of 20
     other = slots.submit(SlotRequest("mat", max_new_tokens=3))
     heard: dict[int, int] = {}
     for _ in range(100):
         now = [number for number, _ in slots.step()]
-        assert all(now.count(x) == 1 for x in (first, *others)), "one token each, whatever else is read"
+        assert all(now.count(x) == 3 for x in (first, *others)), "three tokens each, whatever else is read"
         for number in now:
             heard[number] = heard.get(number, 0) + 1
-        if heard.get(long) == 1 and heard.get(other) is None:
+        if heard.get(long) and heard.get(other) is None:
             assert slots.num_waiting == 1, "there was no row"
             slots.cancel(first)
             soon = [number for _ in range(2) for number, _ in slots.step()]  # one was on its way already
@@ -210,6 +227,39 @@ def standing(row):
     return numbers, [view.positions(layer).tolist() for layer in range(2)], row.pending, row.has_drawn, row.row
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_row_that_the_host_ends_at_its_first_token_is_saved_there(engine, slots, steps):
+    """By then the device was asked for more. Only such a row goes singly: the others make whole launches."""
+    slots = slots if steps == 3 else engine.slots(2)
+    beside = slots.submit(SlotRequest("mat", stop_at_eos=False))
+    always: dict[str, Any] = {"stop_at_eos": False, "sampling": Sampling.create(1.3, logit_bias={104: 100.0})}  # "c"
+    always["max_new_tokens"] = 9
+    ends: list[dict[str, Any]] = [{"stop": ["c"]}, {"stop": ["cc"]}, {"stop_token_ids": [*range(3, 19), 104]}]
+    for prompt, end in itertools.product(["The cat", LONG], ends):
+        number = slots.submit(SlotRequest(prompt, keep=True, **end, **always))
+        while number not in slots._kept:
+            slots.step()
+        alone = engine.stream(prompt, bounded=True, **end, **always)
+        assert [event.finish_reason for event in alone][-1] == "stop"
+        assert standing(slots.save(number)) == standing(alone.saved())
+    singly = slots.submit(SlotRequest("The cat", stop=["never said"], stop_at_eos=False, keep=True))
+    counts = [[n for n, _ in slots.step()] for _ in range(9)][3:]
+    assert [(found.count(beside), found.count(singly)) for found in counts] == [(steps, 1)] * 6
+    slots.cancel(singly)
+    other = slots.submit(SlotRequest("The cat", max_new_tokens=2 * steps + 1, stop_at_eos=False))
+    settled = False
+    while other in slots._known:  # its last events are settled when another row is looked at
+        if not any(n == other for n, _ in slots.step()):
+            continue
+        slots.view(beside)
+        if any(n == other for n, _ in slots._settled) and other not in slots._known:
+            settled = True
+            slots.cancel(other)
+            assert other not in [n for n, _ in slots.step()]
+    assert settled is (steps > 1)
+    slots.cancel(beside)
+
+
 @pytest.mark.parametrize("pattern", ["separator", pytest.param("watched", marks=pytest.mark.soak)])
 def test_conversations_continue_their_cache(engine, slots, pattern, tmp_path):
     """A row that was kept goes on in another row, as a stream that was fed does; so does one saved in the middle."""
@@ -235,6 +285,7 @@ def test_conversations_continue_their_cache(engine, slots, pattern, tmp_path):
     while len(events) < 6:
         events += [event for n, event in slots.step() if n == second]
     middle = slots.save(second)
+    events += [event for n, event in slots._settled if n == second]  # of the launch that was looked at before
     slots.cancel(second)
     again = slots.submit(SlotRequest(None, resume=middle, **settings | {"max_new_tokens": 15 - len(events)}))
     while not events[-1].finish_reason:
@@ -279,9 +330,16 @@ def test_a_row_can_be_saved_at_any_moment(slots):
     (expected,) = run(slots, [SlotRequest(LONG, seed=4, max_new_tokens=14, **settings)])
     slots.submit(SlotRequest("The cat", seed=1, stop_at_eos=False))  # somebody else is generating
     stages = set()
-    for moment in (2, 3, 4, 5, 6, 7, 8, 13, 20):
+    for moment in (2, 3, 7, 8, 13, 14, 16, 17, 21):
         number = slots.submit(SlotRequest(LONG, seed=4, max_new_tokens=15, **settings))
-        events = [event for _ in range(moment) for n, event in slots.step() if n == number]
+        singly, events = moment % 2, []  # else whole launches are looked at before it is saved
+        for _ in range(moment):
+            if singly:
+                slots.can_save(number)
+            events += [event for n, event in slots.step() if n == number]
+        if not singly and len(events) > 8:
+            slots.cancel(number)
+            continue
         saved = slots.save(number)
         settled = [event for n, event in slots._settled if n == number]  # just drawn: comes next
         slots.cancel(number)
@@ -304,8 +362,9 @@ def run_beside(slots, request):
 
 
 def set_token(slots, token):
-    state = dataclasses.replace(slots._rows.state, token=slots._rows.state.token.at[0].set(token))
-    slots._rows = dataclasses.replace(slots._rows, state=state)
+    device = slots._device
+    state = dataclasses.replace(device.rows.state, token=device.rows.state.token.at[0].set(token))
+    device.rows = dataclasses.replace(device.rows, state=state)
 
 
 def test_a_cache_that_keeps_every_separator_ends_its_own_row_only():
@@ -358,7 +417,7 @@ def test_what_was_cancelled_is_not_kept_and_a_resumed_row_is_not_held_twice(engi
         pass
     gc.collect()
     assert gone() is None
-    take = slots._programs.take
+    take = slots._device.programs.take
 
     def cancelled_meanwhile(*args):  # by another thread, between the end of a row and its copy
         other = threading.Thread(target=slots.cancel, args=(kept[1],))
@@ -369,12 +428,13 @@ def test_what_was_cancelled_is_not_kept_and_a_resumed_row_is_not_held_twice(engi
 
     others: list[threading.Thread] = []
     slots.cancel(kept[0])
-    slots._programs = dataclasses.replace(slots._programs, take=cancelled_meanwhile)
+    slots._device.programs = dataclasses.replace(slots._device.programs, take=cancelled_meanwhile)
     try:
         slot = slots._known[kept[1]]
         slots._free(slots._slots.index(slot), slot)
+        slots._device.ask(lambda: None).result()
     finally:
-        slots._programs = dataclasses.replace(slots._programs, take=take)
+        slots._device.programs = dataclasses.replace(slots._device.programs, take=take)
     others[0].join()
     while not slots.is_idle:
         slots.step()

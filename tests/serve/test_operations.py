@@ -266,19 +266,21 @@ def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
     monkeypatch.setattr("sepjax.serve.process.prepare", lambda: None)
     monkeypatch.setattr("sepjax.serve.logs.begin", lambda level: seen.append(level))
     monkeypatch.setattr("sepjax.loading.load", load)
-    own = [flag for flag in own_flags(serve.Settings) if flag.name not in ("workdir", "download", "pattern")]
+    own = [flag for flag in own_flags(serve.Settings) if flag.name not in ("workdir", "download", "pattern", "arm")]
     values = {flag.name: unlike(flag, i) for i, flag in enumerate(own)}
-    values |= {"dtype": "bfloat16", "step": None, "max_body_bytes": 4321}
-    values |= {"cache_memory": 3, "state_size": 5}
+    values |= {"dtype": "bfloat16", "step": None, "max_body_bytes": 4321, "steps": 47}
+    values |= {"cache_memory": 3, "device_memory": 7, "state_size": 5, "template_variables": '{"a": 1}'}
     with pytest.raises(Called):
         serve.main(serve.Settings(**values))
     reached = leaves([dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x for x in seen])
-    assert (seen[1].cache_memory, seen[1].state_bytes) == (3 << 20, 5 << 20)
+    assert (seen[1].cache_memory, seen[1].device_memory, seen[1].state_bytes) == (3 << 20, 7 << 20, 5 << 20)
     later = {
         "cache_memory",
+        "device_memory",
         "state_size",
         "name",
         "max_prompt_tokens",
+        "template_variables",
         "window_size",
         "num_sinks",
         "max_separators",

@@ -20,7 +20,7 @@ def tiny_served(*, max_prompt_tokens: int = 0, **attention: Any) -> Served:
 
 
 def running(served: Served, **options: Any) -> Running:
-    return Running(lambda: served, Options(**{"rows": ROWS, **options}))
+    return Running(lambda: served, Options(**{"rows": ROWS, "steps": 3, **options}))
 
 
 def client(server: Running, key: str = "none") -> openai.OpenAI:

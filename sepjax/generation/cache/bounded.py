@@ -25,7 +25,7 @@ ring's size, once in thousands of tokens.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.generation.cache import rows as rows_of
 from sepjax.generation.cache.bounded_pass import stream_pass
 from sepjax.generation.cache.newest import keep_newest
 from sepjax.generation.cache.sizes import StreamSizes
@@ -40,7 +41,6 @@ from sepjax.generation.cache.turning import last_at, layer_axis, turn_table
 from sepjax.generation.cache.watched import keep_best, scores_after
 from sepjax.model.rope import Table, rotate
 
-_BY_SET = ("scores", "kept_at")  # whose first axis is the sets that are kept, the second the batch
 _AT_ONCE = 16  # a compaction takes a sixteenth of the rows at a time: in a large batch few are full in the same step
 # All layers in one array, for scans over layers; or an array each, which steps of one token read without a copy.
 type Layers = Float[jax.Array, "L B K C H"] | tuple[Float[jax.Array, "B K C H"], ...]
@@ -132,7 +132,7 @@ class StreamingCache:
 
     def of_rows(self, rows: Int32[Array, "M"]) -> "StreamingCache":
         """The bookkeeping of these rows alone, without keys and values; numbers of no row give any one's."""
-        return self.bare()._on_rows(lambda x, axis: jnp.take(x, rows, axis, mode="clip"))
+        return self.bare().whole_rows(rows)
 
     def bare(self) -> "StreamingCache":
         """The bookkeeping alone, without keys and values."""
@@ -143,6 +143,16 @@ class StreamingCache:
         return dataclasses.replace(self, k=other.k, v=other.v)
 
     @property
+    def entries(self) -> tuple[Any, ...]:
+        """Keys of every layer, then values, of a cache that has an array for each; or their shapes."""
+        return (*self.k, *self.v)
+
+    def with_entries(self, entries: Sequence[Any]) -> "StreamingCache":
+        """This bookkeeping with other `entries`."""
+        half = len(entries) // 2
+        return dataclasses.replace(self, k=tuple(entries[:half]), v=tuple(entries[half:]))
+
+    @property
     def main(self) -> "StreamingCache":
         """Itself: of caches with several sizes (`sepjax.generation.cache.mixed`), the part to look at."""
         return self
@@ -151,7 +161,7 @@ class StreamingCache:
         """The same with other bookkeeping of these rows, by field, as `of_rows` has it; numbers of no row are none."""
 
         def put(name: str, x: jax.Array) -> jax.Array:
-            at = (slice(None), rows) if name in _BY_SET else rows
+            at = (slice(None), rows) if name in rows_of.BY_SET else rows
             return x.at[at].set(new[name], mode="drop", unique_indices=True)
 
         return dataclasses.replace(self, **{name: put(name, getattr(self, name)) for name in new})
@@ -180,24 +190,19 @@ class StreamingCache:
 
     def row(self, i: Int32[Array, ""]) -> "StreamingCache":
         """Row i as a cache of its own."""
-        return self._on_rows(lambda x, axis: jax.lax.dynamic_slice_in_dim(x, i, 1, axis))
+        return rows_of.one(self, i)
 
     def with_row(self, i: Int32[Array, ""], row: "StreamingCache") -> "StreamingCache":
         """The same with row i as `row`, a cache of one row, has it."""
+        return rows_of.with_one(self, i, row)
 
-        def put(x: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(x, new, i, axis)
+    def whole_rows(self, rows: Int32[Array, "M"]) -> "StreamingCache":
+        """These rows as a cache of their own; numbers of no row give any one's."""
+        return rows_of.some(self, rows)
 
-        return self._on_rows(put, row)
-
-    def _on_rows(self, f: Callable[..., jax.Array], *others: "StreamingCache") -> "StreamingCache":
-        """`f` of every array (and of the others' same array) and the number of its axis B."""
-
-        def on(path: tuple, x: jax.Array, *same: jax.Array) -> jax.Array:
-            stacked = path[0].name in _BY_SET or x.ndim == 5
-            return f(x, *same, int(stacked))
-
-        return jax.tree_util.tree_map_with_path(on, self, *others)
+    def with_whole_rows(self, rows: Int32[Array, "M"], few: "StreamingCache") -> "StreamingCache":
+        """The same with these rows as `few` has them; numbers of no row are none."""
+        return rows_of.with_some(self, rows, few)
 
     def reset(self, rows: Bool[Array, "B"]) -> "StreamingCache":
         """The same with `rows` empty, as for a new document. Keys and values stay, where nothing sees them."""

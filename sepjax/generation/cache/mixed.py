@@ -12,7 +12,7 @@ Runs of neighbouring layers of one part are one scan; so a model whose kinds of 
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -252,6 +252,14 @@ class MixedCache:
         """The same with row i as `row`, a cache of one row, has it."""
         return self._each(lambda part, new: part.with_row(i, new), row)
 
+    def whole_rows(self, rows: Int32[Array, "M"]) -> "MixedCache":
+        """These rows as a cache of their own; numbers of no row give any one's."""
+        return self._each(lambda part: part.whole_rows(rows))
+
+    def with_whole_rows(self, rows: Int32[Array, "M"], few: "MixedCache") -> "MixedCache":
+        """The same with these rows as `few` has them; numbers of no row are none."""
+        return self._each(lambda part, new: part.with_whole_rows(rows, new), few)
+
     def reset(self, rows: Bool[Array, "B"]) -> "MixedCache":
         """The same with `rows` empty."""
         return self._each(lambda part: part.reset(rows))
@@ -263,6 +271,17 @@ class MixedCache:
     def with_entries_of(self, other: "MixedCache") -> "MixedCache":
         """This bookkeeping with the keys and values of another."""
         return self._each(StreamingCache.with_entries_of, other)
+
+    @property
+    def entries(self) -> tuple[Any, ...]:
+        """Keys of every layer of the first part, then values; then those of the next."""
+        return tuple(x for part in self.parts for x in part.entries)
+
+    def with_entries(self, entries: Sequence[Any]) -> "MixedCache":
+        """This bookkeeping with other `entries`."""
+        ends = list(itertools.accumulate(2 * len(self.sizes.layers(i)) for i in range(len(self.parts))))
+        parts = zip(self.parts, [0, *ends], ends, strict=False)
+        return dataclasses.replace(self, parts=tuple(part.with_entries(entries[a:b]) for part, a, b in parts))
 
     def _each(self, f: Callable[..., StreamingCache], *others: "MixedCache") -> "MixedCache":
         parts = zip(self.parts, *(other.parts for other in others), strict=True)

@@ -2,24 +2,31 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sepjax import Generator, Sampling, SlotRequest
 from sepjax.config import EVERYTHING, AttentionConfig, ConfigError, validate_attention
 from sepjax.generation.cache.ahead import after_compaction
 from sepjax.generation.cache.mixed import MixedCache, bounded_sizes, empty_cache
 from sepjax.generation.cache.protocol import Cache
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.cache.view import of_row
+from sepjax.generation.readers import BoundedReader
+from sepjax.generation.saved import StreamStateError
+from sepjax.generation.saved_row import SavedRow
+from sepjax.generation.slots import Slots
 from sepjax.model.unrolled import by_layer, runner
 from tests.generation.cache.common import ListStream
 from tests.generation.cache.test_bounded_pass import LLAMA, T, V, model_of
 from tests.generation.cache.test_gated import GatedLists
 from tests.generation.cache.test_gated import list_step as gated_step
 from tests.generation.cache.test_watched import WATCHED, WatchedLists, list_step
+from tests.generation.tiny import LONG, SHAPE, tiny_model, tiny_tokenizer
 
 DEEP = dataclasses.replace(LLAMA, num_layers=4)
 # A window of 9 alone in the first layer, one of 3 in the last; those between keep what they watch, or a gate chose.
@@ -191,3 +198,69 @@ def test_what_cannot_be_is_refused(changes, message):
     attention = dataclasses.replace(CASES["watched"], **changes)
     with pytest.raises(ConfigError, match=message):
         bounded_sizes(DEEP, validate_attention(attention, 4))
+
+
+def events_of(slots, number):
+    found = []
+    while number in slots._known:
+        found += [event for n, event in slots.step() if n == number]
+    return found
+
+
+def test_rows_of_slots_give_what_streams_give_and_go_on_where_they_were_saved(tmp_path):
+    """Three tokens in a launch, two prompts in a program; saved in the middle, from and to a folder and a stream."""
+    attention = dataclasses.replace(CASES["watched"], watch_after=3)
+    engine = Generator(tiny_model(dataclasses.replace(SHAPE, num_layers=4), attention), tiny_tokenizer())
+    settings: dict[str, Any] = {"stop_at_eos": False, "sampling": Sampling.create(1.3, frequency_penalty=1.0)}
+    prompts = [LONG, "The cat", LONG[9:]]
+    streams = [engine.stream(x, bounded=True, seed=i, max_new_tokens=24, **settings) for i, x in enumerate(prompts)]
+    expected = [list(stream) for stream in streams]
+    slots = Slots(engine.prepared, BoundedReader(engine.prepared), 2, steps=3, together=2)
+    wanted = {
+        slots.submit(SlotRequest(x, seed=i, max_new_tokens=24, keep=True, **settings)): i for i, x in enumerate(prompts)
+    }
+    found: list[list] = [[] for _ in prompts]
+    while not slots.is_idle:
+        for number, event in slots.step():
+            found[wanted[number]].append(event)
+    assert found == expected
+    ended = slots.save(min(wanted))
+    stream = engine.stream(bounded=True, max_new_tokens=24, **settings)
+    stream.resume(ended)
+    for text in (stream, streams[0]):
+        text.feed("mat, and.")
+    later = list(streams[0])
+    assert list(stream) == later
+    assert (
+        events_of(slots, slots.submit(SlotRequest("mat, and.", resume=ended, max_new_tokens=24, **settings))) == later
+    )
+
+    for singly in (True, False):  # a step that is taken back; a whole launch that comes first
+        other = slots.submit(SlotRequest("The cat", stop_at_eos=False))
+        number, events = slots.submit(SlotRequest(LONG, max_new_tokens=24, **settings)), []
+        while len(events) < 8:
+            can_save = singly and slots.can_save(number)  # the next launch makes one token
+            new = [event for n, event in slots.step() if n == number]
+            assert len(new) <= (1 if can_save else 3 + 1), "what it could be saved before was one token at most"
+            events += new
+        assert slots.can_save(number) is singly
+        saved = slots.save(number)
+        events += [event for n, event in slots._settled if n == number]
+        slots.cancel(number)
+        slots.cancel(other)
+        assert len(events) < 24
+        saved.write(tmp_path / f"row{singly}", BoundedReader(engine.prepared), engine.prepared.config)
+        read = SavedRow.read(tmp_path / f"row{singly}", BoundedReader(engine.prepared), engine.prepared.config)
+        for row in (saved, saved.on_host(), read):
+            request = SlotRequest(None, resume=row, max_new_tokens=24 - len(events), **settings)
+            assert events + events_of(slots, slots.submit(request)) == expected[0]
+
+    stream = engine.stream(LONG, bounded=True, max_new_tokens=24, **settings)
+    events = [next(stream) for _ in range(9)]
+    stream.save(tmp_path / "stream")
+    resumed = engine.stream(bounded=True, resume=tmp_path / "stream", max_new_tokens=15, **settings)
+    assert events + list(resumed) == expected[0]
+    alike = dataclasses.replace(attention, layer_windows=(), kept_layers=())
+    plain = BoundedReader(Generator(tiny_model(), engine.tokenizer, alike).prepared)
+    with pytest.raises(StreamStateError, match="layers of several sizes, expected layers of one size"):
+        ended.check(plain)

@@ -1,0 +1,50 @@
+"""Rows of a bounded cache as caches of their own, and back: which axis of an array numbers them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sepjax.array_typing import Array, Int32
+
+BY_SET = ("scores", "kept_at")  # fields whose first axis is the sets that are kept, the second the batch
+
+
+def one(cache: Any, i: Int32[Array, ""]) -> Any:
+    """Row i."""
+    return _on_rows(lambda x, axis: jax.lax.dynamic_slice_in_dim(x, i, 1, axis), cache)
+
+
+def with_one(cache: Any, i: Int32[Array, ""], row: Any) -> Any:
+    """The cache with row i as `row`, a cache of one row, has it."""
+
+    def put(x: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, new, i, axis)
+
+    return _on_rows(put, cache, row)
+
+
+def some(cache: Any, rows: Int32[Array, "M"]) -> Any:
+    """These rows; numbers of no row give any one's."""
+    return _on_rows(lambda x, axis: jnp.take(x, rows, axis, mode="clip"), cache)
+
+
+def with_some(cache: Any, rows: Int32[Array, "M"], few: Any) -> Any:
+    """The cache with these rows as `few` has them; numbers of no row are none."""
+
+    def put(x: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        at = (slice(None), rows) if axis else rows
+        return x.at[at].set(new, mode="drop", unique_indices=True)
+
+    return _on_rows(put, cache, few)
+
+
+def _on_rows(f: Callable[..., jax.Array], cache: Any, *others: Any) -> Any:
+    """`f` of every array (and of the others' same array) and the number of its axis B."""
+
+    def on(path: tuple, x: jax.Array, *same: jax.Array) -> jax.Array:
+        stacked = path[0].name in BY_SET or x.ndim == 5
+        return f(x, *same, int(stacked))
+
+    return jax.tree_util.tree_map_with_path(on, cache, *others)

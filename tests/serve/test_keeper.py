@@ -1,0 +1,109 @@
+"""What the keeper leaves on the device, and what it moves to the host's memory and to disk."""
+
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from sepjax.clocks import Clocks
+from sepjax.generation.packed import Form, PackedState
+from sepjax.generation.saved_row import SavedRow
+from sepjax.serve.conversations import Conversations
+from sepjax.serve.keeper import Keeper
+from sepjax.serve.state import StateFolder
+from tests.generation.test_packed import empty_state
+from tests.generation.tiny import ATTENTION, tiny_tokenizer
+from tests.serve.tiny import client, running, tiny_served
+
+
+class Disk(StateFolder):
+    """Takes rows and says how they came."""
+
+    def __init__(self):
+        self.budget, self.written = 1 << 30, []
+
+    def entries(self):
+        return []
+
+    def write(self, key, ids, last, names, row, row_bytes):
+        self.written.append((ids.tolist(), row.standing.is_on_host))
+        return row_bytes
+
+    def remove(self, key):
+        pass
+
+
+@pytest.mark.parametrize("has_disk", [False, True])
+def test_the_newest_rows_stay_on_the_device_and_no_more_than_have_room(has_disk):
+    state = empty_state(ATTENTION, "float32")
+    form, disk, done = Form(state), Disk(), []
+    packed = jax.jit(form.pack)(state)
+    folder: Any = disk if has_disk else None
+    conversations = Conversations(tiny_tokenizer(), 100 * form.nbytes, folder)
+    keeper = Keeper(conversations, Clocks(), 3 * form.nbytes + 1)
+
+    def put(number: int):
+        row = SavedRow(PackedState(form, packed), (), False, {"seen": 2})
+        entry = conversations.add(np.array([number, 5], np.int32), (), 9, row)
+        assert keeper.put(entry, lambda: done.append(number)) is not has_disk
+        return entry
+
+    entries = [put(number) for number in range(40)]  # more than may be on their way
+    for _ in range(20):  # the same text again and again: each takes the place of the one before
+        last = put(40)
+    assert [x.row is not None for x in keeper._staying] == [True] * 3
+    keeper.close()
+
+    def is_on_host(entry):
+        return entry.row.standing.is_on_host
+
+    assert [is_on_host(entry) for entry in entries] == [True] * 38 + [False] * 2
+    assert not is_on_host(last)
+    assert done == ([*range(40), *[40] * 20] if has_disk else [])
+    if has_disk:
+        assert disk.written[:40] == [([number, 5], True) for number in range(40)]
+    else:
+        assert disk.written == []
+    none = Keeper(conversations, Clocks())
+    none.put(last)
+    none.close()
+    assert is_on_host(last)
+    broken, before = Future(), conversations.nbytes
+    broken.set_exception(RuntimeError("the device is lost"))
+    row = SavedRow(PackedState(form, broken), (), False, {"seen": 2})
+    ids = np.array([99, 5], np.int32)
+    none = Keeper(conversations, Clocks())
+    none.put(conversations.add(ids, (), 9, row))
+    none.close()
+    assert conversations.plan(np.array([99, 5, 7], np.int32), ()).entry is None, "nobody goes on from what is not there"
+    assert conversations.nbytes == before
+
+
+def test_a_row_that_is_being_saved_when_the_server_stops_is_saved_and_told_of(tmp_path, monkeypatch):
+    """Even where no time is left to finish: the answer is made, only its row is on its way."""
+    write, begun, goes_on = StateFolder.write, threading.Event(), threading.Event()
+
+    def slow(self, *args):
+        begun.set()
+        assert goes_on.wait(60)
+        return write(self, *args)
+
+    monkeypatch.setattr(StateFolder, "write", slow)
+    served = tiny_served()
+    with running(served, state=str(tmp_path), drain_seconds=0.0) as server, ThreadPoolExecutor(2) as pool:
+        asked = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 5, "extra_body": {"ignore_eos": True}}
+        answer = pool.submit(lambda: client(server).completions.create(**asked))
+        assert begun.wait(60)
+        stopped = pool.submit(server.stop, 0.0)
+        while not server.worker._keeper._tasks.qsize():  # until the slots have ended, and the keeper is to
+            time.sleep(0.01)
+        goes_on.set()
+        stopped.result()
+        assert answer.result().usage.completion_tokens == 5
+    folder = StateFolder(tmp_path, served, 1 << 30)
+    assert [len(entry.ids) for entry in folder.entries()] == [3 + 5 - 1]
+    folder.close()
