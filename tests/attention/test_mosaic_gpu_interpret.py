@@ -171,4 +171,4 @@ def test_the_kernel_bench_runs_every_kernel():
 
 def test_the_kernel_bench_says_what_it_needs():
     with pytest.raises(ConfigError, match="these kernels cannot run: it needs an NVIDIA Hopper GPU"):
-        kernels.main(Settings())
+        kernels.main(kernels.Settings())
