@@ -190,7 +190,7 @@ class Talk:
             first = self.measured.first
             lines.insert(2, f"answer     {self.measured.tokens} tokens, the first after {first:.2f} s{rate}")
         if self._last is not None:
-            size = sum(leaf.nbytes for leaf in jax.tree.leaves(self._last.row.state))
+            size = self._last.row.nbytes
             lines.append(f"regenerate keeps the state before the last turn: {size:,} bytes more")
         return lines
 
@@ -198,4 +198,4 @@ class Talk:
 def _drawn_anew(row: SavedRow, tries: int) -> SavedRow:
     """The row with other draws to come, and nothing else changed."""
     keys = jax.vmap(lambda key: jax.random.fold_in(key, tries))(row.state.key)
-    return dataclasses.replace(row, state=dataclasses.replace(row.state, key=keys))
+    return dataclasses.replace(row, standing=dataclasses.replace(row.state, key=keys))

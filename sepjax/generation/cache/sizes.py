@@ -145,6 +145,11 @@ def _check_served(config: ModelConfig, attention: AttentionConfig) -> None:
             'attention.pattern="dense" keeps every token, so a stream without end would need a cache without end; '
             'use "watched", "separator", "gated", "sink_window" or "fixed_interval", or set max_new_tokens'
         )
+    if attention.kept_layers and attention.pattern == "watched":
+        raise ConfigError(
+            f"attention.kept_layers={attention.kept_layers} with watched tokens needs layer_windows that differ; "
+            "set them, or leave kept_layers empty and name the layers whose looks count in watch_layers"
+        )
     if len(set(attention.layer_windows)) > 1:
         raise ConfigError(
             f"attention.layer_windows={attention.layer_windows}: one size for all layers has one window "

@@ -255,7 +255,7 @@ def test_bytes_are_those_of_the_arrays():
     ("config", "attention", "message"),
     [
         (CONFIG, AttentionConfig(pattern="dense"), "keeps every token"),
-        (CONFIG, AttentionConfig(layer_windows=(4, 5)), "one window for all layers"),
+        (CONFIG, AttentionConfig(layer_windows=(4, 5)), "one size for all layers has one window"),
         (CONFIG, AttentionConfig(cache_size=20, window_size=9, num_sinks=8, max_separators=4), "has no room .* = 21"),
         (dataclasses.replace(CONFIG, position_embedding="learned"), AttentionConfig(), "learned positions"),
     ],

@@ -223,7 +223,7 @@ def test_rows_and_times_do_not_matter():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"watch_after": 6}, "watch_after=6 must be below window_size=6"),
+        ({"watch_after": 6}, "watch_after=6 must be below the window of layers that keep, 6"),
         ({"watch_layers": (2,)}, "watch_layers has 2; the model's layers are 0 to 1"),
         ({"max_separators": 0}, "max_separators=0 must be 1 or more"),
         ({"keep_all_separators": True}, "keep_all_separators is for"),
