@@ -20,7 +20,7 @@ each gains.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -52,15 +52,10 @@ def worth(
     Returns:
       float64[V] sums, and int64[V] how often each id came.
     """
-    graph, params = split(model)
-    step = jax.jit(functools.partial(_MEASURES[by], graph, window_size))
-    params = working_copy(params, model.config)
-    V, length = model.config.vocab_size, max(map(len, rows)) - 1
+    V = model.config.vocab_size
     sums, counts = np.zeros(V), np.zeros(V, np.int64)
-    for ids in counted(rows, f"measuring by {by}", sum(map(len, rows)), "tokens", len):
-        padded = np.pad(ids, (0, length + 1 - len(ids)))[None]
-        found = np.asarray(step(params, padded[:, :-1], padded[:, 1:], np.int32(len(ids) - 1)), np.float64)[0]
-        np.add.at(sums, ids[:-1], found[: len(ids) - 1])
+    for ids, found in _measured(model, rows, functools.partial(_MEASURES[by], window_size), f"measuring by {by}"):
+        np.add.at(sums, ids[:-1], found[0, : len(ids) - 1])
         np.add.at(counts, ids[:-1], 1)
     return sums, counts
 
@@ -102,14 +97,22 @@ def gains_of_layers(
     Arguments as in `worth`, and `num_sinks`, the first tokens, which are always seen. The g of all layers go from 0 to
     1 together: the gains add up to what the dense model has over one that sees sinks and a window, to third order.
     """
+    measure = functools.partial(_saved_by_layers, window_size, num_sinks)
+    gains = [found for _, found in _measured(model, rows, measure, "measuring layers")]
+    return np.sum(gains, axis=0) / sum(len(ids) - 1 for ids in rows)
+
+
+def _measured(
+    model: Transformer, rows: Sequence[np.ndarray], measure: Callable[..., jax.Array], what: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each row of ids with what `measure` finds in it, float64, with progress: all rows run as one program does."""
     graph, params = split(model)
-    step = jax.jit(functools.partial(_saved_by_layers, graph, window_size, num_sinks))
-    params = working_copy(params, model.config)
-    sums, length = np.zeros(model.config.num_layers), max(map(len, rows)) - 1
-    for ids in counted(rows, "measuring layers", sum(map(len, rows)), "tokens", len):
+    step = jax.jit(functools.partial(measure, graph))
+    params, length = working_copy(params, model.config), max(map(len, rows)) - 1
+    for ids in counted(rows, what, sum(map(len, rows)), "tokens", len):
         padded = np.pad(ids, (0, length + 1 - len(ids)))[None]
-        sums += np.asarray(step(params, padded[:, :-1], padded[:, 1:], np.int32(len(ids) - 1)), np.float64)
-    return sums / sum(len(ids) - 1 for ids in rows)
+        found = step(params, padded[:, :-1], padded[:, 1:], np.int32(len(ids) - 1))
+        yield ids, np.asarray(found, np.float64)
 
 
 def _attend(window_size: int, T: int, tables: Any, visit: Callable[..., Any]) -> Any:
@@ -151,7 +154,7 @@ def _run(
 
 
 def _received(
-    graph: Any, window_size: int, params: Any, tokens: jax.Array, targets: jax.Array, length: jax.Array
+    window_size: int, graph: Any, params: Any, tokens: jax.Array, targets: jax.Array, length: jax.Array
 ) -> Float[jax.Array, "B T"]:
     is_query = jnp.arange(tokens.shape[1]) < length
 
@@ -163,7 +166,7 @@ def _received(
 
 
 def _saved(
-    graph: Any, window_size: int, params: Any, tokens: jax.Array, targets: jax.Array, length: jax.Array
+    window_size: int, graph: Any, params: Any, tokens: jax.Array, targets: jax.Array, length: jax.Array
 ) -> Float[jax.Array, "B T"]:
     is_query = jnp.arange(tokens.shape[1]) < length
 
@@ -180,9 +183,9 @@ def _saved(
 
 
 def _saved_by_layers(
-    graph: Any,
     window_size: int,
     num_sinks: int,
+    graph: Any,
     params: Any,
     tokens: jax.Array,
     targets: jax.Array,
