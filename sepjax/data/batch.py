@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 from jaxtyping import Bool, Int32
 
 from sepjax.array_typing import Array
@@ -22,3 +23,8 @@ class Batch:
     positions: Int32[Array, "B T"]  # 0, 1, 2, ... within each document (piece)
     segment_ids: Int32[Array, "B T"]  # 1, 2, ... for the documents of a row, 0 for padding
     is_separator: Bool[Array, "B T"]  # tokens that stay visible for ever, sinks aside
+
+
+def padded(batch: Batch, rows: int) -> Batch:
+    """A batch on the host with rows of padding behind its own, `rows` in all."""
+    return jax.tree.map(lambda x: np.pad(x, ((0, rows - len(x)), (0, 0))), batch)

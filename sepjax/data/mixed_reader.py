@@ -12,7 +12,7 @@ import grain
 import jax
 import numpy as np
 
-from sepjax.data.batch import Batch
+from sepjax.data.batch import Batch, padded
 from sepjax.data.mixture import Part, part_of_row
 from sepjax.data.reader import BatchReader
 
@@ -80,4 +80,4 @@ def mixed_pass(parts: tuple[Part, ...], passes: Sequence[Callable[[], Iterator[B
             yield joined(batch)
             batch = []
     if batch:
-        yield jax.tree.map(lambda x: np.pad(x, ((0, rows - len(x)), (0, 0))), joined(batch))
+        yield padded(joined(batch), rows)

@@ -4,11 +4,8 @@ import functools
 import re
 from collections.abc import Iterator
 
-import jax
-import numpy as np
-
 from sepjax.config import Config, DataConfig
-from sepjax.data.batch import Batch
+from sepjax.data.batch import Batch, padded
 from sepjax.data.errors import DataError
 from sepjax.data.packing import FlagSeparators, TokenStream, WholeRows, pack_rows
 from sepjax.data.reader import LongDocuments
@@ -63,7 +60,7 @@ def _of_stream(
             unread += len(texts)
         else:
             batch, stream, is_empty = pack_rows(stream[:size], length, flag), stream[size:], False
-            yield jax.tree.map(lambda x: np.pad(x, ((0, rows - len(x)), (0, 0))), batch)
+            yield padded(batch, rows)
     if is_empty:
         raise DataError(f"{source.name} has no tokens to evaluate on")
 

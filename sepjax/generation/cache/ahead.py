@@ -12,8 +12,8 @@ from sepjax.generation.cache.watched import rivals
 def after_compaction(cache: BoundedCache) -> tuple[Int32[jax.Array, "B"], Bool[jax.Array, "B"]]:
     """`held` and `is_stuck` as they will be then."""
     if isinstance(cache, MixedCache):
-        stuck = [_after(part)[1] for part in cache.parts]
-        return cache.averaged(lambda part: _after(part)[0]), jnp.any(jnp.stack(stuck), axis=0)
+        held, stuck = zip(*map(_after, cache.parts), strict=True)
+        return cache.averaged(held), jnp.any(jnp.stack(stuck), axis=0)
     return _after(cache)
 
 

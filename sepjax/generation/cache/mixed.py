@@ -165,21 +165,21 @@ class MixedCache:
         """Bytes of all arrays."""
         return sum(part.nbytes for part in self.parts)
 
-    def averaged(self, of: Callable[[StreamingCache], jax.Array]) -> jax.Array:
-        """A number of entries, averaged over the layers and rounded down."""
-        return self._over_layers(of) // len(self.sizes.part_of)
+    def averaged(self, numbers: Sequence[jax.Array]) -> jax.Array:
+        """Numbers of entries, one of each part, averaged over the layers and rounded down."""
+        return self._over_layers(numbers) // len(self.sizes.part_of)
 
-    def _over_layers(self, of: Callable[[StreamingCache], jax.Array]) -> jax.Array:
-        numbers = [of(part) * len(self.sizes.layers(i)) for i, part in enumerate(self.parts)]
-        return sum(numbers[1:], numbers[0])
+    def _over_layers(self, numbers: Sequence[jax.Array]) -> jax.Array:
+        first, *others = (number * len(self.sizes.layers(i)) for i, number in enumerate(numbers))
+        return sum(others, first)
 
     def held(self) -> Int32[jax.Array, "B"]:
         """Entries of a layer that each row holds, averaged over the layers and rounded down."""
-        return self.averaged(StreamingCache.held)
+        return self.averaged([part.held() for part in self.parts])
 
     def held_before(self, num_tokens: int) -> Float[jax.Array, "B T"]:
         """The same of each of the next `num_tokens` tokens, not rounded."""
-        total = self._over_layers(lambda part: part.held_before(num_tokens))
+        total = self._over_layers([part.held_before(num_tokens) for part in self.parts])
         return total.astype(jnp.float32) / len(self.sizes.part_of)
 
     def room(self, most: int) -> Int32[jax.Array, "B"]:
