@@ -21,7 +21,7 @@ from sepjax.command.settings import AtLeast
 from sepjax.command.settings import Settings as _Settings
 from sepjax.config import AttentionConfig, Config, ConfigError, under, validate_attention
 from sepjax.generation.cache.bounded import StreamingCache
-from sepjax.generation.cache.mixed import BoundedCache, BoundedSizes, MixedCache, bounded_sizes, empty_cache
+from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.device_loop import DecodeState, Request, make_advance
 from sepjax.generation.sampling import Sampling
 from sepjax.measure import heading, provenance, time_calls
@@ -95,8 +95,8 @@ def memory_bandwidth() -> float:
 
 def _largest(config, graph, params, name, attention, size, bandwidth, seconds) -> StepSpeed:
     """The figure at `size` rows; of "auto", at as many as fit."""
-    sizes = bounded_sizes(config.model, attention)
-    row = jax.eval_shape(lambda: empty_cache(config.model, 1, sizes, by_layer=True))
+    sizes = StreamSizes.create(config.model, attention)
+    row = jax.eval_shape(lambda: StreamingCache.create(config.model, 1, sizes, by_layer=True))
     rows = _that_fit(_nbytes(params), _nbytes(row)) if size == "auto" else int(size)
     while True:
         try:
@@ -120,7 +120,7 @@ def loop_speed(
 ) -> StepSpeed:
     """The figure of one cache at so many rows, with the parameters given, drawing from so many tokens."""
     graph, _ = abstract(config.model, attention)
-    sizes = bounded_sizes(config.model, attention)
+    sizes = StreamSizes.create(config.model, attention)
     bandwidth = memory_bandwidth()
     return _speed(config, graph, params, "", attention, sizes, rows, bandwidth, seconds, vocab_size)
 
@@ -154,16 +154,9 @@ def _speed(config, graph, params, name, attention, sizes, rows, bandwidth, secon
     )
 
 
-def full_cache(config: Config, sizes: BoundedSizes, rows: int) -> BoundedCache:
+def full_cache(config: Config, sizes: StreamSizes, rows: int) -> StreamingCache:
     """A cache as after a long text: every zone full, the rows at different distances from their next compaction."""
-    cache = empty_cache(config.model, rows, sizes, by_layer=True)
-    parts = cache.parts if isinstance(cache, MixedCache) else (cache,)
-    full = tuple(_full(part, rows) for part in parts)
-    return dataclasses.replace(cache, parts=full) if isinstance(cache, MixedCache) else full[0]
-
-
-def _full(cache: StreamingCache, rows: int) -> StreamingCache:
-    sizes = cache.sizes
+    cache = StreamingCache.create(config.model, rows, sizes, by_layer=True)
     b = jnp.arange(rows, dtype=jnp.int32)
     free = sizes.cache_size + 1 - sizes.num_sinks - sizes.max_separators - sizes.window_size
     recent = sizes.window_size + b * 37 % free
