@@ -107,9 +107,9 @@ def _validate_kept_layers(attention: AttentionConfig, num_layers: int) -> None:
                 f"attention.kept_layers has {layer}, below gate_layer={attention.gate_layer}: nothing is kept before "
                 "the gate has read; lower gate_layer or leave the layer out"
             )
-    if attention.kept_layers and attention.pattern == "watched" and len(set(attention.layer_windows)) < 2:
+    if attention.kept_layers and attention.pattern == "watched" and not attention.layer_windows:
         raise ConfigError(
-            f"attention.kept_layers={attention.kept_layers} with watched tokens needs layer_windows that differ: "
+            f"attention.kept_layers={attention.kept_layers} with watched tokens needs layer_windows: "
             "layers that keep nothing hold their window alone; set them, or leave kept_layers out and name "
             "the layers whose looks count in watch_layers"
         )

@@ -93,7 +93,9 @@ type BoundedSizes = StreamSizes | MixedSizes
 
 
 def bounded_sizes(config: ModelConfig, attention: AttentionConfig) -> BoundedSizes:
-    """The sizes that a config asks for: of one kind of layers, or of several where `layer_windows` differ.
+    """The sizes that a config asks for: of one kind of layers, or of several.
+
+    Of several where `layer_windows` differ, or are given beside `kept_layers`.
 
     Of several, a layer that sees kept tokens (`kept_layers`; empty: each, of a gate those above it), or each of a
     window's, holds as many entries more or less than `cache_size` as its window is wider or narrower than
@@ -102,14 +104,15 @@ def bounded_sizes(config: ModelConfig, attention: AttentionConfig) -> BoundedSiz
     Raises:
       ConfigError: as `StreamSizes.create`, or several kinds of layers are to share one set of watched tokens.
     """
-    if len(set(attention.layer_windows)) < 2:
+    windows = attention.layer_windows
+    if not windows or (len(set(windows)) == 1 and not attention.kept_layers):
         return StreamSizes.create(config, attention)
     watched = attention.watch_layers or attention.kept_layers
     alike = dataclasses.replace(attention, layer_windows=(), kept_layers=(), watch_layers=watched)
     like = StreamSizes.create(config, alike)  # which says, too, what no bounded cache serves
     has_zone = like.max_separators > 0
     sees = [has_zone and x for x in sees_kept(attention, config.num_layers)]
-    kinds = list(zip((not x for x in sees), attention.layer_windows, strict=True))
+    kinds = list(zip((not x for x in sees), windows, strict=True))
     distinct = sorted(set(kinds))
     if attention.pattern == "watched" and attention.kept_set == "model" and sum(not x for x, _ in distinct) > 1:
         raise ConfigError(

@@ -147,7 +147,7 @@ def _check_served(config: ModelConfig, attention: AttentionConfig) -> None:
         )
     if attention.kept_layers and attention.pattern == "watched":
         raise ConfigError(
-            f"attention.kept_layers={attention.kept_layers} with watched tokens needs layer_windows that differ; "
+            f"attention.kept_layers={attention.kept_layers} with watched tokens needs layer_windows; "
             "set them, or leave kept_layers empty and name the layers whose looks count in watch_layers"
         )
     if len(set(attention.layer_windows)) > 1:
