@@ -20,6 +20,7 @@ from lm_eval.api.registry import register_model
 import sepjax
 from sepjax.config import PATTERNS, AttentionConfig, ConfigError, UserError, nearest, under, validate_attention
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation.gold import Gold
 from sepjax.evaluation.passes import rows_of_pass
 from sepjax.evaluation.scoring import Continuation, score_continuations
 from sepjax.generation.engine import Generator
@@ -155,6 +156,20 @@ class SepjaxLM(TemplateLM):
             if x.seen:
                 self.uses[id(request)] = Use(x.held, x.seen, 0)
         return [(x.logprob, x.is_greedy) for x in found]
+
+    @_timed
+    def gold(self, answers: Sequence[Gold]) -> tuple[list[float], list[int]]:
+        """For each right answer its nats as a whole, and its tokens; empty ones are left out.
+
+        What tasks have not asked for is scored here, under the same mask; it is none of their requests, so `uses`
+        does not count it.
+        """
+        self._encode_ahead(text for x in answers for text in (x.context.rstrip(), x.context + x.continuation) if text)
+        pairs = [self._pair(x.context, x.continuation) for x in answers]
+        new = iter(self._score([pair for x, pair in zip(answers, pairs, strict=True) if x.logprob is None]))
+        known = [next(new).logprob if x.logprob is None else x.logprob for x in answers]
+        scored = [(-nats, len(pair[1])) for nats, pair in zip(known, pairs, strict=True) if pair[1]]
+        return [nats for nats, _ in scored], [tokens for _, tokens in scored]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context:

@@ -18,6 +18,7 @@ import numpy as np
 from sepjax.config import AttentionConfig, UserError, validate_attention
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.equal import window_of_equal_kept
+from sepjax.evaluation.gold import NATS, Gold, gold_answers, nats_per_token
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.model.transformer import Transformer
 
@@ -37,7 +38,7 @@ class TaskScore:
     num_sinks: int
     window_size: int  # 0: dense
     interval: int
-    metrics: dict[str, float]  # "acc,none", "exact_match,strict-match", ...
+    metrics: dict[str, float]  # "acc,none", "exact_match,strict-match", ..., and of the right answers NATS
     errors: dict[str, float | None]  # standard errors of the same names
     requests: int
     documents: int
@@ -107,7 +108,7 @@ def run_tasks(
                 batch_size=batch_size, batch_tokens=batch_tokens, chat_template=chat_template,
                 encoded=encoded,
             )  # fmt: skip
-            score = _score(task, attention, lm, _evaluate(lm, task, data, limit, num_fewshot, apply_chat_template))
+            score = _score(task, attention, lm, *_evaluate(lm, task, data, limit, num_fewshot, apply_chat_template))
             if attention.pattern == "separator" and not score.refused:
                 reference, uses = score, list(lm.uses.values())
             yield score
@@ -122,8 +123,11 @@ def _require_lm_eval() -> None:
 
 def _evaluate(
     lm: Any, task: str, data: Path | None, limit: int | float, num_fewshot: int | None, apply_chat_template: bool
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Gold]]:
+    """lm-eval's results, and the right answers."""
     from lm_eval.evaluator import simple_evaluate
+
+    manager = _Noting(_manager(task))
 
     from sepjax.evaluation.lm_eval_data import local_datasets
 
@@ -134,13 +138,28 @@ def _evaluate(
             tasks=[task],
             num_fewshot=num_fewshot,
             limit=(limit if limit < 1 else int(limit)) or None,
-            task_manager=_manager(task),
+            task_manager=manager,
             apply_chat_template=apply_chat_template,
             fewshot_as_multiturn=apply_chat_template,
-            log_samples=False,
+            log_samples=True,
             bootstrap_iters=1000,
         )
-    return results
+        return results, gold_answers(manager.loaded, results["samples"])
+
+
+class _Noting:
+    """A manager of tasks that notes the ones it has made: they alone know which choice is right."""
+
+    def __init__(self, manager: Any):
+        self._manager, self.loaded = manager, {}
+
+    def load(self, tasks: Any) -> Any:
+        made = self._manager.load(tasks)
+        self.loaded = made["tasks"]
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
 
 
 @contextlib.contextmanager
@@ -180,7 +199,7 @@ def _manager(task: str) -> Any:
     return every
 
 
-def _score(task: str, attention: AttentionConfig, lm: Any, results: dict[str, Any]) -> TaskScore:
+def _score(task: str, attention: AttentionConfig, lm: Any, results: dict[str, Any], gold: list[Gold]) -> TaskScore:
     uses = list(lm.uses.values())
     kept = float(np.mean([use.held / use.seen for use in uses])) if uses else 1.0
     refused = ""
@@ -193,6 +212,9 @@ def _score(task: str, attention: AttentionConfig, lm: Any, results: dict[str, An
         )
     numbers = results.get("groups", {}).get(task) or results["results"][task]
     named = {key: value for key, value in numbers.items() if "," in key and isinstance(value, (int, float))}
+    if gold and not refused:
+        nats, error = nats_per_token(*lm.gold(gold))
+        named |= {NATS: nats} if error is None else {NATS: nats, NATS.replace(",", "_stderr,"): error}
     samples = results.get("n-samples", {})
     return TaskScore(
         task=task,

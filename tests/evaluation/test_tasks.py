@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     import lm_eval.evaluator
 
     from sepjax.evaluation import tasks
+    from sepjax.evaluation.gold import NATS, Gold, gold_answers, nats_per_token
     from sepjax.evaluation.lm_eval_data import TaskDataError, local_datasets
     from sepjax.evaluation.lm_eval_model import RequestError, SepjaxLM, _changed
     from sepjax.evaluation.tasks import TaskError
@@ -87,6 +88,9 @@ def test_scores_are_those_of_a_manual_computation(byte_model, byte_tokenizer, se
     assert score.metrics["acc,none"] == np.mean([x.is_greedy for x in found])
     assert score.kv_kept == pytest.approx(np.mean([x.held / x.seen for x in found]))
     assert score.errors["perplexity,none"] > 0
+    nats, tokens = [-x.logprob for x in found], [len(ids) for _, ids in requests]
+    assert score.metrics[NATS] == pytest.approx(sum(nats) / sum(tokens), rel=1e-5)
+    assert 0 < score.errors[NATS] < score.metrics[NATS]
     assert (score.documents, score.requests, score.refused) == (5, 5, "")
     assert score.tokens == sum(x.seen for x in found)
     assert 0 < score.tokens_per_second < np.inf
@@ -103,13 +107,16 @@ def test_answers_come_from_the_cache_that_evicts(byte_model, byte_tokenizer, sep
 
     monkeypatch.setattr(Generator, "generate", spy)
     (score,) = run(byte_model, byte_tokenizer, ["gsm8k_cot"], [separators], data, limit=2, num_fewshot=1)
-    assert score.metrics.keys() == {"exact_match,strict-match", "exact_match,flexible-extract"}
+    assert score.metrics.keys() == {"exact_match,strict-match", "exact_match,flexible-extract", NATS}
     engine = Generator(byte_model, byte_tokenizer, separators)
     answers = original(engine, prompts, max_new_tokens=6, stop=["Q:", "</s>", "<|im_end|>"])
     assert score.kv_kept == pytest.approx(np.mean([a.cache.held / a.cache.seen for a in answers]))
     assert score.kv_kept < 0.5
     assert score.generated == sum(len(a.token_ids) for a in answers)
-    assert score.tokens == sum(a.cache.seen for a in answers)
+    gold = [(ids, byte_tokenizer.encode(" 7")) for ids in prompts]  # the reference, as it stands behind a prompt
+    found = score_continuations(byte_model, byte_tokenizer, gold, separators)
+    assert score.metrics[NATS] == pytest.approx(-sum(x.logprob for x in found) / sum(len(b) for _, b in gold), rel=1e-5)
+    assert score.tokens == sum(a.cache.seen for a in answers) + sum(x.computed for x in found)
     text = byte_tokenizer.decode(prompts[0])
     assert text.startswith("Q: There are 15 trees in the grove.")  # lm-eval's own prompt
     assert text.endswith("\nA:")
@@ -127,6 +134,40 @@ def test_equal_kv_and_groups(byte_model, byte_tokenizer, separators, data):
     assert window.window_size > kept.window_size
     assert all("acc,none" in s.metrics for s in scores)
     assert "not reported" not in tasks.table(scores)
+
+
+def test_right_answers_are_those_the_tasks_score_by(data):
+    names = ["winogrande", "arc_easy", "piqa"]
+    with tasks.metrics_package(), local_datasets(data):
+        loaded = {}
+        for name in names:
+            loaded |= tasks._manager(name).load([name])["tasks"]
+
+    def row(name, number=0):
+        task = loaded[name]
+        task.build_all_requests(limit=2, rank=0, world_size=1)
+        asked = [x for x in task.instances if x.doc_id == number]
+        return {
+            "doc_id": number,
+            "doc": asked[0].doc,
+            "target": task.doc_to_target(asked[0].doc),
+            "arguments": [x.args for x in asked],
+            "resps": [[(-float(i + 1), False)] for i in range(len(asked))],
+        }
+
+    rows = {"winogrande": [row("winogrande")] * 2, "arc_easy": [row("arc_easy")], "piqa": [row("piqa"), row("piqa", 1)]}
+    found = gold_answers(loaded, rows)
+    assert [(x.context[-8:], x.continuation, x.logprob) for x in found] == [
+        (" so Anna", " left, then.", -2.0),  # the contexts differ, and a document that two filters logged counts once
+        ("\nAnswer:", " c", -3.0),
+        ("\nAnswer:", " a", -1.0),
+        ("\nAnswer:", " some, too.", -2.0),
+    ]
+    rows["arc_easy"][0]["target"] = 7
+    assert len(gold_answers(loaded, rows)) == len(found) - 1  # a document that names no choice
+    assert isinstance(found[0], Gold)
+    assert nats_per_token([3.0, 1.0], [1, 1]) == (2.0, 1.0)
+    assert nats_per_token([3.0], [2]) == (1.5, None)
 
 
 def test_without_compression_there_is_no_score(byte_model, byte_tokenizer, separators, data):
@@ -251,9 +292,9 @@ def test_metrics_are_of_the_package_evaluate_and_not_of_our_file(tmp_path, monke
         assert importlib.import_module("evaluate") is ours
     del sys.modules["evaluate"]
     monkeypatch.setattr(tasks, "_manager", lambda task: None)
-    found = lambda *_, **__: {"load": importlib.import_module("evaluate").load}  # noqa: E731
+    found = lambda *_, **__: {"load": importlib.import_module("evaluate").load, "samples": {}}  # noqa: E731
     monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", found)
-    assert tasks._evaluate(None, "humaneval", None, 0, None, False) == {"load": "theirs"}
+    assert tasks._evaluate(None, "humaneval", None, 0, None, False) == ({"load": "theirs", "samples": {}}, [])
     with tasks.metrics_package():  # nobody's was there before, and so it stays
         assert importlib.import_module("evaluate").load == "theirs"
     for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate"]:
