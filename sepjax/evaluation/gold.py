@@ -40,10 +40,14 @@ def gold_answers(tasks: Mapping[str, Any], samples: Mapping[str, Iterable[Mappin
 def _gold(task: Any, row: Mapping[str, Any]) -> Gold | None:
     kind, asked = task.OUTPUT_TYPE, row["arguments"]
     if kind == "loglikelihood":
-        return Gold(*asked[0], row["resps"][0][0][0])
+        context, continuation = asked[0]
+        return Gold(context, continuation, row["resps"][0][0][0])
     if kind == "multiple_choice":
         right = _index(task, row)
-        return None if right is None else Gold(*asked[right], row["resps"][right][0][0])
+        if right is None:
+            return None
+        context, continuation = asked[right]
+        return Gold(context, continuation, row["resps"][right][0][0])
     target = row["target"][0] if isinstance(row["target"], list) and row["target"] else row["target"]
     if kind == "generate_until" and isinstance(target, str | int | float) and str(target):
         return Gold(asked[0][0], f"{task.config.target_delimiter}{target}", None)

@@ -127,7 +127,7 @@ def _evaluate(
     """lm-eval's results, and the right answers."""
     from lm_eval.evaluator import simple_evaluate
 
-    manager = _Noting(_manager(task))
+    manager: Any = _Noting(_manager(task))
 
     from sepjax.evaluation.lm_eval_data import local_datasets
 
