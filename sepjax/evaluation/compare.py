@@ -113,6 +113,8 @@ def score_arms(
     tokens = ScoredTokens.create(
         [w[:-1] for w in windows.ids], [w[1:] for w in windows.ids], windows.documents.tolist()
     )
+    if windows.scored is not None:
+        tokens = tokens.where(np.concatenate(windows.scored))
     return [_score(arms, scores, i, refer[i], windows, tokens, near, far) for i in range(len(arms))]
 
 
@@ -186,7 +188,7 @@ def _score(
     x, lengths = scores[this], windows.lengths
     losses = [score.nll for score in scores]
     slices = sliced(tokens, losses, this, refer, near, far)
-    whole, nll = slices[0], np.bincount(tokens.row, weights=x.nll)
+    whole, nll, counts = slices[0], np.bincount(tokens.row, weights=x.nll), np.bincount(tokens.row)
     perplexity, error = math.exp(min(whole.loss, 700.0)), spread(whole)
     return Score(
         arm=arms[this].name,
@@ -194,7 +196,7 @@ def _score(
         window_size=max(layer_windows(x.attention, len(x.kept), int(lengths.max()))),
         perplexity=perplexity,
         perplexity_error=None if error is None else perplexity * error,
-        window_perplexity=float(np.mean(np.exp(np.minimum(nll / lengths, 700.0)))),
+        window_perplexity=float(np.mean(np.exp(np.minimum(nll / counts, 700.0)))),
         bits_per_byte=float(nll.sum()) / math.log(2) / windows.num_bytes,
         baseline=arms[refer.baseline].name,
         difference=whole.difference,

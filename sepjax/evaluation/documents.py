@@ -109,8 +109,8 @@ def read_texts(path: Path) -> list[str]:
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if path.is_file() and has_records(path):
         raise StreamError(
-            f"{str(path)!r} has JSON lines or Parquet, or is packed: `sepjax evaluate windows` reads those that are "
-            'texts, {"text": ...}, and nothing else here does; give .txt files'
+            f"{str(path)!r} has JSON lines or Parquet, or is packed: `sepjax evaluate windows` reads those, and "
+            "nothing else here does; give .txt files"
         )
     if not files:
         raise StreamError(f"{str(path)!r} has no .txt files")

@@ -21,8 +21,10 @@ def config_of(path: Path, model: Transformer) -> Config:
     return Config(model=model.config, attention=model.attention, data=data)
 
 
-def texts_of(path: Path, config: Config, text: str, split: str, most: int) -> list[str]:
-    """The texts to score: of files, or of a split of a corpus."""
+def texts_of(path: Path, config: Config, tokenizer: Tokenizer | None, text: str, split: str, most: int) -> list[str]:
+    """The texts to score: of files, or of a split of a corpus. Conversations have marks around what is scored of them,
+    which is what `data.train_on` of the run says; of other files what an assistant says.
+    """
     may_be_plain = text and not split and not (path / "checkpoints").is_dir()  # without a text Path() is a folder
     if may_be_plain and Path(text).exists() and not has_records(Path(text)):
         documents: Sequence[str] = read_texts(Path(text))
@@ -32,22 +34,27 @@ def texts_of(path: Path, config: Config, text: str, split: str, most: int) -> li
     data = dataclasses.replace(config.data, **other) if text else config.data
     with tempfile.TemporaryDirectory() as scratch:  # a pretrained model has no folder for prepared data
         folder = data.data_dir or str(path / "data" if (path / "checkpoints").is_dir() else scratch)
-        documents = _source(data, folder, split or ("all" if text else data.eval_split))
+        documents = _source(data, folder, tokenizer, split or ("all" if text else data.eval_split))
         return list(documents[: most or len(documents)])
 
 
-def _source(data: DataConfig, folder: str, split: str) -> Sequence[str]:
-    """The documents of a corpus. Imported late: token ids and text files are scored without TFDS."""
+def _source(data: DataConfig, folder: str, tokenizer: Tokenizer | None, split: str) -> Sequence[str]:
+    """The documents of a corpus; without a tokenizer no conversations. Imported late: token ids and text files are
+    scored without TFDS.
+    """
     from sepjax.data.conversations import NoFormError
-    from sepjax.data.sources import text_source
+    from sepjax.data.sources import has_records, text_source
+    from sepjax.hub.training_form import training_form
 
     try:
-        return text_source(data, folder, split)
+        form = training_form(data, tokenizer) if tokenizer is not None and has_records(data.name) else None
+        return text_source(data, folder, split, form)
     except NoFormError as error:
+        if tokenizer is not None:
+            raise
         raise ConfigError(
-            f"{data.name!r} has conversations, but whole texts are scored here, questions and answers alike: give "
-            f"--text with .txt files, or with JSON lines of texts ({{{data.text_key!r}: ...}}). The loss on held-out "
-            "answers is eval/loss in a run's metrics.jsonl"
+            f"{data.name!r} has conversations, but whole texts are streamed here, questions and answers alike: give "
+            f"--text with .txt files; `sepjax evaluate windows` scores the answers of conversations"
         ) from error
 
 
@@ -70,5 +77,5 @@ def corpus_of(path: Path, split: str, tokenizer: Tokenizer, **cut: Any) -> list[
     if not (path / "checkpoints").is_dir():
         raise ConfigError("a pretrained model has no corpus of its own: give --text")
     data = load_config(path).data
-    source = _source(data, data.data_dir or str(path / "data"), split or data.eval_split)
+    source = _source(data, data.data_dir or str(path / "data"), None, split or data.eval_split)
     return documents_of(tokenizer, source, **cut)

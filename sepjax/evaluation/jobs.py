@@ -50,7 +50,7 @@ def evaluate(
     config = config_of(workdir, model)
     patterns = patterns or [pattern for pattern in PATTERNS if pattern != "gated" or model.gate is not None]
     attentions = [with_pattern(config, pattern, window_size) for pattern in ([] if arms else ["separator", *patterns])]
-    documents = texts_of(workdir, config, text, split, max_documents)
+    documents = texts_of(workdir, config, tokenizer, text, split, max_documents)
     length = length or config.data.sequence_length
     windows = perplexity.token_windows(tokenizer, documents, length, bos=bos, max_tokens=max_tokens)
     if arms:

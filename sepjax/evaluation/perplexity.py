@@ -3,21 +3,24 @@
 Protocol: each document is [BOS] + tokens, cut into windows of T tokens that do not overlap. Every token but BOS is
 scored exactly once, given the tokens before it in its window. Each window is a row of its own, so `kept` is what the
 last query of a window sees over the window's length. `sepjax.evaluation.compare` makes figures of them.
+
+Of a conversation (`sepjax.data.scored`: a text with marks) only what is marked is scored, what an assistant says.
 """
 
 import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepjax.array_typing import Float, Int32
+from sepjax.array_typing import Bool, Float, Int32
 from sepjax.config import AttentionConfig, UserError, with_own_window
+from sepjax.data.scored import OPEN, Spans, scored_tokens, unmarked
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.passes import rows_of_pass
 from sepjax.evaluation.token_loss import token_nll
@@ -39,11 +42,17 @@ class TextWindows:
     ids: list[Int32[np.ndarray, "_"]]  # up to T + 1 tokens each
     documents: Int32[np.ndarray, "W"]  # of which document each window is
     num_bytes: int  # of the scored tokens' text
+    scored: tuple[Bool[np.ndarray, "_"], ...] | None = None  # which targets of each are scored; None: all
 
     @property
     def lengths(self) -> Int32[np.ndarray, "W"]:
-        """Scored tokens of each."""
+        """Tokens of each, the last target left out."""
         return np.array([len(window) - 1 for window in self.ids], np.int32)
+
+    def of_scored(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Of values for every target, window by window, those of scored ones, side by side."""
+        chosen = values if self.scored is None else [x[at] for x, at in zip(values, self.scored, strict=True)]
+        return np.concatenate(chosen)
 
 
 def token_windows(
@@ -59,7 +68,8 @@ def token_windows(
 
     Args:
       tokenizer: the model's.
-      texts: documents; empty ones have no windows.
+      texts: documents; empty ones have no windows. Of texts with marks what is marked is scored, and windows without
+        any such token are left out.
       length: T.
       bos: whether each begins with BOS, where the model's tokenizer puts one.
       max_tokens: of each document, BOS included; 0: all.
@@ -67,24 +77,42 @@ def token_windows(
         or not its tokenizer puts it there.
 
     Raises:
-      TextError: every document is empty.
+      TextError: every document is empty, or none has anything that is marked.
+      sepjax.data.errors.DataError: nothing tells which tokens of a marked text are marked.
     """
-    windows, documents, num_bytes = [], [], 0
+    windows, documents, num_bytes, scored, has_marks = [], [], 0, [], False
     for number, text in enumerate(counted(texts, "tokenising")):
-        whole = tokenizer.encode(text)
+        has_marks |= OPEN in text
+        plain, spans = unmarked(text)
+        own = tokenizer.encode(plain)
+        whole = own
         if start is not None:
             whole = whole if whole[:1] == [start] else [start, *whole]
         elif bos:
             whole = tokenizer.with_bos(whole)
+        marks = np.ones(len(whole), bool) if OPEN not in text else _marks(tokenizer, plain, own, spans, len(whole))
         whole = np.array(whole, np.int32)
         ids = whole[: max_tokens or None]
-        complete = len(ids) == len(whole) and ids[:1].tolist() == tokenizer.prefix  # all of the text is scored
-        num_bytes += len(text.encode()) if complete else sum(len(tokenizer.token_bytes(int(i))) for i in ids[1:])
-        windows += [ids[i : i + length + 1] for i in range(0, len(ids) - 1, length)]
-        documents += [number] * (len(windows) - len(documents))
+        complete = len(ids) == len(whole) and ids[:1].tolist() == tokenizer.prefix and OPEN not in text
+        if complete:  # all of the text is scored
+            num_bytes += len(text.encode())
+        else:
+            num_bytes += sum(len(tokenizer.token_bytes(int(i))) for i in ids[1:][marks[1 : len(ids)]])
+        for i in range(0, len(ids) - 1, length):
+            if (at := marks[i + 1 : min(i + length + 1, len(ids))]).any():
+                windows.append(ids[i : i + length + 1])
+                scored.append(at)
+                documents.append(number)
     if not windows:
-        raise TextError("no text to score: every document is empty")
-    return TextWindows(windows, np.array(documents, np.int32), num_bytes)
+        raise TextError("no text to score: every document is empty" + ", or no assistant says anything" * has_marks)
+    return TextWindows(windows, np.array(documents, np.int32), num_bytes, tuple(scored) if has_marks else None)
+
+
+def _marks(tokenizer: Tokenizer, text: str, ids: list[int], spans: Spans, size: int) -> np.ndarray:
+    """bool[size]: which tokens have a part in a span; `size` counts what was put in front of `ids`."""
+    flat = np.array(ids, np.int32)
+    own = scored_tokens(tokenizer, [text], flat, np.array([len(ids)]), [spans])[0]
+    return np.concatenate([np.zeros(size - len(ids), bool), own])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +120,7 @@ class WindowLosses:
     """One pattern's figures."""
 
     attention: AttentionConfig
-    nll: Float[np.ndarray, "N"]  # in nats, of every scored token, window after window
+    nll: Float[np.ndarray, "N"]  # in nats, of every scored token, window after window (`TextWindows.scored`)
     kept: Float[np.ndarray, "L W"]  # keys that each window's last query sees over its length
     pairs: tuple[float, float]  # visible, causal; averaged over layers
     seconds: float  # after compilation
@@ -154,7 +182,7 @@ def score_windows(
     per_layer = _of_each_layer(seen, model.config.num_layers, length)
     return WindowLosses(
         attention=attention,
-        nll=np.concatenate(nll),
+        nll=windows.of_scored(nll),
         kept=np.concatenate(kept, axis=1)[per_layer] / windows.lengths,
         pairs=(float(totals[0]), float(totals[1])),
         seconds=seconds,

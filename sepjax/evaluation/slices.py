@@ -58,6 +58,10 @@ class ScoredTokens:
         bigram = np.unique(pair, return_inverse=True)[1]
         return cls(row, document, before, last_seen(bigram, row), _in_several(bigram, document))
 
+    def where(self, chosen: Bool[np.ndarray, "M"]) -> "ScoredTokens":
+        """Some of them; what stood before each is as it was."""
+        return ScoredTokens(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+
     @functools.cached_property
     def number_of_documents(self) -> int:
         """Documents with a scored token, and those before the last of them."""

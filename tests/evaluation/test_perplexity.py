@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.data.scored import marked, unmarked
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation.compare import score_patterns
-from sepjax.evaluation.perplexity import TextError
+from sepjax.evaluation.arms import plain_arms
+from sepjax.evaluation.compare import score_arms, score_patterns
+from sepjax.evaluation.perplexity import TextError, score_windows, token_windows
 from sepjax.evaluation.report import table
 from sepjax.model.attend import forward
 from sepjax.model.transformer import create, merge, split
@@ -26,6 +28,7 @@ class Bytes(Tokenizer):
     """A tokenizer whose tokens are bytes, with BOS 256."""
 
     bos_id, eos_id, vocab_size, adds_bos, document_end = 256, None, 257, True, None
+    starts_with_space = False
 
     def __init__(self):
         pass
@@ -35,6 +38,12 @@ class Bytes(Tokenizer):
 
     def token_texts(self):
         return [chr(i) for i in range(256)] + [None]
+
+    def token_bytes(self, i):
+        return bytes([i])
+
+    def token_widths(self):
+        return np.ones(257, np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +129,25 @@ def test_the_table_has_a_row_a_pattern(scores):
 def test_nothing_to_score_is_an_error(model):
     with pytest.raises(TextError, match="no text to score"):
         score_patterns(model, Bytes(), ["", ""], PATTERNS, length=LENGTH)
+
+
+def test_of_a_conversation_what_is_marked_is_scored(model):
+    """The losses are those that the same tokens have when all of the text is scored."""
+    said = "A cat. A dog, a mat. The end of these."
+    both = [marked(said, [(2, 6), (33, len(said))]), marked("Short.", [(0, 5)]), "All of it."]
+    cut = {"length": LENGTH, "batch_size": 3}
+    whole = token_windows(Bytes(), [unmarked(text)[0] for text in both], LENGTH)
+    part = token_windows(Bytes(), both, LENGTH)
+    assert [x.tolist() for x in part.ids] == [
+        x.tolist() for i, x in enumerate(whole.ids) if i != 1
+    ]  # nothing said there
+    every = score_windows(model, Bytes(), whole, ATTENTION, **cut).nll
+    ends = np.cumsum([len(unmarked(text)[0].encode()) for text in both])
+    at = [*range(2, 6), *range(33, ends[0]), *range(ends[0], ends[0] + 5), *range(ends[1], ends[2])]
+    found = score_windows(model, Bytes(), part, ATTENTION, **cut)
+    np.testing.assert_allclose(found.nll, every[at], rtol=1e-4)
+    (score,) = score_arms(lambda _: (model, Bytes()), part, plain_arms([ATTENTION]), **cut)
+    assert (score.tokens, score.windows, score.documents, score.bytes) == (len(at), len(part.ids), 3, len(at))
+    assert score.perplexity == pytest.approx(math.exp(every[at].mean()), rel=1e-4)
+    rows = np.split(every[at], np.cumsum([int(x.sum()) for x in part.scored])[:-1])
+    assert score.window_perplexity == pytest.approx(np.mean([math.exp(x.mean()) for x in rows]), rel=1e-4)

@@ -24,6 +24,7 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation import inputs
 from sepjax.evaluation.documents import StreamError, read_texts
 from sepjax.evaluation.inputs import texts_of
+from sepjax.evaluation.perplexity import TextError, token_windows
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.training_form import training_form
 from tests.hub import tiny
@@ -321,10 +322,10 @@ def test_templates_that_cannot_tell_are_refused(tmp_path):
     plain = write_tokenizer(tmp_path / "plain", "")
     with pytest.raises(DataError, match="has conversations, but the model's tokenizer has no chat template"):
         text_source(config.data, str(tmp_path / "p"), "train", conversation_form(config, plain))
-    with pytest.raises(
-        ConfigError, match=r"whole texts are scored .* give --text with \.txt files, or with JSON lines of"
-    ):
-        texts_of(tmp_path, config, str(path), "all", 0)
+    with pytest.raises(DataError, match="has conversations, but the model's tokenizer has no chat template"):
+        texts_of(tmp_path, config, plain, str(path), "all", 0)
+    with pytest.raises(ConfigError, match=r"whole texts are streamed .* `sepjax evaluate windows` scores the answers"):
+        inputs._source(config.data, str(tmp_path / "p"), None, "all")
     data = dataclasses.replace(config.data, loss_on="a")
     chatml = write_tokenizer(tmp_path / "chatml", CHATML)
     write(path, [{"messages": TURNS}, *conversations(3)])
@@ -338,9 +339,23 @@ def test_templates_that_cannot_tell_are_refused(tmp_path):
 def test_without_text_the_working_folder_is_not_searched(tmp_path, monkeypatch):
     searched = []
     monkeypatch.setattr(inputs, "has_records", searched.append)
-    monkeypatch.setattr(inputs, "_source", lambda data, folder, split: [data.name, split])
-    assert texts_of(tmp_path, Config(), "", "", 0) == ["embedded", "validation"]
+    monkeypatch.setattr(inputs, "_source", lambda data, folder, tokenizer, split: [data.name, split])
+    assert texts_of(tmp_path, Config(), None, "", "", 0) == ["embedded", "validation"]
     assert not searched
+
+
+def test_evaluation_scores_the_tokens_that_training_does(tmp_path, tokenizer):
+    path = write(tmp_path / "data.jsonl", [{"messages": TURNS}, *conversations(3)])
+    config = config_of(path, tokenizer)
+    texts = texts_of(tmp_path, config, tokenizer, str(path), "", 0)
+    windows = token_windows(tokenizer, texts, 16)
+    whole = TokenStream.encode(tokenizer, texts, conversations=True)
+    assert sum(int(x.sum()) for x in windows.scored) == int(whole.scored.sum())
+    assert windows.of_scored([ids[1:] for ids in windows.ids]).tolist() == whole.targets[whole.scored].tolist()
+    assert all(x.any() for x in windows.scored)
+    assert windows.num_bytes == sum(len(tokenizer.token_bytes(int(i))) for i in whole.targets[whole.scored])
+    with pytest.raises(TextError, match="or no assistant says anything"):
+        token_windows(tokenizer, texts, 16, max_tokens=2)
 
 
 def test_records_of_texts_are_documents(tmp_path):
@@ -361,12 +376,12 @@ def test_records_of_texts_are_documents(tmp_path):
         ):
             text_source(dataclasses.replace(data, **{name: value}), str(tmp_path / "p"), "train")
     texts = texts_of(
-        tmp_path, Config(data=DataConfig(text_key="body", train_on="last")), str(folder / "a.jsonl"), "", 3
+        tmp_path, Config(data=DataConfig(text_key="body", train_on="last")), None, str(folder / "a.jsonl"), "", 3
     )
     assert len(texts) == 3
     assert set(texts) < {f"text {i}" for i in range(30)}
     with pytest.raises(
-        StreamError, match=r"a\.jsonl' has JSON lines or Parquet.* reads those that are texts, .*; give \.txt files"
+        StreamError, match=r"a\.jsonl' has JSON lines or Parquet.* reads those, and nothing else here does; give"
     ):
         read_texts(folder / "a.jsonl")
     with pytest.raises(DataError, match=r"a\.jsonl:1: it has the fields 'body', expected 'messages', .*or 'text'"):
