@@ -13,6 +13,7 @@ TABLES = (".json", ".npy")  # files of ids that a command line may name in place
 BOUNDED_PATTERNS = (*PATTERNS, "watched")  # "watched" needs a cache that has seen who looked at what
 STREAM_POSITIONS = ("slot", "absolute")
 KEPT_SETS = ("head", "model")
+CACHE_DTYPES = ("model", "int8")
 EVERYTHING = 2**30  # a window that no text fills
 
 
@@ -46,6 +47,7 @@ class AttentionConfig:
     separators_first: bool = False  # separators stay before all others; among them looks decide, as among the rest
     max_separators: int = 64  # [s] slots in a bounded streaming cache
     cache_size: int = 0  # [c] slots of the streaming cache; 0: 2 * (a + s + w), if watched a little over a + s + w
+    cache_dtype: str = "model"  # of keys and values in caches: "model": the model's | "int8": nearly half the bytes
     stream_positions: str = "slot"  # "slot" | "absolute": what a bounded cache rotates by, its slots or the text
     keep_all_separators: bool = False  # in a bounded cache: a full one ends the stream, no separator makes room
     document_mask: bool = True  # False: the official row-wise behaviour, documents of a row see each other
@@ -58,6 +60,7 @@ def validate_attention(attention: AttentionConfig, num_layers: int) -> Attention
     _one_of("attention.pattern", attention.pattern, BOUNDED_PATTERNS)
     _one_of("attention.separators", attention.separators, SEPARATOR_POLICIES)
     _one_of("attention.stream_positions", attention.stream_positions, STREAM_POSITIONS)
+    _one_of("attention.cache_dtype", attention.cache_dtype, CACHE_DTYPES)
     _at_least("attention.num_sinks", attention.num_sinks, 0)
     _at_least("attention.window_size", attention.window_size, 1)
     _at_least("attention.interval", attention.interval, 1)

@@ -112,7 +112,7 @@ def score_streams(
     arms = _arms(attentions)
     sizes = [bounded_sizes(model.config, arm.attention) for arm in arms]
     for s in sizes:
-        check_cache(model.config, 1, s.slots, f"cache_size={s.cache_size}")
+        check_cache(model.config, 1, s.slots, s.cache_dtype, f"cache_size={s.cache_size}")
     far = far or max(x.cache_size for x in sizes)
     near, far = distances([arm.attention for arm in arms], model.config.num_layers, near=near, far=far)
     first = baseline_index([arm.name for arm in arms], baseline)

@@ -4,20 +4,19 @@ import os
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig, with_own_window
 from sepjax.console import say
 from sepjax.generation.cache.mixed import bounded_sizes
+from sepjax.generation.cache.stored import vector_bytes
 
 
-def check_cache(config: ModelConfig, rows: int, slots: int, wanted: str) -> None:
+def check_cache(config: ModelConfig, rows: int, slots: int, cache_dtype: str, wanted: str) -> None:
     """Raises ConfigError for a cache that the devices' memory cannot hold; `wanted` names the settings behind it.
 
     Asked for all the same, a GPU answers with a page of XLA's, and a CPU begins to fill its memory and is killed.
     """
-    itemsize = np.dtype(jax.numpy.dtype(config.dtype)).itemsize
-    needed = 2 * config.num_layers * rows * config.num_kv_heads * config.head_dim * slots * itemsize
+    needed = 2 * config.num_layers * rows * config.num_kv_heads * slots * vector_bytes(config, cache_dtype)
     if needed > (there := _memory()):
         raise ConfigError(
             f"{wanted} asks for a cache of {slots:,} entries, {needed / 2**30:,.1f} GiB of keys and values, and there "

@@ -105,8 +105,9 @@ class GrowingReader:
         if self._of.attention.pattern == "gated":
             stretch, keep = self._of.attention.gate_stretch, self._of.attention.gate_keep
         cache = SeparatorCache.create(
-            self._of.config, len(keys), window_size=window_size, capacity=capacity, stretch=stretch, keep=keep
-        )
+            self._of.config, len(keys), window_size=window_size, capacity=capacity, stretch=stretch, keep=keep,
+            cache_dtype=self._of.attention.cache_dtype,
+        )  # fmt: skip
         return self._of.placed(DecodeState.create(cache, keys, len(self._of.table)))
 
     def room_of(self, cache: SeparatorCache) -> list[int]:
@@ -128,7 +129,8 @@ class GrowingReader:
         else:
             wanted = "prompt"
             slots = sum(cache_sizes(rows, new, of.table, of.attention, of.config.num_layers).values())
-        check_cache(of.config, len(rows), slots, f"{longest} tokens of {wanted} with max_new_tokens={new}")
+        what = f"{longest} tokens of {wanted} with max_new_tokens={new}"
+        check_cache(of.config, len(rows), slots, of.attention.cache_dtype, what)
 
     def widened(self, cache: SeparatorCache, seen: int, new: int | None) -> SeparatorCache:
         """See `Reader`."""
@@ -184,7 +186,8 @@ class BoundedReader:
 
     def empty(self, keys: jax.Array, room: Sequence[int] = ()) -> DecodeState:
         """See `Reader`."""
-        check_cache(self._of.config, len(keys), self.sizes.slots, f"cache_size={self.cache_size}")
+        of = self._of
+        check_cache(of.config, len(keys), self.sizes.slots, self.sizes.cache_dtype, f"cache_size={self.cache_size}")
         cache = empty_cache(self._of.config, len(keys), self.sizes, by_layer=True)
         return self._of.placed(DecodeState.create(cache, keys, len(self._of.table)))
 
@@ -196,7 +199,8 @@ class BoundedReader:
         """See `Reader`."""
         of = self._of.attention
         kept_by = {name: getattr(of, name) for name in _KEPT_BY.get(of.pattern, ())}
-        return dataclasses.asdict(self.sizes) | {"pattern": of.pattern} | kept_by
+        told = {"pattern": of.pattern, "cache_dtype": of.cache_dtype}  # of caches of several sizes beside their parts
+        return dataclasses.asdict(self.sizes) | told | kept_by
 
     def check(self, seen: int, rows: Sequence[Sequence[int]], new: int | None, cache: Any = None) -> None:
         """See `Reader`. Slot numbers have no end; positions in the text are int32."""

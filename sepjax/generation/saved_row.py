@@ -96,6 +96,12 @@ class SavedRow:
                 f"the saved row has a {names[isinstance(cache, BOUNDED)]} cache, expected a "
                 f"{names[reader.cache_type is BOUNDED]} one; take up a row of the same kind"
             )
+        mine = cache.sizes.cache_dtype if isinstance(cache, BOUNDED) else cache.cache_dtype
+        ours = reader.settings()["cache_dtype"]
+        if mine != ours:
+            raise StreamStateError(
+                f"the saved row has a cache of cache_dtype={mine!r}, expected {ours!r}; give the same settings"
+            )
         like: Any = jax.eval_shape(lambda: reader.empty(jax.random.split(jax.random.key(0), 1), reader.room_of(cache)))
         if isinstance(cache, BOUNDED):
             if type(cache) is not type(like.cache):
@@ -144,7 +150,7 @@ class SavedRow:
         for name, ours in (("model", dataclasses.asdict(config)), ("sizes", reader.settings())):
             mine = json.loads(json.dumps(ours))
             different = sorted(key for key in mine.keys() | words[name].keys() if mine.get(key) != words[name].get(key))
-            different.sort(key=lambda key: key != "pattern")  # which explains all others
+            different.sort(key=lambda key: (key != "pattern", key != "cache_dtype"))  # which explain all others
             if different:
                 key = different[0]
                 raise StreamStateError(

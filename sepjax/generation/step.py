@@ -55,7 +55,7 @@ def prefill(
         segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
     rows = run_rows(model, tokens, positions, is_separator, segment_ids, attention, keep_keys=True)
     is_global, scores = is_global_token(tokens, positions, table, attention), rows.scores
-    sizes = {"window_size": window_size, "capacity": capacity}
+    sizes: dict = {"window_size": window_size, "capacity": capacity, "cache_dtype": attention.cache_dtype}
     if scores is not None:
         scores = jnp.where(is_global, -jnp.inf, scores)
         is_global |= rows.is_separator

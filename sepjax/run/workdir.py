@@ -33,7 +33,7 @@ _FREE += (
 )
 _FREE += ("training.max_skipped_steps", "training.spike_factor", "data.max_bad_documents")
 _FREE += ("mesh.", "attention.implementation", "attention.capacity", "attention.cache_size", "attention.max_separators")
-_FREE += ("attention.stream_positions", "attention.keep_all_separators")
+_FREE += ("attention.stream_positions", "attention.keep_all_separators", "attention.cache_dtype")
 # Settings that it may change with --new_data: the order of the data is another one then. Never the tokenizer.
 _DATA = ("data.name", "data.text_key", "data.train_split", "data.eval_split", "data.sequence_length", "data.batch_size")
 _DATA += ("optimizer.accumulation_steps", "data.train_on", "data.too_long")

@@ -37,13 +37,12 @@ from sepjax.generation.cache import rows as rows_of
 from sepjax.generation.cache.bounded_pass import stream_pass
 from sepjax.generation.cache.newest import keep_newest
 from sepjax.generation.cache.sizes import StreamSizes
-from sepjax.generation.cache.turning import last_at, layer_axis, turn_table
+from sepjax.generation.cache.stored import Layers, Quantised, empty, in_each_layer
+from sepjax.generation.cache.turning import last_at, turn_table
 from sepjax.generation.cache.watched import keep_best, scores_after
 from sepjax.model.rope import Table, rotate
 
 _AT_ONCE = 16  # a compaction takes a sixteenth of the rows at a time: in a large batch few are full in the same step
-# All layers in one array, for scans over layers; or an array each, which steps of one token read without a copy.
-type Layers = Float[jax.Array, "L B K C H"] | tuple[Float[jax.Array, "B K C H"], ...]
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +50,7 @@ type Layers = Float[jax.Array, "L B K C H"] | tuple[Float[jax.Array, "B K C H"],
 class StreamingCache:
     """Keys and values of all layers, and where each row's zones begin and end. Made by `create`."""
 
-    k: Layers  # keys, each rotated by its position in its zone
+    k: Layers  # [L, B, K, C, H] or of each layer: keys, each rotated by its position in its zone
     v: Layers
     is_separator: Bool[jax.Array, "B R"]  # of the token in each slot of the ring
     num_sinks: Int32[jax.Array, "B"]  # entries of the initial zone
@@ -77,18 +76,18 @@ class StreamingCache:
         """An empty cache for `batch_size` rows; `by_layer`: with an array for each layer."""
         shape = (batch_size, config.num_kv_heads, sizes.slots, config.head_dim)
 
-        def empty() -> Layers:
+        def zeros() -> Layers:
             if by_layer:
-                return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
-            return jnp.zeros((config.num_layers, *shape), config.dtype)
+                return tuple(empty(config, shape, sizes.cache_dtype) for _ in range(config.num_layers))
+            return empty(config, (config.num_layers, *shape), sizes.cache_dtype)
 
-        zeros = (jnp.zeros(batch_size, jnp.int32) for _ in range(9))  # one array each: a donated one must not be two
+        none = (jnp.zeros(batch_size, jnp.int32) for _ in range(9))  # one array each: a donated one must not be two
         best = sizes.keeps_best
         scores = best and best.scores(config, batch_size, sizes.max_separators + sizes.ring)
         sets = (1, batch_size, 1) if scores is None else scores.shape[:3]
         kept_at = jnp.zeros((*sets, sizes.max_separators), jnp.int32)
         flags = jnp.zeros((batch_size, sizes.ring), bool)
-        return cls(empty(), empty(), flags, *zeros, scores=scores, kept_at=kept_at, sizes=sizes)
+        return cls(zeros(), zeros(), flags, *none, scores=scores, kept_at=kept_at, sizes=sizes)
 
     @property
     def head_dim(self) -> int:
@@ -144,11 +143,13 @@ class StreamingCache:
 
     @property
     def entries(self) -> tuple[Any, ...]:
-        """Keys of every layer, then values, of a cache that has an array for each; or their shapes."""
-        return (*self.k, *self.v)
+        """Arrays of every layer's keys, then of values, of a cache that has some for each; or their shapes."""
+        return tuple(jax.tree.leaves((self.k, self.v)))
 
     def with_entries(self, entries: Sequence[Any]) -> "StreamingCache":
         """This bookkeeping with other `entries`."""
+        if self.sizes.cache_dtype != "model":
+            entries = [Quantised(*pair) for pair in zip(entries[::2], entries[1::2], strict=True)]
         half = len(entries) // 2
         return dataclasses.replace(self, k=tuple(entries[:half]), v=tuple(entries[half:]))
 
@@ -209,10 +210,10 @@ class StreamingCache:
         names = [field.name for field in dataclasses.fields(self)][3:-3]
         return dataclasses.replace(self, **{name: jnp.where(rows, 0, getattr(self, name)) for name in names})
 
-    @staticmethod
-    def in_each_layer(f: Callable[..., jax.Array], x: Layers, *others: jax.Array) -> Layers:
-        """`f` of keys or values and of others [L, ...]: of all layers at once, or of each."""
-        return _each(f, x, *others)
+    @property
+    def layer_axis(self) -> tuple[slice, ...]:
+        """What stands before the batch in an index of keys or values."""
+        return () if isinstance(self.k, tuple) else (slice(None),)
 
     # -- who sees what --------------------------------------------------------------------------------------------
 
@@ -265,7 +266,7 @@ class StreamingCache:
         For the next pass, in which the three positions of a query differ by constants. That needs separators (`room`);
         None: the keys fit as they are.
         """
-        if self.sizes.absolute:
+        if not self.sizes.turns_in_place:
             return None
         sinks, separators, recent = self.query_positions(1)[:, :, 0]
         zones = zip(
@@ -283,8 +284,8 @@ class StreamingCache:
 
     def append(
         self,
-        k: Float[Array, "L B T K H"],
-        v: Float[Array, "L B T K H"],
+        k: Float[Array, "L B T K H"] | Quantised,
+        v: Float[Array, "L B T K H"] | Quantised,
         is_separator: Bool[Array, "B T"],
         counts: Int32[Array, "B"],
         looks: Float[Array, "L B K S"] | None = None,
@@ -293,7 +294,7 @@ class StreamingCache:
         """Takes up the next tokens of every row. `compact` the rows before their next.
 
         Args:
-          k: their keys in every layer, rotated by the last of `query_positions`.
+          k: their keys in every layer, rotated by the last of `query_positions` unless `sizes.turns_at_reading`.
           v: their values.
           is_separator: which of them are separators.
           counts: how many of the T tokens each row takes up, 0 to `room(T)`.
@@ -313,11 +314,14 @@ class StreamingCache:
         if T > 1:
             mode, to = "drop", jnp.where(taken, to, sizes.slots + i)  # beyond the end: nowhere
 
-        def put(x: jax.Array, new: jax.Array) -> jax.Array:  # indexed axes come first: [B, T, (L,) K, H]
+        n = len(self.layer_axis)
+
+        def put(x: jax.Array, new: Array) -> jax.Array:  # indexed axes come first: [B, T, (L,) K, (H)]
+            new = jnp.asarray(new)
             if to.size == 1:  # XLA would compare the slot with the end, in a kernel of its own for every layer
-                return jax.lax.dynamic_update_slice_in_dim(x, jnp.swapaxes(new, -3, -2), to[0, 0], axis=x.ndim - 2)
-            new = jnp.moveaxis(new, (-4, -3), (0, 1))
-            return x.at[*layer_axis(x), rows, :, to].set(new, mode=mode, unique_indices=True)
+                return jax.lax.dynamic_update_slice_in_dim(x, jnp.swapaxes(new, n + 1, n + 2), to[0, 0], axis=n + 2)
+            new = jnp.moveaxis(new, (n, n + 1), (0, 1))
+            return x.at[*self.layer_axis, rows, :, to].set(new, mode=mode, unique_indices=True)
 
         new_sinks = jnp.minimum(counts, sizes.num_sinks - self.num_sinks)
         low = self.seen_low + counts
@@ -327,8 +331,8 @@ class StreamingCache:
         scores = scores_after(self, looks, gate_scores, counts, in_ring)
         return dataclasses.replace(
             self,
-            k=_each(put, self.k, jnp.asarray(k)),
-            v=_each(put, self.v, jnp.asarray(v)),
+            k=in_each_layer(put, self.k, k),
+            v=in_each_layer(put, self.v, v),
             is_separator=flags.set(is_separator, mode="drop", unique_indices=True),
             num_sinks=self.num_sinks + new_sinks,
             num_recent=held - self.num_separators - self.num_sinks - new_sinks,
@@ -373,7 +377,7 @@ class StreamingCache:
 
         return dataclasses.replace(
             self,
-            k=self.turned(turn, by),
+            k=self.turned(turn, by) if self.sizes.turns_in_place else self.k,
             next_recent=self.next_recent - recent,
             next_separator=self.next_separator - separators,
         )
@@ -382,17 +386,10 @@ class StreamingCache:
         """`f` of keys and the cosine and sine, [(L,) ..., R/2], that turn them by so many positions more."""
         cos, sin = self.angles(by)
         if not self.sizes.layer_ropes:
-            return _each(lambda k: f(k, (cos, sin)), self.k)
+            return in_each_layer(lambda k: f(k, (cos, sin)), self.k)
         number = jnp.array(self.sizes.layer_ropes)
-        return _each(lambda k, cos, sin: f(k, (cos, sin)), self.k, cos[number], sin[number])
+        return in_each_layer(lambda k, cos, sin: f(k, (cos, sin)), self.k, cos[number], sin[number])
 
     def angles(self, by: jax.Array) -> Table:
         """`turn_table` of this cache's layers."""
         return turn_table(by, self.sizes.ropes, self.head_dim)
-
-
-def _each(f: Callable[..., jax.Array], x: Layers, *others: jax.Array) -> Layers:
-    """`f` of the array of all layers, or of each layer's."""
-    if not isinstance(x, tuple):
-        return f(x, *others)
-    return tuple(f(layer, *(y[i] for y in others)) for i, layer in enumerate(x))

@@ -20,6 +20,7 @@ import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig
+from sepjax.generation.cache.stored import Vectors, codes, like, plain, scaled
 from sepjax.generation.cache.watched import looks_of_many, looks_of_one
 from sepjax.model.gate import run_with_gate
 from sepjax.model.layers import Attend, once
@@ -81,8 +82,8 @@ def pass_inputs(cache: "StreamingCache") -> tuple[Any, ...]:
 def _attend_one(cache: "StreamingCache") -> Attend:
     """Attention of one token a row. All zones in one product: the turned queries are rows of it, and cost nothing."""
     a, old = cache.sizes.num_sinks, cache.sizes.num_sinks + cache.sizes.max_separators
-    zones = slice(-1, None) if cache.sizes.absolute else slice(None)
-    tables = once(_tables(cache, cache.query_positions(1)[zones]))
+    zones = slice(None) if cache.sizes.turns_in_place else slice(-1, None)
+    tables, turn = once((_tables(cache, cache.query_positions(1)[zones]), _turn_of_slots(cache)))
     recent = cache.recent_positions() >= cache.first_recent(1)
     visible = once(jnp.concatenate([cache.visible_old(), recent], axis=1)[:, None, None])
     within, is_kept = _within(cache, 1), _is_kept(cache, 0)
@@ -91,23 +92,25 @@ def _attend_one(cache: "StreamingCache") -> Attend:
         k_cache, v_cache, reach, sees_kept, rope = layer
         cos, sin = of_layer(tables, rope)
         B, _, N, H = q.shape
-        k = rotate(k, (cos[-1], sin[-1]))
+        (new_k, new_v), (k, v) = _taken_up(cache, k_cache, k, v, (cos[-1], sin[-1]))
         queries = rotate(jnp.broadcast_to(q, (len(cos), *q.shape)), (cos, sin))
         queries = jnp.moveaxis(queries.reshape(-1, B, k.shape[2], N // k.shape[2], H), 0, 2)  # [B, K, zone, G, H]
-        scores = _einsum("BKZGH,BKCH->BKZGC", queries, k_cache)
+        keys = codes(k_cache, q.dtype, turn and of_layer(turn, rope))
+        scores = scaled(_einsum("BKZGH,BKCH->BKZGC", queries, keys), k_cache)
         parts = [scores[:, :, -1]]
-        if not cache.sizes.absolute:
+        if cache.sizes.turns_in_place:
             parts = [scores[:, :, 0, :, :a], scores[:, :, 1, :, a:old], scores[:, :, 2, :, old:]]
         seen = visible if within is None else visible & within(reach)[:, :, :, 0]
         seen = seen if sees_kept is None else seen & ((sees_kept > 0) | ~is_kept)
         scores = jnp.where(seen, jnp.concatenate(parts, axis=-1), -jnp.inf)
         own = _einsum("BKGH,BKH->BKG", queries[:, :, -1], k[:, 0])[..., None]
         weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * H**-0.5, axis=-1)
-        out = _einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
+        of_codes = scaled(weights[..., :-1], v_cache).astype(v.dtype)
+        out = _einsum("BKGC,BKCH->BKGH", of_codes, codes(v_cache, v.dtype))
         out += weights[..., -1:] * v[:, 0, :, None]
         looks = (looks_of_one(cache, weights[..., :-1]),) if cache.sizes.watch else ()
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
-        out, *kept = jax.lax.optimization_barrier((out.astype(v.dtype), k, v, *looks))
+        out, *kept = jax.lax.optimization_barrier((out.astype(v.dtype), new_k, new_v, *looks))
         return out.reshape(B, 1, N, H), tuple(kept)
 
     return attend
@@ -118,6 +121,7 @@ def _attend_many(cache: "StreamingCache", num_tokens: int, counts: Int32[Array, 
     old = cache.sizes.num_sinks + cache.sizes.max_separators
     if old and not cache.sizes.max_separators and not cache.sizes.absolute:
         return _attend_past_evictions(cache, num_tokens)
+    lying = _turn_of_slots(cache)
     recent_tables = _tables(cache, cache.query_positions(num_tokens)[-1])
     sees_recent = _sees_recent(cache, num_tokens)
     turn, within = cache.recent_turn() if old else None, _within(cache, num_tokens)
@@ -128,7 +132,9 @@ def _attend_many(cache: "StreamingCache", num_tokens: int, counts: Int32[Array, 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         k_cache, v_cache, reach, sees_kept, rope = layer
         recent_table = of_layer(recent_tables, rope)
-        q, k = rotate(q, recent_table), rotate(k, recent_table)
+        q = rotate(q, recent_table)
+        new, (k, v) = _taken_up(cache, k_cache, k, v, recent_table)
+        k_cache, v_cache = plain(k_cache, k.dtype, lying and of_layer(lying, rope)), plain(v_cache, v.dtype)
         old_keys = k_cache[:, :, :old]
         if turn is not None:
             cos, sin = (t[:, None] for t in of_layer(turn, rope))
@@ -139,7 +145,7 @@ def _attend_many(cache: "StreamingCache", num_tokens: int, counts: Int32[Array, 
         seen = seen if sees_kept is None else seen & ((sees_kept > 0) | ~is_kept)
         weights = jax.nn.softmax(_scores(q, keys, seen), axis=-1)
         looks = (looks_of_many(cache, weights, counts),) if cache.sizes.watch else ()
-        return _rows(_einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values), q), (k, v, *looks)
+        return _rows(_einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values), q), (*new, *looks)
 
     return attend
 
@@ -152,6 +158,7 @@ def _attend_past_evictions(cache: "StreamingCache", num_tokens: int) -> Attend:
     to_sinks, _, to_recent = (_tables(cache, p) for p in cache.query_positions(num_tokens))
     within = _within(cache, num_tokens)
     sees_recent, sees_sinks = _sees_recent(cache, num_tokens)[:, None, None], cache.visible_old()[:, None, None, None]
+    lying = _turn_of_slots(cache, by_zone=True)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         k_cache, v_cache, reach, _, rope = layer
@@ -159,13 +166,14 @@ def _attend_past_evictions(cache: "StreamingCache", num_tokens: int) -> Attend:
         if within is not None:
             near = within(reach)
             seen, seen_sinks = seen & near[..., a:], seen_sinks & near[..., :a]
-        k = rotate(k, of_layer(to_recent, rope))
+        new_ones, (k, v) = _taken_up(cache, k_cache, k, v, of_layer(to_recent, rope))
+        k_cache, v_cache = plain(k_cache, k.dtype, lying and of_layer(lying, rope)), plain(v_cache, v.dtype)
         keys, values = (
             jnp.concatenate([x[:, :, a:], jnp.swapaxes(new, 1, 2)], axis=2) for x, new in ((k_cache, k), (v_cache, v))
         )
         recent = _scores(rotate(q, of_layer(to_recent, rope)), keys, seen)
         sinks = _scores(rotate(q, of_layer(to_sinks, rope)), k_cache[:, :, :a], seen_sinks)
-        return _rows(_join(recent, values, sinks, v_cache[:, :, :a]), q), (k, v)
+        return _rows(_join(recent, values, sinks, v_cache[:, :, :a]), q), new_ones
 
     return attend
 
@@ -174,6 +182,31 @@ def _tables(cache: "StreamingCache", positions: Int32[Array, "..."]) -> Table:
     tables = rope_tables(positions, cache.sizes.ropes, cache.head_dim)
     assert tables is not None  # `StreamSizes.create` refuses learned positions
     return tables
+
+
+def _turn_of_slots(cache: "StreamingCache", *, by_zone: bool = False) -> Table | None:
+    """Cosine and sine, [(Z,) B, 1, C, R/2], that rotate un-rotated keys where they are read; None: they lie rotated.
+
+    They then fit recent queries, as those of `StreamingCache.recent_turn` do; `by_zone`: each those of its zone.
+    """
+    if not cache.sizes.turns_at_reading:
+        return None
+    if by_zone:
+        recent, a = cache.recent_positions(), cache.sizes.num_sinks
+        sinks = jnp.broadcast_to(jnp.arange(a, dtype=jnp.int32), (len(recent), a))
+        return _tables(cache, jnp.concatenate([sinks, recent], axis=1)[:, None])
+    return _tables(cache, cache.query_positions(1)[-1][:, None] - cache.distances(1))
+
+
+def _taken_up(
+    cache: "StreamingCache", layer: Vectors, k: jax.Array, v: jax.Array, table: Table
+) -> tuple[tuple[Vectors, Vectors], tuple[jax.Array, jax.Array]]:
+    """New keys and values as they will lie in a layer's cache, and as tokens see them already, keys rotated."""
+    if not cache.sizes.turns_at_reading:
+        new = like(layer, rotate(k, table)), like(layer, v)
+        return new, (plain(new[0], k.dtype), plain(new[1], v.dtype))
+    new = like(layer, k), like(layer, v)
+    return new, (rotate(plain(new[0], jnp.float32), table).astype(k.dtype), plain(new[1], v.dtype))
 
 
 def _is_kept(cache: "StreamingCache", num_tokens: int) -> Bool[np.ndarray, "S"]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from sepjax.array_typing import Bool, Float, Int32
+from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import AttentionConfig, ModelConfig, sees_kept
 
 if TYPE_CHECKING:
@@ -76,3 +76,13 @@ def candidates(
     better = (other > own[..., None]) | ((other == own[..., None]) & (rivals < p[..., None]))
     is_best = jnp.sum(is_there & better, axis=-1) < gate.keep
     return (jax.nn.log_sigmoid(own) / jnp.log(2.0) + time / gate.half_life)[None, :, None], is_best
+
+
+def unfinished(scores: Array | None, lengths: Array, stretch: int) -> jax.Array:
+    """[B, P] of the scores[B, T] of prompts, for a growing cache: those of each row's unfinished stretch."""
+    if scores is None:
+        return jnp.full((len(lengths), stretch), -jnp.inf)
+    place = jnp.arange(stretch, dtype=jnp.int32)
+    count = (lengths % stretch)[:, None]
+    index = jnp.minimum(lengths[:, None] - count + place, scores.shape[1] - 1)
+    return jnp.where(place < count, jnp.take_along_axis(jnp.asarray(scores), index, axis=1), -jnp.inf)

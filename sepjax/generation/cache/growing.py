@@ -29,8 +29,10 @@ from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.generation.cache.gated import unfinished
 from sepjax.generation.cache.growing_pass import growing_pass
 from sepjax.generation.cache.sizes import bucket
+from sepjax.generation.cache.stored import Quantised, Vectors, empty, in_each_array, quantised
 from sepjax.sharding import constrain
 
 
@@ -39,8 +41,8 @@ from sepjax.sharding import constrain
 class SeparatorCache:
     """Keys and values of all layers, and what every slot holds. Made by `create` or `from_prompt`."""
 
-    k: Float[jax.Array, "L B K C H"]  # keys, rotated by their absolute positions
-    v: Float[jax.Array, "L B K C H"]
+    k: Vectors  # [L, B, K, C, H]: keys, rotated by their absolute positions
+    v: Vectors
     position: Int32[jax.Array, "B C"]  # of the token in each slot; -1: empty
     is_global: Bool[jax.Array, "B C"]  # the token stays visible for ever; False where empty
     length: Int32[jax.Array, "B"]  # tokens seen, which is the position of the next one
@@ -54,8 +56,9 @@ class SeparatorCache:
 
     @classmethod
     def create(
-        cls, config: ModelConfig, batch_size: int, *, window_size: int, capacity: int, stretch: int = 0, keep: int = 0
-    ) -> "SeparatorCache":
+        cls, config: ModelConfig, batch_size: int, *, window_size: int, capacity: int, stretch: int = 0, keep: int = 0,
+        cache_dtype: str = "model",
+    ) -> "SeparatorCache":  # fmt: skip
         """An empty cache for `batch_size` rows.
 
         Args:
@@ -65,6 +68,7 @@ class SeparatorCache:
           capacity: S >= 0, slots of the global region.
           stretch: P, tokens of which a gate keeps the best `keep`; W must be no less. 0: there is no gate.
           keep: see `stretch`.
+          cache_dtype: of keys and values (`sepjax.generation.cache.stored`).
 
         Raises:
           ValueError: for W < 1 or S < 0.
@@ -76,8 +80,8 @@ class SeparatorCache:
         slots = (batch_size, capacity + window_size)
         shape = (config.num_layers, batch_size, config.num_kv_heads, slots[1], config.head_dim)
         return cls(
-            k=jnp.zeros(shape, config.dtype),
-            v=jnp.zeros(shape, config.dtype),
+            k=empty(config, shape, cache_dtype),
+            v=empty(config, shape, cache_dtype),
             position=jnp.full(slots, -1, jnp.int32),
             is_global=jnp.zeros(slots, bool),
             length=jnp.zeros(batch_size, jnp.int32),
@@ -100,6 +104,7 @@ class SeparatorCache:
         capacity: int,
         stretch: int = 0,
         keep: int = 0,
+        cache_dtype: str = "model",
     ) -> "SeparatorCache":
         """The cache after right-padded prompts: what appending their tokens one by one would have made.
 
@@ -113,6 +118,7 @@ class SeparatorCache:
           capacity: S; rows with more global tokens before their last W overflow, as `append` describes.
           stretch: P, as for `create`.
           keep: as for `create`.
+          cache_dtype: as for `create`.
         """
         B, T = is_global.shape
         rows = jnp.arange(B)[:, None]
@@ -126,8 +132,9 @@ class SeparatorCache:
         position = jnp.maximum(jnp.concatenate([packed, ring], axis=1), -1)
         filled = position >= 0
 
-        def take(x: Array) -> jax.Array:
-            return _placed(jnp.swapaxes(jnp.where(filled[..., None, None], x[:, rows, position], 0), 2, 3))
+        def take(x: Array) -> Vectors:
+            found = _placed(jnp.swapaxes(jnp.where(filled[..., None, None], x[:, rows, position], 0), 2, 3))
+            return found if cache_dtype == "model" else in_each_array(_placed, quantised(found))
 
         return cls(
             k=take(k),
@@ -136,7 +143,7 @@ class SeparatorCache:
             is_global=filled & is_global[rows, position],
             length=jnp.asarray(lengths),
             num_global=jnp.sum(evicted, axis=1, dtype=jnp.int32),
-            scores=_unfinished(scores, lengths, stretch),
+            scores=unfinished(scores, lengths, stretch),
             window_size=window_size,
             keep=keep,
         )
@@ -145,6 +152,11 @@ class SeparatorCache:
     def capacity(self) -> int:
         """S, slots of the global region."""
         return self.position.shape[1] - self.window_size
+
+    @property
+    def cache_dtype(self) -> str:
+        """See `AttentionConfig`."""
+        return "int8" if isinstance(self.k, Quantised) else "model"
 
     @property
     def nbytes(self) -> int:
@@ -156,11 +168,9 @@ class SeparatorCache:
         return jnp.sum(self.position >= 0, axis=1, dtype=jnp.int32)
 
     def visible(
-        self,
-        window_size: int | Int32[Array, ""],
-        num_sinks: int | Int32[Array, ""] | None = None,
+        self, window_size: int | Int32[Array, ""], num_sinks: int | Int32[Array, ""] | None = None,
         reach: int | Int32[Array, ""] | None = None,
-    ) -> Bool[jax.Array, "B C"]:
+    ) -> Bool[jax.Array, "B C"]:  # fmt: skip
         """The slots that the next token of each row sees through a window n <= W, itself excluded.
 
         num_sinks: for layers that see so many sinks and no other global token; None: they see all. A number that no
@@ -223,8 +233,8 @@ class SeparatorCache:
 
     def append(
         self,
-        k: Float[Array, "L B K H"],
-        v: Float[Array, "L B K H"],
+        k: Float[Array, "L B K H"] | Quantised,
+        v: Float[Array, "L B K H"] | Quantised,
         is_global: Bool[Array, "B"],
         active: Bool[Array, "B"] | None = None,
         score: Float32[Array, "B"] | None = None,
@@ -258,14 +268,14 @@ class SeparatorCache:
             pair = jnp.stack([x[rows, ring], new], axis=1)
             return x.at[rows[:, None], slots].set(pair, mode="drop", unique_indices=True)
 
-        def put_heads(x: jax.Array, new: Array) -> jax.Array:  # indexed axes come first: [B, 2, L, K, H]
+        def put_heads(x: jax.Array, new: Array) -> jax.Array:  # indexed axes come first: [B, 2, L, K, (H)]
             pair = jnp.stack([x[:, rows, :, ring], jnp.swapaxes(new, 0, 1)], axis=1)
             return _placed(x.at[:, rows[:, None], :, slots].set(pair, mode="drop", unique_indices=True))
 
         put_all = dataclasses.replace(
             self,
-            k=put_heads(self.k, k),
-            v=put_heads(self.v, v),
+            k=in_each_array(put_heads, self.k, k),
+            v=in_each_array(put_heads, self.v, v),
             position=put(self.position, self.length),
             is_global=put(self.is_global, is_global),
             length=self.length + active,
@@ -293,8 +303,8 @@ class SeparatorCache:
 
     def append_run(
         self,
-        k: Float[Array, "L B T K H"],
-        v: Float[Array, "L B T K H"],
+        k: Float[Array, "L B T K H"] | Quantised,
+        v: Float[Array, "L B T K H"] | Quantised,
         is_global: Bool[Array, "B T"],
         counts: Int32[Array, "B"],
     ) -> "SeparatorCache":
@@ -325,7 +335,7 @@ class SeparatorCache:
             new = jnp.where(ring >= 0, jnp.take_along_axis(line, source, axis=1), empty)
             return jax.lax.dynamic_update_slice_in_dim(x, new, S, axis=1)
 
-        def put_heads(x: jax.Array, new: Array) -> jax.Array:  # [L, B, K, C, H]
+        def put_heads(x: jax.Array, new: Array) -> jax.Array:  # [L, B, K, C, (H)]
             line = jnp.concatenate([x[:, rows, :, in_ring], jnp.moveaxis(jnp.asarray(new), 0, 2)], axis=1)
             x = x.at[:, rows, :, to].set(line, mode="drop", unique_indices=True)  # indexed axes come first
             new = jnp.moveaxis(line[rows, source], (0, 1), (1, 3))
@@ -333,8 +343,8 @@ class SeparatorCache:
 
         return dataclasses.replace(
             self,
-            k=put_heads(self.k, k),
-            v=put_heads(self.v, v),
+            k=in_each_array(put_heads, self.k, k),
+            v=in_each_array(put_heads, self.v, v),
             position=put(self.position, position, -1),
             is_global=put(self.is_global, flags, False),
             length=self.length + counts,
@@ -362,14 +372,15 @@ class SeparatorCache:
             shape[axis] = capacity - self.capacity
             held, ring = jnp.split(x, [self.capacity], axis)
             if new > old:
-                index, is_there = (y if axis == 1 else y[None, :, None, :, None] for y in (source, there))
+                beside = source.shape if axis == 1 else (1, len(source), 1, new, *(1 for _ in x.shape[4:]))
+                index, is_there = source.reshape(beside), there.reshape(beside)
                 ring = jnp.where(is_there, jnp.take_along_axis(ring, index, axis=axis), empty).astype(x.dtype)
             return jnp.concatenate([held, jnp.full(shape, empty, x.dtype), ring], axis)
 
         return dataclasses.replace(
             self,
-            k=widen(self.k, 3, 0),
-            v=widen(self.v, 3, 0),
+            k=in_each_array(lambda x: widen(x, 3, 0), self.k),
+            v=in_each_array(lambda x: widen(x, 3, 0), self.v),
             position=widen(self.position, 1, -1),
             is_global=widen(self.is_global, 1, 0),
             window_size=new,
@@ -384,16 +395,6 @@ class SeparatorCache:
 _grow = functools.partial(jax.jit, static_argnums=(1, 2))(SeparatorCache.grow)
 
 
-def _unfinished(scores: Array | None, lengths: Array, stretch: int) -> jax.Array:
-    """[B, P] of the scores[B, T]: those of each row's unfinished stretch."""
-    if scores is None:
-        return jnp.full((len(lengths), stretch), -jnp.inf)
-    place = jnp.arange(stretch, dtype=jnp.int32)
-    count = (lengths % stretch)[:, None]
-    index = jnp.minimum(lengths[:, None] - count + place, scores.shape[1] - 1)
-    return jnp.where(place < count, jnp.take_along_axis(jnp.asarray(scores), index, axis=1), -jnp.inf)
-
-
 def _placed(x: jax.Array) -> jax.Array:
-    """[L, B, K, C, H], on a mesh split as the activations that it comes from: rows, and heads where they divide."""
-    return constrain(x, None, "batch", "heads", None, None)
+    """[L, B, K, C, (H)], on a mesh split as the activations that it comes from: rows, and heads where they divide."""
+    return constrain(x, *(None, "batch", "heads", None, None)[: x.ndim])

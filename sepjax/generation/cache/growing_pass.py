@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig, ModelConfig, layer_reaches, layer_windows, sees_kept, with_own_window
+from sepjax.generation.cache.stored import Vectors, codes, like, plain, scaled
 from sepjax.model.gate import run_with_gate
 from sepjax.model.layers import once
 from sepjax.model.rope import layer_numbers, layer_ropes, of_layer, rope_tables, rotate
@@ -112,9 +113,10 @@ def _attend_cache(config: ModelConfig, cache: "SeparatorCache") -> Callable[...,
             turn = of_layer(angles, rope)
             q, k = rotate(q, turn), rotate(k, turn)
         B, _, N, H = q.shape
-        q = q.reshape(B, config.num_kv_heads, -1, H)
-        out = _attend_slots(q, k[:, 0], v[:, 0], k_cache, v_cache, cache.visible(window, num_sinks, reach))
-        return out.astype(v.dtype).reshape(B, 1, N, H), (k, v)
+        q, dtype, new = q.reshape(B, config.num_kv_heads, -1, H), v.dtype, (like(k_cache, k), like(v_cache, v))
+        k, v = (plain(x, dtype)[:, 0] for x in new)
+        out = _attend_slots(q, k, v, k_cache, v_cache, cache.visible(window, num_sinks, reach))
+        return out.astype(dtype).reshape(B, 1, N, H), new
 
     return attend
 
@@ -134,8 +136,10 @@ def _attend_run(
         if angles is not None:
             turn = of_layer(angles, rope)
             q, k = rotate(q, turn), rotate(k, turn)
+        taken_up = like(k_cache, k), like(v_cache, v)
         keys, values = (
-            jnp.concatenate([x, jnp.swapaxes(new, 1, 2)], axis=2) for x, new in ((k_cache, k), (v_cache, v))
+            jnp.concatenate([plain(x, v.dtype), jnp.swapaxes(plain(new, v.dtype), 1, 2)], axis=2)
+            for x, new in zip((k_cache, v_cache), taken_up, strict=True)
         )
         visible = is_there & ((stays & (of_keys < num_sinks)) | (distance < window))
         visible = visible if reach is None else visible & (distance < reach)
@@ -143,7 +147,7 @@ def _attend_run(
         scores = _einsum("BTKGH,BKSH->BKGTS", grouped, keys) * q.shape[-1] ** -0.5
         weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
         out = _einsum("BKGTS,BKSH->BTKGH", weights.astype(v.dtype), values)
-        return out.astype(v.dtype).reshape(q.shape), (k, v)
+        return out.astype(v.dtype).reshape(q.shape), taken_up
 
     return attend
 
@@ -152,13 +156,16 @@ def _attend_slots(
     q: Float[jax.Array, "B K G H"],
     k: Float[jax.Array, "B K H"],
     v: Float[jax.Array, "B K H"],
-    k_cache: Float[jax.Array, "B K C H"],
-    v_cache: Float[jax.Array, "B K C H"],
+    k_cache: Vectors,
+    v_cache: Vectors,
     visible: Bool[jax.Array, "B C"],
 ) -> Float[jax.Array, "B K G H"]:
-    """Attention of G queries a key head over the visible slots and the token's own key; scores, softmax in float32."""
-    scores = jnp.where(visible[:, None, None], _einsum("BKGH,BKCH->BKGC", q, k_cache), -jnp.inf)
+    """Attention of G queries a key head over the visible slots of caches[B, K, C, H] and the token's own key; scores,
+    softmax in float32.
+    """
+    scores = scaled(_einsum("BKGH,BKCH->BKGC", q, codes(k_cache, q.dtype)), k_cache)
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     own = _einsum("BKGH,BKH->BKG", q, k)[..., None]
     weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * q.shape[-1] ** -0.5, axis=-1)
-    out = _einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
+    out = _einsum("BKGC,BKCH->BKGH", scaled(weights[..., :-1], v_cache).astype(v.dtype), codes(v_cache, v.dtype))
     return out + weights[..., -1:] * v[:, :, None]

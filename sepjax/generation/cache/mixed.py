@@ -84,6 +84,11 @@ class MixedSizes:
         return self.main.absolute
 
     @property
+    def cache_dtype(self) -> str:
+        """See `StreamSizes`."""
+        return self.main.cache_dtype
+
+    @property
     def sees_kept(self) -> tuple[bool, ...]:
         """For each layer: whether it has a kept zone."""
         return tuple(self.parts[part].max_separators > 0 for part in self.part_of)
@@ -277,12 +282,13 @@ class MixedCache:
 
     @property
     def entries(self) -> tuple[Any, ...]:
-        """Keys of every layer of the first part, then values; then those of the next."""
+        """Arrays of every layer's keys of the first part, then of values; then those of the next."""
         return tuple(x for part in self.parts for x in part.entries)
 
     def with_entries(self, entries: Sequence[Any]) -> "MixedCache":
         """This bookkeeping with other `entries`."""
-        ends = list(itertools.accumulate(2 * len(self.sizes.layers(i)) for i in range(len(self.parts))))
+        arrays = 2 if self.sizes.cache_dtype == "model" else 4  # of a layer
+        ends = list(itertools.accumulate(arrays * len(self.sizes.layers(i)) for i in range(len(self.parts))))
         parts = zip(self.parts, [0, *ends], ends, strict=False)
         return dataclasses.replace(self, parts=tuple(part.with_entries(entries[a:b]) for part, a, b in parts))
 

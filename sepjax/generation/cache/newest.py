@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from sepjax.generation.cache.turning import layer_axis, turned
+from sepjax.generation.cache.stored import in_each_layer
+from sepjax.generation.cache.turning import turned
 from sepjax.model.rope import Table
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def keep_newest(cache: "StreamingCache") -> "StreamingCache":
 
     def move(x: jax.Array, table: Table | None = None) -> jax.Array:
         at = full[:, None]
-        found = x.at[*layer_axis(x), at, :, a + s + source % R].get(mode="clip")  # [M, s, (L,) K, H]
+        found = x.at[*cache.layer_axis, at, :, a + s + source % R].get(mode="clip")  # [M, s, (L,) K, (H)]
         found = found if table is None else turned(found, table)
-        return x.at[*layer_axis(x), at, :, to].set(found, mode="drop", unique_indices=True)
+        return x.at[*cache.layer_axis, at, :, to].set(found, mode="drop", unique_indices=True)
 
     kept = few.num_separators + found
     kept_at = cache.kept_at.at[0, full[:, None], 0, jnp.where(moved, n % s, s + j)]
@@ -53,6 +54,6 @@ def keep_newest(cache: "StreamingCache") -> "StreamingCache":
             dropped=jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30),
         ),
         kept_at=kept_at.set(few.place_in_text(source), mode="drop", unique_indices=True),
-        k=cache.in_each_layer(move, cache.k) if cache.sizes.absolute else cache.turned(move, n - source),
-        v=cache.in_each_layer(move, cache.v),
+        k=cache.turned(move, n - source) if cache.sizes.turns_in_place else in_each_layer(move, cache.k),
+        v=in_each_layer(move, cache.v),
     )

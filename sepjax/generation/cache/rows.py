@@ -44,7 +44,8 @@ def _on_rows(f: Callable[..., jax.Array], cache: Any, *others: Any) -> Any:
     """`f` of every array (and of the others' same array) and the number of its axis B."""
 
     def on(path: tuple, x: jax.Array, *same: jax.Array) -> jax.Array:
-        stacked = path[0].name in BY_SET or x.ndim == 5
+        is_layered = path[0].name in ("k", "v") and isinstance(getattr(cache, path[0].name), tuple)
+        stacked = path[0].name in (*BY_SET, "k", "v") and not is_layered
         return f(x, *same, int(stacked))
 
     return jax.tree_util.tree_map_with_path(on, cache, *others)

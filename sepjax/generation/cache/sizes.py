@@ -43,6 +43,7 @@ class StreamSizes:
     watch: Watch | None  # the second zone keeps watched tokens
     gate: Gated | None  # or what a gate chose; None, both: separators
     sees_kept: tuple[bool, ...]  # for each layer: whether it sees the second zone; empty: all do
+    cache_dtype: str = "model"  # of keys and values (`sepjax.generation.cache.stored`)
 
     @classmethod
     def create(cls, config: ModelConfig, attention: AttentionConfig) -> "StreamSizes":
@@ -86,6 +87,7 @@ class StreamSizes:
             watch=Watch.create(config, attention) if attention.pattern == "watched" else None,
             gate=Gated.create(config, attention) if attention.pattern == "gated" else None,
             sees_kept=() if all(sees) or not separators else sees,
+            cache_dtype=attention.cache_dtype,
         )
 
     @property
@@ -102,6 +104,16 @@ class StreamSizes:
     def keeps_best(self) -> "Watch | Gated | None":
         """What decides by scores which entries of the second zone stay; None: the newest do."""
         return self.watch or self.gate
+
+    @property
+    def turns_at_reading(self) -> bool:
+        """Whether keys lie un-rotated: codes that turn would be rounded again. At positions of the text none turns."""
+        return self.cache_dtype != "model" and not self.absolute
+
+    @property
+    def turns_in_place(self) -> bool:
+        """Whether keys lie rotated by positions of their zones', and turn where they move."""
+        return not self.absolute and not self.turns_at_reading
 
     @property
     def slots(self) -> int:

@@ -20,11 +20,6 @@ def turn_table(by: jax.Array, ropes: Sequence[RopeConfig | None], head_dim: int)
     return tables
 
 
-def layer_axis(x: jax.Array) -> tuple[slice, ...]:
-    """What stands before the batch in an index of [L, B, K, C, H] or [B, K, C, H]."""
-    return (slice(None),) * (x.ndim - 4)
-
-
 def turned(k: jax.Array, table: Table) -> jax.Array:
     """Keys [B, S, (L,) K, H] turned by a table [(L,) B, S, R/2]."""
     if table[0].ndim == 4:

@@ -28,6 +28,7 @@ import numpy as np
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.generation.cache import gated
+from sepjax.generation.cache.stored import in_each_layer
 from sepjax.model.rope import rotate
 
 if TYPE_CHECKING:
@@ -183,11 +184,9 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
     kept = choice.rivals
     place = jnp.moveaxis(few.place_in_text(jnp.moveaxis(choice.source, 1, 0)), 0, 1)
     slots = jnp.arange(s, dtype=jnp.int32)
-    turn = None if cache.sizes.absolute else cache.angles(slots - choice.source)
+    turn = cache.angles(slots - choice.source) if cache.sizes.turns_in_place else None
 
-    def move(x: jax.Array, comes: jax.Array, source: jax.Array, *turn: jax.Array) -> jax.Array:  # [(L,) B, K, C, H]
-        if x.ndim == 5:
-            return jax.vmap(move)(x, comes, source, *turn)
+    def move(x: jax.Array, comes: jax.Array, source: jax.Array, *turn: jax.Array) -> jax.Array:  # [B, K, C, (H)]
         rows, heads = full[:, None, None], jnp.arange(x.shape[1])[:, None]
         found = x.at[rows, heads, a + s + source % cache.sizes.ring].get(mode="clip")
         found = rotate(found[..., None, :], (turn[0], turn[1]))[..., 0, :] if turn else found
@@ -197,6 +196,7 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
     def everywhere(x: jax.Array) -> jax.Array:  # one set for all layers is each layer's
         return jnp.broadcast_to(x, (len(best.layers), *x.shape[1:]))
 
+    move_all = jax.vmap(move) if cache.layer_axis else move
     where = everywhere(choice.comes), everywhere(choice.source)
     turns = ()
     if turn is not None and not cache.sizes.layer_ropes:
@@ -217,8 +217,8 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
             dropped=jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30),
             kept_at=jnp.where(choice.comes, place, few.kept_at),
         ),
-        k=cache.in_each_layer(move, cache.k, *where, *turns),
-        v=cache.in_each_layer(move, cache.v, *where),
+        k=in_each_layer(move_all, cache.k, *where, *turns),
+        v=in_each_layer(move_all, cache.v, *where),
     )
 
 

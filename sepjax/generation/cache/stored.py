@@ -1,0 +1,121 @@
+"""Keys and values as they lie in a cache: in the model's type, or as whole numbers of 8 bits with scales.
+
+`cache_dtype="int8"` keeps a vector of H numbers as H codes from -127 to 127 and one scale, its largest number / 127: of
+every key head and slot by itself, since slots are written one at a time and keep their codes when they move. A token is
+rounded once, when it comes: others see its codes, and it sees itself as they do, so that a run of tokens gives what
+they give one by one. To turn codes would round them again, so the keys of a bounded cache, which turn when they move
+and when positions start again, lie in it un-rotated and are turned where they are read (`StreamSizes`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import BFloat16, Int8
+
+from sepjax.array_typing import Array, Float
+from sepjax.config import ModelConfig
+from sepjax.model.rope import Table, rotate
+
+_MOST = 127  # the largest code: -128 is left out, so that a vector and its negative have the same ones
+_SCALE = jnp.dtype(jnp.bfloat16)  # the codes are of the rounded scale, so that its 8 bits cost nothing
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """Vectors of H numbers, each `codes * scale`. Made by `quantised` or `empty`."""
+
+    codes: Int8[jax.Array, "*S H"]
+    scales: BFloat16[jax.Array, "*S"]
+
+    # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
+    __no_type_check__ = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers."""
+        return self.codes.shape
+
+    def __getitem__(self, index: Any) -> "Quantised":
+        """The same of some vectors: `index` is of the axes before H."""
+        return Quantised(self.codes[index], self.scales[index])
+
+
+type Vectors = Float[Array, "..."] | Quantised  # [..., H]
+# All layers in one array, for scans over layers; or an array each, which steps of one token read without a copy.
+type Layers = Vectors | tuple[Vectors, ...]
+
+
+def empty(config: ModelConfig, shape: tuple[int, ...], cache_dtype: str) -> Vectors:
+    """Zeros of this shape [..., H]: in the model's type, or `Quantised`."""
+    if cache_dtype == "int8":
+        return Quantised(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], _SCALE))
+    return jnp.zeros(shape, config.dtype)
+
+
+def vector_bytes(config: ModelConfig, cache_dtype: str) -> int:
+    """Bytes of the key or value of one head in one slot."""
+    if cache_dtype == "int8":
+        return config.head_dim + _SCALE.itemsize
+    return config.head_dim * jnp.dtype(config.dtype).itemsize
+
+
+def quantised(x: Float[Array, "*S H"]) -> Quantised:
+    """Rounds vectors: no number is off by more than half a scale, a 254th of the largest of its vector."""
+    x = jnp.asarray(x).astype(jnp.float32)
+    scales = (jnp.max(jnp.abs(x), axis=-1) / _MOST).astype(_SCALE)
+    wide = scales.astype(jnp.float32)[..., None]
+    codes = jnp.round(x / jnp.where(wide > 0, wide, 1.0))
+    return Quantised(jnp.clip(codes, -_MOST, _MOST).astype(jnp.int8), scales)
+
+
+def like(stored: Vectors, x: Float[Array, "*T H"]) -> Vectors:
+    """Vectors as those that are stored."""
+    return quantised(x) if isinstance(stored, Quantised) else x
+
+
+def plain(x: Vectors, dtype: Any, turn: Table | None = None) -> jax.Array:
+    """The numbers, and of keys that lie un-rotated turned by a table [..., R/2]. What is not quantised is as it is."""
+    if not isinstance(x, Quantised):
+        return jnp.asarray(x)
+    numbers = x.codes.astype(jnp.float32) * x.scales.astype(jnp.float32)[..., None]
+    return _turned(numbers, turn).astype(dtype)
+
+
+def codes(x: Vectors, dtype: Any, turn: Table | None = None) -> jax.Array:
+    """The same without their scales, for products that `scaled` puts right: a smaller array is read, none written."""
+    return _turned(x.codes.astype(dtype), turn) if isinstance(x, Quantised) else jnp.asarray(x)
+
+
+def scaled(products: Float[Array, "B K *G C"], x: Vectors) -> jax.Array:
+    """Products with `codes` of x[B, K, C, H], or weights of them, times their scales."""
+    if not isinstance(x, Quantised):
+        return jnp.asarray(products)
+    scales = x.scales.astype(products.dtype)
+    return products * jnp.expand_dims(scales, tuple(range(2, products.ndim - 1)))
+
+
+def _turned(x: jax.Array, turn: Table | None) -> jax.Array:
+    return x if turn is None else rotate(x[..., None, :], turn)[..., 0, :]
+
+
+def in_each_array(f: Callable[..., jax.Array], x: Vectors, *others: Any) -> Vectors:
+    """`f` of an array [..., H]; or of codes [..., H] and of scales [...], each with its part of quantised `others`."""
+    if not isinstance(x, Quantised):
+        return f(x, *others)
+
+    def part(name: str) -> jax.Array:
+        parts = (getattr(other, name) if isinstance(other, Quantised) else other for other in others)
+        return f(getattr(x, name), *parts)
+
+    return Quantised(part("codes"), part("scales"))
+
+
+def in_each_layer(f: Callable[..., jax.Array], x: Layers, *others: Any) -> Layers:
+    """`in_each_array` of all layers at once, or of each with its own of `others`[L, ...]."""
+    if not isinstance(x, tuple):
+        return in_each_array(f, x, *others)
+    return tuple(in_each_array(f, layer, *(other[i] for other in others)) for i, layer in enumerate(x))
