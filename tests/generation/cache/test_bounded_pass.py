@@ -61,6 +61,7 @@ CASES = {
     ),
     "absolute positions": (LLAMA, dataclasses.replace(SEPARATOR, stream_positions="absolute")),
 }
+IN_8_BITS = {f"{name}, int8": (x[0], dataclasses.replace(x[1], cache_dtype="int8")) for name, x in CASES.items()}
 
 
 @functools.cache
@@ -70,8 +71,14 @@ def model_of(config, attention=None):
     return graph, jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def list_step(graph, params, token, k_list, v_list, k_positions, q_position):
+def rounded(x):
+    """Each vector as whole numbers up to 127, times its largest / 127 in bfloat16."""
+    scale = (jnp.abs(x).max(-1, keepdims=True) / 127).astype(jnp.bfloat16).astype(jnp.float32)
+    return jnp.clip(jnp.round(x / scale), -127, 127) * scale
+
+
+@functools.partial(jax.jit, static_argnums=(0, 7))
+def list_step(graph, params, token, k_list, v_list, k_positions, q_position, sizes):
     """One token over lists of un-rotated keys [L, n, K, H], padded; positions of the padding are -1."""
     model = merge(graph, params)
     config = model.config
@@ -84,6 +91,8 @@ def list_step(graph, params, token, k_list, v_list, k_positions, q_position):
 
     def attend(q, k, v, layer):
         *old, q_table, k_table, reach = layer
+        if sizes.cache_dtype == "int8":
+            k, v = turned_back(rounded(rotate(k, q_table)), q_table) if sizes.absolute else rounded(k), rounded(v)
         keys, values = (jnp.concatenate([x[None], new], axis=1) for x, new in zip(old, (k, v), strict=True))
         group = q.shape[2] // k.shape[2]
         turned = jnp.repeat(rotate(keys, k_table), group, axis=2)
@@ -97,6 +106,10 @@ def list_step(graph, params, token, k_list, v_list, k_positions, q_position):
         token[None, None], jnp.zeros((1, 1), jnp.int32), attend, (k_list, v_list, q_tables, k_tables, reach)
     )
     return model.logits(hidden[0, 0]), k[:, 0, 0], v[:, 0, 0]
+
+
+def turned_back(k, table):
+    return rotate(k, (table[0], -table[1]))
 
 
 def list_logits(config, attention, tokens, is_separator):
@@ -113,7 +126,7 @@ def list_logits(config, attention, tokens, is_separator):
         positions[: len(seen)] = list(seen) if sizes.absolute else list(seen.values())
         positions[-1] = position = i if sizes.absolute else len(seen)
         k, v = (jnp.moveaxis(store[numbers, x], 0, 1) for x in (0, 1))
-        logits, new_k, new_v = list_step(graph, params, jnp.int32(token), k, v, positions, jnp.int32(position))
+        logits, new_k, new_v = list_step(graph, params, jnp.int32(token), k, v, positions, jnp.int32(position), sizes)
         store[i, 0], store[i, 1] = new_k, new_v
         out.append(np.asarray(logits))
         row.append(bool(is_separator[i]))
@@ -149,16 +162,23 @@ def streamed_logits(config, attention, tokens, lengths, table, run):
 RARE = ("a + s + w = c - 1", "sinks only, in bursts", "StreamingLLM, layers of every kind", "absolute positions")
 
 
-@pytest.mark.parametrize("case", [x if x not in RARE else pytest.param(x, marks=pytest.mark.soak) for x in CASES])
-def test_runs_give_what_lists_of_unrotated_keys_give_token_by_token(case):
-    config, attention = CASES[case]
+LENGTHS = np.array([T, 61, 1])
+
+
+def text_for(attention):
     random = np.random.default_rng(7)
-    lengths = np.array([T, 61, 1])
     tokens = random.integers(0, V, (3, T), dtype=np.int32)
     table = random.random(V) < 0.3
     is_separator = table[tokens]
     if attention.pattern == "fixed_interval":
         is_separator = np.broadcast_to((np.arange(T) + 1) % 3 == 0, tokens.shape)
+    return tokens, table, is_separator
+
+
+@pytest.mark.parametrize("case", [x if x not in RARE else pytest.param(x, marks=pytest.mark.soak) for x in CASES])
+def test_runs_give_what_lists_of_unrotated_keys_give_token_by_token(case):
+    config, attention = CASES[case]
+    (tokens, table, is_separator), lengths = text_for(attention), LENGTHS
     expected = [list_logits(config, attention, tokens[b, :n], is_separator[b]) for b, n in enumerate(lengths)]
     caches = []
     for run in (1, 16) if case == "llama" else (1, 5):
@@ -173,6 +193,25 @@ def test_runs_give_what_lists_of_unrotated_keys_give_token_by_token(case):
     for cache in caches[1:]:  # the same zones; rotations may have started again at other tokens
         for name in ("num_sinks", "num_separators", "num_recent", "dropped", "seen_low", "seen_high"):
             np.testing.assert_array_equal(getattr(cache, name), getattr(caches[0], name))
+
+
+OFTEN_IN_8_BITS = "llama, int8", "StreamingLLM, layers of every kind, int8"
+
+
+@pytest.mark.parametrize(
+    "case", [x if x in OFTEN_IN_8_BITS else pytest.param(x, marks=pytest.mark.soak) for x in IN_8_BITS]
+)
+def test_runs_in_8_bits_give_what_lists_of_keys_rounded_once_give_token_by_token(case):
+    """What is rounded anew when it moves, or seen as it was before, would err by as much as rounding itself does."""
+    config, attention = IN_8_BITS[case]
+    tokens, table, is_separator = text_for(attention)
+    plain = dataclasses.replace(attention, cache_dtype="model")
+    got = {run: streamed_logits(config, attention, tokens, LENGTHS, jnp.asarray(table), run)[0] for run in (1, 5)}
+    for b, n in enumerate(LENGTHS):
+        rounded, exact = (list_logits(config, x, tokens[b, :n], is_separator[b]) for x in (attention, plain))
+        errors = [np.sqrt(np.mean((x - rounded) ** 2)) for x in (exact, got[1][b, :n], got[5][b, :n])]
+        print(errors)
+        assert max(errors[1:]) < errors[0] / 8
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
