@@ -4,7 +4,8 @@
 
 A step at batch 1 reads every weight once; the bar is the time that takes at the memory's own speed, measured here on a
 large array. "auto" is the largest batch that fits. `--patterns=separator,watched` measures caches of several patterns
-at that budget, `--dense_context=32768` one that holds so many tokens. The last line is JSON.
+at that budget, `--cache_dtypes=model,int8` each in both types, `--dense_context=32768` one that holds so many tokens.
+The last line is JSON.
 """
 
 import dataclasses
@@ -17,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.command.flags import run_settings
-from sepjax.command.settings import AtLeast
+from sepjax.command.settings import AtLeast, OneOf
 from sepjax.command.settings import Settings as _Settings
-from sepjax.config import AttentionConfig, Config, ConfigError, under, validate_attention
+from sepjax.config import CACHE_DTYPES, AttentionConfig, Config, ConfigError, under, validate_attention
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.device_loop import DecodeState, Request, make_advance
@@ -39,6 +40,7 @@ class Settings(_Settings):
     config: Config  # a config file, whose shape is taken
     budget: str = "4/64/256/800"  # of the bounded caches: sinks/separators/window/cache
     patterns: tuple[str, ...] = ("separator",)  # of the bounded caches
+    cache_dtypes: Annotated[tuple[str, ...], OneOf(CACHE_DTYPES)] = ()  # of all caches; default: the config's
     batch_sizes: tuple[str, ...] = ("1", "auto")  # rows of a step; auto: as many as fit
     # tokens of a dense cache to measure beside it; 0: none
     dense_context: Annotated[int, AtLeast(0)] = 0
@@ -201,17 +203,25 @@ def caches_of(
     return caches
 
 
+def in_types(caches: dict[str, AttentionConfig], cache_dtypes: Sequence[str]) -> dict[str, AttentionConfig]:
+    """Every cache in each of these types, by a name that tells it; of no type: as it is."""
+    found = [(name, dataclasses.replace(x, cache_dtype=kind)) for name, x in caches.items() for kind in cache_dtypes]
+    found = found or [*caches.items()]
+    return {name if x.cache_dtype == "model" else f"{name} {x.cache_dtype}": x for name, x in found}
+
+
 def main(settings: Settings) -> None:
     """Prints a line a figure, then JSON."""
     source, s = provenance(), settings
     print(heading(source))
     caches = caches_of(s.config.attention, s.config.model.num_layers, s.budget, s.dense_context, s.patterns)
+    caches = in_types(caches, s.cache_dtypes)
     columns = f"{'ms/step':>10}{'tokens/s':>12}{'weights':>10}{'all':>8}{'cache bytes':>18}"
-    print(f"{'cache':<24}{'rows':>6}{columns}   (weights, all: time to read them once over the step's)")
+    print(f"{'cache':<28}{'rows':>6}{columns}   (weights, all: time to read them once over the step's)")
     figures = []
     for x in measure(s.config, caches, s.batch_sizes, s.seconds):
         shares = f"{x.share_of_weights:>10.1%}{x.share_of_bandwidth:>8.1%}{x.cache_bytes:>18,}"
-        print(f"{x.name:<24}{x.rows:>6}{x.milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}{shares}", flush=True)
+        print(f"{x.name:<28}{x.rows:>6}{x.milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}{shares}", flush=True)
         figures.append(dataclasses.asdict(x))
     print(json.dumps(source | {"figures": figures}))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from sepjax.config.attention import (
     BOUNDED_PATTERNS,
+    CACHE_DTYPES,
     EVERYTHING,
     PATTERNS,
     AttentionConfig,
@@ -37,6 +38,7 @@ from sepjax.config.rope import RopeConfig
 
 __all__ = [  # of other files, for whoever reads a config
     "BOUNDED_PATTERNS",
+    "CACHE_DTYPES",
     "EVERYTHING",
     "PATTERNS",
     "AttentionConfig",

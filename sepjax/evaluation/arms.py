@@ -25,6 +25,7 @@ from sepjax.separators import read_ids
 SHORT = {
     "a": "num_sinks",
     "c": "cache_size",
+    "cache": "cache_dtype",
     "every": "interval",
     "ids": "separator_ids",
     "n": "window_size",
@@ -57,13 +58,14 @@ def plain_arms(attentions: Sequence[AttentionConfig]) -> list[Arm]:
     ]
 
 
-def parse_arms(text: str, base: AttentionConfig, num_layers: int) -> list[Arm]:
+def parse_arms(text: str, base: AttentionConfig, num_layers: int, *, cached: bool = False) -> list[Arm]:
     """Reads `--arms`.
 
     Args:
       text: see above.
       base: the settings that arms change.
       num_layers: of the model.
+      cached: whether text goes through caches; windows have none, and an arm that sets the type of one is refused.
 
     Raises:
       ConfigError: names the arm and what is wrong with it.
@@ -72,6 +74,8 @@ def parse_arms(text: str, base: AttentionConfig, num_layers: int) -> list[Arm]:
     for part in filter(None, (" ".join(part.split()) for part in re.split(r"[;\n]", text))):
         try:
             arms.append(_arm(part, base, num_layers, [arm.name for arm in arms]))
+            if not cached and (kind := arms[-1].attention.cache_dtype) != base.cache_dtype:
+                raise ConfigError(f"cache={kind} is for bounded caches, and nothing is cached here; leave it out")
         except (ConfigError, OSError) as error:
             raise ConfigError(f"arm {len(arms) + 1}, {part!r}: {error}") from error
     if not arms:
@@ -79,9 +83,9 @@ def parse_arms(text: str, base: AttentionConfig, num_layers: int) -> list[Arm]:
     return arms
 
 
-def fixed_arms(text: str, base: AttentionConfig, num_layers: int) -> list[Arm]:
+def fixed_arms(text: str, base: AttentionConfig, num_layers: int, *, cached: bool = False) -> list[Arm]:
     """`parse_arms` where arms have one model and windows of their own; raises `ConfigError` for other ones."""
-    arms = parse_arms(text, base, num_layers)
+    arms = parse_arms(text, base, num_layers, cached=cached)
     for arm in arms:
         if arm.model or arm.equal[0]:
             word = f"model={arm.model}" if arm.model else f"n={arm.equal[0]}:{arm.equal[1]}"

@@ -93,7 +93,7 @@ def stream(
         for pattern in patterns
     ]
     if arms:
-        attentions = [*fixed_arms(arms, model.attention, model.config.num_layers)]
+        attentions = [*fixed_arms(arms, model.attention, model.config.num_layers, cached=True)]
     trained = limits.trained_length(locate(path), model.config)
     for arm in attentions:
         limits.warn_of_cache(model.config, arm.attention if isinstance(arm, Arm) else arm, trained)

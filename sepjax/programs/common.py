@@ -56,7 +56,7 @@ def one_arm(text: str, base: "AttentionConfig", num_layers: int) -> "AttentionCo
             text = ours.get(text[1:], Path(text[1:])).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
             raise ConfigError(f"--arm={text}: {error}{nearest(text[1:], ours)}") from error
-    arms = fixed_arms(text, base, num_layers)
+    arms = fixed_arms(text, base, num_layers, cached=True)
     if len(arms) != 1:
         raise ConfigError(f"--arm={text!r} names {len(arms)} arms; give one")
     return arms[0].attention

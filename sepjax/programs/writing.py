@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sepjax.command.settings import AtLeast, OneOf, Repeated
-from sepjax.config import BOUNDED_PATTERNS, ConfigError, under
+from sepjax.config import BOUNDED_PATTERNS, CACHE_DTYPES, ConfigError, under
 from sepjax.programs.common import Loading, one_arm, refuse_separators, refuse_window
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class Bounded(Loading):
     num_sinks: int | None = None  # first tokens that are always seen; default: as in training
     max_separators: int | None = None  # separators that a bounded cache keeps; default: the config's
     cache_size: int | None = None  # entries of a bounded cache; default: the config's
+    # of keys and values in the cache: the model's, or int8, nearly half the bytes; default: the config's, or --arm's
+    cache_dtype: Annotated[str, OneOf(CACHE_DTYPES)] | None = None
     # all of these at once, as in --arms of sepjax evaluate: a pattern, then a=, s=, w=, c=, ...; @FILE: what it says,
     # @smollm2_800, @smollm2_324: what is best for SmolLM2-135M (docs/keeping.md)
     arm: str = ""
@@ -47,9 +49,9 @@ class Bounded(Loading):
 
     def attention(self, model: "Transformer") -> "AttentionConfig":
         """The model's own, with what the flags change."""
+        changes: dict[str, Any] = {} if self.cache_dtype is None else {"cache_dtype": self.cache_dtype}
         if self.arm:
-            return one_arm(self.arm, model.attention, model.config.num_layers)
-        changes: dict[str, Any] = {}
+            return dataclasses.replace(one_arm(self.arm, model.attention, model.config.num_layers), **changes)
         if self.window_size is not None:
             changes |= {"window_size": self.window_size, "layer_windows": ()}
         for name in ("num_sinks", "max_separators", "cache_size"):

@@ -210,7 +210,6 @@ def test_runs_in_8_bits_give_what_lists_of_keys_rounded_once_give_token_by_token
     for b, n in enumerate(LENGTHS):
         rounded, exact = (list_logits(config, x, tokens[b, :n], is_separator[b]) for x in (attention, plain))
         errors = [np.sqrt(np.mean((x - rounded) ** 2)) for x in (exact, got[1][b, :n], got[5][b, :n])]
-        print(errors)
         assert max(errors[1:]) < errors[0] / 8
 
 
