@@ -11,12 +11,13 @@ from sepjax.pictures.canvas import blank
 def table(scores: Sequence[StreamScore]) -> str:
     """The scores as a text table; slots are means over tokens, and the most of any."""
     header = (
-        f"{'pattern':<16}{'a':>4}{'s':>5}{'w':>6}{'c':>6}{'perplexity':>12}{'bits/byte':>11}{'slots':>8}{'most':>6}"
+        f"{'pattern':<16}{'a':>4}{'s':>5}{'w':>6}{'c':>6}{'cache':>7}{'perplexity':>12}{'bits/byte':>11}{'slots':>8}"
+        f"{'most':>6}"
         f"{'bytes':>12}{'KV kept':>9}{'tokens':>11}{'tokens/s':>11}{'compiled':>10}"
     )
     rows = [
-        f"{s.pattern:<16}{s.num_sinks:>4}{s.max_separators:>5}{s.window_size:>6}{s.cache_size:>6}{s.perplexity:>12.3f}"
-        f"{s.bits_per_byte:>11.4f}{s.slots_held:>8.1f}{s.slots_most:>6}{s.cache_bytes:>12,}{s.kv_kept:>9.2%}"
+        f"{s.pattern:<16}{s.num_sinks:>4}{s.max_separators:>5}{s.window_size:>6}{s.cache_size:>6}{s.cache_dtype:>7}"
+        f"{s.perplexity:>12.3f}{s.bits_per_byte:>11.4f}{s.slots_held:>8.1f}{s.slots_most:>6}{s.cache_bytes:>12,}{s.kv_kept:>9.2%}"
         f"{s.tokens:>11,}{s.tokens_per_second:>11,.0f}{s.compilations:>10}"
         for s in scores
     ]
@@ -26,7 +27,8 @@ def table(scores: Sequence[StreamScore]) -> str:
 def label(score: StreamScore) -> str:
     """A stream's name in a picture or a file."""
     s = score
-    return f"{s.pattern} a={s.num_sinks} s={s.max_separators} w={s.window_size} c={s.cache_size}"
+    kind = "" if s.cache_dtype == "model" else f" cache={s.cache_dtype}"
+    return f"{s.pattern} a={s.num_sinks} s={s.max_separators} w={s.window_size} c={s.cache_size}{kind}"
 
 
 def write_csv(path: Path, scores: Sequence[StreamScore]) -> None:

@@ -70,6 +70,7 @@ class StreamScore:
     rows: int
     chunk: int  # tokens of a row in a pass
     compilations: int  # while the clock ran
+    cache_dtype: str = "model"  # see `AttentionConfig`
     arm: str = ""
     baseline: str = ""  # the arm that differences are from
     near: int = 0  # tokens: see `sepjax.evaluation.slices`; the row is the document
@@ -237,6 +238,7 @@ def _score(
         rows=len(lanes.inputs),
         chunk=chunk,
         compilations=len(compiled),
+        cache_dtype=sizes.cache_dtype,
     )
     return score, nll
 

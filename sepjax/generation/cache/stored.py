@@ -72,7 +72,7 @@ def quantised(x: Float[Array, "*S H"]) -> Quantised:
     return Quantised(jnp.clip(codes, -_MOST, _MOST).astype(jnp.int8), scales)
 
 
-def like(stored: Vectors, x: Float[Array, "*T H"]) -> Vectors:
+def like(stored: Vectors, x: Float[Array, "*S H"]) -> Vectors:
     """Vectors as those that are stored."""
     return quantised(x) if isinstance(stored, Quantised) else x
 
@@ -102,7 +102,7 @@ def _turned(x: jax.Array, turn: Table | None) -> jax.Array:
     return x if turn is None else rotate(x[..., None, :], turn)[..., 0, :]
 
 
-def in_each_array(f: Callable[..., jax.Array], x: Vectors, *others: Any) -> Vectors:
+def in_each_array(f: Callable[..., Any], x: Vectors, *others: Any) -> Vectors:
     """`f` of an array [..., H]; or of codes [..., H] and of scales [...], each with its part of quantised `others`."""
     if not isinstance(x, Quantised):
         return f(x, *others)

@@ -78,7 +78,7 @@ def rounded(x):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7))
-def list_step(graph, params, token, k_list, v_list, k_positions, q_position, sizes):
+def list_step(graph, params, token, k_list, v_list, k_positions, q_position, sizes=None):
     """One token over lists of un-rotated keys [L, n, K, H], padded; positions of the padding are -1."""
     model = merge(graph, params)
     config = model.config
@@ -91,7 +91,7 @@ def list_step(graph, params, token, k_list, v_list, k_positions, q_position, siz
 
     def attend(q, k, v, layer):
         *old, q_table, k_table, reach = layer
-        if sizes.cache_dtype == "int8":
+        if sizes is not None and sizes.cache_dtype == "int8":
             k, v = turned_back(rounded(rotate(k, q_table)), q_table) if sizes.absolute else rounded(k), rounded(v)
         keys, values = (jnp.concatenate([x[None], new], axis=1) for x, new in zip(old, (k, v), strict=True))
         group = q.shape[2] // k.shape[2]
