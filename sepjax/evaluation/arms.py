@@ -73,9 +73,10 @@ def parse_arms(text: str, base: AttentionConfig, num_layers: int, *, cached: boo
     arms: list[Arm] = []
     for part in filter(None, (" ".join(part.split()) for part in re.split(r"[;\n]", text))):
         try:
-            arms.append(_arm(part, base, num_layers, [arm.name for arm in arms]))
-            if not cached and (kind := arms[-1].attention.cache_dtype) != base.cache_dtype:
+            arm = _arm(part, base, num_layers, [arm.name for arm in arms])
+            if not cached and (kind := arm.attention.cache_dtype) != base.cache_dtype:
                 raise ConfigError(f"cache={kind} is for bounded caches, and nothing is cached here; leave it out")
+            arms.append(arm)
         except (ConfigError, OSError) as error:
             raise ConfigError(f"arm {len(arms) + 1}, {part!r}: {error}") from error
     if not arms:

@@ -1,6 +1,7 @@
 """What is written of streamed scores, and evaluate.py --task=streaming as a user runs it."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import sys
@@ -25,7 +26,7 @@ SCORE = StreamScore(
 
 def test_the_table_shows_what_was_measured():
     header, line = curves.table([SCORE]).splitlines()
-    assert header.split()[:6] == ["pattern", "a", "s", "w", "c", "perplexity"]
+    assert header.split()[:7] == ["pattern", "a", "s", "w", "c", "cache", "perplexity"]
     assert line.split() == [
         *(
             "separator",
@@ -33,6 +34,7 @@ def test_the_table_shows_what_was_measured():
             "64",
             "256",
             "800",
+            "model",
             "20.500",
             "1.0100",
             "12.5",
@@ -47,11 +49,13 @@ def test_the_table_shows_what_was_measured():
 
 
 def test_the_csv_has_a_row_a_bucket(tmp_path):
-    curves.write_csv(tmp_path / "c.csv", [SCORE])
+    curves.write_csv(tmp_path / "c.csv", [SCORE, dataclasses.replace(SCORE, cache_dtype="int8")])
     rows = list(csv.reader((tmp_path / "c.csv").read_text().splitlines()))
     assert rows[1:] == [
         ["separator a=4 s=64 w=256 c=800", "1", "16", "15", "30.5"],
         ["separator a=4 s=64 w=256 c=800", "16", "23", "7", "20.25"],
+        ["separator a=4 s=64 w=256 c=800 cache=int8", "1", "16", "15", "30.5"],
+        ["separator a=4 s=64 w=256 c=800 cache=int8", "16", "23", "7", "20.25"],
     ]
 
 

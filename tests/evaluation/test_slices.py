@@ -1,5 +1,6 @@
 """What stood in the row before, against brute force; arms as a user writes them."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -99,6 +100,8 @@ def test_arms_are_read(tmp_path):
     ]  # fmt: skip
     with pytest.raises(ConfigError, match=r"arm 'sink_window n=kv:rare'.*is for windows of text"):
         fixed_arms("rare: separator; sink_window n=kv:rare", BASE, 3)
+    (narrow,) = fixed_arms("separator c=99 cache=int8", BASE, 3, cached=True)
+    assert narrow.attention == dataclasses.replace(BASE, cache_size=99, cache_dtype="int8")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,8 @@ def test_arms_are_read(tmp_path):
         ("separator ids=@{float}", "expected ids"),
         ("separator ids=@{text}", "no list of whole numbers"),
         ("dense; dense", "another arm 'dense'"),
+        ("dense; separator cache=int8", "arm 2, .*cache=int8 is for bounded caches, and nothing is cached here"),
+        ("separator cache=int4", "cache_dtype='int4' is not one of"),
         ("dense n=64", "arm 1, 'dense n=64': window_size does nothing for the dense pattern"),
         ("x: separator; dense n=kv:x", "'dense' lets the model choose or keeps all; give n itself"),
         ("sink_window n=kv:x; x: separator", "no arm 'x' further to the front, only none"),

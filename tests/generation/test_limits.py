@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.generation import limits
 from sepjax.generation.limits import check_cache, trained_length, warn_of_cache, warn_of_length
 
 ROPE, LEARNED = ModelConfig(max_positions=100), ModelConfig(max_positions=100, position_embedding="learned")
@@ -42,7 +43,13 @@ def test_the_trained_length_of_a_folder_is_its_models(tmp_path):
     assert trained_length(tmp_path, ROPE) == 100
 
 
-def test_a_cache_beyond_all_memory_is_refused():
-    check_cache(ROPE, 1, 10_000, "cache_size=10000")
+def test_a_cache_beyond_all_memory_is_refused(monkeypatch):
+    check_cache(ROPE, 1, 10_000, "model", "cache_size=10000")
     with pytest.raises(ConfigError, match=r"cache_size=9 asks for a cache of 2,000,000,000 entries, [\d,.]+ GiB"):
-        check_cache(ROPE, 8, 2_000_000_000, "cache_size=9")
+        check_cache(ROPE, 8, 2_000_000_000, "model", "cache_size=9")
+    enough = 2 * ROPE.num_layers * ROPE.num_kv_heads * (ROPE.head_dim + 2) * 1000  # of 8 bits, and a scale of 16
+    monkeypatch.setattr(limits, "_memory", lambda: enough)
+    check_cache(ROPE, 1, 1000, "int8", "cache_size=1000")
+    for slots, kind in ((1001, "int8"), (1000, "model")):
+        with pytest.raises(ConfigError, match="GiB of memory"):
+            check_cache(ROPE, 1, slots, kind, "cache_size=1000")

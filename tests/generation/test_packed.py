@@ -50,8 +50,10 @@ def bits(state: DecodeState) -> list[tuple[Any, Any, bytes]]:
 
 
 @pytest.mark.parametrize(("attention", "arrays"), [(ATTENTION, 1), (MIXED, 2)], ids=["one size", "several sizes"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
 def test_a_row_comes_back_bit_for_bit(attention, arrays, dtype):
+    if dtype == "int8":  # codes and scales
+        attention, arrays, dtype = dataclasses.replace(attention, cache_dtype=dtype), 2 * arrays, "bfloat16"
     like = empty_state(attention, dtype)
     form, state = Form(jax.eval_shape(lambda: like)), filled(like)
     assert form == Form(state)
@@ -84,4 +86,5 @@ def test_caches_of_other_sizes_have_another_form():
         )
         for dtype in ("bfloat16", "float32")
     ]
+    forms.append(Form(empty_state(dataclasses.replace(MIXED, cache_dtype="int8"), "float32")))
     assert len(set(forms)) == len(forms)

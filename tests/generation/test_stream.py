@@ -97,11 +97,14 @@ def test_turns_continue_the_cache(model, tokenizer):
     assert events.cache.seen == len(whole) + 8
 
 
+GROWING = {"bounded": False, "max_new_tokens": 1000, "attention": dataclasses.replace(ATTENTION, cache_dtype="int8")}
+
+
 @pytest.mark.parametrize(
-    ("at", "attention"), [(0, None), (17, None), pytest.param(17, WATCHED, marks=pytest.mark.soak)]
+    ("at", "other"), [(0, {}), (17, GROWING), pytest.param(17, {"attention": WATCHED}, marks=pytest.mark.soak)]
 )
-def test_a_saved_stream_goes_on_as_if_nothing_had_happened(model, tokenizer, tmp_path, at, attention):
-    settings = HOT | {"stop": "zzz", "max_repeats": 50, "attention": attention}
+def test_a_saved_stream_goes_on_as_if_nothing_had_happened(model, tokenizer, tmp_path, at, other):
+    settings = HOT | {"stop": "zzz", "max_repeats": 50} | other
     expected = take(stream(model, tokenizer, "é The cat", **settings), 60)
     events = stream(model, tokenizer, "é The cat", **settings)
     before = take(events, at)
@@ -129,6 +132,21 @@ def test_a_stream_of_other_settings_is_not_resumed(model, tokenizer, tmp_path):
         stream(model, tokenizer, resume=tmp_path / "saved", attention=other)
     with pytest.raises(FileNotFoundError):
         stream(model, tokenizer, resume=tmp_path / "nothing")
+    narrow = dataclasses.replace(ATTENTION, cache_dtype="int8")
+    with pytest.raises(StreamStateError, match=r"sizes\.cache_dtype='model', expected 'int8'"):
+        stream(model, tokenizer, resume=tmp_path / "saved", attention=narrow)
+    for settings in ({"bounded": True}, {"bounded": False, "max_new_tokens": 3}):
+        other, row = (
+            stream(model, tokenizer, **settings),
+            stream(model, tokenizer, attention=narrow, **settings).saved(),
+        )
+        with pytest.raises(StreamStateError, match="has a cache of cache_dtype='int8', expected 'model'"):
+            other.resume(row)
+    words = json.loads((tmp_path / "saved" / "stream.json").read_text())
+    del words["sizes"]["cache_dtype"]  # as older versions wrote it
+    (tmp_path / "saved" / "stream.json").write_text(json.dumps(words))
+    expected = take(events, 3)
+    assert take(stream(model, tokenizer, resume=tmp_path / "saved"), 3) == expected
 
 
 def test_a_save_replaces_a_stream_and_nothing_else(model, tokenizer, tmp_path):

@@ -72,6 +72,7 @@ def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, tmp_path, ca
         ("--prompt=a --pattern=dense --window_size=3", "--window_size does nothing for the dense pattern"),
         ("--prompt=a --save=x", "--save does nothing for an answer to --prompt; it is for --resume, --stream"),
         ("--prompt=a --cache_size=800", "--cache_size does nothing for an answer to --prompt"),
+        ("--prompt=a --cache_dtype=int4", "--cache_dtype='int4' is not one of"),
         ("--prompt=a --max_separators=3", "it is for --resume, --stream, --pattern=watched: leave it out"),
         ("--prompt=a --max_repeats=12", "--max_repeats does nothing for an answer to --prompt"),
         ("--prompt=a --pattern=watched --save=x", "--save does nothing for an answer to --prompt; it is for --resume"),
@@ -122,6 +123,14 @@ def test_a_window_does_nothing_for_a_model_that_is_dense_itself(model):
     settings = generate.Settings(model="m", prompt=("a",), stream=True, max_separators=3)
     with pytest.raises(ConfigError, match="--max_separators does nothing for the sink_window pattern"):
         settings.attention(loaded)
+
+
+def test_the_type_of_a_cache_goes_with_flags_and_with_an_arm(model):
+    loaded, _ = sepjax.load(model.removeprefix("--model="))
+    asked = {"model": "m", "prompt": ("a",), "stream": True, "cache_dtype": "int8"}
+    own, arm = loaded.attention, generate.Settings(**asked, arm="sink_window n=9 c=20").attention(loaded)
+    assert generate.Settings(**asked).attention(loaded) == dataclasses.replace(own, cache_dtype="int8")
+    assert (arm.cache_dtype, arm.cache_size, own.cache_dtype) == ("int8", 20, "model")
 
 
 def test_another_pattern_leaves_the_layers_of_the_own_one(model):

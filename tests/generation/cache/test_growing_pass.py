@@ -75,11 +75,13 @@ CASES = {  # every kind of model, pattern, window and number of sinks at least o
     "gated for the last layer alone": (LLAMA, dataclasses.replace(GATED, kept_layers=(2,), layer_windows=(7, 4, 9))),
     "separators for the middle layer alone": (NEOX, dataclasses.replace(SEPARATOR, kept_layers=(1,))),
     "gated, a wide window below": (FALCON, dataclasses.replace(GATED, gate_layer=2, layer_windows=(12, 3, 6))),
+    "8 bits": (LLAMA, dataclasses.replace(SEPARATOR, cache_dtype="int8")),
 }
 # A program of several seconds each: with -m soak, what the others have in other company.
 RARE = ("llama", "sinks beyond the text", "dense", "layers of every kind, dense", "gated")
 RARE += ("separators for the middle layer alone", "gated, a wide window below")
 RARE += ("falcon, one key head, fixed interval", "gated for the last layer alone", "window of one, no sinks")
+EXACT = [case for case in CASES if case != "8 bits"]
 
 
 def often(cases, rare):
@@ -128,7 +130,7 @@ def model_of(config, attention=None):
     return graph, jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
 
 
-@pytest.mark.parametrize("case", often(CASES, RARE))
+@pytest.mark.parametrize("case", often(EXACT, RARE))
 @given(seed=st.integers(0, 1000), lengths=st.lists(st.integers(1, T), min_size=3, max_size=3))
 @settings(max_examples=4)
 def test_decoding_equals_the_masked_forward_pass_at_every_step(case, seed, lengths):
@@ -166,9 +168,25 @@ def test_bfloat16_decoding_is_as_exact_as_the_bfloat16_forward_pass():
     assert 0 < error <= 2 * allowed
 
 
+def test_decoding_in_8_bits_errs_by_what_rounding_does():
+    """Half a code is a 254th of the largest number of a vector; a key too many or too few errs by its whole share."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, V, (3, T), dtype=np.int32)
+    table = jnp.asarray(random.random(V) < 0.3)
+    config, attention = CASES["8 bits"]
+    graph, params = model_of(config)
+    exact = forward_logits(graph, params, tokens, table, attention)
+    got, cache = decoded_logits(graph, params, tokens, np.array([1, 5, 12], np.int32), table, attention)
+    assert cache.cache_dtype == "int8"
+    decoded = np.arange(T) >= np.array([1, 5, 12])[:, None] - 1
+    error = np.sqrt(np.mean(np.asarray(got - exact)[decoded] ** 2) / np.mean(np.asarray(exact)[decoded] ** 2))
+    assert 0 < error < 1 / 50
+    np.testing.assert_array_equal(cache.grow(T + 3, 40).k.scales[..., :T], cache.k.scales[..., :T])
+
+
 RUNS = ("neox, partial rotary, a window a layer", "gpt2, learned positions, outer layers dense", "dense")
 RUNS += ("layers of every kind", "window of one, no sinks", "falcon, one key head, fixed interval")
-RUNS += ("gated by embeddings, a window a layer",)
+RUNS += ("gated by embeddings, a window a layer", "8 bits")
 
 
 @functools.partial(compiled, static_argnums=(0, 2, 6))
@@ -187,7 +205,8 @@ def test_a_run_of_tokens_is_what_they_are_one_by_one(case):
     graph, params = model_of(config, attention if attention.pattern == "gated" else None)
     gate = {"stretch": attention.gate_stretch, "keep": attention.gate_keep} if attention.pattern == "gated" else {}
     window = min(max(layer_windows(attention, 3, T)), T)
-    empty = SeparatorCache.create(config, 3, window_size=window, capacity=T, **gate)
+    kind = attention.cache_dtype
+    empty = SeparatorCache.create(config, 3, window_size=window, capacity=T, **gate, cache_dtype=kind)
 
     expected, single = np.zeros((3, T, config.embed_dim), np.float32), empty
     for i in range(T):
@@ -203,6 +222,12 @@ def test_a_run_of_tokens_is_what_they_are_one_by_one(case):
         at += counts
     for name in ("position", "is_global", "length", "num_global", "scores"):
         np.testing.assert_array_equal(getattr(cache, name), getattr(single, name))
+    if attention.cache_dtype == "int8":  # a rounding more or less of a number makes a code another one, seldom
+        pairs = [*zip(jax.tree.leaves((cache.k, cache.v)), jax.tree.leaves((single.k, single.v)), strict=True)]
+        assert max(np.mean(x != y) for x, y in pairs) < 1e-3
+        assert np.abs(got - expected).max() < np.abs(expected).max() / 1000
+        assert np.mean(np.abs(got - expected)) < np.mean(np.abs(expected)) / 10_000
+        return
     roundings = ((5 * 3 + 1) * LLAMA.mlp_dim) ** 0.5 * np.finfo(np.float32).eps
     for x, y in ((got, expected), (cache.k, single.k), (cache.v, single.v)):
         assert np.abs(x - y).max() <= roundings * np.abs(y).max()

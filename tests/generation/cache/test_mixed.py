@@ -212,8 +212,11 @@ def events_of(slots, number):
 
 
 def test_rows_of_slots_give_what_streams_give_and_go_on_where_they_were_saved(tmp_path):
-    """Three tokens in a launch, two prompts in a program; saved in the middle, from and to a folder and a stream."""
-    attention = dataclasses.replace(CASES["watched"], watch_after=3)
+    """Three tokens in a launch, two prompts in a program; saved in the middle, from and to a folder and a stream.
+
+    With codes and scales, which is as many kinds of arrays as a row can have.
+    """
+    attention = dataclasses.replace(CASES["watched"], watch_after=3, cache_dtype="int8")
     engine = Generator(tiny_model(dataclasses.replace(SHAPE, num_layers=4), attention), tiny_tokenizer())
     settings: dict[str, Any] = {"stop_at_eos": False, "sampling": Sampling.create(1.3, frequency_penalty=1.0)}
     prompts = [LONG, "The cat", LONG[9:]]
