@@ -20,6 +20,7 @@ from sepjax.generation.readers import BoundedReader
 from sepjax.generation.saved import StreamStateError
 from sepjax.generation.saved_row import SavedRow
 from sepjax.generation.slots import Slots
+from sepjax.measure import counted_compilations
 from sepjax.model.unrolled import by_layer, runner
 from tests.generation.cache.common import ListStream
 from tests.generation.cache.test_bounded_pass import LLAMA, T, V, model_of
@@ -227,10 +228,15 @@ def test_rows_of_slots_give_what_streams_give_and_go_on_where_they_were_saved(tm
         slots.submit(SlotRequest(x, seed=i, max_new_tokens=24, keep=True, **settings)): i for i, x in enumerate(prompts)
     }
     found: list[list] = [[] for _ in prompts]
-    while not slots.is_idle:
-        for number, event in slots.step():
-            found[wanted[number]].append(event)
+    with counted_compilations() as compiled:
+        while not slots.is_idle:
+            for number, event in slots.step():
+                found[wanted[number]].append(event)
     assert found == expected
+    assert compiled == []
+    shape, sizes = engine.prepared.config, bounded_sizes(engine.prepared.config, attention)
+    assert slots.cache_bytes == empty_cache(shape, 2, sizes).nbytes == 2 * expected[0][0].cache.bytes
+    assert {x.dtype.name for x in slots._device.rows.state.cache.entries} == {"int8", "bfloat16"}
     ended = slots.save(min(wanted))
     stream = engine.stream(bounded=True, max_new_tokens=24, **settings)
     stream.resume(ended)
