@@ -181,12 +181,7 @@ class _Sums:
 
 
 def _score(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    lanes: Lanes,
-    attention: AttentionConfig,
-    chunk: int,
-    num_bytes: int,
+    model: Transformer, tokenizer: Tokenizer, lanes: Lanes, attention: AttentionConfig, chunk: int, num_bytes: int
 ) -> tuple[StreamScore, np.ndarray]:
     """What was measured, and the loss of every token of the documents, one after the other."""
     sizes = bounded_sizes(model.config, attention)

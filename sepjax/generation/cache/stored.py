@@ -92,8 +92,9 @@ def codes(x: Vectors, dtype: Any, turn: Table | None = None) -> jax.Array:
 
 def scaled(products: Float[Array, "B K *G C"], x: Vectors) -> jax.Array:
     """Products with `codes` of x[B, K, C, H], or weights of them, times their scales."""
+    products = jnp.asarray(products)
     if not isinstance(x, Quantised):
-        return jnp.asarray(products)
+        return products
     scales = x.scales.astype(products.dtype)
     return products * jnp.expand_dims(scales, tuple(range(2, products.ndim - 1)))
 
