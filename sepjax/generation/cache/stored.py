@@ -86,7 +86,7 @@ def plain(x: Vectors, dtype: Any, turn: Table | None = None) -> jax.Array:
 
 
 def codes(x: Vectors, dtype: Any, turn: Table | None = None) -> jax.Array:
-    """The same without their scales, for products that `scaled` puts right: a smaller array is read, none written."""
+    """The same without their scales, which are put into products of them (`scaled`)."""
     return _turned(x.codes.astype(dtype), turn) if isinstance(x, Quantised) else jnp.asarray(x)
 
 

@@ -84,8 +84,8 @@ def taken_up(cache, inputs):
     ("name", "by_layer"),
     [
         ("separator", False),
-        ("watched", False),
         ("watched", True),
+        pytest.param("watched", False, marks=pytest.mark.soak),
         pytest.param("StreamingLLM", True, marks=pytest.mark.soak),
         pytest.param("gated", True, marks=pytest.mark.soak),
     ],
