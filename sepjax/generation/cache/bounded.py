@@ -21,7 +21,7 @@ before it go. But within a zone distances never change. So a key is rotated once
 
 These differences are those of the slot numbers, and so are the scores. A key is rotated again only where it moves to
 the separators, and when a position passes `rotation_limit`: all of its zone are then turned back by a multiple of the
-ring's size, once in thousands of tokens.
+ring's size, once in thousands of tokens. Keys of 8 bits lie un-rotated and are turned when they are read (`stored.py`).
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ _AT_ONCE = 16  # a compaction takes a sixteenth of the rows at a time: in a larg
 class StreamingCache:
     """Keys and values of all layers, and where each row's zones begin and end. Made by `create`."""
 
-    k: Layers  # [L, B, K, C, H] or of each layer: keys, each rotated by its position in its zone
+    k: Layers  # [L, B, K, C, H] or of each layer: keys, each rotated by its position in its zone; codes un-rotated
     v: Layers
     is_separator: Bool[jax.Array, "B R"]  # of the token in each slot of the ring
     num_sinks: Int32[jax.Array, "B"]  # entries of the initial zone
