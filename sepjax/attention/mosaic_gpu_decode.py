@@ -12,12 +12,11 @@ key and value are where the softmax begins: its score is the first maximum, its 
     zones     slots  0 .. ends[0] | .. ends[1] | .. C       each with a query of its own, turned to fit its keys;
                                                             a tile that touches more than the last selects by slot
 
-One warpgroup does everything: it asks for the tile `stages` ahead as soon as a tile's place is free. Several blocks share
-an SM, and one loads while another computes. Scores are in units of log2.
+One warpgroup does everything: it asks for the tile `stages` ahead as soon as a tile's place is free. Several blocks
+share an SM, and one loads while another computes. Scores are in units of log2.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -150,9 +149,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         def scores(slot, at):
             if not shape.ends:
                 return product(0, slot)
-            return lax.cond(
-                at < shape.ends[-1], lambda: by_zone(slot, at), lambda: product(shape.zones - 1, slot)
-            )
+            return lax.cond(at < shape.ends[-1], lambda: by_zone(slot, at), lambda: product(shape.zones - 1, slot))
 
         def step(i, state):
             acc, top, total = state
@@ -228,3 +225,21 @@ def attend(shape: Shape) -> Callable[..., Any]:
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
+
+
+def run(shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any) -> jax.Array:
+    """`sepjax.attention.decode.attend` for the arguments of `Seen`: around the kernel, what is small."""
+    more = shape.columns - shape.G
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
+    own = jnp.einsum("BKGH,BKH->BKG", queries[:, :, -1], k, preferred_element_type=jnp.float32)
+    own *= shape.scale * kernels.LOG2E
+    out = attend(shape)(queries, own, v, k_cache, v_cache, bias, live)
+    return out[0] if shape.splits == 1 else _joined(shape, *out)
+
+
+def _joined(shape: Shape, sums: jax.Array, total: jax.Array, top: jax.Array) -> jax.Array:
+    """One softmax of the parts of each row."""
+    weight = jnp.exp2(top - jnp.max(top, axis=2, keepdims=True))
+    total = jnp.sum(total * weight, axis=2)
+    out = jnp.sum(sums * weight[:, :, :, None], axis=2) / total[:, :, None]
+    return jnp.swapaxes(out, 2, 3)[:, :, : shape.G].astype(shape.dtype)

@@ -1,0 +1,145 @@
+"""Attention of one new token a row over the slots of a cache: what every decoding step does in every layer.
+
+    queries   [B, K, Z, G, H]   G query heads of a key head, turned to fit the keys of each of Z zones of slots
+    cache     [B, K, C, H]      keys and values in slots, of which each row sees some; the token sees itself, too
+    zones     slots [0, ends[0]), [ends[0], ends[1]), ... [ends[-1], C)
+
+Plain XLA is the definition and runs anywhere. On a Hopper GPU one kernel (`mosaic_gpu_decode.py`) reads each key and
+value once, of those tiles of slots alone in which the row sees something.
+"""
+
+import dataclasses
+import functools
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float32
+
+from sepjax.array_typing import Array, Bool, Float, Int32
+from sepjax.attention.packing import unserved
+from sepjax.attention.target import target
+
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_PLAIN = ("xla", "reference", "tpu")  # implementations of `separator_attention` by whose names decoding is plain XLA
+_H100_SMS = 132  # where the device does not tell
+_BLOCKS = 2  # of the kernel that an SM takes at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Which slots each row sees. Made by `seen_slots`, once for all layers that see the same."""
+
+    visible: Bool[jax.Array, "B C"]
+    bias: Float32[jax.Array, "B P"] | None  # of the kernel: 0 where a slot is visible, else -inf; whole tiles
+    live: Int32[jax.Array, "B X"] | None  # how many tiles have a visible slot, and their numbers
+
+    __no_type_check__ = True  # see `StreamingCache`
+
+
+def unsupported(
+    dtype: DTypeLike, head_dim: int, implementation: str | None = None, *, wants_weights: bool = False
+) -> str | None:
+    """Why the kernel cannot serve a decoding step on the device that is traced for, or None when it can.
+
+    Args:
+      dtype: of the cache.
+      head_dim: H.
+      implementation: what the config names for `separator_attention`. A decoding step has two forms: the plain ones'
+        names ("xla", "reference", "tpu") mean the plain one here, others and None the kernel where it can serve.
+      wants_weights: whether the weights are asked for, which the kernel never has.
+    """
+    if implementation in _PLAIN:
+        return f"attention.implementation={implementation!r} asks for plain XLA"
+    device = target()
+    if device.capability != "9.0":
+        return f"it needs an NVIDIA Hopper GPU (compute capability 9.0), the device is {device}"
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return "it runs on one device, the mesh has several"
+    if wants_weights:
+        return "it has no weights to give, and watched tokens are kept by them"
+    like = jax.ShapeDtypeStruct((1, 1, 1, head_dim), jnp.dtype(dtype))
+    return unserved(like, (jnp.bfloat16, jnp.float16))  # pyright: ignore[reportArgumentType]
+
+
+def seen_slots(visible: Bool[Array, "B C"], head_dim: int, *, kernel: bool) -> Seen:
+    """What `attend` is told of who sees what; `kernel`: for the kernel (`unsupported`), otherwise for plain XLA."""
+    visible = jnp.asarray(visible)
+    if not kernel:
+        return Seen(visible, None, None)
+    tile, _ = _tiles(head_dim)
+    filled = jnp.pad(visible, ((0, 0), (0, -visible.shape[1] % tile)))
+    is_live = jnp.any(filled.reshape(len(visible), -1, tile), axis=-1)
+    order = jnp.argsort(~is_live, axis=-1, stable=True).astype(jnp.int32)
+    count = jnp.sum(is_live, axis=-1, keepdims=True, dtype=jnp.int32)
+    return Seen(visible, jnp.where(filled, 0.0, -jnp.inf), jnp.concatenate([count, order], axis=1))
+
+
+def attend(
+    queries: Float[Array, "B K Z G H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    k_cache: Float[Array, "B K C H"],
+    v_cache: Float[Array, "B K C H"],
+    seen: Seen,
+    ends: tuple[int, ...] = (),
+) -> Float[jax.Array, "B K G H"]:
+    """The attention, in v's dtype, computed in float32.
+
+    Args:
+      queries: those of each zone, the last zone's fit `k`.
+      k: the token's own key; v: its value. They are not in the cache yet.
+      k_cache: keys in slots; v_cache: values.
+      seen: of `seen_slots`, which says whether the kernel runs.
+      ends: where the zones but the last end.
+    """
+    if seen.bias is None or seen.live is None:
+        return with_weights(queries, k, v, k_cache, v_cache, seen, ends)[0]
+    return _kernel(queries, k, v, k_cache, v_cache, seen.bias, seen.live, ends=ends)
+
+
+def with_weights(
+    queries: Float[Array, "B K Z G H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    k_cache: Float[Array, "B K C H"],
+    v_cache: Float[Array, "B K C H"],
+    seen: Seen,
+    ends: tuple[int, ...] = (),
+) -> tuple[Float[jax.Array, "B K G H"], Float32[jax.Array, "B K G C"]]:
+    """`attend` in plain XLA, and the weights of the slots. All zones are rows of one product, which cost nothing."""
+    scores = _einsum("BKZGH,BKCH->BKZGC", queries, k_cache)
+    bounds = [0, *ends, k_cache.shape[2]]
+    parts = [scores[:, :, z, :, bounds[z] : bounds[z + 1]] for z in range(len(ends) + 1)]
+    scores = jnp.where(seen.visible[:, None, None], jnp.concatenate(parts, axis=-1), -jnp.inf)
+    own = _einsum("BKGH,BKH->BKG", queries[:, :, -1], k)[..., None]
+    weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * k.shape[-1] ** -0.5, axis=-1)
+    out = _einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
+    out += weights[..., -1:] * v[:, :, None]
+    return out.astype(v.dtype), weights[..., :-1]
+
+
+def _tiles(head_dim: int) -> tuple[int, int]:
+    """Slots of a tile of the kernel, and tiles in shared memory."""
+    return {64: (128, 3), 128: (64, 3), 256: (64, 2)}[head_dim]
+
+
+def _splits(blocks: int, tiles: int) -> int:
+    """How many blocks share the slots of a row's key head, so that all SMs have some."""
+    wanted = -(-_BLOCKS * (target().num_cores or _H100_SMS) // blocks)
+    return max(1, min(wanted, tiles // 2))
+
+
+@functools.partial(jax.jit, static_argnames="ends")  # one program for all layers: its lowering takes seconds
+def _kernel(
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any, *, ends: tuple[int, ...]
+) -> jax.Array:
+    module = importlib.import_module("sepjax.attention.mosaic_gpu_decode")
+    (B, K, _, G, H), C = queries.shape, k_cache.shape[2]
+    tile, stages = _tiles(H)
+    splits = _splits(B * K, live.shape[1] - 1)
+    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, tile, stages, splits)
+    return module.run(shape, queries, k, v, k_cache, v_cache, bias, live)
