@@ -25,6 +25,7 @@ from sepjax.attention.target import target
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _PLAIN = ("xla", "reference", "tpu")  # implementations of `separator_attention` by whose names decoding is plain XLA
 _H100_SMS = 132  # where the device does not tell
+_LEAST_TILE = 64  # slots: the rows of one product
 _BLOCKS = 2  # of the kernel that an SM takes at a time
 
 
@@ -34,20 +35,21 @@ class Seen:
     """Which slots each row sees. Made by `seen_slots`, once for all layers that see the same."""
 
     visible: Bool[jax.Array, "B C"]
-    bias: Float32[jax.Array, "B P"] | None  # of the kernel: 0 where a slot is visible, else -inf; whole tiles
+    bias: Float32[jax.Array, "B C"] | None  # of the kernel: 0 where a slot is visible, else -inf
     live: Int32[jax.Array, "B X"] | None  # how many tiles have a visible slot, and their numbers
 
     __no_type_check__ = True  # see `StreamingCache`
 
 
 def unsupported(
-    dtype: DTypeLike, head_dim: int, implementation: str | None = None, *, wants_weights: bool = False
+    dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None, *, wants_weights: bool = False
 ) -> str | None:
     """Why the kernel cannot serve a decoding step on the device that is traced for, or None when it can.
 
     Args:
       dtype: of the cache.
       head_dim: H.
+      slots: C.
       implementation: what the config names for `separator_attention`. A decoding step has two forms: the plain ones'
         names ("xla", "reference", "tpu") mean the plain one here, others and None the kernel where it can serve.
       wants_weights: whether the weights are asked for, which the kernel never has.
@@ -61,6 +63,8 @@ def unsupported(
         return "it runs on one device, the mesh has several"
     if wants_weights:
         return "it has no weights to give, and watched tokens are kept by them"
+    if not slots or slots % _LEAST_TILE:
+        return f"it reads {_LEAST_TILE} slots at a time, the cache has {slots}"
     like = jax.ShapeDtypeStruct((1, 1, 1, head_dim), jnp.dtype(dtype))
     return unserved(like, (jnp.bfloat16, jnp.float16))  # pyright: ignore[reportArgumentType]
 
@@ -70,12 +74,10 @@ def seen_slots(visible: Bool[Array, "B C"], head_dim: int, *, kernel: bool) -> S
     visible = jnp.asarray(visible)
     if not kernel:
         return Seen(visible, None, None)
-    tile, _ = _tiles(head_dim)
-    filled = jnp.pad(visible, ((0, 0), (0, -visible.shape[1] % tile)))
-    is_live = jnp.any(filled.reshape(len(visible), -1, tile), axis=-1)
+    is_live = jnp.any(visible.reshape(len(visible), -1, _tiles(head_dim, visible.shape[1])[0]), axis=-1)
     order = jnp.argsort(~is_live, axis=-1, stable=True).astype(jnp.int32)
     count = jnp.sum(is_live, axis=-1, keepdims=True, dtype=jnp.int32)
-    return Seen(visible, jnp.where(filled, 0.0, -jnp.inf), jnp.concatenate([count, order], axis=1))
+    return Seen(visible, jnp.where(visible, 0.0, -jnp.inf), jnp.concatenate([count, order], axis=1))
 
 
 def attend(
@@ -122,9 +124,11 @@ def with_weights(
     return out.astype(v.dtype), weights[..., :-1]
 
 
-def _tiles(head_dim: int) -> tuple[int, int]:
-    """Slots of a tile of the kernel, and tiles in shared memory."""
-    return {64: (128, 3), 128: (64, 3), 256: (64, 2)}[head_dim]
+def _tiles(head_dim: int, slots: int) -> tuple[int, int]:
+    """Slots of a tile of the kernel, which divide all of them, and tiles in shared memory."""
+    if head_dim == 64 and slots % (2 * _LEAST_TILE):
+        return _LEAST_TILE, 6
+    return {64: (2 * _LEAST_TILE, 3), 128: (_LEAST_TILE, 3), 256: (_LEAST_TILE, 2)}[head_dim]
 
 
 def _splits(blocks: int, tiles: int) -> int:
@@ -139,7 +143,7 @@ def _kernel(
 ) -> jax.Array:
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode")
     (B, K, _, G, H), C = queries.shape, k_cache.shape[2]
-    tile, stages = _tiles(H)
+    tile, stages = _tiles(H, C)
     splits = _splits(B * K, live.shape[1] - 1)
     shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, tile, stages, splits)
     return module.run(shape, queries, k, v, k_cache, v_cache, bias, live)

@@ -43,7 +43,7 @@ class Shape:
     ends: tuple[int, ...]  # of all zones but the last, each with a query of its own
     dtype: Any
     scale: float
-    tile: int  # slots of a tile, a multiple of 64
+    tile: int  # slots of a tile, a multiple of 64 that divides C
     stages: int  # tiles in shared memory
     splits: int  # blocks of threads that share the slots of a row
 
@@ -60,7 +60,7 @@ class Shape:
     @property
     def tiles(self) -> int:
         """Tiles of a row."""
-        return pl.cdiv(self.C, self.tile)
+        return self.C // self.tile
 
 
 def _tiled(*shape: int, dtype: Any) -> Any:
@@ -87,7 +87,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
     """q, own, v, k and v of the cache, bias, live tiles -> out [B, K, G, H]; or, of several splits, parts of it.
 
     q: [B, K, Z, columns, H]; own: float32[B, K, columns], the token's score against itself in units of log2; v:
-    [B, K, H], its value; the cache: [B, K, C, H]; bias: float32[B, tiles * tile], 0 where a slot is visible, else -inf;
+    [B, K, H], its value; the cache: [B, K, C, H]; bias: float32[B, C], 0 where a slot is visible, else -inf;
     live: int32[B, 1 + tiles], how many tiles are live, and their numbers.
 
     Parts: float32 sums [B, K, splits, H, columns], their weights' sum and maximum [B, K, splits, columns]; the first
@@ -184,7 +184,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         acc = _along_rows(value * is_first, (H, M))
         total = kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA)
         acc, top, total = lax.fori_loop(0, count, step, (acc, top, total))
-        total = total.sum(axis=0) + jnp.exp2(own - top) * is_first
+        total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first  # finite where top is _LOWEST
         if whole:
             acc *= _along_columns(1 / total, acc.shape)
             o_smem.transpose((1, 0))[...] = _wgmma_layout(acc.astype(shape.dtype))

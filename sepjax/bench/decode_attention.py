@@ -92,7 +92,7 @@ def _figures(settings: Settings, shape: str, size: int, rows: int, bandwidth: fl
     held = int(cache.held().sum()) * a_slot
     exact = _exact(cache, q, k, v)
     for form, implementation in (("kernel", None), ("xla", "xla")):
-        if form == "kernel" and decode.unsupported(settings.dtype, model.head_dim, None) is not None:
+        if form == "kernel" and decode.unsupported(settings.dtype, model.head_dim, sizes.slots) is not None:
             continue
         run = functools.partial(jax.jit(functools.partial(layers_of, implementation=implementation)), cache, q, k, v)
         error = float(jnp.max(jnp.abs(run()[0][: len(exact)].astype(jnp.float32) - exact)))
@@ -147,7 +147,7 @@ def main(settings: Settings) -> None:
     source = provenance()
     print(heading(source))
     for shape in settings.shapes:
-        reason = decode.unsupported(settings.dtype, model_of(shape, settings.dtype, 1).head_dim)
+        reason = decode.unsupported(settings.dtype, model_of(shape, settings.dtype, 1).head_dim, 64)
         if reason is not None:
             print(f"{shape}: no kernel: {reason}")
     print(

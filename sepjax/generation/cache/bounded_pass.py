@@ -96,7 +96,7 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
     told = functools.partial(
         decode.seen_slots,
         head_dim=H,
-        kernel=decode.unsupported(dtype, H, implementation, wants_weights=watches) is None,
+        kernel=decode.unsupported(dtype, H, sizes.slots, implementation, wants_weights=watches) is None,
     )
     seen_by_all = once(told(visible)) if within is None else None
     visible = once(visible)
