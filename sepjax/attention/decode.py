@@ -65,8 +65,7 @@ def unsupported(
         return "it has no weights to give, and watched tokens are kept by them"
     if not slots or slots % _LEAST_TILE:
         return f"it reads {_LEAST_TILE} slots at a time, the cache has {slots}"
-    like = jax.ShapeDtypeStruct((1, 1, 1, head_dim), jnp.dtype(dtype))
-    return unserved(like, (jnp.bfloat16, jnp.float16))  # pyright: ignore[reportArgumentType]
+    return unserved(jnp.dtype(dtype), head_dim, (jnp.bfloat16, jnp.float16))
 
 
 def seen_slots(visible: Bool[Array, "B C"], head_dim: int, *, kernel: bool) -> Seen:

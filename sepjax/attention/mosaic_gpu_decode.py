@@ -86,22 +86,21 @@ def _along_columns(x: Any, shape: tuple[int, ...]) -> Any:
 def attend(shape: Shape) -> Callable[..., Any]:
     """q, own, v, k and v of the cache, bias, live tiles -> out [B, K, G, H]; or, of several splits, parts of it.
 
-    q: [B, K, Z, columns, H]; own: float32[B, K, columns], the token's score against itself in units of log2; v:
+    q: [B, K, Z, columns, H]; own: float32[B, K, columns], the token's product with itself; v:
     [B, K, H], its value; the cache: [B, K, C, H]; bias: float32[B, C], 0 where a slot is visible, else -inf;
     live: int32[B, 1 + tiles], how many tiles are live, and their numbers.
 
     Parts: float32 sums [B, K, splits, H, columns], their weights' sum and maximum [B, K, splits, columns]; the first
     split has the token itself.
     """
-    H, M, tile, stages = shape.H, shape.columns, shape.tile, shape.stages
+    H, M, tile, stages, scale = shape.H, shape.columns, shape.tile, shape.stages, shape.scale * kernels.LOG2E
     whole = shape.splits == 1
 
-    def kernel(q_ref, own_ref, value_ref, k_ref, v_ref, bias_ref, live_ref, *rest):
-        outs, (q_smem, k_smem, v_smem, bias_smem, p_smem, o_smem, *stats), (ready, k_ready, v_ready) = (
-            rest[: 1 if whole else 3],
-            rest[1 if whole else 3 : -3],
-            rest[-3:],
-        )
+    num_outs = 1 if whole else 3
+
+    def kernel(q_ref, own_ref, value_ref, k_ref, v_ref, bias_ref, live_ref, *refs):
+        outs, scratch, (ready, k_ready, v_ready) = refs[:num_outs], refs[num_outs:-3], refs[-3:]
+        q_smem, k_smem, v_smem, bias_smem, p_smem, o_smem, *stats = scratch
         task = lax.axis_index("task")
         split, rest = lax.rem(task, shape.splits), lax.div(task, shape.splits)
         head, b = lax.rem(rest, shape.K), lax.div(rest, shape.K)
@@ -158,7 +157,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
             plgpu.barrier_wait(k_ready.at[slot])
             bias = plgpu.load(bias_smem.at[slot], layout=kernels._PER_ROW)
             s = _wgmma_layout(scores(slot, at))
-            s = s * (shape.scale * kernels.LOG2E) + _along_rows(bias, s.shape)
+            s = s * scale + _along_rows(bias, s.shape)
             new_top = jnp.maximum(top, s.max(axis=0))
             shrink = jnp.exp2(top - new_top)
             p = jnp.exp2(s - _along_columns(new_top, s.shape))
@@ -176,7 +175,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
             return acc, new_top, total
 
         kernels._in_one_warp(start)
-        own = plgpu.load(own_ref.at[b, head], layout=kernels._PER_COLUMN, optimized=False)
+        own = plgpu.load(own_ref.at[b, head], layout=kernels._PER_COLUMN, optimized=False) * scale
         value = plgpu.load(value_ref.at[b, head], layout=kernels._PER_ROW, optimized=False).astype(jnp.float32)
         plgpu.barrier_wait(ready)
         is_first = jnp.where(split == 0, 1.0, 0.0)
@@ -232,7 +231,6 @@ def run(shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, 
     more = shape.columns - shape.G
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
     own = jnp.einsum("BKGH,BKH->BKG", queries[:, :, -1], k, preferred_element_type=jnp.float32)
-    own *= shape.scale * kernels.LOG2E
     out = attend(shape)(queries, own, v, k_cache, v_cache, bias, live)
     return out[0] if shape.splits == 1 else _joined(shape, *out)
 

@@ -1,5 +1,7 @@
 """One token over the slots of a cache: the Hopper kernel, simulated, against the definition; who is served by what."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +15,11 @@ from tests.attention.simulator import assert_no_races, simulate
 HOPPER = Target("gpu", "NVIDIA H200", 132, "9.0")
 
 
-def tensors(B, K, Z, G, C, H, dtype=jnp.bfloat16):
+def tensors(B: int, K: int, Z: int, G: int, C: int, H: int, dtype=jnp.bfloat16) -> tuple:
     """queries (large, so that weights differ), own key and value, keys and values of the cache."""
     shapes = (B, K, Z, G, H), (B, K, H), (B, K, H), (B, K, C, H), (B, K, C, H)
     drawn = np.random.default_rng(0)
-    return [jnp.asarray((2 if len(s) == 5 else 1) * drawn.standard_normal(s, np.float32), dtype) for s in shapes]
+    return tuple(jnp.asarray((2 if len(s) == 5 else 1) * drawn.standard_normal(s, np.float32), dtype) for s in shapes)
 
 
 def visible_slots(B, C):
@@ -59,9 +61,10 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     plain = decode.attend(*given, decode.seen_slots(seen, H, kernel=False), ends)
     simulate(monkeypatch)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "two SMs", num_sms, "9.0"))
-    decode._kernel.clear_cache()
+    kernel: Any = decode._kernel
+    kernel.clear_cache()
     got = decode.attend(*given, decode.seen_slots(seen, H, kernel=True), ends)
-    decode._kernel.clear_cache()  # a simulated program is of no use to others
+    kernel.clear_cache()  # a simulated program is of no use to others
     assert_no_races()
     assert_errs_at_most_twice_as_much([got], [plain], [exact], [np.abs(exact).max()], jnp.bfloat16)
 

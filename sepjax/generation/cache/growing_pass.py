@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.attention import decode
 from sepjax.config import AttentionConfig, ModelConfig, layer_reaches, layer_windows, sees_kept, with_own_window
 from sepjax.model.gate import run_with_gate
 from sepjax.model.layers import once
@@ -70,7 +71,7 @@ def _one_token(
     positions = cache.length[:, None]
     inputs = (*_what_layers_see(attention, model.config, cache.window_size), cache.k, cache.v)
     is_global, score = is_global_token(tokens[:, 0], cache.length, table, attention), None
-    attend = _attend_cache(model.config, cache)
+    attend = _attend_cache(model.config, cache, attention.implementation)
     if attention.pattern == "gated":
         hidden, (k, v), scores = run_with_gate(model, tokens, positions, attend, inputs, attention)
         score = jnp.where(is_global, -jnp.inf, scores[:, 0])
@@ -97,7 +98,9 @@ def is_global_token(tokens: Array, positions: Array, table: Array, attention: At
     return flag_separators(tokens, positions, table, attention) | (positions < attention.num_sinks)
 
 
-def _attend_cache(config: ModelConfig, cache: "SeparatorCache") -> Callable[..., tuple[jax.Array, Any]]:
+def _attend_cache(
+    config: ModelConfig, cache: "SeparatorCache", implementation: str | None
+) -> Callable[..., tuple[jax.Array, Any]]:
     """Attention of one token a row over the slots it sees and itself; returns its rotated key and its value.
 
     The layers only read the cache: the new keys of all of them are written at once, in place, by `append`. (Written in
@@ -105,6 +108,8 @@ def _attend_cache(config: ModelConfig, cache: "SeparatorCache") -> Callable[...,
     """
     angles = rope_tables(cache.length[:, None], layer_ropes(config)[0], config.head_dim)
     angles = angles and once(angles)
+    C = cache.position.shape[1]
+    kernel = decode.unsupported(cache.k.dtype, config.head_dim, C, implementation) is None
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         window, num_sinks, reach, rope, k_cache, v_cache = layer
@@ -112,9 +117,10 @@ def _attend_cache(config: ModelConfig, cache: "SeparatorCache") -> Callable[...,
             turn = of_layer(angles, rope)
             q, k = rotate(q, turn), rotate(k, turn)
         B, _, N, H = q.shape
-        q = q.reshape(B, config.num_kv_heads, -1, H)
-        out = _attend_slots(q, k[:, 0], v[:, 0], k_cache, v_cache, cache.visible(window, num_sinks, reach))
-        return out.astype(v.dtype).reshape(B, 1, N, H), (k, v)
+        seen = decode.seen_slots(cache.visible(window, num_sinks, reach), H, kernel=kernel)
+        queries = q.reshape(B, config.num_kv_heads, 1, -1, H)
+        out = decode.attend(queries, k[:, 0], v[:, 0], k_cache, v_cache, seen)
+        return out.reshape(B, 1, N, H), (k, v)
 
     return attend
 
@@ -146,19 +152,3 @@ def _attend_run(
         return out.astype(v.dtype).reshape(q.shape), (k, v)
 
     return attend
-
-
-def _attend_slots(
-    q: Float[jax.Array, "B K G H"],
-    k: Float[jax.Array, "B K H"],
-    v: Float[jax.Array, "B K H"],
-    k_cache: Float[jax.Array, "B K C H"],
-    v_cache: Float[jax.Array, "B K C H"],
-    visible: Bool[jax.Array, "B C"],
-) -> Float[jax.Array, "B K G H"]:
-    """Attention of G queries a key head over the visible slots and the token's own key; scores, softmax in float32."""
-    scores = jnp.where(visible[:, None, None], _einsum("BKGH,BKCH->BKGC", q, k_cache), -jnp.inf)
-    own = _einsum("BKGH,BKH->BKG", q, k)[..., None]
-    weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * q.shape[-1] ** -0.5, axis=-1)
-    out = _einsum("BKGC,BKCH->BKGH", weights[..., :-1].astype(v.dtype), v_cache)
-    return out + weights[..., -1:] * v[:, :, None]
