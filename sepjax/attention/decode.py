@@ -4,7 +4,7 @@
     cache     [B, K, C, H]      keys and values in slots, of which each row sees some; the token sees itself, too
     zones     slots [0, ends[0]), [ends[0], ends[1]), ... [ends[-1], C)
 
-Plain XLA is the definition and runs anywhere. On a Hopper GPU one kernel (`mosaic_gpu_decode.py`) reads each key and
+Plain XLA is the definition and runs anywhere. On a Hopper GPU one kernel (`mosaic_gpu_decode_kernels.py`) reads each key and
 value once, of those tiles of slots alone in which the row sees something.
 """
 
@@ -25,7 +25,8 @@ from sepjax.attention.target import target
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _PLAIN = ("xla", "reference", "tpu")  # implementations of `separator_attention` by whose names decoding is plain XLA
 _H100_SMS = 132  # where the device does not tell
-_LEAST_TILE = 64  # slots: the rows of one product
+TILE = 64  # slots that the kernel reads at a time: the rows of one product
+_STAGES = {64: 4, 128: 3, 256: 2}  # by head size, tiles of keys and of values in shared memory
 _BLOCKS = 2  # of the kernel that an SM takes at a time
 
 
@@ -63,17 +64,17 @@ def unsupported(
         return "it runs on one device, the mesh has several"
     if wants_weights:
         return "it has no weights to give, and watched tokens are kept by them"
-    if not slots or slots % _LEAST_TILE:
-        return f"it reads {_LEAST_TILE} slots at a time, the cache has {slots}"
+    if not slots or slots % TILE:
+        return f"it reads {TILE} slots at a time, the cache has {slots}"
     return unserved(jnp.dtype(dtype), head_dim, (jnp.bfloat16, jnp.float16))
 
 
-def seen_slots(visible: Bool[Array, "B C"], head_dim: int, *, kernel: bool) -> Seen:
+def seen_slots(visible: Bool[Array, "B C"], *, kernel: bool) -> Seen:
     """What `attend` is told of who sees what; `kernel`: for the kernel (`unsupported`), otherwise for plain XLA."""
     visible = jnp.asarray(visible)
     if not kernel:
         return Seen(visible, None, None)
-    is_live = jnp.any(visible.reshape(len(visible), -1, _tiles(head_dim, visible.shape[1])[0]), axis=-1)
+    is_live = jnp.any(visible.reshape(len(visible), -1, TILE), axis=-1)
     order = jnp.argsort(~is_live, axis=-1, stable=True).astype(jnp.int32)
     count = jnp.sum(is_live, axis=-1, keepdims=True, dtype=jnp.int32)
     return Seen(visible, jnp.where(visible, 0.0, -jnp.inf), jnp.concatenate([count, order], axis=1))
@@ -123,13 +124,6 @@ def with_weights(
     return out.astype(v.dtype), weights[..., :-1]
 
 
-def _tiles(head_dim: int, slots: int) -> tuple[int, int]:
-    """Slots of a tile of the kernel, which divide all of them, and tiles in shared memory."""
-    if head_dim == 64 and slots % (2 * _LEAST_TILE):
-        return _LEAST_TILE, 6
-    return {64: (2 * _LEAST_TILE, 3), 128: (_LEAST_TILE, 3), 256: (_LEAST_TILE, 2)}[head_dim]
-
-
 def _splits(blocks: int, tiles: int) -> int:
     """How many blocks share the slots of a row's key head, so that all SMs have some."""
     wanted = -(-_BLOCKS * (target().num_cores or _H100_SMS) // blocks)
@@ -140,9 +134,8 @@ def _splits(blocks: int, tiles: int) -> int:
 def _kernel(
     queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any, *, ends: tuple[int, ...]
 ) -> jax.Array:
-    module = importlib.import_module("sepjax.attention.mosaic_gpu_decode")
+    module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_kernels")
     (B, K, _, G, H), C = queries.shape, k_cache.shape[2]
-    tile, stages = _tiles(H, C)
     splits = _splits(B * K, live.shape[1] - 1)
-    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, tile, stages, splits)
+    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, _STAGES[H], splits)
     return module.run(shape, queries, k, v, k_cache, v_cache, bias, live)

@@ -15,11 +15,12 @@ from tests.attention.simulator import assert_no_races, simulate
 HOPPER = Target("gpu", "NVIDIA H200", 132, "9.0")
 
 
-def tensors(B: int, K: int, Z: int, G: int, C: int, H: int, dtype=jnp.bfloat16) -> tuple:
+def tensors(B: int, K: int, Z: int, G: int, C: int, H: int, dtype=jnp.bfloat16) -> tuple[Any, Any, Any, Any, Any]:
     """queries (large, so that weights differ), own key and value, keys and values of the cache."""
     shapes = (B, K, Z, G, H), (B, K, H), (B, K, H), (B, K, C, H), (B, K, C, H)
     drawn = np.random.default_rng(0)
-    return tuple(jnp.asarray((2 if len(s) == 5 else 1) * drawn.standard_normal(s, np.float32), dtype) for s in shapes)
+    q, k, v, k_cache, v_cache = (jnp.asarray(drawn.standard_normal(shape, np.float32), dtype) for shape in shapes)
+    return 2 * q, k, v, k_cache, v_cache
 
 
 def visible_slots(B, C):
@@ -46,7 +47,7 @@ def textbook(queries, k, v, k_cache, v_cache, seen, ends):
 # (B, K, G, C, H), ends of zones, SMs: with few rows for them, blocks share the slots of a row.
 CASES = {
     "three zones, three heads a key head": ((3, 1, 3, 512, 64), (4, 68), 1),
-    "one zone, blocks that share a row, half tiles": ((2, 1, 4, 448, 64), (), 4),
+    "one zone, blocks that share a row": ((2, 1, 4, 448, 64), (), 4),
     "heads of 128, zones that are empty": ((2, 2, 8, 320, 128), (4, 4), 1),
     "heads of 256, more than eight of them": ((2, 1, 12, 320, 256), (0, 70), 1),
 }
@@ -58,23 +59,23 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     (B, K, G, C, H), ends, num_sms = CASES[case]
     given, seen = tensors(B, K, len(ends) + 1, G, C, H), visible_slots(B, C)
     exact = textbook(*given, seen, ends)
-    plain = decode.attend(*given, decode.seen_slots(seen, H, kernel=False), ends)
+    plain = decode.attend(*given, decode.seen_slots(seen, kernel=False), ends)
     simulate(monkeypatch)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "two SMs", num_sms, "9.0"))
     kernel: Any = decode._kernel
     kernel.clear_cache()
-    got = decode.attend(*given, decode.seen_slots(seen, H, kernel=True), ends)
+    got = decode.attend(*given, decode.seen_slots(seen, kernel=True), ends)
     kernel.clear_cache()  # a simulated program is of no use to others
     assert_no_races()
     assert_errs_at_most_twice_as_much([got], [plain], [exact], [np.abs(exact).max()], jnp.bfloat16)
 
 
 def test_only_live_tiles_are_read():
-    """Of 64 slots each for heads of 128: their number, then themselves, in order."""
+    """Of 64 slots each: their number, then themselves, in order."""
     seen = np.zeros((3, 256), bool)
     seen[1, [3, 255]] = True
     seen[2] = True
-    live = np.asarray(decode.seen_slots(jnp.asarray(seen), 128, kernel=True).live)
+    live = np.asarray(decode.seen_slots(jnp.asarray(seen), kernel=True).live)
     assert live[0, 0] == 0
     assert live[1, :3].tolist() == [2, 0, 3]
     assert live[2].tolist() == [4, 0, 1, 2, 3]

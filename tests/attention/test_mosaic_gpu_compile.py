@@ -68,7 +68,7 @@ def test_it_is_chosen_for_an_h100_that_is_not_there(h100):
     ("shape", "ends"),
     [
         ((16, 8, 4, 896, 128), (4, 68)),
-        pytest.param((1, 3, 3, 448, 64), (4, 4), marks=pytest.mark.soak),  # blocks that share a row, other tiles
+        pytest.param((1, 3, 3, 448, 64), (4, 4), marks=pytest.mark.soak),  # blocks that share a row
         pytest.param((200, 2, 12, 512, 256), (), marks=pytest.mark.soak),
     ],
     ids=["heads of 128", "one row, heads of 64", "heads of 256, more than eight of them"],
@@ -82,7 +82,7 @@ def test_decoding_compiles_for_an_h100(h100, shape, ends):
 
     def run(visible, *given):
         assert decode.unsupported(jnp.bfloat16, H, C) is None
-        return decode.attend(*given, decode.seen_slots(visible, H, kernel=True), ends)
+        return decode.attend(*given, decode.seen_slots(visible, kernel=True), ends)
 
     given = struct(B, K, len(ends) + 1, G, H), struct(B, K, H), struct(B, K, H), struct(B, K, C, H), struct(B, K, C, H)
     with jax.set_mesh(h100):

@@ -92,12 +92,8 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
     recent = cache.recent_positions() >= cache.first_recent(1)
     visible = jnp.concatenate([cache.visible_old(), recent], axis=1)
     within, is_kept = _within(cache, 1), _is_kept(cache, 0)
-    dtype, H = cache.k[0].dtype, cache.head_dim
-    told = functools.partial(
-        decode.seen_slots,
-        head_dim=H,
-        kernel=decode.unsupported(dtype, H, sizes.slots, implementation, wants_weights=watches) is None,
-    )
+    reason = decode.unsupported(cache.k[0].dtype, cache.head_dim, sizes.slots, implementation, wants_weights=watches)
+    told = functools.partial(decode.seen_slots, kernel=reason is None)
     seen_by_all = once(told(visible)) if within is None else None
     visible = once(visible)
 

@@ -117,7 +117,7 @@ def _attend_cache(
             turn = of_layer(angles, rope)
             q, k = rotate(q, turn), rotate(k, turn)
         B, _, N, H = q.shape
-        seen = decode.seen_slots(cache.visible(window, num_sinks, reach), H, kernel=kernel)
+        seen = decode.seen_slots(cache.visible(window, num_sinks, reach), kernel=kernel)
         queries = q.reshape(B, config.num_kv_heads, 1, -1, H)
         out = decode.attend(queries, k[:, 0], v[:, 0], k_cache, v_cache, seen)
         return out.reshape(B, 1, N, H), (k, v)
