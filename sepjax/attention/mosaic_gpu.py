@@ -38,7 +38,7 @@ def unsupported(q: Queries) -> str | None:
     device = target()
     if device.capability != "9.0":
         return f"it needs an NVIDIA Hopper GPU (compute capability 9.0), the device is {device}"
-    return unserved(q, (jnp.bfloat16, jnp.float16))
+    return unserved(q.dtype, q.shape[3], (jnp.bfloat16, jnp.float16))
 
 
 @functools.partial(jax.jit, static_argnames="scale")

@@ -13,12 +13,12 @@ from sepjax.layout import SeparatorLayout
 _HEAD_SIZES = (64, 128, 256)  # of the kernels for accelerators
 
 
-def unserved(q: Queries, dtypes: tuple[DTypeLike, DTypeLike]) -> str | None:
-    """Why kernels for two dtypes cannot serve queries like `q`, whatever the device, or None when they can."""
-    if q.dtype not in dtypes:
-        return f"it computes in {' or '.join(jnp.dtype(x).name for x in dtypes)}, got {q.dtype}"
-    if q.shape[3] not in _HEAD_SIZES:
-        return f"it serves head sizes {', '.join(map(str, _HEAD_SIZES))}, got {q.shape[3]}"
+def unserved(dtype: DTypeLike, head_dim: int, dtypes: tuple[DTypeLike, DTypeLike]) -> str | None:
+    """Why kernels for two dtypes cannot serve heads of this one and size, whatever the device; None when they can."""
+    if dtype not in dtypes:
+        return f"it computes in {' or '.join(jnp.dtype(x).name for x in dtypes)}, got {jnp.dtype(dtype).name}"
+    if head_dim not in _HEAD_SIZES:
+        return f"it serves head sizes {', '.join(map(str, _HEAD_SIZES))}, got {head_dim}"
     return None
 
 

@@ -38,7 +38,7 @@ def unsupported(q: Queries) -> str | None:
     device = target()
     if device.platform != "tpu":
         return f"it needs a TPU, the device is {device}"
-    reason = unserved(q, (jnp.bfloat16, jnp.float32))
+    reason = unserved(q.dtype, q.shape[3], (jnp.bfloat16, jnp.float32))
     if reason is None and q.shape[1] > _LONGEST:
         return f"it serves rows of up to {_LONGEST} tokens, whose visits fit scalar memory, got {q.shape[1]}"
     return reason

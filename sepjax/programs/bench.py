@@ -17,6 +17,7 @@ BENCHES = {  # name -> the module that measures it; each is also python -m MODUL
     "data": "sepjax.bench.data",
     "generation": "sepjax.bench.generation",
     "steps": "sepjax.bench.steps",
+    "decode_attention": "sepjax.bench.decode_attention",
     "slots": "sepjax.bench.slots",
     "mesh": "sepjax.bench.mesh",
     "serve": "sepjax.bench.serve",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepjax.attention import mosaic_gpu, separator_attention, xla
+from sepjax.attention import decode, mosaic_gpu, separator_attention, xla
 from sepjax.attention.op import choose
 from sepjax.layout import build_layout
 from sepjax.training.plan import topology_devices
@@ -62,6 +62,32 @@ def test_it_is_chosen_for_an_h100_that_is_not_there(h100):
         for dtype in (jnp.bfloat16, jnp.float32):
             jax.eval_shape(lambda q: chosen.append(choose(None, q)), jax.ShapeDtypeStruct((1, 128, 2, 64), dtype))
     assert chosen == [mosaic_gpu, xla], "float32 is for the XLA form"
+
+
+@pytest.mark.parametrize(
+    ("shape", "ends"),
+    [
+        ((16, 8, 4, 896, 128), (4, 68)),
+        pytest.param((1, 3, 3, 448, 64), (4, 4), marks=pytest.mark.soak),  # blocks that share a row
+        pytest.param((200, 2, 12, 512, 256), (), marks=pytest.mark.soak),
+    ],
+    ids=["heads of 128", "one row, heads of 64", "heads of 256, more than eight of them"],
+)
+def test_decoding_compiles_for_an_h100(h100, shape, ends):
+    B, K, G, C, H = shape
+    placed = jax.NamedSharding(h100, jax.P())
+
+    def struct(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    def run(visible, *given):
+        assert decode.unsupported(jnp.bfloat16, H, C) is None
+        return decode.attend(*given, decode.seen_slots(visible, kernel=True), ends)
+
+    given = struct(B, K, len(ends) + 1, G, H), struct(B, K, H), struct(B, K, H), struct(B, K, C, H), struct(B, K, C, H)
+    with jax.set_mesh(h100):
+        compiled = jax.jit(run).lower(struct(B, C, dtype=bool), *given).compile()
+    assert "mosaic_gpu" in compiled.as_text()
 
 
 def test_inside_shard_map(h100):

@@ -1,9 +1,4 @@
-"""The Hopper kernels simulated on a CPU: warpgroups, barriers, copies, shared memory; races and deadlocks are found.
-
-The simulator knows no wgmma with a factor in registers, nor accumulators that start from registers; here they are sums.
-It also wants a fence between reading shared memory and a copy into it. A read whose value went into what was computed
-before an arrival is over by then, on the real one too: here an arrival counts as that fence.
-"""
+"""The Hopper kernels simulated on a CPU: warpgroups, barriers, copies, shared memory; races and deadlocks are found."""
 
 import dataclasses
 import functools
@@ -12,10 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sepjax.attention import mosaic_gpu, mosaic_gpu_kernels, reference
+from sepjax.attention import mosaic_gpu, reference
 from sepjax.attention.ranges import Ranges
 from sepjax.bench import kernels
 from sepjax.bench.attention import Settings, make_inputs
@@ -29,40 +22,13 @@ from tests.attention.common import (
     results,
     tensors,
 )
-
-
-class _Sum:
-    def __init__(self, value):
-        self.value = value
-
-
-def _accumulate(products, *sums):
-    sums = [_Sum(x) for x in sums]
-    products(*sums)
-    return tuple(x.value for x in sums)
-
-
-def _wgmma(accumulator, a, b, wgmma=plgpu.wgmma):
-    if not isinstance(accumulator, _Sum):
-        return wgmma(accumulator, a, b)
-    product = jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32), precision="highest")
-    accumulator.value += product
-    return None
-
-
-def _arrive(barrier, arrive=plgpu.barrier_arrive):
-    plgpu.commit_smem()
-    arrive(barrier)
+from tests.attention.simulator import assert_no_races, simulate
 
 
 @pytest.fixture
 def simulated(monkeypatch):
     """`mosaic_gpu.attend` on a simulated GPU of 2 SMs, each of which computes many blocks."""
-    params = plgpu.InterpretGPUParams(detect_races=True)
-    monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=params))
-    monkeypatch.setattr(plgpu, "wgmma", _wgmma)
-    monkeypatch.setattr(plgpu, "barrier_arrive", _arrive)
-    monkeypatch.setattr(mosaic_gpu_kernels, "accumulate", _accumulate)
+    simulate(monkeypatch)
     shape = mosaic_gpu._shape
     monkeypatch.setattr(mosaic_gpu, "_shape", lambda *args: dataclasses.replace(shape(*args), num_sms=2))
     for op in (mosaic_gpu.attend, mosaic_gpu.attend_ranges):
@@ -70,7 +36,7 @@ def simulated(monkeypatch):
     yield
     for op in (mosaic_gpu.attend, mosaic_gpu.attend_ranges):
         op.clear_cache()
-    assert not gpu_callbacks.get_races().races_found
+    assert_no_races()
 
 
 def flags(shape, density):

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.attention import decode
 from sepjax.config import AttentionConfig
-from sepjax.generation.cache.stored import Vectors, codes, like, plain, scaled
+from sepjax.generation.cache.stored import Vectors, for_products, like, plain
 from sepjax.generation.cache.watched import looks_of_many, looks_of_one
 from sepjax.model.gate import run_with_gate
 from sepjax.model.layers import Attend, once
@@ -58,7 +59,7 @@ def stream_pass(
     T = tokens.shape[1]
     offsets = cache.seen_low[:, None] + jnp.arange(T, dtype=jnp.int32)
     is_separator = flag_separators(tokens, offsets, table, attention)
-    attend, inputs = attend_run(cache, T, counts), pass_inputs(cache)
+    attend, inputs = attend_run(cache, T, counts, attention.implementation), pass_inputs(cache)
     if attention.pattern == "gated":
         hidden, (k, v), scores = run_with_gate(model, tokens, offsets, attend, inputs, attention)
         return hidden, cache.append(k, v, is_separator, counts, gate_scores=scores)
@@ -66,9 +67,14 @@ def stream_pass(
     return hidden, cache.append(k, v, is_separator, counts, *looks)
 
 
-def attend_run(cache: "StreamingCache", num_tokens: int, counts: Int32[Array, "B"]) -> Attend:
-    """The attention of a run of so many tokens, of which each row takes up `counts`; with `pass_inputs`."""
-    return _attend_one(cache) if num_tokens == 1 else _attend_many(cache, num_tokens, counts)
+def attend_run(
+    cache: "StreamingCache", num_tokens: int, counts: Int32[Array, "B"], implementation: str | None = None
+) -> Attend:
+    """The attention of a run of so many tokens, of which each row takes up `counts`; with `pass_inputs`.
+
+    `implementation`: what the config names for training; see `sepjax.attention.decode.unsupported`.
+    """
+    return _attend_one(cache, implementation) if num_tokens == 1 else _attend_many(cache, num_tokens, counts)
 
 
 def pass_inputs(cache: "StreamingCache") -> tuple[Any, ...]:
@@ -79,14 +85,25 @@ def pass_inputs(cache: "StreamingCache") -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _attend_one(cache: "StreamingCache") -> Attend:
-    """Attention of one token a row. All zones in one product: the turned queries are rows of it, and cost nothing."""
-    a, old = cache.sizes.num_sinks, cache.sizes.num_sinks + cache.sizes.max_separators
-    zones = slice(None) if cache.sizes.turns_in_place else slice(-1, None)
+def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
+    """Attention of one token a row, whose query is turned to fit each zone (`sepjax.attention.decode`)."""
+    sizes, watches = cache.sizes, cache.sizes.watch is not None
+    ends = (sizes.num_sinks, sizes.num_sinks + sizes.max_separators) if sizes.turns_in_place else ()
+    zones = slice(None) if sizes.turns_in_place else slice(-1, None)
     tables, turn = once((_tables(cache, cache.query_positions(1)[zones]), _turn_of_slots(cache)))
     recent = cache.recent_positions() >= cache.first_recent(1)
-    visible = once(jnp.concatenate([cache.visible_old(), recent], axis=1)[:, None, None])
+    visible = jnp.concatenate([cache.visible_old(), recent], axis=1)
     within, is_kept = _within(cache, 1), _is_kept(cache, 0)
+    reason = decode.unsupported(cache.k[0].dtype, cache.head_dim, sizes.slots, implementation, wants_weights=watches)
+    told = functools.partial(decode.seen_slots, kernel=reason is None)
+    seen_by_all = once(told(visible)) if within is None else None
+    visible = once(visible)
+
+    def seen_in(reach: Any, sees_kept: Any) -> decode.Seen:
+        if seen_by_all is not None and sees_kept is None:
+            return seen_by_all
+        seen = visible if within is None else visible & within(reach)[:, 0, 0, 0]
+        return told(seen if sees_kept is None else seen & ((sees_kept > 0) | ~is_kept))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         k_cache, v_cache, reach, sees_kept, rope = layer
@@ -95,22 +112,15 @@ def _attend_one(cache: "StreamingCache") -> Attend:
         (new_k, new_v), (k, v) = _taken_up(cache, k_cache, k, v, (cos[-1], sin[-1]))
         queries = rotate(jnp.broadcast_to(q, (len(cos), *q.shape)), (cos, sin))
         queries = jnp.moveaxis(queries.reshape(-1, B, k.shape[2], N // k.shape[2], H), 0, 2)  # [B, K, zone, G, H]
-        keys = codes(k_cache, q.dtype, turn and of_layer(turn, rope))
-        scores = scaled(_einsum("BKZGH,BKCH->BKZGC", queries, keys), k_cache)
-        parts = [scores[:, :, -1]]
-        if cache.sizes.turns_in_place:
-            parts = [scores[:, :, 0, :, :a], scores[:, :, 1, :, a:old], scores[:, :, 2, :, old:]]
-        seen = visible if within is None else visible & within(reach)[:, :, :, 0]
-        seen = seen if sees_kept is None else seen & ((sees_kept > 0) | ~is_kept)
-        scores = jnp.where(seen, jnp.concatenate(parts, axis=-1), -jnp.inf)
-        own = _einsum("BKGH,BKH->BKG", queries[:, :, -1], k[:, 0])[..., None]
-        weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * H**-0.5, axis=-1)
-        of_codes = scaled(weights[..., :-1], v_cache).astype(v.dtype)
-        out = _einsum("BKGC,BKCH->BKGH", of_codes, codes(v_cache, v.dtype))
-        out += weights[..., -1:] * v[:, 0, :, None]
-        looks = (looks_of_one(cache, weights[..., :-1]),) if cache.sizes.watch else ()
+        keys, values, scales = for_products(k_cache, v_cache, v.dtype, turn and of_layer(turn, rope))
+        given = queries, k[:, 0], v[:, 0], keys, values, seen_in(reach, sees_kept), ends, scales
+        if watches:
+            out, weights = decode.with_weights(*given)
+            looks = (looks_of_one(cache, weights),)
+        else:
+            out, looks = decode.attend(*given), ()
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
-        out, *kept = jax.lax.optimization_barrier((out.astype(v.dtype), new_k, new_v, *looks))
+        out, *kept = jax.lax.optimization_barrier((out, new_k, new_v, *looks))
         return out.reshape(B, 1, N, H), tuple(kept)
 
     return attend

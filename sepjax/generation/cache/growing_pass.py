@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.attention import decode
 from sepjax.config import AttentionConfig, ModelConfig, layer_reaches, layer_windows, sees_kept, with_own_window
-from sepjax.generation.cache.stored import Vectors, codes, like, plain, scaled
+from sepjax.generation.cache.stored import for_products, like, plain
 from sepjax.model.gate import run_with_gate
 from sepjax.model.layers import once
 from sepjax.model.rope import layer_numbers, layer_ropes, of_layer, rope_tables, rotate
@@ -71,7 +72,7 @@ def _one_token(
     positions = cache.length[:, None]
     inputs = (*_what_layers_see(attention, model.config, cache.window_size), cache.k, cache.v)
     is_global, score = is_global_token(tokens[:, 0], cache.length, table, attention), None
-    attend = _attend_cache(model.config, cache)
+    attend = _attend_cache(model.config, cache, attention.implementation)
     if attention.pattern == "gated":
         hidden, (k, v), scores = run_with_gate(model, tokens, positions, attend, inputs, attention)
         score = jnp.where(is_global, -jnp.inf, scores[:, 0])
@@ -98,7 +99,9 @@ def is_global_token(tokens: Array, positions: Array, table: Array, attention: At
     return flag_separators(tokens, positions, table, attention) | (positions < attention.num_sinks)
 
 
-def _attend_cache(config: ModelConfig, cache: "SeparatorCache") -> Callable[..., tuple[jax.Array, Any]]:
+def _attend_cache(
+    config: ModelConfig, cache: "SeparatorCache", implementation: str | None
+) -> Callable[..., tuple[jax.Array, Any]]:
     """Attention of one token a row over the slots it sees and itself; returns its rotated key and its value.
 
     The layers only read the cache: the new keys of all of them are written at once, in place, by `append`. (Written in
@@ -106,6 +109,8 @@ def _attend_cache(config: ModelConfig, cache: "SeparatorCache") -> Callable[...,
     """
     angles = rope_tables(cache.length[:, None], layer_ropes(config)[0], config.head_dim)
     angles = angles and once(angles)
+    C = cache.position.shape[1]
+    kernel = decode.unsupported(cache.k.dtype, config.head_dim, C, implementation) is None
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         window, num_sinks, reach, rope, k_cache, v_cache = layer
@@ -113,10 +118,13 @@ def _attend_cache(config: ModelConfig, cache: "SeparatorCache") -> Callable[...,
             turn = of_layer(angles, rope)
             q, k = rotate(q, turn), rotate(k, turn)
         B, _, N, H = q.shape
-        q, dtype, new = q.reshape(B, config.num_kv_heads, -1, H), v.dtype, (like(k_cache, k), like(v_cache, v))
+        seen = decode.seen_slots(cache.visible(window, num_sinks, reach), kernel=kernel)
+        queries = q.reshape(B, config.num_kv_heads, 1, -1, H)
+        dtype, new = v.dtype, (like(k_cache, k), like(v_cache, v))
         k, v = (plain(x, dtype)[:, 0] for x in new)
-        out = _attend_slots(q, k, v, k_cache, v_cache, cache.visible(window, num_sinks, reach))
-        return out.astype(dtype).reshape(B, 1, N, H), new
+        keys, values, scales = for_products(k_cache, v_cache, dtype)
+        out = decode.attend(queries, k, v, keys, values, seen, scales=scales)
+        return out.reshape(B, 1, N, H), new
 
     return attend
 
@@ -150,22 +158,3 @@ def _attend_run(
         return out.astype(v.dtype).reshape(q.shape), taken_up
 
     return attend
-
-
-def _attend_slots(
-    q: Float[jax.Array, "B K G H"],
-    k: Float[jax.Array, "B K H"],
-    v: Float[jax.Array, "B K H"],
-    k_cache: Vectors,
-    v_cache: Vectors,
-    visible: Bool[jax.Array, "B C"],
-) -> Float[jax.Array, "B K G H"]:
-    """Attention of G queries a key head over the visible slots of caches[B, K, C, H] and the token's own key; scores,
-    softmax in float32.
-    """
-    scores = scaled(_einsum("BKGH,BKCH->BKGC", q, codes(k_cache, q.dtype)), k_cache)
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    own = _einsum("BKGH,BKH->BKG", q, k)[..., None]
-    weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * q.shape[-1] ** -0.5, axis=-1)
-    out = _einsum("BKGC,BKCH->BKGH", scaled(weights[..., :-1], v_cache).astype(v.dtype), codes(v_cache, v.dtype))
-    return out + weights[..., -1:] * v[:, :, None]

@@ -219,7 +219,7 @@ class MixedCache:
         T, g = tokens.shape[1], attention.gate_layer if attention.pattern == "gated" else -1
         offsets = self.main.seen_low[:, None] + jnp.arange(T, dtype=jnp.int32)
         flags = flag_separators(tokens, offsets, table, attention)
-        attends = [attend_run(part, T, counts) for part in self.parts]
+        attends = [attend_run(part, T, counts, attention.implementation) for part in self.parts]
         inputs = [self._inputs(i) for i in range(len(self.parts))]
         x, scores = model.embed(tokens, offsets), None
         outputs: list[list[Any]] = [[] for _ in self.parts]

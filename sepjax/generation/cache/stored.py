@@ -39,6 +39,11 @@ class Quantised:
         """Of the numbers."""
         return self.codes.shape
 
+    @property
+    def dtype(self) -> Any:
+        """Of the codes."""
+        return self.codes.dtype
+
     def __getitem__(self, index: Any) -> "Quantised":
         """The same of some vectors: `index` is of the axes before H."""
         return Quantised(self.codes[index], self.scales[index])
@@ -85,18 +90,13 @@ def plain(x: Vectors, dtype: Any, turn: Table | None = None) -> jax.Array:
     return _turned(numbers, turn).astype(dtype)
 
 
-def codes(x: Vectors, dtype: Any, turn: Table | None = None) -> jax.Array:
-    """The same without their scales, which are put into products of them (`scaled`)."""
-    return _turned(x.codes.astype(dtype), turn) if isinstance(x, Quantised) else jnp.asarray(x)
-
-
-def scaled(products: Float[Array, "B K *G C"], x: Vectors) -> jax.Array:
-    """Products with `codes` of x[B, K, C, H], or weights of them, times their scales."""
-    products = jnp.asarray(products)
-    if not isinstance(x, Quantised):
-        return products
-    scales = x.scales.astype(products.dtype)
-    return products * jnp.expand_dims(scales, tuple(range(2, products.ndim - 1)))
+def for_products(
+    k: Vectors, v: Vectors, dtype: Any, turn: Table | None = None
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """Keys and values for `sepjax.attention.decode.attend`, and their scales; None: they have none."""
+    if not isinstance(k, Quantised) or not isinstance(v, Quantised):
+        return jnp.asarray(k), jnp.asarray(v), None
+    return _turned(k.codes.astype(dtype), turn), v.codes.astype(dtype), (k.scales, v.scales)
 
 
 def _turned(x: jax.Array, turn: Table | None) -> jax.Array:

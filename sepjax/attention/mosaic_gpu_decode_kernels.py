@@ -1,0 +1,243 @@
+r"""One query token a row over the slots of a cache, on Hopper GPUs: the kernel, in Pallas Mosaic GPU.
+
+A block of threads takes one key head of one row, or a part of its slots where rows are few. It visits the row's *live*
+tiles, those in which some slot is visible, so a row costs what it holds. The products are turned round: slots are the
+64 rows that wgmma computes at least, and the query heads of the key head, filled up to 8, its columns.
+
+    S^T [slots, queries] = K_tile . Q^T          O^T [H, queries] += V_tile^T . P^T
+
+So keys and values pass through shared memory once and nothing is computed for rows that are not there. The token's own
+key and value are where the softmax begins: its score is the first maximum, its value the first sum.
+
+    zones     slots  0 .. ends[0] | .. ends[1] | .. C       each with a query of its own, turned to fit its keys;
+                                                            a tile that touches more than the last selects by slot
+
+One warpgroup does everything: it asks for the tile `stages` ahead as soon as a tile's place is free. Several blocks
+share an SM, and one loads while another computes. Scores are in units of log2.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sepjax.attention import mosaic_gpu_kernels as kernels
+
+_LOWEST = -1e30  # below every score; finite, so that what sees nothing gives exp2(-inf - _LOWEST) = 0 and not NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the kernel is compiled for."""
+
+    B: int
+    K: int
+    G: int  # query heads of a key head
+    H: int
+    C: int  # slots
+    ends: tuple[int, ...]  # of all zones but the last, each with a query of its own
+    dtype: Any
+    scale: float
+    tile: int  # slots of a tile, a multiple of 64 that divides C
+    stages: int  # tiles in shared memory
+    splits: int  # blocks of threads that share the slots of a row
+
+    @property
+    def columns(self) -> int:
+        """Queries of a key head, filled up to what wgmma takes."""
+        return pl.cdiv(self.G, 8) * 8
+
+    @property
+    def zones(self) -> int:
+        """Z."""
+        return len(self.ends) + 1
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a row."""
+        return self.C // self.tile
+
+
+def _tiled(*shape: int, dtype: Any) -> Any:
+    """Shared memory in the order that wgmma reads."""
+    # The checker takes the two for abstract classes, whose methods are made elsewhere.
+    tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+
+
+def _wgmma_layout(x: Any) -> Any:
+    return plgpu.layout_cast(x, plgpu.Layout.WGMMA)
+
+
+def _along_rows(x: Any, shape: tuple[int, ...]) -> Any:
+    return _wgmma_layout(lax.broadcast_in_dim(x, shape, [0]))
+
+
+def _along_columns(x: Any, shape: tuple[int, ...]) -> Any:
+    return _wgmma_layout(lax.broadcast_in_dim(x, shape, [1]))
+
+
+def attend(shape: Shape) -> Callable[..., Any]:
+    """q, own, v, k and v of the cache, bias, live tiles -> out [B, K, G, H]; or, of several splits, parts of it.
+
+    q: [B, K, Z, columns, H]; own: float32[B, K, columns], the token's product with itself; v:
+    [B, K, H], its value; the cache: [B, K, C, H]; bias: float32[B, C], 0 where a slot is visible, else -inf;
+    live: int32[B, 1 + tiles], how many tiles are live, and their numbers.
+
+    Parts: float32 sums [B, K, splits, H, columns], their weights' sum and maximum [B, K, splits, columns]; the first
+    split has the token itself.
+    """
+    H, M, tile, stages, scale = shape.H, shape.columns, shape.tile, shape.stages, shape.scale * kernels.LOG2E
+    whole = shape.splits == 1
+
+    num_outs = 1 if whole else 3
+
+    def kernel(q_ref, own_ref, value_ref, k_ref, v_ref, bias_ref, live_ref, *refs):
+        outs, scratch, (ready, k_ready, v_ready) = refs[:num_outs], refs[num_outs:-3], refs[-3:]
+        q_smem, k_smem, v_smem, bias_smem, p_smem, o_smem, *stats = scratch
+        task = lax.axis_index("task")
+        split, rest = lax.rem(task, shape.splits), lax.div(task, shape.splits)
+        head, b = lax.rem(rest, shape.K), lax.div(rest, shape.K)
+        most = pl.cdiv(live_ref[b, 0], shape.splits)
+        first = split * most
+        count = jnp.clip(live_ref[b, 0] - first, 0, most)
+
+        def tile_of(i):
+            return live_ref[b, 1 + first + i] * tile
+
+        def load_keys(i):
+            slot, slots = lax.rem(i, stages), pl.ds(tile_of(i), tile)
+            plgpu.copy_gmem_to_smem(k_ref.at[b, head, slots], k_smem.at[slot], k_ready.at[slot])
+            plgpu.copy_gmem_to_smem(bias_ref.at[b, slots], bias_smem.at[slot], k_ready.at[slot])
+
+        def load_values(i):
+            slot, slots = lax.rem(i, stages), pl.ds(tile_of(i), tile)
+            plgpu.copy_gmem_to_smem(v_ref.at[b, head, slots], v_smem.at[slot], v_ready.at[slot])
+
+        def start():
+            for z in range(shape.zones):
+                plgpu.copy_gmem_to_smem(q_ref.at[b, head, z], q_smem.at[z], ready)
+            for i in range(stages):
+                pl.when(i < count)(lambda i=i: load_keys(jnp.int32(i)))
+                pl.when(i < count)(lambda i=i: load_values(jnp.int32(i)))
+
+        def ahead(i):
+            pl.when(i + stages < count)(lambda: load_keys(i + stages))
+            pl.when((i > 0) & (i - 1 + stages < count))(lambda: load_values(i - 1 + stages))
+
+        def product(z, slot):
+            def scores(acc):
+                plgpu.wgmma(acc, k_smem.at[slot], q_smem.at[z].transpose((1, 0)))
+                return acc[...]
+
+            return pl.run_scoped(scores, kernels._accumulator(tile, M))
+
+        def by_zone(slot, at):
+            i = plgpu.broadcasted_iota(jnp.int32, (tile, M), 0, layout=plgpu.Layout.WGMMA) + at
+            s = product(shape.zones - 1, slot)
+            for z in reversed(range(shape.zones - 1)):
+                s = jnp.where(i < shape.ends[z], product(z, slot), s)
+            return s
+
+        def scores(slot, at):
+            if not shape.ends:
+                return product(0, slot)
+            return lax.cond(at < shape.ends[-1], lambda: by_zone(slot, at), lambda: product(shape.zones - 1, slot))
+
+        def step(i, state):
+            acc, top, total = state
+            slot = lax.rem(i, stages)
+            at = tile_of(i)
+            plgpu.barrier_wait(k_ready.at[slot])
+            bias = plgpu.load(bias_smem.at[slot], layout=kernels._PER_ROW)
+            s = _wgmma_layout(scores(slot, at))
+            s = s * scale + _along_rows(bias, s.shape)
+            new_top = jnp.maximum(top, s.max(axis=0))
+            shrink = jnp.exp2(top - new_top)
+            p = jnp.exp2(s - _along_columns(new_top, s.shape))
+            total = total * _along_columns(shrink, s.shape) + p
+            acc *= _along_columns(shrink, acc.shape)
+            p_smem.transpose((1, 0))[...] = _wgmma_layout(p.astype(shape.dtype))
+            plgpu.commit_smem()
+            kernels._in_one_warp(lambda: ahead(i))
+            plgpu.barrier_wait(v_ready.at[slot])
+
+            def weigh(acc):
+                plgpu.wgmma(acc, v_smem.at[slot].transpose((1, 0)), p_smem.transpose((1, 0)))
+
+            (acc,) = kernels.accumulate(weigh, acc)
+            return acc, new_top, total
+
+        kernels._in_one_warp(start)
+        own = plgpu.load(own_ref.at[b, head], layout=kernels._PER_COLUMN, optimized=False) * scale
+        value = plgpu.load(value_ref.at[b, head], layout=kernels._PER_ROW, optimized=False).astype(jnp.float32)
+        plgpu.barrier_wait(ready)
+        is_first = jnp.where(split == 0, 1.0, 0.0)
+        top = own * is_first + _LOWEST * (1.0 - is_first)
+        acc = _along_rows(value * is_first, (H, M))
+        total = kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA)
+        acc, top, total = lax.fori_loop(0, count, step, (acc, top, total))
+        total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first  # finite where top is _LOWEST
+        if whole:
+            acc *= _along_columns(1 / total, acc.shape)
+            o_smem.transpose((1, 0))[...] = _wgmma_layout(acc.astype(shape.dtype))
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(o_smem, outs[0].at[b, head, pl.ds(kernels._aligned(lax.rem(task, 8)), M)])
+        else:
+            o_smem[...] = _wgmma_layout(acc)
+            for x, smem in zip((total, top), stats, strict=True):
+                smem[...] = x
+            plgpu.commit_smem()
+            for source, target in zip((o_smem, *stats), outs, strict=True):
+                plgpu.copy_smem_to_gmem(source, target.at[b, head, split])
+        plgpu.wait_smem_to_gmem(0)
+
+    if whole:
+        out: Any = (jax.ShapeDtypeStruct((shape.B, shape.K, shape.G, H), shape.dtype),)
+    else:
+        sums = jax.ShapeDtypeStruct((shape.B, shape.K, shape.splits, H, M), jnp.float32)
+        stat = jax.ShapeDtypeStruct((shape.B, shape.K, shape.splits, M), jnp.float32)
+        out = (sums, stat, stat)
+    scratch = (
+        _tiled(shape.zones, M, H, dtype=shape.dtype),
+        _tiled(stages, tile, H, dtype=shape.dtype),
+        _tiled(stages, tile, H, dtype=shape.dtype),
+        plgpu.SMEM((stages, tile), jnp.float32),
+        _tiled(M, tile, dtype=shape.dtype),
+        _tiled(M, H, dtype=shape.dtype) if whole else plgpu.SMEM((H, M), jnp.float32),
+        *([] if whole else [plgpu.SMEM((M,), jnp.float32)] * 2),
+        plgpu.Barrier(num_arrivals=shape.zones),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+    )
+    return plgpu.kernel(
+        kernel,
+        out_type=out,
+        grid=(shape.B * shape.K * shape.splits,),
+        grid_names=("task",),
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+
+
+def run(shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any) -> jax.Array:
+    """`sepjax.attention.decode.attend` for the arguments of `Seen`: around the kernel, what is small."""
+    more = shape.columns - shape.G
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
+    own = jnp.einsum("BKGH,BKH->BKG", queries[:, :, -1], k, preferred_element_type=jnp.float32)
+    out = attend(shape)(queries, own, v, k_cache, v_cache, bias, live)
+    return out[0] if shape.splits == 1 else _joined(shape, *out)
+
+
+def _joined(shape: Shape, sums: jax.Array, total: jax.Array, top: jax.Array) -> jax.Array:
+    """One softmax of the parts of each row."""
+    weight = jnp.exp2(top - jnp.max(top, axis=2, keepdims=True))
+    total = jnp.sum(total * weight, axis=2)
+    out = jnp.sum(sums * weight[:, :, :, None], axis=2) / total[:, :, None]
+    return jnp.swapaxes(out, 2, 3)[:, :, : shape.G].astype(shape.dtype)

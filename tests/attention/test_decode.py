@@ -1,0 +1,108 @@
+"""One token over the slots of a cache: the Hopper kernel, simulated, against the definition; who is served by what."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sepjax.attention import decode
+from sepjax.attention.target import Target
+from tests.attention.common import assert_errs_at_most_twice_as_much
+from tests.attention.simulator import assert_no_races, simulate
+
+HOPPER = Target("gpu", "NVIDIA H200", 132, "9.0")
+
+
+def tensors(B: int, K: int, Z: int, G: int, C: int, H: int, dtype=jnp.bfloat16) -> tuple[Any, Any, Any, Any, Any]:
+    """queries (large, so that weights differ), own key and value, keys and values of the cache."""
+    shapes = (B, K, Z, G, H), (B, K, H), (B, K, H), (B, K, C, H), (B, K, C, H)
+    drawn = np.random.default_rng(0)
+    q, k, v, k_cache, v_cache = (jnp.asarray(drawn.standard_normal(shape, np.float32), dtype) for shape in shapes)
+    return 2 * q, k, v, k_cache, v_cache
+
+
+def visible_slots(B, C):
+    """Rows that see half of their slots, none, one, and no slot of a long stretch in their middle."""
+    seen = np.random.default_rng(1).random((B, C)) < 0.5
+    seen[:, C // 3 : C // 3 + 140] = False
+    seen[0], seen[1] = False, np.arange(C) == C - 3
+    return jnp.asarray(seen)
+
+
+def textbook(queries, k, v, k_cache, v_cache, seen, ends):
+    """float64, slot by slot's own query."""
+    queries, k, v, k_cache, v_cache = (np.asarray(x, np.float64) for x in (queries, k, v, k_cache, v_cache))
+    zone = np.searchsorted(np.asarray(ends), np.arange(k_cache.shape[2]), side="right")
+    scores = np.einsum("bkcgh,bkch->bkgc", queries[:, :, zone], k_cache)
+    scores = np.where(np.asarray(seen)[:, None, None], scores, -np.inf)
+    own = np.einsum("bkgh,bkh->bkg", queries[:, :, -1], k)[..., None]
+    scores = np.concatenate([scores, own], axis=-1) * k.shape[-1] ** -0.5
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("bkgc,bkch->bkgh", weights, np.concatenate([v_cache, v[:, :, None]], axis=2))
+
+
+# (B, K, G, C, H), ends of zones, SMs: with few rows for them, blocks share the slots of a row.
+CASES = {
+    "three zones, three heads a key head": ((3, 1, 3, 512, 64), (4, 68), 1),
+    "one zone, blocks that share a row": ((2, 1, 4, 448, 64), (), 4),
+    "heads of 128, zones that are empty": ((2, 2, 8, 320, 128), (4, 4), 1),
+    "heads of 256, more than eight of them": ((2, 1, 12, 320, 256), (0, 70), 1),
+}
+SOAK = list(CASES)[2:]
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=[pytest.mark.soak] if x in SOAK else []) for x in CASES])
+def test_the_kernel_equals_the_definition(case, monkeypatch):
+    (B, K, G, C, H), ends, num_sms = CASES[case]
+    given, seen = tensors(B, K, len(ends) + 1, G, C, H), visible_slots(B, C)
+    exact = textbook(*given, seen, ends)
+    plain = decode.attend(*given, decode.seen_slots(seen, kernel=False), ends)
+    simulate(monkeypatch)
+    monkeypatch.setattr(decode, "target", lambda: Target("gpu", "two SMs", num_sms, "9.0"))
+    kernel: Any = decode._kernel
+    kernel.clear_cache()
+    got = decode.attend(*given, decode.seen_slots(seen, kernel=True), ends)
+    kernel.clear_cache()  # a simulated program is of no use to others
+    assert_no_races()
+    assert_errs_at_most_twice_as_much([got], [plain], [exact], [np.abs(exact).max()], jnp.bfloat16)
+
+
+def test_only_live_tiles_are_read():
+    """Of 64 slots each: their number, then themselves, in order."""
+    seen = np.zeros((3, 256), bool)
+    seen[1, [3, 255]] = True
+    seen[2] = True
+    live = np.asarray(decode.seen_slots(jnp.asarray(seen), kernel=True).live)
+    assert live[0, 0] == 0
+    assert live[1, :3].tolist() == [2, 0, 3]
+    assert live[2].tolist() == [4, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"implementation": "mosaic_gpu"}, None),
+        ({"implementation": "xla"}, "asks for plain XLA"),
+        ({"wants_weights": True}, "no weights to give"),
+        ({"dtype": jnp.float32}, "computes in bfloat16 or float16, got float32"),
+        ({"slots": 100}, "reads 64 slots at a time, the cache has 100"),
+        ({"head_dim": 80}, "serves head sizes 64, 128, 256, got 80"),
+        ({"device": Target("cpu", "cpu")}, "needs an NVIDIA Hopper GPU"),
+    ],
+)
+def test_who_is_served(change, reason, monkeypatch):
+    asked = {"dtype": jnp.bfloat16, "head_dim": 64, "slots": 128, "device": HOPPER} | change
+    device = asked.pop("device")
+    monkeypatch.setattr(decode, "target", lambda: device)
+    said = decode.unsupported(**asked)
+    assert said is None if reason is None else reason in str(said)
+
+
+def test_a_mesh_of_several_devices_is_not_served(monkeypatch):
+    monkeypatch.setattr(decode, "target", lambda: HOPPER)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        assert "the mesh has several" in str(decode.unsupported(jnp.bfloat16, 64, 128))
