@@ -91,7 +91,7 @@ class SlotDevice:
     def launch(
         self, coming: Sequence[tuple[int, np.ndarray, PackedState | None]], reads: Sequence[Read],
         ended: Bool[np.ndarray, "B"] | None, first: Int32[np.ndarray, "B"], steps: int,
-    ) -> Future[list[Record]]:  # fmt: skip
+    ) -> tuple[Future[list[Record]], Future[Record] | None]:  # fmt: skip
         """Asks for what comes next.
 
         Args:
@@ -102,9 +102,11 @@ class SlotDevice:
           steps: up to `most_steps`.
 
         Returns:
-          Records of the reads, and of the steps if there are any, on their way to the host.
+          Records of the reads, and of the steps if there are any, on their way to the host. Those of the reads are
+          there before the steps are made.
         """
-        return self.ask(self._launch, coming, reads, ended, first, steps)
+        found = self.ask(self._read, coming, reads)
+        return found, None if ended is None else self.ask(self._step, ended, first, steps)
 
     def take(self, i: int, *, back: bool, undrawn: bool) -> PackedState:
         """A copy of row i, to come (`SlotPrograms.take`)."""
@@ -114,10 +116,9 @@ class SlotDevice:
         """What row i holds (`SlotPrograms.look`)."""
         return self.ask(lambda: self.programs.look(self.rows, _number(i), np.array(back))).result()
 
-    def _launch(
-        self, coming: Sequence[tuple[int, np.ndarray, PackedState | None]], reads: Sequence[Read],
-        ended: np.ndarray | None, first: np.ndarray, steps: int,
-    ) -> list[Record]:  # fmt: skip
+    def _read(
+        self, coming: Sequence[tuple[int, np.ndarray, PackedState | None]], reads: Sequence[Read]
+    ) -> list[Record]:
         clocks, params, table = self.clocks, self._of.params, self._of.table_on_device
         records: list[Record] = []
         for each in coming:
@@ -127,14 +128,16 @@ class SlotDevice:
             with clocks(f"device thread: read {read.tokens.shape[1]}"):
                 args = read.rows, read.tokens, read.left, read.is_last
                 self.rows, record = self.programs.read(params, self.rows, *args, table)
+                record.numbers.copy_to_host_async()
                 records.append(record)
-        if ended is not None:
-            with clocks("device thread: steps"):
-                self.rows, record = self.programs.steps(params, self.rows, ended, first, _number(steps), table)
-                records.append(record)
-        for record in records:
-            record.numbers.copy_to_host_async()
         return records
+
+    def _step(self, ended: np.ndarray, first: np.ndarray, steps: int) -> Record:
+        args = ended, first, _number(steps), self._of.table_on_device
+        with self.clocks("device thread: steps"):
+            self.rows, record = self.programs.steps(self._of.params, self.rows, *args)
+            record.numbers.copy_to_host_async()
+        return record
 
     def _begin(self, i: int, told: np.ndarray, saved: PackedState | None) -> None:
         if saved is None:
@@ -177,9 +180,9 @@ class SlotDevice:
         for length, together in self.lengths.items():
             none = np.arange(self._num_rows, self._num_rows + together, dtype=np.int32)
             read = Read(none, np.zeros((together, length), np.int32), np.zeros_like(none), np.zeros(together, bool))
-            jobs[f"read {together} x {length}"] = lambda read=read: self._launch([], [read], None, first, 0)[0].numbers
+            jobs[f"read {together} x {length}"] = lambda read=read: self._read([], [read])[0].numbers
         ended, most = np.ones(self._num_rows, bool), self.most_steps
-        jobs["no step: all have ended"] = lambda: self._launch([], [], ended, first, most)[0].numbers
+        jobs["no step: all have ended"] = lambda: self._step(ended, first, most).numbers
         return jobs
 
     def alone(self, repeats: int = 10) -> dict[str, float]:

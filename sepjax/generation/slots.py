@@ -33,7 +33,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -43,16 +43,17 @@ from sepjax.config import ConfigError
 from sepjax.generation.cache.view import CacheView, of_row
 from sepjax.generation.packed import PackedState
 from sepjax.generation.prepared import Prepared
-from sepjax.generation.prompts import check_seeds, encode_prompts
+from sepjax.generation.prompts import check_seeds
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import Row, RowSettings, StreamEvent
 from sepjax.generation.saved_row import SavedRow
 from sepjax.generation.slot_device import ENDS, SlotDevice, arrival
+from sepjax.generation.slot_programs import Record
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
 from sepjax.generation.slot_turns import Turns, steps_of
 from sepjax.separators import warn_of_few_in
 
-_AT_A_TIME = 32  # rows
+_AT_A_TIME = 128  # rows
 _MOST_COUNTED = 2**30  # new tokens that the device counts
 
 
@@ -108,7 +109,7 @@ class Slots:
             max_new_tokens=request.max_new_tokens, max_repeats=request.max_repeats, logprobs=request.logprobs,
             top_logprobs=request.top_logprobs,
         )  # fmt: skip
-        pending = self._pending(request)
+        pending = request.to_be_read(tokenizer)
         seen, continues = (0 if resume is None else resume.seen), True
         self._reader.check(seen, [pending], request.max_new_tokens)
         if request.prompt is not None:
@@ -131,20 +132,6 @@ class Slots:
             self._known[slot.number] = slot
             self._waiting.append(slot)
         return slot.number
-
-    def _pending(self, request: SlotRequest) -> list[int]:
-        """What the row has to read: what the resumed one had, its last token, and the prompt."""
-        resume, prompt, tokenizer = request.resume, request.prompt, self._of.tokenizer
-        pending: list[int] = []
-        if resume is not None:
-            pending = [*resume.pending] + ([] if resume.last_token is None else [resume.last_token])
-            if isinstance(prompt, str):  # no BOS in the middle of a text
-                prompt = tokenizer.encode(prompt, control_tokens=request.control_tokens)
-            if prompt is None and (resume.pending or resume.has_drawn):
-                return [*resume.pending]  # a last token that was drawn is taken up by the next step
-        if prompt is None:
-            raise ConfigError("a request needs a prompt, or a row to go on with (resume)")
-        return pending + encode_prompts(tokenizer, [prompt], control_tokens=request.control_tokens)[0]
 
     def _told(self, request: SlotRequest, settings: RowSettings, pending: Sequence[int]) -> tuple[np.ndarray, bool]:
         """Bytes of what the device is told; whether the row may be saved after an end that the device does not know."""
@@ -216,7 +203,7 @@ class Slots:
                 self._settled += self._events_of(flight)
             elif run is not None:  # likewise
                 self._flight = dataclasses.replace(flight, runs=tuple(x for x in flight.runs if x is not run))
-                self._settled += self._events_of_run(flight, run)
+                self._settled += self._events_of_run(run, flight.reads.result()[run.at])
         kept = self._kept.get(number)  # at once: another thread may be cancelling it
         if kept is not None:
             return kept
@@ -243,6 +230,15 @@ class Slots:
         An event is the number of its request and what `Stream` gives. The last has a `finish_reason`: those of a
         stream, or "full" where the cache of `keep_all_separators` has no room for another separator.
         """
+        return [event for part in self.parts(joined=False) for event in part]
+
+    def parts(self, *, joined: bool) -> Iterator[list[tuple[int, StreamEvent]]]:
+        """The events of `step` in the order in which the device has them: of prompts, then of the steps behind them.
+
+        Take all of them before anything else is asked for but `save` of a request that has ended, `submit` and
+        `cancel`. `joined`: what a launch drew for one row comes as one event, where nobody wants more of each token
+        (`Row.joins`).
+        """
         clocks = self.clocks
         with clocks("slots: admit"):
             self._let_go()
@@ -255,7 +251,13 @@ class Slots:
             ahead = self._ask()
         flight, self._flight = self._flight, ahead
         settled, self._settled = self._settled, []
-        events = settled + ([] if flight is None else self._events_of(flight))
+        if settled or flight is None or flight.runs:
+            yield self._wanted(settled + ([] if flight is None else self._events_of_runs(flight)))
+        if flight is not None:
+            yield self._wanted(self._events_of_steps(flight, joined=joined))
+
+    def _wanted(self, events: list[tuple[int, StreamEvent]]) -> list[tuple[int, StreamEvent]]:
+        """Without those of requests that were cancelled."""
         with self._lock:  # of those that have rows still, more may be settled
             cancelled, self._cancelled = self._cancelled, self._cancelled & self._known.keys()
         return [(number, event) for number, event in events if number not in cancelled]
@@ -303,63 +305,61 @@ class Slots:
             return None
         ended = np.array([slot is None for slot in self._slots]) if steps else None
         coming, self._coming = self._coming, []
-        return Flight(
-            tuple(self._slots), steps, first, tuple(runs), self._device.launch(coming, reads, ended, first, steps)
-        )  # fmt: skip
+        reads, record = self._device.launch(coming, reads, ended, first, steps)
+        return Flight(tuple(self._slots), steps, first, tuple(runs), reads, record)
 
     def _events_of(self, flight: Flight) -> list[tuple[int, StreamEvent]]:
         """Waits for what was asked for. What comes of rows that have ended since is nobody's."""
-        with self.clocks("slots: wait for the device"):
-            records = flight.records.result()
+        return [*self._events_of_runs(flight), *self._events_of_steps(flight, joined=False)]
+
+    def _events_of_runs(self, flight: Flight) -> list[tuple[int, StreamEvent]]:
+        """Those of the prompts that were read, which are there before the steps are made."""
+        with self.clocks("slots: wait for prompts"):
+            records = flight.reads.result()
             jax.block_until_ready([record.numbers for record in records])
-        with self.clocks("slots: look at tokens"):
-            events = [event for run in flight.runs for event in self._events_of_run(flight, run)]
-            if flight.steps:
-                events += self._events_of_steps(flight, Numbers.of(records[-1], flight.slots))
-        return events
+        with self.clocks("slots: look at first tokens"):
+            return [event for run in flight.runs for event in self._events_of_run(run, records[run.at])]
 
-    def _events_of_steps(self, flight: Flight, numbers: Numbers) -> list[tuple[int, StreamEvent]]:
-        """A row's one after another."""
+    def _events_of_steps(self, flight: Flight, *, joined: bool) -> list[tuple[int, StreamEvent]]:
+        """A row's one after another, or `joined`."""
+        if flight.record is None:
+            return []
+        with self.clocks("slots: wait for the device"):
+            record = flight.record.result()
+            jax.block_until_ready(record.numbers)
         events = []
-        for i, slot in enumerate(flight.slots):
-            if not i % _AT_A_TIME:
-                time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it
-            if slot is None:
-                continue
-            for step in range(flight.steps):
-                if self._slots[i] is not slot:
-                    break
-                if numbers.token[step][i] >= 0:
-                    events.append(self._event(i, slot, numbers, step, i))
+        with self.clocks("slots: look at tokens"):
+            numbers = Numbers.of(record, flight.slots)
+            for i, slot in enumerate(flight.slots):
+                if not i % _AT_A_TIME:
+                    time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it
+                if slot is not None and self._slots[i] is slot:
+                    found = numbers.events(slot.row, i, self._row_bytes, joined=joined)
+                    events += self._given(i, slot, found)
         return events
 
-    def _events_of_run(self, flight: Flight, run: Run) -> list[tuple[int, StreamEvent]]:
+    def _events_of_run(self, run: Run, record: Record) -> list[tuple[int, StreamEvent]]:
         slot, j = run.slot, run.row
         if slot not in self._slots:
             return []
-        i, numbers = self._slots.index(slot), Numbers.of(flight.records.result()[run.at], [slot])
-        taken = numbers.taken[0][j]
+        i, numbers = self._slots.index(slot), Numbers.of(record, [slot])
+        taken = numbers.taken[j][0]
         del slot.pending[:taken]
         if not slot.pending:
-            return [self._event(i, slot, numbers, 0, j)]
-        if numbers.is_stuck[0][j]:  # the rest would push separators out
-            event = slot.row.end_full(taken=taken, held=numbers.held[0][j], nbytes=self._row_bytes)
-            self._free(i, slot)
-            return [(slot.number, event)]
+            return self._given(i, slot, [numbers.event(slot.row, j, 0, self._row_bytes)])
+        if numbers.is_stuck[j][0]:  # the rest would push separators out
+            return self._given(i, slot, [slot.row.end_full(
+                taken=taken, held=numbers.held[j][0], nbytes=self._row_bytes
+            )])  # fmt: skip
         slot.row.seen += taken
         return []
 
-    def _event(self, i: int, slot: Slot, numbers: Numbers, step: int, at: int) -> tuple[int, StreamEvent]:
-        slot.has_drawn = True
-        top = numbers.top_of(step, at) if slot.row.wants_top else ((), ())
-        event = slot.row.take(
-            numbers.token[step][at], taken=numbers.taken[step][at], held=numbers.held[step][at],
-            nbytes=self._row_bytes, logprob=numbers.logprob[step][at], top=top,
-            is_full=bool(numbers.is_stuck[step][at]),
-        )  # fmt: skip
-        if event.finish_reason is not None:
+    def _given(self, i: int, slot: Slot, events: list[StreamEvent]) -> list[tuple[int, StreamEvent]]:
+        """Events of row i with the number of its request; frees the row after its last."""
+        slot.has_drawn = slot.has_drawn or any(event.token_ids for event in events)
+        if slot.row.finish_reason is not None:
             self._free(i, slot)
-        return slot.number, event
+        return [(slot.number, event) for event in events]
 
     def alone(self) -> dict[str, float]:
         """Milliseconds of what the device is asked for, each by itself, while no request is there.

@@ -41,8 +41,8 @@ class Inbox:
 
     Attributes:
       choices: how many answers come through it.
-      taken: events that the client's side has taken out.
-      sent: events that the worker has handed over; the worker's alone.
+      taken: tokens that the client's side has taken out.
+      sent: tokens that the worker has handed over; the worker's alone.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, choices: int = 1):
@@ -52,7 +52,7 @@ class Inbox:
 
     @property
     def unread(self) -> int:
-        """Events of each choice that were handed over and lie there; what the worker still holds nobody could read."""
+        """Tokens of each choice that were handed over and lie there; what the worker still holds nobody could read."""
         return (self.sent - self.taken) // self.choices
 
     def put(self, items: list[tuple[int, Item]]) -> None:
@@ -65,8 +65,13 @@ class Inbox:
         await self._filled.wait()
         self._filled.clear()
         found, self._items = self._items, []
-        self.taken += sum(isinstance(item, StreamEvent) for _, item in found)
+        self.taken += tokens_of(found)
         return found
+
+
+def tokens_of(items: list[tuple[int, Item]]) -> int:
+    """Tokens of all choices."""
+    return sum(len(item.token_ids) for _, item in items if isinstance(item, StreamEvent))
 
 
 def put_all(found: list[tuple[Inbox, list[tuple[int, Item]]]]) -> None:

@@ -28,13 +28,13 @@ from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest, Slots
 from sepjax.serve.conversations import Conversations, Plan, chain
 from sepjax.serve.errors import ApiError
-from sepjax.serve.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused, put_all
+from sepjax.serve.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused, put_all, tokens_of
 from sepjax.serve.keeper import Keeper
 from sepjax.serve.metrics import Metrics
 from sepjax.serve.served import Served, checked
 
 log = logging.getLogger("sepjax.serve")
-_UNREAD = 512  # events of each choice that wait for a slow client before its row is put aside
+_UNREAD = 512  # tokens of each choice that wait for a slow client before its row is put aside
 # Seconds between two times that tokens in the middle of an answer are handed over: at least, and for each running row.
 _EVERY, _EACH = 0.01, 2e-4
 _PATIENCE = 0.5  # seconds between two looks at the clock while nothing happens
@@ -74,7 +74,7 @@ class Worker:
         self._urgent: set[Inbox] = set()
         self._sent_at = 0.0
         self._first: list[float] = []  # seconds to the first tokens of this step, and between two
-        self._each: list[float] = []
+        self._each: list[tuple[float, int]] = []  # and of how many tokens
         self._thread = threading.Thread(target=self._main, name="slots", daemon=True)
         self.clocks = Clocks()  # of all threads of the server
         self.served: Served | None = None
@@ -184,18 +184,22 @@ class Worker:
             with clocks("worker: begin requests"):
                 self._fill(slots)
             if not slots.is_idle:  # rows that were cancelled are let go by a step, too
-                with clocks("worker: slots.step"):
-                    events: dict[int, list[StreamEvent]] = {}
-                    for number, event in slots.step():
-                        events.setdefault(number, []).append(event)
-                with clocks("worker: hand on"):
-                    now = time.perf_counter()
-                    for number, its in events.items():
-                        self._hand_on(slots, number, its, now)
-                    self._metrics.tokens(self._first, self._each)
-                    self._first, self._each = [], []
-            with clocks("worker: send"):
-                self._send()
+                for part in slots.parts(joined=True):
+                    self._hand_all_on(slots, part)
+            self._send()
+
+    def _hand_all_on(self, slots: Slots, part: Sequence[tuple[int, StreamEvent]]) -> None:
+        """A part of what a step gave; first tokens go out before the others are made."""
+        with slots.clocks("worker: hand on"):
+            now, events = time.perf_counter(), dict[int, list[StreamEvent]]()
+            for number, event in part:
+                events.setdefault(number, []).append(event)
+            for number, its in events.items():
+                self._hand_on(slots, number, its, now)
+            self._metrics.tokens(self._first, self._each)
+            self._first, self._each = [], []
+        if self._urgent:
+            self._send()
 
     def _goes_on(self) -> bool:
         if self._stop_at is None:
@@ -273,7 +277,7 @@ class Worker:
         job = self._running.get(number)
         if job is None:
             return
-        last = events[-1]
+        last, tokens = events[-1], sum(len(event.token_ids) for event in events)
         if job.cut:
             self._beginning_read(slots, number, job, last)
             return
@@ -281,7 +285,7 @@ class Worker:
         if is_first:
             self._first.append(passed)  # what came with it in one launch says nothing about the time between two
         else:
-            self._each += [passed / len(events)] * len(events)
+            self._each.append((passed / max(1, tokens), tokens))
         job.last, job.held = now, last.cache.held
         for event in events:
             job.answer += event.token_ids
@@ -289,7 +293,7 @@ class Worker:
                 self._put(job, event, is_urgent=is_first)
         if last.finish_reason is not None:
             self._finish(slots, number, job, last)
-        elif job.inbox.unread > _UNREAD and slots.can_save(number):
+        elif not is_first and job.inbox.unread > _UNREAD and slots.can_save(number):
             self._put_aside(slots, job)
 
     def _finish(self, slots: Slots, number: int, job: Job, event: StreamEvent) -> None:
@@ -370,6 +374,10 @@ class Worker:
         Each waking of a loop, and each chunk that it writes, takes time from the thread that steps: of many rows, less
         often, so that all chunks together take a part of the time and no more.
         """
+        with self.clocks("worker: send"):
+            self._send_out(everything)
+
+    def _send_out(self, everything: bool) -> None:
         now = time.monotonic()
         if everything or now - self._sent_at >= max(_EVERY, _EACH * len(self._running)):
             out, self._out, self._sent_at = self._out, {}, now
@@ -377,7 +385,7 @@ class Worker:
             out = {inbox: self._out.pop(inbox) for inbox in self._urgent}
         self._urgent = set()
         for inbox, items in out.items():
-            inbox.sent += sum(isinstance(item, StreamEvent) for _, item in items)
+            inbox.sent += tokens_of(items)
         for loop, found in itertools.groupby(out.items(), key=lambda pair: pair[0].loop):
             try:
                 loop.call_soon_threadsafe(put_all, list(found))
