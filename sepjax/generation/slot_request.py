@@ -1,7 +1,7 @@
 """Requests of slots, and what is known of one between two steps: the host's side of a row, and what is on its way."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from sepjax.array_typing import Int32, UInt8
 from sepjax.config import ConfigError, UserError
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.generation.packed import PackedState
 from sepjax.generation.prompts import Prompt, encode_prompts
 from sepjax.generation.row import Row, StreamEvent
 from sepjax.generation.sampling import Sampling
@@ -72,9 +73,7 @@ class Slot:
     has_drawn: bool = False
     is_cancelled: bool = False
 
-    def run_length(self, lengths: Iterable[int]) -> int:
-        """Tokens of the program that reads what comes next: of these, the shortest that takes all, or the longest."""
-        return next((length for length in lengths if length >= len(self.pending)), max(lengths))
+    taken: PackedState | None = None  # where its row will be taken, or was, if that was asked for before its last event
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -41,13 +41,12 @@ import numpy as np
 from sepjax.clocks import Clocks
 from sepjax.config import ConfigError
 from sepjax.generation.cache.view import CacheView, of_row
-from sepjax.generation.packed import PackedState
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import check_seeds
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import Row, RowSettings, StreamEvent
 from sepjax.generation.saved_row import SavedRow
-from sepjax.generation.slot_device import ENDS, SlotDevice, arrival
+from sepjax.generation.slot_device import ENDS, Coming, SlotDevice, arrival
 from sepjax.generation.slot_programs import Record
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
 from sepjax.generation.slot_turns import Turns, steps_of
@@ -62,7 +61,7 @@ class Slots:
 
     def __init__(
         self, prepared: Prepared, reader: BoundedReader, rows: int, steps: int = 1, clocks: Clocks | None = None,
-        *, together: int = 0,
+        *, together: int = 0, pool: int = 0,
     ):  # fmt: skip
         """Makes room, and compiles all that will ever run.
 
@@ -73,21 +72,22 @@ class Slots:
           steps: tokens of a row that one launch may make.
           clocks: where the time goes.
           together: rows whose prompts one program reads; 0: as suits the device.
+          pool: rows that have ended and may stay on the device, for as long as somebody has what `save` gave.
         """
         for name, value in (("1 row", rows), ("steps of 1", steps)):
             if value < 1:
                 raise ConfigError(f"slots need {name} or more, got {value}")
         self._of, self._reader = prepared, reader
         self.clocks = clocks or Clocks()
-        self._device = SlotDevice(prepared, reader, rows, steps, self.clocks, together)
+        self._device = SlotDevice(prepared, reader, rows, steps, self.clocks, together, pool)
         self._row_bytes = self._device.row_bytes
         self._slots: list[Slot | None] = [None] * rows
         self._waiting: deque[Slot] = deque()
         self._known: dict[int, Slot] = {}  # that wait or have a row
         self._kept: dict[int, SavedRow] = {}
         self._numbers = itertools.count()
-        self._turns = Turns(self._device.lengths)
-        self._coming: list[tuple[int, np.ndarray, PackedState | None]] = []  # rows that begin with the next launch
+        self._turns = Turns(self._device.shapes, self._device.reads_at_once)
+        self._coming: list[Coming] = []  # rows that begin with the next launch
         self._flight: Flight | None = None  # what was asked for and has not been looked at
         self._settled: list[tuple[int, StreamEvent]] = []  # events that the next step gives
         self._cancelled: set[int] = set()  # whose events the next step leaves out
@@ -213,7 +213,9 @@ class Slots:
 
     def _saved(self, i: int, slot: Slot) -> SavedRow:
         undrawn = slot.request.undrawn and slot.row.finish_reason is not None
-        taken = self._device.take(i, back=self._runs_ahead(), undrawn=undrawn)
+        back = self._runs_ahead()
+        taken = self._device.leave(i, back=back, undrawn=undrawn) if slot.row.finish_reason is not None else None
+        taken = self._device.take(i, back=back, undrawn=undrawn) if taken is None else taken
         return SavedRow(taken, tuple(slot.pending), slot.has_drawn and not undrawn, slot.row.state())
 
     def _runs_ahead(self) -> bool:
@@ -305,8 +307,8 @@ class Slots:
             return None
         ended = np.array([slot is None for slot in self._slots]) if steps else None
         coming, self._coming = self._coming, []
-        reads, record = self._device.launch(coming, reads, ended, first, steps)
-        return Flight(tuple(self._slots), steps, first, tuple(runs), reads, record)
+        launched = self._device.launch(coming, reads, ended, first, steps)
+        return Flight(tuple(self._slots), steps, first, tuple(runs), *launched)
 
     def _events_of(self, flight: Flight) -> list[tuple[int, StreamEvent]]:
         """Waits for what was asked for. What comes of rows that have ended since is nobody's."""

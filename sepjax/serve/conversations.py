@@ -88,14 +88,16 @@ class Plan:
 class Conversations:
     """The rows of one server, the least recently used go first. For any thread."""
 
-    def __init__(self, tokenizer: Tokenizer, budget: int, disk: StateFolder | None = None):
+    def __init__(self, tokenizer: Tokenizer, budget: int, disk: StateFolder | None = None, on_device: int = 0):
         """Takes up what lies on the disk.
 
         Args:
           tokenizer: the model's.
           budget: bytes of rows, wherever they are; 0: none is kept.
           disk: where they are kept beyond this process's life; its own budget bounds it.
+          on_device: how many of the bytes may be the device's.
         """
+        self.on_device = on_device
         self._tokenizer, self._budget, self._disk = tokenizer, budget, disk
         self._lock = threading.RLock()
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # the most recently used last

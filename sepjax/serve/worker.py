@@ -45,7 +45,7 @@ class Worker:
 
     def __init__(
         self, load: Callable[[], Served], keep: Callable[[Served], Conversations], *, rows: int, max_waiting: int,
-        metrics: Metrics, steps: int = 1, on_device: int = 0, at_end: Callable[[], None] = lambda: None,
+        metrics: Metrics, steps: int = 1, at_end: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """Does nothing yet.
 
@@ -56,11 +56,10 @@ class Worker:
           max_waiting: choices that may wait for a row, beyond those that have one.
           metrics: what is counted.
           steps: tokens of a row between two looks at them (`Generator.slots`).
-          on_device: bytes of rows that have ended and stay on the device.
           at_end: called when the thread ends, whatever the reason.
         """
         self._load, self._keep = load, keep
-        self._num_rows, self._max_waiting, self._steps, self._on_device = rows, max_waiting, steps, on_device
+        self._num_rows, self._max_waiting, self._steps = rows, max_waiting, steps
         self._metrics, self._at_end = metrics, at_end
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._queue = FairQueue()
@@ -160,9 +159,11 @@ class Worker:
     def _main(self) -> None:
         try:
             served = self._load()
-            self.conversations = self._keep(served)
-            self.slots = served.engine.slots(self._num_rows, steps=self._steps, clocks=self.clocks)
-            self._keeper = Keeper(self.conversations, self.clocks, self._on_device)
+            kept = self.conversations = self._keep(served)
+            pool = kept.on_device // served.row_bytes
+            self.slots = served.engine.slots(self._num_rows, steps=self._steps, clocks=self.clocks, pool=pool)
+            # The others of the pool are for rows that have just ended, and those that are being copied.
+            self._keeper = Keeper(kept, self.clocks, (pool - -(-pool // 8)) * served.row_bytes)
             self.served = served
             log.info("ready", extra={"model": served.name, "slots": self._num_rows, "bytes": self.slots.cache_bytes})
             self._serve(self.slots)
@@ -228,6 +229,8 @@ class Worker:
             return
         assert self.conversations is not None
         plan = self.conversations.plan(job.ids, job.blocks)
+        if plan.entry is not None and self._keeper is not None:
+            self._keeper.used(plan.entry)
         self._metrics.begun(len(job.ids), plan.cached)
         self._put(job, Begun(plan.cached))
         if plan.cut:
@@ -314,6 +317,8 @@ class Worker:
             raise RuntimeError(f"a row has seen {row.seen} tokens, expected {len(ids) - 1}")
         blocks = chain(ids[:-1], job.blocks)
         entry = self.conversations.add(ids[:-1], blocks, int(ids[-1]), row, job.name, instead=job.source)
+        if job.source is not None and job.source.last is not None:
+            self._keeper.passed(job.source)
         if self._keeper.put(entry, lambda: self._orders.put(lambda: self._end(job, event))):
             self._end(job, event)
 

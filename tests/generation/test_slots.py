@@ -32,8 +32,8 @@ def engine():
 
 @pytest.fixture(scope="module")
 def all_slots(engine):
-    """That make up to three tokens in a launch, and read up to three prompts in a program, as on an accelerator."""
-    return Slots(engine.prepared, BoundedReader(engine.prepared), ROWS, steps=3, together=3)
+    """That make up to three tokens in a launch, read up to three prompts in a program and stay on the device, as on an accelerator."""
+    return Slots(engine.prepared, BoundedReader(engine.prepared), ROWS, steps=3, together=3, pool=3)
 
 
 @pytest.fixture

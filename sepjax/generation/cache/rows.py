@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sepjax.array_typing import Array, Int32
+from sepjax.array_typing import Array, Bool, Int32
 
 BY_SET = ("scores", "kept_at")  # fields whose first axis is the sets that are kept, the second the batch
 
@@ -38,6 +38,15 @@ def with_some(cache: Any, rows: Int32[Array, "M"], few: Any) -> Any:
         return x.at[at].set(new, mode="drop", unique_indices=True)
 
     return _on_rows(put, cache, few)
+
+
+def chosen(wanted: Bool[Array, "B"], cache: Any, other: Any) -> Any:
+    """The rows of `cache` that are wanted, and those of another one in place of the rest."""
+
+    def pick(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+        return jnp.where(wanted.reshape(*(1 for _ in range(axis)), -1, *(1 for _ in x.shape[axis + 1 :])), x, y)
+
+    return _on_rows(pick, cache, other)
 
 
 def _on_rows(f: Callable[..., jax.Array], cache: Any, *others: Any) -> Any:
