@@ -163,6 +163,11 @@ class Row:
         self.seen = seen
         self.finish_reason: str | None = None
 
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get; below 0: without end."""
+        return self._left
+
     def _limit(self) -> int:
         return -1 if self._settings.max_new_tokens is None else self._settings.max_new_tokens
 

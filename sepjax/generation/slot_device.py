@@ -23,9 +23,9 @@ from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import row_keys
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.sampling import Sampling
+from sepjax.generation.slot_arrival import ENDS, arrival
 from sepjax.generation.slot_pool import Pool, PooledState
 from sepjax.generation.slot_programs import (
-    Arrival,
     Before,
     Exchange,
     Record,
@@ -36,8 +36,7 @@ from sepjax.generation.slot_programs import (
 )
 from sepjax.generation.slot_turns import Read, shapes_of
 
-ENDS = 16  # end tokens that the device knows of; the host knows all
-_AT_ONCE = 16  # rows that one program has leave and begin
+_LEAST, _MOST = 4, 32  # rows that one program has leave and begin: an eighth of all within these bounds
 
 
 class Leaving(NamedTuple):
@@ -82,6 +81,7 @@ class SlotDevice:
         self.most_steps, self.form = most_steps, reader.form
         self.shapes, self.reads_at_once = shapes_of(jax.default_backend(), rows, reader.sizes.chunk, together)
         self.rows, self.pool = self._empty(rows), Pool(pool)
+        self._at_once = max(_LEAST, min(rows // 8, _MOST))
         self._pool = self._of.placed(reader.empty(row_keys(0, max(1, pool))))
         cache: Any = self.rows.state.cache
         self.row_bytes: int = cache.nbytes // rows
@@ -175,7 +175,7 @@ class SlotDevice:
     def _exchange(self, leaving: Sequence[Leaving], coming: Sequence[tuple[int, np.ndarray, int]]) -> None:
         """`coming`: with places in the pool; -1: empty. All that leave do so before others have their rows."""
         with self.clocks("device thread: exchange"):
-            M = _AT_ONCE
+            M = self._at_once
             early = max(0, -(-len(leaving) // M) - 1)  # programs before the one with the last that leave
             for k in range(early + max(1, -(-len(coming) // M))):
                 those = coming[(k - early) * M : (k - early + 1) * M] if k >= early else ()
@@ -183,7 +183,7 @@ class SlotDevice:
                 self.rows, self._pool = self.programs.exchange(self.rows, self._pool, which)
 
     def _which(self, leaving: Sequence[Leaving], coming: Sequence[tuple[int, np.ndarray, int]]) -> Exchange:
-        n, places, M = self._num_rows, max(1, self.pool.size), _AT_ONCE
+        n, places, M = self._num_rows, max(1, self.pool.size), self._at_once
         told = np.zeros((M, self.arrivals.nbytes), np.uint8)
         which = Exchange(
             np.arange(n, n + M, dtype=np.int32), np.arange(places, places + M, dtype=np.int32), np.zeros(M, bool),
@@ -273,33 +273,6 @@ class SlotDevice:
                 times.append(time.perf_counter() - begin)
             found[name] = 1e3 * sorted(times)[repeats // 2]
         return found
-
-
-def arrival(
-    prepared: Prepared, sampling: Sampling | None, ends: Sequence[int], limit: int, logprobs: bool, top_logprobs: bool,
-    seed: int | None, *, is_reading: bool,
-) -> Arrival:  # fmt: skip
-    """What a row that begins is told.
-
-    Args:
-      prepared: the model.
-      sampling: how it draws; None: the best token.
-      ends: tokens that end it; the device knows the first 16.
-      limit: tokens that it draws; -1: no limit.
-      logprobs: whether it asks how probable its tokens were.
-      top_logprobs: whether it asks for the most probable ones.
-      seed: of its draws; None: those of a saved row go on.
-      is_reading: whether it has something to read first.
-
-    Raises ConfigError: a bias of a token that there is not.
-    """
-    known = np.full((1, ENDS), -1, np.int32)
-    known[0, : len(ends[:ENDS])] = ends[:ENDS]
-    asks: Any = (np.array([bool(x)]) for x in (logprobs, top_logprobs))
-    sampling = Sampling.of_rows([sampling or Sampling.create()], 1).check(prepared.tokenizer.vocab_size)
-    limits: Any = np.full(1, limit, np.int32)
-    wishes = Wishes(sampling, known, limits, *asks)  # pyright: ignore[reportArgumentType]
-    return Arrival(wishes, np.array([seed or 0], np.uint32), np.array([seed is not None]), np.array([is_reading]))
 
 
 def _number(i: int) -> np.ndarray:

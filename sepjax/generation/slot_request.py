@@ -73,7 +73,13 @@ class Slot:
     has_drawn: bool = False
     is_cancelled: bool = False
 
-    taken: PackedState | None = None  # where its row will be taken, or was, if that was asked for before its last event
+    has_left: bool = False  # another one has its row: it ends with what the device was asked for before
+    taken: PackedState | None = None  # a copy of its row, of one that `has_left`
+
+    @property
+    def is_to_end(self) -> bool:
+        """Whether it has left its row and its last events are yet to come."""
+        return self.has_left and self.row.finish_reason is None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,7 +113,7 @@ class Flight:
 
     def matters_to(self, slots: Sequence[Slot | None]) -> bool:
         """Whether anyone is there whom it was asked for."""
-        return any(x is not None and x is y for x, y in zip(self.slots, slots, strict=True))
+        return any(x is not None and (x is y or x.is_to_end) for x, y in zip(self.slots, slots, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,6 +110,18 @@ def _fill(read: Read, j: int, i: int, slot: Slot | None, at: int) -> Run:
     return Run(slot, bool(read.is_last[j]), at, j)
 
 
+def ending(slots: Sequence[Slot | None], flight: Flight | None) -> list[int]:
+    """Rows that end, whatever they draw, with what the device was asked for: they come to their length."""
+    if flight is None or not flight.steps:
+        return []
+    return [
+        i
+        for i, slot in enumerate(slots)
+        if slot is not None and slot is flight.slots[i] and not slot.pending and not slot.is_cancelled
+        and 0 < slot.row.left <= flight.steps - flight.first[i] and flight.run_of(slot) is None
+    ]  # fmt: skip
+
+
 def steps_of(
     slots: Sequence[Slot | None], generating: Sequence[bool], runs: Sequence[Run], most_steps: int
 ) -> tuple[int, Int32[np.ndarray, "B"]]:

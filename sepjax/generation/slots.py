@@ -25,7 +25,7 @@ taken back.
 What runs on the device is asked for by a thread of its own: a program with branches may hold up whoever starts it until
 the device has come to them.
 
-`step`, `save` and `view` belong to one thread; `submit` and `cancel` may be called from others.
+`submit` and `cancel` may be called from any thread; all else belongs to one.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -41,19 +41,19 @@ import numpy as np
 from sepjax.clocks import Clocks
 from sepjax.config import ConfigError
 from sepjax.generation.cache.view import CacheView, of_row
+from sepjax.generation.packed import PackedState
 from sepjax.generation.prepared import Prepared
-from sepjax.generation.prompts import check_seeds
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import Row, RowSettings, StreamEvent
 from sepjax.generation.saved_row import SavedRow
-from sepjax.generation.slot_device import ENDS, Coming, SlotDevice, arrival
+from sepjax.generation.slot_arrival import told_of
+from sepjax.generation.slot_device import Coming, SlotDevice
 from sepjax.generation.slot_programs import Record
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
-from sepjax.generation.slot_turns import Turns, steps_of
+from sepjax.generation.slot_turns import Turns, ending, steps_of
 from sepjax.separators import warn_of_few_in
 
 _AT_A_TIME = 128  # rows
-_MOST_COUNTED = 2**30  # new tokens that the device counts
 
 
 class Slots:
@@ -125,28 +125,13 @@ class Slots:
             row.restore(resume.row)
             if row.finish_reason is not None:
                 raise ConfigError(f"the row to go on with has ended ({row.finish_reason}); give it a prompt")
-        told, own_ends = self._told(request, settings, pending)
+        told, own_ends = told_of(self._of, self._reader, self._device.arrivals, request, settings, pending)
         slot = Slot(next(self._numbers), request, row, pending, told, own_ends)
         slot.has_drawn = resume is not None and resume.has_drawn
         with self._lock:
             self._known[slot.number] = slot
             self._waiting.append(slot)
         return slot.number
-
-    def _told(self, request: SlotRequest, settings: RowSettings, pending: Sequence[int]) -> tuple[np.ndarray, bool]:
-        """Bytes of what the device is told; whether the row may be saved after an end that the device does not know."""
-        resume, new, ends = request.resume, settings.max_new_tokens, sorted(settings.ends.eos | settings.ends.stop)
-        limit = -1 if new is None or new > _MOST_COUNTED else new  # the host counts, too
-        check_seeds([request.seed or 0])
-        seed = (request.seed or 0) if resume is None or request.seed is not None else None
-        told = arrival(
-            self._of, request.sampling, ends, limit, settings.logprobs, settings.top_logprobs > 0, seed,
-            is_reading=bool(pending),
-        )  # fmt: skip
-        most = (0 if resume is None else resume.seen) + len(pending) + (new or _MOST_COUNTED)
-        own = settings.stop or settings.max_repeats or len(ends) > ENDS or (limit < 0 and new is not None)
-        own = own or self._reader.form.ends_when_stuck or (self._reader.sizes.absolute and most >= Row.LAST_POSITION)
-        return self._device.arrivals.of_host(told), bool(own) and request.keep
 
     def cancel(self, number: int) -> None:
         """Ends a request: it has no more events, and its row is free at the next step. What was kept is dropped."""
@@ -212,11 +197,16 @@ class Slots:
         return self._slots.index(slot), slot
 
     def _saved(self, i: int, slot: Slot) -> SavedRow:
-        undrawn = slot.request.undrawn and slot.row.finish_reason is not None
-        back = self._runs_ahead()
-        taken = self._device.leave(i, back=back, undrawn=undrawn) if slot.row.finish_reason is not None else None
-        taken = self._device.take(i, back=back, undrawn=undrawn) if taken is None else taken
+        has_ended, taken = slot.row.finish_reason is not None, slot.taken
+        undrawn = slot.request.undrawn and has_ended
+        if taken is None:
+            taken = self._taken(i, back=self._runs_ahead(), undrawn=undrawn, has_ended=has_ended)
         return SavedRow(taken, tuple(slot.pending), slot.has_drawn and not undrawn, slot.row.state())
+
+    def _taken(self, i: int, *, back: bool, undrawn: bool, has_ended: bool) -> PackedState:
+        """A copy of row i: in the pool, if it has ended and there is room."""
+        taken = self._device.leave(i, back=back, undrawn=undrawn) if has_ended else None
+        return self._device.take(i, back=back, undrawn=undrawn) if taken is None else taken
 
     def _runs_ahead(self) -> bool:
         """Whether a step was asked for whose events have not been given."""
@@ -226,8 +216,6 @@ class Slots:
 
     def step(self) -> list[tuple[int, StreamEvent]]:
         """Runs of prompts, and a token of every row that is generating, or several (`steps`). Returns their events.
-
-        A launch has one run of prompts of each length that there is a program for: nobody waits longer for them.
 
         An event is the number of its request and what `Stream` gives. The last has a `finish_reason`: those of a
         stream, or "full" where the cache of `keep_all_separators` has no room for another separator.
@@ -280,14 +268,20 @@ class Slots:
         with self._lock:
             if slot.request.keep and not slot.is_cancelled:
                 self._kept[slot.number] = self._saved(i, slot)
-            self._slots[i] = None
+            if self._slots[i] is slot:
+                self._slots[i] = None
             self._known.pop(slot.number)
 
     def _admit(self) -> None:
-        """Gives free rows to those that wait, in their order."""
-        for i, slot in enumerate(self._slots):
-            if slot is not None or not self._waiting:
-                continue
+        """Gives free rows to those that wait, in their order; then those that are free when this launch is made."""
+        for i in [*(i for i, slot in enumerate(self._slots) if slot is None), *ending(self._slots, self._flight)]:
+            if not self._waiting:
+                return
+            slot = self._slots[i]
+            if slot is not None:
+                slot.has_left = True
+                if slot.request.keep:
+                    slot.taken = self._taken(i, back=False, undrawn=slot.request.undrawn, has_ended=True)
             new = self._waiting.popleft()
             resume = new.request.resume
             saved = None if resume is None else resume.packed(self._reader.form)
@@ -335,7 +329,7 @@ class Slots:
             for i, slot in enumerate(flight.slots):
                 if not i % _AT_A_TIME:
                     time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it
-                if slot is not None and self._slots[i] is slot:
+                if slot is not None and (self._slots[i] is slot or slot.is_to_end):
                     found = numbers.events(slot.row, i, self._row_bytes, joined=joined)
                     events += self._given(i, slot, found)
         return events
@@ -383,6 +377,11 @@ class Slots:
     def num_free(self) -> int:
         """Rows that no request has."""
         return sum(slot is None for slot in self._slots)
+
+    @property
+    def num_ending(self) -> int:
+        """Rows that will be free, whatever they draw, when what is asked for next is done."""
+        return len(ending(self._slots, self._flight))
 
     @property
     def num_waiting(self) -> int:

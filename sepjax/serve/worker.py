@@ -10,7 +10,6 @@ it is, and gets it back when it has caught up: it holds neither a row nor memory
 """
 
 import dataclasses
-import itertools
 import logging
 import math
 import queue
@@ -28,15 +27,14 @@ from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest, Slots
 from sepjax.serve.conversations import Conversations, Plan, chain
 from sepjax.serve.errors import ApiError
-from sepjax.serve.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused, put_all, tokens_of
+from sepjax.serve.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused
 from sepjax.serve.keeper import Keeper
 from sepjax.serve.metrics import Metrics
+from sepjax.serve.outbox import Outbox
 from sepjax.serve.served import Served, checked
 
 log = logging.getLogger("sepjax.serve")
 _UNREAD = 512  # tokens of each choice that wait for a slow client before its row is put aside
-# Seconds between two times that tokens in the middle of an answer are handed over: at least, and for each running row.
-_EVERY, _EACH = 0.01, 2e-4
 _PATIENCE = 0.5  # seconds between two looks at the clock while nothing happens
 
 
@@ -69,9 +67,7 @@ class Worker:
         self._open = 0  # choices that were taken on and have not ended
         self._stop_at: float | None = None
         self._seconds = 1.0  # that an answer takes, as a running mean
-        self._out: dict[Inbox, list[tuple[int, Item]]] = {}
-        self._urgent: set[Inbox] = set()
-        self._sent_at = 0.0
+        self._out = Outbox()
         self._first: list[float] = []  # seconds to the first tokens of this step, and between two
         self._each: list[tuple[float, int]] = []  # and of how many tokens
         self._thread = threading.Thread(target=self._main, name="slots", daemon=True)
@@ -199,7 +195,7 @@ class Worker:
                 self._hand_on(slots, number, its, now)
             self._metrics.tokens(self._first, self._each)
             self._first, self._each = [], []
-        if self._urgent:
+        if self._out.is_urgent:
             self._send()
 
     def _goes_on(self) -> bool:
@@ -217,7 +213,10 @@ class Worker:
 
     def _fill(self, slots: Slots) -> None:
         """Gives free rows to those whose turn it is."""
-        while slots.num_free > slots.num_waiting and (job := self._queue.pop()) is not None:
+        if not len(self._queue):
+            return
+        ending = slots.num_ending
+        while slots.num_free + ending > slots.num_waiting and (job := self._queue.pop()) is not None:
             self._begin(slots, job)
 
     def _begin(self, slots: Slots, job: Job) -> None:
@@ -369,33 +368,11 @@ class Worker:
             self._put(job, item)
 
     def _put(self, job: Job, item: Item, *, is_urgent: bool = True) -> None:
-        self._out.setdefault(job.inbox, []).append((job.choice, item))
-        if is_urgent:
-            self._urgent.add(job.inbox)
+        self._out.put(job, item, is_urgent=is_urgent)
 
-    def _send(self, *, everything: bool = False) -> None:
-        """Hands over what has come up: beginnings and ends at once, tokens between up to a hundred times a second.
-
-        Each waking of a loop, and each chunk that it writes, takes time from the thread that steps: of many rows, less
-        often, so that all chunks together take a part of the time and no more.
-        """
+    def _send(self) -> None:
         with self.clocks("worker: send"):
-            self._send_out(everything)
-
-    def _send_out(self, everything: bool) -> None:
-        now = time.monotonic()
-        if everything or now - self._sent_at >= max(_EVERY, _EACH * len(self._running)):
-            out, self._out, self._sent_at = self._out, {}, now
-        else:
-            out = {inbox: self._out.pop(inbox) for inbox in self._urgent}
-        self._urgent = set()
-        for inbox, items in out.items():
-            inbox.sent += tokens_of(items)
-        for loop, found in itertools.groupby(out.items(), key=lambda pair: pair[0].loop):
-            try:
-                loop.call_soon_threadsafe(put_all, list(found))
-            except RuntimeError:  # the loop is closed: nobody reads
-                log.debug("nobody reads any more")
+            self._out.send(len(self._running))
 
     def _fail_all(self, error: ApiError) -> None:
         with self._lock:
@@ -407,4 +384,4 @@ class Worker:
         for job in [*waiting, *self._aside, *self._running.values()]:
             self._end(job, Failed(error))
         self._aside = []
-        self._send(everything=True)
+        self._out.send(0, everything=True)

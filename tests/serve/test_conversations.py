@@ -263,14 +263,14 @@ def test_a_client_of_many_choices_is_not_slow(served):
         inbox = Inbox(asyncio.get_running_loop(), 4)
         worker = Worker(lambda: served, lambda _: None, rows=4, max_waiting=0, metrics=Metrics())
         event = next(iter(alone(served, [5], max_new_tokens=1)))
-        worker._sent_at = time.monotonic() + 3600  # it waits with what is not urgent
+        worker._out._sent_at = time.monotonic() + 3600  # it waits with what is not urgent
         job = Job(inbox, 0, np.array([5], np.int32), SlotRequest(None), "", 0.0)
         counts = []
         for _ in range(8):
             worker._put(job, event, is_urgent=False)
         worker._send()
         counts.append(inbox.unread)
-        worker._send(everything=True)
+        worker._out.send(0, everything=True)
         counts.append(inbox.unread)
         await inbox.take()
         return [*counts, inbox.unread]
