@@ -57,7 +57,7 @@ class Keeper:
         for each in leaving:
             if (old := each.row) is None or (to_disk and each is entry):
                 continue
-            if each is not entry and (each.disk_bytes or each in self._passed):
+            if each is not entry and each in self._passed:
                 self._conversations.lost(each)
             else:
                 self._ask(_Task(each, old, True, False, lambda: None))
@@ -109,6 +109,9 @@ class Keeper:
                 done()
 
     def _do(self, task: _Task) -> None:
+        if task.entry.disk_bytes and not task.saves:  # it is read from there
+            self._conversations.lost(task.entry)
+            return
         try:
             with self._clocks("keeper: to the host"):
                 row = task.row.on_host()
