@@ -11,7 +11,7 @@ from sepjax.generation.slot_request import Flight, Run, Slot
 _LENGTHS = 64, 192  # tokens of the shorter programs that read, on a processor
 # On an accelerator a program that reads takes as long as its layers take to be begun, however few its tokens are. So a
 # launch has one, of these rows and tokens: some short ones, some long ones, or many.
-_FEW, _MANY, _SHORT = 4, 24, 128
+_FEW, _MANY, _SHORT = 4, 32, 128
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

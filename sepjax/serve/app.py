@@ -263,15 +263,14 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Writes it until its end, or until the client goes away."""
         with contextlib.suppress(ApiError), self._reading.ending():  # which has been answered by then
-            try:
-                items = await _first(self._reading, receive)
-            except ApiError as error:  # nothing has gone out yet: a status of its own
-                await _respond(error)(scope, receive, send)
-                raise
-            if items is not None:
-                await while_there(receive, self._write(send, items))
+            await while_there(receive, self._write(scope, receive, send))
 
-    async def _write(self, send: Send, chunks: list[bytes]) -> None:
+    async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            chunks = self._reading.answer.chunks(await self._reading.take())
+        except ApiError as error:  # nothing has gone out yet: a status of its own
+            await _respond(error)(scope, receive, send)
+            raise
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             while True:
@@ -286,16 +285,6 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": error_event(error), "more_body": False})
             raise  # for the log: it was not the client that went away
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _first(reading: Reading, receive: Receive) -> list[bytes] | None:
-    """The first chunks; None: the client has gone. Raises ApiError."""
-    found: list[bytes] = []
-
-    async def take() -> None:
-        found.extend(reading.answer.chunks(await reading.take()))
-
-    return found if await while_there(receive, take()) else None
 
 
 async def while_there(receive: Receive, work: Any) -> bool:

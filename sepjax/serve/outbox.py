@@ -8,7 +8,7 @@ from sepjax.serve.jobs import Inbox, Item, Job, put_all, tokens_of
 
 log = logging.getLogger("sepjax.serve")
 # Seconds between two times that tokens in the middle of an answer are handed over: at least, and for each running row.
-_EVERY, _EACH = 0.01, 2e-4
+_EVERY, _EACH = 0.01, 5e-4
 
 
 class Outbox:
