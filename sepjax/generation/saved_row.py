@@ -83,15 +83,19 @@ class SavedRow:
     def view(self, nbytes: int | None = None) -> CacheView:
         """What its cache holds, and from where in the text; `nbytes` of the row, if not those of its arrays.
 
-        Raises StreamStateError for a growing cache.
+        Of caches of several sizes, what the first part holds. Raises StreamStateError for a growing cache.
         """
+        return self.views(nbytes)[0]
+
+    def views(self, nbytes: int | None = None) -> tuple[CacheView, ...]:
+        """`view` of every part of its cache: of layers of one size."""
         cache: Any = self._bare.cache
         if not isinstance(cache, BOUNDED):
             raise StreamStateError("a growing cache has no zones to look at; take a row of a bounded one")
         if nbytes is None:
-            kv = self.standing.form.kv_nbytes if isinstance(self.standing, PackedState) else 0
-            nbytes = cache.nbytes + kv
-        return of_row(cache, self.seen, nbytes)
+            nbytes = cache.nbytes + (self.standing.form.kv_nbytes if isinstance(self.standing, PackedState) else 0)
+        parts = cache.parts if isinstance(cache, MixedCache) else (cache,)
+        return tuple(of_row(part, self.seen, nbytes) for part in parts)
 
     def check(self, reader: Reader) -> None:
         """Raises StreamStateError where the cache is not one of this reader's: of another kind, or other sizes."""
