@@ -35,6 +35,7 @@ from sepjax.config import AttentionConfig
 from sepjax.generation.cache.ahead import after_compaction
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.mixed import BoundedCache
+from sepjax.generation.cache.rows import chosen
 from sepjax.generation.cache.view import bookkeeping
 from sepjax.generation.device_loop import MOST_TOP, DecodeState, Drawn, Request, draw
 from sepjax.generation.packed import Bytes, Form, Packed
@@ -89,7 +90,7 @@ class Before:
         """The state, rows that are `wanted` so as they were before their last step."""
         now: Any = state.cache
         takes_back = jnp.asarray(wanted) & self.stepped
-        cache: Any = self.cache.chosen(takes_back, now.bare()).with_entries_of(now)
+        cache: Any = chosen(takes_back, self.cache, now.bare()).with_entries_of(now)
         rows = jnp.arange(len(state.token))
         use = jnp.where(takes_back, self.use, state.uses[rows, state.token])
         uses = state.uses.at[rows, state.token].set(use, unique_indices=True)
@@ -264,7 +265,7 @@ def _exchange(arrivals: Bytes, rows: Rows, pool: DecodeState, which: Exchange) -
         lambda x: jnp.where(is_empty.reshape(-1, *(1 for _ in x.shape[1:])), jnp.zeros_like(x), x),
         dataclasses.replace(data, cache=None),
     )
-    state = dataclasses.replace(state, cache=nothing.chosen(is_empty, cache), key=jax.random.wrap_key_data(state.key))
+    state = dataclasses.replace(state, cache=chosen(is_empty, nothing, cache), key=jax.random.wrap_key_data(state.key))
     told = jax.tree.map(lambda x: x[:, 0], jax.vmap(arrivals.tree)(which.told))
     return rows.with_states(which.coming, *_begun(state, told)), pool
 

@@ -21,7 +21,7 @@ from sepjax.serve import page
 from sepjax.serve.conversations import chain
 from sepjax.serve.errors import ApiError
 from sepjax.serve.guard import Guard
-from sepjax.serve.jobs import Inbox, Item, Job, Paused
+from sepjax.serve.jobs import Inbox, Item, Job, Paused, Share
 from sepjax.serve.metrics import Metrics
 from sepjax.serve.protocol import (
     ChatRequest,
@@ -170,12 +170,14 @@ class Api:
         id, seed = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", seed_of(wanted)
         most, jobs = self._limits.max_new_tokens, []
         inbox.choices = wanted.n * len(read)
-        each = [pair for pair in read for _ in range(wanted.n)]
-        for choice, (ids, blocks) in enumerate(each):
+        each = [(*pair, share) for pair in read for share in [Share(wanted.n)] for _ in range(wanted.n)]
+        for choice, (ids, blocks, share) in enumerate(each):
             slot = served.request(wanted, choice=choice, seed=seed, is_chat=is_chat, most=most)
             name = f"{id}:{choice}" if choice else id
-            jobs.append(Job(inbox, choice, ids, slot, wanted.user or client, came, name, blocks))
-        return Answer(id, served, wanted, is_chat=is_chat, prompt_tokens=[len(ids) for ids, _ in each]), wanted, jobs
+            job = Job(inbox, choice, ids, slot, wanted.user or client, came, name, blocks)
+            job.share = share if wanted.n > 1 else None
+            jobs.append(job)
+        return Answer(id, served, wanted, is_chat=is_chat, prompt_tokens=[len(ids) for ids, *_ in each]), wanted, jobs
 
     async def _body(self, request: Request) -> bytes:
         """The whole body, within limits of size and time."""

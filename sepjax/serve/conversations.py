@@ -139,7 +139,7 @@ class Conversations:
         cached = 0 if entry is None else len(entry.ids)
         with self._lock:
             shared = next((i for i in range(len(blocks), 0, -1) if blocks[i - 1] in self._seen), 0)
-            shared = min(shared, self._most(ids) // BLOCK)  # something is left to be read, and by itself means the same
+            shared = min(shared, self.most(ids) // BLOCK)  # something is left to be read, and by itself means the same
             for block in blocks:
                 self._seen[block] = None
                 self._seen.move_to_end(block)
@@ -170,7 +170,7 @@ class Conversations:
         return None, None
 
     def _match(self, ids: Ids, blocks: tuple[bytes, ...], missed: set[Entry]) -> Entry | None:
-        most = self._most(ids)
+        most = self.most(ids)
         with self._lock:
             for i in range(len(blocks), -1, -1):
                 place = self._places.get(blocks[i - 1] if i else b"", {})
@@ -181,7 +181,7 @@ class Conversations:
                     return found
             return None
 
-    def _most(self, ids: Ids) -> int:
+    def most(self, ids: Ids) -> int:
         """The most ids that may have been read before the others: whatever else, one is left; below 0: none may."""
         if not self._tokenizer.starts_with_space:
             return len(ids) - 1

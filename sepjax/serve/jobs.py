@@ -10,7 +10,7 @@ from sepjax.array_typing import Int32
 from sepjax.generation.row import StreamEvent
 from sepjax.generation.saved_row import SavedRow
 from sepjax.generation.slots import SlotRequest
-from sepjax.serve.conversations import Entry
+from sepjax.serve.conversations import Entry, Plan
 from sepjax.serve.errors import ApiError
 
 
@@ -81,6 +81,16 @@ def put_all(found: list[tuple[Inbox, list[tuple[int, Item]]]]) -> None:
 
 
 @dataclasses.dataclass(eq=False)
+class Share:
+    """What the choices of one prompt have in common: it is read once."""
+
+    to_begin: int  # choices that have no row yet
+    reader: "Job | None" = None  # who reads it now
+    waiting: list["Job"] = dataclasses.field(default_factory=list)  # for that
+    plan: Plan | None = None  # how the others go on, once it is read
+
+
+@dataclasses.dataclass(eq=False)
 class Job:
     """One choice of one request: what one row does."""
 
@@ -96,7 +106,9 @@ class Job:
     answer: list[int] = dataclasses.field(default_factory=list)
     last: float = 0.0  # when the last token came
     held: int = 0
+    share: Share | None = None  # with other choices of the prompt
     cut: int = 0  # tokens of a beginning that is being read by itself
+    reads_for_others: bool = False  # whether that is for the other choices
     source: Entry | None = None  # what it goes on from
     aside: SavedRow | None = None  # where it stands, while its client does not read
 
@@ -110,6 +122,11 @@ class FairQueue:
     def put(self, job: Job) -> None:
         """Last of its client's."""
         self._of.setdefault(job.client, deque()).append(job)
+
+    def put_back(self, job: Job) -> None:
+        """First of all: it has had its turn."""
+        self._of.setdefault(job.client, deque()).appendleft(job)
+        self._of.move_to_end(job.client, last=False)
 
     def pop(self) -> Job | None:
         """The next; None: nobody waits."""

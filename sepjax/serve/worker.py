@@ -9,29 +9,27 @@ Everything that the two share is a queue or a counter. A client that reads slowl
 it is, and gets it back when it has caught up: it holds neither a row nor memory that grows, and loses nothing.
 """
 
-import dataclasses
 import logging
 import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from sepjax.clocks import Clocks
 from sepjax.config import UserError
 from sepjax.generation.row import StreamEvent
-from sepjax.generation.sampling import Sampling
-from sepjax.generation.slots import SlotRequest, Slots
-from sepjax.serve.conversations import Conversations, Plan, chain
+from sepjax.generation.slots import Slots
+from sepjax.serve.conversations import Conversations, chain
 from sepjax.serve.errors import ApiError
-from sepjax.serve.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused
+from sepjax.serve.jobs import Failed, FairQueue, Inbox, Item, Job, Paused
 from sepjax.serve.keeper import Keeper
 from sepjax.serve.metrics import Metrics
 from sepjax.serve.outbox import Outbox
-from sepjax.serve.served import Served, checked
+from sepjax.serve.prompts import Prompts
+from sepjax.serve.served import Served
 
 log = logging.getLogger("sepjax.serve")
 _UNREAD = 512  # tokens of each choice that wait for a slow client before its row is put aside
@@ -76,6 +74,8 @@ class Worker:
         self.slots: Slots | None = None
         self.conversations: Conversations | None = None
         self._keeper: Keeper | None = None
+        self._prompts: Prompts | None = None
+        self._slow: list[int] = []  # numbers of requests whose clients may not read
         self.error: BaseException | None = None
 
     # -- for others -------------------------------------------------------------------------------------------------
@@ -160,6 +160,9 @@ class Worker:
             self.slots = served.engine.slots(self._num_rows, steps=self._steps, clocks=self.clocks, pool=pool)
             # The others of the pool are for rows that have just ended, and those that are being copied.
             self._keeper = Keeper(kept, self.clocks, (pool - -(-pool // 8)) * served.row_bytes)
+            self._prompts = Prompts(
+                self.slots, kept, self._keeper, self._metrics, self._queue, self._running, self._put, self._end
+            )  # fmt: skip
             self.served = served
             log.info("ready", extra={"model": served.name, "slots": self._num_rows, "bytes": self.slots.cache_bytes})
             self._serve(self.slots)
@@ -183,6 +186,9 @@ class Worker:
             if not slots.is_idle:  # rows that were cancelled are let go by a step, too
                 for part in slots.parts(joined=True):
                     self._hand_all_on(slots, part)
+                slow, self._slow = self._slow, []
+                for number in slow:
+                    self._put_aside(slots, number)
             self._send()
 
     def _hand_all_on(self, slots: Slots, part: Sequence[tuple[int, StreamEvent]]) -> None:
@@ -213,66 +219,12 @@ class Worker:
 
     def _fill(self, slots: Slots) -> None:
         """Gives free rows to those whose turn it is."""
-        if not len(self._queue):
+        prompts = self._prompts
+        if not len(self._queue) or prompts is None:
             return
         ending = slots.num_ending
         while slots.num_free + ending > slots.num_waiting and (job := self._queue.pop()) is not None:
-            self._begin(slots, job)
-
-    def _begin(self, slots: Slots, job: Job) -> None:
-        if job.aside is not None:
-            left = (job.request.max_new_tokens or 0) - len(job.answer)
-            changes: dict[str, Any] = {"resume": job.aside, "seed": None, "max_new_tokens": left}
-            job.aside = None
-            self._submit(slots, job, dataclasses.replace(job.request, **changes))
-            return
-        assert self.conversations is not None
-        plan = self.conversations.plan(job.ids, job.blocks)
-        if plan.entry is not None and self._keeper is not None:
-            self._keeper.used(plan.entry)
-        self._metrics.begun(len(job.ids), plan.cached)
-        self._put(job, Begun(plan.cached))
-        if plan.cut:
-            job.cut = plan.cut
-            prompt = job.ids[plan.cached : plan.cut].tolist()
-            beginning = SlotRequest(
-                prompt, 1, Sampling.create(), 0, resume=plan.row, stop_at_eos=False, keep=True, undrawn=True
-            )  # fmt: skip
-            self._submit(slots, job, beginning)
-        else:
-            self._read(slots, job, plan)
-
-    def _read(self, slots: Slots, job: Job, plan: Plan) -> None:
-        """Reads what a plan leaves of the prompt, and answers it."""
-        job.source = plan.entry
-        prompt = job.ids[plan.cached :].tolist()
-        assert self.conversations is not None
-        keep = self.conversations.is_on  # else nobody would ask for it
-        self._submit(slots, job, dataclasses.replace(job.request, prompt=prompt, resume=plan.row, keep=keep))
-
-    def _submit(self, slots: Slots, job: Job, request: SlotRequest) -> None:
-        try:
-            job.number = slots.submit(request)
-        except UserError as error:
-            self._end(job, Failed(checked(error)))
-        else:
-            self._running[job.number] = job
-
-    def _beginning_read(self, slots: Slots, number: int, job: Job, event: StreamEvent) -> None:
-        """The beginning that a plan wanted is there: it is kept, and gone on from."""
-        assert self.conversations is not None
-        assert self._keeper is not None
-        del self._running[number]
-        cut, job.cut = job.cut, 0
-        row = None if event.finish_reason == "full" else slots.save(number)
-        if row is None or row.is_full:  # a cache that must not lose separators: nothing can go on from it
-            slots.cancel(number)
-            self.conversations.given_up(cut, job.blocks)
-            self._read(slots, job, Plan(None, None, 0))
-            return
-        entry = self.conversations.made(cut, job.blocks, job.ids, row)
-        self._keeper.put(entry)
-        self._read(slots, job, Plan(entry, row, 0))
+            prompts.begin(job)
 
     def _hand_on(self, slots: Slots, number: int, events: Sequence[StreamEvent], now: float) -> None:
         """All that a step gave to a row."""
@@ -281,7 +233,8 @@ class Worker:
             return
         last, tokens = events[-1], sum(len(event.token_ids) for event in events)
         if job.cut:
-            self._beginning_read(slots, number, job, last)
+            assert self._prompts is not None
+            self._prompts.beginning_read(number, job, last)
             return
         is_first, passed = not job.answer, now - (job.last or job.came)
         if is_first:
@@ -295,8 +248,8 @@ class Worker:
                 self._put(job, event, is_urgent=is_first)
         if last.finish_reason is not None:
             self._finish(slots, number, job, last)
-        elif not is_first and job.inbox.unread > _UNREAD and slots.can_save(number):
-            self._put_aside(slots, job)
+        elif job.inbox.unread > _UNREAD:
+            self._slow.append(number)
 
     def _finish(self, slots: Slots, number: int, job: Job, event: StreamEvent) -> None:
         """The last event: it goes out once the row is safe, if it is to be."""
@@ -321,9 +274,11 @@ class Worker:
         if self._keeper.put(entry, lambda: self._orders.put(lambda: self._end(job, event))):
             self._end(job, event)
 
-    def _put_aside(self, slots: Slots, job: Job) -> None:
-        number = job.number
-        assert number is not None
+    def _put_aside(self, slots: Slots, number: int) -> None:
+        """Once all that came with a step was looked at: `save` is after the last of it."""
+        job = self._running.get(number)
+        if job is None or not slots.can_save(number):
+            return
         job.aside = slots.save(number).on_host()
         slots.cancel(number)
         del self._running[number]
@@ -348,15 +303,18 @@ class Worker:
                 assert self.slots is not None
                 self.slots.cancel(number)
                 gone.append(job)
-        for job in gone:
+        waiting = [other for job in gone if job.share is not None for other in job.share.waiting]
+        for job in dict.fromkeys([*gone, *waiting]):
+            if job.share is not None:
+                job.share.waiting = []
             self._end(job, None)
 
     def _end(self, job: Job, item: StreamEvent | Failed | None) -> None:
         """A choice has ended: by its last event, by an error, or because nobody reads it."""
         if job.number is not None:
             self._running.pop(job.number, None)
-        if job.cut and self.conversations is not None:
-            self.conversations.given_up(job.cut, job.blocks)
+        if self._prompts is not None:
+            self._prompts.given_up(job)
         reason = item.finish_reason if isinstance(item, StreamEvent) else None
         seconds = time.perf_counter() - job.came
         if reason is not None:
@@ -381,7 +339,11 @@ class Worker:
         waiting: list[Job] = []
         while (job := self._queue.pop()) is not None:
             waiting.append(job)
-        for job in [*waiting, *self._aside, *self._running.values()]:
+        left = [*waiting, *self._aside, *self._running.values()]
+        left += [other for job in left if job.share is not None for other in job.share.waiting]
+        for job in dict.fromkeys(left):
+            if job.share is not None:
+                job.share.waiting = []
             self._end(job, Failed(error))
         self._aside = []
         self._out.send(0, everything=True)

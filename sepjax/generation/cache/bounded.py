@@ -204,10 +204,6 @@ class StreamingCache:
         """The same with these rows as `few` has them; numbers of no row are none."""
         return rows_of.with_some(self, rows, few)
 
-    def chosen(self, wanted: Bool[Array, "B"], other: "StreamingCache") -> "StreamingCache":
-        """The rows of this one that are wanted, and those of another one in place of the rest."""
-        return rows_of.chosen(wanted, self, other)
-
     def reset(self, rows: Bool[Array, "B"]) -> "StreamingCache":
         """The same with `rows` empty, as for a new document. Keys and values stay, where nothing sees them."""
         names = [field.name for field in dataclasses.fields(self)][3:-3]

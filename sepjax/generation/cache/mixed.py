@@ -263,10 +263,6 @@ class MixedCache:
         """The same with these rows as `few` has them; numbers of no row are none."""
         return self._each(lambda part, new: part.with_whole_rows(rows, new), few)
 
-    def chosen(self, wanted: Bool[Array, "B"], other: "MixedCache") -> "MixedCache":
-        """The rows of this one that are wanted, and those of another one in place of the rest."""
-        return self._each(lambda part, mine: part.chosen(wanted, mine), other)
-
     def reset(self, rows: Bool[Array, "B"]) -> "MixedCache":
         """The same with `rows` empty."""
         return self._each(lambda part: part.reset(rows))

@@ -41,7 +41,7 @@ def with_some(cache: Any, rows: Int32[Array, "M"], few: Any) -> Any:
 
 
 def chosen(wanted: Bool[Array, "B"], cache: Any, other: Any) -> Any:
-    """The rows of `cache` that are wanted, and those of another one in place of the rest."""
+    """The rows of `cache` that are wanted, and those of another one in place of the rest; also of several sizes."""
 
     def pick(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
         return jnp.where(wanted.reshape(*(1 for _ in range(axis)), -1, *(1 for _ in x.shape[axis + 1 :])), x, y)
@@ -53,7 +53,7 @@ def _on_rows(f: Callable[..., jax.Array], cache: Any, *others: Any) -> Any:
     """`f` of every array (and of the others' same array) and the number of its axis B."""
 
     def on(path: tuple, x: jax.Array, *same: jax.Array) -> jax.Array:
-        stacked = path[0].name in BY_SET or x.ndim == 5
+        stacked = x.ndim == 5 or any(getattr(step, "name", None) in BY_SET for step in path)
         return f(x, *same, int(stacked))
 
     return jax.tree_util.tree_map_with_path(on, cache, *others)
