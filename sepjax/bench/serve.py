@@ -43,8 +43,9 @@ class Settings(_Settings):
     budget: str = "4/64/256/800"  # of the bounded cache: sinks/separators/window/cache
     slots: Annotated[int, AtLeast(1)] = 8  # of the server; with --url: that it was given
     cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from
-    device_memory: Annotated[int, AtLeast(0)] = 0  # MiB of the device's memory for those that go on soon
-    # tokens of an answer that the device may make before the host looks at them; not measured on a GPU yet
+    # MiB of the device's memory for those that go on soon; default: half of what is left of an accelerator's
+    device_memory: Annotated[int | None, AtLeast(0)] = None
+    # tokens of an answer that the device may make before the host looks at them; many rows want 8 or more
     steps: Annotated[int, AtLeast(1), AtMost(MOST_STEPS)] = 1
     dense_context: Annotated[int, AtLeast(0)] = (
         0  # tokens of a dense cache of equal memory to measure beside it; 0: none
@@ -260,7 +261,7 @@ def _one(
     served = Served.create("bench", engine, None)
     options = Options(
         rows=slots, max_waiting=4 * slots + 64, cache_memory=settings.cache_memory << 20, drain_seconds=5,
-        device_memory=settings.device_memory << 20, steps=settings.steps,
+        device_memory=_bytes(settings.device_memory), steps=settings.steps,
     )  # fmt: skip
     with Running(lambda: served, options) as server:
         figures = measure(settings, server.url, slots, name, server.worker if settings.profile else None)
@@ -275,6 +276,10 @@ def _one(
         best = max(figure["tokens_per_second"] for figure in figures)
         print(f"the bare loop of {slots} rows makes {bare:,.0f} tokens/s; the server reached {best / bare:.0%} of it")
     return figures
+
+
+def _bytes(mebibytes: int | None) -> int | None:
+    return None if mebibytes is None else mebibytes << 20
 
 
 def _bare(settings: Settings, engine: Any, model: ModelConfig, slots: int) -> float | None:

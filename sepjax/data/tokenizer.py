@@ -231,6 +231,12 @@ class IncrementalDecoder:
             self._drops_space = False
         return self._utf8.decode(data)
 
+    def feed_all(self, ids: Sequence[int]) -> str:
+        """The characters that these complete, in one go: many times faster than one after the other."""
+        if self._drops_space:
+            return "".join(map(self.feed, ids))
+        return self._utf8.decode(b"".join(map(self._tokenizer.token_bytes, ids)))
+
     def state(self) -> dict[str, Any]:
         """Where the text stands, for `restore`: plain JSON."""
         return {"bytes": list(self._utf8.getstate()[0]), "drops_space": self._drops_space}

@@ -175,7 +175,7 @@ class Generator:
             events.feed(prompt)
         return events
 
-    def slots(self, rows: int, *, steps: int = 1, clocks: Clocks | None = None) -> Slots:
+    def slots(self, rows: int, *, steps: int = 1, clocks: Clocks | None = None, pool: int = 0) -> Slots:
         """Rows of one compiled step over bounded caches, for requests that come and go: what a server drives.
 
         Args:
@@ -183,10 +183,11 @@ class Generator:
           steps: tokens of each that the device may make before the host looks at them. The more, the less the device
             waits for the host, and the longer a request for its first token.
           clocks: that tell where the time goes.
+          pool: rows of memory more, for those that have ended and were saved: they go on from there without a copy.
 
         Raises ConfigError for a pattern that a bounded cache cannot serve, or more rows than memory holds.
         """
-        return Slots(self._of, self._bounded(), rows, steps, clocks)
+        return Slots(self._of, self._bounded(), rows, steps, clocks, pool=pool)
 
     def _reader(self, bounded: bool) -> Reader:
         return self._bounded() if bounded else GrowingReader(self._of)

@@ -93,8 +93,8 @@ class Form:
             jax.ShapeDtypeStruct((self._stacks.count(i), *shape), dtype) for i, (shape, dtype) in enumerate(kinds)
         )
         key: Any = bare.key
-        kv_bytes = sum(x.size * x.dtype.itemsize for x in self.kv_like)
-        self.nbytes: int = kv_bytes + self.rest.nbytes - key.size * key.dtype.itemsize  # but for the random key's
+        self.kv_nbytes: int = sum(x.size * x.dtype.itemsize for x in self.kv_like)
+        self.nbytes: int = self.kv_nbytes + self.rest.nbytes - key.size * key.dtype.itemsize  # but for the random key's
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Form) and self._all == other._all
@@ -173,6 +173,11 @@ class PackedState:
     def state(self) -> DecodeState:
         """Unpacked, on the host."""
         return self.form.unpacked_on_host(self.on_host().packed)
+
+    def bare(self) -> DecodeState:
+        """Unpacked, on the host, without keys and values, which stay where they are."""
+        state = self.form.rest.tree_on_host(np.asarray(self.packed.rest))
+        return dataclasses.replace(state, key=jax.random.wrap_key_data(state.key))
 
 
 def _cache(state: DecodeState) -> Any:

@@ -35,7 +35,7 @@ class CacheUse(NamedTuple):
 
 
 class StreamEvent(NamedTuple):
-    """One new token."""
+    """One new token, or several that came at once (`Row.take_all`)."""
 
     text: str  # what is now certain to follow: whole characters, nothing of a stop string; may be empty
     token_ids: tuple[int, ...]
@@ -136,7 +136,8 @@ class Row:
     Attributes:
       seen: tokens that the cache has taken up.
       finish_reason: None while the text goes on.
-      wants_top: whether anyone asks for the most probable tokens.
+      wants_logprobs, wants_top: whether anyone asks for the tokens' log-probabilities, for the most probable tokens.
+      joins: whether `take_all` may be asked: no token need be looked at by itself.
     """
 
     LAST_POSITION = 2**31 - 1  # where positions are those of the text: they are int32
@@ -157,9 +158,15 @@ class Row:
         self._guard = RepetitionGuard(settings.max_repeats)
         self._settings, self._has_end = settings, has_end
         self._left = self._limit()
-        self.wants_top = settings.top_logprobs > 0
+        self.wants_logprobs, self.wants_top = settings.logprobs, settings.top_logprobs > 0
+        self.joins = not (settings.logprobs or settings.stop or settings.max_repeats or has_end)
         self.seen = seen
         self.finish_reason: str | None = None
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get; below 0: without end."""
+        return self._left
 
     def _limit(self) -> int:
         return -1 if self._settings.max_new_tokens is None else self._settings.max_new_tokens
@@ -209,6 +216,30 @@ class Row:
         best = tuple((int(i), float(x)) for i, x in zip(top[0][:n], top[1][:n], strict=True)) if n else None
         return StreamEvent(text, (token,), self.finish_reason, use, logprob, best)
 
+    def up_to_end(self, tokens: list[int]) -> list[int]:
+        """Those of the next tokens that belong to the row: up to its end by one of them, or by its length."""
+        ends = self._settings.ends
+        if not (ends.eos.isdisjoint(tokens) and ends.stop.isdisjoint(tokens)):
+            tokens = tokens[: next(i for i, token in enumerate(tokens, 1) if ends.reason(token))]
+        return tokens if self._left < 0 else tokens[: self._left]
+
+    def take_all(self, tokens: list[int], *, held: int, nbytes: int) -> StreamEvent:
+        """One event of tokens that came at once, as `take` gives many; of rows that may (`joins`).
+
+        Args:
+          tokens: one at least, `up_to_end`; the cache has taken up as many.
+          held, nbytes: as `take` has them, after the last one.
+        """
+        self.seen += len(tokens)
+        self._left -= len(tokens)
+        self.finish_reason = self._settings.ends.reason(tokens[-1])
+        text = self._text.feed_all(tokens[:-1] if self.finish_reason == "stop" else tokens)
+        if self.finish_reason is None and not self._left:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            text += self._text.flush()
+        return StreamEvent(text, tuple(tokens), self.finish_reason, CacheUse(held, self.seen, nbytes))
+
     def end_full(self, *, taken: int, held: int, nbytes: int) -> StreamEvent:
         """The event of an end without a token: the cache has no room for the rest of what is to be read."""
         self.seen += taken
@@ -257,6 +288,12 @@ class TextUntilStop:
             self.stopped = True
             return self._release(min(found)[1])
         return self._release(len(self._held) - max((_overlap(self._held, s) for s in self._stop), default=0))
+
+    def feed_all(self, tokens: Sequence[int]) -> str:
+        """The text that is certain after all of these; where there are no stop strings."""
+        if self._held:  # by those of another turn
+            return "".join(map(self.feed, tokens))
+        return self._decoder.feed_all(tokens)
 
     def flush(self) -> str:
         """The rest of a text that ends without a stop string; an unfinished character becomes U+FFFD."""

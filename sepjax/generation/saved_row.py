@@ -32,6 +32,11 @@ class SavedRow:
         """Where it stands; on the host, if it was packed."""
         return self.standing.state() if isinstance(self.standing, PackedState) else self.standing
 
+    @property
+    def _bare(self) -> DecodeState:
+        """Where it stands, without keys and values if it was packed: nobody waits for these."""
+        return self.standing.bare() if isinstance(self.standing, PackedState) else self.standing
+
     def packed(self, form: Form) -> PackedState:
         """The same packed as a `form` has it, which must be that of its cache (`check`)."""
         if isinstance(self.standing, PackedState):
@@ -58,7 +63,7 @@ class SavedRow:
     @property
     def last_token(self) -> int | None:
         """The token drawn last, unless it is pending; None: there is none."""
-        return int(self.state.token[0]) if self.has_drawn and not self.pending else None
+        return int(self._bare.token[0]) if self.has_drawn and not self.pending else None
 
     @property
     def seen(self) -> int:
@@ -70,7 +75,7 @@ class SavedRow:
         """Whether its cache is bounded and must not lose what the next token would push out."""
         if isinstance(self.standing, PackedState) and not self.standing.form.ends_when_stuck:
             return False  # and nobody waits for it
-        cache: Any = self.state.cache
+        cache: Any = self._bare.cache
         if not cache.ends_when_stuck:
             return False
         return bool(jax.tree.map(jnp.asarray, cache.bare()).is_stuck()[0])
@@ -78,12 +83,19 @@ class SavedRow:
     def view(self, nbytes: int | None = None) -> CacheView:
         """What its cache holds, and from where in the text; `nbytes` of the row, if not those of its arrays.
 
-        Raises StreamStateError for a growing cache.
+        Of caches of several sizes, what the first part holds. Raises StreamStateError for a growing cache.
         """
-        cache: Any = self.state.cache
+        return self.views(nbytes)[0]
+
+    def views(self, nbytes: int | None = None) -> tuple[CacheView, ...]:
+        """`view` of every part of its cache: of layers of one size."""
+        cache: Any = self._bare.cache
         if not isinstance(cache, BOUNDED):
             raise StreamStateError("a growing cache has no zones to look at; take a row of a bounded one")
-        return of_row(cache, self.seen, cache.nbytes if nbytes is None else nbytes)
+        if nbytes is None:
+            nbytes = cache.nbytes + (self.standing.form.kv_nbytes if isinstance(self.standing, PackedState) else 0)
+        parts = cache.parts if isinstance(cache, MixedCache) else (cache,)
+        return tuple(of_row(part, self.seen, nbytes) for part in parts)
 
     def check(self, reader: Reader) -> None:
         """Raises StreamStateError where the cache is not one of this reader's: of another kind, or other sizes."""

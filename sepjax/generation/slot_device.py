@@ -5,10 +5,11 @@ first, so that a row whose prompt is read goes on at once.
 """
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,24 +23,33 @@ from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import row_keys
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.sampling import Sampling
-from sepjax.generation.slot_programs import Arrival, Before, Record, Rows, SlotPrograms, Wishes, slot_programs
+from sepjax.generation.slot_arrival import ENDS, arrival
+from sepjax.generation.slot_pool import Pool, PooledState
+from sepjax.generation.slot_programs import (
+    Before,
+    Exchange,
+    Record,
+    Rows,
+    SlotPrograms,
+    Wishes,
+    slot_programs,
+)
+from sepjax.generation.slot_turns import Read, shapes_of
 
-ENDS = 16  # end tokens that the device knows of; the host knows all
-_LENGTHS = 64, 192  # tokens of the shorter programs that read
-# Tokens, beyond one row's, that a program reads at once. With a short prompt an accelerator is idle for the most part;
-# a processor is not, and takes as many times longer as there are rows, whether they are wanted or not.
-_AT_ONCE = {"cpu": 1}
-_AT_ONCE_ELSEWHERE = 768
+_LEAST, _MOST = 4, 32  # rows that one program has leave and begin: an eighth of all within these bounds
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Read:
-    """The next tokens of some prompts, for one program; where there are fewer than M, the last have no row's number."""
+class Leaving(NamedTuple):
+    """A row that goes to the pool."""
 
-    rows: Int32[np.ndarray, "M"]
-    tokens: Int32[np.ndarray, "M T"]
-    left: Int32[np.ndarray, "M"]
-    is_last: Bool[np.ndarray, "M"]
+    row: int
+    place: int  # there
+    back: bool  # as it was before the last step
+    undrawn: bool  # see `SlotPrograms.take`
+
+
+# A row that begins: its number, bytes of an `Arrival`, where it stands (None: nothing was read).
+type Coming = tuple[int, np.ndarray, PackedState | None]
 
 
 class SlotDevice:
@@ -47,7 +57,9 @@ class SlotDevice:
 
     Attributes:
       most_steps: of a launch.
-      lengths: tokens of the programs that read, the shortest first, and of how many rows each.
+      shapes: rows and tokens of the programs that read.
+      reads_at_once: how many of them a launch has, at most.
+      pool: of rows that have ended and stay.
       row_bytes: of a row's cache.
       form: of rows that are taken and placed.
       arrivals: of what rows that begin are told.
@@ -55,24 +67,30 @@ class SlotDevice:
     """
 
     def __init__(
-        self, prepared: Prepared, reader: BoundedReader, rows: int, most_steps: int, clocks: Clocks, together: int = 0
-    ):
-        """Makes room, and compiles all that will ever run. `together`: rows that are read at once; 0: as fits."""
+        self, prepared: Prepared, reader: BoundedReader, rows: int, most_steps: int, clocks: Clocks, together: int = 0,
+        pool: int = 0,
+    ):  # fmt: skip
+        """Makes room, and compiles all that will ever run.
+
+        Args:
+          prepared, reader, rows, most_steps, clocks: see `Slots`.
+          together: rows that are read at once; 0: as fits.
+          pool: rows that have ended and may stay.
+        """
         self._of, self._reader, self.clocks, self._num_rows = prepared, reader, clocks, rows
         self.most_steps, self.form = most_steps, reader.form
-        chunk, tokens = reader.sizes.chunk, _AT_ONCE.get(jax.default_backend(), _AT_ONCE_ELSEWHERE)
-        self.lengths = {
-            length: min(rows, together or max(1, tokens // length))
-            for length in sorted({min(length, chunk) for length in (*_LENGTHS, chunk)})
-        }
-        self.rows = self._empty(rows)
+        self.shapes, self.reads_at_once = shapes_of(jax.default_backend(), rows, reader.sizes.chunk, together)
+        self.rows, self.pool = self._empty(rows), Pool(pool)
+        self._at_once = max(_LEAST, min(rows // 8, _MOST))
+        self._pool = self._of.placed(reader.empty(row_keys(0, max(1, pool))))
         cache: Any = self.rows.state.cache
         self.row_bytes: int = cache.nbytes // rows
         self.arrivals = Bytes(arrival(prepared, None, (), -1, False, False, None, is_reading=False))
         self.programs: SlotPrograms = slot_programs(
             prepared.graph, prepared.attention, self.form, self.arrivals, most_steps
         )
-        self._thread = DeviceThread()
+        self._thread, self._lock = DeviceThread(), threading.RLock()
+        self._leaving: list[Leaving] = []  # that were not asked for yet
         self._warm_up()
 
     def _empty(self, rows: int) -> Rows:
@@ -89,22 +107,62 @@ class SlotDevice:
         return self._thread.ask(job, *args)
 
     def launch(
-        self, coming: Sequence[tuple[int, np.ndarray, PackedState | None]], reads: Sequence[Read],
-        ended: Bool[np.ndarray, "B"] | None, first: Int32[np.ndarray, "B"], steps: int,
-    ) -> Future[list[Record]]:  # fmt: skip
+        self, coming: Sequence[Coming], reads: Sequence[Read], ended: Bool[np.ndarray, "B"] | None,
+        first: Int32[np.ndarray, "B"], steps: int,
+    ) -> tuple[Future[list[Record]], Future[Record] | None]:  # fmt: skip
         """Asks for what comes next.
 
         Args:
-          coming: rows that begin: number, bytes of an `Arrival`, where it stands (None: nothing was read).
+          coming: rows that begin, once those that `leave` have done so.
           reads: runs of prompts, one a row at most.
           ended: rows that the host has ended; None: no steps.
           first: number of the step from which a row takes part.
           steps: up to `most_steps`.
 
         Returns:
-          Records of the reads, and of the steps if there are any, on their way to the host.
+          Records of the reads, and of the steps if there are any, on their way to the host. Those of the reads are
+          there before the steps are made.
         """
-        return self.ask(self._launch, coming, reads, ended, first, steps)
+        self._exchange_all(coming)
+        found = self.ask(self._read, reads)
+        return found, None if ended is None else self.ask(self._step, ended, first, steps)
+
+    def leave(self, i: int, *, back: bool, undrawn: bool) -> PackedState | None:
+        """Row i, which has ended, as `take` gives it, but in the pool; None: that is full.
+
+        It goes there together with others: before the next launch, or when somebody wants its arrays.
+        """
+        place = self.pool.take()
+        if place is None:
+            return None
+        with self._lock:  # nobody has what was there, if that has yet to come
+            self._leaving = [each for each in self._leaving if each.place != place]
+            self._leaving.append(Leaving(i, place, back, undrawn))
+        return PooledState(self.form, self.pool, place, self._fetch)
+
+    def _fetch(self, place: int) -> Future[Packed]:
+        """A copy of what is in a place of the pool. For any thread."""
+        with self._lock:
+            if any(each.place == place for each in self._leaving):
+                self._exchange_all([])
+            return self.ask(lambda: self.programs.fetch(self._pool, _number(place)))
+
+    def _exchange_all(self, coming: Sequence[Coming]) -> None:
+        """Has rows go to the pool, and then others begin."""
+        pooled, others = [], []
+        for i, told, saved in coming:
+            if saved is None:
+                pooled.append((i, told, -1))
+            elif isinstance(saved, PooledState) and saved.pool is self.pool:
+                pooled.append((i, told, saved.place))  # whoever asks has it until this was asked
+            else:
+                others.append((i, told, saved))
+        with self._lock:
+            leaving, self._leaving = self._leaving, []
+            if leaving or pooled:
+                self.ask(self._exchange, leaving, pooled)
+        for each in others:
+            self.ask(self._place, *each)
 
     def take(self, i: int, *, back: bool, undrawn: bool) -> PackedState:
         """A copy of row i, to come (`SlotPrograms.take`)."""
@@ -114,32 +172,49 @@ class SlotDevice:
         """What row i holds (`SlotPrograms.look`)."""
         return self.ask(lambda: self.programs.look(self.rows, _number(i), np.array(back))).result()
 
-    def _launch(
-        self, coming: Sequence[tuple[int, np.ndarray, PackedState | None]], reads: Sequence[Read],
-        ended: np.ndarray | None, first: np.ndarray, steps: int,
-    ) -> list[Record]:  # fmt: skip
+    def _exchange(self, leaving: Sequence[Leaving], coming: Sequence[tuple[int, np.ndarray, int]]) -> None:
+        """`coming`: with places in the pool; -1: empty. All that leave do so before others have their rows."""
+        with self.clocks("device thread: exchange"):
+            M = self._at_once
+            early = max(0, -(-len(leaving) // M) - 1)  # programs before the one with the last that leave
+            for k in range(early + max(1, -(-len(coming) // M))):
+                those = coming[(k - early) * M : (k - early + 1) * M] if k >= early else ()
+                which = self._which(leaving[k * M : (k + 1) * M], those)
+                self.rows, self._pool = self.programs.exchange(self.rows, self._pool, which)
+
+    def _which(self, leaving: Sequence[Leaving], coming: Sequence[tuple[int, np.ndarray, int]]) -> Exchange:
+        n, places, M = self._num_rows, max(1, self.pool.size), self._at_once
+        told = np.zeros((M, self.arrivals.nbytes), np.uint8)
+        which = Exchange(
+            np.arange(n, n + M, dtype=np.int32), np.arange(places, places + M, dtype=np.int32), np.zeros(M, bool),
+            np.zeros(M, bool), np.arange(n, n + M, dtype=np.int32), np.full(M, -1, np.int32), told,
+        )  # fmt: skip
+        for j, each in enumerate(leaving):
+            which.leaving[j], which.to[j], which.back[j], which.undrawn[j] = each
+        for j, (i, its, source) in enumerate(coming):
+            which.coming[j], which.source[j], told[j] = i, source, its
+        return which
+
+    def _read(self, reads: Sequence[Read]) -> list[Record]:
         clocks, params, table = self.clocks, self._of.params, self._of.table_on_device
         records: list[Record] = []
-        for each in coming:
-            with clocks("device thread: begin" if each[2] is None else "device thread: place"):
-                self._begin(*each)
         for read in reads:
-            with clocks(f"device thread: read {read.tokens.shape[1]}"):
+            with clocks(f"device thread: read {len(read.rows)} x {read.tokens.shape[1]}"):
                 args = read.rows, read.tokens, read.left, read.is_last
                 self.rows, record = self.programs.read(params, self.rows, *args, table)
+                record.numbers.copy_to_host_async()
                 records.append(record)
-        if ended is not None:
-            with clocks("device thread: steps"):
-                self.rows, record = self.programs.steps(params, self.rows, ended, first, _number(steps), table)
-                records.append(record)
-        for record in records:
-            record.numbers.copy_to_host_async()
         return records
 
-    def _begin(self, i: int, told: np.ndarray, saved: PackedState | None) -> None:
-        if saved is None:
-            self.rows = self.programs.begin(self.rows, _number(i), told)
-        else:
+    def _step(self, ended: np.ndarray, first: np.ndarray, steps: int) -> Record:
+        args = ended, first, _number(steps), self._of.table_on_device
+        with self.clocks("device thread: steps"):
+            self.rows, record = self.programs.steps(self._of.params, self.rows, *args)
+            record.numbers.copy_to_host_async()
+        return record
+
+    def _place(self, i: int, told: np.ndarray, saved: PackedState) -> None:
+        with self.clocks("device thread: place"):
             self.rows = self.programs.place(self.rows, _number(i), self._of.placed(saved.packed), told)
 
     def _take(self, i: int, back: bool, undrawn: bool) -> Packed:
@@ -158,28 +233,33 @@ class SlotDevice:
         told = np.zeros(self.arrivals.nbytes, np.uint8)
         told = self.arrivals.of_host(dataclasses.replace(self.arrivals.tree_on_host(told), done=np.ones(1, bool)))
 
-        def begin(how: Callable[[], PackedState | None]) -> Any:
-            self._begin(0, told, how())
+        def placed(how: Callable[[], PackedState]) -> Any:
+            self._place(0, told, how())
+            return self.rows.state.token
+
+        def exchanged() -> Any:
+            self._exchange((), [(0, told, -1)])
             return self.rows.state.token
 
         def taken() -> PackedState:
             return PackedState(self.form, self._take(0, False, False))
 
         jobs: dict[str, Callable[[], Any]] = {
-            "begin": lambda: begin(lambda: None),
+            "exchange": exchanged,
+            "fetch": lambda: self.programs.fetch(self._pool, _number(0)),
             "take": lambda: taken().packed,
             "take, to the host": lambda: taken().on_host().packed,
-            "take, place": lambda: begin(taken),
-            "take, to the host, place": lambda: begin(lambda: taken().on_host()),
+            "take, place": lambda: placed(taken),
+            "take, to the host, place": lambda: placed(lambda: taken().on_host()),
             "look": lambda: self.programs.look(self.rows, _number(0), np.array(False)),
         }
         first = np.zeros(self._num_rows, np.int32)
-        for length, together in self.lengths.items():
+        for together, length in self.shapes:
             none = np.arange(self._num_rows, self._num_rows + together, dtype=np.int32)
             read = Read(none, np.zeros((together, length), np.int32), np.zeros_like(none), np.zeros(together, bool))
-            jobs[f"read {together} x {length}"] = lambda read=read: self._launch([], [read], None, first, 0)[0].numbers
+            jobs[f"read {together} x {length}"] = lambda read=read: self._read([read])[0].numbers
         ended, most = np.ones(self._num_rows, bool), self.most_steps
-        jobs["no step: all have ended"] = lambda: self._launch([], [], ended, first, most)[0].numbers
+        jobs["no step: all have ended"] = lambda: self._step(ended, first, most).numbers
         return jobs
 
     def alone(self, repeats: int = 10) -> dict[str, float]:
@@ -193,33 +273,6 @@ class SlotDevice:
                 times.append(time.perf_counter() - begin)
             found[name] = 1e3 * sorted(times)[repeats // 2]
         return found
-
-
-def arrival(
-    prepared: Prepared, sampling: Sampling | None, ends: Sequence[int], limit: int, logprobs: bool, top_logprobs: bool,
-    seed: int | None, *, is_reading: bool,
-) -> Arrival:  # fmt: skip
-    """What a row that begins is told.
-
-    Args:
-      prepared: the model.
-      sampling: how it draws; None: the best token.
-      ends: tokens that end it; the device knows the first 16.
-      limit: tokens that it draws; -1: no limit.
-      logprobs: whether it asks how probable its tokens were.
-      top_logprobs: whether it asks for the most probable ones.
-      seed: of its draws; None: those of a saved row go on.
-      is_reading: whether it has something to read first.
-
-    Raises ConfigError: a bias of a token that there is not.
-    """
-    known = np.full((1, ENDS), -1, np.int32)
-    known[0, : len(ends[:ENDS])] = ends[:ENDS]
-    asks: Any = (np.array([bool(x)]) for x in (logprobs, top_logprobs))
-    sampling = Sampling.of_rows([sampling or Sampling.create()], 1).check(prepared.tokenizer.vocab_size)
-    limits: Any = np.full(1, limit, np.int32)
-    wishes = Wishes(sampling, known, limits, *asks)  # pyright: ignore[reportArgumentType]
-    return Arrival(wishes, np.array([seed or 0], np.uint32), np.array([seed is not None]), np.array([is_reading]))
 
 
 def _number(i: int) -> np.ndarray:

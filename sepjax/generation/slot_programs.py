@@ -1,7 +1,11 @@
 """What slots do on the device: a few programs for all requests, each compiled once.
 
-    begin   a row begins with an empty cache; what the request wants
-    place   likewise with a saved one
+Every program costs its host and its device a while, whatever it does, so what several rows need is done in one. The
+pool holds rows that have ended and may go on.
+
+    exchange  some rows leave for the pool, then some begin: with an empty cache or one of the pool; what they want
+    place   a row begins with one that is saved elsewhere
+    fetch   a copy of a row of the pool
     read    a few rows take up their next tokens, up to their next compaction; after the last, a first token is drawn
     steps   some tokens of every row that is generating
     take    a copy of a row, to be kept; as it was before the last step, if the host wants it so
@@ -31,6 +35,7 @@ from sepjax.config import AttentionConfig
 from sepjax.generation.cache.ahead import after_compaction
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.mixed import BoundedCache
+from sepjax.generation.cache.rows import chosen
 from sepjax.generation.cache.view import bookkeeping
 from sepjax.generation.device_loop import MOST_TOP, DecodeState, Drawn, Request, draw
 from sepjax.generation.packed import Bytes, Form, Packed
@@ -81,14 +86,20 @@ class Before:
         use = state.uses[jnp.arange(len(drawn)), drawn]
         return cls(cache.bare(), state.token, state.count, state.key, use, jnp.asarray(stepped))
 
-    def back(self, state: DecodeState, wanted: Bool[Array, ""]) -> DecodeState:
-        """A state of one row, and if that is `wanted` as it was before its last step."""
+    def back(self, state: DecodeState, wanted: Bool[Array, "B"]) -> DecodeState:
+        """The state, rows that are `wanted` so as they were before their last step."""
         now: Any = state.cache
-        cache = self.cache.with_entries_of(now)
-        uses = state.uses.at[0, state.token[0]].set(self.use[0])
-        then = DecodeState(cache, self.token, self.count, jnp.zeros_like(state.done), self.key, uses)
-        takes_back = jnp.asarray(wanted) & self.stepped[0]
-        return jax.tree.map(lambda x, y: x if x is y else jnp.where(takes_back, x, y), then, state)
+        takes_back = jnp.asarray(wanted) & self.stepped
+        cache: Any = chosen(takes_back, self.cache, now.bare()).with_entries_of(now)
+        rows = jnp.arange(len(state.token))
+        use = jnp.where(takes_back, self.use, state.uses[rows, state.token])
+        uses = state.uses.at[rows, state.token].set(use, unique_indices=True)
+
+        def pick(then: jax.Array, x: jax.Array) -> jax.Array:
+            return jnp.where(takes_back, then, x)
+
+        token, count, key = pick(self.token, state.token), pick(self.count, state.count), pick(self.key, state.key)
+        return DecodeState(cache, token, count, state.done & ~takes_back, key, uses)
 
 
 @jax.tree_util.register_dataclass
@@ -122,21 +133,15 @@ class Rows:
             new, state=dataclasses.replace(new.state, cache=cache.with_row(i, state.cache))
         )  # fmt: skip
 
-    def states(self, rows: Int32[Array, "M"]) -> tuple[DecodeState, Wishes]:
+    def some(self, rows: Int32[Array, "M"]) -> "Rows":
         """These rows; numbers of no row give any one's."""
-        found = jax.tree.map(lambda x: jnp.take(x, rows, 0, mode="clip"), self._others())
-        return dataclasses.replace(found.state, cache=self._caches()[0].whole_rows(rows)), found.wishes
+        others = jax.tree.map(lambda x: jnp.take(x, rows, 0, mode="clip"), self._others())
+        return others._with_caches(*(cache.whole_rows(rows) for cache in self._caches()))
 
-    def with_states(self, rows: Int32[Array, "M"], state: DecodeState) -> "Rows":
-        """The same with other states of these rows; numbers of no row are none."""
-        bare, cache = dataclasses.replace(state, cache=None), self._caches()[0]
-
-        def put(x: jax.Array, new: jax.Array) -> jax.Array:
-            return x.at[rows].set(new, mode="drop", unique_indices=True)
-
-        new = jax.tree.map(put, self._others().state, bare)
-        new = dataclasses.replace(new, cache=cache.with_whole_rows(rows, state.cache))
-        return dataclasses.replace(self, state=new)
+    def with_states(self, rows: Int32[Array, "M"], state: DecodeState, wishes: Wishes | None = None) -> "Rows":
+        """The same with other states (and wishes, if given) of these rows; numbers of no row are none."""
+        new = self if wishes is None else dataclasses.replace(self, wishes=_put(self.wishes, rows, wishes))
+        return dataclasses.replace(new, state=with_rows(self.state, rows, state))
 
     def _caches(self) -> tuple[Any, Any]:
         return self.state.cache, self.before.cache
@@ -147,6 +152,43 @@ class Rows:
     def _with_caches(self, now: Any, before: Any) -> "Rows":
         state = dataclasses.replace(self.state, cache=now)
         return Rows(state, self.wishes, dataclasses.replace(self.before, cache=before))
+
+
+def rows_of(state: DecodeState, rows: Int32[Array, "M"]) -> DecodeState:
+    """These rows of a state; numbers of no row give any one's."""
+    cache: Any = state.cache
+    found = jax.tree.map(lambda x: jnp.take(x, rows, 0, mode="clip"), dataclasses.replace(state, cache=None))
+    return dataclasses.replace(found, cache=cache.whole_rows(rows))
+
+
+def with_rows(state: DecodeState, rows: Int32[Array, "M"], new: DecodeState) -> DecodeState:
+    """The state with others of these rows; numbers of no row are none."""
+    cache: Any = state.cache
+    found = _put(dataclasses.replace(state, cache=None), rows, dataclasses.replace(new, cache=None))
+    return dataclasses.replace(found, cache=cache.with_whole_rows(rows, new.cache))
+
+
+def _put(tree: Any, rows: Int32[Array, "M"], new: Any) -> Any:
+    def put(x: jax.Array, y: jax.Array) -> jax.Array:
+        return x.at[rows].set(y, mode="drop", unique_indices=True)
+
+    return jax.tree.map(put, tree, new)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """M rows that leave for the pool, and M that begin; where there are fewer, the last have numbers of no row."""
+
+    leaving: Int32[Array, "M"]
+    to: Int32[Array, "M"]  # places in the pool; of none, numbers of no place
+    back: Bool[Array, "M"]  # as they were before the last step
+    undrawn: Bool[Array, "M"]  # as of `take`
+    coming: Int32[Array, "M"]
+    source: Int32[Array, "M"]  # places in the pool; -1: with an empty cache
+    told: UInt8[Array, "M _"]  # `Arrival`
+
+    __no_type_check__ = True
 
 
 @jax.tree_util.register_dataclass
@@ -184,9 +226,10 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class SlotPrograms:
-    """Compiled for one model, pattern and kind of row; state that goes in is used up, but for `take` and `look`."""
+    """Compiled for one model, pattern and kind of row; what goes in is used up, but for `take`, `fetch`, `look`."""
 
-    begin: Callable[[Rows, Array, Array], Rows]
+    exchange: Callable[[Rows, DecodeState, Exchange], tuple[Rows, DecodeState]]
+    fetch: Callable[[DecodeState, Array], Packed]
     place: Callable[[Rows, Array, Packed, Array], Rows]
     read: Callable[[Params, Rows, Array, Array, Array, Array, Array], tuple[Rows, Record]]
     steps: Callable[[Params, Rows, Array, Array, Array, Array], tuple[Rows, Record]]
@@ -200,7 +243,8 @@ def slot_programs(
 ) -> SlotPrograms:
     """The programs of one model and pattern; `most_steps`: that `steps` makes."""
     return SlotPrograms(
-        begin=jax.jit(functools.partial(_begin, form, arrivals), donate_argnums=0),
+        exchange=jax.jit(functools.partial(_exchange, arrivals), donate_argnums=(0, 1)),
+        fetch=jax.jit(functools.partial(_fetch, form)),
         place=jax.jit(functools.partial(_place, form, arrivals), donate_argnums=0),
         read=jax.jit(functools.partial(_read, graph, attention), donate_argnums=1),
         steps=jax.jit(functools.partial(_steps, graph, attention, most_steps), donate_argnums=1),
@@ -209,21 +253,41 @@ def slot_programs(
     )
 
 
-def _begin(form: Form, arrivals: Bytes, rows: Rows, i: Int32[Array, ""], arrival: UInt8[Array, "_"]) -> Rows:
-    """Row i is empty."""
-    return _place(form, arrivals, rows, i, form.empty(), arrival)
+def _exchange(arrivals: Bytes, rows: Rows, pool: DecodeState, which: Exchange) -> tuple[Rows, DecodeState]:
+    """First some leave, then others come: into the rows of those, or from where those are now."""
+    pool = with_rows(pool, which.to, _leaving(rows.some(which.leaving), which.back, which.undrawn))
+    is_empty = which.source < 0
+    source = rows_of(pool, jnp.maximum(which.source, 0))
+    data = dataclasses.replace(source, key=jax.random.key_data(source.key))
+    cache: Any = data.cache
+    nothing = jax.tree.map(jnp.zeros_like, cache)
+    state = jax.tree.map(
+        lambda x: jnp.where(is_empty.reshape(-1, *(1 for _ in x.shape[1:])), jnp.zeros_like(x), x),
+        dataclasses.replace(data, cache=None),
+    )
+    state = dataclasses.replace(state, cache=chosen(is_empty, nothing, cache), key=jax.random.wrap_key_data(state.key))
+    told = jax.tree.map(lambda x: x[:, 0], jax.vmap(arrivals.tree)(which.told))
+    return rows.with_states(which.coming, *_begun(state, told)), pool
+
+
+def _fetch(form: Form, pool: DecodeState, place: Int32[Array, ""]) -> Packed:
+    return form.pack(rows_of(pool, place[None]))
 
 
 def _place(
     form: Form, arrivals: Bytes, rows: Rows, i: Int32[Array, ""], saved: Packed, arrival: UInt8[Array, "_"]
 ) -> Rows:
     """`max_new_tokens` of the row that comes counts from here; a row that goes on has drawn before."""
-    state, told = form.unpack(saved), arrivals.tree(arrival)
+    return rows.with_row(i, *_begun(form.unpack(saved), arrivals.tree(arrival)))
+
+
+def _begun(state: DecodeState, told: Arrival) -> tuple[DecodeState, Wishes]:
+    """Rows that begin with what was saved, as they are told."""
     first = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(told.seed)  # `row_keys` of one row
     key, count = jnp.where(told.has_seed, first, state.key), jnp.where(told.has_seed, 0, state.count)
     new = told.wishes.max_new_tokens
     wishes = dataclasses.replace(told.wishes, max_new_tokens=jnp.where(new < 0, new, new + count))
-    return rows.with_row(i, dataclasses.replace(state, key=key, count=count, done=told.done), wishes)
+    return dataclasses.replace(state, key=key, count=count, done=told.done), wishes
 
 
 def _read(
@@ -241,7 +305,8 @@ def _read(
 
     Where there are fewer than M, the others have numbers of no row.
     """
-    model, (row, wishes) = runner(graph, params, scan=True), rows.states(which)
+    model, few = runner(graph, params, scan=True), rows.some(which)
+    row, wishes = few.state, few.wishes
     cache: Any = row.cache
     counts = jnp.minimum(cache.room(tokens.shape[1]), left)
     hidden, cache = cache.take_up(model, tokens, counts, table, attention)
@@ -302,18 +367,18 @@ def cast_cache(cache: Any) -> BoundedCache:
     return cache
 
 
-def _copied(rows: Rows, i: Int32[Array, ""], back: Bool[Array, ""]) -> DecodeState:
-    row = rows.row(i)
-    state = row.before.back(row.state, back)
-    return dataclasses.replace(state, cache=cast_cache(state.cache).compact())
+def _leaving(rows: Rows, back: Bool[Array, "B"], undrawn: Bool[Array, "B"]) -> DecodeState:
+    """`back`: as they were before the last step; `undrawn`: as of `_take`."""
+    state = rows.before.back(rows.state, back)
+    less = jnp.where(undrawn, jnp.uint16(2**16 - 1), jnp.uint16(0))
+    uses = state.uses.at[jnp.arange(len(less)), state.token].add(less, unique_indices=True)
+    return dataclasses.replace(state, cache=cast_cache(state.cache).compact(), uses=uses)
 
 
 def _take(form: Form, rows: Rows, i: Int32[Array, ""], back: Bool[Array, ""], undrawn: Bool[Array, ""]) -> Packed:
     """`undrawn`: without one use of the token that was drawn last (`sepjax.generation.penalties`)."""
-    state = _copied(rows, i, back)
-    less = jnp.where(undrawn, jnp.uint16(2**16 - 1), jnp.uint16(0))
-    return form.pack(dataclasses.replace(state, uses=state.uses.at[0, state.token[0]].add(less)))
+    return form.pack(_leaving(rows.row(i), back[None], undrawn[None]))
 
 
 def _look(rows: Rows, i: Int32[Array, ""], back: Bool[Array, ""]) -> StreamingCache:
-    return bookkeeping(cast_cache(_copied(rows, i, back).cache))
+    return bookkeeping(cast_cache(_leaving(rows.row(i), back[None], jnp.zeros(1, bool)).cache))

@@ -1,16 +1,18 @@
 """Requests of slots, and what is known of one between two steps: the host's side of a row, and what is on its way."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 import jax
 import numpy as np
 
 from sepjax.array_typing import Int32, UInt8
-from sepjax.config import UserError
-from sepjax.generation.prompts import Prompt
-from sepjax.generation.row import Row
+from sepjax.config import ConfigError, UserError
+from sepjax.data.tokenizer import Tokenizer
+from sepjax.generation.packed import PackedState
+from sepjax.generation.prompts import Prompt, encode_prompts
+from sepjax.generation.row import Row, StreamEvent
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.saved_row import SavedRow
 from sepjax.generation.slot_programs import Record
@@ -39,6 +41,23 @@ class SlotRequest:
     keep: bool = False  # whether the row can still be saved once it has ended
     undrawn: bool = False  # and then is as it was before it drew its last token, which may be given to it as a prompt
 
+    def to_be_read(self, tokenizer: Tokenizer) -> list[int]:
+        """What its row has to read: what the resumed one had, its last token, and the prompt.
+
+        Raises ConfigError where there is nothing, PromptError.
+        """
+        resume, prompt = self.resume, self.prompt
+        pending: list[int] = []
+        if resume is not None:
+            pending = [*resume.pending] + ([] if resume.last_token is None else [resume.last_token])
+            if isinstance(prompt, str):  # no BOS in the middle of a text
+                prompt = tokenizer.encode(prompt, control_tokens=self.control_tokens)
+            if prompt is None and (resume.pending or resume.has_drawn):
+                return [*resume.pending]  # a last token that was drawn is taken up by the next step
+        if prompt is None:
+            raise ConfigError("a request needs a prompt, or a row to go on with (resume)")
+        return pending + encode_prompts(tokenizer, [prompt], control_tokens=self.control_tokens)[0]
+
 
 @dataclasses.dataclass(eq=False)
 class Slot:
@@ -54,9 +73,13 @@ class Slot:
     has_drawn: bool = False
     is_cancelled: bool = False
 
-    def run_length(self, lengths: Iterable[int]) -> int:
-        """Tokens of the program that reads what comes next: of these, the shortest that takes all, or the longest."""
-        return next((length for length in lengths if length >= len(self.pending)), max(lengths))
+    has_left: bool = False  # another one has its row: it ends with what the device was asked for before
+    taken: PackedState | None = None  # a copy of its row, of one that `has_left`
+
+    @property
+    def is_to_end(self) -> bool:
+        """Whether it has left its row and its last events are yet to come."""
+        return self.has_left and self.row.finish_reason is None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,8 +99,9 @@ class Flight:
     slots: tuple[Slot | None, ...]  # who had the rows
     steps: int  # of the rows that generate
     first: Int32[np.ndarray, "B"]  # number of the step from which each takes part
-    runs: tuple[Run, ...]  # of prompts that are read, one a row at most
-    records: Future[list[Record]]  # of the runs, and of the steps if there are any
+    runs: tuple[Run, ...]  # of prompts that are read before, one a row at most
+    reads: Future[list[Record]]  # of the programs that read them
+    record: Future[Record] | None  # of the steps, if there are any
 
     def run_of(self, slot: Slot | None) -> Run | None:
         """The run of a request; None: it is not read."""
@@ -89,35 +113,58 @@ class Flight:
 
     def matters_to(self, slots: Sequence[Slot | None]) -> bool:
         """Whether anyone is there whom it was asked for."""
-        return any(x is not None and x is y for x, y in zip(self.slots, slots, strict=True))
+        return any(x is not None and (x is y or x.is_to_end) for x, y in zip(self.slots, slots, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
     """A `Record` as Python's own numbers, which are many times faster to look at one by one than an array's."""
 
-    token: list[list[int]]  # of each step, and in it of each row; a run of a prompt is one step
+    token: list[list[int]]  # of each row, and of it in each step; -1: none. A run of a prompt is one step
     held: list[list[int]]
-    logprob: list[list[float]]
     is_stuck: list[list[int]]
     taken: list[list[int]]
+    stuck_rows: frozenset[int]  # in any step
+    logprob: list[list[float]] | None  # None: nobody asks
     top: tuple[np.ndarray, np.ndarray] | None
 
     @classmethod
     def of(cls, record: Record, slots: Sequence[Slot | None]) -> "Numbers":
         """Waits for it. The most probable tokens are fetched where someone asks for them."""
         numbers = np.asarray(record.numbers)
-        numbers = numbers.reshape(-1, *numbers.shape[-2:]).swapaxes(0, 1)
-        token, held, _, stuck, taken = numbers.tolist()
-        asked = any(slot is not None and slot.row.wants_top for slot in slots)
+        numbers = np.ascontiguousarray(numbers.reshape(-1, *numbers.shape[-2:]).transpose(1, 2, 0))
+        token, held, _, stuck, taken = (x.tolist() for x in numbers)
+        rows = frozenset(np.flatnonzero(numbers[3].any(axis=-1)).tolist())
+        known = [slot.row for slot in slots if slot is not None]
+        logprob = numbers[2].view(np.float32).tolist() if any(row.wants_logprobs for row in known) else None
         top = None
-        if asked:
+        if any(row.wants_top for row in known):
             ids, values = jax.device_get((record.top_tokens, record.top_logprobs))
             top = tuple(x.reshape(-1, *x.shape[-2:]) for x in (ids, values))
-        logprob = np.ascontiguousarray(numbers[2]).view(np.float32).tolist()
-        return cls(token, held, logprob, stuck, taken, top)
+        return cls(token, held, stuck, taken, rows, logprob, top)
 
-    def top_of(self, step: int, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """The most probable tokens of row i, and their log-probabilities."""
-        assert self.top is not None
-        return self.top[0][step, i], self.top[1][step, i]
+    def event(self, row: Row, i: int, step: int, nbytes: int) -> StreamEvent:
+        """What row i, whose host's side is `row`, has drawn in a step; `nbytes` of its cache."""
+        top = (self.top[0][step, i], self.top[1][step, i]) if row.wants_top and self.top is not None else ((), ())
+        return row.take(
+            self.token[i][step], taken=self.taken[i][step], held=self.held[i][step], nbytes=nbytes,
+            logprob=0.0 if self.logprob is None else self.logprob[i][step], top=top,
+            is_full=bool(self.is_stuck[i][step]),
+        )  # fmt: skip
+
+    def events(self, row: Row, i: int, nbytes: int, *, joined: bool) -> list[StreamEvent]:
+        """Those of all steps, up to the row's end; `joined`: as one, if it may be."""
+        tokens = self.token[i]
+        if joined and row.joins and i not in self.stuck_rows:
+            first = next((step for step, token in enumerate(tokens) if token >= 0), len(tokens))
+            found = row.up_to_end([token for token in tokens[first:] if token >= 0])
+            if not found:
+                return []
+            return [row.take_all(found, held=self.held[i][first + len(found) - 1], nbytes=nbytes)]
+        events = []
+        for step, token in enumerate(tokens):
+            if token >= 0:
+                events.append(self.event(row, i, step, nbytes))
+                if row.finish_reason is not None:
+                    break
+        return events

@@ -1,21 +1,73 @@
 """What the next launch of slots does: whose prompts are read (rows take turns), and how many steps each row makes."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
-from sepjax.array_typing import Int32
-from sepjax.generation.slot_device import Read
+from sepjax.array_typing import Bool, Int32
 from sepjax.generation.slot_request import Flight, Run, Slot
+
+_LENGTHS = 64, 192  # tokens of the shorter programs that read, on a processor
+# On an accelerator a program that reads takes as long as its layers take to be begun, however few its tokens are. So a
+# launch has one, of these rows and tokens: some short ones, some long ones, or many.
+_FEW, _MANY, _SHORT = 4, 32, 128
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Read:
+    """The next tokens of some prompts, for one program; where there are fewer than M, the last have no row's number."""
+
+    rows: Int32[np.ndarray, "M"]
+    tokens: Int32[np.ndarray, "M T"]
+    left: Int32[np.ndarray, "M"]
+    is_last: Bool[np.ndarray, "M"]
+
+
+type Shape = tuple[int, int]  # rows and tokens of a program that reads
+
+
+def shapes_of(backend: str, rows: int, chunk: int, together: int = 0) -> tuple[tuple[Shape, ...], int]:
+    """The programs that read, and how many of them a launch has at most.
+
+    Args:
+      backend: where they run. A processor takes as many times longer as there are rows, whether they are wanted or not.
+      rows: that there are.
+      chunk: tokens that lie between two compactions, at most.
+      together: rows of each program; 0: as suits the device.
+    """
+    if backend == "cpu" or together:
+        lengths = sorted({min(length, chunk) for length in (*_LENGTHS, chunk)})
+        return tuple((min(rows, together or 1), length) for length in lengths), len(lengths)
+    short = min(_SHORT, chunk)
+    shapes = {(min(rows, _FEW), short), (min(rows, _FEW), chunk), (min(rows, _MANY), short)}
+    return tuple(sorted(shapes, key=_cost)), 1
+
+
+def _cost(shape: Shape) -> int:
+    return shape[0] * shape[1]
+
+
+def best_shape(shapes: Sequence[Shape], left: Sequence[int]) -> Shape:
+    """The least program that reads all tokens that are left of some prompts, or else the one that reads most of them.
+
+    Args:
+      shapes: that there are, the least first.
+      left: tokens of each prompt, in the order of their turns.
+    """
+    for rows, length in shapes:
+        if rows >= len(left) and length >= max(left):
+            return rows, length
+    return max(shapes, key=lambda shape: sum(min(tokens, shape[1]) for tokens in left[: shape[0]]))
 
 
 class Turns:
     """Remembers who was the last."""
 
-    def __init__(self, lengths: Mapping[int, int]):
-        """`lengths`: tokens of the programs that read, the shortest first, and of how many rows each."""
-        self._lengths = lengths
-        self._last = dict.fromkeys(lengths, 0)  # the row that read last, with each program
+    def __init__(self, shapes: Sequence[Shape], at_once: int):
+        """`shapes` of programs that read, of which a launch has up to `at_once`."""
+        self._shapes, self._at_once = shapes, at_once
+        self._last = 0  # the row that read last
 
     def next(self, slots: Sequence[Slot | None], flight: Flight | None) -> tuple[list[Read], list[Run]]:
         """The next runs of prompts, for the device and for its host.
@@ -24,26 +76,27 @@ class Turns:
           slots: who has the rows.
           flight: what was asked for before. How far a row has come is known once its last run was looked at.
         """
-        waiting: dict[int, list[int]] = {}
-        for i, slot in enumerate(slots):
-            if slot is not None and slot.pending and (flight is None or flight.run_of(slot) is None):
-                waiting.setdefault(slot.run_length(self._lengths), []).append(i)
+        waiting = [
+            i
+            for i, slot in enumerate(slots)
+            if slot is not None and slot.pending and (flight is None or flight.run_of(slot) is None)
+        ]
+        waiting.sort(key=lambda i: (i <= self._last, i))
         reads: list[Read] = []
         runs: list[Run] = []
-        for length, rows in waiting.items():
-            last = self._last[length]
-            rows.sort(key=lambda i, last=last: (i <= last, i))
-            del rows[self._lengths[length] :]
-            self._last[length] = rows[-1]
-            read = self._none(length, len(slots))
-            for j, i in enumerate(rows):
-                runs.append(_fill(read, j, i, slots[i], len(reads)))
+        while waiting and len(reads) < self._at_once:
+            left = [len(slot.pending) for i in waiting if (slot := slots[i]) is not None]
+            shape = best_shape(self._shapes, left)
+            those, waiting = waiting[: shape[0]], waiting[shape[0] :]
+            read = self._none(shape, len(slots))
+            runs += [_fill(read, j, i, slots[i], len(reads)) for j, i in enumerate(those)]
             reads.append(read)
+            self._last = those[-1]
         return reads, runs
 
-    def _none(self, length: int, num_rows: int) -> Read:
+    def _none(self, shape: Shape, num_rows: int) -> Read:
         """A program that reads nothing yet: its rows have numbers of no row."""
-        most = self._lengths[length]
+        most, length = shape
         rows = np.arange(num_rows, num_rows + most, dtype=np.int32)
         return Read(rows, np.zeros((most, length), np.int32), np.zeros(most, np.int32), np.zeros(most, bool))
 
@@ -55,6 +108,18 @@ def _fill(read: Read, j: int, i: int, slot: Slot | None, at: int) -> Run:
     read.rows[j], read.left[j], read.tokens[j, : len(part)] = i, len(part), part
     read.is_last[j] = len(part) == len(slot.pending)
     return Run(slot, bool(read.is_last[j]), at, j)
+
+
+def ending(slots: Sequence[Slot | None], flight: Flight | None) -> list[int]:
+    """Rows that end, whatever they draw, with what the device was asked for: they come to their length."""
+    if flight is None or not flight.steps:
+        return []
+    return [
+        i
+        for i, slot in enumerate(slots)
+        if slot is not None and slot is flight.slots[i] and not slot.pending and not slot.is_cancelled
+        and 0 < slot.row.left <= flight.steps - flight.first[i] and flight.run_of(slot) is None
+    ]  # fmt: skip
 
 
 def steps_of(

@@ -25,7 +25,7 @@ taken back.
 What runs on the device is asked for by a thread of its own: a program with branches may hold up whoever starts it until
 the device has come to them.
 
-`step`, `save` and `view` belong to one thread; `submit` and `cancel` may be called from others.
+`submit` and `cancel` may be called from any thread; all else belongs to one.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -43,17 +43,17 @@ from sepjax.config import ConfigError
 from sepjax.generation.cache.view import CacheView, of_row
 from sepjax.generation.packed import PackedState
 from sepjax.generation.prepared import Prepared
-from sepjax.generation.prompts import check_seeds, encode_prompts
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import Row, RowSettings, StreamEvent
 from sepjax.generation.saved_row import SavedRow
-from sepjax.generation.slot_device import ENDS, SlotDevice, arrival
+from sepjax.generation.slot_arrival import told_of
+from sepjax.generation.slot_device import Coming, SlotDevice
+from sepjax.generation.slot_programs import Record
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
-from sepjax.generation.slot_turns import Turns, steps_of
+from sepjax.generation.slot_turns import Turns, ending, steps_of
 from sepjax.separators import warn_of_few_in
 
-_AT_A_TIME = 32  # rows
-_MOST_COUNTED = 2**30  # new tokens that the device counts
+_AT_A_TIME = 128  # rows
 
 
 class Slots:
@@ -61,7 +61,7 @@ class Slots:
 
     def __init__(
         self, prepared: Prepared, reader: BoundedReader, rows: int, steps: int = 1, clocks: Clocks | None = None,
-        *, together: int = 0,
+        *, together: int = 0, pool: int = 0,
     ):  # fmt: skip
         """Makes room, and compiles all that will ever run.
 
@@ -72,21 +72,22 @@ class Slots:
           steps: tokens of a row that one launch may make.
           clocks: where the time goes.
           together: rows whose prompts one program reads; 0: as suits the device.
+          pool: rows that have ended and may stay on the device, for as long as somebody has what `save` gave.
         """
         for name, value in (("1 row", rows), ("steps of 1", steps)):
             if value < 1:
                 raise ConfigError(f"slots need {name} or more, got {value}")
         self._of, self._reader = prepared, reader
         self.clocks = clocks or Clocks()
-        self._device = SlotDevice(prepared, reader, rows, steps, self.clocks, together)
+        self._device = SlotDevice(prepared, reader, rows, steps, self.clocks, together, pool)
         self._row_bytes = self._device.row_bytes
         self._slots: list[Slot | None] = [None] * rows
         self._waiting: deque[Slot] = deque()
         self._known: dict[int, Slot] = {}  # that wait or have a row
         self._kept: dict[int, SavedRow] = {}
         self._numbers = itertools.count()
-        self._turns = Turns(self._device.lengths)
-        self._coming: list[tuple[int, np.ndarray, PackedState | None]] = []  # rows that begin with the next launch
+        self._turns = Turns(self._device.shapes, self._device.reads_at_once)
+        self._coming: list[Coming] = []  # rows that begin with the next launch
         self._flight: Flight | None = None  # what was asked for and has not been looked at
         self._settled: list[tuple[int, StreamEvent]] = []  # events that the next step gives
         self._cancelled: set[int] = set()  # whose events the next step leaves out
@@ -108,7 +109,7 @@ class Slots:
             max_new_tokens=request.max_new_tokens, max_repeats=request.max_repeats, logprobs=request.logprobs,
             top_logprobs=request.top_logprobs,
         )  # fmt: skip
-        pending = self._pending(request)
+        pending = request.to_be_read(tokenizer)
         seen, continues = (0 if resume is None else resume.seen), True
         self._reader.check(seen, [pending], request.max_new_tokens)
         if request.prompt is not None:
@@ -124,42 +125,13 @@ class Slots:
             row.restore(resume.row)
             if row.finish_reason is not None:
                 raise ConfigError(f"the row to go on with has ended ({row.finish_reason}); give it a prompt")
-        told, own_ends = self._told(request, settings, pending)
+        told, own_ends = told_of(self._of, self._reader, self._device.arrivals, request, settings, pending)
         slot = Slot(next(self._numbers), request, row, pending, told, own_ends)
         slot.has_drawn = resume is not None and resume.has_drawn
         with self._lock:
             self._known[slot.number] = slot
             self._waiting.append(slot)
         return slot.number
-
-    def _pending(self, request: SlotRequest) -> list[int]:
-        """What the row has to read: what the resumed one had, its last token, and the prompt."""
-        resume, prompt, tokenizer = request.resume, request.prompt, self._of.tokenizer
-        pending: list[int] = []
-        if resume is not None:
-            pending = [*resume.pending] + ([] if resume.last_token is None else [resume.last_token])
-            if isinstance(prompt, str):  # no BOS in the middle of a text
-                prompt = tokenizer.encode(prompt, control_tokens=request.control_tokens)
-            if prompt is None and (resume.pending or resume.has_drawn):
-                return [*resume.pending]  # a last token that was drawn is taken up by the next step
-        if prompt is None:
-            raise ConfigError("a request needs a prompt, or a row to go on with (resume)")
-        return pending + encode_prompts(tokenizer, [prompt], control_tokens=request.control_tokens)[0]
-
-    def _told(self, request: SlotRequest, settings: RowSettings, pending: Sequence[int]) -> tuple[np.ndarray, bool]:
-        """Bytes of what the device is told; whether the row may be saved after an end that the device does not know."""
-        resume, new, ends = request.resume, settings.max_new_tokens, sorted(settings.ends.eos | settings.ends.stop)
-        limit = -1 if new is None or new > _MOST_COUNTED else new  # the host counts, too
-        check_seeds([request.seed or 0])
-        seed = (request.seed or 0) if resume is None or request.seed is not None else None
-        told = arrival(
-            self._of, request.sampling, ends, limit, settings.logprobs, settings.top_logprobs > 0, seed,
-            is_reading=bool(pending),
-        )  # fmt: skip
-        most = (0 if resume is None else resume.seen) + len(pending) + (new or _MOST_COUNTED)
-        own = settings.stop or settings.max_repeats or len(ends) > ENDS or (limit < 0 and new is not None)
-        own = own or self._reader.form.ends_when_stuck or (self._reader.sizes.absolute and most >= Row.LAST_POSITION)
-        return self._device.arrivals.of_host(told), bool(own) and request.keep
 
     def cancel(self, number: int) -> None:
         """Ends a request: it has no more events, and its row is free at the next step. What was kept is dropped."""
@@ -216,7 +188,7 @@ class Slots:
                 self._settled += self._events_of(flight)
             elif run is not None:  # likewise
                 self._flight = dataclasses.replace(flight, runs=tuple(x for x in flight.runs if x is not run))
-                self._settled += self._events_of_run(flight, run)
+                self._settled += self._events_of_run(run, flight.reads.result()[run.at])
         kept = self._kept.get(number)  # at once: another thread may be cancelling it
         if kept is not None:
             return kept
@@ -225,9 +197,16 @@ class Slots:
         return self._slots.index(slot), slot
 
     def _saved(self, i: int, slot: Slot) -> SavedRow:
-        undrawn = slot.request.undrawn and slot.row.finish_reason is not None
-        taken = self._device.take(i, back=self._runs_ahead(), undrawn=undrawn)
+        has_ended, taken = slot.row.finish_reason is not None, slot.taken
+        undrawn = slot.request.undrawn and has_ended
+        if taken is None:
+            taken = self._taken(i, back=self._runs_ahead(), undrawn=undrawn, has_ended=has_ended)
         return SavedRow(taken, tuple(slot.pending), slot.has_drawn and not undrawn, slot.row.state())
+
+    def _taken(self, i: int, *, back: bool, undrawn: bool, has_ended: bool) -> PackedState:
+        """A copy of row i: in the pool, if it has ended and there is room."""
+        taken = self._device.leave(i, back=back, undrawn=undrawn) if has_ended else None
+        return self._device.take(i, back=back, undrawn=undrawn) if taken is None else taken
 
     def _runs_ahead(self) -> bool:
         """Whether a step was asked for whose events have not been given."""
@@ -238,10 +217,17 @@ class Slots:
     def step(self) -> list[tuple[int, StreamEvent]]:
         """Runs of prompts, and a token of every row that is generating, or several (`steps`). Returns their events.
 
-        A launch has one run of prompts of each length that there is a program for: nobody waits longer for them.
-
         An event is the number of its request and what `Stream` gives. The last has a `finish_reason`: those of a
         stream, or "full" where the cache of `keep_all_separators` has no room for another separator.
+        """
+        return [event for part in self.parts(joined=False) for event in part]
+
+    def parts(self, *, joined: bool) -> Iterator[list[tuple[int, StreamEvent]]]:
+        """The events of `step` in the order in which the device has them: of prompts, then of the steps behind them.
+
+        Take all of them before anything else is asked for but `save` of a request that has ended, `submit` and
+        `cancel`. `joined`: what a launch drew for one row comes as one event, where nobody wants more of each token
+        (`Row.joins`).
         """
         clocks = self.clocks
         with clocks("slots: admit"):
@@ -255,7 +241,13 @@ class Slots:
             ahead = self._ask()
         flight, self._flight = self._flight, ahead
         settled, self._settled = self._settled, []
-        events = settled + ([] if flight is None else self._events_of(flight))
+        if settled or flight is None or flight.runs:
+            yield self._wanted(settled + ([] if flight is None else self._events_of_runs(flight)))
+        if flight is not None:
+            yield self._wanted(self._events_of_steps(flight, joined=joined))
+
+    def _wanted(self, events: list[tuple[int, StreamEvent]]) -> list[tuple[int, StreamEvent]]:
+        """Without those of requests that were cancelled."""
         with self._lock:  # of those that have rows still, more may be settled
             cancelled, self._cancelled = self._cancelled, self._cancelled & self._known.keys()
         return [(number, event) for number, event in events if number not in cancelled]
@@ -276,14 +268,20 @@ class Slots:
         with self._lock:
             if slot.request.keep and not slot.is_cancelled:
                 self._kept[slot.number] = self._saved(i, slot)
-            self._slots[i] = None
+            if self._slots[i] is slot:
+                self._slots[i] = None
             self._known.pop(slot.number)
 
     def _admit(self) -> None:
-        """Gives free rows to those that wait, in their order."""
-        for i, slot in enumerate(self._slots):
-            if slot is not None or not self._waiting:
-                continue
+        """Gives free rows to those that wait, in their order; then those that are free when this launch is made."""
+        for i in [*(i for i, slot in enumerate(self._slots) if slot is None), *ending(self._slots, self._flight)]:
+            if not self._waiting:
+                return
+            slot = self._slots[i]
+            if slot is not None:
+                slot.has_left = True
+                if slot.request.keep:
+                    slot.taken = self._taken(i, back=False, undrawn=slot.request.undrawn, has_ended=True)
             new = self._waiting.popleft()
             resume = new.request.resume
             saved = None if resume is None else resume.packed(self._reader.form)
@@ -303,63 +301,61 @@ class Slots:
             return None
         ended = np.array([slot is None for slot in self._slots]) if steps else None
         coming, self._coming = self._coming, []
-        return Flight(
-            tuple(self._slots), steps, first, tuple(runs), self._device.launch(coming, reads, ended, first, steps)
-        )  # fmt: skip
+        launched = self._device.launch(coming, reads, ended, first, steps)
+        return Flight(tuple(self._slots), steps, first, tuple(runs), *launched)
 
     def _events_of(self, flight: Flight) -> list[tuple[int, StreamEvent]]:
         """Waits for what was asked for. What comes of rows that have ended since is nobody's."""
-        with self.clocks("slots: wait for the device"):
-            records = flight.records.result()
+        return [*self._events_of_runs(flight), *self._events_of_steps(flight, joined=False)]
+
+    def _events_of_runs(self, flight: Flight) -> list[tuple[int, StreamEvent]]:
+        """Those of the prompts that were read, which are there before the steps are made."""
+        with self.clocks("slots: wait for prompts"):
+            records = flight.reads.result()
             jax.block_until_ready([record.numbers for record in records])
-        with self.clocks("slots: look at tokens"):
-            events = [event for run in flight.runs for event in self._events_of_run(flight, run)]
-            if flight.steps:
-                events += self._events_of_steps(flight, Numbers.of(records[-1], flight.slots))
-        return events
+        with self.clocks("slots: look at first tokens"):
+            return [event for run in flight.runs for event in self._events_of_run(run, records[run.at])]
 
-    def _events_of_steps(self, flight: Flight, numbers: Numbers) -> list[tuple[int, StreamEvent]]:
-        """A row's one after another."""
+    def _events_of_steps(self, flight: Flight, *, joined: bool) -> list[tuple[int, StreamEvent]]:
+        """A row's one after another, or `joined`."""
+        if flight.record is None:
+            return []
+        with self.clocks("slots: wait for the device"):
+            record = flight.record.result()
+            jax.block_until_ready(record.numbers)
         events = []
-        for i, slot in enumerate(flight.slots):
-            if not i % _AT_A_TIME:
-                time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it
-            if slot is None:
-                continue
-            for step in range(flight.steps):
-                if self._slots[i] is not slot:
-                    break
-                if numbers.token[step][i] >= 0:
-                    events.append(self._event(i, slot, numbers, step, i))
+        with self.clocks("slots: look at tokens"):
+            numbers = Numbers.of(record, flight.slots)
+            for i, slot in enumerate(flight.slots):
+                if not i % _AT_A_TIME:
+                    time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it
+                if slot is not None and (self._slots[i] is slot or slot.is_to_end):
+                    found = numbers.events(slot.row, i, self._row_bytes, joined=joined)
+                    events += self._given(i, slot, found)
         return events
 
-    def _events_of_run(self, flight: Flight, run: Run) -> list[tuple[int, StreamEvent]]:
+    def _events_of_run(self, run: Run, record: Record) -> list[tuple[int, StreamEvent]]:
         slot, j = run.slot, run.row
         if slot not in self._slots:
             return []
-        i, numbers = self._slots.index(slot), Numbers.of(flight.records.result()[run.at], [slot])
-        taken = numbers.taken[0][j]
+        i, numbers = self._slots.index(slot), Numbers.of(record, [slot])
+        taken = numbers.taken[j][0]
         del slot.pending[:taken]
         if not slot.pending:
-            return [self._event(i, slot, numbers, 0, j)]
-        if numbers.is_stuck[0][j]:  # the rest would push separators out
-            event = slot.row.end_full(taken=taken, held=numbers.held[0][j], nbytes=self._row_bytes)
-            self._free(i, slot)
-            return [(slot.number, event)]
+            return self._given(i, slot, [numbers.event(slot.row, j, 0, self._row_bytes)])
+        if numbers.is_stuck[j][0]:  # the rest would push separators out
+            return self._given(i, slot, [slot.row.end_full(
+                taken=taken, held=numbers.held[j][0], nbytes=self._row_bytes
+            )])  # fmt: skip
         slot.row.seen += taken
         return []
 
-    def _event(self, i: int, slot: Slot, numbers: Numbers, step: int, at: int) -> tuple[int, StreamEvent]:
-        slot.has_drawn = True
-        top = numbers.top_of(step, at) if slot.row.wants_top else ((), ())
-        event = slot.row.take(
-            numbers.token[step][at], taken=numbers.taken[step][at], held=numbers.held[step][at],
-            nbytes=self._row_bytes, logprob=numbers.logprob[step][at], top=top,
-            is_full=bool(numbers.is_stuck[step][at]),
-        )  # fmt: skip
-        if event.finish_reason is not None:
+    def _given(self, i: int, slot: Slot, events: list[StreamEvent]) -> list[tuple[int, StreamEvent]]:
+        """Events of row i with the number of its request; frees the row after its last."""
+        slot.has_drawn = slot.has_drawn or any(event.token_ids for event in events)
+        if slot.row.finish_reason is not None:
             self._free(i, slot)
-        return slot.number, event
+        return [(slot.number, event) for event in events]
 
     def alone(self) -> dict[str, float]:
         """Milliseconds of what the device is asked for, each by itself, while no request is there.
@@ -381,6 +377,11 @@ class Slots:
     def num_free(self) -> int:
         """Rows that no request has."""
         return sum(slot is None for slot in self._slots)
+
+    @property
+    def num_ending(self) -> int:
+        """Rows that will be free, whatever they draw, when what is asked for next is done."""
+        return len(ending(self._slots, self._flight))
 
     @property
     def num_waiting(self) -> int:

@@ -38,8 +38,9 @@ class Settings(Conversing):
     max_body_bytes: Annotated[int, AtLeast(1024)] = 16 << 20  # of one request
     max_new_tokens: Annotated[int, AtLeast(1)] = 4096  # of an answer where a client gives no max_tokens
     cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from; 0: none
-    device_memory: Annotated[int, AtLeast(0)] = 0  # MiB of the device's memory for those that go on soon
-    # tokens of an answer that the device may make before the host looks at them; not measured on a GPU yet
+    # MiB of the device's memory for those that go on soon; default: half of what is left of an accelerator's
+    device_memory: Annotated[int | None, AtLeast(0)] = None
+    # tokens of an answer that the device may make before the host looks at them; many rows want 8 or more
     steps: Annotated[int, AtLeast(1), AtMost(MOST_STEPS)] = 1
     state: str | None = None  # folder that keeps conversations beyond a restart; default: they go with the process
     state_size: Annotated[int, AtLeast(1)] = 16384  # MiB of its files; the least recently used conversations go first
@@ -82,11 +83,15 @@ def main(settings: Settings) -> None:
     options = Options(
         host=settings.host, port=settings.port, rows=settings.slots, max_waiting=settings.max_waiting, limits=limits,
         api_key=settings.key, drain_seconds=settings.drain_seconds, cache_memory=settings.cache_memory << 20,
-        device_memory=settings.device_memory << 20, steps=settings.steps, state=settings.state,
+        device_memory=_bytes(settings.device_memory), steps=settings.steps, state=settings.state,
         state_bytes=settings.state_size << 20,
     )  # fmt: skip
     with console.given_to(logs.warn):
         Running(lambda: load(settings), options).run()
+
+
+def _bytes(mebibytes: int | None) -> int | None:
+    return None if mebibytes is None else mebibytes << 20
 
 
 def load(settings: Settings) -> "Served":

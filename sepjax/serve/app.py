@@ -21,7 +21,7 @@ from sepjax.serve import page
 from sepjax.serve.conversations import chain
 from sepjax.serve.errors import ApiError
 from sepjax.serve.guard import Guard
-from sepjax.serve.jobs import Inbox, Item, Job, Paused
+from sepjax.serve.jobs import Inbox, Item, Job, Paused, Share
 from sepjax.serve.metrics import Metrics
 from sepjax.serve.protocol import (
     ChatRequest,
@@ -170,12 +170,14 @@ class Api:
         id, seed = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", seed_of(wanted)
         most, jobs = self._limits.max_new_tokens, []
         inbox.choices = wanted.n * len(read)
-        each = [pair for pair in read for _ in range(wanted.n)]
-        for choice, (ids, blocks) in enumerate(each):
+        each = [(*pair, share) for pair in read for share in [Share(wanted.n)] for _ in range(wanted.n)]
+        for choice, (ids, blocks, share) in enumerate(each):
             slot = served.request(wanted, choice=choice, seed=seed, is_chat=is_chat, most=most)
             name = f"{id}:{choice}" if choice else id
-            jobs.append(Job(inbox, choice, ids, slot, wanted.user or client, came, name, blocks))
-        return Answer(id, served, wanted, is_chat=is_chat, prompt_tokens=[len(ids) for ids, _ in each]), wanted, jobs
+            job = Job(inbox, choice, ids, slot, wanted.user or client, came, name, blocks)
+            job.share = share if wanted.n > 1 else None
+            jobs.append(job)
+        return Answer(id, served, wanted, is_chat=is_chat, prompt_tokens=[len(ids) for ids, *_ in each]), wanted, jobs
 
     async def _body(self, request: Request) -> bytes:
         """The whole body, within limits of size and time."""
@@ -263,15 +265,14 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Writes it until its end, or until the client goes away."""
         with contextlib.suppress(ApiError), self._reading.ending():  # which has been answered by then
-            try:
-                items = await _first(self._reading, receive)
-            except ApiError as error:  # nothing has gone out yet: a status of its own
-                await _respond(error)(scope, receive, send)
-                raise
-            if items is not None:
-                await while_there(receive, self._write(send, items))
+            await while_there(receive, self._write(scope, receive, send))
 
-    async def _write(self, send: Send, chunks: list[bytes]) -> None:
+    async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            chunks = self._reading.answer.chunks(await self._reading.take())
+        except ApiError as error:  # nothing has gone out yet: a status of its own
+            await _respond(error)(scope, receive, send)
+            raise
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             while True:
@@ -286,16 +287,6 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": error_event(error), "more_body": False})
             raise  # for the log: it was not the client that went away
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _first(reading: Reading, receive: Receive) -> list[bytes] | None:
-    """The first chunks; None: the client has gone. Raises ApiError."""
-    found: list[bytes] = []
-
-    async def take() -> None:
-        found.extend(reading.answer.chunks(await reading.take()))
-
-    return found if await while_there(receive, take()) else None
 
 
 async def while_there(receive: Receive, work: Any) -> bool:

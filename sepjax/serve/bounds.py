@@ -5,7 +5,7 @@ from sepjax.config import ConfigError
 MOST_STEPS = 64  # tokens between two looks of the host: with more, clients wait for what has long been there
 
 
-def check_memory(device_memory: int, cache_memory: int) -> None:
+def check_memory(device_memory: int | None, cache_memory: int) -> None:
     """Raises ConfigError for rows that are to stay on the device where none is kept."""
     if device_memory and not cache_memory:
         raise ConfigError(

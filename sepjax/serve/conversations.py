@@ -88,14 +88,16 @@ class Plan:
 class Conversations:
     """The rows of one server, the least recently used go first. For any thread."""
 
-    def __init__(self, tokenizer: Tokenizer, budget: int, disk: StateFolder | None = None):
+    def __init__(self, tokenizer: Tokenizer, budget: int, disk: StateFolder | None = None, on_device: int = 0):
         """Takes up what lies on the disk.
 
         Args:
           tokenizer: the model's.
           budget: bytes of rows, wherever they are; 0: none is kept.
           disk: where they are kept beyond this process's life; its own budget bounds it.
+          on_device: how many of the bytes may be the device's.
         """
+        self.on_device = on_device
         self._tokenizer, self._budget, self._disk = tokenizer, budget, disk
         self._lock = threading.RLock()
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # the most recently used last
@@ -137,7 +139,7 @@ class Conversations:
         cached = 0 if entry is None else len(entry.ids)
         with self._lock:
             shared = next((i for i in range(len(blocks), 0, -1) if blocks[i - 1] in self._seen), 0)
-            shared = min(shared, self._most(ids) // BLOCK)  # something is left to be read, and by itself means the same
+            shared = min(shared, self.most(ids) // BLOCK)  # something is left to be read, and by itself means the same
             for block in blocks:
                 self._seen[block] = None
                 self._seen.move_to_end(block)
@@ -168,7 +170,7 @@ class Conversations:
         return None, None
 
     def _match(self, ids: Ids, blocks: tuple[bytes, ...], missed: set[Entry]) -> Entry | None:
-        most = self._most(ids)
+        most = self.most(ids)
         with self._lock:
             for i in range(len(blocks), -1, -1):
                 place = self._places.get(blocks[i - 1] if i else b"", {})
@@ -179,7 +181,7 @@ class Conversations:
                     return found
             return None
 
-    def _most(self, ids: Ids) -> int:
+    def most(self, ids: Ids) -> int:
         """The most ids that may have been read before the others: whatever else, one is left; below 0: none may."""
         if not self._tokenizer.starts_with_space:
             return len(ids) - 1

@@ -10,7 +10,7 @@ from sepjax.array_typing import Int32
 from sepjax.generation.row import StreamEvent
 from sepjax.generation.saved_row import SavedRow
 from sepjax.generation.slots import SlotRequest
-from sepjax.serve.conversations import Entry
+from sepjax.serve.conversations import Entry, Plan
 from sepjax.serve.errors import ApiError
 
 
@@ -41,8 +41,8 @@ class Inbox:
 
     Attributes:
       choices: how many answers come through it.
-      taken: events that the client's side has taken out.
-      sent: events that the worker has handed over; the worker's alone.
+      taken: tokens that the client's side has taken out.
+      sent: tokens that the worker has handed over; the worker's alone.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, choices: int = 1):
@@ -52,7 +52,7 @@ class Inbox:
 
     @property
     def unread(self) -> int:
-        """Events of each choice that were handed over and lie there; what the worker still holds nobody could read."""
+        """Tokens of each choice that were handed over and lie there; what the worker still holds nobody could read."""
         return (self.sent - self.taken) // self.choices
 
     def put(self, items: list[tuple[int, Item]]) -> None:
@@ -65,14 +65,29 @@ class Inbox:
         await self._filled.wait()
         self._filled.clear()
         found, self._items = self._items, []
-        self.taken += sum(isinstance(item, StreamEvent) for _, item in found)
+        self.taken += tokens_of(found)
         return found
+
+
+def tokens_of(items: list[tuple[int, Item]]) -> int:
+    """Tokens of all choices."""
+    return sum(len(item.token_ids) for _, item in items if isinstance(item, StreamEvent))
 
 
 def put_all(found: list[tuple[Inbox, list[tuple[int, Item]]]]) -> None:
     """Puts items into the inboxes of one loop; called by it."""
     for inbox, items in found:
         inbox.put(items)
+
+
+@dataclasses.dataclass(eq=False)
+class Share:
+    """What the choices of one prompt have in common: it is read once."""
+
+    to_begin: int  # choices that have no row yet
+    reader: "Job | None" = None  # who reads it now
+    waiting: list["Job"] = dataclasses.field(default_factory=list)  # for that
+    plan: Plan | None = None  # how the others go on, once it is read
 
 
 @dataclasses.dataclass(eq=False)
@@ -91,7 +106,9 @@ class Job:
     answer: list[int] = dataclasses.field(default_factory=list)
     last: float = 0.0  # when the last token came
     held: int = 0
+    share: Share | None = None  # with other choices of the prompt
     cut: int = 0  # tokens of a beginning that is being read by itself
+    reads_for_others: bool = False  # whether that is for the other choices
     source: Entry | None = None  # what it goes on from
     aside: SavedRow | None = None  # where it stands, while its client does not read
 
@@ -105,6 +122,11 @@ class FairQueue:
     def put(self, job: Job) -> None:
         """Last of its client's."""
         self._of.setdefault(job.client, deque()).append(job)
+
+    def put_back(self, job: Job) -> None:
+        """First of all: it has had its turn."""
+        self._of.setdefault(job.client, deque()).appendleft(job)
+        self._of.move_to_end(job.client, last=False)
 
     def pop(self) -> Job | None:
         """The next; None: nobody waits."""

@@ -1,12 +1,15 @@
 """A thread that moves kept rows to the host's memory and to disk, beside the thread that steps the slots.
 
-The newest stay on the device, as many as have room: a conversation that goes on soon need not come back to it.
+Those that were used last stay on the device, as many as have room: a conversation that goes on soon need not come back
+to it. Of the others, what is on disk already, or what its conversation has gone on from, is not copied any more.
 """
 
 import dataclasses
 import logging
 import queue
 import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 
 from sepjax.clocks import Clocks
@@ -33,7 +36,8 @@ class Keeper:
     def __init__(self, conversations: Conversations, clocks: Clocks, on_device: int = 0):
         """`on_device`: bytes of rows that stay there."""
         self._conversations, self._clocks, self._on_device = conversations, clocks, on_device
-        self._staying: list[Entry] = []  # on the device, the oldest first
+        self._staying: OrderedDict[Entry, None] = OrderedDict()  # on the device, those used last at the end
+        self._passed: weakref.WeakSet[Entry] = weakref.WeakSet()
         self._tasks: queue.Queue[_Task | None] = queue.Queue(_MOST)
         self._thread = threading.Thread(target=self._main, name="keeper", daemon=True)
         self._thread.start()
@@ -51,19 +55,36 @@ class Keeper:
         if to_disk:
             self._ask(_Task(entry, row, entry in leaving, True, done))
         for each in leaving:
-            if (old := each.row) is not None and not (to_disk and each is entry):
+            if (old := each.row) is None or (to_disk and each is entry):
+                continue
+            if each is not entry and each in self._passed:
+                self._conversations.lost(each)
+            else:
                 self._ask(_Task(each, old, True, False, lambda: None))
         return not to_disk
 
+    def used(self, entry: Entry) -> None:
+        """Somebody goes on from it: it stays as long as what is new."""
+        if entry in self._staying:
+            self._staying.move_to_end(entry)
+
+    def passed(self, entry: Entry) -> None:
+        """Its conversation has gone on: it leaves first, and for good."""
+        self._passed.add(entry)
+        if entry in self._staying:
+            self._staying.move_to_end(entry, last=False)
+
     def _leaving(self, new: Entry) -> list[Entry]:
         """Takes an entry on, and lets go those that have no room on the device any more: the oldest, or itself."""
-        staying = [each for each in self._staying if each.row is not None] + [new]
-        total, first = sum(each.row_bytes for each in staying), 0
+        self._staying[new] = None
+        if sum(each.row_bytes for each in self._staying) > self._on_device:
+            self._staying = OrderedDict.fromkeys(each for each in self._staying if each.row is not None)
+        total, leaving = sum(each.row_bytes for each in self._staying), []
         while total > self._on_device:
-            total -= staying[first].row_bytes
-            first += 1
-        self._staying = staying[first:]
-        return staying[:first]
+            each, _ = self._staying.popitem(last=False)
+            total -= each.row_bytes
+            leaving.append(each)
+        return leaving
 
     def _ask(self, task: _Task) -> None:
         with self._clocks("worker: wait for the keeper"):
@@ -88,6 +109,9 @@ class Keeper:
                 done()
 
     def _do(self, task: _Task) -> None:
+        if task.entry.disk_bytes and not task.saves:  # it is read from there
+            self._conversations.lost(task.entry)
+            return
         try:
             with self._clocks("keeper: to the host"):
                 row = task.row.on_host()

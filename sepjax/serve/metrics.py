@@ -47,9 +47,9 @@ class Metrics:
         self._gauge("conversations_bytes", size_of).set_function(lambda: getattr(worker.conversations, "nbytes", 0))
         self._gauge("cache_bytes", "Bytes of the caches of all rows, whatever they hold").set_function(size)
 
-    def tokens(self, first: Sequence[float], each: Sequence[float]) -> None:
-        """The tokens of one step: seconds from requests to their first ones, and from each other one to the next."""
-        self._first.observe(first)
+    def tokens(self, first: Sequence[float], each: Sequence[tuple[float, int]]) -> None:
+        """The tokens of one step: seconds from requests to their first ones, and between others, and of how many."""
+        self._first.observe([(seconds, 1) for seconds in first])
         self._each.observe(each)
 
     def begun(self, prompt: int, cached: int) -> None:
@@ -80,14 +80,15 @@ class _Times:
 
     def __init__(self, name: str, about: str, buckets: tuple[float, ...]):
         self._name, self._about, self._buckets = f"sepjax:{name}", about, np.array(buckets)
-        self._counts, self._sum = np.zeros(len(buckets) + 1, np.int64), 0.0
+        self._counts, self._sum = np.zeros(len(buckets) + 1), 0.0
 
-    def observe(self, seconds: Sequence[float]) -> None:
-        """By one thread."""
-        if seconds:
+    def observe(self, found: Sequence[tuple[float, int]]) -> None:
+        """Seconds, and how often; by one thread."""
+        if found:
+            seconds, times = np.array(found).T
             places = np.searchsorted(self._buckets, seconds)
-            self._counts = self._counts + np.bincount(places, minlength=len(self._counts))
-            self._sum += sum(seconds)
+            self._counts = self._counts + np.bincount(places, times, len(self._counts))
+            self._sum += float(seconds @ times)
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """For the registry."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import uvicorn
 
 from sepjax.config import UserError
@@ -47,7 +48,9 @@ class Options:
     api_key: str = ""
     drain_seconds: float = 30.0
     cache_memory: int = 4 << 30  # bytes of the host's memory for conversations; 0: none is kept
-    device_memory: int = 0  # bytes of the device's memory for those that go on soon, beyond `cache_memory`
+    # Bytes of the device's memory for those that go on soon, beyond `cache_memory`; None: half of what is left of it
+    # beside the model and the slots, which of a processor's is none.
+    device_memory: int | None = None
     steps: int = 1  # tokens of an answer that the device may make before the host looks at them
     state: str | None = None  # folder that keeps them; None: they go with the process
     state_bytes: int = 16 << 30  # of its files
@@ -69,7 +72,7 @@ class Running:
         self.port: int = self._socket.getsockname()[1]
         self.worker = Worker(
             load, self._conversations, rows=options.rows, max_waiting=options.max_waiting, metrics=self.metrics,
-            steps=options.steps, on_device=options.device_memory, at_end=self._exit,
+            steps=options.steps, at_end=self._exit,
         )  # fmt: skip
         self.metrics.watch(self.worker)
         self.app = create_app(self.worker, self.metrics, options.limits, api_key=options.api_key)
@@ -144,8 +147,10 @@ class Running:
             )
         if options.state is not None:
             self._state = StateFolder(options.state, served, options.state_bytes)
-        budget = options.cache_memory and options.cache_memory + options.device_memory
-        return Conversations(served.tokenizer, budget, self._state)
+        if not options.cache_memory:
+            return Conversations(served.tokenizer, 0, self._state)
+        on_device = _room(options.rows * need) if options.device_memory is None else options.device_memory
+        return Conversations(served.tokenizer, options.cache_memory + on_device, self._state, on_device)
 
     def _exit(self) -> None:
         if self._state is not None:
@@ -161,6 +166,13 @@ class Running:
             )  # no thread can be interrupted, and files are whole
         self.worker.stop(self._options.drain_seconds)
         log.info("stopping", extra={"signal": name, "running": self.worker.num_running})
+
+
+def _room(slots: int) -> int:
+    """Half of what an accelerator has left beside slots of so many bytes, which programs may need twice."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    left = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) - 2 * slots
+    return max(0, left) // 2
 
 
 class _Server(uvicorn.Server):

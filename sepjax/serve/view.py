@@ -8,7 +8,8 @@ how many are left out.
 """
 
 import asyncio
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from sepjax.data.tokenizer import IncrementalDecoder
+from sepjax.generation.cache.mixed import MixedSizes
 from sepjax.generation.cache.view import CacheView
 from sepjax.serve.conversations import Entry
 from sepjax.serve.errors import ApiError
@@ -56,16 +58,16 @@ def _find(worker: Worker, served: Served, id: str, asked: Mapping[str, str]) -> 
     if unknown:
         name = min(unknown)
         raise ApiError(400, f"unknown parameter {name[:80]!r}; there are layer and last", param=name[:80])
-    return described(served, entry, row.view(), layer=asked.get("layer", "any"), last=asked.get("last", str(_LAST)))
+    return described(served, entry, row.views(), layer=asked.get("layer", "any"), last=asked.get("last", str(_LAST)))
 
 
-def described(served: Served, entry: Entry, view: CacheView, *, layer: str, last: str) -> dict[str, Any]:
+def described(served: Served, entry: Entry, views: Sequence[CacheView], *, layer: str, last: str) -> dict[str, Any]:
     """The answer's JSON.
 
     Args:
       served: the model.
       entry: the text.
-      view: of its row.
+      views: of its row (`SavedRow.views`).
       layer: as the query has it.
       last: likewise.
 
@@ -74,39 +76,82 @@ def described(served: Served, entry: Entry, view: CacheView, *, layer: str, last
     """
     if not (last.isascii() and last.isdigit() and len(last) < 10 and int(last) <= _MOST):
         raise wrong("last", last, f"a whole number from 0 to {_MOST}")
-    layers, heads = view.num_sets
-    ids, shares = np.array(entry.token_ids, np.int32), _shares(view, len(entry.token_ids), layer)
-    states = _states(view, len(ids), shares > 0 if layer != "all" else shares == 1)
-    return {
+    kinds = _kinds_of(served, views)
+    chosen = _chosen(kinds, layer)
+    ids, shares = np.array(entry.token_ids, np.int32), _shares(chosen, len(entry.token_ids))
+    states = _states(chosen, len(ids), shares, layer)
+    heads, layers = max(view.num_sets[1] for view in views), sum(len(kind.layers) for kind in kinds)
+    found = {
         "object": "cache.view", "id": entry.names[-1] if entry.names else None, "model": served.name,
-        "seen": view.seen, "held": view.held, "size": served.sizes.main.cache_size, "bytes": view.nbytes,
-        "sinks": view.sinks, "kept": view.kept, "recent": view.recent,
+        **_numbers([kind for kind, _ in chosen]), "bytes": views[0].nbytes,
         "layers": layers, "heads": heads, "layer": layer,
-        "tokens": list(_tokens(served, ids, states, shares if layers * heads > 1 else None, int(last))),
     }  # fmt: skip
+    if len(kinds) > 1:
+        found["kinds"] = [{"layers": [*kind.layers], **_numbers([kind])} for kind in kinds]
+    return found | {"tokens": list(_tokens(served, ids, states, shares if layers * heads > 1 else None, int(last)))}
 
 
-def _shares(view: CacheView, size: int, layer: str) -> np.ndarray:
-    """float[size]: of the sets of kept tokens that were asked for, the share that holds each token of the text."""
-    sets = view.kept_positions
-    if layer not in ("any", "all"):
-        if not (layer.isascii() and layer.isdigit() and len(layer) < 10 and int(layer) < len(sets)):
-            raise wrong("layer", layer, f"any, all, or a layer from 0 to {len(sets) - 1}")
-        sets = sets[int(layer)][None]
-    sets = sets.reshape(sets.shape[0] * sets.shape[1], sets.shape[2])  # nothing may be kept yet: no -1
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """Layers whose caches have one size."""
+
+    layers: tuple[int, ...]  # the model's numbers; of one kind alone those that keep tokens of their own, or 0 for all
+    size: int  # the most entries
+    view: CacheView
+
+
+def _kinds_of(served: Served, views: Sequence[CacheView]) -> list[_Kind]:
+    sizes = served.sizes
+    if not isinstance(sizes, MixedSizes):
+        return [_Kind(tuple(range(views[0].num_sets[0])), sizes.cache_size, views[0])]
+    return [_Kind(sizes.layers(i), part.cache_size, views[i]) for i, part in enumerate(sizes.parts)]
+
+
+def _chosen(kinds: Sequence[_Kind], layer: str) -> list[tuple[_Kind, np.ndarray]]:
+    """For each layer asked for, its kind and where its kept tokens stand, int[N, kept]."""
+    of_layer = {
+        number: (kind, kind.view.kept_positions[j if len(kind.view.kept_positions) > 1 else 0])
+        for kind in kinds for j, number in enumerate(kind.layers)
+    }  # fmt: skip
+    if layer in ("any", "all"):
+        return [of_layer[number] for number in sorted(of_layer)]
+    if not (layer.isascii() and layer.isdigit() and len(layer) < 10 and int(layer) in of_layer):
+        raise wrong("layer", layer, f"any, all, or a layer from 0 to {len(of_layer) - 1}")
+    return [of_layer[int(layer)]]
+
+
+def _numbers(kinds: Sequence[_Kind]) -> dict[str, int]:
+    """Entries of a layer, averaged over these layers' kinds as the events of an answer have it (a kind a layer)."""
+    views, n = [kind.view for kind in kinds], len(kinds)
+    held, sinks, kept = (sum(getattr(view, name) for view in views) // n for name in ("held", "sinks", "kept"))
+    size = -(-sum(kind.size for kind in kinds) // n)
+    return {"seen": views[0].seen, "held": held, "size": size, "sinks": sinks, "kept": kept,
+            "recent": held - sinks - kept}  # fmt: skip
+
+
+def _shares(chosen: Sequence[tuple[_Kind, np.ndarray]], size: int) -> np.ndarray:
+    """float[size]: of the layers that were asked for and their heads, the share that keeps each token of the text."""
     counts = np.zeros(size)
-    for positions in sets:
-        counts[np.unique(positions[(positions >= 0) & (positions < size)])] += 1
-    return counts / len(sets)
+    for _, heads in chosen:
+        for positions in heads:
+            counts[np.unique(positions[(positions >= 0) & (positions < size)])] += 1 / len(heads)
+    return np.round(counts / len(chosen), 9)  # a whole one is 1
 
 
-def _states(view: CacheView, size: int, is_kept: np.ndarray) -> np.ndarray:
+def _states(chosen: Sequence[tuple[_Kind, np.ndarray]], size: int, shares: np.ndarray, layer: str) -> np.ndarray:
     """int[size]: places in `_STATES`. What was drawn last has yet to be taken up."""
-    at = np.arange(size)
+    at, views = np.arange(size), [kind.view for kind, _ in chosen]
+    pick: Any = min if layer == "all" else max
+    recent, seen = pick(view.recent for view in views), views[0].seen
+    # Where windows differ, what one layer keeps may still be in the window of another.
+    held = np.zeros(size)
+    for view in {id(view): view for view in views}.values():
+        held[max(0, view.seen - view.recent) : view.seen] += sum(view is other for other in views)
+    is_kept = shares > 0 if layer != "all" else shares + held / len(views) >= 1
     states = np.where(is_kept, _KEPT, _EVICTED)
-    states[(at >= view.seen - view.recent) & (at < view.seen)] = _RECENT
-    states[at < view.sinks] = _SINK
-    states[at >= view.seen] = _NEW
+    states[(at >= seen - recent) & (at < seen)] = _RECENT
+    states[at < views[0].sinks] = _SINK
+    states[at >= seen] = _NEW
     return states
 
 

@@ -9,34 +9,30 @@ Everything that the two share is a queue or a counter. A client that reads slowl
 it is, and gets it back when it has caught up: it holds neither a row nor memory that grows, and loses nothing.
 """
 
-import dataclasses
-import itertools
 import logging
 import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from sepjax.clocks import Clocks
 from sepjax.config import UserError
 from sepjax.generation.row import StreamEvent
-from sepjax.generation.sampling import Sampling
-from sepjax.generation.slots import SlotRequest, Slots
-from sepjax.serve.conversations import Conversations, Plan, chain
+from sepjax.generation.slots import Slots
+from sepjax.serve.conversations import Conversations, chain
 from sepjax.serve.errors import ApiError
-from sepjax.serve.jobs import Begun, Failed, FairQueue, Inbox, Item, Job, Paused, put_all
+from sepjax.serve.jobs import Failed, FairQueue, Inbox, Item, Job, Paused
 from sepjax.serve.keeper import Keeper
 from sepjax.serve.metrics import Metrics
-from sepjax.serve.served import Served, checked
+from sepjax.serve.outbox import Outbox
+from sepjax.serve.prompts import Prompts
+from sepjax.serve.served import Served
 
 log = logging.getLogger("sepjax.serve")
-_UNREAD = 512  # events of each choice that wait for a slow client before its row is put aside
-# Seconds between two times that tokens in the middle of an answer are handed over: at least, and for each running row.
-_EVERY, _EACH = 0.01, 2e-4
+_UNREAD = 512  # tokens of each choice that wait for a slow client before its row is put aside
 _PATIENCE = 0.5  # seconds between two looks at the clock while nothing happens
 
 
@@ -45,7 +41,7 @@ class Worker:
 
     def __init__(
         self, load: Callable[[], Served], keep: Callable[[Served], Conversations], *, rows: int, max_waiting: int,
-        metrics: Metrics, steps: int = 1, on_device: int = 0, at_end: Callable[[], None] = lambda: None,
+        metrics: Metrics, steps: int = 1, at_end: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """Does nothing yet.
 
@@ -56,11 +52,10 @@ class Worker:
           max_waiting: choices that may wait for a row, beyond those that have one.
           metrics: what is counted.
           steps: tokens of a row between two looks at them (`Generator.slots`).
-          on_device: bytes of rows that have ended and stay on the device.
           at_end: called when the thread ends, whatever the reason.
         """
         self._load, self._keep = load, keep
-        self._num_rows, self._max_waiting, self._steps, self._on_device = rows, max_waiting, steps, on_device
+        self._num_rows, self._max_waiting, self._steps = rows, max_waiting, steps
         self._metrics, self._at_end = metrics, at_end
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._queue = FairQueue()
@@ -70,17 +65,17 @@ class Worker:
         self._open = 0  # choices that were taken on and have not ended
         self._stop_at: float | None = None
         self._seconds = 1.0  # that an answer takes, as a running mean
-        self._out: dict[Inbox, list[tuple[int, Item]]] = {}
-        self._urgent: set[Inbox] = set()
-        self._sent_at = 0.0
+        self._out = Outbox()
         self._first: list[float] = []  # seconds to the first tokens of this step, and between two
-        self._each: list[float] = []
+        self._each: list[tuple[float, int]] = []  # and of how many tokens
         self._thread = threading.Thread(target=self._main, name="slots", daemon=True)
         self.clocks = Clocks()  # of all threads of the server
         self.served: Served | None = None
         self.slots: Slots | None = None
         self.conversations: Conversations | None = None
         self._keeper: Keeper | None = None
+        self._prompts: Prompts | None = None
+        self._slow: list[int] = []  # numbers of requests whose clients may not read
         self.error: BaseException | None = None
 
     # -- for others -------------------------------------------------------------------------------------------------
@@ -160,9 +155,14 @@ class Worker:
     def _main(self) -> None:
         try:
             served = self._load()
-            self.conversations = self._keep(served)
-            self.slots = served.engine.slots(self._num_rows, steps=self._steps, clocks=self.clocks)
-            self._keeper = Keeper(self.conversations, self.clocks, self._on_device)
+            kept = self.conversations = self._keep(served)
+            pool = kept.on_device // served.row_bytes
+            self.slots = served.engine.slots(self._num_rows, steps=self._steps, clocks=self.clocks, pool=pool)
+            # The others of the pool are for rows that have just ended, and those that are being copied.
+            self._keeper = Keeper(kept, self.clocks, (pool - -(-pool // 8)) * served.row_bytes)
+            self._prompts = Prompts(
+                self.slots, kept, self._keeper, self._metrics, self._queue, self._running, self._put, self._end
+            )  # fmt: skip
             self.served = served
             log.info("ready", extra={"model": served.name, "slots": self._num_rows, "bytes": self.slots.cache_bytes})
             self._serve(self.slots)
@@ -184,18 +184,25 @@ class Worker:
             with clocks("worker: begin requests"):
                 self._fill(slots)
             if not slots.is_idle:  # rows that were cancelled are let go by a step, too
-                with clocks("worker: slots.step"):
-                    events: dict[int, list[StreamEvent]] = {}
-                    for number, event in slots.step():
-                        events.setdefault(number, []).append(event)
-                with clocks("worker: hand on"):
-                    now = time.perf_counter()
-                    for number, its in events.items():
-                        self._hand_on(slots, number, its, now)
-                    self._metrics.tokens(self._first, self._each)
-                    self._first, self._each = [], []
-            with clocks("worker: send"):
-                self._send()
+                for part in slots.parts(joined=True):
+                    self._hand_all_on(slots, part)
+                slow, self._slow = self._slow, []
+                for number in slow:
+                    self._put_aside(slots, number)
+            self._send()
+
+    def _hand_all_on(self, slots: Slots, part: Sequence[tuple[int, StreamEvent]]) -> None:
+        """A part of what a step gave; first tokens go out before the others are made."""
+        with slots.clocks("worker: hand on"):
+            now, events = time.perf_counter(), dict[int, list[StreamEvent]]()
+            for number, event in part:
+                events.setdefault(number, []).append(event)
+            for number, its in events.items():
+                self._hand_on(slots, number, its, now)
+            self._metrics.tokens(self._first, self._each)
+            self._first, self._each = [], []
+        if self._out.is_urgent:
+            self._send()
 
     def _goes_on(self) -> bool:
         if self._stop_at is None:
@@ -212,76 +219,28 @@ class Worker:
 
     def _fill(self, slots: Slots) -> None:
         """Gives free rows to those whose turn it is."""
-        while slots.num_free > slots.num_waiting and (job := self._queue.pop()) is not None:
-            self._begin(slots, job)
-
-    def _begin(self, slots: Slots, job: Job) -> None:
-        if job.aside is not None:
-            left = (job.request.max_new_tokens or 0) - len(job.answer)
-            changes: dict[str, Any] = {"resume": job.aside, "seed": None, "max_new_tokens": left}
-            job.aside = None
-            self._submit(slots, job, dataclasses.replace(job.request, **changes))
+        prompts = self._prompts
+        if not len(self._queue) or prompts is None:
             return
-        assert self.conversations is not None
-        plan = self.conversations.plan(job.ids, job.blocks)
-        self._metrics.begun(len(job.ids), plan.cached)
-        self._put(job, Begun(plan.cached))
-        if plan.cut:
-            job.cut = plan.cut
-            prompt = job.ids[plan.cached : plan.cut].tolist()
-            beginning = SlotRequest(
-                prompt, 1, Sampling.create(), 0, resume=plan.row, stop_at_eos=False, keep=True, undrawn=True
-            )  # fmt: skip
-            self._submit(slots, job, beginning)
-        else:
-            self._read(slots, job, plan)
-
-    def _read(self, slots: Slots, job: Job, plan: Plan) -> None:
-        """Reads what a plan leaves of the prompt, and answers it."""
-        job.source = plan.entry
-        prompt = job.ids[plan.cached :].tolist()
-        assert self.conversations is not None
-        keep = self.conversations.is_on  # else nobody would ask for it
-        self._submit(slots, job, dataclasses.replace(job.request, prompt=prompt, resume=plan.row, keep=keep))
-
-    def _submit(self, slots: Slots, job: Job, request: SlotRequest) -> None:
-        try:
-            job.number = slots.submit(request)
-        except UserError as error:
-            self._end(job, Failed(checked(error)))
-        else:
-            self._running[job.number] = job
-
-    def _beginning_read(self, slots: Slots, number: int, job: Job, event: StreamEvent) -> None:
-        """The beginning that a plan wanted is there: it is kept, and gone on from."""
-        assert self.conversations is not None
-        assert self._keeper is not None
-        del self._running[number]
-        cut, job.cut = job.cut, 0
-        row = None if event.finish_reason == "full" else slots.save(number)
-        if row is None or row.is_full:  # a cache that must not lose separators: nothing can go on from it
-            slots.cancel(number)
-            self.conversations.given_up(cut, job.blocks)
-            self._read(slots, job, Plan(None, None, 0))
-            return
-        entry = self.conversations.made(cut, job.blocks, job.ids, row)
-        self._keeper.put(entry)
-        self._read(slots, job, Plan(entry, row, 0))
+        ending = slots.num_ending
+        while slots.num_free + ending > slots.num_waiting and (job := self._queue.pop()) is not None:
+            prompts.begin(job)
 
     def _hand_on(self, slots: Slots, number: int, events: Sequence[StreamEvent], now: float) -> None:
         """All that a step gave to a row."""
         job = self._running.get(number)
         if job is None:
             return
-        last = events[-1]
+        last, tokens = events[-1], sum(len(event.token_ids) for event in events)
         if job.cut:
-            self._beginning_read(slots, number, job, last)
+            assert self._prompts is not None
+            self._prompts.beginning_read(number, job, last)
             return
         is_first, passed = not job.answer, now - (job.last or job.came)
         if is_first:
             self._first.append(passed)  # what came with it in one launch says nothing about the time between two
         else:
-            self._each += [passed / len(events)] * len(events)
+            self._each.append((passed / max(1, tokens), tokens))
         job.last, job.held = now, last.cache.held
         for event in events:
             job.answer += event.token_ids
@@ -289,8 +248,8 @@ class Worker:
                 self._put(job, event, is_urgent=is_first)
         if last.finish_reason is not None:
             self._finish(slots, number, job, last)
-        elif job.inbox.unread > _UNREAD and slots.can_save(number):
-            self._put_aside(slots, job)
+        elif job.inbox.unread > _UNREAD:
+            self._slow.append(number)
 
     def _finish(self, slots: Slots, number: int, job: Job, event: StreamEvent) -> None:
         """The last event: it goes out once the row is safe, if it is to be."""
@@ -310,12 +269,16 @@ class Worker:
             raise RuntimeError(f"a row has seen {row.seen} tokens, expected {len(ids) - 1}")
         blocks = chain(ids[:-1], job.blocks)
         entry = self.conversations.add(ids[:-1], blocks, int(ids[-1]), row, job.name, instead=job.source)
+        if job.source is not None and job.source.last is not None:
+            self._keeper.passed(job.source)
         if self._keeper.put(entry, lambda: self._orders.put(lambda: self._end(job, event))):
             self._end(job, event)
 
-    def _put_aside(self, slots: Slots, job: Job) -> None:
-        number = job.number
-        assert number is not None
+    def _put_aside(self, slots: Slots, number: int) -> None:
+        """Once all that came with a step was looked at: `save` is after the last of it."""
+        job = self._running.get(number)
+        if job is None or not slots.can_save(number):
+            return
         job.aside = slots.save(number).on_host()
         slots.cancel(number)
         del self._running[number]
@@ -340,15 +303,18 @@ class Worker:
                 assert self.slots is not None
                 self.slots.cancel(number)
                 gone.append(job)
-        for job in gone:
+        waiting = [other for job in gone if job.share is not None for other in job.share.waiting]
+        for job in dict.fromkeys([*gone, *waiting]):
+            if job.share is not None:
+                job.share.waiting = []
             self._end(job, None)
 
     def _end(self, job: Job, item: StreamEvent | Failed | None) -> None:
         """A choice has ended: by its last event, by an error, or because nobody reads it."""
         if job.number is not None:
             self._running.pop(job.number, None)
-        if job.cut and self.conversations is not None:
-            self.conversations.given_up(job.cut, job.blocks)
+        if self._prompts is not None:
+            self._prompts.given_up(job)
         reason = item.finish_reason if isinstance(item, StreamEvent) else None
         seconds = time.perf_counter() - job.came
         if reason is not None:
@@ -360,29 +326,11 @@ class Worker:
             self._put(job, item)
 
     def _put(self, job: Job, item: Item, *, is_urgent: bool = True) -> None:
-        self._out.setdefault(job.inbox, []).append((job.choice, item))
-        if is_urgent:
-            self._urgent.add(job.inbox)
+        self._out.put(job, item, is_urgent=is_urgent)
 
-    def _send(self, *, everything: bool = False) -> None:
-        """Hands over what has come up: beginnings and ends at once, tokens between up to a hundred times a second.
-
-        Each waking of a loop, and each chunk that it writes, takes time from the thread that steps: of many rows, less
-        often, so that all chunks together take a part of the time and no more.
-        """
-        now = time.monotonic()
-        if everything or now - self._sent_at >= max(_EVERY, _EACH * len(self._running)):
-            out, self._out, self._sent_at = self._out, {}, now
-        else:
-            out = {inbox: self._out.pop(inbox) for inbox in self._urgent}
-        self._urgent = set()
-        for inbox, items in out.items():
-            inbox.sent += sum(isinstance(item, StreamEvent) for _, item in items)
-        for loop, found in itertools.groupby(out.items(), key=lambda pair: pair[0].loop):
-            try:
-                loop.call_soon_threadsafe(put_all, list(found))
-            except RuntimeError:  # the loop is closed: nobody reads
-                log.debug("nobody reads any more")
+    def _send(self) -> None:
+        with self.clocks("worker: send"):
+            self._out.send(len(self._running))
 
     def _fail_all(self, error: ApiError) -> None:
         with self._lock:
@@ -391,7 +339,11 @@ class Worker:
         waiting: list[Job] = []
         while (job := self._queue.pop()) is not None:
             waiting.append(job)
-        for job in [*waiting, *self._aside, *self._running.values()]:
+        left = [*waiting, *self._aside, *self._running.values()]
+        left += [other for job in left if job.share is not None for other in job.share.waiting]
+        for job in dict.fromkeys(left):
+            if job.share is not None:
+                job.share.waiting = []
             self._end(job, Failed(error))
         self._aside = []
-        self._send(everything=True)
+        self._out.send(0, everything=True)

@@ -17,7 +17,7 @@ from sepjax.config import ConfigError
 from sepjax.generation.prompts import PromptError
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.saved import StreamStateError
-from sepjax.generation.slot_device import arrival
+from sepjax.generation.slot_arrival import arrival
 from sepjax.generation.slots import SlotError, Slots
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import merge, split
@@ -32,8 +32,8 @@ def engine():
 
 @pytest.fixture(scope="module")
 def all_slots(engine):
-    """That make up to three tokens in a launch, and read up to three prompts in a program, as on an accelerator."""
-    return Slots(engine.prepared, BoundedReader(engine.prepared), ROWS, steps=3, together=3)
+    """That make up to three tokens in a launch; as on an accelerator, programs read several prompts, and rows stay."""
+    return Slots(engine.prepared, BoundedReader(engine.prepared), ROWS, steps=3, together=3, pool=3)
 
 
 @pytest.fixture
@@ -258,6 +258,41 @@ def test_a_row_that_the_host_ends_at_its_first_token_is_saved_there(engine, slot
             assert other not in [n for n, _ in slots.step()]
     assert settled is (steps > 1)
     slots.cancel(beside)
+
+
+def flat(events):
+    """Texts and tokens, whether they came one by one or at once."""
+    return "".join(e.text for e in events), [i for e in events for i in e.token_ids], *events[-1][2:4]
+
+
+def test_rows_whose_end_is_known_give_way_before_it_and_tokens_may_come_at_once(engine, slots):
+    """Eight at four rows, of every length; of those that are kept not all have room in the pool."""
+    rng = np.random.default_rng(4)
+    settings: dict[str, Any] = {"stop_at_eos": False, "keep": True}
+    wanted = [
+        {"max_new_tokens": 1 + i, "sampling": Sampling.create(1.3), "seed": i, "stop_token_ids": [*ends]}
+        for i, ends in enumerate([(), (), range(3, 200), (), (), (), (), (), ()])
+    ]
+    prompts = [rng.integers(3, 300, size).tolist() for size in (3, 30, 9, 4, 70, 2, 11, 5, 6)]
+    known = {}
+    for prompt, each in zip(prompts, wanted, strict=True):
+        number = slots.submit(SlotRequest(prompt, **settings, **each))
+        known[number] = slots._known[number]
+    events: dict[int, list] = {number: [] for number in known}
+    parts = []
+    while not slots.is_idle:
+        parts.append(slots.num_ending)
+        for part in slots.parts(joined=True):
+            for number, event in part:
+                events[number].append(event)
+    assert sum(slot.has_left for slot in known.values()) >= 2
+    assert max(parts) > 0
+    assert max(len(event.token_ids) for its in events.values() for event in its) == 3
+    for prompt, each, (number, its) in zip(prompts, wanted, events.items(), strict=True):
+        stream = engine.stream(prompt, bounded=True, stop_at_eos=False, **each)
+        assert flat(its) == flat(list(stream)), number
+        assert standing(slots.save(number)) == standing(stream.saved())
+    assert slots._device.pool.num_free == 3, "nobody has what was saved any more"
 
 
 @pytest.mark.parametrize("pattern", ["separator", pytest.param("watched", marks=pytest.mark.soak)])

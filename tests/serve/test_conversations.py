@@ -108,13 +108,45 @@ def test_a_beginning_that_comes_again_is_read_once(served):
         assert server.worker.conversations._making == set()
 
 
+def tokens_read(server):
+    """Of prompts, that no row had read before."""
+    found = dict(line.split() for line in server.worker._metrics.text().decode().splitlines() if line[0] != "#"
+                 and "{" not in line)  # fmt: skip
+    return float(found["sepjax:prompt_tokens_total"]) - float(found["sepjax:prompt_tokens_cached_total"])
+
+
+def test_choices_of_one_prompt_read_it_once(served):
+    """More of them than there are rows; each draws for itself, and has the penalties of the whole prompt."""
+    ids, settings = [*SYSTEM, 17], {"temperature": 1.2, "seed": 3, "presence_penalty": 1.0}
+    with running(served) as server:
+        for known in (0, len(ids) - 1):  # the second time nothing is left to be read together
+            before = tokens_read(server)
+            extra = {"repetition_penalty": 2.0, "ignore_eos": True}
+            got = complete(server, ids, n=6, extra_body=extra, **settings)
+            assert tokens_read(server) - before == len(ids) + 5 - (known and len(ids) - 1)
+            assert (cached(got), got.usage.prompt_tokens) == (known, len(ids))
+            for number, choice in enumerate(got.choices):
+                draws = settings | {"seed": 3 + number, "repetition_penalty": 2.0}
+                events = alone(served, ids, max_new_tokens=10, stop_at_eos=False, **draws)
+                assert choice.text == text_of(events), number
+        two = complete(server, [[7, 8, 9], [9, 8]], n=2)
+        assert [x.text for x in two.choices[::2]] == [x.text for x in two.choices[1::2]]
+        api = client(server)
+        stream = api.completions.create(
+            model="tiny", prompt=[5] * 3000, n=9, max_tokens=50, stream=True, extra_body={"ignore_eos": True}
+        )
+        stream.close()  # while one reads, and the others wait for it or for a row
+        assert settled(server)
+        assert server.worker.conversations._making == set()
+
+
 def test_a_cache_that_must_not_lose_separators_ends_its_own_answer_only():
     served = tiny_served(keep_all_separators=True)
     (dot,) = served.tokenizer.encode(".")[-1:]
     with running(served) as server:
         for _ in range(3):  # the second time the beginning is read by itself, and is full too
-            got = complete(server, [dot] * 70)
-            assert (got.choices[0].text, got.choices[0].finish_reason) == ("", "length")
+            got = complete(server, [dot] * 70, n=2)
+            assert [(x.text, x.finish_reason) for x in got.choices] == [("", "length")] * 2
             assert (cached(got), got.usage.completion_tokens) == (0, 0)
         assert complete(server, [5, 6]).usage.completion_tokens == 10
         assert server.worker.conversations._making == set()
@@ -263,14 +295,14 @@ def test_a_client_of_many_choices_is_not_slow(served):
         inbox = Inbox(asyncio.get_running_loop(), 4)
         worker = Worker(lambda: served, lambda _: None, rows=4, max_waiting=0, metrics=Metrics())
         event = next(iter(alone(served, [5], max_new_tokens=1)))
-        worker._sent_at = time.monotonic() + 3600  # it waits with what is not urgent
+        worker._out._sent_at = time.monotonic() + 3600  # it waits with what is not urgent
         job = Job(inbox, 0, np.array([5], np.int32), SlotRequest(None), "", 0.0)
         counts = []
         for _ in range(8):
             worker._put(job, event, is_urgent=False)
         worker._send()
         counts.append(inbox.unread)
-        worker._send(everything=True)
+        worker._out.send(0, everything=True)
         counts.append(inbox.unread)
         await inbox.take()
         return [*counts, inbox.unread]

@@ -46,11 +46,14 @@ def test_the_newest_rows_stay_on_the_device_and_no_more_than_have_room(has_disk)
     conversations = Conversations(tiny_tokenizer(), 100 * form.nbytes, folder)
     keeper = Keeper(conversations, Clocks(), 3 * form.nbytes + 1)
 
-    def put(number: int):
+    def put_into(keeper: Keeper, number: int):
         row = SavedRow(PackedState(form, packed), (), False, {"seen": 2})
         entry = conversations.add(np.array([number, 5], np.int32), (), 9, row)
         assert keeper.put(entry, lambda: done.append(number)) is not has_disk
         return entry
+
+    def put(number: int):
+        return put_into(keeper, number)
 
     entries = [put(number) for number in range(40)]  # more than may be on their way
     for _ in range(20):  # the same text again and again: each takes the place of the one before
@@ -59,15 +62,28 @@ def test_the_newest_rows_stay_on_the_device_and_no_more_than_have_room(has_disk)
     keeper.close()
 
     def is_on_host(entry):
-        return entry.row.standing.is_on_host
+        return entry.row is not None and entry.row.standing.is_on_host
 
-    assert [is_on_host(entry) for entry in entries] == [True] * 38 + [False] * 2
+    # Those that left while they were on disk already are not copied a second time.
+    left = [entry.row is None and entry.disk_bytes > 0 for entry in entries]
+    assert [x or is_on_host(entry) for x, entry in zip(left, entries, strict=True)] == [True] * 38 + [False] * 2
+    assert sum(left) == (38 if has_disk else 0)
     assert not is_on_host(last)
     assert done == ([*range(40), *[40] * 20] if has_disk else [])
+    done.clear()
     if has_disk:
         assert disk.written[:40] == [([number, 5], True) for number in range(40)]
     else:
         assert disk.written == []
+    four = Keeper(conversations, Clocks(), 4 * form.nbytes)
+    used, oldest, other, passed = (put_into(four, number) for number in range(50, 54))
+    four.used(used)
+    four.passed(passed)
+    more = [put_into(four, number) for number in range(60, 62)]
+    four.close()
+    assert list(four._staying) == [other, used, *more]
+    assert is_on_host(oldest) or oldest.disk_bytes
+    assert passed.row is None, "nobody copies what its conversation has gone on from"
     none = Keeper(conversations, Clocks())
     none.put(last)
     none.close()

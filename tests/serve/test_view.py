@@ -74,10 +74,36 @@ def test_a_cache_that_keeps_nothing_between_its_ends_is_described(pattern, size)
     ids = np.array(PROMPT[:size], np.int32)
     entry = Entry("key", b"", ids, None, row, 0)
     for layer in ("any", "all", "0"):
-        said = described(served, entry, row.view(), layer=layer, last="100")
+        said = described(served, entry, row.views(), layer=layer, last="100")
         states = [token["state"] for token in said["tokens"]]
         assert (said["kept"], states.count("kept")) == (0, 0)
         assert len(states) - states.count("evicted") - states.count("new") == said["held"] > 0
+
+
+def test_layers_of_several_sizes_have_the_model_s_numbers_and_each_kind_its_slots():
+    """The first layer has a window alone, the second one keeps tokens: each is what its own part of the row holds."""
+    served = tiny_served(pattern="watched", watch_after=2, layer_windows=(9, 6), kept_layers=(1,))
+    stream = served.engine.stream(PROMPT, bounded=True, max_new_tokens=1)
+    assert list(stream)
+    row, ids = stream.saved(), np.array(PROMPT, np.int32)
+    entry, places = Entry("key", b"", ids, None, row, 0), {}
+    for layer in ("0", "1", "any", "all"):
+        said = described(served, entry, row.views(), layer=layer, last="100")
+        places[layer] = {i for i, token in enumerate(said["tokens"]) if token["state"] not in ("evicted", "new")}
+        assert (said["layers"], len(said["kinds"])) == (2, 2)
+        if layer.isdigit():
+            (kind,) = (kind for kind in said["kinds"] if kind["layers"] == [int(layer)])
+            assert {name: said[name] for name in kind if name != "layers"} == {
+                name: x for name, x in kind.items() if name != "layers"
+            }
+            assert len(places[layer]) >= kind["held"] > 0
+    views = {served.sizes.layers(i): view for i, view in enumerate(row.views())}
+    assert places["0"] == set(views[0,].positions().tolist())
+    assert places["1"] == set(views[1,].positions().tolist())
+    assert places["any"] == places["0"] | places["1"] != places["1"]
+    assert places["all"] <= places["0"] & places["1"]
+    assert views[0,].kept == 0 < views[1,].kept
+    assert said["size"] == served.cache_size
 
 
 def test_refusals(served):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sepjax.array_typing import Array, Int32
+from sepjax.array_typing import Array, Bool, Int32
 
 BY_SET = ("scores", "kept_at")  # fields whose first axis is the sets that are kept, the second the batch
 
@@ -40,12 +40,24 @@ def with_some(cache: Any, rows: Int32[Array, "M"], few: Any) -> Any:
     return _on_rows(put, cache, few)
 
 
+def chosen(wanted: Bool[Array, "B"], cache: Any, other: Any) -> Any:
+    """The rows of `cache` that are wanted, and those of another one in place of the rest; also of several sizes."""
+
+    def pick(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+        return jnp.where(wanted.reshape(*(1 for _ in range(axis)), -1, *(1 for _ in x.shape[axis + 1 :])), x, y)
+
+    return _on_rows(pick, cache, other)
+
+
 def _on_rows(f: Callable[..., jax.Array], cache: Any, *others: Any) -> Any:
     """`f` of every array (and of the others' same array) and the number of its axis B."""
 
     def on(path: tuple, x: jax.Array, *same: jax.Array) -> jax.Array:
-        is_layered = path[0].name in ("k", "v") and isinstance(getattr(cache, path[0].name), tuple)
-        stacked = path[0].name in (*BY_SET, "k", "v") and not is_layered
+        names = [getattr(step, "name", None) for step in path]
+        at = next((i for i, name in enumerate(names) if name in ("k", "v")), None)
+        # Keys and values lie stacked over layers, or as a tuple of them: then a place in it follows their name.
+        is_stack = at is not None and not isinstance(next(iter(path[at + 1 :]), None), jax.tree_util.SequenceKey)
+        stacked = is_stack or any(name in BY_SET for name in names)
         return f(x, *same, int(stacked))
 
     return jax.tree_util.tree_map_with_path(on, cache, *others)
