@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,9 +142,12 @@ def test_what_training_does_not_use_may_change_when_it_is_resumed():
 def test_evaluate_compares_patterns(finished, tmp_path, capfd):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(SENTENCES * 4))
-    flags = f"--model={finished}", f"--text={text}", f"--output={tmp_path / 'scores.json'}"
-    out = command(capfd, "evaluate", "windows", *flags).out
-    scores = {score["pattern"]: score for score in json.loads((tmp_path / "scores.json").read_text())["scores"]}
+    ended = command(capfd, "evaluate", "windows", f"--model={finished}", f"--text={text}")
+    out, (written,) = ended.out, (finished / "evaluations").iterdir()
+    assert re.fullmatch(r"windows_text_step24_[0-9a-f]{6}\.json", written.name), ended
+    result = json.loads(written.read_text())
+    assert (result["job"], result["step"], result["settings"]) == ("windows", 24, {"text": str(text)})
+    scores = {score["pattern"]: score for score in result["scores"]}
     assert list(scores) == ["separator", "dense", "sink_window", "fixed_interval"]
     assert all(pattern in out for pattern in scores)
     assert scores["dense"]["kv_kept"] == 1.0
