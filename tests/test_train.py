@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import html
 import io
 import json
 import os
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 
 from sepjax.config import Config, ConfigError, UserError, load_config, validate
+from sepjax.data.conversations import NoFormError
 from sepjax.data.errors import DataError
-from sepjax.evaluation import jobs
+from sepjax.evaluation import inputs, jobs
 from sepjax.run.checkpoint import load_params
 from sepjax.run.workdir import differing_fields
 from tests.commands import command
@@ -176,6 +178,28 @@ def test_generate_uses_the_workdir(finished, capfd):
     assert ended.code == 0, ended.err
     assert len(ended.out.strip()) > 5  # a model of 24 steps has no words, but no single token either
     assert "cache holds" in ended.err
+
+
+def test_a_report_has_samples_and_kept_tokens_where_they_are_asked_for(finished, tmp_path, capfd, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(SENTENCES * 4))
+    page = f"--output={tmp_path}/r.html"
+    flags = (f"--workdir={finished}", page, "--samples=2", "--max_new_tokens=5", f"--kept={text}")
+    ended = command(capfd, "report", *flags)
+    assert ended.out == f"samples: {finished}/samples/step24.json\nwritten to {tmp_path}/r.html\n", ended.err
+    samples = json.loads((finished / "samples" / "step24.json").read_text())["samples"]
+    assert len(samples) == 2
+    written = (tmp_path / "r.html").read_text()
+    for sample in samples:
+        assert f'<span class="prompt">{html.escape(sample["prompt"])}</span>{html.escape(sample["text"])}' in written
+    assert '<span class="gone">' in written
+    assert "has no chat template" in command(capfd, "report", *flags, "--prompt=a", "--apply_chat_template").err
+
+    def conversations(*_):
+        raise ConfigError("no texts") from NoFormError("conversations")
+
+    monkeypatch.setattr(inputs, "texts_of", conversations)
+    assert "give --samples texts to answer" in command(capfd, "report", *flags[:3]).err
 
 
 def test_bad_texts_are_the_users_mistakes(finished, tmp_path):

@@ -78,6 +78,20 @@ def draw_pareto(path: Path, points: Sequence[Point], baseline: str, title: str) 
     _save(figure, path)
 
 
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; raises FigureError where there is no such file."""
+    file = workdir / "metrics.jsonl"
+    if not file.is_file():
+        raise FigureError(f"{workdir} has no metrics.jsonl; give folders of runs of sepjax train")
+    rows: list[Any] = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the line that a run was writing when it was killed
+            continue
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
 def read_curves(workdirs: Iterable[Path], metric: str) -> Mapping[str, tuple[list[int], list[float]]]:
     """Steps and values of a metric from the `metrics.jsonl` of each workdir.
 
@@ -85,26 +99,19 @@ def read_curves(workdirs: Iterable[Path], metric: str) -> Mapping[str, tuple[lis
     """
     curves: dict[str, tuple[list[int], list[float]]] = {}
     workdirs = list(workdirs)
-    names = _names(workdirs)
+    names = short_names(workdirs)
     for workdir in workdirs:
-        file = workdir / "metrics.jsonl"
-        if not file.is_file():
-            raise FigureError(f"{workdir} has no metrics.jsonl; give folders of runs of sepjax train")
-        rows: list[Any] = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # the line that a run was writing when it was killed
-                continue
-        found = {row["step"]: row[metric] for row in rows if metric in row}
+        rows = read_metrics(workdir)
+        # What was not finite is null in the file, and a gap in a curve.
+        found = {row["step"]: math.nan if row[metric] is None else row[metric] for row in rows if metric in row}
         if not found:
             known = sorted({name for row in rows for name in row} - {"step", "time"})
-            raise FigureError(f"{file} has no {metric!r}; it has {', '.join(known)}")
+            raise FigureError(f"{workdir / 'metrics.jsonl'} has no {metric!r}; it has {', '.join(known)}")
         curves[names[workdir]] = (sorted(found), [found[step] for step in sorted(found)])
     return curves
 
 
-def _names(workdirs: Sequence[Path]) -> dict[Path, str]:
+def short_names(workdirs: Sequence[Path]) -> dict[Path, str]:
     """The last parts of each path, as few as tell them apart."""
     parts = {workdir: workdir.parts for workdir in workdirs}
     for count in range(1, max((len(x) for x in parts.values()), default=0) + 1):

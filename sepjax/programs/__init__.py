@@ -33,6 +33,7 @@ COMMANDS = {  # what the user writes after `sepjax` -> its file in this folder
     "distill": "distill",
     "keeping": "keeping",
     "layers": "layers",
+    "report": "report",
     "picture kept": "picture.kept",
     "picture pareto": "picture.pareto",
     "picture curves": "picture.curves",
