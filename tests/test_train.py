@@ -22,6 +22,7 @@ from sepjax.evaluation import inputs, jobs
 from sepjax.run.checkpoint import load_params
 from sepjax.run.workdir import differing_fields
 from tests.commands import command
+from tests.run.test_trackers import Package, steps_of
 from tests.runs import start_quickly
 from train import train
 
@@ -83,8 +84,11 @@ def finished(config_file, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         start_quickly(patch)
-        train(load_config(config_file), workdir)
-    assert "MFU" in out.getvalue()
+        patch.setitem(sys.modules, "wandb", package := Package("wandb"))
+        train(load_config(config_file), workdir, profile_steps="2:3", log_to=("wandb",))
+    assert "MFU" not in out.getvalue()  # of a CPU
+    assert {step for step, _ in package.lines} == set(range(1, 25))
+    assert package.finished == 1
     assert "attention" in out.getvalue()
     return workdir
 
@@ -97,6 +101,7 @@ def test_a_run_leaves_everything_that_design_names(finished):
     assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir() if p.name.isdigit()) == [15, 20, 24]
     assert {"config.json", "run_meta.json", "tokenizer"} <= {p.name for p in finished.iterdir()}
     assert list(finished.rglob("*tfevents*"))
+    assert steps_of(finished / "profile") == [2, 3]
 
 
 @pytest.mark.soak  # tests/reliability/test_torn.py has the like of it for every later checkpoint
