@@ -37,6 +37,9 @@ COMMANDS = {  # what the user writes after `sepjax` -> its file in this folder
     "picture kept": "picture.kept",
     "picture pareto": "picture.pareto",
     "picture curves": "picture.curves",
+    "picture mask": "picture.mask",
+    "picture slots": "picture.slots",
+    "picture kinds": "picture.kinds",
 }
 _BENCH = "bench"
 
