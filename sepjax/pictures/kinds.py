@@ -28,10 +28,10 @@ def draw_kinds(path: Path, kinds: Sequence[KindShare], title: str) -> None:
     low, high = min([0.5, *values]), max([2.0, *(x.relative + (x.error or 0.0) for x in kinds)])
     axes.set_xscale("log")
     axes.axvline(1, color="0.2", linewidth=0.8)
-    axes.set_xlim(low / 1.3, high * 8)  # room for what is written beside the bars
-    for place, x, value in zip(places, kinds, values, strict=True):
-        said = f"{_percent(x.tokens)} of tokens, {_percent(x.attention)} of far attention"
-        axes.text(max(value + (x.error or 0.0), 1) * 1.12, place, said, va="center", fontsize=7.5)
+    axes.set_xlim(low / 1.3, high * 1.3)
+    for place, x in zip(places, kinds, strict=True):
+        said = f"{_percent(x.tokens)} of tokens,\n{_percent(x.attention)} of far attention"
+        axes.text(1.02, place, said, va="center", fontsize=7.5, transform=axes.get_yaxis_transform())
     axes.set_yticks(places, [x.kind for x in kinds])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("far attention a token receives, over the mean token's (sinks aside)")

@@ -108,7 +108,9 @@ def draw_mask(
     for number, one in enumerate(seen):
         _panel(figure.add_subplot(1, len(seen), number + 1), one, labels, is_first=number == 0)
     layers = f", layer {layer}" if num_layers > 1 and (attention.layer_windows or attention.kept_layers) else ""
-    figure.suptitle(f"{title or 'Who sees whom'}{layers}: rows look at columns", fontsize=11, x=0.01, y=0.99, ha="left", va="top")
+    figure.suptitle(
+        f"{title or 'Who sees whom'}{layers}: rows look at columns", fontsize=11, x=0.01, y=0.99, ha="left", va="top"
+    )
     figure.get_layout_engine().set(h_pad=0.12)
     _legend(figure)
     save(figure, path)
