@@ -66,7 +66,7 @@ def _beginnings(workdir: Path, tokenizer: Tokenizer, count: int) -> list[str]:
     from sepjax.run.checkpoint import load_config
 
     try:
-        documents = texts_of(workdir, load_config(workdir), "", "", count)
+        documents = texts_of(workdir, load_config(workdir), None, "", "", count)  # no conversations
     except ConfigError as error:
         if not isinstance(error.__cause__, NoFormError):
             raise
