@@ -11,8 +11,8 @@ The jobs are also commands, whose --help has fewer flags: `sepjax evaluate windo
         rare: separator n=256 ids=@rare.npy; sink_window n=kv:rare; separator windows=64*29,4096"
 
 Prints a table of perplexities and one by slice (bigrams that did not stand in the row before, that stood near, far:
-sepjax/evaluation/slices.py), with errors paired over documents, and writes all of it to <workdir>/evaluation.json (or
---output).
+sepjax/evaluation/slices.py), with errors paired over documents, and writes all of it to a file that is named by what
+was scored, in <workdir>/evaluations (or --output).
 
     python evaluate.py --task=streaming --model=smollm2-135m --text=books/ --budgets=4/64/256/800,4/64/224/324
 

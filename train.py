@@ -14,9 +14,11 @@ elif __name__ == "__mp_main__":  # a reader of data, which imports the program
     interrupt.leave_to_parent()
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +31,29 @@ from sepjax.command.flags import run_settings
 from sepjax.config import Config
 from sepjax.data.batch import Batch
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
+from sepjax.data.tokenizer import Tokenizer
 from sepjax.flops import flops_report, peak_flops
 from sepjax.programs.train import Settings
 from sepjax.progress import counted, working
 from sepjax.run.checkpoint import Checkpointer
 from sepjax.run.guard import StepGuard, StopNotice, Watchdog
-from sepjax.run.metrics import MetricWriter, Throughput, run_meta
+from sepjax.run.metrics import MetricWriter, Throughput, has_known_peak, run_meta
+from sepjax.run.profile import Profile, parse_steps
+from sepjax.run.trackers import Trackers, check_trackers
 from sepjax.run.workdir import claim_workdir, hold_workdir
 from sepjax.separators import warn_of_few
 from sepjax.training.step import TrainState, abstract_state, eval_step, model_graph, train_step
 
 
 def train(
-    config: Config, workdir: Path, *, new_data: bool = False, step_timeout: float = 0.0, download: bool = False
+    config: Config,
+    workdir: Path,
+    *,
+    new_data: bool = False,
+    step_timeout: float = 0.0,
+    download: bool = False,
+    log_to: Sequence[str] = (),
+    profile_steps: str = "",
 ) -> TrainState:
     """Trains until `config.training.steps`, or from the newest checkpoint on; returns the last state.
 
@@ -51,24 +63,36 @@ def train(
       new_data: whether the data section may be another than before (`sepjax.run.workdir`); data then start anew.
       step_timeout: seconds after which a step that hangs ends the program; 0: never.
       download: whether `training.init_from` may be fetched from the Hugging Face hub.
+      log_to: who gets the metrics besides, "wandb" or "trackio" (`sepjax.run.trackers`).
+      profile_steps: "10:15": the steps that are recorded (`sepjax.run.profile`).
     """
+    check_trackers(log_to)
+    profiled = parse_steps(profile_steps, config.training.steps)
     with hold_workdir(workdir):
-        return _train(config, workdir, new_data, step_timeout, download)
+        return _train(config, workdir, Asked(new_data, step_timeout, download, log_to), profiled)
 
 
-def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float, download: bool) -> TrainState:
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Of a start, not of the experiment: see `train`."""
+
+    new_data: bool
+    step_timeout: float
+    download: bool
+    log_to: Sequence[str]
+
+
+def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> TrainState:
     # Mesh: every device of every host. Workdir: one config for its whole life. Post-training: another model's shape.
-    config = adopt_shape(config, workdir, download=download)
+    config = adopt_shape(config, workdir, download=asked.download)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, config.data.batch_size // config.optimizer.accumulation_steps)
-    sharding.check_heads(mesh, config.model.num_heads)
-    sharding.check_length(mesh, config.data.sequence_length)
-    claim_workdir(workdir, config, new_data=new_data)
+    _check_mesh(config, mesh)
+    claim_workdir(workdir, config, new_data=asked.new_data)
     run_meta(workdir, seed=config.training.seed)
 
     # Data: text -> tokens -> packed rows. Each host reads its own share of the documents: for the rows on its devices.
     data_dir = config.data.data_dir or str(workdir / "data")
-    given = given_tokenizer(config, download=download)
+    given = given_tokenizer(config, download=asked.download)
     tokenizer = prepare_tokenizer(config, data_dir, workdir / "tokenizer", given)
     share = sharding.row_share(mesh, config.data.batch_size)
     here: dict[str, Any] = {"process_index": share.index, "process_count": share.count}
@@ -83,41 +107,43 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float, d
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
     eval_fn = jax.jit(functools.partial(eval_step, config, graph))
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        rows = evaluation_batches(config, tokenizer, data_dir, **here)
-        most = config.training.eval_batches
-        batches = [place(b) for b, _ in zip(rows, range(most), strict=False)]
-        return _evaluate(eval_fn, state, counted(batches, "evaluating", len(batches), "batches"))
+    def rows() -> Iterable[Batch]:
+        return map(place, evaluation_batches(config, tokenizer, data_dir, **here))
 
-    def remake() -> None:
-        claim_workdir(workdir, config)
-        tokenizer.save(workdir / "tokenizer")
-        run_meta(workdir, seed=config.training.seed)
-
+    evaluate = functools.partial(_evaluate, eval_fn, rows, config.training.eval_batches)
+    remake = functools.partial(_remake, config, workdir, tokenizer)
     peak, keep = peak_flops(config.model.dtype), config.training.keep_checkpoints
     with (
         jax.set_mesh(mesh),
         Checkpointer(workdir, keep, remake) as checkpoints,
         StopNotice() as notice,
-        Watchdog(step_timeout) as watchdog,
+        Watchdog(asked.step_timeout) as watchdog,
     ):
         if checkpoints.latest_step is None:
-            state = first_state(config, workdir, mesh, shardings, download=download)
+            state = first_state(config, workdir, mesh, shardings, download=asked.download)
         else:
-            state = checkpoints.restore(target, batches, config, new_data=new_data)
+            state = checkpoints.restore(target, batches, config, new_data=asked.new_data)
         start = int(state.step)
         _announce(config, workdir, mesh, state, peak)
 
         # The loop. The host runs two steps ahead of the devices, and waits for them where it reads metrics.
-        with MetricWriter(workdir, total_steps=config.training.steps, resume_step=start) as writer:
-            throughput, most = Throughput(), config.training.max_skipped_steps
+        trackers = Trackers(asked.log_to, workdir, config, resume_step=start)
+        throughput, most = Throughput(), config.training.max_skipped_steps
+        profile = Profile(workdir, profiled, done=start, pauses=(throughput.pause, watchdog.pause))
+        about: dict[str, Any] = {"total_steps": config.training.steps, "resume_step": start, "trackers": trackers}
+        with MetricWriter(workdir, **about) as writer, profile:
+            if start == 0 and config.training.init_from:  # what the model was before
+                with throughput.pause(), watchdog.pause():
+                    writer.write(0, evaluate(state))
             guard = StepGuard(watchdog, most, int(state.health.skipped), checkpoints.describe)
             for step in range(start + 1, config.training.steps + 1):
                 batch = next(batches)
                 tokens = share.count * int(np.count_nonzero(batch.segment_ids))  # no padding; of others as many
-                with working("compiling the step") if step == start + 1 else contextlib.nullcontext():
+                compiling = working("compiling the step") if step == start + 1 else contextlib.nullcontext()
+                with profile.step(step), compiling:
                     state, metrics = step_fn(state, place(batch))
                 guard.follow(step, metrics)
+                profile.end(step, metrics)
                 throughput.add(tokens)
                 stops = notice.reached(step)
                 if _due(step, config.training.log_every, config):
@@ -135,6 +161,19 @@ def _train(config: Config, workdir: Path, new_data: bool, step_timeout: float, d
                     checkpoints.check()
                     raise notice.stopped(step)
     return state
+
+
+def _check_mesh(config: Config, mesh: jax.sharding.Mesh) -> None:
+    sharding.check_batch(mesh, config.data.batch_size // config.optimizer.accumulation_steps)
+    sharding.check_heads(mesh, config.model.num_heads)
+    sharding.check_length(mesh, config.data.sequence_length)
+
+
+def _remake(config: Config, workdir: Path, tokenizer: Tokenizer) -> None:
+    """Puts back what is in a workdir besides checkpoints, where it has vanished."""
+    claim_workdir(workdir, config)
+    tokenizer.save(workdir / "tokenizer")
+    run_meta(workdir, seed=config.training.seed)
 
 
 def _due(step: int, every: int, config: Config) -> bool:
@@ -156,8 +195,13 @@ def _report(config: Config, metrics: dict[str, Any], tokens: int, speed: Through
     return found | flops_report(config, pairs, speed.rate(), peak)
 
 
-def _evaluate(eval_fn: Callable[..., Any], state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
-    sums = [eval_fn(state.all_params, batch) for batch in batches]
+def _evaluate(
+    eval_fn: Callable[..., Any], rows: Callable[[], Iterable[Batch]], most: int, state: TrainState
+) -> dict[str, float]:
+    """The loss on the first `most` batches of `rows()`."""
+    batches = list(itertools.islice(rows(), most))
+    told = counted(batches, "evaluating", len(batches), "batches")
+    sums = [eval_fn(state.all_params, batch) for batch in told]
     loss = sum(float(nll) for nll, _ in sums) / max(sum(float(count) for _, count in sums), 1.0)
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
@@ -167,14 +211,16 @@ def _announce(config: Config, workdir: Path, mesh: jax.sharding.Mesh, state: Tra
         return
     learn, frozen = (sum(leaf.size for leaf in jax.tree.leaves(x)) for x in (state.params, state.frozen))
     parameters = f"{learn + frozen:,} parameters" + (f" of which {learn:,} learn" if frozen else "")
-    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} {dict(mesh.shape)}, peak {peak}"
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} {dict(mesh.shape)}"
+    devices += f", peak {peak}" if has_known_peak() else ""
     begins = f"resumes at step {int(state.step)}" if int(state.step) else "starts"
     print(f"{workdir}: {begins}; {parameters}, {config.attention.pattern} attention; {devices}", flush=True)
 
 
 def main(settings: Settings) -> None:
     """Trains as the command line asks. In a process of its own it comes after `sharding.join_cluster`."""
-    options = {"new_data": settings.new_data, "step_timeout": settings.step_timeout, "download": settings.download}
+    names = ("new_data", "step_timeout", "download", "log_to", "profile_steps")
+    options: dict[str, Any] = {name: getattr(settings, name) for name in names}
     train(settings.config, Path(settings.workdir), **options)
 
 

@@ -52,7 +52,8 @@ def own_flags(settings: type) -> list[Flag]:
 def unlike(flag: Any, number: int) -> Any:
     """A value that is nobody else's."""
     if flag.mark(OneOf):
-        return next(choice for choice in reversed(flag.mark(OneOf).choices) if choice != flag.default)
+        found = next(choice for choice in reversed(flag.mark(OneOf).choices) if choice != flag.default)
+        return (found,) if flag.kind == tuple[str, ...] else found
     if flag.kind is bool:
         return not flag.default
     if flag.kind in (int, float):

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import html
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +16,13 @@ import numpy as np
 import pytest
 
 from sepjax.config import Config, ConfigError, UserError, load_config, validate
+from sepjax.data.conversations import NoFormError
 from sepjax.data.errors import DataError
-from sepjax.evaluation import jobs
+from sepjax.evaluation import inputs, jobs
 from sepjax.run.checkpoint import load_params
 from sepjax.run.workdir import differing_fields
 from tests.commands import command
+from tests.run.test_trackers import Package, steps_of
 from tests.runs import start_quickly
 from train import train
 
@@ -80,8 +84,11 @@ def finished(config_file, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         start_quickly(patch)
-        train(load_config(config_file), workdir)
-    assert "MFU" in out.getvalue()
+        patch.setitem(sys.modules, "wandb", package := Package("wandb"))
+        train(load_config(config_file), workdir, profile_steps="2:3", log_to=("wandb",))
+    assert "MFU" not in out.getvalue()  # of a CPU
+    assert {step for step, _ in package.lines} == set(range(1, 25))
+    assert package.finished == 1
     assert "attention" in out.getvalue()
     return workdir
 
@@ -94,6 +101,7 @@ def test_a_run_leaves_everything_that_design_names(finished):
     assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir() if p.name.isdigit()) == [15, 20, 24]
     assert {"config.json", "run_meta.json", "tokenizer"} <= {p.name for p in finished.iterdir()}
     assert list(finished.rglob("*tfevents*"))
+    assert steps_of(finished / "profile") == [2, 3]
 
 
 @pytest.mark.soak  # tests/reliability/test_torn.py has the like of it for every later checkpoint
@@ -141,9 +149,12 @@ def test_what_training_does_not_use_may_change_when_it_is_resumed():
 def test_evaluate_compares_patterns(finished, tmp_path, capfd):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(SENTENCES * 4))
-    flags = f"--model={finished}", f"--text={text}", f"--output={tmp_path / 'scores.json'}"
-    out = command(capfd, "evaluate", "windows", *flags).out
-    scores = {score["pattern"]: score for score in json.loads((tmp_path / "scores.json").read_text())["scores"]}
+    ended = command(capfd, "evaluate", "windows", f"--model={finished}", f"--text={text}")
+    out, (written,) = ended.out, (finished / "evaluations").iterdir()
+    assert re.fullmatch(r"windows_text_step24_[0-9a-f]{6}\.json", written.name), ended
+    result = json.loads(written.read_text())
+    assert (result["job"], result["step"], result["settings"]) == ("windows", 24, {"text": str(text)})
+    scores = {score["pattern"]: score for score in result["scores"]}
     assert list(scores) == ["separator", "dense", "sink_window", "fixed_interval"]
     assert all(pattern in out for pattern in scores)
     assert scores["dense"]["kv_kept"] == 1.0
@@ -172,6 +183,28 @@ def test_generate_uses_the_workdir(finished, capfd):
     assert ended.code == 0, ended.err
     assert len(ended.out.strip()) > 5  # a model of 24 steps has no words, but no single token either
     assert "cache holds" in ended.err
+
+
+def test_a_report_has_samples_and_kept_tokens_where_they_are_asked_for(finished, tmp_path, capfd, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(SENTENCES * 4))
+    page = f"--output={tmp_path}/r.html"
+    flags = (f"--workdir={finished}", page, "--samples=2", "--max_new_tokens=5", f"--kept={text}")
+    ended = command(capfd, "report", *flags)
+    assert ended.out == f"samples: {finished}/samples/step24.json\nwritten to {tmp_path}/r.html\n", ended.err
+    samples = json.loads((finished / "samples" / "step24.json").read_text())["samples"]
+    assert len(samples) == 2
+    written = (tmp_path / "r.html").read_text()
+    for sample in samples:
+        assert f'<span class="prompt">{html.escape(sample["prompt"])}</span>{html.escape(sample["text"])}' in written
+    assert '<span class="gone">' in written
+    assert "has no chat template" in command(capfd, "report", *flags, "--prompt=a", "--apply_chat_template").err
+
+    def conversations(*_):
+        raise ConfigError("no texts") from NoFormError("conversations")
+
+    monkeypatch.setattr(inputs, "texts_of", conversations)
+    assert "give --samples texts to answer" in command(capfd, "report", *flags[:3]).err
 
 
 def test_bad_texts_are_the_users_mistakes(finished, tmp_path):

@@ -57,11 +57,13 @@ UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "os.system
 UNSAFE_CALLS |= {"yaml.full_load", "yaml.unsafe_load", "os.popen", "subprocess.getoutput", "runpy.run_path"}
 # Rooms that may reach the network, when the user asks for it.
 NETWORK = {"requests", "urllib", "http", "httpx", "aiohttp", "ftplib", "socket", "huggingface_hub", "datasets"}
+NETWORK |= {"wandb", "trackio"}
 MAY_REACH_IT = {
     "sepjax/serve/running.py",  # the socket that it listens on
     "sepjax/hub/remote.py",  # the hub, with --download
     "sepjax/hub/packaged.py",  # the package index, by pip in a process of its own, for the models that it names
     "sepjax/run/workdir.py",  # this host's name
+    "sepjax/run/trackers.py",  # what --log_to names
     "sepjax/evaluation/lm_eval_data.py",  # datasets of the tasks that evaluate.py is asked for
 }
 UNSAFE_ARGUMENTS = {"allow_pickle", "shell"}

@@ -77,4 +77,4 @@ def test_an_installed_sepjax_trains_generates_and_evaluates(sepjax):
     assert sorted(losses(sepjax.folder / "run")) == [1, 2]
     assert sepjax("generate", "--workdir=run", "--prompt=The function", "--max_new_tokens=3").strip()
     out = sepjax("evaluate", "windows", "--workdir=run", "--patterns=separator", "--max_documents=2")
-    assert "written to run/evaluation.json" in out
+    assert "written to run/evaluations/windows_corpus_step2_" in out

@@ -152,6 +152,7 @@ def run_tasks(
 
 def write_files(output: Path, what: Any, scores: Sequence[Any]) -> str:
     """Writes `what`'s CSV and picture beside `output`; returns what to say about it."""
+    output.parent.mkdir(exist_ok=True)
     with files.replacing(output.with_suffix(".csv")) as partial:
         what.write_csv(partial, scores)
     try:

@@ -60,6 +60,14 @@ def worth(
     return sums, counts
 
 
+def far_looks(
+    model: Transformer, rows: Sequence[Int32[np.ndarray, "_"]], *, window_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each row with the far attention (above) that each of its places but the last receives, float64."""
+    for ids, found in _measured(model, rows, functools.partial(_received, window_size), "measuring by attention"):
+        yield ids, found[0, : len(ids) - 1]
+
+
 def per_use(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """float64[V]: the mean a use, drawn to that of ids of the same octave of counts as if they had added four uses."""
     octave = np.floor(np.log2(np.maximum(counts, 1))).astype(int)

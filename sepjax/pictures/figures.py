@@ -12,8 +12,11 @@ from sepjax.config import UserError
 from sepjax.pictures.canvas import blank
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, each with a marker of its own for print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
+DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))  # as many colours again in print
+_MARKS = 8  # shares of keys that are written at the axis, at most
+_WIDE = 8.0  # largest over smallest share of keys from which the axis is logarithmic
 
 
 class FigureError(UserError, ValueError):
@@ -59,11 +62,11 @@ def read_points(files: Iterable[Path]) -> tuple[list[Point], str]:
 
 def draw_pareto(path: Path, points: Sequence[Point], baseline: str, title: str) -> None:
     """Loss against keys kept, a line for each pattern; `path` ends in .png, .svg or .pdf."""
-    figure, axes = _figure(title)
+    figure, axes = axes_of(title)
     by_pattern: dict[str, list[Point]] = {}
     for point in points:
         by_pattern.setdefault(point.pattern, []).append(point)
-    for (pattern, some), colour, marker in zip(by_pattern.items(), _cycle(_COLOURS), _cycle(_MARKERS), strict=False):
+    for (pattern, some), colour, marker in zip(by_pattern.items(), _cycle(COLOURS), _cycle(_MARKERS), strict=False):
         some = sorted(some, key=lambda x: x.kept)
         errors = [math.nan if x.error is None else x.error for x in some]
         axes.errorbar(
@@ -72,10 +75,32 @@ def draw_pareto(path: Path, points: Sequence[Point], baseline: str, title: str) 
         )  # fmt: skip
         for x in some:
             axes.annotate(x.arm, (100 * x.kept, x.loss), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    shares = [x.kept for x in points]
+    if max(shares) > _WIDE * min(shares) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")
+        if len(marks := sorted({round(100 * x, 1) for x in shares})) <= _MARKS:
+            axes.set_xticks(marks, [f"{x:g}" for x in marks])
+        else:
+            axes.xaxis.set_major_formatter("{x:g}")
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.set(xlabel="keys held, % of dense attention's", ylabel=f"nats per token over {baseline!r}: lower is better")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; raises FigureError where there is no such file."""
+    file = workdir / "metrics.jsonl"
+    if not file.is_file():
+        raise FigureError(f"{workdir} has no metrics.jsonl; give folders of runs of sepjax train")
+    rows: list[Any] = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the line that a run was writing when it was killed
+            continue
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def read_curves(workdirs: Iterable[Path], metric: str) -> Mapping[str, tuple[list[int], list[float]]]:
@@ -85,26 +110,19 @@ def read_curves(workdirs: Iterable[Path], metric: str) -> Mapping[str, tuple[lis
     """
     curves: dict[str, tuple[list[int], list[float]]] = {}
     workdirs = list(workdirs)
-    names = _names(workdirs)
+    names = short_names(workdirs)
     for workdir in workdirs:
-        file = workdir / "metrics.jsonl"
-        if not file.is_file():
-            raise FigureError(f"{workdir} has no metrics.jsonl; give folders of runs of sepjax train")
-        rows: list[Any] = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # the line that a run was writing when it was killed
-                continue
-        found = {row["step"]: row[metric] for row in rows if metric in row}
+        rows = read_metrics(workdir)
+        # What was not finite is null in the file, and a gap in a curve.
+        found = {row["step"]: math.nan if row[metric] is None else row[metric] for row in rows if metric in row}
         if not found:
             known = sorted({name for row in rows for name in row} - {"step", "time"})
-            raise FigureError(f"{file} has no {metric!r}; it has {', '.join(known)}")
+            raise FigureError(f"{workdir / 'metrics.jsonl'} has no {metric!r}; it has {', '.join(known)}")
         curves[names[workdir]] = (sorted(found), [found[step] for step in sorted(found)])
     return curves
 
 
-def _names(workdirs: Sequence[Path]) -> dict[Path, str]:
+def short_names(workdirs: Sequence[Path]) -> dict[Path, str]:
     """The last parts of each path, as few as tell them apart."""
     parts = {workdir: workdir.parts for workdir in workdirs}
     for count in range(1, max((len(x) for x in parts.values()), default=0) + 1):
@@ -116,12 +134,12 @@ def _names(workdirs: Sequence[Path]) -> dict[Path, str]:
 
 def draw_curves(path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], metric: str) -> None:
     """A metric over steps, a line for each run; `path` ends in .png, .svg or .pdf."""
-    figure, axes = _figure(f"{metric} of {', '.join(curves)}")
-    for (name, (steps, values)), colour in zip(curves.items(), _cycle(_COLOURS), strict=False):
+    figure, axes = axes_of(f"{metric} of {', '.join(curves)}")
+    for (name, (steps, values)), colour in zip(curves.items(), _cycle(COLOURS), strict=False):
         axes.plot(steps, values, label=name, color=colour, linewidth=1.2, marker="." if len(steps) < 30 else "")
     axes.set(xlabel="step", ylabel=metric)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _cycle(items: Sequence[str]) -> Iterable[str]:
@@ -129,7 +147,8 @@ def _cycle(items: Sequence[str]) -> Iterable[str]:
         yield from items
 
 
-def _figure(title: str) -> tuple[Any, Any]:
+def axes_of(title: str) -> tuple[Any, Any]:
+    """An empty figure with this title, and its axes."""
     figure = blank(7.0, 4.4, "the figure")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=10, loc="left", wrap=True)
@@ -138,7 +157,8 @@ def _figure(title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Writes the figure as its name ends, the same bytes for the same figure. Raises FigureError for other endings."""
     kinds = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
     if path.suffix not in kinds:
         raise FigureError(f"--output={path} is to end in .png, .svg or .pdf")

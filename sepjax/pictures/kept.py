@@ -29,6 +29,7 @@ from sepjax.model.transformer import Transformer
 
 SINK, RECENT, GONE = "s", "r", "0"  # in a frame's states; "1" to "9": kept, by so many ninths of the sets
 _SHADES = 9
+EVERYWHERE = "layer and head"
 
 
 class EmptyTextError(UserError, ValueError):
@@ -66,7 +67,7 @@ class KeptText:
     tokens: tuple[str, ...]  # their texts; one that ends within a character has what was whole before
     frames: tuple[Frame, ...]  # in order of time; the last has seen all tokens
     cache_size: int
-    where: str = "layer and head"  # that has so many entries
+    where: str = EVERYWHERE  # that has so many entries
 
     def terminal(self, frame: int = -1) -> str:
         """One frame in ANSI colours: sinks underlined, kept tokens on colour, recent ones plain, the others faint."""
@@ -161,7 +162,7 @@ def _frames(of: Prepared, sizes: BoundedSizes, ids: list[int]) -> list[Frame]:
 def _where(sizes: BoundedSizes) -> str:
     if isinstance(sizes, MixedSizes):
         return f"of layers {', '.join(map(str, sizes.layers(0)))}, others in others"
-    return "layer that keeps, fewer in others" if sizes.sees_kept else "layer and head"
+    return "layer that keeps, fewer in others" if sizes.sees_kept else EVERYWHERE
 
 
 def _title(attention: AttentionConfig, sizes: BoundedSizes) -> str:

@@ -33,9 +33,13 @@ COMMANDS = {  # what the user writes after `sepjax` -> its file in this folder
     "distill": "distill",
     "keeping": "keeping",
     "layers": "layers",
+    "report": "report",
     "picture kept": "picture.kept",
     "picture pareto": "picture.pareto",
     "picture curves": "picture.curves",
+    "picture mask": "picture.mask",
+    "picture slots": "picture.slots",
+    "picture kinds": "picture.kinds",
 }
 _BENCH = "bench"
 

@@ -62,6 +62,16 @@ def one_arm(text: str, base: "AttentionConfig", num_layers: int) -> "AttentionCo
     return arms[0].attention
 
 
+def one_text(flag: str, path: str) -> str:
+    """The text of a file; raises ConfigError for a folder of several, and what `read_texts` raises."""
+    from sepjax.evaluation.documents import read_texts
+
+    (text, *others) = read_texts(Path(path))
+    if others:
+        raise ConfigError(f"--{flag}={path} has {len(others) + 1} texts; give one file")
+    return text
+
+
 def refuse_window(pattern: str | None, names: list[str]) -> None:
     """Raises `ConfigError` for sizes of a window where everything is seen."""
     if names and pattern == "dense":

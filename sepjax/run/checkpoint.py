@@ -346,7 +346,7 @@ def _read(
     workdir: Path | str, step: int | None, mesh: Mesh | None, *, with_base: bool
 ) -> tuple[Config, Params, Params, int, Mesh]:
     """The config, what has learned, the frozen base (else empty), the step, and where they are."""
-    folder = _step_folder(Path(workdir), step)
+    folder = step_folder(Path(workdir), step)
     config = from_json((folder / "config" / "metadata").read_bytes())
     mesh = mesh or make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1, context=1), jax.devices()[:1])
     target, frozen = learned_and_frozen(config, mesh)
@@ -378,10 +378,10 @@ def save_params(workdir: Path, config: Config, params: Params) -> None:
 
 def load_config(workdir: Path | str) -> Config:
     """The config of the newest checkpoint of a run; raises as `load_params` does."""
-    return from_json((_step_folder(Path(workdir), None) / "config" / "metadata").read_bytes())
+    return from_json((step_folder(Path(workdir), None) / "config" / "metadata").read_bytes())
 
 
-def _step_folder(workdir: Path, step: int | None) -> Path:
+def step_folder(workdir: Path, step: int | None) -> Path:
     """The newest checkpoint whose files are whole, or that of `step`."""
     folder = directory(workdir)
     steps = steps_on_disk(folder)

@@ -27,6 +27,7 @@ from sepjax.config import UserError
 from sepjax.console import say
 from sepjax.files import WriteError, write_text
 from sepjax.measure import checkout
+from sepjax.run.trackers import Trackers
 
 _PACKAGES = ("sepjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
@@ -38,14 +39,18 @@ class MetricWriter:
     told to hide its events of those steps, so that the record reads as if the run had never stopped.
     """
 
-    def __init__(self, workdir: Path | str, *, total_steps: int, resume_step: int = 0):
+    def __init__(
+        self, workdir: Path | str, *, total_steps: int, resume_step: int = 0, trackers: Trackers | None = None
+    ):
         """Opens the files, or raises `UserError` where they cannot be written.
 
         Args:
           workdir: folder of the run; made if need be.
           total_steps: of the run, for the progress line.
-          resume_step: steps already done.
+          resume_step: steps already done; 0: the run begins, and what is there is of one that saved nothing.
+          trackers: get the metrics too, and are closed at the end.
         """
+        self._trackers = trackers
         self._path = Path(workdir) / "metrics.jsonl"
         self._total_steps = total_steps
         self._first: tuple[int, float] | None = None  # step and time of the first line, for the time left
@@ -75,8 +80,8 @@ class MetricWriter:
         # The suffix keeps two starts within one second apart: the library names files by the second.
         suffix = f".{self._resume_step}.{os.getpid()}"
         events = EventsWriter(str(self._path.parent / "events"), suffix)
-        start = SessionLog(status=SessionLog.START)
-        events.write_event(Event(wall_time=time.time(), step=self._resume_step + 1, session_log=start))
+        start, first = SessionLog(status=SessionLog.START), self._resume_step + 1 if self._resume_step else 0
+        events.write_event(Event(wall_time=time.time(), step=first, session_log=start))
         return events
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -94,7 +99,10 @@ class MetricWriter:
         self._unwritten += (json.dumps({"step": step, "time": round(now, 3), **finite}) + "\n").encode()
         self._write_out()
         self._write_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
-        say(progress_line(step, self._total_steps, values, self._seconds_left(step)), error=False)
+        if self._trackers is not None:
+            self._trackers.log(step, values)
+        shown = {name: value for name, value in values.items() if name != "throughput/mfu" or has_known_peak()}
+        say(progress_line(step, self._total_steps, shown, self._seconds_left(step)), error=False)
 
     def _write_out(self) -> None:
         try:
@@ -122,6 +130,8 @@ class MetricWriter:
 
     def _seconds_left(self, step: int) -> float | None:
         now = time.monotonic()
+        if step == 0:  # the first step compiles
+            return None
         if self._first is None or step <= self._first[0]:
             self._first = self._first or (step, now)
             return None
@@ -132,6 +142,8 @@ class MetricWriter:
         """Closes the files. Safe to call twice. Raises `UserError` where there are lines that could not be written."""
         if self._active:
             self._active = False
+            if self._trackers is not None:
+                self._trackers.close()
             self._write_out()
             with contextlib.suppress(OSError):
                 if self._events is not None:
@@ -145,6 +157,11 @@ class MetricWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def has_known_peak() -> bool:
+    """Whether MFU tells a reader something. A CPU has no listed peak, and cores that others use."""
+    return jax.default_backend() != "cpu"
 
 
 def progress_line(
@@ -258,7 +275,7 @@ def _version(package: str) -> str | None:
 
 
 def _keep_steps(path: Path, last_step: int) -> None:
-    """Drops the lines of `path` after `last_step`, and a last line that a crash has torn."""
+    """Drops the lines of `path` after `last_step` (all of them if it is 0), and a last line that a crash has torn."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -270,7 +287,7 @@ def _keep_steps(path: Path, last_step: int) -> None:
             if number == len(lines):
                 break
             raise UserError(f"{path} line {number} is not JSON of ours ({error}); move it away to go on") from error
-        if step <= last_step:
+        if step <= last_step and last_step:
             kept.append(line.rstrip("\n") + "\n")
     write_text(path, "".join(kept))
 

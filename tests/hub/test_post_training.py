@@ -120,6 +120,13 @@ def test_it_learns_and_resumes_without_its_source(config, source, tmp_path):
     training = dataclasses.replace(config.training, init_from=str(tmp_path / "run"))
     train(dataclasses.replace(config, training=training), tmp_path / "again")
     assert losses(tmp_path / "again")[1] < whole[1] - 0.3
+    # What it was before is scored first: here the other's last state, on the same rows.
+    last, before = (
+        [x for x in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines()) if "eval/loss" in x]
+        for name in ("run", "again")
+    )
+    assert [x["step"] for x in before] == [0, 4]
+    assert before[0]["eval/loss"] == pytest.approx(last[-1]["eval/loss"], rel=1e-6)
 
 
 @pytest.mark.usefixtures("quick_start")

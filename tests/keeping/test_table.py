@@ -12,13 +12,14 @@ from sepjax.command.flags import parse
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig, from_json_section
 from sepjax.evaluation.arms import parse_arms
 from sepjax.generation.cache.mixed import bounded_sizes
+from sepjax.keeping.kinds import KINDS, far_attention_by_kind, kinds_of_ids
 from sepjax.keeping.layers import as_arm, best_layers, split_memory
 from sepjax.keeping.measure import best_ids, gains_of_layers, per_use, worth
 from sepjax.keeping.table import TableError, measure_table, store
 from sepjax.model.rope import rope_table, rotate
 from sepjax.programs import run_here
 from sepjax.programs.common import one_arm
-from sepjax.separators import with_ids
+from sepjax.separators import token_texts, with_ids
 from tests.evaluation.conftest import byte_model, byte_tokenizer  # noqa: F401
 
 ROWS = [np.random.default_rng(n).integers(1, 30, size).astype(np.int32) for n, size in ((0, 25), (1, 25))]
@@ -60,6 +61,56 @@ def test_worth_is_what_the_places_give(byte_model):  # noqa: F811
         sums, found = worth(byte_model, ROWS, by, window_size=WINDOW)
         np.testing.assert_array_equal(found, counts)
         np.testing.assert_allclose(sums, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def test_kinds_receive_what_their_places_do(byte_model, byte_tokenizer):  # noqa: F811
+    sinks, texts = 2, token_texts(byte_tokenizer)
+    rows = [*ROWS, np.arange(8, 38, dtype=np.int32)]
+    counts = np.bincount(np.concatenate(rows), minlength=len(texts))
+    kinds = [KINDS[kind] for kind in kinds_of_ids(byte_tokenizer, counts)]
+    known = {texts.index(x): kind for x, kind in (("7", "number"), (".", "separator"), ("A", "capitalised"))}
+    assert all(
+        kinds[i] == kind for i, kind in (known | {texts.index("%"): "other", texts.index("a"): KINDS[6]}).items()
+    )
+    each: list[dict[str, list[float]]] = []
+    for ids in rows:
+        _, looks = losses_and_looks(byte_model, ids, jnp.ones(len(ids) - 1))
+        places = len(ids) - 1 - WINDOW
+        each.append({})
+        for at in range(places):
+            kind = "sink" if at < sinks else kinds[ids[at]]
+            each[-1].setdefault(kind, []).append(float(looks[at]) / (places - at))
+    found = far_attention_by_kind(byte_model, byte_tokenizer, rows, window_size=WINDOW, num_sinks=sinks)
+    total = sum(sum(x) for row in each for x in row.values())
+    others = [x for row in each for kind, some in row.items() if kind != "sink" for x in some]
+    assert {x.kind for x in found} == {kind for row in each for kind in row}
+    for share in found:
+        mine = [x for row in each for x in row.get(share.kind, [])]
+        assert share.attention == pytest.approx(sum(mine) / total, rel=1e-4)
+        assert share.relative == pytest.approx(np.mean(mine) / np.mean(others), rel=1e-4)
+        assert share.tokens == pytest.approx(len(mine) / sum(len(x) for row in each for x in row.values()))
+        assert share.error is not None
+    same = [rows[0]] * 3  # rows that do not differ leave no doubt; of one row nothing is known
+    (first, *_) = far_attention_by_kind(byte_model, byte_tokenizer, same, window_size=WINDOW, num_sinks=sinks)
+    assert first.error == pytest.approx(0, abs=1e-9 * first.relative)
+    assert far_attention_by_kind(byte_model, byte_tokenizer, same[:1], window_size=WINDOW)[0].error is None
+
+
+def test_pictures_are_drawn_by_their_commands(tmp_path, byte_model, byte_tokenizer, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr("sepjax.loading.load", lambda path, **_: (byte_model, byte_tokenizer))
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox, and the lazy dog. " * 3)
+    for job, flags, said in (
+        ("kinds", ["--window_size=8", "--length=32"], "kind  "),
+        ("slots", ["--arms=separator a=2 s=4 w=8 c=24"], "at most 24 entries, "),
+        ("mask", ["--arm=separator a=2 n=4"], "separator, window 4, 2 sinks: "),
+    ):
+        out = tmp_path / f"{job}.svg"
+        run_here(["picture", job, f"--model={tmp_path}", f"--text={text}", f"--output={out}", *flags])
+        printed = capsys.readouterr().out
+        assert said in printed
+        assert printed.endswith(f"written to {out}\n")
+        assert f"{tmp_path.name}, text.txt" in out.read_text() or f"{tmp_path.name} reads text.txt" in out.read_text()
 
 
 def test_means_of_few_uses_are_drawn_to_their_equals():

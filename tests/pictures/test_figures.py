@@ -2,10 +2,17 @@
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 
 import pytest
 
+from sepjax.keeping.kinds import KindShare
 from sepjax.pictures.figures import FigureError, draw_curves, draw_pareto, read_curves, read_points
+from sepjax.pictures.kinds import draw_kinds
+from sepjax.pictures.slots import draw_slots
+
+ROOT = Path(__file__).parents[2]
 
 
 def results(path, arms, baseline="window"):
@@ -38,6 +45,44 @@ def test_quality_against_keys(tmp_path):
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(FigureError, match=r"to end in \.png, \.svg or \.pdf"):
         draw_pareto(tmp_path / "p.gif", points, baseline, "t")
+
+
+def test_the_projects_own_results_are_those_of_the_page(tmp_path):
+    """docs/figures/keeping_pareto.png is drawn of a file whose numbers docs/keeping.md has."""
+    file, text = ROOT / "docs" / "figures" / "keeping_pareto.json", (ROOT / "docs" / "keeping.md").read_text()
+    points, baseline = read_points([file])
+    scores = json.loads(file.read_text())["scores"]
+    dense = next(x["perplexity"] for x in scores if x["pattern"] == baseline)
+    for point, score in zip(points, scores, strict=True):
+        assert f"{score['perplexity']:.3f}" in text
+        assert point.loss == pytest.approx(math.log(score["perplexity"] / dense), abs=1e-5)
+        assert point.kept == pytest.approx(score["slots"] / 8192, abs=1e-5)
+    draw_pareto(tmp_path / "p.svg", points, baseline, "SmolLM2")
+    drawn = (tmp_path / "p.svg").read_text()
+    assert all(f"<!-- {mark} -->" in drawn for mark in ("4", "9.8", "100"))  # a logarithmic axis says its shares
+    assert (ROOT / "docs" / "figures" / "keeping_pareto.png").is_file()
+
+
+def test_bars_of_kinds(tmp_path):
+    kinds = [KindShare("sink", 0.01, 0.8, 90.0, 3.0), KindShare("number", 0.2, 0.04, 0.25, None)]
+    draw_kinds(tmp_path / "k.svg", kinds, "SmolLM2 & books")
+    drawn = (tmp_path / "k.svg").read_text()
+    for words in (
+        "sink",
+        "number",
+        "1.0% of tokens,",
+        "4.0% of far attention",
+        "80% of far attention",
+        "SmolLM2 &amp; books",
+    ):
+        assert f"<!-- {words}" in drawn or words in drawn
+
+
+def test_slots_are_drawn_beside_dense(tmp_path):
+    draw_slots(tmp_path / "s.svg", {"a": ([5, 5, 9], [5, 3, 7]), "b": ([9], [9])}, "model reads text")
+    drawn = (tmp_path / "s.svg").read_text()
+    for words in ("model reads text", "dense: every token", "a: at most 7", "b: at most 9", "tokens seen"):
+        assert f"<!-- {words}" in drawn
 
 
 def test_results_that_do_not_belong_together_are_named(tmp_path):

@@ -1,5 +1,6 @@
 """Pictures of kept tokens: every state is what a plain list of the cache says, and a text cannot break the page."""
 
+import dataclasses
 import json
 import re
 
@@ -10,6 +11,8 @@ from sepjax.config import AttentionConfig, ConfigError
 from sepjax.generation.cache.view import CacheView
 from sepjax.pictures import kept_text
 from sepjax.pictures.kept import EmptyTextError, Frame
+from sepjax.pictures.mask import MaskError, draw_mask, who_sees_whom
+from sepjax.pictures.slots import slots_held
 from sepjax.separators import configured_table
 from tests.generation.cache.common import ListStream
 from tests.generation.tiny import tiny_model, tiny_tokenizer
@@ -46,6 +49,53 @@ def test_states_are_those_of_a_list(picture, tokenizer):
     assert at == len(ids)
     assert {"s", "r", "9", "0"} == set(picture.frames[-1].states)
     assert "".join(picture.tokens) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 4, 14), (2, 0, 12, 14)])  # the latter evicts at every token
+def test_slots_between_passes_are_those_of_a_list(sizes, tokenizer):
+    sinks, most, window, size = sizes
+    pattern = "separator" if most else "sink_window"
+    attention = AttentionConfig(
+        pattern=pattern, num_sinks=sinks, max_separators=most, window_size=window, cache_size=size
+    )
+    seen, held = slots_held(tiny_model(), tokenizer, TEXT, {"own": attention})["own"]
+    flags = configured_table(tokenizer, attention)
+    row, expected = ListStream(sinks, most, window, size), {0: {0}}
+    for at, token in enumerate(tokenizer.encode(TEXT, bos=True)):
+        row.append(bool(flags[token]))
+        expected[at + 1] = {len(row.entries)}
+        if len(row.entries) != max(expected[at]) + 1:  # compacted: what it was, less what went, before this one came
+            expected[at] |= {len(row.entries) - 1}
+    assert all(entries in expected[at] for at, entries in zip(seen, held, strict=True))
+    assert max(held) == size
+    assert seen[-1] == max(expected)
+
+
+def test_a_mask_shows_who_sees_whom(tokenizer, tmp_path):
+    attention = AttentionConfig(num_sinks=2, window_size=4)
+    ids = tokenizer.encode(TEXT, bos=True)[:40]
+    dense, window, own = draw_mask(tmp_path / "m.svg", tokenizer, TEXT, attention, max_tokens=40, title="tiny & text")
+    flags = configured_table(tokenizer, attention)[np.array(ids)]
+    i, j = np.mgrid[:40, :40]
+    near, sink = (j <= i) & (i - j < 4), (j < 2) & (i - j >= 4)
+    expected = np.where(near, 1, np.where(sink, 3, np.where((i - j >= 4) & flags[j], 2, 0)))
+    np.testing.assert_array_equal(own.kinds, expected)
+    np.testing.assert_array_equal(window.kinds, np.where(near, 1, np.where(sink, 3, 0)))
+    np.testing.assert_array_equal(dense.kinds, j <= i)
+    assert dense.share == 1 > own.share > window.share
+    drawn = (tmp_path / "m.svg").read_text()
+    for words in ("tiny &amp; text: rows look at columns", "kept from before it", f"{own.share:.0%} of the pairs"):
+        assert words in drawn
+    layers = dataclasses.replace(attention, kept_layers=(1,), layer_windows=(3, 5), layer_reach=(20, 0))
+    first, second = (who_sees_whom(tokenizer, ids, layers, num_layers=2, layer=x).kinds for x in (0, 1))
+    np.testing.assert_array_equal(first > 0, (j <= i) & ((i - j < 3) | ((j < 2) & (i - j < 20))))
+    np.testing.assert_array_equal(second > 0, (j <= i) & ((i - j < 5) | (j < 2) | flags[j]))
+    with pytest.raises(MaskError, match="'watched' keeps is told by the model"):
+        who_sees_whom(tokenizer, ids, dataclasses.replace(attention, pattern="watched"))
+    with pytest.raises(MaskError, match="--layer=2: the model has layers 0 to 1"):
+        who_sees_whom(tokenizer, ids, layers, num_layers=2, layer=2)
+    with pytest.raises(MaskError, match="the text is empty"):
+        draw_mask(tmp_path / "m.svg", tokenizer, "", attention)
 
 
 def test_a_page_holds_all_of_it_and_no_text_ends_it(picture):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from sepjax import programs
 from sepjax.config import AttentionConfig
 from sepjax.evaluation import jobs, needle, recall
 from sepjax.programs import COMMANDS
+from sepjax.programs.evaluate import common
 from tests.commands import Called, command, leaves, own_flags, unlike
 from tests.hub.test_gguf_file import write
 
@@ -75,6 +77,31 @@ def test_arms_begin_with_the_models_own_settings_and_the_window_that_is_asked_fo
     seen.clear()
     jobs.evaluate(tmp_path / "m.gguf", length=16, **cut)
     assert [arm.attention for arm in seen] == expected
+
+
+def test_results_are_named_by_what_was_scored(tmp_path, monkeypatch):
+    """Another job, model, text or setting never takes the place of a result; only the same thing again does."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a/SmolLM2-1.7B", "b/SmolLM2-1.7B", "books"):
+        (tmp_path / folder).mkdir(parents=True)
+
+    def name(job, **settings):
+        found = programs.program(f"evaluate {job}").Settings(**{"model": "a/SmolLM2-1.7B", "text": "books"} | settings)
+        return str(common.begin(found, job)[1])
+
+    first = name("windows")
+    assert re.fullmatch(r"evaluations/windows_SmolLM2-1.7B_books_[0-9a-f]{6}\.json", first)
+    assert not (tmp_path / "evaluations").exists()  # nothing is scored yet
+    same = [{"batch_size": 3}, {"model": f"{tmp_path}/a/SmolLM2-1.7B"}, {"text": "../" + tmp_path.name + "/books/"}]
+    assert {name("windows", **settings) for settings in same} == {first}
+    others = [{"model": "b/SmolLM2-1.7B"}, {"text": "a"}, {"length": 9}, {"arms": "dense; dense n=3"}, {"bos": False}]
+    others += [{"text": "/elsewhere/books"}, {"patterns": ("dense",)}, {"dtype": "bfloat16"}]
+    names = {first, name("compare"), name("stream"), *(name("windows", **settings) for settings in others)}
+    assert len(names) == 3 + len(others)
+    assert "tasks_SmolLM2-1.7B_a-b-c_" in str(
+        common.begin(programs.program("evaluate tasks").Settings(model="a/SmolLM2-1.7B", task=("a", "b/c")), "tasks")[1]
+    )
+    assert name("windows", output="mine.json") == "mine.json"
 
 
 def test_a_stream_is_scored_and_its_curve_written_beside_the_output(tmp_path, capfd):

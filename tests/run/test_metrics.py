@@ -119,7 +119,7 @@ def test_metrics_go_to_console_file_and_tensorboard(tmp_path: Path, capsys: pyte
     assert scalars[10, "throughput/mfu"] == 0.125
     assert set(scalars) == {(10, "train/loss"), (10, "throughput/mfu"), (20, "train/loss")}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step  10/20  loss 2.500  MFU 12.5 %"
+    assert lines[0] == "step  10/20  loss 2.500"  # of a CPU, MFU is recorded and not shown
     assert lines[1] == "step  20/20  loss nan  eta 0:00"
 
 
@@ -133,7 +133,18 @@ def test_resuming_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
         writer.write(30, {"train/loss": 3.0})
     assert [(record["step"], record["train/loss"]) for record in _records(tmp_path)] == [(10, 1), (20, 2), (30, 3)]
     starts = [event.step for event in _events(tmp_path) if event.session_log.status == SessionLog.START]
-    assert sorted(starts) == [1, 21]  # TensorBoard hides what earlier files have from these steps on
+    assert sorted(starts) == [0, 21]  # TensorBoard hides what earlier files have from these steps on
+
+
+def test_a_run_that_saved_nothing_leaves_no_steps(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Its evaluation at step 0 is made again, and is not there twice."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for _ in range(2):
+        with metrics.MetricWriter(tmp_path, total_steps=5) as writer:
+            for step in (0, 1):
+                writer.write(step, {"eval/loss": 1.0, "throughput/mfu": 0.5})
+    assert [record["step"] for record in _records(tmp_path)] == [0, 1]
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"step  {i}/5  eval loss 1.000  MFU 50.0 %" for i in (0, 1)]
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Settings that several jobs share, and where their results go."""
 
 import dataclasses
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +18,7 @@ from sepjax.programs.common import Loading, refuse_window
 class Job(Loading):
     """Which model, and where the result goes."""
 
-    output: str = ""  # JSON file; default: evaluation.json, or that of the job, in --workdir
+    output: str = ""  # JSON file; default: one named by what is scored, in evaluations/ of --workdir, or here
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,23 +74,73 @@ class Texts(Settings):
         return {name: getattr(self, name) for name in Texts.__annotations__}
 
 
-def output_of(settings: Job, name: str) -> Path:
-    """Where the result goes; raises before hours of scoring where it cannot be written or would replace a table."""
-    folder = settings.path if (settings.path / "checkpoints").is_dir() else Path()
-    path = Path(settings.output or folder / f"{name}.json")
+# Where the model is, which has a place of its own in the name, and what changes how fast a score comes, not the score.
+_NO_PART_OF_IT = {"workdir", "model", "step", "download", "output", "quiet"}
+_NO_PART_OF_IT |= {"batch_size", "batch_tokens", "rows", "chunk"}
+_FOLDER = "evaluations"
+
+
+def begin[S: Job](settings: S, job: str) -> tuple[S, Path]:
+    """The settings with the checkpoint that is scored, and where the result goes.
+
+    Raises before hours of scoring where it cannot be written or would replace a table.
+    """
+    settings = dataclasses.replace(settings, step=_step(settings))
+    path = Path(settings.output or _named_by_what_is_scored(settings, job))
     if path.suffix in (".csv", ".png"):
         raise ConfigError(f"--output={path} is where the table or the picture goes; give a .json file")
-    check_file(path)
-    return path
+    is_made_later = not settings.output and not path.parent.exists()
+    check_file(path.parent if is_made_later else path)
+    return settings, path
 
 
-def write(settings: Job, output: Path, scores: Sequence[Any]) -> None:
-    """Writes the scores, and where they come from, as JSON."""
+def _named_by_what_is_scored(settings: Job, job: str) -> Path:
+    """evaluations/JOB_MODEL_TEXT_STEP_DIGEST.json: another job, text, model, step or setting has another name."""
+    said, is_run = _what(settings), _is_run(settings)
+    text = Path(said.get("text", "")).stem or said.get("split", "") or "-".join(said.get("task", ())) or "corpus"
+    place = "" if is_run else _whole(str(settings.path))
+    digest = hashlib.sha256(json.dumps([job, said, place]).encode()).hexdigest()[:6]
+    model = settings.path.resolve().name.removesuffix(".gguf")
+    parts = [job, text, f"step{settings.step}"] if is_run else [job, model, text]
+    name = "_".join(re.sub(r"[^\w.]+", "-", part)[:40].strip("-") for part in [*parts, digest])
+    return (settings.path if is_run else Path()) / _FOLDER / f"{name}.json"
+
+
+def _what(settings: Job) -> dict[str, Any]:
+    """The settings that say what is scored, without those that are as nobody changed them."""
+    fields = [field for field in dataclasses.fields(settings) if field.name not in _NO_PART_OF_IT]
+    said = {field.name: getattr(settings, field.name) for field in fields}
+    changed = {field.name: said[field.name] for field in fields if said[field.name] != field.default}
+    return changed | ({"text": _whole(changed["text"])} if "text" in changed else {})
+
+
+def _whole(path: str) -> str:
+    """The same file however it was written; what is not a file here is a name."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def _is_run(settings: Job) -> bool:
+    return (settings.path / "checkpoints").is_dir()
+
+
+def _step(settings: Job) -> int | None:
+    """The checkpoint that is scored, also when another is written meanwhile. A pretrained model has none."""
+    if not _is_run(settings):
+        return settings.step
+    from sepjax.run.checkpoint import step_folder
+
+    return int(step_folder(settings.path, settings.step).name)
+
+
+def write(settings: Job, output: Path, job: str, scores: Sequence[Any]) -> None:
+    """Writes the scores, what they are of and where they come from, as JSON."""
     from sepjax.evaluation.report import plain
     from sepjax.measure import provenance
 
-    result = {"workdir": str(settings.path), "text": getattr(settings, "text", "")}
+    result = {"job": job, "workdir": str(settings.path), "step": settings.step}
+    result |= {"text": getattr(settings, "text", ""), "settings": _what(settings)}
     result |= {"scores": [dataclasses.asdict(score) for score in scores]}
+    output.parent.mkdir(exist_ok=True)
     write_text(output, json.dumps(plain(provenance() | result), indent=2, allow_nan=False) + "\n")
     print(f"written to {output}")
 

@@ -11,6 +11,8 @@ from typing import Annotated
 from sepjax.command.settings import OneOf
 from sepjax.programs.evaluate import common
 
+_JOB = "compare"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(common.Texts, common.Sliced, common.Job):
@@ -21,11 +23,11 @@ class Settings(common.Texts, common.Sliced, common.Job):
 
 def main(settings: Settings) -> None:
     """Prints the tables and writes the JSON."""
-    output = common.output_of(settings, "evaluation")
+    settings, output = common.begin(settings, _JOB)
     from sepjax.evaluation import jobs, report
 
     given = settings.texts | settings.slices | settings.loading
     scores = jobs.evaluate(settings.path, equal=settings.compare_at, **given)
     print(report.table(scores))
     common.print_slices(scores)
-    common.write(settings, output, scores)
+    common.write(settings, output, _JOB, scores)

@@ -11,6 +11,8 @@ from typing import Annotated
 from sepjax.command.settings import AtLeast
 from sepjax.programs.evaluate import common
 
+_JOB = "needle"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(common.Compared):
@@ -27,7 +29,7 @@ class Settings(common.Compared):
 
 def main(settings: Settings) -> None:
     """Prints the table; writes the JSON and the heat map."""
-    output = common.output_of(settings, "needle")
+    settings, output = common.begin(settings, _JOB)
     from sepjax.evaluation import jobs, needle
 
     cells = jobs.find_needles(
@@ -45,4 +47,4 @@ def main(settings: Settings) -> None:
     )
     print(needle.table(cells))
     print(f"cells and heat map: {jobs.write_files(output, needle, cells)}")
-    common.write(settings, output, cells)
+    common.write(settings, output, _JOB, cells)

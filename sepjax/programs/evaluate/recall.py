@@ -11,6 +11,8 @@ from typing import Annotated
 from sepjax.command.settings import AtLeast
 from sepjax.programs.evaluate import common
 
+_JOB = "recall"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(common.Compared):
@@ -21,10 +23,10 @@ class Settings(common.Compared):
 
 def main(settings: Settings) -> None:
     """Prints the table and writes the JSON."""
-    output = common.output_of(settings, "recall")
+    settings, output = common.begin(settings, _JOB)
     from sepjax.evaluation import recall
 
     given = {"arms": settings.arms, "batch_size": settings.batch_size} | settings.loading
     cells = recall.score_run(settings.path, settings.patterns or (), **given)
     print(recall.table(cells))
-    common.write(settings, output, cells)
+    common.write(settings, output, _JOB, cells)

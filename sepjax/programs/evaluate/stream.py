@@ -12,6 +12,8 @@ from typing import Annotated
 from sepjax.command.settings import AtLeast
 from sepjax.programs.evaluate import common
 
+_JOB = "stream"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(common.Sliced, common.Compared):
@@ -28,7 +30,7 @@ class Settings(common.Sliced, common.Compared):
 
 def main(settings: Settings) -> None:
     """Prints the tables; writes the JSON and the curve."""
-    output = common.output_of(settings, "streaming")
+    settings, output = common.begin(settings, _JOB)
     from sepjax.evaluation import curves, jobs
 
     scores = jobs.stream(
@@ -48,4 +50,4 @@ def main(settings: Settings) -> None:
     print(curves.table(scores))
     common.print_slices(scores)
     print(f"curve by position: {jobs.write_files(output, curves, scores)}")
-    common.write(settings, output, scores)
+    common.write(settings, output, _JOB, scores)

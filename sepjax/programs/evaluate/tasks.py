@@ -14,6 +14,8 @@ from sepjax.config import ConfigError
 from sepjax.programs.common import refuse_window
 from sepjax.programs.evaluate import common
 
+_JOB = "tasks"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(common.Job):
@@ -40,7 +42,7 @@ class Settings(common.Job):
 
 def main(settings: Settings) -> None:
     """Prints a table as each task is done, and writes the JSON."""
-    output = common.output_of(settings, "tasks")
+    settings, output = common.begin(settings, _JOB)
     from sepjax.evaluation import jobs
 
     scores = jobs.run_tasks(
@@ -57,4 +59,4 @@ def main(settings: Settings) -> None:
         apply_chat_template=settings.apply_chat_template,
         **settings.loading,
     )
-    common.write(settings, output, scores)
+    common.write(settings, output, _JOB, scores)

@@ -12,6 +12,8 @@ import dataclasses
 
 from sepjax.programs.evaluate import common
 
+_JOB = "windows"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(common.Texts, common.Sliced, common.Compared):
@@ -20,11 +22,11 @@ class Settings(common.Texts, common.Sliced, common.Compared):
 
 def main(settings: Settings) -> None:
     """Prints the tables and writes the JSON."""
-    output = common.output_of(settings, "evaluation")
+    settings, output = common.begin(settings, _JOB)
     from sepjax.evaluation import jobs, report
 
     given = settings.texts | settings.slices | settings.loading
     scores = jobs.evaluate(settings.path, settings.patterns or (), arms=settings.arms, **given)
     print(report.table(scores))
     common.print_slices(scores)
-    common.write(settings, output, scores)
+    common.write(settings, output, _JOB, scores)

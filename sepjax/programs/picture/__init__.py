@@ -1,1 +1,1 @@
-"""Pictures, a file each: `sepjax picture kept|pareto|curves`."""
+"""Pictures, a file each: `sepjax picture kept|pareto|curves|mask|slots|kinds`."""

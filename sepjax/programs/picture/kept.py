@@ -11,7 +11,7 @@ from typing import Annotated
 
 from sepjax.command.settings import AtLeast
 from sepjax.config import ConfigError
-from sepjax.programs.common import Loading, one_arm
+from sepjax.programs.common import Loading, one_arm, one_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,16 +33,13 @@ class Settings(Loading):
 def main(settings: Settings) -> None:
     """Prints the text, or writes the page."""
     from sepjax.console import say
-    from sepjax.evaluation.documents import read_texts
     from sepjax.files import check_file, write_text
     from sepjax.loading import load
     from sepjax.pictures import kept_text
 
     if settings.output:
         check_file(settings.output)
-    (text, *others) = read_texts(Path(settings.text))
-    if others:
-        raise ConfigError(f"--text={settings.text} has {len(others) + 1} texts; give one file")
+    text = one_text("text", settings.text)
     model, tokenizer = load(settings.path, **settings.loading)
     attention = model.attention
     if settings.arm:

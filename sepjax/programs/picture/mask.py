@@ -1,0 +1,41 @@
+"""draws who sees whom in a text: the pattern's mask beside dense attention's and StreamingLLM's
+
+sepjax picture mask --model=smollm2-135m --text=mine.txt --arm="separator n=8 a=2" --output=mask.svg
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+from sepjax.command.settings import AtLeast, AtMost
+from sepjax.programs.common import Loading, one_arm, one_text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Loading):
+    """Which text, under which pattern."""
+
+    text: str  # a UTF-8 text file
+    arm: str = ""  # pattern and sizes as in --arms of sepjax evaluate (a=, n=, ...), or @FILE; default: the model's own
+    layer: Annotated[int, AtLeast(0)] = 0  # of models whose layers differ
+    max_tokens: Annotated[int, AtLeast(1), AtMost(512)] = 48  # of the text, at most; up to 64 are written at the edges
+    output: str = "mask.png"  # a .png, .svg or .pdf file
+
+
+def main(settings: Settings) -> None:
+    """Writes the figure, and says what share of the pairs each pattern sees."""
+    from sepjax.files import check_file
+    from sepjax.loading import load
+    from sepjax.pictures import draw_mask
+
+    check_file(settings.output)
+    text = one_text("text", settings.text)
+    model, tokenizer = load(settings.path, **settings.loading)
+    attention, layers = model.attention, model.config.num_layers
+    if settings.arm:
+        attention = one_arm(settings.arm, attention, layers)
+    title = f"{settings.path.name}, {Path(settings.text).name}"
+    shown = {"title": title, "max_tokens": settings.max_tokens, "num_layers": layers, "layer": settings.layer}
+    for seen in draw_mask(Path(settings.output), tokenizer, text, attention, **shown):
+        print(f"{seen.name}: {seen.share:.1%} of the pairs")
+    print(f"written to {settings.output}")
