@@ -48,6 +48,9 @@ class Generator:
         """
         self._of = Prepared.create(model, tokenizer, attention)
 
+    def __repr__(self) -> str:
+        return f"Generator({self._of.config.in_words()}; {self.attention.in_words()})"
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's."""

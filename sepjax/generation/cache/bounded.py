@@ -36,6 +36,7 @@ from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.generation.cache import rows as rows_of
 from sepjax.generation.cache.bounded_pass import stream_pass
 from sepjax.generation.cache.newest import keep_newest
+from sepjax.generation.cache.shown import Shown
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.cache.turning import last_at, layer_axis, turn_table
 from sepjax.generation.cache.watched import keep_best, scores_after
@@ -47,8 +48,8 @@ type Layers = Float[jax.Array, "L B K C H"] | tuple[Float[jax.Array, "B K C H"],
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StreamingCache:
+@dataclasses.dataclass(frozen=True, repr=False)
+class StreamingCache(Shown):
     """Keys and values of all layers, and where each row's zones begin and end. Made by `create`."""
 
     k: Layers  # keys, each rotated by its position in its zone
