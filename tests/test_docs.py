@@ -199,6 +199,19 @@ def test_the_page_s_python_runs(page, monkeypatch):
         assert printed.getvalue().startswith("[135005] 0.0643")
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run_and_hold_no_outputs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                assert (cell["outputs"], cell["execution_count"]) == ([], None), (
+                    "run them elsewhere: outputs grow stale"
+                )
+                exec(compile("".join(cell["source"]), path.name, "exec"), space)
+
+
 def test_what_is_wrong_is_found(folder):
     """The measure itself."""
     page = "\n".join(

@@ -66,7 +66,9 @@ OBJECTS = {
 @pytest.mark.parametrize("name", OBJECTS)
 def test_prints_as_one_line_without_arrays(name):
     make, beginning = OBJECTS[name]
-    text = repr(make())
+    made = make()
+    text = repr(made)
+    assert str(made) == text
     assert beginning in text, text
     assert "\n" not in text
     assert len(text) < 300, text

@@ -124,7 +124,11 @@ def _reference(title: str, about: str, members: tuple[str, ...]) -> str:
 
 
 def _commands() -> str:
-    parts = ["# Commands", "", "What `--help` says of each; [the settings of a run](config.md) are flags of commands with `--config`, too."]
+    parts = [
+        "# Commands",
+        "",
+        "What `--help` says of each; [the settings of a run](config.md) are flags of commands with `--config`, too.",
+    ]
     for name in COMMANDS:
         module = program(name)
         flags = [flag for flag in flags_of(module.Settings) if flag.kind is not Config]  # those are a page of their own
@@ -151,6 +155,4 @@ def _notebook(path: Path) -> str:
     for cell in json.loads(path.read_text())["cells"]:
         text = "".join(cell["source"])
         parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
-        for output in cell.get("outputs", ()):
-            parts.append(f"```text\n{''.join(output.get('text', ()))}\n```")
     return "\n\n".join(parts)
