@@ -31,41 +31,51 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Int32
 
-from sepjax.array_typing import Array, SegmentIds, SeparatorFlags
+from sepjax.array_typing import Array
+from sepjax.config import UserError
 
 # Called outside jit, one program in place of dozens of single operations to compile; within jit nothing else.
 _at_once = functools.partial(jax.jit, inline=True)
 
 
+class LayoutError(UserError, ValueError):
+    """Arrays that do not make a layout, or queries and keys that do not fit one."""
+
+
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SeparatorLayout:
     """Visible ranges of every query, computed once per batch in O(T) and shared by all heads and layers.
 
-    Made by `build_layout`. `far_start`, `far_end` and `near_start` never decrease along a row. A padding token i has
-    the empty ranges far_start = far_end and near_start = i + 1: it sees nothing and nothing sees it.
+    Made by `build_layout`; that of one example alone has no axis B, and `jax.vmap` over examples gives it one.
+    `far_start`, `far_end` and `near_start` never decrease along a row. A padding token i has the empty ranges
+    far_start = far_end and near_start = i + 1: it sees nothing and nothing sees it.
     """
 
-    global_index: Int32[Array, "B S"]  # token position of each packed key, increasing; T where the row has no more
-    num_global: Int32[Array, "B"]  # global keys of the row; above S the packed array is incomplete (see `overflows`)
-    global_count: Int32[Array, "B T"]  # global keys at positions <= i
-    document_start: Int32[Array, "B T"]  # first token of i's document
-    far_start: Int32[Array, "B T"]
-    far_end: Int32[Array, "B T"]
-    near_start: Int32[Array, "B T"]
+    global_index: Int32[Array, "*B S"]  # token position of each packed key, increasing; T where the row has no more
+    num_global: Int32[Array, "*B"]  # global keys of the row; above S the packed array is incomplete (see `overflows`)
+    global_count: Int32[Array, "*B T"]  # global keys at positions <= i
+    document_start: Int32[Array, "*B T"]  # first token of i's document
+    far_start: Int32[Array, "*B T"]
+    far_end: Int32[Array, "*B T"]
+    near_start: Int32[Array, "*B T"]
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
     __no_type_check__ = True
 
+    def __repr__(self) -> str:
+        shape = f"T={self.length}" if self.far_start.ndim == 1 else f"{list(self.far_start.shape)}"
+        return f"SeparatorLayout({shape}, room for {self.capacity} packed keys)"
+
     @property
     def length(self) -> int:
         """T, the tokens of a row."""
-        return self.far_start.shape[1]
+        return self.far_start.shape[-1]
 
     @property
     def capacity(self) -> int:
         """S, the packed keys that a row has room for."""
-        return self.global_index.shape[1]
+        return self.global_index.shape[-1]
 
     def with_window(self, window_size: int | Int32[Array, ""]) -> "SeparatorLayout":
         """The same documents, sinks and separators seen through another window n >= 1, which may be traced.
@@ -96,25 +106,25 @@ class SeparatorLayout:
         """Whether some row has more global keys than the packed array has room for."""
         return jnp.any(self.num_global > self.capacity)
 
-    def is_global(self) -> Bool[Array, "B T"]:
+    def is_global(self) -> Bool[Array, "*B T"]:
         """Which tokens are global keys: sinks and separators that are not padding."""
-        return jnp.diff(self.global_count, axis=1, prepend=0) > 0
+        return jnp.diff(self.global_count, axis=-1, prepend=0) > 0
 
     @_at_once
-    def as_mask(self) -> Bool[Array, "B T T"]:
+    def as_mask(self) -> Bool[Array, "*B T T"]:
         """The mask [b, i, j], true where query i sees key j. For tests, pictures and small T: it is quadratic."""
         far, near = self.as_masks()
         return far | near
 
-    def as_masks(self) -> tuple[Bool[Array, "B T T"], Bool[Array, "B T T"]]:
+    def as_masks(self) -> tuple[Bool[Array, "*B T T"], Bool[Array, "*B T T"]]:
         """`as_mask` in two parts without a common key: seen far, as a packed key, and seen near, in the window."""
         j = jnp.arange(self.length, dtype=jnp.int32)
-        rank = self.global_count[:, None, :] - 1  # packed index of key j, where it is global
-        far = self.is_global()[:, None, :] & (self.far_start[..., None] <= rank) & (rank < self.far_end[..., None])
+        rank = self.global_count[..., None, :] - 1  # packed index of key j, where it is global
+        far = self.is_global()[..., None, :] & (self.far_start[..., None] <= rank) & (rank < self.far_end[..., None])
         near = (self.near_start[..., None] <= j) & (j <= j[:, None])
         return far, near
 
-    def keys_per_query(self) -> Int32[Array, "B T"]:
+    def keys_per_query(self) -> Int32[Array, "*B T"]:
         """Number of keys that each query sees; 0 for padding."""
         i = jnp.arange(self.length, dtype=jnp.int32)
         return (self.far_end - self.far_start) + (i - self.near_start + 1)
@@ -126,8 +136,8 @@ class SeparatorLayout:
         """
         keys = self.keys_per_query()
         if not isinstance(keys, Tracer):
-            return np.asarray(keys).sum(axis=1, dtype=np.int64)
-        return jnp.sum(keys, axis=1, dtype=jnp.int32 if self.length < 2**16 else jnp.float32)
+            return np.asarray(np.asarray(keys).sum(axis=-1, dtype=np.int64))
+        return jnp.sum(keys, axis=-1, dtype=jnp.int32 if self.length < 2**16 else jnp.float32)
 
     def attention_fraction(self) -> Float[Array, ""]:
         """Visible pairs over the causal pairs of the same documents, over all rows."""
@@ -140,47 +150,46 @@ class SeparatorLayout:
         """The paper's r.KV: keys that each document's last query sees over the document's length, averaged."""
         i = jnp.arange(self.length, dtype=jnp.int32)
         is_token = self.near_start <= i
-        next_start = jnp.roll(jnp.where(is_token, self.document_start, i), -1, axis=1).at[:, -1].set(self.length)
+        next_start = jnp.roll(jnp.where(is_token, self.document_start, i), -1, axis=-1).at[..., -1].set(self.length)
         is_last = is_token & (next_start != self.document_start)
         kept = self.keys_per_query() / (i - self.document_start + 1)
         return jnp.sum(jnp.where(is_last, kept, 0.0)) / jnp.maximum(jnp.sum(is_last), 1)
 
 
 def build_layout(
-    is_separator: SeparatorFlags,
+    is_separator: Bool[Array, "*B T"],
     *,
     window_size: int | Int32[Array, ""],
     num_sinks: int,
-    segment_ids: SegmentIds | None = None,
+    segment_ids: Int32[Array, "*B T"] | None = None,
     capacity: int | None = None,
     document_mask: bool = True,
 ) -> SeparatorLayout:
-    """Builds the layout of packed rows. Pure and jittable.
+    """Builds the layout of packed rows, or of one example alone. Pure; may be jitted and vmapped.
 
     Args:
-      is_separator: bool[B, T], tokens that stay visible for ever. Flags on padding are ignored.
+      is_separator: bool[B, T] or bool[T], tokens that stay visible for ever. Flags on padding are ignored.
       window_size: n >= 1, keys of the local window, the query itself included; n >= T is dense causal attention.
         It may be traced.
       num_sinks: a >= 0, first tokens of every document that stay visible for ever.
-      segment_ids: int32[B, T], 0 for padding; a document is a run of equal ids other than 0. None: a row is a document.
-      capacity: S, room for packed keys; None: T, which cannot overflow. Outside jit, a row with more global keys
-        raises; inside jit `separator_attention` computes such batches exactly, with room for T.
+      segment_ids: int32 of is_separator's shape, 0 for padding; a document is a run of equal ids other than 0. None: a
+        row is a document.
+      capacity: S, room for packed keys; None: T, which cannot overflow. Outside jit and vmap, a row with more global
+        keys raises; inside, `separator_attention` computes such batches exactly, with room for T.
       document_mask: False gives the official code's row-wise behaviour: all documents of a row are one, and only
         leading padding shifts the sinks; padding elsewhere counts as text.
 
     Raises:
-      ValueError: for shapes that disagree, T = 0, n < 1, a < 0, S < 0, or (outside jit) too small a capacity.
+      LayoutError: a ValueError, for shapes or dtypes that do not fit, T = 0, n < 1, a < 0, S < 0, or (outside jit and
+        vmap) too small a capacity.
     """
-    if is_separator.ndim != 2 or is_separator.shape[1] == 0:
-        raise ValueError(f"is_separator must be bool[B, T] with T >= 1, got shape {is_separator.shape}")
-    B, T = is_separator.shape
+    _check_arrays(is_separator, segment_ids)
+    T = is_separator.shape[-1]
     window_size = _checked_window(window_size, T)
-    if segment_ids is not None and segment_ids.shape != (B, T):
-        raise ValueError(f"segment_ids must have is_separator's shape {(B, T)}, got {segment_ids.shape}")
     if num_sinks < 0:
-        raise ValueError(f"num_sinks={num_sinks} must be 0 or more")
+        raise LayoutError(f"num_sinks={num_sinks} must be 0 or more")
     if capacity is not None and capacity < 0:
-        raise ValueError(f"capacity={capacity} must be 0 or more; leave it out for one that cannot overflow")
+        raise LayoutError(f"capacity={capacity} must be 0 or more; leave it out for one that cannot overflow")
 
     room = T if capacity is None else capacity
     layout = _build(is_separator, segment_ids, window_size, min(num_sinks, T), capacity=room, rows=not document_mask)
@@ -189,10 +198,27 @@ def build_layout(
     return layout
 
 
+def _check_arrays(is_separator: Array, segment_ids: Array | None) -> None:
+    def said(x):
+        return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+
+    shape = tuple(getattr(is_separator, "shape", ()))
+    if said(is_separator)[:4] != "bool" or len(shape) not in (1, 2) or 0 in shape[-1:]:
+        raise LayoutError(
+            f"is_separator must be bool[B, T], or bool[T] of one example, with T >= 1, got {said(is_separator)}; "
+            "flags of tokens are table[tokens] with the table of sepjax.separators.separator_table"
+        )
+    if segment_ids is not None and (getattr(segment_ids, "dtype", None) != np.int32 or segment_ids.shape != shape):
+        raise LayoutError(
+            f"segment_ids must be int32{list(shape)}, of is_separator's shape, got {said(segment_ids)}; they number "
+            "the documents of a row, with 0 for padding: np.asarray(segment_ids, np.int32) makes them of other integers"
+        )
+
+
 @functools.partial(_at_once, static_argnames=("capacity", "rows"))
 def _build(
-    is_separator: SeparatorFlags,
-    segment_ids: SegmentIds | None,
+    is_separator: Bool[Array, "*B T"],
+    segment_ids: Int32[Array, "*B T"] | None,
     window_size: int | Int32[Array, ""],
     num_sinks: int | Int32[Array, ""],
     *,
@@ -200,6 +226,9 @@ def _build(
     rows: bool,
 ) -> SeparatorLayout:
     """`build_layout` of checked arguments; `rows`: all documents of a row are one."""
+    if is_separator.ndim == 1:
+        one = jax.tree.map(lambda x: x[None], (is_separator, segment_ids))
+        return jax.tree.map(lambda x: x[0], _build(*one, window_size, num_sinks, capacity=capacity, rows=rows))
     B, T = is_separator.shape
     i = jnp.arange(T, dtype=jnp.int32)
     is_token, starts = _documents(segment_ids, B, T, rows)
@@ -244,11 +273,11 @@ def _checked_window(window_size: int | Int32[Array, ""], length: int) -> int | I
     if isinstance(window_size, Tracer):
         return window_size
     if int(window_size) < 1:
-        raise ValueError(f"window_size={window_size} must be 1 or more: the query itself is part of its window")
+        raise LayoutError(f"window_size={window_size} must be 1 or more: the query itself is part of its window")
     return min(int(window_size), length)
 
 
-def _documents(segment_ids: SegmentIds | None, B: int, T: int, rows: bool) -> tuple[jax.Array, jax.Array]:
+def _documents(segment_ids: Int32[Array, "B T"] | None, B: int, T: int, rows: bool) -> tuple[jax.Array, jax.Array]:
     """Which positions hold tokens, and which of them start a document."""
     if segment_ids is None:
         is_token = jnp.ones((B, T), bool)
@@ -264,12 +293,14 @@ def _documents(segment_ids: SegmentIds | None, B: int, T: int, rows: bool) -> tu
 def _count_up_to(global_count: Array, position: jax.Array) -> jax.Array:
     """global_count at `position`, [T] or [B, T]; 0 before the row starts."""
     position = jnp.broadcast_to(position, global_count.shape)
-    count = jnp.take_along_axis(global_count, jnp.maximum(position, 0), axis=1)
+    count = jnp.take_along_axis(global_count, jnp.maximum(position, 0), axis=-1)
     return jnp.where(position < 0, 0, count)
 
 
 def _pack(global_count: Array, capacity: int) -> jax.Array:
     """Positions of the first `capacity` global keys of each row, then T."""
+    if global_count.ndim == 1:
+        return _pack(global_count[None], capacity)[0]
     B, T = global_count.shape
     is_global = jnp.diff(global_count, axis=1, prepend=0) > 0
     slot = jnp.where(is_global, global_count - 1, capacity)  # beyond the end: dropped
@@ -283,7 +314,7 @@ def _refuse_overflow(layout: SeparatorLayout) -> None:
         return
     most = int(jnp.max(layout.num_global, initial=0))
     if most > layout.capacity:
-        raise ValueError(
+        raise LayoutError(
             f"a row has {most} sinks and separators but capacity={layout.capacity}; raise capacity to {most} or more, "
             "or leave it out for one that cannot overflow"
         )

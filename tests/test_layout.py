@@ -285,9 +285,9 @@ def unchecked(monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "settings", "message"),
     [
-        ((4,), {}, r"bool\[B, T\] with T >= 1, got shape \(4,\)"),
-        ((2, 0), {}, r"bool\[B, T\] with T >= 1, got shape \(2, 0\)"),
-        ((2, 4), {"segment_ids": np.ones((1, 4), np.int32)}, r"is_separator's shape \(2, 4\), got \(1, 4\)"),
+        ((2, 2, 4), {}, r"bool\[B, T\], or bool\[T\] of one example, with T >= 1, got bool\[2, 2, 4\]"),
+        ((2, 0), {}, r"with T >= 1, got bool\[2, 0\]"),
+        ((2, 4), {"segment_ids": np.ones((1, 4), np.int32)}, r"int32\[2, 4\], of is_separator's.*got int32\[1, 4\]"),
         ((2, 4), {"window_size": 0}, "window_size=0 must be 1 or more"),
         ((2, 4), {"num_sinks": -1}, "num_sinks=-1 must be 0 or more"),
         ((2, 4), {"capacity": -1}, "capacity=-1 must be 0 or more"),

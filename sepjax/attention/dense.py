@@ -2,13 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int32
 
-from sepjax.array_typing import Keys, Queries, SegmentIds
+from sepjax.array_typing import Array
+from sepjax.attention.examples import alone, first
 
 
 def dense_attention(
-    q: Queries, k: Keys, v: Keys, segment_ids: SegmentIds | None = None, *, scale: float | None = None
-) -> Queries:
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B T K H"],
+    v: Float[Array, "*B T K H"],
+    segment_ids: Int32[Array, "*B T"] | None = None,
+    *,
+    scale: float | None = None,
+) -> Float[Array, "*B T N H"]:
     """Every query sees all earlier tokens of its document, and itself.
 
     Without `segment_ids` no mask is built, and bfloat16 or float16 on an NVIDIA GPU run in cuDNN's flash attention, in
@@ -16,7 +23,7 @@ def dense_attention(
     no tile, other devices hold the scores [B, N, T, T] as well. Where documents need not be kept apart, leave it out.
 
     Args:
-      q: [B, T, N, H], float32, bfloat16 or float16.
+      q: [B, T, N, H], float32, bfloat16 or float16; all without B is one example alone, for `jax.vmap` too.
       k: [B, T, K, H] of q's dtype; N is a multiple of K.
       v: like k.
       segment_ids: int32[B, T], 0 for padding; a document is a run of equal ids other than 0. None: a row is a document.
@@ -31,6 +38,8 @@ def dense_attention(
     implementation = "cudnn" if jax.default_backend() == "gpu" and q.dtype != jnp.float32 else None
     if segment_ids is None:
         return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation=implementation)
+    if q.ndim == 3:
+        return first(dense_attention(*alone((q, k, v, segment_ids)), scale=scale))
     segment_ids = jnp.asarray(segment_ids)
     document = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=0) != 0, axis=1)
     mask = (document[:, :, None] == document[:, None, :])[:, None]  # padding sees padding, so no row of it is empty

@@ -14,6 +14,7 @@ from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Keys, Queries
 from sepjax.attention import mosaic_gpu_kernels as kernels
+from sepjax.attention.examples import over_examples
 from sepjax.attention.mosaic_gpu_kernels import KeyTiles, Shape, Tiles
 from sepjax.attention.packing import (
     packed_index,
@@ -97,29 +98,37 @@ def _attend(q, k, v, layout, far_scale, scale, length):
 
 
 def _attend_forward(q, k, v, layout, far_scale, scale, length):
-    shape = _shape(q, k, layout, scale)
-    far_k, far_v = _pack(shape, k, v, layout)
-    far = far_k, scaled(far_v, far_scale, layout)
-    results, saved = _forward(shape, (q, k, v, *far), whole_rows(layout), length)
-    return results, (saved, layout, far_scale)
+    @over_examples
+    def rows(q, k, v, layout, far_scale):
+        shape = _shape(q, k, layout, scale)
+        far_k, far_v = _pack(shape, k, v, layout)
+        far = far_k, scaled(far_v, far_scale, layout)
+        return far, *_forward(shape, (q, k, v, *far), whole_rows(layout), length)
+
+    far, results, of_queries = rows(q, k, v, layout, far_scale)
+    return results, (((q, k, v, *far), *of_queries), layout, far_scale)
 
 
 def _attend_backward(scale, length, residuals, cotangents):
-    saved, layout, far_scale = residuals
-    q, k, v = saved[0][:3]
-    shape = _shape(q, k, layout, scale)
-    dq, far_dk, far_dv, dk, dv = _backward(shape, saved, whole_rows(layout), length, cotangents)
+    @over_examples
+    def rows(saved, layout, far_scale, cotangents):
+        q, k, v = saved[0][:3]
+        shape = _shape(q, k, layout, scale)
+        dq, far_dk, far_dv, dk, dv = _backward(shape, saved, whole_rows(layout), length, cotangents)
 
-    def to_tokens(far):
-        far = unpack(far, layout, axis=1).reshape(shape.B, length, shape.K, -1, shape.H)
-        return jnp.sum(far.astype(jnp.float32), axis=3)
+        def to_tokens(far):
+            far = unpack(far, layout, axis=1).reshape(shape.B, length, shape.K, -1, shape.H)
+            return jnp.sum(far.astype(jnp.float32), axis=3)
 
-    def filled(x):
-        return jnp.pad(x, ((0, 0), (0, shape.T - length), (0, 0), (0, 0)))
+        def filled(x):
+            return jnp.pad(x, ((0, 0), (0, shape.T - length), (0, 0), (0, 0)))
 
-    dk = (dk[:, :length].astype(jnp.float32) + to_tokens(far_dk)).astype(dk.dtype)
-    dv, d_scale = value_gradients(dv[:, :length], to_tokens(far_dv), v[:, :length], far_scale)
-    return dq, filled(dk), filled(dv), None, d_scale
+        dk = (dk[:, :length].astype(jnp.float32) + to_tokens(far_dk)).astype(dk.dtype)
+        dv, d_scale = value_gradients(dv[:, :length], to_tokens(far_dv), v[:, :length], far_scale)
+        return dq, filled(dk), filled(dv), d_scale
+
+    dq, dk, dv, d_scale = rows(*residuals, cotangents)
+    return dq, dk, dv, None, d_scale
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -131,32 +140,40 @@ def _attend_ranges(q, k, v, far_k, far_v, seen, scale, length):
 
 
 def _attend_ranges_forward(q, k, v, far_k, far_v, seen, scale, length):
-    results, saved = _forward(_shape(q, k, far_k, scale), (q, k, v, far_k, far_v), seen, length)
-    return results, (saved, seen)
+    @over_examples
+    def rows(q, k, v, far_k, far_v, seen):
+        return _forward(_shape(q, k, far_k, scale), (q, k, v, far_k, far_v), seen, length)
+
+    arrays = q, k, v, far_k, far_v
+    results, of_queries = rows(*arrays, seen)
+    return results, ((arrays, *of_queries), seen)
 
 
 def _attend_ranges_backward(scale, length, residuals, cotangents):
-    saved, seen = residuals
-    q, k, _, far_k, _ = saved[0]
-    shape = _shape(q, k, far_k, scale)
-    dq, far_dk, far_dv, dk, dv = _backward(shape, saved, seen, length, cotangents)
-    is_key = (jnp.arange(shape.S) < seen.num_far[:, None])[..., None, None]  # others may never have been written
+    @over_examples
+    def rows(saved, seen, cotangents):
+        q, k, _, far_k, _ = saved[0]
+        shape = _shape(q, k, far_k, scale)
+        dq, far_dk, far_dv, dk, dv = _backward(shape, saved, seen, length, cotangents)
+        is_key = (jnp.arange(shape.S) < seen.num_far[:, None])[..., None, None]  # others may never have been written
 
-    def combine(far):
-        far = far.reshape(shape.B, shape.S, shape.K, -1, shape.H).astype(jnp.float32)
-        return jnp.where(is_key, jnp.sum(far, axis=3), 0).astype(shape.dtype)
+        def combine(far):
+            far = far.reshape(shape.B, shape.S, shape.K, -1, shape.H).astype(jnp.float32)
+            return jnp.where(is_key, jnp.sum(far, axis=3), 0).astype(shape.dtype)
 
-    return dq, dk, dv, combine(far_dk), combine(far_dv), None
+        return dq, dk, dv, combine(far_dk), combine(far_dv)
+
+    return *rows(*residuals, cotangents), None
 
 
 _attend_ranges.defvjp(_attend_ranges_forward, _attend_ranges_backward)
 
 
 def _forward(shape, arrays, seen, length):
-    """`attend`'s results for aligned (q, k, v, packed k, packed v), and what `_backward` needs of it."""
+    """`attend`'s results for aligned (q, k, v, packed k, packed v), and what `_backward` needs of the queries."""
     out, lse = kernels.forward(shape, _forward_tiles(shape))(*arrays, _ranges(seen, shape.padded))
     natural = jnp.where(jnp.isinf(lse), -jnp.inf, lse * math.log(2))[:, :, :length].swapaxes(1, 2)
-    return (out[:, :length], natural), (arrays, out, lse)
+    return (out[:, :length], natural), (out, lse)
 
 
 def _backward(shape, saved, seen, length, cotangents):

@@ -4,12 +4,15 @@ import importlib
 from types import ModuleType
 from typing import Literal, overload
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Float32
+import numpy as np
+from jaxtyping import Float, Float32
 
-from sepjax.array_typing import Array, Keys, Queries
+from sepjax.array_typing import Array, Queries
+from sepjax.attention.examples import alone, first
 from sepjax.attention.target import target
-from sepjax.layout import SeparatorLayout
+from sepjax.layout import LayoutError, SeparatorLayout
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -20,53 +23,56 @@ _IMPLEMENTATIONS = {"mosaic_gpu": "gpu", "tpu": "tpu", "xla": "any", "reference"
 
 @overload
 def separator_attention(
-    q: Queries,
-    k: Keys,
-    v: Keys,
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B T K H"],
+    v: Float[Array, "*B T K H"],
     layout: SeparatorLayout,
     *,
-    far_scale: Float32[Array, "B T"] | None = None,
+    far_scale: Float32[Array, "*B T"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     return_lse: Literal[False] = False,
-) -> Queries: ...
+) -> Float[Array, "*B T N H"]: ...
 
 
 @overload
 def separator_attention(
-    q: Queries,
-    k: Keys,
-    v: Keys,
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B T K H"],
+    v: Float[Array, "*B T K H"],
     layout: SeparatorLayout,
     *,
-    far_scale: Float32[Array, "B T"] | None = None,
+    far_scale: Float32[Array, "*B T"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     return_lse: Literal[True],
-) -> tuple[Queries, Float32[Array, "B T N"]]: ...
+) -> tuple[Float[Array, "*B T N H"], Float32[Array, "*B T N"]]: ...
 
 
 def separator_attention(
-    q: Queries,
-    k: Keys,
-    v: Keys,
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B T K H"],
+    v: Float[Array, "*B T K H"],
     layout: SeparatorLayout,
     *,
-    far_scale: Float32[Array, "B T"] | None = None,
+    far_scale: Float32[Array, "*B T"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
-) -> Queries | tuple[Queries, Float32[Array, "B T N"]]:
+) -> Float[Array, "*B T N H"] | tuple[Float[Array, "*B T N H"], Float32[Array, "*B T N"]]:
     """Attention in which every query sees its window, and the sinks and separators before it.
 
     The answer is exact whatever the layout's capacity: a row with more global keys than that (possible under jit only)
     is computed with room for all of its tokens. Differentiable once in q, k, v and far_scale, through both outputs.
 
+    One example alone comes without the axis B: q[T, N, H] and the layout of its own is_separator[T]. `jax.vmap` over
+    examples (and over batches) makes one call of their rows together, forward and backward, with every implementation.
+
     Args:
       q: [B, T, N, H], float32, bfloat16 or float16.
       k: [B, T, K, H] of q's dtype; N is a multiple of K, and query heads kN/K ... (k + 1)N/K - 1 share key head k.
       v: like k.
-      layout: who sees whom, from `build_layout`, for the same B and T.
+      layout: who sees whom, from `build_layout`, for the same B (or none) and T.
       far_scale: float32[B, T], a factor on the value of each token for those queries that see it far, as a packed key,
         and not for those that have it in their window; None: 1. Where all are 1, its gradient says what far use of each
         token is worth.
@@ -81,13 +87,18 @@ def separator_attention(
       -inf for such a query.
 
     Raises:
-      ValueError: for shapes or dtypes that disagree, or an unknown implementation.
+      LayoutError: a ValueError, for shapes or dtypes that disagree.
+      ValueError: for an unknown implementation.
       NotImplementedError: for an implementation that cannot serve this call.
     """
     _check(q, k, v, layout, far_scale)
-    out, lse = choose(implementation, q).attend(
+    arrays = q, k, v, layout, far_scale
+    is_alone = q.ndim == 3
+    q, k, v, layout, far_scale = alone(arrays) if is_alone else arrays
+    results = choose(implementation, q).attend(
         q, k, v, layout, far_scale, scale=q.shape[-1] ** -0.5 if scale is None else float(scale)
     )
+    out, lse = first(results) if is_alone else results
     return (out, lse) if return_lse else out
 
 
@@ -116,33 +127,43 @@ def _module(implementation: str) -> ModuleType:
     return importlib.import_module(f"sepjax.attention.{implementation}")
 
 
-def _check(q: Queries, k: Keys, v: Keys, layout: SeparatorLayout, far_scale: Array | None) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(
-            f"expected q[B, T, N, H] and k, v[B, T, K, H], got q{list(q.shape)}, k{list(k.shape)}, v{list(v.shape)}; "
-            "k and v have one shape, heads before the head size"
+def _check(q: Array, k: Array, v: Array, layout: SeparatorLayout, far_scale: Array | None) -> None:
+    strangers = [f"{name} is a {type(x).__name__}" for name, x in (("q", q), ("k", k), ("v", v)) if not _is_array(x)]
+    if strangers:
+        raise LayoutError(f"q, k and v must be arrays of JAX or NumPy, but {', '.join(strangers)}; use jnp.asarray")
+    if not isinstance(layout, SeparatorLayout):
+        raise LayoutError(f"layout must be what build_layout returns, got a {type(layout).__name__}")
+    if q.ndim not in (3, 4) or k.ndim != q.ndim or k.shape != v.shape:
+        raise LayoutError(
+            f"expected q[B, T, N, H] and k, v[B, T, K, H], or all without B, got q{list(q.shape)}, k{list(k.shape)}, "
+            f"v{list(v.shape)}; k and v have one shape, heads before the head size"
         )
-    if (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
-        raise ValueError(
+    if (*q.shape[:-2], q.shape[-1]) != (*k.shape[:-2], k.shape[-1]):
+        raise LayoutError(
             f"q{list(q.shape)} and k{list(k.shape)} must agree in B, T and H; queries and keys are the same tokens "
             "(for queries after cached keys see sepjax.generation.cache.growing)"
         )
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"q has N={q.shape[2]} heads, k has K={k.shape[2]}; N must be a multiple of K: every key head serves the "
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise LayoutError(
+            f"q has N={q.shape[-2]} heads, k has K={k.shape[-2]}; N must be a multiple of K: every key head serves the "
             "same number of query heads"
         )
     if not (q.dtype == k.dtype == v.dtype and jnp.dtype(q.dtype).name in _DTYPES):
-        raise ValueError(
+        raise LayoutError(
             f"q, k and v must share one dtype of {', '.join(_DTYPES)}, got {q.dtype}, {k.dtype}, {v.dtype}; cast them"
         )
-    if layout.far_start.shape != q.shape[:2]:
-        raise ValueError(
+    rows = q.shape[:-2]
+    if layout.far_start.shape != rows:
+        raise LayoutError(
             f"the layout is for [B, T] = {list(layout.far_start.shape)} but q is {list(q.shape)}; build it from the "
-            "tokens of this batch"
+            "tokens of this batch, or of this example"
         )
-    if far_scale is not None and (far_scale.shape != q.shape[:2] or far_scale.dtype != jnp.float32):
-        raise ValueError(
-            f"far_scale must be float32[B, T] = {list(q.shape[:2])}, got {far_scale.dtype}{list(far_scale.shape)}; it "
+    if far_scale is not None and (far_scale.shape != rows or far_scale.dtype != jnp.float32):
+        raise LayoutError(
+            f"far_scale must be float32[B, T] = {list(rows)}, got {far_scale.dtype}{list(far_scale.shape)}; it "
             "has a factor a token, the same for all heads"
         )
+
+
+def _is_array(x: object) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)

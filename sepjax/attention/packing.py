@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from sepjax.array_typing import Array, Queries
+from sepjax.attention.examples import in_any_example
 from sepjax.layout import SeparatorLayout
 
 _HEAD_SIZES = (64, 128, 256)  # of the kernels for accelerators
@@ -66,7 +67,8 @@ def with_room[R](layout: SeparatorLayout, run: Callable[[SeparatorLayout], R]) -
     """`run` on a layout whose packed array holds every global key: the one given, or one with room for all T."""
     if layout.capacity >= layout.length:
         return run(layout)
-    return lax.cond(layout.overflows(), lambda: run(layout.with_capacity(layout.length)), lambda: run(layout))
+    overflows = in_any_example(layout.overflows())
+    return lax.cond(overflows, lambda: run(layout.with_capacity(layout.length)), lambda: run(layout))
 
 
 def unpack(packed: jax.Array, layout: SeparatorLayout, axis: int) -> jax.Array:

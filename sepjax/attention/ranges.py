@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Int32
 
-from sepjax.array_typing import Array
+from sepjax.array_typing import Array, InShapes
 from sepjax.layout import SeparatorLayout
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Ranges:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Ranges(InShapes):
     """Query i of a row sees the near keys [near_start, near_end) and the far keys [far_start, far_end).
 
     Nothing decreases along a row. A query whose two ranges are empty sees nothing.

@@ -16,6 +16,7 @@ from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Keys, Queries
 from sepjax.attention import tpu_calls as calls
+from sepjax.attention.examples import over_examples
 from sepjax.attention.packing import (
     pack,
     scaled,
@@ -73,10 +74,14 @@ def _attend_forward(q, k, v, layout, far_scale, scale, interpret):
         far = pack(k, layout), scaled(pack(v, layout), far_scale, layout)
         return calls.forward(q, (k, v), far, whole_rows(layout), is_whole=True, scale=scale, interpret=interpret)
 
-    def run(layout):
-        return _in_row_groups(rows, (q, k, v, layout, far_scale), layout.capacity, is_whole=True)
+    @over_examples
+    def all_rows(q, k, v, layout, far_scale):
+        def run(layout):
+            return _in_row_groups(rows, (q, k, v, layout, far_scale), layout.capacity, is_whole=True)
 
-    out, top, total = with_room(layout, run)
+        return with_room(layout, run)
+
+    out, top, total = all_rows(q, k, v, layout, far_scale)
     return (out, _lse(top, total, scale)), (q, k, v, layout, far_scale, out, top, total)
 
 
@@ -93,10 +98,14 @@ def _attend_backward(scale, interpret, residuals, cotangents):
         dv, d_scale = value_gradients(d_near[1], far_dv, v, far_scale)
         return dq, (d_near[0] + far_dk).astype(k.dtype), dv, d_scale
 
-    def run(layout):
-        return _in_row_groups(rows, (*arrays[:3], layout, *arrays[4:]), layout.capacity, is_whole=True)
+    @over_examples
+    def all_rows(q, k, v, layout, *others):
+        def run(layout):
+            return _in_row_groups(rows, (q, k, v, layout, *others), layout.capacity, is_whole=True)
 
-    dq, dk, dv, d_scale = with_room(arrays[3], run)
+        return with_room(layout, run)
+
+    dq, dk, dv, d_scale = all_rows(*arrays)
     return dq, dk, dv, None, d_scale
 
 
@@ -128,7 +137,11 @@ def _attend_ranges_forward(q, near, far, seen, scale, interpret):
     def rows(q, k, v, far, seen):
         return calls.forward(q, (k, v), far, seen, is_whole=False, scale=scale, interpret=interpret)
 
-    out, top, total = _in_row_groups(rows, (q, *near, far, seen), far[0].shape[1], is_whole=False)
+    @over_examples
+    def all_rows(*arrays):
+        return _in_row_groups(rows, arrays, far[0].shape[1], is_whole=False)
+
+    out, top, total = all_rows(q, *near, far, seen)
     return (out, _lse(top, total, scale)), (q, near, far, seen, out, top, total)
 
 
@@ -145,7 +158,12 @@ def _attend_ranges_backward(scale, interpret, residuals, cotangents):
         return dq, *(tuple(x.astype(k.dtype) for x in pair) for pair in (d_near, d_far))
 
     arrays = vary_alike((q, *near, far, seen, cotangents[0], _rows(out, top, total, cotangents)))
-    return *_in_row_groups(rows, arrays, far[0].shape[1], is_whole=False), None
+
+    @over_examples
+    def all_rows(*arrays):
+        return _in_row_groups(rows, arrays, far[0].shape[1], is_whole=False)
+
+    return *all_rows(*arrays), None
 
 
 _attend_ranges.defvjp(_attend_ranges_forward, _attend_ranges_backward)

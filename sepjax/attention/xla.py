@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Float32
 
 from sepjax.array_typing import Array, Keys, Queries
+from sepjax.attention.examples import over_examples
 from sepjax.attention.packing import pack, scaled, unpack, value_gradients, vary_alike, with_room
 from sepjax.attention.ranges import Ranges, whole_rows
 from sepjax.layout import SeparatorLayout
@@ -54,24 +55,30 @@ def _attend(q, k, v, layout, far_scale, scale):
 
 
 def _attend_forward(q, k, v, layout, far_scale, scale):
-    seen = whole_rows(layout)
-    run = lambda layout: _forward(q, (k, v), _far(k, v, layout, far_scale), seen, scale)  # noqa: E731
-    out, top, total = with_room(layout, run)
+    @over_examples
+    def rows(q, k, v, layout, far_scale):
+        seen = whole_rows(layout)
+        return with_room(layout, lambda roomy: _forward(q, (k, v), _far(k, v, roomy, far_scale), seen, scale))
+
+    out, top, total = rows(q, k, v, layout, far_scale)
     return (out, _lse(top, total)), (q, k, v, layout, far_scale, out, top, total)
 
 
 def _attend_backward(scale, residuals, cotangents):
-    q, k, v, layout, far_scale, out, top, total = residuals
-    rows = _rows(q, out, top, total, cotangents)
+    @over_examples
+    def rows(q, k, v, layout, far_scale, out, top, total, cotangents):
+        of_queries = _rows(q, out, top, total, cotangents)
 
-    def run(layout):
-        dq, d_near, d_far = _backward(rows, (k, v), _far(k, v, layout, far_scale), whole_rows(layout), scale)
-        (near_dk, near_dv), (dk, dv) = ([x.swapaxes(1, 2) for x in pair] for pair in (d_near, d_far))
-        dk = near_dk + unpack(dk, layout, axis=1)
-        dv, d_scale = value_gradients(near_dv, unpack(dv, layout, axis=1), v, far_scale)
-        return dq, dk.astype(k.dtype), dv, d_scale
+        def run(layout):
+            dq, d_near, d_far = _backward(of_queries, (k, v), _far(k, v, layout, far_scale), whole_rows(layout), scale)
+            (near_dk, near_dv), (dk, dv) = ([x.swapaxes(1, 2) for x in pair] for pair in (d_near, d_far))
+            dk = near_dk + unpack(dk, layout, axis=1)
+            dv, d_scale = value_gradients(near_dv, unpack(dv, layout, axis=1), v, far_scale)
+            return dq, dk.astype(k.dtype), dv, d_scale
 
-    dq, dk, dv, d_scale = with_room(layout, run)
+        return with_room(layout, run)
+
+    dq, dk, dv, d_scale = rows(*residuals, cotangents)
     return dq, dk, dv, None, d_scale
 
 
@@ -98,14 +105,17 @@ def _attend_ranges(q, near, far, seen, scale):
 
 
 def _attend_ranges_forward(q, near, far, seen, scale):
-    out, top, total = _forward(q, near, far, seen, scale)
+    out, top, total = over_examples(functools.partial(_forward, scale=scale))(q, near, far, seen)
     return (out, _lse(top, total)), (q, near, far, seen, out, top, total)
 
 
 def _attend_ranges_backward(scale, residuals, cotangents):
-    q, near, far, seen, out, top, total = residuals
-    dq, *gradients = _backward(_rows(q, out, top, total, cotangents), near, far, seen, scale)
-    return dq, *(tuple(x.swapaxes(1, 2).astype(q.dtype) for x in pair) for pair in gradients), None
+    @over_examples
+    def rows(q, near, far, seen, out, top, total, cotangents):
+        dq, *gradients = _backward(_rows(q, out, top, total, cotangents), near, far, seen, scale)
+        return dq, *(tuple(x.swapaxes(1, 2).astype(q.dtype) for x in pair) for pair in gradients)
+
+    return *rows(*residuals, cotangents), None
 
 
 _attend_ranges.defvjp(_attend_ranges_forward, _attend_ranges_backward)

@@ -54,6 +54,13 @@ class AttentionConfig:
     capacity: int = 0  # packed global keys per row; 0: as many as the row is long (docs/decisions.md, 17)
     implementation: str | None = None  # of separator_attention; None: the best that fits the device
 
+    def in_words(self) -> str:
+        """The pattern and its sizes, for people, with the letters of an arm."""
+        if self.pattern == "dense":
+            return self.pattern
+        cache = f" c={self.cache_size}" if self.cache_size else ""
+        return f"{self.pattern} a={self.num_sinks} s={self.max_separators} w={self.window_size}{cache}"
+
 
 def validate_attention(attention: AttentionConfig, num_layers: int) -> AttentionConfig:
     """Checks one attention section against the number of layers it is to serve."""

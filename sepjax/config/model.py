@@ -52,6 +52,11 @@ class ModelConfig:
     scan_layers: bool = True
     remat: str = "none"  # "none" | "dots" (keep matmul outputs) | "full" (keep layer inputs only)
 
+    def in_words(self) -> str:
+        """The size, for people."""
+        heads = f"{self.num_heads} heads on {self.num_kv_heads} of keys"
+        return f"{self.num_layers} layers, {self.embed_dim} wide, {heads}, {self.vocab_size} tokens, {self.dtype}"
+
 
 def validate_model(model: ModelConfig) -> ModelConfig:
     """Checks the shape of a model, wherever it comes from; raises as `validate` does."""

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from sepjax.array_typing import Array
+from sepjax.array_typing import Array, InShapes
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Batch(InShapes):
     """Packed rows of documents. NumPy on the host, jax.Array once placed on a mesh; all arrays share one shape."""
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.

@@ -50,6 +50,9 @@ class Tokenizer:
         known = [i for i in ends if i is not None]
         self._end_of_text = model.eos_id if model.eos_id in known else next(iter(known), model.eos_id)
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.vocab_size} tokens, BOS {self.bos_id}, EOS {self.eos_id})"
+
     @property
     def prefix(self) -> list[int]:
         """What stands before a text when the model is used as its makers do: BOS or nothing."""

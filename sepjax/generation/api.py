@@ -110,7 +110,9 @@ def stream(
     `stop_at_eos=False` not even at an end of text) and runs over a bounded cache: at most `attention.cache_size`
     entries, whatever the length of prompt and text (docs/streaming.md).
 
-    Args, besides those that `generate` explains:
+    What is not told here is as in `generate`.
+
+    Args:
       prompt: a text or token ids; None: nothing yet, for a stream that is resumed or fed later.
       max_new_tokens: tokens after which a turn ends; None: without end.
       bounded: whether to use the bounded cache; None: where there is no `max_new_tokens`, or the pattern asks for it.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sepjax.array_typing import Array, Bool, Float, Int32, Tokens, UInt16
+from sepjax.array_typing import Array, Bool, Float, InShapes, Int32, Tokens, UInt16
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.protocol import Cache
 from sepjax.generation.penalties import after_drawing, after_reading, changed, no_uses
@@ -38,8 +38,8 @@ class Request:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
+@dataclasses.dataclass(frozen=True, repr=False)
+class DecodeState(InShapes):
     """Where every row stands between two steps."""
 
     cache: Cache  # of all tokens but the last drawn
@@ -60,8 +60,8 @@ class DecodeState:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Steps:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Steps(InShapes):
     """A record of M steps, one column a step, for the host."""
 
     token: Int32[jax.Array, "B M"]  # drawn; -1 where the row had ended or no step was made

@@ -48,6 +48,9 @@ class Generator:
         """
         self._of = Prepared.create(model, tokenizer, attention)
 
+    def __repr__(self) -> str:
+        return f"Generator({self._of.config.in_words()}; {self.attention.in_words()})"
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's."""
@@ -147,7 +150,9 @@ class Generator:
         (with `stop_at_eos=False` not even at an end of text) and runs over a bounded cache: at most
         `attention.cache_size` entries, whatever the length of prompt and text (docs/streaming.md).
 
-        Args, besides those that `generate` explains:
+        What is not told here is as in `generate`.
+
+        Args:
           prompt: a text or token ids; None: nothing yet, for a stream that is resumed or fed later.
           max_new_tokens: tokens after which a turn ends; None: without end.
           bounded: whether to use the bounded cache; None: where there is no `max_new_tokens`, or the pattern asks for
@@ -158,7 +163,8 @@ class Generator:
           A `Stream`: it takes further input with `feed`, and goes to disk with `save`.
 
         Raises:
-          As `generate`, from this call, not from the first event; and what `Stream.restore` raises.
+          ConfigError, PromptError, TypeError: as `generate`, from this call, not from the first event.
+          StreamStateError: what `Stream.restore` raises.
         """
         settings = RowSettings.create(
             self.tokenizer, stop=stop, stop_token_ids=stop_token_ids, stop_at_eos=stop_at_eos,

@@ -24,7 +24,7 @@ from sepjax.model.unrolled import by_layer
 from sepjax.separators import configured_table
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Prepared:
     """Made by `create`."""
 
@@ -64,7 +64,7 @@ class Prepared:
         return jax.device_put(state, SingleDeviceSharding(*leaf.sharding.device_set))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Weights:
     """A model's, laid out for generation under one mesh."""
 

@@ -18,7 +18,7 @@ from sepjax.generation.readers import Reader
 from sepjax.generation.saved import StreamStateError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SavedRow:
     """One row, of a stream or of slots."""
 
@@ -26,6 +26,9 @@ class SavedRow:
     pending: tuple[int, ...]  # tokens that the cache has yet to take up; empty: all but the last drawn one
     has_drawn: bool  # whether there is a last drawn token
     row: dict[str, Any]  # `Row.state()`
+
+    def __repr__(self) -> str:
+        return f"SavedRow({self.row.get('seen', 0)} tokens seen, {len(self.pending)} to be read)"
 
     @property
     def state(self) -> DecodeState:

@@ -93,8 +93,10 @@ class Slots:
         self._cancelled: set[int] = set()  # whose events the next step leaves out
         self._lock = threading.RLock()  # of what other threads change: who waits, who is known, what is kept
 
-    # -- requests ---------------------------------------------------------------------------------------------------
+    def __repr__(self) -> str:
+        return f"Slots({len(self._slots)} rows, {self.num_free} free, {self.num_waiting} requests wait)"
 
+    # -- requests ---------------------------------------------------------------------------------------------------
     def submit(self, request: SlotRequest) -> int:
         """Takes a request on; returns its number, which its events bear. It waits until a row is free.
 

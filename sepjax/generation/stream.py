@@ -53,6 +53,11 @@ class Stream(Iterator[StreamEvent]):
         self._nbytes: int | None = None  # of the cache; None: to be counted again
         self._row = self._new_row(continues=False, seen=0)
 
+    def __repr__(self) -> str:
+        """Of the host's own numbers: nothing waits for the device."""
+        room = "growing" if self.cache_size is None else f"at most {self.cache_size} entries"
+        return f"Stream({self._row.seen} tokens seen, {room}; {self._of.attention.in_words()})"
+
     def _new_row(self, *, continues: bool, seen: int) -> Row:
         has_end = self._reader.ends_with_positions
         return Row(self._of.tokenizer, self._settings, continues=continues, seen=seen, has_end=has_end)

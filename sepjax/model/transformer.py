@@ -55,6 +55,11 @@ class Transformer(nnx.Module):
         # The last: with and without it, the other parameters are drawn alike.
         self.gate = Gate(config, rngs=rngs) if self.attention.pattern == "gated" else None
 
+    def __repr__(self) -> str:
+        return f"Transformer({self.config.in_words()}; {self.attention.in_words()})"
+
+    __str__ = __repr__  # NNX has another, of every parameter
+
     def __call__(
         self, tokens: Tokens, positions: Positions, attend: Attend, layer_inputs: Any = None
     ) -> tuple[Float[jax.Array, "B T D"], Any]:

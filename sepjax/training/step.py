@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from sepjax.array_typing import Array, Bool, Float, Int32
+from sepjax.array_typing import Array, Bool, Float, InShapes, Int32
 from sepjax.config import Config, TrainingConfig, with_own_window
 from sepjax.data.batch import Batch
 from sepjax.model.attend import in_context_order, layer_layouts, run_rows
@@ -39,8 +39,8 @@ class Health:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
+@dataclasses.dataclass(frozen=True, repr=False)
+class TrainState(InShapes):
     """Everything that a step changes, and what it reads besides. Parameters and moments are float32."""
 
     # It is also a tree of shapes or shardings (`abstract_state`): jaxtyping must not check __init__.

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepjax.attention import mosaic_gpu, reference
+from sepjax.attention import mosaic_gpu, mosaic_gpu_kernels, reference
+from sepjax.attention.examples import alone, first
 from sepjax.attention.ranges import Ranges
 from sepjax.bench import kernels
 from sepjax.bench.attention import Settings, make_inputs
@@ -79,14 +80,21 @@ def test_equals_the_definition(case):
 
 
 @pytest.mark.usefixtures("simulated")
-def test_far_values_are_scaled():
+def test_far_values_are_scaled_in_an_example_under_vmap():
     shape = (1, 72, 2, 1, 64)
     inputs, scale = tensors(shape, jnp.bfloat16), shape[-1] ** -0.5
     layout = build_layout(flags(shape, 0.2), window_size=20, num_sinks=3, segment_ids=documents(shape, 0, 50, 22))
     layout = layout.with_most_far(4)  # three sinks and one more of the first document
     assert int((layout.far_end - layout.far_start).max()) == 4
     plain = functools.partial(reference.attend, scale=scale, dtype=jnp.bfloat16)
-    check_scaled(functools.partial(mosaic_gpu.attend, scale=scale), inputs, layout, plain)
+
+    def op(*arrays, far_scale):
+        def example(*arrays):
+            return first(mosaic_gpu.attend(*alone(arrays), scale=scale))
+
+        return jax.vmap(example)(*arrays, far_scale)
+
+    check_scaled(op, inputs, layout, plain)
 
 
 @pytest.mark.usefixtures("simulated")

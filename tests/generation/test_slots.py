@@ -105,6 +105,7 @@ def test_each_of_80_requests_gets_what_it_would_get_alone(slots):
     assert reasons >= {"stop", "length"}
     assert None in {events[-1].finish_reason for events in together}, "some were cancelled in the middle"
     assert (slots.num_free, slots.num_waiting) == (ROWS, 0)
+    assert repr(slots) == f"Slots({ROWS} rows, {ROWS} free, 0 requests wait)"
 
 
 def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):

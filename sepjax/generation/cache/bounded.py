@@ -36,6 +36,7 @@ from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.generation.cache import rows as rows_of
 from sepjax.generation.cache.bounded_pass import stream_pass
 from sepjax.generation.cache.newest import keep_newest
+from sepjax.generation.cache.shown import Shown
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.cache.stored import Layers, Quantised, empty, in_each_layer
 from sepjax.generation.cache.turning import last_at, turn_table
@@ -46,8 +47,8 @@ _AT_ONCE = 16  # a compaction takes a sixteenth of the rows at a time: in a larg
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StreamingCache:
+@dataclasses.dataclass(frozen=True, repr=False)
+class StreamingCache(Shown):
     """Keys and values of all layers, and where each row's zones begin and end. Made by `create`."""
 
     k: Layers  # [L, B, K, C, H] or of each layer: keys, each rotated by its position in its zone; codes un-rotated

@@ -31,14 +31,15 @@ from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.generation.cache.gated import unfinished
 from sepjax.generation.cache.growing_pass import growing_pass
+from sepjax.generation.cache.shown import Shown
 from sepjax.generation.cache.sizes import bucket
 from sepjax.generation.cache.stored import Quantised, Vectors, empty, in_each_array, quantised
 from sepjax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SeparatorCache:
+@dataclasses.dataclass(frozen=True, repr=False)
+class SeparatorCache(Shown):
     """Keys and values of all layers, and what every slot holds. Made by `create` or `from_prompt`."""
 
     k: Vectors  # [L, B, K, C, H]: keys, rotated by their absolute positions

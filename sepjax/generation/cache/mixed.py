@@ -22,6 +22,7 @@ from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig, sees_kept, under
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.bounded_pass import attend_run, pass_inputs
+from sepjax.generation.cache.shown import Shown
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.model.gate import needs_gate
 from sepjax.separators import flag_separators
@@ -154,8 +155,8 @@ def _of_layers(sizes: StreamSizes, layers: tuple[int, ...]) -> StreamSizes:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MixedCache:
+@dataclasses.dataclass(frozen=True, repr=False)
+class MixedCache(Shown):
     """Parts of layers. Made by `empty_cache`; see `sepjax.generation.cache.protocol.Cache` for what it is asked."""
 
     parts: tuple[StreamingCache, ...]
