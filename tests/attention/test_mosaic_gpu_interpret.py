@@ -113,6 +113,19 @@ def test_equals_the_definition(case):
 
 
 @pytest.mark.usefixtures("simulated")
+def test_the_forward_kernel_without_factors():
+    """As a model calls it. Its gradients have the kernels of scaled values, below; all cases of both with -m soak."""
+    shape = (1, 72, 2, 1, 64)
+    inputs, scale = tensors(shape, jnp.bfloat16), shape[-1] ** -0.5
+    layout = build_layout(flags(shape, 0.2), window_size=20, num_sinks=3, segment_ids=documents(shape, 0, 50, 22))
+    ops = (mosaic_gpu.attend, functools.partial(reference.attend, dtype=jnp.bfloat16))
+    got, plain = (jax.jit(functools.partial(op, scale=scale))(*inputs[:3], layout) for op in ops)
+    exact = brute_force(*inputs, layout.as_mask())[:2]
+    terms = largest_terms(*inputs)
+    assert_errs_at_most_twice_as_much(got, plain, exact, terms, jnp.bfloat16)
+
+
+@pytest.mark.usefixtures("simulated")
 def test_far_values_are_scaled():
     shape = (1, 72, 2, 1, 64)
     inputs, scale = tensors(shape, jnp.bfloat16), shape[-1] ** -0.5

@@ -20,7 +20,9 @@ from sepjax.model.transformer import merge, split
 from tests.models import random_model
 
 LENGTH = 16
-ATTENTION = AttentionConfig(num_sinks=2, window_size=4, separators="ids", separator_ids=(ord("."), ord(" ")))
+ATTENTION = AttentionConfig(
+    num_sinks=2, window_size=4, separators="ids", separator_ids=(ord("."), ord(" ")), implementation="reference"
+)  # the definition of the op compiles quickest
 PATTERNS = [dataclasses.replace(ATTENTION, pattern=p) for p in ("separator", "dense", "sink_window", "fixed_interval")]
 TEXTS = ["A cat. A dog, a mat. The end of these.", "Short.", "", "Ünïcode is two bytes"]  # windows of 16 and of 6 bytes
 

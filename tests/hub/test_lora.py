@@ -63,7 +63,7 @@ SHAPE = ModelConfig(
 )  # fmt: skip
 CONFIG = Config(
     model=SHAPE,
-    attention=AttentionConfig(num_sinks=1, window_size=4),
+    attention=AttentionConfig(num_sinks=1, window_size=4, implementation="reference"),  # compiles in half the time
     data=DataConfig(sequence_length=T, batch_size=B),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
     training=TrainingConfig(steps=20, init_from="a model"),
@@ -301,7 +301,7 @@ def config(tmp_path, source):
     """Fine-tuning on conversations."""
     corpus = write(tmp_path / "conversations.jsonl", conversations(40))
     return Config(
-        attention=AttentionConfig(num_sinks=2, window_size=8),
+        attention=AttentionConfig(num_sinks=2, window_size=8, implementation="reference"),
         data=DataConfig(name=str(corpus), sequence_length=100, batch_size=4),
         optimizer=OptimizerConfig(learning_rate=3e-2, warmup_steps=1),
         training=TrainingConfig(

@@ -28,7 +28,9 @@ from tests.models import random_model
 from tests.runs import start_quickly
 
 MODEL = ModelConfig(vocab_size=320, num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64)
-GATED = AttentionConfig("gated", num_sinks=1, window_size=8, gate_layer=1, gate_stretch=8, gate_keep=1)
+GATED = AttentionConfig(
+    "gated", num_sinks=1, window_size=8, gate_layer=1, gate_stretch=8, gate_keep=1, implementation="reference"
+)
 SENTENCES = ("The cat sat on the mat, and looked.", "Where is the dog? It ran away!", "One; two: three. Four, five.")
 
 

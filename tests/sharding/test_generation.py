@@ -78,15 +78,20 @@ def test_whatever_writes_to_a_growing_cache_says_how_it_lies():
     sizes = {"window_size": 8, "capacity": 16}
     mesh, new = make_mesh(MeshConfig(2, 1, 2, 1), jax.devices()[:4]), jnp.zeros((2, ROWS, 3, 2, 8))
     flags, counts = jnp.zeros((ROWS, 3), bool), jnp.full(ROWS, 3, jnp.int32)
+    active = np.ones(ROWS, bool)
     empty = SeparatorCache.create(MODEL, ROWS, **sizes)
     programs = {
-        "a prompt": lambda: SeparatorCache.from_prompt(new, new, flags, counts, **sizes),
-        "a token": lambda: empty.append(new[:, :, 0], new[:, :, 0], flags[:, 0], counts > 0),
-        "a run": lambda: empty.append_run(new, new, flags, counts),
+        "a prompt": lambda _, new: SeparatorCache.from_prompt(new, new, flags, counts, **sizes),
+        "a token": lambda cache, new: cache.append(new[:, :, 0], new[:, :, 0], flags[:, 0], active),
+        "a run": lambda cache, new: cache.append_run(new, new, flags, counts),
     }
     with jax.set_mesh(mesh):
         for name, program in programs.items():
-            found = [x for x in equations(jax.make_jaxpr(program)().jaxpr) if x.primitive.name == "sharding_constraint"]
+            found = [
+                x
+                for x in equations(jax.make_jaxpr(program)(empty, new).jaxpr)
+                if x.primitive.name == "sharding_constraint"
+            ]
             parts = [x.params["sharding"].shard_shape(x.outvars[0].aval.shape) for x in found]
             assert parts == [(2, ROWS // 2, 1, 24, 8)] * 2, name
 

@@ -117,8 +117,8 @@ def one_pass(graph, params, cache, tokens, counts, attention, table, scan):
     return model.logits(hidden), cache.compact(), after_compaction(cache)
 
 
-# A program of seconds for each case and length. With -m soak: watched tokens where every layer that keeps looks, as below
-# and in test_watched.py, and separators, of which test_bounded.py has every size.
+# A program of seconds for each case and length. With -m soak: watched tokens where every layer that keeps looks, as
+# below and in test_watched.py, and separators, of which test_bounded.py has every size.
 RUNS = {"watched in one layer of two": ((5, True),), "a gate": ((1, False),)}
 
 
