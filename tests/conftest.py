@@ -46,8 +46,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash.get(COMPILED, ""), ignore_errors=True)
 
 
-# Files that take a quarter of a minute and more, about the longest first: begun last, one would keep a worker busy while
-# the others have nothing left. Their CPU seconds: `--durations=100` of a run from nothing.
+# Files that take a quarter of a minute and more, about the longest first: begun last, one would keep one worker busy
+# while the others have nothing left. How long they take: `--durations=100` of a run from nothing.
 FIRST = (
     "test_meshes.py",
     "attention/test_tpu.py",
