@@ -77,6 +77,7 @@ def test_a_ragged_batch_is_what_whole_forward_passes_give(model, tokenizer, answ
     assert len({answer.token_ids for answer in answers}) == len(PROMPTS)  # it does depend on the prompt
 
 
+@pytest.mark.soak  # steps against whole passes: cache/test_growing_pass.py; a whole text at once: test_engine.py
 def test_a_gated_model_generates_what_whole_forward_passes_give(tokenizer):
     """That a gate's cache may grow is in generation/cache/test_growing.py, streams without end in test_engine.py."""
     model = tiny_model(SHAPE, GATED)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepjax.attention import mosaic_gpu, mosaic_gpu_kernels, reference
+from sepjax.attention import mosaic_gpu, reference
 from sepjax.attention.examples import alone, first
 from sepjax.attention.ranges import Ranges
 from sepjax.bench import kernels
@@ -77,6 +77,19 @@ def test_equals_the_definition(case):
     plain = results(functools.partial(reference.attend, scale=scale, dtype=jnp.bfloat16), *inputs, layout)
     exact = brute_force(*inputs, layout.as_mask())
     assert_errs_at_most_twice_as_much(got, plain, exact, largest_terms(*inputs), jnp.bfloat16)
+
+
+@pytest.mark.usefixtures("simulated")
+def test_the_forward_kernel_without_factors():
+    """As a model calls it. Its gradients have the kernels of scaled values, below; all cases of both with -m soak."""
+    shape = (1, 72, 2, 1, 64)
+    inputs, scale = tensors(shape, jnp.bfloat16), shape[-1] ** -0.5
+    layout = build_layout(flags(shape, 0.2), window_size=20, num_sinks=3, segment_ids=documents(shape, 0, 50, 22))
+    ops = (mosaic_gpu.attend, functools.partial(reference.attend, dtype=jnp.bfloat16))
+    got, plain = (jax.jit(functools.partial(op, scale=scale))(*inputs[:3], layout) for op in ops)
+    exact = brute_force(*inputs, layout.as_mask())[:2]
+    terms = largest_terms(*inputs)
+    assert_errs_at_most_twice_as_much(got, plain, exact, terms, jnp.bfloat16)
 
 
 @pytest.mark.usefixtures("simulated")

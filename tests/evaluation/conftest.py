@@ -2,14 +2,13 @@
 
 import json
 
-import jax
 import pytest
 
 from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.data.tokenizer_models import HuggingFaceModel
-from sepjax.model.transformer import create
 from sepjax.separators import BYTE_OF_CHARACTER
+from tests.models import random_model
 
 
 @pytest.fixture(scope="session")
@@ -37,4 +36,4 @@ def byte_model(byte_tokenizer):
     )  # fmt: skip
     # What is scored does not know the op, which has tests of its own: its definition compiles quickest.
     attention = AttentionConfig(num_sinks=2, window_size=8, implementation="reference")
-    return create(config, attention, jax.random.key(3))
+    return random_model(config, attention, seed=3)

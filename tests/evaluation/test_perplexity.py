@@ -16,10 +16,13 @@ from sepjax.evaluation.compare import score_arms, score_patterns
 from sepjax.evaluation.perplexity import TextError, score_windows, token_windows
 from sepjax.evaluation.report import table
 from sepjax.model.attend import forward
-from sepjax.model.transformer import create, merge, split
+from sepjax.model.transformer import merge, split
+from tests.models import random_model
 
 LENGTH = 16
-ATTENTION = AttentionConfig(num_sinks=2, window_size=4, separators="ids", separator_ids=(ord("."), ord(" ")))
+ATTENTION = AttentionConfig(
+    num_sinks=2, window_size=4, separators="ids", separator_ids=(ord("."), ord(" ")), implementation="reference"
+)  # the definition of the op compiles quickest
 PATTERNS = [dataclasses.replace(ATTENTION, pattern=p) for p in ("separator", "dense", "sink_window", "fixed_interval")]
 TEXTS = ["A cat. A dog, a mat. The end of these.", "Short.", "", "Ünïcode is two bytes"]  # windows of 16 and of 6 bytes
 
@@ -51,7 +54,7 @@ def model():
     config = ModelConfig(
         vocab_size=257, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32
     )
-    return create(config, ATTENTION, jax.random.key(0))
+    return random_model(config, ATTENTION)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +105,7 @@ def test_kv_kept_is_counted_from_the_last_rows(scores):
 
 def test_what_is_dense_to_a_model_with_a_window_keeps_that_window_where_it_slides(model):
     config = dataclasses.replace(model.config, num_layers=2, sliding_window=5, full_layers=(1,))
-    mixed = create(config, ATTENTION, jax.random.key(0))
+    mixed = random_model(config, ATTENTION)
     (score,) = score_patterns(mixed, Bytes(), TEXTS, PATTERNS[1:2], length=LENGTH)
     lengths = np.array([len(window) - 1 for window in windows()])
     assert score.kv_kept == pytest.approx(np.mean((np.minimum(5 / lengths, 1) + 1) / 2), rel=1e-5)

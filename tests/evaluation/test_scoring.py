@@ -29,8 +29,10 @@ LENGTH = 80
 PATTERNS = {
     "dense": AttentionConfig(pattern="dense"),
     "separator": AttentionConfig(num_sinks=2, window_size=8, implementation="reference"),
-    "sink_window": AttentionConfig(pattern="sink_window", num_sinks=1, window_size=5),
-    "fixed_interval": AttentionConfig(pattern="fixed_interval", num_sinks=1, window_size=5, interval=4),
+    "sink_window": AttentionConfig(pattern="sink_window", num_sinks=1, window_size=5, implementation="reference"),
+    "fixed_interval": AttentionConfig(
+        pattern="fixed_interval", num_sinks=1, window_size=5, interval=4, implementation="reference"
+    ),
     "two windows": AttentionConfig(num_sinks=2, window_size=8, layer_windows=(30, 4)),
 }
 

@@ -17,7 +17,8 @@ from sepjax.evaluation.token_loss import token_nll
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.bounded_pass import stream_pass
 from sepjax.generation.cache.sizes import StreamSizes
-from sepjax.model.transformer import create, merge, split
+from sepjax.model.transformer import merge, split
+from tests.models import random_model, random_split
 
 ATTENTION = AttentionConfig(
     num_sinks=2, window_size=4, max_separators=3, cache_size=14, separators="ids", separator_ids=(ord("."), ord(" "))
@@ -50,7 +51,7 @@ def model():
     config = ModelConfig(
         vocab_size=257, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32
     )
-    graph, params = split(create(config, ATTENTION, jax.random.key(0)))
+    graph, params = random_split(config, ATTENTION)
     return merge(graph, jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params))
 
 
@@ -189,7 +190,7 @@ def test_losses_are_those_of_the_whole_logits(monkeypatch):
 
 def test_losses_are_of_the_logits_as_the_model_divides_and_caps_them(model):
     config = dataclasses.replace(model.config, logit_divisor=2.0, final_softcap=10.0)
-    scaled = create(config, ATTENTION, jax.random.key(0))
+    scaled = random_model(config, ATTENTION)
     hidden = 400 * jax.random.normal(jax.random.key(1), (2, 3, config.embed_dim))
     targets = jnp.array([[0, 1, 2], [3, 4, 5]], jnp.int32)
     scores = jax.nn.log_softmax(scaled.logits(hidden))

@@ -3,7 +3,6 @@
 import os
 import signal
 
-import jax
 import pytest
 import tokenizers
 
@@ -17,8 +16,8 @@ from sepjax.generation.conversation import ChatFormat, conversation_of
 from sepjax.generation.row import CacheUse
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.errors import HubError
-from sepjax.model.transformer import create
 from sepjax.separators import BYTE_OF_CHARACTER
+from tests.models import random_model
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -165,7 +164,7 @@ def talker():
     config = ModelConfig(vocab_size=tokenizer.vocab_size, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1,
                          head_dim=8, mlp_dim=16)  # fmt: skip
     attention = AttentionConfig(num_sinks=2, max_separators=3, window_size=6, cache_size=20)
-    return create(config, attention, jax.random.key(0)), tokenizer
+    return random_model(config, attention), tokenizer
 
 
 def talk(model, tokenizer, said, **settings):

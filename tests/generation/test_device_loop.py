@@ -11,8 +11,8 @@ from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.device_loop import DecodeState, Request, make_advance
 from sepjax.generation.sampling import Sampling
-from sepjax.model.transformer import create, split
 from sepjax.model.unrolled import by_layer
+from tests.models import random_split
 
 CONFIG = ModelConfig(vocab_size=64, num_layers=8, embed_dim=32, mlp_dim=64, num_heads=2, num_kv_heads=2, head_dim=16)
 STREAM = AttentionConfig(num_sinks=4, max_separators=64, window_size=256, cache_size=2000)
@@ -21,7 +21,7 @@ STREAM = AttentionConfig(num_sinks=4, max_separators=64, window_size=256, cache_
 @pytest.mark.parametrize("kind", ["growing", "bounded"])
 def test_the_cache_is_updated_in_place(kind):
     """Its bytes are those of the donated argument, and a step copies few layers' slots at most, never the whole."""
-    graph, params = split(create(CONFIG, None, jax.random.key(0)))
+    graph, params = random_split(CONFIG, None)
     if kind == "growing":
         attention, copies = AttentionConfig(), 2  # one layer's keys and values
         cache = SeparatorCache.create(CONFIG, 2, window_size=64, capacity=2048)

@@ -20,7 +20,8 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
 from sepjax.hub.gguf_file import GGUFError, gguf_shape, load_gguf
 from sepjax.model.rope import rope_frequencies
-from sepjax.model.transformer import create, merge, split
+from sepjax.model.transformer import merge, split
+from tests.models import random_split
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abc.,Ġ1", "Ġa", "bc", "ab", "abc"]
 MERGES = ["Ġ a", "b c", "a b", "a bc"]
@@ -63,7 +64,7 @@ def write(
     **keys,
 ):
     """Writes a random model with more metadata (a dot in a key is "__"); returns its parameters as ours."""
-    graph, params = split(create(config, None, jax.random.key(5)))
+    graph, params = random_split(config, None, seed=5)
     params = jax.tree_util.tree_map_with_path(_scaled, params)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_layers)

@@ -54,7 +54,7 @@ def config(tmp_path, source):
         words = rng.choice(["the cat, ", "in and out. ", "then an ant! ", "who ran? "], 20)
         (corpus / f"{number}.txt").write_text("".join(words) + "\n")
     return Config(
-        attention=AttentionConfig(num_sinks=2, window_size=8),
+        attention=AttentionConfig(num_sinks=2, window_size=8, implementation="reference"),
         data=DataConfig(name=str(corpus), sequence_length=32, batch_size=8),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
         training=TrainingConfig(

@@ -20,20 +20,23 @@ from sepjax.keeping import Lesson
 from sepjax.keeping.distill import distill
 from sepjax.keeping.teacher import observe
 from sepjax.model.rope import rope_table, rotate
-from sepjax.model.transformer import create, split
+from sepjax.model.transformer import split
 from sepjax.run.checkpoint import load_params, save_params
 from sepjax.sharding import make_mesh
 from sepjax.training.step import abstract_state
+from tests.models import random_model
 from tests.runs import start_quickly
 
 MODEL = ModelConfig(vocab_size=320, num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64)
-GATED = AttentionConfig("gated", num_sinks=1, window_size=8, gate_layer=1, gate_stretch=8, gate_keep=1)
+GATED = AttentionConfig(
+    "gated", num_sinks=1, window_size=8, gate_layer=1, gate_stretch=8, gate_keep=1, implementation="reference"
+)
 SENTENCES = ("The cat sat on the mat, and looked.", "Where is the dog? It ran away!", "One; two: three. Four, five.")
 
 
 def looking():
     """A random model that looks at few tokens, sharply: at those whose keys are long."""
-    model = create(MODEL, dataclasses.replace(GATED, pattern="separator"), jax.random.key(0))
+    model = random_model(MODEL, dataclasses.replace(GATED, pattern="separator"))
     for matrix in (model.layers.attention.query, model.layers.attention.key):
         matrix.kernel[...] *= 30
     return model

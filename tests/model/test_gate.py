@@ -17,6 +17,7 @@ from sepjax.model.attend import forward, layer_layouts, run_rows
 from sepjax.model.gate import keep_best, straight_through
 from sepjax.model.transformer import create, merge, split
 from sepjax.sharding import make_mesh
+from tests.models import random_model
 
 V, T = 97, 29
 MODEL = ModelConfig(vocab_size=V, num_layers=3, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48)
@@ -27,7 +28,7 @@ GATED = AttentionConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    return create(MODEL, GATED, jax.random.key(0))
+    return random_model(MODEL, GATED)
 
 
 def row(seed=0, B=1):
@@ -196,11 +197,11 @@ def test_keys_are_counted_with_each_layers_own_layout(model):
     assert far == [2, 2 + int(flags[0, : T - 7].sum())]
 
 
-def test_a_model_without_a_gate_is_refused_and_other_parameters_stay_as_they_are(model):
+def test_a_model_without_a_gate_is_refused_and_other_parameters_stay_as_they_are():
     plain = create(MODEL, dataclasses.replace(GATED, pattern="separator"), jax.random.key(0))
     with pytest.raises(ConfigError, match="'gated' needs a model with a gate, and this one has none; train one"):
         forward(plain, *row(), attention=GATED)
-    with_gate = split(model)[1]
+    with_gate = split(create(MODEL, GATED, jax.random.key(0)))[1]
     jax.tree.map(np.testing.assert_array_equal, {k: v for k, v in with_gate.items() if k != "gate"}, split(plain)[1])
     half = dataclasses.replace(MODEL, dtype="bfloat16")
     assert jax.eval_shape(lambda: run(create(half, GATED, jax.random.key(0)), row())[2]).dtype == jnp.float32
@@ -208,7 +209,7 @@ def test_a_model_without_a_gate_is_refused_and_other_parameters_stay_as_they_are
 
 def test_a_gate_that_reads_embeddings_has_no_layers_below_on_any_mesh():
     attention = dataclasses.replace(GATED, gate_layer=0)
-    model = create(MODEL, attention, jax.random.key(0))
+    model = random_model(MODEL, attention)
     tokens = np.random.default_rng(0).integers(0, V, (1, 32)).astype(np.int32)
     batch = tokens, np.arange(32, dtype=np.int32)[None], np.zeros((1, 32), bool)
     expected, kept, _ = run(model, batch, attention)

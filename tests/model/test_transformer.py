@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from sepjax.config import AttentionConfig, MeshConfig, ModelConfig, RopeConfig
 from sepjax.model.attend import forward
 from sepjax.model.layers import Block
-from sepjax.model.transformer import Transformer, abstract, create, merge, split
+from sepjax.model.transformer import Transformer, abstract, merge, split
 from sepjax.sharding import make_mesh, parameter_shardings
+from tests.models import random_model
 
 V, T = 97, 24
 LLAMA = ModelConfig(
@@ -78,7 +79,7 @@ def logits(model: Transformer, *batch, attention: AttentionConfig = ATTENTION):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
-    return create(FAMILIES[request.param], ATTENTION, jax.random.key(0))
+    return random_model(FAMILIES[request.param], ATTENTION)
 
 
 # Who sees whom, and the loop over layers, do not know most of what a family is: of its blocks two kinds, the rest with
@@ -131,7 +132,7 @@ def test_gradient_follows_the_mask(model):
 def test_a_far_token_reaches_nobody_but_through_separators():
     """One layer, no sinks: exactly the tokens of the mask's row have a gradient."""
     config = dataclasses.replace(LLAMA, num_layers=1)
-    model = create(config, dataclasses.replace(ATTENTION, num_sinks=0), jax.random.key(1))
+    model = random_model(config, dataclasses.replace(ATTENTION, num_sinks=0), seed=1)
     tokens, positions, _ = rows(B=1)
     is_separator = np.zeros((1, T), bool)
     is_separator[0, [3, 11]] = True
@@ -180,7 +181,7 @@ def _rngs():
 @functools.cache
 def gradient(config):
     graph, _ = abstract(config, ATTENTION)
-    params = split(create(LLAMA, ATTENTION, jax.random.key(0)))[1]
+    params = split(random_model(LLAMA, ATTENTION))[1]
     return jax.jit(jax.grad(lambda p: jnp.sum(logits(merge(graph, p), *rows()) ** 2)))(params)
 
 
@@ -201,7 +202,7 @@ def test_remat_and_scan_change_no_gradient(remat, scan_layers):
 
 def test_layer_windows_are_data():
     """H: a dense first layer. Layers that differ in n share one compiled body."""
-    model = create(LLAMA, ATTENTION, jax.random.key(0))
+    model = random_model(LLAMA, ATTENTION)
     batch = rows()
     equal = dataclasses.replace(ATTENTION, layer_windows=(4, 4, 4))
     np.testing.assert_allclose(logits(model, *batch, attention=equal), logits(model, *batch), atol=1e-5)
@@ -216,12 +217,12 @@ def test_layer_windows_are_data():
 
 def test_bfloat16_keeps_float32_parameters_and_logits():
     config = dataclasses.replace(LLAMA, dtype="bfloat16")
-    low = create(config, ATTENTION, jax.random.key(0))
+    low = random_model(config, ATTENTION)
     batch = rows()
     assert jax.eval_shape(lambda: forward(low, *batch)[0]).dtype == jnp.bfloat16
     out = logits(low, *batch)
     assert out.dtype == jnp.float32
-    exact = logits(create(LLAMA, ATTENTION, jax.random.key(0)), *batch)
+    exact = logits(random_model(LLAMA, ATTENTION), *batch)
     assert np.abs(out - exact).max() < 0.05 * np.abs(exact).max()
 
 
@@ -232,7 +233,7 @@ ONE_AXIS = [MeshConfig(data=1, fsdp=8), MeshConfig(data=8)]
     "sizes", [MeshConfig(data=2, fsdp=2, tensor=2), *(pytest.param(x, marks=pytest.mark.soak) for x in ONE_AXIS)]
 )
 def test_meshes_change_nothing(sizes):
-    model = create(LLAMA, ATTENTION, jax.random.key(0))
+    model = random_model(LLAMA, ATTENTION)
     batch = rows(B=8)
     expected = logits(model, *batch)
     graph, params = split(model)

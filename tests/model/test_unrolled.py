@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepjax.model.transformer import Transformer, create, split
+from sepjax.model.transformer import Transformer
 from sepjax.model.unrolled import Layerwise, by_layer, runner, working_copy
 from tests.generation.cache.test_growing_pass import FALCON, GPT2, LLAMA, MIXED, NEOX, model_of
+from tests.models import random_split
 
 MODELS = {"llama": LLAMA, "neox": NEOX, "gpt2": GPT2, "falcon": FALCON, "layers of every kind": MIXED}
 TOKENS = np.random.default_rng(0).integers(0, LLAMA.vocab_size, (2, 5), dtype=np.int32)
@@ -51,8 +52,9 @@ def test_the_same_results_as_the_model(name):
 )
 def test_converted_once_is_converted_in_every_step(name):
     config = dataclasses.replace(MODELS[name], dtype="bfloat16")
-    graph, params = split(create(config, None, jax.random.key(2)))
-    params = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(3), x.shape), params)
+    graph, params = random_split(config, None, seed=2)
+    random = np.random.default_rng(3)
+    params = jax.tree.map(lambda x: jnp.asarray(x + 0.01 * random.standard_normal(x.shape, np.float32)), params)
     copy = working_copy(params, config)
     jax.tree.map(np.testing.assert_array_equal, run(graph, params), run(graph, copy))
     dtypes = {str(x.dtype) for x in jax.tree.leaves(copy["layers"]["attention"])}

@@ -28,12 +28,13 @@ from sepjax.config import (AttentionConfig, Config, DataConfig, ModelConfig, Opt
 def get_config():
     return Config(
         model=ModelConfig(vocab_size=320, num_kv_heads=1, {shape}),
-        attention=AttentionConfig(num_sinks=2, window_size=8, max_separators=8),
+        attention=AttentionConfig(num_sinks=2, window_size=8, max_separators=8{op}),
         data=DataConfig(name={corpus!r}, tokenizer_vocab_size=300, sequence_length={length}, batch_size=8),
         optimizer=OptimizerConfig(warmup_steps=2),
         training=TrainingConfig(steps={steps}, log_every=1, eval_every=20, eval_batches=1, checkpoint_every={every}),
     )
 """
+OP = ", implementation='reference'"  # compiles in half the time; tests/test_train.py has what users get
 SHAPE = "num_layers=2, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=64"
 GPU_SHAPE = "num_layers=4, embed_dim=256, num_heads=4, head_dim=64, mlp_dim=512, dtype='bfloat16'"
 
@@ -47,7 +48,9 @@ def write_config(folder: Path, *, on_gpu: bool = False) -> Path:
         (corpus / f"{number}.txt").write_text(" ".join(rng.choice(SENTENCES, 12)) + "\n")
     shape, length = (GPU_SHAPE, 256) if on_gpu else (SHAPE, 32)
     path = folder / "tiny.py"
-    path.write_text(CONFIG.format(corpus=str(corpus), shape=shape, length=length, steps=STEPS, every=EVERY))
+    path.write_text(
+        CONFIG.format(corpus=str(corpus), op="" if on_gpu else OP, shape=shape, length=length, steps=STEPS, every=EVERY)
+    )
     return path
 
 

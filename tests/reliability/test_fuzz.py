@@ -34,8 +34,9 @@ from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
 from sepjax.hub.fields import Fields
 from sepjax.hub.folder import INDEX, SINGLE, _files
 from sepjax.hub.safetensors_file import Planned, SafetensorsFile, write_safetensors
-from sepjax.model.transformer import Transformer, create
+from sepjax.model.transformer import Transformer
 from sepjax.run.checkpoint import load_params
+from tests.models import random_model
 from tests.reliability.common import SENTENCES
 
 LONGEST = 120.0  # seconds that one example may take before stacks are printed and the process ends
@@ -68,7 +69,7 @@ def world(tmp_path_factory, tiny_file, whole) -> World:
     (root / "valid" / "tokenizer.json").write_text(json.dumps(WORD_TOKENIZER))
     (root / "valid" / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(planned, SINGLE)}))
     shape = ModelConfig(vocab_size=330, num_layers=1, embed_dim=16, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=16)
-    model = create(shape, AttentionConfig(num_sinks=1, window_size=4), jax.random.key(0))
+    model = random_model(shape, AttentionConfig(num_sinks=1, window_size=4))
     files = {path.name: path.read_bytes() for path in (root / "valid").iterdir()}
     return World(root, tiny_file, Path(shutil.copytree(whole, root / "run")), tokenizer, model, files)
 

@@ -203,6 +203,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.soak  # a process of its own; what it prints of a full disk, within this process, is above
 def test_a_full_file_system_is_a_line_for_each_checkpoint(tiny_file, small_disk):
     """As a user sees it: what Orbax and TensorStore leave of failed writes speaks up until Python has ended."""
     workdir = small_disk / "run"

@@ -134,6 +134,7 @@ def test_a_stream_is_the_answer_in_pieces(api, kind):
         "seed": 3,
         "temperature": 1.1,
         "max_tokens": 30,
+        "extra_body": {"ignore_eos": True},
         "logprobs": 0 if kind == "completions" else True,
     }
     whole = ask(api, **settings)

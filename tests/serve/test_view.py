@@ -48,9 +48,15 @@ def test_it_says_what_the_cache_holds(pattern, tmp_path):
             assert shares == pytest.approx(view.kept, abs=0.01), "each set keeps so many"
     with running(served, state=str(tmp_path / "state")) as server:
         assert ask(server, f"/v1/cache/{got.id}")[2] == said
-        if pattern == "watched":  # as other caches in test_conversations.py; here these programs are
-            talk(server, served, 4)
-            talk(server, served, 2, temperature=1.3, seed=4)
+
+
+@pytest.mark.soak  # rows of watched tokens are saved and go on in generation/cache/test_mixed.py
+def test_conversations_over_watched_tokens_go_on_from_their_cache():
+    """As those over other caches in test_conversations.py."""
+    served = tiny_served(pattern="watched", watch_after=2)
+    with running(served) as server:
+        talk(server, served, 4)
+        talk(server, served, 2, temperature=1.3, seed=4)
 
 
 def test_what_was_let_go_long_ago_is_counted(served):

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from sepjax.config import AttentionConfig, MeshConfig, ModelConfig
+from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.device_loop import Request, make_advance, start
 from sepjax.generation.sampling import Sampling
 from sepjax.model.attend import forward
-from sepjax.model.transformer import abstract, create, merge, split
+from sepjax.model.transformer import abstract, merge
 from sepjax.model.unrolled import by_layer
 from sepjax.sharding import make_mesh, parameter_shardings
+from tests.attention.common import equations
+from tests.models import random_split
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, embed_dim=32, num_heads=8, num_kv_heads=2, head_dim=8, mlp_dim=64)
 ATTENTION = AttentionConfig(num_sinks=2, window_size=8, implementation="reference")  # which compiles quickest
@@ -22,8 +25,7 @@ ROWS, LENGTH, NEW = 4, 32, 12
 
 def answers(mesh, laid_out=lambda params: params):
     """New tokens, and the shape [L, B, K, C, H] of a device's part of the cached keys."""
-    graph, params = split(create(MODEL, ATTENTION, jax.random.key(0)))
-    params = jax.tree.map(lambda x: 20 * x if x.ndim > 2 else x, params)  # so that no two tokens are nearly as likely
+    graph, params = random_split(MODEL, ATTENTION, scale=20)  # so that no two tokens are nearly as likely
     rng = np.random.default_rng(0)
     request = Request(jnp.arange(64) % 7 == 0, Sampling.create(), jnp.full(1, -1), jnp.int32(NEW))
     with jax.set_mesh(mesh):
@@ -49,24 +51,49 @@ def test_fewer_key_heads_than_devices_and_rows_over_data(alone):
     assert part == (2, ROWS // 2, 2, 72, 8), "rows are split, key heads are not"
 
 
-def test_layers_of_their_own_and_key_heads_on_a_mesh(alone):
+def test_layers_of_their_own_lie_as_in_their_stack():
     """What `sepjax.generate` steps with: each layer's matrices apart, split as in their stack, none of them joined."""
-    seen = {}
-
-    def laid_out(params):
-        step_params = by_layer(params, MODEL)
-        seen.update(stacked=params["layers"], layers=step_params["layers"])
-        return step_params
-
-    tokens, part = answers(make_mesh(MeshConfig(1, 2, 2, 1), jax.devices()[:4]), laid_out)
-    np.testing.assert_array_equal(tokens, alone)
-    assert part == (2, ROWS // 2, 1, 72, 8), "rows and key heads are split"
-    for layer in seen["layers"]:
+    mesh, (_, params) = make_mesh(MeshConfig(1, 2, 2, 1), jax.devices()[:4]), random_split(MODEL, ATTENTION)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, parameter_shardings(params, mesh))
+        layers = by_layer(params, MODEL)["layers"]
+    assert len(layers) == MODEL.num_layers
+    for layer in layers:
         jax.tree.map(
             lambda x, y: np.testing.assert_equal(x.sharding.shard_shape(x.shape), y.sharding.shard_shape(y.shape)[1:]),
             layer,
-            seen["stacked"],
+            params["layers"],
         )
+
+
+@pytest.mark.soak  # how they lie is above; tokens of a stream over them are in generation/test_stream.py
+def test_layers_of_their_own_and_key_heads_on_a_mesh(alone):
+    tokens, part = answers(make_mesh(MeshConfig(1, 2, 2, 1), jax.devices()[:4]), lambda x: by_layer(x, MODEL))
+    np.testing.assert_array_equal(tokens, alone)
+    assert part == (2, ROWS // 2, 1, 72, 8), "rows and key heads are split"
+
+
+def test_whatever_writes_to_a_growing_cache_says_how_it_lies():
+    """Else the compiler chooses, and may hold every row and head on every device. Programs are traced, not compiled."""
+    sizes = {"window_size": 8, "capacity": 16}
+    mesh, new = make_mesh(MeshConfig(2, 1, 2, 1), jax.devices()[:4]), jnp.zeros((2, ROWS, 3, 2, 8))
+    flags, counts = jnp.zeros((ROWS, 3), bool), jnp.full(ROWS, 3, jnp.int32)
+    active = np.ones(ROWS, bool)
+    empty = SeparatorCache.create(MODEL, ROWS, **sizes)
+    programs = {
+        "a prompt": lambda _, new: SeparatorCache.from_prompt(new, new, flags, counts, **sizes),
+        "a token": lambda cache, new: cache.append(new[:, :, 0], new[:, :, 0], flags[:, 0], active),
+        "a run": lambda cache, new: cache.append_run(new, new, flags, counts),
+    }
+    with jax.set_mesh(mesh):
+        for name, program in programs.items():
+            found = [
+                x
+                for x in equations(jax.make_jaxpr(program)(empty, new).jaxpr)
+                if x.primitive.name == "sharding_constraint"
+            ]
+            parts = [x.params["sharding"].shard_shape(x.outvars[0].aval.shape) for x in found]
+            assert parts == [(2, ROWS // 2, 1, 24, 8)] * 2, name
 
 
 def test_every_device_computes_its_own_query_heads(monkeypatch):

@@ -155,6 +155,7 @@ def test_meshes_give_the_same_step(config, sizes):
     assert_close(state.params, expected.params, 0.1 * CONFIG.optimizer.learning_rate)
 
 
+@pytest.mark.soak  # its hidden states and its choice are the same on such a mesh: tests/model/test_gate.py
 def test_parts_of_rows_give_a_gated_model_the_same_loss():
     """What `context` adds to a gate, without gradients; with them above, with -m soak."""
     graph, params, batch = model_graph(GATED), first_state(GATED).params, make_batch()

@@ -131,14 +131,20 @@ def list_logits(config, attention, tokens, flags):
     return np.stack(out), row
 
 
-@pytest.mark.parametrize("case", CASES)
+# A program of seconds for each case and length: of one token where a cache is compacted at every one, else of five.
+# With -m soak what test_mixed.py (separators for some layers) and test_bounded.py (absolute positions) have, too.
+OFTEN = ("a gate", "that reads embeddings, for one layer, compacted at every token, never fading")
+RUNS = dict(zip(OFTEN, ((5,), (1,)), strict=True))
+
+
+@pytest.mark.parametrize("case", [x if x in OFTEN else pytest.param(x, marks=pytest.mark.soak) for x in CASES])
 def test_runs_give_what_lists_give_token_by_token(case):
     attention, random = CASES[case], np.random.default_rng(21)
     lengths = np.array([T, 47])
     tokens = random.integers(0, V, (2, T), dtype=np.int32)
     table = random.random(V) < 0.15
     expected = [list_logits(DEEP, attention, tokens[b, :n], table[tokens[b]]) for b, n in enumerate(lengths)]
-    for run in (1, 5):
+    for run in RUNS.get(case, (1, 5)):
         got, cache = streamed_logits(DEEP, attention, tokens, lengths, jnp.asarray(table), run)
         for b, (rows, lists) in enumerate(expected):
             roundings = ((5 * DEEP.num_layers + 1) * DEEP.mlp_dim) ** 0.5  # as in test_bounded_pass.py
@@ -153,8 +159,8 @@ def test_runs_give_what_lists_give_token_by_token(case):
 
 
 def test_times_begin_again_and_change_nothing():
-    tokens = np.random.default_rng(12).integers(0, V, (1, T), dtype=np.int32)
-    table, lengths = jnp.zeros(V, bool), np.array([T])
+    tokens = np.random.default_rng(12).integers(0, V, (2, T), dtype=np.int32)  # as above: the same program
+    table, lengths = jnp.zeros(V, bool), np.array([T, 47])
     young, _ = streamed_logits(DEEP, GATED, tokens, lengths, table, 5)
     create, late = StreamingCache.create, watched._CLOCK - 40
 

@@ -118,7 +118,12 @@ def one_pass(graph, params, cache, tokens, counts, attention, table, scan):
     return model.logits(hidden), cache.compact(), after_compaction(cache)
 
 
-@pytest.mark.parametrize("case", CASES)
+# A program of seconds for each case and length. With -m soak: watched tokens where every layer that keeps looks, as
+# below and in test_watched.py, and separators, of which test_bounded.py has every size.
+RUNS = {"watched in one layer of two": ((5, True),), "a gate": ((1, False),)}
+
+
+@pytest.mark.parametrize("case", [x if x in RUNS else pytest.param(x, marks=pytest.mark.soak) for x in CASES])
 def test_runs_give_what_lists_give_token_by_token(case):
     attention, random = validate_attention(CASES[case], 4), np.random.default_rng(31)
     lengths = np.array([T, 47])
@@ -127,7 +132,7 @@ def test_runs_give_what_lists_give_token_by_token(case):
     expected = [list_logits(attention, tokens[b, :n], table[tokens[b]]) for b, n in enumerate(lengths)]
     graph, params = model_of(DEEP, attention if attention.pattern == "gated" else None)
     params = by_layer(params, DEEP)
-    for run, scan in ((1, False), (5, True)):
+    for run, scan in RUNS.get(case, ((1, False), (5, True))):
         cache, at = empty_cache(DEEP, 2, bounded_sizes(DEEP, attention)), np.zeros(2, int)
         assert isinstance(cache, Cache)
         out = np.zeros((2, T, V), np.float32)
