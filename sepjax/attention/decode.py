@@ -4,8 +4,8 @@
     cache     [B, K, C, H]      keys and values in slots, of which each row sees some; the token sees itself, too
     zones     slots [0, ends[0]), [ends[0], ends[1]), ... [ends[-1], C)
 
-Plain XLA is the definition and runs anywhere. On a Hopper GPU one kernel (`mosaic_gpu_decode_kernels.py`) reads each key
-and value once, of those tiles of slots alone in which the row sees something.
+Plain XLA is the definition and runs anywhere. On a Hopper GPU one kernel (`mosaic_gpu_decode_kernels.py`) reads each
+key and value once, of those tiles of slots alone in which the row sees something.
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -104,10 +104,11 @@ def _figures(settings: Settings, shape: str, size: int, rows: int, bandwidth: fl
 def filled(config: Config, sizes: StreamSizes, rows: int) -> StreamingCache:
     """`full_cache` with keys and values drawn at random."""
     cache = full_cache(config, sizes, rows)
-    number = len(cache.k)
+    given: tuple[Any, Any] = cache.k, cache.v  # of a model's type, an array a layer
+    number = len(given[0])
     draw = jax.jit(lambda key, x: jax.random.normal(key, x.shape, x.dtype))
     keys = jax.random.split(jax.random.key(3), 2 * number)
-    k, v = (tuple(draw(keys[i + at], x) for i, x in enumerate(xs)) for at, xs in ((0, cache.k), (number, cache.v)))
+    k, v = (tuple(draw(keys[i + at], x) for i, x in enumerate(xs)) for at, xs in zip((0, number), given, strict=True))
     return dataclasses.replace(cache, k=k, v=v)
 
 
@@ -127,7 +128,8 @@ def layers_of(
     """The attention's result in every layer, whose queries are the layer's before."""
     attend = attend_run(cache, 1, jnp.ones(len(q), jnp.int32), implementation)
     layer_inputs, outs = pass_inputs(cache), []
-    for i in range(len(cache.k)):
+    layers: Any = cache.k
+    for i in range(len(layers)):
         out, _ = attend(outs[-1] if outs else q, k, v, tuple(x if x is None else x[i] for x in layer_inputs))
         outs.append(out)
     return outs
