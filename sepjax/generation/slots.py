@@ -7,9 +7,8 @@
             ...                                  # event.text, event.finish_reason
 
 A request takes the first free row. Its prompt is read in runs between the steps of the others, the rows that read
-taking turns, so nobody waits longer than for one run; prompts may be longer than the cache. A row ends by a stop text,
-an end token, its length or `cancel`, and is free at once. It gives what it would give alone, token for token: no result
-of a row depends on the others, and every row has its own settings and draws (`slot_programs`).
+taking turns, so nobody waits longer than for one run. A row ends by a stop text, an end token, its length or `cancel`.
+It gives what it would give alone, token for token, with its own settings and draws (`slot_programs`).
 
 While the host looks at what one launch drew, the device works on the next, so events are one behind the device:
 

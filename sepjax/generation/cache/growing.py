@@ -1,7 +1,6 @@
 """SeparatorCache: the keys and values that generation keeps, in fixed shapes (METHOD section 3).
 
-A row holds its sinks, every separator it has seen and the last W tokens, each at its original position. All else is
-overwritten the moment it leaves the window:
+A row holds its sinks, its separators and the last W tokens, each at its original position. All else is overwritten:
 
     slot       0 .......... S-1 | S ........ S+W-1          C = S + W slots
                global region      ring of recent tokens
