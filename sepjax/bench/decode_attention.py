@@ -37,7 +37,7 @@ class Settings(_Settings):
     """What is measured."""
 
     shapes: tuple[str, ...] = ("9/3/64", "32/8/128")  # query heads/key heads/head size
-    cache_sizes: Annotated[tuple[int, ...], AtLeast(324)] = (324, 800, 4096)  # c, of caches 4/64/256/c
+    cache_sizes: Annotated[tuple[int, ...], AtLeast(325)] = (325, 800, 4096)  # c, of caches 4/64/256/c
     rows: Annotated[tuple[int, ...], AtLeast(1)] = (1, 16, 64, 256, 760)
     pattern: str = "separator"  # of the caches
     dtype: str = "bfloat16"  # of queries, keys and values

@@ -89,6 +89,7 @@ def test_only_live_tiles_are_read():
         ({"implementation": "xla"}, "asks for plain XLA"),
         ({"wants_weights": True}, "no weights to give"),
         ({"dtype": jnp.float32}, "computes in bfloat16 or float16, got float32"),
+        ({"dtype": jnp.int8}, "computes in bfloat16 or float16, got int8"),
         ({"slots": 100}, "reads 64 slots at a time, the cache has 100"),
         ({"head_dim": 80}, "serves head sizes 64, 128, 256, got 80"),
         ({"device": Target("cpu", "cpu")}, "needs an NVIDIA Hopper GPU"),
