@@ -24,10 +24,10 @@ class Read:
     is_last: Bool[np.ndarray, "M"]
 
 
-type Shape = tuple[int, int]  # rows and tokens of a program that reads
+type ReadShape = tuple[int, int]  # rows and tokens of a program that reads
 
 
-def shapes_of(backend: str, rows: int, chunk: int, together: int = 0) -> tuple[tuple[Shape, ...], int]:
+def shapes_of(backend: str, rows: int, chunk: int, together: int = 0) -> tuple[tuple[ReadShape, ...], int]:
     """The programs that read, and how many of them a launch has at most.
 
     Args:
@@ -44,11 +44,11 @@ def shapes_of(backend: str, rows: int, chunk: int, together: int = 0) -> tuple[t
     return tuple(sorted(shapes, key=_cost)), 1
 
 
-def _cost(shape: Shape) -> int:
+def _cost(shape: ReadShape) -> int:
     return shape[0] * shape[1]
 
 
-def best_shape(shapes: Sequence[Shape], left: Sequence[int]) -> Shape:
+def best_shape(shapes: Sequence[ReadShape], left: Sequence[int]) -> ReadShape:
     """The least program that reads all tokens that are left of some prompts, or else the one that reads most of them.
 
     Args:
@@ -64,7 +64,7 @@ def best_shape(shapes: Sequence[Shape], left: Sequence[int]) -> Shape:
 class Turns:
     """Remembers who was the last."""
 
-    def __init__(self, shapes: Sequence[Shape], at_once: int):
+    def __init__(self, shapes: Sequence[ReadShape], at_once: int):
         """`shapes` of programs that read, of which a launch has up to `at_once`."""
         self._shapes, self._at_once = shapes, at_once
         self._last = 0  # the row that read last
@@ -94,7 +94,7 @@ class Turns:
             self._last = those[-1]
         return reads, runs
 
-    def _none(self, shape: Shape, num_rows: int) -> Read:
+    def _none(self, shape: ReadShape, num_rows: int) -> Read:
         """A program that reads nothing yet: its rows have numbers of no row."""
         most, length = shape
         rows = np.arange(num_rows, num_rows + most, dtype=np.int32)

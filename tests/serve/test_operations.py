@@ -285,6 +285,7 @@ def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
         "num_sinks",
         "max_separators",
         "cache_size",
+        "cache_dtype",
         "step",
     }
     assert not [name for name, value in values.items() if value not in reached and name not in later]
