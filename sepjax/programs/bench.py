@@ -36,7 +36,8 @@ def choose(words: Sequence[str]) -> tuple[str, list[str]]:
     """(module, its arguments). Prints what there is and ends the program where that is asked for."""
     name = words[0] if words else ""
     if name in ("-h", "-help", "--help"):
-        print("sepjax bench NAME, each with --help:", *(f"  {x:<12}{BENCHES[x]}" for x in BENCHES), sep="\n")
+        width = 2 + max(map(len, BENCHES))
+        print("sepjax bench NAME, each with --help:", *(f"  {x:<{width}}{BENCHES[x]}" for x in BENCHES), sep="\n")
         raise SystemExit(0)
     if name not in BENCHES:
         said = f"got {name!r}{nearest(name, BENCHES)}" if name else "got none"
