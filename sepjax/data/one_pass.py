@@ -18,16 +18,33 @@ _TOLD: set[str] = set()  # corpora of which an evaluation has said how many conv
 
 def one_pass(source: TextSource, config: Config, tokenizer: Tokenizer, rows: int) -> Iterator[Batch]:
     """One pass over a source in its own order, in batches of `rows` rows, the last of them padded."""
-    flag, size = separator_flags(config, tokenizer), (rows, config.data.sequence_length)
-    bad, loss_on = BadDocuments(config.data.max_bad_documents), loss_pattern(config.data)
-    read = _of_stream
-    if source.conversations:
-        tells = source.name not in _TOLD  # every evaluation reads the same
-        _TOLD.add(source.name)
-        skip = config.data.too_long == "skip"
-        long = LongDocuments(source.name, config.data.sequence_length, skip=skip, tells=tells)
-        read = functools.partial(_of_whole_documents, long)
-    return read(source, tokenizer, flag, *size, bad, loss_on)
+    flag, length = separator_flags(config, tokenizer), config.data.sequence_length
+    documents = _Documents(source, tokenizer, config.data)
+    if not source.conversations:
+        return _of_stream(documents, flag, rows, length)
+    tells = source.name not in _TOLD  # every evaluation reads the same
+    _TOLD.add(source.name)
+    long = LongDocuments(source.name, length, skip=config.data.too_long == "skip", tells=tells)
+    return _of_whole_documents(long, documents, flag, rows, length)
+
+
+class _Documents:
+    """What of a source has not been read yet."""
+
+    def __init__(self, source: TextSource, tokenizer: Tokenizer, data: DataConfig):
+        self._source, self._tokenizer, self._unread = source, tokenizer, 0
+        self._bad, self._loss_on = BadDocuments(data.max_bad_documents), loss_pattern(data)
+        self.name = source.name
+
+    def __bool__(self) -> bool:
+        return self._unread < len(self._source)
+
+    def next(self, num_tokens: int) -> TokenStream:
+        """The next documents, of about so many tokens."""
+        first, source = self._unread, self._source
+        self._unread = min(first + source.documents_for(num_tokens), len(source))
+        texts = self._bad.read(source, range(first, self._unread))
+        return TokenStream.encode(self._tokenizer, texts, first, self._loss_on, conversations=source.conversations)
 
 
 def separator_flags(config: Config, tokenizer: Tokenizer) -> FlagSeparators:
@@ -41,51 +58,30 @@ def loss_pattern(data: DataConfig) -> re.Pattern[str] | None:
     return re.compile(data.loss_on, re.DOTALL) if data.loss_on else None
 
 
-def _of_stream(
-    source: TextSource,
-    tokenizer: Tokenizer,
-    flag: FlagSeparators,
-    rows: int,
-    length: int,
-    bad: BadDocuments,
-    loss_on: re.Pattern[str] | None,
-) -> Iterator[Batch]:
+def _of_stream(documents: _Documents, flag: FlagSeparators, rows: int, length: int) -> Iterator[Batch]:
     """Batches of all processes together."""
-    size, stream, unread, is_empty = rows * length, TokenStream.empty(), 0, True
-    while unread < len(source) or len(stream):
-        if unread < len(source) and len(stream) < size:
-            end = min(unread + source.documents_for(size - len(stream)), len(source))
-            texts = bad.read(source, range(unread, end))
-            stream = TokenStream.join([stream, TokenStream.encode(tokenizer, texts, unread, loss_on)])
-            unread += len(texts)
+    size, stream, is_empty = rows * length, TokenStream.empty(), True
+    while documents or len(stream):
+        if documents and len(stream) < size:
+            stream = TokenStream.join([stream, documents.next(size - len(stream))])
         else:
             batch, stream, is_empty = pack_rows(stream[:size], length, flag), stream[size:], False
             yield padded(batch, rows)
     if is_empty:
-        raise DataError(f"{source.name} has no tokens to evaluate on")
+        raise DataError(f"{documents.name} has no tokens to evaluate on")
 
 
 def _of_whole_documents(
-    long: LongDocuments,
-    source: TextSource,
-    tokenizer: Tokenizer,
-    flag: FlagSeparators,
-    rows: int,
-    length: int,
-    bad: BadDocuments,
-    loss_on: re.Pattern[str] | None,
+    long: LongDocuments, documents: _Documents, flag: FlagSeparators, rows: int, length: int
 ) -> Iterator[Batch]:
     """`_of_stream` of documents that stay whole."""
-    rest, unread, is_empty = TokenStream.empty(), 0, True
-    while unread < len(source) or len(rest):
+    rest, is_empty = TokenStream.empty(), True
+    while documents or len(rest):
         whole = WholeRows(rows, length)
-        while not len(rest := whole.add(rest)) and unread < len(source):
-            end = min(unread + source.documents_for(whole.free), len(source))
-            texts = bad.read(source, range(unread, end))
-            rest = long.fitted(TokenStream.encode(tokenizer, texts, unread, loss_on, conversations=True))
-            unread = end
+        while not len(rest := whole.add(rest)) and documents:
+            rest = long.fitted(documents.next(whole.free))
         batch = whole.batch(flag)
         is_empty &= not batch.loss_mask.any()
         yield batch
     if is_empty:
-        raise DataError(f"{source.name} has no answers to evaluate on")
+        raise DataError(f"{documents.name} has no answers to evaluate on")

@@ -82,7 +82,8 @@ def token_windows(
     """
     windows, documents, num_bytes, scored, has_marks = [], [], 0, [], False
     for number, text in enumerate(counted(texts, "tokenising")):
-        has_marks |= OPEN in text
+        is_marked = OPEN in text
+        has_marks |= is_marked
         plain, spans = unmarked(text)
         own = tokenizer.encode(plain)
         whole = own
@@ -90,10 +91,10 @@ def token_windows(
             whole = whole if whole[:1] == [start] else [start, *whole]
         elif bos:
             whole = tokenizer.with_bos(whole)
-        marks = np.ones(len(whole), bool) if OPEN not in text else _marks(tokenizer, plain, own, spans, len(whole))
+        marks = np.ones(len(whole), bool) if not is_marked else _marks(tokenizer, plain, own, spans, len(whole))
         whole = np.array(whole, np.int32)
         ids = whole[: max_tokens or None]
-        complete = len(ids) == len(whole) and ids[:1].tolist() == tokenizer.prefix and OPEN not in text
+        complete = len(ids) == len(whole) and ids[:1].tolist() == tokenizer.prefix and not is_marked
         if complete:  # all of the text is scored
             num_bytes += len(text.encode())
         else:
