@@ -48,33 +48,52 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 # Files that take a quarter of a minute and more, about the longest first: begun last, one would keep one worker busy
 # while the others have nothing left. How long they take: `--durations=100` of a run from nothing.
-FIRST = (
+FIRST = [
     "test_meshes.py",
     "attention/test_tpu.py",
     "hub/test_lora.py",
     "generation/test_slots.py",
     "hub/test_parity.py",
-)
-FIRST += ("generation/test_engine.py", "reliability/test_kill.py", "cache/test_mixed.py", "generation/test_stream.py")
-FIRST += ("training/test_step.py", "model/test_gate.py", "attention/test_op.py", "reliability/test_torn.py")
-FIRST += ("model/test_transformer.py", "cache/test_bounded.py", "cache/test_growing_pass.py", "cache/test_watched.py")
-FIRST += ("evaluation/test_streaming.py", "cache/test_bounded_pass.py", "programs/test_generate.py", "test_train.py")
-FIRST += (
+    "generation/test_engine.py",
+    "reliability/test_kill.py",
+    "cache/test_mixed.py",
+    "generation/test_stream.py",
+    "training/test_step.py",
+    "model/test_gate.py",
+    "attention/test_op.py",
+    "reliability/test_torn.py",
+    "model/test_transformer.py",
+    "cache/test_bounded.py",
+    "cache/test_growing_pass.py",
+    "cache/test_watched.py",
+    "evaluation/test_streaming.py",
+    "cache/test_bounded_pass.py",
+    "programs/test_generate.py",
+    "test_train.py",
     "hub/test_post_training.py",
     "reliability/test_numbers.py",
     "attention/test_tpu_compile.py",
     "cache/test_gated.py",
-)
-FIRST += (
     "attention/test_mosaic_gpu_interpret.py",
     "keeping/test_distill.py",
     "data/test_pipeline.py",
     "test_generate.py",
-)
-FIRST += ("serve/test_operations.py", "serve/test_abuse.py", "serve/test_conversations.py", "serve/test_page.py")
-FIRST += ("serve/test_view.py", "programs/test_terminal.py", "keeping/test_table.py", "bench/test_training.py")
-FIRST += ("attention/test_context_parallel.py", "training/test_every_config.py", "attention/test_tpu_ranges.py")
-FIRST += ("attention/test_mosaic_gpu_compile.py", "sharding/test_generation.py", "bench/test_steps.py", "test_wheel.py")
+    "serve/test_operations.py",
+    "serve/test_abuse.py",
+    "serve/test_conversations.py",
+    "serve/test_page.py",
+    "serve/test_view.py",
+    "programs/test_terminal.py",
+    "keeping/test_table.py",
+    "bench/test_training.py",
+    "attention/test_context_parallel.py",
+    "training/test_every_config.py",
+    "attention/test_tpu_ranges.py",
+    "attention/test_mosaic_gpu_compile.py",
+    "sharding/test_generation.py",
+    "bench/test_steps.py",
+    "test_wheel.py",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -228,7 +228,7 @@ def standing(row):
     return numbers, [view.positions(layer).tolist() for layer in range(2)], row.pending, row.has_drawn, row.row
 
 
-# A step a launch is what tests/serve has, where hosts end rows, too.
+# One step a launch is soak: three find more, and tests/serve has three, too.
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.soak), 3])
 def test_a_row_that_the_host_ends_at_its_first_token_is_saved_there(engine, slots, steps):
     """By then the device was asked for more. Only such a row goes singly: the others make whole launches."""

@@ -185,6 +185,8 @@ def test_layers_hold_what_their_windows_ask_for():
         (4, 6, 16),
         (0, 6, 8),
     ]
+    gate = dataclasses.replace(CASES["a gate"], layer_windows=(6, 6, 6, 6), kept_layers=(2,))
+    assert [x.max_separators > 0 for x in bounded_sizes(DEEP, gate).parts] == [True, False]  # as for watched tokens
     for changes in ({"layer_windows": ()}, {"layer_windows": (6, 6, 6, 6)}):
         assert isinstance(bounded_sizes(DEEP, dataclasses.replace(equal, kept_layers=(), **changes)), StreamSizes)
 
