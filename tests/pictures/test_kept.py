@@ -13,6 +13,7 @@ from sepjax.pictures import kept_text
 from sepjax.pictures.kept import EmptyTextError, Frame
 from sepjax.pictures.mask import MaskError, draw_mask, who_sees_whom
 from sepjax.pictures.slots import slots_held
+from sepjax.programs.picture import slots
 from sepjax.separators import configured_table
 from tests.generation.cache.common import ListStream
 from tests.generation.tiny import tiny_model, tiny_tokenizer
@@ -69,6 +70,14 @@ def test_slots_between_passes_are_those_of_a_list(sizes, tokenizer):
     assert all(entries in expected[at] for at, entries in zip(seen, held, strict=True))
     assert max(held) == size
     assert seen[-1] == max(expected)
+
+
+def test_arms_of_slots_may_have_a_type_of_cache(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sepjax.loading.load", lambda path, **_: (tiny_model(), tokenizer))
+    (tmp_path / "text.txt").write_text(TEXT[:60], encoding="utf-8")
+    arms, output = "own: sink_window a=2 n=12 c=14 cache=int8", str(tmp_path / "s.svg")
+    slots.main(slots.Settings(model="tiny", text=str(tmp_path / "text.txt"), arms=arms, output=output))
+    assert "own: at most 14 entries, 14 of " in capsys.readouterr().out
 
 
 def test_a_mask_shows_who_sees_whom(tokenizer, tmp_path):

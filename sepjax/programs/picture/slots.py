@@ -34,7 +34,7 @@ def main(settings: Settings) -> None:
     own = model.attention
     arms = {own.pattern: own}
     if settings.arms:
-        arms = {arm.name: arm.attention for arm in fixed_arms(settings.arms, own, model.config.num_layers)}
+        arms = {arm.name: arm.attention for arm in fixed_arms(settings.arms, own, model.config.num_layers, cached=True)}
     held = slots_held(model, tokenizer, text, arms, max_tokens=settings.max_tokens)
     draw_slots(
         Path(settings.output), held, f"{settings.path.name} reads {Path(settings.text).name}: entries of the cache"
