@@ -180,7 +180,7 @@ class SlotDevice:
             for k in range(early + max(1, -(-len(coming) // M))):
                 those = coming[(k - early) * M : (k - early + 1) * M] if k >= early else ()
                 which = self._which(leaving[k * M : (k + 1) * M], those)
-                self.rows, self._pool = self.programs.exchange(self.rows, self._pool, which)
+                self.rows, self._pool = self.programs.exchange(self.rows, self._pool, which.sent())
 
     def _which(self, leaving: Sequence[Leaving], coming: Sequence[tuple[int, np.ndarray, int]]) -> Exchange:
         n, places, M = self._num_rows, max(1, self.pool.size), self._at_once
@@ -200,16 +200,17 @@ class SlotDevice:
         records: list[Record] = []
         for read in reads:
             with clocks(f"device thread: read {len(read.rows)} x {read.tokens.shape[1]}"):
-                args = read.rows, read.tokens, read.left, read.is_last
-                self.rows, record = self.programs.read(params, self.rows, *args, table)
+                numbers = np.stack([read.rows, read.left, read.is_last.astype(np.int32)], axis=1)
+                sent = np.concatenate([numbers, read.tokens], axis=1)
+                self.rows, record = self.programs.read(params, self.rows, sent, table)
                 record.numbers.copy_to_host_async()
                 records.append(record)
         return records
 
     def _step(self, ended: np.ndarray, first: np.ndarray, steps: int) -> Record:
-        args = ended, first, _number(steps), self._of.table_on_device
         with self.clocks("device thread: steps"):
-            self.rows, record = self.programs.steps(self._of.params, self.rows, *args)
+            sent = np.append(np.where(ended, np.int32(-1), first), np.int32(steps))
+            self.rows, record = self.programs.steps(self._of.params, self.rows, sent, self._of.table_on_device)
             record.numbers.copy_to_host_async()
         return record
 
@@ -241,11 +242,22 @@ class SlotDevice:
             self._exchange((), [(0, told, -1)])
             return self.rows.state.token
 
+        def all_exchanged() -> Any:
+            places = [
+                place for _ in range(min(self._at_once, self._num_rows)) if (place := self.pool.take()) is not None
+            ]
+            leaving = [Leaving(i, place, False, False) for i, place in enumerate(places)]
+            self._exchange(leaving, [(i, told, place) for i, place in enumerate(places)])
+            for place in places:
+                self.pool.give(place)
+            return self.rows.state.token
+
         def taken() -> PackedState:
             return PackedState(self.form, self._take(0, False, False))
 
         jobs: dict[str, Callable[[], Any]] = {
             "exchange": exchanged,
+            "exchange, as many as there may be": all_exchanged,
             "fetch": lambda: self.programs.fetch(self._pool, _number(0)),
             "take": lambda: taken().packed,
             "take, to the host": lambda: taken().on_host().packed,

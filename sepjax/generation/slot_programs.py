@@ -28,9 +28,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from sepjax.array_typing import Array, Bool, Float, Int32, Tokens, UInt8, UInt16, UInt32
+from sepjax.array_typing import Array, Bool, Float, Int32, UInt8, UInt16, UInt32
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.ahead import after_compaction
 from sepjax.generation.cache.bounded import StreamingCache
@@ -190,6 +191,19 @@ class Exchange:
 
     __no_type_check__ = True
 
+    def sent(self) -> UInt8[np.ndarray, "M _"]:
+        """All of it in one array: each one that goes to a device costs its host as much as a small program does."""
+        numbers = self.leaving, self.to, self.back, self.undrawn, self.coming, self.source
+        table = np.stack([np.asarray(x, np.int32) for x in numbers], axis=1)
+        return np.concatenate([table.view(np.uint8), self.told], axis=1)
+
+    @classmethod
+    def received(cls, sent: UInt8[Array, "M _"]) -> "Exchange":
+        """On the device."""
+        table = jax.lax.bitcast_convert_type(sent[:, : 4 * 6].reshape(-1, 6, 4), jnp.int32)
+        leaving, to, back, undrawn, coming, source = (table[:, i] for i in range(6))
+        return cls(leaving, to, back != 0, undrawn != 0, coming, source, sent[:, 4 * 6 :])
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -228,11 +242,11 @@ class Record:
 class SlotPrograms:
     """Compiled for one model, pattern and kind of row; what goes in is used up, but for `take`, `fetch`, `look`."""
 
-    exchange: Callable[[Rows, DecodeState, Exchange], tuple[Rows, DecodeState]]
+    exchange: Callable[[Rows, DecodeState, Array], tuple[Rows, DecodeState]]
     fetch: Callable[[DecodeState, Array], Packed]
     place: Callable[[Rows, Array, Packed, Array], Rows]
-    read: Callable[[Params, Rows, Array, Array, Array, Array, Array], tuple[Rows, Record]]
-    steps: Callable[[Params, Rows, Array, Array, Array, Array], tuple[Rows, Record]]
+    read: Callable[[Params, Rows, Array, Array], tuple[Rows, Record]]
+    steps: Callable[[Params, Rows, Array, Array], tuple[Rows, Record]]
     take: Callable[[Rows, Array, Array, Array], Packed]
     look: Callable[[Rows, Array, Array], StreamingCache]
 
@@ -253,8 +267,14 @@ def slot_programs(
     )
 
 
-def _exchange(arrivals: Bytes, rows: Rows, pool: DecodeState, which: Exchange) -> tuple[Rows, DecodeState]:
-    """First some leave, then others come: into the rows of those, or from where those are now."""
+def _exchange(
+    arrivals: Bytes, rows: Rows, pool: DecodeState, sent: UInt8[Array, "M _"]
+) -> tuple[Rows, DecodeState]:  # fmt: skip
+    """First some leave, then others come: into the rows of those, or from where those are now.
+
+    `sent`: an `Exchange`.
+    """
+    which = Exchange.received(sent)
     pool = with_rows(pool, which.to, _leaving(rows.some(which.leaving), which.back, which.undrawn))
     is_empty = which.source < 0
     source = rows_of(pool, jnp.maximum(which.source, 0))
@@ -295,16 +315,15 @@ def _read(
     attention: AttentionConfig,
     params: Params,
     rows: Rows,
-    which: Int32[Array, "M"],
-    tokens: Tokens,
-    left: Int32[Array, "M"],
-    is_last: Bool[Array, "M"],
+    sent: Int32[Array, "M _"],
     table: Bool[Array, "_"],
 ) -> tuple[Rows, Record]:
     """Rows take up some of `left` of their tokens[M, T]; after all of them, if they are their last, they draw.
 
-    Where there are fewer than M, the others have numbers of no row.
+    `sent` has, for each, its number, `left`, whether they are its last, and the tokens. Where there are fewer than M,
+    the others have numbers of no row.
     """
+    which, left, is_last, tokens = sent[:, 0], sent[:, 1], sent[:, 2] != 0, sent[:, 3:]
     model, few = runner(graph, params, scan=True), rows.some(which)
     row, wishes = few.state, few.wishes
     cache: Any = row.cache
@@ -326,15 +345,15 @@ def _steps(
     most: int,
     params: Params,
     rows: Rows,
-    ended: Bool[Array, "B"],
-    first: Int32[Array, "B"],
-    count: Int32[Array, ""],
+    sent: Int32[Array, "_"],
     table: Bool[Array, "_"],
 ) -> tuple[Rows, Record]:
     """Up to `count` steps, `most` at most; those in which no row takes part are left out.
 
-    `ended`: by the host, since the last. `first`: number of the step from which a row takes part.
+    `sent` has, for each row, the number of the step from which it takes part, -1 if the host has ended it since the
+    last; and behind them `count`.
     """
+    ended, first, count = sent[:-1] < 0, sent[:-1], sent[-1]
     request, B = rows.wishes.request(table), len(ended)
 
     def one(carry: tuple[jax.Array, DecodeState, Before, Record]) -> tuple[jax.Array, DecodeState, Before, Record]:
