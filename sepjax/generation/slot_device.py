@@ -17,7 +17,7 @@ import numpy as np
 
 from sepjax.array_typing import Bool, Int32
 from sepjax.clocks import Clocks
-from sepjax.generation.device_thread import DeviceThread
+from sepjax.generation.device_thread import DeviceThread, Sweeper
 from sepjax.generation.packed import Bytes, Packed, PackedState
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import row_keys
@@ -89,7 +89,7 @@ class SlotDevice:
         self.programs: SlotPrograms = slot_programs(
             prepared.graph, prepared.attention, self.form, self.arrivals, most_steps
         )
-        self._thread, self._lock = DeviceThread(), threading.RLock()
+        self._thread, self._sweeper, self._lock = DeviceThread(), Sweeper(), threading.RLock()
         self._leaving: list[Leaving] = []  # that were not asked for yet
         self._warm_up()
 
@@ -179,8 +179,9 @@ class SlotDevice:
             early = max(0, -(-len(leaving) // M) - 1)  # programs before the one with the last that leave
             for k in range(early + max(1, -(-len(coming) // M))):
                 those = coming[(k - early) * M : (k - early + 1) * M] if k >= early else ()
-                which = self._which(leaving[k * M : (k + 1) * M], those)
-                self.rows, self._pool = self.programs.exchange(self.rows, self._pool, which.sent())
+                which, used = self._which(leaving[k * M : (k + 1) * M], those), [self.rows, self._pool]
+                self.rows, self._pool = self.programs.exchange(*used, which.sent())
+                self._sweeper.clear(used)
 
     def _which(self, leaving: Sequence[Leaving], coming: Sequence[tuple[int, np.ndarray, int]]) -> Exchange:
         n, places, M = self._num_rows, max(1, self.pool.size), self._at_once
@@ -201,22 +202,26 @@ class SlotDevice:
         for read in reads:
             with clocks(f"device thread: read {len(read.rows)} x {read.tokens.shape[1]}"):
                 numbers = np.stack([read.rows, read.left, read.is_last.astype(np.int32)], axis=1)
-                sent = np.concatenate([numbers, read.tokens], axis=1)
-                self.rows, record = self.programs.read(params, self.rows, sent, table)
+                sent, used = np.concatenate([numbers, read.tokens], axis=1), [self.rows]
+                self.rows, record = self.programs.read(params, *used, sent, table)
+                self._sweeper.clear(used)
                 record.numbers.copy_to_host_async()
                 records.append(record)
         return records
 
     def _step(self, ended: np.ndarray, first: np.ndarray, steps: int) -> Record:
         with self.clocks("device thread: steps"):
-            sent = np.append(np.where(ended, np.int32(-1), first), np.int32(steps))
-            self.rows, record = self.programs.steps(self._of.params, self.rows, sent, self._of.table_on_device)
+            sent, used = np.append(np.where(ended, np.int32(-1), first), np.int32(steps)), [self.rows]
+            self.rows, record = self.programs.steps(self._of.params, *used, sent, self._of.table_on_device)
+            self._sweeper.clear(used)
             record.numbers.copy_to_host_async()
         return record
 
     def _place(self, i: int, told: np.ndarray, saved: PackedState) -> None:
         with self.clocks("device thread: place"):
-            self.rows = self.programs.place(self.rows, _number(i), self._of.placed(saved.packed), told)
+            used = [self.rows]
+            self.rows = self.programs.place(*used, _number(i), self._of.placed(saved.packed), told)
+            self._sweeper.clear(used)
 
     def _take(self, i: int, back: bool, undrawn: bool) -> Packed:
         with self.clocks("device thread: take"):
