@@ -184,46 +184,63 @@ def attend(shape: Shape) -> Callable[..., Any]:
         total = kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA)
         acc, top, total = lax.fori_loop(0, count, step, (acc, top, total))
         total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first  # finite where top is _LOWEST
-        if whole:
-            acc *= _along_columns(1 / total, acc.shape)
-            o_smem.transpose((1, 0))[...] = _wgmma_layout(acc.astype(shape.dtype))
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_smem, outs[0].at[b, head, pl.ds(kernels._aligned(lax.rem(task, 8)), M)])
-        else:
-            o_smem[...] = _wgmma_layout(acc)
-            for x, smem in zip((total, top), stats, strict=True):
-                smem[...] = x
-            plgpu.commit_smem()
-            for source, target in zip((o_smem, *stats), outs, strict=True):
-                plgpu.copy_smem_to_gmem(source, target.at[b, head, split])
-        plgpu.wait_smem_to_gmem(0)
+        _store(whole, (acc, total, top), (o_smem, *stats), outs, (b, head, split), shape.dtype)
 
-    if whole:
-        out: Any = (jax.ShapeDtypeStruct((shape.B, shape.K, shape.G, H), shape.dtype),)
-    else:
-        sums = jax.ShapeDtypeStruct((shape.B, shape.K, shape.splits, H, M), jnp.float32)
-        stat = jax.ShapeDtypeStruct((shape.B, shape.K, shape.splits, M), jnp.float32)
-        out = (sums, stat, stat)
     scratch = (
         _tiled(shape.zones, M, H, dtype=shape.dtype),
         _tiled(stages, tile, H, dtype=shape.dtype),
         _tiled(stages, tile, H, dtype=shape.dtype),
         plgpu.SMEM((stages, tile), jnp.float32),
         _tiled(M, tile, dtype=shape.dtype),
-        _tiled(M, H, dtype=shape.dtype) if whole else plgpu.SMEM((H, M), jnp.float32),
-        *([] if whole else [plgpu.SMEM((M,), jnp.float32)] * 2),
+        *_out_scratch(shape),
         plgpu.Barrier(num_arrivals=shape.zones),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_barriers=stages),
     )
     return plgpu.kernel(
         kernel,
-        out_type=out,
+        out_type=_outs(shape),
         grid=(shape.B * shape.K * shape.splits,),
         grid_names=("task",),
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
+
+
+def _outs(shape: Shape) -> tuple[Any, ...]:
+    """What a kernel gives: the result, or its parts."""
+    if shape.splits == 1:
+        return (jax.ShapeDtypeStruct((shape.B, shape.K, shape.G, shape.H), shape.dtype),)
+    lead = shape.B, shape.K, shape.splits
+    stat = jax.ShapeDtypeStruct((*lead, shape.columns), jnp.float32)
+    return jax.ShapeDtypeStruct((*lead, shape.H, shape.columns), jnp.float32), stat, stat
+
+
+def _out_scratch(shape: Shape) -> tuple[Any, ...]:
+    """Shared memory through which `_store` writes."""
+    if shape.splits == 1:
+        return (_tiled(shape.columns, shape.H, dtype=shape.dtype),)
+    stat = plgpu.SMEM((shape.columns,), jnp.float32)
+    return plgpu.SMEM((shape.H, shape.columns), jnp.float32), stat, stat
+
+
+def _store(whole: bool, found: Any, smem: Any, outs: Any, at: tuple[Any, Any, Any], dtype: Any) -> None:
+    """Writes sums [H, columns], their weights' sum and maximum of (row, key head, split), divided where `whole`."""
+    (acc, total, top), (b, head, split) = found, at
+    if whole:
+        acc *= _along_columns(1 / total, acc.shape)
+        smem[0].transpose((1, 0))[...] = _wgmma_layout(acc.astype(dtype))
+        plgpu.commit_smem()
+        queries = pl.ds(kernels._aligned(lax.rem(head, 8)), acc.shape[1])  # from 0; beyond G nothing is written
+        plgpu.copy_smem_to_gmem(smem[0], outs[0].at[b, head, queries])
+    else:
+        smem[0][...] = _wgmma_layout(acc)
+        for x, stat in zip((total, top), smem[1:], strict=True):
+            stat[...] = x
+        plgpu.commit_smem()
+        for source, target in zip(smem, outs, strict=True):
+            plgpu.copy_smem_to_gmem(source, target.at[b, head, split])
+    plgpu.wait_smem_to_gmem(0)
 
 
 def run(shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any) -> jax.Array:

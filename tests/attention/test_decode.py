@@ -1,5 +1,6 @@
 """One token over the slots of a cache: the Hopper kernel, simulated, against the definition; who is served by what."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,9 @@ import pytest
 
 from sepjax.attention import decode
 from sepjax.attention.target import Target
+from sepjax.config import RopeConfig
+from sepjax.generation.cache.stored import quantised
+from sepjax.model.rope import rope_table
 from tests.attention.common import assert_errs_at_most_twice_as_much
 from tests.attention.simulator import assert_no_races, simulate
 
@@ -66,6 +70,70 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     kernel.clear_cache()
     got = decode.attend(*given, decode.seen_slots(seen, kernel=True), ends)
     kernel.clear_cache()  # a simulated program is of no use to others
+    assert_no_races()
+    assert_errs_at_most_twice_as_much([got], [plain], [exact], [np.abs(exact).max()], jnp.bfloat16)
+
+
+def coded(B, K, G, C, H, dtype=jnp.bfloat16):
+    """queries, own key and value, codes and scales of keys and of values; some vectors are all zero."""
+    q, k, v, *vectors = tensors(B, K, 1, G, C, H, dtype)
+    stored = [quantised(jnp.asarray(x, jnp.float32).at[:, :, 5].set(0)) for x in vectors]
+    return (q, k, v, *(x.codes for x in stored)), tuple(x.scales for x in stored)
+
+
+def zones_of(B, C):
+    """Ends of five zones, of which some are empty, begin in one tile or are a slot long; and what a query's distance
+    from a slot and the slot's number make together."""
+    drawn = np.random.default_rng(2)
+    ends = np.sort(np.concatenate([np.full((B, 1), 4), drawn.integers(4, 70, (B, 1)), np.full((B, 1), 70)], axis=1))
+    ends = np.concatenate([ends, drawn.integers(70, C, (B, 1))], axis=1)
+    ends[0], ends[-1] = [4, 4, 70, 70], [4, 5, 70, 71]
+    return ends.astype(np.int32), drawn.integers(C, 3 * C, (B, 5))
+
+
+def turned_slots(keys, ends, to_first, dtype):
+    """Keys [B, K, C, H] turned to fit queries at position 0, in `dtype`, or float64."""
+    i, rows = np.arange(keys.shape[2]), np.arange(len(ends))[:, None]
+    zone = np.sum(ends[:, :, None] <= i, axis=1)
+    back = i - to_first[rows, zone]
+    half = keys.shape[-1] // 2
+    angles = back[:, None, :, None] * 10000.0 ** (-np.arange(half) / half)
+    x = np.asarray(keys, np.float64)
+    first, second, cos, sin = x[..., :half], x[..., half:], np.cos(angles), np.sin(angles)
+    out = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return out if dtype is None else jnp.asarray(out, dtype)
+
+
+# (B, K, G, C, H), whether keys lie un-rotated, SMs
+CODED = {
+    "un-rotated, a block for three key heads": ((3, 3, 3, 256, 64), True, 1),
+    "blocks that share a row": ((2, 1, 4, 448, 64), True, 4),
+    "heads of 128, more than eight of them": ((2, 1, 12, 320, 128), True, 1),
+    "heads of 256, keys that lie rotated": ((2, 2, 3, 192, 256), False, 1),
+}
+CODED_SOAK = list(CODED)[1:]
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=[pytest.mark.soak] if x in CODED_SOAK else []) for x in CODED])
+def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
+    (B, K, G, C, H), lies, num_sms = CODED[case]
+    (q, k, v, keys, values), scales = coded(B, K, G, C, H)
+    seen, (ends, to_first) = visible_slots(B, C), zones_of(B, C)
+    turned = turned_slots(keys, ends, to_first, None) if lies else np.asarray(keys, np.float64)
+    wide = [np.asarray(x, np.float64)[..., None] for x in scales]
+    exact = textbook(q, k, v, turned * wide[0], np.asarray(values, np.float64) * wide[1], seen, ())
+    as_numbers = jnp.asarray(turned, q.dtype), values.astype(q.dtype)
+    plain = decode.attend(q, k, v, *as_numbers, decode.seen_slots(seen, kernel=False), (), scales)
+    simulate(monkeypatch)
+    monkeypatch.setattr(decode, "target", lambda: Target("gpu", "few SMs", num_sms, "9.0"))
+    monkeypatch.setattr(decode, "_ROUNDS", 0)
+    kernel: Any = decode._kernel_of_codes
+    kernel.clear_cache()
+    table = functools.partial(rope_table, rope=RopeConfig(), head_dim=H)
+    turns = decode.turns(*(table(jnp.asarray(x)) for x in (np.arange(64), np.arange(0, C, 64), to_first)), ends)
+    lying = (q[:, :, 0], turns) if lies else None
+    got = decode.attend(q, k, v, keys, values, decode.seen_slots(seen, kernel=True), (), scales, lying)
+    kernel.clear_cache()
     assert_no_races()
     assert_errs_at_most_twice_as_much([got], [plain], [exact], [np.abs(exact).max()], jnp.bfloat16)
 
