@@ -31,7 +31,7 @@ _H100_SMS = 132  # where the device does not tell
 TILE = 64  # slots that the kernel reads at a time: the rows of one product
 _STAGES = {64: 4, 128: 3, 256: 2}  # by head size, tiles of keys and of values in shared memory
 _TURNED = (64, 128)  # head sizes of which registers hold cosines and sines, too
-_STAGES_OF_CODES = {64: 3, 128: 2, 256: 2}
+_STAGES_OF_CODES = {64: 3, 128: 3, 256: 2}
 _BLOCKS = 2  # of the kernel that an SM takes at a time
 _ROUNDS = 4  # that there should be at least, of all SMs' blocks, where a block takes several key heads
 

@@ -1,4 +1,4 @@
-r"""`mosaic_gpu_decode_kernels` over caches of 8 bits: codes come from device memory, numbers are made of them on the way.
+r"""`mosaic_gpu_decode_kernels` over caches of 8 bits: codes come from device memory, and only codes.
 
     key      codes -> registers, converted [, turned]  ->  S^T = K_tile . Q^T     times the key's scale
     value    codes -> registers, converted -> shared memory
@@ -72,8 +72,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         q_ref, own_ref, value_ref, k_ref, k_scales_ref, v_ref, v_scales_ref, bias_ref, live_ref, *turn_refs = ins
         q_smem, k_smem, k_scales, v_smem, v_scales, wide_smem, bias_smem, p_smem, o_smem, *rest = scratch
         stats, rest = (rest[:0], rest) if whole else (rest[:2], rest[2:])
-        (given_smem, tiles_smem, zones_smem), rest = (rest[:3], rest[3:]) if turns else ((None,) * 3, rest)
-        ready, k_ready, v_ready = rest
+        turn_smem, (ready, k_ready, v_ready) = rest[:-3], rest[-3:]
         task = lax.axis_index("task")
         split, task = lax.rem(task, shape.splits), lax.div(task, shape.splits)
         group, b = lax.rem(task, groups), lax.div(task, groups)
@@ -83,6 +82,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         is_first = jnp.where(split == 0, 1.0, 0.0)
         if turns:
             of_keys_ref, of_tiles_ref, of_zones_ref, ends_ref = turn_refs
+            given_smem, tiles_smem, zones_smem = turn_smem
             ends = [ends_ref[b, z] for z in range(shape.num_zones - 1)]
 
         def tile_of(i):
@@ -104,9 +104,11 @@ def attend(shape: Shape) -> Callable[..., Any]:
                 plgpu.copy_gmem_to_smem(v_scales_ref.at[b, head, slots], v_scales.at[slot], v_ready.at[slot])
 
             def start():
-                plgpu.copy_gmem_to_smem(q_ref.at[b, head], given_smem if turns else q_smem, ready)
                 if turns:
+                    plgpu.copy_gmem_to_smem(q_ref.at[b, head], given_smem, ready)
                     plgpu.copy_gmem_to_smem(of_zones_ref.at[b], zones_smem, ready)
+                else:
+                    plgpu.copy_gmem_to_smem(q_ref.at[b, head], q_smem, ready)
                 for i in range(stages):
                     pl.when(i < count)(lambda i=i: load_keys(jnp.int32(i)))
                     pl.when(i < count)(lambda i=i: load_values(jnp.int32(i)))
@@ -148,6 +150,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
                 i = plgpu.broadcasted_iota(jnp.int32, (tile, M), 0, layout=plgpu.Layout.WGMMA) + at
 
                 def one(n, s):
+                    pl.when(n > 0)(plgpu.commit_smem)  # all warps have read the queries of the zone before
                     z = lowest + n
                     begin = jnp.int32(0)
                     for other, end in enumerate(ends, 1):
@@ -197,9 +200,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
             plain._store(whole, (acc, total, top), (o_smem, *stats), outs, (b, head, split), dtype)
 
         if turns:
-            key_turns = [
-                plgpu.load(of_keys_ref.at[x], layout=plgpu.Layout.WGMMA, optimized=False) for x in range(2)
-            ]
+            key_turns = [plgpu.load(of_keys_ref.at[x], layout=plgpu.Layout.WGMMA, optimized=False) for x in range(2)]
 
         def next_head(n, _):
             run(group * shape.heads + n)
@@ -212,7 +213,9 @@ def attend(shape: Shape) -> Callable[..., Any]:
         grid=(shape.B * groups * shape.splits,),
         grid_names=("task",),
         scratch_types=_scratch(shape),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Between two writes to the same place, and between a read and the copy that takes its place, every tile has
+        # barriers of its own: a maximum over warps and two `commit_smem`.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
 
 
@@ -256,4 +259,4 @@ def run(shape: Shape, queries: Any, k: Any, v: Any, codes: Any, bias: Any, live:
     at = 4 if lying is not None else 2
     queries = jnp.pad(queries, [(0, fill if axis == at else 0) for axis in range(queries.ndim)])
     out = attend(shape)(queries, own, v, *codes[0], *codes[1], bias, live, *more)
-    return out[0] if shape.splits == 1 else plain._joined(shape, *out)
+    return plain._joined(shape, *out)

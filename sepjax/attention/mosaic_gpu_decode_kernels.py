@@ -53,6 +53,11 @@ class Shape:
         return pl.cdiv(self.G, 8) * 8
 
     @property
+    def written(self) -> int:
+        """Queries of the result: G, or where copies of 8 rows do not end there, `columns`."""
+        return self.G if self.G < 8 else self.columns
+
+    @property
     def zones(self) -> int:
         """Z."""
         return len(self.ends) + 1
@@ -84,7 +89,7 @@ def _along_columns(x: Any, shape: tuple[int, ...]) -> Any:
 
 
 def attend(shape: Shape) -> Callable[..., Any]:
-    """q, own, v, k and v of the cache, bias, live tiles -> out [B, K, G, H]; or, of several splits, parts of it.
+    """q, own, v, k and v of the cache, bias, live tiles -> out [B, K, written, H]; or, of several splits, its parts.
 
     q: [B, K, Z, columns, H]; own: float32[B, K, columns], the token's product with itself; v:
     [B, K, H], its value; the cache: [B, K, C, H]; bias: float32[B, C], 0 where a slot is visible, else -inf;
@@ -210,7 +215,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
 def _outs(shape: Shape) -> tuple[Any, ...]:
     """What a kernel gives: the result, or its parts."""
     if shape.splits == 1:
-        return (jax.ShapeDtypeStruct((shape.B, shape.K, shape.G, shape.H), shape.dtype),)
+        return (jax.ShapeDtypeStruct((shape.B, shape.K, shape.written, shape.H), shape.dtype),)
     lead = shape.B, shape.K, shape.splits
     stat = jax.ShapeDtypeStruct((*lead, shape.columns), jnp.float32)
     return jax.ShapeDtypeStruct((*lead, shape.H, shape.columns), jnp.float32), stat, stat
@@ -249,11 +254,14 @@ def run(shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, 
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
     own = jnp.einsum("BKGH,BKH->BKG", queries[:, :, -1], k, preferred_element_type=jnp.float32)
     out = attend(shape)(queries, own, v, k_cache, v_cache, bias, live)
-    return out[0] if shape.splits == 1 else _joined(shape, *out)
+    return _joined(shape, *out)
 
 
-def _joined(shape: Shape, sums: jax.Array, total: jax.Array, top: jax.Array) -> jax.Array:
-    """One softmax of the parts of each row."""
+def _joined(shape: Shape, sums: jax.Array, *stats: jax.Array) -> jax.Array:
+    """What a kernel gave as one result: of parts one softmax of each row."""
+    if shape.splits == 1:
+        return sums[:, :, : shape.G]
+    total, top = stats
     weight = jnp.exp2(top - jnp.max(top, axis=2, keepdims=True))
     total = jnp.sum(total * weight, axis=2)
     out = jnp.sum(sums * weight[:, :, :, None], axis=2) / total[:, :, None]

@@ -170,7 +170,8 @@ def main(settings: Settings) -> None:
         if reason is not None:
             print(f"{shape} {kind}: no kernel: {reason}")
     print(
-        f"{'shape':<10}{'cache':<7}{'slots':>6}{'rows':>6}  {'form':<8}{'ms/layer':>10}{'GB/s held':>11}{'share':>8}{'error':>10}"
+        f"{'shape':<10}{'cache':<7}{'slots':>6}{'rows':>6}  {'form':<8}{'ms/layer':>10}{'GB/s held':>11}{'share':>8}"
+        f"{'error':>10}"
     )
     figures = []
     for x in measure(settings):
