@@ -88,38 +88,37 @@ def attend(shape: Shape) -> Callable[..., Any]:
         def tile_of(i):
             return live_ref[b, 1 + first + i]
 
-        def run(head):
-            def load_keys(i):
-                slot, number = lax.rem(i, stages), tile_of(i)
-                slots = pl.ds(number * tile, tile)
-                plgpu.copy_gmem_to_smem(k_ref.at[b, head, slots], k_smem.at[slot], k_ready.at[slot])
-                plgpu.copy_gmem_to_smem(k_scales_ref.at[b, head, slots], k_scales.at[slot], k_ready.at[slot])
-                plgpu.copy_gmem_to_smem(bias_ref.at[b, slots], bias_smem.at[slot], k_ready.at[slot])
-                if turns:
-                    plgpu.copy_gmem_to_smem(of_tiles_ref.at[number], tiles_smem.at[slot], k_ready.at[slot])
+        def load_keys(head, i):
+            slot, number = lax.rem(i, stages), tile_of(i)
+            slots = pl.ds(number * tile, tile)
+            plgpu.copy_gmem_to_smem(k_ref.at[b, head, slots], k_smem.at[slot], k_ready.at[slot])
+            plgpu.copy_gmem_to_smem(k_scales_ref.at[b, head, slots], k_scales.at[slot], k_ready.at[slot])
+            plgpu.copy_gmem_to_smem(bias_ref.at[b, slots], bias_smem.at[slot], k_ready.at[slot])
+            if turns:
+                plgpu.copy_gmem_to_smem(of_tiles_ref.at[number], tiles_smem.at[slot], k_ready.at[slot])
 
-            def load_values(i):
-                slot, slots = lax.rem(i, stages), pl.ds(tile_of(i) * tile, tile)
-                plgpu.copy_gmem_to_smem(v_ref.at[b, head, slots], v_smem.at[slot], v_ready.at[slot])
-                plgpu.copy_gmem_to_smem(v_scales_ref.at[b, head, slots], v_scales.at[slot], v_ready.at[slot])
+        def load_values(head, i):
+            slot, slots = lax.rem(i, stages), pl.ds(tile_of(i) * tile, tile)
+            plgpu.copy_gmem_to_smem(v_ref.at[b, head, slots], v_smem.at[slot], v_ready.at[slot])
+            plgpu.copy_gmem_to_smem(v_scales_ref.at[b, head, slots], v_scales.at[slot], v_ready.at[slot])
 
-            def start():
-                if turns:
-                    plgpu.copy_gmem_to_smem(q_ref.at[b, head], given_smem, ready)
-                    plgpu.copy_gmem_to_smem(of_zones_ref.at[b], zones_smem, ready)
-                else:
-                    plgpu.copy_gmem_to_smem(q_ref.at[b, head], q_smem, ready)
-                for i in range(stages):
-                    pl.when(i < count)(lambda i=i: load_keys(jnp.int32(i)))
-                    pl.when(i < count)(lambda i=i: load_values(jnp.int32(i)))
+        def load(head, i):
+            def both():
+                load_keys(head, i)
+                load_values(head, i)
 
-            def ahead(i):
-                def load():
-                    load_keys(i + stages)
-                    load_values(i + stages)
+            pl.when(i < count)(both)
 
-                pl.when(i + stages < count)(load)
+        def start(head):
+            if turns:
+                plgpu.copy_gmem_to_smem(q_ref.at[b, head], given_smem, ready)
+                plgpu.copy_gmem_to_smem(of_zones_ref.at[b], zones_smem, ready)
+            else:
+                plgpu.copy_gmem_to_smem(q_ref.at[b, head], q_smem, ready)
+            for i in range(stages):
+                load(head, jnp.int32(i))
 
+        def run(head, last):
             def product(keys):
                 def multiply(acc):
                     plgpu.wgmma(acc, keys, q_smem.transpose((1, 0)))
@@ -180,7 +179,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
                 wide = plgpu.load(v_smem.at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
                 wide_smem[...] = wide.astype(dtype)
                 plgpu.commit_smem()
-                kernels._in_one_warp(lambda: ahead(i))
+                kernels._in_one_warp(lambda: load(head, i + stages))
 
                 def weigh(acc):
                     plgpu.wgmma(acc, wide_smem.transpose((1, 0)), p_smem.transpose((1, 0)))
@@ -188,7 +187,6 @@ def attend(shape: Shape) -> Callable[..., Any]:
                 (acc,) = kernels.accumulate(weigh, acc)
                 return acc, new_top, total
 
-            kernels._in_one_warp(start)
             own = plgpu.load(own_ref.at[b, head], layout=kernels._PER_COLUMN, optimized=False) * scale
             value = plgpu.load(value_ref.at[b, head], layout=kernels._PER_ROW, optimized=False).astype(jnp.float32)
             plgpu.barrier_wait(ready)
@@ -197,15 +195,15 @@ def attend(shape: Shape) -> Callable[..., Any]:
             total = kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA)
             acc, top, total = lax.fori_loop(0, count, step, (acc, top, total))
             total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first
+            # That sum is one of all warps: none still waits for this head's queries or reads what copies overwrite.
+            kernels._in_one_warp(lambda: pl.when(head < last)(lambda: start(head + 1)))
             plain._store(whole, (acc, total, top), (o_smem, *stats), outs, (b, head, split), dtype)
 
+        begin = group * shape.heads
+        kernels._in_one_warp(lambda: start(begin))
         if turns:
             key_turns = [plgpu.load(of_keys_ref.at[x], layout=plgpu.Layout.WGMMA, optimized=False) for x in range(2)]
-
-        def next_head(n, _):
-            run(group * shape.heads + n)
-
-        lax.fori_loop(0, shape.heads, next_head, None)
+        lax.fori_loop(0, shape.heads, lambda n, _: run(begin + n, begin + shape.heads - 1), None)
 
     return plgpu.kernel(
         kernel,
