@@ -142,7 +142,7 @@ def attend(
     seen: Seen,
     ends: tuple[int, ...] = (),
     scales: tuple[Float[Array, "B K C"], Float[Array, "B K C"]] | None = None,
-    lying: tuple[Float[Array, "B K G H"], Turns] | None = None,
+    lying: tuple[Float[Array, "B K G H"], Float[Array, "B K H"], Turns] | None = None,
 ) -> Float[jax.Array, "B K G H"]:
     """The attention, in v's dtype, computed in float32.
 
@@ -154,8 +154,8 @@ def attend(
       ends: where the zones but the last end.
       scales: by which keys and values in slots are to be multiplied; None: they are as they are. For the kernel they
         are those of codes of 8 bits.
-      lying: for the kernel alone, where codes of keys lie un-rotated: queries as they are before they are turned, and
-        the turns. `queries` are then those that fit `k`, and zones those of the turns. Plain XLA wants keys turned.
+      lying: for the kernel alone, where codes of keys lie un-rotated: queries and own key as they are before they turn,
+        which take the place of `queries` and `k`, and the turns, whose zones count. Plain XLA wants keys turned.
     """
     if seen.bias is None or seen.live is None:
         return with_weights(queries, k, v, k_cache, v_cache, seen, ends, scales)[0]
@@ -218,7 +218,7 @@ def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: 
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_int8_kernels")
     (B, K, G, H), C = queries.shape, codes[0][0].shape[2]
     splits = _splits(B * K, live.shape[1] - 1)
-    zones = 0 if lying is None else lying[1].of_zones.shape[1]
+    zones = 0 if lying is None else lying[2].of_zones.shape[1]
     shape = module.Shape(
         B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, _STAGES_OF_CODES[H], splits, zones,
         _heads_of_a_block(B, K) if splits == 1 else 1,

@@ -53,14 +53,15 @@ def _turned(x: Any, cos: Any, sin: Any) -> Any:
 
 
 def attend(shape: Shape) -> Callable[..., Any]:
-    """q, own, v, codes and scales of k and of v, bias, live tiles [, turns] -> as `mosaic_gpu_decode_kernels.attend`.
+    """q, k, v, codes and scales of k and of v, bias, live tiles [, turns] -> as `mosaic_gpu_decode_kernels.attend`.
 
-    q: [B, K, columns, H]; own: float32[B, K, columns], the token's product with itself; v: [B, K, H], its value; codes:
-    int8[B, K, C, H]; scales: bfloat16[B, K, C]; bias: float32[B, C]; live: int32[B, 1 + tiles].
+    q: [B, K, columns, H]; k and v: [B, K, H], the token's own; codes: int8[B, K, C, H]; scales: bfloat16[B, K, C];
+    bias: float32[B, C]; live: int32[B, 1 + tiles].
 
-    Turns, where keys lie un-rotated (`num_zones`): q is [B, K, 2, H, columns], un-rotated and a quarter of a turn on,
-    and there are, cosines before sines, of_keys [2, tile, H / 2] in q's type, of_tiles float32[tiles, 2, H], of_zones
-    float32[B, Z, 2, H], and int32[B, Z - 1], where zones end.
+    Turns, where keys lie un-rotated (`num_zones`): q is [B, K, 2, H, columns], un-rotated and a quarter of a turn on; k
+    is float32, un-rotated, times the factor of a rotation, twice (YaRN's). Then there are, cosines before sines,
+    of_keys [2, tile, H / 2] in q's type, of_tiles float32[tiles, 2, H], of_zones float32[B, Z, 2, H], and where zones
+    end, int32[B, Z - 1].
     """
     H, M, tile, stages, scale = shape.H, shape.columns, shape.tile, shape.stages, shape.scale * kernels.LOG2E
     whole, turns, dtype = shape.splits == 1, shape.num_zones > 0, shape.dtype
@@ -69,7 +70,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
 
     def kernel(*refs):
         ins, outs, scratch = refs[:num_ins], refs[num_ins : num_ins + num_outs], refs[num_ins + num_outs :]
-        q_ref, own_ref, value_ref, k_ref, k_scales_ref, v_ref, v_scales_ref, bias_ref, live_ref, *turn_refs = ins
+        q_ref, key_ref, value_ref, k_ref, k_scales_ref, v_ref, v_scales_ref, bias_ref, live_ref, *turn_refs = ins
         q_smem, k_smem, k_scales, v_smem, v_scales, wide_smem, bias_smem, p_smem, o_smem, *rest = scratch
         stats, rest = (rest[:0], rest) if whole else (rest[:2], rest[2:])
         turn_smem, (ready, k_ready, v_ready) = rest[:-3], rest[-3:]
@@ -187,15 +188,16 @@ def attend(shape: Shape) -> Callable[..., Any]:
                 (acc,) = kernels.accumulate(weigh, acc)
                 return acc, new_top, total
 
-            own = plgpu.load(own_ref.at[b, head], layout=kernels._PER_COLUMN, optimized=False) * scale
-            value = plgpu.load(value_ref.at[b, head], layout=kernels._PER_ROW, optimized=False).astype(jnp.float32)
+            key, value = plain._own_vectors((key_ref, value_ref), b, head)
             plgpu.barrier_wait(ready)
+            queries = given_smem.at[0] if turns else q_smem.transpose((1, 0))
+            own = plain._own_scores(queries, key) * scale
             top = own * is_first + plain._LOWEST * (1.0 - is_first)
             acc = plain._along_rows(value * is_first, (H, M))
             total = kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA)
             acc, top, total = lax.fori_loop(0, count, step, (acc, top, total))
             total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first
-            # That sum is one of all warps: none still waits for this head's queries or reads what copies overwrite.
+            plgpu.commit_smem()  # no warp still waits for this head's queries, or reads what copies overwrite
             kernels._in_one_warp(lambda: pl.when(head < last)(lambda: start(head + 1)))
             plain._store(whole, (acc, total, top), (o_smem, *stats), outs, (b, head, split), dtype)
 
@@ -244,11 +246,10 @@ def run(shape: Shape, queries: Any, k: Any, v: Any, codes: Any, bias: Any, live:
 
     queries: [B, K, G, H], as they fit `k`; lying: see there.
     """
-    own = jnp.einsum("BKGH,BKH->BKG", queries, k, preferred_element_type=jnp.float32)
-    own = jnp.pad(own, ((0, 0), (0, 0), (0, shape.columns - shape.G)))
     more: tuple[Any, ...] = ()
     if lying is not None:
-        queries, turns = lying
+        queries, k, turns = lying
+        k = k.astype(jnp.float32) * turns.of_keys[0, 0, 0] ** 2  # a cosine of 0 times the factor
         first, second = jnp.split(queries, 2, axis=-1)
         across = jnp.concatenate([-second, first], axis=-1)
         queries = jnp.swapaxes(jnp.stack([queries, across], axis=2), 3, 4)
@@ -256,5 +257,5 @@ def run(shape: Shape, queries: Any, k: Any, v: Any, codes: Any, bias: Any, live:
     fill = shape.columns - shape.G
     at = 4 if lying is not None else 2
     queries = jnp.pad(queries, [(0, fill if axis == at else 0) for axis in range(queries.ndim)])
-    out = attend(shape)(queries, own, v, *codes[0], *codes[1], bias, live, *more)
+    out = attend(shape)(queries, k, v, *codes[0], *codes[1], bias, live, *more)
     return plain._joined(shape, *out)

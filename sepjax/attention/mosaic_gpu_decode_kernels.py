@@ -89,11 +89,10 @@ def _along_columns(x: Any, shape: tuple[int, ...]) -> Any:
 
 
 def attend(shape: Shape) -> Callable[..., Any]:
-    """q, own, v, k and v of the cache, bias, live tiles -> out [B, K, written, H]; or, of several splits, its parts.
+    """q, k, v, k and v of the cache, bias, live tiles -> out [B, K, written, H]; or, of several splits, its parts.
 
-    q: [B, K, Z, columns, H]; own: float32[B, K, columns], the token's product with itself; v:
-    [B, K, H], its value; the cache: [B, K, C, H]; bias: float32[B, C], 0 where a slot is visible, else -inf;
-    live: int32[B, 1 + tiles], how many tiles are live, and their numbers.
+    q: [B, K, Z, columns, H]; k and v: [B, K, H], the token's own; the cache: [B, K, C, H]; bias: float32[B, C], 0 where
+    a slot is visible, else -inf; live: int32[B, 1 + tiles], how many tiles are live, and their numbers.
 
     Parts: float32 sums [B, K, splits, H, columns], their weights' sum and maximum [B, K, splits, columns]; the first
     split has the token itself.
@@ -103,7 +102,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
 
     num_outs = 1 if whole else 3
 
-    def kernel(q_ref, own_ref, value_ref, k_ref, v_ref, bias_ref, live_ref, *refs):
+    def kernel(q_ref, key_ref, value_ref, k_ref, v_ref, bias_ref, live_ref, *refs):
         outs, scratch, (ready, k_ready, v_ready) = refs[:num_outs], refs[num_outs:-3], refs[-3:]
         q_smem, k_smem, v_smem, bias_smem, p_smem, o_smem, *stats = scratch
         task = lax.axis_index("task")
@@ -180,9 +179,9 @@ def attend(shape: Shape) -> Callable[..., Any]:
             return acc, new_top, total
 
         kernels._in_one_warp(start)
-        own = plgpu.load(own_ref.at[b, head], layout=kernels._PER_COLUMN, optimized=False) * scale
-        value = plgpu.load(value_ref.at[b, head], layout=kernels._PER_ROW, optimized=False).astype(jnp.float32)
+        key, value = _own_vectors((key_ref, value_ref), b, head)
         plgpu.barrier_wait(ready)
+        own = _own_scores(q_smem.at[shape.zones - 1].transpose((1, 0)), key) * scale
         is_first = jnp.where(split == 0, 1.0, 0.0)
         top = own * is_first + _LOWEST * (1.0 - is_first)
         acc = _along_rows(value * is_first, (H, M))
@@ -210,6 +209,18 @@ def attend(shape: Shape) -> Callable[..., Any]:
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
+
+
+def _own_vectors(refs: Any, b: Any, head: Any) -> list[Any]:
+    """The token's own key and value, float32[H]."""
+    vectors = (plgpu.load(x.at[b, head], layout=kernels._PER_ROW, optimized=False) for x in refs)
+    return [x.astype(jnp.float32) for x in vectors]
+
+
+def _own_scores(queries: Any, key: Any) -> Any:
+    """Products float32[columns] of queries [H, columns] in shared memory with the token's own key."""
+    q = plgpu.load(queries, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+    return (q * _along_rows(key, q.shape)).sum(axis=0)
 
 
 def _outs(shape: Shape) -> tuple[Any, ...]:
@@ -252,8 +263,7 @@ def run(shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, 
     """`sepjax.attention.decode.attend` for the arguments of `Seen`: around the kernel, what is small."""
     more = shape.columns - shape.G
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
-    own = jnp.einsum("BKGH,BKH->BKG", queries[:, :, -1], k, preferred_element_type=jnp.float32)
-    out = attend(shape)(queries, own, v, k_cache, v_cache, bias, live)
+    out = attend(shape)(queries, k, v, k_cache, v_cache, bias, live)
     return _joined(shape, *out)
 
 

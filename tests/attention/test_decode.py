@@ -1,6 +1,5 @@
 """One token over the slots of a cache: the Hopper kernel, simulated, against the definition; who is served by what."""
 
-import functools
 from typing import Any
 
 import jax
@@ -91,8 +90,8 @@ def zones_of(B, C):
     return ends.astype(np.int32), drawn.integers(C, 3 * C, (B, 5))
 
 
-def turned_slots(keys, ends, to_first, dtype):
-    """Keys [B, K, C, H] turned to fit queries at position 0, in `dtype`, or float64."""
+def turned_slots(keys, ends, to_first):
+    """Keys [B, K, C, H] turned to fit queries at position 0, in float64."""
     i, rows = np.arange(keys.shape[2]), np.arange(len(ends))[:, None]
     zone = np.sum(ends[:, :, None] <= i, axis=1)
     back = i - to_first[rows, zone]
@@ -100,8 +99,7 @@ def turned_slots(keys, ends, to_first, dtype):
     angles = back[:, None, :, None] * 10000.0 ** (-np.arange(half) / half)
     x = np.asarray(keys, np.float64)
     first, second, cos, sin = x[..., :half], x[..., half:], np.cos(angles), np.sin(angles)
-    out = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return out if dtype is None else jnp.asarray(out, dtype)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 # (B, K, G, C, H), whether keys lie un-rotated, SMs
@@ -119,19 +117,23 @@ def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
     (B, K, G, C, H), lies, num_sms = CODED[case]
     (q, k, v, keys, values), scales = coded(B, K, G, C, H)
     seen, (ends, to_first) = visible_slots(B, C), zones_of(B, C)
-    turned = turned_slots(keys, ends, to_first, None) if lies else np.asarray(keys, np.float64)
+    turned = np.asarray(keys, np.float64)
+    factor = 2 if lies else 1  # of a product of two rotated vectors
+    if lies:
+        turned = factor * turned_slots(keys, ends, to_first)
     wide = [np.asarray(x, np.float64)[..., None] for x in scales]
-    exact = textbook(q, k, v, turned * wide[0], np.asarray(values, np.float64) * wide[1], seen, ())
+    exact = textbook(q, factor * k, v, turned * wide[0], np.asarray(values, np.float64) * wide[1], seen, ())
     as_numbers = jnp.asarray(turned, q.dtype), values.astype(q.dtype)
-    plain = decode.attend(q, k, v, *as_numbers, decode.seen_slots(seen, kernel=False), (), scales)
+    plain = decode.attend(q, factor * k, v, *as_numbers, decode.seen_slots(seen, kernel=False), (), scales)
     simulate(monkeypatch)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "few SMs", num_sms, "9.0"))
     monkeypatch.setattr(decode, "_ROUNDS", 0)
     kernel: Any = decode._kernel_of_codes
     kernel.clear_cache()
-    table = functools.partial(rope_table, rope=RopeConfig(), head_dim=H)
-    turns = decode.turns(*(table(jnp.asarray(x)) for x in (np.arange(64), np.arange(0, C, 64), to_first)), ends)
-    lying = (q[:, :, 0], turns) if lies else None
+    whole, bare = RopeConfig(attention_factor=2**0.5), RopeConfig()
+    tables = ((np.arange(64), whole), (np.arange(0, C, 64), bare), (to_first, whole))
+    turns = decode.turns(*(rope_table(jnp.asarray(x), rope, H) for x, rope in tables), ends)
+    lying = (q[:, :, 0], k, turns) if lies else None
     got = decode.attend(q, k, v, keys, values, decode.seen_slots(seen, kernel=True), (), scales, lying)
     kernel.clear_cache()
     assert_no_races()

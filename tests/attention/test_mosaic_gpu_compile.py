@@ -114,7 +114,7 @@ def test_decoding_from_codes_compiles_for_an_h100(h100, shape, lies, dtype):
 
     def run(visible, queries, k, v, keys, values, scales, tables):
         assert decode.unsupported(jnp.int8, H, C, rotated=H if lies else None) is None
-        lying = (queries[:, :, 0], decode.turns(*tables)) if lies else None
+        lying = (queries[:, :, 0], k, decode.turns(*tables)) if lies else None
         seen = decode.seen_slots(visible, kernel=True).computed_in(dtype)
         return decode.attend(queries, k, v, keys, values, seen, (), scales, lying)
 

@@ -120,7 +120,8 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         queries = jnp.moveaxis(queries.reshape(-1, B, k.shape[2], N // k.shape[2], H), 0, 2)  # [B, K, zone, G, H]
         seen, lying, slots_turn = seen_in(reach, sees_kept).computed_in(q.dtype), None, turn
         if turns is not None and seen.kernel:
-            lying = q.reshape(B, k.shape[2], N // k.shape[2], H), turns.of_layer(rope)
+            still = plain(new_k, jnp.float32)[:, 0]
+            lying = q.reshape(B, k.shape[2], N // k.shape[2], H), still, turns.of_layer(rope)
         elif turns is not None:  # what reads codes is found out here: other types than the kernel's turn them in XLA
             slots_turn = _turn_of_slots(cache)
         slots_turn = slots_turn and of_layer(slots_turn, rope)

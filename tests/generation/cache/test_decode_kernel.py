@@ -47,13 +47,15 @@ def calls(monkeypatch):
 
     def of_codes(queries, k, v, codes, bias, live, lying):
         (keys, of_keys), (values, of_values) = codes
-        got.append(lying and lying[1].ends)
+        got.append(lying and lying[2].ends)
         assert keys.dtype == jnp.int8
         keys, values = keys.astype(v.dtype), values.astype(v.dtype)
-        queries, ends = queries[:, :, None], ()
         if lying is not None:
-            keys, queries, ends = turned(keys, lying[1]), jnp.stack([lying[0], queries[:, :, 0]], 2), (keys.shape[2],)
-        return decode.with_weights(queries, k, v, keys, values, seen(bias, live), ends, (of_keys, of_values))[0]
+            queries, k, turns = lying
+            keys, k = turned(keys, turns), k * turns.of_keys[0, 0, 0] ** 2
+        return decode.with_weights(queries[:, :, None], k, v, keys, values, seen(bias, live), (), (of_keys, of_values))[
+            0
+        ]
 
     monkeypatch.setattr(decode, "_kernel", stand_in)
     monkeypatch.setattr(decode, "_kernel_of_codes", of_codes)
@@ -84,7 +86,10 @@ CODED = {
     "separators": (MODEL, SEPARATOR),
     "positions of the text": (MODEL, dataclasses.replace(SEPARATOR, stream_positions="absolute")),
     "sink_window": (MODEL, dataclasses.replace(SEPARATOR, pattern="sink_window", max_separators=0)),
-    "layers with rotations of their own": (KINDS, SEPARATOR),
+    "layers with rotations of their own": (
+        dataclasses.replace(KINDS, rope=RopeConfig(attention_factor=1.2)),
+        SEPARATOR,
+    ),
 }
 
 
