@@ -5,7 +5,8 @@
     zones     slots [0, ends[0]), [ends[0], ends[1]), ... [ends[-1], C)
 
 Plain XLA is the definition and runs anywhere. On a Hopper GPU one kernel (`mosaic_gpu_decode_kernels.py`) reads each
-key and value once, of those tiles of slots alone in which the row sees something.
+key and value once, of those tiles of slots alone in which the row sees something. Codes of 8 bits have a kernel of
+their own (`mosaic_gpu_decode_int8_kernels.py`), which turns keys that lie un-rotated, too.
 """
 
 import dataclasses
@@ -16,18 +17,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Float32
+from jaxtyping import Float32, Int8
 
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.attention.packing import unserved
 from sepjax.attention.target import target
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+type Table = tuple[jax.Array, jax.Array]  # cosines and sines
+_TYPES = (jnp.bfloat16, jnp.float16)
 _PLAIN = ("xla", "reference", "tpu")  # implementations of `separator_attention` by whose names decoding is plain XLA
 _H100_SMS = 132  # where the device does not tell
 TILE = 64  # slots that the kernel reads at a time: the rows of one product
 _STAGES = {64: 4, 128: 3, 256: 2}  # by head size, tiles of keys and of values in shared memory
+_TURNED = (64, 128)  # head sizes of which registers hold cosines and sines, too
+_STAGES_OF_CODES = {64: 3, 128: 3, 256: 2}
 _BLOCKS = 2  # of the kernel that an SM takes at a time
+_ROUNDS = 4  # that there should be at least, of all SMs' blocks, where a block takes several key heads
 
 
 @jax.tree_util.register_dataclass
@@ -41,19 +47,61 @@ class Seen:
 
     __no_type_check__ = True  # see `StreamingCache`
 
+    @property
+    def kernel(self) -> bool:
+        """Whether the kernel runs."""
+        return self.live is not None
+
+    def computed_in(self, dtype: DTypeLike) -> "Seen":
+        """For queries of this type: of codes, whose own type does not tell it, the kernel serves not all."""
+        return self if jnp.dtype(dtype) in _TYPES else Seen(self.visible, None, None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """By what the kernel turns keys that lie un-rotated, and queries to fit them. Made by `turns`.
+
+    Of layers that differ in their rotations each but `ends` has an axis more, the first.
+    """
+
+    of_keys: Float[jax.Array, "2 S E"]  # by a slot's place in its tile; cosines, sines
+    of_tiles: Float32[jax.Array, "X 2 H"]  # by a tile's first slot
+    of_zones: Float32[jax.Array, "B Z 2 H"]  # by a query's distance from any slot, plus the slot's number
+    ends: Int32[jax.Array, "B Y"]  # where the zones but the last end
+
+    __no_type_check__ = True  # see `StreamingCache`
+
+    def of_layer(self, number: Int32[Array, ""] | None) -> "Turns":
+        """A layer's own; `number` as for `sepjax.model.rope.of_layer`."""
+        if number is None:
+            return self
+        return Turns(self.of_keys[number], self.of_tiles[number], self.of_zones[number], self.ends)
+
+
+def turns(of_keys: Table, of_tiles: Table, of_zones: Table, ends: Int32[Array, "B Y"]) -> Turns:
+    """`Turns` of cosines and sines [..., H/2]: of_keys [TILE, H/2], of_tiles [C/TILE, H/2], of_zones [B, Z, H/2]."""
+
+    def whole(table: Table) -> jax.Array:
+        return jnp.stack([jnp.concatenate([x, x], axis=-1) for x in table], axis=-2)
+
+    return Turns(jnp.stack(of_keys, axis=-3), whole(of_tiles), whole(of_zones), jnp.asarray(ends))
+
 
 def unsupported(
-    dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None, *, wants_weights: bool = False
-) -> str | None:
+    dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None, *, wants_weights: bool = False,
+    rotated: int | None = None,
+) -> str | None:  # fmt: skip
     """Why the kernel cannot serve a decoding step on the device that is traced for, or None when it can.
 
     Args:
-      dtype: of the cache.
+      dtype: of the cache; int8: of codes, to be multiplied by queries of 16 bits (`Seen.computed_in`).
       head_dim: H.
       slots: C.
       implementation: what the config names for `separator_attention`. A decoding step has two forms: the plain ones'
         names ("xla", "reference", "tpu") mean the plain one here, others and None the kernel where it can serve.
       wants_weights: whether the weights are asked for, which the kernel never has.
+      rotated: R, how many of H numbers turn, of keys that lie un-rotated; None: they lie as they are needed.
     """
     if implementation in _PLAIN:
         return f"attention.implementation={implementation!r} asks for plain XLA"
@@ -66,7 +114,12 @@ def unsupported(
         return "it has no weights to give, and watched tokens are kept by them"
     if not slots or slots % TILE:
         return f"it reads {TILE} slots at a time, the cache has {slots}"
-    return unserved(jnp.dtype(dtype), head_dim, (jnp.bfloat16, jnp.float16))
+    if rotated is not None and (rotated != head_dim or head_dim > max(_TURNED)):
+        return (
+            f"of keys that lie un-rotated it turns heads of {' and '.join(map(str, _TURNED))} whole, "
+            f"got {rotated} of {head_dim} numbers"
+        )
+    return unserved(jnp.dtype(jnp.bfloat16 if dtype == jnp.int8 else dtype), head_dim, _TYPES)
 
 
 def seen_slots(visible: Bool[Array, "B C"], *, kernel: bool) -> Seen:
@@ -84,25 +137,31 @@ def attend(
     queries: Float[Array, "B K Z G H"],
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
-    k_cache: Float[Array, "B K C H"],
-    v_cache: Float[Array, "B K C H"],
+    k_cache: Float[Array, "B K C H"] | Int8[Array, "B K C H"],
+    v_cache: Float[Array, "B K C H"] | Int8[Array, "B K C H"],
     seen: Seen,
     ends: tuple[int, ...] = (),
     scales: tuple[Float[Array, "B K C"], Float[Array, "B K C"]] | None = None,
+    lying: tuple[Float[Array, "B K G H"], Float[Array, "B K H"], Turns] | None = None,
 ) -> Float[jax.Array, "B K G H"]:
     """The attention, in v's dtype, computed in float32.
 
     Args:
       queries: those of each zone, the last zone's fit `k`.
       k: the token's own key; v: its value. They are not in the cache yet.
-      k_cache: keys in slots; v_cache: values.
+      k_cache: keys in slots; v_cache: values. For the kernel codes as they are stored.
       seen: of `seen_slots`, which says whether the kernel runs.
       ends: where the zones but the last end.
-      scales: by which keys and values in slots are to be multiplied, for plain XLA alone; None: they are as they are.
+      scales: by which keys and values in slots are to be multiplied; None: they are as they are. For the kernel they
+        are those of codes of 8 bits.
+      lying: for the kernel alone, where codes of keys lie un-rotated: queries and own key as they are before they turn,
+        which take the place of `queries` and `k`, and the turns, whose zones count. Plain XLA wants keys turned.
     """
     if seen.bias is None or seen.live is None:
         return with_weights(queries, k, v, k_cache, v_cache, seen, ends, scales)[0]
-    assert scales is None  # `unsupported` for whole numbers
+    if scales is not None:
+        codes = (k_cache, scales[0]), (v_cache, scales[1])
+        return _kernel_of_codes(queries[:, :, -1], k, v, codes, seen.bias, seen.live, lying)
     return _kernel(queries, k, v, k_cache, v_cache, seen.bias, seen.live, ends=ends)
 
 
@@ -146,3 +205,22 @@ def _kernel(
     splits = _splits(B * K, live.shape[1] - 1)
     shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, _STAGES[H], splits)
     return module.run(shape, queries, k, v, k_cache, v_cache, bias, live)
+
+
+def _heads_of_a_block(B: int, K: int) -> int:
+    """Key heads that a block of threads takes one after the other: what it makes ready once serves all of them."""
+    least = _ROUNDS * _BLOCKS * (target().num_cores or _H100_SMS)
+    return max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or B * K // n >= least))
+
+
+@jax.jit
+def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, lying: Any) -> jax.Array:
+    module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_int8_kernels")
+    (B, K, G, H), C = queries.shape, codes[0][0].shape[2]
+    splits = _splits(B * K, live.shape[1] - 1)
+    zones = 0 if lying is None else lying[2].of_zones.shape[1]
+    shape = module.Shape(
+        B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, _STAGES_OF_CODES[H], splits, zones,
+        _heads_of_a_block(B, K) if splits == 1 else 1,
+    )  # fmt: skip
+    return module.run(shape, queries, k, v, codes, bias, live, lying)

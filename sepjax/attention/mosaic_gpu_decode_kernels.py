@@ -53,6 +53,11 @@ class Shape:
         return pl.cdiv(self.G, 8) * 8
 
     @property
+    def written(self) -> int:
+        """Queries of the result: G, or where copies of 8 rows do not end there, `columns`."""
+        return self.G if self.G < 8 else self.columns
+
+    @property
     def zones(self) -> int:
         """Z."""
         return len(self.ends) + 1
@@ -84,11 +89,10 @@ def _along_columns(x: Any, shape: tuple[int, ...]) -> Any:
 
 
 def attend(shape: Shape) -> Callable[..., Any]:
-    """q, own, v, k and v of the cache, bias, live tiles -> out [B, K, G, H]; or, of several splits, parts of it.
+    """q, k, v, k and v of the cache, bias, live tiles -> out [B, K, written, H]; or, of several splits, its parts.
 
-    q: [B, K, Z, columns, H]; own: float32[B, K, columns], the token's product with itself; v:
-    [B, K, H], its value; the cache: [B, K, C, H]; bias: float32[B, C], 0 where a slot is visible, else -inf;
-    live: int32[B, 1 + tiles], how many tiles are live, and their numbers.
+    q: [B, K, Z, columns, H]; k and v: [B, K, H], the token's own; the cache: [B, K, C, H]; bias: float32[B, C], 0 where
+    a slot is visible, else -inf; live: int32[B, 1 + tiles], how many tiles are live, and their numbers.
 
     Parts: float32 sums [B, K, splits, H, columns], their weights' sum and maximum [B, K, splits, columns]; the first
     split has the token itself.
@@ -98,7 +102,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
 
     num_outs = 1 if whole else 3
 
-    def kernel(q_ref, own_ref, value_ref, k_ref, v_ref, bias_ref, live_ref, *refs):
+    def kernel(q_ref, key_ref, value_ref, k_ref, v_ref, bias_ref, live_ref, *refs):
         outs, scratch, (ready, k_ready, v_ready) = refs[:num_outs], refs[num_outs:-3], refs[-3:]
         q_smem, k_smem, v_smem, bias_smem, p_smem, o_smem, *stats = scratch
         task = lax.axis_index("task")
@@ -175,50 +179,31 @@ def attend(shape: Shape) -> Callable[..., Any]:
             return acc, new_top, total
 
         kernels._in_one_warp(start)
-        own = plgpu.load(own_ref.at[b, head], layout=kernels._PER_COLUMN, optimized=False) * scale
-        value = plgpu.load(value_ref.at[b, head], layout=kernels._PER_ROW, optimized=False).astype(jnp.float32)
+        key, value = _own_vectors((key_ref, value_ref), b, head)
         plgpu.barrier_wait(ready)
+        own = _own_scores(q_smem.at[shape.zones - 1].transpose((1, 0)), key) * scale
         is_first = jnp.where(split == 0, 1.0, 0.0)
         top = own * is_first + _LOWEST * (1.0 - is_first)
         acc = _along_rows(value * is_first, (H, M))
         total = kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA)
         acc, top, total = lax.fori_loop(0, count, step, (acc, top, total))
         total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first  # finite where top is _LOWEST
-        if whole:
-            acc *= _along_columns(1 / total, acc.shape)
-            o_smem.transpose((1, 0))[...] = _wgmma_layout(acc.astype(shape.dtype))
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_smem, outs[0].at[b, head, pl.ds(kernels._aligned(lax.rem(task, 8)), M)])
-        else:
-            o_smem[...] = _wgmma_layout(acc)
-            for x, smem in zip((total, top), stats, strict=True):
-                smem[...] = x
-            plgpu.commit_smem()
-            for source, target in zip((o_smem, *stats), outs, strict=True):
-                plgpu.copy_smem_to_gmem(source, target.at[b, head, split])
-        plgpu.wait_smem_to_gmem(0)
+        _store(whole, (acc, total, top), (o_smem, *stats), outs, (b, head, split), shape.dtype)
 
-    if whole:
-        out: Any = (jax.ShapeDtypeStruct((shape.B, shape.K, shape.G, H), shape.dtype),)
-    else:
-        sums = jax.ShapeDtypeStruct((shape.B, shape.K, shape.splits, H, M), jnp.float32)
-        stat = jax.ShapeDtypeStruct((shape.B, shape.K, shape.splits, M), jnp.float32)
-        out = (sums, stat, stat)
     scratch = (
         _tiled(shape.zones, M, H, dtype=shape.dtype),
         _tiled(stages, tile, H, dtype=shape.dtype),
         _tiled(stages, tile, H, dtype=shape.dtype),
         plgpu.SMEM((stages, tile), jnp.float32),
         _tiled(M, tile, dtype=shape.dtype),
-        _tiled(M, H, dtype=shape.dtype) if whole else plgpu.SMEM((H, M), jnp.float32),
-        *([] if whole else [plgpu.SMEM((M,), jnp.float32)] * 2),
+        *_out_scratch(shape),
         plgpu.Barrier(num_arrivals=shape.zones),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_barriers=stages),
     )
     return plgpu.kernel(
         kernel,
-        out_type=out,
+        out_type=_outs(shape),
         grid=(shape.B * shape.K * shape.splits,),
         grid_names=("task",),
         scratch_types=scratch,
@@ -226,17 +211,67 @@ def attend(shape: Shape) -> Callable[..., Any]:
     )
 
 
+def _own_vectors(refs: Any, b: Any, head: Any) -> list[Any]:
+    """The token's own key and value, float32[H]."""
+    vectors = (plgpu.load(x.at[b, head], layout=kernels._PER_ROW, optimized=False) for x in refs)
+    return [x.astype(jnp.float32) for x in vectors]
+
+
+def _own_scores(queries: Any, key: Any) -> Any:
+    """Products float32[columns] of queries [H, columns] in shared memory with the token's own key."""
+    q = plgpu.load(queries, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+    return (q * _along_rows(key, q.shape)).sum(axis=0)
+
+
+def _outs(shape: Shape) -> tuple[Any, ...]:
+    """What a kernel gives: the result, or its parts."""
+    if shape.splits == 1:
+        return (jax.ShapeDtypeStruct((shape.B, shape.K, shape.written, shape.H), shape.dtype),)
+    lead = shape.B, shape.K, shape.splits
+    stat = jax.ShapeDtypeStruct((*lead, shape.columns), jnp.float32)
+    return jax.ShapeDtypeStruct((*lead, shape.H, shape.columns), jnp.float32), stat, stat
+
+
+def _out_scratch(shape: Shape) -> tuple[Any, ...]:
+    """Shared memory through which `_store` writes."""
+    if shape.splits == 1:
+        return (_tiled(shape.columns, shape.H, dtype=shape.dtype),)
+    stat = plgpu.SMEM((shape.columns,), jnp.float32)
+    return plgpu.SMEM((shape.H, shape.columns), jnp.float32), stat, stat
+
+
+def _store(whole: bool, found: Any, smem: Any, outs: Any, at: tuple[Any, Any, Any], dtype: Any) -> None:
+    """Writes sums [H, columns], their weights' sum and maximum of (row, key head, split), divided where `whole`."""
+    (acc, total, top), (b, head, split) = found, at
+    if whole:
+        acc *= _along_columns(1 / total, acc.shape)
+        smem[0].transpose((1, 0))[...] = _wgmma_layout(acc.astype(dtype))
+        plgpu.commit_smem()
+        queries = pl.ds(kernels._aligned(lax.rem(head, 8)), acc.shape[1])  # from 0; beyond G nothing is written
+        plgpu.copy_smem_to_gmem(smem[0], outs[0].at[b, head, queries])
+    else:
+        smem[0][...] = _wgmma_layout(acc)
+        for x, stat in zip((total, top), smem[1:], strict=True):
+            stat[...] = x
+        plgpu.commit_smem()
+        for source, target in zip(smem, outs, strict=True):
+            plgpu.copy_smem_to_gmem(source, target.at[b, head, split])
+    plgpu.wait_smem_to_gmem(0)
+
+
 def run(shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any) -> jax.Array:
     """`sepjax.attention.decode.attend` for the arguments of `Seen`: around the kernel, what is small."""
     more = shape.columns - shape.G
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
-    own = jnp.einsum("BKGH,BKH->BKG", queries[:, :, -1], k, preferred_element_type=jnp.float32)
-    out = attend(shape)(queries, own, v, k_cache, v_cache, bias, live)
-    return out[0] if shape.splits == 1 else _joined(shape, *out)
+    out = attend(shape)(queries, k, v, k_cache, v_cache, bias, live)
+    return _joined(shape, *out)
 
 
-def _joined(shape: Shape, sums: jax.Array, total: jax.Array, top: jax.Array) -> jax.Array:
-    """One softmax of the parts of each row."""
+def _joined(shape: Shape, sums: jax.Array, *stats: jax.Array) -> jax.Array:
+    """What a kernel gave as one result: of parts one softmax of each row."""
+    if shape.splits == 1:
+        return sums[:, :, : shape.G]
+    total, top = stats
     weight = jnp.exp2(top - jnp.max(top, axis=2, keepdims=True))
     total = jnp.sum(total * weight, axis=2)
     out = jnp.sum(sums * weight[:, :, :, None], axis=2) / total[:, :, None]

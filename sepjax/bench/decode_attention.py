@@ -1,6 +1,7 @@
 """Attention of one new token over bounded caches: the kernel against plain XLA, and the errors of both.
 
-    python -m sepjax.bench.decode_attention [--rows=1,760 --cache_sizes=324,800 --shapes=9/3/64,32/8/128]
+    python -m sepjax.bench.decode_attention [--rows=1,760 --cache_sizes=325,800 --shapes=9/3/64,32/8/128]
+                                            [--cache_dtypes=model,int8]
 
 A call is the attention of so many layers that the device's own caches do not hold their keys, each reading what the one
 before gave, queries turned and all; a figure is a layer's share of it. Caches are as after a long text, rows at
@@ -11,6 +12,7 @@ of a layer. The last line is JSON.
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -21,12 +23,13 @@ import jax.numpy as jnp
 from sepjax.attention import decode
 from sepjax.bench.steps import caches_of, full_cache, memory_bandwidth
 from sepjax.command.flags import run_settings
-from sepjax.command.settings import AtLeast
+from sepjax.command.settings import AtLeast, OneOf
 from sepjax.command.settings import Settings as _Settings
-from sepjax.config import AttentionConfig, Config, ConfigError, ModelConfig
+from sepjax.config import CACHE_DTYPES, AttentionConfig, Config, ConfigError, ModelConfig
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.bounded_pass import attend_run, pass_inputs
 from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.cache.stored import Quantised, Vectors, quantised, vector_bytes
 from sepjax.measure import heading, provenance, time_calls
 
 _CHECKED = 4  # rows whose errors are looked at: the reference takes room
@@ -41,6 +44,7 @@ class Settings(_Settings):
     rows: Annotated[tuple[int, ...], AtLeast(1)] = (1, 16, 64, 256, 760)
     pattern: str = "separator"  # of the caches
     dtype: str = "bfloat16"  # of queries, keys and values
+    cache_dtypes: Annotated[tuple[str, ...], OneOf(CACHE_DTYPES)] = ("model",)  # of keys and values in caches
     gigabytes: Annotated[float, AtLeast(0)] = 1.0  # of keys and values in a call, at least
     seconds: Annotated[float, AtLeast(0)] = 0.2  # for each figure
 
@@ -50,6 +54,7 @@ class Figure:
     """One form at one shape."""
 
     shape: str
+    cache_dtype: str
     slots: int  # of a row, C
     rows: int
     form: str  # "kernel" or "xla"
@@ -73,18 +78,18 @@ def model_of(shape: str, dtype: str, num_layers: int) -> ModelConfig:
 def measure(settings: Settings) -> Iterator[Figure]:
     """Yields the kernel's figure, where it serves, and plain XLA's, for each shape, cache size and number of rows."""
     bandwidth = memory_bandwidth()
-    for shape in settings.shapes:
-        for size in settings.cache_sizes:
-            for rows in settings.rows:
-                yield from _figures(settings, shape, size, rows, bandwidth)
+    for case in itertools.product(settings.shapes, settings.cache_dtypes, settings.cache_sizes, settings.rows):
+        yield from _figures(settings, *case, bandwidth)
 
 
-def _figures(settings: Settings, shape: str, size: int, rows: int, bandwidth: float) -> Iterator[Figure]:
+def _figures(
+    settings: Settings, shape: str, cache_dtype: str, size: int, rows: int, bandwidth: float
+) -> Iterator[Figure]:
     model = model_of(shape, settings.dtype, 1)
     budget = f"4/64/256/{size}"
-    (attention,) = caches_of(AttentionConfig(), 1, budget, 0, (settings.pattern,)).values()
+    (attention,) = caches_of(AttentionConfig(cache_dtype=cache_dtype), 1, budget, 0, (settings.pattern,)).values()
     sizes = StreamSizes.create(model, attention)
-    a_slot = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(settings.dtype).itemsize
+    a_slot = 2 * model.num_kv_heads * vector_bytes(model, cache_dtype)
     layers = max(1, min(64, round(settings.gigabytes * 2**30 / (a_slot * sizes.slots * rows))))
     model = dataclasses.replace(model, num_layers=layers)
     cache = filled(Config(model=model, attention=attention), sizes, rows)
@@ -92,21 +97,33 @@ def _figures(settings: Settings, shape: str, size: int, rows: int, bandwidth: fl
     held = int(cache.held().sum()) * a_slot
     exact = _exact(cache, q, k, v)
     for form, implementation in (("kernel", None), ("xla", "xla")):
-        if form == "kernel" and decode.unsupported(settings.dtype, model.head_dim, sizes.slots) is not None:
+        if form == "kernel" and _no_kernel(settings, model, cache_dtype, sizes.slots) is not None:
             continue
         run = functools.partial(jax.jit(functools.partial(layers_of, implementation=implementation)), cache, q, k, v)
         error = float(jnp.max(jnp.abs(run()[0][: len(exact)].astype(jnp.float32) - exact)))
         milliseconds = time_calls(run, repeats=3, seconds=settings.seconds).milliseconds / layers
         share = held / bandwidth / milliseconds * 1e3
-        yield Figure(shape, sizes.slots, rows, form, milliseconds, held, share, error)
+        yield Figure(shape, cache_dtype, sizes.slots, rows, form, milliseconds, held, share, error)
+
+
+def _no_kernel(settings: Settings, model: ModelConfig, cache_dtype: str, slots: int) -> str | None:
+    """Why the kernel does not serve this."""
+    kind = settings.dtype if cache_dtype == "model" else cache_dtype
+    return decode.unsupported(kind, model.head_dim, slots, wants_weights=settings.pattern == "watched")
 
 
 def filled(config: Config, sizes: StreamSizes, rows: int) -> StreamingCache:
     """`full_cache` with keys and values drawn at random."""
     cache = full_cache(config, sizes, rows)
-    given: tuple[Any, Any] = cache.k, cache.v  # of a model's type, an array a layer
+    given: tuple[Any, Any] = cache.k, cache.v  # for each layer
     number = len(given[0])
-    draw = jax.jit(lambda key, x: jax.random.normal(key, x.shape, x.dtype))
+
+    @jax.jit
+    def draw(key: jax.Array, x: Vectors) -> Vectors:
+        if isinstance(x, Quantised):
+            return quantised(jax.random.normal(key, x.shape, config.model.dtype))
+        return jax.random.normal(key, x.shape, x.dtype)
+
     keys = jax.random.split(jax.random.key(3), 2 * number)
     k, v = (tuple(draw(keys[i + at], x) for i, x in enumerate(xs)) for at, xs in zip((0, number), given, strict=True))
     return dataclasses.replace(cache, k=k, v=v)
@@ -148,18 +165,19 @@ def main(settings: Settings) -> None:
     """Prints a line a figure, then JSON."""
     source = provenance()
     print(heading(source))
-    for shape in settings.shapes:
-        reason = decode.unsupported(settings.dtype, model_of(shape, settings.dtype, 1).head_dim, 64)
+    for shape, kind in itertools.product(settings.shapes, settings.cache_dtypes):
+        reason = _no_kernel(settings, model_of(shape, settings.dtype, 1), kind, decode.TILE)
         if reason is not None:
-            print(f"{shape}: no kernel: {reason}")
+            print(f"{shape} {kind}: no kernel: {reason}")
     print(
-        f"{'shape':<10}{'slots':>6}{'rows':>6}  {'form':<8}{'ms/layer':>10}{'GB/s held':>11}{'share':>8}{'error':>10}"
+        f"{'shape':<10}{'cache':<7}{'slots':>6}{'rows':>6}  {'form':<8}{'ms/layer':>10}{'GB/s held':>11}{'share':>8}"
+        f"{'error':>10}"
     )
     figures = []
     for x in measure(settings):
         rate = x.held_bytes / x.milliseconds / 1e6
         print(
-            f"{x.shape:<10}{x.slots:>6}{x.rows:>6}  {x.form:<8}{x.milliseconds:>10.4f}{rate:>11.0f}"
+            f"{x.shape:<10}{x.cache_dtype:<7}{x.slots:>6}{x.rows:>6}  {x.form:<8}{x.milliseconds:>10.4f}{rate:>11.0f}"
             f"{x.share_of_bandwidth:>8.1%}{x.error:>10.2g}",
             flush=True,
         )

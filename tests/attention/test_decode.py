@@ -9,6 +9,9 @@ import pytest
 
 from sepjax.attention import decode
 from sepjax.attention.target import Target
+from sepjax.config import RopeConfig
+from sepjax.generation.cache.stored import quantised
+from sepjax.model.rope import rope_table
 from tests.attention.common import assert_errs_at_most_twice_as_much
 from tests.attention.simulator import assert_no_races, simulate
 
@@ -70,6 +73,73 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     assert_errs_at_most_twice_as_much([got], [plain], [exact], [np.abs(exact).max()], jnp.bfloat16)
 
 
+def coded(B, K, G, C, H, dtype=jnp.bfloat16):
+    """queries, own key and value, codes and scales of keys and of values; some vectors are all zero."""
+    q, k, v, *vectors = tensors(B, K, 1, G, C, H, dtype)
+    stored = [quantised(jnp.asarray(x, jnp.float32).at[:, :, 5].set(0)) for x in vectors]
+    return (q, k, v, *(x.codes for x in stored)), tuple(x.scales for x in stored)
+
+
+def zones_of(B, C):
+    """Ends of five zones, of which some are empty, begin in one tile or are a slot long; and what a query's distance
+    from a slot and the slot's number make together."""
+    drawn = np.random.default_rng(2)
+    ends = np.sort(np.concatenate([np.full((B, 1), 4), drawn.integers(4, 70, (B, 1)), np.full((B, 1), 70)], axis=1))
+    ends = np.concatenate([ends, drawn.integers(70, C, (B, 1))], axis=1)
+    ends[0], ends[-1] = [4, 4, 70, 70], [4, 5, 70, 71]
+    return ends.astype(np.int32), drawn.integers(C, 3 * C, (B, 5))
+
+
+def turned_slots(keys, ends, to_first):
+    """Keys [B, K, C, H] turned to fit queries at position 0, in float64."""
+    i, rows = np.arange(keys.shape[2]), np.arange(len(ends))[:, None]
+    zone = np.sum(ends[:, :, None] <= i, axis=1)
+    back = i - to_first[rows, zone]
+    half = keys.shape[-1] // 2
+    angles = back[:, None, :, None] * 10000.0 ** (-np.arange(half) / half)
+    x = np.asarray(keys, np.float64)
+    first, second, cos, sin = x[..., :half], x[..., half:], np.cos(angles), np.sin(angles)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+# (B, K, G, C, H), whether keys lie un-rotated, SMs
+CODED = {
+    "un-rotated, a block for three key heads": ((3, 3, 3, 256, 64), True, 1),
+    "blocks that share a row": ((2, 1, 4, 448, 64), True, 4),
+    "heads of 128, more than eight of them": ((2, 1, 12, 320, 128), True, 1),
+    "heads of 256, keys that lie rotated": ((2, 2, 3, 192, 256), False, 1),
+}
+CODED_SOAK = list(CODED)[1:]
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=[pytest.mark.soak] if x in CODED_SOAK else []) for x in CODED])
+def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
+    (B, K, G, C, H), lies, num_sms = CODED[case]
+    (q, k, v, keys, values), scales = coded(B, K, G, C, H)
+    seen, (ends, to_first) = visible_slots(B, C), zones_of(B, C)
+    turned = np.asarray(keys, np.float64)
+    factor = 2 if lies else 1  # of a product of two rotated vectors
+    if lies:
+        turned = factor * turned_slots(keys, ends, to_first)
+    wide = [np.asarray(x, np.float64)[..., None] for x in scales]
+    exact = textbook(q, factor * k, v, turned * wide[0], np.asarray(values, np.float64) * wide[1], seen, ())
+    as_numbers = jnp.asarray(turned, q.dtype), values.astype(q.dtype)
+    plain = decode.attend(q, factor * k, v, *as_numbers, decode.seen_slots(seen, kernel=False), (), scales)
+    simulate(monkeypatch)
+    monkeypatch.setattr(decode, "target", lambda: Target("gpu", "few SMs", num_sms, "9.0"))
+    monkeypatch.setattr(decode, "_ROUNDS", 0)
+    kernel: Any = decode._kernel_of_codes
+    kernel.clear_cache()
+    whole, bare = RopeConfig(attention_factor=2**0.5), RopeConfig()
+    tables = ((np.arange(64), whole), (np.arange(0, C, 64), bare), (to_first, whole))
+    turns = decode.turns(*(rope_table(jnp.asarray(x), rope, H) for x, rope in tables), ends)
+    lying = (q[:, :, 0], k, turns) if lies else None
+    got = decode.attend(q, k, v, keys, values, decode.seen_slots(seen, kernel=True), (), scales, lying)
+    kernel.clear_cache()
+    assert_no_races()
+    assert_errs_at_most_twice_as_much([got], [plain], [exact], [np.abs(exact).max()], jnp.bfloat16)
+
+
 def test_only_live_tiles_are_read():
     """Of 64 slots each: their number, then themselves, in order."""
     seen = np.zeros((3, 256), bool)
@@ -89,7 +159,11 @@ def test_only_live_tiles_are_read():
         ({"implementation": "xla"}, "asks for plain XLA"),
         ({"wants_weights": True}, "no weights to give"),
         ({"dtype": jnp.float32}, "computes in bfloat16 or float16, got float32"),
-        ({"dtype": jnp.int8}, "computes in bfloat16 or float16, got int8"),
+        ({"dtype": jnp.int8}, None),
+        ({"dtype": jnp.int16}, "computes in bfloat16 or float16, got int16"),
+        ({"dtype": jnp.int8, "rotated": 64}, None),
+        ({"dtype": jnp.int8, "rotated": 32}, "turns heads of 64 and 128 whole, got 32 of 64 numbers"),
+        ({"dtype": jnp.int8, "rotated": 256, "head_dim": 256}, "turns heads of 64 and 128 whole, got 256 of 256"),
         ({"slots": 100}, "reads 64 slots at a time, the cache has 100"),
         ({"head_dim": 80}, "serves head sizes 64, 128, 256, got 80"),
         ({"device": Target("cpu", "cpu")}, "needs an NVIDIA Hopper GPU"),

@@ -7,15 +7,17 @@ from sepjax.config import ConfigError
 
 
 def test_figures_and_reasons(capsys):
-    settings = Settings(shapes=("2/1/64",), cache_sizes=(325,), rows=(2,), gigabytes=0.0, seconds=0.0)
+    settings = Settings(
+        shapes=("2/1/64",), cache_sizes=(325,), rows=(2,), cache_dtypes=("model", "int8"), gigabytes=0.0, seconds=0.0
+    )
     main(settings)
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        lines[1] == "2/1/64: no kernel: it needs an NVIDIA Hopper GPU (compute capability 9.0), the device is cpu (cpu)"
-    )
-    shape, slots, rows, form, *numbers = lines[3].split()
-    assert [shape, slots, rows, form] == ["2/1/64", "448", "2", "xla"]
-    assert 0 < float(numbers[-1]) < 0.05, "bfloat16 errs, and by little"
+    device = "an NVIDIA Hopper GPU (compute capability 9.0), the device is cpu (cpu)"
+    for kind, reason, line in zip(settings.cache_dtypes, lines[1:3], lines[4:6], strict=True):
+        assert reason == f"2/1/64 {kind}: no kernel: it needs {device}"
+        shape, cache, slots, rows, form, *numbers = line.split()
+        assert [shape, cache, slots, rows, form] == ["2/1/64", kind, "448", "2", "xla"]
+        assert 0 < float(numbers[-1]) < 0.05, "bfloat16 errs, and by little"
 
 
 def test_a_shape_that_is_none_is_refused():

@@ -90,11 +90,17 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
     sizes, watches = cache.sizes, cache.sizes.watch is not None
     ends = (sizes.num_sinks, sizes.num_sinks + sizes.max_separators) if sizes.turns_in_place else ()
     zones = slice(None) if sizes.turns_in_place else slice(-1, None)
-    tables, turn = once((_tables(cache, cache.query_positions(1)[zones]), _turn_of_slots(cache)))
+    lies = sizes.turns_at_reading
+    reason = decode.unsupported(
+        cache.k[0].dtype, cache.head_dim, sizes.slots, implementation, wants_weights=watches,
+        rotated=2 * cache.angles(jnp.int32(0))[0].shape[-1] if lies else None,
+    )  # fmt: skip
+    turn = _turn_of_slots(cache) if reason else None
+    turns = _turns_of_zones(cache) if lies and not reason else None
+    tables, turn, turns = once((_tables(cache, cache.query_positions(1)[zones]), turn, turns))
     recent = cache.recent_positions() >= cache.first_recent(1)
     visible = jnp.concatenate([cache.visible_old(), recent], axis=1)
     within, is_kept = _within(cache, 1), _is_kept(cache, 0)
-    reason = decode.unsupported(cache.k[0].dtype, cache.head_dim, sizes.slots, implementation, wants_weights=watches)
     told = functools.partial(decode.seen_slots, kernel=reason is None)
     seen_by_all = once(told(visible)) if within is None else None
     visible = once(visible)
@@ -112,13 +118,20 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         (new_k, new_v), (k, v) = _taken_up(cache, k_cache, k, v, (cos[-1], sin[-1]))
         queries = rotate(jnp.broadcast_to(q, (len(cos), *q.shape)), (cos, sin))
         queries = jnp.moveaxis(queries.reshape(-1, B, k.shape[2], N // k.shape[2], H), 0, 2)  # [B, K, zone, G, H]
-        keys, values, scales = for_products(k_cache, v_cache, v.dtype, turn and of_layer(turn, rope))
-        given = queries, k[:, 0], v[:, 0], keys, values, seen_in(reach, sees_kept), ends, scales
+        seen, lying, slots_turn = seen_in(reach, sees_kept).computed_in(q.dtype), None, turn
+        if turns is not None and seen.kernel:
+            still = plain(new_k, jnp.float32)[:, 0]
+            lying = q.reshape(B, k.shape[2], N // k.shape[2], H), still, turns.of_layer(rope)
+        elif turns is not None:  # what reads codes is found out here: other types than the kernel's turn them in XLA
+            slots_turn = _turn_of_slots(cache)
+        slots_turn = slots_turn and of_layer(slots_turn, rope)
+        keys, values, scales = for_products(k_cache, v_cache, v.dtype, slots_turn, kernel=seen.kernel)
+        given = queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales
         if watches:
             out, weights = decode.with_weights(*given)
             looks = (looks_of_one(cache, weights),)
         else:
-            out, looks = decode.attend(*given), ()
+            out, looks = decode.attend(*given, lying), ()
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
         out, *kept = jax.lax.optimization_barrier((out, new_k, new_v, *looks))
         return out.reshape(B, 1, N, H), tuple(kept)
@@ -206,6 +219,25 @@ def _turn_of_slots(cache: "StreamingCache", *, by_zone: bool = False) -> Table |
         sinks = jnp.broadcast_to(jnp.arange(a, dtype=jnp.int32), (len(recent), a))
         return _tables(cache, jnp.concatenate([sinks, recent], axis=1)[:, None])
     return _tables(cache, cache.query_positions(1)[-1][:, None] - cache.distances(1))
+
+
+def _turns_of_zones(cache: "StreamingCache") -> decode.Turns:
+    """`_turn_of_slots` as the kernel takes it.
+
+    Where a ring goes round, its slots before the next and from it on are a zone each: within a zone a query is as far
+    from a slot, plus the slot's number, as from any other.
+
+        slots    sinks | separators, this lap and the last | recent, this lap and the last
+    """
+    sizes = cache.sizes
+    a, s, C = sizes.num_sinks, sizes.max_separators, sizes.slots
+    laps = a + cache.next_separator % max(s, 1), a + s + cache.next_recent % sizes.ring
+    ends = jnp.stack([jnp.full_like(laps[0], a), laps[0], jnp.full_like(laps[0], a + s), laps[1]], axis=1)
+    firsts = jnp.pad(ends, ((0, 0), (1, 0)))
+    to_first = cache.distances(1)[:, 0] + jnp.arange(C, dtype=jnp.int32)
+    to_first = jnp.take_along_axis(to_first, jnp.minimum(firsts, C - 1), axis=1)
+    place, first = jnp.arange(decode.TILE, dtype=jnp.int32), jnp.arange(0, C, decode.TILE, dtype=jnp.int32)
+    return decode.turns(_tables(cache, place), cache.angles(first), _tables(cache, to_first), ends)
 
 
 def _taken_up(

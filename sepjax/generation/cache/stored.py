@@ -91,11 +91,16 @@ def plain(x: Vectors, dtype: Any, turn: Table | None = None) -> jax.Array:
 
 
 def for_products(
-    k: Vectors, v: Vectors, dtype: Any, turn: Table | None = None
+    k: Vectors, v: Vectors, dtype: Any, turn: Table | None = None, *, kernel: bool = False
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Keys and values for `sepjax.attention.decode.attend`, and their scales; None: they have none."""
+    """Keys and values for `sepjax.attention.decode.attend`, and their scales; None: they have none.
+
+    `kernel`: for the kernel, which converts and turns codes itself.
+    """
     if not isinstance(k, Quantised) or not isinstance(v, Quantised):
         return jnp.asarray(k), jnp.asarray(v), None
+    if kernel:
+        return k.codes, v.codes, (k.scales, v.scales)
     return _turned(k.codes.astype(dtype), turn), v.codes.astype(dtype), (k.scales, v.scales)
 
 

@@ -14,6 +14,7 @@ from sepjax.config import AttentionConfig, Config, ModelConfig, RopeConfig
 from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.growing_pass import growing_pass
 from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.model.rope import rotate
 from sepjax.model.transformer import create, merge, split
 
 MODEL = ModelConfig(
@@ -32,19 +33,85 @@ CASES = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Arguments of every call that the kernel would get; what it knows of slots goes through tiles and bias alone."""
+    """Arguments of every call that a kernel would get; what it knows of slots goes through tiles and bias alone."""
     got = []
 
-    def stand_in(queries, k, v, k_cache, v_cache, bias, live, *, ends):
+    def seen(bias, live):
         number = jnp.arange(live.shape[1] - 1)
         is_live = jax.vmap(lambda row: jnp.zeros(len(number), bool).at[row[1:]].set(number < row[0]))(live)
-        seen = (bias == 0) & jnp.repeat(is_live, decode.TILE, axis=1)
+        return decode.Seen((bias == 0) & jnp.repeat(is_live, decode.TILE, axis=1), None, None)
+
+    def stand_in(queries, k, v, k_cache, v_cache, bias, live, *, ends):
         got.append(ends)
-        return decode.with_weights(queries, k, v, k_cache, v_cache, decode.Seen(seen, None, None), ends)[0]
+        return decode.with_weights(queries, k, v, k_cache, v_cache, seen(bias, live), ends)[0]
+
+    def of_codes(queries, k, v, codes, bias, live, lying):
+        (keys, of_keys), (values, of_values) = codes
+        got.append(lying and lying[2].ends)
+        assert keys.dtype == jnp.int8
+        keys, values = keys.astype(v.dtype), values.astype(v.dtype)
+        if lying is not None:
+            queries, k, turns = lying
+            keys, k = turned(keys, turns), k * turns.of_keys[0, 0, 0] ** 2
+        return decode.with_weights(queries[:, :, None], k, v, keys, values, seen(bias, live), (), (of_keys, of_values))[
+            0
+        ]
 
     monkeypatch.setattr(decode, "_kernel", stand_in)
+    monkeypatch.setattr(decode, "_kernel_of_codes", of_codes)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "NVIDIA H200", 132, "9.0"))
     return got
+
+
+def turned(keys, turns):
+    """Keys that lie un-rotated, turned as the kernel turns them and the queries, to fit queries that are not."""
+    i, half = jnp.arange(keys.shape[2]), keys.shape[-1] // 2
+    zone = jnp.sum(turns.ends[:, :, None] <= i, axis=1)
+    (cos_z, sin_z), (cos_t, sin_t) = (
+        (x[..., 0, :half], x[..., 1, :half])
+        for x in (
+            jnp.take_along_axis(turns.of_zones, zone[..., None, None], axis=1),
+            jnp.asarray(turns.of_tiles)[i // decode.TILE],
+        )
+    )
+    cos, sin = cos_z * cos_t + sin_z * sin_t, cos_z * sin_t - sin_z * cos_t
+    for table in (tuple(jnp.tile(turns.of_keys, (1, len(i) // decode.TILE, 1))), (cos[:, None], sin[:, None])):
+        keys = rotate(keys[..., None, :], table)[..., 0, :]
+    return keys
+
+
+# Rings that have gone round, some up to their last slot, and not.
+ROUND = {"next_separator": [3, 30, 47], "next_recent": [25, 96, 250]}
+CODED = {
+    "separators": (MODEL, SEPARATOR),
+    "positions of the text": (MODEL, dataclasses.replace(SEPARATOR, stream_positions="absolute")),
+    "sink_window": (MODEL, dataclasses.replace(SEPARATOR, pattern="sink_window", max_separators=0)),
+    "layers with rotations of their own": (
+        dataclasses.replace(KINDS, rope=RopeConfig(attention_factor=1.2)),
+        SEPARATOR,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CODED)
+def test_bounded_caches_of_codes(case, calls, monkeypatch):
+    """In float32, which no kernel computes in, so that what is left between the two is a wrong turn or none."""
+    model, attention = CODED[case]
+    model, attention = dataclasses.replace(model, dtype="float32"), dataclasses.replace(attention, cache_dtype="int8")
+    cache = filled(Config(model=model, attention=attention), StreamSizes.create(model, attention), 3)
+    cache = dataclasses.replace(cache, **{name: jnp.array(x, jnp.int32) for name, x in ROUND.items()})
+    given = inputs(model, 3)
+    expected = layers_of(cache, *given, implementation="xla")
+    for x, y in zip(layers_of(cache, *given, implementation=None), expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert not calls, "float32 is for plain XLA"
+    monkeypatch.setattr(decode, "_TYPES", (jnp.float32,))
+    monkeypatch.setattr(decode, "unserved", lambda *_: None)
+    got = layers_of(cache, *given, implementation=None)
+    assert len(calls) == model.num_layers
+    assert all((ends is None) == (case == "positions of the text") for ends in calls)
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -60,9 +127,10 @@ def test_bounded_caches(case, calls):
         np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
 
 
-def test_growing_caches(calls):
+@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
+def test_growing_caches(cache_dtype, calls):
     graph, params = split(create(MODEL, SEPARATOR, jax.random.key(0)))
-    cache = SeparatorCache.create(MODEL, 2, window_size=20, capacity=44)
+    cache = SeparatorCache.create(MODEL, 2, window_size=20, capacity=44, cache_dtype=cache_dtype)
     table, tokens = jnp.arange(MODEL.vocab_size) < 4, jnp.arange(140).reshape(70, 2, 1) * 7 % MODEL.vocab_size
 
     def step(cache, token, attention=SEPARATOR):
