@@ -13,7 +13,6 @@ if __name__ == "__main__":  # first, for the imports below take seconds
 elif __name__ == "__mp_main__":  # a reader of data, which imports the program
     interrupt.leave_to_parent()
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -42,7 +41,8 @@ from sepjax.run.profile import Profile, parse_steps
 from sepjax.run.trackers import Trackers, check_trackers
 from sepjax.run.workdir import claim_workdir, hold_workdir
 from sepjax.separators import warn_of_few
-from sepjax.training.step import TrainState, abstract_state, eval_step, model_graph, train_step
+from sepjax.training.ahead import beside, compile_ahead
+from sepjax.training.step import TrainState, abstract_batch, abstract_state, eval_step, model_graph, train_step
 
 
 def train(
@@ -119,11 +119,19 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
         StopNotice() as notice,
         Watchdog(asked.step_timeout) as watchdog,
     ):
-        if checkpoints.latest_step is None:
+        # What a start waits for goes on side by side: two compilations, the readers' first batch, the parameters.
+        shapes, latest = abstract_batch(config, mesh), checkpoints.latest_step
+        calls = [(step_fn, target, shapes), (eval_fn, target.all_params, shapes)]
+        compiled = compile_ahead(mesh, calls if (latest or 0) < config.training.steps else [])
+        if latest is None:
+            first_batch = beside(batches.__next__)
             state = first_state(config, workdir, mesh, shardings, download=asked.download)
         else:
             state = checkpoints.restore(target, batches, config, new_data=asked.new_data)
+            first_batch = batches.__next__
         start = int(state.step)
+        with working("compiling the step"):
+            compiled()
         _announce(config, workdir, mesh, state, peak)
 
         # The loop. The host runs two steps ahead of the devices, and waits for them where it reads metrics.
@@ -137,10 +145,9 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
                     writer.write(0, evaluate(state))
             guard = StepGuard(watchdog, most, int(state.health.skipped), checkpoints.describe)
             for step in range(start + 1, config.training.steps + 1):
-                batch = next(batches)
+                batch = first_batch() if step == start + 1 else next(batches)
                 tokens = share.count * int(np.count_nonzero(batch.segment_ids))  # no padding; of others as many
-                compiling = working("compiling the step") if step == start + 1 else contextlib.nullcontext()
-                with profile.step(step), compiling:
+                with profile.step(step):
                     state, metrics = step_fn(state, place(batch))
                 guard.follow(step, metrics)
                 profile.end(step, metrics)

@@ -29,6 +29,7 @@ def get_config() -> Config:
             head_dim=64,
             mlp_dim=1408,
             dtype="bfloat16",
+            scan_layers=False,
         ),
         attention=AttentionConfig(pattern="sink_window", num_sinks=4, window_size=508),
         data=DataConfig(tokenizer_vocab_size=16_384, sequence_length=2048, batch_size=64),

@@ -14,7 +14,7 @@ from sepjax.config import AttentionConfig, Config, DataConfig, ModelConfig, Opti
 
 def get_config() -> Config:
     return Config(
-        model=ModelConfig(dtype="bfloat16"),
+        model=ModelConfig(dtype="bfloat16", scan_layers=False),
         attention=AttentionConfig(num_sinks=4, window_size=64),
         data=DataConfig(sequence_length=2048, batch_size=32),
         optimizer=OptimizerConfig(learning_rate=2e-4, final_learning_rate=2e-5, warmup_steps=20, accumulation_steps=4),

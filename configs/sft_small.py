@@ -17,7 +17,7 @@ from sepjax.config import AttentionConfig, Config, DataConfig, ModelConfig, Opti
 
 def get_config() -> Config:
     return Config(
-        model=ModelConfig(dtype="bfloat16"),
+        model=ModelConfig(dtype="bfloat16", scan_layers=False),
         attention=AttentionConfig(num_sinks=4, window_size=256),
         data=DataConfig(name="conversations.jsonl", sequence_length=2048, batch_size=16),
         optimizer=OptimizerConfig(

@@ -6,7 +6,7 @@ matrices, and of norms and activations their inputs alone (docs/decisions.md, 18
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,23 +44,38 @@ def _gelu(x: jax.Array) -> jax.Array:
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": _gelu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
-class OffsetNorm(nnx.RMSNorm):
+class RMSNorm(nnx.RMSNorm):
+    """`nnx.RMSNorm` in an order that XLA makes one kernel of on GPUs: x is read once.
+
+    Normalised first and then scaled, it is what XLA knows from softmax. Were the statistics scaled before, they would
+    be a kernel of their own, and x would be read again.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis in float32."""
+        y = x.astype(self.dtype).astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * self.factor()).astype(self.dtype)
+
+    def factor(self) -> jax.Array | float:
+        """What normalised features are multiplied by: the weights, in the type of the result."""
+        return 1.0 if self.scale is None else self.scale[...].astype(self.dtype)
+
+
+class OffsetNorm(RMSNorm):
     """An RMS norm that multiplies by 1 + its weights, which are stored as they are and begin at 0 (Gemma)."""
 
     def __init__(self, num_features: int, **settings: Any):
         super().__init__(num_features, scale_init=nnx.initializers.zeros, **settings)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises the last axis; all of it in float32."""
-        y = x.astype(jnp.float32)
-        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-        scale = 0.0 if self.scale is None else self.scale[...].astype(jnp.float32)
-        return (y * (1 + scale)).astype(self.dtype)
+    def factor(self) -> jax.Array | float:
+        """As above, in float32."""
+        return 1.0 if self.scale is None else 1 + self.scale[...].astype(jnp.float32)
 
 
 def make_norm(config: ModelConfig, rngs: nnx.Rngs, size: int | None = None) -> nnx.RMSNorm | nnx.LayerNorm:
     """The config's norm over so many features, by default those of the embedding; statistics in float32."""
-    kind = nnx.LayerNorm if config.norm == "layernorm" else OffsetNorm if config.norm_offset else nnx.RMSNorm
+    kind = nnx.LayerNorm if config.norm == "layernorm" else OffsetNorm if config.norm_offset else RMSNorm
     return kind(size or config.embed_dim, epsilon=config.norm_epsilon, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
@@ -143,6 +158,18 @@ def _matmuls_backward(residuals: tuple, dys: tuple[jax.Array, ...]) -> tuple[jax
 _matmuls.defvjp(lambda x, kernels: (_matmuls(x, kernels), (x, kernels)), _matmuls_backward)
 
 
+def products_of(linears: Sequence[Linear], x: jax.Array, axis: str) -> list[jax.Array]:
+    """`product(x)` of linear maps of one input; `axis` is the one that splits their features over a mesh.
+
+    Together they have two backward products in place of two each: the gradient of x is one sum over all features,
+    which is rounded once and written once, and x is read once for the kernels'.
+    """
+    if ways(axis) > 1 or linears[0].is_frozen:  # side by side, the features of a device would not be
+        return [f.product(x) for f in linears]
+    flat = _matmuls(x.astype(linears[0].dtype), tuple(f.flat_kernel() for f in linears))
+    return [y.reshape(*x.shape[:-1], *f.out_features) for f, y in zip(linears, flat, strict=True)]
+
+
 def _linear(
     config: ModelConfig,
     inputs: int | tuple[int, ...],
@@ -177,6 +204,7 @@ class Attention(nnx.Module):
         self.query_norm, self.key_norm = [make_norm(config, rngs, size) for size in sizes] or (None, None)
         # Whoever attends multiplies scores by H ** -0.5; what another scale differs by is brought in beforehand.
         self.query_scale = config.attention_scale * H**0.5 or 1.0
+        self.scanned = config.scan_layers
 
     def __call__(self, x: jax.Array, attend: Attend, layer_input: Any) -> tuple[jax.Array, Any]:
         """Maps x[B, T, D] to the attention's output [B, T, D] and what `attend` returned for this layer."""
@@ -187,17 +215,13 @@ class Attention(nnx.Module):
     def prepared(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Queries and keys [B, T, heads, H] after their norms, the queries scaled for an attention of H ** -0.5."""
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = _normed_heads(self.query_norm, q), _normed_heads(self.key_norm, k)
+            q, k = _normed_heads(self.query_norm, q, self.scanned), _normed_heads(self.key_norm, k, self.scanned)
         return (q if self.query_scale == 1 else q * self.query_scale), k
 
     def _projections(self, x: jax.Array) -> list[jax.Array]:
         """Queries, keys and values [B, T, heads, H]."""
         linears = self.query, self.key, self.value
-        if ways("heads") > 1 or self.query.is_frozen:  # side by side, the heads of a device would not be
-            products = [f.product(x) for f in linears]
-        else:
-            flat = _matmuls(x.astype(self.query.dtype), tuple(f.flat_kernel() for f in linears))
-            products = [y.reshape(*x.shape[:-1], *f.out_features) for f, y in zip(linears, flat, strict=True)]
+        products = products_of(linears, x, "heads")
         biased = linears if self._output_bias() is None else linears[:2]
         return [f.add_bias(y) if f in biased else y for f, y in zip(linears, products, strict=True)]
 
@@ -216,11 +240,11 @@ class Attention(nnx.Module):
         return bias + self.out.adapter(flat.astype(self.out.dtype))  # which reads values with their bias
 
 
-def _normed_heads(norm: nnx.RMSNorm | nnx.LayerNorm, x: jax.Array) -> jax.Array:
+def _normed_heads(norm: nnx.RMSNorm | nnx.LayerNorm, x: jax.Array, scanned: bool) -> jax.Array:
     """x[B, T, heads, H] normalised over H, or over all heads where the norm has as many features."""
     if norm.num_features == x.shape[-1]:
-        return _keep_inputs(norm)(x)
-    return _keep_inputs(norm)(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+        return _keep_inputs(norm, scanned)(x)
+    return _keep_inputs(norm, scanned)(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
 
 def output_bias(value: jax.Array, out_kernel: jax.Array, out: jax.Array) -> jax.Array:
@@ -246,9 +270,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x[B, T, D] to [B, T, D]."""
-        # From products without biases: the sums would be arrays of their own, kept for the backward pass.
-        projections = (self.up,) if self.gate is None else (self.gate, self.up)
-        hidden = _keep_inputs(self._activate, self.scanned)(*(f.product(x) for f in projections))
+        # Products without biases: the sums would be arrays of their own, kept for the backward pass.
+        products = [self.up.product(x)] if self.gate is None else products_of((self.gate, self.up), x, "mlp")
+        hidden = _keep_inputs(self._activate, self.scanned)(*products)
         return self.down(constrain(hidden, "batch", "length", "mlp"))
 
     def _activate(self, *products: jax.Array) -> jax.Array:
@@ -276,6 +300,7 @@ class Block(nnx.Module):
         self.mlp_out_norm = make_norm(config, rngs) if after else None
         self.parallel, self.shares_norm = config.parallel_residual, config.shared_norm
         self.residual_scale = config.residual_scale
+        self.scanned = config.scan_layers
 
     def __call__(self, x: jax.Array, attend: Attend, layer_input: Any) -> tuple[jax.Array, Any]:
         """Maps the residual stream x[B, T, D] to [B, T, D] and what `attend` returned for this layer."""
@@ -289,29 +314,29 @@ class Block(nnx.Module):
         mlp: Callable[[jax.Array], jax.Array],
     ) -> tuple[jax.Array, Any]:
         """The layer's norms and sums around an attention and an MLP, which may be laid out in another way."""
-        normed = _normed(self.attention_norm, x)
+        normed = self._normed(self.attention_norm, x)
         attended, layer_output = attention(normed)
         attended = self._added(self.attention_out_norm, attended)
         if not self.parallel:
             x = x + attended
-        out = self._added(self.mlp_out_norm, mlp(normed if self.shares_norm else _normed(self.mlp_norm, x)))
+        out = self._added(self.mlp_out_norm, mlp(normed if self.shares_norm else self._normed(self.mlp_norm, x)))
         # Adding to `attended`, which nobody else needs, a matmul can do in place; x must live on.
         return x + (attended + out if self.parallel else out), layer_output
 
     def _added(self, norm: nnx.RMSNorm | nnx.LayerNorm | None, out: jax.Array) -> jax.Array:
-        out = _normed(norm, out)
+        out = self._normed(norm, out)
         return out if self.residual_scale == 1 else out * self.residual_scale
 
+    def _normed(self, norm: nnx.RMSNorm | nnx.LayerNorm | None, x: jax.Array) -> jax.Array:
+        return x if norm is None else _keep_inputs(norm, self.scanned)(x)
 
-def _normed(norm: nnx.RMSNorm | nnx.LayerNorm | None, x: jax.Array) -> jax.Array:
-    return x if norm is None else _keep_inputs(norm)(x)
 
-
-def _keep_inputs(f: Callable[..., jax.Array], scanned: bool = True) -> Callable[..., jax.Array]:
+def _keep_inputs(f: Callable[..., jax.Array], scanned: bool) -> Callable[..., jax.Array]:
     """`f`, an elementwise function or a norm, computed again in the backward pass from its inputs.
 
     Without a scan between the passes, XLA would see the same computation twice and keep the first one's results after
-    all, unless told that it must not. Where those are few (norms: their statistics) that is welcome.
+    all, unless told that it must not. Of a norm those would be statistics, few enough; but kept, they are a kernel of
+    their own, and the backward pass, which reads x for another sum, has them for nothing.
     """
     return jax.checkpoint(f, prevent_cse=not scanned)
 

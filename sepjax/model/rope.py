@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int32
 
 from sepjax.array_typing import Array
+from sepjax.attention.target import target
 from sepjax.config import ModelConfig, RopeConfig
 
 type Table = tuple[jax.Array, jax.Array]  # cosine and sine
@@ -128,8 +129,12 @@ def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([turned.astype(x.dtype), x[..., 2 * half :]], axis=-1)
 
 
-# The gradient of a rotation is the rotation back: one pass over it, where the transposed steps above would take three.
-_turn.defvjp(
-    lambda x, cos, sin: (_turn(x, cos, sin), (cos, sin)),
-    lambda table, dx: (_turn(dx, table[0], -table[1]), None, None),
-)
+def _turn_back(table: Table, dx: jax.Array) -> tuple[jax.Array, None, None]:
+    # The gradient of a rotation is the rotation back: one pass over it, where the transposed steps above would take
+    # three. A GPU writes it by itself: fused into the array that has queries' and keys' gradients side by side, it took
+    # nearly three times the time of its memory traffic (docs/kernels_training.md).
+    turned = _turn(dx, table[0], -table[1])
+    return jax.lax.optimization_barrier(turned) if target().platform == "gpu" else turned, None, None
+
+
+_turn.defvjp(lambda x, cos, sin: (_turn(x, cos, sin), (cos, sin)), _turn_back)

@@ -11,18 +11,16 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from sepjax.config import Config, UserError, validate_attention
 from sepjax.config.lora import check_adapters
-from sepjax.data.batch import Batch
 from sepjax.progress import working
-from sepjax.sharding import batch_sharding, check_batch, check_heads, check_length, make_mesh, replicated
+from sepjax.sharding import check_batch, check_heads, check_length, make_mesh, replicated
 from sepjax.training import h100
 from sepjax.training.compiled import Collective, LargeArray, Program
-from sepjax.training.step import abstract_state, model_graph, train_step
+from sepjax.training.step import abstract_batch, abstract_state, model_graph, train_step
 
 # GiB that the compiler gives to a program on one JAX device: a chip, for TPU7x half a chip.
 _HBM = {"TPU v5 lite": 15.75, "TPU v5": 95.73, "TPU v6 lite": 31.24, "TPU7x": 94.74}
@@ -122,7 +120,7 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     with jax.set_mesh(mesh):
         try:
             with working("compiling the step"):
-                return step.lower(state, _abstract_batch(config, mesh)).compile()
+                return step.lower(state, abstract_batch(config, mesh)).compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -188,14 +186,6 @@ def main(config: Config, topology: str, largest: int) -> None:
     check_adapters(config.lora, config.model)
     validate_attention(config.attention, config.model.num_layers)
     print(report(make_plan(config, topology, largest), config), flush=True)
-
-
-def _abstract_batch(config: Config, mesh: Mesh) -> Batch:
-    shape, sharding = (config.data.batch_size, config.data.sequence_length), batch_sharding(mesh)
-    integers, flags = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.int32, jnp.bool_))
-    arrays: dict[str, Any] = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), integers)
-    arrays |= dict.fromkeys(("loss_mask", "is_separator"), flags)
-    return Batch(**arrays)
 
 
 def _gib(size: int) -> str:

@@ -17,7 +17,7 @@ from sepjax.model.gate import exploring
 from sepjax.model.lora import abstract_adapted, create_adapted, divided, joined
 from sepjax.model.transformer import Params, abstract, create, merge, split
 from sepjax.model.unrolled import working_copy
-from sepjax.sharding import constrain, parameter_shardings
+from sepjax.sharding import batch_sharding, constrain, parameter_shardings
 from sepjax.training.loss import cross_entropy_sums
 from sepjax.training.optimizer import learning_rate_schedule, make_optimizer
 
@@ -96,6 +96,15 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
         shapes,
         parameter_shardings(shapes, mesh),
     )
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a step's batch, over all devices."""
+    shape, sharding = (config.data.batch_size, config.data.sequence_length), batch_sharding(mesh)
+    integers, flags = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.int32, jnp.bool_))
+    arrays: dict[str, Any] = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), integers)
+    arrays |= dict.fromkeys(("loss_mask", "is_separator"), flags)
+    return Batch(**arrays)
 
 
 def model_graph(config: Config) -> nnx.GraphDef:
