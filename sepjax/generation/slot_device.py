@@ -91,6 +91,7 @@ class SlotDevice:
         )
         self._thread, self._lock = DeviceThread(), threading.RLock()
         self._leaving: list[Leaving] = []  # that were not asked for yet
+        self._error: BaseException | None = None  # that left the rows as nobody knows
         self._warm_up()
 
     def _empty(self, rows: int) -> Rows:
@@ -103,8 +104,21 @@ class SlotDevice:
         return self._of.placed(Rows(state, wishes, before))
 
     def ask(self, job: Callable[..., Any], *args: Any) -> Future:
-        """Has the thread do a job, after all before it."""
-        return self._thread.ask(job, *args)
+        """Has the thread do a job, after all before it. It fails where one that changes rows has failed before."""
+        return self._thread.ask(self._do, False, job, *args)
+
+    def _change(self, job: Callable[..., Any], *args: Any) -> Future:
+        """The same, of a job that changes rows. Nobody may look at what it returns: so all later ones fail with it."""
+        return self._thread.ask(self._do, True, job, *args)
+
+    def _do(self, changes: bool, job: Callable[..., Any], *args: Any) -> Any:
+        if self._error is not None:
+            raise self._error  # a row that did not begin has another one's text
+        try:
+            return job(*args)
+        except BaseException as error:
+            self._error = error if changes else None
+            raise
 
     def launch(
         self, coming: Sequence[Coming], reads: Sequence[Read], ended: Bool[np.ndarray, "B"] | None,
@@ -124,8 +138,8 @@ class SlotDevice:
           there before the steps are made.
         """
         self._exchange_all(coming)
-        found = self.ask(self._read, reads)
-        return found, None if ended is None else self.ask(self._step, ended, first, steps)
+        found = self._change(self._read, reads)
+        return found, None if ended is None else self._change(self._step, ended, first, steps)
 
     def leave(self, i: int, *, back: bool, undrawn: bool) -> PackedState | None:
         """Row i, which has ended, as `take` gives it, but in the pool; None: that is full.
@@ -160,9 +174,9 @@ class SlotDevice:
         with self._lock:
             leaving, self._leaving = self._leaving, []
             if leaving or pooled:
-                self.ask(self._exchange, leaving, pooled)
+                self._change(self._exchange, leaving, pooled)
         for each in others:
-            self.ask(self._place, *each)
+            self._change(self._place, *each)
 
     def take(self, i: int, *, back: bool, undrawn: bool) -> PackedState:
         """A copy of row i, to come (`SlotPrograms.take`)."""

@@ -134,7 +134,7 @@ class Numbers:
         numbers = np.asarray(record.numbers)
         numbers = np.ascontiguousarray(numbers.reshape(-1, *numbers.shape[-2:]).transpose(1, 2, 0))
         token, held, _, stuck, taken = (x.tolist() for x in numbers)
-        rows = frozenset(np.flatnonzero(numbers[3].any(axis=-1)).tolist())
+        rows = frozenset(np.flatnonzero((numbers[3] > 0).any(axis=-1)).tolist())  # -1: no such step was made
         known = [slot.row for slot in slots if slot is not None]
         logprob = numbers[2].view(np.float32).tolist() if any(row.wants_logprobs for row in known) else None
         top = None

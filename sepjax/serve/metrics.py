@@ -45,6 +45,10 @@ class Metrics:
         self._gauge("conversations_kept", kept).set_function(lambda: len(worker.conversations or ()))
         size_of = "Bytes of the host's memory for them"
         self._gauge("conversations_bytes", size_of).set_function(lambda: getattr(worker.conversations, "nbytes", 0))
+        on_device = "Bytes of the device's memory for them"
+        self._gauge("conversations_device_bytes", on_device).set_function(
+            lambda: getattr(worker.conversations, "device_nbytes", 0)
+        )
         self._gauge("cache_bytes", "Bytes of the caches of all rows, whatever they hold").set_function(size)
 
     def tokens(self, first: Sequence[float], each: Sequence[tuple[float, int]]) -> None:

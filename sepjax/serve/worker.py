@@ -9,6 +9,7 @@ Everything that the two share is a queue or a counter. A client that reads slowl
 it is, and gets it back when it has caught up: it holds neither a row nor memory that grows, and loses nothing.
 """
 
+import contextlib
 import logging
 import math
 import queue
@@ -61,6 +62,7 @@ class Worker:
         self._queue = FairQueue()
         self._running: dict[int, Job] = {}
         self._aside: list[Job] = []
+        self._jobs: dict[Job, None] = {}  # that were taken on and have not ended, wherever they are
         self._lock = threading.Lock()  # of the next two
         self._open = 0  # choices that were taken on and have not ended
         self._stop_at: float | None = None
@@ -171,10 +173,11 @@ class Worker:
             if not isinstance(error, UserError | OSError):
                 log.exception("the worker has failed")
         finally:
-            if self._keeper is not None:
-                self._keeper.close()
-            self._fail_all(ApiError(503, "the server is stopping", code="stopping", retry_after=5))
-            self._at_end()
+            with contextlib.ExitStack() as ends:  # the last one first, and each whatever becomes of the others
+                ends.callback(self._at_end)
+                ends.callback(self._fail_all, ApiError(503, "the server is stopping", code="stopping", retry_after=5))
+                if self._keeper is not None:
+                    ends.callback(self._keeper.close)
 
     def _serve(self, slots: Slots) -> None:
         clocks = slots.clocks
@@ -288,6 +291,7 @@ class Worker:
 
     def _take_on(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
+            self._jobs[job] = None
             self._queue.put(job)
 
     def _take_back(self, inbox: Inbox) -> None:
@@ -311,6 +315,7 @@ class Worker:
 
     def _end(self, job: Job, item: StreamEvent | Failed | None) -> None:
         """A choice has ended: by its last event, by an error, or because nobody reads it."""
+        del self._jobs[job]
         if job.number is not None:
             self._running.pop(job.number, None)
         if self._prompts is not None:
@@ -336,14 +341,12 @@ class Worker:
         with self._lock:
             self._stop_at = time.monotonic()
         self._take_orders(wait=False)
-        waiting: list[Job] = []
-        while (job := self._queue.pop()) is not None:
-            waiting.append(job)
-        left = [*waiting, *self._aside, *self._running.values()]
-        left += [other for job in left if job.share is not None for other in job.share.waiting]
-        for job in dict.fromkeys(left):
+        # All, and not those only of the queue, of rows and the like: what failed may have had one in its hands.
+        for job in list(self._jobs):
             if job.share is not None:
                 job.share.waiting = []
             self._end(job, Failed(error))
+        while self._queue.pop() is not None:
+            pass
         self._aside = []
         self._out.send(0, everything=True)

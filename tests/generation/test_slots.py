@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import inspect
 import itertools
+import sys
 import threading
 import weakref
 from typing import Any
@@ -18,6 +19,7 @@ from sepjax.generation.prompts import PromptError
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.saved import StreamStateError
 from sepjax.generation.slot_arrival import arrival
+from sepjax.generation.slot_pool import Pool
 from sepjax.generation.slots import SlotError, Slots
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import merge, split
@@ -501,6 +503,55 @@ def test_nothing_is_compiled_for_weights_that_were_put_on_a_device(tmp_path):
         list(stream)
         list(engine.stream(LONG, bounded=True, stop_at_eos=False, max_new_tokens=2))
     assert compiled == []
+
+
+def test_what_a_launch_has_left_out_says_nothing(slots):
+    """A row of three tokens, the first after its prompt: the launch of three steps ends after the second."""
+    slots.submit(SlotRequest([5, 6], max_new_tokens=3, stop_at_eos=False))
+    found = []
+    while not slots.is_idle:
+        for part in slots.parts(joined=True):
+            found += [len(event.token_ids) for _, event in part]
+    assert found == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["exchange", "place"])
+def test_a_row_that_could_not_begin_is_nobody_s_answer(engine, slots, name):
+    """Its device's thread is told by nobody to wait for it: it would go on in what its row held before."""
+    row = engine.stream([5, 6, 7], bounded=True).saved() if name == "place" else None
+    other = Slots(engine.prepared, BoundedReader(engine.prepared), ROWS, steps=3, together=3, pool=3)
+    broken = dataclasses.replace(other._device.programs, **{name: lambda *_: 1 / 0})
+    other.submit(SlotRequest([5, 6], max_new_tokens=9))
+    other.step()
+    other._device.programs = broken
+    other.submit(SlotRequest([8, 9], max_new_tokens=2, resume=row))
+    with pytest.raises(ZeroDivisionError):
+        [other.step() for _ in range(9)]
+    with pytest.raises(ZeroDivisionError):
+        other._device.look(0, back=False)
+
+
+def test_a_place_is_given_back_whatever_it_interrupts():
+    """A garbage collection may do so anywhere: while the same thread takes one."""
+    pool, inside = Pool(2), []
+
+    def trace(frame, event, _):
+        if frame.f_code is Pool.take.__code__ and event == "line":
+            inside.append(frame.f_lineno)
+            pool.give(9)
+        return trace
+
+    def take():
+        sys.settrace(trace)
+        pool.take()
+        sys.settrace(None)
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert inside
+    assert pool.num_free == 1 + len(inside)
 
 
 def test_mistakes_are_named_to_whom_they_belong(engine, slots):

@@ -218,7 +218,7 @@ def test_a_failure_ends_the_server_and_says_why(served, caplog):
     with running(served) as server:
         with pytest.raises(running_module.ServeError, match=f"cannot listen on 127.0.0.1:{server.port}"):
             running(served, port=server.port)
-        server.worker.slots.parts = lambda **_: 1 / 0
+        server.worker.slots.save = lambda _: 1 / 0  # while the answer is in nobody's list
         with caplog.at_level(logging.CRITICAL, "sepjax.serve"):
             status, _, told = ask(server, "/v1/completions", {"prompt": "a"})
         assert (status, told["error"]["code"]) == (503, "stopping")
