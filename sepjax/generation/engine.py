@@ -79,6 +79,7 @@ class Generator:
         control_tokens: bool = True,
         bounded: bool | None = None,
         max_repeats: int = 0,
+        min_new_tokens: int = 0,
         logprobs: bool = False,
         top_logprobs: int = 0,
     ) -> list[Generation]:
@@ -97,6 +98,8 @@ class Generator:
             pattern asks for it ("watched").
           max_repeats: ends an answer ("repetition") once it has repeated the same run of tokens more often in a row; 0:
             never.
+          min_new_tokens: before so many, no end token and none of `stop_token_ids` is drawn, and no stop text ends the
+            answer.
           logprobs: whether answers tell the log-probabilities of their tokens by the model's own scores, before bias,
             penalties, temperature and the like.
           top_logprobs: the same of as many of the most probable tokens at each step, up to 20, and of the token.
@@ -111,7 +114,7 @@ class Generator:
         settings = RowSettings.create(
             self.tokenizer, stop=stop, stop_token_ids=stop_token_ids, stop_at_eos=stop_at_eos,
             max_new_tokens=max_new_tokens, max_repeats=max_repeats, logprobs=logprobs,
-            top_logprobs=top_logprobs,
+            top_logprobs=top_logprobs, min_new_tokens=min_new_tokens,
         )  # fmt: skip
         ids = encode_prompts(self.tokenizer, prompts, control_tokens=control_tokens)
         reader = self._reader(self.attention.pattern == "watched" if bounded is None else bounded)
@@ -140,6 +143,7 @@ class Generator:
         control_tokens: bool = True,
         bounded: bool | None = None,
         max_repeats: int = 0,
+        min_new_tokens: int = 0,
         logprobs: bool = False,
         top_logprobs: int = 0,
         resume: str | os.PathLike[str] | None = None,
@@ -169,7 +173,7 @@ class Generator:
         settings = RowSettings.create(
             self.tokenizer, stop=stop, stop_token_ids=stop_token_ids, stop_at_eos=stop_at_eos,
             max_new_tokens=max_new_tokens, max_repeats=max_repeats, logprobs=logprobs,
-            top_logprobs=top_logprobs,
+            top_logprobs=top_logprobs, min_new_tokens=min_new_tokens,
         )  # fmt: skip
         needs_bound = max_new_tokens is None or self.attention.pattern == "watched"
         reader = self._reader(needs_bound if bounded is None else bounded)

@@ -85,7 +85,7 @@ class SlotDevice:
         self._pool = self._of.placed(reader.empty(row_keys(0, max(1, pool))))
         cache: Any = self.rows.state.cache
         self.row_bytes: int = cache.nbytes // rows
-        self.arrivals = Bytes(arrival(prepared, None, (), -1, False, False, None, is_reading=False))
+        self.arrivals = Bytes(arrival(prepared, None, (), -1, 0, False, False, None, is_reading=False))
         self.programs: SlotPrograms = slot_programs(
             prepared.graph, prepared.attention, self.form, self.arrivals, most_steps
         )
@@ -99,7 +99,7 @@ class SlotDevice:
         state = dataclasses.replace(state, done=jnp.ones(rows, bool))
         sampling = jax.device_put(Sampling.of_rows([Sampling.create()] * rows, rows))
         none, asks = jnp.full((rows, ENDS), -1, jnp.int32), (jnp.zeros(rows, bool) for _ in range(2))
-        wishes = Wishes(sampling, none, jnp.full(rows, -1, jnp.int32), *asks)
+        wishes = Wishes(sampling, none, jnp.full(rows, -1, jnp.int32), *asks, jnp.zeros(rows, jnp.int32))
         before = jax.tree.map(jnp.copy, Before.of(state, state.token, np.zeros(rows, bool)))
         return self._of.placed(Rows(state, wishes, before))
 

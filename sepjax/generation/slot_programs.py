@@ -56,12 +56,13 @@ class Wishes:
     max_new_tokens: Int32[jax.Array, "B"]
     logprobs: Bool[jax.Array, "B"]
     top_logprobs: Bool[jax.Array, "B"]
+    min_new_tokens: Int32[jax.Array, "B"]
 
     __no_type_check__ = True
 
     def request(self, table: Bool[Array, "_"]) -> Request:
         """The rows' `Request`."""
-        asks = self.logprobs, self.top_logprobs
+        asks = self.logprobs, self.top_logprobs, self.min_new_tokens
         return Request(jnp.asarray(table), self.sampling, self.end_tokens, self.max_new_tokens, *asks)
 
 
@@ -277,7 +278,7 @@ def _fetch(form: Form, pool: DecodeState, place: Int32[Array, ""]) -> Packed:
 def _place(
     form: Form, arrivals: Bytes, rows: Rows, i: Int32[Array, ""], saved: Packed, arrival: UInt8[Array, "_"]
 ) -> Rows:
-    """`max_new_tokens` of the row that comes counts from here; a row that goes on has drawn before."""
+    """What `max_new_tokens` and the like count of the row begins here; a row that goes on has drawn before."""
     return rows.with_row(i, *_begun(form.unpack(saved), arrivals.tree(arrival)))
 
 
@@ -285,8 +286,9 @@ def _begun(state: DecodeState, told: Arrival) -> tuple[DecodeState, Wishes]:
     """Rows that begin with what was saved, as they are told."""
     first = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(told.seed)  # `row_keys` of one row
     key, count = jnp.where(told.has_seed, first, state.key), jnp.where(told.has_seed, 0, state.count)
-    new = told.wishes.max_new_tokens
-    wishes = dataclasses.replace(told.wishes, max_new_tokens=jnp.where(new < 0, new, new + count))
+    most, least = told.wishes.max_new_tokens, told.wishes.min_new_tokens
+    most, least = jnp.where(most < 0, most, most + count), jnp.where(least > 0, least + count, 0)
+    wishes = dataclasses.replace(told.wishes, max_new_tokens=most, min_new_tokens=least)
     return dataclasses.replace(state, key=key, count=count, done=told.done), wishes
 
 

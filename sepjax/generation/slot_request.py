@@ -37,6 +37,7 @@ class SlotRequest:
     max_repeats: int = 0
     logprobs: bool = False
     top_logprobs: int = 0
+    min_new_tokens: int = 0
     resume: SavedRow | None = None  # a row of these settings' cache, from `Slots.save` or `Stream.saved`
     keep: bool = False  # whether the row can still be saved once it has ended
     undrawn: bool = False  # and then is as it was before it drew its last token, which may be given to it as a prompt

@@ -108,7 +108,7 @@ class Slots:
         settings = RowSettings.create(
             tokenizer, stop=request.stop, stop_token_ids=request.stop_token_ids, stop_at_eos=request.stop_at_eos,
             max_new_tokens=request.max_new_tokens, max_repeats=request.max_repeats, logprobs=request.logprobs,
-            top_logprobs=request.top_logprobs,
+            top_logprobs=request.top_logprobs, min_new_tokens=request.min_new_tokens,
         )  # fmt: skip
         pending = request.to_be_read(tokenizer)
         seen, continues = (0 if resume is None else resume.seen), True

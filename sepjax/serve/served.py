@@ -21,8 +21,9 @@ from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import RowSettings
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest
-from sepjax.hub.chat_template import ChatTemplate
+from sepjax.hub.chat_template import ChatTemplate, encode_behind
 from sepjax.serve.errors import ApiError
+from sepjax.serve.fields import wrong
 from sepjax.serve.protocol import Message, Wanted
 
 
@@ -79,13 +80,22 @@ class Served:
         """The most entries that a row's cache may hold."""
         return self.sizes.cache_size
 
-    def chat_ids(self, messages: tuple[Message, ...], variables: Mapping[str, Any] | None = None) -> list[int]:
+    def chat_ids(
+        self, messages: tuple[Message, ...], variables: Mapping[str, Any] | None = None, *, continues: bool = False
+    ) -> list[int]:
         """A conversation up to where the next answer begins; names of control tokens in it are plain text.
 
-        `variables`: what the template may name (`ChatTemplate.with_variables`), on top of the server's own.
+        Args:
+          messages: of which there is one at least.
+          variables: what the template may name (`ChatTemplate.with_variables`), on top of the server's own.
+          continues: whether the last message is the beginning of that answer: it stands behind what the model saw
+            before it wrote that, and nothing ends it.
 
         Raises UserError: the model's template refuses it, or variables that cannot be, or without a template.
         """
+        if continues:
+            before = self.chat_ids(messages[:-1], variables)
+            return [*before, *encode_behind(self.tokenizer, messages[-1].content, control_tokens=False)]
         if self.template is not None:
             found = [message.for_template() for message in messages]
             template = self.template.with_variables(variables or {})
@@ -130,11 +140,14 @@ class Served:
           is_chat: whether what ends an answer of a conversation ends it.
           most: tokens of an answer where the client says nothing.
 
-        Raises UserError, TypeError: settings that the model cannot have.
+        Raises UserError, TypeError, ApiError: settings that the model cannot have.
         """
-        chat = is_chat and not wanted.ignore_eos
+        chat, most = is_chat and not wanted.ignore_eos, wanted.max_tokens or most
+        if wanted.min_tokens > most:
+            raise wrong("min_tokens", wanted.min_tokens, f"at most as many as max_tokens, which is {most}")
         settings: dict[str, Any] = {
-            "max_new_tokens": wanted.max_tokens or most,
+            "max_new_tokens": most,
+            "min_new_tokens": wanted.min_tokens,
             "stop": [*wanted.stop, *(self.stop if chat else ())],
             "stop_token_ids": [*wanted.stop_token_ids, *(self.stop_token_ids if chat else ())],
             "stop_at_eos": not wanted.ignore_eos,

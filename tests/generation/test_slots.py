@@ -76,13 +76,15 @@ def random_request(rng: np.random.Generator) -> SlotRequest:
         4: Sampling.create(presence_penalty=1.5, repetition_penalty=1.3),
         5: Sampling.create(1.1, frequency_penalty=0.7, logit_bias={int(i): 5.0 for i in rng.integers(3, 300, 9)}),
     }[int(rng.integers(6))]
+    most, ends = int(rng.integers(1, 25)), rng.integers(3, 300, int(rng.integers(20))).tolist()
     return SlotRequest(
         rng.integers(3, 300, int(rng.integers(1, 61))).tolist(),
-        max_new_tokens=int(rng.integers(1, 25)),
+        max_new_tokens=most,
+        min_new_tokens=int(rng.integers(most + 1)) if len(ends) < 15 else 0,
         sampling=sampling,
         seed=int(rng.integers(5)),
         stop=[["."], ["e", "at"], []][int(rng.integers(3))],
-        stop_token_ids=rng.integers(3, 300, int(rng.integers(20))).tolist(),
+        stop_token_ids=ends,
         stop_at_eos=bool(rng.integers(2)),
         max_repeats=int(rng.integers(2)) * 3,
         logprobs=bool(rng.integers(2)),
@@ -141,7 +143,7 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
     assert len({answer.token_ids for answer in batch}) == 3
     told = [  # without the types' checks: 1 is as good as true
         slots._device.arrivals.of_host(
-            inspect.unwrap(arrival)(engine.prepared, None, (), -1, x, x, None, is_reading=True)
+            inspect.unwrap(arrival)(engine.prepared, None, (), -1, 0, x, x, None, is_reading=True)
         ).tolist()
         for x in (True, 1, False)
     ]
@@ -153,6 +155,41 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
     drawn = [i for event in plain for i in event.token_ids]
     repeats = [40 - len(set(tokens)) for tokens in (batch[1].token_ids, drawn)]
     assert repeats[0] < repeats[1]
+
+
+def test_nothing_ends_a_row_before_as_many_tokens_as_it_must_have(engine, slots):
+    """As if its ends had been impossible until then, and it had begun there; of rows, streams and batches alike."""
+    prompts, early = ["The cat", LONG, "Où est-il? It ran away! One; two"], 6
+    ids = [engine.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+
+    def tokens(events):
+        return tuple(token for event in events for token in event.token_ids)
+
+    free = [tokens(engine.stream(p, bounded=True, max_new_tokens=40, stop_at_eos=False)) for p in ids]
+    ends = sorted({token for row in free for token in row[:4]})
+    settings = {"max_new_tokens": 40, "min_new_tokens": early, "stop_token_ids": ends}
+    never = Sampling.create(logit_bias=dict.fromkeys([*ends, *engine.tokenizer.end_ids], -100.0))
+    batch = engine.generate(ids, bounded=True, **settings)
+    rows = run(slots, [SlotRequest(p, **settings) for p in ids])
+    for prompt, row, answer in zip(ids, rows, batch, strict=True):
+        first = tokens(engine.stream(prompt, bounded=True, sampling=never, max_new_tokens=early))
+        then = engine.stream([*prompt, *first], bounded=True, max_new_tokens=40 - early, stop_token_ids=ends)
+        expected = first + tokens(then)
+        stream = engine.stream(prompt, bounded=True, **settings)
+        assert tokens(row) == tokens(stream) == answer.token_ids == expected
+        assert row[-1].finish_reason == answer.finish_reason == then.finish_reason
+        stream.feed("One")  # a new turn has to have as many
+        assert len(tokens(stream)) > early or stream.finish_reason == "length"
+    assert "stop" in {answer.finish_reason for answer in batch}
+    text = engine.tokenizer.decode(list(free[1]), continues=True)
+    shown = len(engine.tokenizer.decode(list(free[1][:early]), continues=True))
+    letter = next(x for x in text[:shown] if x in text[shown:])
+    (row,) = run(slots, [SlotRequest(ids[1], min_new_tokens=early, max_new_tokens=40, stop=letter, stop_at_eos=False)])
+    assert "".join(event.text for event in row) == text[: text.index(letter, shown)]
+    with pytest.raises(ConfigError, match="goes with up to 16 end tokens in slots, got"):
+        slots.submit(SlotRequest([5], min_new_tokens=1, stop_token_ids=range(20)))
+    with pytest.raises(ConfigError, match=r"min_new_tokens=3 must be 0 .* at most max_new_tokens=2"):
+        engine.generate([[5]], min_new_tokens=3, max_new_tokens=2)
 
 
 def test_a_continued_conversation_has_the_penalties_of_its_whole_text_and_tells_what_is_held(engine, slots):
