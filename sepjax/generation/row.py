@@ -27,6 +27,7 @@ class CacheUse(NamedTuple):
     held: int  # tokens in the cache
     seen: int  # tokens that have passed through it
     bytes: int  # of this row's part of all arrays
+    kept: int | None = None  # of those held, between the first tokens and the newest; None: not counted (but by slots)
 
     @property
     def kv_kept(self) -> float:
@@ -192,6 +193,7 @@ class Row:
         nbytes: int,
         logprob: float = 0.0,
         top: tuple[Any, Any] = ((), ()),
+        kept: int | None = None,
         is_full: bool = False,
     ) -> StreamEvent:
         """The event of one more token.
@@ -203,6 +205,7 @@ class Row:
           nbytes: of the row's part of it.
           logprob: of the token.
           top: the most probable tokens and their log-probabilities, as many as anyone asks for or more.
+          kept: of those that it holds, as `CacheUse` has it.
           is_full: whether the row must end here, whatever else: its cache has no room.
         """
         self.seen += taken
@@ -223,7 +226,7 @@ class Row:
             self.finish_reason = "full"
         if self.finish_reason is not None and not self._text.stopped:
             text += self._text.flush()
-        use = CacheUse(held, self.seen, nbytes)
+        use = CacheUse(held, self.seen, nbytes, kept)
         if not self._settings.logprobs:
             return StreamEvent(text, (token,), self.finish_reason, use)
         n = self._settings.top_logprobs
@@ -237,12 +240,12 @@ class Row:
             tokens = tokens[: next(i for i, token in enumerate(tokens, 1) if ends.reason(token))]
         return tokens if self._left < 0 else tokens[: self._left]
 
-    def take_all(self, tokens: list[int], *, held: int, nbytes: int) -> StreamEvent:
+    def take_all(self, tokens: list[int], *, held: int, nbytes: int, kept: int | None = None) -> StreamEvent:
         """One event of tokens that came at once, as `take` gives many; of rows that may (`joins`).
 
         Args:
           tokens: one at least, `up_to_end`; the cache has taken up as many.
-          held, nbytes: as `take` has them, after the last one.
+          held, nbytes, kept: as `take` has them, after the last one.
         """
         self.seen += len(tokens)
         self._left -= len(tokens)
@@ -253,13 +256,13 @@ class Row:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             text += self._text.flush()
-        return StreamEvent(text, tuple(tokens), self.finish_reason, CacheUse(held, self.seen, nbytes))
+        return StreamEvent(text, tuple(tokens), self.finish_reason, CacheUse(held, self.seen, nbytes, kept))
 
-    def end_full(self, *, taken: int, held: int, nbytes: int) -> StreamEvent:
+    def end_full(self, *, taken: int, held: int, nbytes: int, kept: int) -> StreamEvent:
         """The event of an end without a token: the cache has no room for the rest of what is to be read."""
         self.seen += taken
         self.finish_reason = "full"
-        return StreamEvent(self._text.flush(), (), self.finish_reason, CacheUse(held, self.seen, nbytes))
+        return StreamEvent(self._text.flush(), (), self.finish_reason, CacheUse(held, self.seen, nbytes, kept))
 
     def state(self) -> dict[str, Any]:
         """Where it stands, for `restore`: plain JSON."""

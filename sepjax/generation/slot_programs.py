@@ -32,7 +32,7 @@ from flax import nnx
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens, UInt8, UInt16, UInt32
 from sepjax.config import AttentionConfig
-from sepjax.generation.cache.ahead import after_compaction
+from sepjax.generation.cache.ahead import after_compaction, kept_of
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.mixed import BoundedCache
 from sepjax.generation.cache.rows import chosen
@@ -210,18 +210,21 @@ class Arrival:
 class Record:
     """For the host: what each of S steps came to in every row, or a read in its own (B of them, without S)."""
 
-    # token, -1: none was drawn; entries held; bits of the log-probability; whether the cache is stuck; tokens taken up
-    numbers: Int32[jax.Array, "*S 5 B"]
+    # token, -1: none was drawn; entries held; bits of the log-probability; whether the cache is stuck; tokens taken
+    # up; entries kept between the sinks and the newest
+    numbers: Int32[jax.Array, "*S 6 B"]
     top_tokens: Int32[jax.Array, "*S B E"]
     top_logprobs: Float[jax.Array, "*S B E"]
 
     __no_type_check__ = True
 
     @classmethod
-    def of(cls, token: jax.Array, held: jax.Array, drawn: Drawn, stuck: jax.Array, taken: jax.Array) -> "Record":
+    def of(
+        cls, token: jax.Array, held: jax.Array, drawn: Drawn, stuck: jax.Array, taken: jax.Array, kept: jax.Array
+    ) -> "Record":
         """Puts the numbers together, [B] each."""
         logprob = jax.lax.bitcast_convert_type(drawn.logprob.astype(jnp.float32), jnp.int32)
-        numbers = jnp.stack([token, held, logprob, stuck.astype(jnp.int32), taken])
+        numbers = jnp.stack([token, held, logprob, stuck.astype(jnp.int32), taken, kept])
         return cls(numbers, drawn.top_tokens, drawn.top_logprobs)
 
 
@@ -318,7 +321,7 @@ def _read(
     state = dataclasses.replace(row, cache=cache.compact(), done=~draws, uses=uses)
     state, drawn = draw(logits, state, wishes.request(table))
     now: Any = state.cache
-    record = Record.of(jnp.where(draws, state.token, -1), now.held(), drawn, now.is_stuck(), counts)
+    record = Record.of(jnp.where(draws, state.token, -1), now.held(), drawn, now.is_stuck(), counts, kept_of(now))
     return rows.with_states(which, state), record
 
 
@@ -347,8 +350,8 @@ def _steps(
         logits, now = take_up_one(graph, params, state.cache, state.token, table, attention, active)
         new, drawn = draw(logits, dataclasses.replace(state, cache=now, done=~active), request)
         new = dataclasses.replace(new, done=jnp.where(active, new.done, state.done))
-        held, stuck = after_compaction(cast_cache(now))
-        mine = Record.of(jnp.where(active, new.token, -1), held, drawn, stuck & active, active.astype(jnp.int32))
+        held, stuck, kept = after_compaction(cast_cache(now))
+        mine = Record.of(jnp.where(active, new.token, -1), held, drawn, stuck & active, active.astype(jnp.int32), kept)
         record = jax.tree.map(lambda x, y: x.at[i].set(y.astype(x.dtype)), record, mine)
         return jnp.maximum(i + 1, next_of(new)), new, Before.of(state, new.token, active), record
 
@@ -357,7 +360,7 @@ def _steps(
 
     state = dataclasses.replace(rows.state, done=rows.state.done | ended)
     top = jnp.zeros((most, B, min(MOST_TOP, len(table))), jnp.int32)
-    nothing = Record(jnp.full((most, 5, B), -1, jnp.int32), top, top.astype(jnp.float32))
+    nothing = Record(jnp.full((most, 6, B), -1, jnp.int32), top, top.astype(jnp.float32))
     before = dataclasses.replace(rows.before, stepped=jnp.zeros(B, bool))
     carry = next_of(state), state, before, nothing
     _, state, before, record = jax.lax.while_loop(lambda carry: carry[0] < count, one, carry)

@@ -346,7 +346,7 @@ class Slots:
             return self._given(i, slot, [numbers.event(slot.row, j, 0, self._row_bytes)])
         if numbers.is_stuck[j][0]:  # the rest would push separators out
             return self._given(i, slot, [slot.row.end_full(
-                taken=taken, held=numbers.held[j][0], nbytes=self._row_bytes
+                taken=taken, held=numbers.held[j][0], nbytes=self._row_bytes, kept=numbers.kept[j][0]
             )])  # fmt: skip
         slot.row.seen += taken
         return []

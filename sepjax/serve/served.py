@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,21 @@ from sepjax.generation.conversation import ChatFormat, conversation_of
 from sepjax.generation.engine import Generator
 from sepjax.generation.prompts import encode_prompts
 from sepjax.generation.readers import BoundedReader
-from sepjax.generation.row import RowSettings
+from sepjax.generation.row import CacheUse, RowSettings
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest
 from sepjax.hub.chat_template import ChatTemplate, encode_behind
 from sepjax.serve.errors import ApiError
 from sepjax.serve.fields import wrong
 from sepjax.serve.protocol import Message, Wanted
+
+
+class Zones(NamedTuple):
+    """Entries of a cache by where they stand in the text; where layers differ, averages over them."""
+
+    sinks: int  # the first tokens
+    kept: int  # out of the past
+    recent: int  # the newest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +87,11 @@ class Served:
     def cache_size(self) -> int:
         """The most entries that a row's cache may hold."""
         return self.sizes.cache_size
+
+    def zones(self, use: CacheUse) -> Zones:
+        """Of what a row of slots holds."""
+        sinks, kept = min(use.seen, self.sizes.num_sinks), use.kept or 0
+        return Zones(sinks, kept, use.held - sinks - kept)
 
     def chat_ids(
         self, messages: tuple[Message, ...], variables: Mapping[str, Any] | None = None, *, continues: bool = False

@@ -30,7 +30,7 @@ from sepjax.serve.keeper import Keeper
 from sepjax.serve.metrics import Metrics
 from sepjax.serve.outbox import Outbox
 from sepjax.serve.prompts import Prompts
-from sepjax.serve.served import Served
+from sepjax.serve.served import Served, Zones
 
 log = logging.getLogger("sepjax.serve")
 _UNREAD = 512  # tokens of each choice that wait for a slow client before its row is put aside
@@ -148,9 +148,12 @@ class Worker:
         return self._open - len(self._running)
 
     @property
-    def held(self) -> int:
+    def held(self) -> Zones:
         """Cache entries of all rows that run."""
-        return sum(job.held for job in list(self._running.values()))
+        uses = [job.use for job in list(self._running.values())]
+        served = self.served
+        zones = [served.zones(use) for use in uses if use is not None] if served is not None else []
+        return Zones(*(sum(numbers) for numbers in zip(*zones, strict=True))) if zones else Zones(0, 0, 0)
 
     # -- the thread -------------------------------------------------------------------------------------------------
 
@@ -244,7 +247,7 @@ class Worker:
             self._first.append(passed)  # what came with it in one launch says nothing about the time between two
         else:
             self._each.append((passed / max(1, tokens), tokens))
-        job.last, job.held = now, last.cache.held
+        job.last, job.use = now, last.cache
         for event in events:
             job.answer += event.token_ids
             if event.finish_reason is None:

@@ -163,6 +163,7 @@ def test_a_stream_is_the_answer_in_pieces(api, kind):
     caches = [chunk.cache for chunk in chunks if getattr(chunk, "cache", None)]
     assert caches
     assert all(0 < cache["held"] <= cache["size"] + 1 and cache["bytes"] > 0 for cache in caches)
+    assert all(cache["sinks"] + cache["kept"] + cache["recent"] == cache["held"] for cache in caches)
     assert caches[-1]["seen"] >= 30
 
 
@@ -222,7 +223,7 @@ def test_tokens_and_models(server, api, served):
     told = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
     for name in ("num_requests_running 0.0", "num_requests_waiting 0.0", "time_to_first_token_seconds_count",
                  "time_per_output_token_seconds_bucket", "prompt_tokens_total", "generation_tokens_total",
-                 "cache_slots_held 0.0", "cache_bytes"):  # fmt: skip
+                 "cache_slots_held 0.0", 'cache_slots_held_by_zone{zone="kept"} 0.0', "cache_bytes"):  # fmt: skip
         assert f"sepjax:{name}" in told
 
 

@@ -247,6 +247,8 @@ def test_a_conversation_by_the_keyboard(driver, server, served):
     ids = served.chat_ids((Message("user", asked["content"]),))
     expected = alone(served, ids, max_new_tokens=12, stop=served.stop, stop_token_ids=served.stop_token_ids)
     assert answer["content"] == text_of(expected)
+    shown = at.run("return [...document.querySelectorAll('#gauge [role=img]')].map((x) => x.ariaLabel)")
+    assert ": sinks 2, kept" in shown[0], "it came with the answer"
     at.say("One; two: three.")
     assert [m["role"] for m in at.stored()[0]["messages"]] == ["user", "assistant"] * 2
     at.until("document.querySelector('#text .token')")
@@ -332,6 +334,7 @@ def test_escape_stops_an_answer_which_stays_and_goes_on_or_begins_again(driver, 
     at.find("#again").click()  # which the server refuses
     at.until("!document.getElementById('error').hidden")
     assert at.stored()[0]["messages"][1]["content"] == answer.content
+    assert ["status of 400" in line for line in at.complaints()] == [True]
     assert at.text(".message.assistant.stopped .about") == "stopped"
     at.run("localStorage['sepjax.settings'] = JSON.stringify({temperature: 0, max_tokens: 6})")
     at.find("#continue").click()

@@ -287,7 +287,7 @@ async function showCache() {
   try {
     const view = await getView(conversation.response, layer);
     if (conversation !== current || runs.has(current.id)) return;
-    showGauge($("gauge"), view, view);
+    showGauge($("gauge"), view);
     showLayers($("layers"), view, (chosen) => {
       layer = chosen;
       showCache();
