@@ -71,5 +71,5 @@ def arrival(
     sampling = Sampling.of_rows([sampling or Sampling.create()], 1).check(prepared.tokenizer.vocab_size)
     limits: Any = np.full(1, limit, np.int32)
     early: Any = np.full(1, least, np.int32)
-    wishes = Wishes(sampling, known, limits, *asks, early)  # pyright: ignore[reportArgumentType]
+    wishes = Wishes(sampling, known, limits, *asks, min_new_tokens=early)  # pyright: ignore[reportArgumentType]
     return Arrival(wishes, np.array([seed or 0], np.uint32), np.array([seed is not None]), np.array([is_reading]))

@@ -99,7 +99,7 @@ class SlotDevice:
         state = dataclasses.replace(state, done=jnp.ones(rows, bool))
         sampling = jax.device_put(Sampling.of_rows([Sampling.create()] * rows, rows))
         none, asks = jnp.full((rows, ENDS), -1, jnp.int32), (jnp.zeros(rows, bool) for _ in range(2))
-        wishes = Wishes(sampling, none, jnp.full(rows, -1, jnp.int32), *asks, jnp.zeros(rows, jnp.int32))
+        wishes = Wishes(sampling, none, jnp.full(rows, -1, jnp.int32), *asks, min_new_tokens=jnp.zeros(rows, jnp.int32))
         before = jax.tree.map(jnp.copy, Before.of(state, state.token, np.zeros(rows, bool)))
         return self._of.placed(Rows(state, wishes, before))
 
@@ -238,9 +238,13 @@ class SlotDevice:
     # -- by themselves ----------------------------------------------------------------------------------------------
 
     def _warm_up(self) -> None:
-        """Runs every program on rows that nobody has: what is compiled later would be somebody's wait."""
-        for job in self._each_alone().values():
-            self.ask(lambda job=job: jax.block_until_ready(job())).result()
+        """Runs every program on rows that nobody has: what is compiled later would be somebody's wait.
+
+        On a mesh twice: fresh arrays do not lie there as programs leave them, and other places are other programs.
+        """
+        for _ in range(1 if jax.sharding.get_mesh().empty else 2):
+            for job in self._each_alone().values():
+                self.ask(lambda job=job: jax.block_until_ready(job())).result()
 
     def _each_alone(self) -> dict[str, Callable[[], Any]]:
         """All that is ever asked for, as it is asked for, on rows that nobody has."""

@@ -1,5 +1,6 @@
 """The model that answers: how requests become token ids and slots' requests."""
 
+import contextlib
 import dataclasses
 import hashlib
 import secrets
@@ -49,6 +50,7 @@ class Served:
     fingerprint: str  # of the weights, and how they are used
     control_names: dict[int, str]
     sizes: BoundedSizes  # of a row's cache
+    mesh: Any  # that it was made under; empty: one device
 
     @classmethod
     def create(
@@ -58,7 +60,7 @@ class Served:
 
         Args:
           name: what clients call the model.
-          engine: over a pattern that a bounded cache can serve.
+          engine: over a pattern that a bounded cache can serve; made under the mesh that is set here.
           template: of conversations; None: one of the known forms (`ChatFormat.of`).
           max_prompt_tokens: of one prompt; 0: no limit.
         """
@@ -71,6 +73,7 @@ class Served:
         return cls(
             name, engine, template, ChatFormat.of(tokenizer), chat.stop, chat.stop_token_ids, max_prompt_tokens,
             fingerprint(engine), names, bounded_sizes(engine.prepared.config, engine.attention),
+            jax.sharding.get_mesh(),
         )  # fmt: skip
 
     @property
@@ -87,6 +90,10 @@ class Served:
     def cache_size(self) -> int:
         """The most entries that a row's cache may hold."""
         return self.sizes.cache_size
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Sets its mesh, for the thread that makes its rows."""
+        return contextlib.nullcontext() if self.mesh.empty else jax.set_mesh(self.mesh)
 
     def zones(self, use: CacheUse) -> Zones:
         """Of what a row of slots holds."""

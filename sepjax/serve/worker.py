@@ -158,8 +158,10 @@ class Worker:
     # -- the thread -------------------------------------------------------------------------------------------------
 
     def _main(self) -> None:
+        stack = contextlib.ExitStack()  # of what the whole of its life needs
         try:
             served = self._load()
+            stack.enter_context(served.on_mesh())
             kept = self.conversations = self._keep(served)
             pool = kept.on_device // served.row_bytes
             self.slots = served.engine.slots(self._num_rows, steps=self._steps, clocks=self.clocks, pool=pool)
@@ -177,6 +179,7 @@ class Worker:
                 log.exception("the worker has failed")
         finally:
             with contextlib.ExitStack() as ends:  # the last one first, and each whatever becomes of the others
+                ends.push(stack)
                 ends.callback(self._at_end)
                 ends.callback(self._fail_all, ApiError(503, "the server is stopping", code="stopping", retry_after=5))
                 if self._keeper is not None:

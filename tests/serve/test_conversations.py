@@ -27,7 +27,8 @@ def served():
 
 def complete(server, prompt, **settings):
     settings = {"max_tokens": 10, "temperature": 0, "extra_body": {"ignore_eos": True}} | settings
-    return client(server).completions.create(model="tiny", prompt=prompt, **settings)
+    with client(server) as api:
+        return api.completions.create(model="tiny", prompt=prompt, **settings)
 
 
 def cached(answer):
