@@ -24,6 +24,7 @@ from sepjax.generation.prompts import row_keys
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slot_arrival import ENDS, arrival
+from sepjax.generation.slot_mesh import spread
 from sepjax.generation.slot_pool import Pool, PooledState
 from sepjax.generation.slot_programs import (
     Before,
@@ -82,7 +83,7 @@ class SlotDevice:
         self.shapes, self.reads_at_once = shapes_of(jax.default_backend(), rows, reader.sizes.chunk, together)
         self.rows, self.pool = self._empty(rows), Pool(pool)
         self._at_once = max(_LEAST, min(rows // 8, _MOST))
-        self._pool = self._of.placed(reader.empty(row_keys(0, max(1, pool))))
+        self._pool = spread(self._of.placed(reader.empty(row_keys(0, max(1, pool)))))
         cache: Any = self.rows.state.cache
         self.row_bytes: int = cache.nbytes // rows
         self.arrivals = Bytes(arrival(prepared, None, (), -1, 0, False, False, None, is_reading=False))
@@ -101,7 +102,7 @@ class SlotDevice:
         none, asks = jnp.full((rows, ENDS), -1, jnp.int32), (jnp.zeros(rows, bool) for _ in range(2))
         wishes = Wishes(sampling, none, jnp.full(rows, -1, jnp.int32), *asks, min_new_tokens=jnp.zeros(rows, jnp.int32))
         before = jax.tree.map(jnp.copy, Before.of(state, state.token, np.zeros(rows, bool)))
-        return self._of.placed(Rows(state, wishes, before))
+        return spread(self._of.placed(Rows(state, wishes, before)))
 
     def ask(self, job: Callable[..., Any], *args: Any) -> Future:
         """Has the thread do a job, after all before it. It fails where one that changes rows has failed before."""
@@ -238,13 +239,9 @@ class SlotDevice:
     # -- by themselves ----------------------------------------------------------------------------------------------
 
     def _warm_up(self) -> None:
-        """Runs every program on rows that nobody has: what is compiled later would be somebody's wait.
-
-        On a mesh twice: fresh arrays do not lie there as programs leave them, and other places are other programs.
-        """
-        for _ in range(1 if jax.sharding.get_mesh().empty else 2):
-            for job in self._each_alone().values():
-                self.ask(lambda job=job: jax.block_until_ready(job())).result()
+        """Runs every program on rows that nobody has: what is compiled later would be somebody's wait."""
+        for job in self._each_alone().values():
+            self.ask(lambda job=job: jax.block_until_ready(job())).result()
 
     def _each_alone(self) -> dict[str, Callable[[], Any]]:
         """All that is ever asked for, as it is asked for, on rows that nobody has."""

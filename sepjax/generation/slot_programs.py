@@ -41,6 +41,7 @@ from sepjax.generation.device_loop import MOST_TOP, DecodeState, Drawn, Request,
 from sepjax.generation.packed import Bytes, Form, Packed
 from sepjax.generation.penalties import after_reading
 from sepjax.generation.sampling import Sampling
+from sepjax.generation.slot_mesh import kept_there
 from sepjax.generation.step import take_up_one
 from sepjax.model.transformer import Params
 from sepjax.model.unrolled import runner
@@ -271,7 +272,7 @@ def _exchange(arrivals: Bytes, rows: Rows, pool: DecodeState, which: Exchange) -
     )
     state = dataclasses.replace(state, cache=chosen(is_empty, nothing, cache), key=jax.random.wrap_key_data(state.key))
     told = jax.tree.map(lambda x: x[:, 0], jax.vmap(arrivals.tree)(which.told))
-    return rows.with_states(which.coming, *_begun(state, told)), pool
+    return kept_there((rows.with_states(which.coming, *_begun(state, told)), pool))
 
 
 def _fetch(form: Form, pool: DecodeState, place: Int32[Array, ""]) -> Packed:
@@ -282,7 +283,7 @@ def _place(
     form: Form, arrivals: Bytes, rows: Rows, i: Int32[Array, ""], saved: Packed, arrival: UInt8[Array, "_"]
 ) -> Rows:
     """What `max_new_tokens` and the like count of the row begins here; a row that goes on has drawn before."""
-    return rows.with_row(i, *_begun(form.unpack(saved), arrivals.tree(arrival)))
+    return kept_there(rows.with_row(i, *_begun(form.unpack(saved), arrivals.tree(arrival))))
 
 
 def _begun(state: DecodeState, told: Arrival) -> tuple[DecodeState, Wishes]:
@@ -322,7 +323,7 @@ def _read(
     state, drawn = draw(logits, state, wishes.request(table))
     now: Any = state.cache
     record = Record.of(jnp.where(draws, state.token, -1), now.held(), drawn, now.is_stuck(), counts, kept_of(now))
-    return rows.with_states(which, state), record
+    return kept_there(rows.with_states(which, state)), record
 
 
 def _steps(
@@ -364,7 +365,7 @@ def _steps(
     before = dataclasses.replace(rows.before, stepped=jnp.zeros(B, bool))
     carry = next_of(state), state, before, nothing
     _, state, before, record = jax.lax.while_loop(lambda carry: carry[0] < count, one, carry)
-    return dataclasses.replace(rows, state=state, before=before), record
+    return kept_there(dataclasses.replace(rows, state=state, before=before)), record
 
 
 def cast_cache(cache: Any) -> BoundedCache:

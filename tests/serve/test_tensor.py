@@ -15,7 +15,7 @@ from tests.serve.test_conversations import complete, talk
 from tests.serve.tiny import settled, tiny_served
 
 
-@pytest.mark.soak  # each of its programs is compiled twice, for two devices
+@pytest.mark.soak  # whose programs are its own
 def test_two_devices_answer_as_one(tmp_path):
     """Conversations that go on from rows that were kept, drawn ones too, in memory and on disk."""
     mesh, one = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2]), tiny_served()
