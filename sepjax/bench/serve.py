@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sepjax.bench import load
 from sepjax.command.flags import run_settings
-from sepjax.command.settings import AtLeast, AtMost
+from sepjax.command.settings import AtLeast, AtMost, OneOf
 from sepjax.command.settings import Settings as _Settings
-from sepjax.config import AttentionConfig, Config, ConfigError, ModelConfig, UserError, load_config
+from sepjax.config import CACHE_DTYPES, AttentionConfig, Config, ConfigError, ModelConfig, UserError, load_config
 from sepjax.serve.bounds import MOST_STEPS, check_memory
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class Settings(_Settings):
     config: str | None = None  # config file whose shape is served, with random weights
     pattern: str = "separator"  # of the bounded cache
     budget: str = "4/64/256/800"  # of the bounded cache: sinks/separators/window/cache
+    # of keys and values in the caches: the model's, or int8, nearly half the bytes; default: the config's
+    cache_dtype: Annotated[str, OneOf(CACHE_DTYPES)] | None = None
     slots: Annotated[int, AtLeast(1)] = 8  # of the server; with --url: that it was given
     cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from
     # MiB of the device's memory for those that go on soon; default: half of what is left of an accelerator's
@@ -79,6 +81,8 @@ class Settings(_Settings):
             raise ConfigError(
                 "--dense_context starts another server, which goes with --model or --config, not with --url"
             )
+        if self.url and self.cache_dtype:
+            raise ConfigError("--cache_dtype is of a server that is started here, with --model or --config, not --url")
         if self.url and self.profile:
             raise ConfigError("--profile looks into a server of this process: give --model or --config, not --url")
         check_memory(self.device_memory, self.cache_memory)
@@ -197,13 +201,13 @@ def _row(x: dict[str, Any]) -> str:
 
 def serve_and_measure(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Figures of the bounded cache and, if asked for, of a dense one of equal memory; and what is said beside them."""
-    from sepjax.bench.steps import caches_of
+    from sepjax.bench.steps import caches_of, in_types
 
     model, tokenizer = _model(settings)
     caches = caches_of(
         model.attention, model.config.num_layers, settings.budget, settings.dense_context, (settings.pattern,)
     )
-    bounded, *dense = caches.items()
+    bounded, *dense = in_types(caches, (settings.cache_dtype,) if settings.cache_dtype else ()).items()
     row = row_bytes(model, bounded[1])
     figures, said = [], {"row_bytes": row}
     figures += _one(settings, model, tokenizer, *bounded, settings.slots, said)

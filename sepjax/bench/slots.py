@@ -1,6 +1,6 @@
 """Tokens a second of slots, as a server drives them, beside those of the bare decode loop at as many rows.
 
-    python -m sepjax.bench.slots --config=configs/llama3_8b.py [--budget=4/64/256/800 --rows=8,64]
+    python -m sepjax.bench.slots --config=configs/llama3_8b.py [--budget=4/64/256/800 --rows=8,64 --cache_dtype=int8]
 
 For the shape of a config, with random weights and full caches. The bare loop makes 32 steps in a call and reads none of
 what they draw. Slots look at every token of every row: "plain" requests take the best token, "asking" ones draw with
@@ -17,11 +17,11 @@ from typing import Annotated
 import jax
 import numpy as np
 
-from sepjax.bench.steps import caches_of, loop_speed, random_params
+from sepjax.bench.steps import caches_of, in_types, loop_speed, random_params
 from sepjax.command.flags import run_settings
-from sepjax.command.settings import AtLeast
+from sepjax.command.settings import AtLeast, OneOf
 from sepjax.command.settings import Settings as _Settings
-from sepjax.config import AttentionConfig, Config
+from sepjax.config import CACHE_DTYPES, AttentionConfig, Config
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
 from sepjax.generation.engine import Generator
 from sepjax.generation.sampling import Sampling
@@ -47,6 +47,8 @@ class Settings(_Settings):
 
     config: Config  # a config file, whose shape is taken
     budget: str = "4/64/256/800"  # of the bounded cache: sinks/separators/window/cache
+    # of keys and values in the cache: the model's, or int8, nearly half the bytes; default: the config's
+    cache_dtype: Annotated[str, OneOf(CACHE_DTYPES)] | None = None
     rows: Annotated[tuple[int, ...], AtLeast(1)] = (8,)  # slots
     seconds: Annotated[float, AtLeast(0)] = 3.0  # for each figure
 
@@ -120,7 +122,8 @@ def main(settings: Settings) -> None:
 
     source, model = provenance(), settings.config.model
     print(heading(source))
-    (attention,) = caches_of(settings.config.attention, model.num_layers, settings.budget, 0).values()
+    caches = caches_of(settings.config.attention, model.num_layers, settings.budget, 0)
+    (attention,) = in_types(caches, (settings.cache_dtype,) if settings.cache_dtype else ()).values()
     print(f"{'requests':<10}{'rows':>6}{'ms/step':>10}{'host ms':>10}{'tokens/s':>12}{'loop ms':>10}{'share':>8}")
     tokenizer = train_sentencepiece(list(topics.values()), min(4096, model.vocab_size))
     figures = []

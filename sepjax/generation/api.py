@@ -39,6 +39,7 @@ def generate(
     attention: AttentionConfig | None = None,
     bounded: bool | None = None,
     max_repeats: int = 0,
+    min_new_tokens: int = 0,
     logprobs: bool = False,
     top_logprobs: int = 0,
 ) -> list[Generation]:
@@ -58,7 +59,7 @@ def generate(
       stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
       control_tokens: whether names of control tokens in the prompts' texts are these tokens; False: plain text.
       attention: another pattern than the model was trained with.
-      bounded, max_repeats, logprobs, top_logprobs: see `sepjax.Generator.generate`.
+      bounded, max_repeats, min_new_tokens, logprobs, top_logprobs: see `sepjax.Generator.generate`.
 
     Raises:
       ConfigError: settings out of range or impossible together.
@@ -73,7 +74,7 @@ def generate(
     return engine_of(model, tokenizer, attention).generate(
         prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop, stop_token_ids=stop_token_ids,
         stop_at_eos=stop_at_eos, control_tokens=control_tokens, bounded=bounded, max_repeats=max_repeats,
-        logprobs=logprobs, top_logprobs=top_logprobs,
+        min_new_tokens=min_new_tokens, logprobs=logprobs, top_logprobs=top_logprobs,
     )  # fmt: skip
 
 
@@ -100,6 +101,7 @@ def stream(
     attention: AttentionConfig | None = None,
     bounded: bool | None = None,
     max_repeats: int = 0,
+    min_new_tokens: int = 0,
     logprobs: bool = False,
     top_logprobs: int = 0,
     resume: str | os.PathLike[str] | None = None,
@@ -129,5 +131,5 @@ def stream(
     return engine_of(model, tokenizer, attention).stream(
         prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop, stop_token_ids=stop_token_ids,
         stop_at_eos=stop_at_eos, control_tokens=control_tokens, bounded=bounded, max_repeats=max_repeats,
-        logprobs=logprobs, top_logprobs=top_logprobs, resume=resume,
+        min_new_tokens=min_new_tokens, logprobs=logprobs, top_logprobs=top_logprobs, resume=resume,
     )  # fmt: skip

@@ -49,7 +49,7 @@ def request_of(of: Prepared, settings: RowSettings, sampling: Sampling) -> Reque
     limit = -1 if settings.max_new_tokens is None else settings.max_new_tokens
     ends = jnp.asarray(settings.ends.array())
     asks = jnp.bool_(settings.logprobs), jnp.bool_(settings.top_logprobs > 0)
-    return Request(of.table_on_device, sampling, ends, jnp.int32(limit), *asks)
+    return Request(of.table_on_device, sampling, ends, jnp.int32(limit), *asks, jnp.int32(settings.min_new_tokens))
 
 
 def run(

@@ -11,7 +11,7 @@ from flax import nnx
 from sepjax.array_typing import Array, Bool, Float, InShapes, Int32, Tokens, UInt16
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.protocol import Cache
-from sepjax.generation.penalties import after_drawing, after_reading, changed, no_uses
+from sepjax.generation.penalties import after_drawing, after_reading, changed, no_uses, without
 from sepjax.generation.sampling import Sampling, sample
 from sepjax.generation.step import decode_step, prefill
 from sepjax.model.transformer import Params
@@ -32,6 +32,7 @@ class Request:
     max_new_tokens: Int32[jax.Array, "*B"]  # the row ends after so many; -1: never
     logprobs: Bool[jax.Array, "*B"] | bool = False  # whether anyone asks how probable the tokens were
     top_logprobs: Bool[jax.Array, "*B"] | bool = False  # whether anyone asks for the most probable ones
+    min_new_tokens: Int32[jax.Array, "*B"] | int = 0  # no end token is drawn before so many
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
     __no_type_check__ = True
@@ -222,12 +223,14 @@ def draw(logits: jax.Array, state: DecodeState, request: Request) -> tuple[Decod
     logits = logits[:, : len(request.table)]
     active = ~state.done
     sampling = request.sampling.for_rows(len(logits))
+    is_early = active & (state.count < request.min_new_tokens)
 
     def choose() -> jax.Array:
-        return sample(changed(logits, state.uses, sampling, active), keys, sampling, active)
+        scores = changed(logits, state.uses, sampling, active)
+        return sample(without(scores, request.end_tokens, is_early), keys, sampling, active)
 
     # One branch where nobody asks for anything: a device may have to wait for the host at each.
-    asked = jnp.any(active & ~sampling.is_plain())
+    asked = jnp.any(active & (~sampling.is_plain() | is_early))
     drawn = jax.lax.cond(asked, choose, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
     count = state.count + ~state.done
     is_end = jnp.any(drawn[:, None] == request.end_tokens, axis=-1)

@@ -79,6 +79,7 @@ class Generator:
         control_tokens: bool = True,
         bounded: bool | None = None,
         max_repeats: int = 0,
+        min_new_tokens: int = 0,
         logprobs: bool = False,
         top_logprobs: int = 0,
     ) -> list[Generation]:
@@ -97,6 +98,7 @@ class Generator:
             pattern asks for it ("watched").
           max_repeats: ends an answer ("repetition") once it has repeated the same run of tokens more often in a row; 0:
             never.
+          min_new_tokens: before so many no token that would end the answer is drawn, and no stop text ends it.
           logprobs: whether answers tell the log-probabilities of their tokens by the model's own scores, before bias,
             penalties, temperature and the like.
           top_logprobs: the same of as many of the most probable tokens at each step, up to 20, and of the token.
@@ -111,16 +113,14 @@ class Generator:
         settings = RowSettings.create(
             self.tokenizer, stop=stop, stop_token_ids=stop_token_ids, stop_at_eos=stop_at_eos,
             max_new_tokens=max_new_tokens, max_repeats=max_repeats, logprobs=logprobs,
-            top_logprobs=top_logprobs,
+            top_logprobs=top_logprobs, min_new_tokens=min_new_tokens,
         )  # fmt: skip
         ids = encode_prompts(self.tokenizer, prompts, control_tokens=control_tokens)
         reader = self._reader(self.attention.pattern == "watched" if bounded is None else bounded)
         reader.check(0, ids, max_new_tokens)
         for number, prompt in enumerate(ids):
             warn_of_few_in(prompt, self._of.table, self.attention, f"prompt {number}")
-        if not isinstance(sampling, Sampling):
-            sampling = Sampling.of_rows(sampling, len(ids)) if sampling is not None else Sampling.create()
-        sampling.check(self.tokenizer.vocab_size)
+        sampling = self._checked(sampling, len(ids))
         answers: list[list[StreamEvent]] = [[] for _ in ids]
         num_steps = _STEPS_BETWEEN_STOP_CHECKS if settings.stop or max_repeats else bucket(max_new_tokens)
         for row, event in run(self._of, reader, ids, settings, sampling, row_keys(seed, len(ids)), num_steps):
@@ -140,6 +140,7 @@ class Generator:
         control_tokens: bool = True,
         bounded: bool | None = None,
         max_repeats: int = 0,
+        min_new_tokens: int = 0,
         logprobs: bool = False,
         top_logprobs: int = 0,
         resume: str | os.PathLike[str] | None = None,
@@ -169,7 +170,7 @@ class Generator:
         settings = RowSettings.create(
             self.tokenizer, stop=stop, stop_token_ids=stop_token_ids, stop_at_eos=stop_at_eos,
             max_new_tokens=max_new_tokens, max_repeats=max_repeats, logprobs=logprobs,
-            top_logprobs=top_logprobs,
+            top_logprobs=top_logprobs, min_new_tokens=min_new_tokens,
         )  # fmt: skip
         needs_bound = max_new_tokens is None or self.attention.pattern == "watched"
         reader = self._reader(needs_bound if bounded is None else bounded)
@@ -194,6 +195,11 @@ class Generator:
         Raises ConfigError for a pattern that a bounded cache cannot serve, or more rows than memory holds.
         """
         return Slots(self._of, self._bounded(), rows, steps, clocks, pool=pool)
+
+    def _checked(self, sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sampling:
+        if not isinstance(sampling, Sampling):
+            sampling = Sampling.of_rows(sampling, rows) if sampling is not None else Sampling.create()
+        return sampling.check(self.tokenizer.vocab_size)
 
     def _reader(self, bounded: bool) -> Reader:
         return self._bounded() if bounded else GrowingReader(self._of)

@@ -167,7 +167,8 @@ class PackedState:
         """The same in the host's memory; waits for it."""
         if self.is_on_host:
             return self
-        kv, rest = jax.device_get((self.packed.kv, self.packed.rest))
+        packed = self.packed  # once: who lies in a pool is packed anew for everyone who asks
+        kv, rest = jax.device_get((packed.kv, packed.rest))
         return PackedState(self.form, Packed(kv, rest))
 
     def state(self) -> DecodeState:

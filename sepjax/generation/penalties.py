@@ -57,6 +57,20 @@ def changed(
     return jax.lax.cond(jnp.any(penalised & active), lambda: _penalised(scores, uses, sampling), lambda: scores)
 
 
+def without(
+    logits: Float[jax.Array, "B V"], tokens: Int32[Array, "*B E"], rows: Bool[jax.Array, "B"]
+) -> Float[jax.Array, "B V"]:
+    """The scores, in these rows some tokens' (-1: none) at -inf. Where there is no such row it costs nothing."""
+    B, V = logits.shape
+
+    def lower() -> jax.Array:
+        ids = jnp.broadcast_to(tokens, (B, jnp.shape(tokens)[-1]))
+        at = jnp.where(rows[:, None] & (ids >= 0), ids, V)  # beyond the end: nowhere
+        return logits.at[jnp.arange(B)[:, None], at].set(-jnp.inf, mode="drop")
+
+    return jax.lax.cond(jnp.any(rows), lower, lambda: logits)
+
+
 def _biased(logits: jax.Array, sampling: Sampling) -> jax.Array:
     ids, (B, V) = sampling.bias_ids, logits.shape
     ids = jnp.where(ids < 0, V + jnp.arange(ids.shape[1]), ids)  # beyond the end: nowhere

@@ -27,6 +27,7 @@ class CacheUse(NamedTuple):
     held: int  # tokens in the cache
     seen: int  # tokens that have passed through it
     bytes: int  # of this row's part of all arrays
+    kept: int | None = None  # of those held, between the first tokens and the newest; None: not counted (but by slots)
 
     @property
     def kv_kept(self) -> float:
@@ -104,6 +105,7 @@ class RowSettings:
     max_repeats: int  # see `RepetitionGuard`
     logprobs: bool
     top_logprobs: int  # as many of the most probable tokens; with their log-probabilities, and the token's
+    min_new_tokens: int  # tokens before which neither an end token comes nor a stop string ends it
 
     @classmethod
     def create(
@@ -117,17 +119,23 @@ class RowSettings:
         max_repeats: int = 0,
         logprobs: bool = False,
         top_logprobs: int = 0,
+        min_new_tokens: int = 0,
     ) -> "RowSettings":
         """See `Generator.generate` for the arguments and errors."""
         if max_new_tokens is not None and not 1 <= operator.index(max_new_tokens) < 2**31:
             raise ConfigError(f"max_new_tokens={max_new_tokens} must be 1 or more")
+        most = 2**31 - 1 if max_new_tokens is None else max_new_tokens
+        if not 0 <= operator.index(min_new_tokens) <= most:
+            limit = "" if max_new_tokens is None else f" and at most max_new_tokens={most}"
+            raise ConfigError(f"min_new_tokens={min_new_tokens} must be 0 (none) or more{limit}")
         if max_repeats < 0:
             raise ConfigError(f"max_repeats={max_repeats} must be 0 (as often as it likes) or more")
         most = min(_MOST_TOP, tokenizer.vocab_size)
         if not 0 <= operator.index(top_logprobs) <= most:
             raise ConfigError(f"top_logprobs={top_logprobs} must be between 0 (none) and {most}")
         ends = Ends.create(tokenizer, stop_at_eos, stop_token_ids)
-        return cls(check_stop(stop), ends, max_new_tokens, max_repeats, logprobs or top_logprobs > 0, top_logprobs)
+        asks = logprobs or top_logprobs > 0, top_logprobs
+        return cls(check_stop(stop), ends, max_new_tokens, max_repeats, *asks, min_new_tokens)
 
 
 class Row:
@@ -157,7 +165,7 @@ class Row:
         self._text = TextUntilStop(tokenizer, settings.stop, continues=continues)
         self._guard = RepetitionGuard(settings.max_repeats)
         self._settings, self._has_end = settings, has_end
-        self._left = self._limit()
+        self._left, self._early = self._limit(), settings.min_new_tokens
         self.wants_logprobs, self.wants_top = settings.logprobs, settings.top_logprobs > 0
         self.joins = not (settings.logprobs or settings.stop or settings.max_repeats or has_end)
         self.seen = seen
@@ -167,6 +175,11 @@ class Row:
     def left(self) -> int:
         """Tokens that it may still get; below 0: without end."""
         return self._left
+
+    @property
+    def is_early(self) -> bool:
+        """Whether its next token comes before it may end by one (`min_new_tokens`): the device must draw no such."""
+        return self._early > 0
 
     def _limit(self) -> int:
         return -1 if self._settings.max_new_tokens is None else self._settings.max_new_tokens
@@ -180,6 +193,7 @@ class Row:
         nbytes: int,
         logprob: float = 0.0,
         top: tuple[Any, Any] = ((), ()),
+        kept: int | None = None,
         is_full: bool = False,
     ) -> StreamEvent:
         """The event of one more token.
@@ -191,12 +205,15 @@ class Row:
           nbytes: of the row's part of it.
           logprob: of the token.
           top: the most probable tokens and their log-probabilities, as many as anyone asks for or more.
+          kept: of those that it holds, as `CacheUse` has it.
           is_full: whether the row must end here, whatever else: its cache has no room.
         """
         self.seen += taken
         self._left -= 1
         ends = self._settings.ends.reason(token)
-        text = "" if ends == "stop" else self._text.feed(token)  # a stop token is no part of the text
+        # A stop token is no part of the text.
+        text = "" if ends == "stop" else self._text.feed(token, may_stop=not self.is_early)
+        self._early -= 1
         if self._text.stopped:
             self.finish_reason = "stop"
         elif ends:
@@ -209,7 +226,7 @@ class Row:
             self.finish_reason = "full"
         if self.finish_reason is not None and not self._text.stopped:
             text += self._text.flush()
-        use = CacheUse(held, self.seen, nbytes)
+        use = CacheUse(held, self.seen, nbytes, kept)
         if not self._settings.logprobs:
             return StreamEvent(text, (token,), self.finish_reason, use)
         n = self._settings.top_logprobs
@@ -223,28 +240,29 @@ class Row:
             tokens = tokens[: next(i for i, token in enumerate(tokens, 1) if ends.reason(token))]
         return tokens if self._left < 0 else tokens[: self._left]
 
-    def take_all(self, tokens: list[int], *, held: int, nbytes: int) -> StreamEvent:
+    def take_all(self, tokens: list[int], *, held: int, nbytes: int, kept: int | None = None) -> StreamEvent:
         """One event of tokens that came at once, as `take` gives many; of rows that may (`joins`).
 
         Args:
           tokens: one at least, `up_to_end`; the cache has taken up as many.
-          held, nbytes: as `take` has them, after the last one.
+          held, nbytes, kept: as `take` has them, after the last one.
         """
         self.seen += len(tokens)
         self._left -= len(tokens)
+        self._early -= len(tokens)
         self.finish_reason = self._settings.ends.reason(tokens[-1])
         text = self._text.feed_all(tokens[:-1] if self.finish_reason == "stop" else tokens)
         if self.finish_reason is None and not self._left:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             text += self._text.flush()
-        return StreamEvent(text, tuple(tokens), self.finish_reason, CacheUse(held, self.seen, nbytes))
+        return StreamEvent(text, tuple(tokens), self.finish_reason, CacheUse(held, self.seen, nbytes, kept))
 
-    def end_full(self, *, taken: int, held: int, nbytes: int) -> StreamEvent:
+    def end_full(self, *, taken: int, held: int, nbytes: int, kept: int) -> StreamEvent:
         """The event of an end without a token: the cache has no room for the rest of what is to be read."""
         self.seen += taken
         self.finish_reason = "full"
-        return StreamEvent(self._text.flush(), (), self.finish_reason, CacheUse(held, self.seen, nbytes))
+        return StreamEvent(self._text.flush(), (), self.finish_reason, CacheUse(held, self.seen, nbytes, kept))
 
     def state(self) -> dict[str, Any]:
         """Where it stands, for `restore`: plain JSON."""
@@ -258,6 +276,7 @@ class Row:
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken, for as many more tokens as these settings say."""
         self.seen, self.finish_reason, self._left = state["seen"], state["finish_reason"], self._limit()
+        self._early = self._settings.min_new_tokens
         self._text.restore(state["text"])
         self._guard.restore(state["guard"])
 
@@ -275,15 +294,19 @@ class TextUntilStop:
         self._stop = stop
         self._first = {s[0] for s in stop}
         self._held = ""
+        self._passed = 0  # characters of what is held in which no stop string may end
         self.stopped = False
 
-    def feed(self, token: int) -> str:
-        """The text that is certain after `token`, and `stopped` if it completes a stop string."""
+    def feed(self, token: int, *, may_stop: bool = True) -> str:
+        """The text that is certain after `token`, and `stopped` if it completes a stop string and `may_stop`."""
         text = self._decoder.feed(token)
         if not self._held and self._first.isdisjoint(text):  # nearly all tokens
             return text
         self._held += text
-        found = [(self._held.index(s) + len(s), self._held.index(s)) for s in self._stop if s in self._held]
+        if not may_stop:
+            self._passed = len(self._held)
+        places = [(s, self._held.find(s, max(0, self._passed - len(s) + 1))) for s in self._stop]
+        found = [(at + len(s), at) for s, at in places if at >= 0]
         if found:
             self.stopped = True
             return self._release(min(found)[1])
@@ -301,15 +324,17 @@ class TextUntilStop:
 
     def state(self) -> dict[str, Any]:
         """What is held back, for `restore`: plain JSON."""
-        return {"held": self._held, "stopped": self.stopped, "decoder": self._decoder.state()}
+        words = {"held": self._held, "passed": self._passed, "stopped": self.stopped}
+        return {**words, "decoder": self._decoder.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken."""
         self._held, self.stopped = state["held"], state["stopped"]
+        self._passed = state.get("passed", 0)  # which older ones do not have
         self._decoder.restore(state["decoder"])
 
     def _release(self, size: int) -> str:
-        text, self._held = self._held[:size], self._held[size:]
+        text, self._held, self._passed = self._held[:size], self._held[size:], max(0, self._passed - size)
         return text
 
 

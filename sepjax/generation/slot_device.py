@@ -24,6 +24,7 @@ from sepjax.generation.prompts import row_keys
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slot_arrival import ENDS, arrival
+from sepjax.generation.slot_mesh import spread
 from sepjax.generation.slot_pool import Pool, PooledState
 from sepjax.generation.slot_programs import (
     Before,
@@ -82,15 +83,16 @@ class SlotDevice:
         self.shapes, self.reads_at_once = shapes_of(jax.default_backend(), rows, reader.sizes.chunk, together)
         self.rows, self.pool = self._empty(rows), Pool(pool)
         self._at_once = max(_LEAST, min(rows // 8, _MOST))
-        self._pool = self._of.placed(reader.empty(row_keys(0, max(1, pool))))
+        self._pool = spread(self._of.placed(reader.empty(row_keys(0, max(1, pool)))))
         cache: Any = self.rows.state.cache
         self.row_bytes: int = cache.nbytes // rows
-        self.arrivals = Bytes(arrival(prepared, None, (), -1, False, False, None, is_reading=False))
+        self.arrivals = Bytes(arrival(prepared, None, (), -1, 0, False, False, None, is_reading=False))
         self.programs: SlotPrograms = slot_programs(
             prepared.graph, prepared.attention, self.form, self.arrivals, most_steps
         )
         self._thread, self._sweeper, self._lock = DeviceThread(), Sweeper(), threading.RLock()
         self._leaving: list[Leaving] = []  # that were not asked for yet
+        self._error: BaseException | None = None  # that left the rows as nobody knows
         self._warm_up()
 
     def _empty(self, rows: int) -> Rows:
@@ -98,13 +100,26 @@ class SlotDevice:
         state = dataclasses.replace(state, done=jnp.ones(rows, bool))
         sampling = jax.device_put(Sampling.of_rows([Sampling.create()] * rows, rows))
         none, asks = jnp.full((rows, ENDS), -1, jnp.int32), (jnp.zeros(rows, bool) for _ in range(2))
-        wishes = Wishes(sampling, none, jnp.full(rows, -1, jnp.int32), *asks)
+        wishes = Wishes(sampling, none, jnp.full(rows, -1, jnp.int32), *asks, min_new_tokens=jnp.zeros(rows, jnp.int32))
         before = jax.tree.map(jnp.copy, Before.of(state, state.token, np.zeros(rows, bool)))
-        return self._of.placed(Rows(state, wishes, before))
+        return spread(self._of.placed(Rows(state, wishes, before)))
 
     def ask(self, job: Callable[..., Any], *args: Any) -> Future:
-        """Has the thread do a job, after all before it."""
-        return self._thread.ask(job, *args)
+        """Has the thread do a job, after all before it. It fails where one that changes rows has failed before."""
+        return self._thread.ask(self._do, False, job, *args)
+
+    def _change(self, job: Callable[..., Any], *args: Any) -> Future:
+        """The same, of a job that changes rows. Nobody may look at what it returns: so all later ones fail with it."""
+        return self._thread.ask(self._do, True, job, *args)
+
+    def _do(self, changes: bool, job: Callable[..., Any], *args: Any) -> Any:
+        if self._error is not None:
+            raise self._error  # a row that did not begin has another one's text
+        try:
+            return job(*args)
+        except BaseException as error:
+            self._error = error if changes else None
+            raise
 
     def launch(
         self, coming: Sequence[Coming], reads: Sequence[Read], ended: Bool[np.ndarray, "B"] | None,
@@ -124,8 +139,8 @@ class SlotDevice:
           there before the steps are made.
         """
         self._exchange_all(coming)
-        found = self.ask(self._read, reads)
-        return found, None if ended is None else self.ask(self._step, ended, first, steps)
+        found = self._change(self._read, reads)
+        return found, None if ended is None else self._change(self._step, ended, first, steps)
 
     def leave(self, i: int, *, back: bool, undrawn: bool) -> PackedState | None:
         """Row i, which has ended, as `take` gives it, but in the pool; None: that is full.
@@ -160,9 +175,9 @@ class SlotDevice:
         with self._lock:
             leaving, self._leaving = self._leaving, []
             if leaving or pooled:
-                self.ask(self._exchange, leaving, pooled)
+                self._change(self._exchange, leaving, pooled)
         for each in others:
-            self.ask(self._place, *each)
+            self._change(self._place, *each)
 
     def take(self, i: int, *, back: bool, undrawn: bool) -> PackedState:
         """A copy of row i, to come (`SlotPrograms.take`)."""

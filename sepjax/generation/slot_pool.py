@@ -4,7 +4,7 @@ Whoever has a `PooledState` has its place; when nobody has it any more, the plac
 happens in its order, so a place that is free may be given away at once.
 """
 
-import threading
+import queue
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -12,25 +12,28 @@ from sepjax.generation.packed import Form, Packed, PackedState
 
 
 class Pool:
-    """The places. For any thread."""
+    """The places. For any thread, and for whatever a garbage collection interrupts, `take` itself too: no lock."""
 
     def __init__(self, places: int):
-        self.size, self._free, self._lock = places, list(range(places)), threading.Lock()
+        self.size, self._free = places, queue.SimpleQueue[int]()
+        for place in range(places):
+            self._free.put(place)
 
     def take(self) -> int | None:
         """A place; None: there is none."""
-        with self._lock:
-            return self._free.pop() if self._free else None
+        try:
+            return self._free.get_nowait()
+        except queue.Empty:
+            return None
 
     def give(self, place: int) -> None:
         """Nobody has it any more."""
-        with self._lock:
-            self._free.append(place)
+        self._free.put(place)
 
     @property
     def num_free(self) -> int:
         """Places that nobody has."""
-        return len(self._free)
+        return self._free.qsize()
 
 
 class PooledState(PackedState):

@@ -33,7 +33,7 @@ from flax import nnx
 
 from sepjax.array_typing import Array, Bool, Float, Int32, UInt8, UInt16, UInt32
 from sepjax.config import AttentionConfig
-from sepjax.generation.cache.ahead import after_compaction
+from sepjax.generation.cache.ahead import after_compaction, kept_of
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.mixed import BoundedCache
 from sepjax.generation.cache.rows import chosen
@@ -42,6 +42,7 @@ from sepjax.generation.device_loop import MOST_TOP, DecodeState, Drawn, Request,
 from sepjax.generation.packed import Bytes, Form, Packed
 from sepjax.generation.penalties import after_reading
 from sepjax.generation.sampling import Sampling
+from sepjax.generation.slot_mesh import kept_there
 from sepjax.generation.step import take_up_one
 from sepjax.model.transformer import Params
 from sepjax.model.unrolled import runner
@@ -57,12 +58,13 @@ class Wishes:
     max_new_tokens: Int32[jax.Array, "B"]
     logprobs: Bool[jax.Array, "B"]
     top_logprobs: Bool[jax.Array, "B"]
+    min_new_tokens: Int32[jax.Array, "B"]
 
     __no_type_check__ = True
 
     def request(self, table: Bool[Array, "_"]) -> Request:
         """The rows' `Request`."""
-        asks = self.logprobs, self.top_logprobs
+        asks = self.logprobs, self.top_logprobs, self.min_new_tokens
         return Request(jnp.asarray(table), self.sampling, self.end_tokens, self.max_new_tokens, *asks)
 
 
@@ -223,18 +225,21 @@ class Arrival:
 class Record:
     """For the host: what each of S steps came to in every row, or a read in its own (B of them, without S)."""
 
-    # token, -1: none was drawn; entries held; bits of the log-probability; whether the cache is stuck; tokens taken up
-    numbers: Int32[jax.Array, "*S 5 B"]
+    # token, -1: none was drawn; entries held; bits of the log-probability; whether the cache is stuck; tokens taken
+    # up; entries kept between the sinks and the newest
+    numbers: Int32[jax.Array, "*S 6 B"]
     top_tokens: Int32[jax.Array, "*S B E"]
     top_logprobs: Float[jax.Array, "*S B E"]
 
     __no_type_check__ = True
 
     @classmethod
-    def of(cls, token: jax.Array, held: jax.Array, drawn: Drawn, stuck: jax.Array, taken: jax.Array) -> "Record":
+    def of(
+        cls, token: jax.Array, held: jax.Array, drawn: Drawn, stuck: jax.Array, taken: jax.Array, kept: jax.Array
+    ) -> "Record":
         """Puts the numbers together, [B] each."""
         logprob = jax.lax.bitcast_convert_type(drawn.logprob.astype(jnp.float32), jnp.int32)
-        numbers = jnp.stack([token, held, logprob, stuck.astype(jnp.int32), taken])
+        numbers = jnp.stack([token, held, logprob, stuck.astype(jnp.int32), taken, kept])
         return cls(numbers, drawn.top_tokens, drawn.top_logprobs)
 
 
@@ -287,7 +292,7 @@ def _exchange(
     )
     state = dataclasses.replace(state, cache=chosen(is_empty, nothing, cache), key=jax.random.wrap_key_data(state.key))
     told = jax.tree.map(lambda x: x[:, 0], jax.vmap(arrivals.tree)(which.told))
-    return rows.with_states(which.coming, *_begun(state, told)), pool
+    return kept_there((rows.with_states(which.coming, *_begun(state, told)), pool))
 
 
 def _fetch(form: Form, pool: DecodeState, place: Int32[Array, ""]) -> Packed:
@@ -297,16 +302,17 @@ def _fetch(form: Form, pool: DecodeState, place: Int32[Array, ""]) -> Packed:
 def _place(
     form: Form, arrivals: Bytes, rows: Rows, i: Int32[Array, ""], saved: Packed, arrival: UInt8[Array, "_"]
 ) -> Rows:
-    """`max_new_tokens` of the row that comes counts from here; a row that goes on has drawn before."""
-    return rows.with_row(i, *_begun(form.unpack(saved), arrivals.tree(arrival)))
+    """What `max_new_tokens` and the like count of the row begins here; a row that goes on has drawn before."""
+    return kept_there(rows.with_row(i, *_begun(form.unpack(saved), arrivals.tree(arrival))))
 
 
 def _begun(state: DecodeState, told: Arrival) -> tuple[DecodeState, Wishes]:
     """Rows that begin with what was saved, as they are told."""
     first = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(told.seed)  # `row_keys` of one row
     key, count = jnp.where(told.has_seed, first, state.key), jnp.where(told.has_seed, 0, state.count)
-    new = told.wishes.max_new_tokens
-    wishes = dataclasses.replace(told.wishes, max_new_tokens=jnp.where(new < 0, new, new + count))
+    most, least = told.wishes.max_new_tokens, told.wishes.min_new_tokens
+    most, least = jnp.where(most < 0, most, most + count), jnp.where(least > 0, least + count, 0)
+    wishes = dataclasses.replace(told.wishes, max_new_tokens=most, min_new_tokens=least)
     return dataclasses.replace(state, key=key, count=count, done=told.done), wishes
 
 
@@ -335,8 +341,8 @@ def _read(
     state = dataclasses.replace(row, cache=cache.compact(), done=~draws, uses=uses)
     state, drawn = draw(logits, state, wishes.request(table))
     now: Any = state.cache
-    record = Record.of(jnp.where(draws, state.token, -1), now.held(), drawn, now.is_stuck(), counts)
-    return rows.with_states(which, state), record
+    record = Record.of(jnp.where(draws, state.token, -1), now.held(), drawn, now.is_stuck(), counts, kept_of(now))
+    return kept_there(rows.with_states(which, state)), record
 
 
 def _steps(
@@ -364,8 +370,8 @@ def _steps(
         logits, now = take_up_one(graph, params, state.cache, state.token, table, attention, active)
         new, drawn = draw(logits, dataclasses.replace(state, cache=now, done=~active), request)
         new = dataclasses.replace(new, done=jnp.where(active, new.done, state.done))
-        held, stuck = after_compaction(cast_cache(now))
-        mine = Record.of(jnp.where(active, new.token, -1), held, drawn, stuck & active, active.astype(jnp.int32))
+        held, stuck, kept = after_compaction(cast_cache(now))
+        mine = Record.of(jnp.where(active, new.token, -1), held, drawn, stuck & active, active.astype(jnp.int32), kept)
         record = jax.tree.map(lambda x, y: x.at[i].set(y.astype(x.dtype)), record, mine)
         return jnp.maximum(i + 1, next_of(new)), new, Before.of(state, new.token, active), record
 
@@ -374,11 +380,11 @@ def _steps(
 
     state = dataclasses.replace(rows.state, done=rows.state.done | ended)
     top = jnp.zeros((most, B, min(MOST_TOP, len(table))), jnp.int32)
-    nothing = Record(jnp.full((most, 5, B), -1, jnp.int32), top, top.astype(jnp.float32))
+    nothing = Record(jnp.full((most, 6, B), -1, jnp.int32), top, top.astype(jnp.float32))
     before = dataclasses.replace(rows.before, stepped=jnp.zeros(B, bool))
     carry = next_of(state), state, before, nothing
     _, state, before, record = jax.lax.while_loop(lambda carry: carry[0] < count, one, carry)
-    return dataclasses.replace(rows, state=state, before=before), record
+    return kept_there(dataclasses.replace(rows, state=state, before=before)), record
 
 
 def cast_cache(cache: Any) -> BoundedCache:

@@ -37,6 +37,7 @@ class SlotRequest:
     max_repeats: int = 0
     logprobs: bool = False
     top_logprobs: int = 0
+    min_new_tokens: int = 0
     resume: SavedRow | None = None  # a row of these settings' cache, from `Slots.save` or `Stream.saved`
     keep: bool = False  # whether the row can still be saved once it has ended
     undrawn: bool = False  # and then is as it was before it drew its last token, which may be given to it as a prompt
@@ -124,6 +125,7 @@ class Numbers:
     held: list[list[int]]
     is_stuck: list[list[int]]
     taken: list[list[int]]
+    kept: list[list[int]]
     stuck_rows: frozenset[int]  # in any step
     logprob: list[list[float]] | None  # None: nobody asks
     top: tuple[np.ndarray, np.ndarray] | None
@@ -133,22 +135,22 @@ class Numbers:
         """Waits for it. The most probable tokens are fetched where someone asks for them."""
         numbers = np.asarray(record.numbers)
         numbers = np.ascontiguousarray(numbers.reshape(-1, *numbers.shape[-2:]).transpose(1, 2, 0))
-        token, held, _, stuck, taken = (x.tolist() for x in numbers)
-        rows = frozenset(np.flatnonzero(numbers[3].any(axis=-1)).tolist())
+        token, held, _, stuck, taken, kept = (x.tolist() for x in numbers)
+        rows = frozenset(np.flatnonzero((numbers[3] > 0).any(axis=-1)).tolist())  # -1: no such step was made
         known = [slot.row for slot in slots if slot is not None]
         logprob = numbers[2].view(np.float32).tolist() if any(row.wants_logprobs for row in known) else None
         top = None
         if any(row.wants_top for row in known):
             ids, values = jax.device_get((record.top_tokens, record.top_logprobs))
             top = tuple(x.reshape(-1, *x.shape[-2:]) for x in (ids, values))
-        return cls(token, held, stuck, taken, rows, logprob, top)
+        return cls(token, held, stuck, taken, kept, rows, logprob, top)
 
     def event(self, row: Row, i: int, step: int, nbytes: int) -> StreamEvent:
         """What row i, whose host's side is `row`, has drawn in a step; `nbytes` of its cache."""
         top = (self.top[0][step, i], self.top[1][step, i]) if row.wants_top and self.top is not None else ((), ())
         return row.take(
             self.token[i][step], taken=self.taken[i][step], held=self.held[i][step], nbytes=nbytes,
-            logprob=0.0 if self.logprob is None else self.logprob[i][step], top=top,
+            logprob=0.0 if self.logprob is None else self.logprob[i][step], top=top, kept=self.kept[i][step],
             is_full=bool(self.is_stuck[i][step]),
         )  # fmt: skip
 
@@ -160,7 +162,8 @@ class Numbers:
             found = row.up_to_end([token for token in tokens[first:] if token >= 0])
             if not found:
                 return []
-            return [row.take_all(found, held=self.held[i][first + len(found) - 1], nbytes=nbytes)]
+            last = first + len(found) - 1
+            return [row.take_all(found, held=self.held[i][last], nbytes=nbytes, kept=self.kept[i][last])]
         events = []
         for step, token in enumerate(tokens):
             if token >= 0:

@@ -108,7 +108,7 @@ class Slots:
         settings = RowSettings.create(
             tokenizer, stop=request.stop, stop_token_ids=request.stop_token_ids, stop_at_eos=request.stop_at_eos,
             max_new_tokens=request.max_new_tokens, max_repeats=request.max_repeats, logprobs=request.logprobs,
-            top_logprobs=request.top_logprobs,
+            top_logprobs=request.top_logprobs, min_new_tokens=request.min_new_tokens,
         )  # fmt: skip
         pending = request.to_be_read(tokenizer)
         seen, continues = (0 if resume is None else resume.seen), True
@@ -346,7 +346,7 @@ class Slots:
             return self._given(i, slot, [numbers.event(slot.row, j, 0, self._row_bytes)])
         if numbers.is_stuck[j][0]:  # the rest would push separators out
             return self._given(i, slot, [slot.row.end_full(
-                taken=taken, held=numbers.held[j][0], nbytes=self._row_bytes
+                taken=taken, held=numbers.held[j][0], nbytes=self._row_bytes, kept=numbers.kept[j][0]
             )])  # fmt: skip
         slot.row.seen += taken
         return []

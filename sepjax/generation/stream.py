@@ -44,8 +44,11 @@ class Stream(Iterator[StreamEvent]):
         """Nothing is generated before something was fed."""
         self._of, self._reader, self._settings = prepared, reader, settings
         self._control_tokens = control_tokens
-        # When a turn ends is the host's to say: each has as many tokens as the first.
-        self._request = dataclasses.replace(request_of(prepared, settings, sampling), max_new_tokens=np.int32(-1))
+        # When a turn ends is the host's to say, and how early it must not: each has as many tokens as the first.
+        self._later = dataclasses.replace(
+            request_of(prepared, settings, sampling), max_new_tokens=np.int32(-1), min_new_tokens=np.int32(0)
+        )
+        self._early = dataclasses.replace(self._later, min_new_tokens=np.int32(2**31 - 1))
         self._advance = make_advance(prepared.graph, prepared.attention, 1)
         self._state = reader.empty(row_keys(seed, 1))
         self._pending: list[int] = []
@@ -116,17 +119,17 @@ class Stream(Iterator[StreamEvent]):
             raise StopIteration
         if self._is_stuck:
             self._state = dataclasses.replace(self._state, cache=self._state.cache.make_room())
-        taken = len(self._pending) or 1
+        taken, request = len(self._pending) or 1, self._early if self._row.is_early else self._later
         if self._is_stuck or self._pending:
             self._nbytes = None
         if self._pending:
             new = self._settings.max_new_tokens
-            self._state, steps = self._reader.read(self._state, [self._pending], self._request, self._row.seen, new)
+            self._state, steps = self._reader.read(self._state, [self._pending], request, self._row.seen, new)
             self._pending = []
         else:
             if not self._reader.ends_with_positions:
                 self._reader.check(self._row.seen, [[0]], None)
-            self._state, steps = self._advance(self._of.params, self._state, np.zeros(1, bool), self._request)
+            self._state, steps = self._advance(self._of.params, self._state, np.zeros(1, bool), request)
         self._has_drawn = True
         if not self._settings.logprobs:  # each array that is fetched takes some of a small model's time
             steps = dataclasses.replace(steps, logprob=None, top_tokens=None, top_logprobs=None)

@@ -216,12 +216,21 @@ def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
     for number, piece in enumerate(pieces):
         if not piece:
             continue
-        as_text = number % 2 == 1
-        before = "\n" if ids and tokenizer.starts_with_space else ""  # else a space would come before every piece
-        found = tokenizer.encode(before + piece, control_tokens=not as_text)
-        lead = tokenizer.encode(before) if before else []
-        ids += found[len(lead) :] if found[: len(lead)] == lead else tokenizer.encode(piece, control_tokens=not as_text)
+        control = number % 2 == 0  # not what is marked
+        ids += (
+            encode_behind(tokenizer, piece, control_tokens=control)
+            if ids
+            else tokenizer.encode(piece, control_tokens=control)
+        )
     return ids
+
+
+def encode_behind(tokenizer: Tokenizer, text: str, *, control_tokens: bool) -> list[int]:
+    """The ids of a text that stands behind another one: without the space that comes before a first word."""
+    before = "\n" if tokenizer.starts_with_space else ""
+    found = tokenizer.encode(before + text, control_tokens=control_tokens)
+    lead = tokenizer.encode(before) if before else []
+    return found[len(lead) :] if found[: len(lead)] == lead else tokenizer.encode(text, control_tokens=control_tokens)
 
 
 def _one_of(source: Any) -> str:

@@ -7,6 +7,7 @@ The key that clients must bear is --api_key, or better the environment variable 
 fields of requests, and how to run it for long.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -30,6 +31,7 @@ class Settings(Conversing):
 
     name: str | None = None  # what clients call the model; default: the last part of --model or --workdir
     slots: Annotated[int, AtLeast(1)] = 8  # answers at the same time
+    tensor: Annotated[int, AtLeast(1)] = 1  # devices of this machine over which weights and caches are split, by heads
     host: str = "127.0.0.1"  # address to listen on; any other than this machine's own needs a key
     port: Annotated[int, AtLeast(0)] = 8000  # 0: any that is free
     api_key: str | None = None  # that clients must bear; better in the environment, as SEPJAX_API_KEY
@@ -96,16 +98,38 @@ def _bytes(mebibytes: int | None) -> int | None:
 
 def load(settings: Settings) -> "Served":
     """The model that answers, over a bounded cache."""
+    import jax
+
     import sepjax
     from sepjax.generation import limits
     from sepjax.loading import load, locate
     from sepjax.serve.served import Served
+    from sepjax.sharding import check_heads
 
-    model, tokenizer = load(settings.path, **settings.loading)
-    where = locate(settings.path)
-    attention = settings.attention(model)
-    limits.warn_of_cache(model.config, attention, limits.trained_length(where, model.config))
-    engine: Any = sepjax.Generator(model, tokenizer, attention)
-    del model  # one copy of its weights is enough
-    name = settings.name or settings.path.name or "model"
-    return Served.create(name, engine, settings.template(tokenizer), max_prompt_tokens=settings.max_prompt_tokens)
+    mesh = mesh_of(settings.tensor)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        model, tokenizer = load(settings.path, **settings.loading, mesh=mesh)
+        if mesh is not None:
+            check_heads(mesh, model.config.num_heads)
+        where = locate(settings.path)
+        attention = settings.attention(model)
+        limits.warn_of_cache(model.config, attention, limits.trained_length(where, model.config))
+        engine: Any = sepjax.Generator(model, tokenizer, attention)
+        del model  # one copy of its weights is enough
+        name = settings.name or settings.path.name or "model"
+        return Served.create(name, engine, settings.template(tokenizer), max_prompt_tokens=settings.max_prompt_tokens)
+
+
+def mesh_of(tensor: int) -> Any:
+    """The first devices of this machine as a mesh; None: one needs none. Raises ConfigError where there are fewer."""
+    if tensor == 1:
+        return None
+    import jax
+
+    from sepjax.config import MeshConfig
+    from sepjax.sharding import make_mesh
+
+    devices = jax.local_devices()
+    if len(devices) < tensor:
+        raise ConfigError(f"--tensor={tensor} needs as many devices on this machine, and there are {len(devices)}")
+    return make_mesh(MeshConfig(data=1, tensor=tensor), devices[:tensor])

@@ -105,6 +105,8 @@ class Writing(Conversing):
 
     # tokens after which an answer ends; default: 128, of streams and chats none
     max_new_tokens: Annotated[int, AtLeast(1)] | None = None
+    # tokens before which no end token, none of --stop_token_ids and no text of --stop ends an answer; default: 0
+    min_new_tokens: Annotated[int | None, AtLeast(0)] = None
     temperature: float | None = None  # 0, the default: always the best token; above: draw
     top_k: int | None = None  # draw from the k best tokens; 0, the default: all
     top_p: float | None = None  # draw from the fewest tokens that reach this probability; default: 1, all
@@ -139,6 +141,7 @@ class Writing(Conversing):
             "sampling_defaults", "stop", "stop_token_ids",
         )  # fmt: skip
         given = {name: getattr(self, name) for name in names}
+        given["min_new_tokens"] = self.min_new_tokens or 0
         return given | {"seed": self.seed or 0, "attention": self.attention(model)}
 
     def endless(self) -> dict[str, Any]:

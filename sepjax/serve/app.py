@@ -159,7 +159,7 @@ class Api:
         _check_model(served, wanted.model)
         self._worker.check_room(wanted.n * (1 if isinstance(asked, ChatRequest) else len(asked.prompts)))
         if isinstance(asked, ChatRequest):
-            prompts = [served.chat_ids(asked.messages, asked.template_variables)]
+            prompts = [served.chat_ids(asked.messages, asked.template_variables, continues=asked.continues)]
         else:
             prompts = [served.prompt_ids(prompt) for prompt in asked.prompts]
         # One array and one chain for all choices of a prompt: both are as long as it is.

@@ -53,6 +53,7 @@ class Entry:
     row: SavedRow | None  # None: on disk
     row_bytes: int
     disk_bytes: int = 0  # 0: not on disk
+    on_device: bool = False  # whether its row is one of those that the device has room for
     names: tuple[str, ...] = ()  # ids of responses
 
     @property
@@ -63,7 +64,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """In the host's memory."""
-        return self.ids.nbytes + (0 if self.row is None else self.row_bytes)
+        return self.ids.nbytes + (0 if self.row is None or self.on_device else self.row_bytes)
 
 
 def _begins(entry: Entry, ids: Ids, most: int) -> bool:
@@ -93,9 +94,10 @@ class Conversations:
 
         Args:
           tokenizer: the model's.
-          budget: bytes of rows, wherever they are; 0: none is kept.
+          budget: bytes of the host's memory, for rows and ids; 0: none is kept.
           disk: where they are kept beyond this process's life; its own budget bounds it.
-          on_device: how many of the bytes may be the device's.
+          on_device: bytes of the device's memory for those used last, beyond `budget` (`Keeper` sees to it); 0: rows
+            count as the host's from the first.
         """
         self.on_device = on_device
         self._tokenizer, self._budget, self._disk = tokenizer, budget, disk
@@ -108,12 +110,20 @@ class Conversations:
         self.nbytes = 0
         for found in disk.entries() if disk is not None else ():
             place = (b"", *chain(found.ids))[-1]
-            self._put(Entry(found.key, place, found.ids, found.last, None, found.row_bytes, found.nbytes, found.names))
+            entry = Entry(found.key, place, found.ids, found.last, None, found.row_bytes, found.nbytes)
+            entry.names = found.names
+            self._put(entry)
         if self._entries and self.is_on:
             self._evict(besides=next(reversed(self._entries.values())))
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def device_nbytes(self) -> int:
+        """Of rows that are the device's."""
+        with self._lock:
+            return sum(e.row_bytes for e in self._entries.values() if e.on_device and e.row is not None)
 
     @property
     def is_on(self) -> bool:
@@ -201,8 +211,7 @@ class Conversations:
             if row is None:
                 self._remove(entry)
             elif self._entries.get(entry.key) is entry and entry.row is None:
-                entry.row = row
-                self.nbytes += entry.row_bytes
+                self._set_row(entry, row)
                 self._evict(besides=entry)
         return row
 
@@ -229,7 +238,7 @@ class Conversations:
             names = () if old is None else old.names
             last = old.last if old is not None and last is None else last
             entry = Entry(key, place, ids, last, row, row.nbytes, 0 if old is None else old.disk_bytes)
-            entry.names = (*names, *([name] if name else []))[-_NAMES:]
+            entry.names, entry.on_device = (*names, *([name] if name else []))[-_NAMES:], self.on_device > 0
             if old is not None:
                 self._forget(old)
             if instead is not None and instead.last is not None and instead.key in self._entries:
@@ -247,16 +256,22 @@ class Conversations:
         """The row of an entry is in the host's memory now."""
         with self._lock:
             if entry.row is not None:
-                entry.row = row
+                self._set_row(entry, row)
+                self._evict()
 
     def lost(self, entry: Entry) -> None:
         """The row of an entry cannot be fetched from the device: what is not on disk is forgotten."""
         with self._lock:
             if not entry.disk_bytes:
                 self._forget(entry)
-            elif entry.row is not None:
-                entry.row = None
-                self.nbytes -= entry.row_bytes
+            else:
+                self._set_row(entry, None)
+
+    def _set_row(self, entry: Entry, row: SavedRow | None) -> None:
+        """Of an entry that is kept: one in the host's memory, or none."""
+        self.nbytes -= entry.nbytes
+        entry.row, entry.on_device = row, False
+        self.nbytes += entry.nbytes
 
     @property
     def has_disk(self) -> bool:
@@ -306,19 +321,18 @@ class Conversations:
         if self._forget(entry) and self._disk is not None and entry.disk_bytes:
             self._disk.remove(entry.key)
 
-    def _evict(self, besides: Entry) -> None:
-        """Rows go from memory, the oldest first; an entry that is on disk stays, and is read from there.
+    def _evict(self, besides: Entry | None = None) -> None:
+        """Rows go from the host's memory, the oldest first; an entry that is on disk stays, and is read from there.
 
         Where ids alone are above the budget, the oldest go from the disk too: nobody could find them again.
         """
         for entry in list(self._entries.values()):
             if self.nbytes <= self._budget:
                 return
-            if entry is besides or entry.row is None:
+            if entry is besides or entry.row is None or entry.on_device:
                 continue
             if entry.disk_bytes:
-                entry.row = None
-                self.nbytes -= entry.row_bytes
+                self._set_row(entry, None)
             else:
                 self._forget(entry)
         for entry in list(self._entries.values()):

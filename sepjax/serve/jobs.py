@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 import numpy as np
 
 from sepjax.array_typing import Int32
-from sepjax.generation.row import StreamEvent
+from sepjax.generation.row import CacheUse, StreamEvent
 from sepjax.generation.saved_row import SavedRow
 from sepjax.generation.slots import SlotRequest
 from sepjax.serve.conversations import Entry, Plan
@@ -105,7 +105,7 @@ class Job:
     number: int | None = None  # of the slots' request, while it has one
     answer: list[int] = dataclasses.field(default_factory=list)
     last: float = 0.0  # when the last token came
-    held: int = 0
+    use: CacheUse | None = None  # what its row's cache held then
     share: Share | None = None  # with other choices of the prompt
     cut: int = 0  # tokens of a beginning that is being read by itself
     reads_for_others: bool = False  # whether that is for the other choices

@@ -36,7 +36,11 @@ class Metrics:
         """Adds what is asked of the worker when somebody looks."""
         self._gauge("num_requests_running", "Choices that have a row").set_function(lambda: worker.num_running)
         self._gauge("num_requests_waiting", "Choices that wait").set_function(lambda: worker.num_waiting)
-        self._gauge("cache_slots_held", "Entries in the caches of running rows").set_function(lambda: worker.held)
+        self._gauge("cache_slots_held", "Entries in the caches of running rows").set_function(lambda: sum(worker.held))
+        about = "The same by where they stand: the first tokens, what is kept out of the past, the newest"
+        zones = Gauge("sepjax:cache_slots_held_by_zone", about, ["zone"], registry=self._registry)
+        for number, zone in enumerate(("sinks", "kept", "recent")):
+            zones.labels(zone).set_function(lambda number=number: worker.held[number])
 
         def size() -> float:
             return 0.0 if worker.slots is None else float(worker.slots.cache_bytes)
@@ -45,6 +49,10 @@ class Metrics:
         self._gauge("conversations_kept", kept).set_function(lambda: len(worker.conversations or ()))
         size_of = "Bytes of the host's memory for them"
         self._gauge("conversations_bytes", size_of).set_function(lambda: getattr(worker.conversations, "nbytes", 0))
+        on_device = "Bytes of the device's memory for them"
+        self._gauge("conversations_device_bytes", on_device).set_function(
+            lambda: getattr(worker.conversations, "device_nbytes", 0)
+        )
         self._gauge("cache_bytes", "Bytes of the caches of all rows, whatever they hold").set_function(size)
 
     def tokens(self, first: Sequence[float], each: Sequence[tuple[float, int]]) -> None:

@@ -36,8 +36,12 @@ class Prompts:
         """Gives a job a row; or has it wait, if another one is reading its prompt."""
         share = job.share
         if job.aside is not None:
-            left = (job.request.max_new_tokens or 0) - len(job.answer)
-            changes: dict[str, Any] = {"resume": job.aside, "seed": None, "max_new_tokens": left}
+            given, least = len(job.answer), job.request.min_new_tokens
+            left = {
+                "max_new_tokens": (job.request.max_new_tokens or 0) - given,
+                "min_new_tokens": max(0, least - given),
+            }
+            changes: dict[str, Any] = {"resume": job.aside, "seed": None, **left}
             job.aside = None
             self._submit(job, dataclasses.replace(job.request, **changes))
         elif share is not None and share.reader is not None:

@@ -34,6 +34,7 @@ def _stream_options(name: str, value: Any) -> dict[str, bool]:
 _EVERYWHERE = {
     "model": Field(text),
     "max_tokens": Field(whole(1, MOST_TOKENS)),
+    "min_tokens": Field(whole(0, MOST_TOKENS), 0),
     "temperature": Field(number(0.0), 1.0),
     "top_p": Field(number(0.0, 1.0, above=True), 1.0),
     "top_k": Field(whole(-1, MOST_TOKENS), 0),  # -1 is 0, all tokens, as others write it
@@ -59,6 +60,7 @@ class Wanted:
 
     model: str | None
     max_tokens: int | None
+    min_tokens: int  # before which no end token and no stop text ends an answer
     temperature: float
     top_p: float
     top_k: int  # 0: all
@@ -100,6 +102,7 @@ class ChatRequest:
     wanted: Wanted
     messages: tuple[Message, ...]
     template_variables: dict[str, Any] = dataclasses.field(default_factory=dict)  # "chat_template_kwargs"
+    continues: bool = False  # whether the last message is an answer to go on with ("continue_final_message")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +151,8 @@ def chat_request(body: Any) -> ChatRequest:
         "messages": Field(_messages),
         "chat_template_kwargs": Field(mapping, {}),
         "max_completion_tokens": Field(whole(1, MOST_TOKENS)),
+        "continue_final_message": Field(flag, False),
+        "add_generation_prompt": Field(flag),
         "logprobs": Field(flag, False),
         "top_logprobs": Field(whole(0, MOST_TOP)),
     }
@@ -160,7 +165,21 @@ def chat_request(body: Any) -> ChatRequest:
     asked, alternatives = values.pop("logprobs"), values.pop("top_logprobs")
     if alternatives is not None and not asked:
         raise wrong("top_logprobs", alternatives, "left out, or come with logprobs=true")
-    return ChatRequest(_wanted(values, (alternatives or 0) if asked else None), messages, variables)
+    continues = _continues(values.pop("continue_final_message"), values.pop("add_generation_prompt"), messages)
+    return ChatRequest(_wanted(values, (alternatives or 0) if asked else None), messages, variables, continues)
+
+
+def _continues(continues: bool, prompts: bool | None, messages: tuple[Message, ...]) -> bool:
+    """Checks the two against one another (both are needed elsewhere; here the second says nothing new)."""
+    if prompts is not None and prompts == continues:
+        raise wrong("add_generation_prompt", prompts, f"left out, or {json.dumps(not continues)}: the opposite of "
+                    "continue_final_message")  # fmt: skip
+    last = messages[-1]
+    is_answer = len(messages) > 1 and last.role == "assistant" and last.content and last.reasoning_content is None
+    if continues and not is_answer:
+        raise wrong("continue_final_message", True, "left out where the last message is not an answer's content behind "
+                    "other messages")  # fmt: skip
+    return continues
 
 
 def completion_request(body: Any) -> CompletionRequest:

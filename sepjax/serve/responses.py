@@ -188,7 +188,8 @@ class Answer:
 
 def _cache(use: CacheUse, served: Served) -> dict[str, Any]:
     """What the row's cache holds, for a gauge."""
-    return {"held": use.held, "size": served.cache_size, "bytes": use.bytes, "seen": use.seen}
+    zones = served.zones(use)._asdict()
+    return {"held": use.held, "size": served.cache_size, "bytes": use.bytes, "seen": use.seen, **zones}
 
 
 def error_event(error: ApiError) -> bytes:

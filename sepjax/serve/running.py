@@ -150,7 +150,7 @@ class Running:
         if not options.cache_memory:
             return Conversations(served.tokenizer, 0, self._state)
         on_device = _room(options.rows * need) if options.device_memory is None else options.device_memory
-        return Conversations(served.tokenizer, options.cache_memory + on_device, self._state, on_device)
+        return Conversations(served.tokenizer, options.cache_memory, self._state, on_device)
 
     def _exit(self) -> None:
         if self._state is not None:

@@ -1,10 +1,11 @@
 """The model that answers: how requests become token ids and slots' requests."""
 
+import contextlib
 import dataclasses
 import hashlib
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,21 @@ from sepjax.generation.conversation import ChatFormat, conversation_of
 from sepjax.generation.engine import Generator
 from sepjax.generation.prompts import encode_prompts
 from sepjax.generation.readers import BoundedReader
-from sepjax.generation.row import RowSettings
+from sepjax.generation.row import CacheUse, RowSettings
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest
-from sepjax.hub.chat_template import ChatTemplate
+from sepjax.hub.chat_template import ChatTemplate, encode_behind
 from sepjax.serve.errors import ApiError
+from sepjax.serve.fields import wrong
 from sepjax.serve.protocol import Message, Wanted
+
+
+class Zones(NamedTuple):
+    """Entries of a cache by where they stand in the text; where layers differ, averages over them."""
+
+    sinks: int  # the first tokens
+    kept: int  # out of the past
+    recent: int  # the newest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +50,7 @@ class Served:
     fingerprint: str  # of the weights, and how they are used
     control_names: dict[int, str]
     sizes: BoundedSizes  # of a row's cache
+    mesh: Any  # that it was made under; empty: one device
 
     @classmethod
     def create(
@@ -49,7 +60,7 @@ class Served:
 
         Args:
           name: what clients call the model.
-          engine: over a pattern that a bounded cache can serve.
+          engine: over a pattern that a bounded cache can serve; made under the mesh that is set here.
           template: of conversations; None: one of the known forms (`ChatFormat.of`).
           max_prompt_tokens: of one prompt; 0: no limit.
         """
@@ -62,6 +73,7 @@ class Served:
         return cls(
             name, engine, template, ChatFormat.of(tokenizer), chat.stop, chat.stop_token_ids, max_prompt_tokens,
             fingerprint(engine), names, bounded_sizes(engine.prepared.config, engine.attention),
+            jax.sharding.get_mesh(),
         )  # fmt: skip
 
     @property
@@ -79,13 +91,31 @@ class Served:
         """The most entries that a row's cache may hold."""
         return self.sizes.cache_size
 
-    def chat_ids(self, messages: tuple[Message, ...], variables: Mapping[str, Any] | None = None) -> list[int]:
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Sets its mesh, for the thread that makes its rows."""
+        return contextlib.nullcontext() if self.mesh.empty else jax.set_mesh(self.mesh)
+
+    def zones(self, use: CacheUse) -> Zones:
+        """Of what a row of slots holds."""
+        sinks, kept = min(use.seen, self.sizes.num_sinks), use.kept or 0
+        return Zones(sinks, kept, use.held - sinks - kept)
+
+    def chat_ids(
+        self, messages: tuple[Message, ...], variables: Mapping[str, Any] | None = None, *, continues: bool = False
+    ) -> list[int]:
         """A conversation up to where the next answer begins; names of control tokens in it are plain text.
 
-        `variables`: what the template may name (`ChatTemplate.with_variables`), on top of the server's own.
+        Args:
+          messages: of which there is one at least.
+          variables: what the template may name (`ChatTemplate.with_variables`), on top of the server's own.
+          continues: whether the last message is the beginning of that answer: it stands behind what the model saw
+            before it wrote that, and nothing ends it.
 
         Raises UserError: the model's template refuses it, or variables that cannot be, or without a template.
         """
+        if continues:
+            before = self.chat_ids(messages[:-1], variables)
+            return [*before, *encode_behind(self.tokenizer, messages[-1].content, control_tokens=False)]
         if self.template is not None:
             found = [message.for_template() for message in messages]
             template = self.template.with_variables(variables or {})
@@ -130,11 +160,14 @@ class Served:
           is_chat: whether what ends an answer of a conversation ends it.
           most: tokens of an answer where the client says nothing.
 
-        Raises UserError, TypeError: settings that the model cannot have.
+        Raises UserError, TypeError, ApiError: settings that the model cannot have.
         """
-        chat = is_chat and not wanted.ignore_eos
+        chat, most = is_chat and not wanted.ignore_eos, wanted.max_tokens or most
+        if wanted.min_tokens > most:
+            raise wrong("min_tokens", wanted.min_tokens, f"at most as many as max_tokens, which is {most}")
         settings: dict[str, Any] = {
-            "max_new_tokens": wanted.max_tokens or most,
+            "max_new_tokens": most,
+            "min_new_tokens": wanted.min_tokens,
             "stop": [*wanted.stop, *(self.stop if chat else ())],
             "stop_token_ids": [*wanted.stop_token_ids, *(self.stop_token_ids if chat else ())],
             "stop_at_eos": not wanted.ignore_eos,

@@ -9,6 +9,7 @@ Everything that the two share is a queue or a counter. A client that reads slowl
 it is, and gets it back when it has caught up: it holds neither a row nor memory that grows, and loses nothing.
 """
 
+import contextlib
 import logging
 import math
 import queue
@@ -29,7 +30,7 @@ from sepjax.serve.keeper import Keeper
 from sepjax.serve.metrics import Metrics
 from sepjax.serve.outbox import Outbox
 from sepjax.serve.prompts import Prompts
-from sepjax.serve.served import Served
+from sepjax.serve.served import Served, Zones
 
 log = logging.getLogger("sepjax.serve")
 _UNREAD = 512  # tokens of each choice that wait for a slow client before its row is put aside
@@ -61,6 +62,7 @@ class Worker:
         self._queue = FairQueue()
         self._running: dict[int, Job] = {}
         self._aside: list[Job] = []
+        self._jobs: dict[Job, None] = {}  # that were taken on and have not ended, wherever they are
         self._lock = threading.Lock()  # of the next two
         self._open = 0  # choices that were taken on and have not ended
         self._stop_at: float | None = None
@@ -146,15 +148,20 @@ class Worker:
         return self._open - len(self._running)
 
     @property
-    def held(self) -> int:
+    def held(self) -> Zones:
         """Cache entries of all rows that run."""
-        return sum(job.held for job in list(self._running.values()))
+        uses = [job.use for job in list(self._running.values())]
+        served = self.served
+        zones = [served.zones(use) for use in uses if use is not None] if served is not None else []
+        return Zones(*(sum(numbers) for numbers in zip(*zones, strict=True))) if zones else Zones(0, 0, 0)
 
     # -- the thread -------------------------------------------------------------------------------------------------
 
     def _main(self) -> None:
+        stack = contextlib.ExitStack()  # of what the whole of its life needs
         try:
             served = self._load()
+            stack.enter_context(served.on_mesh())
             kept = self.conversations = self._keep(served)
             pool = kept.on_device // served.row_bytes
             self.slots = served.engine.slots(self._num_rows, steps=self._steps, clocks=self.clocks, pool=pool)
@@ -171,10 +178,12 @@ class Worker:
             if not isinstance(error, UserError | OSError):
                 log.exception("the worker has failed")
         finally:
-            if self._keeper is not None:
-                self._keeper.close()
-            self._fail_all(ApiError(503, "the server is stopping", code="stopping", retry_after=5))
-            self._at_end()
+            with contextlib.ExitStack() as ends:  # the last one first, and each whatever becomes of the others
+                ends.push(stack)
+                ends.callback(self._at_end)
+                ends.callback(self._fail_all, ApiError(503, "the server is stopping", code="stopping", retry_after=5))
+                if self._keeper is not None:
+                    ends.callback(self._keeper.close)
 
     def _serve(self, slots: Slots) -> None:
         clocks = slots.clocks
@@ -241,7 +250,7 @@ class Worker:
             self._first.append(passed)  # what came with it in one launch says nothing about the time between two
         else:
             self._each.append((passed / max(1, tokens), tokens))
-        job.last, job.held = now, last.cache.held
+        job.last, job.use = now, last.cache
         for event in events:
             job.answer += event.token_ids
             if event.finish_reason is None:
@@ -288,6 +297,7 @@ class Worker:
 
     def _take_on(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
+            self._jobs[job] = None
             self._queue.put(job)
 
     def _take_back(self, inbox: Inbox) -> None:
@@ -311,6 +321,7 @@ class Worker:
 
     def _end(self, job: Job, item: StreamEvent | Failed | None) -> None:
         """A choice has ended: by its last event, by an error, or because nobody reads it."""
+        del self._jobs[job]
         if job.number is not None:
             self._running.pop(job.number, None)
         if self._prompts is not None:
@@ -336,14 +347,12 @@ class Worker:
         with self._lock:
             self._stop_at = time.monotonic()
         self._take_orders(wait=False)
-        waiting: list[Job] = []
-        while (job := self._queue.pop()) is not None:
-            waiting.append(job)
-        left = [*waiting, *self._aside, *self._running.values()]
-        left += [other for job in left if job.share is not None for other in job.share.waiting]
-        for job in dict.fromkeys(left):
+        # All, and not those only of the queue, of rows and the like: what failed may have had one in its hands.
+        for job in list(self._jobs):
             if job.share is not None:
                 job.share.waiting = []
             self._end(job, Failed(error))
+        while self._queue.pop() is not None:
+            pass
         self._aside = []
         self._out.send(0, everything=True)

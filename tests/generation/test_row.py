@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
+from sepjax.data.tokenizer import IncrementalDecoder, Tokenizer, train_sentencepiece
 from sepjax.generation.row import Row, RowSettings, TextUntilStop
 
 ALPHABET = "abé"  # é: two bytes
@@ -29,24 +29,32 @@ def cut(tokenizer, text, pieces):
     return ids
 
 
-def before_stop(text, stops):
-    """The definition, character by character: the text before the first stop string to be complete, and whether any."""
-    for end in range(len(text) + 1):
+def before_stop(text, stops, passed=0):
+    """The definition, character by character: the text before the first stop string to be complete, and whether any.
+
+    Within `passed` characters none counts.
+    """
+    for end in range(passed + 1 if passed else 0, len(text) + 1):
         starts = [end - len(s) for s in stops if text[:end].endswith(s)]
         if starts:
             return text[: min(starts)], True
     return text, False
 
 
-@given(text=TEXT, stops=STOPS, pieces=st.lists(st.integers(0, 12), max_size=4, unique=True))
+@given(text=TEXT, stops=STOPS, pieces=st.lists(st.integers(0, 12), max_size=4, unique=True), early=st.integers(0, 5))
 @settings(max_examples=300)
-def test_text_ends_before_the_first_complete_stop_string(tokenizer, text, stops, pieces):
-    expected, stopped = before_stop(text, stops)
+def test_text_ends_before_the_first_complete_stop_string(tokenizer, text, stops, pieces, early):
+    """The first that counts: not within the first tokens of a text that needs more. Saved anywhere, it goes on."""
+    tokens, decoder = cut(tokenizer, text, pieces), IncrementalDecoder(tokenizer, continues=True)
+    passed = len("".join(map(decoder.feed, tokens[:early])))
+    expected, stopped = before_stop(text, stops, passed)
     until_stop = TextUntilStop(tokenizer, tuple(stops), continues=True)
     out = ""
-    for token in cut(tokenizer, text, pieces):
-        out += until_stop.feed(token)
+    for number, token in enumerate(tokens):
+        out += until_stop.feed(token, may_stop=number >= early)
         assert expected.startswith(out)  # nothing of a stop string came out, even for a moment
+        state, until_stop = until_stop.state(), TextUntilStop(tokenizer, tuple(stops), continues=True)
+        until_stop.restore(state)
         if until_stop.stopped:
             break
     else:

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import inspect
 import itertools
+import sys
 import threading
 import weakref
 from typing import Any
@@ -18,11 +19,12 @@ from sepjax.generation.prompts import PromptError
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.saved import StreamStateError
 from sepjax.generation.slot_arrival import arrival
+from sepjax.generation.slot_pool import Pool
 from sepjax.generation.slots import SlotError, Slots
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import merge, split
 from tests.generation.cache.common import ListStream
-from tests.generation.tiny import ATTENTION, LONG, ROWS, tiny_engine, tiny_model, tiny_tokenizer
+from tests.generation.tiny import ATTENTION, LONG, ROWS, tiny_engine, tiny_model, tiny_tokenizer, uncounted
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +76,15 @@ def random_request(rng: np.random.Generator) -> SlotRequest:
         4: Sampling.create(presence_penalty=1.5, repetition_penalty=1.3),
         5: Sampling.create(1.1, frequency_penalty=0.7, logit_bias={int(i): 5.0 for i in rng.integers(3, 300, 9)}),
     }[int(rng.integers(6))]
+    most, ends = int(rng.integers(1, 25)), rng.integers(3, 300, int(rng.integers(20))).tolist()
     return SlotRequest(
         rng.integers(3, 300, int(rng.integers(1, 61))).tolist(),
-        max_new_tokens=int(rng.integers(1, 25)),
+        max_new_tokens=most,
+        min_new_tokens=int(rng.integers(most + 1)) if len(ends) < 15 else 0,
         sampling=sampling,
         seed=int(rng.integers(5)),
         stop=[["."], ["e", "at"], []][int(rng.integers(3))],
-        stop_token_ids=rng.integers(3, 300, int(rng.integers(20))).tolist(),
+        stop_token_ids=ends,
         stop_at_eos=bool(rng.integers(2)),
         max_repeats=int(rng.integers(2)) * 3,
         logprobs=bool(rng.integers(2)),
@@ -139,7 +143,7 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
     assert len({answer.token_ids for answer in batch}) == 3
     told = [  # without the types' checks: 1 is as good as true
         slots._device.arrivals.of_host(
-            inspect.unwrap(arrival)(engine.prepared, None, (), -1, x, x, None, is_reading=True)
+            inspect.unwrap(arrival)(engine.prepared, None, (), -1, 0, x, x, None, is_reading=True)
         ).tolist()
         for x in (True, 1, False)
     ]
@@ -151,6 +155,41 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
     drawn = [i for event in plain for i in event.token_ids]
     repeats = [40 - len(set(tokens)) for tokens in (batch[1].token_ids, drawn)]
     assert repeats[0] < repeats[1]
+
+
+def test_nothing_ends_a_row_before_as_many_tokens_as_it_must_have(engine, slots):
+    """As if its ends had been impossible until then, and it had begun there; of rows, streams and batches alike."""
+    prompts, early = ["The cat", LONG, "Où est-il? It ran away! One; two"], 6
+    ids = [engine.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+
+    def tokens(events):
+        return tuple(token for event in events for token in event.token_ids)
+
+    free = [tokens(engine.stream(p, bounded=True, max_new_tokens=40, stop_at_eos=False)) for p in ids]
+    ends = sorted({token for row in free for token in row[:4]})
+    settings = {"max_new_tokens": 40, "min_new_tokens": early, "stop_token_ids": ends}
+    never = Sampling.create(logit_bias=dict.fromkeys([*ends, *engine.tokenizer.end_ids], -100.0))
+    batch = engine.generate(ids, bounded=True, **settings)
+    rows = run(slots, [SlotRequest(p, **settings) for p in ids])
+    for prompt, row, answer in zip(ids, rows, batch, strict=True):
+        first = tokens(engine.stream(prompt, bounded=True, sampling=never, max_new_tokens=early))
+        then = engine.stream([*prompt, *first], bounded=True, max_new_tokens=40 - early, stop_token_ids=ends)
+        expected = first + tokens(then)
+        stream = engine.stream(prompt, bounded=True, **settings)
+        assert tokens(row) == tokens(stream) == answer.token_ids == expected
+        assert row[-1].finish_reason == answer.finish_reason == then.finish_reason
+        stream.feed("One")  # a new turn has to have as many
+        assert len(tokens(stream)) > early or stream.finish_reason == "length"
+    assert "stop" in {answer.finish_reason for answer in batch}
+    text = engine.tokenizer.decode(list(free[1]), continues=True)
+    shown = len(engine.tokenizer.decode(list(free[1][:early]), continues=True))
+    letter = next(x for x in text[:shown] if x in text[shown:])
+    (row,) = run(slots, [SlotRequest(ids[1], min_new_tokens=early, max_new_tokens=40, stop=letter, stop_at_eos=False)])
+    assert "".join(event.text for event in row) == text[: text.index(letter, shown)]
+    with pytest.raises(ConfigError, match="goes with up to 16 end tokens in slots, got"):
+        slots.submit(SlotRequest([5], min_new_tokens=1, stop_token_ids=range(20)))
+    with pytest.raises(ConfigError, match=r"min_new_tokens=3 must be 0 .* at most max_new_tokens=2"):
+        engine.generate([[5]], min_new_tokens=3, max_new_tokens=2)
 
 
 def test_a_continued_conversation_has_the_penalties_of_its_whole_text_and_tells_what_is_held(engine, slots):
@@ -264,7 +303,8 @@ def test_a_row_that_the_host_ends_at_its_first_token_is_saved_there(engine, slot
 
 def flat(events):
     """Texts and tokens, whether they came one by one or at once."""
-    return "".join(e.text for e in events), [i for e in events for i in e.token_ids], *events[-1][2:4]
+    last = uncounted(events)[-1]
+    return "".join(e.text for e in events), [i for e in events for i in e.token_ids], *last[2:4]
 
 
 def test_rows_whose_end_is_known_give_way_before_it_and_tokens_may_come_at_once(engine, slots):
@@ -312,7 +352,7 @@ def test_conversations_continue_their_cache(engine, slots, pattern, tmp_path):
 
     number = slots.submit(SlotRequest(LONG, seed=3, keep=True, **settings))
     got = [event for _, event in itertools.chain.from_iterable(slots.step() for _ in range(40))]
-    assert got == expected[0]
+    assert uncounted(got) == expected[0]
     kept = slots.save(number)
     with pytest.raises(SlotError, match=f"request {number} has no row"):
         slots.save(number)
@@ -327,7 +367,7 @@ def test_conversations_continue_their_cache(engine, slots, pattern, tmp_path):
     again = slots.submit(SlotRequest(None, resume=middle, **settings | {"max_new_tokens": 15 - len(events)}))
     while not events[-1].finish_reason:
         events += [event for n, event in slots.step() if n == again]
-    assert events == expected[1]
+    assert uncounted(events) == expected[1]
 
     # Ends that the host finds: by then the device has made a step more, which is taken back. Compactions are all about.
     ends = {"stop": ["e", "at"], "max_new_tokens": 60, "stop_at_eos": False, "sampling": sampling}
@@ -343,7 +383,7 @@ def test_conversations_continue_their_cache(engine, slots, pattern, tmp_path):
         if i < 2:
             alone.feed("mat, and.")
             later = slots.submit(SlotRequest("mat, and.", resume=row, **ends))
-            assert [event for _ in range(70) for n, event in slots.step() if n == later] == list(alone)
+            assert uncounted([event for _ in range(70) for n, event in slots.step() if n == later]) == list(alone)
 
     assert reasons.count("stop") > 3
 
@@ -357,7 +397,7 @@ def test_conversations_continue_their_cache(engine, slots, pattern, tmp_path):
     stream.feed("sat")
     third = slots.submit(SlotRequest("sat", resume=saved, **settings))
     found = [event for _ in range(30) for n, event in slots.step() if n == third]
-    assert found == list(stream)
+    assert uncounted(found) == list(stream)
 
 
 def test_a_row_can_be_saved_at_any_moment(slots):
@@ -501,6 +541,55 @@ def test_nothing_is_compiled_for_weights_that_were_put_on_a_device(tmp_path):
         list(stream)
         list(engine.stream(LONG, bounded=True, stop_at_eos=False, max_new_tokens=2))
     assert compiled == []
+
+
+def test_what_a_launch_has_left_out_says_nothing(slots):
+    """A row of three tokens, the first after its prompt: the launch of three steps ends after the second."""
+    slots.submit(SlotRequest([5, 6], max_new_tokens=3, stop_at_eos=False))
+    found = []
+    while not slots.is_idle:
+        for part in slots.parts(joined=True):
+            found += [len(event.token_ids) for _, event in part]
+    assert found == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["exchange", "place"])
+def test_a_row_that_could_not_begin_is_nobody_s_answer(engine, slots, name):
+    """Its device's thread is told by nobody to wait for it: it would go on in what its row held before."""
+    row = engine.stream([5, 6, 7], bounded=True).saved() if name == "place" else None
+    other = Slots(engine.prepared, BoundedReader(engine.prepared), ROWS, steps=3, together=3, pool=3)
+    broken = dataclasses.replace(other._device.programs, **{name: lambda *_: 1 / 0})
+    other.submit(SlotRequest([5, 6], max_new_tokens=9))
+    other.step()
+    other._device.programs = broken
+    other.submit(SlotRequest([8, 9], max_new_tokens=2, resume=row))
+    with pytest.raises(ZeroDivisionError):
+        [other.step() for _ in range(9)]
+    with pytest.raises(ZeroDivisionError):
+        other._device.look(0, back=False)
+
+
+def test_a_place_is_given_back_whatever_it_interrupts():
+    """A garbage collection may do so anywhere: while the same thread takes one."""
+    pool, inside = Pool(2), []
+
+    def trace(frame, event, _):
+        if frame.f_code is Pool.take.__code__ and event == "line":
+            inside.append(frame.f_lineno)
+            pool.give(9)
+        return trace
+
+    def take():
+        sys.settrace(trace)
+        pool.take()
+        sys.settrace(None)
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert inside
+    assert pool.num_free == 1 + len(inside)
 
 
 def test_mistakes_are_named_to_whom_they_belong(engine, slots):

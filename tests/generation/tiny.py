@@ -6,6 +6,7 @@ shape, these patterns and this number of rows, in batches and in slots, wherever
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from sepjax import Generator
 from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
+from sepjax.generation.row import StreamEvent
 from sepjax.model.transformer import Transformer, merge
 from tests.models import random_split
 
@@ -52,3 +54,8 @@ def tiny_model(shape: ModelConfig = SHAPE, attention: AttentionConfig = ATTENTIO
 def tiny_engine(**attention: object) -> Generator:
     """The same for all who ask for the same pattern."""
     return Generator(tiny_model(), tiny_tokenizer(), dataclasses.replace(ATTENTION, **attention))
+
+
+def uncounted(events: Sequence[StreamEvent]) -> list[StreamEvent]:
+    """Events of slots as those of streams are: these do not count what is kept between the first and the newest."""
+    return [event._replace(cache=event.cache._replace(kept=None)) for event in events]

@@ -61,6 +61,7 @@ def say(api, *said, **settings):
         ({"temperature": 2, "seed": 1, "top_k": -1}, {"temperature": 2.0, "seed": 1}),
         ({"temperature": 2, "seed": 1, "min_p": 0.7}, {"temperature": 2.0, "min_p": 0.7, "seed": 1}),
         ({"max_tokens": 3}, {"max_new_tokens": 3}),
+        ({"stop": ["e", " "], "min_tokens": 9}, {"stop": ["e", " "], "min_new_tokens": 9}),
         ({"presence_penalty": 2, "frequency_penalty": -1}, {"presence_penalty": 2.0, "frequency_penalty": -1.0}),
         ({"repetition_penalty": 1.8}, {"repetition_penalty": 1.8}),
         ({"logit_bias": {"40": 7.5, "281": -100}}, {"logit_bias": {40: 7.5, 281: -100.0}}),
@@ -72,7 +73,9 @@ def say(api, *said, **settings):
 )
 def test_settings_are_the_engine_s(api, served, fields, settings):
     extra = {
-        name: fields.pop(name) for name in ("top_k", "min_p", "ignore_eos", "repetition_penalty") if name in fields
+        name: fields.pop(name)
+        for name in ("top_k", "min_p", "ignore_eos", "repetition_penalty", "min_tokens")
+        if name in fields
     }
     fields, settings = {"seed": 0} | fields, {"max_new_tokens": 12} | settings
     got = complete(api, **fields, extra_body=extra)
@@ -94,6 +97,8 @@ def test_what_ends_an_answer(api, served):
     first = tokens.index(tokens[6])
     assert got.choices[0].text == served.tokenizer.decode(tokens[:first], continues=True)
     assert (got.choices[0].finish_reason, got.usage.completion_tokens) == ("stop", first + 1)
+    with pytest.raises(openai.BadRequestError, match="min_tokens=5 must be at most as many as max_tokens, which is 4"):
+        complete(api, max_tokens=4, extra_body={"min_tokens": 5})
     chat = say(api, "One; two", temperature=2.5, seed=11, max_tokens=200)
     ids = served.chat_ids((Message("user", "One; two"),))
     expected = alone(served, ids, 2.5, seed=11, max_new_tokens=200, stop=["\nUser:"])
@@ -158,6 +163,7 @@ def test_a_stream_is_the_answer_in_pieces(api, kind):
     caches = [chunk.cache for chunk in chunks if getattr(chunk, "cache", None)]
     assert caches
     assert all(0 < cache["held"] <= cache["size"] + 1 and cache["bytes"] > 0 for cache in caches)
+    assert all(cache["sinks"] + cache["kept"] + cache["recent"] == cache["held"] for cache in caches)
     assert caches[-1]["seen"] >= 30
 
 
@@ -217,7 +223,7 @@ def test_tokens_and_models(server, api, served):
     told = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
     for name in ("num_requests_running 0.0", "num_requests_waiting 0.0", "time_to_first_token_seconds_count",
                  "time_per_output_token_seconds_bucket", "prompt_tokens_total", "generation_tokens_total",
-                 "cache_slots_held 0.0", "cache_bytes"):  # fmt: skip
+                 "cache_slots_held 0.0", 'cache_slots_held_by_zone{zone="kept"} 0.0', "cache_bytes"):  # fmt: skip
         assert f"sepjax:{name}" in told
 
 
@@ -228,6 +234,31 @@ def test_chat_template_kwargs_are_what_the_template_may_name(api, served):
     assert brief.chat_ids(hi, {"brief": False}) == served.tokenizer.encode("Hi please")
     with pytest.raises(openai.BadRequestError, match="the model has no chat template; leave them out"):
         say(api, "Hi", extra_body={"chat_template_kwargs": {"brief": False}})
+
+
+def test_an_answer_that_was_cut_off_goes_on(api, served, monkeypatch):
+    """Behind what the model saw before it; as what stands there, whose first word has no space that is not its own."""
+    settings = {"temperature": 0, "max_tokens": 20}
+    whole = say(api, "One; two", **settings).choices[0].message.content
+    for cut in (1, 5, len(whole) - 1):
+        begun = [{"role": "user", "content": "One; two"}, {"role": "assistant", "content": whole[:cut]}]
+        told = tuple(Message(x["role"], x["content"]) for x in begun)
+        ids = served.chat_ids(told, continues=True)
+        before = served.chat_ids(told[:1])
+        assert ids[: len(before)] == before
+        assert served.tokenizer.decode(ids[len(before) :], continues=True) == whole[:cut]
+        got = api.chat.completions.create(
+            model="tiny", messages=begun, extra_body={"continue_final_message": True}, **settings
+        )
+        expected = alone(served, ids, max_new_tokens=20, stop=served.stop, stop_token_ids=served.stop_token_ids)
+        assert got.choices[0].message.content == text_of(expected)
+    encode = type(served.tokenizer).encode  # as the older SentencePiece models have it
+    monkeypatch.setattr(
+        type(served.tokenizer), "encode", lambda self, text, **how: encode(self, " " + text, **how) if text else []
+    )
+    monkeypatch.setattr(served.tokenizer, "starts_with_space", True)
+    ids = served.chat_ids((Message("user", "a"), Message("assistant", "cat")), continues=True)
+    assert served.tokenizer.decode(ids, continues=True).endswith(":cat")
 
 
 def test_a_prompt_longer_than_the_cache_is_read(api, served):

@@ -27,7 +27,8 @@ def served():
 
 def complete(server, prompt, **settings):
     settings = {"max_tokens": 10, "temperature": 0, "extra_body": {"ignore_eos": True}} | settings
-    return client(server).completions.create(model="tiny", prompt=prompt, **settings)
+    with client(server) as api:
+        return api.completions.create(model="tiny", prompt=prompt, **settings)
 
 
 def cached(answer):
@@ -88,6 +89,25 @@ def test_only_what_is_the_same_from_its_first_token_is_gone_on_from(served):
             model="tiny", messages=[{"role": "user", "content": "Where is it?"}], max_tokens=4, temperature=0
         )
         assert server.worker.conversations.get(text.id).token_ids[-4:]
+
+
+def test_an_answer_that_is_broken_off_leaves_what_was_before(served):
+    with running(served) as server:
+        kept, ids = server.worker.conversations, talk(server, served, 2)
+        before = {key: entry.names for key, entry in kept._entries.items()}
+        api = client(server)
+        for _ in range(2):
+            settings = {"temperature": 0, "stream": True, "extra_body": {"ignore_eos": True}}
+            stream = api.completions.create(model="tiny", prompt=[*ids, 7, 8], max_tokens=10**6, **settings)
+            begun = next(iter(stream))
+            stream.close()
+            assert settled(server)
+            assert kept.get(begun.id) is None
+            assert {key: entry.names for key, entry in kept._entries.items()} == before
+        got = complete(server, [*ids, 7, 8])
+        assert cached(got) == len(ids) - 1
+        assert got.choices[0].text == text_of(alone(served, [*ids, 7, 8], max_new_tokens=10, stop_at_eos=False))
+        api.close()
 
 
 def test_a_beginning_that_comes_again_is_read_once(served):

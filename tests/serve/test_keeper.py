@@ -12,6 +12,7 @@ import pytest
 from sepjax.clocks import Clocks
 from sepjax.generation.packed import Form, PackedState
 from sepjax.generation.saved_row import SavedRow
+from sepjax.generation.slot_pool import Pool, PooledState
 from sepjax.serve.conversations import Conversations
 from sepjax.serve.keeper import Keeper
 from sepjax.serve.state import StateFolder
@@ -97,6 +98,40 @@ def test_the_newest_rows_stay_on_the_device_and_no_more_than_have_room(has_disk)
     none.close()
     assert conversations.plan(np.array([99, 5, 7], np.int32), ()).entry is None, "nobody goes on from what is not there"
     assert conversations.nbytes == before
+
+
+def test_rows_of_the_device_are_beside_those_of_the_host_not_among_them():
+    """Where the device has room for more than the host, what leaves it does not fill the host with as much."""
+    state = empty_state(ATTENTION, "float32")
+    form, fetched = Form(state), []
+    packed, pool = jax.jit(form.pack)(state), Pool(10)
+
+    def fetch(place):
+        fetched.append(place)
+        future = Future()
+        future.set_result(packed)
+        return future
+
+    conversations = Conversations(tiny_tokenizer(), 2 * form.nbytes + 999, on_device=6 * form.nbytes)
+    keeper, entries = Keeper(conversations, Clocks(), 5 * form.nbytes), []
+    for number in range(12):
+        place = pool.take()
+        assert place is not None
+        row = SavedRow(PooledState(form, pool, place, fetch), (), False, {"seen": 2})
+        entries.append(conversations.add(np.array([number, 5], np.int32), (), 9, row))
+        del row
+        keeper.put(entries[-1])
+        while pool.num_free < 5:  # until the keeper has moved it
+            time.sleep(0.001)
+    keeper.close()
+    assert [entry.row is not None for entry in entries] == [False] * 5 + [True] * 7
+    assert [entry.row.standing.is_on_host for entry in entries[5:]] == [True] * 2 + [False] * 5
+    assert (len(fetched), pool.num_free) == (7, 5), "each is copied once, and leaves its place"
+    ids = sum(entry.ids.nbytes for entry in entries[5:])
+    assert (conversations.nbytes, conversations.device_nbytes) == (2 * form.nbytes + ids, 5 * form.nbytes)
+    for entry in entries[5:]:
+        conversations.lost(entry)
+    assert (conversations.nbytes, conversations.device_nbytes, len(conversations)) == (0, 0, 0)
 
 
 def test_a_row_that_is_being_saved_when_the_server_stops_is_saved_and_told_of(tmp_path, monkeypatch):

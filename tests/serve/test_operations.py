@@ -218,7 +218,7 @@ def test_a_failure_ends_the_server_and_says_why(served, caplog):
     with running(served) as server:
         with pytest.raises(running_module.ServeError, match=f"cannot listen on 127.0.0.1:{server.port}"):
             running(served, port=server.port)
-        server.worker.slots.parts = lambda **_: 1 / 0
+        server.worker.slots.save = lambda _: 1 / 0  # while the answer is in nobody's list
         with caplog.at_level(logging.CRITICAL, "sepjax.serve"):
             status, _, told = ask(server, "/v1/completions", {"prompt": "a"})
         assert (status, told["error"]["code"]) == (503, "stopping")
@@ -269,10 +269,11 @@ def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
     own = [flag for flag in own_flags(serve.Settings) if flag.name not in ("workdir", "download", "pattern", "arm")]
     values = {flag.name: unlike(flag, i) for i, flag in enumerate(own)}
     values |= {"dtype": "bfloat16", "step": None, "max_body_bytes": 4321, "steps": 47}
-    values |= {"cache_memory": 3, "device_memory": 7, "state_size": 5, "template_variables": '{"a": 1}'}
+    values |= {"tensor": 2, "cache_memory": 3, "device_memory": 7, "state_size": 5, "template_variables": '{"a": 1}'}
     with pytest.raises(Called):
         serve.main(serve.Settings(**values))
     reached = leaves([dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x for x in seen])
+    assert seen[-1]["mesh"].shape["tensor"] == 2
     assert (seen[1].cache_memory, seen[1].device_memory, seen[1].state_bytes) == (3 << 20, 7 << 20, 5 << 20)
     later = {
         "cache_memory",
@@ -287,8 +288,11 @@ def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
         "cache_size",
         "cache_dtype",
         "step",
+        "tensor",
     }
     assert not [name for name, value in values.items() if value not in reached and name not in later]
+    with pytest.raises(ConfigError, match="--tensor=99 needs as many devices on this machine, and there are 8"):
+        serve.main(serve.Settings(model="m", tensor=99))
     monkeypatch.setenv("SEPJAX_API_KEY", "from the environment")
     assert serve.Settings(model="m", host="0.0.0.0").key == "from the environment"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

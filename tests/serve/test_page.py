@@ -247,6 +247,8 @@ def test_a_conversation_by_the_keyboard(driver, server, served):
     ids = served.chat_ids((Message("user", asked["content"]),))
     expected = alone(served, ids, max_new_tokens=12, stop=served.stop, stop_token_ids=served.stop_token_ids)
     assert answer["content"] == text_of(expected)
+    shown = at.run("return [...document.querySelectorAll('#gauge [role=img]')].map((x) => x.ariaLabel)")
+    assert ": sinks 2, kept" in shown[0], "it came with the answer"
     at.say("One; two: three.")
     assert [m["role"] for m in at.stored()[0]["messages"]] == ["user", "assistant"] * 2
     at.until("document.querySelector('#text .token')")
@@ -302,7 +304,7 @@ def test_the_policy_refuses_what_the_page_does_not_do(driver, server):
     at.driver.get_log("browser")
 
 
-def test_escape_stops_an_answer_and_frees_its_row(driver, server):
+def test_escape_stops_an_answer_which_stays_and_goes_on_or_begins_again(driver, server, served):
     at = Page(driver, server, temperature=0, max_tokens=50_000)  # drawn, it would soon draw an end
     at.type("Go on.\ue007")
     length = "(document.querySelector('.message.assistant .body')?.textContent.length ?? 0)"
@@ -318,7 +320,31 @@ def test_escape_stops_an_answer_and_frees_its_row(driver, server):
     assert settled(server)
     assert "stopped" in at.text(".message.assistant .about")
     assert at.run("return document.activeElement.id") == "prompt"
-    at.run("localStorage['sepjax.settings'] = JSON.stringify({temperature: 0, max_tokens: 2})")
+    at.open()  # as it was stopped, so it is kept
+    assert at.text(".message.assistant.stopped .about") == "stopped"
+    at.until("document.getElementById('text').textContent.includes('was stopped has no cache')")
+    (question, answer) = (Message(m["role"], m["content"]) for m in at.stored()[0]["messages"])
+    done = "!document.getElementById('more').hidden && document.getElementById('send').offsetParent"
+
+    def expected(*messages, **how):
+        ends = {"stop": served.stop, "stop_token_ids": served.stop_token_ids}
+        return text_of(alone(served, served.chat_ids(messages, **how), max_new_tokens=6, **ends))
+
+    at.run("localStorage['sepjax.settings'] = JSON.stringify({temperature: -1, max_tokens: 6})")
+    at.find("#again").click()  # which the server refuses
+    at.until("!document.getElementById('error').hidden")
+    assert at.stored()[0]["messages"][1]["content"] == answer.content
+    assert ["status of 400" in line for line in at.complaints()] == [True]
+    assert at.text(".message.assistant.stopped .about") == "stopped"
+    at.run("localStorage['sepjax.settings'] = JSON.stringify({temperature: 0, max_tokens: 6})")
+    at.find("#continue").click()
+    at.until(done)
+    assert at.stored()[0]["messages"][1]["content"] == answer.content + expected(question, answer, continues=True)
+    assert "stopped" not in at.text(".message.assistant .about")
+    at.find("#again").click()
+    at.until(done)
+    assert at.stored()[0]["messages"][1]["content"] == expected(question)
+    assert at.run("return document.activeElement.id") == "prompt"
     at.say("And now?")
     assert len(at.stored()[0]["messages"]) == 4
     assert at.complaints() == []

@@ -12,6 +12,7 @@ from sepjax.serve.jobs import FairQueue, Inbox, Job
 from sepjax.serve.protocol import chat_request, completion_request, detokenize_request, load_json, tokenize_request
 
 HI = [{"role": "user", "content": "Hi"}]
+ANSWER = {"role": "assistant", "content": "a"}
 
 
 def refusal(read, body):
@@ -84,6 +85,14 @@ def test_a_wrong_field_is_named(field, value, message):
         ({"messages": HI, "logprobs": 2}, "logprobs=2 must be true or false"),
         ({"messages": HI, "max_tokens": 2, "max_completion_tokens": 3}, "max_tokens=2 must be left out beside max_com"),
         ({"messages": HI, "prompt": "a"}, "unknown field 'prompt'"),
+        ({"messages": HI, "continue_final_message": True}, "left out where the last message is not an answer's"),
+        ({"messages": [ANSWER], "continue_final_message": True}, "behind other messages"),
+        ({"messages": [*HI, ANSWER | {"reasoning_content": "b"}], "continue_final_message": True}, "left out where"),
+        (
+            {"messages": [*HI, ANSWER], "continue_final_message": True, "add_generation_prompt": True},
+            "add_generation_prompt=true must be left out, or false",
+        ),
+        ({"messages": HI, "add_generation_prompt": False}, "add_generation_prompt=false must be left out, or true"),
         ([], "the request=[] must be a JSON object"),
     ],
 )
@@ -122,7 +131,9 @@ def test_what_asks_for_nothing_is_no_mistake():
     }
     nothing = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False, "metadata": {},
                "stop": None, "seed": None, "n": 1.0, "modalities": ["text"]}  # fmt: skip
-    found = chat_request({"messages": [*HI, answer, *HI], **nothing})
+    found = chat_request({"messages": [*HI, answer, *HI], **nothing, "add_generation_prompt": True})
+    on = {"messages": [*HI, answer], "continue_final_message": True, "add_generation_prompt": False}
+    assert (found.continues, chat_request(on).continues) == (False, True)
     said = [(message.role, message.content) for message in found.messages]
     assert said == [
         ("user", "Hi"),

@@ -9,18 +9,28 @@ from sepjax.generation.cache.mixed import BoundedCache, MixedCache
 from sepjax.generation.cache.watched import rivals
 
 
-def after_compaction(cache: BoundedCache) -> tuple[Int32[jax.Array, "B"], Bool[jax.Array, "B"]]:
-    """`held` and `is_stuck` as they will be then."""
+def kept_of(cache: BoundedCache) -> Int32[jax.Array, "B"]:
+    """Entries between the sinks and the newest; of several sizes averaged over the layers and rounded down."""
     if isinstance(cache, MixedCache):
-        held, stuck = zip(*map(_after, cache.parts), strict=True)
-        return cache.averaged(held), jnp.any(jnp.stack(stuck), axis=0)
+        return cache.averaged([part.num_separators for part in cache.parts])
+    return cache.num_separators
+
+
+type _Ahead = tuple[Int32[jax.Array, "B"], Bool[jax.Array, "B"], Int32[jax.Array, "B"]]
+
+
+def after_compaction(cache: BoundedCache) -> _Ahead:
+    """`held`, `is_stuck` and `kept_of` as they will be then."""
+    if isinstance(cache, MixedCache):
+        held, stuck, kept = zip(*map(_after, cache.parts), strict=True)
+        return cache.averaged(held), jnp.any(jnp.stack(stuck), axis=0), cache.averaged(kept)
     return _after(cache)
 
 
-def _after(cache: StreamingCache) -> tuple[Int32[jax.Array, "B"], Bool[jax.Array, "B"]]:
+def _after(cache: StreamingCache) -> _Ahead:
     s, w = cache.sizes.max_separators, cache.sizes.window_size
     if not s:  # evictions count at once
-        return cache.held(), cache.is_stuck()
+        return cache.held(), cache.is_stuck(), cache.num_separators
     full = cache.is_full()
     if cache.sizes.keeps_best:
         kept = jax.lax.cond(jnp.any(full), rivals, lambda cache: cache.num_separators, cache)
@@ -29,4 +39,5 @@ def _after(cache: StreamingCache) -> tuple[Int32[jax.Array, "B"], Bool[jax.Array
         is_past = (p >= first) & (p < first + (cache.num_recent - w)[:, None])
         kept = cache.num_separators + jnp.sum(cache.is_separator & is_past, axis=1, dtype=jnp.int32)
     held = jnp.where(full, cache.num_sinks + jnp.minimum(kept, s) + w, cache.held())
-    return held, cache.is_stuck() | (full & (kept > s) & cache.ends_when_stuck)
+    left = jnp.where(full, jnp.minimum(kept, s), cache.num_separators)
+    return held, cache.is_stuck() | (full & (kept > s) & cache.ends_when_stuck), left

@@ -19,25 +19,45 @@ export function bytes(count) {
   return `${value >= 100 || !unit ? Math.round(value) : value.toPrecision(3)} ${units[unit]}`;
 }
 
-// `use` is {held, size, bytes, seen} as chunks of an answer bear it; `zones` {sinks, kept, recent}, once they are known.
-export function showGauge(target, use, zones = null) {
+// `use` is {held, size, bytes, seen, sinks, kept, recent} as chunks of an answer bear it; the whole view has `kinds` of
+// layers, too, where they differ.
+export function showGauge(target, use) {
   if (!use) {
     target.replaceChildren(element("p", { className: "muted", textContent: "Nothing has been read yet." }));
     return;
   }
   const { held, size, seen } = use;
   const scale = Math.max(seen, size);
-  const parts = zones ? [["sink", zones.sinks], ["kept", zones.kept], ["recent", zones.recent]] : [["held", held]];
-  const slots = parts.map(([kind, count]) => part(kind, count / size));
   target.replaceChildren(
-    line("Slots held", `${numbers.format(held)} of ${numbers.format(size)}`),
-    meter(`${held} of ${size} slots held`, slots),
-    legend(zones),
+    ...slots("Slots held", use),
+    ...(use.kinds ?? []).flatMap((kind) => slots(layersOf(kind.layers), kind)),
+    legend(use),
     line("Tokens read", numbers.format(seen)),
     meter(`${seen} tokens read, ${held} of them held`, [part("held", held / scale), part("evicted", (seen - held) / scale)]),
     line("Memory, whatever it holds", bytes(use.bytes)),
     line("If nothing were let go", `about ${bytes((use.bytes / size) * seen)}`),
   );
+}
+
+// How full some layers are, and with what.
+function slots(name, { held, size, sinks, kept, recent }) {
+  const zones = sinks === undefined ? [["held", held]] : [["sink", sinks], ["kept", kept], ["recent", recent]];
+  const label = sinks === undefined ? "" : `: sinks ${sinks}, kept ${kept}, recent ${recent}`;
+  return [
+    line(name, `${numbers.format(held)} of ${numbers.format(size)}`),
+    meter(`${name}: ${held} of ${size} slots held${label}`, zones.map(([kind, count]) => part(kind, count / size))),
+  ];
+}
+
+// "Layers 1, 3–5", as people count them.
+function layersOf(layers) {
+  const runs = [];
+  for (const layer of layers) {
+    if (runs.at(-1)?.[1] === layer - 1) runs.at(-1)[1] = layer;
+    else runs.push([layer, layer]);
+  }
+  const said = runs.map(([first, last]) => (first === last ? `${first + 1}` : `${first + 1}–${last + 1}`));
+  return `${layers.length > 1 ? "Layers" : "Layer"} ${said.join(", ")}`;
 }
 
 function line(name, value) {
@@ -55,10 +75,10 @@ function meter(label, parts) {
   return element("div", { className: "meter", role: "img", "aria-label": label }, ...parts);
 }
 
-// How many of each; while that is not known, its room.
-function legend(zones) {
-  const made = element("ul", { className: zones ? "legend" : "legend unknown" });
-  for (const [kind, count] of [["sink", zones?.sinks], ["kept", zones?.kept], ["recent", zones?.recent], ["evicted"]]) {
+// How many of each; where an older page has kept no such numbers, its room.
+function legend(use) {
+  const made = element("ul", { className: use.sinks === undefined ? "legend unknown" : "legend" });
+  for (const [kind, count] of [["sink", use.sinks], ["kept", use.kept], ["recent", use.recent], ["evicted"]]) {
     const said = count === undefined ? NAMES[kind] : `${NAMES[kind]} ${numbers.format(count)}`;
     made.append(element("li", { title: ABOUT[kind] }, element("span", { className: `token ${kind}`, textContent: said })));
   }

@@ -65,6 +65,7 @@ export class Log {
     if (message.role === "user") body.textContent = message.content;
     else showMarkdown(body, message.content);
     body.classList.toggle("waits", message.role !== "user" && !message.content && !message.about);
+    place.classList.toggle("stopped", message.cut === "stopped");
     about.textContent = message.about ?? "";
     about.hidden = !message.about;
   }

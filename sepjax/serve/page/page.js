@@ -134,12 +134,14 @@ function drop(id) {
 
 // -- an answer ---------------------------------------------------------------------------------------------------
 
-function request(conversation) {
+// What is asked for the last message, an answer: from its beginning, or from where it stands.
+function request(conversation, continues) {
   const { system, ...sampling } = store.settings();
-  const said = conversation.messages.map(({ role, content }) => ({ role, content }));
+  const shown = continues ? conversation.messages : conversation.messages.slice(0, -1);
+  const said = shown.map(({ role, content }) => ({ role, content }));
   const before = conversation.system ? [{ role: "system", content: conversation.system }] : [];
   return {
-    model, messages: [...before, ...said], ...sampling,
+    model, messages: [...before, ...said], ...sampling, ...(continues ? { continue_final_message: true } : {}),
     stream: true, stream_options: { include_usage: true, include_cache: true },
   };
 }
@@ -147,32 +149,48 @@ function request(conversation) {
 async function send() {
   const text = $("prompt").value.trim();
   if (!text || runs.has(current.id)) return;
-  showError(null);
-  notice("");
-  $("said").textContent = "";
   const conversation = current;
   const [question, answer] = [{ role: "user", content: text }, { role: "assistant", content: "" }];
   if (!conversation.messages.length && !conversation.named) conversation.title = titleOf(text);
-  conversation.messages.push(question);
-  const body = request(conversation);
-  conversation.messages.push(answer);
-  conversation.updated = Date.now();
-  keep(conversation);
+  conversation.messages.push(question, answer);
   $("prompt").value = "";
   fit();
   log.add(question);
   log.add(answer);
   $("title").textContent = conversation.title;
+  await run(conversation, answer, false);
+}
+
+// Once more from its beginning, or on from where it was cut off.
+async function again(continues) {
+  const answer = current.messages.at(-1);
+  if (answer?.role !== "assistant" || runs.has(current.id)) return;
+  const before = { ...answer };
+  if (!continues) answer.content = "";
+  delete answer.about;
+  delete answer.cut;
+  log.changed(answer);
+  await run(current, answer, continues, before);
+}
+
+// `before`: what the answer was, which it is again where nothing comes.
+async function run(conversation, answer, continues, before = null) {
+  showError(null);
+  notice("");
+  $("said").textContent = "";
+  const body = request(conversation, continues);
+  conversation.updated = Date.now();
+  if (!before) keep(conversation); // else what is kept is the answer before
   showList();
   const controller = new AbortController();
-  runs.set(conversation.id, { conversation, controller });
+  runs.set(conversation.id, { conversation, controller, answer });
   log.busy(true);
   showControls();
   try {
     await read(conversation, answer, body, controller.signal);
     $("said").textContent = "The answer is complete.";
   } catch (error) {
-    ended(conversation, answer, error);
+    ended(conversation, answer, error, before);
   } finally {
     runs.delete(conversation.id);
     if (store.conversation(conversation.id)) keep(conversation); // unless it was deleted meanwhile
@@ -205,6 +223,7 @@ async function read(conversation, answer, body, signal) {
   }
   conversation.response = id;
   answer.about = about(usage, first, performance.now() - start, reason);
+  if (reason === "length") answer.cut = "length";
 }
 
 function about(usage, first, whole, reason) {
@@ -221,10 +240,12 @@ function about(usage, first, whole, reason) {
   return said.join(" · ");
 }
 
-// An answer that did not come to its end: what there is of it stays; if that is nothing, the question goes back.
-function ended(conversation, answer, error) {
+// An answer that did not come to its end: what there is of it stays; if that is nothing, what was before, or the
+// question goes back.
+function ended(conversation, answer, error, before) {
   const wasStopped = error.name === "AbortError";
-  if (answer.content) answer.about = wasStopped ? "stopped" : `broken off: ${error.message}`;
+  if (answer.content && answer.content !== before?.content) cutOff(answer, wasStopped ? "stopped" : `broken off: ${error.message}`);
+  else if (before) Object.assign(answer, before);
   else {
     const [question] = conversation.messages.splice(-2);
     conversation.draft = question.content; // for when it is on the screen
@@ -234,22 +255,31 @@ function ended(conversation, answer, error) {
   else if (conversation === current) $("said").textContent = "Stopped.";
 }
 
+function cutOff(answer, about) {
+  Object.assign(answer, { about, cut: "stopped" });
+}
+
 const titleOf = (text) => (text.length > 48 ? `${text.slice(0, 47).trimEnd()}…` : text).replace(/\s+/g, " ");
 
 function showControls() {
   const isRunning = runs.has(current.id);
-  const hadFocus = document.activeElement === $("stop");
+  const hadFocus = ["stop", "continue", "again"].includes(document.activeElement.id);
   $("send").hidden = isRunning;
   $("stop").hidden = !isRunning;
-  if (hadFocus && !isRunning) $("prompt").focus();
+  const last = current.messages.at(-1);
+  $("more").hidden = isRunning || last?.role !== "assistant";
+  $("continue").hidden = !last?.cut || !last.content;
+  if (hadFocus) (isRunning ? $("stop") : $("prompt")).focus();
 }
 
 // -- the cache ---------------------------------------------------------------------------------------------------
 
 async function showCache() {
   const conversation = current;
+  const isCut = conversation.messages.at(-1)?.cut === "stopped"; // which the server keeps nothing of
   if (!conversation.response) {
-    $("text").replaceChildren(element("p", { className: "muted", textContent: "Shown once there is an answer." }));
+    const why = isCut ? "An answer that was stopped has no cache any more." : "Shown once there is an answer.";
+    $("text").replaceChildren(element("p", { className: "muted", textContent: why }));
     $("layers").hidden = true;
     return;
   }
@@ -257,12 +287,13 @@ async function showCache() {
   try {
     const view = await getView(conversation.response, layer);
     if (conversation !== current || runs.has(current.id)) return;
-    showGauge($("gauge"), view, view);
+    showGauge($("gauge"), view);
     showLayers($("layers"), view, (chosen) => {
       layer = chosen;
       showCache();
     });
     showText($("text"), view);
+    if (isCut) $("text").append(element("p", { className: "muted", textContent: "Up to the answer before the one that was stopped." }));
   } catch (error) {
     if (conversation !== current) return;
     if (error.status === 401) failed(error);
@@ -341,6 +372,14 @@ function listen() {
       send();
     }
   };
+  $("continue").onclick = () => again(true);
+  $("again").onclick = () => again(false);
+  addEventListener("pagehide", () => {
+    for (const { conversation, answer } of runs.values()) {
+      cutOff(answer, "stopped");
+      if (store.conversation(conversation.id)) keep(conversation);
+    }
+  });
   $("stop").onclick = () => runs.get(current.id)?.controller.abort();
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;

@@ -127,6 +127,7 @@ def stream(sizes, flags, cuts, cache=None):
         said = jax.device_get(shown(cache))
         assert not said["due"].any()
         np.testing.assert_array_equal(told[0], said["held"])
+        np.testing.assert_array_equal(told[2], cache.num_separators)
         host = jax.device_get(cache)
         for b, row in enumerate(rows):
             check_row(host, said, b, row)
