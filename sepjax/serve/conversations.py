@@ -326,6 +326,8 @@ class Conversations:
 
         Where ids alone are above the budget, the oldest go from the disk too: nobody could find them again.
         """
+        if self.nbytes <= self._budget:
+            return
         for entry in list(self._entries.values()):
             if self.nbytes <= self._budget:
                 return

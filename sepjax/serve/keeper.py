@@ -18,6 +18,7 @@ from sepjax.generation.saved_row import SavedRow
 from sepjax.serve.conversations import Conversations, Entry
 
 log = logging.getLogger("sepjax.serve")
+_RARELY = 8  # rows that have gone are looked for when an eighth as many as there are have come since the last time
 _MOST = 16  # rows on their way: they are on the device still, whose memory is not to grow
 
 
@@ -37,6 +38,7 @@ class Keeper:
         """`on_device`: bytes of rows that stay there."""
         self._conversations, self._clocks, self._on_device = conversations, clocks, on_device
         self._staying: OrderedDict[Entry, None] = OrderedDict()  # on the device, those used last at the end
+        self._bytes, self._since = 0, 0  # of those; how many were put since those that have gone were left out
         self._passed: weakref.WeakSet[Entry] = weakref.WeakSet()
         self._tasks: queue.Queue[_Task | None] = queue.Queue(_MOST)
         self._thread = threading.Thread(target=self._main, name="keeper", daemon=True)
@@ -76,13 +78,16 @@ class Keeper:
 
     def _leaving(self, new: Entry) -> list[Entry]:
         """Takes an entry on, and lets go those that have no room on the device any more: the oldest, or itself."""
+        self._bytes += 0 if new in self._staying else new.row_bytes
         self._staying[new] = None
-        if sum(each.row_bytes for each in self._staying) > self._on_device:
+        self._since += 1
+        if self._bytes > self._on_device and self._since * _RARELY >= len(self._staying):
             self._staying = OrderedDict.fromkeys(each for each in self._staying if each.row is not None)
-        total, leaving = sum(each.row_bytes for each in self._staying), []
-        while total > self._on_device:
+            self._bytes, self._since = sum(each.row_bytes for each in self._staying), 0
+        leaving = []
+        while self._bytes > self._on_device:
             each, _ = self._staying.popitem(last=False)
-            total -= each.row_bytes
+            self._bytes -= each.row_bytes
             leaving.append(each)
         return leaving
 
