@@ -93,7 +93,9 @@ CODED = {
 }
 
 
-@pytest.mark.parametrize("case", CODED)
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=[pytest.mark.soak] if x == "separators" else []) for x in CODED]
+)
 def test_bounded_caches_of_codes(case, calls, monkeypatch):
     """In float32, which no kernel computes in, so that what is left between the two is a wrong turn or none."""
     model, attention = CODED[case]
