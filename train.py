@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,19 +119,11 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
         StopNotice() as notice,
         Watchdog(asked.step_timeout) as watchdog,
     ):
-        # What a start waits for goes on side by side: two compilations, the readers' first batch, the parameters.
-        shapes, latest = abstract_batch(config, mesh), checkpoints.latest_step
-        calls = [(step_fn, target, shapes), (eval_fn, target.all_params, shapes)]
-        compiled = compile_ahead(mesh, calls if (latest or 0) < config.training.steps else [])
-        if latest is None:
-            first_batch = beside(batches.__next__)
-            state = first_state(config, workdir, mesh, shardings, download=asked.download)
-        else:
-            state = checkpoints.restore(target, batches, config, new_data=asked.new_data)
-            first_batch = batches.__next__
+        first = functools.partial(first_state, config, workdir, mesh, shardings, download=asked.download)
+        restore = functools.partial(checkpoints.restore, target, batches, config, new_data=asked.new_data)
+        calls = (step_fn, target), (eval_fn, target.all_params)
+        state, first_batch = _begin(config, mesh, checkpoints.latest_step, batches, calls, first, restore)
         start = int(state.step)
-        with working("compiling the step"):
-            compiled()
         _announce(config, workdir, mesh, state, peak)
 
         # The loop. The host runs two steps ahead of the devices, and waits for them where it reads metrics.
@@ -168,6 +160,30 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
                     checkpoints.check()
                     raise notice.stopped(step)
     return state
+
+
+def _begin(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    latest: int | None,
+    batches: Iterator[Batch],
+    calls: Sequence[tuple[Any, Any]],
+    first: Callable[[], TrainState],
+    restore: Callable[[], TrainState],
+) -> tuple[TrainState, Callable[[], Batch]]:
+    """The state to go on from, and what gives its first batch.
+
+    What a start waits for goes on side by side: the steps' compilations, the readers' first batch, the parameters.
+    """
+    shapes = abstract_batch(config, mesh)
+    compiled = compile_ahead(mesh, [(*call, shapes) for call in calls] if (latest or 0) < config.training.steps else [])
+    if latest is None:
+        first_batch, state = beside(batches.__next__), first()
+    else:
+        state, first_batch = restore(), batches.__next__
+    with working("compiling the step"):
+        compiled()
+    return state, first_batch
 
 
 def _check_mesh(config: Config, mesh: jax.sharding.Mesh) -> None:
