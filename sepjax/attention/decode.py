@@ -33,7 +33,6 @@ _STAGES = {64: 4, 128: 3, 256: 2}  # by head size, tiles of keys and of values i
 _TURNED = (64, 128)  # head sizes of which registers hold cosines and sines, too
 _STAGES_OF_CODES = {64: 3, 128: 3, 256: 2}
 _BLOCKS = 2  # of the kernel that an SM takes at a time
-_ROUNDS = 4  # that there should be at least, of all SMs' blocks, where a block takes several key heads
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +118,7 @@ def unsupported(
             f"of keys that lie un-rotated it turns heads of {' and '.join(map(str, _TURNED))} whole, "
             f"got {rotated} of {head_dim} numbers"
         )
-    return unserved(jnp.dtype(jnp.bfloat16 if dtype == jnp.int8 else dtype), head_dim, _TYPES)
+    return unserved(jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype) == jnp.int8 else dtype), head_dim, _TYPES)
 
 
 def seen_slots(visible: Bool[Array, "B C"], *, kernel: bool) -> Seen:
@@ -207,20 +206,25 @@ def _kernel(
     return module.run(shape, queries, k, v, k_cache, v_cache, bias, live)
 
 
-def _heads_of_a_block(B: int, K: int) -> int:
-    """Key heads that a block of threads takes one after the other: what it makes ready once serves all of them."""
-    least = _ROUNDS * _BLOCKS * (target().num_cores or _H100_SMS)
-    return max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or B * K // n >= least))
-
-
 @jax.jit
 def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, lying: Any) -> jax.Array:
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_int8_kernels")
     (B, K, G, H), C = queries.shape, codes[0][0].shape[2]
     splits = _splits(B * K, live.shape[1] - 1)
     zones = 0 if lying is None else lying[2].of_zones.shape[1]
-    shape = module.Shape(
-        B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, _STAGES_OF_CODES[H], splits, zones,
-        _heads_of_a_block(B, K) if splits == 1 else 1,
-    )  # fmt: skip
+    stages = _STAGES_OF_CODES[H]
+    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, zones, 1)
     return module.run(shape, queries, k, v, codes, bias, live, lying)
+
+
+def scores_of_run(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> Float[jax.Array, "B K G T S"]:
+    """Scores of a run of queries a row against slots, float32, scaled; query heads go with their key heads in order.
+
+    Queries are laid out as the product has them: else a GPU writes scores with the keys in front, and then turns all of
+    them round.
+    """
+    B, T, _, H = q.shape
+    grouped = jnp.transpose(q.reshape(B, T, k.shape[1], -1, H), (0, 2, 3, 1, 4))
+    rows = grouped.reshape(B, k.shape[1], -1, H)
+    found = jnp.einsum("BKMH,BKSH->BKMS", rows, k, preferred_element_type=jnp.float32)
+    return found.reshape(*grouped.shape[:4], -1) * H**-0.5

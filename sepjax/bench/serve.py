@@ -126,7 +126,7 @@ def measure(
             raise UserError(
                 "no answer was complete at full load, so there is nothing to take shares of; raise --seconds"
             )
-        users = 0 if rate else slots + max(1, slots // 8)  # a row that gets free has somebody waiting
+        users = 0 if rate else slots + max(1, slots // 2)  # a row that gets free has somebody waiting
         plan = load.Plan(
             url, settings.seconds, rate, users, settings.prompt_median, settings.prompt_sigma, settings.answer_median,
             settings.answer_sigma, settings.turns, settings.pause, settings.seed + number, settings.api_key,

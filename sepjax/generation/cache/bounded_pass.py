@@ -284,8 +284,7 @@ def _sees_recent(cache: "StreamingCache", num_tokens: int) -> Bool[jax.Array, "B
 
 def _scores(q: jax.Array, k: jax.Array, visible: jax.Array) -> jax.Array:
     """Scores of q[B, T, N, H] against k[B, K, S, H], float32[B, K, G, T, S]; -inf where a key is not visible."""
-    q = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[-1])
-    return jnp.where(visible, _einsum("BTKGH,BKSH->BKGTS", q, k) * q.shape[-1] ** -0.5, -jnp.inf)
+    return jnp.where(visible, decode.scores_of_run(q, k), -jnp.inf)
 
 
 def _rows(out: jax.Array, q: jax.Array) -> jax.Array:

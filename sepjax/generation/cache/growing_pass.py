@@ -151,9 +151,8 @@ def _attend_run(
         )
         visible = is_there & ((stays & (of_keys < num_sinks)) | (distance < window))
         visible = visible if reach is None else visible & (distance < reach)
-        grouped = q.reshape(*q.shape[:2], config.num_kv_heads, -1, q.shape[-1])
-        scores = _einsum("BTKGH,BKSH->BKGTS", grouped, keys) * q.shape[-1] ** -0.5
-        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+        scores = jnp.where(visible[:, None, None], decode.scores_of_run(q, keys), -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1)
         out = _einsum("BKGTS,BKSH->BTKGH", weights.astype(v.dtype), values)
         return out.astype(v.dtype).reshape(q.shape), taken_up
 
