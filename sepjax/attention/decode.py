@@ -33,6 +33,7 @@ _STAGES = {64: 4, 128: 3, 256: 2}  # by head size, tiles of keys and of values i
 _TURNED = (64, 128)  # head sizes of which registers hold cosines and sines, too
 _STAGES_OF_CODES = {64: 3, 128: 3, 256: 2}
 _BLOCKS = 2  # of the kernel that an SM takes at a time
+_HEADS = 1  # key heads of codes that a block takes one after the other; more were slower (docs/kernels_decode.md)
 
 
 @jax.tree_util.register_dataclass
@@ -212,8 +213,8 @@ def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: 
     (B, K, G, H), C = queries.shape, codes[0][0].shape[2]
     splits = _splits(B * K, live.shape[1] - 1)
     zones = 0 if lying is None else lying[2].of_zones.shape[1]
-    stages = _STAGES_OF_CODES[H]
-    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, zones, 1)
+    stages, heads = _STAGES_OF_CODES[H], _HEADS if splits == 1 else 1
+    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, zones, heads)
     return module.run(shape, queries, k, v, codes, bias, live, lying)
 
 

@@ -10,7 +10,7 @@ from sepjax.generation.slot_request import Flight, Run, Slot
 
 _LENGTHS = 64, 192  # tokens of the shorter programs that read, on a processor
 # On an accelerator a program that reads takes as long as its layers take to be begun, however few its tokens are. So a
-# launch has one, of these rows and tokens: some short ones, some long ones, or many.
+# launch has one, of these rows and tokens: some short ones, some long ones, or many; and one more if many still wait.
 _FEW, _MANY, _SHORT = 4, 32, 128
 
 
@@ -41,7 +41,7 @@ def shapes_of(backend: str, rows: int, chunk: int, together: int = 0) -> tuple[t
         return tuple((min(rows, together or 1), length) for length in lengths), len(lengths)
     short = min(_SHORT, chunk)
     shapes = {(min(rows, _FEW), short), (min(rows, _FEW), chunk), (min(rows, _MANY), short)}
-    return tuple(sorted(shapes, key=_cost)), 1
+    return tuple(sorted(shapes, key=_cost)), 2
 
 
 def _cost(shape: ReadShape) -> int:
@@ -67,6 +67,7 @@ class Turns:
     def __init__(self, shapes: Sequence[ReadShape], at_once: int):
         """`shapes` of programs that read, of which a launch has up to `at_once`."""
         self._shapes, self._at_once = shapes, at_once
+        self._many = max(rows for rows, _ in shapes) // 2
         self._last = 0  # the row that read last
 
     def next(self, slots: Sequence[Slot | None], flight: Flight | None) -> tuple[list[Read], list[Run]]:
@@ -84,7 +85,8 @@ class Turns:
         waiting.sort(key=lambda i: (i <= self._last, i))
         reads: list[Read] = []
         runs: list[Run] = []
-        while waiting and len(reads) < self._at_once:
+        # One more program holds up all rows that generate, and so is for many that would wait for the next launch.
+        while waiting and len(reads) < self._at_once and (not reads or len(waiting) >= self._many):
             left = [len(slot.pending) for i in waiting if (slot := slots[i]) is not None]
             shape = best_shape(self._shapes, left)
             those, waiting = waiting[: shape[0]], waiting[shape[0] :]
