@@ -28,12 +28,12 @@ def test_two_devices_answer_as_one(tmp_path):
 
     options = Options(rows=ROWS, steps=3, state=str(tmp_path / "state"), device_memory=3 * one.row_bytes)
     ids, expected = [], None
-    for _ in range(2):
+    for number in range(2):
         with Running(load, options) as server:
             complete(server, [3, 4])  # what saves rows to disk is compiled then
             with counted_compilations() as compiled:
                 for size in (70, 71):
-                    complete(server, [9] * size, n=2)
+                    complete(server, [9 + number] * size, n=2)
             assert compiled == []
             ids = talk(server, one, 2, temperature=1.2, seed=2, prompt=ids, expected=expected)
             expected = len(ids) - 1

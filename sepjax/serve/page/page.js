@@ -224,6 +224,7 @@ async function read(conversation, answer, body, signal) {
   conversation.response = id;
   answer.about = about(usage, first, performance.now() - start, reason);
   if (reason === "length") answer.cut = "length";
+  else delete answer.cut; // a page that was left, and came back
 }
 
 function about(usage, first, whole, reason) {
