@@ -7,7 +7,9 @@ Tests run on the CPU wherever they are. To run those for an accelerator, name it
 import gc
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from pathlib import Path
 
 import hypothesis
@@ -27,6 +29,9 @@ COMPILED = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Begun in the background by a shell, a process ignores Ctrl-C, and so do its children, of which some are sent it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Compiling takes most of the suite's time. On the CPU it is halved by leaving out LLVM's optimisations (XLA's own
     # stay); JAX_DISABLE_MOST_OPTIMIZATIONS=0 brings them back. Programs that tests start are compiled as users' are.
     if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:

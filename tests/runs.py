@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import train as program
-from sepjax.training.step import create_state, eval_step, train_step
+from sepjax.config import Config
+from sepjax.data.batch import Batch
+from sepjax.training.step import Metrics, TrainState, create_state, eval_step, train_step
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -21,7 +24,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 _jit, _jitted = jax.jit, {}
-ONCE: tuple[Callable, ...] = (create_state, train_step, eval_step)
+ONCE: list[Callable] = [create_state, train_step, eval_step]
 
 
 def _jit_once(function: Callable | None = None, **settings: Any) -> Any:
@@ -54,5 +57,39 @@ def measure_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(program, "peak_flops", _peak_flops)
 
 
+def step_that_tells_all(config: Config, graph: Any, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """In place of `train_step`, for tests of what is around it: it compiles in no time.
+
+    Its loss tells each number of the state and of the batch from its neighbours, and depends on all steps before.
+    """
+
+    def weights(x):
+        return jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+
+    def moved(x):
+        return jnp.sin(x + weights(x) * (state.step + 1)) if x.dtype == jnp.float32 else x + 1
+
+    before = state.params, state.optimizer
+    numbers = [10 * x for x in jax.tree.leaves(before) if x.dtype == jnp.float32]
+    loss = sum(jnp.mean(x * weights(x)) for x in (*numbers, batch.tokens / 100, batch.positions / 100))
+    params, moments = jax.tree.map(moved, before)
+    names = ("optim/grad_norm", "optim/learning_rate", "sep/pairs_per_row", "sep/separator_fraction")
+    metrics = dict.fromkeys(names, loss * 0 + 1) | {"train/loss": loss}
+    metrics["optim/skipped_steps"] = state.health.skipped.astype(jnp.float32)
+    return dataclasses.replace(state, step=state.step + 1, params=params, optimizer=moments), metrics
+
+
+def scores_of_nothing(config: Config, graph: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """In place of `eval_step`."""
+    return jnp.float32(1), jnp.sum(batch.loss_mask, dtype=jnp.float32)
+
+
+def tell_all(patch: pytest.MonkeyPatch) -> None:
+    """Runs with the two functions above."""
+    patch.setattr(program, "train_step", step_that_tells_all)
+    patch.setattr(program, "eval_step", scores_of_nothing)
+
+
+ONCE += [step_that_tells_all, scores_of_nothing]
 _peak_flops = functools.cache(program.peak_flops)
 _model_graph, _abstract_state = functools.cache(program.model_graph), functools.cache(program.abstract_state)

@@ -27,6 +27,7 @@ from sepjax.config import AttentionConfig, UserError
 from sepjax.evaluation.arms import parse_arms
 from sepjax.programs.bench import BENCHES
 from tests.docs_blocks import Block, Namespace, blocks, commands
+from tests.runs import start_quickly
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -202,6 +203,7 @@ def test_the_page_s_python_runs(page, monkeypatch):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_and_hold_no_outputs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    start_quickly(monkeypatch)
     space: dict[str, object] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         for cell in json.loads(path.read_text())["cells"]:

@@ -36,9 +36,9 @@ def both_lists(seen, tiling):
 
 
 def listed(visits, tiling):
-    """The visits in use as rows (row, block, tile, first, last)."""
-    visit = jax.tree.map(np.asarray, tiling.unpack(visits.words[: int(visits.count)]))
-    return np.stack(visit, axis=1)
+    """The visits in use as rows (row, block, tile, first, last). All are unpacked: any other number is a new shape."""
+    visit = jax.tree.map(np.asarray, tiling.unpack(visits.words))
+    return np.stack(visit, axis=1)[: int(visits.count)]
 
 
 def needed(seen, tiling):

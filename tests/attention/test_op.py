@@ -20,6 +20,7 @@ from tests.attention.common import (
     check,
     check_scaled,
     equations,
+    examples,
     largest_terms,
     layouts,
     results,
@@ -38,6 +39,7 @@ ONE_TOKEN, GROUPED, MULTI_QUERY = (2, 1, 2, 2, 8), (2, 70, 4, 2, 8), (1, 150, 3,
 
 @every_op
 @pytest.mark.parametrize("shape", [ONE_TOKEN, GROUPED, MULTI_QUERY], ids=["T = 1", "grouped", "multi-query"])
+@examples(12)
 @given(data=st.data())
 def test_equals_the_definition(op, shape, data):
     inputs, layout = tensors(shape), data.draw(layouts(shape))

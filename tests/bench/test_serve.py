@@ -19,7 +19,7 @@ def server():
 
 def plan(server, **changes):
     return load.Plan(
-        **{"url": server.url, "seconds": 3.0, "rate": 0.0, "users": 5, "prompt_median": 8.0, "answer_median": 6.0,
+        **{"url": server.url, "seconds": 2.0, "rate": 0.0, "users": 5, "prompt_median": 8.0, "answer_median": 6.0,
            "turns": 3.0, "pause": 0.05, "prompt_sigma": 0.3} | changes
     )  # fmt: skip
 
@@ -101,7 +101,7 @@ def test_the_program_prints_a_line_a_load_and_json(server, capfd, monkeypatch):
     """In this process, the load too: another one would only take longer to begin."""
     monkeypatch.setattr(serve, "_in_a_process", load.run)
     serve.main(serve.Settings(
-        url=server.url, slots=4, loads=("50%",), seconds=2.0, prompt_median=6.0, answer_median=4.0, turns=2.0,
+        url=server.url, slots=4, loads=("50%",), seconds=1.0, prompt_median=6.0, answer_median=4.0, turns=2.0,
         pause=0.1,
     ))  # fmt: skip
     lines = capfd.readouterr().out.splitlines()

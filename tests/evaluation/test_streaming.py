@@ -1,6 +1,7 @@
 """Streamed scores against sums over tokens taken one at a time, alone."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -55,22 +56,22 @@ def model():
     return merge(graph, jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def one_token(graph, params, cache, token, attention):
+    table = jnp.isin(jnp.arange(257), jnp.array(attention.separator_ids)) & (attention.pattern == "separator")
+    model = merge(graph, params)
+    hidden, cache = stream_pass(model, cache, token[None, None], jnp.ones(1, jnp.int32), table, attention)
+    return jax.nn.log_softmax(model.logits(hidden)[0, 0]), cache.compact()
+
+
 def token_by_token(model, document, attention):
     """(-log p of every target, entries met by every token), one token at a time in a row of its own."""
     graph, params = split(model)
-    table = jnp.isin(jnp.arange(257), jnp.array(attention.separator_ids)) & (attention.pattern == "separator")
-
-    @jax.jit
-    def step(params, cache, token):
-        model = merge(graph, params)
-        hidden, cache = stream_pass(model, cache, token[None, None], jnp.ones(1, jnp.int32), table, attention)
-        return jax.nn.log_softmax(model.logits(hidden)[0, 0]), cache.compact()
-
     cache = StreamingCache.create(model.config, 1, StreamSizes.create(model.config, attention))
     nll, held = [], []
     for token, target in zip(document.inputs, document.targets, strict=True):
         held.append(int(cache.held()[0]))
-        scores, cache = step(params, cache, jnp.int32(token))
+        scores, cache = one_token(graph, params, cache, np.int32(token), attention)
         nll.append(-float(scores[target]))
     return nll, held, int(cache.held()[0])
 

@@ -14,7 +14,7 @@ from sepjax.generation.sampling import Sampling
 from sepjax.model.unrolled import by_layer
 from tests.models import random_split
 
-CONFIG = ModelConfig(vocab_size=64, num_layers=8, embed_dim=32, mlp_dim=64, num_heads=2, num_kv_heads=2, head_dim=16)
+CONFIG = ModelConfig(vocab_size=64, num_layers=6, embed_dim=32, mlp_dim=64, num_heads=2, num_kv_heads=2, head_dim=16)
 STREAM = AttentionConfig(num_sinks=4, max_separators=64, window_size=256, cache_size=2000)
 
 

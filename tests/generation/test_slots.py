@@ -24,7 +24,7 @@ from sepjax.generation.slots import SlotError, Slots
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import merge, split
 from tests.generation.cache.common import ListStream
-from tests.generation.tiny import ATTENTION, LONG, ROWS, tiny_engine, tiny_model, tiny_tokenizer, uncounted
+from tests.generation.tiny import ATTENTION, LONG, ROWS, SHAPE, tiny_engine, tiny_model, tiny_tokenizer, uncounted
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +92,12 @@ def random_request(rng: np.random.Generator) -> SlotRequest:
     )
 
 
-def test_each_of_80_requests_gets_what_it_would_get_alone(slots):
+@pytest.mark.parametrize("count", [40, pytest.param(400, marks=pytest.mark.soak)])
+def test_each_request_gets_what_it_would_get_alone(slots, count):
     """Whoever its neighbours are, whenever they come and go: the same tokens, texts, log-probabilities, cache."""
     rng = np.random.default_rng(0)
-    requests = [random_request(rng) for _ in range(80)]
-    cancel = {i: int(rng.integers(1, 12)) for i in rng.choice(80, 16, replace=False).tolist()}
+    requests = [random_request(rng) for _ in range(count)]
+    cancel = {i: int(rng.integers(1, 12)) for i in rng.choice(count, count // 5, replace=False).tolist()}
     before = slots.cache_bytes
     with counted_compilations() as compiled:
         together = run(slots, requests, cancel=cancel)
@@ -445,7 +446,9 @@ def set_token(slots, token):
 
 
 def test_a_cache_that_keeps_every_separator_ends_its_own_row_only():
-    engine = tiny_engine(keep_all_separators=True)
+    attention = dataclasses.replace(ATTENTION, keep_all_separators=True)
+    model = tiny_model(dataclasses.replace(SHAPE, num_layers=1), attention)  # programs of its own: of one layer
+    engine = Generator(model, tiny_tokenizer(), attention)
     dots = engine.tokenizer.encode("." * 40)
     slots = engine.slots(ROWS)
     full, other = run(

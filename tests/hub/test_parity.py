@@ -43,16 +43,18 @@ def models(tmp_path_factory, tokenizer_text):
 
 
 def logits(model, attention, *flags):
-    """The scores where these tokens are separators.
+    """The scores where these tokens are separators, for all flags in one batch.
 
     One operation after another: the families have most in common, so few are compiled, where a program of each family
     would take a second or two.
     """
-    tokens = jnp.asarray(tiny.tokens(), jnp.int32)
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    rows = len(tiny.tokens())
+    tokens = jnp.asarray(np.tile(tiny.tokens(), (len(flags), 1)), jnp.int32)
+    positions = jnp.asarray(np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape))
     with jax.disable_jit():
-        hidden = [forward(model, tokens, positions, jnp.asarray(x), None, attention)[0] for x in flags]
-        return [np.asarray(model.logits(x)) for x in hidden]
+        hidden, _ = forward(model, tokens, positions, jnp.asarray(np.concatenate(flags)), None, attention)
+        scores = np.asarray(model.logits(hidden))
+    return [scores[i : i + rows] for i in range(0, len(scores), rows)]
 
 
 FEW, ALL = tiny.tokens() < 11, np.ones_like(tiny.tokens(), bool)

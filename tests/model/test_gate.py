@@ -48,15 +48,16 @@ def run(model, batch, attention=GATED, noise=None):
     return _run(graph, params, attention, batch, noise)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _forward(graph, params, attention, batch):
-    return forward(merge(graph, params), *batch, None, attention)[0]
+def hidden_of(model, batch, attention, flags=None):
+    """Hidden states of (tokens, positions, flags), or where other tokens are separators.
 
-
-def hidden_of(model, tokens, positions, flags, attention):
-    """Hidden states where these tokens are separators."""
-    graph, params = split(model)
-    return _forward(graph, params, attention, (tokens, positions, flags))
+    One operation after another: patterns have most in common, and a program of each takes 2 to 3 seconds to compile.
+    """
+    tokens, positions, own = jax.tree.map(jnp.asarray, batch)
+    with jax.disable_jit():
+        if flags is None:
+            return np.asarray(run_rows(model, tokens, positions, own, attention=attention).hidden)
+        return np.asarray(forward(model, tokens, positions, jnp.asarray(flags), None, attention)[0])
 
 
 _keep_best = jax.jit(keep_best, static_argnums=2)
@@ -131,8 +132,7 @@ def test_documents_are_alone_in_their_row(model):
 
 
 def test_layers_above_see_what_was_kept_and_layers_below_do_not(model):
-    batch = row()
-    hidden = {}
+    batch, hidden = row(), {}
     for name, attention in {
         "the bare window": dataclasses.replace(GATED, pattern="sink_window"),
         "nothing kept": dataclasses.replace(GATED, gate_keep=0),
@@ -143,7 +143,7 @@ def test_layers_above_see_what_was_kept_and_layers_below_do_not(model):
             GATED, pattern="sink_window", layer_windows=(12, T, T)
         ),
     }.items():
-        hidden[name] = np.asarray(run(model, batch, attention)[0])
+        hidden[name] = hidden_of(model, batch, attention)
     for same in (
         ("the bare window", "nothing kept"),
         ("all kept, other windows", "dense above, the other window below"),
@@ -159,12 +159,12 @@ def test_layers_above_see_what_was_kept_and_layers_below_do_not(model):
     # Layers above the gate that see nothing of its choice are windows; what the others see, only they see.
     only = dataclasses.replace(GATED, gate_keep=5, kept_layers=(2,))
     alike = dataclasses.replace(GATED, pattern="sink_window", layer_windows=(7, 7, T))
-    np.testing.assert_allclose(run(model, batch, only)[0], run(model, batch, alike)[0], atol=1e-5)
+    np.testing.assert_allclose(hidden_of(model, batch, only), hidden_of(model, batch, alike), atol=1e-5)
     # All flagged: the same, without a gate.
     only = dataclasses.replace(only, pattern="separator", gate_layer=2, kept_layers=(1,))
     alike = dataclasses.replace(alike, layer_windows=(7, T, 7))
-    got = hidden_of(model, *batch[:2], np.ones_like(batch[2]), only)
-    np.testing.assert_allclose(got, run(model, batch, alike)[0], atol=1e-5)
+    got = hidden_of(model, batch, only, np.ones((1, T), bool))
+    np.testing.assert_allclose(got, hidden_of(model, batch, alike), atol=1e-5)
 
 
 def test_noise_explores_and_the_factor_is_one(model):
@@ -216,7 +216,8 @@ def test_a_gate_that_reads_embeddings_has_no_layers_below_on_any_mesh():
     assert kept.any()
     # The choice is made before any layer: it is a separator pattern with these flags.
     same = dataclasses.replace(attention, pattern="separator")
-    np.testing.assert_allclose(expected, hidden_of(model, *batch[:2], kept, same), atol=1e-5)
+    plain = jax.jit(lambda flags: forward(model, *batch[:2], flags, None, same)[0])(kept)
+    np.testing.assert_allclose(expected, plain, atol=1e-5)
     with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1, 2), jax.devices()[:2])):
         hidden, flags, _ = run(model, batch, attention)
     np.testing.assert_array_equal(flags, kept)

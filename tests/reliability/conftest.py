@@ -1,4 +1,4 @@
-"""A tiny run that other tests take a copy of, made in this process."""
+"""A tiny run that other tests take a copy of, made in this process by steps that compile in no time."""
 
 import gc
 import shutil
@@ -10,7 +10,7 @@ import pytest
 import train as program
 from sepjax.config import Config, load_config
 from tests.reliability.common import write_config
-from tests.runs import start_quickly
+from tests.runs import start_quickly, tell_all
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +26,9 @@ def tiny(tiny_file) -> Config:
 
 @pytest.fixture(autouse=True)
 def quick_starts(monkeypatch) -> None:
-    """For every test of this folder."""
+    """For every test of this folder; the steps are train.py's own in test_kill.py alone."""
     start_quickly(monkeypatch)
+    tell_all(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +37,7 @@ def whole(tiny, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         start_quickly(patch)
+        tell_all(patch)
         program.train(tiny, workdir)
     return workdir
 

@@ -69,7 +69,7 @@ def world(tmp_path_factory, tiny_file, whole) -> World:
     (root / "valid" / "tokenizer.json").write_text(json.dumps(WORD_TOKENIZER))
     (root / "valid" / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(planned, SINGLE)}))
     shape = ModelConfig(vocab_size=330, num_layers=1, embed_dim=16, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=16)
-    model = random_model(shape, AttentionConfig(num_sinks=1, window_size=4))
+    model = random_model(shape, AttentionConfig(num_sinks=1, window_size=4, implementation="reference"))
     files = {path.name: path.read_bytes() for path in (root / "valid").iterdir()}
     return World(root, tiny_file, Path(shutil.copytree(whole, root / "run")), tokenizer, model, files)
 

@@ -24,6 +24,7 @@ from tests.reliability.common import (
     wait_until,
     write_config,
 )
+from tests.runs import start_quickly
 
 ON_GPU = os.environ["JAX_PLATFORMS"] == "cuda"
 
@@ -33,13 +34,22 @@ def config_file(tmp_path_factory, tiny_file) -> Path:
     return write_config(tmp_path_factory.mktemp("reliability"), on_gpu=True) if ON_GPU else tiny_file
 
 
+@pytest.fixture(autouse=True)
+def quick_starts(monkeypatch) -> None:
+    """With train.py's own steps, which processes of their own have."""
+    start_quickly(monkeypatch)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(config_file, request) -> Path:
+def undisturbed(config_file) -> Path:
     """The workdir of a run that nothing disturbed; on a CPU it ran in this process, and others must give its bits."""
-    if not ON_GPU:
-        return request.getfixturevalue("whole")
     workdir = config_file.parent / "undisturbed"
-    finish(start(config_file, workdir))
+    if ON_GPU:
+        finish(start(config_file, workdir))
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            start_quickly(patch)
+            program.train(load_config(config_file), workdir)
     assert sorted(losses(workdir)) == list(range(1, STEPS + 1))
     return workdir
 

@@ -79,7 +79,7 @@ def batches_equal_single_requests(model, tokenizer, count: int, rng: np.random.G
 
 
 def test_a_few_batches_equal_single_requests(model, tokenizer):
-    batches_equal_single_requests(model, tokenizer, 4 * ROWS, np.random.default_rng(0), check_every=4)
+    batches_equal_single_requests(model, tokenizer, 2 * ROWS, np.random.default_rng(0), check_every=4)
 
 
 @pytest.mark.soak

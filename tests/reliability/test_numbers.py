@@ -22,7 +22,6 @@ from sepjax.run import guard
 from sepjax.run.checkpoint import CheckpointError, load_params
 from sepjax.run.checkpoint_files import MANIFEST
 from sepjax.run.guard import BadNumbers, StepGuard, Watchdog
-from sepjax.training.step import train_step
 from tests import runs
 from tests.reliability.common import EVERY, STEPS, assert_same, checkpoints, done, finish, losses, start, wait_until
 from tests.training.test_step import CONFIG, compiled, first_state, make_batch
@@ -75,19 +74,23 @@ def test_a_spike_is_judged_by_the_running_mean():
 
 
 def step_of_nan(config, graph, state, batch):
-    """`train_step` whose loss is NaN in the steps 5, 6 and 9, inside the compiled step."""
+    """What `train_step` gives where its loss is NaN in the steps 5, 6 and 9, of which it is told above, and no more."""
     poison = jnp.isin(state.step + 1, jnp.array([5, 6, 9]))
-    scaled = jax.tree.map(lambda x: jnp.where(poison, x * jnp.nan, x), state.params)
-    after, metrics = train_step(config, graph, dataclasses.replace(state, params=scaled), batch)
-    # A bad step returns the parameters that it was given: hand back those from before the poison.
-    params = jax.tree.map(lambda new, old: jnp.where(poison, old, new), after.params, state.params)
-    return dataclasses.replace(after, params=params), metrics
+    after, metrics = runs.step_that_tells_all(config, graph, state, batch)
+    params, moments = jax.tree.map(
+        lambda new, old: jnp.where(poison, old, new), (after.params, after.optimizer), (state.params, state.optimizer)
+    )
+    health = dataclasses.replace(state.health, skipped=state.health.skipped + poison)
+    names = ("train/loss", "optim/grad_norm")
+    metrics |= {name: jnp.where(poison, jnp.nan, metrics[name]) for name in names}
+    metrics["optim/skipped_steps"] = health.skipped.astype(jnp.float32)
+    return dataclasses.replace(after, params=params, optimizer=moments, health=health), metrics
 
 
 @pytest.fixture
 def poison(monkeypatch) -> None:
     monkeypatch.setattr(program, "train_step", step_of_nan)
-    monkeypatch.setattr(runs, "ONCE", (*runs.ONCE, step_of_nan))
+    monkeypatch.setattr(runs, "ONCE", [*runs.ONCE, step_of_nan])
 
 
 @pytest.mark.usefixtures("poison")

@@ -12,7 +12,9 @@ from tests.serve.tiny import running, tiny_served
 PROMPT = np.random.default_rng(5).integers(3, 300, 90).tolist()
 
 
-@pytest.mark.parametrize("pattern", ["separator", "watched"])
+# A server of its own is nine programs. Watched rows are described in test_layers_of_several_sizes..., and saved, read
+# and gone on with in generation/cache/test_mixed.py.
+@pytest.mark.parametrize("pattern", ["separator", pytest.param("watched", marks=pytest.mark.soak)])
 def test_it_says_what_the_cache_holds(pattern, tmp_path):
     """Against the positions that the engine's own view gives; from memory, and read from disk by another server."""
     served = tiny_served(pattern=pattern, **({"watch_after": 2} if pattern == "watched" else {}))
@@ -103,6 +105,8 @@ def test_layers_of_several_sizes_have_the_model_s_numbers_and_each_kind_its_slot
                 name: x for name, x in kind.items() if name != "layers"
             }
             assert len(places[layer]) >= kind["held"] > 0
+        if layer == "1":  # whose two heads keep sets of their own
+            kept = {i: token["share"] for i, token in enumerate(said["tokens"]) if token["state"] == "kept"}
     views = {served.sizes.layers(i): view for i, view in enumerate(row.views())}
     assert places["0"] == set(views[0,].positions().tolist())
     assert places["1"] == set(views[1,].positions().tolist())
@@ -110,6 +114,9 @@ def test_layers_of_several_sizes_have_the_model_s_numbers_and_each_kind_its_slot
     assert places["all"] <= places["0"] & places["1"]
     assert views[0,].kept == 0 < views[1,].kept
     assert said["size"] == served.cache_size
+    heads = [{*x.tolist()} for x in views[1,].kept_positions[0]]
+    assert heads[0] != heads[1], "else this sees little"
+    assert kept == {i: (int(i in heads[0]) + int(i in heads[1])) / 2 for i in heads[0] | heads[1]}
 
 
 def test_refusals(served):

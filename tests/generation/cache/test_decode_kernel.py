@@ -1,6 +1,7 @@
 """Decoding steps with the kernel's part played by plain XLA: what it is told of slots, tiles and zones is enough."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.growing_pass import growing_pass
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.model.rope import rotate
-from sepjax.model.transformer import create, merge, split
+from sepjax.model.transformer import merge
+from tests.models import random_split
 
 MODEL = ModelConfig(
     vocab_size=16, num_layers=2, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=64, mlp_dim=8, dtype="bfloat16"
@@ -131,7 +133,7 @@ def test_bounded_caches(case, calls):
 
 @pytest.mark.parametrize("cache_dtype", ["model", "int8"])
 def test_growing_caches(cache_dtype, calls):
-    graph, params = split(create(MODEL, SEPARATOR, jax.random.key(0)))
+    graph, params = random_split(MODEL, SEPARATOR)
     cache = SeparatorCache.create(MODEL, 2, window_size=20, capacity=44, cache_dtype=cache_dtype)
     table, tokens = jnp.arange(MODEL.vocab_size) < 4, jnp.arange(140).reshape(70, 2, 1) * 7 % MODEL.vocab_size
 
@@ -141,7 +143,8 @@ def test_growing_caches(cache_dtype, calls):
 
     cache, _ = jax.jit(lambda cache: jax.lax.scan(step, cache, tokens))(cache)
     assert calls, "the kernel serves 64 slots"
-    got, calls[:] = step(cache, tokens[0])[1], []
-    expected = step(cache, tokens[0], dataclasses.replace(SEPARATOR, implementation="xla"))[1]
+    got, calls[:] = jax.jit(step)(cache, tokens[0])[1], []
+    other = functools.partial(step, attention=dataclasses.replace(SEPARATOR, implementation="xla"))
+    expected = jax.jit(other)(cache, tokens[0])[1]
     assert not calls
     np.testing.assert_array_equal(got.astype(jnp.float32), expected.astype(jnp.float32))

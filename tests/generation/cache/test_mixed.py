@@ -27,7 +27,7 @@ from tests.generation.cache.test_bounded_pass import LLAMA, T, V, model_of
 from tests.generation.cache.test_gated import GatedLists
 from tests.generation.cache.test_gated import list_step as gated_step
 from tests.generation.cache.test_watched import WATCHED, WatchedLists, list_step
-from tests.generation.tiny import LONG, SHAPE, tiny_model, tiny_tokenizer, uncounted
+from tests.generation.tiny import LONG, tiny_model, tiny_tokenizer, uncounted
 
 DEEP = dataclasses.replace(LLAMA, num_layers=4)
 # A window of 9 alone in the first layer, one of 3 in the last; those between keep what they watch, or a gate chose.
@@ -222,10 +222,13 @@ def events_of(slots, number):
 def test_rows_of_slots_give_what_streams_give_and_go_on_where_they_were_saved(tmp_path):
     """Three tokens in a launch, two prompts in a program; saved in the middle, from and to a folder and a stream.
 
-    With codes and scales, which is as many kinds of arrays as a row can have.
+    With codes and scales, which is as many kinds of arrays as a row can have. Two layers, of two sizes: it is nine
+    programs, in which layers are written out one by one.
     """
-    attention = dataclasses.replace(CASES["watched"], watch_after=3, cache_dtype="int8")
-    engine = Generator(tiny_model(dataclasses.replace(SHAPE, num_layers=4), attention), tiny_tokenizer())
+    attention = dataclasses.replace(
+        CASES["watched"], watch_after=3, cache_dtype="int8", layer_windows=(9, 6), kept_layers=(1,)
+    )
+    engine = Generator(tiny_model(attention=attention), tiny_tokenizer())
     settings: dict[str, Any] = {"stop_at_eos": False, "sampling": Sampling.create(1.3, frequency_penalty=1.0)}
     prompts = [LONG, "The cat", LONG[9:]]
     streams = [engine.stream(x, bounded=True, seed=i, max_new_tokens=24, **settings) for i, x in enumerate(prompts)]
