@@ -47,6 +47,7 @@ from sepjax.sharding import make_mesh
 if TYPE_CHECKING:
     import grain
 
+    from sepjax.data.labelled import LabelledIterator
     from sepjax.training.step import TrainState
 
 _ITEMS = ("params", "optimizer", "data", "config")
@@ -135,11 +136,12 @@ class Checkpointer:
             raise self._failed
 
     def restore(
-        self, target: "TrainState", data: "grain.DatasetIterator", config: Config, *, new_data: bool = False
+        self, target: "TrainState", data: "LabelledIterator", config: Config, *, new_data: bool = False
     ) -> "TrainState":
         """Reads the newest checkpoint that is whole straight into its shards, and sets `data` to where it was.
 
-        Damaged ones are named on stderr, and set aside once an older one could be read.
+        Damaged ones are named on stderr, and set aside once an older one could be read. Devices and processes may be
+        others than those that wrote it.
 
         Args:
           target: the state's shapes, dtypes and shardings (`sepjax.training.step.abstract_state`).
@@ -172,12 +174,14 @@ class Checkpointer:
             raise FileNotFoundError(f"no complete checkpoint in {self._folder}")
         raise CheckpointError(
             f"none of the {len(torn)} checkpoints in {self._folder} can be read; the newest, of step {torn[0][0]}: "
-            f"{torn[0][1]}. Bring back a copy, or move the folder away to start over"
+            f"{torn[0][1].rstrip('.')}. Bring back a copy, or move the folder away to start over"
         )
 
     def _read(
-        self, step: int, target: "TrainState", data: "grain.DatasetIterator", config: Config, new_data: bool
+        self, step: int, target: "TrainState", data: "LabelledIterator", config: Config, new_data: bool
     ) -> "TrainState":
+        from sepjax.data.labelled import has_moved, read_moved  # late, as `_grain`
+
         folder = self._folder / str(step)
         is_new = check_same_run(from_json((folder / "config" / "metadata").read_bytes()), config, folder, new_data)
         check_shapes(folder / "params", target.params)
@@ -185,11 +189,14 @@ class Checkpointer:
             "params": ocp.args.StandardRestore(target.params),
             "optimizer": ocp.args.StandardRestore(target.optimizer),
         }
-        if not is_new:
+        moved = not is_new and has_moved(folder / "data", data)
+        if not is_new and not moved:
             items["data"] = _grain().CheckpointRestore(data)
         if (folder / "health").is_dir():
             items["health"] = ocp.args.JsonRestore()
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
+        if moved:
+            read_moved(folder / "data", data)
         numbers = {"step": step, "skipped": 0, "loss_mean": 0.0} | dict(read.get("health") or {})
         replicated: Any = target.step
         scalars = {
