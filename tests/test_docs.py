@@ -65,7 +65,7 @@ def wrong_command(words: list[str], *, marked: bool = False) -> str:
     arms = getattr(settings, "arms", "") or getattr(settings, "arm", "")
     if isinstance(arms, str) and arms and not arms.startswith("@"):
         try:
-            parse_arms(arms, AttentionConfig(), 30)
+            parse_arms(arms, AttentionConfig(), 30, cached=not isinstance(settings, NOT_CACHED))
         except UserError as error:
             return str(error)
     return ""

@@ -15,7 +15,6 @@ from sepjax.config import Config, ConfigError
 from sepjax.data.batch import Batch
 from sepjax.data.conversations import Form
 from sepjax.data.corpora.recall.recall import recall_tokenizer
-from sepjax.data.errors import DataError
 from sepjax.data.labelled import Labelled, LabelledIterator
 from sepjax.data.locks import exclusive
 from sepjax.data.mixed_reader import MixedReader, mixed_pass

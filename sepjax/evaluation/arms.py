@@ -16,6 +16,7 @@ gives it no name has the file's.
 """
 
 import dataclasses
+import itertools
 import re
 import typing
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ def parse_arms(text: str, base: AttentionConfig, num_layers: int, *, cached: boo
       ConfigError: names the arm and what is wrong with it, or a file that cannot be read.
     """
     arms: list[Arm] = []
-    for part in (arm for part in _parts(text) for arm in _of_file(part)):
+    for part in itertools.chain.from_iterable(map(_of_file, _parts(text))):
         try:
             arm = _arm(part, base, num_layers, [arm.name for arm in arms])
             if not cached:
