@@ -1,5 +1,6 @@
 """Texts that a run writes, for its report: kept in <workdir>/samples/step<N>.json."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,12 +67,13 @@ def _beginnings(workdir: Path, tokenizer: Tokenizer, count: int) -> list[str]:
     from sepjax.run.checkpoint import load_config
 
     try:
-        documents = texts_of(workdir, load_config(workdir), None, "", "", count)  # no conversations
+        sources = texts_of(workdir, load_config(workdir), None, "", "", count)  # no conversations
     except ConfigError as error:
         if not isinstance(error.__cause__, NoFormError):
             raise
         raise ConfigError(
             f'{workdir} was trained on conversations: give --samples texts to answer, --prompt="..."'
-        ) from (error)
-    ids = [tokenizer.encode(document)[:_BEGINNING] for document in documents]
+        ) from error
+    turns = itertools.zip_longest(*(source.documents for source in sources), fillvalue="")  # of a mixture each in turn
+    ids = [tokenizer.encode(document)[:_BEGINNING] for document in itertools.chain(*turns)]
     return [tokenizer.decode(some) for some in ids if some]
