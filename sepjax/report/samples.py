@@ -1,5 +1,6 @@
-"""Texts that a run writes, for its report: kept in <workdir>/samples/step<N>.json."""
+"""Texts that a run writes, for its report: kept in <workdir>/samples/step<N>_<digest of what was asked>.json."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ def write_samples(
 ) -> Path:
     """Has the newest checkpoint of a run continue texts, and writes what comes; returns the file.
 
+    Other prompts or settings are another file, and the same ones again replace theirs.
+
     Args:
       workdir: of a run.
       count: samples.
@@ -41,12 +44,13 @@ def write_samples(
     asked = [texts[i % len(texts)] for i in range(count)]
     settings = {"temperature": 0.8, "seed": 0, "max_new_tokens": max_new_tokens}
     with working(f"writing {count} samples"):
-        given = _turns(workdir, tokenizer, asked) if apply_chat_template else asked
-        answers = sepjax.generate(model, tokenizer, given, **settings)
+        prompts = _turns(workdir, tokenizer, asked) if apply_chat_template else asked
+        answers = sepjax.generate(model, tokenizer, prompts, **settings)
     found = [
         {"prompt": p, "text": x.text, "finish_reason": x.finish_reason} for p, x in zip(asked, answers, strict=True)
     ]
-    file = workdir / SAMPLES / f"step{step}.json"
+    given = json.dumps([asked, settings, apply_chat_template])
+    file = workdir / SAMPLES / f"step{step}_{hashlib.sha256(given.encode()).hexdigest()[:6]}.json"
     file.parent.mkdir(exist_ok=True)
     result = provenance() | {"step": step, "settings": settings, "samples": found}
     write_text(file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

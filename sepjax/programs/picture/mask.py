@@ -25,11 +25,11 @@ class Settings(Loading):
 
 def main(settings: Settings) -> None:
     """Writes the figure, and says what share of the pairs each pattern sees."""
-    from sepjax.files import check_file
     from sepjax.loading import load
     from sepjax.pictures import draw_mask
+    from sepjax.pictures.figures import check_output
 
-    check_file(settings.output)
+    check_output(Path(settings.output))
     text = one_text("text", settings.text)
     model, tokenizer = load(settings.path, **settings.loading)
     attention, layers = model.attention, model.config.num_layers
