@@ -96,6 +96,23 @@ class LabelledIterator(grain.DatasetIterator[Batch]):
             self._check(state, _OF_A_SHARE)
         self._take_up(_shares(states))
 
+    def has_moved(self, folder: Path) -> bool:
+        """Whether a checkpoint's `data` folder has the places of other shares than are read now."""
+        own = folder / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+        if own.is_file():
+            made_by = json.loads(own.read_bytes())["made_by"]
+            return any(made_by.get(name) != self.made_by[name] for name in _OF_A_SHARE[1:])
+        return any(folder.glob("process_*-of-*.json"))
+
+    def read_moved(self, folder: Path) -> None:
+        """Takes up the place that `has_moved`.
+
+        Raises:
+          ConfigError: other data, or another order of them.
+          OSError, ValueError, KeyError: files are missing or damaged.
+        """
+        self.set_states([json.loads(file.read_bytes()) for file in sorted(folder.glob("process_*-of-*.json"))])
+
     def _take_up(self, found: tuple[int, Mapping[int, Any]]) -> None:
         of, states = found
         first, last = self._index * of // self._count, -(-(self._index + 1) * of // self._count)
@@ -142,22 +159,3 @@ def _shares(states: Sequence[Mapping[str, Any]]) -> tuple[int, dict[int, Any]]:
         else:
             found |= {int(i): share for i, share in state["shares"].items()}
     return int(states[0].get("of", states[0]["made_by"]["process_count"])), found
-
-
-def has_moved(folder: Path, batches: LabelledIterator) -> bool:
-    """Whether a checkpoint's `data` folder has the places of other shares than are read now."""
-    own = folder / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-    if own.is_file():
-        made_by = json.loads(own.read_bytes())["made_by"]
-        return any(made_by.get(name) != batches.made_by[name] for name in _OF_A_SHARE[1:])
-    return any(folder.glob("process_*-of-*.json"))
-
-
-def read_moved(folder: Path, batches: LabelledIterator) -> None:
-    """Takes up the place that `has_moved`.
-
-    Raises:
-      ConfigError: other data, or another order of them.
-      OSError, ValueError, KeyError: files are missing or damaged.
-    """
-    batches.set_states([json.loads(file.read_bytes()) for file in sorted(folder.glob("process_*-of-*.json"))])

@@ -44,8 +44,8 @@ def write_samples(
     asked = [texts[i % len(texts)] for i in range(count)]
     settings = {"temperature": 0.8, "seed": 0, "max_new_tokens": max_new_tokens}
     with working(f"writing {count} samples"):
-        prompts = _turns(workdir, tokenizer, asked) if apply_chat_template else asked
-        answers = sepjax.generate(model, tokenizer, prompts, **settings)
+        read = _turns(workdir, tokenizer, asked) if apply_chat_template else asked
+        answers = sepjax.generate(model, tokenizer, read, **settings)
     found = [
         {"prompt": p, "text": x.text, "finish_reason": x.finish_reason} for p, x in zip(asked, answers, strict=True)
     ]

@@ -41,13 +41,13 @@ from sepjax.run.checkpoint_files import (
     steps_on_disk,
 )
 from sepjax.run.frozen import learned_and_frozen, merged_with, read_frozen, write_frozen
+from sepjax.run.moving import Moving
 from sepjax.run.workdir import check_same_run
 from sepjax.sharding import make_mesh
 
 if TYPE_CHECKING:
     import grain
 
-    from sepjax.data.labelled import LabelledIterator
     from sepjax.training.step import TrainState
 
 _ITEMS = ("params", "optimizer", "data", "config")
@@ -135,13 +135,11 @@ class Checkpointer:
         if self._failed is not None:
             raise self._failed
 
-    def restore(
-        self, target: "TrainState", data: "LabelledIterator", config: Config, *, new_data: bool = False
-    ) -> "TrainState":
+    def restore(self, target: "TrainState", data: Moving, config: Config, *, new_data: bool = False) -> "TrainState":
         """Reads the newest checkpoint that is whole straight into its shards, and sets `data` to where it was.
 
-        Damaged ones are named on stderr, and set aside once an older one could be read. Devices and processes may be
-        others than those that wrote it.
+        Damaged ones are named on stderr, and set aside once an older one could be read. Other devices and processes may
+        have written it.
 
         Args:
           target: the state's shapes, dtypes and shardings (`sepjax.training.step.abstract_state`).
@@ -177,11 +175,7 @@ class Checkpointer:
             f"{torn[0][1].rstrip('.')}. Bring back a copy, or move the folder away to start over"
         )
 
-    def _read(
-        self, step: int, target: "TrainState", data: "LabelledIterator", config: Config, new_data: bool
-    ) -> "TrainState":
-        from sepjax.data.labelled import has_moved, read_moved  # late, as `_grain`
-
+    def _read(self, step: int, target: "TrainState", data: Moving, config: Config, new_data: bool) -> "TrainState":
         folder = self._folder / str(step)
         is_new = check_same_run(from_json((folder / "config" / "metadata").read_bytes()), config, folder, new_data)
         check_shapes(folder / "params", target.params)
@@ -189,14 +183,14 @@ class Checkpointer:
             "params": ocp.args.StandardRestore(target.params),
             "optimizer": ocp.args.StandardRestore(target.optimizer),
         }
-        moved = not is_new and has_moved(folder / "data", data)
+        moved = not is_new and data.has_moved(folder / "data")
         if not is_new and not moved:
             items["data"] = _grain().CheckpointRestore(data)
         if (folder / "health").is_dir():
             items["health"] = ocp.args.JsonRestore()
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
         if moved:
-            read_moved(folder / "data", data)
+            data.read_moved(folder / "data")
         numbers = {"step": step, "skipped": 0, "loss_mean": 0.0} | dict(read.get("health") or {})
         replicated: Any = target.step
         scalars = {
