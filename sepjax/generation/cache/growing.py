@@ -108,6 +108,8 @@ class SeparatorCache(Shown):
     ) -> "SeparatorCache":
         """The cache after right-padded prompts: what appending their tokens one by one would have made.
 
+        Of 8 bits this is nearly so: the prompt's tokens have seen one another as they are, and are rounded here.
+
         Args:
           k: keys of every token, rotated.
           v: values of every token.
