@@ -106,9 +106,7 @@ class SeparatorCache(Shown):
         keep: int = 0,
         cache_dtype: str = "model",
     ) -> "SeparatorCache":
-        """The cache after right-padded prompts: what appending their tokens one by one would have made.
-
-        Of 8 bits this is nearly so: the prompt's tokens have seen one another as they are, and are rounded here.
+        """The cache after right-padded prompts, as if read token by token; of 8 bits nearly so (docs/streaming.md).
 
         Args:
           k: keys of every token, rotated.
