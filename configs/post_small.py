@@ -5,8 +5,9 @@
 
 Begins with SmolLM2-135M, which is fetched once from a Python package. `--config.training.init_from=...` takes whatever
 `sepjax.load` reads: a Hugging Face folder, a hub id (with --download), a GGUF file, the workdir of another run. Shape
-and tokenizer are the model's; parameters are float32. Afterwards `sepjax convert` writes a Hugging Face
-folder. Hardware: a GPU or TPU with 24 GB. Time and result: not measured yet.
+and tokenizer are the model's; parameters are float32. (What loads no model, as `sepjax plan` or `sepjax bench`, has the
+model section's shape, which is a small one here.) Afterwards `sepjax convert` writes a Hugging Face folder. Hardware: a
+GPU or TPU with 24 GB. Time and result: not measured yet.
 """
 
 from sepjax.config import AttentionConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig

@@ -6,6 +6,9 @@
 16.1 % of the row. `--config.attention.pattern=dense` makes it the dense control. Hardware: one H200,
 3 minutes for 150 steps (`--config.training.steps=150`). Result of these: perplexity 25.02 on held-out books
 (docs/keeping.md).
+
+The shape is SmolLM2's because `training.init_from` is; another one has its own `model.num_layers`. What loads no model
+(`sepjax plan`, `sepjax bench`, an empty `training.init_from`) has 30 layers that are only 256 wide.
 """
 
 import dataclasses

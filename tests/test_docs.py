@@ -12,6 +12,7 @@ import io
 import json
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jaxtyping
@@ -26,6 +27,8 @@ from sepjax.command.settings import config_flags
 from sepjax.config import AttentionConfig, UserError
 from sepjax.evaluation.arms import parse_arms
 from sepjax.programs.bench import BENCHES
+from sepjax.programs.evaluate import needle, recall, windows
+from sepjax.programs.picture import mask
 from tests.docs_blocks import Block, Namespace, blocks, commands
 from tests.runs import start_quickly
 
@@ -36,6 +39,7 @@ RUN = {"library.md", "method.md"}  # whose Python runs, block after block
 KINDS = {"bash", "python", "json", "text", "ini", "dockerfile"}
 # Tools that are not ours; what they do with files and servers is not looked at.
 OTHERS = {"cd", ".", "curl", "bash"}
+NOT_CACHED = (windows.Settings, needle.Settings, recall.Settings, mask.Settings)  # whose arms say nothing of caches
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -66,7 +70,7 @@ def wrong_command(words: list[str], *, marked: bool = False) -> str:
     arms = getattr(settings, "arms", "") or getattr(settings, "arm", "")
     if isinstance(arms, str) and arms and not arms.startswith("@"):
         try:
-            parse_arms(arms, AttentionConfig(), 30)
+            parse_arms(arms, AttentionConfig(), 30, cached=not isinstance(settings, NOT_CACHED))
         except UserError as error:
             return str(error)
     return ""
@@ -141,6 +145,34 @@ def checked(block: Block, names: Namespace, known: dict[str, str]) -> list[str]:
         if block.language in KINDS
         else [f"a block of {block.language or 'no language'}; use {', '.join(sorted(KINDS))}"]
     )
+
+
+def commands_in(docstring: str) -> Iterator[str]:
+    """The indented commands of a docstring, with what it has in brackets; what stands behind spaces is a remark."""
+    lines = iter(docstring.splitlines())
+    for line in lines:
+        if not re.match(r" *(sepjax|python) \S", line):
+            continue
+        while line.count('"') % 2 or line.endswith("\\"):
+            line = f"{line.removesuffix(chr(92))} {next(lines).strip()}"
+        yield re.sub(r"[\[\]]| \.\.\.", "", re.split(r"\s{3,}(?!-| )|\s+#", line.strip())[0])
+
+
+def test_commands_in_docstrings_are_right(folder):
+    files = [
+        *(ROOT / "sepjax").rglob("*.py"),
+        *(ROOT / "configs").glob("*.py"),
+        ROOT / "train.py",
+        ROOT / "evaluate.py",
+    ]
+    found, seen = [], 0
+    for file in files:
+        for line in commands_in(ast.get_docstring(ast.parse(file.read_text())) or ""):
+            for words in commands(line):
+                seen += 1
+                found += [f"{file.name}: {line}: {said}" for said in [wrong_command(words)] if said]
+    assert found == []
+    assert seen > 60
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

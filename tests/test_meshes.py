@@ -134,6 +134,11 @@ def test_a_run_of_two_processes_starts_again(config, tmp_path):
     assert sorted(first) == list(range(1, STEPS + 1))
     assert first[STEPS] < first[1] - 0.3
     assert_same(losses(workdir), first)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))  # and goes on in one, which reads what both would have read
+    (workdir / "metrics.jsonl").unlink()
+    alone = train_on(2, (2, 1, 1, 1), config, workdir)
+    assert sorted(alone) == [STEPS - 1, STEPS]
+    assert_same(alone, {step: first[step] for step in alone})
 
 
 @pytest.mark.soak

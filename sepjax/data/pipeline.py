@@ -5,11 +5,9 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, override
 
 import grain
 import jax
-from absl import logging
 from etils import epath
 
 from sepjax import interrupt
@@ -17,7 +15,7 @@ from sepjax.config import Config, ConfigError
 from sepjax.data.batch import Batch
 from sepjax.data.conversations import Form
 from sepjax.data.corpora.recall.recall import recall_tokenizer
-from sepjax.data.errors import DataError
+from sepjax.data.labelled import Labelled, LabelledIterator
 from sepjax.data.locks import exclusive
 from sepjax.data.mixed_reader import MixedReader, mixed_pass
 from sepjax.data.mixture import parts_of
@@ -69,13 +67,14 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
     form: Form | None = None,
-) -> grain.DatasetIterator[Batch]:
+) -> LabelledIterator:
     """Shuffled batches of the training split, for ever: this process's data.batch_size / process_count rows of each.
 
     `form` says how conversations are written, where `data.name` has some.
 
     Every epoch each document is read once, by one process, in an order that depends on `seed` and the epoch. The
-    iterator's `get_state()` is JSON; `set_state()` continues bit for bit, with prefetching threads or worker processes.
+    iterator's `get_state()` is JSON; `set_state()` continues bit for bit, with prefetching threads or worker processes,
+    and so do other numbers of processes (`sepjax.data.labelled`).
 
     Raises:
       ConfigError: rows, documents or vocabulary do not fit.
@@ -86,10 +85,11 @@ def training_batches(
     sources = sources_of(config.data, data_dir, config.data.train_split, form)
     workers = max(config.data.num_workers, 1)
     _check_documents(sources, process_count, workers)
-    readers = [
-        _reader(config, sources, tokenizer, (process_index + process_count * i, process_count * workers), seed)
-        for i in range(workers)
-    ]
+
+    def share(index: int, count: int) -> grain.IterDataset[Batch]:
+        places = [(index + count * i, count * workers) for i in range(workers)]
+        return _prefetched([_reader(config, sources, tokenizer, x, seed) for x in places], config.data.num_workers)
+
     made_by: dict[str, int | str] = {
         "dataset": ", ".join(source.name for source in sources),
         "documents": len(sources[0]) if len(sources) == 1 else ", ".join(str(len(source)) for source in sources),
@@ -107,7 +107,7 @@ def training_batches(
         made_by["shares"] = ", ".join(str(part.share) for part in parts_of(config.data.name))
     if any(source.conversations for source in sources):
         made_by |= {"train_on": config.data.train_on, "too_long": config.data.too_long}
-    return iter(_Labelled(_prefetched(readers, config.data.num_workers), made_by))
+    return iter(Labelled(share, made_by))
 
 
 def evaluation_batches(
@@ -183,56 +183,6 @@ def _prefetched(readers: Sequence[BatchReader | MixedReader], num_workers: int) 
     one_process = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=ahead)
     workers = [reader.mp_prefetch(one_process, worker_init_fn=interrupt.leave_to_parent) for reader in readers]
     return grain.experimental.InterleaveIterDataset(workers, cycle_length=num_workers)
-
-
-class _Labelled(grain.IterDataset[Batch]):
-    """Puts what made the batches into the state, so that a state of another pipeline is refused, not misread."""
-
-    def __init__(self, parent: grain.IterDataset[Batch], made_by: dict[str, int | str]):
-        super().__init__(parent)
-        self.made_by = made_by
-
-    @override
-    def __iter__(self) -> "_LabelledIterator":
-        return _LabelledIterator(iter(self._parent), self.made_by)
-
-
-class _LabelledIterator(grain.DatasetIterator[Batch]):
-    def __init__(self, parent: grain.DatasetIterator[Batch], made_by: dict[str, int | str]):
-        super().__init__(parent)
-        self._made_by = made_by
-
-    @override
-    def __next__(self) -> Batch:
-        try:
-            return next(self._parent)
-        except RuntimeError as error:
-            if "Worker process was terminated" not in str(error):
-                raise
-            raise DataError(
-                f"a process that reads data has died: {error} It may have been killed for memory: lower "
-                "data.num_workers. The same command goes on from the last checkpoint"
-            ) from error
-
-    @override
-    def get_state(self) -> dict[str, Any]:
-        return {"made_by": self._made_by, "state": self._parent.get_state()}
-
-    @override
-    def set_state(self, state: dict[str, Any]) -> None:
-        saved = state["made_by"]
-        before, now = saved.get("dataset", self._made_by["dataset"]), self._made_by["dataset"]
-        if before != now:  # other files, or the same ones copied: only their contents would tell
-            logging.warning("the data are %s, they were %s; the run goes on at the same place in them", now, before)
-        differ = [
-            f"{k}={saved.get(k)}, now {v}" for k, v in self._made_by.items() if k != "dataset" and saved.get(k) != v
-        ]
-        if differ:
-            raise ConfigError(
-                f"the checkpoint's place in the data was reached with {'; '.join(differ)}; resume with what it was, or "
-                "start a new workdir"
-            )
-        self._parent.set_state(state["state"])
 
 
 def _make_tokenizer(config: Config, data_dir: str) -> Tokenizer:

@@ -10,9 +10,13 @@ without one its text is its name. Further words:
     n=kv:NAME      the window that keeps as many keys as the arm NAME, further to the front, did
     n=pairs:NAME   the window with as many (query, key) pairs
     model=PATH     other parameters, for example those that were trained with this pattern
+
+In place of an arm `@FILE` has those of a file, a path or the name of one of configs/*.arm. The only arm of a file that
+gives it no name has the file's.
 """
 
 import dataclasses
+import itertools
 import re
 import typing
 from collections.abc import Sequence
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sepjax.config import AttentionConfig, ConfigError, nearest, under, validate_attention
+from sepjax.config.checkout import root
 from sepjax.separators import read_ids
 
 SHORT = {
@@ -36,6 +41,12 @@ SHORT = {
 _TOLD_BY_THE_TEXT = ("separator", "sink_window", "fixed_interval")
 _EQUAL = re.compile(r"(kv|pairs):(.+)")
 _TIMES = re.compile(r"(\d+)(?:\*(\d+))?")
+_NAMED = re.compile(r"([^\s=]+):\s+")
+# What only caches read: where nothing is cached, an arm that changes it is refused.
+_OF_CACHES = (
+    "cache_size", "cache_dtype", "max_separators", "stream_positions", "keep_all_separators", "watch_layers",
+    "kept_set", "watch_after", "separators_first",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,23 +76,53 @@ def parse_arms(text: str, base: AttentionConfig, num_layers: int, *, cached: boo
       text: see above.
       base: the settings that arms change.
       num_layers: of the model.
-      cached: whether text goes through caches; windows have none, and an arm that sets the type of one is refused.
+      cached: whether text goes through bounded caches; windows have none, and an arm that changes one is refused.
 
     Raises:
-      ConfigError: names the arm and what is wrong with it.
+      ConfigError: names the arm and what is wrong with it, or a file that cannot be read.
     """
     arms: list[Arm] = []
-    for part in filter(None, (" ".join(part.split()) for part in re.split(r"[;\n]", text))):
+    for part in itertools.chain.from_iterable(map(_of_file, _parts(text))):
         try:
             arm = _arm(part, base, num_layers, [arm.name for arm in arms])
-            if not cached and (kind := arm.attention.cache_dtype) != base.cache_dtype:
-                raise ConfigError(f"cache={kind} is for bounded caches, and nothing is cached here; leave it out")
+            if not cached:
+                _refuse_caches(arm.attention, base)
             arms.append(arm)
         except (ConfigError, OSError) as error:
             raise ConfigError(f"arm {len(arms) + 1}, {part!r}: {error}") from error
     if not arms:
         raise ConfigError('--arms has no arm; expected for example --arms="dense; sink_window n=657"')
     return arms
+
+
+def _parts(text: str) -> list[str]:
+    return list(filter(None, (" ".join(part.split()) for part in re.split(r"[;\n]", text))))
+
+
+def _of_file(part: str) -> list[str]:
+    """The arms of the file behind an @; of anything else itself."""
+    named = _NAMED.match(part)
+    name, rest = (named[1], part[named.end() :]) if named else ("", part)
+    if not rest.startswith("@"):
+        return [part]
+    ours = {file.stem: file for file in (root() / "configs").glob("*.arm")}
+    file = ours.get(rest[1:], Path(rest[1:]))
+    try:
+        parts = _parts(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"arm {part!r}: {error}{nearest(rest[1:], ours)}") from error
+    if name and len(parts) != 1:
+        raise ConfigError(f"arm {part!r}: {file} has {len(parts)} arms, which cannot all have one name; leave it out")
+    if len(parts) != 1 or (_NAMED.match(parts[0]) and not name):
+        return parts
+    return [f"{name or re.sub('[ =]', '-', file.stem)}: {_NAMED.sub('', parts[0], count=1)}"]
+
+
+def _refuse_caches(attention: AttentionConfig, base: AttentionConfig) -> None:
+    for field in _OF_CACHES:
+        if (value := getattr(attention, field)) != getattr(base, field):
+            word = next((short for short, name in SHORT.items() if name == field), field)
+            raise ConfigError(f"{word}={value} is for bounded caches, and nothing is cached here; leave it out")
 
 
 def fixed_arms(text: str, base: AttentionConfig, num_layers: int, *, cached: bool = False) -> list[Arm]:
@@ -95,7 +136,7 @@ def fixed_arms(text: str, base: AttentionConfig, num_layers: int, *, cached: boo
 
 
 def _arm(text: str, base: AttentionConfig, num_layers: int, before: Sequence[str]) -> Arm:
-    named = re.match(r"([^\s=]+):\s+", text)
+    named = _NAMED.match(text)
     name, words = (named[1], text[named.end() :].split()) if named else (text, text.split())
     if name in before:
         raise ConfigError(f"there is another arm {name!r}; give one of them a name of its own, like other: {text}")

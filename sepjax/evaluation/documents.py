@@ -1,8 +1,8 @@
 """Documents to be streamed and scored, and how they are dealt to the rows of a batch.
 
-Protocol: a document is [BOS] + tokens, with BOS where the model's own tokenizer puts it, and every token but the first
-is scored. The official code's protocol (`line_wise`) is another: every line has a BOS of its own, the cache goes on
-from line to line, and the last token of a line is never seen.
+Protocol: a document is [BOS] + tokens, with BOS where the model's own tokenizer puts it (of a run: what its documents
+began with in training), and every token but the first is scored. The official code's protocol (`line_wise`) is another:
+every line has a BOS of its own, the cache goes on from line to line, and the last token of a line is never seen.
 """
 
 import dataclasses
@@ -33,14 +33,22 @@ class Document:
 
 
 def documents_of(
-    tokenizer: Tokenizer, texts: Iterable[str], *, line_wise: bool = False, max_tokens: int = 0
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    *,
+    line_wise: bool = False,
+    max_tokens: int = 0,
+    as_in_training: bool = False,
 ) -> list[Document]:
     """Tokenises texts, whole or by the official protocol, up to `max_tokens` scored ones; 0: all.
+
+    `as_in_training`: documents begin with `Tokenizer.document_start`, as those of a run do, in place of BOS.
 
     Raises:
       StreamError: `line_wise` without a BOS token.
     """
     start = tokenizer.document_start
+    first = start if as_in_training else _bos(tokenizer)
     if line_wise and start is None:
         raise StreamError("the line-wise protocol puts a BOS in front of every line, but the tokenizer has none")
 
@@ -51,9 +59,9 @@ def documents_of(
                 pairs = [(line[:-1], line[1:]) for line in lines]
                 yield Document(*(np.array([i for pair in pairs for i in pair[side]], np.int32) for side in (0, 1)))
             else:
-                yield from whole_documents([tokenizer.encode(text)], _bos(tokenizer))
+                yield from whole_documents([tokenizer.encode(text)], first)
 
-    return _first(ids(), max_tokens)
+    return first_tokens(ids(), max_tokens)
 
 
 def whole_documents(
@@ -66,7 +74,7 @@ def whole_documents(
         return prefix if list(ids[:1]) != prefix else ()  # never twice
 
     whole = (np.concatenate([np.asarray(x, np.int32) for x in (start(ids), ids)]) for ids in texts)
-    return _first((Document(ids[:-1], ids[1:]) for ids in whole), max_tokens)
+    return first_tokens((Document(ids[:-1], ids[1:]) for ids in whole), max_tokens)
 
 
 def _bos(tokenizer: Tokenizer) -> int | None:
@@ -74,8 +82,12 @@ def _bos(tokenizer: Tokenizer) -> int | None:
     return next(iter(tokenizer.prefix), None)
 
 
-def read_documents(path: Path, tokenizer: Tokenizer, *, line_wise: bool = False, max_tokens: int = 0) -> list[Document]:
+def read_documents(
+    path: Path, tokenizer: Tokenizer, *, line_wise: bool = False, max_tokens: int = 0, as_in_training: bool = False
+) -> list[Document]:
     """Documents of a UTF-8 text file, of a folder's .txt files in order of their names, or of an .npz of token ids.
+
+    Settings are those of `documents_of`.
 
     Raises:
       FileNotFoundError: there is nothing there.
@@ -89,8 +101,10 @@ def read_documents(path: Path, tokenizer: Tokenizer, *, line_wise: bool = False,
         most = max((int(ids.max(initial=0)) for ids in texts), default=0)
         if most >= tokenizer.vocab_size:
             raise StreamError(f"{str(path)!r} has token id {most}, but the vocabulary only {tokenizer.vocab_size}")
-        return whole_documents(texts, _bos(tokenizer), max_tokens=max_tokens)
-    return documents_of(tokenizer, read_texts(path), line_wise=line_wise, max_tokens=max_tokens)
+        first = tokenizer.document_start if as_in_training else _bos(tokenizer)
+        return whole_documents(texts, first, max_tokens=max_tokens)
+    cut = {"line_wise": line_wise, "max_tokens": max_tokens, "as_in_training": as_in_training}
+    return documents_of(tokenizer, read_texts(path), **cut)
 
 
 def has_records(path: Path) -> bool:
@@ -124,7 +138,8 @@ def _read_text(path: Path) -> str:
         raise StreamError(f"{str(path)!r} is not UTF-8 text: {error}; convert it first") from error
 
 
-def _first(documents: Iterable[Document], max_tokens: int) -> list[Document]:
+def first_tokens(documents: Iterable[Document], max_tokens: int) -> list[Document]:
+    """Documents up to so many scored tokens, the last of them cut; 0: all."""
     taken, left = [], max_tokens or math.inf
     for document in documents:
         size = int(min(len(document.inputs), left))

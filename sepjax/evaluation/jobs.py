@@ -8,12 +8,22 @@ from typing import Any
 
 from sepjax import files
 from sepjax.config import PATTERNS, AttentionConfig, ConfigError
+from sepjax.console import say
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation import compare, curves, needle, perplexity, streaming, tasks
 from sepjax.evaluation.arms import Arm, fixed_arms, parse_arms, plain_arms, stream_attention
 from sepjax.evaluation.documents import read_documents, read_texts
 from sepjax.evaluation.equal import density as window_density
-from sepjax.evaluation.inputs import base_of_arms, config_of, corpus_of, texts_of, with_pattern
+from sepjax.evaluation.inputs import (
+    Texts,
+    base_of_arms,
+    config_of,
+    corpus_of,
+    in_shares,
+    is_trained,
+    texts_of,
+    with_pattern,
+)
 from sepjax.generation import limits
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.loading import load, locate
@@ -50,9 +60,10 @@ def evaluate(
     config = config_of(workdir, model)
     patterns = patterns or [pattern for pattern in PATTERNS if pattern != "gated" or model.gate is not None]
     attentions = [with_pattern(config, pattern, window_size) for pattern in ([] if arms else ["separator", *patterns])]
-    documents = texts_of(workdir, config, tokenizer, text, split, max_documents)
+    texts = texts_of(workdir, config, tokenizer, text, split, max_documents)
     length = length or config.data.sequence_length
-    windows = perplexity.token_windows(tokenizer, documents, length, bos=bos, max_tokens=max_tokens)
+    start = tokenizer.document_start if is_trained(workdir) else None
+    windows = _windows(tokenizer, texts, length, bos=bos, max_tokens=max_tokens, start=start)
     if arms:
         compared = parse_arms(arms, base_of_arms(config, window_size), config.model.num_layers)
     elif equal:
@@ -66,6 +77,18 @@ def evaluate(
 
     cut = {"length": length, "batch_size": batch_size}
     return compare.score_arms(other, windows, compared, baseline=baseline, near=near, far=far, **cut)
+
+
+def _windows(tokenizer: Tokenizer, texts: Sequence[Texts], length: int, **cut: Any) -> perplexity.TextWindows:
+    """Of a mixture those of each part in its share, up to the end of the one that ends first."""
+    parts = [perplexity.token_windows(tokenizer, x.documents, length, loss_on=x.loss_on, **cut) for x in texts]
+    if len(parts) == 1:
+        return parts[0]
+    counts = in_shares([x.share for x in texts], [len(part.ids) for part in parts])
+    said = ", ".join(f"{count:,} of {x.name}" for count, x in zip(counts, texts, strict=True))
+    say(f"scoring {sum(counts):,} windows of the mixture: {said}")
+    taken = (part.first(count, tokenizer) for part, count in zip(parts, counts, strict=True))
+    return perplexity.TextWindows.join([part for part in taken if part.ids])
 
 
 def stream(
@@ -97,7 +120,7 @@ def stream(
     trained = limits.trained_length(locate(path), model.config)
     for arm in attentions:
         limits.warn_of_cache(model.config, arm.attention if isinstance(arm, Arm) else arm, trained)
-    cut = {"line_wise": line_wise, "max_tokens": max_tokens}
+    cut = {"line_wise": line_wise, "max_tokens": max_tokens, "as_in_training": is_trained(path)}
     if text and split:
         raise ConfigError(f"--split={split} is of a run's own corpus; a stream of --text takes all of it")
     documents = read_documents(Path(text), tokenizer, **cut) if text else corpus_of(path, split, tokenizer, **cut)

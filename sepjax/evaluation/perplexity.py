@@ -1,15 +1,19 @@
 """Losses of whole texts, token by token, under any attention pattern, with the keys kept counted.
 
-Protocol: each document is [BOS] + tokens, cut into windows of T tokens that do not overlap. Every token but BOS is
-scored exactly once, given the tokens before it in its window. Each window is a row of its own, so `kept` is what the
-last query of a window sees over the window's length. `sepjax.evaluation.compare` makes figures of them.
+Protocol: each document is [BOS] + tokens, cut into windows of T tokens that do not overlap; of a run's it is what its
+documents began with in training. Every token but BOS is scored exactly once, given the tokens before it in its window.
+Each window is a row of its own, so `kept` is what the last query of a window sees over the window's length.
+`sepjax.evaluation.compare` makes figures of them.
 
-Of a conversation (`sepjax.data.scored`: a text with marks) only what is marked is scored, what an assistant says.
+Of a conversation (`sepjax.data.scored`: a text with marks) only what is marked is scored, what an assistant says; as in
+training nothing stands in front of it.
 """
 
 import collections
 import dataclasses
 import functools
+import itertools
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -20,7 +24,7 @@ import numpy as np
 
 from sepjax.array_typing import Bool, Float, Int32
 from sepjax.config import AttentionConfig, UserError, with_own_window
-from sepjax.data.scored import OPEN, Spans, scored_tokens, unmarked
+from sepjax.data.scored import OPEN, Spans, matched, scored_tokens, unmarked
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.passes import rows_of_pass
 from sepjax.evaluation.token_loss import token_nll
@@ -49,6 +53,27 @@ class TextWindows:
         """Tokens of each, the last target left out."""
         return np.array([len(window) - 1 for window in self.ids], np.int32)
 
+    def first(self, count: int, tokenizer: Tokenizer) -> "TextWindows":
+        """The first so many."""
+        if count >= len(self.ids):
+            return self
+        ids, scored = self.ids[:count], None if self.scored is None else self.scored[:count]
+        kept = TextWindows(ids, self.documents[:count], 0, scored)
+        targets = kept.of_scored([window[1:] for window in ids])
+        return dataclasses.replace(kept, num_bytes=sum(len(tokenizer.token_bytes(int(i))) for i in targets))
+
+    @classmethod
+    def join(cls, parts: Sequence["TextWindows"]) -> "TextWindows":
+        """Those of several sources, one source after the other."""
+        starts = np.cumsum([0, *(int(part.documents.max(initial=-1)) + 1 for part in parts)])
+        documents = [part.documents + start for part, start in zip(parts, starts, strict=False)]
+        scored = None
+        if any(part.scored is not None for part in parts):
+            every = (part.scored or [np.ones(len(window) - 1, bool) for window in part.ids] for part in parts)
+            scored = tuple(itertools.chain(*every))
+        ids = list(itertools.chain(*(part.ids for part in parts)))
+        return cls(ids, np.concatenate(documents).astype(np.int32), sum(part.num_bytes for part in parts), scored)
+
     def of_scored(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Of values for every target, window by window, those of scored ones, side by side."""
         chosen = values if self.scored is None else [x[at] for x, at in zip(values, self.scored, strict=True)]
@@ -63,6 +88,7 @@ def token_windows(
     bos: bool = True,
     max_tokens: int = 0,
     start: int | None = None,
+    loss_on: str = "",
 ) -> TextWindows:
     """Tokenises texts and cuts them.
 
@@ -73,28 +99,28 @@ def token_windows(
       length: T.
       bos: whether each begins with BOS, where the model's tokenizer puts one.
       max_tokens: of each document, BOS included; 0: all.
-      start: a token that each begins with in place of BOS: a run's own documents begin with `document_start`, whether
-        or not its tokenizer puts it there.
+      start: a token that each begins with in place of BOS, if `bos`: a run's own documents begin with
+        `document_start`, whether or not its tokenizer puts it there.
+      loss_on: what of texts is scored, a regular expression as `data.loss_on`; "": all of it, or what is marked.
 
     Raises:
-      TextError: every document is empty, or none has anything that is marked.
+      TextError: every document is empty, or none has anything that is to be scored.
       sepjax.data.errors.DataError: nothing tells which tokens of a marked text are marked.
     """
-    windows, documents, num_bytes, scored, has_marks = [], [], 0, [], False
+    windows, documents, num_bytes, scored, in_part = [], [], 0, [], bool(loss_on)
+    front = ([start] if start is not None else tokenizer.prefix) if bos else []
     for number, text in enumerate(counted(texts, "tokenising")):
-        is_marked = OPEN in text
-        has_marks |= is_marked
+        is_conversation = OPEN in text
+        in_part |= is_conversation
         plain, spans = unmarked(text)
+        spans = matched(plain, re.compile(loss_on, re.DOTALL)) if loss_on else spans
         own = tokenizer.encode(plain)
-        whole = own
-        if start is not None:
-            whole = whole if whole[:1] == [start] else [start, *whole]
-        elif bos:
-            whole = tokenizer.with_bos(whole)
-        marks = np.ones(len(whole), bool) if not is_marked else _marks(tokenizer, plain, own, spans, len(whole))
+        whole = own if is_conversation or own[:1] == front else [*front, *own]
+        is_whole = not (is_conversation or loss_on)
+        marks = np.ones(len(whole), bool) if is_whole else _marks(tokenizer, plain, own, spans, len(whole))
         whole = np.array(whole, np.int32)
         ids = whole[: max_tokens or None]
-        complete = len(ids) == len(whole) and ids[:1].tolist() == tokenizer.prefix and not is_marked
+        complete = len(ids) == len(whole) and ids[:1].tolist() == (front or tokenizer.prefix) and is_whole
         if complete:  # all of the text is scored
             num_bytes += len(text.encode())
         else:
@@ -105,8 +131,9 @@ def token_windows(
                 scored.append(at)
                 documents.append(number)
     if not windows:
-        raise TextError("no text to score: every document is empty" + ", or no assistant says anything" * has_marks)
-    return TextWindows(windows, np.array(documents, np.int32), num_bytes, tuple(scored) if has_marks else None)
+        empty = "loss_on matches nothing" if loss_on else "no assistant says anything"
+        raise TextError("no text to score: every document is empty" + f", or {empty}" * in_part)
+    return TextWindows(windows, np.array(documents, np.int32), num_bytes, tuple(scored) if in_part else None)
 
 
 def _marks(tokenizer: Tokenizer, text: str, ids: list[int], spans: Spans, size: int) -> np.ndarray:

@@ -9,25 +9,31 @@ from sepjax.config import AttentionConfig, ConfigError, ModelConfig, with_own_wi
 from sepjax.console import say
 from sepjax.generation.cache.mixed import bounded_sizes
 from sepjax.generation.cache.stored import vector_bytes
+from sepjax.sharding import on_one_device, ways
 
 
 def check_cache(config: ModelConfig, rows: int, slots: int, cache_dtype: str, wanted: str) -> None:
-    """Raises ConfigError for a cache that the devices' memory cannot hold; `wanted` names the settings behind it.
+    """Raises ConfigError for a cache that a device's memory cannot hold; `wanted` names the settings behind it.
 
+    Without a mesh one device holds all of it, however many there are; a mesh splits rows and heads where they divide.
     Asked for all the same, a GPU answers with a page of XLA's, and a CPU begins to fill its memory and is killed.
     """
-    needed = 2 * config.num_layers * rows * config.num_kv_heads * slots * vector_bytes(config, cache_dtype)
+    parts = [(rows, "batch"), (config.num_kv_heads, "heads")]
+    rows, heads = (n // ways(axis) if n % ways(axis) == 0 else n for n, axis in parts)
+    needed = 2 * config.num_layers * rows * heads * slots * vector_bytes(config, cache_dtype)
     if needed > (there := _memory()):
         raise ConfigError(
-            f"{wanted} asks for a cache of {slots:,} entries, {needed / 2**30:,.1f} GiB of keys and values, and there "
-            f"are {there / 2**30:,.1f} GiB of memory; make it smaller"
+            f"{wanted} asks for a cache of {slots:,} entries, {needed / 2**30:,.1f} GiB of keys and values on a "
+            f"device, and it has {there / 2**30:,.1f} GiB of memory; make it smaller"
         )
 
 
 def _memory() -> int:
-    """Bytes of all devices here; a CPU's are the machine's."""
+    """Bytes of a device, of the smallest; those of CPUs share the machine's."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    return sum(s.get("bytes_limit", 0) for s in stats) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if limits := [s["bytes_limit"] for s in stats if "bytes_limit" in s]:
+        return min(limits)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (1 if on_one_device() else len(stats))
 
 
 def warn_of_length(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.config import ConfigError, layer_windows
+from sepjax.config.versions import completed
 from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.mixed import BOUNDED, BoundedCache, bounded_sizes, empty_cache
 from sepjax.generation.cache.sizes import bucket
@@ -55,6 +56,10 @@ class Reader(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """What decides which entries there are, for whoever goes on with a saved cache: plain JSON."""
+        ...
+
+    def completed(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """`settings` that an older version saved, with those that it did not have."""
         ...
 
     def check(self, seen: int, rows: Sequence[Sequence[int]], new: int | None, cache: Any = None) -> None:
@@ -118,6 +123,11 @@ class GrowingReader:
         """See `Reader`."""
         known = dataclasses.asdict(self._of.attention)
         return {"cache": "growing"} | {name: x for name, x in known.items() if name not in _NOT_SEEN}
+
+    def completed(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """See `Reader`."""
+        found = completed(settings, self._of.attention)
+        return {name: x for name, x in found.items() if name in settings or name not in _NOT_SEEN}
 
     def check(self, seen: int, rows: Sequence[Sequence[int]], new: int | None, cache: Any = None) -> None:
         """See `Reader`."""
@@ -201,6 +211,12 @@ class BoundedReader:
         kept_by = {name: getattr(of, name) for name in _KEPT_BY.get(of.pattern, ())}
         told = {"pattern": of.pattern, "cache_dtype": of.cache_dtype}  # of caches of several sizes beside their parts
         return dataclasses.asdict(self.sizes) | told | kept_by
+
+    def completed(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """See `Reader`."""
+        others = self.settings().keys() - {field.name for field in dataclasses.fields(self.sizes)}
+        absent = {name: x for name, x in completed({}, self._of.attention).items() if name in others}
+        return absent | completed(settings, self.sizes)
 
     def check(self, seen: int, rows: Sequence[Sequence[int]], new: int | None, cache: Any = None) -> None:
         """See `Reader`. Slot numbers have no end; positions in the text are int32."""

@@ -69,9 +69,7 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], Path]:
     try:
         words = {"room": []} | json.loads(path.read_bytes())  # streams of older versions were all over bounded caches
         damaged = _misfit(words, _KINDS, "") or _out_of_range(words)
-        for sizes in () if damaged else (words["sizes"], *words["sizes"].get("parts", [])):
-            sizes.setdefault("cache_dtype", "model")  # which older versions had alone
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise StreamStateError(f"{str(path)!r} is not what a stream saves ({error!r}); use another copy") from error
     if damaged:
         raise StreamStateError(f"{str(path)!r} has {damaged}; use another copy")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sepjax.config import ModelConfig
+from sepjax.config.versions import completed
 from sepjax.generation import saved
 from sepjax.generation.cache.mixed import BOUNDED, MixedCache
 from sepjax.generation.cache.view import CacheView, of_row
@@ -162,14 +163,15 @@ class SavedRow:
         words, place = saved.read(folder)
         if any(not 0 <= i < config.vocab_size for i in words["pending"]):
             raise StreamStateError(f"{os.fspath(folder)!r} has tokens that the model does not know; use another copy")
+        theirs = {"model": completed(words["model"], config), "sizes": reader.completed(words["sizes"])}
         for name, ours in (("model", dataclasses.asdict(config)), ("sizes", reader.settings())):
-            mine = json.loads(json.dumps(ours))
-            different = sorted(key for key in mine.keys() | words[name].keys() if mine.get(key) != words[name].get(key))
+            mine, saved_by = json.loads(json.dumps(ours)), theirs[name]
+            different = sorted(key for key in mine.keys() | saved_by.keys() if mine.get(key) != saved_by.get(key))
             different.sort(key=lambda key: (key != "pattern", key != "cache_dtype"))  # which explain all others
             if different:
                 key = different[0]
                 raise StreamStateError(
-                    f"the stream in {os.fspath(folder)!r} was saved with {name}.{key}={words[name].get(key)!r}, "
+                    f"the stream in {os.fspath(folder)!r} was saved with {name}.{key}={saved_by.get(key)!r}, "
                     f"expected {mine.get(key)!r}; load the same model and give the same cache settings"
                 )
         keys = jax.random.split(jax.random.key(0), 1)

@@ -23,3 +23,8 @@ def blank(width: float, height: float, what: str) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def plain(text: str) -> str:
+    """A text of the user's as it is: a dollar in it begins no mathematics."""
+    return text.replace("$", r"\$")

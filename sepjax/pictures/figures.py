@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sepjax.config import UserError
-from sepjax.pictures.canvas import blank
+from sepjax.files import check_file
+from sepjax.pictures.canvas import blank, plain
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, each with a marker of its own for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -74,7 +75,7 @@ def draw_pareto(path: Path, points: Sequence[Point], baseline: str, title: str) 
             label=pattern, color=colour, marker=marker, capsize=3, linewidth=1.2,
         )  # fmt: skip
         for x in some:
-            axes.annotate(x.arm, (100 * x.kept, x.loss), textcoords="offset points", xytext=(6, 4), fontsize=8)
+            axes.annotate(plain(x.arm), (100 * x.kept, x.loss), textcoords="offset points", xytext=(6, 4), fontsize=8)
     shares = [x.kept for x in points]
     if max(shares) > _WIDE * min(shares) > 0:
         axes.set_xscale("log")
@@ -84,7 +85,10 @@ def draw_pareto(path: Path, points: Sequence[Point], baseline: str, title: str) 
         else:
             axes.xaxis.set_major_formatter("{x:g}")
     axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.set(xlabel="keys held, % of dense attention's", ylabel=f"nats per token over {baseline!r}: lower is better")
+    axes.set(
+        xlabel="keys held, % of dense attention's",
+        ylabel=f"nats per token over {plain(repr(baseline))}: lower is better",
+    )
     axes.legend(frameon=False)
     save(figure, path)
 
@@ -136,7 +140,7 @@ def draw_curves(path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[f
     """A metric over steps, a line for each run; `path` ends in .png, .svg or .pdf."""
     figure, axes = axes_of(f"{metric} of {', '.join(curves)}")
     for (name, (steps, values)), colour in zip(curves.items(), _cycle(COLOURS), strict=False):
-        axes.plot(steps, values, label=name, color=colour, linewidth=1.2, marker="." if len(steps) < 30 else "")
+        axes.plot(steps, values, label=plain(name), color=colour, linewidth=1.2, marker="." if len(steps) < 30 else "")
     axes.set(xlabel="step", ylabel=metric)
     axes.legend(frameon=False)
     save(figure, path)
@@ -151,16 +155,27 @@ def axes_of(title: str) -> tuple[Any, Any]:
     """An empty figure with this title, and its axes."""
     figure = blank(7.0, 4.4, "the figure")
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize=10, loc="left", wrap=True)
+    axes.set_title(plain(title), fontsize=10, loc="left", wrap=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
+def check_output(path: Path) -> None:
+    """Before the work that a figure is of, raises what `save` would after it: FigureError, WriteError, PictureError."""
+    _kind(path)
+    blank(1.0, 1.0, "the figure")
+    check_file(path)
+
+
 def save(figure: Any, path: Path) -> None:
     """Writes the figure as its name ends, the same bytes for the same figure. Raises FigureError for other endings."""
+    metadata = {"Software": None} if path.suffix == ".png" else {"Date": None} if path.suffix == ".svg" else {}
+    figure.savefig(path, format=_kind(path), dpi=150, metadata=metadata)
+
+
+def _kind(path: Path) -> str:
     kinds = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
     if path.suffix not in kinds:
         raise FigureError(f"--output={path} is to end in .png, .svg or .pdf")
-    metadata = {"Software": None} if path.suffix == ".png" else {"Date": None} if path.suffix == ".svg" else {}
-    figure.savefig(path, format=kinds[path.suffix], dpi=150, metadata=metadata)
+    return kinds[path.suffix]

@@ -13,7 +13,7 @@ import numpy as np
 from sepjax.config import AttentionConfig, UserError, layer_reaches, layer_windows, sees_kept, under
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.layout import build_layout
-from sepjax.pictures.canvas import blank
+from sepjax.pictures.canvas import blank, plain
 from sepjax.pictures.figures import COLOURS, save
 from sepjax.separators import configured_table, flag_separators
 
@@ -109,7 +109,12 @@ def draw_mask(
         _panel(figure.add_subplot(1, len(seen), number + 1), one, labels, is_first=number == 0)
     layers = f", layer {layer}" if num_layers > 1 and (attention.layer_windows or attention.kept_layers) else ""
     figure.suptitle(
-        f"{title or 'Who sees whom'}{layers}: rows look at columns", fontsize=11, x=0.01, y=0.99, ha="left", va="top"
+        f"{plain(title) or 'Who sees whom'}{layers}: rows look at columns",
+        fontsize=11,
+        x=0.01,
+        y=0.99,
+        ha="left",
+        va="top",
     )
     figure.get_layout_engine().set(h_pad=0.12)
     _legend(figure)
@@ -147,8 +152,8 @@ def _legend(figure: Any) -> None:
 
 
 def _label(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text where white space is to be seen, and no dollar begins mathematics."""
+    """The beginning of a token's text where white space is to be seen."""
     text = tokenizer.token_bytes(token).decode("utf-8", errors="replace")
-    for white, sign in ((" ", "␣"), ("\n", "⏎"), ("\t", "⇥"), ("$", r"\$")):
+    for white, sign in ((" ", "␣"), ("\n", "⏎"), ("\t", "⇥")):
         text = text.replace(white, sign)
-    return text[:12]
+    return plain(text[:12])

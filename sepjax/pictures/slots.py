@@ -6,6 +6,7 @@ from pathlib import Path
 from sepjax.config import AttentionConfig
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.model.transformer import Transformer
+from sepjax.pictures.canvas import plain
 from sepjax.pictures.figures import COLOURS, DASHES, axes_of, save
 from sepjax.pictures.kept import EVERYWHERE, kept_text
 
@@ -64,7 +65,7 @@ def draw_slots(path: Path, held: Mapping[str, tuple[list[int], list[int]]], titl
     axes.plot([0, top], [0, top], color="0.4", linewidth=1, linestyle=":", label="dense: every token")
     for number, (name, (seen, entries)) in enumerate(held.items()):
         axes.plot(
-            [0, *seen], [0, *entries], label=f"{name}: at most {max(entries):,}", linewidth=1.3,
+            [0, *seen], [0, *entries], label=f"{plain(name)}: at most {max(entries):,}", linewidth=1.3,
             color=COLOURS[number % len(COLOURS)], linestyle=DASHES[number % len(DASHES)],
         )  # fmt: skip
     axes.set(xlabel="tokens seen", ylabel="entries held in a layer", xlim=(0, last), ylim=(0, 1.05 * top))

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sepjax.command.flags import one_of_two
 from sepjax.command.settings import OneOf, Settings
-from sepjax.config import ConfigError, nearest
-from sepjax.config.checkout import root
+from sepjax.config import ConfigError
 
 if TYPE_CHECKING:
     from sepjax.config import AttentionConfig
@@ -43,20 +42,14 @@ class Loading(Settings):
         return {"step": self.step, "dtype": self.dtype, "download": self.download}
 
 
-def one_arm(text: str, base: "AttentionConfig", num_layers: int) -> "AttentionConfig":
-    """The settings that `--arm` names, or the file behind its @: a path, or the name of one of configs/*.arm.
+def one_arm(text: str, base: "AttentionConfig", num_layers: int, *, cached: bool = True) -> "AttentionConfig":
+    """The settings that `--arm` names (`sepjax.evaluation.arms`), of one arm.
 
     Raises ConfigError: it cannot be read, or names another model, or more arms than one.
     """
     from sepjax.evaluation.arms import fixed_arms
 
-    if text.startswith("@"):
-        ours = {file.stem: file for file in (root() / "configs").glob("*.arm")}
-        try:
-            text = ours.get(text[1:], Path(text[1:])).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--arm={text}: {error}{nearest(text[1:], ours)}") from error
-    arms = fixed_arms(text, base, num_layers, cached=True)
+    arms = fixed_arms(text, base, num_layers, cached=cached)
     if len(arms) != 1:
         raise ConfigError(f"--arm={text!r} names {len(arms)} arms; give one")
     return arms[0].attention

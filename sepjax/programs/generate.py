@@ -4,7 +4,8 @@
     sepjax generate --model=smollm2-135m --stream --prompt="Once" --save=kept       until Ctrl-C
     sepjax generate --model=smollm2-135m --stream --resume=kept                     goes on where that was
 
-Several prompts are one batch; conversations are `sepjax chat`.
+Several prompts are one batch; conversations are `sepjax chat`. Answers have caches that grow with the text, as seen in
+training; --arm, --cache_size or --max_separators give them bounded ones, as streams have.
 """
 
 import dataclasses
@@ -46,16 +47,12 @@ class Settings(Writing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        takers: dict[str, tuple[bool, tuple[str, ...]]]
-        takers = {"--resume, --stream": (self.goes_on, ("max_repeats", "save"))}
-        takers["--resume, --stream, --pattern=watched"] = self.bounded, ("max_separators", "cache_size", "arm")
-        for flags, (asked, names) in takers.items():
-            idle = [name for name in names if getattr(self, name) not in (None, "") and not asked]
-            if idle:
-                raise ConfigError(
-                    f"--{idle[0]} does nothing for an answer to --prompt; it is for {flags}: leave it out or add one "
-                    "of them"
-                )
+        idle = [name for name in ("max_repeats", "save") if getattr(self, name) is not None and not self.goes_on]
+        if idle:
+            raise ConfigError(
+                f"--{idle[0]} does nothing for an answer to --prompt; it is for --resume, --stream: leave it out or "
+                "add one of them"
+            )
         prompts = len(self.prompt) + bool(self.prompt_file)
         if not prompts and not self.resume:
             raise ConfigError('nothing to continue; give --prompt="..." (once a text) or --prompt_file')
@@ -76,8 +73,9 @@ class Settings(Writing):
 
     @property
     def bounded(self) -> bool:
-        """Whether the settings ask for a bounded cache."""
-        return self.goes_on or self.pattern == "watched"
+        """Whether the settings ask for a bounded cache: for a text without end, or by what only such a cache has."""
+        sizes = self.max_separators, self.cache_size, self.arm or None
+        return self.goes_on or self.pattern == "watched" or any(size is not None for size in sizes)
 
 
 def main(settings: Settings) -> None:
@@ -99,6 +97,8 @@ def main(settings: Settings) -> None:
     settings.warn(model, tokenizer, prompts, new, bounded=settings.bounded)
     if settings.goes_on:
         options |= settings.endless()
+    elif settings.bounded:
+        options["bounded"] = True
     if len(prompts) > 1:
         _answer_all(model, tokenizer, prompts, **options)
     else:

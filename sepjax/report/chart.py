@@ -88,16 +88,17 @@ def _line(line: Line, x, y) -> str:
             runs.append([])  # a gap
         else:
             runs[-1].append(f"{x(step):.1f},{y(value):.1f}")
-    style = f'class="line c{line.number % len(DASHES)}" stroke-dasharray="{DASHES[line.number % len(DASHES)]}"'
+    colour = f"c{line.number % len(DASHES)}"
+    style = f'class="line {colour}" stroke-dasharray="{DASHES[line.number % len(DASHES)]}"'
     drawn = "".join(f'<polyline {style} points="{" ".join(run)}"/>' for run in runs if len(run) > 1)
     few = len(points) <= 40
     dots = [
-        f'<circle class="dot c{line.number % len(DASHES)}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.5"><title>'
+        f'<circle class="dot {colour}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.5"><title>'
         f"{html.escape(line.name)}: {number(value)} at step {step:,}</title></circle>"
         for step, value in points
         if value is not None and few
     ]
-    lone = [] if few else [f'<circle class="dot c{line.number}" r="2" {_at(run[0])}/>' for run in runs if len(run) == 1]
+    lone = [] if few else [f'<circle class="dot {colour}" r="2" {_at(run[0])}/>' for run in runs if len(run) == 1]
     return drawn + "".join(dots + lone)
 
 

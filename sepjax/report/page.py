@@ -181,8 +181,8 @@ def _beside(records: Sequence[Record], bodies: Mapping[str, str]) -> str:
 
 def _samples(samples: Sequence[Samples]) -> str:
     """The newest step's texts; those of earlier steps folded."""
-    newest, *earlier = samples
-    parts = [_texts(newest)]
+    parts = [_texts(x) for x in samples if x.step == samples[0].step]
+    earlier = [x for x in samples if x.step != samples[0].step]
     parts += [f"<details><summary>step {x.step}</summary>{_texts(x)}</details>" for x in earlier]
     return "".join(parts)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ class Evaluation:
 
     @property
     def of_what(self) -> str:
-        """Equal for evaluations of the same thing, of whatever run and step."""
-        return json.dumps([self.job, self.text, dict(self.settings)], sort_keys=True)
+        """Equal for evaluations of the same thing, of whatever run and step, by whatever path its text was named."""
+        text = "" if "text" in self.settings else self.text
+        return json.dumps([self.job, text, dict(self.settings)], sort_keys=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,7 @@ def _record(workdir: Path, name: str) -> Record:
     return Record(
         name=name,
         workdir=workdir,
-        config=flat(_object(workdir / "config.json")),
+        config=defaults() | flat(_object(workdir / "config.json")),  # an older version had not all that there is
         curves=_curves(rows),
         times=[x["time"] for x in (rows[0], rows[-1])] if rows and all("time" in x for x in rows) else (),
         meta=_object(meta) if meta.is_file() else {},
@@ -125,15 +127,22 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], lis
     found: dict[str, dict[int, int | float | None]] = {}
     for row in rows:
         for name in row.keys() - {"step", "time"}:
-            found.setdefault(name, {})[int(row["step"])] = row[name]
+            if (value := row[name]) is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+                known = value is not None and math.isfinite(value)
+                found.setdefault(name, {})[int(row["step"])] = value if known else None
     return {name: (sorted(x), [x[step] for step in sorted(x)]) for name, x in found.items()}
 
 
 def _evaluations(workdir: Path) -> list[Evaluation]:
-    """Those of evaluations/, and what --output has put beside it: any JSON file with scores."""
+    """Those of evaluations/, and what --output has put beside it: any JSON file with scores. Others are the user's."""
     found = []
     for file in [*sorted((workdir / EVALUATIONS).glob("*.json")), *sorted(workdir.glob("*.json"))]:
-        data = _object(file)
+        try:
+            data = _object(file)
+        except ReportError:
+            if file.parent == workdir:
+                continue
+            raise
         scores = data.get("scores")
         if not isinstance(scores, list) or not all(isinstance(x, dict) for x in scores) or not scores:
             continue
@@ -154,6 +163,6 @@ def _evaluations(workdir: Path) -> list[Evaluation]:
 
 
 def _samples(workdir: Path) -> list[Samples]:
-    found = [_object(file) for file in (workdir / SAMPLES).glob("step*.json")]
+    found = [_object(file) for file in sorted((workdir / SAMPLES).glob("step*.json"))]
     found.sort(key=lambda data: -int(data.get("step") or 0))
     return [Samples(data.get("step"), data.get("settings", {}), tuple(data.get("samples", ()))) for data in found]

@@ -1,5 +1,7 @@
-"""Texts that a run writes, for its report: kept in <workdir>/samples/step<N>.json."""
+"""Texts that a run writes, for its report: kept in <workdir>/samples/step<N>_<digest of what was asked>.json."""
 
+import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ def write_samples(
     workdir: Path, count: int, prompts: Sequence[str], max_new_tokens: int, *, apply_chat_template: bool = False
 ) -> Path:
     """Has the newest checkpoint of a run continue texts, and writes what comes; returns the file.
+
+    Other prompts or settings are another file, and the same ones again replace theirs.
 
     Args:
       workdir: of a run.
@@ -40,12 +44,13 @@ def write_samples(
     asked = [texts[i % len(texts)] for i in range(count)]
     settings = {"temperature": 0.8, "seed": 0, "max_new_tokens": max_new_tokens}
     with working(f"writing {count} samples"):
-        given = _turns(workdir, tokenizer, asked) if apply_chat_template else asked
-        answers = sepjax.generate(model, tokenizer, given, **settings)
+        read = _turns(workdir, tokenizer, asked) if apply_chat_template else asked
+        answers = sepjax.generate(model, tokenizer, read, **settings)
     found = [
         {"prompt": p, "text": x.text, "finish_reason": x.finish_reason} for p, x in zip(asked, answers, strict=True)
     ]
-    file = workdir / SAMPLES / f"step{step}.json"
+    given = json.dumps([asked, settings, apply_chat_template])
+    file = workdir / SAMPLES / f"step{step}_{hashlib.sha256(given.encode()).hexdigest()[:6]}.json"
     file.parent.mkdir(exist_ok=True)
     result = provenance() | {"step": step, "settings": settings, "samples": found}
     write_text(file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -66,12 +71,13 @@ def _beginnings(workdir: Path, tokenizer: Tokenizer, count: int) -> list[str]:
     from sepjax.run.checkpoint import load_config
 
     try:
-        documents = texts_of(workdir, load_config(workdir), None, "", "", count)  # no conversations
+        sources = texts_of(workdir, load_config(workdir), None, "", "", count)  # no conversations
     except ConfigError as error:
         if not isinstance(error.__cause__, NoFormError):
             raise
         raise ConfigError(
             f'{workdir} was trained on conversations: give --samples texts to answer, --prompt="..."'
-        ) from (error)
-    ids = [tokenizer.encode(document)[:_BEGINNING] for document in documents]
+        ) from error
+    turns = itertools.zip_longest(*(source.documents for source in sources), fillvalue="")  # of a mixture each in turn
+    ids = [tokenizer.encode(document)[:_BEGINNING] for document in itertools.chain(*turns)]
     return [tokenizer.decode(some) for some in ids if some]

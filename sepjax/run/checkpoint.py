@@ -41,6 +41,7 @@ from sepjax.run.checkpoint_files import (
     steps_on_disk,
 )
 from sepjax.run.frozen import learned_and_frozen, merged_with, read_frozen, write_frozen
+from sepjax.run.moving import Moving
 from sepjax.run.workdir import check_same_run
 from sepjax.sharding import make_mesh
 
@@ -134,12 +135,11 @@ class Checkpointer:
         if self._failed is not None:
             raise self._failed
 
-    def restore(
-        self, target: "TrainState", data: "grain.DatasetIterator", config: Config, *, new_data: bool = False
-    ) -> "TrainState":
+    def restore(self, target: "TrainState", data: Moving, config: Config, *, new_data: bool = False) -> "TrainState":
         """Reads the newest checkpoint that is whole straight into its shards, and sets `data` to where it was.
 
-        Damaged ones are named on stderr, and set aside once an older one could be read.
+        Damaged ones are named on stderr, and set aside once an older one could be read. Other devices and processes may
+        have written it.
 
         Args:
           target: the state's shapes, dtypes and shardings (`sepjax.training.step.abstract_state`).
@@ -172,12 +172,10 @@ class Checkpointer:
             raise FileNotFoundError(f"no complete checkpoint in {self._folder}")
         raise CheckpointError(
             f"none of the {len(torn)} checkpoints in {self._folder} can be read; the newest, of step {torn[0][0]}: "
-            f"{torn[0][1]}. Bring back a copy, or move the folder away to start over"
+            f"{torn[0][1].rstrip('.')}. Bring back a copy, or move the folder away to start over"
         )
 
-    def _read(
-        self, step: int, target: "TrainState", data: "grain.DatasetIterator", config: Config, new_data: bool
-    ) -> "TrainState":
+    def _read(self, step: int, target: "TrainState", data: Moving, config: Config, new_data: bool) -> "TrainState":
         folder = self._folder / str(step)
         is_new = check_same_run(from_json((folder / "config" / "metadata").read_bytes()), config, folder, new_data)
         check_shapes(folder / "params", target.params)
@@ -185,11 +183,14 @@ class Checkpointer:
             "params": ocp.args.StandardRestore(target.params),
             "optimizer": ocp.args.StandardRestore(target.optimizer),
         }
-        if not is_new:
+        moved = not is_new and data.has_moved(folder / "data")
+        if not is_new and not moved:
             items["data"] = _grain().CheckpointRestore(data)
         if (folder / "health").is_dir():
             items["health"] = ocp.args.JsonRestore()
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
+        if moved:
+            data.read_moved(folder / "data")
         numbers = {"step": step, "skipped": 0, "loss_mean": 0.0} | dict(read.get("health") or {})
         replicated: Any = target.step
         scalars = {

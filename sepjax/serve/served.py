@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import secrets
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 
 from sepjax.array_typing import Int32
 from sepjax.config import ConfigError, UserError
+from sepjax.config.versions import told
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.cache.mixed import BoundedSizes, bounded_sizes
 from sepjax.generation.conversation import ChatFormat, conversation_of
@@ -208,8 +210,8 @@ def fingerprint(engine: Generator) -> str:
     found = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(engine.prepared.params):
         found.update(f"{leaf.shape}{leaf.dtype}{np.asarray(_sums(leaf)).tolist()}".encode())
-    words = [dataclasses.asdict(engine.prepared.config), BoundedReader(engine.prepared).settings()]
-    found.update(repr((engine.attention, words)).encode())
+    settings = [told(x) for x in (engine.attention, engine.prepared.config, BoundedReader(engine.prepared).sizes)]
+    found.update(json.dumps(settings, sort_keys=True).encode())
     return found.hexdigest()
 
 

@@ -14,6 +14,8 @@ from sepjax.data.errors import DataError
 from sepjax.data.mixture import Part, part_of_row, parts_of
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
 from sepjax.data.sources import has_records, text_source
+from sepjax.evaluation import inputs, jobs
+from sepjax.evaluation.inputs import corpus_of, texts_of
 from tests.data.test_pipeline import assert_same
 
 
@@ -100,6 +102,32 @@ def test_a_mixture_is_scored_in_its_shares(mixed, data_dir):
     assert share_of_figures(tokenizer, alone[:-1]) == pytest.approx(0.75, abs=5 / (4 * len(alone) - 4))
     first = next(evaluation_batches(config, tokenizer, data_dir))
     assert first.loss_mask.any()
+
+
+def test_a_run_is_scored_on_its_own_mixture(mixed, data_dir, tmp_path, monkeypatch, capsys):
+    """Windows and streams have the shares of training's evaluation, and end with the source that ends first."""
+    config, tokenizer = mixed
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir))
+    texts = texts_of(tmp_path, config, tokenizer, "", "", 0)
+    assert [(x.name, x.share) for x in texts] == [(part.name, part.share) for part in parts_of(config.data.name)]
+    windows = jobs._windows(tokenizer, texts, config.data.sequence_length, start=tokenizer.document_start)
+    figures = [any(c.isdigit() for c in tokenizer.decode(ids.tolist())) for ids in windows.ids]
+    rows = [int(batch.loss_mask.any(axis=1).sum()) for batch in evaluation_batches(config, tokenizer, data_dir)]
+    assert abs(len(windows.ids) - sum(rows)) <= 4  # rows have ends of documents besides, and several of them
+    assert np.mean(figures) == pytest.approx(0.75, abs=1 / len(figures))
+    assert figures == sorted(figures)
+    assert "windows of the mixture" in capsys.readouterr().err
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(inputs, "load_config", lambda path: config)
+    documents = corpus_of(tmp_path, "", tokenizer)
+    sizes = {False: 0, True: 0}
+    for document in documents:
+        sizes[any(c.isdigit() for c in tokenizer.decode(document.targets.tolist()))] += len(document.inputs)
+    assert sizes[True] / sum(sizes.values()) == pytest.approx(0.75, abs=0.02)
+    few = corpus_of(tmp_path, "", tokenizer, max_tokens=40)
+    assert sum(len(document.inputs) for document in few) == 40
+    (one,) = corpus_of(tmp_path, "", tokenizer, max_tokens=1)  # of which a quarter is none
+    assert len(one.inputs) == 1
 
 
 def test_names_may_have_commas_and_stars(digits, corpus, tmp_path, monkeypatch):

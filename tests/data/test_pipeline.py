@@ -22,6 +22,7 @@ from sepjax.config import Config, ConfigError
 from sepjax.data import reader as reader_module
 from sepjax.data.batch import Batch
 from sepjax.data.errors import DataError
+from sepjax.data.mixed_reader import joined
 from sepjax.data.packing import TokenStream, pack_rows
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
 from sepjax.data.reader import BatchReader, Shard
@@ -162,6 +163,40 @@ def test_a_place_reached_otherwise_is_refused(config, with_data, tokenizer, data
         other.set_state(state)
     assert other.get_state() == before
     other.close()
+
+
+def test_other_numbers_of_processes_go_on_with_the_same_batches(config, tokenizer, data_dir):
+    """Two become one, which becomes four, which become two again: rows and their order stay, to the end of a block."""
+
+    def shares(count):
+        return [
+            training_batches(config, tokenizer, data_dir, seed=7, process_index=i, process_count=count)
+            for i in range(count)
+        ]
+
+    def take(readers):
+        return joined([next(reader) for reader in readers])
+
+    old = shares(2)
+    for _ in range(5):
+        take(old)
+    states = [json.loads(json.dumps(reader.get_state())) for reader in old]
+    for count in (1, 4, 2, 2):
+        new = shares(count)
+        for reader in new:
+            reader.set_states(states)
+        for _ in range(3):
+            assert_same(take(new), take(old))
+        states = [json.loads(json.dumps(reader.get_state())) for reader in new]
+        for reader, state in zip(new, states, strict=True):  # and starts again as it was
+            reader.set_state(state)
+            assert reader.get_state() == state
+        for reader in new:
+            reader.close()
+    with pytest.raises(ValueError, match="lacks the place in the data of process 1 of 2"):
+        shares(1)[0].set_states(states[:1])
+    with pytest.raises(ConfigError, match="seed=7, now 8"):
+        training_batches(config, tokenizer, data_dir, seed=8).set_states(states)
 
 
 WORKERS = """

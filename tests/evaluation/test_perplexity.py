@@ -2,17 +2,22 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.config import AttentionConfig, Config, DataConfig, ModelConfig
+from sepjax.data.packing import TokenStream
 from sepjax.data.scored import marked, unmarked
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation import jobs
 from sepjax.evaluation.arms import plain_arms
 from sepjax.evaluation.compare import score_arms, score_patterns
-from sepjax.evaluation.perplexity import TextError, score_windows, token_windows
+from sepjax.evaluation.documents import documents_of
+from sepjax.evaluation.inputs import in_shares
+from sepjax.evaluation.perplexity import TextError, TextWindows, score_windows, token_windows
 from sepjax.evaluation.report import table
 from sepjax.model.attend import forward
 from sepjax.model.transformer import merge, split
@@ -91,6 +96,69 @@ def test_equals_a_loop_over_windows_one_at_a_time(model, scores):
     assert scores["separator"].bits_per_byte == pytest.approx(nll / size / math.log(2), rel=1e-4)
 
 
+class NoBos(Bytes):
+    """GPT's kind: nothing in front of a text, and 256 between documents in training."""
+
+    adds_bos, document_end = False, 256
+
+    def encode_flat(self, texts):
+        return np.concatenate([np.array(self.encode(x), np.int32) for x in texts]), np.array(list(map(len, texts)))
+
+
+def test_a_runs_documents_begin_as_in_training(byte_model, monkeypatch, tmp_path):
+    """The token that divides documents stands in front, so that the first of a text is scored, given it."""
+    tokenizer = NoBos()
+    stream = TokenStream.encode(tokenizer, ["A cat. A dog.", "Short."])
+    windows = token_windows(tokenizer, ["A cat. A dog.", "Short."], 64, start=tokenizer.document_start)
+    assert np.concatenate([ids[:-1] for ids in windows.ids]).tolist() == stream.tokens[stream.targets != 256].tolist()
+    assert windows.num_bytes == sum(len(ids) - 1 for ids in windows.ids) == len("A cat. A dog.Short.")
+    assert token_windows(tokenizer, ["Short."], 64).num_bytes == len("hort.")
+    assert token_windows(tokenizer, ["Short."], 64, start=256, bos=False).ids[0].tolist() == list(b"Short.")
+    (document,) = documents_of(tokenizer, ["Short."], as_in_training=True)
+    assert (document.inputs[0], document.targets.tolist()) == (256, list(b"Short."))
+    # Whoever scores a run asks for that, of other models nobody does.
+    seen = []
+    text = tmp_path / "a.txt"
+    text.write_text("Short.")
+    monkeypatch.setattr(jobs, "load", lambda *_, **__: (byte_model, tokenizer))
+    monkeypatch.setattr(jobs, "config_of", lambda *_: Config(model=byte_model.config, data=DataConfig(name=str(text))))
+    monkeypatch.setattr(jobs, "locate", lambda path: tmp_path)
+    monkeypatch.setattr(jobs.compare, "score_arms", lambda *x, **_: seen.append(int(x[1].ids[0][0])) or [])
+    monkeypatch.setattr(jobs.streaming, "score_streams", lambda *x, **_: seen.append(int(x[2][0].inputs[0])) or [])
+    monkeypatch.setattr(jobs.limits, "trained_length", lambda *_: 999)
+    for is_run in (False, True):
+        if is_run:
+            (tmp_path / "checkpoints").mkdir()
+            (tmp_path / "config.json").write_text("{}")
+        jobs.evaluate(tmp_path, ["separator"], text=str(text))
+        jobs.stream(tmp_path, ["separator"], [], text=str(text))
+    assert seen == [ord("S"), ord("S"), 256, 256]
+
+
+def test_a_pattern_says_what_of_a_text_is_scored():
+    """As in training, where `data.loss_on` does."""
+    texts = ["a=12, b=3.", "nothing", "c=456"]
+    found = token_windows(Bytes(), texts, 64, loss_on=r"=(\d+)")
+    stream = TokenStream.encode(NoBos(), texts, 0, re.compile(r"=(\d+)"))
+    assert bytes(found.of_scored([ids[1:] for ids in found.ids]).tolist()) == b"123456"
+    assert stream.targets[stream.scored & (stream.targets != 256)].tolist() == list(b"123456")
+    assert (found.num_bytes, found.documents.tolist()) == (6, [0, 2])
+    with pytest.raises(TextError, match="or loss_on matches nothing"):
+        token_windows(Bytes(), texts, 64, loss_on="z")
+
+
+def test_windows_of_several_sources_are_joined():
+    whole, marked_ones = token_windows(Bytes(), TEXTS, 8), token_windows(Bytes(), [marked("ab cd", [(1, 3)])], 8)
+    few = whole.first(2, Bytes())
+    joined = TextWindows.join([few, marked_ones])
+    assert (few.num_bytes, joined.num_bytes, joined.documents.tolist()) == (16, 18, [0, 0, 1])
+    targets = joined.of_scored([ids[1:] for ids in joined.ids])
+    assert bytes(targets.tolist()) == TEXTS[0].encode()[:16] + b"b "
+    assert whole.first(99, Bytes()) is whole
+    assert in_shares([0.75, 0.25], [30, 100]) == [30, 10]
+    assert in_shares([0.75, 0.25], [30, 5], most=8) == [6, 2]
+
+
 def test_kv_kept_is_counted_from_the_last_rows(scores):
     kept = []
     for window in windows():
@@ -138,14 +206,16 @@ def test_of_a_conversation_what_is_marked_is_scored(model):
     said = "A cat. A dog, a mat. The end of these."
     both = [marked(said, [(2, 6), (33, len(said))]), marked("Short.", [(0, 5)]), "All of it."]
     cut = {"length": LENGTH, "batch_size": 3}
-    whole = token_windows(Bytes(), [unmarked(text)[0] for text in both], LENGTH)
-    part = token_windows(Bytes(), both, LENGTH)
-    assert [x.tolist() for x in part.ids] == [
-        x.tolist() for i, x in enumerate(whole.ids) if i != 1
-    ]  # nothing said there
+    plain = [unmarked(text)[0] for text in both]
+    # As in training nothing stands in front of a conversation, also where a tokenizer puts BOS in front of texts.
+    whole = [token_windows(Bytes(), plain[:2], LENGTH, bos=False), token_windows(Bytes(), plain[2:], LENGTH)]
+    whole, part = TextWindows.join(whole), token_windows(Bytes(), both, LENGTH)
+    ids = [x.tolist() for x in whole.ids]
+    assert [x.tolist() for x in part.ids] == [ids[0], *ids[2:]], "nothing is said in the second window"
     every = score_windows(model, Bytes(), whole, ATTENTION, **cut).nll
     ends = np.cumsum([len(unmarked(text)[0].encode()) for text in both])
-    at = [*range(2, 6), *range(33, ends[0]), *range(ends[0], ends[0] + 5), *range(ends[1], ends[2])]
+    ends -= [1, 2, 2]  # the first tokens of conversations are no targets
+    at = [*range(1, 5), *range(32, ends[0]), *range(ends[0], ends[0] + 4), *range(ends[1], ends[2])]
     found = score_windows(model, Bytes(), part, ATTENTION, **cut)
     np.testing.assert_allclose(found.nll, every[at], rtol=1e-4)
     (score,) = score_arms(lambda _: (model, Bytes()), part, plain_arms([ATTENTION]), **cut)

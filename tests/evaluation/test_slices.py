@@ -102,6 +102,17 @@ def test_arms_are_read(tmp_path):
         fixed_arms("rare: separator; sink_window n=kv:rare", BASE, 3)
     (narrow,) = fixed_arms("separator c=99 cache=int8", BASE, 3, cached=True)
     assert narrow.attention == dataclasses.replace(BASE, cache_size=99, cache_dtype="int8")
+    (tmp_path / "one.arm").write_text("separator n=7 a=1\n")
+    (tmp_path / "two.arm").write_text("x: sink_window n=5;\ndense")
+    files = parse_arms(f"@{tmp_path}/one.arm; @{tmp_path}/two.arm; other: @{tmp_path}/one.arm", BASE, 3)
+    assert [(arm.name, arm.attention.window_size) for arm in files] == [
+        ("one", 7),
+        ("x", 5),
+        ("dense", 8),
+        ("other", 7),
+    ]
+    (shipped,) = fixed_arms("@smollm2_324", BASE, 30, cached=True)
+    assert (shipped.name, shipped.attention.cache_size) == ("smollm2_324", 650)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +134,12 @@ def test_arms_are_read(tmp_path):
         ("separator ids=@{text}", "no list of whole numbers"),
         ("dense; dense", "another arm 'dense'"),
         ("dense; separator cache=int8", "arm 2, .*cache=int8 is for bounded caches, and nothing is cached here"),
+        ("separator n=9 c=99", "c=99 is for bounded caches, and nothing is cached here; leave it out"),
+        ("sink_window s=9", "s=9 is for bounded caches"),
+        ("separator stream_positions=absolute", "stream_positions=absolute is for bounded caches"),
+        ("dense; @/no/such.arm", "arm '@/no/such.arm': .*No such file"),
+        ("@smollm2_80", "did you mean 'smollm2_800'"),
+        ("x: @{arms}", "has 2 arms, which cannot all have one name"),
         ("separator cache=int4", "cache_dtype='int4' is not one of"),
         ("dense n=64", "arm 1, 'dense n=64': window_size does nothing for the dense pattern"),
         ("x: separator; dense n=kv:x", "'dense' lets the model choose or keeps all; give n itself"),
@@ -132,8 +149,11 @@ def test_arms_are_read(tmp_path):
 def test_arms_that_cannot_be_read_are_named(text, message, tmp_path):
     np.save(tmp_path / "float.npy", np.ones(3))
     (tmp_path / "ids.json").write_text('["a"]')
+    (tmp_path / "two.arm").write_text("dense; separator")
+    for name, file in (("float", "float.npy"), ("text", "ids.json"), ("arms", "two.arm")):
+        text = text.replace(f"{{{name}}}", f"{tmp_path}/{file}")
     with pytest.raises(ConfigError, match=message):
-        parse_arms(text.replace("{float}", f"{tmp_path}/float.npy").replace("{text}", f"{tmp_path}/ids.json"), BASE, 3)
+        parse_arms(text, BASE, 3)
 
 
 def test_distances_are_those_of_the_windows_unless_given():

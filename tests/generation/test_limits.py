@@ -1,12 +1,15 @@
 """Warnings of what a model was never trained for: one line each, and none where all is well."""
 
 import dataclasses
+from types import SimpleNamespace
 
+import jax
 import pytest
 
-from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig
 from sepjax.generation import limits
 from sepjax.generation.limits import check_cache, trained_length, warn_of_cache, warn_of_length
+from sepjax.sharding import make_mesh
 
 ROPE, LEARNED = ModelConfig(max_positions=100), ModelConfig(max_positions=100, position_embedding="learned")
 SLOT, ABSOLUTE = AttentionConfig(), AttentionConfig(stream_positions="absolute")
@@ -53,3 +56,21 @@ def test_a_cache_beyond_all_memory_is_refused(monkeypatch):
     for slots, kind in ((1001, "int8"), (1000, "model")):
         with pytest.raises(ConfigError, match="GiB of memory"):
             check_cache(ROPE, 1, slots, kind, "cache_size=1000")
+
+
+def test_a_cache_lies_on_one_device_unless_a_mesh_splits_it(monkeypatch):
+    """Not over all that there are: two devices of room for 1000 slots do not make room for 2000."""
+    room = 2 * ROPE.num_layers * ROPE.num_kv_heads * ROPE.head_dim * 4 * 1000
+    devices = [SimpleNamespace(memory_stats=lambda: {"bytes_limit": room}) for _ in range(2)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    model = dataclasses.replace(ROPE, dtype="float32")
+    check_cache(model, 1, 1000, "model", "cache_size=1000")
+    with pytest.raises(ConfigError, match="cache_size=1001 asks for a cache of 1,001 entries"):
+        check_cache(model, 1, 1001, "model", "cache_size=1001")
+    monkeypatch.undo()
+    with jax.set_mesh(make_mesh(MeshConfig(2, 1, 2, 1), jax.devices()[:4])):
+        monkeypatch.setattr(jax, "local_devices", lambda: devices)
+        check_cache(model, 2, 2000, "model", "cache_size=2000")
+        for rows, slots in ((2, 2001), (3, 667)):  # three rows do not split, heads do
+            with pytest.raises(ConfigError, match="on a device"):
+                check_cache(model, rows, slots, "model", "cache_size")

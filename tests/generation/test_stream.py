@@ -142,11 +142,21 @@ def test_a_stream_of_other_settings_is_not_resumed(model, tokenizer, tmp_path):
         )
         with pytest.raises(StreamStateError, match="has a cache of cache_dtype='int8', expected 'model'"):
             other.resume(row)
-    words = json.loads((tmp_path / "saved" / "stream.json").read_text())
-    del words["sizes"]["cache_dtype"]  # as older versions wrote it
-    (tmp_path / "saved" / "stream.json").write_text(json.dumps(words))
+    file = tmp_path / "saved" / "stream.json"
+    words = json.loads(file.read_text())
+    for settings in (words["sizes"]["cache_dtype"], words["sizes"]["separator_ids"], words["model"]["rope"]["factor"]):
+        assert settings in ("model", [], 1.0)
+    del words["sizes"]["cache_dtype"], words["sizes"]["separator_ids"]  # older versions had not all that there is
+    del words["model"]["rope"]["factor"], words["model"]["sliding_rope"], words["model"]["final_softcap"]
+    file.write_text(json.dumps(words))
     expected = take(events, 3)
     assert take(stream(model, tokenizer, resume=tmp_path / "saved"), 3) == expected
+    with pytest.raises(StreamStateError, match=r"sizes\.cache_dtype='model', expected 'int8'"):
+        stream(model, tokenizer, resume=tmp_path / "saved", attention=narrow)
+    del words["model"]["num_layers"]  # which is not at its default
+    file.write_text(json.dumps(words))
+    with pytest.raises(StreamStateError, match=rf"model\.num_layers=4, expected {model.config.num_layers}"):
+        stream(model, tokenizer, resume=tmp_path / "saved")
 
 
 def test_a_save_replaces_a_stream_and_nothing_else(model, tokenizer, tmp_path):

@@ -325,7 +325,7 @@ def test_templates_that_cannot_tell_are_refused(tmp_path):
     with pytest.raises(DataError, match="has conversations, but the model's tokenizer has no chat template"):
         texts_of(tmp_path, config, plain, str(path), "all", 0)
     with pytest.raises(ConfigError, match=r"whole texts are streamed .* `sepjax evaluate windows` scores the answers"):
-        inputs._source(config.data, str(tmp_path / "p"), None, "all")
+        inputs._sources(config.data, str(tmp_path / "p"), None, "all")
     data = dataclasses.replace(config.data, loss_on="a")
     chatml = write_tokenizer(tmp_path / "chatml", CHATML)
     write(path, [{"messages": TURNS}, *conversations(3)])
@@ -339,15 +339,18 @@ def test_templates_that_cannot_tell_are_refused(tmp_path):
 def test_without_text_the_working_folder_is_not_searched(tmp_path, monkeypatch):
     searched = []
     monkeypatch.setattr(inputs, "has_records", searched.append)
-    monkeypatch.setattr(inputs, "_source", lambda data, folder, tokenizer, split: [data.name, split])
-    assert texts_of(tmp_path, Config(), None, "", "", 0) == ["embedded", "validation"]
+    found = [inputs.Texts("", 1.0, ["a"])]
+    monkeypatch.setattr(
+        inputs, "_sources", lambda data, folder, tokenizer, split: found if split == "validation" else 0
+    )
+    assert texts_of(tmp_path, Config(), None, "", "", 0) == found
     assert not searched
 
 
 def test_evaluation_scores_the_tokens_that_training_does(tmp_path, tokenizer):
     path = write(tmp_path / "data.jsonl", [{"messages": TURNS}, *conversations(3)])
     config = config_of(path, tokenizer)
-    texts = texts_of(tmp_path, config, tokenizer, str(path), "", 0)
+    (texts,) = (x.documents for x in texts_of(tmp_path, config, tokenizer, str(path), "", 0))
     windows = token_windows(tokenizer, texts, 16)
     whole = TokenStream.encode(tokenizer, texts, conversations=True)
     assert sum(int(x.sum()) for x in windows.scored) == int(whole.scored.sum())
@@ -375,9 +378,8 @@ def test_records_of_texts_are_documents(tmp_path):
             DataError, match=rf"data\.{name}='{value}' does nothing for .*texts', which has no conversations"
         ):
             text_source(dataclasses.replace(data, **{name: value}), str(tmp_path / "p"), "train")
-    texts = texts_of(
-        tmp_path, Config(data=DataConfig(text_key="body", train_on="last")), None, str(folder / "a.jsonl"), "", 3
-    )
+    other = Config(data=DataConfig(text_key="body", train_on="last"))
+    (texts,) = (x.documents for x in texts_of(tmp_path, other, None, str(folder / "a.jsonl"), "", 3))
     assert len(texts) == 3
     assert set(texts) < {f"text {i}" for i in range(30)}
     with pytest.raises(

@@ -45,6 +45,9 @@ def test_quality_against_keys(tmp_path):
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(FigureError, match=r"to end in \.png, \.svg or \.pdf"):
         draw_pareto(tmp_path / "p.gif", points, baseline, "t")
+    dollars = [dataclasses.replace(points[0], arm="$x_{$")]  # which is not mathematics
+    draw_pareto(tmp_path / "p.svg", dollars, "$y_{$", "$z_{$")
+    assert all(f"<!-- {text}" in (tmp_path / "p.svg").read_text() for text in ("$x_{$", "$z_{$"))
 
 
 def test_the_projects_own_results_are_those_of_the_page(tmp_path):

@@ -71,9 +71,8 @@ def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, tmp_path, ca
         ("--prompt=a --min_p=0.1 --temperature=0", "--min_p does nothing"),
         ("--prompt=a --pattern=dense --window_size=3", "--window_size does nothing for the dense pattern"),
         ("--prompt=a --save=x", "--save does nothing for an answer to --prompt; it is for --resume, --stream"),
-        ("--prompt=a --cache_size=800", "--cache_size does nothing for an answer to --prompt"),
         ("--prompt=a --cache_dtype=int4", "--cache_dtype='int4' is not one of"),
-        ("--prompt=a --max_separators=3", "it is for --resume, --stream, --pattern=watched: leave it out"),
+        ("--prompt=a --arm=@none", "none"),
         ("--prompt=a --max_repeats=12", "--max_repeats does nothing for an answer to --prompt"),
         ("--prompt=a --pattern=watched --save=x", "--save does nothing for an answer to --prompt; it is for --resume"),
         ("--prompt=a --stream --pattern=sink_window --max_separators=3", "--max_separators does nothing for the sink"),
@@ -108,6 +107,7 @@ def test_what_is_right_is_not_refused():
         {"resume": "x", "prompt": (), "max_repeats": 3},
         {"resume": "x", "apply_chat_template": True},
         {"prompt": ("a", "b"), "pattern": "watched", "cache_size": 800, "max_separators": 3},
+        {"cache_size": 800},
         {"seed": 3, "sampling_defaults": True},
     ):
         assert generate.Settings(**{"model": "m", "prompt": ("a",)} | settings)
@@ -151,3 +151,19 @@ def test_watched_answers_have_a_bounded_cache(model, capfd):
     assert ended.code == 0, ended.err
     assert f"warning: a cache of {CONFIG.max_positions + 1} entries is larger than" in ended.err
     assert "ended:" not in ended.err
+
+
+def test_an_arm_gives_answers_a_bounded_cache(model, capfd):
+    """As README has it for --stream; and a batch too."""
+    prompts = ["abc, ab. " * 8, "ab"]
+    loaded, tokenizer = sepjax.load(model.removeprefix("--model="))
+    attention = dataclasses.replace(loaded.attention, num_sinks=1, max_separators=4, window_size=6, cache_size=20)
+    settings = {"max_new_tokens": 4, "attention": attention, "bounded": True}
+    expected = sepjax.generate(loaded, tokenizer, prompts, **settings)
+    assert expected[0].cache.held <= 20 < expected[0].cache.seen
+    arm = ["--arm=separator a=1 s=4 w=6 c=20", "--max_new_tokens=4"]
+    ended = command(capfd, "generate", model, *(f"--prompt={prompt}" for prompt in prompts), *arm)
+    assert ended.out == "".join(f">>> {p}\n{x.text}\n\n" for p, x in zip(prompts, expected, strict=True)), ended.err
+    alone = command(capfd, "generate", model, f"--prompt={prompts[0]}", *arm)
+    assert alone.out == expected[0].text + "\n", alone.err
+    assert f"cache holds {expected[0].cache.held} of {expected[0].cache.seen} tokens" in alone.err

@@ -22,6 +22,7 @@ from sepjax.training import plan
 from tests.commands import Called, command, leaves, own_flags, refusal, unlike
 
 ROOT = Path(__file__).parents[2]
+DRAWN = ("kinds", "mask", "slots")  # whose figures are of work that would be lost
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -85,6 +86,8 @@ def test_what_there_is(capfd):
         ("serve --model=m --pattern=dense --window_size=9", "--window_size does nothing for the dense pattern"),
         ("evaluate needle --model=m --lengths=1,x", "--lengths takes whole numbers of 1 or more"),
         ("evaluate stream --model=m --arms=dense --budgets=1/2/3/9", "--budgets does nothing beside --arms"),
+        ("picture kinds --model=m --text=t --length=9 --window_size=9", "--length=9 is not more than --window_size=9"),
+        *((f"picture {x} --model=m --text=t --output=x.txt", "--output=x.txt is to end in") for x in DRAWN),
         ("evaluate recall --workdir=w --arms=dense --patterns=dense", "--patterns does nothing beside --arms"),
         ("evaluate windows --model=m --patterns=dense --window_size=64", "--window_size does nothing for the dense"),
         ("evaluate needle --model=m --patterns=dense --window_size=64", "--window_size does nothing for the dense"),

@@ -140,6 +140,33 @@ def test_runs_side_by_side(tmp_path):
     assert [x.name for x in read_records([tmp_path / "a", tmp_path / "a"])] == ["a", "a"]
 
 
+def test_what_others_and_older_versions_left_is_read_as_it_is_meant(tmp_path):
+    a, b = workdir(tmp_path / "a"), workdir(tmp_path / "b")
+    config = json.loads((a / "config.json").read_text())
+    del config["attention"]["cache_dtype"]  # an older version had no such setting
+    (a / "config.json").write_text(json.dumps(config))
+    (a / "kept.json").write_text("[3, 5]")  # the user's own
+    with (a / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 30, "train/loss": NaN, "optim/grad_norm": "much"}\n')
+    for folder, text in ((a, "book.txt"), (b, "../t/book.txt")):  # one text, named from two places
+        file = folder / "evaluations" / "windows_book.json"
+        found = json.loads(file.read_text())
+        file.write_text(json.dumps(found | {"text": text, "settings": {"text": "/t/book.txt"}}))
+    (folder / "samples" / "step20_abc.json").write_text(json.dumps({"step": 20, "samples": [{"text": "other prompt"}]}))
+    records = read_records([a, b])
+    assert records[0].curves["train/loss"][1][-1] is None
+    assert 30 not in records[0].curves["optim/grad_norm"][0]
+    text = page(records)
+    read = Read(text)
+    assert "What differs between the runs" not in read.words
+    assert read.rows("windows on book.txt") == 1
+    assert "other prompt" in read.words
+    assert "step 20" not in re.findall("<summary>(.*?)</summary>", text)
+    (a / "evaluations" / "x.json").write_text("[3, 5]")
+    with pytest.raises(ReportError, match=r"x\.json is not a JSON object"):
+        read_records([a])
+
+
 def test_a_column_has_what_differs():
     record = [("a", _evaluation(score("x", 1.0, window_size=5), score("y", 1.0)))]
     table = score_table(record)
@@ -171,6 +198,8 @@ def test_charts_show_spikes_gaps_and_round_numbers():
     assert ticks(3, 4000, 6) == [1000, 2000, 3000, 4000]
     assert "nothing" in line_chart("loss", "", [Line("a", [1], [None], 0)])  # never a finite number
     assert "<circle" in line_chart("loss", "", [Line("a", [1], [2.0], 0)])  # a single one
+    lone = [None if i % 2 else 1.0 for i in range(100)]  # the seventh run has the first one's colour again
+    assert 'class="dot c0"' in line_chart("loss", "", [Line("a", range(100), lone, 6)])
 
 
 def test_the_command_writes_the_page_and_names_mistakes(tmp_path, capfd):

@@ -96,6 +96,11 @@ def test_a_folder_is_of_one_shape_and_way_of_keeping(served):
     other = copy.copy(engine)
     other._of = dataclasses.replace(engine.prepared, config=config)
     assert fingerprint(other) != fingerprint(engine)
+    # A version with one setting more, which is at its default, has the same conversations.
+    for extra, same in ((3, True), (4, False)):
+        later = dataclasses.make_dataclass("Later", [("extra", int, 3)], bases=(type(config),), unsafe_hash=True)
+        other._of = dataclasses.replace(engine.prepared, config=later(**vars(engine.prepared.config), extra=extra))
+        assert (fingerprint(other) == fingerprint(engine)) == same
 
 
 def test_ids_are_bounded_too(served, row, tmp_path):

@@ -106,7 +106,7 @@ class SeparatorCache(Shown):
         keep: int = 0,
         cache_dtype: str = "model",
     ) -> "SeparatorCache":
-        """The cache after right-padded prompts: what appending their tokens one by one would have made.
+        """The cache after right-padded prompts, as if read token by token; of 8 bits nearly so (docs/streaming.md).
 
         Args:
           k: keys of every token, rotated.

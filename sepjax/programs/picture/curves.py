@@ -20,10 +20,9 @@ class Settings(_Settings):
 
 def main(settings: Settings) -> None:
     """Writes the figure."""
-    from sepjax.files import check_file
-    from sepjax.pictures.figures import draw_curves, read_curves
+    from sepjax.pictures.figures import check_output, draw_curves, read_curves
 
-    check_file(settings.output)
+    check_output(Path(settings.output))
     curves = read_curves(map(Path, settings.workdirs), settings.metric)
     draw_curves(Path(settings.output), curves, settings.metric)
     print(f"{len(curves)} runs, written to {settings.output}")

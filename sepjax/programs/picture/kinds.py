@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from sepjax.command.settings import AtLeast
+from sepjax.config import ConfigError
 from sepjax.programs.common import Loading
 
 
@@ -21,18 +22,26 @@ class Settings(Loading):
     max_tokens: Annotated[int, AtLeast(1)] = 16_384  # measured at most
     output: str = "kinds.png"  # a .png, .svg or .pdf file
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length <= self.window_size:
+            raise ConfigError(
+                f"--length={self.length} is not more than --window_size={self.window_size}: nothing is far in such "
+                "rows; raise it, or lower --window_size"
+            )
+
 
 def main(settings: Settings) -> None:
     """Writes the figure, and says the same as a table."""
     from sepjax.evaluation.documents import read_texts
     from sepjax.evaluation.perplexity import token_windows
-    from sepjax.files import check_file
     from sepjax.keeping.kinds import far_attention_by_kind
     from sepjax.keeping.table import rows_with_a_past
     from sepjax.loading import load
     from sepjax.pictures import draw_kinds
+    from sepjax.pictures.figures import check_output
 
-    check_file(settings.output)
+    check_output(Path(settings.output))
     model, tokenizer = load(settings.path, **settings.loading)
     windows = token_windows(tokenizer, read_texts(Path(settings.text)), settings.length).ids
     rows = rows_with_a_past(windows, settings.window_size, settings.length, settings.max_tokens)

@@ -16,7 +16,8 @@ class Settings(Loading):
     """Which text, under which pattern."""
 
     text: str  # a UTF-8 text file
-    arm: str = ""  # pattern and sizes as in --arms of sepjax evaluate (a=, n=, ...), or @FILE; default: the model's own
+    # pattern and sizes as in --arms of sepjax evaluate windows (a=, n=, ...), or @FILE; default: the model's own
+    arm: str = ""
     layer: Annotated[int, AtLeast(0)] = 0  # of models whose layers differ
     max_tokens: Annotated[int, AtLeast(1), AtMost(512)] = 48  # of the text, at most; up to 64 are written at the edges
     output: str = "mask.png"  # a .png, .svg or .pdf file
@@ -24,16 +25,16 @@ class Settings(Loading):
 
 def main(settings: Settings) -> None:
     """Writes the figure, and says what share of the pairs each pattern sees."""
-    from sepjax.files import check_file
     from sepjax.loading import load
     from sepjax.pictures import draw_mask
+    from sepjax.pictures.figures import check_output
 
-    check_file(settings.output)
+    check_output(Path(settings.output))
     text = one_text("text", settings.text)
     model, tokenizer = load(settings.path, **settings.loading)
     attention, layers = model.attention, model.config.num_layers
     if settings.arm:
-        attention = one_arm(settings.arm, attention, layers)
+        attention = one_arm(settings.arm, attention, layers, cached=False)
     title = f"{settings.path.name}, {Path(settings.text).name}"
     shown = {"title": title, "max_tokens": settings.max_tokens, "num_layers": layers, "layer": settings.layer}
     for seen in draw_mask(Path(settings.output), tokenizer, text, attention, **shown):

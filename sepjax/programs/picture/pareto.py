@@ -20,10 +20,9 @@ class Settings(_Settings):
 
 def main(settings: Settings) -> None:
     """Writes the figure."""
-    from sepjax.files import check_file
-    from sepjax.pictures.figures import draw_pareto, read_points
+    from sepjax.pictures.figures import check_output, draw_pareto, read_points
 
-    check_file(settings.output)
+    check_output(Path(settings.output))
     points, baseline = read_points(map(Path, settings.results))
     draw_pareto(Path(settings.output), points, baseline, settings.title or ", ".join(settings.results))
     print(f"{len(points)} arms, written to {settings.output}")

@@ -24,11 +24,11 @@ class Settings(Loading):
 def main(settings: Settings) -> None:
     """Writes the figure, and says what each holds at most and at the end."""
     from sepjax.evaluation.arms import fixed_arms
-    from sepjax.files import check_file
     from sepjax.loading import load
     from sepjax.pictures import draw_slots, slots_held
+    from sepjax.pictures.figures import check_output
 
-    check_file(settings.output)
+    check_output(Path(settings.output))
     text = one_text("text", settings.text)
     model, tokenizer = load(settings.path, **settings.loading)
     own = model.attention
