@@ -62,6 +62,7 @@ MAY_REACH_IT = {
     "sepjax/serve/running.py",  # the socket that it listens on
     "sepjax/hub/remote.py",  # the hub, with --download
     "sepjax/hub/packaged.py",  # the package index, by pip in a process of its own, for the models that it names
+    "sepjax/data/hub_rows.py",  # data.name=hf://OWNER/NAME
     "sepjax/run/workdir.py",  # this host's name
     "sepjax/run/trackers.py",  # what --log_to names
     "sepjax/evaluation/lm_eval_data.py",  # datasets of the tasks that evaluate.py is asked for

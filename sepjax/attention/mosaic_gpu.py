@@ -23,6 +23,7 @@ from sepjax.attention.packing import (
     unserved,
     value_gradients,
     vary_alike,
+    with_filled_heads,
     with_positive_scale,
     with_room,
 )
@@ -39,7 +40,7 @@ def unsupported(q: Queries) -> str | None:
     device = target()
     if device.capability != "9.0":
         return f"it needs an NVIDIA Hopper GPU (compute capability 9.0), the device is {device}"
-    return unserved(q.dtype, q.shape[3], (jnp.bfloat16, jnp.float16))
+    return unserved(q.dtype, q.shape[3], (jnp.bfloat16, jnp.float16), fills=True)
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -55,7 +56,12 @@ def attend(
     """`separator_attention` and its log-sum-exp; the arguments are checked there and by `unsupported`."""
     q, scale = with_positive_scale(q, scale)
     q, k, v, layout, far_scale = _checked((q, k, v, layout, far_scale))
-    return with_room(layout, lambda layout: _attend(*_aligned((q, k, v), layout), far_scale, scale, q.shape[1]))
+    length = q.shape[1]
+
+    def run(heads):
+        return with_room(layout, lambda layout: _attend(*_aligned(heads, layout), far_scale, scale, length))
+
+    return with_filled_heads((q, k, v), run)
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -66,8 +72,12 @@ def attend_ranges(
     q, scale = with_positive_scale(q, scale)
     q, near, far, seen = _checked((q, near, far, seen))
     length = q.shape[1]
-    arrays = [_filled(x, kernels.ALIGNMENT) for x in (q, *near)] + [_filled(x, _PACK_ROWS) for x in far]
-    return _attend_ranges(*arrays, seen, scale, length)
+
+    def run(heads):
+        of_tokens = (_filled(x, kernels.ALIGNMENT) for x in heads[:3])
+        return _attend_ranges(*of_tokens, *(_filled(x, _PACK_ROWS) for x in heads[3:]), seen, scale, length)
+
+    return with_filled_heads((q, *near, *far), run)
 
 
 def _checked(arrays):

@@ -14,13 +14,42 @@ from sepjax.layout import SeparatorLayout
 _HEAD_SIZES = (64, 128, 256)  # of the kernels for accelerators
 
 
-def unserved(dtype: DTypeLike, head_dim: int, dtypes: tuple[DTypeLike, DTypeLike]) -> str | None:
-    """Why kernels for two dtypes cannot serve heads of this one and size, whatever the device; None when they can."""
+def unserved(
+    dtype: DTypeLike, head_dim: int, dtypes: tuple[DTypeLike, DTypeLike], *, fills: bool = False
+) -> str | None:
+    """Why kernels for two dtypes cannot serve heads of this one and size, whatever the device; None when they can.
+
+    `fills`: whether what surrounds them fills up heads (`with_filled_heads`), as those of a cache are not.
+    """
     if dtype not in dtypes:
         return f"it computes in {' or '.join(jnp.dtype(x).name for x in dtypes)}, got {jnp.dtype(dtype).name}"
-    if head_dim not in _HEAD_SIZES:
-        return f"it serves head sizes {', '.join(map(str, _HEAD_SIZES))}, got {head_dim}"
+    sizes = ", ".join(map(str, _HEAD_SIZES))
+    if fills and _filled_size(head_dim) is None:
+        return f"it serves head sizes {sizes}, and others from {_HEAD_SIZES[0] // 2 + 1} on filled up, got {head_dim}"
+    if not fills and head_dim not in _HEAD_SIZES:
+        return f"it serves head sizes {sizes}, got {head_dim}"
     return None
+
+
+def _filled_size(head_dim: int) -> int | None:
+    """The next size that kernels have; None where there is none, or half of it and more would be zeros."""
+    size = next((size for size in _HEAD_SIZES if head_dim <= size), 0)
+    return size if head_dim > size // 2 and size else None
+
+
+def with_filled_heads[Tree](arrays: Tree, run: Callable[[Tree], tuple[Queries, Array]]) -> tuple[Queries, Array]:
+    """`run` on queries, keys and values whose heads zeros fill up to a size that kernels have: (out, lse) of true size.
+
+    Zeros add nothing to a score, whose scale is the true size's, and columns of zeros to what comes out. Gradients are
+    cut as results are, by the derivative of filling up.
+    """
+    head_dim = jax.tree.leaves(arrays)[0].shape[-1]
+    size = _filled_size(head_dim)
+    if size in (head_dim, None):
+        return run(arrays)
+    zeros = (0, size - head_dim)
+    out, lse = run(jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [zeros]), arrays))
+    return out[..., :head_dim], lse
 
 
 def with_positive_scale(q: Queries, scale: float) -> tuple[Queries, float]:

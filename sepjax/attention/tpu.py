@@ -24,6 +24,7 @@ from sepjax.attention.packing import (
     unserved,
     value_gradients,
     vary_alike,
+    with_filled_heads,
     with_positive_scale,
     with_room,
 )
@@ -39,7 +40,7 @@ def unsupported(q: Queries) -> str | None:
     device = target()
     if device.platform != "tpu":
         return f"it needs a TPU, the device is {device}"
-    reason = unserved(q.dtype, q.shape[3], (jnp.bfloat16, jnp.float32))
+    reason = unserved(q.dtype, q.shape[3], (jnp.bfloat16, jnp.float32), fills=True)
     if reason is None and q.shape[1] > _LONGEST:
         return f"it serves rows of up to {_LONGEST} tokens, whose visits fit scalar memory, got {q.shape[1]}"
     return reason
@@ -61,7 +62,8 @@ def attend(
     `interpret` runs the kernels on a CPU, for tests: as plain JAX (True), or in the simulator of a TPU's memories.
     """
     q, scale = with_positive_scale(q, scale)
-    return _attend(*vary_alike((q, k, v, layout, far_scale)), scale, interpret)
+    q, k, v, layout, far_scale = vary_alike((q, k, v, layout, far_scale))
+    return with_filled_heads((q, k, v), lambda heads: _attend(*heads, layout, far_scale, scale, interpret))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -125,7 +127,7 @@ def attend_ranges(
     """`attend` over near and far (k, v), each [B, keys, K, H], of which the queries see `seen`."""
     q, scale = with_positive_scale(q, scale)
     q, near, far, seen = vary_alike((q, near, far, seen))
-    return _attend_ranges(q, near, far, seen, scale, interpret)
+    return with_filled_heads((q, near, far), lambda heads: _attend_ranges(*heads, seen, scale, interpret))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -64,9 +64,10 @@ class DataConfig:
     """Where text comes from and how it becomes batches."""
 
     # "embedded" | "recall" (generated) | a .txt, .jsonl (.gz, .zst) or .parquet file, a folder of them | a TFDS dataset
+    # | "hf://OWNER/NAME[/CONFIG][@REVISION]", "hf://./FOLDER": a dataset that `datasets` reads
     name: str = "embedded"  # a mixture: "A*0.7,B*0.3", shares of tokens
     data_dir: str = ""  # where TFDS keeps prepared datasets; empty: <workdir>/data
-    text_key: str = "text"  # field that holds the text in a TFDS dataset, JSON lines or Parquet
+    text_key: str = "text"  # field that holds the text in a TFDS or hf:// dataset, JSON lines or Parquet
     train_on: str = "assistant"  # of conversations: "assistant" (what it says) | "last" (its last answer) | "all"
     too_long: str = "truncate"  # a conversation longer than a row: "truncate" | "skip"
     train_split: str = "train"  # of the corpus, as TFDS names it

@@ -9,7 +9,7 @@ from sepjax.data.batch import Batch, padded
 from sepjax.data.errors import DataError
 from sepjax.data.packing import FlagSeparators, TokenStream, WholeRows, pack_rows
 from sepjax.data.reader import LongDocuments
-from sepjax.data.sources import BadDocuments, TextSource
+from sepjax.data.texts import BadDocuments, TextSource
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.separators import configured_table, flag_separators
 

@@ -21,7 +21,8 @@ from sepjax.data.mixed_reader import MixedReader, mixed_pass
 from sepjax.data.mixture import parts_of
 from sepjax.data.one_pass import loss_pattern, one_pass, separator_flags
 from sepjax.data.reader import BatchReader, Shard
-from sepjax.data.sources import BadDocuments, TextSource, sources_of
+from sepjax.data.sources import sources_of
+from sepjax.data.texts import BadDocuments, TextSource
 from sepjax.data.tokenizer import FILES, Tokenizer, train_sentencepiece
 from sepjax.progress import working
 

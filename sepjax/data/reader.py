@@ -23,7 +23,7 @@ from absl import logging
 from sepjax.data.batch import Batch
 from sepjax.data.errors import DataError
 from sepjax.data.packing import FlagSeparators, TokenStream, WholeRows, fitting, pack_rows
-from sepjax.data.sources import BadDocuments, TextSource
+from sepjax.data.texts import BadDocuments, TextSource
 from sepjax.data.tokenizer import Tokenizer
 
 _BLOCK_TOKENS = 2**19  # rows are mixed over about so many tokens: several books

@@ -2,14 +2,12 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, overload, override
+from typing import Any, override
 
 import tensorflow_datasets as tfds
-from absl import logging
 from google.protobuf.json_format import ParseError
 
 from sepjax.config import DataConfig, UserError
@@ -19,26 +17,21 @@ from sepjax.data.corpora.embedded.embedded import Embedded
 from sepjax.data.corpora.files import files_of, kind_of_file
 from sepjax.data.corpora.recall.recall import Recall
 from sepjax.data.corpora.records.records import Records
+from sepjax.data.corpora.rows import FileRows, Rows
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
 from sepjax.data.errors import DataError
+from sepjax.data.hub_rows import HubRows, HubTexts, is_of_hub
 from sepjax.data.locks import exclusive
 from sepjax.data.mixture import parts_of
+from sepjax.data.texts import TextSource, first_line
 from sepjax.progress import working
 
 _FORMAT = "array_record"
 _MADE = ("embedded", "recall")  # names of ours, whatever the working folder holds
-_BYTES_PER_TOKEN = 3  # how far to read ahead; a wrong guess costs another read
-_DOCUMENTS_AT_ONCE = 1024
 
 
-class TextSource(Sequence[str]):
-    """Documents by index, read from disk when asked for.
-
-    Attributes:
-      name: dataset, fingerprint and split, for messages.
-      bytes_per_document: in the mean.
-      conversations: whether documents are of a chat template, with marks around what is scored.
-    """
+class PreparedTexts(TextSource):
+    """Documents of a TFDS dataset."""
 
     def __init__(self, folder: str, split: str, key: str):
         """Opens `split` of the TFDS dataset that is prepared in `folder`; `key` is the field that holds the text.
@@ -51,7 +44,7 @@ class TextSource(Sequence[str]):
         try:
             builder: Any = tfds.builder_from_directory(folder)
         except Exception as error:  # of JSON, of protocol buffers, of files
-            raise DataError(f"cannot read the dataset in {folder}: {_first_line(error)}; prepare it anew") from error
+            raise DataError(f"cannot read the dataset in {folder}: {first_line(error)}; prepare it anew") from error
         info = builder.info
         self.name = f"{info.full_name}:{split}"
         self.bytes_per_document = max(int(info.dataset_size) / max(info.splits.total_num_examples, 1), 1.0)
@@ -64,42 +57,25 @@ class TextSource(Sequence[str]):
             raise
         except (ValueError, NotImplementedError) as error:
             raise DataError(
-                f"cannot read split {split!r} of {info.full_name} in {folder}: {_first_line(error)}; it has the splits "
+                f"cannot read split {split!r} of {info.full_name} in {folder}: {first_line(error)}; it has the splits "
                 f"{', '.join(info.splits)} and must be prepared with file_format={_FORMAT}"
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the files itself."""
-        return TextSource, self._place
+        return PreparedTexts, self._place
 
     def __len__(self) -> int:
         return len(self._records)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
+    @override
+    def _read(self, indices: Sequence[int]) -> list[str]:
+        records = self._records.__getitems__(indices)
+        return [self._text(record, i) for record, i in zip(records, indices, strict=True)]
 
     @override
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        chosen = range(len(self))[index]
-        return self.read(chosen) if isinstance(chosen, range) else self.read([chosen])[0]
-
-    def read(self, indices: Sequence[int]) -> list[str]:
-        """The documents at `indices`, which is quicker than one by one. Raises DataError for damaged files."""
-        try:
-            records = self._records.__getitems__(indices)
-            return [self._text(record, i) for record, i in zip(records, indices, strict=True)]
-        except DataError:
-            raise
-        except Exception as error:  # ArrayRecord and TFDS raise all kinds
-            if len(indices) > 1:
-                return [text for i in indices for text in self.read([i])]
-            raise DataError(
-                f"document {indices[0]} of {self.name} cannot be read: {_first_line(error)}; prepare the dataset anew "
-                f"(your own text: remove {self._place[0]}), or pass over such documents with data.max_bad_documents"
-            ) from error
+    def _remedy(self) -> str:
+        return f"prepare the dataset anew (your own text: remove {self._place[0]})"
 
     def _text(self, record: dict[str, Any], index: int) -> str:
         try:
@@ -107,45 +83,15 @@ class TextSource(Sequence[str]):
         except UnicodeDecodeError as error:
             raise DataError(f"document {index} of {self.name} is not UTF-8 text: {error.reason}") from error
 
-    def documents_for(self, num_tokens: int) -> int:
-        """How many documents to read for about so many tokens: 1 or more."""
-        return min(1 + int(num_tokens * _BYTES_PER_TOKEN / self.bytes_per_document), _DOCUMENTS_AT_ONCE)
-
-
-class BadDocuments:
-    """Documents that cannot be read: passed over as empty ones, each named once, up to `most` of them."""
-
-    def __init__(self, most: int):
-        self.most = most
-        self._found: set[int] = set()
-
-    def read(self, source: TextSource, indices: Sequence[int]) -> list[str]:
-        """The documents at `indices`. Raises DataError for one bad document more than `most`."""
-        try:
-            return source.read(indices)
-        except DataError as error:
-            if not self.most:
-                raise
-            if len(indices) > 1:
-                return [text for i in indices for text in self.read(source, [i])]
-            if indices[0] not in self._found:
-                self._note(indices[0], error)
-            return [""]
-
-    def _note(self, index: int, error: DataError) -> None:
-        if len(self._found) >= self.most:
-            raise DataError(f"{error}; data.max_bad_documents={self.most} of them were passed over before") from error
-        self._found.add(index)
-        logging.warning("passed over, %d of at most %d: %s", len(self._found), self.most, error)
-
 
 def text_source(data: DataConfig, data_dir: str, split: str, form: Form | None = None) -> TextSource:
     """The documents of one split of `data.name`; our own corpora are prepared in `data_dir` on first use.
 
     Args:
       data: `name` is "embedded", "recall" (generated, a document a row), an existing .txt, .jsonl (also .gz
-        or .zst) or .parquet file or a folder of them, or the name of a TFDS dataset that is prepared in `data_dir` as
-        array_record; `text_key` is the field of the latter, or of records, that holds the text.
+        or .zst) or .parquet file or a folder of them, "hf://..." (`hub_rows.py`), or the name of a TFDS dataset that is
+        prepared in `data_dir` as array_record; `text_key` is the field of the latter two, or of records, that holds
+        the text.
       data_dir: where TFDS keeps prepared datasets.
       split: "train", "validation", or whatever TFDS understands ("train[:10%]"). "all" of files on disk keeps every
         file whole, holding back none.
@@ -171,16 +117,38 @@ def sources_of(data: DataConfig, data_dir: str, split: str, form: Form | None = 
 
 
 def _source(data: DataConfig, data_dir: str, split: str, form: Form | None) -> TextSource:
+    if is_of_hub(data.name):
+        return _source_of_hub(data, data_dir, split, form)
     try:
         builder, key = _builder(data, data_dir, split, form)
     except UserError:
         raise
     except (ParseError, ValueError, KeyError) as error:
         raise DataError(
-            f"cannot read the dataset {data.name!r} in {data_dir}: {_first_line(error)}; if its files are damaged, "
+            f"cannot read the dataset {data.name!r} in {data_dir}: {first_line(error)}; if its files are damaged, "
             "remove them to have it prepared anew"
         ) from error
-    return TextSource(str(builder.data_path), split, key)
+    return PreparedTexts(str(builder.data_path), split, key)
+
+
+def _source_of_hub(data: DataConfig, data_dir: str, split: str, form: Form | None) -> TextSource:
+    """Texts where they lie; conversations once written by the model's template, which may name the day's date."""
+    rows = HubRows(data.name, split)
+    if rows.kind(data.text_key) == "text":
+        return HubTexts(rows, data.text_key)
+    builder = _prepared_records(rows, data, _local(data_dir), form, hold_out=False)
+    return PreparedTexts(str(builder.data_path), "train", builder.key)
+
+
+def _prepared_records(rows: Rows, data: DataConfig, folder: str, form: Form | None, *, hold_out: bool) -> Any:
+    settings = {"text_key": data.text_key, "form": form, "max_bad": data.max_bad_documents, "hold_out": hold_out}
+    builder = _prepared(lambda: Records(rows=rows, data_dir=folder, file_format=_FORMAT, **settings), folder)
+    builder.check_prepared()
+    return builder
+
+
+def _local(data_dir: str) -> str:
+    return str(Path(data_dir).expanduser()) if "://" not in data_dir else data_dir
 
 
 def _check_settings(data: DataConfig, sources: Sequence[TextSource]) -> None:
@@ -199,14 +167,15 @@ def _check_settings(data: DataConfig, sources: Sequence[TextSource]) -> None:
 
 
 def has_records(name: str) -> bool:
-    """Whether `data.name` is a file of records (JSON lines, Parquet), a folder with some, or a mixture with such.
+    """Whether `data.name` is a file of records (JSON lines, Parquet), a folder with some, of the hub, or a mixture of
+    such.
 
     Raises DataError for a folder without any file that is read, and for a mixture that is written wrongly.
     """
     if parts := parts_of(name):
         return any(has_records(part.name) for part in parts)
     path = Path(name).expanduser()
-    return (
+    return is_of_hub(name) or (
         name not in _MADE
         and path.exists()
         and any(kind_of_file(file) in ("lines", "parquet") for file in files_of(path))
@@ -215,7 +184,7 @@ def has_records(name: str) -> bool:
 
 def _builder(data: DataConfig, data_dir: str, split: str, form: Form | None) -> tuple[Any, str]:
     """A builder whose data are on disk, and the name of its text field."""
-    folder = str(Path(data_dir).expanduser()) if "://" not in data_dir else data_dir
+    folder = _local(data_dir)
     if data.name == "embedded":
         return _prepared(lambda: Embedded(data_dir=folder, file_format=_FORMAT), folder), "text"
     if data.name == "recall":
@@ -227,10 +196,8 @@ def _builder(data: DataConfig, data_dir: str, split: str, form: Form | None) -> 
     if Path(data.name).expanduser().exists():
         hold_out = split != "all"
         if has_records(data.name):
-            settings = {"text_key": data.text_key, "form": form, "max_bad": data.max_bad_documents}
-            make = functools.partial(Records, path=data.name, hold_out=hold_out, data_dir=folder, **settings)
-            builder = _prepared(lambda: make(file_format=_FORMAT), folder)
-            builder.check_prepared()
+            rows = FileRows(data.name, data.text_key)
+            builder = _prepared_records(rows, data, folder, form, hold_out=hold_out)
             return builder, builder.key
         return _prepared(
             lambda: TextFolder(path=data.name, hold_out=hold_out, data_dir=folder, file_format=_FORMAT), folder
@@ -240,7 +207,7 @@ def _builder(data: DataConfig, data_dir: str, split: str, form: Form | None) -> 
     except ValueError as error:
         raise DataError(
             f"data.name={data.name!r} is neither 'embedded' nor 'recall', nor an existing file or folder, nor a TFDS "
-            f"dataset in data_dir={folder!r}: {_first_line(error)}"
+            f"dataset in data_dir={folder!r}: {first_line(error)}"
         ) from error
     if not _is_prepared(builder):
         raise DataError(
@@ -274,7 +241,7 @@ def _prepare(builder: Any) -> None:
     except RuntimeError as error:  # how TFDS and ArrayRecord report a full disk
         if "write" not in str(error):
             raise
-        raise OSError(f"cannot write the corpus to {builder.data_path}: {_first_line(error)}") from error
+        raise OSError(f"cannot write the corpus to {builder.data_path}: {first_line(error)}") from error
 
 
 def _is_prepared(builder: Any) -> bool:
@@ -288,7 +255,3 @@ def _check_field(features: dict[str, Any], key: str, name: str) -> None:
             f"dataset {name} has no text field {key!r}; set data.text_key to one of its texts: "
             f"{', '.join(texts) or 'it has none'}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -154,12 +154,33 @@ class _Noting:
         self._manager, self.loaded = manager, {}
 
     def load(self, tasks: Any) -> Any:
-        made = self._manager.load(tasks)
+        with _no_look_at_empty_choices():
+            made = self._manager.load(tasks)
         self.loaded = made["tasks"]
         return made
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._manager, name)
+
+
+@contextlib.contextmanager
+def _no_look_at_empty_choices() -> Iterator[None]:
+    """Inside, lm-eval's tasks can be made: each looks at the first character of its first document's choices, if only
+    to note it in a log, and would end with an IndexError where a choice has none.
+    """
+    from lm_eval.api.task import ConfigurableTask
+
+    own = ConfigurableTask.doc_to_choice
+
+    def doc_to_choice(self: Any, *args: Any, **settings: Any) -> Any:
+        choices = own(self, *args, **settings)
+        return [choice or " " for choice in choices] if isinstance(choices, list) else choices
+
+    ConfigurableTask.doc_to_choice = doc_to_choice
+    try:
+        yield
+    finally:
+        ConfigurableTask.doc_to_choice = own
 
 
 @contextlib.contextmanager

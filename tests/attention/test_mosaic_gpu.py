@@ -38,6 +38,8 @@ SHAPES = {
     "multi-query": (1, 520, 3, 1, 128),
     "8 query heads a key head": (1, 384, 8, 1, 128),
     "2 rows of 2 key heads": (2, 390, 8, 2, 128),
+    "H = 80, filled up": (1, 300, 4, 2, 80),
+    "H = 96, filled up": (2, 390, 8, 2, 96),
     "H = 256": (1, 260, 4, 2, 256),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

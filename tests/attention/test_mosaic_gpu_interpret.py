@@ -54,6 +54,7 @@ CASES = {
     "documents and padding, one head a key head": ((1, 140, 1, 1, 64), 0.2, 30, 3, (5, 60, 1, 40, 34)),
     "grouped heads, blocks beyond the last token": ((1, 200, 4, 2, 64), 0.2, 20, 3, None),
     "four heads of 128 a key head": ((1, 72, 4, 1, 128), 0.2, 40, 3, (0, 50, 22)),
+    "heads of 80": ((1, 72, 2, 1, 80), 0.2, 20, 3, None),
     "heads of 256": ((1, 72, 2, 1, 256), 0.2, 20, 3, None),
     "every token a separator": ((2, 78, 2, 1, 64), 1.0, 5, 0, None),
     "no key but the own": ((1, 78, 2, 1, 64), 0.0, 1, 0, None),
@@ -94,7 +95,8 @@ def test_the_forward_kernel_without_factors():
 
 @pytest.mark.usefixtures("simulated")
 def test_far_values_are_scaled_in_an_example_under_vmap():
-    shape = (1, 72, 2, 1, 64)
+    """Of heads of 48, which are filled up."""
+    shape = (1, 72, 2, 1, 48)
     inputs, scale = tensors(shape, jnp.bfloat16), shape[-1] ** -0.5
     layout = build_layout(flags(shape, 0.2), window_size=20, num_sinks=3, segment_ids=documents(shape, 0, 50, 22))
     layout = layout.with_most_far(4)  # three sinks and one more of the first document
@@ -112,8 +114,11 @@ def test_far_values_are_scaled_in_an_example_under_vmap():
 
 @pytest.mark.usefixtures("simulated")
 def test_more_keys_than_queries():
-    """What a device of a mesh sees: two chunks of 36 queries, each behind a halo of 20 keys, and 40 far keys."""
-    B, N, K, H, keys, num_far = 1, 2, 1, 64, 112, 40
+    """What a device of a mesh sees: two chunks of 36 queries, each behind a halo of 20 keys, and 40 far keys.
+
+    Heads are of 56, which zeros fill up to 64.
+    """
+    B, N, K, H, keys, num_far = 1, 2, 1, 56, 112, 40
     near_end = np.tile(np.r_[21:57, 77:113], (B, 1)).astype(np.int32)
     far_end = np.sort(np.random.default_rng(0).integers(0, num_far - 9, near_end.shape)).astype(np.int32)
     seen = Ranges(far_end // 3, far_end, near_end - 20, near_end, np.full(B, num_far - 9, np.int32))

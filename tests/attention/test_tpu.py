@@ -62,7 +62,7 @@ def check(got, shape, inputs, layout, part=slice(None)):
 
 DEFINITION = {
     (H, dtype): functools.partial(reference.attend, scale=H**-0.5, dtype=dtype)
-    for H in (64, 128, 256)
+    for H in (64, 96, 128, 256)
     for dtype in ("float32", "bfloat16")
 }
 
@@ -82,10 +82,11 @@ EVERY_PAIR = [
 ]
 
 
-def test_far_values_are_scaled():
-    shape = (2, 140, 2, 1, 64)
+def test_far_values_are_scaled_and_heads_filled_up():
+    """Of 96 to 128."""
+    shape = (2, 140, 2, 1, 96)
     layout = build_layout(SPARSE[:, :140], window_size=20, num_sinks=3, segment_ids=DOCUMENTS[:, 120:260])
-    check_scaled(PLAIN, tensors(shape), layout, DEFINITION[64, "float32"])
+    check_scaled(PLAIN, tensors(shape), layout, DEFINITION[96, "float32"])
 
 
 @pytest.mark.parametrize(("shape", "dtype"), EVERY_PAIR)
@@ -235,7 +236,7 @@ def test_no_scale_at_all():
     op = functools.partial(tpu.attend, scale=0.0, interpret=True)
     zeros = jnp.zeros_like(inputs[0]), jnp.zeros_like(inputs[1]), *inputs[2:]
     out, lse, dq, dk, dv = results(op, *inputs, layout)
-    expected = results(DEFINITION[64, "float32"], *zeros, layout)
+    expected = results(DEFINITION[96, "float32"], *zeros, layout)
     for x, y in zip((out, lse, dv), (expected[0], expected[1], expected[4]), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
     assert not dq.any()
@@ -391,7 +392,10 @@ def reason_on_a_tpu(shape, dtype):
         ((1, 8, 2, 64), jnp.bfloat16, None),
         ((1, 2**19, 2, 128), jnp.float32, None),
         ((1, 8, 2, 64), jnp.float16, "bfloat16 or float32, got float16"),
-        ((1, 8, 2, 72), jnp.bfloat16, "head sizes 64, 128, 256, got 72"),
+        ((1, 8, 2, 80), jnp.bfloat16, None),
+        ((1, 8, 2, 33), jnp.bfloat16, None),
+        ((1, 8, 2, 32), jnp.bfloat16, "head sizes 64, 128, 256, and others from 33 on filled up, got 32"),
+        ((1, 8, 2, 257), jnp.bfloat16, "head sizes 64, 128, 256, and others from 33 on filled up, got 257"),
         ((1, 2**19 + 1, 2, 64), jnp.bfloat16, "up to 524288 tokens.*got 524289"),
     ],
 )

@@ -89,7 +89,8 @@ OTHERS = ["tpu7x", *(pytest.param(x, marks=pytest.mark.soak) for x in ("v6e", "v
 
 @pytest.mark.parametrize("chip", OTHERS)
 def test_every_chip_has_them(chip):
-    assert kernels(compiled(mesh_of(CHIPS[chip]), (1, 300, 2, 1, 128), jnp.bfloat16)) == EVERY_KERNEL
+    """Heads of 80 here, which are filled up to 128."""
+    assert kernels(compiled(mesh_of(CHIPS[chip]), (1, 300, 2, 1, 80), jnp.bfloat16)) == EVERY_KERNEL
 
 
 @pytest.mark.soak  # float32 is run in test_tpu.py; that larger tiles do not fit is for who changes them to see

@@ -232,13 +232,18 @@ if __name__ == "__main__":
 """
 
 
-def test_worker_processes_resume_too(corpus, data_dir, tokenizer, tmp_path):
+@pytest.mark.parametrize("kind", ["lines", pytest.param("hub", marks=pytest.mark.soak)])
+def test_worker_processes_resume_too(kind, corpus, data_dir, tokenizer, tmp_path):
     """Those of a mixture, which has what one source has; a run with a reader of one source is in test_wheel.py."""
     tokenizer.save(tmp_path / "tokenizer")
     (tmp_path / "program.py").write_text(textwrap.dedent(WORKERS))
-    lines = [json.dumps({"text": f"The cat sat {'on a mat ' * i}."}) for i in range(20)]
-    (tmp_path / "more.jsonl").write_text("\n".join(lines))
-    names = [f"{corpus}*3,{tmp_path / 'more.jsonl'}*1"]
+    texts = [f"The cat sat {'on a mat ' * i}." for i in range(20)]
+    if kind == "hub":  # whose library takes each process two seconds to import
+        pytest.importorskip("datasets").Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "more")
+        names = [f"{corpus}*3,hf://{tmp_path / 'more'}*1"]
+    else:
+        (tmp_path / "more.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        names = [f"{corpus}*3,{tmp_path / 'more.jsonl'}*1"]
     command = [sys.executable, str(tmp_path / "program.py"), data_dir, str(tmp_path / "tokenizer"), *names]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)

@@ -15,7 +15,8 @@ from sepjax.config import DataConfig
 from sepjax.data.corpora.rows import records
 from sepjax.data.corpora.splits import held_out, side_of
 from sepjax.data.errors import DataError
-from sepjax.data.sources import TextSource, has_records, text_source
+from sepjax.data.sources import has_records, text_source
+from sepjax.data.texts import TextSource
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

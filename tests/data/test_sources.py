@@ -23,7 +23,8 @@ from sepjax.data.corpora.splits import held_out
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
 from sepjax.data.errors import DataError
 from sepjax.data.locks import exclusive
-from sepjax.data.sources import TextSource, text_source
+from sepjax.data.sources import PreparedTexts, text_source
+from sepjax.data.texts import TextSource
 
 ROOT = Path(__file__).parents[2]
 PROSE = " ".join(["This function returns what its caller asked for, and nothing else."] * 6)
@@ -258,7 +259,7 @@ def test_the_embedded_corpus_is_split_by_text(package, tmp_path):
     assert Embedded(packages=[package], data_dir=tmp_path).data_path == builder.data_path
     assert Embedded(packages=[package, "absl"], data_dir=tmp_path).data_path != builder.data_path
     builder.download_and_prepare()
-    splits = [list(TextSource(str(builder.data_path), split, "text")) for split in ("train", "validation")]
+    splits = [list(PreparedTexts(str(builder.data_path), split, "text")) for split in ("train", "validation")]
     assert sorted([*splits[0], *splits[1]]) == sorted(text for _, text in documents([package]))
     assert sum(map(len, splits[0])) > 400_000  # the language reference
     assert any("Boolean" in text for text in splits[0])

@@ -51,7 +51,7 @@ def data(tmp_path_factory):
         "winogrande/validation": [
             {"context_options": ["She saw Ann so Ann", "She saw Ann so Anna"], "continuation": "left, then.", "gold": 1}
         ],
-        "arc_easy/test": [{"query": "Question: Why? Or, who?", "choices": ["a", "b", "c"], "gold": 2}],
+        "arc_easy/test": [{"query": "Question: Why? Or, who?", "choices": ["a", "", "c"], "gold": 2}],  # one is empty
         "mmlu/mmlu_test": [
             {"subject": s, "question": sentence(rng, 9), "choices": list("wxyz"), "answer": 1}
             for s in ("anatomy", "virology") for _ in range(2)
@@ -141,7 +141,7 @@ def test_right_answers_are_those_the_tasks_score_by(data):
     with tasks.metrics_package(), local_datasets(data):
         loaded = {}
         for name in names:
-            loaded |= tasks._manager(name).load([name])["tasks"]
+            loaded |= tasks._Noting(tasks._manager(name)).load([name])["tasks"]
 
     def row(name, number=0):
         task = loaded[name]

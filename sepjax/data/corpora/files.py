@@ -46,6 +46,8 @@ def files_of(root: Path) -> list[Path]:
         return found
     counts = Counter(file.suffix or "without a suffix" for file in files).most_common(8)
     there = ", ".join(f"{count} {suffix}" for suffix, count in counts) or "no files"
+    if any(file.suffix == ".arrow" for file in files):
+        raise DataError(f"folder {str(root)!r} was saved by datasets: --config.data.name=hf://{root.resolve()}")
     raise DataError(
         f"folder {str(root)!r} holds no .txt, .jsonl or .parquet files (.txt and .jsonl may be packed: .gz, .zst); "
         f"it has {there}"

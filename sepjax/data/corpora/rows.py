@@ -1,12 +1,13 @@
 """Records of files of any kind, streamed: a line of JSON lines, a row of Parquet, a whole text file."""
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from sepjax.data.conversations import FIELDS, RecordError, parse
-from sepjax.data.corpora.files import kind_of_file, library, opened, read_text
+from sepjax.data.corpora.files import files_of, kind_of_file, library, opened, read_text
 from sepjax.data.corpora.splits import digest
 from sepjax.data.errors import DataError
 
@@ -16,6 +17,59 @@ _BUFFER = 1 << 20  # bytes of a column of Parquet, read at once
 
 # A line as it is, a row or a text as fields, or why it cannot be read.
 type Raw = bytes | dict[str, Any] | RecordError
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Where a corpus of records comes from.
+
+    Attributes:
+      name: for messages.
+      place, facts: change where any record does.
+    """
+
+    @property
+    def name(self) -> str:
+        """See above."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """See above."""
+        ...
+
+    @property
+    def facts(self) -> Sequence[object]:
+        """See above."""
+        ...
+
+    def kind(self, text_key: str) -> str:
+        """ "text" or "conversation", where that is known before any record is read; else ""."""
+        ...
+
+    def records(self, kind: str) -> Iterator[tuple[str, Raw]]:
+        """The place and the content of each; `kind` is "" or what they are known to be."""
+        ...
+
+
+class FileRows:
+    """The records of a file, or of all in a folder."""
+
+    def __init__(self, path: str | os.PathLike[str], text_key: str = "text"):
+        """Raises DataError where there are no files, or some that are not read."""
+        root = Path(path).expanduser().resolve()
+        self.files, self.name, self.place, self._text_key = files_of(root), str(path), str(root), text_key
+        self.facts = [(str(x.relative_to(root.parent)), x.stat().st_size, x.stat().st_mtime_ns) for x in self.files]
+
+    def kind(self, text_key: str) -> str:
+        """See `Rows`: the records tell."""
+        return ""
+
+    def records(self, kind: str) -> Iterator[tuple[str, Raw]]:
+        """See `Rows`. Raises DataError for texts among conversations."""
+        if kind == "conversation" and (texts := [file for file in self.files if kind_of_file(file) == "text"]):
+            raise DataError(f"{self.name!r} has conversations, and {texts[0].name} beside them: keep them apart")
+        return records(self.files, self._text_key, kind)
 
 
 def records(files: Iterable[Path], text_key: str, kind: str = "") -> Iterator[tuple[str, Raw]]:

@@ -1,20 +1,17 @@
-"""Files of records as a TFDS dataset: a conversation, written by a chat template, or a text per record.
+"""Records, of files or of the hub, as a TFDS dataset: a conversation, written by a chat template, or a text per record.
 
 Records that cannot be used are left out, each named, up to `data.max_bad_documents`; one more is an error. Which they
 were is kept with the data, for a run that allows fewer.
 """
 
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
 
 from sepjax.data.conversations import Form, RecordError, kind_of, messages_of, no_form, text_of
-from sepjax.data.corpora.files import files_of, kind_of_file
-from sepjax.data.corpora.rows import Raw, record_digest, record_of, records
+from sepjax.data.corpora.rows import Raw, Rows, record_digest, record_of
 from sepjax.data.corpora.splits import fingerprint, side_of
 from sepjax.data.errors import DataError
 
@@ -22,9 +19,10 @@ _PEEK = 1000  # records that may be wrong before one tells what the files hold
 
 
 class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Records of JSON lines and Parquet files, found recursively, and text files beside them, each a record.
+    """Records of JSON lines and Parquet files, found recursively, and text files beside them, each a record; or rows of
+    a dataset of the hub.
 
-    Blank lines count as none. Files are read as a stream, whatever their size.
+    Blank lines count as none. All are read as a stream, whatever their size.
 
     Splits: about one record in fifty is validation, by a hash of it, so that equal records are on one side. With
     `hold_out=False` all is train. The config's name is a fingerprint of the files, of the field and of how
@@ -39,7 +37,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def __init__(
         self,
         *,
-        path: str | os.PathLike[str],
+        rows: Rows,
         text_key: str = "text",
         form: Form | None = None,
         max_bad: int = 0,
@@ -49,7 +47,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Looks at the first records.
 
         Args:
-          path: a file or a folder.
+          rows: the records.
           text_key: field of records that are texts.
           form: how conversations are written.
           max_bad: records that may be of no use.
@@ -57,23 +55,16 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           kwargs: TFDS's, such as data_dir.
 
         Raises:
-          DataError: there are no files, no record can be used, or there are conversations and no `form`.
+          DataError: no record can be used, or there are conversations and no `form`.
         """
-        root = Path(path).expanduser().resolve()
-        self._files, self._name = files_of(root), str(path)
+        self._rows, self._name = rows, rows.name
         self._text_key, self._form, self._max_bad, self._hold_out = text_key, form, max_bad, hold_out
-        self.key = self._kind()
-        if self.key == "conversation":
-            self._check_conversations()
-        facts = [(str(x.relative_to(root.parent)), x.stat().st_size, x.stat().st_mtime_ns) for x in self._files]
-        made_by = form.key if form and self.key == "conversation" else text_key
-        super().__init__(config=fingerprint([hold_out, str(root), self.key, made_by, *facts]), **kwargs)
-
-    def _check_conversations(self) -> None:
-        if self._form is None:
+        self.key = rows.kind(text_key) or self._kind()
+        if self.key == "conversation" and form is None:
             raise no_form(f"data.name={self._name!r}")
-        if texts := [file for file in self._files if kind_of_file(file) == "text"]:
-            raise DataError(f"{self._name!r} has conversations, and {texts[0].name} beside them: keep them apart")
+        self._records(self.key)  # what cannot be read together is refused here
+        made_by = form.key if form and self.key == "conversation" else text_key
+        super().__init__(config=fingerprint([hold_out, rows.place, self.key, made_by, *rows.facts]), **kwargs)
 
     @classmethod
     def get_builder_config(cls, name: str, version: Any = None) -> tfds.core.BuilderConfig:
@@ -149,4 +140,4 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise first or DataError(f"{self._name!r} has no records: every file is empty")
 
     def _records(self, kind: str) -> Iterator[tuple[str, Raw]]:
-        return records(self._files, self._text_key, kind)
+        return self._rows.records(kind)
