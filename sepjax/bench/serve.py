@@ -47,8 +47,8 @@ class Settings(_Settings):
     cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from
     # MiB of the device's memory for those that go on soon; default: half of what is left of an accelerator's
     device_memory: Annotated[int | None, AtLeast(0)] = None
-    # tokens of an answer that the device may make before the host looks at them; many rows want 8 or more
-    steps: Annotated[int, AtLeast(1), AtMost(MOST_STEPS)] = 1
+    # tokens of an answer that the device may make before the host looks at them; default: 16 on an accelerator, else 1
+    steps: Annotated[int | None, AtLeast(1), AtMost(MOST_STEPS)] = None
     dense_context: Annotated[int, AtLeast(0)] = (
         0  # tokens of a dense cache of equal memory to measure beside it; 0: none
     )

@@ -42,8 +42,8 @@ class Settings(Conversing):
     cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from; 0: none
     # MiB of the device's memory for those that go on soon; default: half of what is left of an accelerator's
     device_memory: Annotated[int | None, AtLeast(0)] = None
-    # tokens of an answer that the device may make before the host looks at them; many rows want 8 or more
-    steps: Annotated[int, AtLeast(1), AtMost(MOST_STEPS)] = 1
+    # tokens of an answer that the device may make before the host looks at them; default: 16 on an accelerator, else 1
+    steps: Annotated[int | None, AtLeast(1), AtMost(MOST_STEPS)] = None
     state: str | None = None  # folder that keeps conversations beyond a restart; default: they go with the process
     state_size: Annotated[int, AtLeast(1)] = 16384  # MiB of its files; the least recently used conversations go first
     drain_seconds: float = 30.0  # that running answers may take to finish after SIGTERM

@@ -51,7 +51,8 @@ class Options:
     # Bytes of the device's memory for those that go on soon, beyond `cache_memory`; None: half of what is left of it
     # beside the model and the slots, which of a processor's is none.
     device_memory: int | None = None
-    steps: int = 1  # tokens of an answer that the device may make before the host looks at them
+    # Tokens of an answer that the device may make before the host looks at them; None: as suits it (`Worker`).
+    steps: int | None = None
     state: str | None = None  # folder that keeps them; None: they go with the process
     state_bytes: int = 16 << 30  # of its files
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from sepjax.clocks import Clocks
@@ -33,6 +34,7 @@ from sepjax.serve.prompts import Prompts
 from sepjax.serve.served import Served, Zones
 
 log = logging.getLogger("sepjax.serve")
+_STEPS = 16  # of a launch on an accelerator: more tokens/s than 32 at 256 rows (docs/serving.md)
 _UNREAD = 512  # tokens of each choice that wait for a slow client before its row is put aside
 _PATIENCE = 0.5  # seconds between two looks at the clock while nothing happens
 
@@ -42,7 +44,7 @@ class Worker:
 
     def __init__(
         self, load: Callable[[], Served], keep: Callable[[Served], Conversations], *, rows: int, max_waiting: int,
-        metrics: Metrics, steps: int = 1, at_end: Callable[[], None] = lambda: None,
+        metrics: Metrics, steps: int | None = None, at_end: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """Does nothing yet.
 
@@ -52,7 +54,8 @@ class Worker:
           rows: slots.
           max_waiting: choices that may wait for a row, beyond those that have one.
           metrics: what is counted.
-          steps: tokens of a row between two looks at them (`Generator.slots`).
+          steps: tokens of a row between two looks at them (`Generator.slots`); None: 16 on an accelerator, where looks
+            cost more than they tell, 1 on a processor, where a step takes longer than a look.
           at_end: called when the thread ends, whatever the reason.
         """
         self._load, self._keep = load, keep
@@ -164,7 +167,8 @@ class Worker:
             stack.enter_context(served.on_mesh())
             kept = self.conversations = self._keep(served)
             pool = kept.on_device // served.row_bytes
-            self.slots = served.engine.slots(self._num_rows, steps=self._steps, clocks=self.clocks, pool=pool)
+            steps = self._steps or (1 if jax.default_backend() == "cpu" else _STEPS)
+            self.slots = served.engine.slots(self._num_rows, steps=steps, clocks=self.clocks, pool=pool)
             # The others of the pool are for rows that have just ended, and those that are being copied.
             self._keeper = Keeper(kept, self.clocks, (pool - -(-pool // 8)) * served.row_bytes)
             self._prompts = Prompts(
