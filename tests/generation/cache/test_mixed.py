@@ -139,7 +139,7 @@ def test_runs_give_what_lists_give_token_by_token(case):
         while (at < lengths).any():
             counts = np.minimum(np.asarray(cache.room(run)), lengths - at).astype(np.int32)
             part = np.stack([np.resize(np.append(tokens[b, at[b] :][:run], [V - 1] * run), run) for b in range(2)])
-            logits, cache, (held, stuck) = one_pass(
+            logits, cache, (held, stuck, _) = one_pass(
                 graph, params, cache, part.astype(np.int32), counts, attention, jnp.asarray(table), scan
             )
             np.testing.assert_array_equal(held, cache.held())
@@ -251,7 +251,7 @@ def test_rows_of_slots_give_what_streams_give_and_go_on_where_they_were_saved(tm
     for number, i in wanted.items():  # what events count is what the row holds, averaged over its layers
         use, views = found[i][-1].cache, kept[number].views()
         layers = [len(sizes.layers(j)) for j in range(len(views))]
-        counts = [sum(n * x for n, x in zip(layers, numbers, strict=True)) // 4
+        counts = [sum(n * x for n, x in zip(layers, numbers, strict=True)) // shape.num_layers
                   for numbers in ([view.held for view in views], [view.kept for view in views])]  # fmt: skip
         assert [use.held, use.kept] == counts
         assert use.kept
