@@ -221,7 +221,7 @@ def test_memory_is_split_as_asked_for():
     assert 799 < np.mean(held) <= 800
     assert set(held) == {600, 1457}
     odd = AttentionConfig(num_sinks=1, watch_layers=(0, 1), keep_all_separators=True)
-    assert parse_arms(as_arm(split), odd, 30)[0].attention == split
+    assert parse_arms(as_arm(split), odd, 30, cached=True)[0].attention == split
     shipped = one_arm("@smollm2_800", AttentionConfig(), 30)  # measured before this was written: two slots differ
     assert (shipped.kept_layers, shipped.cache_size, shipped.max_separators) == (layers, 1457, split.max_separators)
     assert np.mean([{0: 1457}.get(part, 600) for part in bounded_sizes(config, shipped).part_of]) <= 800

@@ -1,6 +1,7 @@
 """Who may ask, how much, and how a server begins and ends."""
 
 import dataclasses
+import gc
 import http.client
 import importlib.util
 import json
@@ -303,17 +304,21 @@ def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
 
 def test_a_process_that_serves_may_open_many_files_and_its_threads_take_short_turns():
     before, interval = resource.getrlimit(resource.RLIMIT_NOFILE), sys.getswitchinterval()
+    garbage = gc.get_threshold()
     low = min(256, before[1]) if before[1] != resource.RLIM_INFINITY else 256
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(low, len(os.listdir("/proc/self/fd")) + 64), before[1]))
+        gc.set_threshold(700, 10, 10)
         process.prepare()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         assert hard == before[1]
         assert soft == (1 << 16 if hard == resource.RLIM_INFINITY else min(1 << 16, hard))
-        assert sys.getswitchinterval() == pytest.approx(5e-4)
+        assert sys.getswitchinterval() == pytest.approx(1e-4)
+        assert gc.get_threshold()[0] > 700
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
         sys.setswitchinterval(interval)
+        gc.set_threshold(*garbage)
 
 
 PROGRAM = """
