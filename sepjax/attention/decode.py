@@ -32,6 +32,7 @@ TILE = 64  # slots that the kernel reads at a time: the rows of one product
 _STAGES = {64: 4, 128: 3, 256: 2}  # by head size, tiles of keys and of values in shared memory
 _TURNED = (64, 128)  # head sizes of which registers hold cosines and sines, too
 _STAGES_OF_CODES = {64: 3, 128: 3, 256: 2}
+_KEPT = {64: 48, 128: 32, 256: 64}  # KiB of scores that a block keeps for its looks, so that as many share an SM
 _BLOCKS = 2  # of the kernel that an SM takes at a time
 _HEADS = 1  # key heads of codes that a block takes one after the other; more were slower (docs/kernels_decode.md)
 
@@ -89,7 +90,7 @@ def turns(of_keys: Table, of_tiles: Table, of_zones: Table, ends: Int32[Array, "
 
 
 def unsupported(
-    dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None, *, wants_weights: bool = False,
+    dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None, *, wants_looks: bool = False,
     rotated: int | None = None,
 ) -> str | None:  # fmt: skip
     """Why the kernel cannot serve a decoding step on the device that is traced for, or None when it can.
@@ -100,7 +101,7 @@ def unsupported(
       slots: C.
       implementation: what the config names for `separator_attention`. A decoding step has two forms: the plain ones'
         names ("xla", "reference", "tpu") mean the plain one here, others and None the kernel where it can serve.
-      wants_weights: whether the weights are asked for, which the kernel never has.
+      wants_looks: whether `with_looks` is asked for, which the kernel of codes does not give.
       rotated: R, how many of H numbers turn, of keys that lie un-rotated; None: they lie as they are needed.
     """
     if implementation in _PLAIN:
@@ -110,8 +111,8 @@ def unsupported(
         return f"it needs an NVIDIA Hopper GPU (compute capability 9.0), the device is {device}"
     if jax.sharding.get_abstract_mesh().size > 1:
         return "it runs on one device, the mesh has several"
-    if wants_weights:
-        return "it has no weights to give, and watched tokens are kept by them"
+    if wants_looks and jnp.dtype(dtype) == jnp.int8:
+        return "of 8 bits it gives no weights, and watched tokens are kept by them"
     if not slots or slots % TILE:
         return f"it reads {TILE} slots at a time, the cache has {slots}"
     if rotated is not None and (rotated != head_dim or head_dim > max(_TURNED)):
@@ -162,7 +163,28 @@ def attend(
     if scales is not None:
         codes = (k_cache, scales[0]), (v_cache, scales[1])
         return _kernel_of_codes(queries[:, :, -1], k, v, codes, seen.bias, seen.live, lying)
-    return _kernel(queries, k, v, k_cache, v_cache, seen.bias, seen.live, ends=ends)
+    return _kernel(queries, k, v, k_cache, v_cache, seen.bias, seen.live, ends=ends, looks=False)[0]
+
+
+def with_looks(
+    queries: Float[Array, "B K Z G H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    k_cache: Float[Array, "B K C H"],
+    v_cache: Float[Array, "B K C H"],
+    seen: Seen,
+    ends: tuple[int, ...] = (),
+    scales: tuple[Float[Array, "B K C"], Float[Array, "B K C"]] | None = None,
+) -> tuple[Float[jax.Array, "B K G H"], Float32[jax.Array, "B K C"]]:
+    """`attend`, and of the weights of each slot the largest among the query heads of a key head: 0 where none sees it.
+
+    The kernel gives both, but not of codes (`unsupported`).
+    """
+    if seen.bias is None or seen.live is None:
+        out, weights = with_weights(queries, k, v, k_cache, v_cache, seen, ends, scales)
+        return out, jnp.max(weights, axis=2)
+    assert scales is None
+    return _kernel(queries, k, v, k_cache, v_cache, seen.bias, seen.live, ends=ends, looks=True)
 
 
 def with_weights(
@@ -196,14 +218,19 @@ def _splits(blocks: int, tiles: int) -> int:
     return max(1, min(wanted, tiles // 2))
 
 
-@functools.partial(jax.jit, static_argnames="ends")  # one program for all layers: its lowering takes seconds
+@functools.partial(jax.jit, static_argnames=("ends", "looks"))  # one for all layers: its lowering takes seconds
 def _kernel(
-    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any, *, ends: tuple[int, ...]
-) -> jax.Array:
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any, *, ends: tuple[int, ...],
+    looks: bool,
+) -> Any:  # fmt: skip
+    """The result, and the looks or None."""
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_kernels")
-    (B, K, _, G, H), C = queries.shape, k_cache.shape[2]
-    splits = _splits(B * K, live.shape[1] - 1)
-    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, _STAGES[H], splits)
+    (B, K, _, G, H), C, tiles = queries.shape, k_cache.shape[2], live.shape[1] - 1
+    splits, stages = _splits(B * K, tiles), _STAGES[H]
+    if looks:  # scores are kept where keys and values ahead are else; too many of them go through memory
+        fits = 4 * C * (-(-G // 8) * 8) <= _KEPT[H] * 2**10
+        splits, stages = splits if fits else max(splits, 2), 2
+    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks)
     return module.run(shape, queries, k, v, k_cache, v_cache, bias, live)
 
 
@@ -214,7 +241,7 @@ def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: 
     splits = _splits(B * K, live.shape[1] - 1)
     zones = 0 if lying is None else lying[2].of_zones.shape[1]
     stages, heads = _STAGES_OF_CODES[H], _HEADS if splits == 1 else 1
-    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, zones, heads)
+    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, False, zones, heads)
     return module.run(shape, queries, k, v, codes, bias, live, lying)
 
 

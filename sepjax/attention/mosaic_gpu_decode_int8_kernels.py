@@ -258,4 +258,4 @@ def run(shape: Shape, queries: Any, k: Any, v: Any, codes: Any, bias: Any, live:
     at = 4 if lying is not None else 2
     queries = jnp.pad(queries, [(0, fill if axis == at else 0) for axis in range(queries.ndim)])
     out = attend(shape)(queries, k, v, *codes[0], *codes[1], bias, live, *more)
-    return plain._joined(shape, *out)
+    return plain._joined(shape, bias, *out)[0]

@@ -14,6 +14,10 @@ key and value are where the softmax begins: its score is the first maximum, its 
 
 One warpgroup does everything: it asks for the tile `stages` ahead as soon as a tile's place is free. Several blocks
 share an SM, and one loads while another computes. Scores are in units of log2.
+
+*Looks*, where they are asked for: the largest weight of a key head's queries at each slot. Weights are known when all
+tiles are, so a block keeps its scores in shared memory and makes one number a slot of them at its end. Where blocks
+share a row none knows the weights; scores are then written as they are.
 """
 
 import dataclasses
@@ -46,6 +50,7 @@ class Shape:
     tile: int  # slots of a tile, a multiple of 64 that divides C
     stages: int  # tiles in shared memory
     splits: int  # blocks of threads that share the slots of a row
+    looks: bool  # whether the largest weights are asked for, too
 
     @property
     def columns(self) -> int:
@@ -96,15 +101,19 @@ def attend(shape: Shape) -> Callable[..., Any]:
 
     Parts: float32 sums [B, K, splits, H, columns], their weights' sum and maximum [B, K, splits, columns]; the first
     split has the token itself.
+
+    With `looks` one more: float32[B, K, C], 0 where a slot is not visible; beside parts scores [B, K, C, columns] of
+    live tiles, and anything in others.
     """
     H, M, tile, stages, scale = shape.H, shape.columns, shape.tile, shape.stages, shape.scale * kernels.LOG2E
     whole = shape.splits == 1
 
-    num_outs = 1 if whole else 3
+    num_outs = len(_outs(shape))
 
     def kernel(q_ref, key_ref, value_ref, k_ref, v_ref, bias_ref, live_ref, *refs):
         outs, scratch, (ready, k_ready, v_ready) = refs[:num_outs], refs[num_outs:-3], refs[-3:]
-        q_smem, k_smem, v_smem, bias_smem, p_smem, o_smem, *stats = scratch
+        q_smem, k_smem, v_smem, bias_smem, p_smem, *rest = scratch
+        kept_smem, o_smem = (rest[0], rest[1:]) if shape.looks and whole else (None, rest)
         task = lax.axis_index("task")
         split, rest = lax.rem(task, shape.splits), lax.div(task, shape.splits)
         head, b = lax.rem(rest, shape.K), lax.div(rest, shape.K)
@@ -168,6 +177,9 @@ def attend(shape: Shape) -> Callable[..., Any]:
             total = total * _along_columns(shrink, s.shape) + p
             acc *= _along_columns(shrink, acc.shape)
             p_smem.transpose((1, 0))[...] = _wgmma_layout(p.astype(shape.dtype))
+            if shape.looks:
+                scores_to = outs[-1].at[b, head, pl.ds(at, tile)] if kept_smem is None else kept_smem.at[i]
+                scores_to[...] = s
             plgpu.commit_smem()
             kernels._in_one_warp(lambda: ahead(i))
             plgpu.barrier_wait(v_ready.at[slot])
@@ -188,7 +200,9 @@ def attend(shape: Shape) -> Callable[..., Any]:
         total = kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA)
         acc, top, total = lax.fori_loop(0, count, step, (acc, top, total))
         total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first  # finite where top is _LOWEST
-        _store(whole, (acc, total, top), (o_smem, *stats), outs, (b, head, split), shape.dtype)
+        if kept_smem is not None:
+            _store_looks(shape, kept_smem, (total, top), count, lambda i: outs[-1].at[b, head, pl.ds(tile_of(i), tile)])
+        _store(whole, (acc, total, top), tuple(o_smem), outs, (b, head, split), shape.dtype)
 
     scratch = (
         _tiled(shape.zones, M, H, dtype=shape.dtype),
@@ -196,6 +210,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         _tiled(stages, tile, H, dtype=shape.dtype),
         plgpu.SMEM((stages, tile), jnp.float32),
         _tiled(M, tile, dtype=shape.dtype),
+        *([plgpu.SMEM((shape.tiles, tile, M), jnp.float32)] if shape.looks and whole else []),
         *_out_scratch(shape),
         plgpu.Barrier(num_arrivals=shape.zones),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -224,12 +239,39 @@ def _own_scores(queries: Any, key: Any) -> Any:
 
 
 def _outs(shape: Shape) -> tuple[Any, ...]:
-    """What a kernel gives: the result, or its parts."""
+    """What a kernel gives: the result and its looks, or parts and scores."""
+
+    def numbers(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    lead = shape.B, shape.K
     if shape.splits == 1:
-        return (jax.ShapeDtypeStruct((shape.B, shape.K, shape.written, shape.H), shape.dtype),)
-    lead = shape.B, shape.K, shape.splits
-    stat = jax.ShapeDtypeStruct((*lead, shape.columns), jnp.float32)
-    return jax.ShapeDtypeStruct((*lead, shape.H, shape.columns), jnp.float32), stat, stat
+        out = jax.ShapeDtypeStruct((*lead, shape.written, shape.H), shape.dtype)
+        return (out, numbers(*lead, shape.C)) if shape.looks else (out,)
+    stat = numbers(*lead, shape.splits, shape.columns)
+    parts = numbers(*lead, shape.splits, shape.H, shape.columns), stat, stat
+    return (*parts, numbers(*lead, shape.C, shape.columns)) if shape.looks else parts
+
+
+def _store_looks(shape: Shape, kept: Any, stats: tuple[Any, Any], count: Any, out: Callable[[Any], Any]) -> None:
+    """Writes a row's looks, out(i) [tile] of its tile i: of live ones by their scores, 0 of the others.
+
+    stats: the weights' sum and maximum; count: how many tiles are live, which come first.
+    """
+    size, layout = (shape.tile, shape.columns), plgpu.Layout.WGMMA
+    total, top = stats
+    share, top = _along_columns(1 / total, size), _along_columns(top, size)
+    is_query = plgpu.broadcasted_iota(jnp.int32, size, 1, layout=layout) < shape.G
+
+    def look(i, _):
+        weights = jnp.exp2(plgpu.load(kept.at[i], layout=layout, optimized=False) - top) * share
+        out(i)[...] = jnp.where(is_query, weights, 0.0).max(axis=1)
+
+    def nothing(i, _):
+        out(i)[...] = kernels._registers((shape.tile,), 0.0, kernels._PER_ROW)
+
+    lax.fori_loop(0, count, look, None)
+    lax.fori_loop(count, shape.tiles, nothing, None)
 
 
 def _out_scratch(shape: Shape) -> tuple[Any, ...]:
@@ -254,25 +296,32 @@ def _store(whole: bool, found: Any, smem: Any, outs: Any, at: tuple[Any, Any, An
         for x, stat in zip((total, top), smem[1:], strict=True):
             stat[...] = x
         plgpu.commit_smem()
-        for source, target in zip(smem, outs, strict=True):
+        for source, target in zip(smem, outs[:3], strict=True):
             plgpu.copy_smem_to_gmem(source, target.at[b, head, split])
     plgpu.wait_smem_to_gmem(0)
 
 
-def run(shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any) -> jax.Array:
-    """`sepjax.attention.decode.attend` for the arguments of `Seen`: around the kernel, what is small."""
+def run(
+    shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any
+) -> tuple[jax.Array, jax.Array | None]:
+    """`sepjax.attention.decode.attend` for the arguments of `Seen`, and looks: around the kernel, what is small."""
     more = shape.columns - shape.G
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
     out = attend(shape)(queries, k, v, k_cache, v_cache, bias, live)
-    return _joined(shape, *out)
+    return _joined(shape, bias, *out)
 
 
-def _joined(shape: Shape, sums: jax.Array, *stats: jax.Array) -> jax.Array:
-    """What a kernel gave as one result: of parts one softmax of each row."""
+def _joined(shape: Shape, bias: jax.Array, sums: jax.Array, *others: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """What a kernel gave as one result, of parts one softmax of each row; and the looks, where they are asked for."""
     if shape.splits == 1:
-        return sums[:, :, : shape.G]
-    total, top = stats
-    weight = jnp.exp2(top - jnp.max(top, axis=2, keepdims=True))
+        return sums[:, :, : shape.G], others[0] if shape.looks else None
+    total, top = others[:2]
+    highest = jnp.max(top, axis=2, keepdims=True)
+    weight = jnp.exp2(top - highest)
     total = jnp.sum(total * weight, axis=2)
     out = jnp.sum(sums * weight[:, :, :, None], axis=2) / total[:, :, None]
-    return jnp.swapaxes(out, 2, 3)[:, :, : shape.G].astype(shape.dtype)
+    out = jnp.swapaxes(out, 2, 3)[:, :, : shape.G].astype(shape.dtype)
+    if not shape.looks:
+        return out, None
+    looks = jnp.max((jnp.exp2(others[2] - highest) / total[:, :, None])[..., : shape.G], axis=-1)
+    return out, jnp.where(bias[:, None] == 0, looks, 0.0)

@@ -35,7 +35,7 @@ def visible_slots(B, C):
 
 
 def textbook(queries, k, v, k_cache, v_cache, seen, ends):
-    """float64, slot by slot's own query."""
+    """float64, slot by slot's own query; and the largest weight of a slot among a key head's queries."""
     queries, k, v, k_cache, v_cache = (np.asarray(x, np.float64) for x in (queries, k, v, k_cache, v_cache))
     zone = np.searchsorted(np.asarray(ends), np.arange(k_cache.shape[2]), side="right")
     scores = np.einsum("bkcgh,bkch->bkgc", queries[:, :, zone], k_cache)
@@ -44,33 +44,46 @@ def textbook(queries, k, v, k_cache, v_cache, seen, ends):
     scores = np.concatenate([scores, own], axis=-1) * k.shape[-1] ** -0.5
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    return np.einsum("bkgc,bkch->bkgh", weights, np.concatenate([v_cache, v[:, :, None]], axis=2))
+    out = np.einsum("bkgc,bkch->bkgh", weights, np.concatenate([v_cache, v[:, :, None]], axis=2))
+    return out, weights[..., :-1].max(axis=2)
 
 
-# (B, K, G, C, H), ends of zones, SMs: with few rows for them, blocks share the slots of a row.
+# (B, K, G, C, H), ends of zones, SMs, whether looks are asked for. With few rows for the SMs, or more scores than a
+# block keeps, blocks share the slots of a row.
 CASES = {
-    "three zones, three heads a key head": ((3, 1, 3, 512, 64), (4, 68), 1),
-    "one zone, blocks that share a row": ((2, 1, 4, 448, 64), (), 4),
-    "heads of 128, zones that are empty": ((2, 2, 8, 320, 128), (4, 4), 1),
-    "heads of 256, more than eight of them": ((2, 1, 12, 320, 256), (0, 70), 1),
+    "three zones, three heads a key head": ((3, 1, 3, 512, 64), (4, 68), 1, True),
+    "one zone, blocks that share a row": ((2, 1, 4, 448, 64), (), 4, True),
+    "no looks": ((2, 1, 3, 320, 64), (4,), 1, False),
+    "heads of 128, zones that are empty": ((2, 2, 8, 320, 128), (4, 4), 1, True),
+    "blocks that share a row, no looks": ((2, 1, 4, 448, 64), (), 4, False),
+    "heads of 256, more than eight of them": ((2, 1, 12, 320, 256), (0, 70), 1, False),
+    "more slots than scores are kept of": ((2, 1, 12, 640, 128), (4, 68), 1, True),
 }
-SOAK = list(CASES)[2:]
+SOAK = list(CASES)[3:]
 
 
 @pytest.mark.parametrize("case", [pytest.param(x, marks=[pytest.mark.soak] if x in SOAK else []) for x in CASES])
 def test_the_kernel_equals_the_definition(case, monkeypatch):
-    (B, K, G, C, H), ends, num_sms = CASES[case]
+    (B, K, G, C, H), ends, num_sms, looks = CASES[case]
     given, seen = tensors(B, K, len(ends) + 1, G, C, H), visible_slots(B, C)
     exact = textbook(*given, seen, ends)
-    plain = decode.attend(*given, decode.seen_slots(seen, kernel=False), ends)
+
+    def run(kernel):
+        told = decode.seen_slots(seen, kernel=kernel)
+        return decode.with_looks(*given, told, ends) if looks else (decode.attend(*given, told, ends),)
+
+    plain = run(kernel=False)
     simulate(monkeypatch)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "two SMs", num_sms, "9.0"))
     kernel: Any = decode._kernel
     kernel.clear_cache()
-    got = decode.attend(*given, decode.seen_slots(seen, kernel=True), ends)
+    got = run(kernel=True)
     kernel.clear_cache()  # a simulated program is of no use to others
     assert_no_races()
-    assert_errs_at_most_twice_as_much([got], [plain], [exact], [np.abs(exact).max()], jnp.bfloat16)
+    assert_errs_at_most_twice_as_much(got[:1], plain[:1], exact[:1], [np.abs(exact[0]).max()], jnp.bfloat16)
+    if looks:
+        assert_errs_at_most_twice_as_much(got[1:], plain[1:], exact[1:], [np.abs(exact[1]).max()], jnp.float32)
+        np.testing.assert_array_equal(np.asarray(got[1]) > 0, np.broadcast_to(seen[:, None], got[1].shape))
 
 
 def coded(B, K, G, C, H, dtype=jnp.bfloat16):
@@ -122,7 +135,7 @@ def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
     if lies:
         turned = factor * turned_slots(keys, ends, to_first)
     wide = [np.asarray(x, np.float64)[..., None] for x in scales]
-    exact = textbook(q, factor * k, v, turned * wide[0], np.asarray(values, np.float64) * wide[1], seen, ())
+    exact, _ = textbook(q, factor * k, v, turned * wide[0], np.asarray(values, np.float64) * wide[1], seen, ())
     as_numbers = jnp.asarray(turned, q.dtype), values.astype(q.dtype)
     plain = decode.attend(q, factor * k, v, *as_numbers, decode.seen_slots(seen, kernel=False), (), scales)
     simulate(monkeypatch)
@@ -157,7 +170,8 @@ def test_only_live_tiles_are_read():
         ({}, None),
         ({"implementation": "mosaic_gpu"}, None),
         ({"implementation": "xla"}, "asks for plain XLA"),
-        ({"wants_weights": True}, "no weights to give"),
+        ({"wants_looks": True}, None),
+        ({"wants_looks": True, "dtype": jnp.int8}, "of 8 bits it gives no weights"),
         ({"dtype": jnp.float32}, "computes in bfloat16 or float16, got float32"),
         ({"dtype": jnp.int8}, None),
         ({"dtype": jnp.int16}, "computes in bfloat16 or float16, got int16"),

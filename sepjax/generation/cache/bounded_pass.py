@@ -92,7 +92,7 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
     zones = slice(None) if sizes.turns_in_place else slice(-1, None)
     lies = sizes.turns_at_reading
     reason = decode.unsupported(
-        cache.k[0].dtype, cache.head_dim, sizes.slots, implementation, wants_weights=watches,
+        cache.k[0].dtype, cache.head_dim, sizes.slots, implementation, wants_looks=watches,
         rotated=2 * cache.angles(jnp.int32(0))[0].shape[-1] if lies else None,
     )  # fmt: skip
     turn = _turn_of_slots(cache) if reason else None
