@@ -299,7 +299,7 @@ class StreamingCache(Shown):
           v: their values.
           is_separator: which of them are separators.
           counts: how many of the T tokens each row takes up, 0 to `room(T)`.
-          looks: of watched tokens, what these did to the entries (`sepjax.generation.cache.watched`).
+          looks: of watched tokens, of `looks_of_many` in every layer; of one token at its slots, [L, B, K, C].
           gate_scores: of a gate, of the tokens.
         """
         sizes, T = self.sizes, is_separator.shape[1]

@@ -22,7 +22,7 @@ from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.attention import decode
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.stored import Vectors, for_products, like, plain
-from sepjax.generation.cache.watched import looks_of_many, looks_of_one
+from sepjax.generation.cache.watched import looks_of_many
 from sepjax.model.gate import run_with_gate
 from sepjax.model.layers import Attend, once
 from sepjax.model.rope import Table, layer_numbers, of_layer, rope_tables, rotate
@@ -80,19 +80,21 @@ def attend_run(
 def pass_inputs(cache: "StreamingCache") -> tuple[Any, ...]:
     """What `attend_run` is given in each layer: items with an entry a layer, or None."""
     sizes = cache.sizes
+    watched = None if sizes.watch is None else np.array(sizes.watch.layers)  # known where layers are not scanned
     return (
         cache.k, cache.v, layer_numbers(sizes.reach), layer_numbers(sizes.sees_kept), layer_numbers(sizes.layer_ropes),
+        watched,
     )  # fmt: skip
 
 
 def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
     """Attention of one token a row, whose query is turned to fit each zone (`sepjax.attention.decode`)."""
-    sizes, watches = cache.sizes, cache.sizes.watch is not None
+    sizes = cache.sizes
     ends = (sizes.num_sinks, sizes.num_sinks + sizes.max_separators) if sizes.turns_in_place else ()
     zones = slice(None) if sizes.turns_in_place else slice(-1, None)
     lies = sizes.turns_at_reading
     reason = decode.unsupported(
-        cache.k[0].dtype, cache.head_dim, sizes.slots, implementation, wants_looks=watches,
+        cache.k[0].dtype, cache.head_dim, sizes.slots, implementation, wants_looks=sizes.watch is not None,
         rotated=2 * cache.angles(jnp.int32(0))[0].shape[-1] if lies else None,
     )  # fmt: skip
     turn = _turn_of_slots(cache) if reason else None
@@ -112,7 +114,7 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         return told(seen if sees_kept is None else seen & ((sees_kept > 0) | ~is_kept))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache, reach, sees_kept, rope = layer
+        k_cache, v_cache, reach, sees_kept, rope, watched = layer
         cos, sin = of_layer(tables, rope)
         B, _, N, H = q.shape
         (new_k, new_v), (k, v) = _taken_up(cache, k_cache, k, v, (cos[-1], sin[-1]))
@@ -127,11 +129,12 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         slots_turn = slots_turn and of_layer(slots_turn, rope)
         keys, values, scales = for_products(k_cache, v_cache, v.dtype, slots_turn, kernel=seen.kernel)
         given = queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales
-        if watches:
-            out, weights = decode.with_weights(*given)
-            looks = (looks_of_one(cache, weights),)
-        else:
+        if watched is None:
             out, looks = decode.attend(*given, lying), ()
+        elif isinstance(watched, np.bool_) and not watched:  # they would not count
+            out, looks = decode.attend(*given, lying), (jnp.zeros(visible.shape[:1] + k_cache.shape[1:3], jnp.float32),)
+        else:
+            out, *looks = decode.with_looks(*given)
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
         out, *kept = jax.lax.optimization_barrier((out, new_k, new_v, *looks))
         return out.reshape(B, 1, N, H), tuple(kept)
@@ -153,7 +156,7 @@ def _attend_many(cache: "StreamingCache", num_tokens: int, counts: Int32[Array, 
     visible = jnp.concatenate([sees_old, sees_recent], axis=-1)[:, None, None]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache, reach, sees_kept, rope = layer
+        k_cache, v_cache, reach, sees_kept, rope, _ = layer
         recent_table = of_layer(recent_tables, rope)
         q = rotate(q, recent_table)
         new, (k, v) = _taken_up(cache, k_cache, k, v, recent_table)
@@ -184,7 +187,7 @@ def _attend_past_evictions(cache: "StreamingCache", num_tokens: int) -> Attend:
     lying = _turn_of_slots(cache, by_zone=True)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache, reach, _, rope = layer
+        k_cache, v_cache, reach, _, rope, _ = layer
         seen, seen_sinks = sees_recent, sees_sinks
         if within is not None:
             near = within(reach)

@@ -73,16 +73,16 @@ class Watch:
         return jnp.array(newest)[:, None, None, None]
 
 
-def looks_of_one(cache: "StreamingCache", weights: Float[Array, "B K G C"]) -> Float[jax.Array, "B K S"]:
+def looks_of_one(cache: "StreamingCache", looks: Float[Array, "L B K C"]) -> Float[jax.Array, "L B K S"]:
     """The sharpest look of one token at each entry of kept zone and ring, and at itself: 0 where none counts.
 
     Args:
       cache: before it.
-      weights: of its attention to the C slots. A look at itself never counts.
+      looks: at the C slots in every layer (`sepjax.attention.decode.with_looks`). A look at itself never counts.
     """
-    looks = jnp.max(weights[..., cache.sizes.num_sinks :], axis=2)
     counts = _is_kept_or_old(cache, cache.next_recent[:, None])
-    return jnp.pad(jnp.where(counts, looks, 0.0), ((0, 0), (0, 0), (0, 1)))
+    counted = jnp.where(counts, looks[..., cache.sizes.num_sinks :], 0.0)
+    return jnp.pad(counted, [(0, 0)] * (counted.ndim - 1) + [(0, 1)])
 
 
 def looks_of_many(
@@ -121,7 +121,7 @@ def seen_by(cache: "StreamingCache", looks: Float[Array, "L B K S"], counts: Int
 
     Args:
       cache: before them.
-      looks: of `looks_of_one` or `looks_of_many` in every layer.
+      looks: of `looks_of_one`, or `looks_of_many` in every layer.
       counts: how many of the T tokens each row takes up; where none, the scores stay.
     """
     watch, scores = cache.sizes.watch, cache.scores
@@ -146,13 +146,14 @@ def scores_after(
     counts: Int32[Array, "B"],
     in_ring: Int32[Array, "B T"],
 ) -> jax.Array | None:
-    """A cache's scores once the tokens of `StreamingCache.append` are in these slots of the ring."""
+    """A cache's scores once the tokens of `StreamingCache.append` are in these slots of the ring; `looks`: see there."""
     scores, rows, T = cache.scores, jnp.arange(len(counts))[:, None], in_ring.shape[1]
     at = cache.sizes.max_separators + in_ring
     if scores is None:
         return None
     if looks is not None:
-        seen = seen_by(cache, jnp.asarray(looks), counts)
+        looks = looks_of_one(cache, looks) if T == 1 else jnp.asarray(looks)
+        seen = seen_by(cache, looks, counts)
         scores = seen[..., :-T].at[:, rows, :, at]
         return scores.set(jnp.moveaxis(seen[..., -T:], (1, 3), (0, 1)), mode="drop", unique_indices=True)
     if gate_scores is not None:

@@ -14,9 +14,11 @@ from sepjax.bench.decode_attention import filled, inputs, layers_of
 from sepjax.config import AttentionConfig, Config, ModelConfig, RopeConfig
 from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.growing_pass import growing_pass
+from sepjax.generation.cache.mixed import bounded_sizes, empty_cache
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.model.rope import rotate
 from sepjax.model.transformer import merge
+from sepjax.model.unrolled import by_layer, runner
 from tests.models import random_split
 
 MODEL = ModelConfig(
@@ -43,9 +45,10 @@ def calls(monkeypatch):
         is_live = jax.vmap(lambda row: jnp.zeros(len(number), bool).at[row[1:]].set(number < row[0]))(live)
         return decode.Seen((bias == 0) & jnp.repeat(is_live, decode.TILE, axis=1), None, None)
 
-    def stand_in(queries, k, v, k_cache, v_cache, bias, live, *, ends):
-        got.append(ends)
-        return decode.with_weights(queries, k, v, k_cache, v_cache, seen(bias, live), ends)[0]
+    def stand_in(queries, k, v, k_cache, v_cache, bias, live, *, ends, looks):
+        got.append(ends if not looks else "looks")
+        out, found = decode.with_looks(queries, k, v, k_cache, v_cache, seen(bias, live), ends)
+        return out, found if looks else None
 
     def of_codes(queries, k, v, codes, bias, live, lying):
         (keys, of_keys), (values, of_values) = codes
@@ -129,6 +132,36 @@ def test_bounded_caches(case, calls):
     assert len(calls) == model.num_layers
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
+
+
+def test_watched_tokens_in_caches_of_several_sizes(calls):
+    """The same tokens are kept, step by step: looks of the layer that is watched, and of no other."""
+    model = dataclasses.replace(MODEL, num_layers=3)
+    attention = AttentionConfig(
+        pattern="watched", num_sinks=2, max_separators=12, window_size=20, cache_size=40, layer_windows=(26, 20, 20),
+        kept_layers=(1, 2), watch_layers=(2,), watch_after=3, watch_half_life=64,
+    )  # fmt: skip
+    graph, params = random_split(model, attention)
+    params, sizes = by_layer(params, model), bounded_sizes(model, attention)
+    table, tokens = jnp.arange(model.vocab_size) < 4, jnp.arange(180).reshape(90, 2, 1) ** 2 % model.vocab_size
+
+    def run(implementation):
+        asked, layers = dataclasses.replace(attention, implementation=implementation), runner(graph, params)
+
+        def step(cache, token):
+            hidden, cache = cache.take_up(layers, token, jnp.ones(2, jnp.int32), table, asked)
+            return cache.compact(), (hidden, cache.main.kept_at)
+
+        cache = empty_cache(model, 2, sizes)
+        return jax.jit(lambda cache: jax.lax.scan(step, cache, tokens))(cache)
+
+    expected, (hidden, kept) = run("xla")
+    assert not calls
+    got, (same_hidden, same_kept) = run(None)
+    assert sorted(map(str, calls)) == ["(2, 14)", "(2, 2)", "looks"]
+    assert len(np.unique(kept)) > 12, "tokens come and go"
+    for x, y in zip((got.main.scores, same_hidden, same_kept), (expected.main.scores, hidden, kept), strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
 @pytest.mark.parametrize("cache_dtype", ["model", "int8"])
