@@ -62,6 +62,12 @@ class Watch:
             separators_first=attention.separators_first,
         )
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first of the layers whose looks count, and the last + 1; of a part that has none, 0 and 0."""
+        watched = [i for i, counts in enumerate(self.layers) if counts]
+        return (watched[0], watched[-1] + 1) if watched else (0, 0)
+
     def scores(self, config: ModelConfig, batch_size: int, size: int) -> Float[jax.Array, "G B N S"]:
         """Scores of `size` entries each, for an empty cache."""
         layers, heads = (config.num_layers, config.num_kv_heads) if self.per_head else (1, 1)
@@ -116,8 +122,10 @@ def _is_kept_or_old(cache: "StreamingCache", query: Int32[Array, "B T"]) -> Bool
     return jnp.concatenate([jnp.ones((*query.shape, cache.sizes.max_separators), bool), old], axis=-1)
 
 
-def seen_by(cache: "StreamingCache", looks: Float[Array, "L B K S"], counts: Int32[Array, "B"]) -> jax.Array:
-    """The scores after a run of T tokens, [G, B, N, s + R + T]: of kept zone, ring, and the tokens themselves.
+def seen_by(
+    cache: "StreamingCache", looks: Float[Array, "L B K S"], counts: Int32[Array, "B"]
+) -> tuple[Float[jax.Array, "G B N M"], Float[jax.Array, "G B N T"]]:
+    """The scores after a run of T tokens: of kept zone and ring, and of the tokens themselves.
 
     Args:
       cache: before them.
@@ -134,9 +142,10 @@ def seen_by(cache: "StreamingCache", looks: Float[Array, "L B K S"], counts: Int
     if not watch.per_head:
         value = jnp.max(value, axis=(0, 2), keepdims=True)
     value = jnp.where(counts[:, None, None] > 0, value, -jnp.inf)
-    value, own = value[..., :-T], value[..., -T:]
-    first = jnp.where(scores > _FIRST / 2, _FIRST, 0.0) if watch.separators_first else 0.0
-    return jnp.concatenate([jnp.maximum(scores, value + first), own], axis=-1)
+    begin, end = watch.span if watch.per_head else (0, 1)
+    old, value, own = scores[begin:end], value[begin:end, ..., :-T], value[..., -T:]
+    first = jnp.where(old > _FIRST / 2, _FIRST, 0.0) if watch.separators_first else 0.0
+    return jax.lax.dynamic_update_slice_in_dim(scores, jnp.maximum(old, value + first), begin, axis=0), own
 
 
 def scores_after(
@@ -153,9 +162,9 @@ def scores_after(
         return None
     if looks is not None:
         looks = looks_of_one(cache, looks) if T == 1 else jnp.asarray(looks)
-        seen = seen_by(cache, looks, counts)
-        scores = seen[..., :-T].at[:, rows, :, at]
-        return scores.set(jnp.moveaxis(seen[..., -T:], (1, 3), (0, 1)), mode="drop", unique_indices=True)
+        scores, own = seen_by(cache, looks, counts)
+        own = jnp.moveaxis(own, (1, 3), (0, 1))
+        return scores.at[:, rows, :, at].set(own, mode="drop", unique_indices=True)
     if gate_scores is not None:
         return scores.at[0, rows, 0, at].set(gate_scores, mode="drop", unique_indices=True)
     return scores
