@@ -90,9 +90,8 @@ def turns(of_keys: Table, of_tiles: Table, of_zones: Table, ends: Int32[Array, "
 
 
 def unsupported(
-    dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None, *, wants_looks: bool = False,
-    rotated: int | None = None,
-) -> str | None:  # fmt: skip
+    dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None, *, rotated: int | None = None
+) -> str | None:
     """Why the kernel cannot serve a decoding step on the device that is traced for, or None when it can.
 
     Args:
@@ -101,7 +100,6 @@ def unsupported(
       slots: C.
       implementation: what the config names for `separator_attention`. A decoding step has two forms: the plain ones'
         names ("xla", "reference", "tpu") mean the plain one here, others and None the kernel where it can serve.
-      wants_looks: whether `with_looks` is asked for, which the kernel of codes does not give.
       rotated: R, how many of H numbers turn, of keys that lie un-rotated; None: they lie as they are needed.
     """
     if implementation in _PLAIN:
@@ -111,8 +109,6 @@ def unsupported(
         return f"it needs an NVIDIA Hopper GPU (compute capability 9.0), the device is {device}"
     if jax.sharding.get_abstract_mesh().size > 1:
         return "it runs on one device, the mesh has several"
-    if wants_looks and jnp.dtype(dtype) == jnp.int8:
-        return "of 8 bits it gives no weights, and watched tokens are kept by them"
     if not slots or slots % TILE:
         return f"it reads {TILE} slots at a time, the cache has {slots}"
     if rotated is not None and (rotated != head_dim or head_dim > max(_TURNED)):
@@ -158,33 +154,30 @@ def attend(
       lying: for the kernel alone, where codes of keys lie un-rotated: queries and own key as they are before they turn,
         which take the place of `queries` and `k`, and the turns, whose zones count. Plain XLA wants keys turned.
     """
-    if seen.bias is None or seen.live is None:
+    if not seen.kernel:
         return with_weights(queries, k, v, k_cache, v_cache, seen, ends, scales)[0]
-    if scales is not None:
-        codes = (k_cache, scales[0]), (v_cache, scales[1])
-        return _kernel_of_codes(queries[:, :, -1], k, v, codes, seen.bias, seen.live, lying)
-    return _kernel(queries, k, v, k_cache, v_cache, seen.bias, seen.live, ends=ends, looks=False)[0]
+    return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, lying, looks=False)[0]
 
 
 def with_looks(
     queries: Float[Array, "B K Z G H"],
     k: Float[Array, "B K H"],
     v: Float[Array, "B K H"],
-    k_cache: Float[Array, "B K C H"],
-    v_cache: Float[Array, "B K C H"],
+    k_cache: Float[Array, "B K C H"] | Int8[Array, "B K C H"],
+    v_cache: Float[Array, "B K C H"] | Int8[Array, "B K C H"],
     seen: Seen,
     ends: tuple[int, ...] = (),
     scales: tuple[Float[Array, "B K C"], Float[Array, "B K C"]] | None = None,
+    lying: tuple[Float[Array, "B K G H"], Float[Array, "B K H"], Turns] | None = None,
 ) -> tuple[Float[jax.Array, "B K G H"], Float32[jax.Array, "B K C"]]:
     """`attend`, and of the weights of each slot the largest among the query heads of a key head: 0 where none sees it.
 
-    The kernel gives both, but not of codes (`unsupported`).
+    Arguments as there.
     """
-    if seen.bias is None or seen.live is None:
+    if not seen.kernel:
         out, weights = with_weights(queries, k, v, k_cache, v_cache, seen, ends, scales)
         return out, jnp.max(weights, axis=2)
-    assert scales is None
-    return _kernel(queries, k, v, k_cache, v_cache, seen.bias, seen.live, ends=ends, looks=True)
+    return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, lying, looks=True)
 
 
 def with_weights(
@@ -212,10 +205,29 @@ def with_weights(
     return out.astype(v.dtype), weights[..., :-1]
 
 
-def _splits(blocks: int, tiles: int) -> int:
-    """How many blocks share the slots of a row's key head, so that all SMs have some."""
-    wanted = -(-_BLOCKS * (target().num_cores or _H100_SMS) // blocks)
-    return max(1, min(wanted, tiles // 2))
+def _by_kernel(
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any, lying: Any, *,
+    looks: bool,
+) -> Any:  # fmt: skip
+    """The result, and the looks or None."""
+    if scales is None:
+        return _kernel(queries, k, v, k_cache, v_cache, seen.bias, seen.live, ends=ends, looks=looks)
+    codes = (k_cache, scales[0]), (v_cache, scales[1])
+    return _kernel_of_codes(queries[:, :, -1], k, v, codes, seen.bias, seen.live, lying, looks=looks)
+
+
+def _stages_and_splits(shape: tuple[int, ...], stages: int, looks: bool) -> tuple[int, int]:
+    """Tiles in shared memory; and how many blocks share the slots of a row's key head, so that all SMs have some.
+
+    Scores for looks take the room of tiles ahead. Too many of them go through memory: blocks then share a row.
+    """
+    B, K, G, H, C = shape
+    wanted = -(-_BLOCKS * (target().num_cores or _H100_SMS) // (B * K))
+    splits = max(1, min(wanted, C // TILE // 2))
+    if not looks:
+        return stages, splits
+    kept = 4 * C * (-(-G // 8) * 8)
+    return 2, splits if kept <= _KEPT[H] * 2**10 else max(splits, 2)
 
 
 @functools.partial(jax.jit, static_argnames=("ends", "looks"))  # one for all layers: its lowering takes seconds
@@ -223,25 +235,20 @@ def _kernel(
     queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any, *, ends: tuple[int, ...],
     looks: bool,
 ) -> Any:  # fmt: skip
-    """The result, and the looks or None."""
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_kernels")
-    (B, K, _, G, H), C, tiles = queries.shape, k_cache.shape[2], live.shape[1] - 1
-    splits, stages = _splits(B * K, tiles), _STAGES[H]
-    if looks:  # scores are kept where keys and values ahead are else; too many of them go through memory
-        fits = 4 * C * (-(-G // 8) * 8) <= _KEPT[H] * 2**10
-        splits, stages = splits if fits else max(splits, 2), 2
+    (B, K, _, G, H), C = queries.shape, k_cache.shape[2]
+    stages, splits = _stages_and_splits((B, K, G, H, C), _STAGES[H], looks)
     shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks)
     return module.run(shape, queries, k, v, k_cache, v_cache, bias, live)
 
 
-@jax.jit
-def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, lying: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="looks")
+def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, lying: Any, *, looks: bool) -> Any:
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_int8_kernels")
     (B, K, G, H), C = queries.shape, codes[0][0].shape[2]
-    splits = _splits(B * K, live.shape[1] - 1)
-    zones = 0 if lying is None else lying[2].of_zones.shape[1]
-    stages, heads = _STAGES_OF_CODES[H], _HEADS if splits == 1 else 1
-    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, False, zones, heads)
+    stages, splits = _stages_and_splits((B, K, G, H, C), _STAGES_OF_CODES[H], looks)
+    zones, heads = 0 if lying is None else lying[2].of_zones.shape[1], _HEADS if splits == 1 else 1
+    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks, zones, heads)
     return module.run(shape, queries, k, v, codes, bias, live, lying)
 
 

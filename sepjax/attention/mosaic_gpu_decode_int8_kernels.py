@@ -56,7 +56,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
     """q, k, v, codes and scales of k and of v, bias, live tiles [, turns] -> as `mosaic_gpu_decode_kernels.attend`.
 
     q: [B, K, columns, H]; k and v: [B, K, H], the token's own; codes: int8[B, K, C, H]; scales: bfloat16[B, K, C];
-    bias: float32[B, C]; live: int32[B, 1 + tiles].
+    bias: float32[B, C]; live: int32[B, 1 + tiles]. With `looks` as there.
 
     Turns, where keys lie un-rotated (`num_zones`): q is [B, K, 2, H, columns], un-rotated and a quarter of a turn on; k
     is float32, un-rotated, times the factor of a rotation, twice (YaRN's). Then there are, cosines before sines,
@@ -66,13 +66,14 @@ def attend(shape: Shape) -> Callable[..., Any]:
     H, M, tile, stages, scale = shape.H, shape.columns, shape.tile, shape.stages, shape.scale * kernels.LOG2E
     whole, turns, dtype = shape.splits == 1, shape.num_zones > 0, shape.dtype
     groups = shape.K // shape.heads
-    num_ins, num_outs = (13 if turns else 9), (1 if whole else 3)
+    num_ins, num_outs = (13 if turns else 9), len(plain._outs(shape))
 
     def kernel(*refs):
         ins, outs, scratch = refs[:num_ins], refs[num_ins : num_ins + num_outs], refs[num_ins + num_outs :]
         q_ref, key_ref, value_ref, k_ref, k_scales_ref, v_ref, v_scales_ref, bias_ref, live_ref, *turn_refs = ins
-        q_smem, k_smem, k_scales, v_smem, v_scales, wide_smem, bias_smem, p_smem, o_smem, *rest = scratch
-        stats, rest = (rest[:0], rest) if whole else (rest[:2], rest[2:])
+        q_smem, k_smem, k_scales, v_smem, v_scales, wide_smem, bias_smem, p_smem, *rest = scratch
+        kept_smem, rest = (rest[0], rest[1:]) if shape.looks and whole else (None, rest)
+        o_smem, rest = (rest[:1], rest[1:]) if whole else (rest[:3], rest[3:])
         turn_smem, (ready, k_ready, v_ready) = rest[:-3], rest[-3:]
         task = lax.axis_index("task")
         split, task = lax.rem(task, shape.splits), lax.div(task, shape.splits)
@@ -177,6 +178,10 @@ def attend(shape: Shape) -> Callable[..., Any]:
                 of_values = plgpu.load(v_scales.at[slot], layout=kernels._PER_ROW).astype(jnp.float32)
                 p *= plain._along_rows(of_values, p.shape)
                 p_smem.transpose((1, 0))[...] = plain._wgmma_layout(p.astype(dtype))
+                if shape.looks:
+                    slots = pl.ds(tile_of(i) * tile, tile)
+                    scores_to = outs[-1].at[b, head, slots] if kept_smem is None else kept_smem.at[i]
+                    scores_to[...] = s
                 wide = plgpu.load(v_smem.at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
                 wide_smem[...] = wide.astype(dtype)
                 plgpu.commit_smem()
@@ -197,9 +202,12 @@ def attend(shape: Shape) -> Callable[..., Any]:
             total = kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA)
             acc, top, total = lax.fori_loop(0, count, step, (acc, top, total))
             total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first
-            plgpu.commit_smem()  # no warp still waits for this head's queries, or reads what copies overwrite
+            if kept_smem is not None:
+                place = lambda i: outs[-1].at[b, head, pl.ds(tile_of(i) * tile, tile)]  # noqa: E731
+                plain._store_looks(shape, kept_smem, (total, top), count, place)
+            plgpu.commit_smem()  # no warp still waits for this head's queries, or reads what the next overwrites
             kernels._in_one_warp(lambda: pl.when(head < last)(lambda: start(head + 1)))
-            plain._store(whole, (acc, total, top), (o_smem, *stats), outs, (b, head, split), dtype)
+            plain._store(whole, (acc, total, top), tuple(o_smem), outs, (b, head, split), dtype)
 
         begin = group * shape.heads
         kernels._in_one_warp(lambda: start(begin))
@@ -233,6 +241,7 @@ def _scratch(shape: Shape) -> tuple[Any, ...]:
         plain._tiled(tile, H, dtype=dtype),
         plgpu.SMEM((stages, tile), jnp.float32),
         plain._tiled(M, tile, dtype=dtype),
+        *plain._kept(shape),
         *plain._out_scratch(shape),
         *([*given, plgpu.SMEM((shape.num_zones, 2, H), jnp.float32)] if turns else []),
         plgpu.Barrier(num_arrivals=1 + turns),
@@ -241,8 +250,10 @@ def _scratch(shape: Shape) -> tuple[Any, ...]:
     )
 
 
-def run(shape: Shape, queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, lying: Any) -> jax.Array:
-    """`sepjax.attention.decode.attend` for codes and scales of k and of v: around the kernel, what is small.
+def run(
+    shape: Shape, queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, lying: Any
+) -> tuple[jax.Array, jax.Array | None]:
+    """`sepjax.attention.decode.attend` for codes and scales of k and of v, and looks: around the kernel.
 
     queries: [B, K, G, H], as they fit `k`; lying: see there.
     """
@@ -258,4 +269,4 @@ def run(shape: Shape, queries: Any, k: Any, v: Any, codes: Any, bias: Any, live:
     at = 4 if lying is not None else 2
     queries = jnp.pad(queries, [(0, fill if axis == at else 0) for axis in range(queries.ndim)])
     out = attend(shape)(queries, k, v, *codes[0], *codes[1], bias, live, *more)
-    return plain._joined(shape, bias, *out)[0]
+    return plain._joined(shape, bias, *out)

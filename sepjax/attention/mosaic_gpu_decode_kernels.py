@@ -210,7 +210,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         _tiled(stages, tile, H, dtype=shape.dtype),
         plgpu.SMEM((stages, tile), jnp.float32),
         _tiled(M, tile, dtype=shape.dtype),
-        *([plgpu.SMEM((shape.tiles, tile, M), jnp.float32)] if shape.looks and whole else []),
+        *_kept(shape),
         *_out_scratch(shape),
         plgpu.Barrier(num_arrivals=shape.zones),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -251,6 +251,12 @@ def _outs(shape: Shape) -> tuple[Any, ...]:
     stat = numbers(*lead, shape.splits, shape.columns)
     parts = numbers(*lead, shape.splits, shape.H, shape.columns), stat, stat
     return (*parts, numbers(*lead, shape.C, shape.columns)) if shape.looks else parts
+
+
+def _kept(shape: Shape) -> tuple[Any, ...]:
+    """Shared memory for the scores of a row, where looks are made of them."""
+    whole = shape.splits == 1
+    return (plgpu.SMEM((shape.tiles, shape.tile, shape.columns), jnp.float32),) if shape.looks and whole else ()
 
 
 def _store_looks(shape: Shape, kept: Any, stats: tuple[Any, Any], count: Any, out: Callable[[Any], Any]) -> None:

@@ -109,7 +109,7 @@ def _figures(
 def _no_kernel(settings: Settings, model: ModelConfig, cache_dtype: str, slots: int) -> str | None:
     """Why the kernel does not serve this."""
     kind = settings.dtype if cache_dtype == "model" else cache_dtype
-    return decode.unsupported(kind, model.head_dim, slots, wants_looks=settings.pattern == "watched")
+    return decode.unsupported(kind, model.head_dim, slots)
 
 
 def filled(config: Config, sizes: StreamSizes, rows: int) -> StreamingCache:

@@ -94,7 +94,7 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
     zones = slice(None) if sizes.turns_in_place else slice(-1, None)
     lies = sizes.turns_at_reading
     reason = decode.unsupported(
-        cache.k[0].dtype, cache.head_dim, sizes.slots, implementation, wants_looks=sizes.watch is not None,
+        cache.k[0].dtype, cache.head_dim, sizes.slots, implementation,
         rotated=2 * cache.angles(jnp.int32(0))[0].shape[-1] if lies else None,
     )  # fmt: skip
     turn = _turn_of_slots(cache) if reason else None
@@ -128,11 +128,11 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
             slots_turn = _turn_of_slots(cache)
         slots_turn = slots_turn and of_layer(slots_turn, rope)
         keys, values, scales = for_products(k_cache, v_cache, v.dtype, slots_turn, kernel=seen.kernel)
-        given = queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales
+        given = queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales, lying
         if watched is None:
-            out, looks = decode.attend(*given, lying), ()
+            out, looks = decode.attend(*given), ()
         elif isinstance(watched, np.bool_) and not watched:  # they would not count
-            out, looks = decode.attend(*given, lying), (jnp.zeros(visible.shape[:1] + k_cache.shape[1:3], jnp.float32),)
+            out, looks = decode.attend(*given), (jnp.zeros(visible.shape[:1] + k_cache.shape[1:3], jnp.float32),)
         else:
             out, *looks = decode.with_looks(*given)
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.

@@ -155,7 +155,7 @@ def scores_after(
     counts: Int32[Array, "B"],
     in_ring: Int32[Array, "B T"],
 ) -> jax.Array | None:
-    """A cache's scores once the tokens of `StreamingCache.append` are in these slots of the ring; `looks`: see there."""
+    """A cache's scores once the tokens of `StreamingCache.append` are in these slots of the ring; looks as there."""
     scores, rows, T = cache.scores, jnp.arange(len(counts))[:, None], in_ring.shape[1]
     at = cache.sizes.max_separators + in_ring
     if scores is None:

@@ -50,7 +50,7 @@ def calls(monkeypatch):
         out, found = decode.with_looks(queries, k, v, k_cache, v_cache, seen(bias, live), ends)
         return out, found if looks else None
 
-    def of_codes(queries, k, v, codes, bias, live, lying):
+    def of_codes(queries, k, v, codes, bias, live, lying, *, looks):
         (keys, of_keys), (values, of_values) = codes
         got.append(lying and lying[2].ends)
         assert keys.dtype == jnp.int8
@@ -58,9 +58,9 @@ def calls(monkeypatch):
         if lying is not None:
             queries, k, turns = lying
             keys, k = turned(keys, turns), k * turns.of_keys[0, 0, 0] ** 2
-        return decode.with_weights(queries[:, :, None], k, v, keys, values, seen(bias, live), (), (of_keys, of_values))[
-            0
-        ]
+        scales = of_keys, of_values
+        out, found = decode.with_looks(queries[:, :, None], k, v, keys, values, seen(bias, live), (), scales)
+        return out, found if looks else None
 
     monkeypatch.setattr(decode, "_kernel", stand_in)
     monkeypatch.setattr(decode, "_kernel_of_codes", of_codes)
@@ -163,7 +163,8 @@ def test_watched_tokens_in_caches_of_several_sizes(calls):
     got = run(None)
     assert sorted(map(str, calls)) == ["(2, 14)", "(2, 14)", "(2, 2)", "looks"]
     assert all(len(np.unique(kept)) > 12 for kept, _ in expected[1:]), "tokens come and go"
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(*(np.asarray(z, np.float32) for z in (x, y))), got, expected)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
 
 
 @pytest.mark.parametrize("cache_dtype", ["model", "int8"])
