@@ -65,15 +65,16 @@ def test_it_is_chosen_for_an_h100_that_is_not_there(h100):
 
 
 @pytest.mark.parametrize(
-    ("shape", "ends"),
+    ("shape", "ends", "looks"),
     [
-        ((16, 8, 4, 896, 128), (4, 68)),
-        pytest.param((1, 3, 3, 448, 64), (4, 4), marks=pytest.mark.soak),  # blocks that share a row
-        pytest.param((200, 2, 12, 512, 256), (), marks=pytest.mark.soak),
+        ((64, 8, 4, 832, 128), (4, 68), True),
+        pytest.param((16, 8, 4, 896, 128), (4, 68), False, marks=pytest.mark.soak),
+        pytest.param((1, 3, 3, 448, 64), (4, 4), True, marks=pytest.mark.soak),  # blocks that share a row
+        pytest.param((200, 2, 12, 512, 256), (), True, marks=pytest.mark.soak),
     ],
-    ids=["heads of 128", "one row, heads of 64", "heads of 256, more than eight of them"],
+    ids=["heads of 128", "without looks", "one row, heads of 64", "heads of 256, more than eight of them"],
 )
-def test_decoding_compiles_for_an_h100(h100, shape, ends):
+def test_decoding_compiles_for_an_h100(h100, shape, ends, looks):
     B, K, G, C, H = shape
     placed = jax.NamedSharding(h100, jax.P())
 
@@ -82,7 +83,8 @@ def test_decoding_compiles_for_an_h100(h100, shape, ends):
 
     def run(visible, *given):
         assert decode.unsupported(jnp.bfloat16, H, C) is None
-        return decode.attend(*given, decode.seen_slots(visible, kernel=True), ends)
+        form = decode.with_looks if looks else decode.attend
+        return form(*given, decode.seen_slots(visible, kernel=True), ends)
 
     given = struct(B, K, len(ends) + 1, G, H), struct(B, K, H), struct(B, K, H), struct(B, K, C, H), struct(B, K, C, H)
     with jax.set_mesh(h100):
@@ -91,12 +93,12 @@ def test_decoding_compiles_for_an_h100(h100, shape, ends):
 
 
 @pytest.mark.parametrize(
-    ("shape", "lies", "dtype"),
+    ("shape", "lies", "dtype", "looks"),
     [
-        ((760, 8, 4, 896, 128), True, jnp.bfloat16),
-        pytest.param((1, 3, 3, 896, 64), True, jnp.bfloat16, marks=pytest.mark.soak),  # blocks that share a row
-        pytest.param((16, 2, 12, 512, 128), True, jnp.float16, marks=pytest.mark.soak),
-        pytest.param((200, 2, 8, 512, 256), False, jnp.bfloat16, marks=pytest.mark.soak),
+        ((760, 8, 4, 832, 128), True, jnp.bfloat16, True),
+        pytest.param((1, 3, 3, 896, 64), True, jnp.bfloat16, True, marks=pytest.mark.soak),  # blocks that share a row
+        pytest.param((16, 2, 12, 512, 128), True, jnp.float16, False, marks=pytest.mark.soak),
+        pytest.param((200, 2, 8, 512, 256), False, jnp.bfloat16, False, marks=pytest.mark.soak),
     ],
     ids=[
         "a block for several heads of 128",
@@ -105,7 +107,7 @@ def test_decoding_compiles_for_an_h100(h100, shape, ends):
         "keys that lie turned",
     ],
 )
-def test_decoding_from_codes_compiles_for_an_h100(h100, shape, lies, dtype):
+def test_decoding_from_codes_compiles_for_an_h100(h100, shape, lies, dtype, looks):
     B, K, G, C, H = shape
     placed = jax.NamedSharding(h100, jax.P())
 
@@ -116,7 +118,8 @@ def test_decoding_from_codes_compiles_for_an_h100(h100, shape, lies, dtype):
         assert decode.unsupported(jnp.int8, H, C, rotated=H if lies else None) is None
         lying = (queries[:, :, 0], k, decode.turns(*tables)) if lies else None
         seen = decode.seen_slots(visible, kernel=True).computed_in(dtype)
-        return decode.attend(queries, k, v, keys, values, seen, (), scales, lying)
+        form = decode.with_looks if looks else decode.attend
+        return form(queries, k, v, keys, values, seen, (), scales, lying)
 
     codes = struct(B, K, C, H, dtype=jnp.int8)
     scales = (struct(B, K, C, dtype=jnp.bfloat16),) * 2
