@@ -6,7 +6,8 @@
 
 Plain XLA is the definition and runs anywhere. On a Hopper GPU one kernel (`mosaic_gpu_decode_kernels.py`) reads each
 key and value once, of those tiles of slots alone in which the row sees something. Codes of 8 bits have a kernel of
-their own (`mosaic_gpu_decode_int8_kernels.py`), which turns keys that lie un-rotated, too.
+their own (`mosaic_gpu_decode_int8_kernels.py`), which turns keys that lie un-rotated, too. Both give, where watched
+tokens are kept by them, the largest weight of each slot (`with_looks`).
 """
 
 import dataclasses
