@@ -94,6 +94,9 @@ class LabelledIterator(grain.DatasetIterator[Batch]):
         """
         for state in states:
             self._check(state, _OF_A_SHARE)
+            before, now = (int(x["rows"]) * int(x["process_count"]) for x in (state["made_by"], self.made_by))
+            if before != now:
+                raise ConfigError(f"the checkpoint's place in the data is of batches of {before} rows, now {now}")
         self._take_up(_shares(states))
 
     def has_moved(self, folder: Path) -> bool:
