@@ -122,12 +122,6 @@ class LabelledIterator(grain.DatasetIterator[Batch]):
         missing = [i for i in range(first, last) if i not in states]
         if missing:
             raise ValueError(f"it lacks the place in the data of process {missing[0]} of {of}")
-        rows = int(self.made_by["rows"]) * self._count
-        if rows % of:
-            raise ConfigError(
-                f"the place in the data was reached in {of} shares, and {rows} rows do not split into them; go on with "
-                "the number of processes that there was"
-            )
         if (of, {*range(first, last)}) != (self._of, self._shares.keys()):
             for share in self._shares.values():
                 share.close()
