@@ -57,8 +57,8 @@ class Sliced(Settings):
 class Texts(Settings):
     """What is scored: texts in windows."""
 
-    # .txt files, or JSON lines that are texts ({"text": ...}): a file or a folder; or a TFDS dataset; default: the
-    # run's corpus
+    # .txt files, or JSON lines that are texts ({"text": ...}): a file or a folder; a dataset as data.name has it (of
+    # TFDS, hf://...), or a mixture of these; default: the run's corpus
     text: str = ""
     split: str = ""  # of that data, as TFDS names it; default: all of --text, or validation
     length: Annotated[int, AtLeast(0)] = 0  # tokens of a window; default: as in training
@@ -81,11 +81,15 @@ _FOLDER = "evaluations"
 
 
 def begin[S: Job](settings: S, job: str) -> tuple[S, Path]:
-    """The settings with the checkpoint that is scored, and where the result goes.
+    """The settings with the checkpoint that is scored and the arms that files name, and where the result goes.
 
     Raises before hours of scoring where it cannot be written or would replace a table.
     """
     settings = dataclasses.replace(settings, step=_step(settings))
+    if isinstance(settings, Compared):
+        from sepjax.evaluation.arms import spelled_out
+
+        settings = dataclasses.replace(settings, arms=spelled_out(settings.arms))
     path = Path(settings.output or _named_by_what_is_scored(settings, job))
     if path.suffix in (".csv", ".png"):
         raise ConfigError(f"--output={path} is where the table or the picture goes; give a .json file")
