@@ -9,6 +9,7 @@ import pytest
 
 from sepjax import programs
 from sepjax.config import AttentionConfig, ConfigError
+from sepjax.data.errors import DataError
 from sepjax.evaluation import jobs, needle, recall
 from sepjax.programs import COMMANDS
 from sepjax.programs.evaluate import common
@@ -77,6 +78,13 @@ def test_arms_begin_with_the_models_own_settings_and_the_window_that_is_asked_fo
     seen.clear()
     jobs.evaluate(tmp_path / "m.gguf", length=16, **cut)
     assert [arm.attention for arm in seen] == expected
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"body": "abc, ab. a bc, c " * 20}) + "\n")
+    cut["text"] = str(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="'text'"):
+        jobs.evaluate(tmp_path / "m.gguf", length=16, **cut)
+    jobs.evaluate(tmp_path / "m.gguf", length=16, text_key="body", **cut)
+    with pytest.raises(ConfigError, match="--text_key does nothing for the run's own corpus"):
+        programs.program("evaluate windows").Settings(model="m", text_key="body")
 
 
 def test_results_are_named_by_what_was_scored(tmp_path, monkeypatch):
