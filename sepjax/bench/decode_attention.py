@@ -1,6 +1,6 @@
 """Attention of one new token over bounded caches: the kernel against plain XLA, and the errors of both.
 
-    python -m sepjax.bench.decode_attention [--rows=1,760 --cache_sizes=320,800 --shapes=9/3/64,32/8/128]
+    python -m sepjax.bench.decode_attention [--rows=1,760 --cache_sizes=325,800 --shapes=9/3/64,32/8/128]
                                             [--cache_dtypes=model,int8]
 
 A call is the attention of so many layers that the device's own caches do not hold their keys, each reading what the one
