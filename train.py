@@ -98,6 +98,8 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
     here: dict[str, Any] = {"process_index": share.index, "process_count": share.count}
     here["form"] = conversation_form(config, tokenizer)
     batches = training_batches(config, tokenizer, data_dir, seed=config.training.seed, **here)
+    held_out = functools.partial(evaluation_batches, config, tokenizer, data_dir, **here)
+    held_out()  # a split that is not there is said now, not by the first evaluation
     place = functools.partial(_place, share, sharding.batch_sharding(mesh))
 
     # State and steps: pure functions under plain jit; parameters are born in their shards.
@@ -108,7 +110,7 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
     eval_fn = jax.jit(functools.partial(eval_step, config, graph))
 
     def rows() -> Iterable[Batch]:
-        return map(place, evaluation_batches(config, tokenizer, data_dir, **here))
+        return map(place, held_out())
 
     evaluate = functools.partial(_evaluate, eval_fn, rows, config.training.eval_batches)
     remake = functools.partial(_remake, config, workdir, tokenizer)

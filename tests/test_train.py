@@ -229,6 +229,10 @@ def test_bad_settings_of_a_run_are_the_users_mistakes(config_file, tmp_path):
     data = dataclasses.replace(config.data, tokenizer=str(tmp_path / "bad.model"))
     with pytest.raises(DataError, match=r"bad\.model"):
         train(dataclasses.replace(config, data=data), tmp_path / "run")
+    data = dataclasses.replace(config.data, eval_split="held_out")
+    with pytest.raises(DataError, match="split 'held_out'"):
+        train(dataclasses.replace(config, data=data), tmp_path / "late")
+    assert not (tmp_path / "late" / "metrics.jsonl").exists()  # before any step, not when it is evaluated
     small = dataclasses.replace(config, attention=dataclasses.replace(config.attention, cache_size=18))
     with pytest.raises(ConfigError, match="cache_size"):
         validate(small)

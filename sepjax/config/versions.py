@@ -22,7 +22,11 @@ def completed(saved: Any, like: Any) -> Any:
 
 
 def told(settings: Any) -> Any:
-    """Settings as plain JSON, those that are at their defaults left out: the same after a field has been added."""
+    """Settings as plain JSON, those that are at their defaults left out: the same after a field has been added.
+
+    Not after a default has changed: then older settings are told as newer ones are that differ from them. Whoever
+    changes one counts up the version of what is kept under such words (`sepjax.serve.state`).
+    """
     if dataclasses.is_dataclass(settings):
         defaults = _defaults(settings)
         values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}

@@ -25,6 +25,7 @@ _ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[^@]+))?(@(?P<revision>.+
 _KINDS = ("arrow", "cache", "csv", "json", "parquet", "text")  # of files that hold rows of texts
 _TEXTS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")  # types of Arrow
 _AT_ONCE = 64  # rows of conversations
+_OLDEST = 4  # version of datasets
 
 
 class HubRows:
@@ -115,6 +116,11 @@ def _library(name: str) -> Any:
         import datasets  # seconds, which other sources need not wait
     except ModuleNotFoundError as error:
         raise DataError(f'{name!r} is read by datasets, which is missing: pip install "sepjax[hf]"') from error
+    if int(datasets.__version__.partition(".")[0]) < _OLDEST:  # those run code that a dataset brings
+        raise DataError(
+            f"{name!r} is read by datasets {_OLDEST} or newer, and {datasets.__version__} is installed: "
+            'pip install --upgrade "sepjax[hf]"'
+        )
     return datasets
 
 

@@ -94,6 +94,9 @@ class LabelledIterator(grain.DatasetIterator[Batch]):
         """
         for state in states:
             self._check(state, _OF_A_SHARE)
+            before, now = (int(x["rows"]) * int(x["process_count"]) for x in (state["made_by"], self.made_by))
+            if before != now:
+                raise ConfigError(f"the checkpoint's place in the data is of batches of {before} rows, now {now}")
         self._take_up(_shares(states))
 
     def has_moved(self, folder: Path) -> bool:
@@ -119,12 +122,6 @@ class LabelledIterator(grain.DatasetIterator[Batch]):
         missing = [i for i in range(first, last) if i not in states]
         if missing:
             raise ValueError(f"it lacks the place in the data of process {missing[0]} of {of}")
-        rows = int(self.made_by["rows"]) * self._count
-        if rows % of:
-            raise ConfigError(
-                f"the place in the data was reached in {of} shares, and {rows} rows do not split into them; go on with "
-                "the number of processes that there was"
-            )
         if (of, {*range(first, last)}) != (self._of, self._shares.keys()):
             for share in self._shares.values():
                 share.close()

@@ -122,12 +122,17 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """One pass over the evaluation split in the dataset's own order; all processes yield the same number of batches.
 
-    The last batch is padded to its full size. Raises as `training_batches` does, and DataError if there is no token.
+    The last batch is padded to its full size. Raises as `training_batches` does, at once and not only when batches are
+    asked for; and, then, DataError if there is no token.
     """
     _check_vocabulary(config, tokenizer)
     rows = _rows_per_process(config, process_count)
     sources = sources_of(config.data, data_dir, config.data.eval_split, form)
     mine = slice(process_index * rows, (process_index + 1) * rows)
+    return _rows_of(mine, sources, config, tokenizer)
+
+
+def _rows_of(mine: slice, sources: Sequence[TextSource], config: Config, tokenizer: Tokenizer) -> Iterator[Batch]:
     if parts := parts_of(config.data.name):
         passes = [functools.partial(one_pass, source, config, tokenizer, 1) for source in sources]
         batches = mixed_pass(parts, passes, config.data.batch_size)

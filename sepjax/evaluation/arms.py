@@ -82,7 +82,7 @@ def parse_arms(text: str, base: AttentionConfig, num_layers: int, *, cached: boo
       ConfigError: names the arm and what is wrong with it, or a file that cannot be read.
     """
     arms: list[Arm] = []
-    for part in itertools.chain.from_iterable(map(_of_file, _parts(text))):
+    for part in _parts(spelled_out(text)):
         try:
             arm = _arm(part, base, num_layers, [arm.name for arm in arms])
             if not cached:
@@ -93,6 +93,16 @@ def parse_arms(text: str, base: AttentionConfig, num_layers: int, *, cached: boo
     if not arms:
         raise ConfigError('--arms has no arm; expected for example --arms="dense; sink_window n=657"')
     return arms
+
+
+def spelled_out(text: str) -> str:
+    """Arms with those of files in the place of `@FILE`: what is scored, whatever becomes of the files.
+
+    Raises ConfigError for a file that cannot be read.
+    """
+    parts = _parts(text)
+    found = list(itertools.chain.from_iterable(map(_of_file, parts)))
+    return text if found == parts else "; ".join(found)
 
 
 def _parts(text: str) -> list[str]:

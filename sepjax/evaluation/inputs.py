@@ -1,6 +1,7 @@
 """What the jobs score: settings and texts of a run, of files or of a corpus."""
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +109,9 @@ def corpus_of(path: Path, split: str, tokenizer: Tokenizer, *, max_tokens: int =
         raise ConfigError("a pretrained model has no corpus of its own: give --text")
     data = load_config(path).data
     parts = _sources(data, data.data_dir or str(path / "data"), None, split or data.eval_split)
-    whole = [documents_of(tokenizer, part.documents, **cut) for part in parts]
+    # Of each so much as its share can be at most: a corpus may be larger than all that is asked for.
+    most = [math.ceil(part.share * max_tokens) for part in parts]
+    whole = [documents_of(tokenizer, x.documents, max_tokens=n, **cut) for x, n in zip(parts, most, strict=True)]
     sizes = [sum(len(document.inputs) for document in documents) for documents in whole]
     taken = in_shares([part.share for part in parts], sizes, max_tokens)
     return [x for some, most in zip(whole, taken, strict=True) if most for x in first_tokens(some, most)]

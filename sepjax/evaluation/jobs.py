@@ -39,6 +39,7 @@ def evaluate(
     equal: str = "",
     step: int | None = None,
     text: str = "",
+    text_key: str = "",
     split: str = "",
     length: int = 0,
     window_size: int = 0,
@@ -58,6 +59,8 @@ def evaluate(
     """
     model, tokenizer = load(workdir, step=step, **settings)
     config = config_of(workdir, model)
+    data = dataclasses.replace(config.data, text_key=text_key or config.data.text_key)
+    config = dataclasses.replace(config, data=data)
     patterns = patterns or [pattern for pattern in PATTERNS if pattern != "gated" or model.gate is not None]
     attentions = [with_pattern(config, pattern, window_size) for pattern in ([] if arms else ["separator", *patterns])]
     texts = texts_of(workdir, config, tokenizer, text, split, max_documents)

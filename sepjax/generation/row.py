@@ -330,7 +330,7 @@ class TextUntilStop:
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken."""
         self._held, self.stopped = state["held"], state["stopped"]
-        self._passed = state.get("passed", 0)  # which older ones do not have
+        self._passed = state["passed"]
         self._decoder.restore(state["decoder"])
 
     def _release(self, size: int) -> str:

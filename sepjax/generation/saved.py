@@ -26,7 +26,7 @@ _WHAT = "a saved stream"
 _KINDS = {  # a list: of any length, of its one kind
     "model": dict, "sizes": dict, "room": [int], "pending": [int], "has_drawn": bool, "seen": int,
     "finish_reason": str | None, "checksum": int,
-    "text": {"held": str, "stopped": bool, "decoder": {"bytes": [int], "drops_space": bool}},
+    "text": {"held": str, "passed": int, "stopped": bool, "decoder": {"bytes": [int], "drops_space": bool}},
     "guard": {"recent": [int], "matched": [int]},
 }  # fmt: skip
 
@@ -68,6 +68,7 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], Path]:
     path = place / _WORDS
     try:
         words = {"room": []} | json.loads(path.read_bytes())  # streams of older versions were all over bounded caches
+        words["text"] = {"passed": 0} | words["text"]  # and knew no `min_new_tokens`
         damaged = _misfit(words, _KINDS, "") or _out_of_range(words)
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise StreamStateError(f"{str(path)!r} is not what a stream saves ({error!r}); use another copy") from error

@@ -13,8 +13,8 @@ from sepjax.generation.prompts import check_seeds
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import Row, RowSettings
 from sepjax.generation.sampling import Sampling
-from sepjax.generation.slot_programs import Arrival, Wishes
 from sepjax.generation.slot_request import SlotRequest
+from sepjax.generation.slot_rows import Arrival, Wishes
 
 ENDS = 16  # end tokens that the device knows of; the host knows all
 _MOST_COUNTED = 2**30  # new tokens that the device counts

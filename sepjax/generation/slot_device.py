@@ -26,15 +26,8 @@ from sepjax.generation.sampling import Sampling
 from sepjax.generation.slot_arrival import ENDS, arrival
 from sepjax.generation.slot_mesh import spread
 from sepjax.generation.slot_pool import Pool, PooledState
-from sepjax.generation.slot_programs import (
-    Before,
-    Exchange,
-    Record,
-    Rows,
-    SlotPrograms,
-    Wishes,
-    slot_programs,
-)
+from sepjax.generation.slot_programs import SlotPrograms, slot_programs
+from sepjax.generation.slot_rows import Before, Exchange, Record, Rows, Wishes
 from sepjax.generation.slot_turns import Read, shapes_of
 
 _LEAST, _MOST = 4, 32  # rows that one program has leave and begin: an eighth of all within these bounds

@@ -15,7 +15,7 @@ from sepjax.generation.prompts import Prompt, encode_prompts
 from sepjax.generation.row import Row, StreamEvent
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.saved_row import SavedRow
-from sepjax.generation.slot_programs import Record
+from sepjax.generation.slot_rows import Record
 
 
 class SlotError(UserError, LookupError):

@@ -47,8 +47,8 @@ from sepjax.generation.row import Row, RowSettings, StreamEvent
 from sepjax.generation.saved_row import SavedRow
 from sepjax.generation.slot_arrival import told_of
 from sepjax.generation.slot_device import Coming, SlotDevice
-from sepjax.generation.slot_programs import Record
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
+from sepjax.generation.slot_rows import Record
 from sepjax.generation.slot_turns import Turns, ending, steps_of
 from sepjax.separators import warn_of_few_in
 

@@ -170,6 +170,10 @@ def test_what_is_missing_is_named(saved, tmp_path, monkeypatch):
     datasets.load_from_disk(str(saved / "validation")).save_to_disk(tmp_path / "one")
     with pytest.raises(DataError, match=r"train_split='train\[1%:\]' and data.eval_split='train\[:1%\]'"):
         read(tmp_path / "one", tmp_path / "p", "validation")
+    with monkeypatch.context() as patch:  # an older one would run code of the dataset
+        patch.setattr(datasets, "__version__", "3.6.0")
+        with pytest.raises(DataError, match=r"datasets 4 or newer, and 3\.6\.0 is installed: pip install --upgrade"):
+            read(saved, tmp_path / "p")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r'is read by datasets, which is missing: pip install "sepjax\[hf\]"'):
         read(saved, tmp_path / "p")

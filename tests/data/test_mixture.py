@@ -14,6 +14,7 @@ from sepjax.data.errors import DataError
 from sepjax.data.mixture import Part, part_of_row, parts_of
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
 from sepjax.data.sources import has_records, text_source
+from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation import inputs, jobs
 from sepjax.evaluation.inputs import corpus_of, texts_of
 from tests.data.test_pipeline import assert_same
@@ -126,6 +127,10 @@ def test_a_run_is_scored_on_its_own_mixture(mixed, data_dir, tmp_path, monkeypat
     assert sizes[True] / sum(sizes.values()) == pytest.approx(0.75, abs=0.02)
     few = corpus_of(tmp_path, "", tokenizer, max_tokens=40)
     assert sum(len(document.inputs) for document in few) == 40
+    read, encode = [], Tokenizer.encode
+    with monkeypatch.context() as patch:  # of a large corpus no more is looked at
+        patch.setattr(Tokenizer, "encode", lambda self, text, **how: read.append(text) or encode(self, text, **how))
+        assert len(corpus_of(tmp_path, "train", tokenizer, max_tokens=40)) == len(read) == 2
     (one,) = corpus_of(tmp_path, "", tokenizer, max_tokens=1)  # of which a quarter is none
     assert len(one.inputs) == 1
 

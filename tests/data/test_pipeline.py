@@ -197,6 +197,9 @@ def test_other_numbers_of_processes_go_on_with_the_same_batches(config, tokenize
         shares(1)[0].set_states(states[:1])
     with pytest.raises(ConfigError, match="seed=7, now 8"):
         training_batches(config, tokenizer, data_dir, seed=8).set_states(states)
+    larger = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=8))
+    with pytest.raises(ConfigError, match="is of batches of 4 rows, now 8"):
+        training_batches(larger, tokenizer, data_dir, seed=7).set_states(states)
 
 
 WORKERS = """

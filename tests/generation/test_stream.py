@@ -218,6 +218,7 @@ def test_a_damaged_description_of_a_stream_is_named(model, tokenizer, tmp_path, 
         ("text", {}), ("text.held", 3), ("text.decoder", []), ("text.decoder.bytes", [-1]), ("guard.recent", ["a"]),
         ("guard.matched", None), ("room", [-1, 2]), ("pending", [10**6]), ("seen", True), ("finish_reason", 1),
         ("text.decoder.bytes", [256]), ("guard.matched", [1]), ("room", [1]),
+        ("text.passed", "1"),
     ],
 )  # fmt: skip
 def test_a_damaged_word_of_a_stream_is_named(model, tokenizer, tmp_path, path, value):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from sepjax import programs
-from sepjax.config import AttentionConfig
+from sepjax.config import AttentionConfig, ConfigError
+from sepjax.data.errors import DataError
 from sepjax.evaluation import jobs, needle, recall
 from sepjax.programs import COMMANDS
 from sepjax.programs.evaluate import common
@@ -77,6 +78,13 @@ def test_arms_begin_with_the_models_own_settings_and_the_window_that_is_asked_fo
     seen.clear()
     jobs.evaluate(tmp_path / "m.gguf", length=16, **cut)
     assert [arm.attention for arm in seen] == expected
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"body": "abc, ab. a bc, c " * 20}) + "\n")
+    cut["text"] = str(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="'text'"):
+        jobs.evaluate(tmp_path / "m.gguf", length=16, **cut)
+    jobs.evaluate(tmp_path / "m.gguf", length=16, text_key="body", **cut)
+    with pytest.raises(ConfigError, match="--text_key does nothing for the run's own corpus"):
+        programs.program("evaluate windows").Settings(model="m", text_key="body")
 
 
 def test_results_are_named_by_what_was_scored(tmp_path, monkeypatch):
@@ -102,6 +110,14 @@ def test_results_are_named_by_what_was_scored(tmp_path, monkeypatch):
         common.begin(programs.program("evaluate tasks").Settings(model="a/SmolLM2-1.7B", task=("a", "b/c")), "tasks")[1]
     )
     assert name("windows", output="mine.json") == "mine.json"
+    versions = set()  # of a file of arms, whose name stays
+    for window in (3, 4):
+        (tmp_path / "mine.arm").write_text(f"sink_window n={window}\n")
+        versions.add(name("windows", arms="dense; @mine.arm"))
+    assert len(versions) == 2
+    assert name("windows", arms="dense; mine: sink_window n=4") in versions
+    with pytest.raises(ConfigError, match=r"'@none\.arm'"):
+        name("windows", arms="@none.arm")
 
 
 def test_a_stream_is_scored_and_its_curve_written_beside_the_output(tmp_path, capfd):

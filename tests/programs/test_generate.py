@@ -73,6 +73,7 @@ def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, tmp_path, ca
         ("--prompt=a --save=x", "--save does nothing for an answer to --prompt; it is for --resume, --stream"),
         ("--prompt=a --cache_dtype=int4", "--cache_dtype='int4' is not one of"),
         ("--prompt=a --arm=@none", "none"),
+        ("--prompt=a --arm=dense", "a cache that grows: leave out what bounds it (bounded=True, --arm, --cache_size"),
         ("--prompt=a --max_repeats=12", "--max_repeats does nothing for an answer to --prompt"),
         ("--prompt=a --pattern=watched --save=x", "--save does nothing for an answer to --prompt; it is for --resume"),
         ("--prompt=a --stream --pattern=sink_window --max_separators=3", "--max_separators does nothing for the sink"),

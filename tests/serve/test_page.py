@@ -336,6 +336,12 @@ def test_escape_stops_an_answer_which_stays_and_goes_on_or_begins_again(driver, 
     assert at.stored()[0]["messages"][1]["content"] == answer.content
     assert ["status of 400" in line for line in at.complaints()] == [True]
     assert at.text(".message.assistant.stopped .about") == "stopped"
+    at.run("window.fetch = () => new Promise(() => {})")  # nothing has come yet when the page is left
+    at.find("#again").click()
+    at.until("document.querySelector('.message.assistant .body').textContent === ''")
+    at.open()
+    assert at.stored()[0]["messages"][1]["content"] == answer.content
+    assert at.text(".message.assistant.stopped .about") == "stopped"
     at.run("localStorage['sepjax.settings'] = JSON.stringify({temperature: 0, max_tokens: 6})")
     at.find("#continue").click()
     at.until(done)

@@ -155,7 +155,9 @@ def _check_served(config: ModelConfig, attention: AttentionConfig) -> None:
     if keeps_everything(attention):
         raise ConfigError(
             'attention.pattern="dense" keeps every token, so a stream without end would need a cache without end; '
-            'use "watched", "separator", "gated", "sink_window" or "fixed_interval", or set max_new_tokens'
+            'use "watched", "separator", "gated", "sink_window" or "fixed_interval", or, for an answer with '
+            "max_new_tokens, a cache that grows: leave out what bounds it (bounded=True, --arm, --cache_size, "
+            "--max_separators)"
         )
     if attention.kept_layers and attention.pattern == "watched":
         raise ConfigError(

@@ -57,9 +57,10 @@ class Sliced(Settings):
 class Texts(Settings):
     """What is scored: texts in windows."""
 
-    # .txt files, or JSON lines that are texts ({"text": ...}): a file or a folder; or a TFDS dataset; default: the
-    # run's corpus
+    # .txt files, or JSON lines that are texts ({"text": ...}): a file or a folder; a dataset as data.name has it (of
+    # TFDS, hf://...), or a mixture of these; default: the run's corpus
     text: str = ""
+    text_key: str = ""  # field of the records of --text that holds the text; default: the run's data.text_key, or text
     split: str = ""  # of that data, as TFDS names it; default: all of --text, or validation
     length: Annotated[int, AtLeast(0)] = 0  # tokens of a window; default: as in training
     window_size: Annotated[int, AtLeast(0)] = 0  # n of every layer; default: as in training
@@ -67,6 +68,11 @@ class Texts(Settings):
     max_documents: Annotated[int, AtLeast(0)] = 0  # score only the first so many; 0: all
     max_tokens: Annotated[int, AtLeast(0)] = 0  # score only the first so many of a document; 0: all
     bos: bool = True  # whether each document begins with BOS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text_key and not self.text:
+            raise ConfigError("--text_key does nothing for the run's own corpus; add --text, or leave it out")
 
     @property
     def texts(self) -> dict[str, Any]:
@@ -81,11 +87,15 @@ _FOLDER = "evaluations"
 
 
 def begin[S: Job](settings: S, job: str) -> tuple[S, Path]:
-    """The settings with the checkpoint that is scored, and where the result goes.
+    """The settings with the checkpoint that is scored and the arms that files name, and where the result goes.
 
     Raises before hours of scoring where it cannot be written or would replace a table.
     """
     settings = dataclasses.replace(settings, step=_step(settings))
+    if isinstance(settings, Compared):
+        from sepjax.evaluation.arms import spelled_out
+
+        settings = dataclasses.replace(settings, arms=spelled_out(settings.arms))
     path = Path(settings.output or _named_by_what_is_scored(settings, job))
     if path.suffix in (".csv", ".png"):
         raise ConfigError(f"--output={path} is where the table or the picture goes; give a .json file")

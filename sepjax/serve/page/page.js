@@ -183,7 +183,7 @@ async function run(conversation, answer, continues, before = null) {
   if (!before) keep(conversation); // else what is kept is the answer before
   showList();
   const controller = new AbortController();
-  runs.set(conversation.id, { conversation, controller, answer });
+  runs.set(conversation.id, { conversation, controller, answer, before });
   log.busy(true);
   showControls();
   try {
@@ -224,7 +224,6 @@ async function read(conversation, answer, body, signal) {
   conversation.response = id;
   answer.about = about(usage, first, performance.now() - start, reason);
   if (reason === "length") answer.cut = "length";
-  else delete answer.cut; // a page that was left, and came back
 }
 
 function about(usage, first, whole, reason) {
@@ -245,7 +244,7 @@ function about(usage, first, whole, reason) {
 // question goes back.
 function ended(conversation, answer, error, before) {
   const wasStopped = error.name === "AbortError";
-  if (answer.content && answer.content !== before?.content) cutOff(answer, wasStopped ? "stopped" : `broken off: ${error.message}`);
+  if (hasCome(answer, before)) Object.assign(answer, cutOff(wasStopped ? "stopped" : `broken off: ${error.message}`));
   else if (before) Object.assign(answer, before);
   else {
     const [question] = conversation.messages.splice(-2);
@@ -256,9 +255,8 @@ function ended(conversation, answer, error, before) {
   else if (conversation === current) $("said").textContent = "Stopped.";
 }
 
-function cutOff(answer, about) {
-  Object.assign(answer, { about, cut: "stopped" });
-}
+const cutOff = (about) => ({ about, cut: "stopped" });
+const hasCome = (answer, before) => answer.content && answer.content !== before?.content;
 
 const titleOf = (text) => (text.length > 48 ? `${text.slice(0, 47).trimEnd()}…` : text).replace(/\s+/g, " ");
 
@@ -376,9 +374,10 @@ function listen() {
   $("continue").onclick = () => again(true);
   $("again").onclick = () => again(false);
   addEventListener("pagehide", () => {
-    for (const { conversation, answer } of runs.values()) {
-      cutOff(answer, "stopped");
-      if (store.conversation(conversation.id)) keep(conversation);
+    for (const { conversation, answer, before } of runs.values()) {
+      // A copy: a page that comes back goes on with the answer itself.
+      const left = before && !hasCome(answer, before) ? before : { ...answer, ...cutOff("stopped") };
+      if (store.conversation(conversation.id)) keep({ ...conversation, messages: [...conversation.messages.slice(0, -1), left] });
     }
   });
   $("stop").onclick = () => runs.get(current.id)?.controller.abort();
