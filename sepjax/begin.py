@@ -15,8 +15,9 @@ from sepjax.console import say
 from sepjax.data.sources import has_records
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.convert import keep_origin
+from sepjax.hub.errors import HubError
 from sepjax.hub.training_form import TrainingForm, training_form
-from sepjax.loading import load, load_shape, locate
+from sepjax.loading import load, load_shape, locate, shape_alone
 from sepjax.model.transformer import split
 from sepjax.run.workdir import has_begun
 from sepjax.training.step import TrainState, create_state
@@ -50,6 +51,37 @@ def adopt_shape(config: Config, workdir: Path, *, download: bool = False) -> Con
         )
     is_begun = begun.exists() and has_begun(workdir)
     there = from_json(begun.read_bytes()).model if is_begun else load_shape(source, download=download)[0]
+    return _with_shape(config, there)
+
+
+def planned(config: Config) -> Config:
+    """The config as `adopt_shape` makes it of a source that need not have its weights here, for `sepjax plan`.
+
+    Of a Hugging Face folder config.json is enough. A model section that says a shape stands alone where there is no
+    such path.
+
+    Raises:
+      ConfigError, OSError, UserError: as `adopt_shape`; the source is not here, and the model section says no shape.
+    """
+    source = config.training.init_from
+    if not source:
+        return config
+    if _computed_alike(ModelConfig(), config.model) != config.model and not Path(source).exists():
+        return _with_shape(config, config.model)
+    try:
+        return _with_shape(config, shape_alone(source))
+    except (HubError, FileNotFoundError) as error:
+        if Path(source).exists():
+            raise
+        raise ConfigError(
+            f"training.init_from={source!r} is not here, and the model section says no shape; its config.json is "
+            "enough for a plan, in a folder or in the hub's local cache"
+        ) from error
+
+
+def _with_shape(config: Config, there: ModelConfig) -> Config:
+    """The config with a source's shape, computed as the model section says; ConfigError where they do not fit."""
+    source = config.training.init_from
     shape = _computed_alike(there, config.model)
     default = ModelConfig()
     wrong = [

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from sepjax.config import ConfigError, ModelConfig, UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.adapter import add_adapter, origin_family
-from sepjax.hub.folder import folder_shape, is_folder, load_folder
+from sepjax.hub.folder import config_shape, folder_shape, is_folder, load_folder
 from sepjax.hub.gguf_file import gguf_shape, load_gguf
 from sepjax.hub.packaged import packaged_file
 from sepjax.hub.remote import HUB_ID, fetch
@@ -110,6 +110,15 @@ def load_shape(path: str | os.PathLike[str], *, download: bool = False) -> tuple
     return load_config(source).model, Tokenizer.load(source / "tokenizer")
 
 
+def shape_alone(path: str | os.PathLike[str]) -> ModelConfig:
+    """The shape of what `load` reads, or of a config.json whose weights are not here; raises as `load_shape` does."""
+    source = locate(path)
+    named = source if source.name == "config.json" else source / "config.json"
+    if named.is_file() and not is_folder(source) and not _is_run(source):
+        return config_shape(named, dtype="float32")
+    return load_shape(source)[0]
+
+
 def locate(path: str | os.PathLike[str], *, download: bool = False) -> Path:
     """The folder or file that `load` reads; raises as it does."""
     source = packaged_file(os.fspath(path)) or Path(path)
@@ -121,8 +130,12 @@ def locate(path: str | os.PathLike[str], *, download: bool = False) -> Path:
 
 
 def _check_is_run(path: str | os.PathLike[str], source: Path) -> None:
-    if not any((source / name).exists() for name in ("checkpoints", "run_meta.json")):
+    if not _is_run(source):
         raise LoadError(f"{os.fspath(path)!r} is {_kind(source)}; expected {_KINDS}")
+
+
+def _is_run(source: Path) -> bool:
+    return any((source / name).exists() for name in ("checkpoints", "run_meta.json"))
 
 
 def _kind(path: Path) -> str:

@@ -66,6 +66,12 @@ def folder_shape(path: Path, *, dtype: str) -> tuple[ModelConfig, Tokenizer]:
     return _shape(path, fields, family, Weights(path, family), dtype)
 
 
+def config_shape(path: Path, *, dtype: str) -> ModelConfig:
+    """The settings that a config.json says, read alone; raises HubError for what `load_folder` refuses in it."""
+    fields = Fields.read(path)
+    return read_model_config(fields, family_of(fields), dtype)
+
+
 def _shape(path: Path, fields: Fields, family: Family, weights: "Weights", dtype: str) -> tuple[ModelConfig, Tokenizer]:
     config = read_model_config(fields, family, dtype)
     check_sizes(weights, config)

@@ -2,6 +2,9 @@
 
     sepjax plan --config=configs/llama3_8b.py --topology=v5p:8x8x16 [--largest=12]
     sepjax plan --config=configs/llama3_8b.py --topology=h100:8x8    8 hosts of 8 GPUs
+    sepjax plan --config=configs/post_8b.py --topology=h100:1x8 --config.training.init_from=FOLDER
+
+Of FOLDER its config.json is enough.
 
 What a pod user wants to know before paying. Needs the package libtpu and no TPU, or JAX's CUDA plugin and no GPU.
 """
@@ -32,6 +35,7 @@ def begin() -> None:
 
 def main(settings: Settings) -> None:
     """Prints the plan."""
+    from sepjax.begin import planned
     from sepjax.training import plan
 
-    plan.main(settings.config, settings.topology, settings.largest)
+    plan.main(planned(settings.config), settings.topology, settings.largest)

@@ -26,6 +26,9 @@ from sepjax.training.step import abstract_batch, abstract_state, model_graph, tr
 _HBM = {"TPU v5 lite": 15.75, "TPU v5": 95.73, "TPU v6 lite": 31.24, "TPU7x": 94.74}
 _HBM["NVIDIA H100 80GB HBM3"] = h100.MEMORY / 2**30  # the driver and NCCL take some of it
 
+_JAX_TAKES = 0.75  # of a GPU's memory, unless XLA_CLIENT_MEM_FRACTION says otherwise
+_AT_MOST = 0.92  # of it; the rest is the driver's, NCCL's and the libraries'
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -170,6 +173,7 @@ def report(plan: Plan, config: Config) -> str:
         f"  {'program':<32}{_gib(memory.program):>8}",
         f"  {'together':<32}{share(memory.total)}",
         f"  {'in use at once, at the most':<32}{share(memory.peak)}",
+        *([f"  {_verdict(plan, plan.hbm)}"] if plan.hbm else []),
         "",
         f"collectives of a step{'times':>13}{'GiB':>10}  over",
         *(f"  {x.kind:<20}{x.times:>12}{_gib(x.bytes):>10}  {x.axes}" for x in plan.collectives or []),
@@ -186,6 +190,19 @@ def main(config: Config, topology: str, largest: int) -> None:
     check_adapters(config.lora, config.model)
     validate_attention(config.attention, config.model.num_layers)
     print(report(make_plan(config, topology, largest), config), flush=True)
+
+
+def _verdict(plan: Plan, hbm: int) -> str:
+    """Whether it fits. The compiler for TPUs refuses what does not; that for GPUs compiles it all the same."""
+    needed = plan.memory.total
+    if not plan.device_kind.startswith("NVIDIA") or needed <= _JAX_TAKES * hbm:
+        return "fits"
+    if needed <= _AT_MOST * hbm:
+        return f"fits with XLA_CLIENT_MEM_FRACTION={_AT_MOST}: JAX takes {_JAX_TAKES:.0%} of a GPU's memory otherwise"
+    return (
+        "DOES NOT FIT: split parameters over more devices (mesh.fsdp), raise optimizer.accumulation_steps, keep less "
+        "for the backward pass (model.remat='full'), or train adapters (lora.rank)"
+    )
 
 
 def _gib(size: int) -> str:

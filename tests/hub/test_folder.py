@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ from sepjax.hub.families import ATTENTION, FAMILIES
 from sepjax.hub.fields import Fields
 from sepjax.hub.folder import folder_shape
 from sepjax.hub.remote import fetch
-from sepjax.hub.safetensors_file import SafetensorsFile
+from sepjax.hub.safetensors_file import Planned, SafetensorsFile, write_safetensors
 from sepjax.loading import LoadError, load_shape
 from sepjax.model.transformer import split
 from sepjax.run.checkpoint import load_params
@@ -133,6 +134,48 @@ def test_each_device_reads_its_own_part(make, monkeypatch):
     matrices = [(shape, part.shape) for shape, part in read if len(shape) > 2]
     assert matrices
     assert all(8 * np.prod(part) == np.prod(shape) for shape, part in matrices)
+
+
+class _Held(threading.Thread):
+    """The most memory that this process holds, mapped files aside, while a block runs: bytes above those before it."""
+
+    def __enter__(self):
+        self.before = self.most = self.now()
+        self.ended = threading.Event()
+        self.start()
+        return self
+
+    def run(self):
+        while not self.ended.wait(5e-4):
+            self.most = max(self.most, self.now())
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.join()
+
+    @staticmethod
+    def now():
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of memory")
+def test_beside_the_parameters_loading_holds_one_and_a_half_of_them_at_the_most(tmp_path, tokenizer_text):
+    """Not the files besides, nor all shards of a parameter once more: 184 MiB in all, the largest 32, as float32."""
+    sizes = {64: 8192, 32: 1024, 48: 4096, 16: 512}
+    config = GOLDEN["llama"]["config"] | {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 4096}
+    shapes = {name: tuple(sizes[n] for n in shape) for name, shape in GOLDEN["llama"]["shapes"].items()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_text(tokenizer_text)
+    kind = np.dtype(ml_dtypes.bfloat16)
+    ones = {name: Planned(kind, shape, lambda shape=shape: np.ones(shape, kind)) for name, shape in shapes.items()}
+    write_safetensors(tmp_path / "model.safetensors", ones)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    load_shape(tmp_path)  # what reading a tokenizer imports is no part of it
+    with _Held() as held:
+        model, _ = sepjax.load(tmp_path, param_dtype="float32", mesh=mesh)
+    own = [sum(shard.data.nbytes for shard in x.addressable_shards) for x in leaves(model)]
+    assert held.most - held.before > 0.9 * sum(own), "the measure sees the parameters"
+    assert held.most - held.before < sum(own) + 1.5 * max(own)
 
 
 def test_older_keys_mean_the_same(make):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sepjax
-from sepjax.begin import adopt_shape, first_state, given_tokenizer
+from sepjax.begin import adopt_shape, first_state, given_tokenizer, planned
 from sepjax.config import (
     AttentionConfig,
     Config,
@@ -141,6 +141,32 @@ def test_a_shape_of_its_own_is_refused_and_computing_is_not(config, tmp_path):
     assert (adopted.model.remat, adopted.model.dtype, adopted.model.scan_layers) == ("full", "bfloat16", False)
     assert adopted.model.embed_dim == 32
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+
+
+def test_a_plan_needs_the_shape_of_its_source_alone(config, source, tmp_path):
+    """What `sepjax plan` compiles is what train.py would run, before weights and tokenizer are here."""
+
+    def of(init_from, model=config.model):
+        training = dataclasses.replace(config.training, init_from=str(init_from))
+        return planned(dataclasses.replace(config, model=model, training=training))
+
+    whole = adopt_shape(config, tmp_path / "run").model
+    assert whole != config.model
+    assert of(source).model == whole
+    for path in source.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    bare = of(source, ModelConfig(dtype="bfloat16", remat="full"))
+    assert bare.model == dataclasses.replace(whole, dtype="bfloat16", remat="full")
+    assert of(source / "config.json").model == whole
+    with pytest.raises(ConfigError, match=r"another shape than the model section: model\.mlp_dim=7"):
+        of(source, ModelConfig(mlp_dim=7))
+    assert of("owner/name", ModelConfig(mlp_dim=7)).model.mlp_dim == 7, "a shape of its own, and no such path"
+    for missing in ("owner/name", "nowhere"):
+        with pytest.raises(ConfigError, match=rf"{missing}' is not here.*its config\.json is enough for a plan"):
+            of(missing)
+    with pytest.raises(LoadError, match="is a folder without checkpoints or config"):
+        of(config.data.name)
 
 
 def test_mistakes_are_named(config, source, tmp_path):

@@ -105,6 +105,21 @@ def test_what_does_not_fit():
         plan.make_plan(small(model=wide), "v5e:2x2", 1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "gib", "verdict"),
+    [
+        ("TPU v5", 90, "fits\n"),
+        ("NVIDIA H100 80GB HBM3", 59, "fits\n"),
+        ("NVIDIA H100 80GB HBM3", 61, "fits with XLA_CLIENT_MEM_FRACTION=0.92: JAX takes 75%"),
+        ("NVIDIA H100 80GB HBM3", 74, r"DOES NOT FIT: .*mesh\.fsdp.*lora\.rank"),
+    ],
+)
+def test_a_plan_says_whether_it_fits(kind, gib, verdict):
+    memory = plan.Memory(arguments=2**30, outputs=0, temporaries=(gib - 1) * 2**30, program=0, peak=gib * 2**30)
+    found = plan.Plan(kind, {"fsdp": 8}, memory, int(plan._HBM[kind] * 2**30), [], [])
+    assert re.search(f"at the most.*\n  {verdict}", plan.report(found, SMALL))
+
+
 @pytest.mark.soak
 def test_h100s_of_several_hosts():
     """Two hosts of four GPUs: the same report, from XLA's compiler for NVIDIA GPUs."""
