@@ -102,7 +102,9 @@ def main(settings: Settings) -> None:
     if len(prompts) > 1:
         _answer_all(model, tokenizer, prompts, **options)
     else:
-        _answer_one(sepjax.stream(model, tokenizer, *prompts, **options), settings)
+        events = sepjax.stream(model, tokenizer, *prompts, **options)
+        del model  # one copy of its weights is enough
+        _answer_one(events, settings)
 
 
 def _prompts(settings: Settings) -> "list[Prompt]":

@@ -1,12 +1,15 @@
 """`sepjax generate` and `sepjax chat` within this process: what they print, keep, warn of and refuse."""
 
 import dataclasses
+import gc
 import io
 import sys
+import weakref
 
 import pytest
 
 import sepjax
+from sepjax import loading
 from sepjax.config import AttentionConfig, ConfigError, validate_attention
 from sepjax.programs import generate
 from tests.commands import command, refusal
@@ -146,12 +149,27 @@ def test_another_pattern_leaves_the_layers_of_the_own_one(model):
         assert generate.Settings(model="m", prompt=("a",), pattern=pattern).attention(loaded) == own
 
 
-def test_watched_answers_have_a_bounded_cache(model, capfd):
+def test_watched_answers_have_a_bounded_cache(model, capfd, monkeypatch):
+    loaded, held = [], []
+
+    def load(*arguments, original=loading.load, **settings):
+        found = original(*arguments, **settings)
+        loaded.append(weakref.ref(found[0]))
+        return found
+
+    def answer(*arguments, original=generate._answer_one):
+        gc.collect()
+        held.append(loaded[0]())
+        original(*arguments)
+
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(generate, "_answer_one", answer)
     flags = ["--pattern=watched", "--window_size=20", "--max_separators=8", f"--cache_size={CONFIG.max_positions + 1}"]
     ended = command(capfd, "generate", model, "--prompt=abc", "--max_new_tokens=2", *flags)
     assert ended.code == 0, ended.err
     assert f"warning: a cache of {CONFIG.max_positions + 1} entries is larger than" in ended.err
     assert "ended:" not in ended.err
+    assert held == [None], "the weights are there once while it answers"
 
 
 def test_an_arm_gives_answers_a_bounded_cache(model, capfd):
