@@ -59,9 +59,13 @@ def test_compiles_for_an_h100(h100, shape, dtype):
 def test_it_is_chosen_for_an_h100_that_is_not_there(h100):
     chosen = []
     with jax.set_mesh(h100):
-        for size, dtype in ((64, jnp.bfloat16), (80, jnp.bfloat16), (64, jnp.float32), (32, jnp.bfloat16)):
-            jax.eval_shape(lambda q: chosen.append(choose(None, q)), jax.ShapeDtypeStruct((1, 128, 2, size), dtype))
-    assert chosen == [mosaic_gpu, mosaic_gpu, xla, xla], "float32 and heads of 32 are for the XLA form"
+        for size, dtype in [(64, jnp.float32), *((size, jnp.bfloat16) for size in (32, 257, 64, 80, 96, 128, 256))]:
+            q = jax.ShapeDtypeStruct((1, 128, 2, size), dtype)
+            jax.eval_shape(lambda q: chosen.append(choose(None, q)), q)
+            if chosen[-1] is xla:
+                with pytest.raises(NotImplementedError, match=r"mosaic_gpu.* got (float32|32|257)"):
+                    jax.eval_shape(functools.partial(choose, "mosaic_gpu"), q)
+    assert chosen == 3 * [xla] + 5 * [mosaic_gpu], "float32 and heads of 32 and of 257 are for the XLA form"
 
 
 @pytest.mark.parametrize(
