@@ -200,8 +200,9 @@ def _verdict(plan: Plan, hbm: int) -> str:
     if needed <= _AT_MOST * hbm:
         return f"fits with XLA_CLIENT_MEM_FRACTION={_AT_MOST}: JAX takes {_JAX_TAKES:.0%} of a GPU's memory otherwise"
     return (
-        "DOES NOT FIT: split parameters over more devices (mesh.fsdp), raise optimizer.accumulation_steps, keep less "
-        "for the backward pass (model.remat='full'), or train adapters (lora.rank)"
+        "DOES NOT FIT: split parameters over more devices (mesh.fsdp), compute fewer rows at once (data.batch_size; "
+        "optimizer.accumulation_steps above 1 hold the gradients twice), keep less for the backward pass "
+        "(model.remat='full'), or train adapters (lora.rank)"
     )
 
 

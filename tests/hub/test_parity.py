@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 import sepjax
-from sepjax.config import AttentionConfig, ConfigError
+from sepjax.config import AttentionConfig, Config, ConfigError
+from sepjax.data.batch import Batch
 from sepjax.hub.export import save_folder
 from sepjax.model.attend import forward
+from sepjax.model.transformer import split
+from sepjax.training.step import _loss
 
 spec = importlib.util.spec_from_file_location("tiny_checkpoints", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(spec)
@@ -75,6 +78,25 @@ def test_logits_dense_and_masked_are_those_of_transformers(models, name):
 def test_logits_of_the_dense_pattern_are_those_of_transformers(models, name):
     (dense,) = logits(models[name][1], DENSE, FEW)
     np.testing.assert_allclose(dense, GOLDEN[name]["logits"], atol=1e-4, rtol=0)
+
+
+SCALED = ("gemma3", "granite")  # their logits are made of what the other families have as it is
+
+
+@pytest.mark.parametrize("name", [x if x in SCALED else pytest.param(x, marks=pytest.mark.soak) for x in GOLDEN])
+def test_the_loss_of_training_is_that_of_transformers_logits(models, name):
+    model, rows = models[name][1], tiny.tokens().astype(np.int32)
+    config = Config(model=model.config, attention=SEPARATORS)
+    counts = np.broadcast_to(np.arange(rows.shape[1]) < rows.shape[1] - 1, rows.shape)
+    positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
+    batch = Batch(rows, np.roll(rows, -1, axis=1), counts, positions, np.ones_like(rows), FEW)
+    graph, params = split(model)
+    with jax.disable_jit():
+        _, (_, found, _) = _loss(params, {}, config, graph, jax.tree.map(jnp.asarray, batch))
+    scores = GOLDEN[name]["masked"].astype(np.float64)[:, :-1]
+    right = np.take_along_axis(scores, rows[:, 1:, None], axis=-1)[..., 0]
+    expected = np.sum(np.log(np.sum(np.exp(scores), axis=-1)) - right)
+    assert float(found) == pytest.approx(expected, abs=1e-4 * right.size)
 
 
 # What decoding adds to the logits above is in tests/generation/cache/test_growing_pass.py, for layers of every kind.
