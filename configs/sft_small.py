@@ -8,8 +8,8 @@ r"""Supervised fine-tuning: a chat model learns from conversations, under the se
 Each line of the file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or
 has a "prompt" and a "completion"; what assistants say is scored (docs/post_training.md). Begins with
 SmolLM2-135M-Instruct; `--config.training.init_from=...` takes whatever `sepjax.load` reads and has a chat template.
-Hardware: a GPU or TPU with 16 GB. On GSM8K's training questions, 70 steps: under a minute on one H200; 22 of 512 test
-questions right, 12 before (docs/post_training.md).
+Hardware: a GPU or TPU with 16 GB. Time and result of 70 steps on GSM8K's training questions: under a minute on one
+H200; 22 of 512 test questions right, 12 before (docs/post_training.md).
 """
 
 from sepjax.config import AttentionConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
