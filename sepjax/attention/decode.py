@@ -7,7 +7,7 @@
 Plain XLA is the definition and runs anywhere. On a Hopper GPU one kernel (`mosaic_gpu_decode_kernels.py`) reads each
 key and value once, of those tiles of slots alone in which the row sees something. Codes of 8 bits have a kernel of
 their own (`mosaic_gpu_decode_int8_kernels.py`), which turns keys that lie un-rotated, too. Both give, where watched
-tokens are kept by them, the largest weight of each slot (`with_looks`).
+tokens are kept by them, the largest weight of each slot (`looks`).
 """
 
 import dataclasses
@@ -141,8 +141,10 @@ def attend(
     ends: tuple[int, ...] = (),
     scales: tuple[Float[Array, "B K C"], Float[Array, "B K C"]] | None = None,
     lying: tuple[Float[Array, "B K G H"], Float[Array, "B K H"], Turns] | None = None,
-) -> Float[jax.Array, "B K G H"]:
-    """The attention, in v's dtype, computed in float32.
+    *,
+    looks: bool = False,
+) -> tuple[Float[jax.Array, "B K G H"], Float32[jax.Array, "B K C"] | None]:
+    """The attention, in v's dtype, computed in float32; and the looks, if they are asked for, else None.
 
     Args:
       queries: those of each zone, the last zone's fit `k`.
@@ -154,44 +156,19 @@ def attend(
         are those of codes of 8 bits.
       lying: for the kernel alone, where codes of keys lie un-rotated: queries and own key as they are before they turn,
         which take the place of `queries` and `k`, and the turns, whose zones count. Plain XLA wants keys turned.
+      looks: whether to give, of the weights of each slot, the largest among the query heads of a key head: 0 where none
+        sees it.
     """
-    if not seen.kernel:
-        return with_weights(queries, k, v, k_cache, v_cache, seen, ends, scales)[0]
-    return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, lying, looks=False)[0]
+    if seen.kernel:
+        return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, lying, looks=looks)
+    out, weights = _plainly(queries, k, v, k_cache, v_cache, seen, ends, scales)
+    return out, jnp.max(weights, axis=2) if looks else None
 
 
-def with_looks(
-    queries: Float[Array, "B K Z G H"],
-    k: Float[Array, "B K H"],
-    v: Float[Array, "B K H"],
-    k_cache: Float[Array, "B K C H"] | Int8[Array, "B K C H"],
-    v_cache: Float[Array, "B K C H"] | Int8[Array, "B K C H"],
-    seen: Seen,
-    ends: tuple[int, ...] = (),
-    scales: tuple[Float[Array, "B K C"], Float[Array, "B K C"]] | None = None,
-    lying: tuple[Float[Array, "B K G H"], Float[Array, "B K H"], Turns] | None = None,
-) -> tuple[Float[jax.Array, "B K G H"], Float32[jax.Array, "B K C"]]:
-    """`attend`, and of the weights of each slot the largest among the query heads of a key head: 0 where none sees it.
-
-    Arguments as there.
-    """
-    if not seen.kernel:
-        out, weights = with_weights(queries, k, v, k_cache, v_cache, seen, ends, scales)
-        return out, jnp.max(weights, axis=2)
-    return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, lying, looks=True)
-
-
-def with_weights(
-    queries: Float[Array, "B K Z G H"],
-    k: Float[Array, "B K H"],
-    v: Float[Array, "B K H"],
-    k_cache: Float[Array, "B K C H"],
-    v_cache: Float[Array, "B K C H"],
-    seen: Seen,
-    ends: tuple[int, ...] = (),
-    scales: tuple[Float[Array, "B K C"], Float[Array, "B K C"]] | None = None,
-) -> tuple[Float[jax.Array, "B K G H"], Float32[jax.Array, "B K G C"]]:
-    """`attend` in plain XLA, and the weights of the slots. All zones are rows of one product, which cost nothing."""
+def _plainly(
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: tuple[int, ...], scales: Any
+) -> tuple[jax.Array, jax.Array]:
+    """In plain XLA: the result, and the weights [B, K, G, C]. All zones are rows of one product, which cost nothing."""
     of_keys, of_values = (None, None) if scales is None else (x.astype(jnp.float32)[:, :, None] for x in scales)
     scores = _einsum("BKZGH,BKCH->BKZGC", queries, k_cache)
     scores = scores if of_keys is None else scores * of_keys[:, :, None]
@@ -262,5 +239,4 @@ def scores_of_run(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> Flo
     B, T, _, H = q.shape
     grouped = jnp.transpose(q.reshape(B, T, k.shape[1], -1, H), (0, 2, 3, 1, 4))
     rows = grouped.reshape(B, k.shape[1], -1, H)
-    found = jnp.einsum("BKMH,BKSH->BKMS", rows, k, preferred_element_type=jnp.float32)
-    return found.reshape(*grouped.shape[:4], -1) * H**-0.5
+    return _einsum("BKMH,BKSH->BKMS", rows, k).reshape(*grouped.shape[:4], -1) * H**-0.5

@@ -87,8 +87,7 @@ def test_decoding_compiles_for_an_h100(h100, shape, ends, looks):
 
     def run(visible, *given):
         assert decode.unsupported(jnp.bfloat16, H, C) is None
-        form = decode.with_looks if looks else decode.attend
-        return form(*given, decode.seen_slots(visible, kernel=True), ends)
+        return decode.attend(*given, decode.seen_slots(visible, kernel=True), ends, looks=looks)
 
     given = struct(B, K, len(ends) + 1, G, H), struct(B, K, H), struct(B, K, H), struct(B, K, C, H), struct(B, K, C, H)
     with jax.set_mesh(h100):
@@ -104,12 +103,7 @@ def test_decoding_compiles_for_an_h100(h100, shape, ends, looks):
         pytest.param((16, 2, 12, 512, 128), True, jnp.float16, False, marks=pytest.mark.soak),
         pytest.param((200, 2, 8, 512, 256), False, jnp.bfloat16, False, marks=pytest.mark.soak),
     ],
-    ids=[
-        "a block for several heads of 128",
-        "one row, heads of 64",
-        "float16, more than eight",
-        "keys that lie turned",
-    ],
+    ids=["heads of 128", "one row, heads of 64", "float16, more than eight", "keys that lie turned"],
 )
 def test_decoding_from_codes_compiles_for_an_h100(h100, shape, lies, dtype, looks):
     B, K, G, C, H = shape
@@ -122,8 +116,7 @@ def test_decoding_from_codes_compiles_for_an_h100(h100, shape, lies, dtype, look
         assert decode.unsupported(jnp.int8, H, C, rotated=H if lies else None) is None
         lying = (queries[:, :, 0], k, decode.turns(*tables)) if lies else None
         seen = decode.seen_slots(visible, kernel=True).computed_in(dtype)
-        form = decode.with_looks if looks else decode.attend
-        return form(queries, k, v, keys, values, seen, (), scales, lying)
+        return decode.attend(queries, k, v, keys, values, seen, (), scales, lying, looks=looks)
 
     codes = struct(B, K, C, H, dtype=jnp.int8)
     scales = (struct(B, K, C, dtype=jnp.bfloat16),) * 2

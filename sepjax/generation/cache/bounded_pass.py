@@ -129,12 +129,14 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         slots_turn = slots_turn and of_layer(slots_turn, rope)
         keys, values, scales = for_products(k_cache, v_cache, v.dtype, slots_turn, kernel=seen.kernel)
         given = queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales, lying
+        looks = ()
         if watched is None:
-            out, looks = decode.attend(*given), ()
-        elif isinstance(watched, np.bool_) and not watched:  # they would not count
-            out, looks = decode.attend(*given), (jnp.zeros(visible.shape[:1] + k_cache.shape[1:3], jnp.float32),)
+            out, _ = decode.attend(*given)
+        elif isinstance(watched, np.bool_) and not watched:  # its looks would not count
+            out, _ = decode.attend(*given)
+            looks = (jnp.zeros(visible.shape[:1] + k_cache.shape[1:3], jnp.float32),)
         else:
-            out, *looks = decode.with_looks(*given)
+            out, *looks = decode.attend(*given, looks=True)
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
         out, *kept = jax.lax.optimization_barrier((out, new_k, new_v, *looks))
         return out.reshape(B, 1, N, H), tuple(kept)

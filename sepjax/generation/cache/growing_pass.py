@@ -123,7 +123,7 @@ def _attend_cache(
         dtype, new = v.dtype, (like(k_cache, k), like(v_cache, v))
         k, v = (plain(x, dtype)[:, 0] for x in new)
         keys, values, scales = for_products(k_cache, v_cache, dtype, kernel=seen.kernel)
-        out = decode.attend(queries, k, v, keys, values, seen, scales=scales)
+        out, _ = decode.attend(queries, k, v, keys, values, seen, scales=scales)
         return out.reshape(B, 1, N, H), new
 
     return attend

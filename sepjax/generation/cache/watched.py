@@ -84,7 +84,7 @@ def looks_of_one(cache: "StreamingCache", looks: Float[Array, "L B K C"]) -> Flo
 
     Args:
       cache: before it.
-      looks: at the C slots in every layer (`sepjax.attention.decode.with_looks`). A look at itself never counts.
+      looks: at the C slots in every layer (`sepjax.attention.decode.attend`). A look at itself never counts.
     """
     counts = _is_kept_or_old(cache, cache.next_recent[:, None])
     counted = jnp.where(counts, looks[..., cache.sizes.num_sinks :], 0.0)

@@ -47,8 +47,7 @@ def calls(monkeypatch):
 
     def stand_in(queries, k, v, k_cache, v_cache, bias, live, *, ends, looks):
         got.append(ends if not looks else "looks")
-        out, found = decode.with_looks(queries, k, v, k_cache, v_cache, seen(bias, live), ends)
-        return out, found if looks else None
+        return decode.attend(queries, k, v, k_cache, v_cache, seen(bias, live), ends, looks=looks)
 
     def of_codes(queries, k, v, codes, bias, live, lying, *, looks):
         (keys, of_keys), (values, of_values) = codes
@@ -59,8 +58,7 @@ def calls(monkeypatch):
             queries, k, turns = lying
             keys, k = turned(keys, turns), k * turns.of_keys[0, 0, 0] ** 2
         scales = of_keys, of_values
-        out, found = decode.with_looks(queries[:, :, None], k, v, keys, values, seen(bias, live), (), scales)
-        return out, found if looks else None
+        return decode.attend(queries[:, :, None], k, v, keys, values, seen(bias, live), (), scales, looks=looks)
 
     monkeypatch.setattr(decode, "_kernel", stand_in)
     monkeypatch.setattr(decode, "_kernel_of_codes", of_codes)
