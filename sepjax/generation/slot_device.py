@@ -205,24 +205,23 @@ class SlotDevice:
         return which
 
     def _read(self, reads: Sequence[Read]) -> list[Record]:
-        clocks, params, table = self.clocks, self._of.params, self._of.table_on_device
         records: list[Record] = []
         for read in reads:
-            with clocks(f"device thread: read {len(read.rows)} x {read.tokens.shape[1]}"):
+            with self.clocks(f"device thread: read {len(read.rows)} x {read.tokens.shape[1]}"):
                 numbers = np.stack([read.rows, read.left, read.is_last.astype(np.int32)], axis=1)
-                sent, used = np.concatenate([numbers, read.tokens], axis=1), [self.rows]
-                self.rows, record = self.programs.read(params, *used, sent, table)
-                self._sweeper.clear(used)
-                record.numbers.copy_to_host_async()
-                records.append(record)
+                records.append(self._run(self.programs.read, np.concatenate([numbers, read.tokens], axis=1)))
         return records
 
     def _step(self, ended: np.ndarray, first: np.ndarray, steps: int) -> Record:
         with self.clocks("device thread: steps"):
-            sent, used = np.append(np.where(ended, np.int32(-1), first), np.int32(steps)), [self.rows]
-            self.rows, record = self.programs.steps(self._of.params, *used, sent, self._of.table_on_device)
-            self._sweeper.clear(used)
-            record.numbers.copy_to_host_async()
+            return self._run(self.programs.steps, np.append(np.where(ended, np.int32(-1), first), np.int32(steps)))
+
+    def _run(self, program: Callable[..., tuple[Rows, Record]], sent: np.ndarray) -> Record:
+        """Runs the model on the rows; what came of it is on its way to the host."""
+        used = [self.rows]
+        self.rows, record = program(self._of.params, *used, sent, self._of.table_on_device)
+        self._sweeper.clear(used)
+        record.numbers.copy_to_host_async()
         return record
 
     def _place(self, i: int, told: np.ndarray, saved: PackedState) -> None:
