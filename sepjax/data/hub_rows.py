@@ -17,8 +17,8 @@ from sepjax.console import say
 from sepjax.data.conversations import FIELDS, RecordError, kind_of, text_of
 from sepjax.data.corpora.rows import Raw
 from sepjax.data.corpora.splits import fingerprint
-from sepjax.data.errors import DataError
-from sepjax.data.texts import TextSource, first_line
+from sepjax.data.errors import DataError, first_line
+from sepjax.data.texts import TextSource
 
 PREFIX = "hf://"
 _ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[^@]+))?(@(?P<revision>.+))?")

@@ -19,11 +19,11 @@ from sepjax.data.corpora.recall.recall import Recall
 from sepjax.data.corpora.records.records import Records
 from sepjax.data.corpora.rows import FileRows, Rows
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
-from sepjax.data.errors import DataError
+from sepjax.data.errors import DataError, first_line
 from sepjax.data.hub_rows import HubRows, HubTexts, is_of_hub
 from sepjax.data.locks import exclusive
 from sepjax.data.mixture import parts_of
-from sepjax.data.texts import TextSource, first_line
+from sepjax.data.texts import TextSource
 from sepjax.progress import working
 
 _FORMAT = "array_record"

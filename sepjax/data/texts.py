@@ -6,7 +6,7 @@ from typing import overload, override
 
 from absl import logging
 
-from sepjax.data.errors import DataError
+from sepjax.data.errors import DataError, first_line
 
 _BYTES_PER_TOKEN = 3  # how far to read ahead; a wrong guess costs another read
 _DOCUMENTS_AT_ONCE = 1024
@@ -89,8 +89,3 @@ class BadDocuments:
             raise DataError(f"{error}; data.max_bad_documents={self.most} of them were passed over before") from error
         self._found.add(index)
         logging.warning("passed over, %d of at most %d: %s", len(self._found), self.most, error)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error of another library says."""
-    return str(error).strip().partition("\n")[0]

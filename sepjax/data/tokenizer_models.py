@@ -16,6 +16,7 @@ import sentencepiece
 import tokenizers
 from jaxtyping import Int32, Int64
 
+from sepjax.data.errors import first_line
 from sepjax.data.special_tokens import OLDER, ORDER, SpecialTokenError, SpecialTokens
 from sepjax.separators import BYTE_TOKEN, bytes_of_alphabet
 
@@ -261,7 +262,7 @@ def read_model(content: bytes, beside: dict[str, bytes]) -> TokenizerModel:
     except SpecialTokenError:
         raise
     except Exception as error:  # both libraries raise bare RuntimeError and Exception
-        raise ValueError(str(error).strip().partition("\n")[0]) from error
+        raise ValueError(first_line(error)) from error
 
 
 def _fields(proto: bytes) -> set[int]:

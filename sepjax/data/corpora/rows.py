@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from sepjax.data.conversations import FIELDS, RecordError, parse
 from sepjax.data.corpora.files import files_of, kind_of_file, library, opened, read_text
 from sepjax.data.corpora.splits import digest
-from sepjax.data.errors import DataError
+from sepjax.data.errors import DataError, first_line
 
 _LINE = 1 << 28  # bytes of a record, at most
 _ROWS = 64  # of Parquet, held at once
@@ -141,8 +141,7 @@ def _rows(file: Path, text_key: str, kind: str) -> Iterator[tuple[str, Raw]]:
                         yield f"{file}: row group {group}, row {number}", _row(batch, row)
                         number += 1
     except (OSError, UnicodeDecodeError, arrow.ArrowException) as error:  # names of columns are texts too
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"cannot read row group {group} of {str(file)!r}: {reason}") from error
+        raise DataError(f"cannot read row group {group} of {str(file)!r}: {first_line(error)}") from error
 
 
 def _columns(file: Path, there: list[str], text_key: str, kind: str) -> list[str]:
