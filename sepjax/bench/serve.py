@@ -23,7 +23,7 @@ from sepjax.command.flags import run_settings
 from sepjax.command.settings import AtLeast, AtMost, OneOf
 from sepjax.command.settings import Settings as _Settings
 from sepjax.config import CACHE_DTYPES, AttentionConfig, Config, ConfigError, ModelConfig, UserError, load_config
-from sepjax.serve.bounds import MOST_STEPS, check_memory
+from sepjax.serve.bounds import MOST_STEPS, check_memory, steps_of
 
 if TYPE_CHECKING:
     from sepjax.serve.worker import Worker
@@ -81,8 +81,9 @@ class Settings(_Settings):
             raise ConfigError(
                 "--dense_context starts another server, which goes with --model or --config, not with --url"
             )
-        if self.url and self.cache_dtype:
-            raise ConfigError("--cache_dtype is of a server that is started here, with --model or --config, not --url")
+        for name in ("cache_dtype", "device_memory", "steps"):
+            if self.url and getattr(self, name) is not None:
+                raise ConfigError(f"--{name} is of a server that is started here, with --model or --config, not --url")
         if self.url and self.profile:
             raise ConfigError("--profile looks into a server of this process: give --model or --config, not --url")
         check_memory(self.device_memory, self.cache_memory)
@@ -263,9 +264,10 @@ def _one(
     engine = Generator(model, tokenizer, attention)
     bare = _bare(settings, engine, model.config, slots)
     served = Served.create("bench", engine, None)
+    said["steps"] = steps_of(settings.steps)
     options = Options(
         rows=slots, max_waiting=4 * slots + 64, cache_memory=settings.cache_memory << 20, drain_seconds=5,
-        device_memory=_bytes(settings.device_memory), steps=settings.steps,
+        device_memory=_bytes(settings.device_memory), steps=said["steps"],
     )  # fmt: skip
     with Running(lambda: served, options) as server:
         figures = measure(settings, server.url, slots, name, server.worker if settings.profile else None)

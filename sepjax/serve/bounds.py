@@ -1,8 +1,9 @@
-"""What settings of a server may not be, for all programs that begin one. Imports nothing that the extra `serve` has."""
+"""What settings of a server may be, for all programs that begin one. Imports nothing that the extra `serve` has."""
 
 from sepjax.config import ConfigError
 
 MOST_STEPS = 64  # tokens between two looks of the host: with more, clients wait for what has long been there
+_STEPS = 16  # on an accelerator: more tokens/s than 32 at 256 rows (docs/serving.md)
 
 
 def check_memory(device_memory: int | None, cache_memory: int) -> None:
@@ -11,3 +12,13 @@ def check_memory(device_memory: int | None, cache_memory: int) -> None:
         raise ConfigError(
             f"--device_memory={device_memory} keeps nothing where --cache_memory=0; leave one of them out"
         )
+
+
+def steps_of(steps: int | None) -> int:
+    """Tokens between two looks; None: as suits the device.
+
+    Looks at an accelerator cost more than they tell; on a processor a step takes longer than a look.
+    """
+    import jax  # seconds, which --help need not wait
+
+    return steps or (1 if jax.default_backend() == "cpu" else _STEPS)

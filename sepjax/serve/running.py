@@ -51,7 +51,7 @@ class Options:
     # Bytes of the device's memory for those that go on soon, beyond `cache_memory`; None: half of what is left of it
     # beside the model and the slots, which of a processor's is none.
     device_memory: int | None = None
-    # Tokens of an answer that the device may make before the host looks at them; None: as suits it (`Worker`).
+    # Tokens of an answer that the device may make before the host looks at them; None: as suits it (`steps_of`).
     steps: int | None = None
     state: str | None = None  # folder that keeps them; None: they go with the process
     state_bytes: int = 16 << 30  # of its files

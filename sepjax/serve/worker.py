@@ -17,13 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from sepjax.clocks import Clocks
 from sepjax.config import UserError
 from sepjax.generation.row import StreamEvent
 from sepjax.generation.slots import Slots
+from sepjax.serve.bounds import steps_of
 from sepjax.serve.conversations import Conversations, chain
 from sepjax.serve.errors import ApiError
 from sepjax.serve.jobs import Failed, FairQueue, Inbox, Item, Job, Paused
@@ -34,7 +34,6 @@ from sepjax.serve.prompts import Prompts
 from sepjax.serve.served import Served, Zones
 
 log = logging.getLogger("sepjax.serve")
-_STEPS = 16  # of a launch on an accelerator: more tokens/s than 32 at 256 rows (docs/serving.md)
 _UNREAD = 512  # tokens of each choice that wait for a slow client before its row is put aside
 _PATIENCE = 0.5  # seconds between two looks at the clock while nothing happens
 
@@ -54,8 +53,7 @@ class Worker:
           rows: slots.
           max_waiting: choices that may wait for a row, beyond those that have one.
           metrics: what is counted.
-          steps: tokens of a row between two looks at them (`Generator.slots`); None: 16 on an accelerator, where looks
-            cost more than they tell, 1 on a processor, where a step takes longer than a look.
+          steps: tokens of a row between two looks at them (`Generator.slots`); None: as suits the device (`steps_of`).
           at_end: called when the thread ends, whatever the reason.
         """
         self._load, self._keep = load, keep
@@ -167,7 +165,7 @@ class Worker:
             stack.enter_context(served.on_mesh())
             kept = self.conversations = self._keep(served)
             pool = kept.on_device // served.row_bytes
-            steps = self._steps or (1 if jax.default_backend() == "cpu" else _STEPS)
+            steps = steps_of(self._steps)
             self.slots = served.engine.slots(self._num_rows, steps=steps, clocks=self.clocks, pool=pool)
             # The others of the pool are for rows that have just ended, and those that are being copied.
             self._keeper = Keeper(kept, self.clocks, (pool - -(-pool // 8)) * served.row_bytes)

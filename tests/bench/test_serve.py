@@ -91,8 +91,9 @@ def test_loads_are_read_and_ordered():
     assert serve.in_order(("2", "1")) == ["2", "1"]
     assert [serve.share_of(name) for name in ("full", "80%", "3")] == [(0.0, False), (0.8, True), (3.0, False)]
     for wrong in ({"loads": ("fast",)}, {"loads": ("0",)}, {"url": None}, {"model": "x"}, {"prompt_sigma": 9.0},
-                  {"dense_context": 5}, {"cache_dtype": "int8"}, {"steps": 65},
-                  {"device_memory": 5, "cache_memory": 0}):  # fmt: skip
+                  {"dense_context": 5}, {"cache_dtype": "int8"}, {"steps": 3}, {"device_memory": 5},
+                  {"url": None, "config": "x", "steps": 65},
+                  {"url": None, "config": "x", "device_memory": 5, "cache_memory": 0}):  # fmt: skip
         with pytest.raises(ConfigError):
             serve.Settings(**{"url": "http://127.0.0.1:1"} | wrong)
 
