@@ -43,7 +43,9 @@ from sepjax.generation.cache.turning import last_at, turn_table
 from sepjax.generation.cache.watched import keep_best, scores_after
 from sepjax.model.rope import Table, rotate
 
-_AT_ONCE = 16  # a compaction takes a sixteenth of the rows at a time: in a large batch few are full in the same step
+# A compaction takes a sixteenth of the rows at a time, and no more than these: all that it takes cost the same, full or
+# not, and of a large batch few are full in the same step.
+_SHARE, _AT_ONCE = 16, 8
 
 
 @jax.tree_util.register_dataclass
@@ -126,7 +128,7 @@ class StreamingCache(Shown):
     def full_rows(self) -> Int32[jax.Array, "M"]:
         """Numbers of full rows, as many as one compaction takes; where there are fewer, numbers of no row."""
         B = len(self.num_sinks)
-        most = -(-B // _AT_ONCE)
+        most = min(-(-B // _SHARE), _AT_ONCE)
         rows = jnp.nonzero(self.is_full(), size=most, fill_value=B)[0].astype(jnp.int32)
         return jnp.where(rows < B, rows, B + jnp.arange(most, dtype=jnp.int32))
 

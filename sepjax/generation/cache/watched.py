@@ -19,7 +19,7 @@ is worth keeping (docs/keeping.md).
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -61,12 +61,6 @@ class Watch:
             half_life=attention.watch_half_life or gated.NEVER,
             separators_first=attention.separators_first,
         )
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """The first of the layers whose looks count, and the last + 1; of a part that has none, 0 and 0."""
-        watched = [i for i, counts in enumerate(self.layers) if counts]
-        return (watched[0], watched[-1] + 1) if watched else (0, 0)
 
     def scores(self, config: ModelConfig, batch_size: int, size: int) -> Float[jax.Array, "G B N S"]:
         """Scores of `size` entries each, for an empty cache."""
@@ -136,16 +130,31 @@ def seen_by(
     assert watch is not None
     assert scores is not None
     T = looks.shape[-1] - scores.shape[-1]
-    last = (cache.clock + (T - 1)).astype(jnp.float32) / watch.half_life
-    value = jnp.log2(jnp.maximum(looks, _LEAST)) + last[:, None, None]
-    value = jnp.where(jnp.array(watch.layers)[:, None, None, None], value, -jnp.inf)
+    last = (cache.clock + (T - 1)).astype(jnp.float32)[:, None, None] / watch.half_life
+    taken = (counts > 0)[:, None, None]
+
+    def value_of(look: Array, counted: Any) -> jax.Array:
+        value = jnp.log2(jnp.maximum(look, _LEAST)) + last
+        return jnp.where(taken & counted, value, -jnp.inf)
+
+    def raised(old: jax.Array, value: jax.Array) -> jax.Array:
+        first = jnp.where(old > _FIRST / 2, _FIRST, 0.0) if watch.separators_first else 0.0
+        return jnp.maximum(old, value + first)
+
     if not watch.per_head:
+        value = value_of(looks, jnp.array(watch.layers)[:, None, None, None])
         value = jnp.max(value, axis=(0, 2), keepdims=True)
-    value = jnp.where(counts[:, None, None] > 0, value, -jnp.inf)
-    begin, end = watch.span if watch.per_head else (0, 1)
-    old, value, own = scores[begin:end], value[begin:end, ..., :-T], value[..., -T:]
-    first = jnp.where(old > _FIRST / 2, _FIRST, 0.0) if watch.separators_first else 0.0
-    return jax.lax.dynamic_update_slice_in_dim(scores, jnp.maximum(old, value + first), begin, axis=0), own
+        return raised(scores, value[..., :-T]), value[..., -T:]
+    # Layer by layer: in one piece XLA asks at every number which layer's array it is of. Each in place, which
+    # `scores.at[i].set` is not.
+    own = []
+    for i, counted in enumerate(watch.layers):
+        value = value_of(looks[i : i + 1], counted)
+        own.append(value[..., -T:])
+        if counted:
+            new = raised(scores[i : i + 1], value[..., :-T])
+            scores = jax.lax.dynamic_update_slice_in_dim(scores, new, i, axis=0)
+    return scores, jnp.concatenate(own)
 
 
 def scores_after(
