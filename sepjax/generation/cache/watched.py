@@ -145,16 +145,15 @@ def seen_by(
         value = value_of(looks, jnp.array(watch.layers)[:, None, None, None])
         value = jnp.max(value, axis=(0, 2), keepdims=True)
         return raised(scores, value[..., :-T]), value[..., -T:]
-    # Layer by layer: in one piece XLA asks at every number which layer's array it is of. Each in place, which
-    # `scores.at[i].set` is not.
+    # Layer by layer: in one piece XLA asks at every number which layer's array it is of, and writes all layers anew,
+    # as it does for an update whose fusion reads what it updates; `at[i].set` copies one layer first, which is less.
     own = []
     for i, counted in enumerate(watch.layers):
-        value = value_of(looks[i : i + 1], counted)
+        value = value_of(looks[i], counted)
         own.append(value[..., -T:])
         if counted:
-            new = raised(scores[i : i + 1], value[..., :-T])
-            scores = jax.lax.dynamic_update_slice_in_dim(scores, new, i, axis=0)
-    return scores, jnp.concatenate(own)
+            scores = scores.at[i].set(raised(scores[i], value[..., :-T]))
+    return scores, jnp.stack(own)
 
 
 def scores_after(
