@@ -145,15 +145,17 @@ def seen_by(
         value = value_of(looks, jnp.array(watch.layers)[:, None, None, None])
         value = jnp.max(value, axis=(0, 2), keepdims=True)
         return raised(scores, value[..., :-T]), value[..., -T:]
-    # Layer by layer: in one piece XLA asks at every number which layer's array it is of, and writes all layers anew,
-    # as it does for an update whose fusion reads what it updates; `at[i].set` copies one layer first, which is less.
+    # Layer by layer: in one piece XLA asks at every number which layer's array it is of. In place, without a copy of
+    # what it reads, XLA updates only where it sees that both are at one index, and sees so only of one it cannot fold.
     own = []
     for i, counted in enumerate(watch.layers):
-        value = value_of(looks[i], counted)
+        value = value_of(looks[i : i + 1], counted)
         own.append(value[..., -T:])
         if counted:
-            scores = scores.at[i].set(raised(scores[i], value[..., :-T]))
-    return scores, jnp.stack(own)
+            at = jax.lax.optimization_barrier(jnp.int32(i))
+            new = raised(jax.lax.dynamic_slice_in_dim(scores, at, 1), value[..., :-T])
+            scores = jax.lax.dynamic_update_slice_in_dim(scores, new, at, axis=0)
+    return scores, jnp.concatenate(own)
 
 
 def scores_after(
