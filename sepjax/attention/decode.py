@@ -35,7 +35,6 @@ _TURNED = (64, 128)  # head sizes of which registers hold cosines and sines, too
 _STAGES_OF_CODES = {64: 3, 128: 3, 256: 2}
 _KEPT = {64: 48, 128: 32, 256: 64}  # KiB of scores that a block keeps for its looks, so that as many share an SM
 _BLOCKS = 2  # of the kernel that an SM takes at a time
-_HEADS = 1  # key heads of codes that a block takes one after the other; more were slower (docs/kernels_decode.md)
 
 
 @jax.tree_util.register_dataclass
@@ -225,8 +224,8 @@ def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: 
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_int8_kernels")
     (B, K, G, H), C = queries.shape, codes[0][0].shape[2]
     stages, splits = _stages_and_splits((B, K, G, H, C), _STAGES_OF_CODES[H], looks)
-    zones, heads = 0 if lying is None else lying[2].of_zones.shape[1], _HEADS if splits == 1 else 1
-    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks, zones, heads)
+    zones = 0 if lying is None else lying[2].of_zones.shape[1]
+    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks, zones)
     return module.run(shape, queries, k, v, codes, bias, live, lying)
 
 

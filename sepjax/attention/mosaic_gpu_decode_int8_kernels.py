@@ -12,7 +12,8 @@ and the queries, a few columns, by the rest, once for every zone that a tile tou
 
     slot i = 64 t + r, zone z     key by r           query by (its distance from slot i in z, plus i) - 64 t
 
-Zones end where the row's rings do, which is data. A block takes several key heads of a row, one after the other.
+Zones end where the row's rings do, which is data. The queries of the next tile are made before the barrier at which the
+values of this one are waited for, in a second place; those of further zones of a tile, which few have, when it is read.
 """
 
 import dataclasses
@@ -34,7 +35,6 @@ class Shape(plain.Shape):
     """What the kernel is compiled for; `ends` is empty: zones are data."""
 
     num_zones: int  # 0: keys lie turned
-    heads: int  # key heads that a block takes, which divide K
 
 
 def _codes(*shape: int) -> Any:
@@ -65,7 +65,6 @@ def attend(shape: Shape) -> Callable[..., Any]:
     """
     H, M, tile, stages, scale = shape.H, shape.columns, shape.tile, shape.stages, shape.scale * kernels.LOG2E
     whole, turns, dtype = shape.splits == 1, shape.num_zones > 0, shape.dtype
-    groups = shape.K // shape.heads
     num_ins, num_outs = (13 if turns else 9), len(plain._outs(shape))
 
     def kernel(*refs):
@@ -77,148 +76,140 @@ def attend(shape: Shape) -> Callable[..., Any]:
         turn_smem, (ready, k_ready, v_ready) = rest[:-3], rest[-3:]
         task = lax.axis_index("task")
         split, task = lax.rem(task, shape.splits), lax.div(task, shape.splits)
-        group, b = lax.rem(task, groups), lax.div(task, groups)
+        head, b = lax.rem(task, shape.K), lax.div(task, shape.K)
         most = pl.cdiv(live_ref[b, 0], shape.splits)
         first = split * most
         count = jnp.clip(live_ref[b, 0] - first, 0, most)
         is_first = jnp.where(split == 0, 1.0, 0.0)
         if turns:
             of_keys_ref, of_tiles_ref, of_zones_ref, ends_ref = turn_refs
-            given_smem, tiles_smem, zones_smem = turn_smem
+            given_smem, zones_smem = turn_smem
             ends = [ends_ref[b, z] for z in range(shape.num_zones - 1)]
 
         def tile_of(i):
-            return live_ref[b, 1 + first + i]
+            return live_ref[b, jnp.minimum(1 + first + i, shape.tiles)]  # of none beyond the last: any
 
-        def load_keys(head, i):
-            slot, number = lax.rem(i, stages), tile_of(i)
-            slots = pl.ds(number * tile, tile)
+        def load(i):
+            slot, slots = lax.rem(i, stages), pl.ds(tile_of(i) * tile, tile)
             plgpu.copy_gmem_to_smem(k_ref.at[b, head, slots], k_smem.at[slot], k_ready.at[slot])
             plgpu.copy_gmem_to_smem(k_scales_ref.at[b, head, slots], k_scales.at[slot], k_ready.at[slot])
             plgpu.copy_gmem_to_smem(bias_ref.at[b, slots], bias_smem.at[slot], k_ready.at[slot])
-            if turns:
-                plgpu.copy_gmem_to_smem(of_tiles_ref.at[number], tiles_smem.at[slot], k_ready.at[slot])
-
-        def load_values(head, i):
-            slot, slots = lax.rem(i, stages), pl.ds(tile_of(i) * tile, tile)
             plgpu.copy_gmem_to_smem(v_ref.at[b, head, slots], v_smem.at[slot], v_ready.at[slot])
             plgpu.copy_gmem_to_smem(v_scales_ref.at[b, head, slots], v_scales.at[slot], v_ready.at[slot])
 
-        def load(head, i):
-            def both():
-                load_keys(head, i)
-                load_values(head, i)
-
-            pl.when(i < count)(both)
-
-        def start(head):
+        def start():
             if turns:
                 plgpu.copy_gmem_to_smem(q_ref.at[b, head], given_smem, ready)
                 plgpu.copy_gmem_to_smem(of_zones_ref.at[b], zones_smem, ready)
             else:
-                plgpu.copy_gmem_to_smem(q_ref.at[b, head], q_smem, ready)
+                plgpu.copy_gmem_to_smem(q_ref.at[b, head], q_smem.at[0], ready)
             for i in range(stages):
-                load(head, jnp.int32(i))
+                pl.when(i < count)(lambda i=i: load(jnp.int32(i)))
 
-        def run(head, last):
-            def product(keys):
-                def multiply(acc):
-                    plgpu.wgmma(acc, keys, q_smem.transpose((1, 0)))
+        def of_tile(number):
+            """Cosines and sines of its first slot, from device memory long before they are needed."""
+            return [plgpu.load(of_tiles_ref.at[number, x], layout=kernels._PER_ROW, optimized=False) for x in range(2)]
 
-                return kernels.accumulate(multiply, kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA))[0]
+        def first_zone(number):
+            return sum(jnp.where(end <= number * tile, 1, 0) for end in ends)
 
-            def in_zone(z, keys, slot):
-                """Scores of all slots as if they were in zone z."""
-                row = lambda x: plgpu.load(x, layout=kernels._PER_ROW)  # noqa: E731
-                cos_z, sin_z = row(zones_smem.at[z, 0]), row(zones_smem.at[z, 1])
-                cos_t, sin_t = row(tiles_smem.at[slot, 0]), row(tiles_smem.at[slot, 1])
-                cos, sin = cos_z * cos_t + sin_z * sin_t, sin_z * cos_t - cos_z * sin_t
-                straight, across = (
-                    plgpu.load(given_smem.at[x], layout=plgpu.Layout.WGMMA).astype(jnp.float32) for x in range(2)
-                )
-                q = straight * plain._along_rows(cos, (H, M)) + across * plain._along_rows(sin, (H, M))
-                q_smem.transpose((1, 0))[...] = plain._wgmma_layout(q.astype(dtype))
+        def make_queries(z, cosine_and_sine, to):
+            """Those for slots of zone z in a tile."""
+            cos_t, sin_t = cosine_and_sine
+            cos_z, sin_z = (plgpu.load(zones_smem.at[z, x], layout=kernels._PER_ROW) for x in range(2))
+            cos, sin = cos_z * cos_t + sin_z * sin_t, sin_z * cos_t - cos_z * sin_t
+            straight, across = (
+                plgpu.load(given_smem.at[x], layout=plgpu.Layout.WGMMA).astype(jnp.float32) for x in range(2)
+            )
+            q = straight * plain._along_rows(cos, (H, M)) + across * plain._along_rows(sin, (H, M))
+            q_smem.at[to].transpose((1, 0))[...] = plain._wgmma_layout(q.astype(dtype))
+
+        def product(keys, place):
+            def multiply(acc):
+                plgpu.wgmma(acc, keys, q_smem.at[place].transpose((1, 0)))
+
+            return kernels.accumulate(multiply, kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA))[0]
+
+        def scores(slot, number, place, cosine_and_sine):
+            keys = plgpu.load(k_smem.at[slot], layout=plgpu.Layout.WGMMA, optimized=False).astype(dtype)
+            if not turns:
+                return product(keys, place)
+            keys, at = _turned(keys, *key_turns), number * tile
+            i = plgpu.broadcasted_iota(jnp.int32, (tile, M), 0, layout=plgpu.Layout.WGMMA) + at
+
+            def one(z, s):
+                plgpu.commit_smem()  # all warps have read the queries of the zone before
+                make_queries(z, cosine_and_sine, place)
                 plgpu.commit_smem()
-                return product(keys)
+                begin = jnp.int32(0)
+                for other, end in enumerate(ends, 1):
+                    begin = jnp.where(z == other, end, begin)
+                return jnp.where(i >= begin, product(keys, place), s)
 
-            def scores(slot, number):
-                keys = plgpu.load(k_smem.at[slot], layout=plgpu.Layout.WGMMA, optimized=False).astype(dtype)
-                if not turns:
-                    return product(keys)
-                keys, at = _turned(keys, *key_turns), number * tile
-                lowest = sum(jnp.where(end <= at, 1, 0) for end in ends)
-                highest = sum(jnp.where(end < at + tile, 1, 0) for end in ends)
-                i = plgpu.broadcasted_iota(jnp.int32, (tile, M), 0, layout=plgpu.Layout.WGMMA) + at
+            lowest = first_zone(number)
+            highest = sum(jnp.where(end < at + tile, 1, 0) for end in ends)
+            return lax.fori_loop(lowest + 1, highest + 1, one, plain._wgmma_layout(product(keys, place)))
 
-                def one(n, s):
-                    pl.when(n > 0)(plgpu.commit_smem)  # all warps have read the queries of the zone before
-                    z = lowest + n
-                    begin = jnp.int32(0)
-                    for other, end in enumerate(ends, 1):
-                        begin = jnp.where(z == other, end, begin)
-                    return jnp.where(i >= begin, in_zone(z, keys, slot), s)
+        def step(i, state):
+            acc, top, total, *of_this = state
+            slot, number = lax.rem(i, stages), tile_of(i)
+            place = lax.rem(i, 2) if turns else 0
+            of_next = of_tile(tile_of(i + 1)) if turns else []
+            plgpu.barrier_wait(k_ready.at[slot])
+            bias = plgpu.load(bias_smem.at[slot], layout=kernels._PER_ROW)
+            of_keys = plgpu.load(k_scales.at[slot], layout=kernels._PER_ROW).astype(jnp.float32) * scale
+            s = plain._wgmma_layout(scores(slot, number, place, of_this))
+            s = s * plain._along_rows(of_keys, s.shape) + plain._along_rows(bias, s.shape)
+            new_top = jnp.maximum(top, s.max(axis=0))
+            shrink = jnp.exp2(top - new_top)
+            p = jnp.exp2(s - plain._along_columns(new_top, s.shape))
+            total = total * plain._along_columns(shrink, s.shape) + p
+            acc *= plain._along_columns(shrink, acc.shape)
+            plgpu.barrier_wait(v_ready.at[slot])
+            of_values = plgpu.load(v_scales.at[slot], layout=kernels._PER_ROW).astype(jnp.float32)
+            p *= plain._along_rows(of_values, p.shape)
+            p_smem.transpose((1, 0))[...] = plain._wgmma_layout(p.astype(dtype))
+            if shape.looks:
+                scores_to = outs[-1].at[b, head, pl.ds(number * tile, tile)] if kept_smem is None else kept_smem.at[i]
+                scores_to[...] = s
+            wide = plgpu.load(v_smem.at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+            wide_smem[...] = wide.astype(dtype)
+            if turns:  # read last by the product before this one, since when all warps have met
+                make_queries(first_zone(tile_of(i + 1)), of_next, 1 - place)
+            plgpu.commit_smem()
+            kernels._in_one_warp(lambda: pl.when(i + stages < count)(lambda: load(i + stages)))
 
-                zeros = kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA)
-                return lax.fori_loop(0, highest - lowest + 1, one, zeros)
+            def weigh(acc):
+                plgpu.wgmma(acc, wide_smem.transpose((1, 0)), p_smem.transpose((1, 0)))
 
-            def step(i, state):
-                acc, top, total = state
-                slot = lax.rem(i, stages)
-                plgpu.barrier_wait(k_ready.at[slot])
-                bias = plgpu.load(bias_smem.at[slot], layout=kernels._PER_ROW)
-                of_keys = plgpu.load(k_scales.at[slot], layout=kernels._PER_ROW).astype(jnp.float32) * scale
-                s = plain._wgmma_layout(scores(slot, tile_of(i)))
-                s = s * plain._along_rows(of_keys, s.shape) + plain._along_rows(bias, s.shape)
-                new_top = jnp.maximum(top, s.max(axis=0))
-                shrink = jnp.exp2(top - new_top)
-                p = jnp.exp2(s - plain._along_columns(new_top, s.shape))
-                total = total * plain._along_columns(shrink, s.shape) + p
-                acc *= plain._along_columns(shrink, acc.shape)
-                plgpu.barrier_wait(v_ready.at[slot])
-                of_values = plgpu.load(v_scales.at[slot], layout=kernels._PER_ROW).astype(jnp.float32)
-                p *= plain._along_rows(of_values, p.shape)
-                p_smem.transpose((1, 0))[...] = plain._wgmma_layout(p.astype(dtype))
-                if shape.looks:
-                    slots = pl.ds(tile_of(i) * tile, tile)
-                    scores_to = outs[-1].at[b, head, slots] if kept_smem is None else kept_smem.at[i]
-                    scores_to[...] = s
-                wide = plgpu.load(v_smem.at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
-                wide_smem[...] = wide.astype(dtype)
-                plgpu.commit_smem()
-                kernels._in_one_warp(lambda: load(head, i + stages))
+            (acc,) = kernels.accumulate(weigh, acc)
+            return acc, new_top, total, *of_next
 
-                def weigh(acc):
-                    plgpu.wgmma(acc, wide_smem.transpose((1, 0)), p_smem.transpose((1, 0)))
-
-                (acc,) = kernels.accumulate(weigh, acc)
-                return acc, new_top, total
-
-            key, value = plain._own_vectors((key_ref, value_ref), b, head)
-            plgpu.barrier_wait(ready)
-            queries = given_smem.at[0] if turns else q_smem.transpose((1, 0))
-            own = plain._own_scores(queries, key) * scale
-            top = own * is_first + plain._LOWEST * (1.0 - is_first)
-            acc = plain._along_rows(value * is_first, (H, M))
-            total = kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA)
-            acc, top, total = lax.fori_loop(0, count, step, (acc, top, total))
-            total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first
-            if kept_smem is not None:
-                place = lambda i: outs[-1].at[b, head, pl.ds(tile_of(i) * tile, tile)]  # noqa: E731
-                plain._store_looks(shape, kept_smem, (total, top), count, place)
-            plgpu.commit_smem()  # no warp still waits for this head's queries, or reads what the next overwrites
-            kernels._in_one_warp(lambda: pl.when(head < last)(lambda: start(head + 1)))
-            plain._store(whole, (acc, total, top), tuple(o_smem), outs, (b, head, split), dtype)
-
-        begin = group * shape.heads
-        kernels._in_one_warp(lambda: start(begin))
+        kernels._in_one_warp(start)
+        of_first = of_tile(tile_of(0)) if turns else []
         if turns:
             key_turns = [plgpu.load(of_keys_ref.at[x], layout=plgpu.Layout.WGMMA, optimized=False) for x in range(2)]
-        lax.fori_loop(0, shape.heads, lambda n, _: run(begin + n, begin + shape.heads - 1), None)
+        key, value = plain._own_vectors((key_ref, value_ref), b, head)
+        plgpu.barrier_wait(ready)
+        if turns:
+            make_queries(first_zone(tile_of(0)), of_first, 0)
+            plgpu.commit_smem()
+        queries = given_smem.at[0] if turns else q_smem.at[0].transpose((1, 0))
+        own = plain._own_scores(queries, key) * scale
+        top = own * is_first + plain._LOWEST * (1.0 - is_first)
+        acc = plain._along_rows(value * is_first, (H, M))
+        total = kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA)
+        acc, top, total, *_ = lax.fori_loop(0, count, step, (acc, top, total, *of_first))
+        total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first
+        if kept_smem is not None:
+            place = lambda i: outs[-1].at[b, head, pl.ds(tile_of(i) * tile, tile)]  # noqa: E731
+            plain._store_looks(shape, kept_smem, (total, top), count, place)
+        plain._store(whole, (acc, total, top), tuple(o_smem), outs, (b, head, split), dtype)
 
     return plgpu.kernel(
         kernel,
         out_type=plain._outs(shape),
-        grid=(shape.B * groups * shape.splits,),
+        grid=(shape.B * shape.K * shape.splits,),
         grid_names=("task",),
         scratch_types=_scratch(shape),
         # Between two writes to the same place, and between a read and the copy that takes its place, every tile has
@@ -231,9 +222,8 @@ def _scratch(shape: Shape) -> tuple[Any, ...]:
     """What `attend` has in shared memory, in its order."""
     H, M, tile, stages, dtype = shape.H, shape.columns, shape.tile, shape.stages, shape.dtype
     turns = int(shape.num_zones > 0)
-    given = plgpu.SMEM((2, H, M), dtype), plgpu.SMEM((stages, 2, H), jnp.float32)
     return (
-        plain._tiled(M, H, dtype=dtype),
+        plain._tiled(1 + turns, M, H, dtype=dtype),
         _codes(stages, tile, H),
         plgpu.SMEM((stages, tile), jnp.bfloat16),
         _codes(stages, tile, H),
@@ -243,9 +233,9 @@ def _scratch(shape: Shape) -> tuple[Any, ...]:
         plain._tiled(M, tile, dtype=dtype),
         *plain._kept(shape),
         *plain._out_scratch(shape),
-        *([*given, plgpu.SMEM((shape.num_zones, 2, H), jnp.float32)] if turns else []),
+        *([plgpu.SMEM((2, H, M), dtype), plgpu.SMEM((shape.num_zones, 2, H), jnp.float32)] if turns else []),
         plgpu.Barrier(num_arrivals=1 + turns),
-        plgpu.Barrier(num_arrivals=3 + turns, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     )
 

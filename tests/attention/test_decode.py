@@ -153,7 +153,6 @@ def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
     plain = form(q, factor * k, v, *as_numbers, decode.seen_slots(seen, kernel=False), (), scales)
     simulate(monkeypatch)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "few SMs", num_sms, "9.0"))
-    monkeypatch.setattr(decode, "_HEADS", K)
     kernel: Any = decode._kernel_of_codes
     kernel.clear_cache()
     whole, bare = RopeConfig(attention_factor=2**0.5), RopeConfig()
