@@ -189,7 +189,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         of_first = of_tile(tile_of(0)) if turns else []
         if turns:
             key_turns = [plgpu.load(of_keys_ref.at[x], layout=plgpu.Layout.WGMMA, optimized=False) for x in range(2)]
-        key, value = plain._own_vectors((key_ref, value_ref), b, head)
+        key, value = plain._own_vectors([x.at[b, head] for x in (key_ref, value_ref)])
         plgpu.barrier_wait(ready)
         if turns:
             make_queries(first_zone(tile_of(0)), of_first, 0)

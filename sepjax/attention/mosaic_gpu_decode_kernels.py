@@ -58,6 +58,14 @@ class Shape:
         return pl.cdiv(self.G, 8) * 8
 
     @property
+    def packed(self) -> bool:
+        """Whether the token's own key and value are columns of the last zone's queries, after them.
+
+        Few rows wait for each kernel: one makes all three then. Weights of these columns are nobody's.
+        """
+        return self.splits > 1 and self.columns - self.G >= 2
+
+    @property
     def written(self) -> int:
         """Queries of the result: G, or where copies of 8 rows do not end there, `columns`."""
         return self.G if self.G < 8 else self.columns
@@ -96,6 +104,8 @@ def _along_columns(x: Any, shape: tuple[int, ...]) -> Any:
 def attend(shape: Shape) -> Callable[..., Any]:
     """q, k, v, k and v of the cache, bias, live tiles -> out [B, K, written, H]; or, of several splits, its parts.
 
+    Of `shape.packed` k and v are no arguments.
+
     q: [B, K, Z, columns, H]; k and v: [B, K, H], the token's own; the cache: [B, K, C, H]; bias: float32[B, C], 0 where
     a slot is visible, else -inf; live: int32[B, 1 + tiles], how many tiles are live, and their numbers.
 
@@ -110,7 +120,9 @@ def attend(shape: Shape) -> Callable[..., Any]:
 
     num_outs = len(_outs(shape))
 
-    def kernel(q_ref, key_ref, value_ref, k_ref, v_ref, bias_ref, live_ref, *refs):
+    def kernel(q_ref, *refs):
+        own_refs, refs = ([], refs) if shape.packed else (refs[:2], refs[2:])
+        (k_ref, v_ref, bias_ref, live_ref), refs = refs[:4], refs[4:]
         outs, scratch, (ready, k_ready, v_ready) = refs[:num_outs], refs[num_outs:-3], refs[-3:]
         q_smem, k_smem, v_smem, bias_smem, p_smem, *rest = scratch
         kept_smem, o_smem = (rest[0], rest[1:]) if shape.looks and whole else (None, rest)
@@ -191,7 +203,10 @@ def attend(shape: Shape) -> Callable[..., Any]:
             return acc, new_top, total
 
         kernels._in_one_warp(start)
-        key, value = _own_vectors((key_ref, value_ref), b, head)
+        own_vectors = [x.at[b, head] for x in own_refs]
+        if shape.packed:
+            own_vectors = [q_ref.at[b, head, shape.zones - 1, shape.G + i] for i in range(2)]
+        key, value = _own_vectors(own_vectors)
         plgpu.barrier_wait(ready)
         own = _own_scores(q_smem.at[shape.zones - 1].transpose((1, 0)), key) * scale
         is_first = jnp.where(split == 0, 1.0, 0.0)
@@ -226,9 +241,9 @@ def attend(shape: Shape) -> Callable[..., Any]:
     )
 
 
-def _own_vectors(refs: Any, b: Any, head: Any) -> list[Any]:
+def _own_vectors(refs: Any) -> list[Any]:
     """The token's own key and value, float32[H]."""
-    vectors = (plgpu.load(x.at[b, head], layout=kernels._PER_ROW, optimized=False) for x in refs)
+    vectors = (plgpu.load(x, layout=kernels._PER_ROW, optimized=False) for x in refs)
     return [x.astype(jnp.float32) for x in vectors]
 
 
@@ -311,9 +326,13 @@ def run(
     shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any
 ) -> tuple[jax.Array, jax.Array | None]:
     """`sepjax.attention.decode.attend` for the arguments of `Seen`, and looks: around the kernel, what is small."""
-    more = shape.columns - shape.G
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
-    out = attend(shape)(queries, k, v, k_cache, v_cache, bias, live)
+    filled = [(0, 0)] * 3 + [(0, shape.columns - shape.G), (0, 0)]
+    if not shape.packed:
+        out = attend(shape)(jnp.pad(queries, filled), k, v, k_cache, v_cache, bias, live)
+        return _joined(shape, bias, *out)
+    own = jnp.pad(jnp.stack([k, v], axis=2)[:, :, None], ((0, 0), (0, 0), (shape.zones - 1, 0), (0, 0), (0, 0)))
+    packed = jnp.pad(jnp.concatenate([queries, own], axis=3), [*filled[:3], (0, shape.columns - shape.G - 2), (0, 0)])
+    out = attend(shape)(packed, k_cache, v_cache, bias, live)
     return _joined(shape, bias, *out)
 
 
@@ -325,8 +344,9 @@ def _joined(shape: Shape, bias: jax.Array, sums: jax.Array, *others: jax.Array) 
     highest = jnp.max(top, axis=2, keepdims=True)
     weight = jnp.exp2(top - highest)
     total = jnp.sum(total * weight, axis=2)
-    out = jnp.sum(sums * weight[:, :, :, None], axis=2) / total[:, :, None]
-    out = jnp.swapaxes(out, 2, 3)[:, :, : shape.G].astype(shape.dtype)
+    # Turned round before they are added up: XLA makes one kernel of it, and two of a sum that is turned.
+    parts, weight = (jnp.moveaxis(x[..., : shape.G], -1, 2) for x in (sums, weight))  # [B, K, G, splits, (H)]
+    out = (jnp.sum(parts * weight[..., None], axis=3) / total[:, :, : shape.G, None]).astype(shape.dtype)
     if not shape.looks:
         return out, None
     looks = jnp.max((jnp.exp2(others[2] - highest) / total[:, :, None])[..., : shape.G], axis=-1)

@@ -313,16 +313,21 @@ class Block(nnx.Module):
     def run(
         self,
         x: jax.Array,
-        attention: Callable[[jax.Array], tuple[jax.Array, Any]],
-        mlp: Callable[[jax.Array], jax.Array],
+        attention: Callable[[Any], tuple[jax.Array, Any]],
+        mlp: Callable[[Any], jax.Array],
+        before: Callable[[Any, jax.Array], Any] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """The layer's norms and sums around an attention and an MLP, which may be laid out in another way."""
-        normed = self._normed(self.attention_norm, x)
+        """The layer's norms and sums around an attention and an MLP, which may be laid out in another way.
+
+        before: what these get, made of the norm before them (or None) and its input; None: the normalised input.
+        """
+        before = before or self._normed
+        normed = before(self.attention_norm, x)
         attended, layer_output = attention(normed)
         attended = self._added(self.attention_out_norm, attended)
         if not self.parallel:
             x = x + attended
-        out = self._added(self.mlp_out_norm, mlp(normed if self.shares_norm else self._normed(self.mlp_norm, x)))
+        out = self._added(self.mlp_out_norm, mlp(normed if self.shares_norm else before(self.mlp_norm, x)))
         # Adding to `attended`, which nobody else needs, a matmul can do in place; x must live on.
         return x + (attended + out if self.parallel else out), layer_output
 

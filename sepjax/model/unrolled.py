@@ -5,6 +5,9 @@ matrices out of their stack before it reads them, and small products wait for on
 is nothing but reading matrices, so they are laid out for it once. On a mesh of several devices matrices are not joined:
 side by side, the heads of a device would not be.
 
+On one GPU matrices lie by their outputs, "rows" [O, I] in place of "kernel" [I, O]: as many bytes, as fast for prompts,
+and a step of a single row reads along memory (`sepjax.model.few_rows`).
+
 The same arrays serve prompts: there the layers are scanned, each round taking its layer's matrices by number, which
 compiles as fast as a scan over a stack and copies no more.
 """
@@ -18,7 +21,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sepjax.array_typing import Float, Positions, Tokens
+from sepjax.attention.target import target
 from sepjax.config import ModelConfig
+from sepjax.model import few_rows
 from sepjax.model.layers import ACTIVATIONS, Attend, Block, output_bias
 from sepjax.model.transformer import Params, Transformer, merge, split
 from sepjax.sharding import on_one_device
@@ -26,11 +31,16 @@ from sepjax.sharding import on_one_device
 _QKV, _INTO = ("query", "key", "value"), ("gate", "up")
 
 
-def by_layer(params: Params, config: ModelConfig) -> Params:
-    """Parameters for `Layerwise`, in the matmuls' type: "layers" is a tuple of a dict for each."""
+def by_layer(params: Params, config: ModelConfig, *, by_output: bool | None = None) -> Params:
+    """Parameters for `Layerwise`, in the matmuls' type: "layers" is a tuple of a dict for each.
+
+    by_output: whether matrices lie by their outputs, on one device alone; None: where that is a GPU.
+    """
     join, dtype = on_one_device(), jnp.dtype(config.dtype)
+    turn = join and (target().platform == "gpu" if by_output is None else by_output)
     around = {name: x for name, x in params.items() if name != "layers"}
-    layers = tuple(_take(params["layers"], jnp.int32(i), dtype=dtype, join=join) for i in range(config.num_layers))
+    take = functools.partial(_take, params["layers"], dtype=dtype, join=join, turn=turn)
+    layers = tuple(take(jnp.int32(i)) for i in range(config.num_layers))
     return working_copy(around, config) | {"layers": layers}
 
 
@@ -59,12 +69,25 @@ def _converted(params: Params, dtype: jnp.dtype) -> Params:
     return jax.tree_util.tree_map_with_path(convert, params)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "join"))
-def _take(layers: Params, i: jax.Array, *, dtype: jnp.dtype, join: bool) -> Params:
+@functools.partial(jax.jit, static_argnames=("dtype", "join", "turn"))
+def _take(layers: Params, i: jax.Array, *, dtype: jnp.dtype, join: bool, turn: bool) -> Params:
     layer = _converted(jax.tree.map(lambda x: x[i], layers), dtype)
     if not join:
         return layer
-    return layer | {"attention": _join(_one_bias(layer["attention"]), _QKV), "mlp": _join(layer["mlp"], _INTO)}
+    joined = {"attention": _join(_one_bias(layer["attention"]), _QKV), "mlp": _join(layer["mlp"], _INTO)}
+    return layer | ({name: _by_output(x) for name, x in joined.items()} if turn else joined)
+
+
+def _by_output(matrices: Params) -> Params:
+    """Matrices with their outputs in front; what normalises heads is left as it is."""
+
+    def turned(x: Params) -> Params:
+        if "kernel" not in x:
+            return x
+        kernel = x["kernel"].reshape(-1, x["kernel"].shape[-1])
+        return {name: y for name, y in x.items() if name != "kernel"} | {"rows": kernel.T}
+
+    return {name: turned(x) for name, x in matrices.items()}
 
 
 def _one_bias(attention: Params) -> Params:
@@ -97,7 +120,11 @@ def _stand_in(layer: Params) -> Params:
 
 def _stand_ins(matrices: Params) -> Params:
     """`matrices` with every name of a joined one: modules want their arrays, but nobody calls those."""
-    return {name: x for names, x in matrices.items() for name in names.split("+")}
+
+    def kernels(x: Params) -> Params:
+        return {"kernel" if name == "rows" else name: y for name, y in x.items()}
+
+    return {name: kernels(x) for names, x in matrices.items() for name in names.split("+")}
 
 
 class Layerwise:
@@ -155,30 +182,41 @@ class Layerwise:
         if _name(_QKV) not in layer["attention"]:
             return block(x, attend, layer_input)
 
-        def attention(normed: jax.Array) -> tuple[jax.Array, Any]:
-            q, k, v = self._heads(_product(normed, layer["attention"][_name(_QKV)]))
-            out, layer_output = attend(*block.attention.prepared(q, k), v, layer_input)
-            return block.attention.out(out), layer_output
+        matrices, into = layer["attention"], layer["mlp"][_name(_INTO if self.config.gated_mlp else _INTO[1:])]
 
-        into = layer["mlp"][_name(_INTO if self.config.gated_mlp else _INTO[1:])]
-        return block.run(x, attention, lambda normed: block.mlp.down(self._activated(_product(normed, into))))
+        def attention(normed: Any) -> tuple[jax.Array, Any]:
+            (qkv,) = _products(normed, matrices[_name(_QKV)])
+            q, k, v = self._heads(qkv)
+            out, layer_output = attend(*block.attention.prepared(q, k), v, layer_input)
+            return _products((None, out.reshape(*x.shape[:-1], -1)), matrices["out"])[0], layer_output
+
+        def mlp(normed: Any) -> jax.Array:
+            hidden = self._activated(*_products(normed, into, 1 + self.config.gated_mlp))
+            return _products((None, hidden), layer["mlp"]["down"])[0]
+
+        return block.run(x, attention, mlp, lambda norm, x: (norm, x))
 
     def _heads(self, qkv: jax.Array) -> list[jax.Array]:
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         parts = jnp.split(qkv, [N * H, (N + K) * H], axis=-1)
         return [part.reshape(*part.shape[:-1], -1, H) for part in parts]
 
-    def _activated(self, hidden: jax.Array) -> jax.Array:
-        activation = ACTIVATIONS[self.config.activation]
-        if not self.config.gated_mlp:
-            return activation(hidden)
-        gate, up = jnp.split(hidden, 2, axis=-1)
-        return activation(gate) * up
+    def _activated(self, first: jax.Array, *up: jax.Array) -> jax.Array:
+        activated = ACTIVATIONS[self.config.activation](first)
+        return activated * up[0] if up else activated
 
 
-def _product(x: jax.Array, matrix: Params) -> jax.Array:
-    y = x.astype(matrix["kernel"].dtype) @ matrix["kernel"]
-    return y if "bias" not in matrix else y + matrix["bias"].astype(y.dtype)
+def _products(given: tuple[Any, jax.Array], matrix: Params, parts: int = 1) -> list[jax.Array]:
+    """norm(x) @ matrix of a norm (or None) and x, with its bias, in so many parts of as many outputs."""
+    norm, x = given
+    if "rows" in matrix:
+        outs = few_rows.products(x, jnp.split(matrix["rows"], parts), norm)
+    else:
+        kernel = matrix["kernel"].reshape(x.shape[-1], -1)
+        outs = jnp.split((x if norm is None else norm(x)).astype(kernel.dtype) @ kernel, parts, axis=-1)
+    if "bias" not in matrix:
+        return outs
+    return [y + bias.astype(y.dtype) for y, bias in zip(outs, jnp.split(matrix["bias"], parts), strict=True)]
 
 
 def _of_layer(layer_inputs: Any, i: int) -> Any:

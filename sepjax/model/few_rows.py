@@ -1,0 +1,59 @@
+"""Products of matrices and a single row: a step of one text, in which every matrix is read once and hardly used.
+
+On a GPU such a step is bound by how many kernels it is and by how they read. XLA makes two kernels of a small product
+of one row, of which the first writes a matrix of products to memory, and two more of the norm before it. Written as
+sums over the rows of a matrix [O, I], where a thread reads along memory, it is one kernel with what comes before and
+after it: a norm's statistics are one more sum of the same kernel, and its division comes after the sums.
+
+    y[o] = sum_i w[o, i] g[i] x[i] / rms(x)        sums of w g x and of x x, side by side
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sepjax.array_typing import Array, Float
+from sepjax.model.layers import RMSNorm
+
+MOST_ROWS = 1  # of x that sums are made for; more are rows of one product of matrices
+
+
+def products(
+    x: Float[Array, "*B I"], matrices: Sequence[Float[Array, "_ I"]], norm: Any = None
+) -> list[Float[jax.Array, "*B _"]]:
+    """norm(x) @ matrix.T for each of some matrices [O, I] of as many outputs, in their dtype, summed in float32.
+
+    Of few rows and an RMS norm the normalised features are not rounded in between.
+    """
+    x, dtype = jnp.asarray(x), matrices[0].dtype
+    if x.size > MOST_ROWS * x.shape[-1]:
+        normed = (x if norm is None else norm(x)).astype(dtype)
+        return [jnp.einsum("...i,oi->...o", normed, matrix) for matrix in matrices]
+    fused = norm if isinstance(norm, RMSNorm) else None
+    if norm is not None and fused is None:
+        x = norm(x)
+    rows = [_sums(row, matrices, fused) for row in x.astype(dtype).reshape(-1, x.shape[-1])]
+    return [jnp.stack(parts).reshape(*x.shape[:-1], -1).astype(dtype) for parts in zip(*rows, strict=True)]
+
+
+def _sums(x: jax.Array, matrices: Sequence[Array], norm: RMSNorm | None) -> list[jax.Array]:
+    """float32[O] for each matrix."""
+    wide = x.astype(jnp.float32)
+    features = wide if norm is None else wide * jnp.asarray(norm.factor(), jnp.float32)
+    terms = [matrix.astype(jnp.float32) * features for matrix in matrices]
+    if norm is None:
+        return list(_sum_along_rows(terms))
+    # Each output sums the squares for itself: that costs less than to wait for another kernel.
+    *sums, squares = _sum_along_rows([*terms, jnp.broadcast_to(wide * wide, terms[0].shape)])
+    return [y * jax.lax.rsqrt(squares / x.size + norm.epsilon) for y in sums]
+
+
+def _sum_along_rows(terms: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """As one operation: of several XLA would make several kernels, and of squares a sum that it makes once."""
+
+    def add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    return jax.lax.reduce(tuple(terms), (jnp.float32(0),) * len(terms), add, (1,))
