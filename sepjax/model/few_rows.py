@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sepjax.array_typing import Array, Float
 from sepjax.model.layers import RMSNorm
@@ -21,21 +22,30 @@ MOST_ROWS = 1  # of x that sums are made for; more are rows of one product of ma
 
 
 def products(
-    x: Float[Array, "*B I"], matrices: Sequence[Float[Array, "_ I"]], norm: Any = None
+    x: Float[Array, "*B I"],
+    matrices: Sequence[Float[Array, "_ I"]],
+    norm: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> list[Float[jax.Array, "*B _"]]:
-    """norm(x) @ matrix.T for each of some matrices [O, I] of as many outputs, in their dtype, summed in float32.
+    """norm(x) @ matrix.T for each of some matrices [O, I] of as many outputs, summed in float32.
 
-    Of few rows and an RMS norm the normalised features are not rounded in between.
+    Of few rows and an RMS norm the normalised features are not rounded in between. `dtype`: of the results; None: the
+    matrices'.
     """
-    x, dtype = jnp.asarray(x), matrices[0].dtype
-    if x.size > MOST_ROWS * x.shape[-1]:
-        normed = (x if norm is None else norm(x)).astype(dtype)
-        return [jnp.einsum("...i,oi->...o", normed, matrix) for matrix in matrices]
-    fused = norm if isinstance(norm, RMSNorm) else None
+    x, dtype = jnp.asarray(x), dtype or matrices[0].dtype
+    fused = norm if isinstance(norm, RMSNorm) and are_few(x) else None
     if norm is not None and fused is None:
         x = norm(x)
-    rows = [_sums(row, matrices, fused) for row in x.astype(dtype).reshape(-1, x.shape[-1])]
+    x = x.astype(matrices[0].dtype)
+    if not are_few(x):
+        return [jnp.einsum("...i,oi->...o", x, matrix, preferred_element_type=dtype) for matrix in matrices]
+    rows = [_sums(row, matrices, fused) for row in x.reshape(-1, x.shape[-1])]
     return [jnp.stack(parts).reshape(*x.shape[:-1], -1).astype(dtype) for parts in zip(*rows, strict=True)]
+
+
+def are_few(x: Float[Array, "*B I"]) -> bool:
+    """Whether the rows of x are so few that sums are made."""
+    return x.size <= MOST_ROWS * x.shape[-1]
 
 
 def _sums(x: jax.Array, matrices: Sequence[Array], norm: RMSNorm | None) -> list[jax.Array]:

@@ -25,7 +25,7 @@ from sepjax.attention.target import target
 from sepjax.config import ModelConfig
 from sepjax.model import few_rows
 from sepjax.model.layers import ACTIVATIONS, Attend, Block, output_bias
-from sepjax.model.transformer import Params, Transformer, merge, split
+from sepjax.model.transformer import Params, Transformer, merge, scaled_logits, split
 from sepjax.sharding import on_one_device
 
 _QKV, _INTO = ("query", "key", "value"), ("gate", "up")
@@ -143,7 +143,6 @@ class Layerwise:
         self.gate = self._model.gate
         self.embed = self._model.embed
         self.final_norm = self._model.final_norm
-        self.logits = self._model.logits
         self.output_embedding = self._model.output_embedding
 
     def __call__(
@@ -152,6 +151,13 @@ class Layerwise:
         """See `Transformer.__call__`; `layer_inputs`: an array, or a tuple of items with an entry a layer, or None."""
         x, outputs = self.run_layers(self.embed(tokens, positions), attend, layer_inputs)
         return self.final_norm(x), outputs
+
+    def logits(self, hidden: Float[jax.Array, "*B D"]) -> Float[jax.Array, "*B V"]:
+        """See `Transformer.logits`."""
+        if "rows" not in self._layers[0]["mlp"]["down"]:
+            return self._model.logits(hidden)
+        matrix = self.output_embedding().astype(self.config.dtype)
+        return scaled_logits(few_rows.products(hidden, [matrix], dtype=jnp.float32)[0], self.config)
 
     def run_layers(
         self, x: Float[jax.Array, "B T D"], attend: Attend, layer_inputs: Any, first: int = 0, last: int | None = None

@@ -9,7 +9,10 @@ import pytest
 
 from sepjax.attention import decode, mosaic_gpu, separator_attention, xla
 from sepjax.attention.op import choose
+from sepjax.config import ModelConfig
 from sepjax.layout import build_layout
+from sepjax.model.transformer import abstract
+from sepjax.model.unrolled import Layerwise, by_layer
 from sepjax.training.plan import topology_devices
 from tests.attention.common import results
 
@@ -126,6 +129,36 @@ def test_decoding_from_codes_compiles_for_an_h100(h100, shape, lies, dtype, look
         ends = struct(B, 4, dtype=jnp.int32)
         compiled = jax.jit(run).lower(struct(B, C, dtype=bool), *given, (*tables, ends)).compile()
     assert "mosaic_gpu" in compiled.as_text()
+
+
+def test_a_layer_of_one_row_is_few_kernels(h100):
+    """A norm and the products after it are one; so are a product and the sum after it.
+
+    Products of XLA's own for a row are two kernels each, and their norms two more.
+    """
+    config = ModelConfig(
+        vocab_size=64, num_layers=3, embed_dim=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
+        dtype="bfloat16",
+    )  # fmt: skip
+    graph, shapes = abstract(config)
+    placed = jax.NamedSharding(h100, jax.P())
+
+    def layers(params, x):
+        attend = lambda q, k, v, _: (q + jnp.repeat(k + v, 3, axis=2), None)  # noqa: E731
+        return Layerwise(graph, params).run_layers(x, attend, None)[0]
+
+    with jax.set_mesh(h100):
+        params, x = (
+            jax.eval_shape(lambda x: by_layer(x, config), shapes),
+            jax.ShapeDtypeStruct((1, 1, 576), jnp.bfloat16),
+        )
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), (params, x))
+        text = jax.jit(layers).lower(*given).compile().as_text()
+    _, _, entry = text.partition("\nENTRY ")
+    kernels = [line for line in entry.splitlines() if " fusion(" in line or " custom-call(" in line]
+    # Of a layer QKV, what stands for attention (one or two), its projection, gate with up, their activation, down.
+    assert len(kernels) <= 7 * config.num_layers, kernels
+    assert any("bf16[3072,576]" in line for line in entry.splitlines()), "by their outputs"
 
 
 def test_inside_shard_map(h100):
