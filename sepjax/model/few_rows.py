@@ -23,24 +23,27 @@ MOST_ROWS = 1  # of x that sums are made for; more are rows of one product of ma
 
 def products(
     x: Float[Array, "*B I"],
-    matrices: Sequence[Float[Array, "_ I"]],
+    matrix: Float[Array, "O I"],
     norm: Any = None,
+    parts: int = 1,
     dtype: DTypeLike | None = None,
 ) -> list[Float[jax.Array, "*B _"]]:
-    """norm(x) @ matrix.T for each of some matrices [O, I] of as many outputs, summed in float32.
+    """norm(x) @ matrix.T in so many parts of as many outputs, summed in float32.
 
     Of few rows and an RMS norm the normalised features are not rounded in between. `dtype`: of the results; None: the
-    matrices'.
+    matrix's.
     """
-    x, dtype = jnp.asarray(x), dtype or matrices[0].dtype
+    x, matrix = jnp.asarray(x), jnp.asarray(matrix)
+    dtype = dtype or matrix.dtype
     fused = norm if isinstance(norm, RMSNorm) and are_few(x) else None
     if norm is not None and fused is None:
         x = norm(x)
-    x = x.astype(matrices[0].dtype)
+    x = x.astype(matrix.dtype)
     if not are_few(x):
-        return [jnp.einsum("...i,oi->...o", x, matrix, preferred_element_type=dtype) for matrix in matrices]
+        return jnp.split(jnp.einsum("...i,oi->...o", x, matrix, preferred_element_type=dtype), parts, axis=-1)
+    matrices = jnp.split(matrix, parts)
     rows = [_sums(row, matrices, fused) for row in x.reshape(-1, x.shape[-1])]
-    return [jnp.stack(parts).reshape(*x.shape[:-1], -1).astype(dtype) for parts in zip(*rows, strict=True)]
+    return [jnp.stack(sums).reshape(*x.shape[:-1], -1).astype(dtype) for sums in zip(*rows, strict=True)]
 
 
 def are_few(x: Float[Array, "*B I"]) -> bool:

@@ -157,7 +157,7 @@ class Layerwise:
         if "rows" not in self._layers[0]["mlp"]["down"]:
             return self._model.logits(hidden)
         matrix = self.output_embedding().astype(self.config.dtype)
-        return scaled_logits(few_rows.products(hidden, [matrix], dtype=jnp.float32)[0], self.config)
+        return scaled_logits(few_rows.products(hidden, matrix, dtype=jnp.float32)[0], self.config)
 
     def run_layers(
         self, x: Float[jax.Array, "B T D"], attend: Attend, layer_inputs: Any, first: int = 0, last: int | None = None
@@ -216,7 +216,7 @@ def _products(given: tuple[Any, jax.Array], matrix: Params, parts: int = 1) -> l
     """norm(x) @ matrix of a norm (or None) and x, with its bias, in so many parts of as many outputs."""
     norm, x = given
     if "rows" in matrix:
-        outs = few_rows.products(x, jnp.split(matrix["rows"], parts), norm)
+        outs = few_rows.products(x, matrix["rows"], norm, parts)
     else:
         kernel = matrix["kernel"].reshape(x.shape[-1], -1)
         outs = jnp.split((x if norm is None else norm(x)).astype(kernel.dtype) @ kernel, parts, axis=-1)
