@@ -229,9 +229,20 @@ def draw(logits: jax.Array, state: DecodeState, request: Request) -> tuple[Decod
         scores = changed(logits, state.uses, sampling, active)
         return sample(without(scores, request.end_tokens, is_early), keys, sampling, active)
 
+    def likeliest() -> jax.Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
     # One branch where nobody asks for anything: a device may have to wait for the host at each.
     asked = jnp.any(active & (~sampling.is_plain() | is_early))
-    drawn = jax.lax.cond(asked, choose, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+    def told() -> tuple[jax.Array, Drawn]:
+        drawn = jax.lax.cond(asked, choose, likeliest)
+        return drawn, _probabilities(logits, drawn, request, active)
+
+    def untold() -> tuple[jax.Array, Drawn]:
+        return (drawn := likeliest()), _nothing(logits, drawn)
+
+    drawn, probabilities = jax.lax.cond(asked | _asks(request, active), told, untold)
     count = state.count + ~state.done
     is_end = jnp.any(drawn[:, None] == request.end_tokens, axis=-1)
     ends = is_end | ((count >= request.max_new_tokens) & (request.max_new_tokens >= 0))
@@ -245,30 +256,36 @@ def draw(logits: jax.Array, state: DecodeState, request: Request) -> tuple[Decod
         key=jnp.where(wraps, other, state.key),
         uses=after_drawing(state.uses, drawn, active),
     )
-    return new, _probabilities(logits, drawn, request, active)
+    return new, probabilities
+
+
+def _asks(request: Request, active: jax.Array) -> jax.Array:
+    """Whether an active row asks how probable tokens were."""
+    return jnp.any((jnp.asarray(request.logprobs) | jnp.asarray(request.top_logprobs)) & active)
+
+
+def _nothing(logits: jax.Array, drawn: jax.Array) -> Drawn:
+    """What is told where nobody asks."""
+    top = jnp.zeros((len(drawn), min(MOST_TOP, logits.shape[1])), jnp.int32)
+    return Drawn(jnp.zeros(drawn.shape, logits.dtype), top, top.astype(logits.dtype))
 
 
 def _probabilities(logits: jax.Array, drawn: jax.Array, request: Request, active: jax.Array) -> Drawn:
     """What active rows ask for; the most probable tokens and their sort only where one asks for them."""
-    most = min(MOST_TOP, logits.shape[1])
-    asks_top = jnp.any(jnp.asarray(request.top_logprobs) & active)
-
-    def nothing() -> tuple[jax.Array, jax.Array]:
-        top = jnp.zeros((len(drawn), most), jnp.int32)
-        return top, top.astype(logits.dtype)
+    none = _nothing(logits, drawn)
 
     def asked() -> Drawn:
         logprobs = jax.nn.log_softmax(logits, axis=-1)
 
         def best() -> tuple[jax.Array, jax.Array]:
-            values, ids = jax.lax.top_k(logprobs, most)
+            values, ids = jax.lax.top_k(logprobs, none.top_tokens.shape[1])
             return ids.astype(jnp.int32), values
 
         of_drawn = jnp.take_along_axis(logprobs, drawn[:, None], axis=1)[:, 0]
-        return Drawn(of_drawn, *jax.lax.cond(asks_top, best, nothing))
+        asks_top = jnp.any(jnp.asarray(request.top_logprobs) & active)
+        return Drawn(of_drawn, *jax.lax.cond(asks_top, best, lambda: (none.top_tokens, none.top_logprobs)))
 
-    asks = asks_top | jnp.any(jnp.asarray(request.logprobs) & active)
-    return jax.lax.cond(asks, asked, lambda: Drawn(jnp.zeros(drawn.shape, logits.dtype), *nothing()))
+    return jax.lax.cond(_asks(request, active), asked, lambda: none)
 
 
 def _is_stuck(state: DecodeState) -> jax.Array:

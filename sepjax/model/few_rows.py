@@ -19,6 +19,9 @@ from sepjax.array_typing import Array, Float
 from sepjax.model.layers import RMSNorm
 
 MOST_ROWS = 1  # of x that sums are made for; more are rows of one product of matrices
+# Numbers of a matrix whose kernel sums the squares for a norm, too. For larger ones that takes longer than the two
+# kernels of a norm by itself: docs/kernels_decode.md.
+MOST_WITH_NORM = 2**24
 
 
 def products(
@@ -30,12 +33,12 @@ def products(
 ) -> list[Float[jax.Array, "*B _"]]:
     """norm(x) @ matrix.T in so many parts of as many outputs, summed in float32.
 
-    Of few rows and an RMS norm the normalised features are not rounded in between. `dtype`: of the results; None: the
+    Of few rows, an RMS norm and not too large a matrix the normalised features are not rounded in between. `dtype`: of the results; None: the
     matrix's.
     """
     x, matrix = jnp.asarray(x), jnp.asarray(matrix)
     dtype = dtype or matrix.dtype
-    fused = norm if isinstance(norm, RMSNorm) and are_few(x) else None
+    fused = norm if isinstance(norm, RMSNorm) and are_few(x) and matrix.size <= MOST_WITH_NORM else None
     if norm is not None and fused is None:
         x = norm(x)
     x = x.astype(matrix.dtype)
