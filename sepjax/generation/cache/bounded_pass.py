@@ -21,7 +21,7 @@ import numpy as np
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.attention import decode
 from sepjax.config import AttentionConfig
-from sepjax.generation.cache.stored import Vectors, for_products, like, plain
+from sepjax.generation.cache.stored import Quantised, Vectors, for_products, like, plain
 from sepjax.generation.cache.watched import looks_of_many
 from sepjax.model.gate import run_with_gate
 from sepjax.model.layers import Attend, once
@@ -138,8 +138,12 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         else:
             out, *looks = decode.attend(*given, looks=True)
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
-        out, *kept = jax.lax.optimization_barrier((out, new_k, new_v, *looks))
-        return out.reshape(B, 1, N, H), tuple(kept)
+        if B > 1 or isinstance(new_k, Quantised):
+            out, *kept = jax.lax.optimization_barrier((out, new_k, new_v, *looks))
+            return out.reshape(B, 1, N, H), tuple(kept)
+        # Of one row a flag waits for it, and what makes the key is part of the kernel that writes it.
+        out, is_read, *looks = jax.lax.optimization_barrier((out, cache.next_recent[0] >= 0, *looks))
+        return out.reshape(B, 1, N, H), (*(jnp.where(is_read, x, 0) for x in (new_k, new_v)), *looks)
 
     return attend
 
