@@ -33,8 +33,8 @@ def products(
 ) -> list[Float[jax.Array, "*B _"]]:
     """norm(x) @ matrix.T in so many parts of as many outputs, summed in float32.
 
-    Of few rows, an RMS norm and not too large a matrix the normalised features are not rounded in between. `dtype`: of the results; None: the
-    matrix's.
+    Of few rows, an RMS norm and not too large a matrix the normalised features are not rounded in between. `dtype`: of
+    the results; None: the matrix's.
     """
     x, matrix = jnp.asarray(x), jnp.asarray(matrix)
     dtype = dtype or matrix.dtype
@@ -54,7 +54,7 @@ def are_few(x: Float[Array, "*B I"]) -> bool:
     return x.size <= MOST_ROWS * x.shape[-1]
 
 
-def _sums(x: jax.Array, matrices: Sequence[Array], norm: RMSNorm | None) -> list[jax.Array]:
+def _sums(x: jax.Array, matrices: Sequence[jax.Array], norm: RMSNorm | None) -> list[jax.Array]:
     """float32[O] for each matrix."""
     wide = x.astype(jnp.float32)
     features = wide if norm is None else wide * jnp.asarray(norm.factor(), jnp.float32)
