@@ -44,8 +44,8 @@ def products(
     x = x.astype(matrix.dtype)
     if not are_few(x):
         return jnp.split(jnp.einsum("...i,oi->...o", x, matrix, preferred_element_type=dtype), parts, axis=-1)
-    matrices = jnp.split(matrix, parts)
-    rows = [_sums(row, matrices, fused) for row in x.reshape(-1, x.shape[-1])]
+    matrices, flat = jnp.split(matrix, parts), jnp.asarray(x).reshape(-1, x.shape[-1])
+    rows = [_sums(row, matrices, fused) for row in flat]
     return [jnp.stack(sums).reshape(*x.shape[:-1], -1).astype(dtype) for sums in zip(*rows, strict=True)]
 
 

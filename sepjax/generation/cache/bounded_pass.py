@@ -138,7 +138,7 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         else:
             out, *looks = decode.attend(*given, looks=True)
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
-        if B > 1 or isinstance(new_k, Quantised):
+        if B > 1 or isinstance(new_k, Quantised) or isinstance(new_v, Quantised):
             out, *kept = jax.lax.optimization_barrier((out, new_k, new_v, *looks))
             return out.reshape(B, 1, N, H), tuple(kept)
         # Of one row a flag waits for it, and what makes the key is part of the kernel that writes it.
