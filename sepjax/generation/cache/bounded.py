@@ -44,8 +44,10 @@ from sepjax.generation.cache.watched import keep_best, scores_after
 from sepjax.model.rope import Table, rotate
 
 # A compaction takes a sixteenth of the rows at a time, and no more than these: all that it takes cost the same, full or
-# not, and of a large batch few are full in the same step.
-_SHARE, _AT_ONCE = 16, 8
+# not, and of a large batch few are full in the same step. Of few rows it takes all where that is little work: when they
+# have read a run many are full at once.
+_SHARE, _AT_ONCE, _FEW = 16, 8, 32
+_TURN = 8  # rows whose positions start again at a time: all their keys are read and written
 
 
 @jax.tree_util.register_dataclass
@@ -128,9 +130,8 @@ class StreamingCache(Shown):
     def full_rows(self) -> Int32[jax.Array, "M"]:
         """Numbers of full rows, as many as one compaction takes; where there are fewer, numbers of no row."""
         B = len(self.num_sinks)
-        most = min(-(-B // _SHARE), _AT_ONCE)
-        rows = jnp.nonzero(self.is_full(), size=most, fill_value=B)[0].astype(jnp.int32)
-        return jnp.where(rows < B, rows, B + jnp.arange(most, dtype=jnp.int32))
+        takes_all = B <= _FEW and not self.sizes.keeps_best
+        return rows_of.first_of(self.is_full(), B if takes_all else min(-(-B // _SHARE), _AT_ONCE))
 
     def of_rows(self, rows: Int32[Array, "M"]) -> "StreamingCache":
         """The bookkeeping of these rows alone, without keys and values; numbers of no row give any one's."""
@@ -366,23 +367,25 @@ class StreamingCache(Shown):
         return (self.next_recent >= limit) | (self.next_separator >= limit)
 
     def _turn_back(self) -> "StreamingCache":
-        """Turns the keys of both rings back by multiples of their sizes, so that every one stays in its slot."""
+        """Turns the keys of both rings of some rows back by multiples of their sizes: every one stays in its slot."""
         a, s, R, limit = self.sizes.num_sinks, self.sizes.max_separators, self.sizes.ring, self.sizes.rotation_limit
-        recent = jnp.where(self.next_recent >= limit, self.next_recent // R * R, 0)
-        separators = jnp.where(self.next_separator >= limit, self.next_separator // max(s, 1) * s, 0)
+        rows = rows_of.first_of(self._turns(), _TURN)
+        few = self.of_rows(rows)
+        recent = jnp.where(few.next_recent >= limit, few.next_recent // R * R, 0)
+        separators = jnp.where(few.next_separator >= limit, few.next_separator // max(s, 1) * s, 0)
         by = [jnp.zeros((len(recent), a), jnp.int32)]
         by += [jnp.repeat(-x[:, None], size, axis=1) for x, size in ((separators, s), (recent, R))]
         by = jnp.concatenate(by, axis=1)
 
-        def turn(k: jax.Array, table: Table) -> jax.Array:  # [(L,) B, K, C, H]; transposed, it might be copied
+        def turn(k: jax.Array, table: Table) -> jax.Array:  # [(L,) B, K, C, H]
             cos, sin = (t[..., None, :, :] for t in table)
-            return rotate(k[..., None, :], (cos, sin))[..., 0, :]
+            found = k.at[*self.layer_axis, rows].get(mode="clip")
+            found = rotate(found[..., None, :], (cos, sin))[..., 0, :]
+            return k.at[*self.layer_axis, rows].set(found, mode="drop", unique_indices=True)
 
         return dataclasses.replace(
-            self,
+            self.with_rows(rows, next_recent=few.next_recent - recent, next_separator=few.next_separator - separators),
             k=self.turned(turn, by) if self.sizes.turns_in_place else self.k,
-            next_recent=self.next_recent - recent,
-            next_separator=self.next_separator - separators,
         )
 
     def turned(self, f: Callable[[jax.Array, Table], jax.Array], by: jax.Array) -> Layers:

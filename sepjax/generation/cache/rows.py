@@ -40,6 +40,13 @@ def with_some(cache: Any, rows: Int32[Array, "M"], few: Any) -> Any:
     return _on_rows(put, cache, few)
 
 
+def first_of(wanted: Bool[Array, "B"], most: int) -> Int32[jax.Array, "M"]:
+    """Numbers of the first rows that are wanted, up to `most`; where there are fewer, numbers of no row."""
+    B = len(wanted)
+    rows = jnp.nonzero(wanted, size=min(B, most), fill_value=B)[0].astype(jnp.int32)
+    return jnp.where(rows < B, rows, B + jnp.arange(len(rows), dtype=jnp.int32))
+
+
 def chosen(wanted: Bool[Array, "B"], cache: Any, other: Any) -> Any:
     """The rows of `cache` that are wanted, and those of another one in place of the rest; also of several sizes."""
 
