@@ -291,7 +291,7 @@ class _QueryBlocks:
             steps = jnp.minimum(jnp.maximum(pl.cdiv(end, self.tiles.keys), 1), steps)
         return block, _Rows(*far, *near, steps)
 
-    def segments(self, block: _QueryBlock, wg: Any) -> list[tuple[Any, Any, Any]]:
+    def segments(self, block: Any, wg: Any) -> list[tuple[Any, Any, Any]]:
         """(rows, first token, head) of the runs of tokens that are the rows of a warpgroup."""
         length = min(ROWS, self.tiles.tokens)
         token = _aligned(block.token + lax.rem(wg * ROWS, self.tiles.tokens))
@@ -331,7 +331,7 @@ class _QueryBlocks:
         pl.when(is_near)(lambda: whole(copy_near))
         pl.when(_not(is_far | is_near))(mixed)
 
-    def load_rows(self, block: _QueryBlock, wg: Any, per_head: list, per_row: list, mine: Any, ready: Any) -> None:
+    def load_rows(self, block: Any, wg: Any, per_head: list, per_row: list, mine: Any, ready: Any) -> None:
         """Starts the copies of a warpgroup's rows from [B, T, N, H], from [B, N, padded], and of their ranges."""
         for rows, token, head in self.segments(block, wg):
             tokens = pl.ds(token, rows.size)
@@ -341,7 +341,7 @@ class _QueryBlocks:
             for source, target in copies:
                 plgpu.copy_gmem_to_smem(source, target, ready)
 
-    def store_rows(self, block: _QueryBlock, wg: Any, per_head: tuple, per_row: tuple) -> None:
+    def store_rows(self, block: Any, wg: Any, per_head: tuple, per_row: tuple) -> None:
         """Starts the copies of a warpgroup's rows: (tile, target [B, T, N, H]) and (row, target [B, N, padded])."""
         copies = []
         for rows, token, head in self.segments(block, wg):
@@ -491,13 +491,17 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
                     return acc[...]
 
                 s = pl.run_scoped(scores, _accumulator(ROWS, keys))
+
+                def done():
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    if shape.roomy:
+                        pl.when(step == rows.steps - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
+
                 if not beside:
-                    plgpu.barrier_arrive(k_free.at[slot])
-                if shape.roomy:
-                    pl.when(step == rows.steps - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
+                    done()
                 s = mask(s, step * keys, *(x.at[slot] for x in beside))
-                if beside:  # the mask has read it
-                    plgpu.barrier_arrive(k_free.at[slot])
+                if beside:  # the mask has read it, and the rows' numbers
+                    done()
                 new_top = jnp.maximum(top, s.max(axis=1) * scale)
                 shrink = jnp.exp2(top - new_top)
                 p = jnp.exp2(s * scale - _along_rows(new_top, s.shape))
