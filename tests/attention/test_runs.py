@@ -35,10 +35,20 @@ def numbers_of(B: int, T: int, C: int) -> tuple[np.ndarray, np.ndarray]:
     return numbers.astype(np.int32), first.astype(np.int32)
 
 
-def plain(given: list[Any], turned: Any, seen: np.ndarray, dtype: Any) -> list[Any]:
-    """The definition, computed in this type."""
-    more = None if turned is None else turned.astype(dtype)
-    return [*runs.attend(*(x.astype(dtype) for x in given), runs.SeenInRun(jnp.asarray(seen)), more)]
+def textbook(given: list[Any], turned: Any, seen: np.ndarray) -> list[np.ndarray]:
+    """float64: the result [B, T, N, H], and log-sum-exp."""
+    q, k, v, k_slots, v_slots = (np.asarray(x, np.float64) for x in given)
+    if turned is not None:
+        k_slots[:, :, : turned.shape[2]] = np.asarray(turned, np.float64)
+    keys, values = (np.concatenate([x, np.swapaxes(y, 1, 2)], axis=2) for x, y in ((k_slots, k), (v_slots, v)))
+    group = q.shape[2] // k.shape[2]
+    scores = np.einsum("btnh,bnsh->bnts", q, np.repeat(keys, group, axis=1)) * q.shape[3] ** -0.5
+    scores = np.where(seen[:, None], scores, -np.inf)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = np.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = np.einsum("bnts,bnsh->btnh", weights / total, np.repeat(values, group, axis=1))
+    return [out, np.swapaxes((top + np.log(total))[..., 0], 1, 2)]
 
 
 # (B, T, N, K, H, C), keys of first slots that are turned. Blocks have tokens of one, two or four heads.
@@ -58,8 +68,8 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     (B, T, _, _, _, C), (given, turned) = shape, tensors(*shape, first_slots)
     numbers, first = numbers_of(B, T, C)
     seen = (numbers[:, None] >= first[..., None]) & (np.arange(C + T) - C <= np.arange(T)[:, None])
-    exact = plain(given, turned, seen, jnp.float32)
-    definition = plain(given, turned, seen, jnp.bfloat16)
+    exact = textbook(given, turned, seen)
+    definition = [*runs.attend(*given, runs.SeenInRun(jnp.asarray(seen)), turned)]
     simulate(monkeypatch)
     monkeypatch.setattr(runs, "target", lambda: Target("gpu", "two SMs", 2, "9.0"))
     kernel: Any = runs._kernel
