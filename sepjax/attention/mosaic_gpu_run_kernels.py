@@ -23,7 +23,8 @@ from sepjax.attention import mosaic_gpu_kernels as kernels
 from sepjax.attention.mosaic_gpu_kernels import ROWS, Shape, Tiles
 
 CHUNK = 64  # slots of a tile, and tokens of a run, that one copy loads
-LIVE, PARTIAL, OWN_ENDS, TILES = range(4)  # in `order`: numbers of tiles, whether the run's keys have ends, the tiles
+# In `order`: numbers of tiles, whether the run's keys have ends, the row of the slots, the tiles.
+LIVE, PARTIAL, OWN_ENDS, PLACE, TILES = range(5)
 
 
 class _Block(NamedTuple):
@@ -34,6 +35,7 @@ class _Block(NamedTuple):
     token: Any  # the first
     slots: Any  # virtual keys that are slots, which come first
     partial: Any  # and of these those in tiles that are masked
+    place: Any  # the row of the slots
     own_ends: Any  # whether keys of the run are to be compared with `first`
     steps: Any  # tiles of virtual keys
 
@@ -46,7 +48,7 @@ class _Rows(NamedTuple):
 
 
 class _Sources(NamedTuple):
-    """Where keys or values of slots are: [B, K, C, H], and those of the first slots [B, K, A, H]."""
+    """Where keys or values of slots are: [rows, K, C, H], and those of the first slots [B, K, A, H]."""
 
     slots: Any
     turned: Any  # None: no other than in `slots`
@@ -88,8 +90,8 @@ class RunBlocks(kernels._QueryBlocks):
         slots = self.order[b, LIVE] * CHUNK
         end = slots + jnp.minimum(token + self.tiles.tokens, self.shape.T)
         steps = jnp.maximum(pl.cdiv(end, self.tiles.keys), 1)
-        partial, own_ends = self.order[b, PARTIAL] * CHUNK, self.order[b, OWN_ENDS]
-        return _Block(b, group * self.tiles.heads, token, slots, partial, own_ends, steps)
+        partial, own_ends, place = self.order[b, PARTIAL] * CHUNK, self.order[b, OWN_ENDS], self.order[b, PLACE]
+        return _Block(b, group * self.tiles.heads, token, slots, partial, place, own_ends, steps)
 
     def block_of(self, task: Any, wg: Any) -> tuple[Any, Any]:
         """The same, and what the rows of a warpgroup see."""
@@ -112,12 +114,12 @@ class RunBlocks(kernels._QueryBlocks):
 
         def slots(rows, c):
             number = self.order[block.b, TILES + c] * CHUNK
-            of = lambda x: x.at[block.b, kv_head, pl.ds(number, CHUNK)]  # noqa: E731
+            of = lambda x, row: x.at[row, kv_head, pl.ds(number, CHUNK)]  # noqa: E731
             if far.turned is None:
-                copy(of(far.slots), rows, number)
+                copy(of(far.slots, block.place), rows, number)
             else:
-                pl.when(number < far.first)(lambda: copy(of(far.turned), rows, number))
-                pl.when(number >= far.first)(lambda: copy(of(far.slots), rows, number))
+                pl.when(number < far.first)(lambda: copy(of(far.turned, block.b), rows, number))
+                pl.when(number >= far.first)(lambda: copy(of(far.slots, block.place), rows, number))
 
         def own(rows, c):
             token = c * CHUNK - block.slots

@@ -48,11 +48,14 @@ class SeenInRun:
         return self.order is not None
 
 
-def seen_by_numbers(numbers: Int32[Array, "B S"], first: Int32[Array, "B T"]) -> SeenInRun:
+def seen_by_numbers(
+    numbers: Int32[Array, "B S"], first: Int32[Array, "B T"], places: Int32[Array, "B"] | None = None
+) -> SeenInRun:
     """For the kernel, which serves what `sepjax.attention.decode.unsupported` has nothing against.
 
     A query sees the slots, and of the run the tokens up to itself, whose numbers are not below its own `first`: those
-    with `NOBODY` are seen by none, those with `ALL` by all.
+    with `NOBODY` are seen by none, those with `ALL` by all. `places`: in which row the slots of each are; None: in its
+    own.
     """
     numbers, first = jnp.asarray(numbers), jnp.asarray(first)
     C = numbers.shape[1] - first.shape[1]
@@ -63,7 +66,8 @@ def seen_by_numbers(numbers: Int32[Array, "B S"], first: Int32[Array, "B T"]) ->
     order = jnp.argsort(kind, axis=1, stable=True)
     own_ends = jnp.min(numbers[:, C:], axis=1, keepdims=True) < highest
     counts = [jnp.sum(x, axis=1, keepdims=True) for x in (is_live, is_live & ~is_whole)]
-    order = jnp.concatenate([*counts, own_ends, order], axis=1).astype(jnp.int32)
+    places = jnp.arange(len(numbers)) if places is None else jnp.asarray(places)
+    order = jnp.concatenate([*counts, own_ends, places[:, None], order], axis=1).astype(jnp.int32)
     return SeenInRun(None, numbers, first, order)
 
 
@@ -76,8 +80,8 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    k_slots: Float[Array, "B K C H"],
-    v_slots: Float[Array, "B K C H"],
+    k_slots: Float[Array, "R K C H"],
+    v_slots: Float[Array, "R K C H"],
     seen: SeenInRun,
     turned: Float[Array, "B K A H"] | None = None,
 ) -> tuple[Float[jax.Array, "B T N H"], Float32[jax.Array, "B T N"]]:
@@ -86,7 +90,7 @@ def attend(
     Args:
       q: of the run; query heads go with their key heads in order.
       k: the run's keys, not in the cache yet; v: its values.
-      k_slots: keys in slots; v_slots: values.
+      k_slots: keys in slots; v_slots: values. R is B, but for the kernel, which finds a row's where it is told.
       seen: says whether the kernel runs.
       turned: keys of the first slots, in place of those in k_slots; for the kernel, of `whole_tiles` of them.
     """
@@ -107,6 +111,7 @@ def plainly(
 ) -> tuple[Float[jax.Array, "B T N H"], Float32[jax.Array, "B T N"], Float32[jax.Array, "B K G T S"]]:
     """`attend` in plain XLA, and the weights."""
     assert seen.visible is not None
+    v = jnp.asarray(v)
     first = 0 if turned is None else turned.shape[2]
     parts = [] if turned is None else [jnp.asarray(turned)]
     keys = jnp.concatenate([*parts, k_slots[:, :, first:], jnp.swapaxes(k, 1, 2)], axis=2)
@@ -131,7 +136,7 @@ def joined(
     lse = jnp.moveaxis(lse.reshape(*lse.shape[:2], *scores.shape[1:3]), 1, 3)[..., None]
     whole = jnp.logaddexp(lse, more)
     few = _einsum("BKGTS,BKSH->BKGTH", jnp.exp(scores - whole).astype(v.dtype), v)
-    return (out * _in_rows(jnp.exp(lse - whole)) + _in_rows(few)).astype(v.dtype)
+    return (jnp.asarray(out) * _in_rows(jnp.exp(lse - whole)) + _in_rows(few)).astype(v.dtype)
 
 
 def whole_tiles(slots: int) -> int:

@@ -93,8 +93,8 @@ def _shape(text: str, slots: int) -> tuple[int, int]:
 
 
 def _read(graph, attention, params, cache, which, tokens, table):
-    """`consume` for some rows of a cache; which: None: for all."""
-    few = cache if which is None else cache.whole_rows(which)
+    """`consume` for some rows of a cache, as slots do it; which: None: for all."""
+    few = cache if which is None else cache.where_they_lie(which, attention)
     left = jnp.full(len(tokens), tokens.shape[1])
     logits = jnp.zeros((len(tokens), len(table)), jnp.float32)
     few, logits, counts = consume(graph, attention, params, few, logits, tokens, left, table)

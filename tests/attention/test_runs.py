@@ -74,7 +74,9 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     monkeypatch.setattr(runs, "target", lambda: Target("gpu", "two SMs", 2, "9.0"))
     kernel: Any = runs._kernel
     kernel.clear_cache()
-    got = [*runs.attend(*given, runs.seen_by_numbers(numbers, first), turned)]
+    places, q, k, v = (np.array([2, 0], np.int32), *given[:3])
+    among = [jnp.stack([x[1], jnp.full_like(x[0], jnp.nan), x[0]]) for x in given[3:]]
+    got = [*runs.attend(q, k, v, *among, runs.seen_by_numbers(numbers, first, places), turned)]
     kernel.clear_cache()  # a simulated program is of no use to others
     assert_no_races()
     largest = [np.abs(x).max() for x in exact]
@@ -85,10 +87,10 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
 def test_tiles_that_no_query_sees_are_left_out():
     """Those that some do not see come first; then those that all see."""
     numbers, first = numbers_of(3, 70, 256)
-    live, partial, own_ends, *tiles = np.asarray(runs.seen_by_numbers(numbers, first).order)[0]
-    assert (live, partial, own_ends) == (3, 2, 0)
+    live, partial, own_ends, place, *tiles = np.asarray(runs.seen_by_numbers(numbers, first).order)[0]
+    assert (live, partial, own_ends, place) == (3, 2, 0, 0)
     assert tiles[:3] == [0, 3, 2]
-    assert np.asarray(runs.seen_by_numbers(numbers, first).order)[2, :3].tolist() == [0, 0, 1]
+    assert np.asarray(runs.seen_by_numbers(numbers, first).order)[2, :4].tolist() == [0, 0, 1, 2]
 
 
 def test_two_sets_of_keys_have_one_softmax():

@@ -64,14 +64,28 @@ def attend_many(
         turned = None
         if turn is not None:
             cos, sin = (t[:, None] for t in of_layer(turn, rope))
-            turned = rotate(k_cache[:, :, : cos.shape[2], None], (cos, sin))[..., 0, :]
-        given = q, k, v, k_cache, v_cache, seen_in(q.dtype, reach, sees_kept), turned
+            turned = rotate(_of_rows(cache, k_cache, cos.shape[2])[..., None, :], (cos, sin))[..., 0, :]
+        seen = seen_in(q.dtype, reach, sees_kept)
+        if not seen.kernel:
+            k_cache, v_cache = _of_rows(cache, k_cache), _of_rows(cache, v_cache)
+        given = q, k, v, k_cache, v_cache, seen, turned
         if cache.sizes.watch is None:
-            return runs.attend(*given)[0], new
+            return _read(runs.attend(*given)[0], new)
         out, _, weights = runs.plainly(*given)
-        return out, (*new, looks_of_many(cache, weights, counts))
+        return _read(out, (*new, looks_of_many(cache, weights, counts)))
 
     return attend
+
+
+def _of_rows(cache: "StreamingCache", x: jax.Array, slots: int | None = None) -> jax.Array:
+    """The first slots [B, K, slots, H] of the cache's rows, of keys or values in the order in which they lie."""
+    few = x[:, :, :slots]
+    return few if cache.through is None else jnp.take(few, cache.through, axis=0, mode="clip")
+
+
+def _read[Out](out: jax.Array, new: Out) -> tuple[jax.Array, Out]:
+    """What is new must not be there before the cache was read: else XLA writes it into a copy of the cache."""
+    return jax.lax.optimization_barrier((out, new))
 
 
 def _padded(turn: Table | None, more: int) -> Table | None:
@@ -118,13 +132,14 @@ def _by_numbers(cache: "StreamingCache", num_tokens: int, old: jax.Array) -> Cal
         recent = jnp.where(recent >= first[:, :1], recent, runs.NOBODY)
         of_old = own[:, :1] - cache.distances(1)[:, 0, : old.shape[1]]
     numbers = once(jnp.concatenate([jnp.where(old, of_old, runs.NOBODY), recent, own], axis=1))
-    by_all = None if cache.sizes.reach else once(runs.seen_by_numbers(numbers, first))
+    places = cache.through if cache.through is None else jnp.minimum(cache.through, cache.k[0].shape[0] - 1)
+    by_all = None if cache.sizes.reach else once(runs.seen_by_numbers(numbers, first, places))
 
     def seen_in(reach: Any, sees_kept: Any) -> runs.SeenInRun:
         if by_all is not None and sees_kept is None:
             return by_all
         seen = numbers if sees_kept is None else jnp.where((sees_kept > 0) | ~is_kept, numbers, runs.NOBODY)
-        return runs.seen_by_numbers(seen, first if reach is None else own - reach + 1)
+        return runs.seen_by_numbers(seen, first if reach is None else own - reach + 1, places)
 
     return seen_in
 
@@ -144,9 +159,11 @@ def _attend_past_evictions(cache: "StreamingCache", num_tokens: int, kernel: boo
         seen = sees_sinks if within is None else sees_sinks & within(reach)[:, 0, 0, :, :a]
         new, (k, v) = taken_up(cache, k_cache, k, v, of_layer(to_recent, rope))
         k_cache, v_cache = plain(k_cache, k.dtype, lying and of_layer(lying, rope)), plain(v_cache, v.dtype)
-        recent = rotate(q, of_layer(to_recent, rope)), k, v, k_cache, v_cache, seen_in(q.dtype, reach, None)
-        few = rotate(q, of_layer(to_sinks, rope)), k_cache[:, :, :a], v_cache[:, :, :a], seen
-        return runs.joined(*runs.attend(*recent), *few), new
+        told, few = seen_in(q.dtype, reach, None), (_of_rows(cache, k_cache, a), _of_rows(cache, v_cache, a), seen)
+        if not told.kernel:
+            k_cache, v_cache = _of_rows(cache, k_cache), _of_rows(cache, v_cache)
+        recent = runs.attend(rotate(q, of_layer(to_recent, rope)), k, v, k_cache, v_cache, told)
+        return _read(runs.joined(*recent, rotate(q, of_layer(to_sinks, rope)), *few), new)
 
     return attend
 

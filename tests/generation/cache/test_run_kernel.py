@@ -1,6 +1,7 @@
 """Runs of tokens with the kernel's part played by plain XLA: what it is told of tiles and by numbers is enough."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.growing_pass import growing_pass
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.model.transformer import merge
+from sepjax.model.unrolled import by_layer, runner
 from tests.generation.cache.test_decode_kernel import CASES, MODEL, SEPARATOR
 from tests.models import random_split
 
@@ -30,20 +32,20 @@ def calls(monkeypatch):
     got = []
 
     def seen_in(seen):
-        C, B = seen.numbers.shape[1] - seen.first.shape[1], len(seen.first)
-        live, partial, own_ends, *_ = jnp.moveaxis(seen.order, 1, 0)
-        tile, place = jnp.arange(C // decode.TILE), seen.order[:, 3:]
-        rank = jax.vmap(lambda order: jnp.zeros_like(tile).at[order].set(tile))(place)
+        C = seen.numbers.shape[1] - seen.first.shape[1]
+        live, partial, own_ends = (seen.order[:, i] for i in range(3))
+        tile = jnp.arange(C // decode.TILE)
+        rank = jax.vmap(lambda order: jnp.zeros_like(tile).at[order].set(tile))(seen.order[:, 4:])
         rank = jnp.repeat(rank, decode.TILE, axis=1)
         passes = seen.numbers[:, None] >= seen.first[..., None]
         slots = jnp.where((rank < partial[:, None])[:, None], passes[..., :C], (rank < live[:, None])[:, None])
         own = jnp.where((own_ends > 0)[:, None, None], passes[..., C:], True) & jnp.tri(seen.first.shape[1], dtype=bool)
-        assert slots.shape[0] == B
         return runs.SeenInRun(jnp.concatenate([slots, own], axis=-1))
 
     def stand_in(q, k, v, k_slots, v_slots, turned, seen):
-        got.append(None if turned is None else turned.shape[2])
-        return runs.attend(q, k, v, k_slots, v_slots, seen_in(seen), turned)
+        got.append(len(k_slots))
+        places = seen.order[:, 3]
+        return runs.attend(q, k, v, k_slots[places], v_slots[places], seen_in(seen), turned)
 
     monkeypatch.setattr(runs, "_kernel", stand_in)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "NVIDIA H200", 132, "9.0"))
@@ -86,6 +88,34 @@ def test_bounded_caches(case, calls):
     got = layers_of(cache, *given, implementation=None)
     assert len(calls) == model.num_layers
     for x, y in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("case", ["separators", "sink_window"])
+def test_rows_are_read_where_they_lie(case, calls):
+    """Some rows among others, one of them full afterwards and one whose positions start again; the last is no row."""
+    model, attention = CASES[case]
+    graph, params = random_split(model, attention)
+    params, table = by_layer(params, model), jnp.arange(model.vocab_size) < 4
+    cache = filled(Config(model=model, attention=attention), StreamSizes.create(model, attention), 5)
+    cache = dataclasses.replace(cache, next_recent=cache.next_recent.at[3].set(cache.sizes.rotation_limit - 3))
+    tokens, rows = jnp.arange(3 * T).reshape(3, T) * 7 % model.vocab_size, jnp.array([3, 1, 5])
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def read(cache, implementation):
+        asked = dataclasses.replace(attention, implementation=implementation)
+        few = cache.where_they_lie(rows, asked)
+        assert few.is_in_place == (implementation is None)
+        hidden, few = few.take_up(runner(graph, params), tokens, jnp.minimum(few.room(T), 7), table, asked)
+        return hidden[:2], cache.with_whole_rows(rows, few.compact())
+
+    expected = read(cache, "xla")
+    assert not calls
+    got = read(cache, None)
+    assert calls == [5] * model.num_layers, "all rows' keys, not copies of some"
+    assert got[1].through is None
+    assert int(got[1].next_recent[3]) < cache.sizes.ring
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
 
 
