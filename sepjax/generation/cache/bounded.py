@@ -339,14 +339,10 @@ class StreamingCache(Shown):
         if T > 1:
             mode, to = "drop", jnp.where(taken, to, sizes.slots + i)  # beyond the end: nowhere
 
-        n = len(self.layer_axis)
+        lead, at = self.layer_axis, self.places(rows)
 
-        def put(x: jax.Array, new: Array) -> jax.Array:  # indexed axes come first: [B, T, (L,) K, (H)]
-            new = jnp.asarray(new)
-            if to.size == 1:  # XLA would compare the slot with the end, in a kernel of its own for every layer
-                return jax.lax.dynamic_update_slice_in_dim(x, jnp.swapaxes(new, n + 1, n + 2), to[0, 0], axis=n + 2)
-            new = jnp.moveaxis(new, (n, n + 1), (0, 1))
-            return x.at[*self.layer_axis, self.places(rows), :, to].set(new, mode=mode, unique_indices=True)
+        def put(x: jax.Array, new: Array) -> jax.Array:
+            return rows_of.written(x, jnp.asarray(new), lead, at, to, mode)
 
         new_sinks = jnp.minimum(counts, sizes.num_sinks - self.num_sinks)
         low = self.seen_low + counts

@@ -56,6 +56,30 @@ def chosen(wanted: Bool[Array, "B"], cache: Any, other: Any) -> Any:
     return _on_rows(pick, cache, other)
 
 
+def written(
+    x: jax.Array,
+    new: jax.Array,
+    lead: tuple[slice, ...],
+    rows: Int32[Array, "B 1"],
+    slots: Int32[Array, "B T"],
+    mode: str,
+) -> jax.Array:
+    """Keys, values or their scales [(L,) rows, K, C, (H)] with those of tokens [(L,) B, T, K, (H)] in these slots.
+
+    `lead`: what stands before the rows in an index; `mode`: as `jax.numpy.ndarray.at` has it.
+    """
+    n = len(lead)
+    by_head = jnp.swapaxes(new, n + 1, n + 2)
+    if slots.size == 1:  # XLA would compare the slot with the end, in a kernel of its own for every layer
+        return jax.lax.dynamic_update_slice_in_dim(x, by_head, slots[0, 0], axis=n + 2)
+    if (
+        slots.shape[1] > 1
+    ):  # heads are indices, too, or XLA may turn the whole cache round, to have them behind the slots
+        at = rows[:, None], jnp.arange(x.shape[n + 1])[:, None], slots[:, None]
+        return x.at[*lead, *at].set(by_head, mode=mode, unique_indices=True)
+    return x.at[*lead, rows, :, slots].set(jnp.moveaxis(new, (n, n + 1), (0, 1)), mode=mode, unique_indices=True)
+
+
 def _on_rows(f: Callable[..., jax.Array], cache: Any, *others: Any) -> Any:
     """`f` of every array (and of the others' same array) and the number of its axis B."""
 
