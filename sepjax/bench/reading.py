@@ -134,8 +134,8 @@ def stream(config: Config, caches: dict[str, AttentionConfig], tokens: int, book
     documents = [Document(x[:-1], x[1:]) for x in drawn]
     for name, attention in caches.items():
         (score,) = score_streams(model, tokenizer, documents, [attention])
-        passes = score.tokens / (score.rows * score.chunk)  # at least
-        yield ReadSpeed(name, "stream", score.seconds / passes * 1e3, score.rows * score.chunk, score.tokens_per_second)
+        most = float(score.rows * score.chunk)  # that a pass takes up
+        yield ReadSpeed(name, "stream", score.seconds / score.tokens * most * 1e3, most, score.tokens_per_second)
 
 
 def main(settings: Settings) -> None:

@@ -91,7 +91,7 @@ def test_bounded_caches(case, calls):
         np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
 
 
-@pytest.mark.parametrize("case", ["separators", "sink_window"])
+@pytest.mark.parametrize("case", ["separators", pytest.param("sink_window", marks=pytest.mark.soak)])
 def test_rows_are_read_where_they_lie(case, calls):
     """Some rows among others, one of them full afterwards and one whose positions start again; the last is no row."""
     model, attention = CASES[case]
