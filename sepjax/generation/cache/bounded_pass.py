@@ -78,11 +78,10 @@ def attend_run(
 
     `implementation`: what the config names for training; see `sepjax.attention.decode.unsupported`.
     """
-    return (
-        _attend_one(cache, implementation)
-        if num_tokens == 1
-        else attend_many(cache, num_tokens, counts, implementation)
-    )
+    if num_tokens > 1:
+        return attend_many(cache, num_tokens, counts, implementation)
+    assert not cache.is_in_place, "steps have all rows"
+    return _attend_one(cache, implementation)
 
 
 def pass_inputs(cache: "StreamingCache") -> tuple[Any, ...]:
