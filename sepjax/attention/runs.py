@@ -112,14 +112,35 @@ def plainly(
     """`attend` in plain XLA, and the weights."""
     assert seen.visible is not None
     v = jnp.asarray(v)
-    first = 0 if turned is None else turned.shape[2]
-    parts = [] if turned is None else [jnp.asarray(turned)]
-    keys = jnp.concatenate([*parts, k_slots[:, :, first:], jnp.swapaxes(k, 1, 2)], axis=2)
     values = jnp.concatenate([v_slots, jnp.swapaxes(v, 1, 2)], axis=2)
-    scores = jnp.where(seen.visible[:, None, None], scores_of_run(q, keys), -jnp.inf)
+    scores = _scores(q, k, k_slots, seen.visible, turned)
     weights = jax.nn.softmax(scores, axis=-1)
     out = _in_rows(_einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), values)).astype(v.dtype)
     return out, _in_rows(jax.nn.logsumexp(scores, axis=-1)), weights
+
+
+def _scores(q: Any, k: Any, k_slots: Any, visible: Any, turned: Any) -> jax.Array:
+    first = 0 if turned is None else turned.shape[2]
+    parts = [] if turned is None else [jnp.asarray(turned)]
+    keys = jnp.concatenate([*parts, k_slots[:, :, first:], jnp.swapaxes(k, 1, 2)], axis=2)
+    return jnp.where(visible[:, None, None], scores_of_run(q, keys), -jnp.inf)
+
+
+def weights_of(
+    lse: Float32[Array, "B T N"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    k_slots: Float[Array, "B K C H"],
+    seen: SeenInRun,
+    turned: Float[Array, "B K A H"] | None = None,
+) -> Float32[jax.Array, "B K G T S"]:
+    """The weights of what `attend` gave with this log-sum-exp, in plain XLA, to which `seen` is told."""
+    scores = _scores(q, k, k_slots, seen.visible, turned)
+    return jnp.exp(scores - _by_key_head(lse, scores.shape[1]))
+
+
+def _by_key_head(x: Float32[Array, "B T N"], num_kv_heads: int) -> Float32[jax.Array, "B K G T 1"]:
+    return jnp.moveaxis(x.reshape(*x.shape[:2], num_kv_heads, -1), 1, 3)[..., None]
 
 
 def joined(
@@ -133,10 +154,10 @@ def joined(
     """One softmax over what `attend` gave and a few keys more, towards which queries have turned otherwise."""
     scores = jnp.where(visible[:, None, None], scores_of_run(q, k), -jnp.inf)
     more = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-    lse = jnp.moveaxis(lse.reshape(*lse.shape[:2], *scores.shape[1:3]), 1, 3)[..., None]
-    whole = jnp.logaddexp(lse, more)
+    of_those = _by_key_head(lse, scores.shape[1])
+    whole = jnp.logaddexp(of_those, more)
     few = _einsum("BKGTS,BKSH->BKGTH", jnp.exp(scores - whole).astype(v.dtype), v)
-    return (jnp.asarray(out) * _in_rows(jnp.exp(lse - whole)) + _in_rows(few)).astype(v.dtype)
+    return (jnp.asarray(out) * _in_rows(jnp.exp(of_those - whole)) + _in_rows(few)).astype(v.dtype)
 
 
 def whole_tiles(slots: int) -> int:

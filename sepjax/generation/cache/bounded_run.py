@@ -34,8 +34,6 @@ def unsupported(cache: "StreamingCache", implementation: str | None = None) -> s
     Codes of 8 bits are numbers again before it reads them. `implementation`: see `sepjax.attention.decode.unsupported`.
     """
     sizes = cache.sizes
-    if sizes.watch is not None:
-        return "watched tokens are found by the weights, which it does not give"
     if sizes.reach and not sizes.max_separators:
         return "layers with a reach of their own would need two ends where a run goes on past evictions"
     dtype = jnp.bfloat16 if sizes.cache_dtype != "model" else cache.k[0].dtype
@@ -53,10 +51,10 @@ def attend_many(
     lying = turn_of_slots(cache)
     recent_tables = tables_of(cache, cache.query_positions(num_tokens)[-1])
     turn = once(_padded(cache.recent_turn(), runs.whole_tiles(old) - old if kernel else 0)) if old else None
-    seen_in = _seen_in(cache, num_tokens, kernel)
+    seen_in, by_mask = _seen_in(cache, num_tokens, kernel), _by_mask(cache, num_tokens, cache.visible_old())
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache, reach, sees_kept, rope, _ = layer
+        k_cache, v_cache, reach, sees_kept, rope, watched = layer
         recent_table = of_layer(recent_tables, rope)
         q = rotate(q, recent_table)
         new, (k, v) = taken_up(cache, k_cache, k, v, recent_table)
@@ -71,8 +69,15 @@ def attend_many(
         given = q, k, v, k_cache, v_cache, seen, turned
         if cache.sizes.watch is None:
             return _read(runs.attend(*given)[0], new)
-        out, _, weights = runs.plainly(*given)
-        return _read(out, (*new, looks_of_many(cache, weights, counts)))
+        if seen.kernel:
+            out, lse = runs.attend(*given)
+            few = _of_rows(cache, k_cache), by_mask(reach, sees_kept)
+            weights = runs.weights_of(lse, q, k, *few, turned)
+        else:
+            out, _, weights = runs.plainly(*given)
+        looks = looks_of_many(cache, weights, counts)
+        counts_not = isinstance(watched, np.bool_) and not watched  # known where layers are not scanned
+        return _read(out, (*new, jnp.zeros_like(looks) if counts_not else looks))
 
     return attend
 

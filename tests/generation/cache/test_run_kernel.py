@@ -23,6 +23,7 @@ from tests.generation.cache.test_decode_kernel import CASES, MODEL, SEPARATOR
 from tests.models import random_split
 
 SEES_FAR = dataclasses.replace(SEPARATOR, layer_reach=(0, 40))  # of tokens that stay, too
+WATCHED = dataclasses.replace(SEPARATOR, pattern="watched", watch_after=3, watch_layers=(1,))
 T = 9
 
 
@@ -56,7 +57,8 @@ def layers_of(cache, q, k, v, *, implementation):
     """What a run gives in each layer."""
     counts = jnp.full(len(q), q.shape[1])
     attend, inputs = attend_run(cache, q.shape[1], counts, implementation), pass_inputs(cache)
-    return [attend(q, k, v, tuple(x and x[i] if x is None else x[i] for x in inputs))[0] for i in range(len(cache.k))]
+    layers = [tuple(None if x is None else x[i] for x in inputs) for i in range(len(cache.k))]
+    return [attend(q, k, v, layer) for layer in layers]
 
 
 def inputs(model: ModelConfig, rows: int):
@@ -67,6 +69,7 @@ def inputs(model: ModelConfig, rows: int):
 
 BOUNDED = CASES | {
     "a layer that sees no further": (MODEL, SEES_FAR),
+    "watched tokens": (MODEL, WATCHED),
     "codes": (MODEL, dataclasses.replace(SEPARATOR, cache_dtype="int8")),
     "sink_window, codes": (MODEL, dataclasses.replace(CASES["sink_window"][1], cache_dtype="int8")),
 }
@@ -82,13 +85,17 @@ def test_bounded_caches(case, calls):
         next_recent=cache.next_recent + jnp.array([0, 150, 3, 0]),
         num_recent=cache.num_recent.at[0].add(30 if attention.pattern == "sink_window" else 0),
     ).reset(jnp.array([False, False, False, True]))
-    given = inputs(model, 4)
+    given, largest = inputs(model, 4), []
     expected = layers_of(cache, *given, implementation="xla")
     assert not calls
     got = layers_of(cache, *given, implementation=None)
     assert len(calls) == model.num_layers
-    for x, y in zip(got, expected, strict=True):
+    for (x, (*_, looks)), (y, (*_, expected_looks)) in zip(got, expected, strict=True):
         np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
+        if attention.pattern == "watched":
+            np.testing.assert_allclose(looks, expected_looks, rtol=1e-4, atol=1e-7)
+            largest.append(float(jnp.max(looks)))
+    assert [x > 0.1 for x in largest] == ([False, True] if largest else []), "only the second layer is watched"
 
 
 @pytest.mark.parametrize("case", ["separators", pytest.param("sink_window", marks=pytest.mark.soak)])
@@ -148,7 +155,6 @@ def test_growing_caches(reach, calls):
     [
         ({}, None),
         ({"implementation": "xla"}, "asks for plain XLA"),
-        ({"pattern": "watched", "watch_after": 3}, "found by the weights"),
         ({"pattern": "sink_window", "max_separators": 0, "layer_reach": (0, 40)}, "past evictions"),
     ],
 )
