@@ -181,7 +181,7 @@ _attend_ranges.defvjp(_attend_ranges_forward, _attend_ranges_backward)
 
 def _forward(shape, arrays, seen, length):
     """`attend`'s results for aligned (q, k, v, packed k, packed v), and what `_backward` needs of the queries."""
-    out, lse = kernels.forward(shape, _forward_tiles(shape))(*arrays, _ranges(seen, shape.padded))
+    out, lse = kernels.forward(shape, forward_tiles(shape))(*arrays, _ranges(seen, shape.padded))
     natural = jnp.where(jnp.isinf(lse), -jnp.inf, lse * math.log(2))[:, :, :length].swapaxes(1, 2)
     return (out[:, :length], natural), (out, lse)
 
@@ -213,7 +213,8 @@ def _heads(shape: Shape) -> int:
     return max(heads for heads in (1, 2, 4) if shape.group % heads == 0)
 
 
-def _forward_tiles(shape: Shape) -> Tiles:
+def forward_tiles(shape: Shape) -> Tiles:
+    """Of the forward kernel."""
     keys, stages = {64: (128, 4), 128: (128, 2), 256: (64, 2)}[shape.H]
     return Tiles(keys, stages, _heads(shape))
 

@@ -238,11 +238,29 @@ class _Rows(NamedTuple):
 class _QueryBlocks:
     """All blocks of queries. Heavy ones, late in their rows, come first."""
 
+    numbers = 4  # that a query has: its ranges
+
     def __init__(self, shape: Shape, tiles: Tiles, ranges: Any):
         self.shape, self.tiles, self.ranges = shape, tiles, ranges
         self.groups = shape.N // tiles.heads
         self.per_row = shape.padded // tiles.tokens  # beyond T too, so that all of lse is written
         self.total = self.per_row * shape.B * self.groups
+
+    @classmethod
+    def of_inputs(cls, shape: Shape, tiles: Tiles, *inputs: Any) -> tuple["_QueryBlocks", Any, Any]:
+        """The blocks, and near and far keys and values, of what `forward` is given after q."""
+        k, v, far_k, far_v, ranges = inputs
+        return cls(shape, tiles, ranges), (k, v), (far_k, far_v)
+
+    @staticmethod
+    def copies(keys: int) -> tuple[int, int]:
+        """How many copies bring a tile of keys, and one of values."""
+        return keys // CHUNK, keys // CHUNK
+
+    @staticmethod
+    def beside_keys(stages: int, keys: int) -> tuple[Any, ...]:
+        """Shared memory for what comes with the tiles of keys and goes to the mask."""
+        return ()
 
     def block(self, task: Any) -> _QueryBlock:
         """Reads the scalars of a block."""
@@ -273,7 +291,7 @@ class _QueryBlocks:
             steps = jnp.minimum(jnp.maximum(pl.cdiv(end, self.tiles.keys), 1), steps)
         return block, _Rows(*far, *near, steps)
 
-    def segments(self, block: _QueryBlock, wg: Any) -> list[tuple[Any, Any, Any]]:
+    def segments(self, block: Any, wg: Any) -> list[tuple[Any, Any, Any]]:
         """(rows, first token, head) of the runs of tokens that are the rows of a warpgroup."""
         length = min(ROWS, self.tiles.tokens)
         token = _aligned(block.token + lax.rem(wg * ROWS, self.tiles.tokens))
@@ -313,17 +331,17 @@ class _QueryBlocks:
         pl.when(is_near)(lambda: whole(copy_near))
         pl.when(_not(is_far | is_near))(mixed)
 
-    def load_rows(self, block: _QueryBlock, wg: Any, per_head: list, per_row: list, mine: Any, ready: Any) -> None:
+    def load_rows(self, block: Any, wg: Any, per_head: list, per_row: list, mine: Any, ready: Any) -> None:
         """Starts the copies of a warpgroup's rows from [B, T, N, H], from [B, N, padded], and of their ranges."""
         for rows, token, head in self.segments(block, wg):
             tokens = pl.ds(token, rows.size)
             copies = [(x.at[block.b, tokens, head], tile.at[rows]) for x, tile in per_head]
             copies += [(x.at[block.b, head, tokens], row.at[rows]) for x, row in per_row]
-            copies += [(self.ranges.at[block.b, x, tokens], mine.at[x, rows]) for x in range(4)]
+            copies += [(self.ranges.at[block.b, x, tokens], mine.at[x, rows]) for x in range(self.numbers)]
             for source, target in copies:
                 plgpu.copy_gmem_to_smem(source, target, ready)
 
-    def store_rows(self, block: _QueryBlock, wg: Any, per_head: tuple, per_row: tuple) -> None:
+    def store_rows(self, block: Any, wg: Any, per_head: tuple, per_row: tuple) -> None:
         """Starts the copies of a warpgroup's rows: (tile, target [B, T, N, H]) and (row, target [B, N, padded])."""
         copies = []
         for rows, token, head in self.segments(block, wg):
@@ -334,7 +352,7 @@ class _QueryBlocks:
 
     def row_copies(self, per_head: int, per_row: int) -> int:
         """How many copies `load_rows` starts."""
-        return self.tiles.segments * (per_head + per_row + 4)
+        return self.tiles.segments * (per_head + per_row + self.numbers)
 
     def mask(self, block: _QueryBlock, rows: _Rows, mine: Any, short: bool = False) -> Callable[[Any, Any], Any]:
         """The function (scores, first virtual key) -> scores, -inf where a row does not see a key.
@@ -403,6 +421,17 @@ class _QueryBlocks:
             _await_each(x, stages, t)
 
 
+class _Together:
+    """Arrays whose parts of the same number belong together."""
+
+    def __init__(self, *arrays: Any):
+        self._arrays = arrays
+        self.at = self
+
+    def __getitem__(self, i: Any) -> tuple[Any, ...]:
+        return tuple(x.at[i] for x in self._arrays)
+
+
 def _await_each(free: Any, stages: int, loaded: Any) -> None:
     """Waits until the last tiles that were loaded are done with: no barrier is left with an arrival unseen."""
     for slot in range(stages):
@@ -427,10 +456,11 @@ def _wait_until_stored(last: bool = False) -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=not last)
 
 
-def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
+def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks) -> Callable[..., Any]:
     """q, k, v, packed k and v, ranges -> out [B, T, N, H], lse float32[B, N, padded].
 
-    ranges: int32 [B, 4, padded]; lse: log2 of the sum of exp2(score), +inf for a row that sees nothing.
+    ranges: int32 [B, 4, padded]; lse: log2 of the sum of exp2(score), +inf for a row that sees nothing. Another `kind`
+    of blocks has other inputs than those after q.
     """
     H, keys, stages = shape.H, tiles.keys, tiles.stages
     scale = shape.scale * LOG2E
@@ -438,7 +468,7 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
     def compute(blocks, refs, scratch, wg):
         *_, o_ref, lse_ref = refs
         q, out, lse, mine = (x.at[wg] for x in scratch[:4])
-        k_smem, v_smem, q_ready, k_ready, v_ready, q_free, k_free, v_free, order = scratch[4:]
+        k_smem, v_smem, q_ready, k_ready, v_ready, q_free, k_free, v_free, order, *beside = scratch[4:]
         out = out if shape.roomy else q
 
         def take_turns():
@@ -461,10 +491,17 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
                     return acc[...]
 
                 s = pl.run_scoped(scores, _accumulator(ROWS, keys))
-                plgpu.barrier_arrive(k_free.at[slot])
-                if shape.roomy:
-                    pl.when(step == rows.steps - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
-                s = mask(s, step * keys)
+
+                def done():
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    if shape.roomy:
+                        pl.when(step == rows.steps - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
+
+                if not beside:
+                    done()
+                s = mask(s, step * keys, *(x.at[slot] for x in beside))
+                if beside:  # the mask has read it, and the rows' numbers
+                    done()
                 new_top = jnp.maximum(top, s.max(axis=1) * scale)
                 shrink = jnp.exp2(top - new_top)
                 p = jnp.exp2(s * scale - _along_rows(new_top, s.shape))
@@ -519,10 +556,11 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
         _wait_until_stored(last=True)
 
     def kernel(refs, scratch):
-        q_ref, k_ref, v_ref, far_k_ref, far_v_ref, ranges_ref = refs[:6]
-        q_smem, _, _, range_smem, k_smem, v_smem, q_ready, k_ready, v_ready, q_free, k_free, v_free, _ = scratch
+        q_ref, *inputs = refs[:-2]
+        q_smem, _, _, range_smem, k_smem, v_smem, q_ready, k_ready, v_ready, q_free, k_free, v_free, _ = scratch[:13]
+        beside = scratch[13:]
         wg = lax.axis_index("wg")
-        blocks = _QueryBlocks(shape, tiles, ranges_ref)
+        blocks, near, far = kind.of_inputs(shape, tiles, *inputs)
 
         @pl.when(wg < 2)
         def _():
@@ -536,25 +574,27 @@ def forward(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
             def load_rows(block, w):
                 blocks.load_rows(block, w, [(q_ref, q_smem.at[w])], [], range_smem.at[w], q_ready.at[w])
 
-            tiles, ready, free = (k_smem, v_smem), (k_ready, v_ready), (k_free, v_free)
-            near, far = (k_ref, v_ref), (far_k_ref, far_v_ref)
+            key_tiles = _Together(k_smem, *beside) if beside else k_smem
+            tiles, ready, free = (key_tiles, v_smem), (k_ready, v_ready), (k_free, v_free)
             _in_one_warp(lambda: blocks.loader(near, far, tiles, ready, free, load_rows, q_free))
 
-    blocks = _QueryBlocks(shape, tiles, None)
+    blocks = kind(shape, tiles, None)
+    of_keys, of_values = kind.copies(keys)
     scratch = (
         _smem(2, ROWS, H, dtype=shape.dtype),
         _smem(2, ROWS if shape.roomy else ALIGNMENT, H, dtype=shape.dtype),
         plgpu.SMEM((2, ROWS), jnp.float32),
-        plgpu.SMEM((2, 4, ROWS), jnp.int32),
+        plgpu.SMEM((2, kind.numbers, ROWS), jnp.int32),
         _smem(stages, keys, H, dtype=shape.dtype),
         _smem(stages, keys, H, dtype=shape.dtype),
         plgpu.Barrier(num_arrivals=blocks.row_copies(1, 0), num_barriers=2),
-        plgpu.Barrier(num_arrivals=keys // CHUNK, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=keys // CHUNK, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=of_keys, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=of_values, num_barriers=stages),
         plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2),
+        *kind.beside_keys(stages, keys),
     )
     out = (
         jax.ShapeDtypeStruct((shape.B, shape.T, shape.N, H), shape.dtype),

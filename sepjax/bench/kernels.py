@@ -50,7 +50,7 @@ def stages(
     run = compiled(lambda k, v, layout: mosaic_gpu._pack(shape, k, v, layout), k, v, layout)
     yield "packing", run
     keys = k, v, *run(), ranges
-    run = compiled(mosaic_gpu_kernels.forward(shape, mosaic_gpu._forward_tiles(shape)), q, *keys)
+    run = compiled(mosaic_gpu_kernels.forward(shape, mosaic_gpu.forward_tiles(shape)), q, *keys)
     yield "forward", run
     out, lse = run()
     kernel = mosaic_gpu_kernels.query_gradient(shape, mosaic_gpu._query_gradient_tiles(shape))

@@ -25,7 +25,8 @@ from sepjax.evaluation.compare import baseline_index, references
 from sepjax.evaluation.documents import Document, Lanes, StreamError
 from sepjax.evaluation.slices import EDGES, ScoredTokens, Slice, by_position, sliced
 from sepjax.evaluation.token_loss import token_nll
-from sepjax.generation.cache.mixed import BoundedCache, MixedSizes, bounded_sizes, empty_cache
+from sepjax.generation.cache.bounded_run import unsupported
+from sepjax.generation.cache.mixed import BoundedCache, BoundedSizes, MixedSizes, bounded_sizes, empty_cache
 from sepjax.generation.limits import check_cache
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import Transformer, split
@@ -192,14 +193,13 @@ def _score(
         np.asarray(lanes.inputs)[np.arange(lanes.inputs.shape[1]) < lengths], table, attention, "the text to stream"
     )
     graph, params = split(model)
-    # Short passes wait for memory and for each other, as single steps do; long ones for arithmetic.
-    short = chunk <= _SHORT or isinstance(sizes, MixedSizes)
-    params = (by_layer if short else working_copy)(params, model.config)
+    one_by_one = _layers_one_by_one(model, sizes, attention, chunk)
+    params = (by_layer if one_by_one else working_copy)(params, model.config)
     run = jax.jit(functools.partial(_passes, graph, attention, chunk), donate_argnums=1)
     on_device = jax.device_put(lanes)
 
     def start() -> _State:
-        cache = empty_cache(model.config, len(lanes.inputs), sizes, by_layer=short)
+        cache = empty_cache(model.config, len(lanes.inputs), sizes, by_layer=one_by_one)
         at, first, document = (jnp.zeros(len(lanes.inputs), jnp.int32) for _ in range(3))
         return _State(cache, at, first, document, jnp.zeros(lanes.inputs.shape))
 
@@ -236,6 +236,18 @@ def _score(
         cache_dtype=sizes.cache_dtype,
     )
     return score, nll
+
+
+def _layers_one_by_one(model: Transformer, sizes: BoundedSizes, attention: AttentionConfig, chunk: int) -> bool:
+    """Whether layers have arrays of their own and are not scanned: that takes longer to compile.
+
+    Short passes wait for memory and for each other, as single steps do; long ones for arithmetic. But where a kernel
+    does their attention, it is copies of layers' caches that they would wait for.
+    """
+    if chunk <= _SHORT or isinstance(sizes, MixedSizes):
+        return True
+    cache = jax.eval_shape(lambda: empty_cache(model.config, 1, sizes, by_layer=True))
+    return unsupported(cache, attention.implementation) is None
 
 
 def _to_the_end(

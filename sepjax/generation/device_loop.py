@@ -198,7 +198,7 @@ def consume(
     Returns:
       The cache, the scores after each row's last token now, and how many it took up.
     """
-    model = runner(graph, params, scan=True)
+    model = runner(graph, params, scan=not getattr(cache, "is_in_place", False))
     counts = jnp.minimum(cache.room(tokens.shape[1]), left)
     hidden, cache = cache.take_up(model, tokens, counts, table, attention)
     last = hidden[jnp.arange(len(left)), jnp.maximum(counts - 1, 0)]

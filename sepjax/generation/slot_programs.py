@@ -135,9 +135,10 @@ def _read(
     the others have numbers of no row.
     """
     which, left, is_last, tokens = sent[:, 0], sent[:, 1], sent[:, 2] != 0, sent[:, 3:]
-    model, few = runner(graph, params, scan=True), rows.some(which)
+    few = rows.to_read(which, attention)
     row, wishes = few.state, few.wishes
     cache: Any = row.cache
+    model = runner(graph, params, scan=not cache.is_in_place)  # a scan over layers would copy all rows' keys
     counts = jnp.minimum(cache.room(tokens.shape[1]), left)
     hidden, cache = cache.take_up(model, tokens, counts, table, attention)
     logits = model.logits(hidden[jnp.arange(len(counts)), jnp.maximum(counts - 1, 0)])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32, UInt8, UInt16, UInt32
+from sepjax.config import AttentionConfig
 from sepjax.generation.cache.mixed import BoundedCache
 from sepjax.generation.cache.rows import chosen
 from sepjax.generation.device_loop import DecodeState, Drawn, Request
@@ -106,6 +107,13 @@ class Rows:
         """These rows; numbers of no row give any one's."""
         others = jax.tree.map(lambda x: jnp.take(x, rows, 0, mode="clip"), self._others())
         return others._with_caches(*(cache.whole_rows(rows) for cache in self._caches()))
+
+    def to_read(self, rows: Int32[Array, "M"], attention: AttentionConfig) -> "Rows":
+        """The same as `some`, their keys and values, where it can be, as they lie among all."""
+        cache: Any = self.state.cache
+        bare = dataclasses.replace(self, state=dataclasses.replace(self.state, cache=cache.bare())).some(rows)
+        few = cache.where_they_lie(rows, attention)
+        return dataclasses.replace(bare, state=dataclasses.replace(bare.state, cache=few))
 
     def with_states(self, rows: Int32[Array, "M"], state: DecodeState, wishes: Wishes | None = None) -> "Rows":
         """The same with other states (and wishes, if given) of these rows; numbers of no row are none."""

@@ -18,6 +18,7 @@ BENCHES = {  # name -> the module that measures it; each is also python -m MODUL
     "generation": "sepjax.bench.generation",
     "steps": "sepjax.bench.steps",
     "decode_attention": "sepjax.bench.decode_attention",
+    "reading": "sepjax.bench.reading",
     "slots": "sepjax.bench.slots",
     "mesh": "sepjax.bench.mesh",
     "serve": "sepjax.bench.serve",

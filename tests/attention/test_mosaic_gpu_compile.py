@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepjax.attention import decode, mosaic_gpu, separator_attention, xla
+from sepjax.attention import decode, mosaic_gpu, runs, separator_attention, xla
 from sepjax.attention.op import choose
 from sepjax.config import ModelConfig
 from sepjax.layout import build_layout
@@ -95,6 +95,32 @@ def test_decoding_compiles_for_an_h100(h100, shape, ends, looks):
     given = struct(B, K, len(ends) + 1, G, H), struct(B, K, H), struct(B, K, H), struct(B, K, C, H), struct(B, K, C, H)
     with jax.set_mesh(h100):
         compiled = jax.jit(run).lower(struct(B, C, dtype=bool), *given).compile()
+    assert "mosaic_gpu" in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    ("shape", "turned"),
+    [
+        ((32, 128, 9, 3, 64, 832), 128),
+        pytest.param((4, 480, 32, 8, 128, 896), 128, marks=pytest.mark.soak),
+        pytest.param((1, 100, 16, 2, 256, 448), 0, marks=pytest.mark.soak),
+    ],
+    ids=["heads of 64", "heads of 128", "heads of 256, no turned keys"],
+)
+def test_reading_compiles_for_an_h100(h100, shape, turned):
+    B, T, N, K, H, C = shape
+    placed = jax.NamedSharding(h100, jax.P())
+
+    def struct(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    def run(numbers, first, turned, *given):
+        return runs.attend(*given, runs.seen_by_numbers(numbers, first), turned)
+
+    told = struct(B, C + T, dtype=jnp.int32), struct(B, T, dtype=jnp.int32), struct(B, K, turned, H) if turned else None
+    given = struct(B, T, N, H), struct(B, T, K, H), struct(B, T, K, H), struct(B, K, C, H), struct(B, K, C, H)
+    with jax.set_mesh(h100):
+        compiled = jax.jit(run).lower(*told, *given).compile()
     assert "mosaic_gpu" in compiled.as_text()
 
 

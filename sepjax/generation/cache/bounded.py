@@ -35,17 +35,19 @@ from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.generation.cache import rows as rows_of
 from sepjax.generation.cache.bounded_pass import stream_pass
+from sepjax.generation.cache.bounded_run import unsupported
 from sepjax.generation.cache.newest import keep_newest
 from sepjax.generation.cache.shown import Shown
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.cache.stored import Layers, Quantised, empty, in_each_layer
-from sepjax.generation.cache.turning import last_at, turn_table
+from sepjax.generation.cache.turning import last_at, turn_back, turn_table
 from sepjax.generation.cache.watched import keep_best, scores_after
-from sepjax.model.rope import Table, rotate
+from sepjax.model.layers import once
+from sepjax.model.rope import Table
 
 # A compaction takes a sixteenth of the rows at a time, and no more than these: all that it takes cost the same, full or
-# not, and of a large batch few are full in the same step.
-_SHARE, _AT_ONCE = 16, 8
+# not, and of a large batch few are full in the same step. Of few rows, which a run may have filled, it takes all.
+_SHARE, _AT_ONCE, _FEW = 16, 8, 32
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +70,8 @@ class StreamingCache(Shown):
     scores: Float[jax.Array, "G B N S"] | None  # of the second zone and the ring, where the best stay
     kept_at: Int32[jax.Array, "G B N s"]  # where in the text, modulo sizes.count_wrap, entries of the second zone stand
     sizes: StreamSizes = dataclasses.field(metadata={"static": True})
+    # Of rows that are read where they lie: their numbers among those of k and v. None: they are all of them, in order.
+    through: Int32[jax.Array, "B"] | None = None
 
     # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
     __no_type_check__ = True
@@ -128,9 +132,8 @@ class StreamingCache(Shown):
     def full_rows(self) -> Int32[jax.Array, "M"]:
         """Numbers of full rows, as many as one compaction takes; where there are fewer, numbers of no row."""
         B = len(self.num_sinks)
-        most = min(-(-B // _SHARE), _AT_ONCE)
-        rows = jnp.nonzero(self.is_full(), size=most, fill_value=B)[0].astype(jnp.int32)
-        return jnp.where(rows < B, rows, B + jnp.arange(most, dtype=jnp.int32))
+        takes_all = B <= _FEW and not self.sizes.keeps_best
+        return rows_of.first_of(self.is_full(), B if takes_all else min(-(-B // _SHARE), _AT_ONCE))
 
     def of_rows(self, rows: Int32[Array, "M"]) -> "StreamingCache":
         """The bookkeeping of these rows alone, without keys and values; numbers of no row give any one's."""
@@ -138,7 +141,7 @@ class StreamingCache(Shown):
 
     def bare(self) -> "StreamingCache":
         """The bookkeeping alone, without keys and values."""
-        return dataclasses.replace(self, k=(), v=())
+        return dataclasses.replace(self, k=(), v=(), through=None)
 
     def with_entries_of(self, other: "StreamingCache") -> "StreamingCache":
         """This bookkeeping with the keys and values of another."""
@@ -206,11 +209,30 @@ class StreamingCache(Shown):
 
     def with_whole_rows(self, rows: Int32[Array, "M"], few: "StreamingCache") -> "StreamingCache":
         """The same with these rows as `few` has them; numbers of no row are none."""
-        return rows_of.with_some(self, rows, few)
+        if few.through is None:
+            return rows_of.with_some(self, rows, few)
+        return rows_of.with_some(self.bare(), rows, few.bare()).with_entries_of(few)
+
+    def where_they_lie(self, rows: Int32[Array, "M"], attention: AttentionConfig) -> "StreamingCache":
+        """As `whole_rows`, for a run of tokens; without a copy of keys and values where its attention can find them."""
+        if self.layer_axis or self.sizes.cache_dtype != "model" or unsupported(self, attention.implementation):
+            return self.whole_rows(rows)
+        return dataclasses.replace(self.of_rows(rows), k=self.k, v=self.v, through=jnp.asarray(rows))
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether these rows are read where they lie among others."""
+        return self.through is not None
+
+    def places(self, rows: Int32[jax.Array, "*M"]) -> Int32[jax.Array, "*M"]:
+        """In which rows of k and v these rows' entries lie; of numbers of no row, numbers of no row."""
+        if self.through is None:
+            return rows
+        return self.through.at[rows].get(mode="fill", fill_value=jnp.iinfo(jnp.int32).max)
 
     def reset(self, rows: Bool[Array, "B"]) -> "StreamingCache":
         """The same with `rows` empty, as for a new document. Keys and values stay, where nothing sees them."""
-        names = [field.name for field in dataclasses.fields(self)][3:-3]
+        names = [field.name for field in dataclasses.fields(self)][3:-4]
         return dataclasses.replace(self, **{name: jnp.where(rows, 0, getattr(self, name)) for name in names})
 
     @property
@@ -317,14 +339,10 @@ class StreamingCache(Shown):
         if T > 1:
             mode, to = "drop", jnp.where(taken, to, sizes.slots + i)  # beyond the end: nowhere
 
-        n = len(self.layer_axis)
+        lead, at = self.layer_axis, self.places(rows)
 
-        def put(x: jax.Array, new: Array) -> jax.Array:  # indexed axes come first: [B, T, (L,) K, (H)]
-            new = jnp.asarray(new)
-            if to.size == 1:  # XLA would compare the slot with the end, in a kernel of its own for every layer
-                return jax.lax.dynamic_update_slice_in_dim(x, jnp.swapaxes(new, n + 1, n + 2), to[0, 0], axis=n + 2)
-            new = jnp.moveaxis(new, (n, n + 1), (0, 1))
-            return x.at[*self.layer_axis, rows, :, to].set(new, mode=mode, unique_indices=True)
+        def put(x: jax.Array, new: Array) -> jax.Array:
+            return rows_of.written(x, jnp.asarray(new), lead, at, to, mode)
 
         new_sinks = jnp.minimum(counts, sizes.num_sinks - self.num_sinks)
         low = self.seen_low + counts
@@ -356,38 +374,18 @@ class StreamingCache(Shown):
             cache = jax.lax.while_loop(lambda cache: jnp.any(cache.is_full()), move, self)
         if self.sizes.absolute:
             return cache
-        return jax.lax.while_loop(lambda cache: jnp.any(cache._turns()), StreamingCache._turn_back, cache)
+        return jax.lax.while_loop(lambda cache: jnp.any(cache.turns()), turn_back, cache)
 
-    def _turns(self) -> jax.Array:
+    def turns(self) -> jax.Array:
         """Rows whose positions have grown so far that they start again."""
         if self.sizes.absolute:
             return jnp.zeros_like(self.num_sinks, bool)
         limit = self.sizes.rotation_limit
         return (self.next_recent >= limit) | (self.next_separator >= limit)
 
-    def _turn_back(self) -> "StreamingCache":
-        """Turns the keys of both rings back by multiples of their sizes, so that every one stays in its slot."""
-        a, s, R, limit = self.sizes.num_sinks, self.sizes.max_separators, self.sizes.ring, self.sizes.rotation_limit
-        recent = jnp.where(self.next_recent >= limit, self.next_recent // R * R, 0)
-        separators = jnp.where(self.next_separator >= limit, self.next_separator // max(s, 1) * s, 0)
-        by = [jnp.zeros((len(recent), a), jnp.int32)]
-        by += [jnp.repeat(-x[:, None], size, axis=1) for x, size in ((separators, s), (recent, R))]
-        by = jnp.concatenate(by, axis=1)
-
-        def turn(k: jax.Array, table: Table) -> jax.Array:  # [(L,) B, K, C, H]; transposed, it might be copied
-            cos, sin = (t[..., None, :, :] for t in table)
-            return rotate(k[..., None, :], (cos, sin))[..., 0, :]
-
-        return dataclasses.replace(
-            self,
-            k=self.turned(turn, by) if self.sizes.turns_in_place else self.k,
-            next_recent=self.next_recent - recent,
-            next_separator=self.next_separator - separators,
-        )
-
     def turned(self, f: Callable[[jax.Array, Table], jax.Array], by: jax.Array) -> Layers:
         """`f` of keys and the cosine and sine, [(L,) ..., R/2], that turn them by so many positions more."""
-        cos, sin = self.angles(by)
+        cos, sin = once(self.angles(by))
         if not self.sizes.layer_ropes:
             return in_each_layer(lambda k: f(k, (cos, sin)), self.k)
         number = jnp.array(self.sizes.layer_ropes)

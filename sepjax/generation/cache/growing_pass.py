@@ -5,7 +5,6 @@ tokens each sees those before it besides. What a run pushes out of the ring goes
 before has all that any of them sees.
 """
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
-from sepjax.attention import decode
+from sepjax.attention import decode, runs
 from sepjax.config import AttentionConfig, ModelConfig, layer_reaches, layer_windows, sees_kept, with_own_window
 from sepjax.generation.cache.stored import for_products, like, plain
 from sepjax.model.gate import run_with_gate
@@ -23,8 +22,6 @@ from sepjax.separators import flag_separators
 
 if TYPE_CHECKING:
     from sepjax.generation.cache.growing import SeparatorCache
-
-_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def growing_pass(
@@ -47,7 +44,7 @@ def growing_pass(
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     is_global = is_global_token(tokens, positions, table, attention)
     inputs = (*_what_layers_see(attention, model.config, cache.window_size), cache.k, cache.v)
-    attend = _attend_run(model.config, cache, positions, is_global)
+    attend = _attend_run(model.config, cache, positions, is_global, attention.implementation)
     if model.config.position_embedding == "learned":  # of what stands beyond the counts there may be none
         positions = jnp.minimum(positions, model.config.max_positions - 1)
     hidden, (k, v) = model(tokens, positions, attend, inputs)
@@ -130,14 +127,15 @@ def _attend_cache(
 
 
 def _attend_run(
-    config: ModelConfig, cache: "SeparatorCache", positions: Int32[Array, "B T"], is_global: Bool[Array, "B T"]
-) -> Callable[..., tuple[jax.Array, Any]]:
+    config: ModelConfig, cache: "SeparatorCache", positions: Int32[Array, "B T"], is_global: Bool[Array, "B T"],
+    implementation: str | None,
+) -> Callable[..., tuple[jax.Array, Any]]:  # fmt: skip
     """Attention of a run of tokens a row over the slots and one another; an `Attend`, as `_attend_cache` is."""
     angles = rope_tables(positions, layer_ropes(config)[0], config.head_dim)
-    of_keys = jnp.concatenate([cache.position, positions], axis=1)[:, None]
-    distance = positions[..., None] - of_keys
-    stays = jnp.concatenate([cache.is_global, is_global], axis=1)[:, None]
-    is_there = (of_keys >= 0) & (distance >= 0)
+    of_keys = jnp.concatenate([cache.position, positions], axis=1)
+    stays = jnp.concatenate([cache.is_global, is_global], axis=1)
+    numbers = jnp.bfloat16 if cache.k.dtype == jnp.int8 else cache.k.dtype  # what codes are, before it reads them
+    kernel = decode.unsupported(numbers, config.head_dim, cache.position.shape[1], implementation) is None
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         window, num_sinks, reach, rope, k_cache, v_cache = layer
@@ -145,15 +143,30 @@ def _attend_run(
             turn = of_layer(angles, rope)
             q, k = rotate(q, turn), rotate(k, turn)
         taken_up = like(k_cache, k), like(v_cache, v)
-        keys, values = (
-            jnp.concatenate([plain(x, v.dtype), jnp.swapaxes(plain(new, v.dtype), 1, 2)], axis=2)
-            for x, new in zip((k_cache, v_cache), taken_up, strict=True)
-        )
-        visible = is_there & ((stays & (of_keys < num_sinks)) | (distance < window))
-        visible = visible if reach is None else visible & (distance < reach)
-        scores = jnp.where(visible[:, None, None], decode.scores_of_run(q, keys), -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1)
-        out = _einsum("BKGTS,BKSH->BTKGH", weights.astype(v.dtype), values)
-        return out.astype(v.dtype).reshape(q.shape), taken_up
+        tell = _by_numbers if kernel and runs.computes_in(q.dtype) else _by_mask
+        seen = tell(of_keys, positions, stays & (of_keys < num_sinks), window, reach)
+        k, v, keys, values = (plain(x, v.dtype) for x in (*taken_up, k_cache, v_cache))
+        out, _ = runs.attend(q, k, v, keys, values, seen)
+        return out, taken_up
 
     return attend
+
+
+def _by_mask(of_keys: jax.Array, positions: Array, stays: jax.Array, window: Any, reach: Any) -> runs.SeenInRun:
+    """Who sees what in a layer; `stays`: which of its keys stay visible for ever."""
+    distance = positions[..., None] - of_keys[:, None]
+    visible = (of_keys[:, None] >= 0) & (distance >= 0) & (stays[:, None] | (distance < window))
+    return runs.SeenInRun(visible if reach is None else visible & (distance < reach))
+
+
+def _by_numbers(of_keys: jax.Array, positions: Array, stays: jax.Array, window: Any, reach: Any) -> runs.SeenInRun:
+    """The same for the kernel: where a layer's reach ends what stays, later than its window does, its keys are told as
+    so much younger.
+    """
+    if reach is None:
+        of_those = runs.ALL
+    else:
+        window = jnp.minimum(window, reach)
+        of_those = of_keys + jnp.minimum(reach - window, runs.ALL - jnp.maximum(of_keys, 0))
+    numbers = jnp.where(of_keys >= 0, jnp.where(stays, of_those, of_keys), runs.NOBODY)
+    return runs.seen_by_numbers(numbers, positions - window + 1)

@@ -265,6 +265,15 @@ class MixedCache(Shown):
         """These rows as a cache of their own; numbers of no row give any one's."""
         return self._each(lambda part: part.whole_rows(rows))
 
+    def where_they_lie(self, rows: Int32[Array, "M"], attention: AttentionConfig) -> "MixedCache":
+        """See `StreamingCache.where_they_lie`."""
+        return self._each(lambda part: part.where_they_lie(rows, attention))
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether some of these rows are read where they lie among others."""
+        return any(part.is_in_place for part in self.parts)
+
     def with_whole_rows(self, rows: Int32[Array, "M"], few: "MixedCache") -> "MixedCache":
         """The same with these rows as `few` has them; numbers of no row are none."""
         return self._each(lambda part, new: part.with_whole_rows(rows, new), few)

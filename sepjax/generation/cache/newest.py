@@ -38,7 +38,7 @@ def keep_newest(cache: "StreamingCache") -> "StreamingCache":
     to = jnp.where(moved, a + n % s, cache.sizes.slots + j)
 
     def move(x: jax.Array, table: Table | None = None) -> jax.Array:
-        at = full[:, None]
+        at = cache.places(full)[:, None]
         found = x.at[*cache.layer_axis, at, :, a + s + source % R].get(mode="clip")  # [M, s, (L,) K, (H)]
         found = found if table is None else turned(found, table)
         return x.at[*cache.layer_axis, at, :, to].set(found, mode="drop", unique_indices=True)

@@ -40,6 +40,13 @@ def with_some(cache: Any, rows: Int32[Array, "M"], few: Any) -> Any:
     return _on_rows(put, cache, few)
 
 
+def first_of(wanted: Bool[Array, "B"], most: int) -> Int32[jax.Array, "M"]:
+    """Numbers of the first rows that are wanted, up to `most`; where there are fewer, numbers of no row."""
+    B = len(wanted)
+    rows = jnp.nonzero(wanted, size=min(B, most), fill_value=B)[0].astype(jnp.int32)
+    return jnp.where(rows < B, rows, B + jnp.arange(len(rows), dtype=jnp.int32))
+
+
 def chosen(wanted: Bool[Array, "B"], cache: Any, other: Any) -> Any:
     """The rows of `cache` that are wanted, and those of another one in place of the rest; also of several sizes."""
 
@@ -47,6 +54,30 @@ def chosen(wanted: Bool[Array, "B"], cache: Any, other: Any) -> Any:
         return jnp.where(wanted.reshape(*(1 for _ in range(axis)), -1, *(1 for _ in x.shape[axis + 1 :])), x, y)
 
     return _on_rows(pick, cache, other)
+
+
+def written(
+    x: jax.Array,
+    new: jax.Array,
+    lead: tuple[slice, ...],
+    rows: Int32[Array, "B 1"],
+    slots: Int32[Array, "B T"],
+    mode: str,
+) -> jax.Array:
+    """Keys, values or their scales [(L,) rows, K, C, (H)] with those of tokens [(L,) B, T, K, (H)] in these slots.
+
+    `lead`: what stands before the rows in an index; `mode`: as `jax.numpy.ndarray.at` has it.
+    """
+    n = len(lead)
+    by_head = jnp.swapaxes(new, n + 1, n + 2)
+    if slots.size == 1:  # XLA would compare the slot with the end, in a kernel of its own for every layer
+        return jax.lax.dynamic_update_slice_in_dim(x, by_head, slots[0, 0], axis=n + 2)
+    if (
+        slots.shape[1] > 1
+    ):  # heads are indices, too, or XLA may turn the whole cache round, to have them behind the slots
+        at = rows[:, None], jnp.arange(x.shape[n + 1])[:, None], slots[:, None]
+        return x.at[*lead, *at].set(by_head, mode=mode, unique_indices=True)
+    return x.at[*lead, rows, :, slots].set(jnp.moveaxis(new, (n, n + 1), (0, 1)), mode=mode, unique_indices=True)
 
 
 def _on_rows(f: Callable[..., jax.Array], cache: Any, *others: Any) -> Any:

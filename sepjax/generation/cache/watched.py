@@ -207,7 +207,7 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
     turn = cache.angles(slots - choice.source) if cache.sizes.turns_in_place else None
 
     def move(x: jax.Array, comes: jax.Array, source: jax.Array, *turn: jax.Array) -> jax.Array:  # [B, K, C, (H)]
-        rows, heads = full[:, None, None], jnp.arange(x.shape[1])[:, None]
+        rows, heads = cache.places(full)[:, None, None], jnp.arange(x.shape[1])[:, None]
         found = x.at[rows, heads, a + s + source % cache.sizes.ring].get(mode="clip")
         found = rotate(found[..., None, :], (turn[0], turn[1]))[..., 0, :] if turn else found
         to = jnp.where(comes, a + slots, cache.sizes.slots + slots)  # beyond the end: nowhere

@@ -77,7 +77,7 @@ def shown(cache):
     answers = {
         "held": cache.held(),
         "room": cache.room(99),
-        "due": cache.is_full() | cache._turns(),
+        "due": cache.is_full() | cache.turns(),
         "L": cache.held_before(1)[:, 0],
     }
     return answers | {"visible": visible, "query": query}
@@ -166,6 +166,24 @@ def test_rotations_that_start_again_change_nothing(name):
     assert all(row.seen == 400 for row in rows)
     assert int(jnp.max(cache.next_recent)) < sizes.rotation_limit + RUN < 400
     assert int(jnp.max(cache.next_separator)) < sizes.rotation_limit + RUN
+
+
+def test_positions_of_more_rows_than_start_again_at_a_time():
+    """Every other of 20 rows is due: its keys turn, those of the others keep their bits."""
+    cache = StreamingCache.create(CONFIG, 20, sizes_of("usual"))
+    sizes, is_due = cache.sizes, np.arange(20) % 2 == 0
+    recent = jnp.asarray(np.where(is_due, sizes.rotation_limit + np.arange(20), sizes.rotation_limit - 1), jnp.int32)
+    cache = dataclasses.replace(cache, next_recent=recent, num_recent=cache.num_recent + 5)
+    a = sizes.num_sinks + sizes.max_separators
+    cache = dataclasses.replace(
+        cache, k=cache.k.at[:, :, :, a:].set(jnp.swapaxes(unit_keys(cache.recent_positions()), 2, 3))
+    )
+    got = compact(cache)
+    np.testing.assert_array_equal(got.next_recent, np.where(is_due, recent % sizes.ring, recent))
+    expected = jnp.swapaxes(unit_keys(got.recent_positions()), 2, 3)
+    np.testing.assert_allclose(got.k[:, :, :, a:], expected, atol=1e-4)
+    np.testing.assert_array_equal(got.k[:, ~is_due], cache.k[:, ~is_due])
+    np.testing.assert_array_equal(got.k[:, :, :, :a], cache.k[:, :, :, :a])
 
 
 def test_a_run_and_its_tokens_one_by_one_leave_the_same_bits():
