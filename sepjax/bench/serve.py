@@ -23,7 +23,7 @@ from sepjax.command.flags import run_settings
 from sepjax.command.settings import AtLeast, AtMost, OneOf
 from sepjax.command.settings import Settings as _Settings
 from sepjax.config import CACHE_DTYPES, AttentionConfig, Config, ConfigError, ModelConfig, UserError, load_config
-from sepjax.serve.bounds import MOST_STEPS, check_memory, steps_of
+from sepjax.serve.bounds import MOST_HTTP, MOST_STEPS, check_memory, http_processes_of, steps_of
 
 if TYPE_CHECKING:
     from sepjax.serve.worker import Worker
@@ -49,6 +49,8 @@ class Settings(_Settings):
     device_memory: Annotated[int | None, AtLeast(0)] = None
     # tokens of an answer that the device may make before the host looks at them; default: 16 on an accelerator, else 1
     steps: Annotated[int | None, AtLeast(1), AtMost(MOST_STEPS)] = None
+    # processes that answer HTTP; 0: a thread of this one; default: as of `sepjax serve`
+    http_processes: Annotated[int | None, AtLeast(0), AtMost(MOST_HTTP)] = None
     dense_context: Annotated[int, AtLeast(0)] = (
         0  # tokens of a dense cache of equal memory to measure beside it; 0: none
     )
@@ -81,7 +83,7 @@ class Settings(_Settings):
             raise ConfigError(
                 "--dense_context starts another server, which goes with --model or --config, not with --url"
             )
-        for name in ("cache_dtype", "device_memory", "steps"):
+        for name in ("cache_dtype", "device_memory", "steps", "http_processes"):
             if self.url and getattr(self, name) is not None:
                 raise ConfigError(f"--{name} is of a server that is started here, with --model or --config, not --url")
         if self.url and self.profile:
@@ -264,10 +266,10 @@ def _one(
     engine = Generator(model, tokenizer, attention)
     bare = _bare(settings, engine, model.config, slots)
     served = Served.create("bench", engine, None)
-    said["steps"] = steps_of(settings.steps)
+    said["steps"], said["http_processes"] = steps_of(settings.steps), http_processes_of(settings.http_processes)
     options = Options(
         rows=slots, max_waiting=4 * slots + 64, cache_memory=settings.cache_memory << 20, drain_seconds=5,
-        device_memory=_bytes(settings.device_memory), steps=said["steps"],
+        device_memory=_bytes(settings.device_memory), steps=said["steps"], http_processes=said["http_processes"],
     )  # fmt: skip
     with Running(lambda: served, options) as server:
         figures = measure(settings, server.url, slots, name, server.worker if settings.profile else None)
