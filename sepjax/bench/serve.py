@@ -139,7 +139,7 @@ def measure(
         found |= _in_a_process(plan) if worker is None else _watched(plan, worker)
         if name == "full":
             capacity = found["turns_per_second"] / settings.turns
-        print(_row(found), flush=True)
+        print(_row(found) + _launches(found["launches"]), flush=True)
         if worker is not None:
             print(
                 f"{spent.table(found['spent'])}\n  its clients: {found['client_busy']:.0%} of a processor", flush=True
@@ -197,6 +197,17 @@ def _row(x: dict[str, Any]) -> str:
         f"{x['cache_bytes'] / 1e6:>10,.1f}{memory:>11}" + (f"  {x['first_error']}" if x["errors"] else "")
         + (f"  /metrics: {x['metrics_error']}" if x["metrics_error"] else "")
     )  # fmt: skip
+
+
+def _launches(x: dict[str, float] | None) -> str:
+    """A line about what the device was asked for."""
+    if x is None:
+        return ""
+    return (
+        f"\n  {x['per_second']:.1f} launches a second: {x['milliseconds_before_steps']:.1f} ms for rows that begin and "
+        f"prompts, {x['milliseconds_steps']:.1f} for {x['steps']:.1f} steps of {x['rows_generating']:.1f} rows; "
+        f"{x['rows_to_be_read']:.1f} rows have something left to read"
+    )
 
 
 # -- a server of our own -------------------------------------------------------------------------------------------

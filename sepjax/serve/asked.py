@@ -1,7 +1,7 @@
 """What the application asks of whoever answers: the `Worker` itself, or one in another process."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sepjax.clocks import Clocks
 from sepjax.serve.conversations import Conversations
@@ -9,6 +9,7 @@ from sepjax.serve.jobs import Inbox, Job
 from sepjax.serve.served import Served
 
 
+@runtime_checkable
 class Asked(Protocol):
     """In the thread of the event loop, but for `check_room`."""
 

@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 from collections import OrderedDict, deque
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -37,6 +37,7 @@ class Paused:
 Item = Begun | StreamEvent | Paused | Failed
 
 
+@runtime_checkable
 class Loop(Protocol):
     """Of it, what the worker needs of an event loop."""
 
