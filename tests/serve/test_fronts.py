@@ -154,7 +154,7 @@ def test_a_slow_client_s_row_is_put_aside_and_a_process_that_is_lost_ends_the_se
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # or all would find room on its way
         slow.connect(("127.0.0.1", server.port))
         asked = {"prompt": [5, 9], "max_tokens": 10**6, "stream": True, "ignore_eos": True}
-        asked["stream_options"] = {"include_cache": True}
+        asked["logprobs"] = 20  # two kilobytes a token
         body = json.dumps(asked).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
