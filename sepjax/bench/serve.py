@@ -12,9 +12,11 @@ bare loop is `sepjax bench steps` with as many rows: the most that a server coul
 
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +30,7 @@ from sepjax.serve.bounds import MOST_HTTP, MOST_STEPS, check_memory, http_proces
 if TYPE_CHECKING:
     from sepjax.serve.worker import Worker
 
+_BEGAN = time.monotonic()
 _STARTS = 1.0  # seconds that the load's process needs to begin
 
 
@@ -136,6 +139,7 @@ def measure(
         )  # fmt: skip
         memory = None if settings.url else _memory()  # that of this process says nothing about a server elsewhere
         found: dict[str, Any] = {"cache": label, "slots": slots, "load": name, "memory": memory}
+        _tell(f"the load: {name}")
         found |= _in_a_process(plan) if worker is None else _watched(plan, worker)
         if name == "full":
             capacity = found["turns_per_second"] / settings.turns
@@ -274,8 +278,11 @@ def _one(
     from sepjax.serve.served import Served
 
     process.prepare()
+    _tell("laying out the weights")
     engine = Generator(model, tokenizer, attention)
+    _tell("the bare loop")
     bare = _bare(settings, engine, model.config, slots)
+    _tell("the server: compiling" if bare is None else f"it makes {bare:,.0f} tokens/s; the server: compiling")
     served = Served.create("bench", engine, None)
     said["steps"], said["http_processes"] = steps_of(settings.steps), http_processes_of(settings.http_processes)
     options = Options(
@@ -283,6 +290,7 @@ def _one(
         device_memory=_bytes(settings.device_memory), steps=said["steps"], http_processes=said["http_processes"],
     )  # fmt: skip
     with Running(lambda: served, options) as server:
+        _tell("the server is ready")
         figures = measure(settings, server.url, slots, name, server.worker if settings.profile else None)
     if settings.profile and server.worker.slots is not None:
         from sepjax.bench import spent
@@ -295,6 +303,11 @@ def _one(
         best = max(figure["tokens_per_second"] for figure in figures)
         print(f"the bare loop of {slots} rows makes {bare:,.0f} tokens/s; the server reached {best / bare:.0%} of it")
     return figures
+
+
+def _tell(what: str) -> None:
+    """A line on stderr for whoever waits, with the seconds since the process began."""
+    print(f"{time.monotonic() - _BEGAN:6.1f} s  {what}", file=sys.stderr, flush=True)
 
 
 def _bytes(mebibytes: int | None) -> int | None:
@@ -311,10 +324,21 @@ def _bare(settings: Settings, engine: Any, model: ModelConfig, slots: int) -> fl
     return loop_speed(config, params, engine.attention, slots, settings.bare_seconds, size).tokens_per_second
 
 
+def _listen_to_logs() -> None:
+    """What is compiled, and what goes wrong, is told on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("          %(message)s"))
+    for name, level in (("sepjax.slots", logging.INFO), ("sepjax.serve", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.handlers = [handler]
+
+
 def main(settings: Settings) -> None:
     """Prints a line a load, then JSON."""
     from sepjax.measure import heading, provenance
 
+    _listen_to_logs()
     source = provenance(has_device=not settings.url)
     print(heading(source))
     print(_COLUMNS + "   (times in ms)")

@@ -24,6 +24,7 @@ again while requests come and go. No result of a row depends on another row.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,7 @@ from sepjax.model.unrolled import runner
 
 # All of a program as one CUDA graph, its loops too. Without that the host starts each kernel, and looks at the device's
 # answer at each turn of a loop: it is held up until the last step, and the device then waits for its next program.
+# SEPJAX_GRAPHS=0 in the environment leaves it to XLA.
 _GRAPHS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 }
@@ -72,7 +74,7 @@ def slot_programs(
     graph: nnx.GraphDef, attention: AttentionConfig, form: Form, arrivals: Bytes, most_steps: int
 ) -> SlotPrograms:
     """The programs of one model and pattern; `most_steps`: that `steps` makes."""
-    options = _GRAPHS if jax.default_backend() == "gpu" else None
+    options = _GRAPHS if jax.default_backend() == "gpu" and os.environ.get("SEPJAX_GRAPHS", "1") != "0" else None
     return SlotPrograms(
         exchange=jax.jit(functools.partial(_exchange, arrivals), donate_argnums=(0, 1), compiler_options=options),
         fetch=jax.jit(functools.partial(_fetch, form)),

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from sepjax.serve.worker import Worker
 
 log = logging.getLogger("sepjax.serve")
-_PATIENCE = 15.0  # seconds that a process may take to end once it was told to
+_STARTS = 120.0  # seconds that a process may take to begin, once the model is there
+_PATIENCE = 15.0  # and to end once it was told to
 
 
 class Fronts:
@@ -71,11 +73,14 @@ class Fronts:
             link.send(wire.frame(said))
 
     def wait(self) -> None:
-        """Until all of them have it, or one has ended."""
+        """Until all of them have it, or one has ended. One that is not there in time ends the server."""
+        until = time.monotonic() + _STARTS
         for link in self._links:
-            link.is_up.wait()
-        if self._folder is not None:
-            self._folder.cleanup()
+            while self._worker.error is None and not link.is_up.wait(0.1):
+                if time.monotonic() > until:
+                    said = f"a process that answers HTTP ({link.process.pid}) has not begun within {_STARTS:g} seconds"
+                    self._worker.fail(FrontError(said))
+        log.info("processes that answer HTTP are there", extra={"processes": len(self._links)})
 
     def stopping(self) -> None:
         """From here on they refuse."""

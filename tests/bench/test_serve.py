@@ -36,7 +36,7 @@ def test_a_load_is_answered_and_measured(server):
     drawn = float(counts["sepjax:launch_tokens_total"])
     assert made == drawn + len(run.turns), "in steps, and one of each answer behind its prompt"
     launches = found["launches"]
-    assert 1 < launches["rows_generating"] <= 4
+    assert 0 < launches["rows_generating"] <= 4
     assert 1 <= launches["steps"] <= 3
     assert 0 < launches["rows_to_be_read"] <= 4
     times = launches["milliseconds_before_steps"] + launches["milliseconds_steps"]

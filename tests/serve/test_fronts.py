@@ -1,6 +1,5 @@
 """HTTP in processes of its own: what goes between, and that clients see no difference."""
 
-import contextlib
 import json
 import random
 import socket
@@ -16,7 +15,7 @@ from sepjax.serve import running as running_module
 from sepjax.serve import wire
 from sepjax.serve.conversations import chain
 from sepjax.serve.errors import ApiError
-from sepjax.serve.fronts import FrontError
+from sepjax.serve.fronts import FrontError, Fronts
 from sepjax.serve.jobs import Begun, Failed, Inbox, Job, Paused, Share
 from sepjax.serve.served import Served
 from tests.serve.test_operations import ask
@@ -98,7 +97,7 @@ def served():
 def test_clients_see_no_difference(served):
     """From 503 while the model is loaded, over answers, refusals and clients that go away, to 503 when it stops."""
     gate = threading.Event()
-    options = running_module.Options(rows=4, steps=3, max_waiting=4, http_processes=2, api_key="")
+    options = running_module.Options(rows=4, steps=3, max_waiting=4, http_processes=2)
     server = running_module.Running(lambda: (gate.wait(), served)[1], options)
     server.start()
     status, headers, told = ask(server, "/v1/models")
@@ -131,6 +130,7 @@ def test_clients_see_no_difference(served):
     stream = api.completions.create(**endless, extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()
+    slow_client(server)
     assert settled(server), "a client that goes away frees its row"
     stream = api.completions.create(model="tiny", prompt=[5, 9], max_tokens=150, temperature=0, stream=True,
                                     extra_body={"ignore_eos": True})  # fmt: skip
@@ -147,10 +147,9 @@ def test_clients_see_no_difference(served):
         ask(server, "/health")
 
 
-def test_a_slow_client_s_row_is_put_aside_and_a_process_that_is_lost_ends_the_server(served):
-    server = running_module.Running(lambda: served, running_module.Options(rows=4, steps=3, http_processes=1))
-    with server:
-        slow = socket.socket()
+def slow_client(server):
+    """Its row is put aside, in the other process, until it has read what there was."""
+    with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # or all would find room on its way
         slow.connect(("127.0.0.1", server.port))
         asked = {"prompt": [5, 9], "max_tokens": 10**6, "stream": True, "ignore_eos": True}
@@ -165,14 +164,29 @@ def test_a_slow_client_s_row_is_put_aside_and_a_process_that_is_lost_ends_the_se
         while server.worker._aside and time.monotonic() < until:
             assert slow.recv(1 << 16)
         assert not server.worker._aside, "it has caught up"
-        (link,) = server._fronts._links
+
+
+def test_a_process_that_is_lost_ends_the_server_and_one_that_is_told_to_ends_itself():
+    class Worker:
+        error = None
+
+        def fail(self, error):
+            self.error = error
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        worker, how = Worker(), {"limits": {}, "api_key": "", "connections": 4, "log_level": None}
+        lost, fronts = Fronts(worker, listening, 1, how), Fronts(worker, listening, 1, how)
+        lost.start()
+        fronts.start()
+        (link,) = lost._links
         link.process.kill()
-        with contextlib.suppress(ConnectionResetError):
-            while slow.recv(1 << 16):
-                pass
-        slow.close()
-        server.worker.join(20)
-        assert isinstance(server.worker.error, FrontError)
+        lost.wait()
+        lost.close()
+        assert isinstance(worker.error, FrontError)
+        worker.error = None
+        fronts.close()
+        assert fronts._links[0].process.returncode == 0
+        assert worker.error is None
 
 
 def test_a_model_is_told_whole(served):
