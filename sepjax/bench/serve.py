@@ -331,7 +331,7 @@ def _listen_to_logs() -> None:
     for name, level in (("sepjax.slots", logging.INFO), ("sepjax.serve", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.setLevel(level)
-        logger.handlers = [handler]
+        logger.handlers, logger.propagate = [handler], False
 
 
 def main(settings: Settings) -> None:
