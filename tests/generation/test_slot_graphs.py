@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from sepjax.generation.device_thread import compile_all
 from sepjax.generation.slot_programs import _GRAPHS
+from sepjax.measure import counted_compilations
 
 PROGRAM = """
 import functools, sys
@@ -52,3 +56,15 @@ def test_each_program_is_one_graph(tmp_path):
         assert found == ["kCommandBuffer"], name
         assert "kWhile" in file.read_text(), "with a loop in it"
     assert "WHILE" in _GRAPHS["xla_gpu_enable_command_buffer"]
+
+
+def test_what_is_compiled_side_by_side_is_found_by_the_first_call():
+    x, double, wrong = np.ones(3, np.float32), jax.jit(lambda x: x * 2 + 0.5), jax.jit(lambda x: x @ np.ones(4))
+    with counted_compilations() as before:
+        compile_all({"double": (double, x), "half": (jax.jit(lambda x: x / 2 - 0.5), x)})
+    assert len(before) == 2
+    with counted_compilations() as after:
+        assert double(x).tolist() == [2.5] * 3
+    assert not after
+    with pytest.raises(TypeError, match="dot_general"):
+        compile_all({"wrong": (wrong, x)})
