@@ -60,6 +60,8 @@ NETWORK = {"requests", "urllib", "http", "httpx", "aiohttp", "ftplib", "socket",
 NETWORK |= {"wandb", "trackio"}
 MAY_REACH_IT = {
     "sepjax/serve/running.py",  # the socket that it listens on
+    "sepjax/serve/fronts.py",  # the pairs of sockets between its processes, and that one for them
+    "sepjax/serve/front.py",
     "sepjax/hub/remote.py",  # the hub, with --download
     "sepjax/hub/packaged.py",  # the package index, by pip in a process of its own, for the models that it names
     "sepjax/data/hub_rows.py",  # data.name=hf://OWNER/NAME

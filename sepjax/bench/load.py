@@ -274,7 +274,7 @@ class Load:
             "turns_per_second": len(done) / (end - begin),
             "prompt_tokens": prompt, "cached_share": sum(turn.cached for turn in good) / prompt if prompt else 0.0,
             "running": _mean(looks, "num_requests_running"), "waiting": _mean(looks, "num_requests_waiting"),
-            "slots_held": _mean(looks, "cache_slots_held"),
+            "slots_held": _mean(looks, "cache_slots_held"), "launches": _launches(looks),
             "client_busy": (time.process_time() - self._computing) / max(self.now, 1e-9),
             "cache_bytes": max((x.get("cache_bytes", 0.0) for x in looks), default=0.0),
         }  # fmt: skip
@@ -296,6 +296,23 @@ def _quantile(values: Sequence[float], q: float) -> float | None:
 
 def _mean(looks: Sequence[dict[str, float]], name: str) -> float:
     return statistics.fmean(look.get(name, 0.0) for look in looks) if looks else 0.0
+
+
+def _launches(looks: Sequence[dict[str, float]]) -> dict[str, float] | None:
+    """What the server's launches were like between the first of these looks and the last; None: it does not tell."""
+    names = ("launches", "launch_steps", "launch_tokens", "launch_rows_to_be_read", "launch_seconds_before_steps",
+             "launch_seconds_steps")  # fmt: skip
+    if len(looks) < 2 or not all(f"{name}_total" in looks[0] for name in names):
+        return None
+    first, last = looks[0], looks[-1]
+    number, steps, tokens, waiting, before, stepping = (last[f"{x}_total"] - first[f"{x}_total"] for x in names)
+    if not number:
+        return None
+    return {
+        "per_second": number / (last["at"] - first["at"]), "steps": steps / number,
+        "rows_generating": tokens / steps if steps else 0.0, "rows_to_be_read": waiting / number,
+        "milliseconds_before_steps": 1e3 * before / number, "milliseconds_steps": 1e3 * stepping / number,
+    }  # fmt: skip
 
 
 def _words() -> list[str]:

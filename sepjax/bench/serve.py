@@ -12,9 +12,11 @@ bare loop is `sepjax bench steps` with as many rows: the most that a server coul
 
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,11 +25,12 @@ from sepjax.command.flags import run_settings
 from sepjax.command.settings import AtLeast, AtMost, OneOf
 from sepjax.command.settings import Settings as _Settings
 from sepjax.config import CACHE_DTYPES, AttentionConfig, Config, ConfigError, ModelConfig, UserError, load_config
-from sepjax.serve.bounds import MOST_STEPS, check_memory, steps_of
+from sepjax.serve.bounds import MOST_HTTP, MOST_STEPS, check_memory, http_processes_of, steps_of
 
 if TYPE_CHECKING:
     from sepjax.serve.worker import Worker
 
+_BEGAN = time.monotonic()
 _STARTS = 1.0  # seconds that the load's process needs to begin
 
 
@@ -49,6 +52,8 @@ class Settings(_Settings):
     device_memory: Annotated[int | None, AtLeast(0)] = None
     # tokens of an answer that the device may make before the host looks at them; default: 16 on an accelerator, else 1
     steps: Annotated[int | None, AtLeast(1), AtMost(MOST_STEPS)] = None
+    # processes that answer HTTP; 0: a thread of this one; default: as of `sepjax serve`
+    http_processes: Annotated[int | None, AtLeast(0), AtMost(MOST_HTTP)] = None
     dense_context: Annotated[int, AtLeast(0)] = (
         0  # tokens of a dense cache of equal memory to measure beside it; 0: none
     )
@@ -81,7 +86,7 @@ class Settings(_Settings):
             raise ConfigError(
                 "--dense_context starts another server, which goes with --model or --config, not with --url"
             )
-        for name in ("cache_dtype", "device_memory", "steps"):
+        for name in ("cache_dtype", "device_memory", "steps", "http_processes"):
             if self.url and getattr(self, name) is not None:
                 raise ConfigError(f"--{name} is of a server that is started here, with --model or --config, not --url")
         if self.url and self.profile:
@@ -134,10 +139,11 @@ def measure(
         )  # fmt: skip
         memory = None if settings.url else _memory()  # that of this process says nothing about a server elsewhere
         found: dict[str, Any] = {"cache": label, "slots": slots, "load": name, "memory": memory}
+        _tell(f"the load: {name}")
         found |= _in_a_process(plan) if worker is None else _watched(plan, worker)
         if name == "full":
             capacity = found["turns_per_second"] / settings.turns
-        print(_row(found), flush=True)
+        print(_row(found) + _launches(found["launches"]), flush=True)
         if worker is not None:
             print(
                 f"{spent.table(found['spent'])}\n  its clients: {found['client_busy']:.0%} of a processor", flush=True
@@ -195,6 +201,17 @@ def _row(x: dict[str, Any]) -> str:
         f"{x['cache_bytes'] / 1e6:>10,.1f}{memory:>11}" + (f"  {x['first_error']}" if x["errors"] else "")
         + (f"  /metrics: {x['metrics_error']}" if x["metrics_error"] else "")
     )  # fmt: skip
+
+
+def _launches(x: dict[str, float] | None) -> str:
+    """A line about what the device was asked for."""
+    if x is None:
+        return ""
+    return (
+        f"\n  {x['per_second']:.1f} launches a second: {x['milliseconds_before_steps']:.1f} ms for rows that begin and "
+        f"prompts, {x['milliseconds_steps']:.1f} for {x['steps']:.1f} steps of {x['rows_generating']:.1f} rows; "
+        f"{x['rows_to_be_read']:.1f} rows have something left to read"
+    )
 
 
 # -- a server of our own -------------------------------------------------------------------------------------------
@@ -261,15 +278,19 @@ def _one(
     from sepjax.serve.served import Served
 
     process.prepare()
+    _tell("laying out the weights")
     engine = Generator(model, tokenizer, attention)
+    _tell("the bare loop")
     bare = _bare(settings, engine, model.config, slots)
+    _tell("the server: compiling" if bare is None else f"it makes {bare:,.0f} tokens/s; the server: compiling")
     served = Served.create("bench", engine, None)
-    said["steps"] = steps_of(settings.steps)
+    said["steps"], said["http_processes"] = steps_of(settings.steps), http_processes_of(settings.http_processes)
     options = Options(
         rows=slots, max_waiting=4 * slots + 64, cache_memory=settings.cache_memory << 20, drain_seconds=5,
-        device_memory=_bytes(settings.device_memory), steps=said["steps"],
+        device_memory=_bytes(settings.device_memory), steps=said["steps"], http_processes=said["http_processes"],
     )  # fmt: skip
     with Running(lambda: served, options) as server:
+        _tell("the server is ready")
         figures = measure(settings, server.url, slots, name, server.worker if settings.profile else None)
     if settings.profile and server.worker.slots is not None:
         from sepjax.bench import spent
@@ -282,6 +303,11 @@ def _one(
         best = max(figure["tokens_per_second"] for figure in figures)
         print(f"the bare loop of {slots} rows makes {bare:,.0f} tokens/s; the server reached {best / bare:.0%} of it")
     return figures
+
+
+def _tell(what: str) -> None:
+    """A line on stderr for whoever waits, with the seconds since the process began."""
+    print(f"{time.monotonic() - _BEGAN:6.1f} s  {what}", file=sys.stderr, flush=True)
 
 
 def _bytes(mebibytes: int | None) -> int | None:
@@ -298,10 +324,21 @@ def _bare(settings: Settings, engine: Any, model: ModelConfig, slots: int) -> fl
     return loop_speed(config, params, engine.attention, slots, settings.bare_seconds, size).tokens_per_second
 
 
+def _listen_to_logs() -> None:
+    """What is compiled, and what goes wrong, is told on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("          %(message)s"))
+    for name, level in (("sepjax.slots", logging.INFO), ("sepjax.serve", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.handlers, logger.propagate = [handler], False
+
+
 def main(settings: Settings) -> None:
     """Prints a line a load, then JSON."""
     from sepjax.measure import heading, provenance
 
+    _listen_to_logs()
     source = provenance(has_device=not settings.url)
     print(heading(source))
     print(_COLUMNS + "   (times in ms)")

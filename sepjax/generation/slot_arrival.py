@@ -1,5 +1,6 @@
 """What the device is told of a row that begins."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,9 @@ def arrival(
     known = np.full((1, ENDS), -1, np.int32)
     known[0, : len(ends[:ENDS])] = ends[:ENDS]
     asks: Any = (np.array([bool(x)]) for x in (logprobs, top_logprobs))
-    sampling = Sampling.of_rows([sampling or Sampling.create()], 1).check(prepared.tokenizer.vocab_size)
+    sampling = (sampling or Sampling.create()).check(prepared.tokenizer.vocab_size)
+    given: dict[str, Any] = {x.name: np.asarray(getattr(sampling, x.name))[None] for x in dataclasses.fields(Sampling)}
+    sampling = Sampling(**given)  # of one row
     limits: Any = np.full(1, limit, np.int32)
     early: Any = np.full(1, least, np.int32)
     wishes = Wishes(sampling, known, limits, *asks, min_new_tokens=early)  # pyright: ignore[reportArgumentType]

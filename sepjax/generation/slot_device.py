@@ -5,6 +5,7 @@ first, so that a row whose prompt is read goes on at once.
 """
 
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 
 from sepjax.array_typing import Bool, Int32
 from sepjax.clocks import Clocks
-from sepjax.generation.device_thread import DeviceThread, Sweeper
+from sepjax.generation.device_thread import DeviceThread, Sweeper, compile_all
 from sepjax.generation.packed import Bytes, Packed, PackedState
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import row_keys
@@ -30,6 +31,7 @@ from sepjax.generation.slot_programs import SlotPrograms, slot_programs
 from sepjax.generation.slot_rows import Before, Exchange, Record, Rows, Wishes
 from sepjax.generation.slot_turns import Read, shapes_of
 
+log = logging.getLogger("sepjax.slots")
 _LEAST, _MOST = 4, 32  # rows that one program has leave and begin: an eighth of all within these bounds
 
 
@@ -238,8 +240,24 @@ class SlotDevice:
 
     def _warm_up(self) -> None:
         """Runs every program on rows that nobody has: what is compiled later would be somebody's wait."""
-        for job in self._each_alone().values():
+        compile_all(self._to_compile())
+        for name, job in self._each_alone().items():
+            begin = time.perf_counter()
             self.ask(lambda job=job: jax.block_until_ready(job())).result()
+            log.debug("first run: %s, %.1f s", name, time.perf_counter() - begin)
+
+    def _to_compile(self) -> dict[str, tuple[Any, ...]]:
+        """Programs, and what they are given: all but `place`, which is given what `take` gives."""
+        programs, rows, i, yes = self.programs, self.rows, _number(0), np.array(False)
+        model = self._of.params, rows
+        sent, table = np.zeros(self._num_rows + 1, np.int32), self._of.table_on_device
+        found: dict[str, tuple[Any, ...]] = {"steps": (programs.steps, *model, sent, table)}
+        for together, length in self.shapes:
+            runs = np.zeros((together, 3 + length), np.int32)
+            found[f"read {together} x {length}"] = programs.read, *model, runs, table
+        found["exchange"] = programs.exchange, rows, self._pool, self._which((), ()).sent()
+        found["take"], found["look"] = (programs.take, rows, i, yes, yes), (programs.look, rows, i, yes)
+        return found | {"fetch": (programs.fetch, self._pool, i)}
 
     def _each_alone(self) -> dict[str, Callable[[], Any]]:
         """All that is ever asked for, as it is asked for, on rows that nobody has."""

@@ -24,6 +24,7 @@ again while requests come and go. No result of a row depends on another row.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,13 @@ from sepjax.generation.step import take_up_one
 from sepjax.model.transformer import Params
 from sepjax.model.unrolled import runner
 
+# All of a program as one CUDA graph, its loops too. Without that the host starts each kernel, and looks at the device's
+# answer at each turn of a loop: it is held up until the last step, and the device then waits for its next program.
+# SEPJAX_GRAPHS=0 in the environment leaves it to XLA.
+_GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class SlotPrograms:
@@ -66,12 +74,15 @@ def slot_programs(
     graph: nnx.GraphDef, attention: AttentionConfig, form: Form, arrivals: Bytes, most_steps: int
 ) -> SlotPrograms:
     """The programs of one model and pattern; `most_steps`: that `steps` makes."""
+    options = _GRAPHS if jax.default_backend() == "gpu" and os.environ.get("SEPJAX_GRAPHS", "1") != "0" else None
     return SlotPrograms(
-        exchange=jax.jit(functools.partial(_exchange, arrivals), donate_argnums=(0, 1)),
+        exchange=jax.jit(functools.partial(_exchange, arrivals), donate_argnums=(0, 1), compiler_options=options),
         fetch=jax.jit(functools.partial(_fetch, form)),
         place=jax.jit(functools.partial(_place, form, arrivals), donate_argnums=0),
-        read=jax.jit(functools.partial(_read, graph, attention), donate_argnums=1),
-        steps=jax.jit(functools.partial(_steps, graph, attention, most_steps), donate_argnums=1),
+        read=jax.jit(functools.partial(_read, graph, attention), donate_argnums=1, compiler_options=options),
+        steps=jax.jit(
+            functools.partial(_steps, graph, attention, most_steps), donate_argnums=1, compiler_options=options
+        ),
         take=jax.jit(functools.partial(_take, form)),
         look=jax.jit(_look),
     )

@@ -127,6 +127,7 @@ class Numbers:
     taken: list[list[int]]
     kept: list[list[int]]
     stuck_rows: frozenset[int]  # in any step
+    drawn: int  # tokens, of all rows
     logprob: list[list[float]] | None  # None: nobody asks
     top: tuple[np.ndarray, np.ndarray] | None
 
@@ -143,7 +144,8 @@ class Numbers:
         if any(row.wants_top for row in known):
             ids, values = jax.device_get((record.top_tokens, record.top_logprobs))
             top = tuple(x.reshape(-1, *x.shape[-2:]) for x in (ids, values))
-        return cls(token, held, stuck, taken, kept, rows, logprob, top)
+        drawn = int((numbers[0] >= 0).sum())
+        return cls(token, held, stuck, taken, kept, rows, drawn, logprob, top)
 
     def event(self, row: Row, i: int, step: int, nbytes: int) -> StreamEvent:
         """What row i, whose host's side is `row`, has drawn in a step; `nbytes` of its cache."""

@@ -43,14 +43,14 @@ from sepjax.generation.cache.view import CacheView, of_row
 from sepjax.generation.packed import PackedState
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.readers import BoundedReader
-from sepjax.generation.row import Row, RowSettings, StreamEvent
+from sepjax.generation.row import StreamEvent
 from sepjax.generation.saved_row import SavedRow
-from sepjax.generation.slot_arrival import told_of
+from sepjax.generation.slot_begin import slot_of
 from sepjax.generation.slot_device import Coming, SlotDevice
+from sepjax.generation.slot_pace import Pace
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
 from sepjax.generation.slot_rows import Record
 from sepjax.generation.slot_turns import Turns, ending, steps_of
-from sepjax.separators import warn_of_few_in
 
 _AT_A_TIME = 128  # rows
 
@@ -77,7 +77,7 @@ class Slots:
             if value < 1:
                 raise ConfigError(f"slots need {name} or more, got {value}")
         self._of, self._reader = prepared, reader
-        self.clocks = clocks or Clocks()
+        self.clocks, self.pace = clocks or Clocks(), Pace()
         self._device = SlotDevice(prepared, reader, rows, steps, self.clocks, together, pool)
         self._row_bytes = self._device.row_bytes
         self._slots: list[Slot | None] = [None] * rows
@@ -104,31 +104,7 @@ class Slots:
           ConfigError: the row to go on with has ended, and there is no prompt; or its cache is full.
           StreamStateError: the row to go on with is of another kind of cache, or of one of other sizes.
         """
-        tokenizer, resume = self._of.tokenizer, request.resume
-        settings = RowSettings.create(
-            tokenizer, stop=request.stop, stop_token_ids=request.stop_token_ids, stop_at_eos=request.stop_at_eos,
-            max_new_tokens=request.max_new_tokens, max_repeats=request.max_repeats, logprobs=request.logprobs,
-            top_logprobs=request.top_logprobs, min_new_tokens=request.min_new_tokens,
-        )  # fmt: skip
-        pending = request.to_be_read(tokenizer)
-        seen, continues = (0 if resume is None else resume.seen), True
-        self._reader.check(seen, [pending], request.max_new_tokens)
-        if request.prompt is not None:
-            warn_of_few_in(pending, self._of.table, self._of.attention, "a prompt")
-            continues = any(map(tokenizer.token_bytes, pending))
-        absolute = self._reader.sizes.absolute
-        if resume is not None:
-            resume.check(self._reader)
-            if resume.is_full:
-                raise ConfigError("the row to go on with has a full cache (keep_all_separators); begin another one")
-        row = Row(tokenizer, settings, continues=continues, seen=seen, has_end=absolute)
-        if request.prompt is None and resume is not None:
-            row.restore(resume.row)
-            if row.finish_reason is not None:
-                raise ConfigError(f"the row to go on with has ended ({row.finish_reason}); give it a prompt")
-        told, own_ends = told_of(self._of, self._reader, self._device.arrivals, request, settings, pending)
-        slot = Slot(next(self._numbers), request, row, pending, told, own_ends)
-        slot.has_drawn = resume is not None and resume.has_drawn
+        slot = slot_of(self._of, self._reader, self._device.arrivals, request, next(self._numbers))
         with self._lock:
             self._known[slot.number] = slot
             self._waiting.append(slot)
@@ -238,6 +214,7 @@ class Slots:
             if self._flight is not None and not self._flight.matters_to(self._slots):
                 self._flight = None
             if self._flight is None:
+                self.pace.begins()
                 self._flight = self._ask()
             ahead = self._ask()
         flight, self._flight = self._flight, ahead
@@ -300,6 +277,7 @@ class Slots:
         steps, first = steps_of(self._slots, generating, runs, self._device.most_steps)
         if not steps and not reads:
             return None
+        self.pace.asked(steps, sum(1 for x in self._slots if x is not None and x.pending))
         ended = np.array([slot is None for slot in self._slots]) if steps else None
         coming, self._coming = self._coming, []
         launched = self._device.launch(coming, reads, ended, first, steps)
@@ -314,6 +292,7 @@ class Slots:
         with self.clocks("slots: wait for prompts"):
             records = flight.reads.result()
             jax.block_until_ready([record.numbers for record in records])
+            self.pace.read()
         with self.clocks("slots: look at first tokens"):
             return [event for run in flight.runs for event in self._events_of_run(run, records[run.at])]
 
@@ -327,6 +306,7 @@ class Slots:
         events = []
         with self.clocks("slots: look at tokens"):
             numbers = Numbers.of(record, flight.slots)
+            self.pace.stepped(numbers.drawn)
             for i, slot in enumerate(flight.slots):
                 if not i % _AT_A_TIME:
                     time.sleep(0)  # Python would let the other thread wait for milliseconds, and the device for it

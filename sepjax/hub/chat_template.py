@@ -6,6 +6,7 @@ jinja2's sandbox and under limits of time and memory: it can format text and not
 """
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -153,6 +154,12 @@ class ChatTemplate:
         """Another one for every template that could write something else."""
         return json.dumps([self.source, self._tokens, self._variables], sort_keys=True)
 
+    @classmethod
+    def of_key(cls, key: str) -> "ChatTemplate":
+        """The template that has this `key`."""
+        source, tokens, variables = json.loads(key)
+        return cls(source, tokens).with_variables(variables)
+
     def encode(
         self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, control_tokens: bool = True
     ) -> list[int]:
@@ -199,9 +206,15 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 def marked(tokenizer: Tokenizer, text: str) -> str:
     """A user's text with the names of control tokens in it marked as text, for `encode_marked`."""
+    names, text = _names_of(tokenizer), text.replace(_OPEN, "").replace(_CLOSE, "")
+    return names.sub(rf"{_OPEN}\g<0>{_CLOSE}", text) if names is not None else text
+
+
+@functools.lru_cache(maxsize=16)  # a server asks for each message of each request
+def _names_of(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Finds the names of control tokens in a text, the longest first; None: there is none."""
     names = sorted(tokenizer.control_tokens(), key=len, reverse=True)
-    text = text.replace(_OPEN, "").replace(_CLOSE, "")
-    return re.sub("|".join(map(re.escape, names)), rf"{_OPEN}\g<0>{_CLOSE}", text) if names else text
+    return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def unmarked(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from sepjax.command.settings import AtLeast, AtMost, OneOf
 from sepjax.config import ConfigError, UserError
 from sepjax.programs.writing import Conversing
-from sepjax.serve.bounds import MOST_STEPS, check_memory
+from sepjax.serve.bounds import MOST_HTTP, MOST_STEPS, check_memory, http_processes_of
 
 if TYPE_CHECKING:
     from sepjax.serve.served import Served
@@ -44,6 +44,8 @@ class Settings(Conversing):
     device_memory: Annotated[int | None, AtLeast(0)] = None
     # tokens of an answer that the device may make before the host looks at them; default: 16 on an accelerator, else 1
     steps: Annotated[int | None, AtLeast(1), AtMost(MOST_STEPS)] = None
+    # processes that answer HTTP and tokenize; 0: a thread of this one; default: up to 4 beside an accelerator, else 0
+    http_processes: Annotated[int | None, AtLeast(0), AtMost(MOST_HTTP)] = None
     state: str | None = None  # folder that keeps conversations beyond a restart; default: they go with the process
     state_size: Annotated[int, AtLeast(1)] = 16384  # MiB of its files; the least recently used conversations go first
     drain_seconds: float = 30.0  # that running answers may take to finish after SIGTERM
@@ -86,7 +88,8 @@ def main(settings: Settings) -> None:
         host=settings.host, port=settings.port, rows=settings.slots, max_waiting=settings.max_waiting, limits=limits,
         api_key=settings.key, drain_seconds=settings.drain_seconds, cache_memory=settings.cache_memory << 20,
         device_memory=_bytes(settings.device_memory), steps=settings.steps, state=settings.state,
-        state_bytes=settings.state_size << 20,
+        state_bytes=settings.state_size << 20, http_processes=http_processes_of(settings.http_processes),
+        log_level=settings.log_level,
     )  # fmt: skip
     with console.given_to(logs.warn):
         Running(lambda: load(settings), options).run()

@@ -18,11 +18,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sepjax.config import UserError
 from sepjax.serve import page
+from sepjax.serve.asked import Asked
 from sepjax.serve.conversations import chain
 from sepjax.serve.errors import ApiError
 from sepjax.serve.guard import Guard
 from sepjax.serve.jobs import Inbox, Item, Job, Paused, Share
-from sepjax.serve.metrics import Metrics
 from sepjax.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -36,7 +36,6 @@ from sepjax.serve.protocol import (
 from sepjax.serve.responses import Answer, error_event
 from sepjax.serve.served import Served, checked, seed_of
 from sepjax.serve.view import cache_route
-from sepjax.serve.worker import Worker
 
 log = logging.getLogger("sepjax.serve")
 _BODY_SECONDS = 60.0  # that a client may take to send a request
@@ -50,16 +49,15 @@ class Limits:
     max_new_tokens: int = 4096  # of an answer where the client says nothing
 
 
-def create_app(worker: Worker, metrics: Metrics, limits: Limits, *, api_key: str = "") -> ASGIApp:
+def create_app(worker: Asked, limits: Limits, *, api_key: str = "") -> ASGIApp:
     """The application.
 
     Args:
       worker: answers.
-      metrics: what /metrics tells.
       limits: of requests.
       api_key: that every request must bear; "": none, and then only those that name this machine are answered.
     """
-    api = Api(worker, metrics, limits)
+    api = Api(worker, limits)
     routes: list[BaseRoute] = [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
@@ -79,8 +77,8 @@ def create_app(worker: Worker, metrics: Metrics, limits: Limits, *, api_key: str
 class Api:
     """The routes' functions."""
 
-    def __init__(self, worker: Worker, metrics: Metrics, limits: Limits):
-        self._worker, self._metrics, self._limits = worker, metrics, limits
+    def __init__(self, worker: Asked, limits: Limits):
+        self._worker, self._limits = worker, limits
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -107,7 +105,7 @@ class Api:
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await self._worker.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
@@ -139,7 +137,7 @@ class Api:
 
     async def _answer(self, request: Request, read: Callable[[bytes], ChatRequest | CompletionRequest]) -> Response:
         came, served = time.perf_counter(), self._worker.ready()
-        inbox, client = Inbox(asyncio.get_running_loop()), request.client.host if request.client else ""
+        inbox, client = self._worker.inbox(), request.client.host if request.client else ""
         found = [await self._body(request)]  # taken out of it: nobody needs it while the answer is made
 
         def prepare() -> tuple[Answer, Wanted, list[Job]]:
@@ -205,7 +203,7 @@ class Api:
 class Reading:
     """The reading of one answer, while the client is there."""
 
-    def __init__(self, worker: Worker, inbox: Inbox, answer: Answer, came: float):
+    def __init__(self, worker: Asked, inbox: Inbox, answer: Answer, came: float):
         self._worker, self._inbox, self._came = worker, inbox, came
         self.answer, self.clocks = answer, worker.clocks
 

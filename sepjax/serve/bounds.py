@@ -1,8 +1,12 @@
 """What settings of a server may be, for all programs that begin one. Imports nothing that the extra `serve` has."""
 
+import os
+
 from sepjax.config import ConfigError
 
 MOST_STEPS = 64  # tokens between two looks of the host: with more, clients wait for what has long been there
+MOST_HTTP = 64  # processes that answer HTTP: each has a tokenizer of its own
+_HTTP = 4  # beside an accelerator
 _STEPS = 16  # on an accelerator: more tokens/s than 32 at 256 rows (docs/serving.md)
 
 
@@ -22,3 +26,16 @@ def steps_of(steps: int | None) -> int:
     import jax  # seconds, which --help need not wait
 
     return steps or (1 if jax.default_backend() == "cpu" else _STEPS)
+
+
+def http_processes_of(number: int | None) -> int:
+    """Processes that answer HTTP; None: as suits the device and the machine.
+
+    An accelerator waits for Python, so nothing else is to run where that asks for its work. On a processor a step takes
+    longer than all that, and each of them would load libraries for seconds.
+    """
+    import jax
+
+    if number is not None:
+        return number
+    return 0 if jax.default_backend() == "cpu" else max(1, min(_HTTP, (os.cpu_count() or 1) // 4))

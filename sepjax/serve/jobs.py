@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 from collections import OrderedDict, deque
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -36,6 +37,15 @@ class Paused:
 Item = Begun | StreamEvent | Paused | Failed
 
 
+@runtime_checkable
+class Loop(Protocol):
+    """Of it, what the worker needs of an event loop."""
+
+    def call_soon_threadsafe(self, callback: Any, *args: Any) -> Any:
+        """Has it call."""
+        ...
+
+
 class Inbox:
     """What comes back for one HTTP request. All but `sent` belongs to the event loop.
 
@@ -45,7 +55,7 @@ class Inbox:
       sent: tokens that the worker has handed over; the worker's alone.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, choices: int = 1):
+    def __init__(self, loop: Loop, choices: int = 1):
         self.loop, self.choices, self.taken, self.sent = loop, choices, 0, 0
         self._items: list[tuple[int, Item]] = []
         self._filled = asyncio.Event()

@@ -34,7 +34,7 @@ def begin(level: str) -> None:
     """From here on to stderr; of the HTTP library only what went wrong."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, least in (("sepjax.serve", level.upper()), ("uvicorn.error", "WARNING")):
+    for name, least in (("sepjax.serve", level.upper()), ("sepjax.slots", level.upper()), ("uvicorn.error", "WARNING")):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(least)

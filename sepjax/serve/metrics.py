@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 if TYPE_CHECKING:
     from sepjax.serve.worker import Worker
@@ -54,6 +54,7 @@ class Metrics:
             lambda: getattr(worker.conversations, "device_nbytes", 0)
         )
         self._gauge("cache_bytes", "Bytes of the caches of all rows, whatever they hold").set_function(size)
+        self._registry.register(_Launches(worker))
 
     def tokens(self, first: Sequence[float], each: Sequence[tuple[float, int]]) -> None:
         """The tokens of one step: seconds from requests to their first ones, and between others, and of how many."""
@@ -103,3 +104,24 @@ class _Times:
         names = [*map(str, self._buckets.tolist()), "+Inf"]
         buckets = list(zip(names, np.cumsum(self._counts).astype(float).tolist(), strict=True))
         yield HistogramMetricFamily(self._name, self._about, buckets=buckets, sum_value=self._sum)
+
+
+class _Launches:
+    """What the device was asked for, launch by launch (`sepjax.generation.slot_pace.Pace`)."""
+
+    def __init__(self, worker: "Worker"):
+        self._worker = worker
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """For the registry."""
+        slots = self._worker.slots
+        for name, field, about in (
+            ("launches", "launches", "Times that the device was asked for prompts to be read and steps to be made"),
+            ("launch_steps", "steps", "Steps that were asked for"),
+            ("launch_tokens", "tokens", "Tokens that rows drew in these steps"),
+            ("launch_rows_to_be_read", "waiting", "Rows that had something left to read, summed over the launches"),
+            ("launch_seconds_before_steps", "seconds_before", "Until rows had begun and prompts were read"),
+            ("launch_seconds_steps", "seconds_steps", "Then until the steps were made"),
+        ):
+            value = 0.0 if slots is None else float(getattr(slots.pace, field))
+            yield CounterMetricFamily(f"sepjax:{name}", about, value=value)

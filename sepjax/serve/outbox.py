@@ -1,10 +1,9 @@
 """What the worker has for clients, until it is handed over to their event loops."""
 
-import itertools
 import logging
 import time
 
-from sepjax.serve.jobs import Inbox, Item, Job, put_all, tokens_of
+from sepjax.serve.jobs import Inbox, Item, Job, Loop, put_all, tokens_of
 
 log = logging.getLogger("sepjax.serve")
 # Seconds between two times that tokens in the middle of an answer are handed over: at least, and for each running row.
@@ -42,10 +41,12 @@ class Outbox:
         else:
             out = {inbox: self._items.pop(inbox) for inbox in self._urgent}
         self._urgent = set()
+        of_loop: dict[Loop, list[tuple[Inbox, list[tuple[int, Item]]]]] = {}
         for inbox, items in out.items():
             inbox.sent += tokens_of(items)
-        for loop, found in itertools.groupby(out.items(), key=lambda pair: pair[0].loop):
+            of_loop.setdefault(inbox.loop, []).append((inbox, items))
+        for loop, found in of_loop.items():
             try:
-                loop.call_soon_threadsafe(put_all, list(found))
+                loop.call_soon_threadsafe(put_all, found)
             except RuntimeError:  # the loop is closed: nobody reads
                 log.debug("nobody reads any more")

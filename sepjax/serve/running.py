@@ -4,7 +4,6 @@ The socket listens from the first moment; until the model is there, all is answe
 new is taken on, what runs may finish for a while, then all is saved. A second one ends it at once.
 """
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -12,23 +11,22 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import uvicorn
 
 from sepjax.config import UserError
 from sepjax.serve.app import Limits, create_app
 from sepjax.serve.conversations import Conversations
+from sepjax.serve.fronts import Fronts
+from sepjax.serve.http import server_of
 from sepjax.serve.metrics import Metrics
 from sepjax.serve.served import Served
 from sepjax.serve.state import StateFolder
 from sepjax.serve.worker import Worker
 
 log = logging.getLogger("sepjax.serve")
-_GRACE = 5  # seconds for what has been answered to reach its clients, once the worker has ended
-_MOST_HEADERS = 64 << 10  # bytes
 _IDLE_CONNECTIONS = 1024  # beyond those that are answered
 
 
@@ -55,6 +53,8 @@ class Options:
     steps: int | None = None
     state: str | None = None  # folder that keeps them; None: they go with the process
     state_bytes: int = 16 << 30  # of its files
+    http_processes: int = 0  # that answer HTTP (`sepjax.serve.fronts`); 0: a thread of this one
+    log_level: str | None = None  # of those processes; None: they say nothing
 
 
 class Running:
@@ -76,14 +76,18 @@ class Running:
             steps=options.steps, at_end=self._exit,
         )  # fmt: skip
         self.metrics.watch(self.worker)
-        self.app = create_app(self.worker, self.metrics, options.limits, api_key=options.api_key)
-        config: Any = uvicorn.Config(
-            self.app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="off",
-            proxy_headers=False, http="h11", h11_max_incomplete_event_size=_MOST_HEADERS,
-            timeout_graceful_shutdown=_GRACE,
-            limit_concurrency=options.rows + options.max_waiting + _IDLE_CONNECTIONS,
-        )  # fmt: skip
-        self._server = _Server(config)
+        connections = options.rows + options.max_waiting + _IDLE_CONNECTIONS
+        how = {
+            "limits": dataclasses.asdict(options.limits), "api_key": options.api_key, "connections": connections,
+            "log_level": options.log_level,
+        }  # fmt: skip
+        self._fronts, self._server = None, None
+        if options.http_processes:
+            self._fronts = Fronts(self.worker, self._socket, options.http_processes, how)
+            self.worker.at_ready, self.worker.at_stop = self._fronts.told, self._fronts.stopping
+        else:
+            self.app = create_app(self.worker, options.limits, api_key=options.api_key)
+            self._server = server_of(self.app, connections)
 
     @property
     def url(self) -> str:
@@ -96,9 +100,9 @@ class Running:
         kinds = (signal.SIGTERM, signal.SIGINT)
         before = {kind: signal.signal(kind, self._on_signal) for kind in kinds}
         try:
-            self.worker.start()
+            self._begin()
             log.info("listening", extra={"url": self.url})
-            self._server.run(sockets=[self._socket])
+            self._answer()
         finally:
             self.worker.stop(0)
             self.worker.join()
@@ -108,18 +112,33 @@ class Running:
         if self.worker.error is not None:
             raise self.worker.error
 
+    def _begin(self) -> None:
+        if self._fronts is not None:
+            self._fronts.start()
+        self.worker.start()
+
+    def _answer(self) -> None:
+        """Until the end."""
+        if self._server is not None:
+            self._server.run(sockets=[self._socket])
+        else:
+            self.worker.join()
+            self._socket.close()
+
     def start(self) -> None:
         """Listens and loads, in threads of this process."""
-        self.worker.start()
-        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="http", daemon=True)
+        self._begin()
+        self._thread = threading.Thread(target=self._answer, name="http", daemon=True)
         self._thread.start()
-        while not self._server.started and self._thread.is_alive():
+        while self._server is not None and not self._server.started and self._thread.is_alive():
             time.sleep(0.005)
 
     def wait(self) -> None:
         """Until it answers requests; raises what kept it from doing so."""
         while self.worker.served is None and self.worker.error is None:
             time.sleep(0.005)
+        if self._fronts is not None:
+            self._fronts.wait()
         if self.worker.error is not None:
             self._thread.join()
             raise self.worker.error
@@ -156,7 +175,10 @@ class Running:
     def _exit(self) -> None:
         if self._state is not None:
             self._state.close()
-        self._server.should_exit = True
+        if self._server is not None:
+            self._server.should_exit = True
+        if self._fronts is not None:
+            self._fronts.close()
 
     def _on_signal(self, number: int, frame: Any) -> None:
         name = signal.Signals(number).name
@@ -174,15 +196,6 @@ def _room(slots: int) -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     left = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) - 2 * slots
     return max(0, left) // 2
-
-
-class _Server(uvicorn.Server):
-    """Leaves signals alone."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Does nothing."""
-        yield
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -38,12 +38,21 @@ class Zones(NamedTuple):
     recent: int  # the newest
 
 
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """What a process that has no device knows of a model beside its tokenizer."""
+
+    tokenizer: Tokenizer
+    cache_size: int  # of a row
+    num_sinks: int  # of its cache
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Served:
-    """Made by `create`."""
+    """Made by `create`, or in a process without a device by `of_told`."""
 
     name: str  # what clients call it
-    engine: Generator
+    engine: Any  # the `Generator`, or `Elsewhere`
     template: ChatTemplate | None
     form: ChatFormat  # of conversations, where there is no template
     stop: tuple[str, ...]  # texts that end an answer in a chat
@@ -51,7 +60,7 @@ class Served:
     max_prompt_tokens: int  # 0: as long as they like
     fingerprint: str  # of the weights, and how they are used
     control_names: dict[int, str]
-    sizes: BoundedSizes  # of a row's cache
+    sizes: BoundedSizes | Elsewhere  # of a row's cache
     mesh: Any  # that it was made under; empty: one device
 
     @classmethod
@@ -76,6 +85,25 @@ class Served:
             name, engine, template, ChatFormat.of(tokenizer), chat.stop, chat.stop_token_ids, max_prompt_tokens,
             fingerprint(engine), names, bounded_sizes(engine.prepared.config, engine.attention),
             jax.sharding.get_mesh(),
+        )  # fmt: skip
+
+    def told(self) -> dict[str, Any]:
+        """What `of_told` needs beside tokenizer and template, as JSON."""
+        names = {str(i): text for i, text in self.control_names.items()}
+        return {
+            "name": self.name, "stop": self.stop, "stop_token_ids": self.stop_token_ids, "names": names,
+            "max_prompt_tokens": self.max_prompt_tokens, "fingerprint": self.fingerprint,
+            "cache_size": self.sizes.cache_size, "num_sinks": self.sizes.num_sinks,
+        }  # fmt: skip
+
+    @classmethod
+    def of_told(cls, told: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate | None) -> "Served":
+        """The same model for a process that reads requests and writes answers, and has no device."""
+        elsewhere = Elsewhere(tokenizer, told["cache_size"], told["num_sinks"])
+        names = {int(i): text for i, text in told["names"].items()}
+        return cls(
+            told["name"], elsewhere, template, ChatFormat.of(tokenizer), tuple(told["stop"]),
+            tuple(told["stop_token_ids"]), told["max_prompt_tokens"], told["fingerprint"], names, elsewhere, None,
         )  # fmt: skip
 
     @property

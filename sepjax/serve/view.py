@@ -7,7 +7,6 @@ A text without end has an answer with an end: all that is held (a cache is bound
 how many are left out.
 """
 
-import asyncio
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,31 +19,40 @@ from starlette.routing import Route
 from sepjax.data.tokenizer import IncrementalDecoder
 from sepjax.generation.cache.mixed import MixedSizes
 from sepjax.generation.cache.view import CacheView
-from sepjax.serve.conversations import Entry
+from sepjax.serve.asked import Asked
+from sepjax.serve.conversations import Conversations, Entry
 from sepjax.serve.errors import ApiError
 from sepjax.serve.fields import wrong
 from sepjax.serve.served import Served
-from sepjax.serve.worker import Worker
 
 _LAST, _MOST = 8192, 65536  # tokens that are written out
 _STATES = ("evicted", "sink", "kept", "recent", "new")
 _EVICTED, _SINK, _KEPT, _RECENT, _NEW = range(len(_STATES))
 
 
-def cache_route(worker: Worker) -> Route:
+def cache_route(worker: Asked) -> Route:
     """The route."""
 
     async def answer(request: Request) -> Response:
-        served = worker.ready()
-        found = await asyncio.to_thread(_find, worker, served, request.path_params["id"], request.query_params)
+        worker.ready()
+        found = await worker.view(request.path_params["id"], request.query_params)
         return JSONResponse(found, headers={"Cache-Control": "no-store"})
 
     return Route("/v1/cache/{id}", answer)
 
 
-def _find(worker: Worker, served: Served, id: str, asked: Mapping[str, str]) -> dict[str, Any]:
-    conversations = worker.conversations
-    assert conversations is not None  # the worker is ready
+def find(served: Served, conversations: Conversations, id: str, asked: Mapping[str, str]) -> dict[str, Any]:
+    """What the cache behind a response holds, as JSON; may read it from disk.
+
+    Args:
+      served: the model.
+      conversations: that are kept.
+      id: of the response.
+      asked: the query's parameters.
+
+    Raises:
+      ApiError: 404 where it is not kept, 400 for a parameter that there is not.
+    """
     if not conversations.is_on:
         raise ApiError(404, "this server keeps no conversations (--cache_memory=0)", code="cache_not_kept")
     entry = conversations.get(id)

@@ -9,13 +9,15 @@ Everything that the two share is a queue or a counter. A client that reads slowl
 it is, and gets it back when it has caught up: it holds neither a row nor memory that grows, and loses nothing.
 """
 
+import asyncio
 import contextlib
 import logging
 import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +34,7 @@ from sepjax.serve.metrics import Metrics
 from sepjax.serve.outbox import Outbox
 from sepjax.serve.prompts import Prompts
 from sepjax.serve.served import Served, Zones
+from sepjax.serve.view import find
 
 log = logging.getLogger("sepjax.serve")
 _UNREAD = 512  # tokens of each choice that wait for a slow client before its row is put aside
@@ -80,6 +83,8 @@ class Worker:
         self._prompts: Prompts | None = None
         self._slow: list[int] = []  # numbers of requests whose clients may not read
         self.error: BaseException | None = None
+        self.at_ready: Callable[[Served], None] = lambda _: None  # called when it answers requests
+        self.at_stop: Callable[[], None] = lambda: None  # and when it takes nothing on any more
 
     # -- for others -------------------------------------------------------------------------------------------------
 
@@ -123,10 +128,38 @@ class Worker:
         """A client whose rows may have been put aside has read what there was."""
         self._orders.put(lambda: self._take_back(inbox))
 
+    def inbox(self) -> Inbox:
+        """A new one for a request, in the thread of an event loop."""
+        return Inbox(asyncio.get_running_loop())
+
+    async def metrics(self) -> bytes:
+        """What /metrics tells."""
+        return self._metrics.text()
+
+    def tell(self) -> str:
+        """The same, in any thread."""
+        return self._metrics.text().decode()
+
+    async def view(self, name: str, asked: Mapping[str, str]) -> dict[str, Any]:
+        """`sepjax.serve.view.find`, in a thread of its own."""
+        return await asyncio.to_thread(self.find_view, name, asked)
+
+    def find_view(self, name: str, asked: Mapping[str, str]) -> dict[str, Any]:
+        """The same, in this one."""
+        served = self.ready()
+        assert self.conversations is not None
+        return find(served, self.conversations, name, asked)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends with an error that is not the worker's own."""
+        self.error = self.error or error
+        self.stop(0.0)
+
     def stop(self, seconds: float) -> None:
         """Takes nothing on any more, and ends when all is answered or the time is up."""
         self._stop_at = time.monotonic() + seconds
         self._orders.put(lambda: None)
+        self.at_stop()
 
     def join(self, timeout: float | None = None) -> bool:
         """Waits for the end; returns whether it came."""
@@ -166,15 +199,17 @@ class Worker:
             kept = self.conversations = self._keep(served)
             pool = kept.on_device // served.row_bytes
             steps = steps_of(self._steps)
-            self.slots = served.engine.slots(self._num_rows, steps=steps, clocks=self.clocks, pool=pool)
+            slots: Slots = served.engine.slots(self._num_rows, steps=steps, clocks=self.clocks, pool=pool)
+            self.slots = slots
             # The others of the pool are for rows that have just ended, and those that are being copied.
             self._keeper = Keeper(kept, self.clocks, (pool - -(-pool // 8)) * served.row_bytes)
             self._prompts = Prompts(
-                self.slots, kept, self._keeper, self._metrics, self._queue, self._running, self._put, self._end
+                slots, kept, self._keeper, self._metrics, self._queue, self._running, self._put, self._end
             )  # fmt: skip
             self.served = served
-            log.info("ready", extra={"model": served.name, "slots": self._num_rows, "bytes": self.slots.cache_bytes})
-            self._serve(self.slots)
+            log.info("ready", extra={"model": served.name, "slots": self._num_rows, "bytes": slots.cache_bytes})
+            self.at_ready(served)
+            self._serve(slots)
         except BaseException as error:
             self.error = error
             if not isinstance(error, UserError | OSError):

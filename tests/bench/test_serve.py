@@ -33,6 +33,14 @@ def test_a_load_is_answered_and_measured(server):
     counts = dict(line.rsplit(" ", 1) for line in server.metrics.text().decode().splitlines())
     made = float(counts["sepjax:generation_tokens_total"])
     assert sum(turn.tokens for turn in run.turns) == made
+    drawn = float(counts["sepjax:launch_tokens_total"])
+    assert made == drawn + len(run.turns), "in steps, and one of each answer behind its prompt"
+    launches = found["launches"]
+    assert 0 < launches["rows_generating"] <= 4
+    assert 1 <= launches["steps"] <= 3
+    assert 0 < launches["rows_to_be_read"] <= 4
+    times = launches["milliseconds_before_steps"] + launches["milliseconds_steps"]
+    assert 0 < times * launches["per_second"] <= 1100, "of the time between two looks at them"
     assert all(0 < turn.first - turn.sent <= turn.last - turn.sent for turn in run.turns)
     assert 0 < found["first_token_p50"] <= found["first_token_p99"]
     assert found["cache_bytes"] == server.worker.slots.cache_bytes
@@ -92,6 +100,7 @@ def test_loads_are_read_and_ordered():
     assert [serve.share_of(name) for name in ("full", "80%", "3")] == [(0.0, False), (0.8, True), (3.0, False)]
     for wrong in ({"loads": ("fast",)}, {"loads": ("0",)}, {"url": None}, {"model": "x"}, {"prompt_sigma": 9.0},
                   {"dense_context": 5}, {"cache_dtype": "int8"}, {"steps": 3}, {"device_memory": 5},
+                  {"http_processes": 1}, {"url": None, "config": "x", "http_processes": 65},
                   {"url": None, "config": "x", "steps": 65},
                   {"url": None, "config": "x", "device_memory": 5, "cache_memory": 0}):  # fmt: skip
         with pytest.raises(ConfigError):
@@ -110,7 +119,8 @@ def test_the_program_prints_a_line_a_load_and_json(server, capfd, monkeypatch):
     assert [figure["load"] for figure in said["figures"]] == ["full", "50%"]
     full, half = said["figures"]
     assert half["rate"] == pytest.approx(0.5 * full["turns_per_second"] / 2.0)
-    assert len(lines) == 5
+    assert len([line for line in lines if " launches a second: " not in line]) == 5
+    assert serve._launches(None) == ""
     assert "device" not in said, "of a server elsewhere"
     assert (full["memory"], full["metrics_error"]) == (None, None)
     assert " - " in serve._row(full | {"metrics_error": "LoadError: 404: no"})

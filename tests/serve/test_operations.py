@@ -271,6 +271,7 @@ def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
     values = {flag.name: unlike(flag, i) for i, flag in enumerate(own)}
     values |= {"dtype": "bfloat16", "step": None, "max_body_bytes": 4321, "steps": 47}
     values |= {"tensor": 2, "cache_memory": 3, "device_memory": 7, "state_size": 5, "template_variables": '{"a": 1}'}
+    values |= {"http_processes": 33}
     with pytest.raises(Called):
         serve.main(serve.Settings(**values))
     reached = leaves([dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x for x in seen])

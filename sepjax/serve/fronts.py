@@ -1,0 +1,240 @@
+"""Processes that answer HTTP, seen from the one that has the device.
+
+Python runs one thread of a process at a time. Reading requests, writing chunks, templates and tokenizers take some four
+milliseconds a request, in which the threads that step the slots and ask the device would wait: so they are elsewhere
+(`sepjax.serve.front`), and what comes here are token ids, and what goes there are tokens and their texts.
+
+    front processes          all accept connections on one socket
+      | ^   frames over a socket pair each (`sepjax.serve.wire`)
+      v |
+    Link                     a thread that reads: jobs for the worker; one that writes: what its outbox has
+"""
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from sepjax.serve import wire
+from sepjax.serve.errors import ApiError
+from sepjax.serve.jobs import Failed, Inbox
+from sepjax.serve.served import Served
+
+if TYPE_CHECKING:
+    from sepjax.serve.worker import Worker
+
+log = logging.getLogger("sepjax.serve")
+_STARTS = 120.0  # seconds that a process may take to begin, once the model is there
+_PATIENCE = 15.0  # and to end once it was told to
+
+
+class Fronts:
+    """All of them: `start`, then `told` once the model is there, `stopping`, `close`."""
+
+    def __init__(self, worker: "Worker", listening: socket.socket, number: int, how: dict[str, Any]):
+        """Starts nothing yet.
+
+        Args:
+          worker: answers.
+          listening: what they accept connections on.
+          number: of processes.
+          how: they answer (`sepjax.serve.front.begin`); JSON.
+        """
+        self._worker, self._listening, self._number, self._how = worker, listening, number, how
+        self._links: list[Link] = []
+        self._lock = threading.Lock()
+        self._ready: bytes | None = None
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self.is_closing = False
+
+    def start(self) -> None:
+        """Begins the processes, which say that the model is being loaded."""
+        for _ in range(self._number):
+            self._links.append(Link(self, self._worker, self._listening, self._how))
+
+    def told(self, served: Served) -> None:
+        """The model is there: has all of them tokenize for it."""
+        self._folder = tempfile.TemporaryDirectory(prefix="sepjax-serve-")
+        served.tokenizer.save(self._folder.name)
+        template = None if served.template is None else served.template.key
+        said = {"ready": served.told(), "folder": self._folder.name, "template": template}
+        for link in self._links:
+            link.send(wire.frame(said))
+
+    def wait(self) -> None:
+        """Until all of them have it, or one has ended. One that is not there in time ends the server."""
+        until = time.monotonic() + _STARTS
+        for link in self._links:
+            while self._worker.error is None and not link.is_up.wait(0.1):
+                if time.monotonic() > until:
+                    said = f"a process that answers HTTP ({link.process.pid}) has not begun within {_STARTS:g} seconds"
+                    self._worker.fail(FrontError(said))
+        log.info("processes that answer HTTP are there", extra={"processes": len(self._links)})
+
+    def stopping(self) -> None:
+        """From here on they refuse."""
+        for link in self._links:
+            link.send(wire.frame({"stopping": True}))
+
+    def ended(self, link: "Link") -> None:
+        """A process has ended."""
+        if not self.is_closing:
+            code = link.process.wait()
+            self._worker.fail(FrontError(f"a process that answers HTTP has ended ({code}); the server ends with it"))
+
+    def close(self) -> None:
+        """What was sent reaches them, then they end; waits for that."""
+        self.is_closing = True
+        for link in self._links:
+            link.close()
+        for link in self._links:
+            link.join(_PATIENCE)
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+class FrontError(RuntimeError):
+    """A process that answers HTTP is gone."""
+
+
+class DistantInbox(Inbox):
+    """An inbox that is in another process: what is put into it goes there. `taken` is what that has told of."""
+
+    def __init__(self, link: "Link", number: int):
+        super().__init__(link)
+        self.number = number
+
+
+class Link:
+    """One process, and the two threads that read from it and write to it."""
+
+    def __init__(self, fronts: Fronts, worker: "Worker", listening: socket.socket, how: dict[str, Any]):
+        """Starts it."""
+        self._fronts, self._worker = fronts, worker
+        self._socket, theirs = socket.socketpair()
+        fds = theirs.fileno(), listening.fileno()
+        # In a session of its own: Ctrl-C is not meant for it. It ends when this process does, or says so.
+        # The device is this process's.
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-m", "sepjax.serve.front", *map(str, fds)]
+        self.process = subprocess.Popen(
+            command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        theirs.close()
+        self.is_up = threading.Event()
+        self._inboxes: weakref.WeakValueDictionary[int, DistantInbox] = weakref.WeakValueDictionary()
+        self._out: queue.SimpleQueue[Callable[[], bytes] | None] = queue.SimpleQueue()
+        self._calls = ThreadPoolExecutor(2, "calls")
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._read, "from http"), (self._write, "to http"))
+        ]
+        for thread in self._threads:
+            thread.start()
+        self.send(wire.frame({"begin": how}))
+
+    def send(self, data: bytes) -> None:
+        """A frame, after those before."""
+        self._out.put(lambda: data)
+
+    def call_soon_threadsafe(self, callback: Any, *args: Any) -> None:
+        """As an event loop has it, for the worker's outbox: hands items over to inboxes that are there."""
+        (found,) = args
+        self._out.put(lambda: _told_items(found))
+
+    def close(self) -> None:
+        """Nothing comes after what was sent."""
+        self._out.put(None)
+
+    def join(self, seconds: float) -> None:
+        """Waits for the end of the process, and makes it end if it does not."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for thread in self._threads:
+            thread.join()
+        self._calls.shutdown(wait=False)
+        self._socket.close()
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):  # it is gone, which the other thread finds
+            while (make := self._out.get()) is not None:
+                self._socket.sendall(make())
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def _read(self) -> None:
+        try:
+            with self._socket.makefile("rb") as file:
+                while head := file.read(wire.HEAD.size):
+                    size, rest = wire.HEAD.unpack(head)
+                    said = json.loads(file.read(size))
+                    with self._worker.clocks("from http"):
+                        self._take(said, file.read(rest) if rest else b"")
+        except (OSError, ValueError):
+            log.debug("a process that answers HTTP broke off")
+        for inbox in list(self._inboxes.values()):
+            self._worker.cancel(inbox)
+        self.is_up.set()
+        self._fronts.ended(self)
+
+    def _take(self, said: dict[str, Any], rest: bytes) -> None:
+        if "jobs" in said:
+            self._submit(said, rest)
+        elif "read" in said:
+            if (inbox := self._inboxes.get(said["read"])) is not None:
+                inbox.taken += said["tokens"]
+        elif "cancel" in said or "caught_up" in said:
+            does = self._worker.cancel if "cancel" in said else self._worker.caught_up
+            if (inbox := self._inboxes.get(said["cancel"] if "cancel" in said else said["caught_up"])) is not None:
+                does(inbox)
+        elif "call" in said:
+            self._calls.submit(self._answer, said["call"], said["name"], said["arguments"])
+        else:
+            self.is_up.set()
+
+    def _submit(self, said: dict[str, Any], rest: bytes) -> None:
+        number: int = said["jobs"]
+        inbox = self._inboxes[number] = DistantInbox(self, number)
+        jobs = wire.jobs_of(said, rest, inbox)
+        kept = self._worker.conversations
+        if kept is not None and kept.has_disk:
+            self._calls.submit(self._warm_and_submit, jobs)
+        else:
+            self._begin(jobs)
+
+    def _warm_and_submit(self, jobs: list) -> None:
+        for job in {id(job.ids): job for job in jobs}.values():
+            self._worker.conversations.warm(job.ids, job.blocks)  # pyright: ignore[reportOptionalMemberAccess]
+        self._begin(jobs)
+
+    def _begin(self, jobs: list) -> None:
+        try:
+            self._worker.submit(jobs)
+        except ApiError as error:
+            self.call_soon_threadsafe(None, [(jobs[0].inbox, [(jobs[0].choice, Failed(error))])])
+
+    def _answer(self, number: int, name: str, arguments: list) -> None:
+        try:
+            found: Any = self._worker.tell() if name == "metrics" else self._worker.find_view(*arguments)
+            said = {"call": number, "found": found}
+        except ApiError as error:
+            said = {"call": number, "error": wire.told_error(error)}
+        self.send(wire.frame(said))
+
+
+def _told_items(found: list[tuple[DistantInbox, list]]) -> bytes:
+    items = [[inbox.number, [wire.told_item(*pair) for pair in its]] for inbox, its in found]
+    return wire.frame({"items": items})

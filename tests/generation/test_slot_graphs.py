@@ -1,0 +1,70 @@
+"""Programs of slots, compiled for a GPU that is not there: each is one CUDA graph, which the host starts and leaves."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sepjax.generation.device_thread import compile_all
+from sepjax.generation.slot_programs import _GRAPHS
+from sepjax.measure import counted_compilations
+
+PROGRAM = """
+import functools, sys
+import jax, numpy as np
+from sepjax.clocks import Clocks
+from sepjax.generation.readers import BoundedReader
+from sepjax.generation.slot_device import SlotDevice
+from sepjax.generation.slot_programs import _GRAPHS, _exchange, _read, _steps
+from sepjax.training.plan import topology_devices
+from tests.generation.tiny import ROWS, tiny_engine
+
+of, axes = tiny_engine().prepared, ("data", "fsdp", "tensor", "context")
+device = SlotDevice(of, BoundedReader(of), ROWS, 3, Clocks())
+rows, pool, arrivals = device.rows, device._pool, device.arrivals
+mesh = jax.sharding.Mesh(np.asarray(topology_devices("h100:1x1")).reshape(1, 1, 1, 1), axes)
+placed = jax.NamedSharding(mesh, jax.P())
+
+def told(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), tree)
+
+def compiled(program, donated, *given):
+    jax.jit(program, donate_argnums=donated).lower(*map(told, given)).compile(compiler_options=_GRAPHS)
+
+with jax.set_mesh(mesh):
+    model = of.params, rows
+    compiled(functools.partial(_exchange, arrivals), (0, 1), rows, pool, np.zeros((4, 24 + arrivals.nbytes), np.uint8))
+    compiled(functools.partial(_read, of.graph, of.attention), 1, *model, np.zeros((4, 3 + 8), np.int32), of.table)
+    compiled(functools.partial(_steps, of.graph, of.attention, 3), 1, *model, np.zeros(ROWS + 1, np.int32), of.table)
+"""
+
+
+@pytest.mark.soak
+def test_each_program_is_one_graph(tmp_path):
+    pytest.importorskip("jax_plugins.xla_cuda13", reason='compiling for a GPU needs pip install -e ".[compile]"')
+    environment = os.environ | {"XLA_FLAGS": f"--xla_dump_to={tmp_path}", "JAX_PLATFORMS": "cpu"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True, timeout=1200)
+    for name in ("exchange", "read", "steps"):
+        (file,) = tmp_path.glob(f"*jit__{name}.thunk_sequence_after_thunk_passes.txt")
+        found = re.findall(r"^\d+: (\w+)", file.read_text(), re.MULTILINE)
+        assert found == ["kCommandBuffer"], name
+        assert "kWhile" in file.read_text(), "with a loop in it"
+    assert "WHILE" in _GRAPHS["xla_gpu_enable_command_buffer"]
+
+
+def test_what_is_compiled_side_by_side_is_found_by_the_first_call():
+    x, double, wrong = np.ones(3, np.float32), jax.jit(lambda x: x * 2 + 0.5), jax.jit(lambda x: x @ np.ones(4))
+    with counted_compilations() as before:
+        compile_all({"double": (double, x), "half": (jax.jit(lambda x: x / 2 - 0.5), x)})
+    assert len(before) == 2
+    with counted_compilations() as after:
+        assert double(x).tolist() == [2.5] * 3
+    assert not after
+    with pytest.raises(TypeError, match="dot_general"):
+        compile_all({"wrong": (wrong, x)})

@@ -1,0 +1,198 @@
+"""HTTP in processes of its own: what goes between, and that clients see no difference."""
+
+import json
+import random
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from sepjax import Sampling, SlotRequest
+from sepjax.generation.row import CacheUse, StreamEvent
+from sepjax.serve import running as running_module
+from sepjax.serve import wire
+from sepjax.serve.conversations import chain
+from sepjax.serve.errors import ApiError
+from sepjax.serve.fronts import FrontError, Fronts
+from sepjax.serve.jobs import Begun, Failed, Inbox, Job, Paused, Share
+from sepjax.serve.served import Served
+from tests.serve.test_operations import ask
+from tests.serve.tiny import alone, client, random_request, settled, text_of, tiny_served, wanted_of
+
+
+def received(data):
+    size, rest = wire.HEAD.unpack(data[: wire.HEAD.size])
+    body = data[wire.HEAD.size :]
+    assert len(body) == size + rest
+    return json.loads(body[:size]), body[size:]
+
+
+def test_items_arrive_as_they_were_sent():
+    use = CacheUse(3, 9, 80, 1)
+    for item in (
+        Begun(0), Paused(),
+        StreamEvent("é\ufffd\n", (5, 6), None, use), StreamEvent("", (), "full", CacheUse(1, 2, 3)),
+        StreamEvent("a", (7,), "stop", use, -0.5, ((7, -0.5), (8, float("-inf")))),
+    ):  # fmt: skip
+        told, rest = received(wire.frame(wire.told_item(2, item)))
+        assert (wire.item_of(told), rest) == ((2, item), b"")
+    error = ApiError(429, "full", param="n", code="queue_full", retry_after=7)
+    choice, failed = wire.item_of(json.loads(json.dumps(wire.told_item(1, Failed(error)))))
+    assert choice == 1
+    assert vars(failed.error) == vars(error)
+
+
+def test_jobs_arrive_as_they_were_sent():
+    """Every setting of a request, whatever it is; ids and hashes are shared by the choices of a prompt."""
+    loop = asyncio_loop()
+    settings = {
+        "max_new_tokens": 9, "stop": ["a", "\n"], "stop_token_ids": [4], "stop_at_eos": False, "logprobs": True,
+        "top_logprobs": 3, "min_new_tokens": 2, "keep": True, "undrawn": True,
+    }  # fmt: skip
+    sampling = Sampling.create(
+        0.7, 5, 0.95, 0.01, presence_penalty=0.3, frequency_penalty=-0.1, repetition_penalty=1.1,
+        logit_bias={5: 100.0, 9: -3.5},
+    )  # fmt: skip
+    prompts, jobs = [np.arange(3, 80, dtype=np.int32), np.arange(7, 12, dtype=np.int32)], []
+    for i in range(4):
+        ids, inbox = prompts[i // 2], Inbox(loop)
+        asked = SlotRequest(None, sampling=sampling, seed=2**32 - 1 - i, **settings)
+        jobs.append(Job(inbox, i, ids, asked, "me", 12.5, f"id:{i}", chain(ids), share=Share(2)))
+    inbox = Inbox(loop)
+    got = wire.jobs_of(*received(wire.told_jobs(3, jobs)), inbox)
+    assert inbox.choices == len(got) == 4
+    for job, sent in zip(got, jobs, strict=True):
+        assert job.inbox is inbox
+        for name in ("choice", "client", "came", "name", "blocks"):
+            assert getattr(job, name) == getattr(sent, name)
+        assert np.array_equal(job.ids, sent.ids)
+        for name, value in vars(sent.request).items():
+            other = getattr(job.request, name)
+            if name != "sampling":
+                assert other == (list(value) if isinstance(value, tuple) else value), name
+        for name, value in vars(sampling).items():
+            other = getattr(job.request.sampling, name)
+            assert other.dtype == value.dtype, name
+            assert np.array_equal(other, value), name
+    assert got[0].share is got[1].share
+    assert got[0].share.to_begin == 2
+    assert got[2].share is got[3].share is not got[0].share
+
+
+def asyncio_loop():
+    class Nobody:
+        def call_soon_threadsafe(self, callback, *args):
+            raise AssertionError
+
+    return Nobody()
+
+
+@pytest.fixture(scope="module")
+def served():
+    return tiny_served(max_prompt_tokens=500)
+
+
+def test_clients_see_no_difference(served):
+    """From 503 while the model is loaded, over answers, refusals and clients that go away, to 503 when it stops."""
+    gate = threading.Event()
+    options = running_module.Options(rows=4, steps=3, max_waiting=4, http_processes=2)
+    server = running_module.Running(lambda: (gate.wait(), served)[1], options)
+    server.start()
+    status, headers, told = ask(server, "/v1/models")
+    assert (status, told["error"]["code"], headers["retry-after"]) == (503, "loading", "5")
+    gate.set()
+    server.wait()
+    api, rng = client(server), random.Random(0)
+    for asked in [random_request(rng) for _ in range(6)]:
+        answer = api.completions.create(model="tiny", **asked)
+        assert answer.choices[0].text == wanted_of(served, asked)
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "The cat"}], "max_tokens": 6, "seed": 3}
+    whole = api.chat.completions.create(**chat, n=2, logprobs=True, top_logprobs=2)
+    texts = ["", ""]
+    for chunk in api.chat.completions.create(**chat, n=2, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert len(whole.choices[1].logprobs.content[0].top_logprobs) == 2
+    view = ask(server, f"/v1/cache/{answer.id}")[2]
+    assert view["object"] == "cache.view"
+    for path, body, status, code in (
+        ("/v1/completions", {"prompt": "a", "tempe": 1}, 400, "unknown_field"),
+        ("/v1/completions", {"prompt": ["a"] * 9}, 400, None),  # more choices than may wait
+        ("/v1/cache/none", None, 404, "cache_not_kept"),
+        ("/tokenize", {"prompt": "The cat"}, 200, None),
+    ):
+        got, _, told = ask(server, path, body)
+        assert (got, told.get("error", {}).get("code")) == (status, code)
+    assert b"sepjax:launch_tokens_total" in server.metrics.text()
+    endless = {"model": "tiny", "prompt": [5], "max_tokens": 10**6, "stream": True}
+    stream = api.completions.create(**endless, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    stream.close()
+    slow_client(server)
+    assert settled(server), "a client that goes away frees its row"
+    stream = api.completions.create(model="tiny", prompt=[5, 9], max_tokens=150, temperature=0, stream=True,
+                                    extra_body={"ignore_eos": True})  # fmt: skip
+    text = next(iter(stream)).choices[0].text
+    server.worker.stop(60.0)
+    until = time.monotonic() + 20
+    while ask(server, "/health")[0] == 200 and time.monotonic() < until:
+        time.sleep(0.01)
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text == text_of(alone(served, [5, 9], max_new_tokens=150, stop_at_eos=False)), "what ran came to its end"
+    server.stop(0.0)
+    assert server.worker.error is None
+    with pytest.raises(ConnectionRefusedError):
+        ask(server, "/health")
+
+
+def slow_client(server):
+    """Its row is put aside, in the other process, until it has read what there was."""
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # or all would find room on its way
+        slow.connect(("127.0.0.1", server.port))
+        asked = {"prompt": [5, 9], "max_tokens": 10**6, "stream": True, "ignore_eos": True}
+        asked["logprobs"] = 20  # two kilobytes a token
+        body = json.dumps(asked).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until = time.monotonic() + 60
+        while not server.worker._aside and time.monotonic() < until:
+            time.sleep(0.02)
+        assert server.worker._aside, "it reads nothing, and its row is not kept busy"
+        while server.worker._aside and time.monotonic() < until:
+            assert slow.recv(1 << 16)
+        assert not server.worker._aside, "it has caught up"
+
+
+def test_a_process_that_is_lost_ends_the_server_and_one_that_is_told_to_ends_itself():
+    class Worker:
+        error = None
+
+        def fail(self, error):
+            self.error = error
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        worker, how = Worker(), {"limits": {}, "api_key": "", "connections": 4, "log_level": None}
+        lost, fronts = Fronts(worker, listening, 1, how), Fronts(worker, listening, 1, how)
+        lost.start()
+        fronts.start()
+        (link,) = lost._links
+        link.process.kill()
+        lost.wait()
+        lost.close()
+        assert isinstance(worker.error, FrontError)
+        worker.error = None
+        fronts.close()
+        assert fronts._links[0].process.returncode == 0
+        assert worker.error is None
+
+
+def test_a_model_is_told_whole(served):
+    told = json.loads(json.dumps(served.told()))
+    other = Served.of_told(told, served.tokenizer, served.template)
+    for name in ("name", "form", "stop", "stop_token_ids", "max_prompt_tokens", "fingerprint", "control_names"):
+        assert getattr(other, name) == getattr(served, name), name
+    use = CacheUse(held=17, seen=90, bytes=1, kept=3)
+    assert (other.zones(use), other.cache_size) == (served.zones(use), served.cache_size)
