@@ -80,11 +80,12 @@ def main(settings: Settings) -> None:
     del rows, prepared
     checked = check(model, tokenizer, texts.documents, tried[0].attention, window, slots)
     _tell_check(checked)
-    written = tried[0].attention if checked.wins else window
-    write_text(settings.output, as_arm(written) + "\n")
-    print(as_arm(written))
+    print(f"chosen: {as_arm(tried[0].attention)}")
     if not checked.wins:
-        print("the choice does not beat a window of as many bytes by more than the error: the window is written")
+        print(
+            f"that does not beat a window of as many bytes by more than the error, so this is written: {as_arm(window)}"
+        )
+    write_text(settings.output, as_arm(tried[0].attention if checked.wins else window) + "\n")
     print(f"written to {settings.output}: --arm=@{settings.output} of sepjax generate, chat and serve")
 
 

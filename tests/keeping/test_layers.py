@@ -217,7 +217,7 @@ def test_the_command_writes_what_wins(tmp_path, byte_model, byte_tokenizer, monk
         said = capsys.readouterr().out
         assert f"--arm=@{out}" in said
         assert f"{-lead[0]:+.4f} +- 0.0500 nats a token beside the window, all" in said
-        assert ("does not beat" in said) == (pattern == "sink_window")
+        assert ("that does not beat" in said) == (pattern == "sink_window")
         attention = one_arm(f"@{out}", byte_model.attention, 2)
         assert attention.pattern == pattern
         assert row_bytes(byte_model.config, attention) <= row_bytes(
