@@ -6,14 +6,16 @@ a plain window of the slots that were asked for (`sepjax.generation.cache.mixed`
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig, under, validate_attention
-from sepjax.generation.cache.mixed import bounded_sizes, empty_cache
-from sepjax.generation.cache.sizes import ALIGN
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.mixed import MixedSizes, bounded_sizes
+from sepjax.generation.cache.sizes import ALIGN, StreamSizes
 
 _BETWEEN = 32  # a cache is compacted whenever so large a part of it is new: docs/keeping.md
 
@@ -21,7 +23,15 @@ _BETWEEN = 32  # a cache is compacted whenever so large a part of it is new: doc
 def row_bytes(config: ModelConfig, attention: AttentionConfig) -> int:
     """Bytes of one row of the bounded cache that these settings ask for."""
     sizes = bounded_sizes(config, attention)
-    cache = jax.eval_shape(lambda: empty_cache(config, 1, sizes, by_layer=True))
+    if isinstance(sizes, MixedSizes):
+        return sum(_bytes(config, part, len(sizes.layers(i))) for i, part in enumerate(sizes.parts))
+    return _bytes(config, sizes, config.num_layers)
+
+
+@functools.lru_cache(512)
+def _bytes(config: ModelConfig, sizes: StreamSizes, layers: int) -> int:
+    alone = dataclasses.replace(config, num_layers=layers, full_layers=(), no_rope_layers=())
+    cache = jax.eval_shape(lambda: StreamingCache.create(alone, 1, sizes))
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 

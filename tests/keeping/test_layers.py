@@ -19,14 +19,21 @@ from sepjax.keeping.trial import Geometry, Prepared, Row
 from sepjax.model.rope import rope_table, rotate
 from sepjax.programs import run_here
 from sepjax.programs.common import one_arm
-from tests.evaluation.conftest import byte_model, byte_tokenizer  # noqa: F401
+from tests.evaluation.conftest import byte_tokenizer  # noqa: F401
 from tests.models import random_model
 
 T, L = 256, 3
 CONFIG = ModelConfig(
-    vocab_size=90, num_layers=L, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32, max_positions=512
+    vocab_size=257, num_layers=L, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32, max_positions=512
 )
+SETTINGS = AttentionConfig(num_sinks=2, window_size=8, watch_half_life=0, implementation="reference")
 GEOMETRY = Geometry(num_sinks=2, kept=9, window=40, others=24)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """One for trials and for the command: its programs are compiled once."""
+    return random_model(CONFIG, SETTINGS, seed=1, scale=8.0)
 
 
 def log_p(model, ids, masks):
@@ -55,10 +62,10 @@ def kept_until(looks, geometry):
     return until
 
 
-def test_trials_are_passes_under_their_masks():
-    model, size = random_model(CONFIG, seed=1, scale=8.0), 200
-    ids = np.random.default_rng(0).integers(1, 90, size + 1).astype(np.int32)
-    prepared = Prepared.create(model, size, AttentionConfig(watch_after=16, watch_half_life=0))
+def test_trials_are_passes_under_their_masks(model):
+    size = 200
+    ids = np.random.default_rng(0).integers(1, 257, size + 1).astype(np.int32)
+    prepared = Prepared.create(model, size, SETTINGS)
     assert prepared.length == T
     row = Row.create(prepared, ids)
     until = np.asarray(row.until(GEOMETRY))
@@ -197,16 +204,16 @@ def test_texts_are_dealt_to_choice_and_check(byte_tokenizer):  # noqa: F811
         divide(byte_tokenizer, texts[:1], **sizes)
 
 
-def test_the_command_writes_what_wins(tmp_path, byte_model, byte_tokenizer, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr("sepjax.loading.load", lambda path: (byte_model, byte_tokenizer))
-    lead, scores = [0.1], held_out.score_streams
+def test_the_command_writes_what_wins(tmp_path, model, byte_tokenizer, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr("sepjax.loading.load", lambda path: (model, byte_tokenizer))
+    lead, scores, real = [0.1], [], held_out.score_streams
 
     def streams(model, tokenizer, documents, arms, **settings):
-        """The window's alone are real: the other cache has tests of its own, and costs as much again."""
+        """The window's score is real, once; the other cache has tests of its own, and costs as much again."""
         assert all(len(x.targets) <= 500 for x in documents)
-        (window,) = scores(model, tokenizer, documents, arms[:1], **settings)
-        whole = dataclasses.replace(window.slices[0], difference=-lead[0], difference_error=0.05)
-        return [window, dataclasses.replace(window, arm="chosen", slices=(whole,))]
+        scores.append(scores[0] if scores else real(model, tokenizer, documents, arms[:1], **settings)[0])
+        whole = dataclasses.replace(scores[0].slices[0], difference=-lead[0], difference_error=0.05)
+        return [scores[0], dataclasses.replace(scores[0], arm="chosen", slices=(whole,))]
 
     monkeypatch.setattr(held_out, "score_streams", streams)
     text, out = tmp_path / "text.txt", tmp_path / "mine.arm"
@@ -218,15 +225,13 @@ def test_the_command_writes_what_wins(tmp_path, byte_model, byte_tokenizer, monk
         assert f"--arm=@{out}" in said
         assert f"{-lead[0]:+.4f} +- 0.0500 nats a token beside the window, all" in said
         assert ("that does not beat" in said) == (pattern == "sink_window")
-        attention = one_arm(f"@{out}", byte_model.attention, 2)
+        attention = one_arm(f"@{out}", model.attention, L)
         assert attention.pattern == pattern
-        assert row_bytes(byte_model.config, attention) <= row_bytes(
-            byte_model.config, plain_window(100, byte_model.attention, 2)
-        )
+        assert row_bytes(CONFIG, attention) <= row_bytes(CONFIG, plain_window(100, SETTINGS, L))
     for more, message in (
         (["--length=120"], "--length=120 must be at least twice --slots=100"),
         (["--layers=9"], "9 of the model's"),
-        (["--slots=500"], "at least 1 and 2 are needed"),
+        (["--slots=250"], "at least 1 and 2 are needed"),
     ):
         with pytest.raises(SystemExit):
             run_here([*flags, *more])
