@@ -70,7 +70,7 @@ def divide(
       max_tokens: of all rows; at least one is taken.
       check_length: tokens of a stretch to check on.
       check_tokens: of all of those.
-      least: tokens that a row or stretch has at least.
+      least: tokens that a stretch to check on has at least; a row has half of `length`.
       seed: of the dealing.
 
     Raises:
@@ -90,14 +90,14 @@ def divide(
     else:
         sides = [x[: len(x) // 2] for x in ids], [x[len(x) // 2 :] for x in ids]
     first = list(tokenizer.prefix)
-    rows = _stretches(sides[0], length, max(1, max_tokens // length), least, random)
+    rows = _stretches(sides[0], length, max(1, max_tokens // length), length // 2, random)
     checks = _stretches(sides[1], check_length, max(_STRETCHES, check_tokens // check_length), least, random)
     if not rows or len(checks) < _STRETCHES:
         tokens = sum(map(len, [*sides[0], *sides[1]]))
         raise TooLittleTextError(
-            f"the texts have {tokens:,} tokens, of which {len(rows)} stretches of {least:,} or more are to "
-            f"choose by and {len(checks)} to check on; at least 1 and {_STRETCHES} are needed: give more or longer "
-            "texts, or lower --slots"
+            f"the texts have {tokens:,} tokens, of which {len(rows)} stretches of {length // 2:,} or more are "
+            f"to choose by and {len(checks)} of {least:,} or more to check on; at least 1 and {_STRETCHES} are needed: "
+            "give more or longer texts, or lower --slots"
         )
     rows = [np.concatenate([np.array(first, np.int32), x]) for x in rows]
     return Divided(rows, whole_documents(checks, next(iter(first), None)))

@@ -66,13 +66,20 @@ class _Gains:
     rows: dict[int, list[float]]
 
 
-def geometry_of(attention: AttentionConfig) -> Geometry:
-    """Sizes of `split_memory`'s settings, or of a plain window's, in which no layer keeps."""
+def geometry_of(attention: AttentionConfig, scale: float = 1.0) -> Geometry:
+    """Sizes of `split_memory`'s settings, or of a plain window's, in which no layer keeps, times `scale`.
+
+    Scaled down, they do to short rows what they do to long ones: which layers use the distant past is the same.
+    """
+
+    def scaled(size: int) -> int:
+        return max(1, round(size * scale))
+
     x = attention
     if not x.kept_layers:
-        return Geometry(x.num_sinks, 0, 0, x.window_size)
+        return Geometry(x.num_sinks, 0, 0, scaled(x.window_size))
     narrow = next(n for i, n in enumerate(x.layer_windows) if i not in x.kept_layers)
-    return Geometry(x.num_sinks, x.max_separators, x.window_size, narrow)
+    return Geometry(x.num_sinks, scaled(x.max_separators), scaled(x.window_size), scaled(narrow))
 
 
 def choose_layers(rows: Sequence[Row], geometry: Geometry, num_layers: int, most: int, *, fixed: bool) -> list[Step]:
@@ -176,6 +183,7 @@ def choose_sizes(
     slots: int,
     base: AttentionConfig,
     number: int = 0,
+    scale: float = 1.0,
 ) -> list[Tried]:
     """Splits of the memory for the first layers of an order, tried one after the other; the best first.
 
@@ -186,6 +194,7 @@ def choose_sizes(
       slots: see `split_memory`.
       base: see there.
       number: of layers; 0: what serves best.
+      scale: of the sizes in trials (`geometry_of`).
     """
     numbers = {number} if number else {min(len(order), max(1, round(x * config.num_layers))) for x in _NUMBERS}
     tried: dict[AttentionConfig, Tried] = {}
@@ -196,7 +205,7 @@ def choose_sizes(
         except ConfigError:  # no room for this one
             return
         if attention not in tried:
-            tried[attention] = Tried(attention, others, zone, *cost(rows, attention, config.num_layers))
+            tried[attention] = Tried(attention, others, zone, *cost(rows, attention, config.num_layers, scale))
         work.add()
 
     def best() -> Tried:
@@ -215,9 +224,9 @@ def choose_sizes(
     return sorted(tried.values(), key=lambda x: x.divergence)
 
 
-def cost(rows: Sequence[Row], attention: AttentionConfig, num_layers: int) -> tuple[float, float]:
+def cost(rows: Sequence[Row], attention: AttentionConfig, num_layers: int, scale: float = 1.0) -> tuple[float, float]:
     """Divergence from the dense model and loss of these settings on the rows, in nats a token."""
-    geometry = geometry_of(attention)
+    geometry = geometry_of(attention, scale)
     keeps = np.isin(np.arange(num_layers), attention.kept_layers)
     sums = sum(row.run(keeps, geometry, row.until(geometry))[0] for row in rows)
     divergence, loss = np.asarray(sums) / sum(row.size for row in rows)

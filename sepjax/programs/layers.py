@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 from sepjax.command.settings import AtLeast
 from sepjax.command.settings import Settings as _Settings
 
+_ROW = 4  # times the slots: so that most of a row is beyond the window
+_SHORTEST = 256  # tokens of a row
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -30,7 +33,8 @@ class Settings(_Settings):
     check_text: str = ""  # others, to check the choice on; default: half of --text
     slots: Annotated[int, AtLeast(64)] = 800  # of a layer of the window that takes as many bytes
     layers: Annotated[int, AtLeast(0)] = 0  # that keep tokens; 0: as many as are worth it, up to a third
-    length: Annotated[int, AtLeast(0)] = 0  # tokens of a row to choose by; 0: four times --slots
+    # tokens of a row to choose by; 0: four times --slots. Of shorter rows all sizes are tried smaller by as much
+    length: Annotated[int, AtLeast(0)] = 0
     max_tokens: Annotated[int, AtLeast(1)] = 16_384  # to choose by, at most
     check_tokens: Annotated[int, AtLeast(1)] = 32_768  # of other texts, to check the choice on, at most
     seed: Annotated[int, AtLeast(0)] = 0  # of what is chosen by and what is checked on
@@ -52,12 +56,12 @@ def main(settings: Settings) -> None:
     check_file(settings.output)
     model, tokenizer = load(settings.model)
     config, base, slots = model.config, model.attention, settings.slots
-    length = settings.length or min(4 * slots, config.max_positions)
-    if not 2 * slots <= length <= config.max_positions:
+    length = settings.length or min(_ROW * slots, config.max_positions)
+    if not _SHORTEST <= length <= config.max_positions:
         raise ConfigError(
-            f"--length={length} must be at least twice --slots={slots}, or little of a row is beyond the window, and "
-            f"at most the model's {config.max_positions} positions; change it or --slots"
+            f"--length={length} must be {_SHORTEST} or more, and at most the model's {config.max_positions} positions"
         )
+    scale = min(1.0, length / (_ROW * slots))
     most = settings.layers or max(1, config.num_layers // 3)
     trial = split_memory(config, range(settings.layers or max(1, config.num_layers // 4)), slots, base)
     others = read_texts(Path(settings.check_text)) if settings.check_text else []
@@ -67,15 +71,15 @@ def main(settings: Settings) -> None:
     )  # fmt: skip
     prepared = Prepared.create(model, max(map(len, texts.rows)) - 1, trial)
     rows = [Row.create(prepared, ids) for ids in counted(texts.rows, "reading", len(texts.rows), "rows")]
-    steps = choose_layers(rows, geometry_of(trial), config.num_layers, most, fixed=settings.layers > 0)
+    steps = choose_layers(rows, geometry_of(trial, scale), config.num_layers, most, fixed=settings.layers > 0)
     window = plain_window(slots, base, config.num_layers)
-    plain = cost(rows, window, config.num_layers)
+    plain = cost(rows, window, config.num_layers, scale)
     _tell_layers(steps, sum(row.size for row in rows), len(rows))
     if not steps:
         write_text(settings.output, as_arm(window) + "\n")
         print(f"no layer gains more than its error by keeping tokens: a plain window is written to {settings.output}")
         return
-    tried = choose_sizes(rows, [x.layer for x in steps], config, slots, base, settings.layers)
+    tried = choose_sizes(rows, [x.layer for x in steps], config, slots, base, settings.layers, scale)
     _tell_sizes(tried, plain)
     del rows, prepared
     checked = check(model, tokenizer, texts.documents, tried[0].attention, window, slots)

@@ -153,6 +153,7 @@ def test_memory_is_split_as_asked_for():
     sizes = bounded_sizes(config, split)
     assert {sizes.parts[part].slots for part in sizes.part_of} == {640, 1408}
     assert geometry_of(split) == Geometry(4, split.max_separators, split.window_size, 635)
+    assert geometry_of(split, 0.25) == Geometry(4, 176, 164, 159)
     odd = AttentionConfig(num_sinks=1, watch_layers=(0, 1), kept_layers=(3,), keep_all_separators=True)
     window = plain_window(800, AttentionConfig(num_sinks=4), 30)
     assert (window.window_size, window.cache_size) == (827, 831)  # 800 entries take 832 slots
@@ -200,7 +201,7 @@ def test_texts_are_dealt_to_choice_and_check(byte_tokenizer):  # noqa: F811
     assert (letters(halves.rows), letters([x.targets for x in halves.documents])) == ([{"a"}] * 3, [{"b"}] * 2)
     other = divide(byte_tokenizer, texts[:1], texts[1:3], **sizes)
     assert letters(other.rows) == [{"a"}] * 2
-    with pytest.raises(TooLittleTextError, match=r"70 tokens, of which 1 stretches of 20 .* and 1 to check on"):
+    with pytest.raises(TooLittleTextError, match=r"of which 1 stretches of 15 or more .* 1 of 20 or more"):
         divide(byte_tokenizer, texts[:1], **sizes)
 
 
@@ -229,7 +230,7 @@ def test_the_command_writes_what_wins(tmp_path, model, byte_tokenizer, monkeypat
         assert attention.pattern == pattern
         assert row_bytes(CONFIG, attention) <= row_bytes(CONFIG, plain_window(100, SETTINGS, L))
     for more, message in (
-        (["--length=120"], "--length=120 must be at least twice --slots=100"),
+        (["--length=120"], "--length=120 must be 256 or more"),
         (["--layers=9"], "9 of the model's"),
         (["--slots=250"], "at least 1 and 2 are needed"),
     ):
