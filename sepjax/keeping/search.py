@@ -58,12 +58,7 @@ class _Standing:
     states: tuple[jax.Array, ...]  # of each row: what enters each layer
 
 
-@dataclasses.dataclass
-class _Gains:
-    """What layers have gained, beside how many others, on how many rows."""
-
-    beside: dict[int, int]
-    rows: dict[int, list[float]]
+type _Gains = dict[int, tuple[int, list[float]]]  # of a layer, beside how many others, and what on each row
 
 
 def geometry_of(attention: AttentionConfig, scale: float = 1.0) -> Geometry:
@@ -99,12 +94,13 @@ def choose_layers(rows: Sequence[Row], geometry: Geometry, num_layers: int, most
     standing = _stand(rows, np.zeros(num_layers, bool), geometry, until)
     if not np.isfinite(standing.sums).all():
         raise ConfigError("on these rows the model's predictions are not finite; lower --length")
-    gains, steps = _Gains({}, {}), []
+    gains: _Gains = {}
+    steps: list[Step] = []
     expected = 2 * num_layers + 3 * len(rows) * (most - 1)  # roughly
     with working("trying layers", expected, "trials") as work:
         while len(steps) < most:
             layer = _best(rows, geometry, until, standing, gains, work)
-            gained = np.array(gains.rows[layer])
+            gained = np.array(gains[layer][1])
             steps.append(_step(layer, gained, rows))
             if not fixed and steps[-1].gain <= max(0.0, steps[-1].error or 0.0):
                 return steps[:-1]
@@ -149,15 +145,16 @@ def _best(
     def measure(layer: int, number: int) -> None:
         keeps = standing.keeps.copy()
         keeps[layer] = True
-        if gains.beside.get(layer) != chosen:
-            gains.beside[layer], gains.rows[layer] = chosen, []
-        for i in range(len(gains.rows[layer]), number):
+        beside, measured = gains.get(layer, (chosen, []))
+        measured = measured if beside == chosen else []
+        for i in range(len(measured), number):
             found, _ = rows[i].run(keeps, geometry, until[i], layer, standing.states[i])
-            gains.rows[layer].append(float(standing.sums[i] - found[0]))
+            measured = [*measured, float(standing.sums[i] - found[0])]
             work.add()
+        gains[layer] = chosen, measured
 
     def mean(layer: int) -> float:
-        measured = gains.rows[layer]
+        _, measured = gains[layer]
         return sum(measured) / sum(row.size for row in rows[: len(measured)])
 
     left = np.flatnonzero(~standing.keeps).tolist()

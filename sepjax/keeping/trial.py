@@ -80,15 +80,15 @@ class Row:
     size: int  # scored tokens
     expected: tuple[jax.Array, jax.Array]  # ids [T, M] and log p of them, and of all others: [T, M + 1]
     looks: jax.Array  # [L, K, T / 32, T]: the sharpest of every 32 tokens at each token
-    states: Float[jax.Array, "L T D"]  # what enters each layer; of the dense model, the first alone is of use
+    embedded: Float[jax.Array, "T D"]  # what enters the first layer
 
     @classmethod
     def create(cls, model: Prepared, ids: np.ndarray) -> "Row":
         """Runs the dense model over ids[N], N - 1 of which predict."""
         T = model.length
         tokens, targets = (np.pad(x, (0, T + 1 - len(ids))).astype(np.int32) for x in (ids[:-1], ids[1:]))
-        expected, looks, states = _dense(model.graph, model.attention.watch_after, model.params, tokens)
-        return cls(model, tokens, targets, len(ids) - 1, expected, looks, states)
+        expected, looks, x = _dense(model.graph, model.attention.watch_after, model.params, tokens)
+        return cls(model, tokens, targets, len(ids) - 1, expected, looks, x)
 
     def until(self, geometry: Geometry) -> Int32[jax.Array, "L K T"]:
         """When each layer would drop each token if it kept watched ones in a cache of this geometry."""
@@ -110,13 +110,15 @@ class Row:
           geometry: their sizes, and the others'.
           until: of that geometry.
           first: the layers below are as in the pass that `states` are from.
-          states: of that pass; None: of none.
+          states: of that pass, what enters each layer; None: all layers are run.
         """
         windows = np.where(keeps, geometry.window, geometry.others).astype(np.int32)
         sinks = np.where(np.arange(self.model.length) < geometry.num_sinks, _EVER, 0).astype(np.int32)
+        if states is None:  # but for the first layer any would do
+            states = jnp.broadcast_to(self.embedded, (len(keeps), *self.embedded.shape))
         found, entered = _trial(
-            self.model.graph, self.model.params, self.states if states is None else states, self.tokens, self.targets,
-            self.expected, until, (keeps, windows, sinks, np.int32(first)),
+            self.model.graph, self.model.params, states, self.tokens, self.targets, self.expected, until,
+            (keeps, windows, sinks, np.int32(first)),
         )  # fmt: skip
         return np.asarray(found, np.float64)[:, : self.size].sum(axis=1), entered
 
@@ -184,7 +186,7 @@ def _layers(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _dense(graph: Any, after: int, params: Params, tokens: Array) -> tuple[Any, jax.Array, jax.Array]:
-    """What the dense model expects, how sharply it looks at each token, and its states."""
+    """What the dense model expects, how sharply it looks at each token, and what enters its first layer."""
     model, T = merge(graph, params), len(tokens)
     config = model.config
     tables, kinds = _rotating(model, len(tokens))
@@ -194,17 +196,17 @@ def _dense(graph: Any, after: int, params: Params, tokens: Array) -> tuple[Any, 
         looks = looks.reshape(len(looks), -1, _EVERY, looks.shape[-1]).max(axis=2)
         return jnp.pad(looks, ((0, 0), (0, 0), (0, T - looks.shape[-1]))).astype(jnp.float16)
 
-    x = model.embed(tokens[None], jnp.arange(T, dtype=jnp.int32)[None])[0]
-    states = jnp.zeros((config.num_layers, *x.shape), x.dtype).at[0].set(x)
+    embedded = model.embed(tokens[None], jnp.arange(T, dtype=jnp.int32)[None])[0]
+    states = jnp.broadcast_to(embedded, (config.num_layers, *embedded.shape))
     looks = jnp.zeros((config.num_layers, config.num_kv_heads, T // _EVERY, T), jnp.float16)
     attend = _attend(tables, lambda own, i, j: True, sharpest)
-    x, states, looks = _layers(model, states, jnp.int32(0), attend, (kinds,), looks)
+    x, _, looks = _layers(model, states, jnp.int32(0), attend, (kinds,), looks)
 
     def expect(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         best, ids = jax.lax.top_k(_log_p(model, x), min(_MOST_LIKELY, config.vocab_size - 1))
         return ids, jnp.concatenate([best, _log_of_others(best)], axis=-1)
 
-    return _in_chunks(expect, config.vocab_size, x), looks, states
+    return _in_chunks(expect, config.vocab_size, x), looks, embedded
 
 
 @functools.partial(jax.jit, static_argnums=2)
