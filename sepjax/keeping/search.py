@@ -23,9 +23,10 @@ from sepjax.keeping.layers import split_memory
 from sepjax.keeping.trial import Geometry, Row
 from sepjax.progress import Work, working
 
-_NUMBERS = (1 / 10, 1 / 6, 1 / 4, 1 / 3)  # of the layers
-_OTHERS = (0.5, 0.625, 0.875)  # besides 0.75
-_ZONES = (0.25, 0.375, 0.625)  # besides 0.5
+_NUMBERS = (1 / 10, 1 / 6, 1 / 4, 1 / 3, 5 / 12, 1 / 2)  # of the layers
+_OTHERS = (0.5, 0.625, 0.75, 0.875)
+_ZONES = (0.125, 0.25, 0.375, 0.5, 0.625)
+_ROUNDS = 2  # over all three: the best of one depends a little on the others
 _AT_LEAST = 3  # candidates of each step, whatever they gained before
 
 
@@ -203,21 +204,23 @@ def choose_sizes(
             return
         if attention not in tried:
             tried[attention] = Tried(attention, others, zone, *cost(rows, attention, config.num_layers, scale))
-        work.add()
+            work.add()
 
     def best() -> Tried:
         return min(tried.values(), key=lambda x: x.divergence)
 
     with working("trying sizes", len(numbers) + len(_OTHERS) + len(_ZONES), "splits") as work:
-        for x in sorted(numbers):
-            attempt(x, 0.75, 0.5)
-        if not tried:  # says why
-            split_memory(config, sorted(order[: max(numbers)]), slots, base)
-        for others in _OTHERS:
-            attempt(len(best().attention.kept_layers), others, best().zone)
-        now = best()
-        for zone in _ZONES:
-            attempt(len(now.attention.kept_layers), now.others, zone)
+        others, zone = 0.75, 0.5
+        for _ in range(_ROUNDS):
+            for x in sorted(numbers):
+                attempt(x, others, zone)
+            if not tried:  # says why
+                split_memory(config, sorted(order[: max(numbers)]), slots, base)
+            for others in _OTHERS:
+                attempt(len(best().attention.kept_layers), others, best().zone)
+            for zone in _ZONES:
+                attempt(len(best().attention.kept_layers), best().others, zone)
+            others, zone = best().others, best().zone
     return sorted(tried.values(), key=lambda x: x.divergence)
 
 

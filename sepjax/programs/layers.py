@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 from sepjax.command.settings import AtLeast
 from sepjax.command.settings import Settings as _Settings
 
-_ROW = 4  # times the slots: so that most of a row is beyond the window
+_ROW = 10  # times the slots: as in a stream, what is beyond the window is more than the kept zone holds
+_ON_CPU = 1024  # tokens, in minutes
+_LEAST = 4  # times the slots: of shorter rows most would be in the window
 _SHORTEST = 256  # tokens of a row
 
 if TYPE_CHECKING:
@@ -32,17 +34,19 @@ class Settings(_Settings):
     text: str  # a .txt file or a folder of them, like what will be read
     check_text: str = ""  # others, to check the choice on; default: half of --text
     slots: Annotated[int, AtLeast(64)] = 800  # of a layer of the window that takes as many bytes
-    layers: Annotated[int, AtLeast(0)] = 0  # that keep tokens; 0: as many as are worth it, up to a third
-    # tokens of a row to choose by; 0: four times --slots. Of shorter rows all sizes are tried smaller by as much
+    layers: Annotated[int, AtLeast(0)] = 0  # that keep tokens; 0: as many as are worth it, up to half
+    # tokens of a row to choose by; 0: ten times --slots, on a CPU 1,024. Below four times all sizes are tried smaller
     length: Annotated[int, AtLeast(0)] = 0
-    max_tokens: Annotated[int, AtLeast(1)] = 16_384  # to choose by, at most
-    check_tokens: Annotated[int, AtLeast(1)] = 32_768  # of other texts, to check the choice on, at most
+    max_tokens: Annotated[int, AtLeast(0)] = 0  # to choose by, at most; 0: 65,536, on a CPU 2,048
+    check_tokens: Annotated[int, AtLeast(0)] = 0  # of other texts, to check the choice on; 0: 65,536, on a CPU 8,192
     seed: Annotated[int, AtLeast(0)] = 0  # of what is chosen by and what is checked on
     output: str = "layers.arm"  # the settings, for --arm=@FILE
 
 
 def main(settings: Settings) -> None:
     """Writes the settings and says what they are worth."""
+    import jax
+
     from sepjax.config import ConfigError
     from sepjax.evaluation.documents import read_texts
     from sepjax.files import check_file, write_text
@@ -56,18 +60,19 @@ def main(settings: Settings) -> None:
     check_file(settings.output)
     model, tokenizer = load(settings.model)
     config, base, slots = model.config, model.attention, settings.slots
-    length = settings.length or min(_ROW * slots, config.max_positions)
+    on_cpu = jax.default_backend() == "cpu"
+    length = settings.length or min(_ON_CPU if on_cpu else _ROW * slots, config.max_positions)
     if not _SHORTEST <= length <= config.max_positions:
         raise ConfigError(
             f"--length={length} must be {_SHORTEST} or more, and at most the model's {config.max_positions} positions"
         )
-    scale = min(1.0, length / (_ROW * slots))
-    most = settings.layers or max(1, config.num_layers // 3)
+    scale = min(1.0, length / (_LEAST * slots))
+    most = settings.layers or max(1, config.num_layers // 2)
     trial = split_memory(config, range(settings.layers or max(1, config.num_layers // 4)), slots, base)
     others = read_texts(Path(settings.check_text)) if settings.check_text else []
     texts = divide(
-        tokenizer, read_texts(Path(settings.text)), others, length=length, max_tokens=settings.max_tokens,
-        check_length=5 * slots, check_tokens=settings.check_tokens, least=2 * slots, seed=settings.seed,
+        tokenizer, read_texts(Path(settings.text)), others, length=length, max_tokens=settings.max_tokens or (2048 if on_cpu else 65_536),
+        check_length=5 * slots, check_tokens=settings.check_tokens or (8192 if on_cpu else 65_536), least=2 * slots, seed=settings.seed,
     )  # fmt: skip
     prepared = Prepared.create(model, max(map(len, texts.rows)) - 1, trial)
     rows = [Row.create(prepared, ids) for ids in counted(texts.rows, "reading", len(texts.rows), "rows")]
