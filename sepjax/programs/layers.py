@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 from sepjax.command.settings import AtLeast
 from sepjax.command.settings import Settings as _Settings
 
-_ROW = 10  # times the slots: as in a stream, what is beyond the window is more than the kept zone holds
-_ON_CPU = 1024  # tokens, in minutes
+# Of a row ten times the slots: as in a stream, what is beyond the window is more than the kept zone holds. On a CPU
+# that would take hours.
+_TOKENS, _ON_CPU = (0, 32_768, 32_768), (1024, 2048, 8192)  # of a row, to choose by, to check on
+_ROW = 10
 _LEAST = 4  # times the slots: of shorter rows most would be in the window
 _SHORTEST = 256  # tokens of a row
 
@@ -37,8 +39,8 @@ class Settings(_Settings):
     layers: Annotated[int, AtLeast(0)] = 0  # that keep tokens; 0: as many as are worth it, up to half
     # tokens of a row to choose by; 0: ten times --slots, on a CPU 1,024. Below four times all sizes are tried smaller
     length: Annotated[int, AtLeast(0)] = 0
-    max_tokens: Annotated[int, AtLeast(0)] = 0  # to choose by, at most; 0: 65,536, on a CPU 2,048
-    check_tokens: Annotated[int, AtLeast(0)] = 0  # of other texts, to check the choice on; 0: 65,536, on a CPU 8,192
+    max_tokens: Annotated[int, AtLeast(0)] = 0  # to choose by, at most; 0: 32,768, on a CPU 2,048
+    check_tokens: Annotated[int, AtLeast(0)] = 0  # of other texts, to check the choice on; 0: 32,768, on a CPU 8,192
     seed: Annotated[int, AtLeast(0)] = 0  # of what is chosen by and what is checked on
     output: str = "layers.arm"  # the settings, for --arm=@FILE
 
@@ -60,8 +62,8 @@ def main(settings: Settings) -> None:
     check_file(settings.output)
     model, tokenizer = load(settings.model)
     config, base, slots = model.config, model.attention, settings.slots
-    on_cpu = jax.default_backend() == "cpu"
-    length = settings.length or min(_ON_CPU if on_cpu else _ROW * slots, config.max_positions)
+    row, most_chosen_by, most_checked = _ON_CPU if jax.default_backend() == "cpu" else _TOKENS
+    length = settings.length or min(row or _ROW * slots, config.max_positions)
     if not _SHORTEST <= length <= config.max_positions:
         raise ConfigError(
             f"--length={length} must be {_SHORTEST} or more, and at most the model's {config.max_positions} positions"
@@ -71,8 +73,9 @@ def main(settings: Settings) -> None:
     trial = split_memory(config, range(settings.layers or max(1, config.num_layers // 4)), slots, base)
     others = read_texts(Path(settings.check_text)) if settings.check_text else []
     texts = divide(
-        tokenizer, read_texts(Path(settings.text)), others, length=length, max_tokens=settings.max_tokens or (2048 if on_cpu else 65_536),
-        check_length=5 * slots, check_tokens=settings.check_tokens or (8192 if on_cpu else 65_536), least=2 * slots, seed=settings.seed,
+        tokenizer, read_texts(Path(settings.text)), others, length=length,
+        max_tokens=settings.max_tokens or most_chosen_by, check_length=5 * slots,
+        check_tokens=settings.check_tokens or most_checked, least=2 * slots, seed=settings.seed,
     )  # fmt: skip
     prepared = Prepared.create(model, max(map(len, texts.rows)) - 1, trial)
     rows = [Row.create(prepared, ids) for ids in counted(texts.rows, "reading", len(texts.rows), "rows")]
