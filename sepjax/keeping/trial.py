@@ -12,8 +12,7 @@ lowest layer that has changed: what enters every layer is held.
 
 What a set costs is told by how far its predictions are from the dense model's (their KL divergence, in nats a token):
 that is what the loss would rise by if the dense model were right about the probabilities. The loss of the text's own
-tokens tells the same with many times the noise, since it has one of the tokens that might have come
-(docs/decisions.md).
+tokens tells the same with twice the noise, since it has one of the tokens that might have come (docs/keeping.md).
 """
 
 import dataclasses
