@@ -13,10 +13,6 @@ Every row of text is run once, dense. Three measures, each summed over the place
 
 The mean of an id that came seldom is uncertain, and an id that never came has none: both are drawn to the mean of ids
 that came about as often (`per_use`).
-
-The loss also tells which layers make use of the distant past (`gains_of_layers`): with a g for each layer that goes
-from the output of its attention to sinks and window (0) to that of dense attention (1), the same derivative says what
-each gains.
 """
 
 import functools
@@ -93,23 +89,6 @@ def best_ids(value: np.ndarray, counts: np.ndarray, density: float, candidates: 
     return np.array(sorted(taken), int)
 
 
-def gains_of_layers(
-    model: Transformer,
-    rows: Sequence[Int32[np.ndarray, "_"]],
-    *,
-    window_size: int,
-    num_sinks: int = 4,
-) -> np.ndarray:
-    """What each layer's view of the distant past gives, in nats a token: float64[L].
-
-    Arguments as in `worth`, and `num_sinks`, the first tokens, which are always seen. The g of all layers go from 0 to
-    1 together: the gains add up to what the dense model has over one that sees sinks and a window, to third order.
-    """
-    measure = functools.partial(_saved_by_layers, window_size, num_sinks)
-    gains = [found for _, found in _measured(model, rows, measure, "measuring layers")]
-    return np.sum(gains, axis=0) / sum(len(ids) - 1 for ids in rows)
-
-
 def _measured(
     model: Transformer, rows: Sequence[np.ndarray], measure: Callable[..., jax.Array], what: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -124,15 +103,13 @@ def _measured(
 
 
 def _attend(window_size: int, T: int, tables: Any, visit: Callable[..., Any]) -> Any:
-    """Dense attention, written out: `visit` gets weights [B, K, G, T, T], where they are far, values, and the layer's
-    g, if layers have one.
-    """
+    """Dense attention, written out: `visit` gets weights [B, K, G, T, T], where they are far, and values."""
     i = jnp.arange(T)
     causal, far = i[:, None] >= i, i[:, None] - i >= window_size
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # weights are made again where they are needed
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        reach, rope, g = layer
+        reach, rope = layer
         if tables is not None:
             table = of_layer(tables, rope)
             q, k = rotate(q, table), rotate(k, table)
@@ -141,21 +118,19 @@ def _attend(window_size: int, T: int, tables: Any, visit: Callable[..., Any]) ->
         scores = jnp.einsum("bikgh,bjkh->bkgij", q, k, preferred_element_type=jnp.float32) * H**-0.5
         sees = causal if reach is None else causal & (i[:, None] - i < reach)
         weights = jax.nn.softmax(jnp.where(sees, scores, -jnp.inf), axis=-1)
-        out, found = visit(weights, far, v) if g is None else visit(weights, far, v, g)
+        out, found = visit(weights, far, v)
         return out.reshape(B, T, N, H).astype(v.dtype), found
 
     return attend
 
 
-def _run(
-    graph: Any, window_size: int, params: Any, tokens: jax.Array, visit: Any, g: jax.Array | None = None
-) -> tuple[Transformer, Any, Any]:
+def _run(graph: Any, window_size: int, params: Any, tokens: jax.Array, visit: Any) -> tuple[Transformer, Any, Any]:
     model = merge(graph, params)
     T, config = tokens.shape[1], model.config
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens.shape)
     ropes, kinds = layer_ropes(config)
     reach = with_own_window(AttentionConfig(), config).layer_reach  # dense, so far as the model is
-    inputs = layer_numbers([n or T for n in reach]), layer_numbers(kinds), g
+    inputs = layer_numbers([n or T for n in reach]), layer_numbers(kinds)
     tables = rope_tables(positions, ropes, config.head_dim)
     hidden, found = model(tokens, positions, _attend(window_size, T, tables, visit), inputs)
     return model, hidden, found
@@ -188,28 +163,6 @@ def _saved(
         return jnp.sum(jnp.where(is_query, losses, 0.0))
 
     return -jax.grad(loss)(jnp.full(tokens.shape, 0.5))
-
-
-def _saved_by_layers(
-    window_size: int,
-    num_sinks: int,
-    graph: Any,
-    params: Any,
-    tokens: jax.Array,
-    targets: jax.Array,
-    length: jax.Array,
-) -> Float[jax.Array, "L"]:
-    def loss(g: jax.Array) -> jax.Array:
-        def visit(weights: jax.Array, far: jax.Array, v: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
-            near = jnp.where(far & (jnp.arange(tokens.shape[1]) >= num_sinks), 0.0, weights)
-            near /= jnp.maximum(jnp.sum(near, axis=-1, keepdims=True), 1e-30)
-            return jnp.einsum("bkgij,bjkh->bikgh", g * weights + (1 - g) * near, v), None
-
-        model, hidden, _ = _run(graph, window_size, params, tokens, visit, g)
-        losses = token_nll(hidden, model.output_embedding(), targets, model.config)
-        return jnp.sum(jnp.where(jnp.arange(tokens.shape[1]) < length, losses, 0.0))
-
-    return -jax.grad(loss)(jnp.full(merge(graph, params).config.num_layers, 0.5))
 
 
 _MEASURES = {"attention": _received, "loss": _saved}

@@ -1,17 +1,31 @@
-"""measures which layers use the distant past, and splits a cache's memory by it
+"""finds which layers use the distant past and in how much memory, and checks the choice beside a window
 
     sepjax layers --model=smollm2-135m --text=books/ --slots=800 --output=smollm2.arm
     sepjax generate --model=smollm2-135m --stream --arm=@smollm2.arm --prompt="Once"
 
-Layers that gain most by it keep watched tokens, the others have a window alone (docs/keeping.md).
+Layers that gain by it keep watched tokens, the others have a window alone (docs/keeping.md). Half of the texts are for
+the choice; on the others it has to beat a plain window of as many bytes, or that window is what is written.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from sepjax.command.settings import AtLeast
 from sepjax.command.settings import Settings as _Settings
+
+# Of a row ten times the slots: as in a stream, what is beyond the window is more than the kept zone holds. On a CPU
+# that would take hours.
+_TOKENS, _ON_CPU = (0, 32_768, 32_768), (1024, 2048, 8192)  # of a row, to choose by, to check on
+_ROW = 10
+_LEAST = 4  # times the slots: of shorter rows most would be in the window
+_SHORTEST = 256  # tokens of a row
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sepjax.keeping.held_out import Check
+    from sepjax.keeping.search import Step, Tried
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,48 +34,97 @@ class Settings(_Settings):
 
     model: str  # what sepjax.load reads: a workdir, a folder, a GGUF file
     text: str  # a .txt file or a folder of them, like what will be read
-    slots: Annotated[int, AtLeast(64)] = 800  # of a layer, averaged over the layers
-    layers: Annotated[int, AtLeast(0)] = 0  # that keep tokens; 0: a quarter of the model's
-    length: Annotated[int, AtLeast(2)] = 2048  # tokens of a measured row
-    max_tokens: Annotated[int, AtLeast(1)] = 16_384  # measured at most
+    check_text: str = ""  # others, to check the choice on; default: half of --text
+    slots: Annotated[int, AtLeast(64)] = 800  # of a layer of the window that takes as many bytes
+    layers: Annotated[int, AtLeast(0)] = 0  # that keep tokens; 0: as many as are worth it, up to half
+    # tokens of a row to choose by; 0: ten times --slots, on a CPU 1,024. Below four times all sizes are tried smaller
+    length: Annotated[int, AtLeast(0)] = 0
+    max_tokens: Annotated[int, AtLeast(0)] = 0  # to choose by, at most; 0: 32,768, on a CPU 2,048
+    check_tokens: Annotated[int, AtLeast(0)] = 0  # of other texts, to check the choice on; 0: 32,768, on a CPU 8,192
+    seed: Annotated[int, AtLeast(0)] = 0  # of what is chosen by and what is checked on
     output: str = "layers.arm"  # the settings, for --arm=@FILE
 
 
 def main(settings: Settings) -> None:
-    """Writes the settings and says what each layer gains."""
-    import numpy as np
+    """Writes the settings and says what they are worth."""
+    import jax
 
     from sepjax.config import ConfigError
     from sepjax.evaluation.documents import read_texts
-    from sepjax.evaluation.perplexity import token_windows
     from sepjax.files import check_file, write_text
-    from sepjax.generation.cache.mixed import bounded_sizes
-    from sepjax.keeping.layers import as_arm, best_layers, split_memory
-    from sepjax.keeping.measure import gains_of_layers
-    from sepjax.keeping.table import rows_with_a_past
+    from sepjax.keeping.held_out import check, divide
+    from sepjax.keeping.layers import as_arm, plain_window, split_memory
+    from sepjax.keeping.search import choose_layers, choose_sizes, cost, geometry_of
+    from sepjax.keeping.trial import Prepared, Row
     from sepjax.loading import load
+    from sepjax.progress import counted
 
     check_file(settings.output)
-    window = settings.slots * 3 // 4
-    if settings.length <= window:
-        raise ConfigError(
-            f"--length={settings.length} has nothing beyond the {window} tokens that --slots={settings.slots} leaves "
-            f"other layers; raise it to {2 * settings.slots} or more"
-        )
     model, tokenizer = load(settings.model)
-    number = settings.layers or max(1, model.config.num_layers // 4)
-    trial = split_memory(model.config, range(number), settings.slots, model.attention)
-    bounded_sizes(model.config, trial)  # says what no such cache serves, before minutes of measuring
-    texts = token_windows(tokenizer, read_texts(Path(settings.text)), settings.length).ids
-    rows = rows_with_a_past(texts, window, settings.length, settings.max_tokens)
-    gains = gains_of_layers(model, rows, window_size=window, num_sinks=model.attention.num_sinks)
-    if not np.isfinite(gains).all():
-        raise ConfigError(f"on rows of {settings.length} tokens the model's losses are not finite; lower --length")
-    chosen = best_layers(gains, number)
-    attention = split_memory(model.config, chosen, settings.slots, model.attention)
-    write_text(settings.output, as_arm(attention) + "\n")
-    print(f"what each layer's view beyond {window} tokens gives, in 1/1000 nats a token; * keeps tokens")
-    for i, gain in enumerate(gains):
-        print(f"{'*' if i in chosen else ' '} layer {i:>2}  {1000 * gain:>7.2f}")
-    print(as_arm(attention))
+    config, base, slots = model.config, model.attention, settings.slots
+    row, most_chosen_by, most_checked = _ON_CPU if jax.default_backend() == "cpu" else _TOKENS
+    length = settings.length or min(row or _ROW * slots, config.max_positions)
+    if not _SHORTEST <= length <= config.max_positions:
+        raise ConfigError(
+            f"--length={length} must be {_SHORTEST} or more, and at most the model's {config.max_positions} positions"
+        )
+    scale = min(1.0, length / (_LEAST * slots))
+    most = settings.layers or max(1, config.num_layers // 2)
+    trial = split_memory(config, range(settings.layers or max(1, config.num_layers // 4)), slots, base)
+    others = read_texts(Path(settings.check_text)) if settings.check_text else []
+    texts = divide(
+        tokenizer, read_texts(Path(settings.text)), others, length=length,
+        max_tokens=settings.max_tokens or most_chosen_by, check_length=5 * slots,
+        check_tokens=settings.check_tokens or most_checked, least=2 * slots, seed=settings.seed,
+    )  # fmt: skip
+    prepared = Prepared.create(model, max(map(len, texts.rows)) - 1, trial)
+    rows = [Row.create(prepared, ids) for ids in counted(texts.rows, "reading", len(texts.rows), "rows")]
+    steps = choose_layers(rows, geometry_of(trial, scale), config.num_layers, most, fixed=settings.layers > 0)
+    window = plain_window(slots, base, config.num_layers)
+    plain = cost(rows, window, config.num_layers, scale)
+    _tell_layers(steps, sum(row.size for row in rows), len(rows))
+    if not steps:
+        write_text(settings.output, as_arm(window) + "\n")
+        print(f"no layer gains more than its error by keeping tokens: a plain window is written to {settings.output}")
+        return
+    tried = choose_sizes(rows, [x.layer for x in steps], config, slots, base, settings.layers, scale)
+    _tell_sizes(tried, plain)
+    del rows, prepared
+    checked = check(model, tokenizer, texts.documents, tried[0].attention, window, slots)
+    _tell_check(checked)
+    print(f"chosen: {as_arm(tried[0].attention)}")
+    if not checked.wins:
+        print(
+            f"that does not beat a window of as many bytes by more than the error, so this is written: {as_arm(window)}"
+        )
+    write_text(settings.output, as_arm(tried[0].attention if checked.wins else window) + "\n")
     print(f"written to {settings.output}: --arm=@{settings.output} of sepjax generate, chat and serve")
+
+
+def _tell_layers(steps: "Sequence[Step]", tokens: int, rows: int) -> None:
+    print(f"{tokens:,} tokens in {rows} rows; nearer to the dense model by keeping tokens, in 1/1000 nats a token:")
+    for i, step in enumerate(steps):
+        error = "" if step.error is None else f"  +- {1000 * step.error:.2f}"
+        print(f"layer {step.layer:>3}  {1000 * step.gain:>7.2f}{error}{'  beside those above' if i == 1 else ''}")
+
+
+def _tell_sizes(tried: "Sequence[Tried]", plain: tuple[float, float]) -> None:
+    print("layers   slots  kept  others' slots   from the dense model, 1/1000 nats   loss")
+    for x in tried:
+        a = x.attention
+        others = next(n for i, n in enumerate(a.layer_windows) if i not in a.kept_layers) + a.num_sinks
+        sizes = f"{len(a.kept_layers):>6}{a.cache_size:>8}{a.max_separators:>6}{others:>15}"
+        print(f"{sizes}{1000 * x.divergence:>26.2f}{x.loss:>15.4f}")
+    print(f"a window{'':>27}{1000 * plain[0]:>26.2f}{plain[1]:>15.4f}")
+
+
+def _tell_check(checked: "Check") -> None:
+    window, chosen = checked.window, checked.chosen
+    print(f"on {chosen.tokens:,} tokens of text that was not chosen by, streamed:")
+    for score in (window, chosen):
+        print(f"{score.arm:<8}{score.cache_bytes:>14,} bytes a row   perplexity {score.perplexity:.3f}")
+    for name, words in (("all", "all"), ("far", f"last said more than {chosen.far} tokens ago")):
+        found = checked.of(name)
+        if found is not None:
+            error = "" if found.difference_error is None else f" +- {found.difference_error:.4f}"
+            print(f"{found.difference:+.4f}{error} nats a token beside the window, {words} ({found.tokens:,} tokens)")

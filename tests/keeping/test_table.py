@@ -9,16 +9,12 @@ import numpy as np
 import pytest
 
 from sepjax.command.flags import parse
-from sepjax.config import AttentionConfig, ConfigError, ModelConfig, from_json_section
-from sepjax.evaluation.arms import parse_arms
-from sepjax.generation.cache.mixed import bounded_sizes
+from sepjax.config import AttentionConfig, ConfigError, from_json_section
 from sepjax.keeping.kinds import KINDS, far_attention_by_kind, kinds_of_ids
-from sepjax.keeping.layers import as_arm, best_layers, split_memory
-from sepjax.keeping.measure import best_ids, gains_of_layers, per_use, worth
+from sepjax.keeping.measure import best_ids, per_use, worth
 from sepjax.keeping.table import TableError, measure_table, store
 from sepjax.model.rope import rope_table, rotate
 from sepjax.programs import run_here
-from sepjax.programs.common import one_arm
 from sepjax.separators import token_texts, with_ids
 from tests.evaluation.conftest import byte_model, byte_tokenizer  # noqa: F401
 
@@ -179,80 +175,3 @@ def test_tables_that_cannot_be_measured_are_named(table):
     ):
         with pytest.raises(TableError, match=message):
             table(**({"by": "loss"} | changes))
-
-
-def test_layers_gain_what_their_far_values_give(byte_model):  # noqa: F811
-    """Against the same loss written out, a factor for each layer."""
-    L, i = byte_model.config.num_layers, jnp.arange(24)
-    far = (i[:, None] - i >= WINDOW) & (i >= 2)
-
-    def loss(g, ids):
-        tokens, turn = (
-            jnp.asarray(ids[None, :-1]),
-            rope_table(i[None], byte_model.config.rope, byte_model.config.head_dim),
-        )
-
-        def attend(q, k, v, g):
-            q, k = rotate(q, turn)[0], rotate(k, turn)[0]
-            k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v[0]))
-            scores = jnp.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
-            sees = np.tri(24, dtype=bool)
-            dense, near = (
-                jax.nn.softmax(jnp.where(x, scores, -jnp.inf)) @ v.swapaxes(0, 1) for x in (sees, sees & ~far)
-            )
-            return (g * dense + (1 - g) * near).swapaxes(0, 1)[None], None
-
-        hidden, _ = byte_model(tokens, i[None], attend, g)
-        return -jax.nn.log_softmax(byte_model.logits(hidden)[0])[i, ids[1:]].sum()
-
-    run = jax.jit(jax.grad(loss))
-    expected = -sum(np.asarray(run(jnp.full(L, 0.5), ids)) for ids in ROWS) / 48
-    gains = gains_of_layers(byte_model, ROWS, window_size=WINDOW, num_sinks=2)
-    np.testing.assert_allclose(gains, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
-
-
-def test_memory_is_split_as_asked_for():
-    config = ModelConfig(num_layers=30)
-    layers = best_layers(np.where(np.isin(np.arange(30), (15, 17, 18, 20, 21, 23, 24)), 2.0, 1.0), 7)
-    split = split_memory(config, layers, 800, AttentionConfig(num_sinks=4))
-    assert layers == (15, 17, 18, 20, 21, 23, 24)
-    sizes = bounded_sizes(config, split)
-    held = [sizes.parts[part].cache_size for part in sizes.part_of]
-    assert 799 < np.mean(held) <= 800
-    assert set(held) == {600, 1457}
-    odd = AttentionConfig(num_sinks=1, watch_layers=(0, 1), keep_all_separators=True)
-    assert parse_arms(as_arm(split), odd, 30, cached=True)[0].attention == split
-    shipped = one_arm("@smollm2_800", AttentionConfig(), 30)  # measured before this was written: two slots differ
-    assert (shipped.kept_layers, shipped.cache_size, shipped.max_separators) == (layers, 1457, split.max_separators)
-    assert np.mean([{0: 1457}.get(part, 600) for part in bounded_sizes(config, shipped).part_of]) <= 800
-    with pytest.raises(ConfigError, match="no room for 4 sinks"):
-        split_memory(config, layers, 20, AttentionConfig(num_sinks=4))
-    with pytest.raises(ConfigError, match=r"30 of the model's 30 layers.*choose 1 to 29"):
-        split_memory(config, range(30), 800)
-    for text, message in (
-        ("@smollm2_80", "smollm2_800"),
-        ("dense; dense", "another arm"),
-        ("x: dense; dense", "2 arms"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            one_arm(text, AttentionConfig(), 30)
-
-
-def test_the_program_writes_settings_that_streams_take(tmp_path, byte_model, byte_tokenizer, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr("sepjax.loading.load", lambda path: (byte_model, byte_tokenizer))
-    text, out = tmp_path / "text.txt", tmp_path / "mine.arm"
-    text.write_text("The quick brown fox, and the lazy dog. " * 12)
-    run_here(["layers", f"--model={tmp_path}", f"--text={text}", "--slots=160", "--layers=1", f"--output={out}",
-              "--length=200"])  # fmt: skip
-    said = capsys.readouterr().out
-    assert f"--arm=@{out}" in said
-    attention = one_arm(f"@{out}", byte_model.attention, byte_model.config.num_layers)
-    assert len(attention.kept_layers) == 1
-    assert f"* layer {attention.kept_layers[0]:>2}" in said
-    for flags, message in (
-        (["--length=120"], "--length=120 has nothing beyond the 120 tokens"),
-        (["--layers=9"], "9 of the model's"),
-    ):
-        with pytest.raises(SystemExit):
-            run_here(["layers", f"--model={tmp_path}", f"--text={text}", "--slots=160", f"--output={out}", *flags])
-        assert message in capsys.readouterr().err

@@ -17,7 +17,7 @@ from sepjax.generation.cache.gated import Gated
 from sepjax.generation.cache.watched import Watch
 from sepjax.model.rope import layer_ropes
 
-_ALIGN = 64  # slots: what a tensor core's product takes at a time; other numbers are padded by copying
+ALIGN = 64  # slots: what a tensor core's product takes at a time; other numbers are padded by copying
 _COUNT = 2**30  # counters wrap near here, far from the end of int32
 
 
@@ -123,7 +123,7 @@ class StreamSizes:
         """
         least = self.cache_size + 1 + (0 if self.keeps_best else self.max_separators)
         least += self.gate.stretch - 1 if self.gate else 0
-        return -(-least // _ALIGN) * _ALIGN
+        return -(-least // ALIGN) * ALIGN
 
     @property
     def ring(self) -> int:
