@@ -243,6 +243,9 @@ def test_what_one_process_has_to_read_anew_all_do(here, elsewhere, monkeypatch, 
         def has_moved(self, folder):
             return here
 
+        def read_moved(self, folder):
+            raise AssertionError
+
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(checkpoint_files.multihost_utils, "process_allgather", lambda x: np.array([x, elsewhere]))
     assert checkpoint._has_moved(Data(), tmp_path) == (here or elsewhere)
