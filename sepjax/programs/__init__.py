@@ -42,6 +42,7 @@ COMMANDS = {  # what the user writes after `sepjax` -> its file in this folder
     "picture kinds": "picture.kinds",
 }
 _BENCH = "bench"
+_NAMED = 6  # commands that a mistake names
 
 
 def main(words: Sequence[str]) -> None:
@@ -125,7 +126,8 @@ def _refuse_others(command: str, argv: Sequence[str]) -> None:
             continue
         takers = [other for other in COMMANDS if {name, name.removeprefix("no")} & names(other)]
         if takers:
-            others = ", ".join(f"sepjax {other}" for other in takers)
+            others = ", ".join(f"sepjax {other}" for other in takers[:_NAMED])
+            others += f" and {len(takers) - _NAMED} more" if len(takers) > _NAMED else ""
             raise ConfigError(f"--{match[1]} does nothing for sepjax {command}; it is for {others}: leave it out")
         meant = [other for other in (*COMMANDS, _BENCH) if name in other.split()]
         if meant:

@@ -74,7 +74,7 @@ def topology_devices(topology: str) -> list[Any]:
     Raises:
       UserError: there is no such topology, or its compiler is not installed.
     """
-    if topology.startswith("h100:"):
+    if topology.startswith("h100"):
         return _h100s(topology)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)

@@ -67,6 +67,10 @@ def test_what_there_is(capfd):
             "--budgets does nothing for sepjax evaluate windows; it is for sepjax evaluate stream: leave it out",
         ),
         ("chat --model=m --noapply_chat_template", "--noapply_chat_template does nothing for sepjax chat; it is for "),
+        (
+            "plan --config=sep_tiny --topology=v5e:4x4 --workdir=w",
+            r"sepjax train, (.*, ){4}sepjax \w+ \w+ and \d+ more:",
+        ),
         ("convert --source=a --target=b --config.training.steps=3", "it is for sepjax train, sepjax plan, sepjax dis"),
         ("generate --model=m --prompt=a --temprature=1", "unknown flag --temprature; did you mean '--temperature'"),
         ("train --config=sep_tiny --workdir=w --config.modle.num_layers=3", "did you mean '--config.model.num_layers"),
