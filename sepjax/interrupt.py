@@ -30,7 +30,7 @@ def end_in_one_line() -> None:
     uncaught, ignored = sys.excepthook, sys.unraisablehook
 
     def hook(kind: type[BaseException], error: BaseException, trace: "TracebackType | None") -> None:
-        if issubclass(kind, KeyboardInterrupt):
+        if issubclass(kind, KeyboardInterrupt) or is_pressed():
             sys.stdout.flush()  # only here: in the thread below it could wait for a lock that nobody gives up
             end()
         uncaught(kind, error, trace)
@@ -57,6 +57,11 @@ def caught() -> "AbstractContextManager[object]":
         signal.signal(signal.SIGINT, signal.default_int_handler)
         stack.callback(signal.signal, signal.SIGINT, _note)
     return stack
+
+
+def is_pressed() -> bool:
+    """Whether Ctrl-C has come: whatever error follows is its work. Libraries in C++ make another one of it."""
+    return _state["presses"] > 0
 
 
 def say() -> None:

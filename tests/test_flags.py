@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 
 import evaluate
+from sepjax import interrupt
 from sepjax.command.flags import one_line_errors, parse
 from sepjax.command.settings import Settings
 from sepjax.config import ConfigError
@@ -126,6 +127,15 @@ def test_what_ends_a_program_is_one_line(error, code, line, capfd) -> None:
     assert end.value.code == code
     (found,) = capfd.readouterr().err.splitlines()
     assert found.startswith(line)
+
+
+def test_what_a_library_makes_of_ctrl_c_is_ctrl_c(capfd, monkeypatch) -> None:
+    """SentencePiece has a RuntimeError of its own for what is raised while it asks for the next text."""
+    for name, value in (("presses", 1), ("said", 0)):
+        monkeypatch.setitem(interrupt._state, name, value)
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise RuntimeError("INTERNAL: KeyboardInterrupt: <EMPTY MESSAGE>\n\nAt:\n  data.py(73): read")
+    assert (end.value.code, capfd.readouterr().err.strip()) == (130, "interrupted")
 
 
 def test_a_bug_keeps_its_traceback() -> None:

@@ -216,6 +216,9 @@ def one_line_errors() -> Iterator[None]:
         interrupt.say()
         raise SystemExit(interrupt.EXIT_CODE) from None
     except Exception as error:
+        if interrupt.is_pressed():
+            interrupt.say()
+            raise SystemExit(interrupt.EXIT_CODE) from None
         message = _message(error)
         if message is None:
             raise
