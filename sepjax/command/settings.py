@@ -114,7 +114,7 @@ def _check(flag: Flag, value: Any) -> None:
     if value is None and flag.optional:
         return
     check_type(name, value, flag.kind)
-    if value == "" and flag.default is dataclasses.MISSING:
+    if value in ("", (), ("",)) and flag.default is dataclasses.MISSING:
         raise ConfigError(f"{name}= is empty: {flag.meaning}")
     each: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
     for item in each:

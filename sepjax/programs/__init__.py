@@ -62,6 +62,8 @@ def run_here(words: Sequence[str]) -> None:
     """The same within this process, for tests and notebooks: with flags of its own, and not under absl."""
     with one_line_errors():
         command, rest = choose(words)
+        if command == _BENCH:
+            raise ConfigError("sepjax bench measures processes of their own; run it in a terminal")
         call(program(command).main, read(command, [f"sepjax {command}", *rest], flags.FlagValues()))
 
 

@@ -58,6 +58,8 @@ def test_what_there_is(capfd):
     ("words", "message"),
     [
         ("trian", "expected a command, one of train, evaluate, .*: got 'trian'; did you mean 'train'"),
+        ("picture pareto --results= --output=x.svg", "--results= is empty: files that sepjax evaluate compare wrote"),
+        ("bench steps", "sepjax bench measures processes of their own; run it in a terminal"),
         ("evaluate", "expected a job of evaluate, one of windows, compare, .*: got none"),
         ("evaluate needles", "got 'needles'; did you mean 'needle'"),
         ("generate --model=m --prompt=a --chat", "unknown flag --chat; it is a command: sepjax chat"),
