@@ -41,7 +41,7 @@ from sepjax.run.checkpoint_files import (
     steps_on_disk,
 )
 from sepjax.run.frozen import learned_and_frozen, merged_with, read_frozen, write_frozen
-from sepjax.run.moving import Moving
+from sepjax.run.moving import Moving, has_moved_anywhere
 from sepjax.run.workdir import check_same_run
 from sepjax.sharding import make_mesh
 
@@ -183,7 +183,7 @@ class Checkpointer:
             "params": ocp.args.StandardRestore(target.params),
             "optimizer": ocp.args.StandardRestore(target.optimizer),
         }
-        moved = not is_new and _has_moved(data, folder / "data")
+        moved = not is_new and has_moved_anywhere(data, folder / "data")
         if not is_new and not moved:
             items["data"] = _grain().CheckpointRestore(data)
         if (folder / "health").is_dir():
@@ -282,11 +282,6 @@ def _newest(folder: Path) -> str:
         if complete
         else "there is no complete checkpoint yet"
     )
-
-
-def _has_moved(data: Moving, folder: Path) -> bool:
-    """`Moving.has_moved`, of any process: all read a checkpoint in one way, or they wait for one another."""
-    return agreed("it has moved" if data.has_moved(folder) else None) is not None
 
 
 def _reason(error: Exception) -> str:

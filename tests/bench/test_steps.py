@@ -66,9 +66,7 @@ def test_settings_that_cannot_work_are_named():
     with pytest.raises(ConfigError, match="sinks/separators/window/cache"):
         caches_of(CONFIG.attention, 1, "4/64", 0)
     for size in ("x", "-1", "0"):
-        with pytest.raises(
-            ConfigError, match=rf"--batch_sizes takes whole numbers of 1 or more and auto, got '{size}'"
-        ):
+        with pytest.raises(ConfigError, match=rf"--batch_sizes takes whole numbers of 1 or more.*, got '{size}'"):
             steps.Settings(config=CONFIG, batch_sizes=("1", size))
     with pytest.raises(ConfigError, match="cache_size"):
         caches_of(CONFIG.attention, 1, "4/64/256/300", 0)

@@ -14,9 +14,10 @@ import pytest
 
 from sepjax import loading
 from sepjax.config import Config, ConfigError, from_json
-from sepjax.run import checkpoint, checkpoint_files
+from sepjax.run import checkpoint_files
 from sepjax.run.checkpoint import CheckpointError, load_params
 from sepjax.run.checkpoint_files import MANIFEST
+from sepjax.run.moving import has_moved_anywhere
 from sepjax.run.workdir import WorkdirInUse, claim_workdir, hold_workdir
 from tests.reliability.common import EVERY, STEPS, assert_same, checkpoints, losses
 from train import train
@@ -248,7 +249,7 @@ def test_what_one_process_has_to_read_anew_all_do(here, elsewhere, monkeypatch, 
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(checkpoint_files.multihost_utils, "process_allgather", lambda x: np.array([x, elsewhere]))
-    assert checkpoint._has_moved(Data(), tmp_path) == (here or elsewhere)
+    assert has_moved_anywhere(Data(), tmp_path) == (here or elsewhere)
 
 
 def test_parameters_of_other_code_are_named_and_not_taken_for_torn(tiny, copy):
