@@ -57,10 +57,15 @@ def run_program(
     def run(settings: Any) -> None:
         if not flags.FLAGS["verbosity"].present:  # absl's own default lets Orbax and TFDS narrate every file
             logging.set_verbosity(logging.WARNING)
-        with one_line_errors():
-            begin()
-            compile_cache.keep()
-            main(settings)
+        try:
+            with one_line_errors():
+                begin()
+                compile_cache.keep()
+                main(settings)
+        except SystemExit as end:
+            if isinstance(end.code, int) and end.code:
+                interrupt.end_unless_done(end.code)
+            raise
 
     app.run(run, argv=list(argv) or None, flags_parser=parser)
 
