@@ -237,7 +237,7 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:  # NumPy's and Python's, the device's
         return f"not enough memory: {first_line(error)}; make the sizes smaller (window, cache, batch, length)"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{os.fspath(error.filename)!r}: {error.strerror}{_REMEDIES.get(error.errno, '')}"
+        return f"{os.fspath(error.filename)!r}: {error.strerror}{_REMEDIES.get(error.errno or 0, '')}"
     return " ".join(str(error).split("\n")) if isinstance(error, (UserError, OSError, flags.Error)) else None
 
 
