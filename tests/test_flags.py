@@ -1,5 +1,6 @@
 """Which flags each job takes, sizes out of range, and Ctrl-C: one line, whatever the program is doing."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -118,6 +119,11 @@ def test_sizes_end_where_the_devices_numbers_do() -> None:
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError("Unable to allocate 931. GiB"), 2, "error: not enough memory: Unable to allocate 931. GiB; make"),
+        (
+            OSError(errno.ENOSPC, "No space left"),
+            2,
+            "error: No space left; make room, and start the same command again",
+        ),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nmany lines"), 2, "error: not enough memory: RESOURCE_EXHAU"),
     ],
 )
@@ -136,6 +142,13 @@ def test_what_a_library_makes_of_ctrl_c_is_ctrl_c(capfd, monkeypatch) -> None:
     with pytest.raises(SystemExit) as end, one_line_errors():
         raise RuntimeError("INTERNAL: KeyboardInterrupt: <EMPTY MESSAGE>\n\nAt:\n  data.py(73): read")
     assert (end.value.code, capfd.readouterr().err.strip()) == (130, "interrupted")
+
+
+def test_a_reader_that_has_gone_is_told_nothing(capfd) -> None:
+    """`sepjax generate --stream ... | head` ends as programs do that a broken pipe kills."""
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert (end.value.code, capfd.readouterr().err) == (141, "")
 
 
 def test_a_bug_keeps_its_traceback() -> None:

@@ -26,6 +26,7 @@ from sepjax.command.settings import Settings, define, flags_of, help_text, value
 from sepjax.config import Config, ConfigError, UserError, field_types, first_line, load_config, nearest, validate
 from sepjax.config.attention import TABLES
 
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
 FLAG = re.compile(r"--?([A-Za-z_][\w.]*)")
 
 
@@ -63,6 +64,8 @@ def run_program(
                 compile_cache.keep()
                 main(settings)
         except SystemExit as end:
+            if end.code == _BROKEN_PIPE:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python has yet to print
             if isinstance(end.code, int) and end.code:
                 interrupt.end_unless_done(end.code)
             raise
@@ -220,6 +223,8 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         interrupt.say()
         raise SystemExit(interrupt.EXIT_CODE) from None
+    except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
+        raise SystemExit(_BROKEN_PIPE) from None
     except Exception as error:
         if interrupt.is_pressed():
             interrupt.say()
@@ -236,8 +241,9 @@ def _message(error: Exception) -> str | None:
     """What to tell the user; None: it is a bug."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:  # NumPy's and Python's, the device's
         return f"not enough memory: {first_line(error)}; make the sizes smaller (window, cache, batch, length)"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{os.fspath(error.filename)!r}: {error.strerror}{_REMEDIES.get(error.errno or 0, '')}"
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        where = "" if error.filename is None else f"{os.fspath(error.filename)!r}: "
+        return f"{where}{error.strerror}{_REMEDIES.get(error.errno, '')}"
     return " ".join(str(error).split("\n")) if isinstance(error, (UserError, OSError, flags.Error)) else None
 
 
