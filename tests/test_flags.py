@@ -122,7 +122,7 @@ def test_sizes_end_where_the_devices_numbers_do() -> None:
         (
             OSError(errno.ENOSPC, "No space left"),
             2,
-            "error: No space left; make room, and start the same command again",
+            "error: No space left; make room, and start",
         ),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nmany lines"), 2, "error: not enough memory: RESOURCE_EXHAU"),
     ],
