@@ -223,9 +223,8 @@ class Mine(Settings):
     mode: str = ""  # what to do
 
 def main(settings):
-    if settings.mode == "compiling":
+    if settings.mode == "user":
         interrupt.need_not_wait_for(ThreadPoolExecutor(1).submit(time.sleep, 200).done)
-    if settings.mode in ("user", "compiling"):
         raise UserError("the text\\nis empty")
     if settings.mode == "system":
         open("/nowhere/at/all")
@@ -242,8 +241,7 @@ if __name__ == "__main__":
     ("arguments", "code", "stdout", "stderr"),
     [
         (["--config.training.steps=55"], 0, "steps 55\n", ""),
-        (["--mode=user"], 2, "", "error: the text is empty\n"),
-        (["--mode=compiling"], 2, "", "error: the text is empty\n"),  # at once, and not when a thread has ended
+        (["--mode=user"], 2, "", "error: the text is empty\n"),  # at once, and not when a thread has ended
         (["--mode=system"], 2, "", "error: '/nowhere/at/all': No such file or directory; check the path\n"),
         (["--mdoe=user"], 2, "", "error: unknown flag --mdoe; did you mean '--mode'?\n"),
         (["--mode=bug"], 1, "", "Traceback"),
