@@ -44,11 +44,7 @@ def adopt_shape(config: Config, workdir: Path, *, download: bool = False) -> Con
     source, begun = config.training.init_from, workdir / "config.json"
     if not source:
         return config
-    if config.data.tokenizer:
-        raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer!r} with training.init_from={source!r}: a model goes with its own "
-            "tokenizer; leave it empty"
-        )
+    _refuse_tokenizer(config)
     is_begun = begun.exists() and has_begun(workdir)
     there = from_json(begun.read_bytes()).model if is_begun else load_shape(source, download=download)[0]
     return _with_shape(config, there)
@@ -57,8 +53,8 @@ def adopt_shape(config: Config, workdir: Path, *, download: bool = False) -> Con
 def planned(config: Config) -> Config:
     """The config as `adopt_shape` makes it of a source that need not have its weights here, for `sepjax plan`.
 
-    Of a Hugging Face folder config.json is enough. A model section that says a shape stands alone where there is no
-    such path.
+    Of a Hugging Face folder config.json is enough. A model section that says a shape stands alone where the source is
+    not here.
 
     Raises:
       ConfigError, OSError, UserError: as `adopt_shape`; the source is not here, and the model section says no shape.
@@ -66,17 +62,25 @@ def planned(config: Config) -> Config:
     source = config.training.init_from
     if not source:
         return config
-    if _computed_alike(ModelConfig(), config.model) != config.model and not Path(source).exists():
-        return _with_shape(config, config.model)
+    _refuse_tokenizer(config)
     try:
-        return _with_shape(config, shape_alone(source))
+        locate(source)
     except (HubError, FileNotFoundError) as error:
-        if Path(source).exists():
-            raise
+        if _computed_alike(ModelConfig(), config.model) != config.model:
+            return _with_shape(config, config.model)
         raise ConfigError(
             f"training.init_from={source!r} is not here, and the model section says no shape; its config.json is "
             "enough for a plan, in a folder or in the hub's local cache"
         ) from error
+    return _with_shape(config, shape_alone(source))
+
+
+def _refuse_tokenizer(config: Config) -> None:
+    if config.data.tokenizer:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer!r} with training.init_from={config.training.init_from!r}: a model "
+            "goes with its own tokenizer; leave it empty"
+        )
 
 
 def _with_shape(config: Config, there: ModelConfig) -> Config:

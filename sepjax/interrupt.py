@@ -11,6 +11,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
     from types import FrameType, TracebackType
     from typing import Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 _PATIENCE = 3.0  # seconds for the exception to end the program: half-written files are removed, readers ended
 _state = {"presses": 0, "said": 0}
+_unfinished: "list[Callable[[], bool]]" = []  # each says whether work of a thread is done
 
 
 def end_in_one_line() -> None:
@@ -30,10 +32,11 @@ def end_in_one_line() -> None:
     uncaught, ignored = sys.excepthook, sys.unraisablehook
 
     def hook(kind: type[BaseException], error: BaseException, trace: "TracebackType | None") -> None:
-        if issubclass(kind, KeyboardInterrupt):
+        if issubclass(kind, KeyboardInterrupt) or is_pressed():
             sys.stdout.flush()  # only here: in the thread below it could wait for a lock that nobody gives up
             end()
         uncaught(kind, error, trace)
+        end_unless_done(1)
 
     def unraisable(what: "Any") -> None:
         if not issubclass(what.exc_type, KeyboardInterrupt):
@@ -59,6 +62,11 @@ def caught() -> "AbstractContextManager[object]":
     return stack
 
 
+def is_pressed() -> bool:
+    """Whether Ctrl-C has come: whatever error follows is its work. Libraries in C++ make another one of it."""
+    return _state["presses"] > 0
+
+
 def say() -> None:
     """The line, once."""
     _state["said"] += 1
@@ -73,12 +81,29 @@ def say() -> None:
 def end() -> None:
     """Says so and ends the program at once."""
     say()
+    _leave(EXIT_CODE)
+
+
+def need_not_wait_for(is_done: "Callable[[], bool]") -> None:
+    """Tells of work of a thread that an error's end of the program need not wait for: of a compiler, for minutes."""
+    _unfinished[:] = [*(x for x in _unfinished if not x()), is_done]
+
+
+def end_unless_done(code: int) -> None:
+    """Ends the program at once, with `code`, where such work goes on: Python would wait for its thread."""
+    if not all(is_done() for is_done in _unfinished):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _leave(code)
+
+
+def _leave(code: int) -> None:
     if "multiprocessing" in sys.modules:  # readers of data would outlive this process
         import multiprocessing
 
         for child in multiprocessing.active_children():
             child.kill()
-    os._exit(EXIT_CODE)
+    os._exit(code)
 
 
 def _at_once(number: int, frame: "FrameType | None") -> None:

@@ -139,4 +139,6 @@ def _is_run(source: Path) -> bool:
 
 
 def _kind(path: Path) -> str:
+    if (path / "config.json").is_file():
+        return "a folder with config.json and without weights, neither *.safetensors nor checkpoints"
     return "a folder without checkpoints or config.json" if path.is_dir() else "a file"

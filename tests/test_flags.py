@@ -1,5 +1,6 @@
 """Which flags each job takes, sizes out of range, and Ctrl-C: one line, whatever the program is doing."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from absl import flags
 
 import evaluate
+from sepjax import interrupt
 from sepjax.command.flags import one_line_errors, parse
 from sepjax.command.settings import Settings
 from sepjax.config import ConfigError
@@ -117,6 +119,11 @@ def test_sizes_end_where_the_devices_numbers_do() -> None:
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError("Unable to allocate 931. GiB"), 2, "error: not enough memory: Unable to allocate 931. GiB; make"),
+        (
+            OSError(errno.ENOSPC, "No space left"),
+            2,
+            "error: No space left; make room, and start",
+        ),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nmany lines"), 2, "error: not enough memory: RESOURCE_EXHAU"),
     ],
 )
@@ -126,6 +133,22 @@ def test_what_ends_a_program_is_one_line(error, code, line, capfd) -> None:
     assert end.value.code == code
     (found,) = capfd.readouterr().err.splitlines()
     assert found.startswith(line)
+
+
+def test_what_a_library_makes_of_ctrl_c_is_ctrl_c(capfd, monkeypatch) -> None:
+    """SentencePiece has a RuntimeError of its own for what is raised while it asks for the next text."""
+    for name, value in (("presses", 1), ("said", 0)):
+        monkeypatch.setitem(interrupt._state, name, value)
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise RuntimeError("INTERNAL: KeyboardInterrupt: <EMPTY MESSAGE>\n\nAt:\n  data.py(73): read")
+    assert (end.value.code, capfd.readouterr().err.strip()) == (130, "interrupted")
+
+
+def test_a_reader_that_has_gone_is_told_nothing(capfd) -> None:
+    """`sepjax generate --stream ... | head` ends as programs do that a broken pipe kills."""
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert (end.value.code, capfd.readouterr().err) == (141, "")
 
 
 def test_a_bug_keeps_its_traceback() -> None:

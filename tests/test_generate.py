@@ -363,10 +363,13 @@ def test_a_run_is_loaded(workdir, model, tokenizer):
 def test_other_paths_say_what_they_are(workdir, tmp_path):
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "model.safetensors").touch()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")
     (tmp_path / "model.gguf").touch()
     for path, kind, message in (
         (tmp_path / "nothing", FileNotFoundError, "no such folder"),
         (tmp_path / "hub", LoadError, "a folder without checkpoints or config"),
+        (tmp_path / "bare", LoadError, r"a folder with config\.json and without weights"),
         (tmp_path / "model.gguf", GGUFError, "is empty; download it again"),
         (tmp_path, LoadError, "folder without checkpoints"),
     ):

@@ -81,3 +81,9 @@ def test_a_saved_row_and_its_state_print_in_short():
     assert repr(row) == f"SavedRow(0 tokens seen, {len(row.pending)} to be read)"
     assert "cache=StreamingCache(1 x 2 layers" in repr(row.state)
     assert len(repr(row.state)) < 300
+
+
+def test_settings_in_words_say_how_a_cache_is_held():
+    codes = dataclasses.replace(ATTENTION, cache_dtype="int8")
+    assert codes.in_words() == "separator a=2 s=3 w=6 c=20 cache=int8"
+    assert dataclasses.replace(codes, pattern="dense").in_words() == "dense cache=int8"

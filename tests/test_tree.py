@@ -48,7 +48,8 @@ MAY_IMPORT = {
         "clocks",
     },
     "serve": BASE | {"array_typing", "clocks", "data", "generation", "hub", "model"},  # of programs and benches alone
-    "training": BASE | {"separators", "layout", "sharding", "attention", "data", "model", "flops", "console"},
+    "training": BASE
+    | {"separators", "layout", "sharding", "attention", "data", "model", "flops", "console", "interrupt"},
     "run": BASE | {"console", "measure", "sharding", "model", "training"},
 }
 

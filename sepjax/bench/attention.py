@@ -29,7 +29,7 @@ from sepjax.attention import dense_attention, separator_attention
 from sepjax.command.flags import run_settings
 from sepjax.command.settings import AtLeast, AtMost, OneOf
 from sepjax.command.settings import Settings as _Settings
-from sepjax.config import ConfigError
+from sepjax.config import ConfigError, first_line
 from sepjax.files import write_text
 from sepjax.layout import SeparatorLayout, build_layout
 from sepjax.measure import Timing, heading, provenance, time_calls
@@ -221,7 +221,7 @@ def _time(settings: Settings, run: Callable[[], Any]) -> Timing | Failure:
     try:
         return time_calls(run, repeats=settings.repeats, seconds=settings.seconds)
     except (RuntimeError, NotImplementedError, ValueError) as error:  # JAX's own errors are RuntimeErrors
-        return Failure(str(error).strip().splitlines()[0])
+        return Failure(first_line(error))
 
 
 def _milliseconds(timing: Timing | Failure) -> float | None:

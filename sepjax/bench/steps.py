@@ -46,6 +46,12 @@ class Settings(_Settings):
     dense_context: Annotated[int, AtLeast(0)] = 0
     seconds: Annotated[float, AtLeast(0)] = 3.0  # for each figure
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for size in self.batch_sizes:
+            if size != "auto" and not (size.isdecimal() and int(size)):
+                raise ConfigError(f"--batch_sizes takes whole numbers of 1 or more and auto, got {size!r}")
+
 
 @dataclasses.dataclass(frozen=True)
 class StepSpeed:

@@ -8,7 +8,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +23,10 @@ from ml_collections import config_flags
 from sepjax import interrupt, progress
 from sepjax.command import compile_cache
 from sepjax.command.settings import Settings, define, flags_of, help_text, value_of
-from sepjax.config import Config, ConfigError, UserError, field_types, load_config, nearest, validate
+from sepjax.config import Config, ConfigError, UserError, field_types, first_line, load_config, nearest, validate
 from sepjax.config.attention import TABLES
 
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
 FLAG = re.compile(r"--?([A-Za-z_][\w.]*)")
 
 
@@ -55,10 +58,17 @@ def run_program(
     def run(settings: Any) -> None:
         if not flags.FLAGS["verbosity"].present:  # absl's own default lets Orbax and TFDS narrate every file
             logging.set_verbosity(logging.WARNING)
-        with one_line_errors():
-            begin()
-            compile_cache.keep()
-            main(settings)
+        try:
+            with one_line_errors():
+                begin()
+                compile_cache.keep()
+                main(settings)
+        except SystemExit as end:
+            if end.code == _BROKEN_PIPE:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python has yet to print
+            if isinstance(end.code, int) and end.code:
+                interrupt.end_unless_done(end.code)
+            raise
 
     app.run(run, argv=list(argv) or None, flags_parser=parser)
 
@@ -93,6 +103,9 @@ def read_settings[S: Settings](cls: type[S], argv: Sequence[str], flag_values: f
         define(flag, flag_values)
     configs = parse(argv, flag_values, with_config=any(flag.kind is Config for flag in found))
     values: dict[str, Any] = {flag.name: value_of(flag, flag_values) for flag in found if flag.kind is not Config}
+    for flag in found:
+        if flag.default is dataclasses.MISSING and flag.name in values and values[flag.name] is None:
+            raise ConfigError(f"--{flag.name}=... is required: {flag.meaning}")
     if configs:
         values["config"] = configs[0]
     return cls(**values)
@@ -119,7 +132,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, *, with_config: bo
     try:
         positional = flag_values(argv)[1:]
     except flags.IllegalFlagValueError as error:
-        raise ConfigError(f"{error}{_expected_type(str(error))}") from error
+        raise ConfigError(_without_python(f"{error}{_expected_type(str(error))}")) from error
     _check_sizes(flag_values)
     if positional:
         raise ConfigError(f"unexpected argument {positional[0]!r}; everything is a flag here: --name=value")
@@ -210,7 +223,12 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         interrupt.say()
         raise SystemExit(interrupt.EXIT_CODE) from None
+    except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
+        raise SystemExit(_BROKEN_PIPE) from None
     except Exception as error:
+        if interrupt.is_pressed():
+            interrupt.say()
+            raise SystemExit(interrupt.EXIT_CODE) from None
         message = _message(error)
         if message is None:
             raise
@@ -222,9 +240,23 @@ def one_line_errors() -> Iterator[None]:
 def _message(error: Exception) -> str | None:
     """What to tell the user; None: it is a bug."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:  # NumPy's and Python's, the device's
-        first = (str(error).strip().splitlines() or ["no more can be had"])[0]
-        return f"not enough memory: {first[:300]}; make the sizes smaller (window, cache, batch, length)"
-    return str(error) if isinstance(error, (UserError, OSError, flags.Error)) else None
+        return f"not enough memory: {first_line(error)}; make the sizes smaller (window, cache, batch, length)"
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        where = "" if error.filename is None else f"{os.fspath(error.filename)!r}: "
+        return f"{where}{error.strerror}{_REMEDIES.get(error.errno, '')}"
+    return " ".join(str(error).split("\n")) if isinstance(error, (UserError, OSError, flags.Error)) else None
+
+
+_REMEDIES = {  # of the system's errors of files
+    errno.ENOENT: "; check the path",
+    errno.EEXIST: "; it is a file, where a folder is needed: choose another path",
+    errno.ENOTDIR: "; a part of it is a file, where a folder is needed: choose another path",
+    errno.EISDIR: "; name a file in it",
+    errno.EACCES: "; change who may use it, or choose another path",
+    errno.EPERM: "; change who may use it, or choose another path",
+    errno.EROFS: "; choose another path",
+    errno.ENOSPC: "; make room, and start the same command again",
+}
 
 
 def _check_sizes(flag_values: flags.FlagValues) -> None:
@@ -248,6 +280,13 @@ def _define_config(argv: Sequence[str], flag_values: flags.FlagValues) -> flags.
     flag_values["config"].default_as_str = ""  # --help would print every field
     flag_values.register_key_flag_for_module(argv[0], flag_values["config"])  # so that --help lists it
     return holder
+
+
+def _without_python(message: str) -> str:
+    """What absl says of a value of the wrong type, in the words of whoever wrote the command line."""
+    for said, expected in (("invalid literal for int", "a whole number"), ("could not convert string to", "a number")):
+        message = re.sub(rf": {said}.*", f": expected {expected}", message)
+    return message
 
 
 def _expected_type(message: str) -> str:

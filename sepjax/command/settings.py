@@ -27,7 +27,7 @@ from typing import Any
 from absl import flags
 
 from sepjax.config import Config
-from sepjax.config.checks import at_least, at_most, check_type, one_of, whole_numbers
+from sepjax.config.checks import ConfigError, at_least, at_most, check_type, one_of, whole_numbers
 
 _WIDTH, _COLUMN = 120, 32  # of --help: where lines end, and where meanings begin
 
@@ -114,6 +114,8 @@ def _check(flag: Flag, value: Any) -> None:
     if value is None and flag.optional:
         return
     check_type(name, value, flag.kind)
+    if value in ("", (), ("",)) and flag.default is dataclasses.MISSING:
+        raise ConfigError(f"{name}= is empty: {flag.meaning}")
     each: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
     for item in each:
         if mark := flag.mark(AtLeast):
@@ -129,14 +131,15 @@ def define(flag: Flag, values: flags.FlagValues, *, default: Any = dataclasses.M
     if flag.kind is Config:
         return
     given = flag.default if default is dataclasses.MISSING else default
-    required = given is dataclasses.MISSING
-    given = None if required else list(map(str, given)) if isinstance(given, tuple) else given
+    if given is dataclasses.MISSING:  # whoever reads them says what is required (`sepjax.command.flags`)
+        given = None
+    given = list(map(str, given)) if isinstance(given, tuple) else given
     if typing.get_origin(flag.kind) is tuple:
         kind: Any = flags.DEFINE_multi_string if flag.mark(Repeated) else flags.DEFINE_list
     else:
         by_kind = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
         kind = by_kind.get(flag.kind, flags.DEFINE_string)
-    kind(flag.name, given, flag.meaning, flag_values=values, required=required)
+    kind(flag.name, given, flag.meaning, flag_values=values)
 
 
 def value_of(flag: Flag, values: flags.FlagValues) -> Any:

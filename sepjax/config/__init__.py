@@ -26,7 +26,7 @@ from sepjax.config.attention import (
     validate_attention,
 )
 from sepjax.config.checkout import root
-from sepjax.config.checks import ConfigError, UserError, nearest
+from sepjax.config.checks import ConfigError, UserError, first_line, nearest
 from sepjax.config.checks import at_least as _at_least
 from sepjax.config.checks import check_type as _check_type
 from sepjax.config.checks import check_types as _check_types
@@ -47,6 +47,7 @@ __all__ = [  # of other files, for whoever reads a config
     "ModelConfig",
     "RopeConfig",
     "UserError",
+    "first_line",
     "keeps_everything",
     "layer_reaches",
     "layer_windows",
@@ -278,4 +279,4 @@ def _config_file(path: Path) -> Path:
         return ours[path.name.removesuffix(".py")]
     here = [file.name for file in path.parent.glob("*.py")]
     hint = nearest(path.name, here) or nearest(path.name.removesuffix(".py"), ours)
-    raise ConfigError(f"no config file {str(path)!r}{hint}")
+    raise ConfigError(f"no config file {str(path)!r}{hint or f'; sepjax has {", ".join(sorted(ours))}'}")

@@ -56,10 +56,11 @@ class AttentionConfig:
 
     def in_words(self) -> str:
         """The pattern and its sizes, for people, with the letters of an arm."""
+        kept_in = "" if self.cache_dtype == "model" else f" cache={self.cache_dtype}"
         if self.pattern == "dense":
-            return self.pattern
+            return self.pattern + kept_in
         cache = f" c={self.cache_size}" if self.cache_size else ""
-        return f"{self.pattern} a={self.num_sinks} s={self.max_separators} w={self.window_size}{cache}"
+        return f"{self.pattern} a={self.num_sinks} s={self.max_separators} w={self.window_size}{cache}{kept_in}"
 
 
 def validate_attention(attention: AttentionConfig, num_layers: int) -> AttentionConfig:

@@ -18,6 +18,12 @@ class ConfigError(UserError, ValueError):
     """A setting that cannot work: the message says which, what was given, what is expected and how to fix it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, for a message of one line: its first line, or else its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300].rstrip(".") if lines else type(error).__name__
+
+
 def one_of(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises ConfigError for a value that is none of the choices, with the nearest of them."""
     if value not in choices:

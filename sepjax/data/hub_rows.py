@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, override
 
 from sepjax import progress
+from sepjax.config import first_line
 from sepjax.console import say
 from sepjax.data.conversations import FIELDS, RecordError, kind_of, text_of
 from sepjax.data.corpora.rows import Raw
 from sepjax.data.corpora.splits import fingerprint
-from sepjax.data.errors import DataError, first_line
+from sepjax.data.errors import DataError
 from sepjax.data.texts import TextSource
 
 PREFIX = "hf://"
@@ -142,7 +143,7 @@ def _splits(library: Any, name: str) -> dict[str, Any]:
     except Exception as error:  # of networks, files, formats
         while error.__cause__ and isinstance(error, library.exceptions.DatasetGenerationError):
             error = error.__cause__
-        raise DataError(f"cannot read {name!r}: {first_line(error) or type(error).__name__}") from error
+        raise DataError(f"cannot read {name!r}: {first_line(error)}") from error
 
 
 def _parsed(name: str) -> tuple[str, str | None, str | None]:

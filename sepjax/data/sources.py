@@ -10,7 +10,7 @@ from typing import Any, override
 import tensorflow_datasets as tfds
 from google.protobuf.json_format import ParseError
 
-from sepjax.config import DataConfig, UserError
+from sepjax.config import DataConfig, UserError, first_line
 from sepjax.console import say
 from sepjax.data.conversations import Form
 from sepjax.data.corpora.embedded.embedded import Embedded
@@ -19,7 +19,7 @@ from sepjax.data.corpora.recall.recall import Recall
 from sepjax.data.corpora.records.records import Records
 from sepjax.data.corpora.rows import FileRows, Rows
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
-from sepjax.data.errors import DataError, first_line
+from sepjax.data.errors import DataError
 from sepjax.data.hub_rows import HubRows, HubTexts, is_of_hub
 from sepjax.data.locks import exclusive
 from sepjax.data.mixture import parts_of
@@ -206,7 +206,7 @@ def _builder(data: DataConfig, data_dir: str, split: str, form: Form | None) -> 
         builder = tfds.builder(data.name, data_dir=folder, file_format=_FORMAT)
     except ValueError as error:
         raise DataError(
-            f"data.name={data.name!r} is neither 'embedded' nor 'recall', nor an existing file or folder, nor a TFDS "
+            f"{data.name!r} is neither 'embedded' nor 'recall', nor an existing file or folder, nor a TFDS "
             f"dataset in data_dir={folder!r}: {first_line(error)}"
         ) from error
     if not _is_prepared(builder):

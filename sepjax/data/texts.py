@@ -6,7 +6,8 @@ from typing import overload, override
 
 from absl import logging
 
-from sepjax.data.errors import DataError, first_line
+from sepjax.config import first_line
+from sepjax.data.errors import DataError
 
 _BYTES_PER_TOKEN = 3  # how far to read ahead; a wrong guess costs another read
 _DOCUMENTS_AT_ONCE = 1024

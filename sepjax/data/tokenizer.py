@@ -88,6 +88,10 @@ class Tokenizer:
         file = _tokenizer_file(epath.Path(path))
         try:
             return cls(read_model(read_regular(file), read_beside(file.parent)))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"no tokenizer {str(file)!r}: expected a SentencePiece model, a tokenizer.json, or a folder with one"
+            ) from error
         except SpecialTokenError as error:
             raise DataError(f"cannot read tokenizer {str(file)!r}: {error}") from error
         except ValueError as error:

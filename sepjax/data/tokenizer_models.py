@@ -16,7 +16,7 @@ import sentencepiece
 import tokenizers
 from jaxtyping import Int32, Int64
 
-from sepjax.data.errors import first_line
+from sepjax.config import first_line
 from sepjax.data.special_tokens import OLDER, ORDER, SpecialTokenError, SpecialTokens
 from sepjax.separators import BYTE_TOKEN, bytes_of_alphabet
 

@@ -119,8 +119,13 @@ def _of_file(part: str) -> list[str]:
     file = ours.get(rest[1:], Path(rest[1:]))
     try:
         parts = _parts(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"arm {part!r}: {error}{nearest(rest[1:], ours)}") from error
+    except OSError as error:
+        reason = f"{error.strerror}{nearest(rest[1:], ours) or f'; sepjax has {", ".join(sorted(ours))}'}"
+        raise ConfigError(f"arm {part!r}: cannot read {str(file)!r}: {reason}") from error
+    except ValueError as error:
+        raise ConfigError(f"arm {part!r}: {str(file)!r} is not a text ({error}); expected arms, a line each") from error
+    if not parts:
+        raise ConfigError(f"arm {part!r}: {str(file)!r} has no arm; expected some, a line each")
     if name and len(parts) != 1:
         raise ConfigError(f"arm {part!r}: {file} has {len(parts)} arms, which cannot all have one name; leave it out")
     if len(parts) != 1 or (_NAMED.match(parts[0]) and not name):
@@ -192,7 +197,8 @@ def _change(key: str, value: str) -> dict[str, Any]:
     kinds = {field.name: field.type for field in dataclasses.fields(AttentionConfig)}
     name = key if key in kinds else SHORT.get(key, key)
     if name not in kinds:
-        raise ConfigError(f"unknown field {key!r}{nearest(key, [*kinds, *SHORT])}")
+        known = nearest(key, [*kinds, *SHORT]) or f"; expected one of {', '.join(SHORT)}, or a field of attention"
+        raise ConfigError(f"unknown field {key!r}{known}")
     try:
         return {name: _value(kinds[name], value)}
     except ValueError as error:
@@ -208,7 +214,10 @@ def _value(kind: Any, text: str) -> Any:
             raise ValueError("expected true or false")
         return text.lower() == "true"
     if kind in (int, float):
-        return kind(text)
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError(f"expected a {'whole ' if kind is int else ''}number") from None
     if kind is not str and type(None) in typing.get_args(kind) and text.lower() == "none":
         return None
     if kind is str or str in typing.get_args(kind):

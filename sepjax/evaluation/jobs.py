@@ -12,7 +12,7 @@ from sepjax.console import say
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation import compare, curves, needle, perplexity, streaming, tasks
 from sepjax.evaluation.arms import Arm, fixed_arms, parse_arms, plain_arms, stream_attention
-from sepjax.evaluation.documents import read_documents, read_texts
+from sepjax.evaluation.documents import has_records, read_documents, read_texts
 from sepjax.evaluation.equal import density as window_density
 from sepjax.evaluation.inputs import (
     Texts,
@@ -59,6 +59,8 @@ def evaluate(
     """
     model, tokenizer = load(workdir, step=step, **settings)
     config = config_of(workdir, model)
+    if text_key and Path(text).exists() and not has_records(Path(text)):
+        raise ConfigError(f"--text_key={text_key} does nothing for --text={text}, which has no fields; leave it out")
     data = dataclasses.replace(config.data, text_key=text_key or config.data.text_key)
     config = dataclasses.replace(config, data=data)
     patterns = patterns or [pattern for pattern in PATTERNS if pattern != "gated" or model.gate is not None]
@@ -155,7 +157,9 @@ def find_needles(
         compared = plain_arms([with_pattern(config, pattern, window_size) for pattern in patterns])
     haystack = "\n\n".join(read_texts(Path(text)))
     grid = {"lengths": lengths, "depths": depths, "tails": tails, "trials": trials, "batch_tokens": batch_tokens}
-    return needle.needle_grid(model, tokenizer, haystack, compared, **grid)
+    first = tokenizer.document_start if is_trained(path) else None
+    start = None if first is None else [first]
+    return needle.needle_grid(model, tokenizer, haystack, compared, start=start, **grid)
 
 
 def run_tasks(

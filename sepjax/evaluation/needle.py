@@ -66,6 +66,7 @@ def needle_grid(
     trials: int = 10,
     seed: int = 0,
     batch_tokens: int = 65_536,
+    start: Sequence[int] | None = None,
 ) -> list[Cell]:
     """Scores every length, depth and tail under each arm, on the same texts.
 
@@ -80,6 +81,7 @@ def needle_grid(
       trials: texts of each length and depth.
       seed: of places, numbers and pieces of the haystack.
       batch_tokens: tokens of a forward pass.
+      start: what stands before a text; None: `tokenizer.prefix`.
 
     Raises:
       NeedleError: the haystack is too short, a length too short for needle and question, a depth outside 0 to 1, too
@@ -89,10 +91,10 @@ def needle_grid(
         raise NeedleError(f"needs tails of 0 to {len(_WORDS) - 1} words, got {list(tails)}")
     if not lengths or not depths or any(not 0 <= depth <= 1 for depth in depths):
         raise NeedleError(f"needs lengths, and depths from 0 to 1: got {list(lengths)} and {list(depths)}")
-    hay = tokenizer.encode(haystack)
+    hay, start = tokenizer.encode(haystack), tokenizer.prefix if start is None else start
     rng = np.random.default_rng(seed)
     texts = [
-        ((length, depth, tail), _text(tokenizer, hay, length, depth, tail, rng))
+        ((length, depth, tail), _text(tokenizer, start, hay, length, depth, tail, rng))
         for length in lengths
         for depth in depths
         for tail in tails
@@ -110,19 +112,29 @@ def needle_grid(
 
 
 def _text(
-    tokenizer: Tokenizer, hay: Sequence[int], length: int, depth: float, tail: int, rng: np.random.Generator
+    tokenizer: Tokenizer,
+    start: Sequence[int],
+    hay: Sequence[int],
+    length: int,
+    depth: float,
+    tail: int,
+    rng: np.random.Generator,
 ) -> tuple[list[int], list[int]]:
     """A context of `length` tokens with the number's, and the number."""
     place, number = str(rng.choice(_PLACES)), str(rng.integers(10_000, 100_000))
-    start = tokenizer.prefix
     needle = tokenizer.encode(_NEEDLE.format(place=place, number=number, tail=" ".join(_WORDS[: tail + 1])))
     question = tokenizer.encode(_QUESTION.format(place=place))
     answer = tokenizer.encode(_QUESTION.format(place=place) + f" {number}")[len(question) :]
     room = length - len(start) - len(needle) - len(question) - len(answer)
-    if room < 1 or len(hay) < room:
+    if room < 1:
         raise NeedleError(
-            f"a text of {length} tokens needs {max(room, 1)} of haystack between needle and question; the haystack has "
-            f"{len(hay)}: give a longer --text or other --lengths"
+            f"a text of {length} tokens has no room for a haystack: needle and question take {length - room}; give "
+            "larger --lengths"
+        )
+    if len(hay) < room:
+        raise NeedleError(
+            f"a text of {length} tokens needs {room} of haystack, which has {len(hay)}; give a longer --text or "
+            "smaller --lengths"
         )
     at = int(rng.integers(0, len(hay) - room + 1))
     piece, before = list(hay[at : at + room]), round(depth * room)

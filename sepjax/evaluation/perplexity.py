@@ -34,6 +34,8 @@ from sepjax.model.unrolled import working_copy
 from sepjax.progress import counted, working
 from sepjax.separators import configured_table, flag_separators, warn_of_few_in
 
+_STEP = 256  # rows have a multiple of so many tokens: few shapes, of which each is compiled
+
 
 class TextError(UserError, ValueError):
     """Texts that cannot be scored as asked."""
@@ -180,7 +182,7 @@ def score_windows(
       tokenizer: the model's.
       windows: of up to `length` tokens.
       attention: the pattern.
-      length: T, tokens of a row.
+      length: T, tokens of a row; less where all windows are shorter.
       batch_size: rows of a forward pass, at most (`rows_of_pass`).
 
     Raises:
@@ -189,6 +191,7 @@ def score_windows(
     table_rows = model.config.max_positions
     if model.config.position_embedding == "learned" and length > table_rows:
         raise TextError(f"length={length} exceeds the model's {table_rows} learned positions; use {table_rows} or less")
+    length = min(length, -(-int(windows.lengths.max()) // _STEP) * _STEP)  # what is longer than the texts is padding
     graph, params = split(model)
     seen = with_own_window(attention, model.config)
     step, params = _make_step(graph, seen), working_copy(params, model.config)

@@ -55,7 +55,7 @@ def chat(
     if conversation is None:
         settings: dict[str, Any] = {"system": system, "template_variables": template_variables}
         conversation = conversation_of(tokenizer, ChatTemplate.of(tokenizer), **settings)
-    report(f"a conversation in the form of {conversation.name}; {HELP}")
+    report(f"chat format: {conversation.name}; {HELP}")
     while True:
         try:
             with interrupt.caught():

@@ -168,7 +168,7 @@ class _ByTemplate(Conversation):
             except HubError as error:
                 self._other = _InForm(self._tokenizer, "", self._control_tokens)
                 ids, _ = self._other.turn(text, before=before)
-                return ids, f"({error}; turns go on in the form of {self._other.name})"
+                return ids, f"({error}; turns go on in the format {self._other.name})"
             ids = encode_marked(self._tokenizer, new)
             return ids[1:] if ids[:1] == [before] else ids, self._once(report)
         return self._other.turn(text, before=before)

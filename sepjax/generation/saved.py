@@ -70,6 +70,8 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], Path]:
         words = {"room": []} | json.loads(path.read_bytes())  # streams of older versions were all over bounded caches
         words["text"] = {"passed": 0} | words["text"]  # and knew no `min_new_tokens`
         damaged = _misfit(words, _KINDS, "") or _out_of_range(words)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{str(place)!r} has no saved stream: there is no {_WORDS} in it") from error
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise StreamStateError(f"{str(path)!r} is not what a stream saves ({error!r}); use another copy") from error
     if damaged:

@@ -100,7 +100,7 @@ def visible(text: str) -> str:
 
 def talk_on(talk: Talk, screen: Screen) -> None:
     """Talks until /quit, Ctrl-D or Ctrl-C twice. Ctrl-C once cuts an answer short or clears the line."""
-    screen.report(f"a conversation in the form of {talk.form.name}; /help lists what else there is")
+    screen.report(f"chat format: {talk.form.name}; /help lists what else there is")
     with interrupt_flag() as pressed:  # Ctrl-C since the last line
         try:
             while _one_line(talk, screen, pressed):

@@ -42,6 +42,7 @@ COMMANDS = {  # what the user writes after `sepjax` -> its file in this folder
     "picture kinds": "picture.kinds",
 }
 _BENCH = "bench"
+_NAMED = 6  # commands that a mistake names
 
 
 def main(words: Sequence[str]) -> None:
@@ -61,6 +62,8 @@ def run_here(words: Sequence[str]) -> None:
     """The same within this process, for tests and notebooks: with flags of its own, and not under absl."""
     with one_line_errors():
         command, rest = choose(words)
+        if command == _BENCH:
+            raise ConfigError("sepjax bench measures processes of their own; run it in a terminal")
         call(program(command).main, read(command, [f"sepjax {command}", *rest], flags.FlagValues()))
 
 
@@ -125,7 +128,8 @@ def _refuse_others(command: str, argv: Sequence[str]) -> None:
             continue
         takers = [other for other in COMMANDS if {name, name.removeprefix("no")} & names(other)]
         if takers:
-            others = ", ".join(f"sepjax {other}" for other in takers)
+            others = ", ".join(f"sepjax {other}" for other in takers[:_NAMED])
+            others += f" and {len(takers) - _NAMED} more" if len(takers) > _NAMED else ""
             raise ConfigError(f"--{match[1]} does nothing for sepjax {command}; it is for {others}: leave it out")
         meant = [other for other in (*COMMANDS, _BENCH) if name in other.split()]
         if meant:

@@ -25,7 +25,7 @@ class Settings(_Settings):
     rows: Annotated[int, AtLeast(1)] = Lesson.rows  # of the training split, to learn from
     held_out: Annotated[int, AtLeast(1)] = Lesson.held_out  # rows of the evaluation split that grade
     steps: Annotated[int, AtLeast(1)] = Lesson.steps  # of Adam, for each of three losses
-    learning_rate: float = Lesson.learning_rate  # of Adam at first; a cosine takes it to 0
+    learning_rate: Annotated[float, AtLeast(0)] = Lesson.learning_rate  # of Adam at first; a cosine takes it to 0
     download: bool = False  # fetch --config.training.init_from from the Hugging Face hub
 
 

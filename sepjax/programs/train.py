@@ -8,7 +8,7 @@ The same as `python train.py` in a checkout; --config takes a file, or the name 
 import dataclasses
 from typing import Annotated
 
-from sepjax.command.settings import OneOf
+from sepjax.command.settings import AtLeast, OneOf
 from sepjax.command.settings import Settings as _Settings
 from sepjax.config import Config, checkout
 
@@ -21,7 +21,7 @@ class Settings(_Settings):
     workdir: str  # folder of the run: made if missing, resumed if not
     new_data: bool = False  # go on with another data section, from its beginning
     download: bool = False  # fetch --config.training.init_from from the Hugging Face hub
-    step_timeout: float = 1800.0  # seconds after which a step that hangs ends the run; 0: never
+    step_timeout: Annotated[float, AtLeast(0)] = 1800.0  # seconds after which a step that hangs ends the run; 0: never
     # also give the metrics to these; needs the extra of the same name
     log_to: Annotated[tuple[str, ...], OneOf(("wandb", "trackio"))] = ()
     profile_steps: str = ""  # FIRST:LAST, steps to record for xprof and Perfetto, in <workdir>/profile

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sepjax.config import Config, UserError, from_json, to_json
+from sepjax.config import Config, UserError, first_line, from_json, to_json
 from sepjax.console import say
 from sepjax.model.transformer import Params
 from sepjax.progress import working
@@ -41,7 +41,7 @@ from sepjax.run.checkpoint_files import (
     steps_on_disk,
 )
 from sepjax.run.frozen import learned_and_frozen, merged_with, read_frozen, write_frozen
-from sepjax.run.moving import Moving
+from sepjax.run.moving import Moving, has_moved_anywhere
 from sepjax.run.workdir import check_same_run
 from sepjax.sharding import make_mesh
 
@@ -162,7 +162,7 @@ class Checkpointer:
                 except UserError:
                     raise
                 except Exception as error:  # Orbax, TensorStore and Grain raise all kinds for damaged files
-                    reason = _first_line(error)
+                    reason = _reason(error)
                 else:
                     self._set_aside([step for step, _ in torn])
                     return state
@@ -183,7 +183,7 @@ class Checkpointer:
             "params": ocp.args.StandardRestore(target.params),
             "optimizer": ocp.args.StandardRestore(target.optimizer),
         }
-        moved = not is_new and data.has_moved(folder / "data")
+        moved = not is_new and has_moved_anywhere(data, folder / "data")
         if not is_new and not moved:
             items["data"] = _grain().CheckpointRestore(data)
         if (folder / "health").is_dir():
@@ -270,7 +270,7 @@ def _naming(folder: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"cannot write a checkpoint in {folder}: {_first_line(error)}; {_newest(folder)}, "
+            f"cannot write a checkpoint in {folder}: {_reason(error)}; {_newest(folder)}, "
             "and the same command goes on from there once files can be written"
         ) from error
 
@@ -284,11 +284,10 @@ def _newest(folder: Path) -> str:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if found := re.search(r": ([^:\[\]]+) \[os_error_code=", str(error)):  # TensorStore's, behind names of its files
         return found[1]
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+    return first_line(error)
 
 
 def _say(message: str) -> None:
@@ -360,7 +359,7 @@ def _read(
         raise
     except Exception as error:  # see Checkpointer.restore
         raise CheckpointError(
-            f"cannot read {folder / 'params'}: {_first_line(error)}; use an older checkpoint (--step) or a copy"
+            f"cannot read {folder / 'params'}: {_reason(error)}; use an older checkpoint (--step) or a copy"
         ) from error
 
 

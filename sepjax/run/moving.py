@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from sepjax.run.checkpoint_files import agreed
+
 
 @runtime_checkable
 class Moving(Protocol):
@@ -15,3 +17,8 @@ class Moving(Protocol):
     def read_moved(self, folder: Path) -> None:
         """Takes up the place that is there; raises whatever damaged files do, and ConfigError for other data."""
         ...
+
+
+def has_moved_anywhere(data: Moving, folder: Path) -> bool:
+    """`Moving.has_moved`, of any process: all read a checkpoint in one way, or they wait for one another."""
+    return agreed("it has moved" if data.has_moved(folder) else None) is not None

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from sepjax.config import Config, UserError, to_json
+from sepjax.config import Config, UserError, first_line, to_json
 from sepjax.console import say
 from sepjax.files import write_text
 
@@ -56,7 +56,7 @@ class Trackers:
             except Exception as error:  # of another package, of any kind
                 self.close()
                 raise TrackerError(
-                    f"--log_to={tracker}: {_first_line(error)}; mend that, leave the flag out"
+                    f"--log_to={tracker}: {first_line(error)}; mend that, leave the flag out"
                     f"{', or set WANDB_MODE=offline' if tracker == 'wandb' else ''}"
                 ) from error
 
@@ -79,7 +79,7 @@ class Trackers:
 
     def _drop(self, tracker: str, error: Exception) -> None:
         del self._runs[tracker]
-        say(f"warning: {_NAMES[tracker]} takes no more of this run: {_first_line(error)}; metrics.jsonl has all of it")
+        say(f"warning: {_NAMES[tracker]} takes no more of this run: {first_line(error)}; metrics.jsonl has all of it")
 
 
 def _begin(tracker: str, workdir: Path, name: str, settings: Mapping[str, Any]) -> Any:
@@ -108,8 +108,3 @@ def _id(workdir: Path, *, anew: bool) -> str:
     name = secrets.token_hex(4)
     write_text(file, json.dumps({"id": name}) + "\n")
     return name
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]

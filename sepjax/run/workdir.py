@@ -155,12 +155,12 @@ def check_same_run(saved: Config, now: Config, place: Path, new_data: bool) -> b
     differences = differing_fields(saved, now)
     wrong = [d for d in differences if not (new_data and d[0] in _DATA)]
     if wrong:
-        lines = "".join(f"\n  {name}: {old!r} in the workdir, {new!r} now" for name, old, new in wrong)
+        fields = "; ".join(f"{name}: {old!r} in the workdir, {new!r} now" for name, old, new in wrong)
         hint = ""
         if all(name in _DATA for name, _, _ in wrong):
-            hint = "\nOr add --new_data: parameters and optimizer go on, and the data start from their beginning"
+            hint = ". Or add --new_data: parameters and optimizer go on, and the data start from their beginning"
         raise ConfigError(
-            f"{place} holds a run of another config; choose another --workdir, or go back to:{lines}{hint}"
+            f"{place} holds a run of another config; choose another --workdir, or go back to {fields}{hint}"
         )
     return bool(differences)
 

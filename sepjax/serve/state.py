@@ -105,8 +105,9 @@ class StateFolder:
             ) from error
         if version != _VERSION or theirs != fingerprint:
             raise StateError(
-                f"the conversations in {str(self._folder)!r} are of {words.get('model')!r} with other weights or "
-                "another pattern; serve the same model with the same settings, or choose another folder"
+                f"the conversations in {str(self._folder)!r} are of {words.get('model')!r} with other weights, "
+                "another pattern, or of an older version of sepjax; serve the same model with the same settings, or "
+                "name another folder"
             )
 
     def entries(self) -> list[OnDisk]:

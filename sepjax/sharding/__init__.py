@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sepjax.config import ConfigError, MeshConfig
+from sepjax.config import ConfigError, MeshConfig, first_line
 
 # logical axis -> mesh axes. `embed` is a parameter's model dimension, `hidden` the same dimension of activations.
 # `rows of fsdp` is the batch where the devices of `fsdp` have the same rows, and a part of `embed` each.
@@ -115,7 +115,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
     except NotImplementedError as error:  # a TPU's torus, of which every mesh axis takes whole axes
         raise ConfigError(
-            f"mesh {sizes} does not lie on the {len(devices)} chips: {str(error).splitlines()[0][:300]}; make "
+            f"mesh {sizes} does not lie on the {len(devices)} chips: {first_line(error)}; make "
             "each size a product of sides of the chips' grid"
         ) from error
 

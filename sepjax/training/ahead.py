@@ -7,11 +7,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from sepjax import interrupt
+
 
 def beside[T](function: Callable[..., T], *args: Any) -> Callable[[], T]:
-    """Begins a call in a thread of its own. What is returned waits for its result, or raises what it raised."""
+    """Begins a call in a thread of its own. What is returned waits for its result, or raises what it raised.
+
+    An error meanwhile ends the program without waiting for it.
+    """
     pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
     begun = pool.submit(function, *args)
+    interrupt.need_not_wait_for(begun.done)
     pool.shutdown(wait=False)
     return begun.result
 

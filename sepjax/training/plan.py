@@ -14,7 +14,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from sepjax.config import Config, UserError, validate_attention
+from sepjax.config import Config, UserError, first_line, validate_attention
 from sepjax.config.lora import check_adapters
 from sepjax.progress import working
 from sepjax.sharding import check_batch, check_heads, check_length, make_mesh, replicated
@@ -74,12 +74,12 @@ def topology_devices(topology: str) -> list[Any]:
     Raises:
       UserError: there is no such topology, or its compiler is not installed.
     """
-    if topology.startswith("h100:"):
+    if topology.startswith("h100"):
         return _h100s(topology)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        reason = first_line(error).removeprefix("INVALID_ARGUMENT: ")
         raise UserError(
             f"--topology={topology}: {reason}; expected a TPU and the grid of its chips, such as v5e:16x16, v6e:16x16, "
             "v5p:8x8x16 or tpu7x:4x4x8, or h100:4x8 for 4 hosts of 8 GPUs"
@@ -102,7 +102,7 @@ def _h100s(topology: str) -> list[Any]:
     except (NotImplementedError, RuntimeError) as error:
         raise UserError(
             f"--topology={topology} needs JAX's compiler for NVIDIA GPUs, the package jax-cuda13-plugin, which is not "
-            f'installed or does not load; python -m pip install "sepjax[compile]" ({str(error)[:100]})'
+            f'installed or does not load; python -m pip install "sepjax[compile]" ({first_line(error)})'
         ) from error
     return list(description.devices)
 
@@ -127,9 +127,9 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            reason = str(error).splitlines()[0].partition("RESOURCE_EXHAUSTED: ")[2]
+            reason = first_line(error).rpartition("RESOURCE_EXHAUSTED: ")[2]
             raise UserError(
-                f"the step does not fit {mesh.devices.flat[0].device_kind}: {reason} Split the parameters over more "
+                f"the step does not fit {mesh.devices.flat[0].device_kind}: {reason}. Split the parameters over more "
                 "devices (mesh.fsdp), raise optimizer.accumulation_steps, or keep less for the backward pass "
                 "(model.remat='full')"
             ) from error

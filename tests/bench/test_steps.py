@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from sepjax.bench import steps
 from sepjax.bench.steps import caches_of, full_cache, in_types, measure, memory_bandwidth, random_params
 from sepjax.config import Config, ConfigError, DataConfig, ModelConfig
 from sepjax.generation.cache.sizes import StreamSizes
@@ -64,6 +65,9 @@ def test_random_parameters_have_the_shapes_and_scales_they_should():
 def test_settings_that_cannot_work_are_named():
     with pytest.raises(ConfigError, match="sinks/separators/window/cache"):
         caches_of(CONFIG.attention, 1, "4/64", 0)
+    for size in ("x", "-1", "0"):
+        with pytest.raises(ConfigError, match=rf"--batch_sizes takes whole numbers of 1 or more.*, got '{size}'"):
+            steps.Settings(config=CONFIG, batch_sizes=("1", size))
     with pytest.raises(ConfigError, match="cache_size"):
         caches_of(CONFIG.attention, 1, "4/64/256/300", 0)
     caches = caches_of(dataclasses.replace(CONFIG.attention), 1, "2/3/6/20", 0)

@@ -158,7 +158,7 @@ def test_names_may_have_commas_and_stars(digits, corpus, tmp_path, monkeypatch):
         ("a*1,./a/*2", "has 'a' twice"),
         ("a*1", "is a mixture of one source; leave its weight out"),
         ("a*1,recall*1", "'recall' has a vocabulary of its own"),
-        ("nowhere*1,embedded*2", "data.name='nowhere' is neither 'embedded'"),
+        ("nowhere*1,embedded*2", "'nowhere' is neither 'embedded'"),
     ],
 )
 def test_mixtures_that_cannot_be_are_refused_in_a_line(name, message, with_data, tokenizer, data_dir):

@@ -196,7 +196,7 @@ def test_a_builder_of_ones_own_is_prepared_without_tensorflow(tmp_path):
             "no_such_set",
             "neither 'embedded' nor 'recall', nor an existing file or folder, nor a TFDS .*no_such_set not found",
         ),
-        ("/no/such/folder", "data.name='/no/such/folder' is neither"),
+        ("/no/such/folder", "'/no/such/folder' is neither"),
         ("lm1b", r"'lm1b' is not prepared: looked in .*lm1b.* Nothing is downloaded unasked: set data.data_dir, or "),
         ("text_folder", "neither 'embedded'"),
     ],

@@ -168,12 +168,13 @@ def test_a_needle_is_where_it_should_be(byte_model, byte_tokenizer, monkeypatch)
     monkeypatch.setattr("sepjax.evaluation.needle.score_continuations", spy)
     settings = {"lengths": [250], "depths": [0.0, 0.25, 1.0], "tails": [0, 2, 4], "trials": 1}
     with pytest.raises(InterruptedError):
-        needle_grid(byte_model, byte_tokenizer, TEXT, plain_arms([byte_model.attention]), **settings)
+        needle_grid(byte_model, byte_tokenizer, TEXT, plain_arms([byte_model.attention]), start=[7], **settings)
+    assert {context.pop(0) for context, _ in seen} == {7}
     assert len(seen) == 9
     tails = 3 * ["", " and everybody", " and everybody who ever"]
     for (context, answer), depth, tail in zip(seen, np.repeat([0, 0.25, 1], 3), tails, strict=True):
         text, number = byte_tokenizer.decode(context), byte_tokenizer.decode(answer)
-        assert len(context) + len(answer) == 250
+        assert 1 + len(context) + len(answer) == 250
         assert text.endswith(" is")
         hay = text[: text.index("\n\nQuestion")]
         before, after = hay.split(f" is{number}{tail}.")
@@ -183,8 +184,8 @@ def test_a_needle_is_where_it_should_be(byte_model, byte_tokenizer, monkeypatch)
 
 def test_impossible_grids_and_empty_folders_are_named(byte_model, byte_tokenizer, tmp_path):
     for text, lengths, depths, message in (
-        (TEXT, [100], [0.0], "needs 1 of haystack"),
-        ("short", [300], [0.0], "the haystack has 5"),
+        (TEXT, [100], [0.0], "100 tokens has no room for a haystack: needle and question take 1"),
+        ("short", [300], [0.0], "of haystack, which has 5; give a longer --text"),
         (TEXT, [300], [2.0], "depths from 0 to 1"),
         (TEXT, [], [0.0], "needs lengths"),
     ):

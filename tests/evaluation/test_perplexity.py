@@ -12,7 +12,7 @@ from sepjax.config import AttentionConfig, Config, DataConfig, ModelConfig
 from sepjax.data.packing import TokenStream
 from sepjax.data.scored import marked, unmarked
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation import jobs
+from sepjax.evaluation import jobs, perplexity
 from sepjax.evaluation.arms import plain_arms
 from sepjax.evaluation.compare import score_arms, score_patterns
 from sepjax.evaluation.documents import documents_of
@@ -199,6 +199,21 @@ def test_the_table_has_a_row_a_pattern(scores):
 def test_nothing_to_score_is_an_error(model):
     with pytest.raises(TextError, match="no text to score"):
         score_patterns(model, Bytes(), ["", ""], PATTERNS, length=LENGTH)
+
+
+def test_rows_are_not_much_longer_than_the_longest_text(model, monkeypatch):
+    lengths = []
+
+    def spy(windows, table, attention, length, size):
+        lengths.append(length)
+        raise InterruptedError
+
+    monkeypatch.setattr(perplexity, "_batches", spy)
+    for asked in (64, 10**6):
+        windows = token_windows(Bytes(), ["ab " * 100, "A dog."], asked)
+        with pytest.raises(InterruptedError):
+            score_windows(model, Bytes(), windows, ATTENTION, length=asked, batch_size=8)
+    assert lengths == [64, 512]
 
 
 def test_of_a_conversation_what_is_marked_is_scored(model):

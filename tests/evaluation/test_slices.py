@@ -137,7 +137,11 @@ def test_arms_are_read(tmp_path):
         ("separator n=9 c=99", "c=99 is for bounded caches, and nothing is cached here; leave it out"),
         ("sink_window s=9", "s=9 is for bounded caches"),
         ("separator stream_positions=absolute", "stream_positions=absolute is for bounded caches"),
-        ("dense; @/no/such.arm", "arm '@/no/such.arm': .*No such file"),
+        ("dense; @/no/such.arm", "arm '@/no/such.arm': cannot read '/no/such.arm': No such file.*sepjax has smollm2_"),
+        ("@{empty}", "empty.arm' has no arm; expected some, a line each"),
+        ("@{float}", "float.npy' is not a text"),
+        ("separator n=x", "n=x is wrong: expected a whole number"),
+        ("separator q=3", "unknown field 'q'; expected one of a, c, .*or a field of attention"),
         ("@smollm2_80", "did you mean 'smollm2_800'"),
         ("x: @{arms}", "has 2 arms, which cannot all have one name"),
         ("separator cache=int4", "cache_dtype='int4' is not one of"),
@@ -150,7 +154,8 @@ def test_arms_that_cannot_be_read_are_named(text, message, tmp_path):
     np.save(tmp_path / "float.npy", np.ones(3))
     (tmp_path / "ids.json").write_text('["a"]')
     (tmp_path / "two.arm").write_text("dense; separator")
-    for name, file in (("float", "float.npy"), ("text", "ids.json"), ("arms", "two.arm")):
+    (tmp_path / "empty.arm").write_text(" ;\n")
+    for name, file in (("float", "float.npy"), ("text", "ids.json"), ("arms", "two.arm"), ("empty", "empty.arm")):
         text = text.replace(f"{{{name}}}", f"{tmp_path}/{file}")
     with pytest.raises(ConfigError, match=message):
         parse_arms(text, BASE, 3)

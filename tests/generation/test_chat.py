@@ -144,7 +144,7 @@ def test_a_template_that_rewrites_earlier_turns_is_reported_once():
     forgets = "{{ messages[-1].content }}"  # no answer comes out of it: a known form goes on
     fed, reports, _ = turns(forgets, ["u", "v"], answers=["a"], before=["<|im_end|>"])
     assert fed == ["u", "\n<|im_start|>user\nv<|im_end|>\n<|im_start|>assistant\n"]
-    assert "in the form of ChatML" in reports[1]
+    assert "in the format ChatML" in reports[1]
     with pytest.raises(HubError, match="no system"):
         turns("{{ raise_exception('no system') }}", ["u"], answers=[], before=[], system="s")
 

@@ -130,7 +130,7 @@ def test_a_stream_of_other_settings_is_not_resumed(model, tokenizer, tmp_path):
     other = dataclasses.replace(ATTENTION, separators="paper")
     with pytest.raises(StreamStateError, match=r"sizes\.separators='punctuation', expected 'paper'"):
         stream(model, tokenizer, resume=tmp_path / "saved", attention=other)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"nothing' has no saved stream: there is no stream\.json in it"):
         stream(model, tokenizer, resume=tmp_path / "nothing")
     narrow = dataclasses.replace(ATTENTION, cache_dtype="int8")
     with pytest.raises(StreamStateError, match=r"sizes\.cache_dtype='model', expected 'int8'"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sepjax
+from sepjax import loading
 from sepjax.begin import adopt_shape, first_state, given_tokenizer, planned
 from sepjax.config import (
     AttentionConfig,
@@ -143,7 +144,7 @@ def test_a_shape_of_its_own_is_refused_and_computing_is_not(config, tmp_path):
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("float32")}
 
 
-def test_a_plan_needs_the_shape_of_its_source_alone(config, source, tmp_path):
+def test_a_plan_needs_the_shape_of_its_source_alone(config, source, tmp_path, monkeypatch):
     """What `sepjax plan` compiles is what train.py would run, before weights and tokenizer are here."""
 
     def of(init_from, model=config.model):
@@ -162,6 +163,12 @@ def test_a_plan_needs_the_shape_of_its_source_alone(config, source, tmp_path):
     with pytest.raises(ConfigError, match=r"another shape than the model section: model\.mlp_dim=7"):
         of(source, ModelConfig(mlp_dim=7))
     assert of("owner/name", ModelConfig(mlp_dim=7)).model.mlp_dim == 7, "a shape of its own, and no such path"
+    monkeypatch.setattr(loading, "fetch", lambda name, *, download: source)  # in the hub's cache
+    with pytest.raises(ConfigError, match=r"another shape than the model section"):
+        of("owner/name", ModelConfig(mlp_dim=7))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"data\.tokenizer='x' with training\.init_from=.*leave it empty"):
+        planned(dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="x")))
     for missing in ("owner/name", "nowhere"):
         with pytest.raises(ConfigError, match=rf"{missing}' is not here.*its config\.json is enough for a plan"):
             of(missing)

@@ -78,6 +78,14 @@ def test_arms_begin_with_the_models_own_settings_and_the_window_that_is_asked_fo
     seen.clear()
     jobs.evaluate(tmp_path / "m.gguf", length=16, **cut)
     assert [arm.attention for arm in seen] == expected
+    with pytest.raises(ConfigError, match=r"--text_key=body does nothing for --text=.*text\.txt, which has no fields"):
+        jobs.evaluate(tmp_path / "m.gguf", length=16, text_key="body", **cut)
+    starts: list[Any] = []
+    monkeypatch.setattr(needle, "needle_grid", lambda *_, start, **__: starts.append(start) or [])
+    for trained in (False, True):  # texts begin as documents of a run do
+        monkeypatch.setattr(jobs, "is_trained", lambda _, trained=trained: trained)
+        jobs.find_needles(tmp_path / "m.gguf", (), lengths=[9], depths=[0.5], **cut)
+    assert starts == [None, [tokenizer.document_start]]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"body": "abc, ab. a bc, c " * 20}) + "\n")
     cut["text"] = str(tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match="'text'"):

@@ -14,8 +14,10 @@ import pytest
 
 from sepjax import loading
 from sepjax.config import Config, ConfigError, from_json
+from sepjax.run import checkpoint_files
 from sepjax.run.checkpoint import CheckpointError, load_params
 from sepjax.run.checkpoint_files import MANIFEST
+from sepjax.run.moving import has_moved_anywhere
 from sepjax.run.workdir import WorkdirInUse, claim_workdir, hold_workdir
 from tests.reliability.common import EVERY, STEPS, assert_same, checkpoints, losses
 from train import train
@@ -185,7 +187,7 @@ def changed(config: Config, section: str, **values: object) -> Config:
 def test_other_data_need_the_flag_and_another_model_is_refused_with_it(tiny, copy, capsys):
     longer = changed(tiny, "training", steps=STEPS + EVERY)
     fewer = changed(longer, "data", batch_size=16)
-    message = r"data.batch_size: 8 in the workdir, 16 now\nOr add --new_data"
+    message = r"data.batch_size: 8 in the workdir, 16 now\. Or add --new_data"
     with pytest.raises(ConfigError, match=message):
         train(fewer, copy)
     with pytest.raises(ConfigError, match=r"model.num_layers: 2 in the workdir, 3 now"):
@@ -207,7 +209,7 @@ def test_killed_after_new_data_and_before_a_checkpoint_the_flag_is_asked_for_aga
     text = json.loads((copy / "config.json").read_text())
     text["data"]["batch_size"] = 16
     (copy / "config.json").write_text(json.dumps(text))
-    with pytest.raises(ConfigError, match=rf"checkpoints/{STEPS} .*\n  data.batch_size: 8 .*, 16 now\nOr add"):
+    with pytest.raises(ConfigError, match=rf"checkpoints/{STEPS} .* go back to data.batch_size: 8 .*, 16 now\. Or add"):
         train(other, copy)
     train(other, copy, new_data=True)
     assert max(losses(copy)) == STEPS + EVERY
@@ -229,9 +231,25 @@ def test_a_workdir_without_a_checkpoint_is_free(tiny, copy, tmp_path, capsys):
     (workdir / "config.json").write_text("{")
     claim_workdir(workdir, tiny)
     with pytest.raises(
-        ConfigError, match=r"holds a run of another config.*\n  model.num_layers: 2 in the workdir, 1 now"
+        ConfigError, match=r"holds a run of another config.* go back to model.num_layers: 2 in the workdir, 1 now"
     ):
         claim_workdir(copy, other)
+
+
+@pytest.mark.parametrize(("here", "elsewhere"), [(False, False), (True, False), (False, True)])
+def test_what_one_process_has_to_read_anew_all_do(here, elsewhere, monkeypatch, tmp_path):
+    """Else some would wait in Orbax for others, which read the places of all processes."""
+
+    class Data:
+        def has_moved(self, folder):
+            return here
+
+        def read_moved(self, folder):
+            raise AssertionError
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpoint_files.multihost_utils, "process_allgather", lambda x: np.array([x, elsewhere]))
+    assert has_moved_anywhere(Data(), tmp_path) == (here or elsewhere)
 
 
 def test_parameters_of_other_code_are_named_and_not_taken_for_torn(tiny, copy):

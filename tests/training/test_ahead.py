@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sepjax import interrupt
 from sepjax.training.ahead import beside, compile_ahead
 
 
@@ -40,3 +41,15 @@ def test_what_cannot_be_compiled_is_told_by_the_wait():
     with pytest.raises(TypeError, match="2"):
         wait()
     compile_ahead(mesh, [])()
+
+
+def test_an_error_that_ends_the_program_need_not_wait_for_what_has_begun(monkeypatch):
+    monkeypatch.setattr(interrupt, "_unfinished", [])
+    ended, left = threading.Event(), []
+    monkeypatch.setattr(interrupt, "_leave", left.append)
+    finish = beside(ended.wait)
+    interrupt.end_unless_done(2)
+    ended.set()
+    assert finish()
+    interrupt.end_unless_done(3)
+    assert left == [2]

@@ -84,6 +84,8 @@ def test_a_step_over_parts_of_rows_runs_the_kernels_too(topology):
 def test_no_such_topology():
     with pytest.raises(UserError, match=r"--topology=v9:2x2: .*v9; expected a TPU and the grid of its chips, such as"):
         plan.topology_devices("v9:2x2")
+    with pytest.raises(UserError, match=r"--topology=h100: expected h100:HOSTSxGPUS, such as h100:1x8"):
+        plan.topology_devices("h100")
 
 
 def test_no_compiler(monkeypatch):

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from sepjax.config import first_line
 from sepjax.data.conversations import FIELDS, RecordError, parse
 from sepjax.data.corpora.files import files_of, kind_of_file, library, opened, read_text
 from sepjax.data.corpora.splits import digest
-from sepjax.data.errors import DataError, first_line
+from sepjax.data.errors import DataError
 
 _LINE = 1 << 28  # bytes of a record, at most
 _ROWS = 64  # of Parquet, held at once

@@ -8,7 +8,7 @@ Without --patterns: dense, separator and sink_window. A heat map goes beside the
 import dataclasses
 from typing import Annotated
 
-from sepjax.command.settings import AtLeast
+from sepjax.command.settings import AtLeast, AtMost
 from sepjax.programs.evaluate import common
 
 _JOB = "needle"
@@ -21,7 +21,8 @@ class Settings(common.Compared):
     text: str = ""  # a .txt file or a folder of them, to hide needles in
     window_size: Annotated[int, AtLeast(0)] = 0  # n of every layer; default: as in training
     lengths: Annotated[tuple[int, ...], AtLeast(1)] = (512, 1024, 2048)  # tokens of the texts
-    depths: Annotated[tuple[int, ...], AtLeast(0)] = (0, 25, 50, 75, 100)  # percent of the text before the needle
+    # percent of the text before the needle
+    depths: Annotated[tuple[int, ...], AtLeast(0), AtMost(100)] = (0, 25, 50, 75, 100)
     tails: Annotated[tuple[int, ...], AtLeast(0)] = (0,)  # words after a needle's number in its sentence
     trials: Annotated[int, AtLeast(1)] = 10  # texts of each length and depth
     batch_tokens: Annotated[int, AtLeast(1)] = 65_536  # tokens of a pass

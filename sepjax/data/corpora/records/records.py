@@ -119,7 +119,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _too_many(self, reason: str) -> DataError:
         before = f", and {self._max_bad} before it were left out" if self._max_bad else ""
         return DataError(
-            f"{reason}{before}; correct it, or leave as many out as data.max_bad_documents={self._max_bad + 1} says"
+            f"{reason}{before}; correct it, or, in training, pass over it: data.max_bad_documents={self._max_bad + 1}"
         )
 
     def check_prepared(self) -> None:
