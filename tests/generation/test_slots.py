@@ -446,11 +446,9 @@ def set_token(slots, token):
 
 
 def test_a_cache_that_keeps_every_separator_ends_its_own_row_only():
-    attention = dataclasses.replace(ATTENTION, keep_all_separators=True)
-    model = tiny_model(dataclasses.replace(SHAPE, num_layers=1), attention)  # programs of its own: of one layer
-    engine = Generator(model, tiny_tokenizer(), attention)
+    engine = tiny_engine(keep_all_separators=True)
     dots = engine.tokenizer.encode("." * 40)
-    slots = engine.slots(ROWS)
+    slots = engine.slots(ROWS, steps=3)  # as in serve/test_conversations.py, whose programs these are
     full, other = run(
         slots,
         [SlotRequest(dots, stop_at_eos=False), SlotRequest("The cat", max_new_tokens=30, stop_at_eos=False)],
