@@ -143,6 +143,7 @@ def test_edge_case_in_simulated_memories(case):
     run_and_check(SIMULATED, GROUP, jnp.float32, edge_case(case))
 
 
+@pytest.mark.soak  # these kernels, with more keys, in test_tpu_ranges.py; the same bits of the same input below
 def test_in_simulated_memories_the_same_bits_twice():
     """The simulator runs the two cores in threads, so it may take any order that a chip may take."""
     documents = np.stack([DOCUMENTS[0], np.zeros(T, np.int32)])  # and a row of padding alone

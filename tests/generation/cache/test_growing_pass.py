@@ -216,6 +216,7 @@ def test_a_run_of_tokens_is_what_they_are_one_by_one(case):
     for i in range(T):
         one = run_of(graph, params, 1, single, tokens[:, i : i + 1], jnp.ones(3, jnp.int32), attention, table)
         expected[:, i], single = one[0][:, 0], one[1]
+    assert jax.tree.map(jax.typeof, empty) == jax.tree.map(jax.typeof, single), "else each program is compiled twice"
     got, cache, at = np.zeros_like(expected), empty, np.zeros(3, np.int32)
     while (at < T).any():
         counts = np.minimum(random.integers(0, 12, 3), T - at).astype(np.int32)
