@@ -4,7 +4,6 @@ Tests run on the CPU wherever they are. To run those for an accelerator, name it
 `JAX_PLATFORMS=cuda python -m pytest -m gpu`, `JAX_PLATFORMS=tpu python -m pytest -m tpu`.
 """
 
-import ctypes
 import gc
 import os
 import shutil
@@ -29,18 +28,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 COMPILED = pytest.StashKey[str]()
 
 
-def keep_memory() -> None:
-    """Has glibc keep what is freed: giving it back and taking it again is a tenth of what compiling costs."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # others have none
-    if mallopt:
-        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-        mallopt(m_trim_threshold, 1 << 30)
-        mallopt(m_top_pad, 64 << 20)
-        mallopt(m_mmap_threshold, 1 << 29)
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    keep_memory()
     # Begun in the background by a shell, a process ignores Ctrl-C, and so do its children, of which some are sent it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -24,7 +24,7 @@ from sepjax.generation.slots import SlotError, Slots
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import merge, split
 from tests.generation.cache.common import ListStream
-from tests.generation.tiny import ATTENTION, LONG, ROWS, SHAPE, tiny_engine, tiny_model, tiny_tokenizer, uncounted
+from tests.generation.tiny import ATTENTION, LONG, ROWS, tiny_engine, tiny_model, tiny_tokenizer, uncounted
 
 
 @pytest.fixture(scope="module")
