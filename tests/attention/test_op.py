@@ -37,8 +37,14 @@ every_kernel = pytest.mark.parametrize("op", [OPS[name] for name in IMPLEMENTATI
 ONE_TOKEN, GROUPED, MULTI_QUERY = (2, 1, 2, 2, 8), (2, 70, 4, 2, 8), (1, 150, 3, 1, 16)
 
 
+# One key head with -m soak: more than one query head has the same key head in the group, too.
+SHAPES = {"T = 1": ONE_TOKEN, "grouped": GROUPED, "multi-query": MULTI_QUERY}
+
+
 @every_op
-@pytest.mark.parametrize("shape", [ONE_TOKEN, GROUPED, MULTI_QUERY], ids=["T = 1", "grouped", "multi-query"])
+@pytest.mark.parametrize(
+    "shape", [pytest.param(x, id=k, marks=[pytest.mark.soak] if k == "multi-query" else []) for k, x in SHAPES.items()]
+)
 @examples(12)
 @given(data=st.data())
 def test_equals_the_definition(op, shape, data):
@@ -85,7 +91,10 @@ def sparse_layout(**settings):
 
 
 @every_kernel
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(jnp.bfloat16, id="bfloat16"), pytest.param(jnp.float16, id="float16", marks=pytest.mark.soak)],
+)  # float16 takes the same way with more digits
 def test_half_precision(op, dtype):
     inputs, layout = tensors(GROUPED, dtype), sparse_layout()
     plain = functools.partial(reference.attend, scale=GROUPED[-1] ** -0.5, dtype=dtype)

@@ -73,8 +73,8 @@ def run_and_check(op, shape, dtype, layout, factor=1):
     check(results(op, *inputs, layout), shape, inputs, layout)
 
 
-# One shape in each dtype, and one token below; the rest with -m soak.
-ALWAYS = {("a group", jnp.float32), ("groups", jnp.bfloat16)}
+# One shape, and one token below; several groups in bfloat16 are in test_large_scores. The rest with -m soak.
+ALWAYS = {("a group", jnp.float32)}
 EVERY_PAIR = [
     pytest.param(shape, dtype, id=f"{name}-{dtype.__name__}", marks=[] if (name, dtype) in ALWAYS else pytest.mark.soak)
     for name, shape in SHAPES.items()
@@ -143,6 +143,7 @@ def test_edge_case_in_simulated_memories(case):
     run_and_check(SIMULATED, GROUP, jnp.float32, edge_case(case))
 
 
+@pytest.mark.soak  # these kernels, with more keys, in test_tpu_ranges.py; the same bits of the same input below
 def test_in_simulated_memories_the_same_bits_twice():
     """The simulator runs the two cores in threads, so it may take any order that a chip may take."""
     documents = np.stack([DOCUMENTS[0], np.zeros(T, np.int32)])  # and a row of padding alone

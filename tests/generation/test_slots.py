@@ -24,7 +24,7 @@ from sepjax.generation.slots import SlotError, Slots
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import merge, split
 from tests.generation.cache.common import ListStream
-from tests.generation.tiny import ATTENTION, LONG, ROWS, SHAPE, tiny_engine, tiny_model, tiny_tokenizer, uncounted
+from tests.generation.tiny import ATTENTION, LONG, ROWS, tiny_engine, tiny_model, tiny_tokenizer, uncounted
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +114,13 @@ def test_each_request_gets_what_it_would_get_alone(slots, count):
 
 
 def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
-    prompts = ["The cat", LONG, "Où est-il? It ran away! One; two"]
+    prompts = ["The cat", LONG, "Où est-il? It ran away! One; two", "mat"]  # a batch of as many rows as elsewhere
     settings = {"max_new_tokens": 40, "stop_at_eos": False, "top_logprobs": 3}
     sampling = [
         Sampling.create(),
         Sampling.create(1.3, top_k=50, frequency_penalty=1.5, repetition_penalty=1.2),
         Sampling.create(0.8, logit_bias={77: 100.0}),
+        Sampling.create(1.0),
     ]
     rows = run(
         slots,
@@ -128,7 +129,7 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
             for i, (prompt, how) in enumerate(zip(prompts, sampling, strict=True))
         ],
     )
-    batch = engine.generate(prompts, bounded=True, sampling=sampling, seed=[5, 6, 7], **settings)
+    batch = engine.generate(prompts, bounded=True, sampling=sampling, seed=[5, 6, 7, 8], **settings)
     for i, (row, answer) in enumerate(zip(rows, batch, strict=True)):
         stream = list(engine.stream(prompts[i], bounded=True, sampling=sampling[i], seed=5 + i, **settings))
         for events in (row, stream):
@@ -141,7 +142,7 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
                 assert dict(event.top_logprobs).get(event.token_ids[0], event.logprob) == event.logprob
             assert (events[-1].cache.held, events[-1].cache.seen) == (answer.cache.held, answer.cache.seen)
             assert events[-1].finish_reason == answer.finish_reason == "length"
-    assert len({answer.token_ids for answer in batch}) == 3
+    assert len({answer.token_ids for answer in batch}) == ROWS
     told = [  # without the types' checks: 1 is as good as true
         slots._device.arrivals.of_host(
             inspect.unwrap(arrival)(engine.prepared, None, (), -1, 0, x, x, None, is_reading=True)
@@ -160,7 +161,7 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
 
 def test_nothing_ends_a_row_before_as_many_tokens_as_it_must_have(engine, slots):
     """As if its ends had been impossible until then, and it had begun there; of rows, streams and batches alike."""
-    prompts, early = ["The cat", LONG, "Où est-il? It ran away! One; two"], 6
+    prompts, early = ["The cat", LONG, "Où est-il? It ran away! One; two", "mat"], 6
     ids = [engine.tokenizer.encode(prompt, bos=True) for prompt in prompts]
 
     def tokens(events):
@@ -446,11 +447,9 @@ def set_token(slots, token):
 
 
 def test_a_cache_that_keeps_every_separator_ends_its_own_row_only():
-    attention = dataclasses.replace(ATTENTION, keep_all_separators=True)
-    model = tiny_model(dataclasses.replace(SHAPE, num_layers=1), attention)  # programs of its own: of one layer
-    engine = Generator(model, tiny_tokenizer(), attention)
+    engine = tiny_engine(keep_all_separators=True)
     dots = engine.tokenizer.encode("." * 40)
-    slots = engine.slots(ROWS)
+    slots = engine.slots(ROWS, steps=3)  # as in serve/test_conversations.py, whose programs these are
     full, other = run(
         slots,
         [SlotRequest(dots, stop_at_eos=False), SlotRequest("The cat", max_new_tokens=30, stop_at_eos=False)],

@@ -50,7 +50,7 @@ from sepjax.training.step import _loss, abstract_state, create_state, model_grap
 from tests.hub import tiny
 from tests.hub.test_training_form import CHATML, conversations, write, write_tokenizer
 from tests.models import random_params
-from tests.runs import losses, start_quickly
+from tests.runs import losses, start_quickly, tell_all
 from train import train
 
 TORCH = os.environ.get("SEPJAX_TORCH_PYTHON")
@@ -312,7 +312,9 @@ def config(tmp_path, source):
 
 
 def test_a_run_on_conversations_resumes_bit_for_bit_and_goes_out_merged(config, source, tmp_path, monkeypatch):
+    """What is around its steps, with steps that change every number; what a step computes is above."""
     start_quickly(monkeypatch)
+    tell_all(monkeypatch)
     counted, add = [], Throughput.add
     monkeypatch.setattr(Throughput, "add", lambda self, tokens: counted.append(tokens) or add(self, tokens))
     whole, again = tmp_path / "whole", tmp_path / "again"
@@ -324,7 +326,7 @@ def test_a_run_on_conversations_resumes_bit_for_bit_and_goes_out_merged(config, 
     shutil.rmtree(source)  # a run that has begun needs it no longer
     assert_same(train(config, again), last)
     assert losses(again) == losses(whole)
-    assert losses(whole)[6] < losses(whole)[1]
+    assert len(set(losses(whole).values())) == 6
 
     assert convert(whole, tmp_path / "alone", adapter_only=True).endswith(
         f"belong to {str(source)!r}, which PEFT cannot open: give it that model yourself"

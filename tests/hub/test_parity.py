@@ -99,11 +99,10 @@ def test_the_loss_of_training_is_that_of_transformers_logits(models, name):
     assert float(found) == pytest.approx(expected, abs=1e-4 * right.size)
 
 
-# What decoding adds to the logits above is in tests/generation/cache/test_growing_pass.py, for layers of every kind.
-OFTEN = ("gemma3",)
-
-
-@pytest.mark.parametrize("name", [x if x in OFTEN else pytest.param(x, marks=pytest.mark.soak) for x in GOLDEN])
+# The logits are above; what decoding adds is in tests/generation/cache/test_growing_pass.py, for layers of every kind,
+# and what `generate` does with the best of them in tests/test_generate.py, against whole forward passes.
+@pytest.mark.soak
+@pytest.mark.parametrize("name", GOLDEN)
 def test_greedy_text_is_that_of_transformers(models, name):
     _, model, tokenizer = models[name]
     settings = {"max_new_tokens": tiny.NEW_TOKENS, "stop_at_eos": False, "attention": DENSE}

@@ -30,7 +30,7 @@ from sepjax.run.checkpoint import load_params, save_params
 from sepjax.sharding import make_mesh
 from sepjax.training.step import abstract_state
 from tests.hub import tiny
-from tests.runs import losses, start_quickly
+from tests.runs import losses, start_quickly, step_that_tells_all
 from train import train
 
 GOLDEN = tiny.golden()["pythia"]
@@ -109,18 +109,20 @@ def test_what_no_step_changes_goes_out_as_it_came_in(config, source, tmp_path):
 
 
 @pytest.mark.usefixtures("quick_start")
-def test_it_learns_and_resumes_without_its_source(config, source, tmp_path):
+def test_it_resumes_without_its_source_and_another_begins_with_it(config, source, tmp_path, monkeypatch):
+    """With steps that change every number; what it computes first is scored by train.py's own evaluation."""
+    monkeypatch.setattr("train.train_step", step_that_tells_all)
     train(config, tmp_path / "run")
     whole = losses(tmp_path / "run")
-    assert whole[4] < whole[1] - 0.3
+    assert len(set(whole.values())) == 4
     shutil.rmtree(source)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     train(config, tmp_path / "run")
     assert losses(tmp_path / "run") == whole
-    # A run may begin with another: its first loss is about what the other's next would have been.
+    # A run may begin with another, with its parameters and moments of its own.
     training = dataclasses.replace(config.training, init_from=str(tmp_path / "run"))
     train(dataclasses.replace(config, training=training), tmp_path / "again")
-    assert losses(tmp_path / "again")[1] < whole[1] - 0.3
+    assert losses(tmp_path / "again")[1] not in whole.values()
     # What it was before is scored first: here the other's last state, on the same rows.
     last, before = (
         [x for x in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines()) if "eval/loss" in x]

@@ -26,6 +26,7 @@ from sepjax.serve import logs, process
 from sepjax.serve import running as running_module
 from sepjax.serve.app import Limits
 from tests.commands import Called, leaves, own_flags, refusal, unlike
+from tests.generation.tiny import ROWS
 from tests.serve.tiny import alone, client, running, settled, text_of, tiny_served
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +157,7 @@ def test_a_key_is_asked_for(served):
 
 def test_all_is_503_while_the_model_is_loaded_and_while_it_stops(served):
     gate = threading.Event()
-    server = running_module.Running(lambda: (gate.wait(), served)[1], running_module.Options(rows=4))
+    server = running_module.Running(lambda: (gate.wait(), served)[1], running_module.Options(rows=ROWS, steps=3))
     server.start()
     for path, body in (("/health", None), ("/v1/completions", {"prompt": "a"}), ("/v1/models", None)):
         status, headers, told = ask(server, path, body)

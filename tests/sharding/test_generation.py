@@ -43,6 +43,8 @@ def alone():
     return answers(make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]))[0]
 
 
+# Where each device's heads and rows lie is below, without compiling; tokens on a mesh are in generation/test_stream.py.
+@pytest.mark.soak
 def test_fewer_key_heads_than_devices_and_rows_over_data(alone):
     """Two key heads on four devices: each keeps both in its cache, and computes two of the eight query heads."""
     tokens, part = answers(make_mesh(MeshConfig(2, 1, 4, 1)))

@@ -81,7 +81,7 @@ def candidates(
 def unfinished(scores: Array | None, lengths: Array, stretch: int) -> jax.Array:
     """[B, P] of the scores[B, T] of prompts, for a growing cache: those of each row's unfinished stretch."""
     if scores is None:
-        return jnp.full((len(lengths), stretch), -jnp.inf)
+        return jnp.full((len(lengths), stretch), -jnp.inf, jnp.float32)
     place = jnp.arange(stretch, dtype=jnp.int32)
     count = (lengths % stretch)[:, None]
     index = jnp.minimum(lengths[:, None] - count + place, scores.shape[1] - 1)

@@ -86,7 +86,7 @@ class SeparatorCache(Shown):
             is_global=jnp.zeros(slots, bool),
             length=jnp.zeros(batch_size, jnp.int32),
             num_global=jnp.zeros(batch_size, jnp.int32),
-            scores=jnp.full((batch_size, stretch), -jnp.inf),
+            scores=jnp.full((batch_size, stretch), -jnp.inf, jnp.float32),  # as `take_up` gives them: one program
             window_size=window_size,
             keep=keep,
         )

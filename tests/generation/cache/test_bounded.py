@@ -137,8 +137,9 @@ def stream(sizes, flags, cuts, cache=None):
     return cache, rows
 
 
-# A program each: with -m soak, what lies between the others.
-RARE = ("StreamingLLM: w = c - a", "no sinks, no separators", "sinks only, in bursts")
+# Four programs each: with -m soak, what lies between the others. Without sinks, or with hardly anything else: the zone
+# of separators begins where the sinks end in "usual", "many separators" and "window of one", at three places.
+RARE = ("StreamingLLM: w = c - a", "no sinks, no separators", "sinks only, in bursts", "no sinks", "nearly all sinks")
 
 
 @pytest.mark.parametrize("name", [x if x not in RARE else pytest.param(x, marks=pytest.mark.soak) for x in SIZES])

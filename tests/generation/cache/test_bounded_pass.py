@@ -199,7 +199,8 @@ def test_runs_give_what_lists_of_unrotated_keys_give_token_by_token(case):
 
 
 # Runs of one token and of several are programs of their own: with -m soak the other one, too, and the other cases.
-OFTEN_IN_8_BITS = {"llama, int8": 1, "StreamingLLM, layers of every kind, int8": 5}
+# Codes know nothing of the kind of a layer, whose keys are turned before they are rounded.
+OFTEN_IN_8_BITS = {"llama, int8": 1}
 BOTH = [pytest.param(case, run, marks=pytest.mark.soak) for case in IN_8_BITS for run in (1, 5)]
 
 

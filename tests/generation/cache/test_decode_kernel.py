@@ -119,7 +119,10 @@ def test_bounded_caches_of_codes(case, calls, monkeypatch):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+# No zone of separators: with -m soak, for codes have it above.
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=[pytest.mark.soak] if x == "sink_window" else []) for x in CASES]
+)
 def test_bounded_caches(case, calls):
     model, attention = CASES[case]
     cache = filled(Config(model=model, attention=attention), StreamSizes.create(model, attention), 3)
