@@ -1,7 +1,9 @@
 """A thread that moves kept rows to the host's memory and to disk, beside the thread that steps the slots.
 
 Those that were used last stay on the device, as many as have room: a conversation that goes on soon need not come back
-to it. Of the others, what is on disk already, or what its conversation has gone on from, is not copied any more.
+to it. Of the others, what is on disk already, or what its conversation has gone on from, is not copied any more. Nor is
+what would have to wait: where conversations end faster than rows can be copied, the oldest are forgotten, since reading
+a text again costs less than a device that stands still.
 """
 
 import dataclasses
@@ -45,7 +47,7 @@ class Keeper:
         self._thread.start()
 
     def put(self, entry: Entry, done: Callable[[], None] = lambda: None) -> bool:
-        """Keeps an entry that was just added. May wait.
+        """Keeps an entry that was just added. May wait where rows are saved to disk, or have no room on the device.
 
         Returns whether it is as safe as it gets: held in memory, or it has gone already. Else `done` is called when it
         is on disk, or cannot be saved.
@@ -59,10 +61,13 @@ class Keeper:
         for each in leaving:
             if (old := each.row) is None or (to_disk and each is entry):
                 continue
+            task = _Task(each, old, True, False, lambda: None)
             if each is not entry and each in self._passed:
                 self._conversations.lost(each)
-            else:
-                self._ask(_Task(each, old, True, False, lambda: None))
+            elif each is entry or to_disk:
+                self._ask(task)
+            elif not self._offer(task):
+                self._conversations.lost(each)
         return not to_disk
 
     def used(self, entry: Entry) -> None:
@@ -94,6 +99,14 @@ class Keeper:
     def _ask(self, task: _Task) -> None:
         with self._clocks("worker: wait for the keeper"):
             self._tasks.put(task)
+
+    def _offer(self, task: _Task) -> bool:
+        """Whether it can be done without anybody waiting."""
+        try:
+            self._tasks.put_nowait(task)
+        except queue.Full:
+            return False
+        return True
 
     def close(self) -> None:
         """Finishes what it has."""

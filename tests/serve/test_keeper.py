@@ -50,6 +50,8 @@ def test_the_newest_rows_stay_on_the_device_and_no_more_than_have_room(has_disk)
     def put_into(keeper: Keeper, number: int):
         row = SavedRow(PackedState(form, packed), (), False, {"seen": 2})
         entry = conversations.add(np.array([number, 5], np.int32), (), 9, row)
+        while keeper._tasks.full():
+            time.sleep(0.001)
         assert keeper.put(entry, lambda: done.append(number)) is not has_disk
         return entry
 
@@ -98,6 +100,31 @@ def test_the_newest_rows_stay_on_the_device_and_no_more_than_have_room(has_disk)
     none.close()
     assert conversations.plan(np.array([99, 5, 7], np.int32), ()).entry is None, "nobody goes on from what is not there"
     assert conversations.nbytes == before
+
+
+def test_nobody_waits_for_rows_that_leave_the_device():
+    """Where they come faster than they can be copied, the oldest are forgotten."""
+    state = empty_state(ATTENTION, "float32")
+    form, copied = Form(state), Future()
+    pool, fetch = Pool(100), lambda place: copied
+    conversations = Conversations(tiny_tokenizer(), 100 * form.nbytes, on_device=8 * form.nbytes)
+    keeper = Keeper(conversations, Clocks(), 8 * form.nbytes)
+    entries: list[Any] = []
+    for number in range(60):  # of which the keeper has one at hand, and 16 wait for it
+        place = pool.take()
+        assert place is not None
+        row = SavedRow(PooledState(form, pool, place, fetch), (), False, {"seen": 2})
+        entries.append(conversations.add(np.array([number, 5], np.int32), (), 9, row))
+        assert keeper.put(entries[-1])
+        while number == 8 and keeper._tasks.qsize():  # it has begun with the first that left
+            time.sleep(0.001)
+        del row
+    copied.set_result(jax.jit(form.pack)(state))
+    keeper.close()
+    kept = [entry.row is not None for entry in entries]
+    assert kept == [True] * 17 + [False] * 35 + [True] * 8
+    assert all(entry.row.standing.is_on_host for entry in entries[:17])
+    assert (len(conversations), pool.num_free) == (25, 92)
 
 
 def test_rows_of_the_device_are_beside_those_of_the_host_not_among_them():
