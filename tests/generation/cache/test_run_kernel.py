@@ -73,9 +73,10 @@ BOUNDED = CASES | {
     "codes": (MODEL, dataclasses.replace(SEPARATOR, cache_dtype="int8")),
     "sink_window, codes": (MODEL, dataclasses.replace(CASES["sink_window"][1], cache_dtype="int8")),
 }
+SOAK = ("positions of the text", "layers without kept tokens", "sink_window, codes")
 
 
-@pytest.mark.parametrize("case", BOUNDED)
+@pytest.mark.parametrize("case", [pytest.param(x, marks=pytest.mark.soak) if x in SOAK else x for x in BOUNDED])
 def test_bounded_caches(case, calls):
     """Rings that have gone round or not, an empty one; evictions during the run where they do not end it."""
     model, attention = BOUNDED[case]
@@ -126,7 +127,7 @@ def test_rows_are_read_where_they_lie(case, calls):
         np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
 
 
-@pytest.mark.parametrize("reach", [(), (0, 40), (0, 12)])
+@pytest.mark.parametrize("reach", [(0, 40), *(pytest.param(x, marks=pytest.mark.soak) for x in ((), (0, 12)))])
 def test_growing_caches(reach, calls):
     attention = dataclasses.replace(SEPARATOR, layer_reach=reach)
     graph, params = random_split(MODEL, attention)
