@@ -121,7 +121,7 @@ def test_a_prompt_reaches_attention_and_its_token_the_caller_through_ten_files(t
     try:
         sys.monitoring.register_callback(tool, start, note)
         sys.monitoring.set_events(tool, start)
-        sepjax.generate(model, tokenizer, "The cat", max_new_tokens=3, stop_at_eos=False)
+        sepjax.generate(model, tokenizer, CATS, **NEW)
     finally:
         sys.monitoring.set_events(tool, 0)
         sys.monitoring.free_tool_id(tool)
