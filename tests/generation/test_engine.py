@@ -105,7 +105,7 @@ def test_the_functions_of_the_package_are_functions():
 def test_a_prompt_reaches_attention_and_its_token_the_caller_through_ten_files(tokenizer):
     """The files that are open at once, so to speak, wherever one stops on the way; attention itself is another room."""
     # Traced anew for a number that nothing reads here: the programs themselves are those of the other tests.
-    model, stacks = tiny_model(dataclasses.replace(SHAPE, max_positions=SHAPE.max_positions - 1)), set()
+    model, stacks = tiny_model(dataclasses.replace(SHAPE, remat="full")), set()
 
     def note(code, _):
         if "/sepjax/" not in code.co_filename:
