@@ -30,7 +30,7 @@ from sepjax.programs.bench import BENCHES
 from sepjax.programs.evaluate import needle, recall, windows
 from sepjax.programs.picture import mask
 from tests.docs_blocks import Block, Namespace, blocks, commands
-from tests.runs import start_quickly
+from tests.runs import scores_of_nothing, start_quickly, step_that_tells_all
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -236,6 +236,9 @@ def test_the_page_s_python_runs(page, monkeypatch):
 def test_notebooks_run_and_hold_no_outputs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start_quickly(monkeypatch)
+    # Its run is one of train.py, read anew; that such a run learns is in test_train.py.
+    monkeypatch.setattr("sepjax.training.step.train_step", step_that_tells_all)
+    monkeypatch.setattr("sepjax.training.step.eval_step", scores_of_nothing)
     space: dict[str, object] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         for cell in json.loads(path.read_text())["cells"]:

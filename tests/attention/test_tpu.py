@@ -285,6 +285,7 @@ def test_a_document_is_the_same_alone_and_packed():
         check(one, GROUP, inputs, layout, part)
 
 
+@pytest.mark.soak  # of the XLA form in test_op.py: each kernel is told of a layer's window by its ranges alone
 def test_windows_that_differ_between_scanned_and_rematerialised_layers():
     q, k, v, d_out, _ = tensors(GROUP)
     windows, layout = (3, 170), sparse_layout()

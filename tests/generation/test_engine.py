@@ -105,22 +105,26 @@ def test_the_functions_of_the_package_are_functions():
 def test_a_prompt_reaches_attention_and_its_token_the_caller_through_ten_files(tokenizer):
     """The files that are open at once, so to speak, wherever one stops on the way; attention itself is another room."""
     # Traced anew for a number that nothing reads here: the programs themselves are those of the other tests.
-    model, stacks = tiny_model(dataclasses.replace(SHAPE, max_positions=SHAPE.max_positions - 1)), set()
+    model, stacks = tiny_model(dataclasses.replace(SHAPE, remat="full")), set()
 
-    def note(frame, event, _):
-        if event == "call" and "/sepjax/" in frame.f_code.co_filename:
-            files = {}  # in the order of the frames
-            while frame is not None:
-                files[frame.f_code.co_filename.rpartition("/sepjax/")[2]] = frame.f_code.co_filename
-                frame = frame.f_back
-            stacks.add(tuple(name for name, path in files.items() if "/sepjax/" in path))
+    def note(code, _):
+        if "/sepjax/" not in code.co_filename:
+            return sys.monitoring.DISABLE  # which costs nothing from then on
+        files, frame = {}, sys._getframe(1)  # in the order of the frames
+        while frame is not None:
+            files[frame.f_code.co_filename.rpartition("/sepjax/")[2]] = frame.f_code.co_filename
+            frame = frame.f_back
+        stacks.add(tuple(name for name, path in files.items() if "/sepjax/" in path))
 
-    before = sys.getprofile()
-    sys.setprofile(note)
+    tool, start = sys.monitoring.PROFILER_ID, sys.monitoring.events.PY_START
+    sys.monitoring.use_tool_id(tool, "ten files")
     try:
-        sepjax.generate(model, tokenizer, "The cat", max_new_tokens=3, stop_at_eos=False)
+        sys.monitoring.register_callback(tool, start, note)
+        sys.monitoring.set_events(tool, start)
+        sepjax.generate(model, tokenizer, CATS, **NEW)
     finally:
-        sys.setprofile(before)
+        sys.monitoring.set_events(tool, 0)
+        sys.monitoring.free_tool_id(tool)
     ways = [way[::-1] for way in stacks if way[-1] == "generation/api.py"]
     to_attention = [way[: way.index("attention/op.py") + 1] for way in ways if "attention/op.py" in way]
     assert to_attention, "no prompt was compiled"
