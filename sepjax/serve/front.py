@@ -119,7 +119,7 @@ class DistantWorker:
             while True:
                 self._take(await self._next())
         self._is_stopping = True
-        for future in self._calls.values():
+        for future in [future for future in self._calls.values() if not future.done()]:
             future.set_exception(ApiError(503, "the server is stopping", code="stopping", retry_after=5))
 
     async def _next(self) -> dict[str, Any]:

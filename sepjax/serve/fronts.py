@@ -16,6 +16,7 @@ import logging
 import os
 import queue
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -90,7 +91,7 @@ class Fronts:
     def ended(self, link: "Link") -> None:
         """A process has ended."""
         if not self.is_closing:
-            code = link.process.wait()
+            code = link.end_of_process(1.0)  # it is not heard any more
             self._worker.fail(FrontError(f"a process that answers HTTP has ended ({code}); the server ends with it"))
 
     def close(self) -> None:
@@ -109,11 +110,15 @@ class FrontError(RuntimeError):
 
 
 class DistantInbox(Inbox):
-    """An inbox that is in another process: what is put into it goes there. `taken` is what that has told of."""
+    """An inbox that is in another process: what is put into it goes there. `taken` is what that has told of.
+
+    Attributes:
+      is_left: nobody reads it any more, which may be known before its jobs have reached the worker.
+    """
 
     def __init__(self, link: "Link", number: int):
         super().__init__(link)
-        self.number = number
+        self.number, self.is_left = number, False
 
 
 class Link:
@@ -159,15 +164,19 @@ class Link:
 
     def join(self, seconds: float) -> None:
         """Waits for the end of the process, and makes it end if it does not."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.end_of_process(seconds)
         for thread in self._threads:
             thread.join()
         self._calls.shutdown(wait=False)
         self._socket.close()
+
+    def end_of_process(self, seconds: float) -> int:
+        """Its code. Waits for it so long, then makes it end."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # it is gone, which the other thread finds
@@ -183,10 +192,12 @@ class Link:
                     said = json.loads(file.read(size))
                     with self._worker.clocks("from http"):
                         self._take(said, file.read(rest) if rest else b"")
-        except (OSError, ValueError):
+        except (OSError, ValueError, struct.error):
             log.debug("a process that answers HTTP broke off")
+        except Exception:
+            log.exception("what a process that answers HTTP said was not understood")
         for inbox in list(self._inboxes.values()):
-            self._worker.cancel(inbox)
+            self._leave(inbox)
         self.is_up.set()
         self._fronts.ended(self)
 
@@ -196,10 +207,12 @@ class Link:
         elif "read" in said:
             if (inbox := self._inboxes.get(said["read"])) is not None:
                 inbox.taken += said["tokens"]
-        elif "cancel" in said or "caught_up" in said:
-            does = self._worker.cancel if "cancel" in said else self._worker.caught_up
-            if (inbox := self._inboxes.get(said["cancel"] if "cancel" in said else said["caught_up"])) is not None:
-                does(inbox)
+        elif "cancel" in said:
+            if (inbox := self._inboxes.get(said["cancel"])) is not None:
+                self._leave(inbox)
+        elif "caught_up" in said:
+            if (inbox := self._inboxes.get(said["caught_up"])) is not None:
+                self._worker.caught_up(inbox)
         elif "call" in said:
             self._calls.submit(self._answer, said["call"], said["name"], said["arguments"])
         else:
@@ -215,24 +228,37 @@ class Link:
         else:
             self._begin(jobs)
 
+    def _leave(self, inbox: DistantInbox) -> None:
+        inbox.is_left = True
+        self._worker.cancel(inbox)
+
     def _warm_and_submit(self, jobs: list) -> None:
-        for job in {id(job.ids): job for job in jobs}.values():
-            self._worker.conversations.warm(job.ids, job.blocks)  # pyright: ignore[reportOptionalMemberAccess]
+        try:
+            for job in {id(job.ids): job for job in jobs}.values():
+                self._worker.conversations.warm(job.ids, job.blocks)  # pyright: ignore[reportOptionalMemberAccess]
+        except Exception:
+            log.exception("saved conversations were not looked for")  # the request is read from its beginning
         self._begin(jobs)
 
     def _begin(self, jobs: list) -> None:
+        inbox: DistantInbox = jobs[0].inbox
         try:
             self._worker.submit(jobs)
         except ApiError as error:
-            self.call_soon_threadsafe(None, [(jobs[0].inbox, [(jobs[0].choice, Failed(error))])])
+            self.call_soon_threadsafe(None, [(inbox, [(jobs[0].choice, Failed(error))])])
+        if inbox.is_left:  # before the worker knew of them
+            self._worker.cancel(inbox)
 
     def _answer(self, number: int, name: str, arguments: list) -> None:
         try:
             found: Any = self._worker.tell() if name == "metrics" else self._worker.find_view(*arguments)
-            said = {"call": number, "found": found}
+            said = wire.frame({"call": number, "found": found})
         except ApiError as error:
-            said = {"call": number, "error": wire.told_error(error)}
-        self.send(wire.frame(said))
+            said = wire.frame({"call": number, "error": wire.told_error(error)})
+        except Exception:
+            log.exception("a question was not answered")
+            said = wire.frame({"call": number, "error": wire.told_error(ApiError(500, "internal error"))})
+        self.send(said)
 
 
 def _told_items(found: list[tuple[DistantInbox, list]]) -> bytes:

@@ -1,21 +1,26 @@
 """HTTP in processes of its own: what goes between, and that clients see no difference."""
 
 import json
+import os
 import random
 import socket
+import subprocess
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sepjax import Sampling, SlotRequest
+from sepjax.clocks import Clocks
 from sepjax.generation.row import CacheUse, StreamEvent
+from sepjax.serve import fronts as fronts_module
 from sepjax.serve import running as running_module
 from sepjax.serve import wire
 from sepjax.serve.conversations import chain
 from sepjax.serve.errors import ApiError
-from sepjax.serve.fronts import FrontError, Fronts
+from sepjax.serve.fronts import DistantInbox, FrontError, Fronts
 from sepjax.serve.jobs import Begun, Failed, Inbox, Job, Paused, Share
 from sepjax.serve.served import Served
 from tests.serve.test_operations import ask
@@ -79,6 +84,78 @@ def test_jobs_arrive_as_they_were_sent():
     assert got[0].share is got[1].share
     assert got[0].share.to_begin == 2
     assert got[2].share is got[3].share is not got[0].share
+
+
+class FakeProcess:
+    """One that was started with its end of a socket pair, which the test has."""
+
+    pid = 1
+
+    def __init__(self, command, pass_fds, **_: Any):
+        self.end = socket.socket(fileno=os.dup(pass_fds[0]))
+        self.killed = threading.Event()
+
+    def kill(self):
+        self.killed.set()
+
+    def wait(self, seconds=None):
+        if not self.killed.is_set():
+            raise subprocess.TimeoutExpired("front", seconds)
+        return -9
+
+
+class FakeWorker:
+    """Notes what it is asked for; looking for a conversation waits for `found`."""
+
+    def __init__(self):
+        self.clocks, self.conversations, self.has_disk = Clocks(), self, True
+        self.found, self.did, self.failed = threading.Event(), [], threading.Event()
+
+    def warm(self, ids, blocks):
+        assert self.found.wait(30)
+        raise OSError("the disk is gone")
+
+    def submit(self, jobs):
+        self.did.append("submit")
+
+    def cancel(self, inbox):
+        self.did.append("cancel")
+
+    def find_view(self, name, asked):
+        raise KeyError(name)
+
+    def fail(self, error):
+        self.failed.set()
+
+
+def test_nothing_that_goes_wrong_here_leaves_a_request_unanswered_or_a_row_taken(monkeypatch):
+    monkeypatch.setattr(fronts_module.subprocess, "Popen", FakeProcess)
+    worker: Any = FakeWorker()
+    with socket.socket() as listening:
+        fronts = Fronts(worker, listening, 1, {})
+        fronts.start()
+        (link,) = fronts._links
+        process: Any = link.process
+        with process.end as end, end.makefile("rb") as file:
+            assert take(file) == {"begin": {}}
+            asked = SlotRequest(None, sampling=Sampling.create())
+            ids = np.arange(3, 80, dtype=np.int32)
+            held = DistantInbox(link, 5)
+            end.sendall(wire.told_jobs(5, [Job(held, 0, ids, asked, "me", 0.0, "id", chain(ids))]))
+            end.sendall(wire.frame({"cancel": 5}))  # the client is gone while its conversation is looked for
+            end.sendall(wire.frame({"call": 6, "name": "view", "arguments": ["x", {}]}))
+            assert take(file)["error"][0] == 500
+            worker.found.set()
+            while worker.did[-2:] != ["submit", "cancel"]:
+                time.sleep(0.001)
+            end.sendall(b"abc")  # and it breaks off within a frame
+        assert process.killed.wait(30)
+        assert worker.failed.wait(30), "a server without one of its processes must not go on"
+
+
+def take(file):
+    size, rest = wire.HEAD.unpack(file.read(wire.HEAD.size))
+    return json.loads(file.read(size + rest)[:size])
 
 
 def asyncio_loop():
