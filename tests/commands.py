@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sepjax import programs
-from sepjax.command.settings import Flag, OneOf, Settings, flags_of
+from sepjax.command.settings import AtMost, Flag, OneOf, Settings, flags_of
 from sepjax.config import Config
 
 
@@ -60,6 +60,9 @@ def unlike(flag: Any, number: int) -> Any:
         return flag.kind(1000 + number)
     if flag.kind is Config:
         return Config()
+    most = flag.mark(AtMost)
+    if flag.kind == tuple[int, ...] and most is not None:
+        return (most.most - number,)
     return {tuple[int, ...]: (2000 + number,), tuple[str, ...]: (f"name{number}",)}.get(flag.kind, f"text{number}")
 
 
