@@ -81,7 +81,6 @@ class Fronts:
                 if time.monotonic() > until:
                     said = f"a process that answers HTTP ({link.process.pid}) has not begun within {_STARTS:g} seconds"
                     self._worker.fail(FrontError(said))
-        log.info("processes that answer HTTP are there", extra={"processes": len(self._links)})
 
     def stopping(self) -> None:
         """From here on they refuse."""

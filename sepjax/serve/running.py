@@ -104,7 +104,7 @@ class Running:
             log.info("listening", extra={"url": self.url})
             self._answer()
         finally:
-            self.worker.stop(0)
+            self.worker.stop(0.0)
             self.worker.join()
             for kind, handler in before.items():
                 signal.signal(kind, handler)
@@ -122,8 +122,18 @@ class Running:
         if self._server is not None:
             self._server.run(sockets=[self._socket])
         else:
+            self._loaded()
+            if self.worker.error is None:
+                log.info("processes that answer HTTP are there", extra={"processes": self._options.http_processes})
             self.worker.join()
             self._socket.close()
+
+    def _loaded(self) -> None:
+        """Waits until it answers requests, or what keeps it from doing so is the worker's error."""
+        while self.worker.served is None and self.worker.error is None:
+            time.sleep(0.005)
+        if self._fronts is not None:
+            self._fronts.wait()
 
     def start(self) -> None:
         """Listens and loads, in threads of this process."""
@@ -135,10 +145,7 @@ class Running:
 
     def wait(self) -> None:
         """Until it answers requests; raises what kept it from doing so."""
-        while self.worker.served is None and self.worker.error is None:
-            time.sleep(0.005)
-        if self._fronts is not None:
-            self._fronts.wait()
+        self._loaded()
         if self.worker.error is not None:
             self._thread.join()
             raise self.worker.error

@@ -96,6 +96,7 @@ class FakeProcess:
         self.killed = threading.Event()
 
     def kill(self):
+        self.end.close()
         self.killed.set()
 
     def wait(self, seconds=None):
@@ -151,6 +152,15 @@ def test_nothing_that_goes_wrong_here_leaves_a_request_unanswered_or_a_row_taken
             end.sendall(b"abc")  # and it breaks off within a frame
         assert process.killed.wait(30)
         assert worker.failed.wait(30), "a server without one of its processes must not go on"
+
+
+def test_a_server_ends_where_one_of_its_processes_does_not_begin(monkeypatch):
+    """The whole program too, which nobody waits for."""
+    monkeypatch.setattr(fronts_module.subprocess, "Popen", FakeProcess)
+    monkeypatch.setattr(fronts_module, "_STARTS", 0.2)
+    options = running_module.Options(port=0, rows=2, http_processes=1)
+    with pytest.raises(FrontError, match=r"has not begun within 0\.2 seconds"):
+        running_module.Running(tiny_served, options).run()
 
 
 def take(file):
