@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepjax.bench.steps import caches_of, full_cache, in_types, random_params
+from sepjax.bench.steps import OfCaches, full_cache, random_params
 from sepjax.command.flags import run_settings
-from sepjax.command.settings import AtLeast, OneOf
-from sepjax.command.settings import Settings as _Settings
-from sepjax.config import CACHE_DTYPES, AttentionConfig, Config, ConfigError
+from sepjax.command.settings import AtLeast
+from sepjax.config import AttentionConfig, Config, ConfigError
 from sepjax.data.tokenizer import train_sentencepiece
 from sepjax.evaluation.documents import Document
 from sepjax.evaluation.streaming import score_streams
@@ -38,13 +37,9 @@ _SEPARATORS = 0.12  # of the tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(_Settings):
+class Settings(OfCaches):
     """What is measured."""
 
-    config: Config  # a config file, whose shape is taken
-    budget: str = "4/64/256/800"  # of the bounded caches: sinks/separators/window/cache
-    patterns: tuple[str, ...] = ("separator",)  # of the bounded caches
-    cache_dtypes: Annotated[tuple[str, ...], OneOf(CACHE_DTYPES)] = ()  # of all caches; default: the config's
     shapes: tuple[str, ...] = ("32x128", "4x480", "1x480")  # rows and tokens of a pass
     # rows that there are, of which a pass reads some; 0: those that it reads
     slots: Annotated[int, AtLeast(0)] = 0
@@ -142,8 +137,7 @@ def main(settings: Settings) -> None:
     """Prints a line a figure, then JSON."""
     source, s = provenance(), settings
     print(heading(source))
-    caches = caches_of(s.config.attention, s.config.model.num_layers, s.budget, 0, s.patterns)
-    caches = in_types(caches, s.cache_dtypes)
+    caches = s.caches()
     print(f"{'cache':<32}{'pass':>10}{'ms/pass':>10}{'tokens':>10}{'tokens/s':>12}")
     figures = []
     found = [measure(s.config, caches, s.shapes, s.slots, s.seconds)]

@@ -34,13 +34,25 @@ _SPARE = 0.06  # of the memory, for what a step computes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(_Settings):
-    """What is measured."""
+class OfCaches(_Settings):
+    """The shape and the caches of which something is measured."""
 
     config: Config  # a config file, whose shape is taken
     budget: str = "4/64/256/800"  # of the bounded caches: sinks/separators/window/cache
     patterns: tuple[str, ...] = ("separator",)  # of the bounded caches
     cache_dtypes: Annotated[tuple[str, ...], OneOf(CACHE_DTYPES)] = ()  # of all caches; default: the config's
+
+    def caches(self, dense_context: int = 0) -> dict[str, AttentionConfig]:
+        """By name; `dense_context`: as `caches_of` has it."""
+        config = self.config
+        caches = caches_of(config.attention, config.model.num_layers, self.budget, dense_context, self.patterns)
+        return in_types(caches, self.cache_dtypes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(OfCaches):
+    """What is measured."""
+
     batch_sizes: tuple[str, ...] = ("1", "auto")  # rows of a step; auto: as many as fit
     # tokens of a dense cache to measure beside it; 0: none
     dense_context: Annotated[int, AtLeast(0)] = 0
@@ -220,12 +232,10 @@ def main(settings: Settings) -> None:
     """Prints a line a figure, then JSON."""
     source, s = provenance(), settings
     print(heading(source))
-    caches = caches_of(s.config.attention, s.config.model.num_layers, s.budget, s.dense_context, s.patterns)
-    caches = in_types(caches, s.cache_dtypes)
     columns = f"{'ms/step':>10}{'tokens/s':>12}{'weights':>10}{'all':>8}{'cache bytes':>18}"
     print(f"{'cache':<28}{'rows':>6}{columns}   (weights, all: time to read them once over the step's)")
     figures = []
-    for x in measure(s.config, caches, s.batch_sizes, s.seconds):
+    for x in measure(s.config, s.caches(s.dense_context), s.batch_sizes, s.seconds):
         shares = f"{x.share_of_weights:>10.1%}{x.share_of_bandwidth:>8.1%}{x.cache_bytes:>18,}"
         print(f"{x.name:<28}{x.rows:>6}{x.milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}{shares}", flush=True)
         figures.append(dataclasses.asdict(x))

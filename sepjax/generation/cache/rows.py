@@ -72,9 +72,8 @@ def written(
     by_head = jnp.swapaxes(new, n + 1, n + 2)
     if slots.size == 1:  # XLA would compare the slot with the end, in a kernel of its own for every layer
         return jax.lax.dynamic_update_slice_in_dim(x, by_head, slots[0, 0], axis=n + 2)
-    if (
-        slots.shape[1] > 1
-    ):  # heads are indices, too, or XLA may turn the whole cache round, to have them behind the slots
+    if slots.shape[1] > 1:
+        # Heads are indices, too, or XLA may turn the whole cache round, to have them behind the slots.
         at = rows[:, None], jnp.arange(x.shape[n + 1])[:, None], slots[:, None]
         return x.at[*lead, *at].set(by_head, mode=mode, unique_indices=True)
     return x.at[*lead, rows, :, slots].set(jnp.moveaxis(new, (n, n + 1), (0, 1)), mode=mode, unique_indices=True)
