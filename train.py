@@ -36,7 +36,7 @@ from sepjax.programs.train import Settings
 from sepjax.progress import counted, working
 from sepjax.run.checkpoint import Checkpointer
 from sepjax.run.guard import StepGuard, StopNotice, Watchdog
-from sepjax.run.metrics import MetricWriter, Throughput, has_known_peak, run_meta
+from sepjax.run.metrics import MetricWriter, Throughput, has_known_peak, peak_memory, run_meta
 from sepjax.run.profile import Profile, parse_steps
 from sepjax.run.trackers import Trackers, check_trackers
 from sepjax.run.workdir import claim_workdir, hold_workdir
@@ -217,7 +217,7 @@ def _report(config: Config, metrics: dict[str, Any], tokens: int, speed: Through
     pairs = found.pop("sep/pairs_per_row") * batch_tokens / max(tokens, 1)  # of rows without padding
     if config.attention.pattern == "separator" and jax.process_index() == 0:
         warn_of_few(found["sep/separator_fraction"], batch_tokens, "the training data")
-    return found | flops_report(config, pairs, speed.rate(), peak)
+    return found | flops_report(config, pairs, speed.rate(), peak) | peak_memory()
 
 
 def _evaluate(

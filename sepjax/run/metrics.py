@@ -164,12 +164,22 @@ def has_known_peak() -> bool:
     return jax.default_backend() != "cpu"
 
 
+def peak_memory() -> dict[str, float]:
+    """The `memory/` metric: the most bytes of this process's arrays and programs on one of its devices since its start.
+
+    That of the device with the most. Empty where devices do not tell (CPUs).
+    """
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    told = [peak for peak in peaks if peak is not None]
+    return {"memory/peak_bytes": float(max(told))} if told else {}
+
+
 def progress_line(
     step: int, total_steps: int, values: Mapping[str, float], seconds_left: int | float | None = None
 ) -> str:
     """The console's line; shows the metrics it knows and leaves out those that `values` lacks.
 
-    step   120/1000  loss 4.213  lr 9.8e-04  |g| 0.83  12,345 tok/s  MFU 31.2 %  attention 22.1 %  eta 1:23
+    step   120/1000  loss 4.213  lr 9.8e-04  |g| 0.83  12,345 tok/s  MFU 31.2 %  23.6 GiB  attention 22.1 %  eta 1:23
     """
     formats = {
         "train/loss": lambda x: f"loss {x:.3f}",
@@ -179,6 +189,7 @@ def progress_line(
         "optim/grad_norm": lambda x: f"|g| {x:.2f}",
         "throughput/tokens_per_second": lambda x: f"{x:,.0f} tok/s",
         "throughput/mfu": lambda x: f"MFU {100 * x:.1f} %",
+        "memory/peak_bytes": lambda x: f"{x / 2**30:.1f} GiB",
         "sep/attention_fraction": lambda x: f"attention {100 * x:.1f} %",
     }
     parts = [f"step {step:{len(str(total_steps)) + 1}d}/{total_steps}"]

@@ -228,15 +228,29 @@ def test_progress_line_shows_what_it_is_given() -> None:
         "optim/grad_norm": 0.834,
         "throughput/tokens_per_second": 12345.4,
         "throughput/mfu": 0.312,
+        "memory/peak_bytes": 23.55 * 2**30,
         "sep/attention_fraction": 0.221,
         "sep/kv_kept": 0.3,
     }
     assert metrics.progress_line(120, 1000, values, 83.2) == (
-        "step   120/1000  loss 4.213  lr 9.8e-04  |g| 0.83  12,345 tok/s  MFU 31.2 %  attention 22.1 %  eta 1:23"
+        "step   120/1000  loss 4.213  lr 9.8e-04  |g| 0.83  12,345 tok/s  MFU 31.2 %  23.6 GiB  attention 22.1 %  eta 1:23"
     )
     assert metrics.progress_line(5, 10, {"eval/loss": 1.0, "eval/perplexity": 2.71828}, 3661) == (
         "step   5/10  eval loss 1.000  eval perplexity 2.718  eta 1:01:01"
     )
+
+
+def test_peak_memory_is_that_of_the_fullest_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        def __init__(self, stats: dict | None) -> None:
+            self.memory_stats = lambda: stats
+
+    for stats, peak in (
+        ([{"peak_bytes_in_use": 3}, {"peak_bytes_in_use": 5}], {"memory/peak_bytes": 5.0}),
+        ([None, {"bytes_in_use": 1}], {}),
+    ):
+        monkeypatch.setattr(metrics.jax, "local_devices", lambda stats=stats: [Device(x) for x in stats])
+        assert metrics.peak_memory() == peak
 
 
 def test_throughput_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
