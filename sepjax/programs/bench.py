@@ -21,6 +21,7 @@ BENCHES = {  # name -> the module that measures it; each is also python -m MODUL
     "reading": "sepjax.bench.reading",
     "slots": "sepjax.bench.slots",
     "mesh": "sepjax.bench.mesh",
+    "peers": "sepjax.bench.peers",
     "serve": "sepjax.bench.serve",
 }
 
