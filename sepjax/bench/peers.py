@@ -9,7 +9,9 @@ long as asked and takes the best token at each step. Each case runs twice before
 bfloat16, on a CPU float32. The last line is JSON.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Generator as Generates
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +36,6 @@ from sepjax.hub.folder import config_shape, is_folder
 from sepjax.loading import load
 from sepjax.measure import heading, provenance
 from sepjax.model.transformer import Transformer
-from sepjax.progress import counted
 
 _WORKER = Path(__file__).with_name("peers_worker.py")
 _EXPORT = (
@@ -47,6 +49,7 @@ class Settings(_Settings):
 
     model: str  # smollm2-135m, a Hugging Face folder, a GGUF file, a workdir
     torch_python: str = "python3"  # a Python that has torch and transformers
+    compiled: bool = True  # on a GPU, whether transformers also answers by a compiled step over a static cache
     budget: str = "4/64/256/800"  # of the bounded cache: sinks/separators/window/cache
     batch_sizes: Annotated[tuple[int, ...], AtLeast(1)] = (1, 16)  # prompts at a time
     prompt_tokens: Annotated[int, AtLeast(1)] = 512  # of each
@@ -71,8 +74,8 @@ def prompts(vocab_size: int, rows: int, tokens: int) -> np.ndarray:
     return np.random.default_rng(0).integers(min(64, vocab_size // 2), vocab_size, (rows, tokens), np.int32)
 
 
-def theirs(settings: Settings) -> tuple[dict[str, str], list[Case]]:
-    """(versions and device, figures) of transformers.
+def theirs(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Of transformers: first the versions of what answers, then a case after the other, as they are timed.
 
     Raises:
       UserError: that Python lacks torch or transformers, or cannot run the model.
@@ -83,31 +86,39 @@ def theirs(settings: Settings) -> tuple[dict[str, str], list[Case]]:
         if not is_folder(source):
             source = Path(folder) / "model"
             on_host = os.environ | {"JAX_PLATFORMS": "cpu"}
-            _output([sys.executable, "-c", _EXPORT, s.model, str(source)], "a folder of the model", on_host)
+            for _ in _lines([sys.executable, "-c", _EXPORT, s.model, str(source)], "a folder of the model", on_host):
+                pass
         vocab_size = config_shape(source / "config.json", dtype="bfloat16").vocab_size
         files = [str(Path(folder) / f"{rows}.npy") for rows in s.batch_sizes]
         for file, rows in zip(files, s.batch_sizes, strict=True):
             np.save(file, prompts(vocab_size, rows, s.prompt_tokens))
-        asked = {"folder": str(source), "prompts": files, "new": s.new_tokens}
-        lines = _output(
-            [s.torch_python, str(_WORKER), json.dumps(asked)], f"--torch_python={s.torch_python}"
-        ).splitlines()
-    told = json.loads(lines[-1])
-    if "error" in told:
-        raise UserError(
-            f"--torch_python={s.torch_python} {told['error']}; name a Python that has torch and transformers"
-        )
-    return told["versions"], [Case(**x) for x in told["cases"]]
+        asked = {"folder": str(source), "prompts": files, "new": s.new_tokens, "compiled": s.compiled}
+        words, what = [s.torch_python, str(_WORKER), json.dumps(asked)], f"--torch_python={s.torch_python}"
+        with contextlib.closing(_lines(words, what)) as lines:
+            for told in map(json.loads, lines):
+                if "error" in told:
+                    raise UserError(f"{what} {told['error']}; name a Python that has torch and transformers")
+                yield told
 
 
-def _output(words: list[str], what: str, env: dict[str, str] | None = None) -> str:
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
-    except OSError as error:
-        raise UserError(f"{what}: cannot run {words[0]!r}: {error.strerror}") from error
-    if done.returncode or (what.startswith("--") and not done.stdout.strip()):
-        raise UserError(f"{what} failed: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
-    return done.stdout
+def _lines(words: list[str], what: str, env: dict[str, str] | None = None) -> Generates[str]:
+    """What a program prints, line by line."""
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=said, text=True, env=env)
+        except OSError as error:
+            raise UserError(f"{what}: cannot run {words[0]!r}: {error.strerror}") from error
+        with process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    yield line  # noqa: UP028  `yield from` would close the pipe before the process is killed
+            except GeneratorExit:  # left early
+                process.kill()
+                raise
+        if process.returncode:
+            said.seek(0)
+            raise UserError(f"{what} failed: {(said.read().strip().splitlines() or ['no reason'])[-1]}")
 
 
 def ours(model: Transformer, tokenizer: Tokenizer, settings: Settings) -> Iterator[Case]:
@@ -140,16 +151,22 @@ def _third_run(run: Callable[[], Any]) -> float:
 def main(settings: Settings) -> None:
     """Prints a line a case, then JSON."""
     s = settings
-    versions, cases = theirs(s)
-    source = provenance() | versions
-    print(heading(source) + "".join(f", {name} {version}" for name, version in versions.items()))
+    told = theirs(s)
+    versions, cases = next(told), []
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
     print(f"{s.prompt_tokens:,} tokens of prompt, {s.new_tokens:,} of answer a row")
-    model, tokenizer = load(s.model)
-    cases += counted(ours(model, tokenizer, s), "answering", 2 * len(s.batch_sizes), "cases")
-    for x in cases:
-        print(f"{x.name:<40}{x.rows:>6} rows{x.seconds:>10.3f} s{x.tokens_per_second(s.new_tokens):>12,.0f} tokens/s")
-    figures = [dataclasses.asdict(x) | {"tokens_per_second": x.tokens_per_second(s.new_tokens)} for x in cases]
-    print(json.dumps(source | {"prompt_tokens": s.prompt_tokens, "new_tokens": s.new_tokens, "figures": figures}))
+    for x in itertools.chain((Case(**x) for x in told), _loaded(s)):
+        rate = x.tokens_per_second(s.new_tokens)
+        print(f"{x.name:<40}{x.rows:>6} rows{x.seconds:>10.3f} s{rate:>12,.0f} tokens/s", flush=True)
+        cases.append(dataclasses.asdict(x) | {"tokens_per_second": rate})
+    source = provenance() | versions
+    print(heading(source))
+    print(json.dumps(source | {"prompt_tokens": s.prompt_tokens, "new_tokens": s.new_tokens, "figures": cases}))
+
+
+def _loaded(settings: Settings) -> Iterator[Case]:
+    """`ours`, of a model that is loaded when transformers has ended."""
+    yield from ours(*load(settings.model), settings)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_a_python_without_torch_is_said(model, tmp_path: Path):
     save_folder(*model, tmp_path / "model")
     for python, said in ((str(bare), "lacks numpy; name a Python that has"), (str(tmp_path / "none"), "cannot run")):
         with pytest.raises(UserError, match=said):
-            peers.theirs(peers.Settings(model=str(tmp_path / "model"), torch_python=python, **SMALL))
+            next(peers.theirs(peers.Settings(model=str(tmp_path / "model"), torch_python=python, **SMALL)))
 
 
 @pytest.mark.skipif(TORCH is None, reason="needs transformers here, or SEPJAX_TORCH_PYTHON")
