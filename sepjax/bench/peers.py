@@ -111,8 +111,8 @@ def _lines(words: list[str], what: str, env: dict[str, str] | None = None) -> Ge
         with process:
             assert process.stdout is not None
             try:
-                for line in process.stdout:
-                    yield line  # noqa: UP028  `yield from` would close the pipe before the process is killed
+                for line in process.stdout:  # noqa: UP028  `yield from` would close the pipe first
+                    yield line
             except GeneratorExit:  # left early
                 process.kill()
                 raise
