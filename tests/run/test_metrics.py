@@ -233,7 +233,8 @@ def test_progress_line_shows_what_it_is_given() -> None:
         "sep/kv_kept": 0.3,
     }
     assert metrics.progress_line(120, 1000, values, 83.2) == (
-        "step   120/1000  loss 4.213  lr 9.8e-04  |g| 0.83  12,345 tok/s  MFU 31.2 %  23.6 GiB  attention 22.1 %  eta 1:23"
+        "step   120/1000  loss 4.213  lr 9.8e-04  |g| 0.83  12,345 tok/s  MFU 31.2 %  23.6 GiB  attention 22.1 %"
+        "  eta 1:23"
     )
     assert metrics.progress_line(5, 10, {"eval/loss": 1.0, "eval/perplexity": 2.71828}, 3661) == (
         "step   5/10  eval loss 1.000  eval perplexity 2.718  eta 1:01:01"
