@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from sepjax.data.errors import DataError
-from sepjax.data.scored import CLOSE, OPEN
+from sepjax.data.marks import CLOSE, OPEN
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Fields beside the messages that templates read, or that say something of the answer; nothing here does.

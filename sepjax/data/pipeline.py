@@ -104,6 +104,8 @@ def training_batches(
     }
     if config.data.loss_on:
         made_by["loss_on"] = config.data.loss_on
+    if any(source.read_from != "copies" for source in sources):
+        made_by["read_from"] = ", ".join(source.read_from for source in sources)
     if len(sources) > 1:
         made_by["shares"] = ", ".join(str(part.share) for part in parts_of(config.data.name))
     if any(source.conversations for source in sources):

@@ -13,6 +13,7 @@ from google.protobuf.json_format import ParseError
 from sepjax.config import DataConfig, UserError, first_line
 from sepjax.console import say
 from sepjax.data.conversations import Form
+from sepjax.data.corpora.bad_records import check_bad
 from sepjax.data.corpora.embedded.embedded import Embedded
 from sepjax.data.corpora.files import files_of, kind_of_file
 from sepjax.data.corpora.recall.recall import Recall
@@ -21,6 +22,8 @@ from sepjax.data.corpora.rows import FileRows, Rows
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
 from sepjax.data.errors import DataError
 from sepjax.data.hub_rows import HubRows, HubTexts, is_of_hub
+from sepjax.data.in_place.index import has_index, lies_open, read_index, write_index
+from sepjax.data.in_place.texts import TextsInPlace
 from sepjax.data.locks import exclusive
 from sepjax.data.mixture import parts_of
 from sepjax.data.texts import TextSource
@@ -120,6 +123,8 @@ def _source(data: DataConfig, data_dir: str, split: str, form: Form | None) -> T
     if is_of_hub(data.name):
         return _source_of_hub(data, data_dir, split, form)
     try:
+        if source := _source_in_place(data, data_dir, split, form):
+            return source
         builder, key = _builder(data, data_dir, split, form)
     except UserError:
         raise
@@ -140,9 +145,35 @@ def _source_of_hub(data: DataConfig, data_dir: str, split: str, form: Form | Non
     return PreparedTexts(str(builder.data_path), "train", builder.key)
 
 
-def _prepared_records(rows: Rows, data: DataConfig, folder: str, form: Form | None, *, hold_out: bool) -> Any:
+def _source_in_place(data: DataConfig, data_dir: str, split: str, form: Form | None) -> TextSource | None:
+    """Texts of JSON lines where they lie. None for what must be unpacked or written by a template, and for what an
+    earlier version has copied: runs that began with the copy go on with it.
+    """
+    if "://" in data_dir or not has_records(data.name) or is_of_hub(data.name):  # an index is mapped into memory
+        return None
+    rows, folder = FileRows(data.name, data.text_key), _local(data_dir)
+    if not lies_open(rows):
+        return None
+    builder = _records(rows, data, folder, form, hold_out=split != "all")
+    place = Path(folder) / "indexed" / builder.fingerprint
+    if builder.key != "text" or (_is_prepared(builder) and not has_index(place)):
+        return None
+    if not has_index(place):
+        with exclusive(place):
+            if not has_index(place):
+                say(f"indexing {data.name} in {place} (once); it is read where it lies")
+                write_index(place, rows, data.text_key, max_bad=data.max_bad_documents, hold_out=split != "all")
+    check_bad(read_index(place).bad, data.max_bad_documents)
+    return TextsInPlace(str(place), split, f"{data.name} ({place.name})")
+
+
+def _records(rows: Rows, data: DataConfig, folder: str, form: Form | None, *, hold_out: bool) -> Records:
     settings = {"text_key": data.text_key, "form": form, "max_bad": data.max_bad_documents, "hold_out": hold_out}
-    builder = _prepared(lambda: Records(rows=rows, data_dir=folder, file_format=_FORMAT, **settings), folder)
+    return Records(rows=rows, data_dir=folder, file_format=_FORMAT, **settings)
+
+
+def _prepared_records(rows: Rows, data: DataConfig, folder: str, form: Form | None, *, hold_out: bool) -> Any:
+    builder = _prepared(lambda: _records(rows, data, folder, form, hold_out=hold_out), folder)
     builder.check_prepared()
     return builder
 

@@ -83,8 +83,13 @@ def opened(file: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
 
 def read_text(file: Path) -> str:
     """A text file, unpacked, with any kind of line ends. Raises DataError as `opened`, and UnicodeDecodeError."""
-    with opened(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
-        return text.read()
+    with opened(file) as stream:
+        return decoded_text(stream.read())
+
+
+def decoded_text(raw: bytes) -> str:
+    """The text of a file's bytes, with any kind of line ends. Raises UnicodeDecodeError."""
+    return io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig").read()
 
 
 def library(name: str, file: Path) -> Any:

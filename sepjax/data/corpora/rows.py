@@ -2,17 +2,17 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from sepjax.config import first_line
 from sepjax.data.conversations import FIELDS, RecordError, parse
-from sepjax.data.corpora.files import files_of, kind_of_file, library, opened, read_text
-from sepjax.data.corpora.splits import digest
+from sepjax.data.corpora.files import decoded_text, files_of, kind_of_file, library, opened
+from sepjax.data.corpora.splits import digest, digest_of_bytes, side_of
 from sepjax.data.errors import DataError
 
-_LINE = 1 << 28  # bytes of a record, at most
+LINE = 1 << 28  # bytes of a record, at most
 _ROWS = 64  # of Parquet, held at once
 _BUFFER = 1 << 20  # bytes of a column of Parquet, read at once
 
@@ -60,7 +60,20 @@ class FileRows:
         """Raises DataError where there are no files, or some that are not read."""
         root = Path(path).expanduser().resolve()
         self.files, self.name, self.place, self._text_key = files_of(root), str(path), str(root), text_key
-        self.facts = [(str(x.relative_to(root.parent)), x.stat().st_size, x.stat().st_mtime_ns) for x in self.files]
+        self.facts = self._facts()
+
+    def check_unchanged(self) -> None:
+        """Raises DataError where a file is not what it was: some of its records may have been read, others not."""
+        for file, before, now in zip(self.files, self.facts, self._facts(), strict=True):
+            if before != now:
+                raise DataError(
+                    f"{str(file)!r} changed while it was read: it had {before[1]:,} bytes, now {now[1]:,}; wait until "
+                    "nobody writes to it, or copy it"
+                )
+
+    def _facts(self) -> list[tuple[str, int, int]]:
+        stats = [(file, file.stat()) for file in self.files]
+        return [(str(x.relative_to(Path(self.place).parent)), s.st_size, s.st_mtime_ns) for x, s in stats]
 
     def kind(self, text_key: str) -> str:
         """See `Rows`: the records tell."""
@@ -91,7 +104,9 @@ def records(files: Iterable[Path], text_key: str, kind: str = "") -> Iterator[tu
         elif what == "parquet":
             yield from _rows(file, text_key, kind)
         else:
-            yield str(file), _text(file, text_key)
+            with opened(file) as stream:
+                raw = stream.read()
+            yield str(file), text_record(raw, text_key)
 
 
 def record_of(raw: Raw) -> dict[str, Any]:
@@ -104,24 +119,42 @@ def record_of(raw: Raw) -> dict[str, Any]:
 def record_digest(raw: Raw) -> int:
     """64 bits that depend on a record's content alone, so that equal records are on one side of a split."""
     if isinstance(raw, bytes):
-        return digest(raw.decode(errors="backslashreplace"))
+        try:
+            raw.decode()  # what it would be encoded to again
+        except UnicodeDecodeError:
+            return digest(raw.decode(errors="backslashreplace"))
+        return digest_of_bytes(raw)
     return digest(json.dumps(raw, sort_keys=True, default=str) if isinstance(raw, dict) else str(raw))
+
+
+def side_of_rows(rows: Rows, kind: str) -> Callable[[str], bool]:
+    """Tells which records are held out, by their digests. Raises DataError where no two of them differ."""
+    side = side_of(str(record_digest(raw)) for _, raw in rows.records(kind))
+    if side is None:
+        raise DataError(f"{rows.name!r} has less than two different records, so none can be held back; give more")
+    return side
+
+
+def too_long(place: str) -> str:
+    """What to say of a line of `LINE` bytes and more."""
+    return f"{place} has more than {LINE:,} bytes; divide it"
 
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
     with opened(file) as lines:
         number = 0
-        while line := lines.readline(_LINE):
+        while line := lines.readline(LINE):
             number += 1
-            if len(line) >= _LINE:
-                raise DataError(f"{file}:{number} has more than {_LINE:,} bytes; divide it")
+            if len(line) >= LINE:
+                raise DataError(too_long(f"{file}:{number}"))
             if stripped := line.strip():
                 yield f"{file}:{number}", stripped
 
 
-def _text(file: Path, text_key: str) -> Raw:
+def text_record(raw: bytes, text_key: str) -> Raw:
+    """What a text file is as a record."""
     try:
-        text = read_text(file)
+        text = decoded_text(raw)
     except UnicodeDecodeError as error:
         return RecordError(f"it is not UTF-8 text: {error.reason} at byte {error.start}")
     return {text_key: text} if text.strip() else RecordError("it is empty")
