@@ -60,11 +60,12 @@ def has_index(folder: Path) -> bool:
 def read_index(folder: Path) -> Index:
     """The index in a folder. Raises DataError where it is damaged."""
     try:
-        index = Index(**json.loads((folder / _FILE).read_bytes()))
+        found = json.loads((folder / _FILE).read_bytes())
+        index = Index(**found | {"files": [tuple(file) for file in found["files"]]})
         for split, count in index.documents.items():
             if (there := entries_file(folder, split).stat().st_size) != count * ENTRY.itemsize:
                 raise ValueError(f"{split} has {there} bytes, expected {count * ENTRY.itemsize}")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"cannot read the index in {str(folder)!r}: {error}; remove it to have it made anew") from error
     return index
 
