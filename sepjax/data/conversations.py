@@ -137,6 +137,8 @@ def _message(given: Any, where: str) -> dict[str, str]:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{where!r} is {str(value)[:40]!r}, expected a text")
+    if value.isascii():  # which Python knows without a look at the characters
+        return value
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -120,7 +120,7 @@ def record_digest(raw: Raw) -> int:
     """64 bits that depend on a record's content alone, so that equal records are on one side of a split."""
     if isinstance(raw, bytes):
         try:
-            raw.decode()  # what it would be encoded to again
+            raw.isascii() or raw.decode()  # what it would be encoded to again
         except UnicodeDecodeError:
             return digest(raw.decode(errors="backslashreplace"))
         return digest_of_bytes(raw)

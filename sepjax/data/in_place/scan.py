@@ -91,7 +91,7 @@ def scanned(piece: Piece, side: Callable[[str], bool] = is_held_out) -> Found:
     return notes.found
 
 
-def in_order(pieces: Iterable[Piece], side: Callable[[str], bool]) -> Generator[Found]:
+def in_order(pieces: Iterable[Piece], side: Callable[[str], bool] = is_held_out) -> Generator[Found]:
     """What each piece holds, in this process."""
     for piece in pieces:
         yield scanned(piece, side)
@@ -112,7 +112,7 @@ class _Notes:
         except RecordError as error:
             self.found.bad.append((line, str(error)))
             return len(self.found.bad) <= self._piece.most
-        self.found.size += len(text.encode())
+        self.found.size += len(text) if text.isascii() else len(text.encode())
         held_out = self._piece.hold_out and self._side(str(record_digest(record)))
         self._entries[held_out].append((self._piece.base + at, len(raw), zlib.crc32(raw)))
         return True
