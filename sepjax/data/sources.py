@@ -18,6 +18,7 @@ from sepjax.data.corpora.embedded.embedded import Embedded
 from sepjax.data.corpora.files import files_of, kind_of_file
 from sepjax.data.corpora.recall.recall import Recall
 from sepjax.data.corpora.records.records import Records
+from sepjax.data.corpora.room import announce_copy
 from sepjax.data.corpora.rows import FileRows, Rows
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
 from sepjax.data.errors import DataError
@@ -173,9 +174,21 @@ def _records(rows: Rows, data: DataConfig, folder: str, form: Form | None, *, ho
 
 
 def _prepared_records(rows: Rows, data: DataConfig, folder: str, form: Form | None, *, hold_out: bool) -> Any:
-    builder = _prepared(lambda: _records(rows, data, folder, form, hold_out=hold_out), folder)
+    builder = _prepared(lambda: _records(rows, data, folder, form, hold_out=hold_out), folder, _announced)
     builder.check_prepared()
     return builder
+
+
+def _announced(builder: Records) -> str:
+    """What to say before records are copied. Raises DataError where there is no room for them."""
+    if not isinstance(builder.rows, FileRows) or "://" in str(builder.data_path):
+        return _preparing(builder)
+    place, is_form = Path(builder.data_path), builder.key == "conversation"
+    return announce_copy(builder.rows, builder.text_key, place, is_form=is_form)
+
+
+def _preparing(builder: Any) -> str:
+    return f"preparing the corpus in {builder.data_path} (once)"
 
 
 def _local(data_dir: str) -> str:
@@ -248,7 +261,7 @@ def _builder(data: DataConfig, data_dir: str, split: str, form: Form | None) -> 
     return builder, data.text_key
 
 
-def _prepared(make: Callable[[], Any], folder: str) -> Any:
+def _prepared(make: Callable[[], Any], folder: str, announced: Callable[[Any], str] = _preparing) -> Any:
     """The builder, once its data are on disk: prepared here, or by the process that came first."""
     builder = make()
     if _is_prepared(builder):
@@ -256,7 +269,7 @@ def _prepared(make: Callable[[], Any], folder: str) -> Any:
     with exclusive(Path(folder) / builder.name if "://" not in folder else folder):
         builder = make()  # reads what another process has written in the meantime
         if not _is_prepared(builder):
-            say(f"preparing the corpus in {builder.data_path} (once)")
+            say(announced(builder))
             with working("preparing the corpus"):
                 _prepare(builder)
     return builder

@@ -65,18 +65,24 @@ def opened(file: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
     Raises:
       DataError: it cannot be opened, or, from within the block, read or unpacked; or the library for it is missing.
     """
+    with unpacking(file) as (stream, _):
+        yield stream
+
+
+@contextmanager
+def unpacking(file: Path) -> Iterator[tuple[io.BufferedReader | gzip.GzipFile, io.BufferedReader]]:
+    """`opened`, and the file as it is, whose place tells how much was read."""
     try:
-        if file.suffix == ".gz":
-            with gzip.open(file) as stream:
-                yield stream
-        elif file.suffix == ".zst":
-            with file.open("rb") as packed:
+        with file.open("rb") as packed:
+            if file.suffix == ".gz":
+                with gzip.GzipFile(fileobj=packed) as stream:
+                    yield stream, packed
+            elif file.suffix == ".zst":
                 unpacked: Any = _Unpacked(packed, library("zstandard", file))
                 with io.BufferedReader(unpacked, _READ) as stream:
-                    yield stream
-        else:
-            with file.open("rb") as stream:
-                yield stream
+                    yield stream, packed
+            else:
+                yield packed, packed
     except (OSError, EOFError, zlib.error) as error:  # gzip's own are of these
         raise DataError(f"cannot read {str(file)!r}: {error}") from error
 

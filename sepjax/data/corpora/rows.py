@@ -80,10 +80,14 @@ class FileRows:
         return ""
 
     def records(self, kind: str) -> Iterator[tuple[str, Raw]]:
-        """See `Rows`. Raises DataError for texts among conversations."""
+        """See `Rows`. Raises DataError for texts among conversations, and at the end where a file has changed."""
         if kind == "conversation" and (texts := [file for file in self.files if kind_of_file(file) == "text"]):
             raise DataError(f"{self.name!r} has conversations, and {texts[0].name} beside them: keep them apart")
-        return records(self.files, self._text_key, kind)
+        return self._watched(records(self.files, self._text_key, kind))
+
+    def _watched[T](self, found: Iterator[T]) -> Iterator[T]:
+        yield from found
+        self.check_unchanged()
 
 
 def records(files: Iterable[Path], text_key: str, kind: str = "") -> Iterator[tuple[str, Raw]]:
@@ -120,7 +124,8 @@ def record_digest(raw: Raw) -> int:
     """64 bits that depend on a record's content alone, so that equal records are on one side of a split."""
     if isinstance(raw, bytes):
         try:
-            raw.isascii() or raw.decode()  # what it would be encoded to again
+            if not raw.isascii():
+                raw.decode()  # what it would be encoded to again
         except UnicodeDecodeError:
             return digest(raw.decode(errors="backslashreplace"))
         return digest_of_bytes(raw)

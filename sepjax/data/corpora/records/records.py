@@ -29,6 +29,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     conversations are written: what is changed is prepared anew.
 
     Attributes:
+      rows, text_key: as given.
       fingerprint: the config's name.
       key: field with the texts, "conversation" (marked, `sepjax.data.scored`) or "text".
     """
@@ -58,8 +59,8 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         Raises:
           DataError: no record can be used, or there are conversations and no `form`.
         """
-        self._rows, self._name = rows, rows.name
-        self._text_key, self._form, self._max_bad, self._hold_out = text_key, form, max_bad, hold_out
+        self.rows, self._name = rows, rows.name
+        self.text_key, self._form, self._max_bad, self._hold_out = text_key, form, max_bad, hold_out
         self.key = rows.kind(text_key) or self._kind()
         if self.key == "conversation" and form is None:
             raise no_form(f"data.name={self._name!r}")
@@ -81,7 +82,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self._bad = BadRecords(self._max_bad)
         if not self._hold_out:
             return {"train": self._generate_examples(lambda _: False, False)}
-        is_held_out = side_of_rows(self._rows, self.key)
+        is_held_out = side_of_rows(self.rows, self.key)
         return {
             "train": self._generate_examples(is_held_out, False),
             "validation": self._generate_examples(is_held_out, True),
@@ -101,7 +102,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         try:
             record = record_of(raw)
             if self.key == "text":
-                return text_of(record, self._text_key)
+                return text_of(record, self.text_key)
             assert self._form is not None
             return self._form(messages_of(record, answers=self._form.train_on != "all"))
         except (RecordError, DataError) as error:
@@ -118,7 +119,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         first = None
         for number, (place, raw) in enumerate(self._records("")):
             try:
-                return kind_of(record_of(raw), self._text_key)
+                return kind_of(record_of(raw), self.text_key)
             except RecordError as error:
                 first = first or DataError(f"{place}: {error}")
             if number >= _PEEK or number >= self._max_bad:
@@ -126,4 +127,4 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise first or DataError(f"{self._name!r} has no records: every file is empty")
 
     def _records(self, kind: str) -> Iterator[tuple[str, Raw]]:
-        return self._rows.records(kind)
+        return self.rows.records(kind)
