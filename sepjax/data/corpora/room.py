@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from sepjax.data.corpora.files import PACKED, kind_of_file, library, unpacking
+from sepjax.data.corpora.files import is_packed, kind_of_file, library, unpacking
 from sepjax.data.corpora.rows import FileRows
 from sepjax.data.errors import DataError
 
@@ -31,7 +31,7 @@ def announce_copy(rows: FileRows, text_key: str, place: Path, *, is_form: bool) 
             f"{_amount(free)} are free; set data.data_dir to a disk with more room"
             + ("" if is_form else ", or make plain JSON lines (.jsonl) of it, which are read where they lie")
         )
-    packed = next((x for x in rows.files if x.suffix in (*PACKED[1:], ".parquet")), None)
+    packed = next((x for x in rows.files if is_packed(x) or kind_of_file(x) == "parquet"), None)
     why = "a chat template writes them once" if is_form else f"{packed and packed.name} cannot be read at random"
     most = f"{_amount(unpacked)} at most" + (f", and {_amount(meanwhile)} more meanwhile" if meanwhile else "")
     files = f"{len(rows.files):,} files" if len(rows.files) > 1 else "a file"
@@ -55,7 +55,7 @@ def _unpacked_share(file: Path, size: int, text_key: str) -> float:
     """Bytes of text a byte of the file. What cannot be read is named when it is copied."""
     if kind_of_file(file) == "parquet":
         return _share_of_columns(file, size, text_key)
-    if file.suffix not in PACKED[1:]:
+    if not is_packed(file):
         return 1.0
     with contextlib.suppress(DataError), unpacking(file) as (stream, packed):
         return len(stream.read(_UNPACKED)) / max(packed.tell(), 1)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sepjax.data.corpora.bad_records import BadRecords
-from sepjax.data.corpora.files import kind_of_file
+from sepjax.data.corpora.files import is_packed, kind_of_file
 from sepjax.data.corpora.rows import FileRows, side_of_rows, too_long
 from sepjax.data.corpora.splits import is_held_out
 from sepjax.data.errors import DataError
@@ -49,7 +49,7 @@ class Index:
 
 def lies_open(rows: FileRows) -> bool:
     """Whether all files can be read from any byte on: JSON lines and texts that are not packed."""
-    return all(file.suffix in (".jsonl", ".txt") for file in rows.files)
+    return not any(is_packed(file) or kind_of_file(file) == "parquet" for file in rows.files)
 
 
 def has_index(folder: Path) -> bool:

@@ -121,7 +121,8 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             try:
                 return kind_of(record_of(raw), self.text_key)
             except RecordError as error:
-                first = first or DataError(f"{place}: {error}")
+                way = f"; {self._name!r} is read as an object a line" if isinstance(raw, bytes) else ""
+                first = first or DataError(f"{place}: {error}{way}")
             if number >= _PEEK or number >= self._max_bad:
                 break
         raise first or DataError(f"{self._name!r} has no records: every file is empty")
