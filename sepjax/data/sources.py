@@ -89,7 +89,7 @@ class PreparedTexts(TextSource):
 
 
 def text_source(data: DataConfig, data_dir: str, split: str, form: Form | None = None) -> TextSource:
-    """The documents of one split of `data.name`; our own corpora are prepared in `data_dir` on first use.
+    """The documents of one split of `data.name`; what is not read where it lies is prepared in `data_dir` on first use.
 
     Args:
       data: `name` is "embedded", "recall" (generated, a document a row), an existing .txt, .jsonl (also .gz
