@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, override
 
@@ -270,9 +270,22 @@ def _prepared(make: Callable[[], Any], folder: str, announced: Callable[[Any], s
         builder = make()  # reads what another process has written in the meantime
         if not _is_prepared(builder):
             say(announced(builder))
-            with working("preparing the corpus"):
+            with _at_work(builder):
                 _prepare(builder)
     return builder
+
+
+@contextlib.contextmanager
+def _at_work(builder: Any) -> Iterator[None]:
+    """Shows that a corpus is being prepared; of files also how far it is, and how long it will take."""
+    rows = builder.rows if isinstance(builder, Records) else None
+    if not isinstance(rows, FileRows):
+        with working("preparing the corpus"):
+            yield
+        return
+    with working("copying the corpus", sum(fact[1] for fact in rows.facts), "bytes") as work:
+        rows.told = lambda size: work.add(size / builder.passes)
+        yield
 
 
 def _prepare(builder: Any) -> None:

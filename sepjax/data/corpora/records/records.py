@@ -31,6 +31,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     Attributes:
       rows, text_key: as given.
       fingerprint: the config's name.
+      passes: over the records, a split each.
       key: field with the texts, "conversation" (marked, `sepjax.data.scored`) or "text".
     """
 
@@ -61,6 +62,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """
         self.rows, self._name = rows, rows.name
         self.text_key, self._form, self._max_bad, self._hold_out = text_key, form, max_bad, hold_out
+        self.passes = 1 + hold_out
         self.key = rows.kind(text_key) or self._kind()
         if self.key == "conversation" and form is None:
             raise no_form(f"data.name={self._name!r}")
