@@ -14,7 +14,7 @@ from sepjax.data.corpora.rows import FileRows
 from sepjax.data.errors import DataError
 from sepjax.data.in_place import index, scanners, texts
 from sepjax.data.in_place.scan import Piece, in_order
-from sepjax.data.pipeline import training_batches
+from sepjax.data.pipeline import evaluation_batches, evaluation_passes, training_batches
 from sepjax.data.sources import PreparedTexts, text_source
 from sepjax.files import WriteError
 from tests.data.test_records import lines
@@ -173,6 +173,20 @@ def test_a_place_in_a_copy_is_gone_on_with_or_refused(with_data, tokenizer, tmp_
         old.set_state(new.get_state())
     for iterator in (old, new, again):
         iterator.close()
+
+
+def test_a_run_is_evaluated_on_what_was_there_when_it_began(with_data, tokenizer, tmp_path, capsys):
+    """All its evaluations, without another index in its midst; the next start sees the file as it is then."""
+    path, data_dir = tmp_path / "a.jsonl", str(tmp_path / "p")
+    path.write_bytes(lines([f"The cat sat on mat {i}." for i in range(200)]))
+    passes = evaluation_passes(with_data(name=str(path)), tokenizer, data_dir)
+    before = [batch.tokens for batch in passes()]
+    with path.open("ab") as file:
+        file.write(lines([f"The dog sat on mat {i}." for i in range(2000)]))
+    again = [batch.tokens for batch in passes()]
+    np.testing.assert_array_equal(np.stack(again), np.stack(before))
+    assert capsys.readouterr().err.count("indexing") == 1
+    assert len(list(evaluation_batches(with_data(name=str(path)), tokenizer, data_dir))) > len(before)
 
 
 def test_an_index_is_whole_or_absent(tmp_path, monkeypatch):
