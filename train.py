@@ -29,7 +29,7 @@ from sepjax.begin import adopt_shape, conversation_form, first_state, given_toke
 from sepjax.command.flags import run_settings
 from sepjax.config import Config
 from sepjax.data.batch import Batch
-from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
+from sepjax.data.pipeline import evaluation_passes, prepare_tokenizer, training_batches
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.flops import flops_report, peak_flops
 from sepjax.programs.train import Settings
@@ -98,8 +98,7 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
     here: dict[str, Any] = {"process_index": share.index, "process_count": share.count}
     here["form"] = conversation_form(config, tokenizer)
     batches = training_batches(config, tokenizer, data_dir, seed=config.training.seed, **here)
-    held_out = functools.partial(evaluation_batches, config, tokenizer, data_dir, **here)
-    held_out()  # a split that is not there is said now, not by the first evaluation
+    held_out = evaluation_passes(config, tokenizer, data_dir, **here)  # a split that is not there is said now
     place = functools.partial(_place, share, sharding.batch_sharding(mesh))
 
     # State and steps: pure functions under plain jit; parameters are born in their shards.

@@ -67,7 +67,7 @@ class DataConfig:
     # "embedded" | "recall" (generated) | a .txt, .jsonl (.gz, .zst) or .parquet file, a folder of them | a TFDS dataset
     # | "hf://OWNER/NAME[/CONFIG][@REVISION]", "hf://./FOLDER": a dataset that `datasets` reads
     name: str = "embedded"  # a mixture: "A*0.7,B*0.3", shares of tokens
-    data_dir: str = ""  # where TFDS keeps prepared datasets; empty: <workdir>/data
+    data_dir: str = ""  # where prepared datasets and indexes of JSON lines are kept; empty: <workdir>/data
     text_key: str = "text"  # field that holds the text in a TFDS or hf:// dataset, JSON lines or Parquet
     train_on: str = "assistant"  # of conversations: "assistant" (what it says) | "last" (its last answer) | "all"
     too_long: str = "truncate"  # a conversation longer than a row: "truncate" | "skip"

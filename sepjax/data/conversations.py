@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from sepjax.data.errors import DataError
-from sepjax.data.scored import CLOSE, OPEN
+from sepjax.data.marks import CLOSE, OPEN
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Fields beside the messages that templates read, or that say something of the answer; nothing here does.
@@ -137,6 +137,8 @@ def _message(given: Any, where: str) -> dict[str, str]:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{where!r} is {str(value)[:40]!r}, expected a text")
+    if value.isascii():  # which Python knows without a look at the characters
+        return value
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -135,6 +135,12 @@ class LabelledIterator(grain.DatasetIterator[Batch]):
         before, now = saved.get("dataset", self.made_by["dataset"]), self.made_by["dataset"]
         if before != now:  # other files, or the same ones copied: only their contents would tell
             logging.warning("the data are %s, they were %s; the run goes on at the same place in them", now, before)
+        before, now = (str(x.get("read_from", "copies")) for x in (saved, self.made_by))
+        if before != now:
+            raise ConfigError(
+                f"the checkpoint's place in the data was reached with JSON lines read from {before}, now from {now}: "
+                f"their order is another one; {_the_way_back(before, now)}, or start a new workdir"
+            )
         differ = [
             f"{k}={saved.get(k)}, now {v}"
             for k, v in self.made_by.items()
@@ -145,6 +151,12 @@ class LabelledIterator(grain.DatasetIterator[Batch]):
                 f"the checkpoint's place in the data was reached with {'; '.join(differ)}; resume with what it was, or "
                 "start a new workdir"
             )
+
+
+def _the_way_back(before: str, now: str) -> str:
+    if now.count("files") > before.count("files"):
+        return "set data.data_dir to the folder with the copy that an earlier version of sepjax made"
+    return "take the copy that an earlier version of sepjax made out of data.data_dir (in its folder `records`)"
 
 
 def _shares(states: Sequence[Mapping[str, Any]]) -> tuple[int, dict[int, Any]]:

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -104,6 +105,8 @@ def training_batches(
     }
     if config.data.loss_on:
         made_by["loss_on"] = config.data.loss_on
+    if any(source.read_from != "copies" for source in sources):
+        made_by["read_from"] = ", ".join(source.read_from for source in sources)
     if len(sources) > 1:
         made_by["shares"] = ", ".join(str(part.share) for part in parts_of(config.data.name))
     if any(source.conversations for source in sources):
@@ -111,7 +114,7 @@ def training_batches(
     return iter(Labelled(share, made_by))
 
 
-def evaluation_batches(
+def evaluation_passes(
     config: Config,
     tokenizer: Tokenizer,
     data_dir: str,
@@ -119,17 +122,23 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
     form: Form | None = None,
-) -> Iterator[Batch]:
-    """One pass over the evaluation split in the dataset's own order; all processes yield the same number of batches.
+) -> Callable[[], Iterator[Batch]]:
+    """Makes passes over the evaluation split in its own order; all processes yield the same number of batches.
 
-    The last batch is padded to its full size. Raises as `training_batches` does, at once and not only when batches are
-    asked for; and, then, DataError if there is no token.
+    The last batch is padded to its full size. All passes are over the data as they are now: files that change meanwhile
+    are not prepared anew in the midst of a run. Raises as `training_batches` does, at once and not only when batches
+    are asked for; and, then, DataError if there is no token.
     """
     _check_vocabulary(config, tokenizer)
     rows = _rows_per_process(config, process_count)
     sources = sources_of(config.data, data_dir, config.data.eval_split, form)
     mine = slice(process_index * rows, (process_index + 1) * rows)
-    return _rows_of(mine, sources, config, tokenizer)
+    return functools.partial(_rows_of, mine, sources, config, tokenizer)
+
+
+def evaluation_batches(config: Config, tokenizer: Tokenizer, data_dir: str, **here: Any) -> Iterator[Batch]:
+    """One pass of `evaluation_passes`, whose arguments and errors are its own."""
+    return evaluation_passes(config, tokenizer, data_dir, **here)()
 
 
 def _rows_of(mine: slice, sources: Sequence[TextSource], config: Config, tokenizer: Tokenizer) -> Iterator[Batch]:

@@ -11,10 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from sepjax.data.errors import DataError
+from sepjax.data.marks import CLOSE, OPEN
 from sepjax.data.tokenizer import Tokenizer
-
-# Noncharacters of Unicode, which no text may have.
-OPEN, CLOSE = "\ufdd2", "\ufdd3"
 
 type Spans = list[tuple[int, int]]  # [first, last) characters
 

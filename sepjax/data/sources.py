@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, override
 
@@ -13,14 +13,18 @@ from google.protobuf.json_format import ParseError
 from sepjax.config import DataConfig, UserError, first_line
 from sepjax.console import say
 from sepjax.data.conversations import Form
+from sepjax.data.corpora.bad_records import check_bad
 from sepjax.data.corpora.embedded.embedded import Embedded
 from sepjax.data.corpora.files import files_of, kind_of_file
 from sepjax.data.corpora.recall.recall import Recall
 from sepjax.data.corpora.records.records import Records
+from sepjax.data.corpora.room import announce_copy
 from sepjax.data.corpora.rows import FileRows, Rows
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
 from sepjax.data.errors import DataError
 from sepjax.data.hub_rows import HubRows, HubTexts, is_of_hub
+from sepjax.data.in_place.index import has_index, lies_open, read_index, write_index
+from sepjax.data.in_place.texts import TextsInPlace
 from sepjax.data.locks import exclusive
 from sepjax.data.mixture import parts_of
 from sepjax.data.texts import TextSource
@@ -85,7 +89,7 @@ class PreparedTexts(TextSource):
 
 
 def text_source(data: DataConfig, data_dir: str, split: str, form: Form | None = None) -> TextSource:
-    """The documents of one split of `data.name`; our own corpora are prepared in `data_dir` on first use.
+    """The documents of one split of `data.name`; what is not read where it lies is prepared in `data_dir` on first use.
 
     Args:
       data: `name` is "embedded", "recall" (generated, a document a row), an existing .txt, .jsonl (also .gz
@@ -120,6 +124,8 @@ def _source(data: DataConfig, data_dir: str, split: str, form: Form | None) -> T
     if is_of_hub(data.name):
         return _source_of_hub(data, data_dir, split, form)
     try:
+        if source := _source_in_place(data, data_dir, split, form):
+            return source
         builder, key = _builder(data, data_dir, split, form)
     except UserError:
         raise
@@ -140,11 +146,49 @@ def _source_of_hub(data: DataConfig, data_dir: str, split: str, form: Form | Non
     return PreparedTexts(str(builder.data_path), "train", builder.key)
 
 
-def _prepared_records(rows: Rows, data: DataConfig, folder: str, form: Form | None, *, hold_out: bool) -> Any:
+def _source_in_place(data: DataConfig, data_dir: str, split: str, form: Form | None) -> TextSource | None:
+    """Texts of JSON lines where they lie. None for what must be unpacked or written by a template, and for what an
+    earlier version has copied: runs that began with the copy go on with it.
+    """
+    if "://" in data_dir or not has_records(data.name) or is_of_hub(data.name):  # an index is mapped into memory
+        return None
+    rows, folder = FileRows(data.name, data.text_key), _local(data_dir)
+    if not lies_open(rows):
+        return None
+    builder = _records(rows, data, folder, form, hold_out=split != "all")
+    place = Path(folder) / "indexed" / builder.fingerprint
+    if builder.key != "text" or (_is_prepared(builder) and not has_index(place)):
+        return None
+    if not has_index(place):
+        with exclusive(place):
+            if not has_index(place):
+                say(f"indexing {data.name} in {place} (once); it is read where it lies")
+                write_index(place, rows, data.text_key, max_bad=data.max_bad_documents, hold_out=split != "all")
+    check_bad(read_index(place).bad, data.max_bad_documents)
+    return TextsInPlace(str(place), split, f"{data.name} ({place.name})")
+
+
+def _records(rows: Rows, data: DataConfig, folder: str, form: Form | None, *, hold_out: bool) -> Records:
     settings = {"text_key": data.text_key, "form": form, "max_bad": data.max_bad_documents, "hold_out": hold_out}
-    builder = _prepared(lambda: Records(rows=rows, data_dir=folder, file_format=_FORMAT, **settings), folder)
+    return Records(rows=rows, data_dir=folder, file_format=_FORMAT, **settings)
+
+
+def _prepared_records(rows: Rows, data: DataConfig, folder: str, form: Form | None, *, hold_out: bool) -> Any:
+    builder = _prepared(lambda: _records(rows, data, folder, form, hold_out=hold_out), folder, _announced)
     builder.check_prepared()
     return builder
+
+
+def _announced(builder: Records) -> str:
+    """What to say before records are copied. Raises DataError where there is no room for them."""
+    if not isinstance(builder.rows, FileRows) or "://" in str(builder.data_path):
+        return _preparing(builder)
+    place, is_form = Path(builder.data_path), builder.key == "conversation"
+    return announce_copy(builder.rows, builder.text_key, place, is_form=is_form)
+
+
+def _preparing(builder: Any) -> str:
+    return f"preparing the corpus in {builder.data_path} (once)"
 
 
 def _local(data_dir: str) -> str:
@@ -217,7 +261,7 @@ def _builder(data: DataConfig, data_dir: str, split: str, form: Form | None) -> 
     return builder, data.text_key
 
 
-def _prepared(make: Callable[[], Any], folder: str) -> Any:
+def _prepared(make: Callable[[], Any], folder: str, announced: Callable[[Any], str] = _preparing) -> Any:
     """The builder, once its data are on disk: prepared here, or by the process that came first."""
     builder = make()
     if _is_prepared(builder):
@@ -225,10 +269,23 @@ def _prepared(make: Callable[[], Any], folder: str) -> Any:
     with exclusive(Path(folder) / builder.name if "://" not in folder else folder):
         builder = make()  # reads what another process has written in the meantime
         if not _is_prepared(builder):
-            say(f"preparing the corpus in {builder.data_path} (once)")
-            with working("preparing the corpus"):
+            say(announced(builder))
+            with _at_work(builder):
                 _prepare(builder)
     return builder
+
+
+@contextlib.contextmanager
+def _at_work(builder: Any) -> Iterator[None]:
+    """Shows that a corpus is being prepared; of files also how far it is, and how long it will take."""
+    rows = builder.rows if isinstance(builder, Records) else None
+    if not isinstance(rows, FileRows):
+        with working("preparing the corpus"):
+            yield
+        return
+    with working("copying the corpus", sum(fact[1] for fact in rows.facts), "bytes") as work:
+        rows.told = lambda size: work.add(size / builder.passes)
+        yield
 
 
 def _prepare(builder: Any) -> None:

@@ -20,11 +20,13 @@ class TextSource(Sequence[str]):
       name: dataset, fingerprint and split, for messages.
       bytes_per_document: in the mean.
       conversations: whether documents are of a chat template, with marks around what is scored.
+      read_from: "files" of the user's, by an index, or "copies" and whatever else has an order of its own.
     """
 
     name: str
     bytes_per_document: float
     conversations: bool
+    read_from: str = "copies"
 
     @overload
     def __getitem__(self, index: int) -> str: ...

@@ -24,7 +24,8 @@ import numpy as np
 
 from sepjax.array_typing import Bool, Float, Int32
 from sepjax.config import AttentionConfig, UserError, with_own_window
-from sepjax.data.scored import OPEN, Spans, matched, scored_tokens, unmarked
+from sepjax.data.marks import OPEN
+from sepjax.data.scored import Spans, matched, scored_tokens, unmarked
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.passes import rows_of_pass
 from sepjax.evaluation.token_loss import token_nll

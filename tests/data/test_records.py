@@ -4,6 +4,8 @@ import gzip
 import itertools
 import json
 import os
+import re
+import shutil
 import sys
 import tracemalloc
 from pathlib import Path
@@ -12,7 +14,8 @@ import numpy as np
 import pytest
 
 from sepjax.config import DataConfig
-from sepjax.data.corpora.rows import records
+from sepjax.data.corpora import room
+from sepjax.data.corpora.rows import FileRows, records
 from sepjax.data.corpora.splits import held_out, side_of
 from sepjax.data.errors import DataError
 from sepjax.data.sources import has_records, text_source
@@ -150,6 +153,37 @@ def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, library, None)
         with pytest.raises(DataError, match=rf'{name}.* is missing: pip install "sepjax\[data\]"'):
             read(tmp_path / name, tmp_path / "p")
+
+
+def test_a_copy_says_what_room_it_takes(tmp_path, monkeypatch, capsys):
+    """Before it begins, from what the first files unpack to; and what has not the room, or changes, is not made."""
+    texts, prepared = ["a text " * 100 + str(i) for i in range(1000)], tmp_path / "p"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(texts)))
+    parquet(tmp_path / "b.parquet", {"id": list(range(1000)), "text": texts}, compression="none", use_dictionary=False)
+    read(tmp_path / "a.jsonl.gz", prepared)
+    said = capsys.readouterr().err
+    assert re.search(
+        r"copying a file of 0\.1 MB into .*records.* \(once; 0\.7 MB at most\): a\.jsonl\.gz cannot be", said
+    )
+    sizes = [room.unpacked_bytes([tmp_path / name], "text") for name in ("a.jsonl.gz", "b.parquet")]
+    assert sizes[0] == len(lines(texts))
+    assert 0.99 < sizes[1] / sum(map(len, texts)) < 1.02
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    with pytest.raises(
+        DataError, match=r"takes about 0\.7 MB in .*, where 0\.1 MB are free; set data\.data_dir .*\.jsonl"
+    ):
+        read(tmp_path / "b.parquet", prepared)
+    monkeypatch.undo()
+    for file in sorted(tmp_path.glob("?.*")):
+        told, rows = [], FileRows(file)
+        rows.told = told.append
+        assert len(list(rows.records("text"))) == 1000
+        assert len(told) > 3
+        assert 0.98 * file.stat().st_size < sum(told) <= file.stat().st_size
+    os.utime(tmp_path / "b.parquet", ns=(0, 0))
+    with pytest.raises(DataError, match=r"b\.parquet' changed while it was read"):
+        list(rows.records("text"))
+    assert not list(prepared.glob("records/*/incomplete*"))
 
 
 def test_large_files_are_streamed(tmp_path):

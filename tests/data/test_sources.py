@@ -126,11 +126,55 @@ def test_unchanged_files_are_prepared_once_and_changed_ones_anew(tmp_path):
     assert sorted(read(file.parent, data_dir, "all")) == ["three", "two"]
 
 
+def test_a_folder_is_read_as_a_person_sees_it(tmp_path):
+    """What is hidden is not read; what is linked is, once; names count by their letters, large or small."""
+    there, folder = tmp_path / "elsewhere", tmp_path / ".hidden" / "texts"
+    for place in (there, folder / ".git"):
+        place.mkdir(parents=True)
+        (place / "a.txt").write_text(place.name)
+    (folder / "._b.txt").write_bytes(b"\xff")
+    (folder / "C.TXT").write_text("c")
+    (folder / "d.ndjson").write_text('{"text": "d"}\n')
+    (folder / "linked").symlink_to(there)
+    (folder / "round").symlink_to(folder)
+    assert sorted(read(folder, tmp_path / "p", "all")) == ["c", "d", "elsewhere"]
+    (folder / "e.txt").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"e\.txt' is a link to 'nowhere', where nothing is; mend or remove it"):
+        read(folder, tmp_path / "p", "all")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.json", r"a\.json' is not read by that name: name it \.jsonl if every line is an object, or name it \.txt"),
+        ("a.json.gz", r"a\.json\.gz' is not read by that name: name it \.jsonl if"),
+        ("a.CSV", r"a\.CSV' is not read by that name: have datasets read it \(hf://FOLDER\), or"),
+        ("pipe", r"pipe' is neither a file nor a folder"),
+    ],
+)
+def test_tables_and_pipes_are_not_read_as_one_text(name, message, tmp_path):
+    path = tmp_path / name
+    os.mkfifo(path) if name == "pipe" else path.write_bytes(b'{"text": "a"}\n')
+    with pytest.raises(DataError, match=message):
+        read(path, tmp_path / "p", "all")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def walk(root, onerror, followlinks):
+        onerror(PermissionError(13, "Permission denied", f"{root}/private"))
+        return []
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(DataError, match=r"cannot read folder '.*/private': Permission denied"):
+        read(tmp_path, tmp_path / "p", "all")
+
+
 @pytest.mark.parametrize(
     ("files", "split", "message"),
     [
         ({}, "train", r"holds no \.txt, .* files .*; it has no files"),
         ({"a.md": b"x", "b.md": b"x", "c.csv": b"1"}, "train", r"holds no .*; it has 2 \.md, 1 \.csv"),
+        ({"a.json": b"{}"}, "train", r"it has 1 \.json; JSON lines are named \.jsonl"),
         ({"a.txt.xz": b"x"}, "train", r"a\.txt\.xz' is packed in a way that is not read"),
         ({"a.txt": b" \n"}, "train", r"a\.txt' is empty"),
         ({"a.txt": b"fine", "b.txt": "caf\u00e9s".encode("latin-1")}, "train", r"b\.txt' is not UTF-8 text: .*byte 3"),

@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import io
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -15,43 +16,84 @@ from sepjax.data.errors import DataError
 PACKED = ("", ".gz", ".zst")
 SUFFIXES = {
     "text": tuple(f".txt{packed}" for packed in PACKED),
-    "lines": tuple(f".jsonl{packed}" for packed in PACKED),
+    "lines": tuple(f".{name}{packed}" for name in ("jsonl", "ndjson") for packed in PACKED),
     "parquet": (".parquet",),
 }
 _OTHER_PACKERS = (".7z", ".br", ".bz2", ".lz4", ".lzma", ".rar", ".xz", ".z", ".zip")
+_TABLES = (".json", ".csv", ".tsv")  # of which nobody wants to read the commas and brackets as a text
 _READ = 1 << 16  # bytes of what is unpacked
 _CHUNK = 1024  # bytes of a .zst file unpacked at once: 32 MB come out of the worst of them
 
 
 def kind_of_file(file: Path) -> str:
     """ "text", "lines" or "parquet", by the file's name; "" for any other."""
-    return next((kind for kind, suffixes in SUFFIXES.items() if file.name.endswith(suffixes)), "")
+    return next((kind for kind, suffixes in SUFFIXES.items() if file.name.lower().endswith(suffixes)), "")
+
+
+def is_packed(file: Path) -> bool:
+    """Whether a file is packed in a way that is read."""
+    return file.suffix.lower() in PACKED[1:]
 
 
 def files_of(root: Path) -> list[Path]:
     """The files at a path that a corpus is read from, in order. A single file that is of no known kind is a text.
 
     Raises:
-      DataError: there are none, or one is packed in a way that is not read.
+      DataError: there are none, or one is packed in a way that is not read, is a link to nothing, or holds records in a
+        form that is not read; or a folder cannot be read.
     """
-    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+    files = _walked(root) if root.is_dir() else [root]
     for file in files:
         if not kind_of_file(file) and (".jsonl." in file.name or _is_packed_otherwise(file)):
             raise DataError(
                 f"{str(file)!r} is packed in a way that is not read; unpack it, or pack it with gzip or zstd"
             )
-    if root.is_file():
+        if not file.exists() and kind_of_file(file):
+            raise DataError(f"{str(file)!r} is a link to {os.readlink(file)!r}, where nothing is; mend or remove it")
+    if not root.is_dir():
+        _check_single(root)
         return files
-    if found := [file for file in files if kind_of_file(file)]:
+    if found := [file for file in files if kind_of_file(file) and file.is_file()]:
         return found
+    raise DataError(f"folder {str(root)!r} holds no {_what_it_holds(root, files)}")
+
+
+def _walked(root: Path) -> list[Path]:
+    """All that lies in a folder and in those that it links to, each once, but for what is hidden."""
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+
+    def refused(error: OSError) -> None:
+        raise DataError(f"cannot read folder {error.filename!r}: {error.strerror}") from error
+
+    for folder, folders, names in os.walk(root, onerror=refused, followlinks=True):
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in seen:  # a link upwards would lead round for ever
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _check_single(file: Path) -> None:
+    if not file.is_file():
+        raise DataError(f"{str(file)!r} is neither a file nor a folder, and is read more than once; write it to a file")
+    unpacked = Path(file.stem) if is_packed(file) else file
+    if unpacked.suffix.lower() in _TABLES:
+        is_json = unpacked.suffix.lower() == ".json"
+        way = "name it .jsonl if every line is an object" if is_json else "have datasets read it (hf://FOLDER)"
+        raise DataError(f"{str(file)!r} is not read by that name: {way}, or name it .txt to have it read as one text")
+
+
+def _what_it_holds(root: Path, files: list[Path]) -> str:
     counts = Counter(file.suffix or "without a suffix" for file in files).most_common(8)
     there = ", ".join(f"{count} {suffix}" for suffix, count in counts) or "no files"
     if any(file.suffix == ".arrow" for file in files):
         raise DataError(f"folder {str(root)!r} was saved by datasets: --config.data.name=hf://{root.resolve()}")
-    raise DataError(
-        f"folder {str(root)!r} holds no .txt, .jsonl or .parquet files (.txt and .jsonl may be packed: .gz, .zst); "
-        f"it has {there}"
-    )
+    json = "; JSON lines are named .jsonl" if any(".json" in file.suffixes for file in files) else ""
+    return f".txt, .jsonl or .parquet files (.txt and .jsonl may be packed: .gz, .zst); it has {there}{json}"
 
 
 def _is_packed_otherwise(file: Path) -> bool:
@@ -65,26 +107,37 @@ def opened(file: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
     Raises:
       DataError: it cannot be opened, or, from within the block, read or unpacked; or the library for it is missing.
     """
+    with unpacking(file) as (stream, _):
+        yield stream
+
+
+@contextmanager
+def unpacking(file: Path) -> Iterator[tuple[io.BufferedReader | gzip.GzipFile, io.BufferedReader]]:
+    """`opened`, and the file as it is, whose place tells how much was read."""
     try:
-        if file.suffix == ".gz":
-            with gzip.open(file) as stream:
-                yield stream
-        elif file.suffix == ".zst":
-            with file.open("rb") as packed:
+        with file.open("rb") as packed:
+            if file.suffix.lower() == ".gz":
+                with gzip.GzipFile(fileobj=packed) as stream:
+                    yield stream, packed
+            elif file.suffix.lower() == ".zst":
                 unpacked: Any = _Unpacked(packed, library("zstandard", file))
                 with io.BufferedReader(unpacked, _READ) as stream:
-                    yield stream
-        else:
-            with file.open("rb") as stream:
-                yield stream
+                    yield stream, packed
+            else:
+                yield packed, packed
     except (OSError, EOFError, zlib.error) as error:  # gzip's own are of these
         raise DataError(f"cannot read {str(file)!r}: {error}") from error
 
 
 def read_text(file: Path) -> str:
     """A text file, unpacked, with any kind of line ends. Raises DataError as `opened`, and UnicodeDecodeError."""
-    with opened(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
-        return text.read()
+    with opened(file) as stream:
+        return decoded_text(stream.read())
+
+
+def decoded_text(raw: bytes) -> str:
+    """The text of a file's bytes, with any kind of line ends. Raises UnicodeDecodeError."""
+    return io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig").read()
 
 
 def library(name: str, file: Path) -> Any:

@@ -1,17 +1,19 @@
-"""What the builders share: features, fingerprints, and a split for validation that never moves a document."""
+"""What corpora share: fingerprints, and a split for validation that never moves a document."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 
-import tensorflow_datasets as tfds
-
 HELD_OUT = 50  # one document in so many is validation
-FEATURES = {"text": tfds.features.Text(), "name": tfds.features.Text()}
 
 
 def digest(text: str) -> int:
     """64 bits that depend on nothing but `text`, whatever the process or machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big")
+    return digest_of_bytes(text.encode(errors="replace"))
+
+
+def digest_of_bytes(text: bytes) -> int:
+    """`digest` of a text that is encoded already."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 def fingerprint(facts: Iterable[object]) -> str:
@@ -21,7 +23,7 @@ def fingerprint(facts: Iterable[object]) -> str:
 
 def held_out(keys: Sequence[str]) -> set[str]:
     """The keys of the validation documents: about one in `HELD_OUT`, and both sides get one if there are two keys."""
-    return set(filter(side_of(keys) or _is_held_out, keys))
+    return set(filter(side_of(keys) or is_held_out, keys))
 
 
 def side_of(keys: Iterable[str]) -> Callable[[str], bool] | None:
@@ -32,9 +34,9 @@ def side_of(keys: Iterable[str]) -> Callable[[str], bool] | None:
     first = last = None  # by their hashes
     found: set[bool] = set()
     for key in keys:
-        found.add(_is_held_out(key))
+        found.add(is_held_out(key))
         if len(found) == 2:
-            return _is_held_out
+            return is_held_out
         first = key if first is None else min(first, key, key=digest)
         last = key if last is None else max(last, key, key=digest)
     if first == last:
@@ -42,5 +44,6 @@ def side_of(keys: Iterable[str]) -> Callable[[str], bool] | None:
     return (lambda key: key != last) if True in found else (lambda key: key == first)
 
 
-def _is_held_out(key: str) -> bool:
+def is_held_out(key: str) -> bool:
+    """The side of a key wherever both sides have one."""
     return digest(key) % HELD_OUT == 0

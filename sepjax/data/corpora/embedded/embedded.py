@@ -8,7 +8,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from sepjax.data.corpora.docstrings import PACKAGES, documents, source_files
-from sepjax.data.corpora.splits import FEATURES, HELD_OUT, digest, fingerprint
+from sepjax.data.corpora.features import FEATURES
+from sepjax.data.corpora.splits import HELD_OUT, digest, fingerprint
 
 
 class Embedded(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sepjax.data.corpora.splits import FEATURES, fingerprint
+from sepjax.data.corpora.features import FEATURES
+from sepjax.data.corpora.splits import fingerprint
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.data.tokenizer_models import HuggingFaceModel
 from sepjax.separators import BYTE_OF_CHARACTER

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import logging
 
 from sepjax.data.conversations import Form, RecordError, kind_of, messages_of, no_form, text_of
-from sepjax.data.corpora.rows import Raw, Rows, record_digest, record_of
-from sepjax.data.corpora.splits import fingerprint, side_of
+from sepjax.data.corpora.bad_records import BadRecords, check_bad
+from sepjax.data.corpora.rows import Raw, Rows, record_digest, record_of, side_of_rows
+from sepjax.data.corpora.splits import fingerprint
 from sepjax.data.errors import DataError
 
 _PEEK = 1000  # records that may be wrong before one tells what the files hold
@@ -29,6 +29,9 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     conversations are written: what is changed is prepared anew.
 
     Attributes:
+      rows, text_key: as given.
+      fingerprint: the config's name.
+      passes: over the records, a split each.
       key: field with the texts, "conversation" (marked, `sepjax.data.scored`) or "text".
     """
 
@@ -57,14 +60,16 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         Raises:
           DataError: no record can be used, or there are conversations and no `form`.
         """
-        self._rows, self._name = rows, rows.name
-        self._text_key, self._form, self._max_bad, self._hold_out = text_key, form, max_bad, hold_out
+        self.rows, self._name = rows, rows.name
+        self.text_key, self._form, self._max_bad, self._hold_out = text_key, form, max_bad, hold_out
+        self.passes = 1 + hold_out
         self.key = rows.kind(text_key) or self._kind()
         if self.key == "conversation" and form is None:
             raise no_form(f"data.name={self._name!r}")
         self._records(self.key)  # what cannot be read together is refused here
         made_by = form.key if form and self.key == "conversation" else text_key
-        super().__init__(config=fingerprint([hold_out, rows.place, self.key, made_by, *rows.facts]), **kwargs)
+        self.fingerprint = fingerprint([hold_out, rows.place, self.key, made_by, *rows.facts])
+        super().__init__(config=self.fingerprint, **kwargs)
 
     @classmethod
     def get_builder_config(cls, name: str, version: Any = None) -> tfds.core.BuilderConfig:
@@ -76,12 +81,10 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(builder=self, features=features, metadata=tfds.core.MetadataDict())
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
-        self._bad: list[str] = []
+        self._bad = BadRecords(self._max_bad)
         if not self._hold_out:
             return {"train": self._generate_examples(lambda _: False, False)}
-        is_held_out = side_of(str(record_digest(raw)) for _, raw in self._records(self.key))
-        if is_held_out is None:
-            raise DataError(f"{self._name!r} has less than two different records, so none can be held back; give more")
+        is_held_out = side_of_rows(self.rows, self.key)
         return {
             "train": self._generate_examples(is_held_out, False),
             "validation": self._generate_examples(is_held_out, True),
@@ -101,43 +104,30 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         try:
             record = record_of(raw)
             if self.key == "text":
-                return text_of(record, self._text_key)
+                return text_of(record, self.text_key)
             assert self._form is not None
             return self._form(messages_of(record, answers=self._form.train_on != "all"))
         except (RecordError, DataError) as error:
-            self._note(f"{place}: {error}")
+            self._bad.note(f"{place}: {error}")
+            metadata: Any = self.info.metadata
+            metadata["bad"] = self._bad.found
             return None
-
-    def _note(self, reason: str) -> None:
-        self._bad.append(reason)
-        if len(self._bad) > self._max_bad:
-            raise self._too_many(reason)
-        logging.warning("a record is left out, %d of at most %d: %s", len(self._bad), self._max_bad, reason)
-        metadata: Any = self.info.metadata
-        metadata["bad"] = self._bad
-
-    def _too_many(self, reason: str) -> DataError:
-        before = f", and {self._max_bad} before it were left out" if self._max_bad else ""
-        return DataError(
-            f"{reason}{before}; correct it, or, in training, pass over it: data.max_bad_documents={self._max_bad + 1}"
-        )
 
     def check_prepared(self) -> None:
         """Raises DataError where more records were left out, when the data were prepared, than may be now."""
-        bad = dict(self.info.metadata or {}).get("bad", [])
-        if len(bad) > self._max_bad:
-            raise self._too_many(bad[self._max_bad])
+        check_bad(dict(self.info.metadata or {}).get("bad", []), self._max_bad)
 
     def _kind(self) -> str:
         first = None
         for number, (place, raw) in enumerate(self._records("")):
             try:
-                return kind_of(record_of(raw), self._text_key)
+                return kind_of(record_of(raw), self.text_key)
             except RecordError as error:
-                first = first or DataError(f"{place}: {error}")
+                way = f"; {self._name!r} is read as an object a line" if isinstance(raw, bytes) else ""
+                first = first or DataError(f"{place}: {error}{way}")
             if number >= _PEEK or number >= self._max_bad:
                 break
         raise first or DataError(f"{self._name!r} has no records: every file is empty")
 
     def _records(self, kind: str) -> Iterator[tuple[str, Raw]]:
-        return self._rows.records(kind)
+        return self.rows.records(kind)

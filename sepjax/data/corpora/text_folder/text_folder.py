@@ -8,8 +8,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from sepjax.data.corpora.features import FEATURES
 from sepjax.data.corpora.files import files_of, read_text
-from sepjax.data.corpora.splits import FEATURES, fingerprint, held_out
+from sepjax.data.corpora.splits import fingerprint, held_out
 from sepjax.data.errors import DataError
 
 TRAIN_SHARE = 0.95  # of a single file
