@@ -9,6 +9,11 @@ What is not worth it is not tried: after the first row half of the layers go on 
 and once some are chosen, a layer is tried again only while what it gained before exceeds the best of this time (other
 layers, once chosen, mostly leave a layer less to gain). Then sizes: numbers of layers, widths of the other layers'
 windows, shares of the kept zone, all in the same bytes, one after the other.
+
+Rows much shorter than what will be read tell which layers use the distant past, and no more (`rank_layers`): in a row
+of four times the slots nearly all that a kept zone could hold still fits into it, so a large one looks good, and a
+row of a thousand tokens costs a CPU as many seconds as all else that it is good for. Then each layer is tried alone,
+which needs a quarter of the passes, and shares memory as those do that were best wherever rows were long.
 """
 
 import dataclasses
@@ -28,6 +33,8 @@ _OTHERS = (0.5, 0.625, 0.75, 0.875)
 _ZONES = (0.125, 0.25, 0.375, 0.5, 0.625)
 _ROUNDS = 2  # over all three: the best of one depends a little on the others
 _AT_LEAST = 3  # candidates of each step, whatever they gained before
+# What short rows cannot tell, from searches on rows of ten times the slots (docs/keeping.md): at most 2 % from the best
+OF_LAYERS, _OTHERS_OF_SHORT, _ZONE_OF_SHORT = 1 / 4, 0.75, 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +100,7 @@ def choose_layers(rows: Sequence[Row], geometry: Geometry, num_layers: int, most
     """
     until = [row.until(geometry) for row in rows]
     standing = _stand(rows, np.zeros(num_layers, bool), geometry, until)
-    if not np.isfinite(standing.sums).all():
-        raise ConfigError("on these rows the model's predictions are not finite; lower --length")
+    _check_finite(standing.sums)
     gains: _Gains = {}
     steps: list[Step] = []
     expected = 2 * num_layers + 3 * len(rows) * (most - 1)  # roughly
@@ -108,6 +114,44 @@ def choose_layers(rows: Sequence[Row], geometry: Geometry, num_layers: int, most
             keeps = standing.keeps | (np.arange(num_layers) == layer)
             standing = _stand(rows, keeps, geometry, until, standing, layer)
     return steps
+
+
+def rank_layers(rows: Sequence[Row], geometry: Geometry, num_layers: int, most: int, *, fixed: bool) -> list[Step]:
+    """The layers that gain most by keeping when all others have windows alone, the best first.
+
+    All layers are tried on the first row; each further one has the better half, but a few more than will be chosen.
+
+    Args:
+      rows: of text, all of one model.
+      geometry: of a cache of the size that there will be.
+      num_layers: L.
+      most: layers to choose.
+      fixed: so many in any case; False: of these, those that gain more than their error.
+
+    Raises:
+      ConfigError: the model's predictions are not finite.
+    """
+    left, gained = list(range(num_layers)), np.zeros((num_layers, 0))
+    with working("trying layers", num_layers + len(rows) * (most + _AT_LEAST), "trials") as work:
+        for row in rows:
+            until = row.until(geometry)
+            standing = _stand([row], np.zeros(num_layers, bool), geometry, [until])
+            _check_finite(standing.sums)
+            found = np.zeros((num_layers, 1))
+            for layer in left:
+                keeps = np.arange(num_layers) == layer
+                found[layer] = standing.sums - row.run(keeps, geometry, until, layer, standing.states[0])[0][0]
+                work.add()
+            gained = np.concatenate([gained, found], axis=1)
+            order = sorted(left, key=lambda layer: -gained[layer].sum())
+            left = order[: max(most + _AT_LEAST, math.ceil(len(left) / 2))]
+    steps = [_step(layer, gained[layer], rows) for layer in left[:most]]
+    return steps if fixed else [x for x in steps if x.gain > max(0.0, x.error or 0.0)]
+
+
+def _check_finite(sums: np.ndarray) -> None:
+    if not np.isfinite(sums).all():
+        raise ConfigError("on these rows the model's predictions are not finite; lower --length")
 
 
 def _step(layer: int, gained: np.ndarray, rows: Sequence[Row]) -> Step:
@@ -181,7 +225,6 @@ def choose_sizes(
     slots: int,
     base: AttentionConfig,
     number: int = 0,
-    scale: float = 1.0,
 ) -> list[Tried]:
     """Splits of the memory for the first layers of an order, tried one after the other; the best first.
 
@@ -192,7 +235,6 @@ def choose_sizes(
       slots: see `split_memory`.
       base: see there.
       number: of layers; 0: what serves best.
-      scale: of the sizes in trials (`geometry_of`).
     """
     numbers = {number} if number else {min(len(order), max(1, round(x * config.num_layers))) for x in _NUMBERS}
     tried: dict[AttentionConfig, Tried] = {}
@@ -203,7 +245,7 @@ def choose_sizes(
         except ConfigError:  # no room for this one
             return
         if attention not in tried:
-            tried[attention] = Tried(attention, others, zone, *cost(rows, attention, config.num_layers, scale))
+            tried[attention] = Tried(attention, others, zone, *cost(rows, attention, config.num_layers))
             work.add()
 
     def best() -> Tried:
@@ -224,9 +266,14 @@ def choose_sizes(
     return sorted(tried.values(), key=lambda x: x.divergence)
 
 
-def cost(rows: Sequence[Row], attention: AttentionConfig, num_layers: int, scale: float = 1.0) -> tuple[float, float]:
+def usual_sizes(layers: Sequence[int], config: ModelConfig, slots: int, base: AttentionConfig) -> AttentionConfig:
+    """The split of the memory that is taken where rows are too short to try any; see `split_memory`."""
+    return split_memory(config, sorted(layers), slots, base, others=_OTHERS_OF_SHORT, zone=_ZONE_OF_SHORT)
+
+
+def cost(rows: Sequence[Row], attention: AttentionConfig, num_layers: int) -> tuple[float, float]:
     """Divergence from the dense model and loss of these settings on the rows, in nats a token."""
-    geometry = geometry_of(attention, scale)
+    geometry = geometry_of(attention)
     keeps = np.isin(np.arange(num_layers), attention.kept_layers)
     sums = sum(row.run(keeps, geometry, row.until(geometry))[0] for row in rows)
     divergence, loss = np.asarray(sums) / sum(row.size for row in rows)

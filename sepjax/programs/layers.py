@@ -16,16 +16,18 @@ from sepjax.command.settings import Settings as _Settings
 
 # Of a row ten times the slots: as in a stream, what is beyond the window is more than the kept zone holds. On a CPU
 # that would take hours.
-_TOKENS, _ON_CPU = (0, 32_768, 32_768), (1024, 2048, 8192)  # of a row, to choose by, to check on
+_TOKENS, _ON_CPU = (0, 32_768, 32_768), (1024, 6144, 16_384)  # of a row, to choose by, to check on
 _ROW = 10
-_LEAST = 4  # times the slots: of shorter rows most would be in the window
+_LEAST = 4  # times the slots: of shorter rows most would be in the window, so there all sizes are smaller
 _SHORTEST = 256  # tokens of a row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sepjax.config import AttentionConfig, ModelConfig
     from sepjax.keeping.held_out import Check
-    from sepjax.keeping.search import Step, Tried
+    from sepjax.keeping.search import Step
+    from sepjax.keeping.trial import Row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +38,13 @@ class Settings(_Settings):
     text: str  # a .txt file or a folder of them, like what will be read
     check_text: str = ""  # others, to check the choice on; default: half of --text
     slots: Annotated[int, AtLeast(64)] = 800  # of a layer of the window that takes as many bytes
-    layers: Annotated[int, AtLeast(0)] = 0  # that keep tokens; 0: as many as are worth it, up to half
-    # tokens of a row to choose by; 0: ten times --slots, on a CPU 1,024. Below four times all sizes are tried smaller
+    # that keep tokens; 0: as many as are worth it, up to half of all, a quarter where rows are short (--length)
+    layers: Annotated[int, AtLeast(0)] = 0
+    # tokens of a row to choose by; 0: ten times --slots, on a CPU 1,024. Below four times --slots layers are tried one
+    # at a time, and sizes are the usual ones
     length: Annotated[int, AtLeast(0)] = 0
-    max_tokens: Annotated[int, AtLeast(0)] = 0  # to choose by, at most; 0: 32,768, on a CPU 2,048
-    check_tokens: Annotated[int, AtLeast(0)] = 0  # of other texts, to check the choice on; 0: 32,768, on a CPU 8,192
+    max_tokens: Annotated[int, AtLeast(0)] = 0  # to choose by, at most; 0: 32,768, on a CPU 6,144
+    check_tokens: Annotated[int, AtLeast(0)] = 0  # of other texts, to check the choice on; 0: 32,768, on a CPU 16,384
     seed: Annotated[int, AtLeast(0)] = 0  # of what is chosen by and what is checked on
     output: str = "layers.arm"  # the settings, for --arm=@FILE
 
@@ -54,7 +58,6 @@ def main(settings: Settings) -> None:
     from sepjax.files import check_file, write_text
     from sepjax.keeping.held_out import check, divide
     from sepjax.keeping.layers import as_arm, plain_window, split_memory
-    from sepjax.keeping.search import choose_layers, choose_sizes, cost, geometry_of
     from sepjax.keeping.trial import Prepared, Row
     from sepjax.loading import load
     from sepjax.progress import counted
@@ -69,7 +72,6 @@ def main(settings: Settings) -> None:
             f"--length={length} must be {_SHORTEST} or more, and at most the model's {config.max_positions} positions"
         )
     scale = min(1.0, length / (_LEAST * slots))
-    most = settings.layers or max(1, config.num_layers // 2)
     trial = split_memory(config, range(settings.layers or max(1, config.num_layers // 4)), slots, base)
     others = read_texts(Path(settings.check_text)) if settings.check_text else []
     texts = divide(
@@ -79,43 +81,80 @@ def main(settings: Settings) -> None:
     )  # fmt: skip
     prepared = Prepared.create(model, max(map(len, texts.rows)) - 1, trial)
     rows = [Row.create(prepared, ids) for ids in counted(texts.rows, "reading", len(texts.rows), "rows")]
-    steps = choose_layers(rows, geometry_of(trial, scale), config.num_layers, most, fixed=settings.layers > 0)
-    window = plain_window(slots, base, config.num_layers)
-    plain = cost(rows, window, config.num_layers, scale)
-    _tell_layers(steps, sum(row.size for row in rows), len(rows))
-    if not steps:
+    chosen, window = _choose(settings, rows, config, trial, scale), plain_window(slots, base, config.num_layers)
+    if chosen is None:
         write_text(settings.output, as_arm(window) + "\n")
         print(f"no layer gains more than its error by keeping tokens: a plain window is written to {settings.output}")
         return
-    tried = choose_sizes(rows, [x.layer for x in steps], config, slots, base, settings.layers, scale)
-    _tell_sizes(tried, plain)
     del rows, prepared
-    checked = check(model, tokenizer, texts.documents, tried[0].attention, window, slots)
+    checked = check(model, tokenizer, texts.documents, chosen, window, slots)
     _tell_check(checked)
-    print(f"chosen: {as_arm(tried[0].attention)}")
+    print(f"chosen: {as_arm(chosen)}")
     if not checked.wins:
         print(
             f"that does not beat a window of as many bytes by more than the error, so this is written: {as_arm(window)}"
         )
-    write_text(settings.output, as_arm(tried[0].attention if checked.wins else window) + "\n")
+    write_text(settings.output, as_arm(chosen if checked.wins else window) + "\n")
     print(f"written to {settings.output}: --arm=@{settings.output} of sepjax generate, chat and serve")
 
 
-def _tell_layers(steps: "Sequence[Step]", tokens: int, rows: int) -> None:
-    print(f"{tokens:,} tokens in {rows} rows; nearer to the dense model by keeping tokens, in 1/1000 nats a token:")
-    for i, step in enumerate(steps):
+def _choose(
+    settings: Settings, rows: "Sequence[Row]", config: "ModelConfig", trial: "AttentionConfig", scale: float
+) -> "AttentionConfig | None":
+    """What is to be checked; None: no layer gains by keeping. Says what was tried."""
+    from sepjax.keeping.layers import plain_window
+    from sepjax.keeping.search import (
+        OF_LAYERS,
+        choose_layers,
+        choose_sizes,
+        cost,
+        geometry_of,
+        rank_layers,
+        usual_sizes,
+    )
+
+    L, number, slots = config.num_layers, settings.layers, settings.slots
+    geometry, fixed = geometry_of(trial, scale), number > 0
+    if scale < 1:
+        steps = rank_layers(rows, geometry, L, number or max(1, round(L * OF_LAYERS)), fixed=fixed)
+    else:
+        steps = choose_layers(rows, geometry, L, number or max(1, L // 2), fixed=fixed)
+    _tell_layers(steps, rows, "each alone" if scale < 1 else "one beside the other")
+    if not steps:
+        return None
+    layers = [x.layer for x in steps]
+    if scale < 1:
+        chosen = usual_sizes(layers, config, slots, trial)
+        print(f"rows of fewer than {_LEAST * slots:,} tokens tell little of sizes, so these are the usual ones:")
+        _tell_sizes([chosen])
+        return chosen
+    tried = choose_sizes(rows, layers, config, slots, trial, number)
+    plain = cost(rows, plain_window(slots, trial, L), L)
+    _tell_sizes([x.attention for x in tried], [(x.divergence, x.loss) for x in tried], plain)
+    return tried[0].attention
+
+
+def _tell_layers(steps: "Sequence[Step]", rows: "Sequence[Row]", how: str) -> None:
+    tokens = sum(row.size for row in rows)
+    print(f"{tokens:,} tokens in {len(rows)} rows; nearer to the dense model by keeping tokens, {how},")
+    print("in 1/1000 nats a token:")
+    for step in steps:
         error = "" if step.error is None else f"  +- {1000 * step.error:.2f}"
-        print(f"layer {step.layer:>3}  {1000 * step.gain:>7.2f}{error}{'  beside those above' if i == 1 else ''}")
+        print(f"layer {step.layer:>3}  {1000 * step.gain:>7.2f}{error}")
 
 
-def _tell_sizes(tried: "Sequence[Tried]", plain: tuple[float, float]) -> None:
-    print("layers   slots  kept  others' slots   from the dense model, 1/1000 nats   loss")
-    for x in tried:
-        a = x.attention
+def _tell_sizes(
+    splits: "Sequence[AttentionConfig]",
+    costs: "Sequence[tuple[float, float]]" = (),
+    plain: tuple[float, float] | None = None,
+) -> None:
+    told = [f"{1000 * divergence:>26.2f}{loss:>15.4f}" for divergence, loss in costs] or [""] * len(splits)
+    print("layers   slots  kept  others' slots" + ("   from the dense model, 1/1000 nats   loss" if costs else ""))
+    for a, cost in zip(splits, told, strict=True):
         others = next(n for i, n in enumerate(a.layer_windows) if i not in a.kept_layers) + a.num_sinks
-        sizes = f"{len(a.kept_layers):>6}{a.cache_size:>8}{a.max_separators:>6}{others:>15}"
-        print(f"{sizes}{1000 * x.divergence:>26.2f}{x.loss:>15.4f}")
-    print(f"a window{'':>27}{1000 * plain[0]:>26.2f}{plain[1]:>15.4f}")
+        print(f"{len(a.kept_layers):>6}{a.cache_size:>8}{a.max_separators:>6}{others:>15}{cost}")
+    if plain:
+        print(f"a window{'':>27}{1000 * plain[0]:>26.2f}{plain[1]:>15.4f}")
 
 
 def _tell_check(checked: "Check") -> None:

@@ -14,7 +14,7 @@ from sepjax.generation.cache.mixed import bounded_sizes
 from sepjax.keeping import held_out
 from sepjax.keeping.held_out import TooLittleTextError, divide
 from sepjax.keeping.layers import as_arm, plain_window, row_bytes, split_memory
-from sepjax.keeping.search import choose_layers, choose_sizes, geometry_of
+from sepjax.keeping.search import choose_layers, choose_sizes, geometry_of, rank_layers, usual_sizes
 from sepjax.keeping.trial import Geometry, Prepared, Row
 from sepjax.model.rope import rope_table, rotate
 from sepjax.programs import run_here
@@ -130,6 +130,27 @@ def test_layers_are_chosen_one_beside_the_other():
         choose_layers([Known(lambda *_: np.nan)], GEOMETRY, 12, 1, fixed=False)
 
 
+def test_short_rows_rank_layers_alone():
+    gain = np.arange(12) - 4.0  # the last gains most, the first five nothing
+    unsure = np.where(np.arange(12) == 10, 20.0, 0.1)  # of layer 10 rows say all sorts
+
+    def row(sign):
+        return Known(lambda keeps, geometry: (gain + sign * unsure) @ keeps)
+
+    rows = [row(sign) for sign in (1, -1, 1, -1)]
+    steps = rank_layers(rows, GEOMETRY, 12, 4, fixed=False)
+    assert [x.layer for x in steps] == [11, 9, 8]
+    assert steps[0].gain == pytest.approx(0.007)
+    assert steps[0].error == pytest.approx(0.0001 * np.sqrt(4 / 3) / 2)
+    assert [row.runs[0] for row in rows] == [13, 8, 8, 8]  # a window for all, then twelve layers, then seven
+    assert [x.layer for x in rank_layers(rows, GEOMETRY, 12, 4, fixed=True)] == [11, 10, 9, 8]
+    one = rank_layers(rows[:1], GEOMETRY, 12, 9, fixed=False)
+    assert ([x.layer for x in one], one[0].error) == ([10, 11, 9, 8, 7, 6, 5, 4], None)
+    assert rank_layers([Known(lambda keeps, geometry: -keeps.sum())] * 2, GEOMETRY, 12, 8, fixed=False) == []
+    with pytest.raises(ConfigError, match="not finite"):
+        rank_layers([Known(lambda *_: np.nan)], GEOMETRY, 12, 1, fixed=False)
+
+
 def test_sizes_are_tried_in_the_same_bytes():
     config = ModelConfig(num_layers=12, num_heads=2, num_kv_heads=1, head_dim=64, embed_dim=128)
 
@@ -145,6 +166,10 @@ def test_sizes_are_tried_in_the_same_bytes():
     assert all(0.97 * budget < row_bytes(config, x.attention) <= budget for x in tried)
     only = choose_sizes([Known(worth)], [9, 4, 7, 0], config, 800, AttentionConfig(), 2)
     assert {x.attention.kept_layers for x in only} == {(4, 9)}
+    usual = usual_sizes([9, 4, 7], config, 800, AttentionConfig())
+    assert usual.kept_layers == (4, 7, 9)
+    assert 0.97 * budget < row_bytes(config, usual) <= budget
+    assert usual.max_separators == usual.cache_size // 4
 
 
 def test_memory_is_split_as_asked_for():
@@ -219,16 +244,19 @@ def test_the_command_writes_what_wins(tmp_path, model, byte_tokenizer, monkeypat
     monkeypatch.setattr(held_out, "score_streams", streams)
     text, out = tmp_path / "text.txt", tmp_path / "mine.arm"
     text.write_text("The quick brown fox, and the lazy dog. " * 60)
-    flags = ["layers", f"--model={tmp_path}", f"--text={text}", "--slots=100", f"--output={out}", "--max_tokens=500"]
-    for lead[0], pattern in ((0.1, "watched"), (0.04, "sink_window")):
-        run_here([*flags, "--layers=1", "--length=256", "--check_tokens=1000"])
+    flags = ["layers", f"--model={tmp_path}", f"--text={text}", f"--output={out}", "--max_tokens=500"]
+    # of rows of four times the slots sizes are tried, of shorter ones they are the usual ones
+    for lead[0], pattern, slots in ((0.1, "watched", 100), (0.04, "sink_window", 64)):
+        run_here([*flags, f"--slots={slots}", "--layers=1", "--length=256", "--check_tokens=1000"])
         said = capsys.readouterr().out
+        assert ("so these are the usual ones" in said) == (slots == 100)
+        assert ("from the dense model, 1/1000 nats   loss" in said) == (slots == 64)
         assert f"--arm=@{out}" in said
         assert f"{-lead[0]:+.4f} +- 0.0500 nats a token beside the window, all" in said
         assert ("that does not beat" in said) == (pattern == "sink_window")
         attention = one_arm(f"@{out}", model.attention, L)
         assert attention.pattern == pattern
-        assert row_bytes(CONFIG, attention) <= row_bytes(CONFIG, plain_window(100, SETTINGS, L))
+        assert row_bytes(CONFIG, attention) <= row_bytes(CONFIG, plain_window(slots, SETTINGS, L))
     for more, message in (
         (["--length=120"], "--length=120 must be 256 or more"),
         (["--layers=9"], "9 of the model's"),
