@@ -163,7 +163,12 @@ def count_exactly(start, end, tiling):
 
 
 @pytest.mark.parametrize(
-    ("length", "documents", "n"), [(2048, True, 64), (2048, False, 256), (8192, False, 64), (32768, True, 256)]
+    ("length", "documents", "n"),
+    [
+        (2048, True, 64),
+        (8192, False, 64),
+        *(pytest.param(*x, marks=pytest.mark.soak) for x in ((2048, False, 256), (32768, True, 256))),
+    ],
 )
 def test_hardly_a_tile_is_visited_in_vain(length, documents, n):
     """Within 10 % of the tiles that hold a visible key, for queries and in the transpose."""

@@ -147,9 +147,9 @@ KINDS = {
 }
 
 
-# As gated ones, which save scores, too; with -m soak. A bounded cache is saved in test_stream.py; a gate's runs are in
-# test_gated.py, and whatever its arrays are they are saved alike.
-RARE = ("growing", "growing, windows that widen", "bounded", "bounded, gated")
+# Of programs that other tests have, too. A bounded cache is saved in test_stream.py; a gate's runs are in test_gated.py
+# and test_growing_pass.py, and whatever its arrays are they are saved alike.
+RARE = ("growing, windows that widen", "growing, gated", "bounded", "bounded, gated")
 
 
 @pytest.mark.parametrize("kind", [x if x not in RARE else pytest.param(x, marks=pytest.mark.soak) for x in KINDS])

@@ -101,7 +101,8 @@ GROWING = {"bounded": False, "max_new_tokens": 1000, "attention": dataclasses.re
 
 
 @pytest.mark.parametrize(
-    ("at", "other"), [(0, {}), (17, GROWING), pytest.param(17, {"attention": WATCHED}, marks=pytest.mark.soak)]
+    ("at", "other"),
+    [(0, {}), (17, {}), *(pytest.param(17, x, marks=pytest.mark.soak) for x in (GROWING, {"attention": WATCHED}))],
 )
 def test_a_saved_stream_goes_on_as_if_nothing_had_happened(model, tokenizer, tmp_path, at, other):
     settings = HOT | {"stop": "zzz", "max_repeats": 50} | other

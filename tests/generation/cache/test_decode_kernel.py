@@ -96,8 +96,9 @@ CODED = {
 }
 
 
+# That keys lie turned to the positions of the text, and no zone of separators, is also of what has no codes.
 @pytest.mark.parametrize(
-    "case", [pytest.param(x, marks=[pytest.mark.soak] if x == "separators" else []) for x in CODED]
+    "case", [x if x == "layers with rotations of their own" else pytest.param(x, marks=pytest.mark.soak) for x in CODED]
 )
 def test_bounded_caches_of_codes(case, calls, monkeypatch):
     """In float32, which no kernel computes in, so that what is left between the two is a wrong turn or none."""
@@ -119,10 +120,10 @@ def test_bounded_caches_of_codes(case, calls, monkeypatch):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-# No zone of separators: with -m soak, for codes have it above.
-@pytest.mark.parametrize(
-    "case", [pytest.param(x, marks=[pytest.mark.soak] if x == "sink_window" else []) for x in CASES]
-)
+OFTEN = ("separators", "layers with a window of their own")
+
+
+@pytest.mark.parametrize("case", [x if x in OFTEN else pytest.param(x, marks=pytest.mark.soak) for x in CASES])
 def test_bounded_caches(case, calls):
     model, attention = CASES[case]
     cache = filled(Config(model=model, attention=attention), StreamSizes.create(model, attention), 3)
@@ -168,7 +169,7 @@ def test_watched_tokens_in_caches_of_several_sizes(calls):
         np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
 
 
-@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
+@pytest.mark.parametrize("cache_dtype", ["model", pytest.param("int8", marks=pytest.mark.soak)])
 def test_growing_caches(cache_dtype, calls):
     graph, params = random_split(MODEL, SEPARATOR)
     cache = SeparatorCache.create(MODEL, 2, window_size=20, capacity=44, cache_dtype=cache_dtype)

@@ -83,8 +83,8 @@ def taken_up(cache, inputs):
 @pytest.mark.parametrize(
     ("name", "by_layer"),
     [
-        ("separator", False),
         ("watched", True),
+        pytest.param("separator", False, marks=pytest.mark.soak),
         pytest.param("watched", False, marks=pytest.mark.soak),
         pytest.param("StreamingLLM", True, marks=pytest.mark.soak),
         pytest.param("gated", True, marks=pytest.mark.soak),
