@@ -232,7 +232,11 @@ def test_the_page_s_python_runs(page, monkeypatch):
         assert printed.getvalue().startswith("[135005] 0.0643")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# That of kept tokens is of what tests/keeping and tests/pictures have.
+OFTEN = [x if x.stem == "stream" else pytest.param(x, marks=pytest.mark.soak) for x in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", OFTEN, ids=lambda path: path.stem)
 def test_notebooks_run_and_hold_no_outputs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start_quickly(monkeypatch)

@@ -67,11 +67,10 @@ _keep_best = jax.jit(keep_best, static_argnums=2)
     scores=hnp.arrays(np.float32, (2, T), elements=st.sampled_from([-1.5, 0.0, 0.5, 2.0])),  # many are equal
     ids=hnp.arrays(np.int32, (2, 4), elements=st.integers(0, 2)),
     cuts=st.lists(st.integers(0, T), min_size=3, max_size=3),
-    stretch=st.sampled_from([1, 5, 8, T + 3]),
-    keep=st.integers(0, 3),
-    num_sinks=st.integers(0, 3),
+    sizes=st.sampled_from([(1, 1, 0), (5, 2, 3), (5, 0, 1), (8, 3, 2), (T + 3, 2, 1)]),  # each is a program
 )
-def test_the_best_of_every_stretch_are_kept(scores, ids, cuts, stretch, keep, num_sinks):
+def test_the_best_of_every_stretch_are_kept(scores, ids, cuts, sizes):
+    stretch, keep, num_sinks = sizes
     segments = np.repeat(ids, np.diff([0, *sorted(cuts), T]), axis=1)
     attention = dataclasses.replace(GATED, gate_stretch=stretch, gate_keep=keep, num_sinks=num_sinks)
     layout = build_layout(segments > 0, window_size=stretch, num_sinks=num_sinks, segment_ids=segments)

@@ -73,7 +73,9 @@ def test_what_was_let_go_long_ago_is_counted(served):
             assert [(t["id"], t["state"]) for t in written] == [(t["id"], t["state"]) for t in expected]
 
 
-@pytest.mark.parametrize(("pattern", "size"), [("separator", 5), ("sink_window", 90)])
+@pytest.mark.parametrize(
+    ("pattern", "size"), [("separator", 5), pytest.param("sink_window", 90, marks=pytest.mark.soak)]
+)
 def test_a_cache_that_keeps_nothing_between_its_ends_is_described(pattern, size):
     served = tiny_served(pattern=pattern)
     stream = served.engine.stream(PROMPT[:size], bounded=True, max_new_tokens=1)

@@ -221,6 +221,7 @@ def events_of(slots, number):
     return found
 
 
+@pytest.mark.soak  # nine programs of 30 s; rows of any cache are packed in test_packed.py, and slots are test_slots.py
 def test_rows_of_slots_give_what_streams_give_and_go_on_where_they_were_saved(tmp_path):
     """Three tokens in a launch, two prompts in a program; saved in the middle, from and to a folder and a stream.
 
