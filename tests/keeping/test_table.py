@@ -100,11 +100,14 @@ PICTURES = [
 ]
 
 
-@pytest.mark.parametrize(("job", "flags", "said"), PICTURES)
-def test_pictures_are_drawn_by_their_commands(  # noqa: F811
-    tmp_path, byte_model, byte_tokenizer, monkeypatch, capsys, job, flags, said
-):
+@pytest.fixture
+def loaded(byte_model, byte_tokenizer, monkeypatch):  # noqa: F811
     monkeypatch.setattr("sepjax.loading.load", lambda path, **_: (byte_model, byte_tokenizer))
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(("job", "flags", "said"), PICTURES)
+def test_pictures_are_drawn_by_their_commands(tmp_path, capsys, job, flags, said):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox, and the lazy dog. " * 3)
     out = tmp_path / f"{job}.svg"
