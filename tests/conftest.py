@@ -4,6 +4,7 @@ Tests run on the CPU wherever they are. To run those for an accelerator, name it
 `JAX_PLATFORMS=cuda python -m pytest -m gpu`, `JAX_PLATFORMS=tpu python -m pytest -m tpu`.
 """
 
+import collections
 import gc
 import os
 import shutil
@@ -117,6 +118,19 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where `--durations` tells the slowest tests, the slowest files too: many tests of a second each are one of them."""
+    if terminalreporter.config.option.durations is None:
+        return
+    seconds: collections.Counter[str] = collections.Counter()
+    for report in (x for reports in terminalreporter.stats.values() for x in reports):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section(f"slowest 20 files of {len(seconds)}, {sum(seconds.values()):.0f}s of tests in all")
+    for file, spent in seconds.most_common(20):
+        terminalreporter.write_line(f"{spent:6.1f}s {file}")
 
 
 _MAPS, _LIMIT, _MOST = Path("/proc/self/maps"), 65_000, 40_000
