@@ -121,7 +121,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Where `--durations` tells the slowest tests, the slowest files too: many tests of a second each are one of them."""
+    """Where `--durations` tells the slowest tests, the slowest files too: a hundred quick tests are one of them."""
     if terminalreporter.config.option.durations is None:
         return
     seconds: collections.Counter[str] = collections.Counter()

@@ -160,7 +160,6 @@ def test_choices_of_one_prompt_read_it_once(served):
         assert server.worker.conversations._making == set()
 
 
-@pytest.mark.soak  # of slots themselves: generation/test_slots.py; what is said of it: below
 def test_a_cache_that_must_not_lose_separators_ends_its_own_answer_only():
     served = tiny_served(keep_all_separators=True)
     (dot,) = served.tokenizer.encode(".")[-1:]
