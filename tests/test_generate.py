@@ -139,6 +139,7 @@ def test_the_cache_holds_what_the_method_says(model, tokenizer, answers):
         assert answer.cache.bytes == cache_bytes(6 + 64)
 
 
+@pytest.mark.soak  # what stays is in cache/test_growing.py; that a cache grows at all is above
 def test_an_endless_stream_of_sinks_and_window_never_grows(model, tokenizer):
     attention = dataclasses.replace(ATTENTION, pattern="sink_window")
     events = stream(model, tokenizer, "The", stop_at_eos=False, attention=attention, bounded=False)

@@ -155,7 +155,11 @@ def test_layers_above_see_what_was_kept_and_layers_below_do_not(model):
     ):
         assert np.abs(hidden[other[0]] - hidden[other[1]]).max() > 1e-3, other
 
-    # Layers above the gate that see nothing of its choice are windows; what the others see, only they see.
+
+@pytest.mark.soak  # kept layers of caches, against whole passes, are in generation/cache/test_mixed.py
+def test_what_is_kept_for_some_layers_only_they_see(model):
+    """Layers above the gate that see nothing of its choice are windows."""
+    batch = row()
     only = dataclasses.replace(GATED, gate_keep=5, kept_layers=(2,))
     alike = dataclasses.replace(GATED, pattern="sink_window", layer_windows=(7, 7, T))
     np.testing.assert_allclose(hidden_of(model, batch, only), hidden_of(model, batch, alike), atol=1e-5)
@@ -206,6 +210,7 @@ def test_a_model_without_a_gate_is_refused_and_other_parameters_stay_as_they_are
     assert jax.eval_shape(lambda: run(create(half, GATED, jax.random.key(0)), row())[2]).dtype == jnp.float32
 
 
+@pytest.mark.soak  # three programs; generation/cache/test_growing_pass.py has such a gate
 def test_a_gate_that_reads_embeddings_has_no_layers_below_on_any_mesh():
     attention = dataclasses.replace(GATED, gate_layer=0)
     model = random_model(MODEL, attention)

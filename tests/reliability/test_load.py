@@ -110,6 +110,7 @@ def test_streams_side_by_side_and_cancelled_ones_disturb_nobody(model, tokenizer
                 assert job.result() == expected[number]
 
 
+@pytest.mark.soak  # over bounded caches; as those above, and slots in generation/test_slots.py
 def test_endless_streams_side_by_side_keep_their_own_caches(model, tokenizer):
     """Token by token in turns, past many compactions; dropping one in the middle changes none of the others."""
     prompts = [w.prompt for w in requests(3, np.random.default_rng(3))]

@@ -138,9 +138,9 @@ def stream(sizes, flags, cuts, cache=None):
 
 
 # Four programs each: with -m soak, what lies between the others. Without sinks, or with hardly anything else: the zone
-# of separators begins where the sinks end in "usual" and "many separators", at two places.
+# of separators begins where the sinks end in "usual".
 RARE = ("StreamingLLM: w = c - a", "no sinks, no separators", "sinks only, in bursts", "no sinks", "nearly all sinks")
-RARE += ("a + s + w = c - 1", "window of one")  # compacted at every token: test_watched.py
+RARE += ("a + s + w = c - 1", "window of one", "many separators")  # compacted at every token: test_watched.py
 
 
 @pytest.mark.parametrize("name", [x if x not in RARE else pytest.param(x, marks=pytest.mark.soak) for x in SIZES])

@@ -164,6 +164,7 @@ RUNS |= {"StreamingLLM": (5,)}
 # Programs of seconds each: with -m soak, sizes and patterns that test_bounded.py has against lists of slots.
 RARE = ("a + s + w = c - 1", "sinks only, in bursts", "StreamingLLM, layers of every kind", "absolute positions")
 RARE += ("neox, partial yarn rotary, no sinks, fixed interval",)  # NEOX, of another rotation, in test_watched.py
+RARE += ("StreamingLLM",)  # its slots and angles are in test_bounded.py
 
 
 LENGTHS = np.array([T, 61, 1])
