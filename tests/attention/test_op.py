@@ -232,6 +232,7 @@ def test_too_little_room_for_the_separators_is_exact_under_jit(op):
 
 
 @every_kernel
+@pytest.mark.soak  # too little room is above, no far key at all among the edge cases
 def test_no_room_and_no_global_keys(op):
     inputs = tensors(GROUPED)
     layout = build_layout(NONE, window_size=5, num_sinks=0, capacity=0)
