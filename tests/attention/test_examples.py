@@ -83,6 +83,7 @@ def test_examples_that_share_their_keys_add_their_gradients():
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.soak  # the rule of vmap is one: of the XLA form above, of Hopper's in test_mosaic_gpu_interpret.py
 def test_tpu_kernels_run_once_for_all_examples():
     """Outputs in plain interpretation; the Hopper kernels and gradients are in test_mosaic_gpu_interpret.py."""
     q, k, v, d_out, d_lse = tensors((2, 100, 2, 1, 64))

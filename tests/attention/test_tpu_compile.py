@@ -140,7 +140,7 @@ def test_parts_of_rows_compile(chip, part):
         assert kernels(jax.jit(both).lower(*arguments).compile()) == EVERY_KERNEL
 
 
-@pytest.mark.soak  # a program of 8 s; a step on a mesh is compiled in training/test_plan.py
+@pytest.mark.soak  # a program of 8 s; the op over parts of rows is in test_context_parallel.py
 def test_a_row_over_several_chips():
     """Context parallelism has the kernels inside, with room for the global keys that are sent and without."""
     mesh, part = mesh_of("v5e:2x2", chips_per_host=(2, 2, 1)), jax.P(None, "data")

@@ -446,7 +446,7 @@ def set_token(slots, token):
     device.rows = dataclasses.replace(device.rows, state=state)
 
 
-@pytest.mark.soak  # programs of its own; through a server in serve/test_conversations.py, streams in test_stream.py
+@pytest.mark.soak  # nine programs of its own; that such a cache is full is in test_stream.py
 def test_a_cache_that_keeps_every_separator_ends_its_own_row_only():
     engine = tiny_engine(keep_all_separators=True)
     dots = engine.tokenizer.encode("." * 40)

@@ -54,11 +54,16 @@ def calls(monkeypatch):
 
 
 def layers_of(cache, q, k, v, *, implementation):
-    """What a run gives in each layer."""
-    counts = jnp.full(len(q), q.shape[1])
-    attend, inputs = attend_run(cache, q.shape[1], counts, implementation), pass_inputs(cache)
-    layers = [tuple(None if x is None else x[i] for x in inputs) for i in range(len(cache.k))]
-    return [attend(q, k, v, layer) for layer in layers]
+    """What a run gives in each layer; in a program, since operation after operation takes five times as long."""
+
+    @jax.jit
+    def run(cache, q, k, v):
+        counts = jnp.full(len(q), q.shape[1])
+        attend, inputs = attend_run(cache, q.shape[1], counts, implementation), pass_inputs(cache)
+        layers = [tuple(None if x is None else x[i] for x in inputs) for i in range(len(cache.k))]
+        return [attend(q, k, v, layer) for layer in layers]
+
+    return run(cache, q, k, v)
 
 
 def inputs(model: ModelConfig, rows: int):

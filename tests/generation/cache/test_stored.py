@@ -112,7 +112,7 @@ def test_codes_move_as_numbers_do_that_need_not_be_turned(name, by_layer):
             assert same_bits(quantised(x[layer]), y[layer])
 
 
-@pytest.mark.parametrize("by_layer", [False, True], ids=["stacked", "by layer"])
+@pytest.mark.parametrize("by_layer", [pytest.param(False, marks=pytest.mark.soak), True], ids=["stacked", "by layer"])
 def test_rows_go_and_come_bit_for_bit(by_layer):
     cache = StreamingCache.create(CONFIG, 4, StreamSizes.create(CONFIG, IN_8_BITS["watched"]), by_layer=by_layer)
     random = np.random.default_rng(2)
