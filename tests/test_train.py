@@ -173,8 +173,8 @@ def test_evaluate_scores_any_arms(finished, tmp_path):
     assert window.kv_kept == pytest.approx(rare.kv_kept, abs=0.02)
     assert (again.perplexity, rare.difference, rare.baseline) == (dense.perplexity, 0, "rare")
     assert dense.difference == pytest.approx(np.log(dense.perplexity / rare.perplexity))
-    streams = jobs.stream(finished, [], [], arms="separator; wide: sink_window n=20 c=22", text=str(text), far=30)
-    assert [(s.arm, s.cache_size, s.far, s.near) for s in streams] == [("separator", 36, 30, 8), ("wide", 22, 30, 8)]
+    streams = jobs.stream(finished, [], [], arms="wide: sink_window n=20 c=22", text=str(text), far=30)
+    assert [(s.arm, s.cache_size, s.far, s.near) for s in streams] == [("wide", 22, 30, 20)]
 
 
 def test_generate_uses_the_workdir(finished, capfd):

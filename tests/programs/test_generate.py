@@ -49,17 +49,19 @@ def test_template_variables_reach_the_template(tmp_path, capfd):
     assert [line for line in ended.out.splitlines() if line.startswith(">>> ")] == [">>> ac", ">>> bc"], ended.err
 
 
+ARM = "--arm=separator a=1 s=4 w=6 c=20"  # of all tests here: the same programs
+
+
 def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, tmp_path, capfd, monkeypatch):
     said = f"abc\nab, c.\n/save {tmp_path / 'talk'}\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
-    ended = command(capfd, "chat", model, "--max_new_tokens=5")
+    ended = command(capfd, "chat", model, ARM, "--max_new_tokens=5")
     assert ended.code == 0, ended.err
     assert "ChatML" in ended.err
     assert ended.err.count("[cache ") == 2
-    assert f"warning: a cache of 800 entries is larger than the {CONFIG.max_positions} tokens that" in ended.err
     assert (tmp_path / "talk" / "stream.json").exists()
     flags = [f"--resume={tmp_path / 'talk'}", f"--save={tmp_path / 'kept'}", "--prompt=ab", "--max_new_tokens=3"]
-    ended = command(capfd, "generate", model, "--stream", *flags)
+    ended = command(capfd, "generate", model, ARM, "--stream", *flags)
     assert ended.code == 0, ended.err
     assert ended.err.splitlines()[-1].startswith("3 tokens")
     assert "ended: --max_new_tokens is reached" in ended.err
@@ -188,7 +190,7 @@ def test_an_arm_gives_answers_a_bounded_cache(model, held, capfd, count):
     settings = {"max_new_tokens": 4, "attention": attention, "bounded": True}
     expected = sepjax.generate(loaded, tokenizer, prompts, **settings)
     assert expected[0].cache.held <= 20 < expected[0].cache.seen
-    arm = ["--arm=separator a=1 s=4 w=6 c=20", "--max_new_tokens=4"]
+    arm = [ARM, "--max_new_tokens=4"]
     if count > 1:
         ended = command(capfd, "generate", model, *(f"--prompt={prompt}" for prompt in prompts), *arm)
         assert ended.out == "".join(f">>> {p}\n{x.text}\n\n" for p, x in zip(prompts, expected, strict=True)), ended.err

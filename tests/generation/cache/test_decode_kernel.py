@@ -133,9 +133,9 @@ def test_bounded_caches(case, calls):
     model, attention = CASES[case]
     cache = filled(Config(model=model, attention=attention), StreamSizes.create(model, attention), 3)
     given = inputs(model, 3)
-    expected = layers_of(cache, *given, implementation="xla")
+    expected = in_a_program(cache, *given, implementation="xla")
     assert not calls
-    got = layers_of(cache, *given, implementation=None)
+    got = in_a_program(cache, *given, implementation=None)
     assert len(calls) == model.num_layers
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
