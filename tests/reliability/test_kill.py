@@ -134,6 +134,7 @@ def stop_here(config_file: Path, workdir: Path, at: int, capfd: pytest.CaptureFi
             program.train(config, workdir)
     saved = checkpoints(workdir)[-1]
     assert f"SIGTERM: the checkpoint of step {saved} is complete" in str(ended.value)
+    assert (ended.value.exit_code, ended.value.label) == (75, "stopped")
     assert at <= saved < STEPS
     return saved, *capfd.readouterr()
 
