@@ -44,7 +44,7 @@ def test_a_batch_is_what_the_library_answers(model, tmp_path, capfd):
 
 def test_template_variables_reach_the_template(tmp_path, capfd):
     write(tmp_path / "m.gguf", tokenizer__chat_template="{{ messages[0].content }}{{ 'c' if brief else 'b' }}")
-    flags = ["--apply_chat_template", "--prompt=a", "--prompt=b", "--max_new_tokens=6", "--pattern=dense"]  # as above
+    flags = ["--apply_chat_template", "--prompt=a", "--prompt=b", "--max_new_tokens=6", "--stop=zzz", "--pattern=dense"]
     ended = command(capfd, "generate", f"--model={tmp_path}/m.gguf", '--template_variables={"brief": true}', *flags)
     assert [line for line in ended.out.splitlines() if line.startswith(">>> ")] == [">>> ac", ">>> bc"], ended.err
 
