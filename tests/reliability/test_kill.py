@@ -8,7 +8,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -60,10 +59,7 @@ def undisturbed(config_file) -> Path:
 def kill(config_file: Path, workdir: Path, seed: int, after: int, *, while_saving: bool) -> int:
     """Starts or resumes a run and kills it at a random moment after step `after`; returns the last step recorded."""
     rng = np.random.default_rng(seed)
-    # It finds the programs that were compiled here, and writes none: what it writes may be torn.
-    compiled = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
-    compiled |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000000"}
-    process = start(config_file, workdir, extra={} if ON_GPU else compiled)
+    process = start(config_file, workdir)
     target = after + int(rng.integers(1, EVERY + 1))
     wait_until(process, lambda: done(workdir) >= target)
     if while_saving:
