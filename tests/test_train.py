@@ -185,6 +185,7 @@ def test_generate_uses_the_workdir(finished, capfd):
     assert "cache holds" in ended.err
 
 
+@pytest.mark.soak  # three programs; pages and their command are in report/test_report.py
 def test_a_report_has_samples_and_kept_tokens_where_they_are_asked_for(finished, tmp_path, capfd, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(SENTENCES * 4))
