@@ -270,6 +270,7 @@ def test_other_lengths_and_settings_compile_nothing(model, tokenizer, answers):
     assert compiled  # the counter counts
 
 
+@pytest.mark.soak  # one that keeps every token, above, is another one, too
 def test_the_pattern_can_be_another_than_in_training(model, tokenizer, answers):
     dense = AttentionConfig(pattern="dense")
     got = generate(model, tokenizer, PROMPTS, max_new_tokens=40, stop_at_eos=False, attention=dense)

@@ -73,7 +73,7 @@ def run_and_check(op, shape, dtype, layout, factor=1):
     check(results(op, *inputs, layout), shape, inputs, layout)
 
 
-# One shape, and one token below; several groups in bfloat16 are in test_large_scores. The rest with -m soak.
+# One shape, and one token below; the rest with -m soak, several groups in bfloat16 in test_large_scores, too.
 ALWAYS = {("a group", jnp.float32)}
 EVERY_PAIR = [
     pytest.param(shape, dtype, id=f"{name}-{dtype.__name__}", marks=[] if (name, dtype) in ALWAYS else pytest.mark.soak)
@@ -194,7 +194,9 @@ def sparse_layout(**settings):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "factor"), [(GROUP, jnp.float32, 100), (GROUPS, jnp.bfloat16, 10)], ids=["float32", "bfloat16"]
+    ("shape", "dtype", "factor"),
+    [(GROUP, jnp.float32, 100), pytest.param(GROUPS, jnp.bfloat16, 10, marks=pytest.mark.soak)],
+    ids=["float32", "bfloat16"],
 )
 def test_large_scores(shape, dtype, factor):
     B, T = shape[:2]

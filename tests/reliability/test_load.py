@@ -78,6 +78,7 @@ def batches_equal_single_requests(model, tokenizer, count: int, rng: np.random.G
     assert seen >= count // check_every // 2
 
 
+@pytest.mark.soak  # rows and their draws alone and in batches are in tests/test_generate.py
 def test_a_few_batches_equal_single_requests(model, tokenizer):
     batches_equal_single_requests(model, tokenizer, 2 * ROWS, np.random.default_rng(0), check_every=4)
 

@@ -172,6 +172,7 @@ def test_bfloat16_decoding_is_as_exact_as_the_bfloat16_forward_pass():
     assert 0 < error <= 2 * allowed
 
 
+@pytest.mark.soak  # of bounded caches in test_bounded_pass.py; what is stored is test_stored.py
 def test_decoding_in_8_bits_errs_by_what_rounding_does():
     """Half a code is a 254th of the largest number of a vector; a key too many or too few errs by its whole share."""
     random = np.random.default_rng(0)

@@ -132,6 +132,7 @@ def test_rows_are_read_where_they_lie(case, calls):
         np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
 
 
+@pytest.mark.soak  # as bounded caches, above, but for growing_pass, of which test_growing_pass.py is
 @pytest.mark.parametrize("reach", [(0, 40), *(pytest.param(x, marks=pytest.mark.soak) for x in ((), (0, 12)))])
 def test_growing_caches(reach, calls):
     attention = dataclasses.replace(SEPARATOR, layer_reach=reach)
