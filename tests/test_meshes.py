@@ -106,6 +106,7 @@ def test_a_run_moves_from_one_device_to_eight_and_to_two(config, alone, tmp_path
     assert_same(train_on(2, (2, 1, 1, 1), config, workdir), losses(alone))
 
 
+@pytest.mark.soak  # from four of two processes to two of one below
 def test_a_run_moves_from_one_device_to_eight(config, tmp_path):
     """The state is read into other shards, and the batches go on where they were.
 
