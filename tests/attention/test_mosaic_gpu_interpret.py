@@ -142,6 +142,7 @@ def test_more_keys_than_queries(gradients):
 
 
 @pytest.mark.usefixtures("simulated")
+@pytest.mark.soak  # what is packed is what the kernels above read
 def test_packing_moves_every_global_key_and_nothing_else():
     shape = (2, 100, 2, 2, 64)
     _, k, v, *_ = tensors(shape, jnp.bfloat16)

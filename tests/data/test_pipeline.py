@@ -344,6 +344,7 @@ def test_a_damaged_tokenizer_is_an_error_not_a_reason_to_train(config, data_dir,
     assert (tmp_path / "tokenizer.model").read_bytes() == b"\x00not a model"
 
 
+@pytest.mark.soak  # a measurement of what is tested above
 def test_the_bench_measures(config, data_dir):
     rates = measure(config, data_dir, seconds=0.05)
     assert rates["tokens_per_second"] > 0

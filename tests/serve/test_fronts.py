@@ -182,7 +182,8 @@ def served():
     return tiny_served(max_prompt_tokens=500)
 
 
-def test_clients_see_no_difference(served):
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.soak)])  # of one process: always
+def test_clients_see_no_difference(served, slow):
     """From 503 while the model is loaded, over answers, refusals and clients that go away, to 503 when it stops."""
     gate = threading.Event()
     options = running_module.Options(rows=ROWS, steps=3, max_waiting=4, http_processes=2)
@@ -218,7 +219,8 @@ def test_clients_see_no_difference(served):
     stream = api.completions.create(**endless, extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()
-    slow_client(server)
+    if slow:
+        slow_client(server)
     assert settled(server), "a client that goes away frees its row"
     stream = api.completions.create(model="tiny", prompt=[5, 9], max_tokens=150, temperature=0, stream=True,
                                     extra_body={"ignore_eos": True})  # fmt: skip

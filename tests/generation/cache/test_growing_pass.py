@@ -201,8 +201,8 @@ def run_of(graph, params, width, cache, tokens, counts, attention, table):
     return cache.take_up(merge(graph, params), tokens[:, :width], counts, table, attention)
 
 
-# Of one kind of everything; a decoding step, above, is the same program with a run of one.
-@pytest.mark.parametrize("case", often(RUNS, [x for x in RUNS if x != "layers of every kind"]))
+@pytest.mark.soak  # a step, above, is a run of one; a text in turns is the whole text at once: test_engine.py
+@pytest.mark.parametrize("case", RUNS)
 def test_a_run_of_tokens_is_what_they_are_one_by_one(case):
     """Ragged runs, longer than the window too: the same hidden states, and the same tokens in the same slots."""
     config, attention = CASES[case]

@@ -83,7 +83,7 @@ def taken_up(cache, inputs):
 @pytest.mark.parametrize(
     ("name", "by_layer"),
     [
-        ("watched", True),
+        pytest.param("watched", True, marks=pytest.mark.soak),  # codes of runs, against lists: test_bounded_pass.py
         pytest.param("separator", False, marks=pytest.mark.soak),
         pytest.param("watched", False, marks=pytest.mark.soak),
         pytest.param("StreamingLLM", True, marks=pytest.mark.soak),
