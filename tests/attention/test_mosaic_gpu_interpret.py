@@ -81,6 +81,7 @@ def test_equals_the_definition(case):
 
 
 @pytest.mark.usefixtures("simulated")
+@pytest.mark.soak  # with factors, gradients too, below
 def test_the_forward_kernel_without_factors():
     """As a model calls it. Its gradients have the kernels of scaled values, below; all cases of both with -m soak."""
     shape = (1, 72, 2, 1, 64)

@@ -166,6 +166,7 @@ def largest_array(program):
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
+@pytest.mark.soak  # memory is linear, below; of the XLA form in test_op.py
 def test_no_array_of_quadratic_size_is_in_the_program():
     """Neither [T, T] nor [T, S], fused or not: the largest array is that of near and far keys."""
     B, T, N, _, H = SHAPES[8192]

@@ -122,6 +122,7 @@ def test_answers_come_from_the_cache_that_evicts(byte_model, byte_tokenizer, sep
     assert text.endswith("\nA:")
 
 
+@pytest.mark.soak  # windows of equal caches are in test_scoring.py
 def test_equal_kv_and_groups(byte_model, byte_tokenizer, separators, data):
     patterns = [dataclasses.replace(separators, pattern=p) for p in ("dense", "separator", "sink_window")]
     with local_datasets(data):

@@ -94,7 +94,7 @@ def test_kinds_receive_what_their_places_do(byte_model, byte_tokenizer):  # noqa
 
 PICTURES = [
     ("kinds", ["--window_size=8", "--length=32"], "kind  "),
-    ("mask", ["--arm=separator a=2 n=4"], "separator, window 4, 2 sinks: "),
+    pytest.param("mask", ["--arm=separator a=2 n=4"], "separator, window 4, 2 sinks: ", marks=pytest.mark.soak),
     # A stream's programs; what is drawn of its counts is in pictures/test_figures.py.
     pytest.param("slots", ["--arms=separator a=2 s=4 w=8 c=24"], "at most 24 entries, ", marks=pytest.mark.soak),
 ]

@@ -200,10 +200,15 @@ def test_keys_are_counted_with_each_layers_own_layout(model):
     assert far == [2, 2 + int(flags[0, : T - 7].sum())]
 
 
-def test_a_model_without_a_gate_is_refused_and_other_parameters_stay_as_they_are():
-    plain = create(MODEL, dataclasses.replace(GATED, pattern="separator"), jax.random.key(0))
+def test_a_model_without_a_gate_is_refused():
+    plain = random_model(MODEL, dataclasses.replace(GATED, pattern="separator"))
     with pytest.raises(ConfigError, match="'gated' needs a model with a gate, and this one has none; train one"):
         forward(plain, *row(), attention=GATED)
+
+
+@pytest.mark.soak  # `create` of two shapes
+def test_a_gate_leaves_other_parameters_as_they_are():
+    plain = create(MODEL, dataclasses.replace(GATED, pattern="separator"), jax.random.key(0))
     with_gate = split(create(MODEL, GATED, jax.random.key(0)))[1]
     jax.tree.map(np.testing.assert_array_equal, {k: v for k, v in with_gate.items() if k != "gate"}, split(plain)[1])
     half = dataclasses.replace(MODEL, dtype="bfloat16")

@@ -201,6 +201,7 @@ def test_remat_and_scan_change_no_gradient(remat, scan_layers):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * np.abs(a).max()), plain, saved)
 
 
+@pytest.mark.soak  # windows of layers are in attention/test_op.py and of caches in generation/cache
 def test_layer_windows_are_data():
     """H: a dense first layer. Layers that differ in n share one compiled body."""
     model = random_model(LLAMA, ATTENTION)

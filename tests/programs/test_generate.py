@@ -24,6 +24,7 @@ def model(tmp_path_factory):
     return f"--model={path}"
 
 
+@pytest.mark.soak  # two rows, programs of their own; one prompt is below, batches are tests/test_generate.py
 def test_a_batch_is_what_the_library_answers(model, tmp_path, capfd):
     (tmp_path / "prompt.txt").write_text("ab, c.", encoding="utf-8-sig")
     sampling = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 4}
@@ -42,6 +43,7 @@ def test_a_batch_is_what_the_library_answers(model, tmp_path, capfd):
     assert f"cache holds {seen} of {seen} tokens (100.0%)" in ended.err.splitlines()[-1]
 
 
+@pytest.mark.soak  # as above; variables in templates: generation/test_chat.py
 def test_template_variables_reach_the_template(tmp_path, capfd):
     write(tmp_path / "m.gguf", tokenizer__chat_template="{{ messages[0].content }}{{ 'c' if brief else 'b' }}")
     flags = ["--apply_chat_template", "--prompt=a", "--prompt=b", "--max_new_tokens=6", "--stop=zzz", "--pattern=dense"]

@@ -233,6 +233,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
     np.testing.assert_array_equal(together[0], others[0])
 
 
+@pytest.mark.soak  # caches in bfloat16 are in test_decode_kernel.py and test_run_kernel.py
 def test_bfloat16_errs_no_more_than_twice_what_lists_in_bfloat16_do():
     """Keys that are turned when they move are as good as keys that are turned anew every time."""
     config, attention = CASES["llama"]
