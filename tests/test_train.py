@@ -165,6 +165,7 @@ def test_evaluate_compares_patterns(finished, tmp_path, capfd):
         assert score["bits_per_byte"] == pytest.approx(nats / np.log(2) / score["bytes"], rel=1e-6)
 
 
+@pytest.mark.soak  # arms of windows and of streams are in tests/evaluation
 def test_evaluate_scores_any_arms(finished, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(SENTENCES * 4))  # rows as above

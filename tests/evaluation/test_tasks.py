@@ -97,6 +97,7 @@ def test_scores_are_those_of_a_manual_computation(byte_model, byte_tokenizer, se
     assert 0 < score.kv_kept < 0.9
 
 
+@pytest.mark.soak  # a batch's programs; bounded batches are in generation/test_engine.py
 def test_answers_come_from_the_cache_that_evicts(byte_model, byte_tokenizer, separators, data, monkeypatch):
     prompts = []
     original = Generator.generate
