@@ -4,6 +4,7 @@ Tests run on the CPU wherever they are. To run those for an accelerator, name it
 `JAX_PLATFORMS=cuda python -m pytest -m gpu`, `JAX_PLATFORMS=tpu python -m pytest -m tpu`.
 """
 
+import collections
 import gc
 import os
 import shutil
@@ -51,52 +52,51 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash.get(COMPILED, ""), ignore_errors=True)
 
 
-# Files that take a quarter of a minute and more, about the longest first: begun last, one would keep one worker busy
-# while the others have nothing left. How long they take: `--durations=100` of a run from nothing.
+# Files that take ten seconds and more, about the longest first: begun last, one would keep one worker busy while the
+# others have nothing left. How long they take: `--durations=20` of a run from nothing.
 FIRST = [
+    "generation/test_slots.py",
+    "hub/test_lora.py",
+    "test_train.py",
     "test_meshes.py",
     "attention/test_tpu.py",
-    "hub/test_lora.py",
-    "generation/test_slots.py",
-    "hub/test_parity.py",
-    "generation/test_engine.py",
-    "reliability/test_kill.py",
-    "cache/test_mixed.py",
-    "generation/test_stream.py",
-    "training/test_step.py",
-    "model/test_gate.py",
     "attention/test_op.py",
-    "reliability/test_torn.py",
-    "model/test_transformer.py",
-    "cache/test_bounded.py",
-    "cache/test_growing_pass.py",
-    "cache/test_watched.py",
-    "evaluation/test_streaming.py",
-    "cache/test_bounded_pass.py",
-    "programs/test_generate.py",
-    "test_train.py",
-    "hub/test_post_training.py",
-    "reliability/test_numbers.py",
-    "attention/test_tpu_compile.py",
-    "cache/test_gated.py",
-    "attention/test_mosaic_gpu_interpret.py",
-    "keeping/test_distill.py",
-    "data/test_pipeline.py",
+    "test_docs.py",
+    "training/test_step.py",
+    "reliability/test_kill.py",
     "test_generate.py",
-    "serve/test_operations.py",
-    "serve/test_abuse.py",
-    "serve/test_conversations.py",
+    "hub/test_parity.py",
+    "model/test_gate.py",
+    "model/test_transformer.py",
+    "cache/test_growing_pass.py",
+    "cache/test_bounded_pass.py",
+    "keeping/test_distill.py",
+    "reliability/test_numbers.py",
+    "reliability/test_torn.py",
+    "generation/test_engine.py",
+    "programs/test_generate.py",
+    "cache/test_decode_kernel.py",
+    "cache/test_run_kernel.py",
+    "generation/test_stream.py",
+    "cache/test_bounded.py",
+    "attention/test_tpu_compile.py",
+    "attention/test_decode.py",
+    "attention/test_mosaic_gpu_interpret.py",
     "serve/test_page.py",
-    "serve/test_view.py",
+    "serve/test_operations.py",
+    "serve/test_conversations.py",
+    "serve/test_fronts.py",
+    "serve/test_answers.py",
+    "evaluation/test_tasks.py",
+    "evaluation/test_compare.py",
+    "hub/test_post_training.py",
+    "data/test_pipeline.py",
+    "reliability/test_fuzz.py",
     "programs/test_terminal.py",
-    "keeping/test_table.py",
-    "bench/test_training.py",
     "attention/test_context_parallel.py",
-    "training/test_every_config.py",
-    "attention/test_tpu_ranges.py",
     "attention/test_mosaic_gpu_compile.py",
-    "sharding/test_generation.py",
-    "bench/test_steps.py",
+    "keeping/test_table.py",
+    "keeping/test_layers.py",
     "test_wheel.py",
 ]
 
@@ -117,6 +117,19 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where `--durations` tells the slowest tests, the slowest files too: a hundred quick tests are one of them."""
+    if terminalreporter.config.option.durations is None:
+        return
+    seconds: collections.Counter[str] = collections.Counter()
+    for report in (x for reports in terminalreporter.stats.values() for x in reports):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section(f"slowest 20 files of {len(seconds)}, {sum(seconds.values()):.0f}s of tests in all")
+    for file, spent in seconds.most_common(20):
+        terminalreporter.write_line(f"{spent:6.1f}s {file}")
 
 
 _MAPS, _LIMIT, _MOST = Path("/proc/self/maps"), 65_000, 40_000

@@ -1,7 +1,8 @@
 """Every fenced block of README.md and docs/ is run, or checked as far as it can be, or says what it needs.
 
 Flags of commands are parsed as the programs parse them; names in Python are looked up and calls held against
-signatures; docs/library.md, docs/method.md and the notebooks run. `<!-- needs: docker -->` before a block is for what
+signatures, in notebooks too; docs/library.md and docs/method.md run, the notebooks with -m soak.
+`<!-- needs: docker -->` before a block is for what
 no test can check.
 """
 
@@ -232,8 +233,23 @@ def test_the_page_s_python_runs(page, monkeypatch):
         assert printed.getvalue().startswith("[135005] 0.0643")
 
 
+def cells(path: Path) -> list[str]:
+    """The code of a notebook, which holds no outputs."""
+    found = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    for cell in found:
+        assert (cell["outputs"], cell["execution_count"]) == ([], None), "run them elsewhere: outputs grow stale"
+    return ["".join(cell["source"]) for cell in found]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run_and_hold_no_outputs(path, tmp_path, monkeypatch):
+def test_notebooks_name_what_there_is(path):
+    names = Namespace()
+    assert [problem for cell in cells(path) for problem in names.problems(cell)] == []
+
+
+@pytest.mark.soak  # ten seconds each; docs/library.md, above, runs always
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start_quickly(monkeypatch)
     # Its run is one of train.py, read anew; that such a run learns is in test_train.py.
@@ -241,12 +257,8 @@ def test_notebooks_run_and_hold_no_outputs(path, tmp_path, monkeypatch):
     monkeypatch.setattr("sepjax.training.step.eval_step", scores_of_nothing)
     space: dict[str, object] = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        for cell in json.loads(path.read_text())["cells"]:
-            if cell["cell_type"] == "code":
-                assert (cell["outputs"], cell["execution_count"]) == ([], None), (
-                    "run them elsewhere: outputs grow stale"
-                )
-                exec(compile("".join(cell["source"]), path.name, "exec"), space)
+        for cell in cells(path):
+            exec(compile(cell, path.name, "exec"), space)
 
 
 def test_what_is_wrong_is_found(folder):

@@ -139,6 +139,7 @@ def test_the_cache_holds_what_the_method_says(model, tokenizer, answers):
         assert answer.cache.bytes == cache_bytes(6 + 64)
 
 
+@pytest.mark.soak  # what stays is in cache/test_growing.py; that a cache grows at all is above
 def test_an_endless_stream_of_sinks_and_window_never_grows(model, tokenizer):
     attention = dataclasses.replace(ATTENTION, pattern="sink_window")
     events = stream(model, tokenizer, "The", stop_at_eos=False, attention=attention, bounded=False)
@@ -269,6 +270,7 @@ def test_other_lengths_and_settings_compile_nothing(model, tokenizer, answers):
     assert compiled  # the counter counts
 
 
+@pytest.mark.soak  # one that keeps every token, above, is another one, too
 def test_the_pattern_can_be_another_than_in_training(model, tokenizer, answers):
     dense = AttentionConfig(pattern="dense")
     got = generate(model, tokenizer, PROMPTS, max_new_tokens=40, stop_at_eos=False, attention=dense)

@@ -121,6 +121,7 @@ def test_a_run_moves_from_one_device_to_eight(config, tmp_path):
     assert_same(found, {step: whole[step] for step in found})
 
 
+@pytest.mark.soak  # 24 s; which rows a process reads is below, what they agree on in reliability/test_torn.py
 def test_a_run_of_two_processes_starts_again(config, tmp_path):
     """Two devices each, joined by gloo. In processes of their own, and on other axes, below."""
     workdir = tmp_path / "run"

@@ -44,11 +44,16 @@ class Generation:
         return cls(text, token_ids, last.finish_reason, len(prompt), last.cache, logprobs, top)
 
 
-def request_of(of: Prepared, settings: RowSettings, sampling: Sampling) -> Request:
-    """What the device must know of rows with these settings."""
+def request_of(of: Prepared, settings: RowSettings, sampling: Sampling, rows: int) -> Request:
+    """What the device must know of rows with these settings.
+
+    Of how to draw, each row for itself even if all draw alike: one way and several are the same program.
+    """
     limit = -1 if settings.max_new_tokens is None else settings.max_new_tokens
     ends = jnp.asarray(settings.ends.array())
     asks = jnp.bool_(settings.logprobs), jnp.bool_(settings.top_logprobs > 0)
+    sampling = sampling if np.ndim(sampling.temperature) else Sampling.of_rows([sampling] * rows, rows)
+    sampling = jax.tree.map(jnp.asarray, sampling)  # biases of many rows are megabytes: there once, not at every call
     return Request(of.table_on_device, sampling, ends, jnp.int32(limit), *asks, jnp.int32(settings.min_new_tokens))
 
 
@@ -71,7 +76,7 @@ def run(
         )
         for ids in prompts
     ]
-    request, taken = request_of(of, settings, sampling), [len(ids) for ids in prompts]
+    request, taken = request_of(of, settings, sampling, len(rows)), [len(ids) for ids in prompts]
     state, steps = reader.read(reader.empty(keys), prompts, request, 0, settings.max_new_tokens)
     advance = make_advance(of.graph, of.attention, num_steps)
     while True:

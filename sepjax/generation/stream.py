@@ -46,7 +46,7 @@ class Stream(Iterator[StreamEvent]):
         self._control_tokens = control_tokens
         # When a turn ends is the host's to say, and how early it must not: each has as many tokens as the first.
         self._later = dataclasses.replace(
-            request_of(prepared, settings, sampling), max_new_tokens=np.int32(-1), min_new_tokens=np.int32(0)
+            request_of(prepared, settings, sampling, 1), max_new_tokens=np.int32(-1), min_new_tokens=np.int32(0)
         )
         self._early = dataclasses.replace(self._later, min_new_tokens=np.int32(2**31 - 1))
         self._advance = make_advance(prepared.graph, prepared.attention, 1)

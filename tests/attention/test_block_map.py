@@ -19,7 +19,7 @@ from tests.attention.common import examples, layouts, ranges, ranges_mask
 B, T = 2, 70
 # (queries of a block, keys of a tile): equal, as the kernels have them; blocks of many tiles; tiles of many blocks.
 SIDES = [(16, 16), (16, 8), (8, 32)]
-every_side = pytest.mark.parametrize(("block", "tile"), SIDES)
+every_side = pytest.mark.parametrize(("block", "tile"), [*SIDES[:2], pytest.param(*SIDES[2], marks=pytest.mark.soak)])
 
 
 def make_tiling(layout, block, tile):
@@ -118,7 +118,12 @@ def test_every_query_may_see_every_key(sizes, sides):
 
 
 @pytest.mark.parametrize(
-    ("block", "tile", "density"), [*((*sides, 0.3) for sides in SIDES), (*SIDES[1], 0), (*SIDES[2], 1)]
+    ("block", "tile", "density"),
+    [
+        (*SIDES[0], 0.3),
+        (*SIDES[2], 1),
+        *(pytest.param(*x, marks=pytest.mark.soak) for x in ((*SIDES[1], 0.3), (*SIDES[2], 0.3), (*SIDES[1], 0))),
+    ],
 )
 def test_no_window_needs_more_room_than_there_is(block, tile, density):
     """The bounds on the lists' lengths are arithmetic; here is every ninth window of three densities, and all of T."""
@@ -163,7 +168,12 @@ def count_exactly(start, end, tiling):
 
 
 @pytest.mark.parametrize(
-    ("length", "documents", "n"), [(2048, True, 64), (2048, False, 256), (8192, False, 64), (32768, True, 256)]
+    ("length", "documents", "n"),
+    [
+        (2048, True, 64),
+        (8192, False, 64),
+        *(pytest.param(*x, marks=pytest.mark.soak) for x in ((2048, False, 256), (32768, True, 256))),
+    ],
 )
 def test_hardly_a_tile_is_visited_in_vain(length, documents, n):
     """Within 10 % of the tiles that hold a visible key, for queries and in the transpose."""

@@ -61,7 +61,7 @@ def test_equals_one_device(name, data):
 _OPS = {name: over(plan) for name, plan in PLANS.items()}
 
 
-@pytest.mark.parametrize("ways", [1, 4])
+@pytest.mark.parametrize("ways", [pytest.param(1, marks=pytest.mark.soak), 4])
 def test_dense_layers(ways):
     """Layers whose window covers the row: all keys are sent, and documents still end where they do."""
     plan, inputs = ContextPlan(ways, halo=0, capacity=0, dense=True), tensors(SHAPE)
@@ -73,6 +73,7 @@ def test_dense_layers(ways):
 FLAGS = np.random.default_rng(0).random(SHAPE[:2]) < 0.2
 
 
+@pytest.mark.soak  # windows of one are drawn above; each implementation has its ranges' tests
 def test_window_of_one_and_the_definition_inside():
     """No halo at all; and the op is the same around any implementation."""
     layout, inputs = build_layout(FLAGS, window_size=1, num_sinks=3), tensors(SHAPE)
@@ -80,6 +81,7 @@ def test_window_of_one_and_the_definition_inside():
     check(results(op, *inputs, layout), inputs, layout.as_mask())
 
 
+@pytest.mark.soak  # layouts with more far keys than are packed are drawn above, too
 def test_too_small_a_packed_array_is_no_loss():
     """A layout that names 5 global keys of a row is answered with all of them."""
     full, inputs = build_layout(FLAGS, window_size=4, num_sinks=3), tensors(SHAPE)

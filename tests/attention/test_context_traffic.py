@@ -90,6 +90,7 @@ def test_nothing_else_is_sent():
     assert received(plan, length, whole, heads=(2 * K, K, K), backward=False)[0] == keys
 
 
+@pytest.mark.soak  # a measurement; the order itself is in test_context_parallel.py
 def test_every_device_has_nearly_the_same_work(capsys):
     """Visible pairs of the busiest device over the mean; a row cut in order would leave most devices waiting."""
     shares = {}

@@ -114,6 +114,7 @@ def test_far_values_are_scaled_and_near_ones_are_not(op):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg="a factor of 1 changes nothing")
 
 
+@pytest.mark.soak  # half precision, scaled values and little room: each is above or below
 def test_far_values_scaled_in_half_precision_without_room():
     @jax.jit
     def tight(is_separator, *inputs):
@@ -231,6 +232,7 @@ def test_too_little_room_for_the_separators_is_exact_under_jit(op):
 
 
 @every_kernel
+@pytest.mark.soak  # too little room is above, no far key at all among the edge cases
 def test_no_room_and_no_global_keys(op):
     inputs = tensors(GROUPED)
     layout = build_layout(NONE, window_size=5, num_sinks=0, capacity=0)
@@ -273,7 +275,7 @@ def mesh():
 @pytest.mark.parametrize(
     ("manual", "K"),
     [
-        pytest.param(manual, K, id=f"{name}-{K}", marks=[] if manual == (K == 2) else pytest.mark.soak)
+        pytest.param(manual, K, id=f"{name}-{K}", marks=[] if manual and K == 2 else pytest.mark.soak)
         for manual, name in ((False, "jit"), (True, "shard_map"))
         for K in (2, 1)
     ],

@@ -140,6 +140,7 @@ def test_parts_of_rows_compile(chip, part):
         assert kernels(jax.jit(both).lower(*arguments).compile()) == EVERY_KERNEL
 
 
+@pytest.mark.soak  # a program of 8 s; the op over parts of rows is in test_context_parallel.py
 def test_a_row_over_several_chips():
     """Context parallelism has the kernels inside, with room for the global keys that are sent and without."""
     mesh, part = mesh_of("v5e:2x2", chips_per_host=(2, 2, 1)), jax.P(None, "data")
@@ -165,6 +166,7 @@ def largest_array(program):
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
+@pytest.mark.soak  # memory is linear, below; of the XLA form in test_op.py
 def test_no_array_of_quadratic_size_is_in_the_program():
     """Neither [T, T] nor [T, S], fused or not: the largest array is that of near and far keys."""
     B, T, N, _, H = SHAPES[8192]

@@ -33,7 +33,7 @@ CASES = {
     "more queries than keys": (MORE, (3, 1, 64)),
     "hardly a key": (FEW_KEYS, (2, 2, 256)),
 }
-RARE = ("fewer queries than keys", "more queries than keys")  # with -m soak; the first of them is simulated below
+RARE = CASES  # with -m soak; the first of them is simulated below
 
 
 def over_arrays(attend_ranges, scale, sizes):

@@ -45,6 +45,7 @@ def row(**changes) -> bench.Row:
     )
 
 
+@pytest.mark.soak  # eight programs; what is counted is below
 def test_writes_a_table_and_json(capsys, tmp_path):
     bench.main(dataclasses.replace(SMALL, json=str(tmp_path / "bench.json")))
     printed = capsys.readouterr().out

@@ -8,12 +8,12 @@ from sepjax.config import ConfigError
 
 def test_figures_and_reasons(capsys):
     settings = Settings(
-        shapes=("2/1/64",), cache_sizes=(325,), rows=(2,), cache_dtypes=("model", "int8"), gigabytes=0.0, seconds=0.0
+        shapes=("2/1/64",), cache_sizes=(325,), rows=(2,), cache_dtypes=("int8",), gigabytes=0.0, seconds=0.0
     )
     main(settings)
     lines = capsys.readouterr().out.splitlines()
     device = "an NVIDIA Hopper GPU (compute capability 9.0), the device is cpu (cpu)"
-    for kind, reason, line in zip(settings.cache_dtypes, lines[1:3], lines[4:6], strict=True):
+    for kind, reason, line in zip(settings.cache_dtypes, lines[1:2], lines[3:4], strict=True):
         assert reason == f"2/1/64 {kind}: no kernel: it needs {device}"
         shape, cache, slots, rows, form, *numbers = line.split()
         assert [shape, cache, slots, rows, form] == ["2/1/64", kind, "448", "2", "xla"]

@@ -21,6 +21,7 @@ def test_every_shape_gets_a_figure():
         assert x.tokens_per_second == pytest.approx(x.tokens / x.milliseconds * 1e3)
 
 
+@pytest.mark.soak  # a stream's programs, which evaluation/test_streaming.py has
 def test_books_are_streamed():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, vocab_size=1024))
     (x,) = stream(config, caches_of(CONFIG.attention, 1, "2/3/6/20", 0), tokens=60, books=2)

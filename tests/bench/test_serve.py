@@ -24,6 +24,7 @@ def plan(server, **changes):
     )  # fmt: skip
 
 
+@pytest.mark.soak  # seconds of load; a program's figures are below
 def test_a_load_is_answered_and_measured(server):
     run = load.Load(plan(server))
     found = asyncio.run(run.run())

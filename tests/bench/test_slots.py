@@ -7,6 +7,7 @@ from sepjax.config import Config
 from tests.generation.tiny import ATTENTION, ROWS, SHAPE, tiny_tokenizer
 
 
+@pytest.mark.soak  # 15 s; a server's launches are measured in test_serve.py
 def test_every_kind_of_request_gets_a_figure():
     config = Config(model=SHAPE, attention=ATTENTION)  # whose programs other tests have, too
     figures = list(measure(config, ATTENTION, tiny_tokenizer(), [ROWS], seconds=0.0))

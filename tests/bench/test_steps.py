@@ -19,7 +19,8 @@ MODEL = ModelConfig(
 CONFIG = Config(model=MODEL, data=DataConfig(tokenizer_vocab_size=300))
 
 
-def test_every_cache_and_batch_size_gets_a_figure(monkeypatch):
+@pytest.mark.parametrize("name", ["dense 50", pytest.param("watched int8", marks=pytest.mark.soak)])
+def test_every_cache_and_batch_size_gets_a_figure(monkeypatch, name):
     monkeypatch.setattr("sepjax.bench.steps.memory_bandwidth", lambda: 1e9)  # a second; it has a test of its own
     attention = dataclasses.replace(CONFIG.attention, watch_after=4)  # below the window of 6
     caches = caches_of(attention, 1, "2/3/6/20", 50, ("separator", "watched"))
@@ -27,8 +28,9 @@ def test_every_cache_and_batch_size_gets_a_figure(monkeypatch):
     assert list(in_types(caches, ("model", "int8"))) == [f"{x}{kind}" for x in caches for kind in ("", " int8")]
     del caches["separator 2/3/6/20"]  # a program of seconds each: watched tokens, in codes, have what it has
     caches = in_types({"watched": caches.pop("watched 2/3/6/20")}, ("int8",)) | caches
-    figures = list(measure(CONFIG, caches, ["2"], seconds=0.01))
-    assert [(x.name, x.rows) for x in figures] == [("watched int8", 2), ("dense 50", 2)]
+    assert [*caches] == ["watched int8", "dense 50"]
+    figures = list(measure(CONFIG, {name: caches[name]}, ["2"], seconds=0.01))
+    assert [(x.name, x.rows) for x in figures] == [(name, 2)]
     read = 2 * (300 * 32 + 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48) + 4 * 3 * 32  # bfloat16; norms float32
     for x in figures:
         assert x.weight_bytes == read

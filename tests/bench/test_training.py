@@ -19,6 +19,7 @@ SETTINGS = bench.Settings(lengths=(16, 64), tokens=512, density=0.2, repeats=1, 
 PEAK = Peak(1e9, "for the test")
 
 
+@pytest.mark.soak  # two steps are compiled; its rows and its refusals are below
 def test_writes_a_table_and_json_with_mfu_by_the_pairs_of_the_mask(capsys, tmp_path):
     settings = dataclasses.replace(SETTINGS, lengths=(16,))
     bench.main(CONFIG, settings, str(tmp_path / "bench.json"))

@@ -206,12 +206,12 @@ WORKERS = """
 import json, sys
 from absl import app
 
-def resumes(corpus, data_dir, tokenizer):
+def resumes(corpus, data_dir, tokenizer, num_workers):
     from sepjax.config import Config, DataConfig, ModelConfig
     from sepjax.data.pipeline import training_batches
     from sepjax.data.tokenizer import Tokenizer
     config = Config(model=ModelConfig(vocab_size=400),
-                    data=DataConfig(name=corpus, sequence_length=32, batch_size=4, num_workers=2))
+                    data=DataConfig(name=corpus, sequence_length=32, batch_size=4, num_workers=num_workers))
     tokenizer = Tokenizer.load(tokenizer)
     first = training_batches(config, tokenizer, data_dir, seed=7)
     for _ in range(70):
@@ -227,27 +227,30 @@ def resumes(corpus, data_dir, tokenizer):
     first.close(), second.close()
 
 def main(argv):
-    for corpus in argv[3:]:
-        resumes(corpus, argv[1], argv[2])
+    resumes(*argv[1:4], int(argv[4]))
 
 if __name__ == "__main__":
     app.run(main)
 """
 
 
-@pytest.mark.parametrize("kind", ["lines", pytest.param("hub", marks=pytest.mark.soak)])
-def test_worker_processes_resume_too(kind, corpus, data_dir, tokenizer, tmp_path):
+# Each process imports for three seconds, those of a restored iterator too.
+@pytest.mark.parametrize(
+    ("kind", "num_workers"), [("lines", 1), *(pytest.param(x, 2, marks=pytest.mark.soak) for x in ("lines", "hub"))]
+)
+def test_worker_processes_resume_too(kind, num_workers, corpus, data_dir, tokenizer, tmp_path):
     """Those of a mixture, which has what one source has; a run with a reader of one source is in test_wheel.py."""
     tokenizer.save(tmp_path / "tokenizer")
     (tmp_path / "program.py").write_text(textwrap.dedent(WORKERS))
     texts = [f"The cat sat {'on a mat ' * i}." for i in range(20)]
     if kind == "hub":  # whose library takes each process two seconds to import
         pytest.importorskip("datasets").Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "more")
-        names = [f"{corpus}*3,hf://{tmp_path / 'more'}*1"]
+        name = f"{corpus}*3,hf://{tmp_path / 'more'}*1"
     else:
         (tmp_path / "more.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-        names = [f"{corpus}*3,{tmp_path / 'more.jsonl'}*1"]
-    command = [sys.executable, str(tmp_path / "program.py"), data_dir, str(tmp_path / "tokenizer"), *names]
+        name = f"{corpus}*3,{tmp_path / 'more.jsonl'}*1"
+    command = [sys.executable, str(tmp_path / "program.py"), name, data_dir, str(tmp_path / "tokenizer")]
+    command += [str(num_workers)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -341,6 +344,7 @@ def test_a_damaged_tokenizer_is_an_error_not_a_reason_to_train(config, data_dir,
     assert (tmp_path / "tokenizer.model").read_bytes() == b"\x00not a model"
 
 
+@pytest.mark.soak  # a measurement of what is tested above
 def test_the_bench_measures(config, data_dir):
     rates = measure(config, data_dir, seconds=0.05)
     assert rates["tokens_per_second"] > 0

@@ -142,6 +142,7 @@ def cells(byte_model, byte_tokenizer):
     )
 
 
+@pytest.mark.soak  # two patterns more are compiled; their scores are those above
 def test_the_grid_has_every_cell(cells, tmp_path):
     assert {(c.arm, c.length, c.depth, c.tail) for c in cells} == {
         (p, n, d, k) for p in ("dense", "sink_window") for n in (260, 300) for d in (0, 1) for k in (0, 7)

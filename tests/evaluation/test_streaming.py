@@ -81,7 +81,7 @@ def token_by_token(model, document, attention):
     [
         pytest.param(ATTENTION, id="separator"),
         pytest.param(SINKS, id="sink_window", marks=pytest.mark.soak),
-        pytest.param(WATCHED, id="watched"),
+        pytest.param(WATCHED, id="watched", marks=pytest.mark.soak),  # what it keeps: generation/cache/test_watched.py
     ],
 )
 def test_equals_a_loop_over_tokens_one_at_a_time(model, attention, monkeypatch):
@@ -90,8 +90,8 @@ def test_equals_a_loop_over_tokens_one_at_a_time(model, attention, monkeypatch):
     nll, held = (np.concatenate([each[x] for each in alone]) for x in (0, 1))
     before = np.concatenate([np.arange(len(document.inputs)) + 1 for document in documents])
     kept = [last / len(document.inputs) for (_, _, last), document in zip(alone, documents, strict=True)]
-    # Rows and chunks know no pattern: few and short ones where one is watched, all and long ones for the others.
-    for rows, chunk, short in [(2, 5, 64) if attention is WATCHED else (32, 0, 0)]:
+    # Rows and chunks know no pattern: few and short ones for separators, all and long ones for the others.
+    for rows, chunk, short in [(2, 5, 64) if attention is ATTENTION else (32, 0, 0)]:
         monkeypatch.setattr("sepjax.evaluation.streaming._SHORT", short)  # up to which layers are not scanned
         (score,) = score_streams(model, Bytes(), documents, [attention], rows=rows, chunk=chunk)
         size = sum(len(text.encode()) for text in TEXTS)
@@ -119,8 +119,9 @@ def test_equals_a_loop_over_tokens_one_at_a_time(model, attention, monkeypatch):
             assert found["far"].document_nll[number] == pytest.approx(losses[far].sum(), rel=1e-4)
 
 
-def test_bytes_are_one_rows_part_of_the_arrays(model):
-    (score,) = score_streams(model, Bytes(), documents_of(Bytes(), TEXTS), [ATTENTION], rows=2)
+def test_bytes_are_one_rows_part_of_the_arrays(model, monkeypatch):
+    monkeypatch.setattr("sepjax.evaluation.streaming._SHORT", 64)  # as above: the same program
+    (score,) = score_streams(model, Bytes(), documents_of(Bytes(), TEXTS), [ATTENTION], rows=2, chunk=5)
     cache = StreamingCache.create(model.config, 2, StreamSizes.create(model.config, ATTENTION))
     assert score.cache_bytes == cache.nbytes // 2
 

@@ -97,6 +97,7 @@ def test_scores_are_those_of_a_manual_computation(byte_model, byte_tokenizer, se
     assert 0 < score.kv_kept < 0.9
 
 
+@pytest.mark.soak  # a batch's programs; bounded batches are in generation/test_engine.py
 def test_answers_come_from_the_cache_that_evicts(byte_model, byte_tokenizer, separators, data, monkeypatch):
     prompts = []
     original = Generator.generate
@@ -122,6 +123,7 @@ def test_answers_come_from_the_cache_that_evicts(byte_model, byte_tokenizer, sep
     assert text.endswith("\nA:")
 
 
+@pytest.mark.soak  # windows of equal caches are in test_scoring.py
 def test_equal_kv_and_groups(byte_model, byte_tokenizer, separators, data):
     patterns = [dataclasses.replace(separators, pattern=p) for p in ("dense", "separator", "sink_window")]
     with local_datasets(data):

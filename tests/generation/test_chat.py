@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from sepjax import stream
-from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.config import ConfigError
 from sepjax.data.special_tokens import SpecialTokens
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.data.tokenizer_models import HuggingFaceModel
@@ -17,7 +17,7 @@ from sepjax.generation.row import CacheUse
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.errors import HubError
 from sepjax.separators import BYTE_OF_CHARACTER
-from tests.models import random_model
+from tests.generation.tiny import tiny_model, tiny_tokenizer
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -160,11 +160,9 @@ def test_a_resumed_conversation_goes_on_in_the_template():
 
 @pytest.fixture(scope="module")
 def talker():
-    tokenizer = tokenizer_of(CHATML, eos="<|im_end|>", template=BY_NAME)
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1,
-                         head_dim=8, mlp_dim=16)  # fmt: skip
-    attention = AttentionConfig(num_sinks=2, max_separators=3, window_size=6, cache_size=20)
-    return random_model(config, attention), tokenizer
+    """The tests' model, with as many tokens as its own tokenizer has: the same programs."""
+    more = [f"<|{i}|>" for i in range(tiny_tokenizer().vocab_size - 256 - len(CHATML))]
+    return tiny_model(), tokenizer_of([*CHATML, *more], eos="<|im_end|>", template=BY_NAME)
 
 
 def talk(model, tokenizer, said, **settings):

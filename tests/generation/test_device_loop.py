@@ -18,6 +18,7 @@ CONFIG = ModelConfig(vocab_size=64, num_layers=6, embed_dim=32, mlp_dim=64, num_
 STREAM = AttentionConfig(num_sinks=4, max_separators=64, window_size=256, cache_size=2000)
 
 
+@pytest.mark.soak  # programs of six layers; that nothing grows while it streams is in test_stream.py
 @pytest.mark.parametrize("kind", ["growing", "bounded"])
 def test_the_cache_is_updated_in_place(kind):
     """Its bytes are those of the donated argument, and a step copies few layers' slots at most, never the whole."""

@@ -18,6 +18,7 @@ from sepjax.generation import prepared
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.engine import engine_of
 from sepjax.generation.saved import StreamStateError
+from sepjax.measure import counted_compilations
 from sepjax.model.transformer import merge, split
 from tests.generation.tiny import ATTENTION, GATED, LONG, ROWS, SHAPE, tiny_engine, tiny_model, tiny_tokenizer
 
@@ -147,9 +148,9 @@ KINDS = {
 }
 
 
-# As gated ones, which save scores, too; with -m soak. A bounded cache is saved in test_stream.py; a gate's runs are in
-# test_gated.py, and whatever its arrays are they are saved alike.
-RARE = ("growing", "growing, windows that widen", "bounded", "bounded, gated")
+# Of programs that other tests have, too. A bounded cache is saved in test_stream.py; a gate's runs are in test_gated.py
+# and test_growing_pass.py, and whatever its arrays are they are saved alike.
+RARE = ("growing, windows that widen", "growing, gated", "bounded", "bounded, gated")
 
 
 @pytest.mark.parametrize("kind", [x if x not in RARE else pytest.param(x, marks=pytest.mark.soak) for x in KINDS])
@@ -217,6 +218,10 @@ def test_bounded_batches_read_prompts_of_any_length_in_constant_memory():
         assert answer.cache.held <= ATTENTION.cache_size + 1
         assert answer.cache.bytes == answers[0].cache.bytes
     assert len({answer.token_ids for answer in answers}) == ROWS
+    with counted_compilations() as compiled:
+        same = engine.generate(prompts, sampling=sampling[0], **settings)
+    assert same[0].token_ids == answers[0].token_ids
+    assert compiled == [], "that all rows draw alike is not another program"
 
 
 @pytest.mark.soak  # the command in tests/programs/test_generate.py needs no asking either

@@ -49,8 +49,14 @@ def bits(state: DecodeState) -> list[tuple[Any, Any, bytes]]:
     return [(x.shape, x.dtype, np.ascontiguousarray(x).tobytes()) for x in leaves]
 
 
-@pytest.mark.parametrize(("attention", "arrays"), [(ATTENTION, 1), (MIXED, 2)], ids=["one size", "several sizes"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
+ONE, SEVERAL = (ATTENTION, 1), (MIXED, 2)
+EVERY = [(*kind, dtype) for dtype in ("bfloat16", "float32", "int8") for kind in (ONE, SEVERAL)]
+OFTEN = [(*ONE, "bfloat16"), (*SEVERAL, "int8")]  # the others with -m soak
+
+
+@pytest.mark.parametrize(
+    ("attention", "arrays", "dtype"), [x if x in OFTEN else pytest.param(*x, marks=pytest.mark.soak) for x in EVERY]
+)
 def test_a_row_comes_back_bit_for_bit(attention, arrays, dtype):
     if dtype == "int8":  # codes and scales
         attention, arrays, dtype = dataclasses.replace(attention, cache_dtype=dtype), 2 * arrays, "bfloat16"

@@ -314,8 +314,8 @@ def test_rows_whose_end_is_known_give_way_before_it_and_tokens_may_come_at_once(
     rng = np.random.default_rng(4)
     settings: dict[str, Any] = {"stop_at_eos": False, "keep": True}
     wanted = [
-        {"max_new_tokens": 1 + i, "sampling": Sampling.create(1.3), "seed": i, "stop_token_ids": [*ends]}
-        for i, ends in enumerate([(), (), range(3, 200), (), (), (), (), (), ()])
+        {"max_new_tokens": 1 + i, "sampling": Sampling.create(1.3, logit_bias=bias), "seed": i, "stop": stop}
+        for i, (bias, stop) in enumerate([({}, ()), ({}, ()), ({104: 100.0}, "c"), *[({}, ())] * 6])
     ]
     prompts = [rng.integers(3, 300, size).tolist() for size in (3, 30, 9, 4, 70, 2, 11, 5, 6)]
     known = {}
@@ -446,6 +446,7 @@ def set_token(slots, token):
     device.rows = dataclasses.replace(device.rows, state=state)
 
 
+@pytest.mark.soak  # nine programs of its own; that such a cache is full is in test_stream.py
 def test_a_cache_that_keeps_every_separator_ends_its_own_row_only():
     engine = tiny_engine(keep_all_separators=True)
     dots = engine.tokenizer.encode("." * 40)

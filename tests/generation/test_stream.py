@@ -101,7 +101,8 @@ GROWING = {"bounded": False, "max_new_tokens": 1000, "attention": dataclasses.re
 
 
 @pytest.mark.parametrize(
-    ("at", "other"), [(0, {}), (17, GROWING), pytest.param(17, {"attention": WATCHED}, marks=pytest.mark.soak)]
+    ("at", "other"),
+    [(0, {}), (17, {}), *(pytest.param(17, x, marks=pytest.mark.soak) for x in (GROWING, {"attention": WATCHED}))],
 )
 def test_a_saved_stream_goes_on_as_if_nothing_had_happened(model, tokenizer, tmp_path, at, other):
     settings = HOT | {"stop": "zzz", "max_repeats": 50} | other
@@ -234,15 +235,39 @@ def test_a_damaged_word_of_a_stream_is_named(model, tokenizer, tmp_path, path, v
         stream(model, tokenizer, resume=tmp_path / "saved")
 
 
+def placed_on(mesh, model):
+    graph, params = split(model)
+    return merge(graph, jax.device_put(params, parameter_shardings(params, mesh)))
+
+
+def test_turns_on_a_mesh_are_answered_alike(model, tokenizer, tmp_path):
+    """Each with one token: what reads on a mesh is compiled, what makes step after step not; that is below."""
+    settings, said = {"stop_at_eos": False, "bounded": True}, [PROMPT, "mat", "One; two.", "Où est-il?", "The cat"]
+
+    def answers(events, turns):
+        for turn in turns:
+            events.feed(turn)
+            yield from next(events).token_ids
+
+    expected = [*answers(stream(model, tokenizer, **settings), said)]
+    mesh = make_mesh(MeshConfig(1, 2, 2, 1), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        events = stream(placed_on(mesh, model), tokenizer, **settings)
+        assert [*answers(events, said[:4])] == expected[:4]
+        events.save(tmp_path / "saved")
+    resumed = stream(model, tokenizer, resume=tmp_path / "saved", **settings)
+    assert [*answers(resumed, said[4:])] == expected[4:]
+    assert len({*expected}) > 2
+
+
+@pytest.mark.soak  # twice the programs of the test above
 def test_a_stream_on_a_mesh_says_the_same(model, tokenizer, tmp_path):
     """Weights over `fsdp` and `tensor`, the cache's key heads over `tensor`; saved there, it goes on on one device."""
     settings = {"stop_at_eos": False, "bounded": True}
     expected = ids_of(take(stream(model, tokenizer, "The cat", **settings), 40))
-    graph, params = split(model)
     mesh = make_mesh(MeshConfig(1, 2, 2, 1), jax.devices()[:4])
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, parameter_shardings(params, mesh))
-        events = stream(merge(graph, params), tokenizer, "The cat", **settings)
+        events = stream(placed_on(mesh, model), tokenizer, "The cat", **settings)
         assert ids_of(take(events, 30)) == expected[:30]
         keys = events._state.cache.k[0]
         assert keys.sharding.shard_shape(keys.shape)[1] == SHAPE.num_kv_heads // 2

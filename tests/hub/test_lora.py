@@ -114,6 +114,7 @@ def logits(config, graph, params):
     return model.logits(hidden)
 
 
+@pytest.mark.soak  # a step is that of the merged matrix, below
 def test_a_new_adapter_changes_no_bit_and_a_learned_one_is_the_merged_matrix():
     """Step 0 is the base; afterwards what the adapted model computes is what a plain one of W + alpha / r B A does."""
     base = noisy(begun(PLAIN).params)

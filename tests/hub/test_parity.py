@@ -80,10 +80,8 @@ def test_logits_of_the_dense_pattern_are_those_of_transformers(models, name):
     np.testing.assert_allclose(dense, GOLDEN[name]["logits"], atol=1e-4, rtol=0)
 
 
-SCALED = ("gemma3", "granite")  # their logits are made of what the other families have as it is
-
-
-@pytest.mark.parametrize("name", [x if x in SCALED else pytest.param(x, marks=pytest.mark.soak) for x in GOLDEN])
+@pytest.mark.soak  # losses are those of logits, divided and capped ones too, in training/test_loss.py
+@pytest.mark.parametrize("name", GOLDEN)
 def test_the_loss_of_training_is_that_of_transformers_logits(models, name):
     model, rows = models[name][1], tiny.tokens().astype(np.int32)
     config = Config(model=model.config, attention=SEPARATORS)

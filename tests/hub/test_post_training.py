@@ -109,6 +109,7 @@ def test_what_no_step_changes_goes_out_as_it_came_in(config, source, tmp_path):
 
 
 @pytest.mark.usefixtures("quick_start")
+@pytest.mark.soak  # so does a run of adapters, in test_lora.py; its first state is above
 def test_it_resumes_without_its_source_and_another_begins_with_it(config, source, tmp_path, monkeypatch):
     """With steps that change every number; what it computes first is scored by train.py's own evaluation."""
     monkeypatch.setattr("train.train_step", step_that_tells_all)

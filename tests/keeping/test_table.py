@@ -92,21 +92,30 @@ def test_kinds_receive_what_their_places_do(byte_model, byte_tokenizer):  # noqa
     assert far_attention_by_kind(byte_model, byte_tokenizer, same[:1], window_size=WINDOW)[0].error is None
 
 
-def test_pictures_are_drawn_by_their_commands(tmp_path, byte_model, byte_tokenizer, monkeypatch, capsys):  # noqa: F811
+PICTURES = [
+    ("kinds", ["--window_size=8", "--length=32"], "kind  "),
+    pytest.param("mask", ["--arm=separator a=2 n=4"], "separator, window 4, 2 sinks: ", marks=pytest.mark.soak),
+    # A stream's programs; what is drawn of its counts is in pictures/test_figures.py.
+    pytest.param("slots", ["--arms=separator a=2 s=4 w=8 c=24"], "at most 24 entries, ", marks=pytest.mark.soak),
+]
+
+
+@pytest.fixture
+def loaded(byte_model, byte_tokenizer, monkeypatch):  # noqa: F811
     monkeypatch.setattr("sepjax.loading.load", lambda path, **_: (byte_model, byte_tokenizer))
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(("job", "flags", "said"), PICTURES)
+def test_pictures_are_drawn_by_their_commands(tmp_path, capsys, job, flags, said):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox, and the lazy dog. " * 3)
-    for job, flags, said in (
-        ("kinds", ["--window_size=8", "--length=32"], "kind  "),
-        ("slots", ["--arms=separator a=2 s=4 w=8 c=24"], "at most 24 entries, "),
-        ("mask", ["--arm=separator a=2 n=4"], "separator, window 4, 2 sinks: "),
-    ):
-        out = tmp_path / f"{job}.svg"
-        run_here(["picture", job, f"--model={tmp_path}", f"--text={text}", f"--output={out}", *flags])
-        printed = capsys.readouterr().out
-        assert said in printed
-        assert printed.endswith(f"written to {out}\n")
-        assert f"{tmp_path.name}, text.txt" in out.read_text() or f"{tmp_path.name} reads text.txt" in out.read_text()
+    out = tmp_path / f"{job}.svg"
+    run_here(["picture", job, f"--model={tmp_path}", f"--text={text}", f"--output={out}", *flags])
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert printed.endswith(f"written to {out}\n")
+    assert f"{tmp_path.name}, text.txt" in out.read_text() or f"{tmp_path.name} reads text.txt" in out.read_text()
 
 
 def test_means_of_few_uses_are_drawn_to_their_equals():

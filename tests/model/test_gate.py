@@ -67,11 +67,10 @@ _keep_best = jax.jit(keep_best, static_argnums=2)
     scores=hnp.arrays(np.float32, (2, T), elements=st.sampled_from([-1.5, 0.0, 0.5, 2.0])),  # many are equal
     ids=hnp.arrays(np.int32, (2, 4), elements=st.integers(0, 2)),
     cuts=st.lists(st.integers(0, T), min_size=3, max_size=3),
-    stretch=st.sampled_from([1, 5, 8, T + 3]),
-    keep=st.integers(0, 3),
-    num_sinks=st.integers(0, 3),
+    sizes=st.sampled_from([(1, 1, 0), (5, 2, 3), (5, 0, 1), (8, 3, 2), (T + 3, 2, 1)]),  # each is a program
 )
-def test_the_best_of_every_stretch_are_kept(scores, ids, cuts, stretch, keep, num_sinks):
+def test_the_best_of_every_stretch_are_kept(scores, ids, cuts, sizes):
+    stretch, keep, num_sinks = sizes
     segments = np.repeat(ids, np.diff([0, *sorted(cuts), T]), axis=1)
     attention = dataclasses.replace(GATED, gate_stretch=stretch, gate_keep=keep, num_sinks=num_sinks)
     layout = build_layout(segments > 0, window_size=stretch, num_sinks=num_sinks, segment_ids=segments)
@@ -156,7 +155,11 @@ def test_layers_above_see_what_was_kept_and_layers_below_do_not(model):
     ):
         assert np.abs(hidden[other[0]] - hidden[other[1]]).max() > 1e-3, other
 
-    # Layers above the gate that see nothing of its choice are windows; what the others see, only they see.
+
+@pytest.mark.soak  # kept layers of caches, against whole passes, are in generation/cache/test_mixed.py
+def test_what_is_kept_for_some_layers_only_they_see(model):
+    """Layers above the gate that see nothing of its choice are windows."""
+    batch = row()
     only = dataclasses.replace(GATED, gate_keep=5, kept_layers=(2,))
     alike = dataclasses.replace(GATED, pattern="sink_window", layer_windows=(7, 7, T))
     np.testing.assert_allclose(hidden_of(model, batch, only), hidden_of(model, batch, alike), atol=1e-5)
@@ -197,16 +200,22 @@ def test_keys_are_counted_with_each_layers_own_layout(model):
     assert far == [2, 2 + int(flags[0, : T - 7].sum())]
 
 
-def test_a_model_without_a_gate_is_refused_and_other_parameters_stay_as_they_are():
-    plain = create(MODEL, dataclasses.replace(GATED, pattern="separator"), jax.random.key(0))
+def test_a_model_without_a_gate_is_refused():
+    plain = random_model(MODEL, dataclasses.replace(GATED, pattern="separator"))
     with pytest.raises(ConfigError, match="'gated' needs a model with a gate, and this one has none; train one"):
         forward(plain, *row(), attention=GATED)
+
+
+@pytest.mark.soak  # `create` of two shapes
+def test_a_gate_leaves_other_parameters_as_they_are():
+    plain = create(MODEL, dataclasses.replace(GATED, pattern="separator"), jax.random.key(0))
     with_gate = split(create(MODEL, GATED, jax.random.key(0)))[1]
     jax.tree.map(np.testing.assert_array_equal, {k: v for k, v in with_gate.items() if k != "gate"}, split(plain)[1])
     half = dataclasses.replace(MODEL, dtype="bfloat16")
     assert jax.eval_shape(lambda: run(create(half, GATED, jax.random.key(0)), row())[2]).dtype == jnp.float32
 
 
+@pytest.mark.soak  # three programs; generation/cache/test_growing_pass.py has such a gate
 def test_a_gate_that_reads_embeddings_has_no_layers_below_on_any_mesh():
     attention = dataclasses.replace(GATED, gate_layer=0)
     model = random_model(MODEL, attention)

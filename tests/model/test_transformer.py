@@ -82,10 +82,10 @@ def model(request):
     return random_model(FAMILIES[request.param], ATTENTION)
 
 
-# Who sees whom, and the loop over layers, do not know most of what a family is: of its blocks two kinds, the rest with
+# Who sees whom, and the loop over layers, do not know most of what a family is: one with everything, the rest with
 # -m soak.
-TWO = [pytest.param(x, marks=[] if x in ("llama", "layers of every kind") else pytest.mark.soak) for x in FAMILIES]
-of_two_families = pytest.mark.parametrize("model", TWO, indirect=True, scope="module")
+ONE = [pytest.param(x, marks=[] if x == "layers of every kind" else pytest.mark.soak) for x in FAMILIES]
+of_one_family = pytest.mark.parametrize("model", ONE, indirect=True, scope="module")
 
 
 def test_families_give_float32_logits(model):
@@ -103,7 +103,7 @@ def test_parameters_are_float32_and_named_in_the_sharding_table(model):
     assert len(shardings) == len(jax.tree.leaves(params))
 
 
-@of_two_families
+@of_one_family
 def test_gradient_follows_the_mask(model):
     """d logits[i] / d embedding of token j is zero exactly where no path of layers leads from j to i."""
     tokens, positions, is_separator = rows(B=1)
@@ -147,7 +147,7 @@ def test_a_far_token_reaches_nobody_but_through_separators():
     np.testing.assert_array_equal(touched, [3, 11, 17, 18, 19, 20])
 
 
-@of_two_families
+@of_one_family
 def test_scan_equals_a_python_loop_over_layers(model):
     tokens, positions, is_separator = rows()
     seen = []
@@ -190,7 +190,8 @@ def plain_gradient():
     return gradient(LLAMA)
 
 
-CHANGED, OTHERS = [("dots", True), ("full", False)], [("dots", False), ("full", True), ("none", not LLAMA.scan_layers)]
+CHANGED = [("dots", False)]
+OTHERS = [("dots", True), ("full", False), ("full", True), ("none", not LLAMA.scan_layers)]
 REPEATED = [pytest.param(*both, marks=pytest.mark.soak) for both in OTHERS]
 
 
@@ -200,6 +201,7 @@ def test_remat_and_scan_change_no_gradient(remat, scan_layers):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * np.abs(a).max()), plain, saved)
 
 
+@pytest.mark.soak  # windows of layers are in attention/test_op.py and of caches in generation/cache
 def test_layer_windows_are_data():
     """H: a dense first layer. Layers that differ in n share one compiled body."""
     model = random_model(LLAMA, ATTENTION)

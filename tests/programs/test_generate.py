@@ -24,6 +24,7 @@ def model(tmp_path_factory):
     return f"--model={path}"
 
 
+@pytest.mark.soak  # two rows, programs of their own; one prompt is below, batches are tests/test_generate.py
 def test_a_batch_is_what_the_library_answers(model, tmp_path, capfd):
     (tmp_path / "prompt.txt").write_text("ab, c.", encoding="utf-8-sig")
     sampling = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 4}
@@ -42,24 +43,27 @@ def test_a_batch_is_what_the_library_answers(model, tmp_path, capfd):
     assert f"cache holds {seen} of {seen} tokens (100.0%)" in ended.err.splitlines()[-1]
 
 
+@pytest.mark.soak  # as above; variables in templates: generation/test_chat.py
 def test_template_variables_reach_the_template(tmp_path, capfd):
     write(tmp_path / "m.gguf", tokenizer__chat_template="{{ messages[0].content }}{{ 'c' if brief else 'b' }}")
-    flags = ["--apply_chat_template", "--prompt=a", "--prompt=b", "--max_new_tokens=6", "--pattern=dense"]  # as above
+    flags = ["--apply_chat_template", "--prompt=a", "--prompt=b", "--max_new_tokens=6", "--stop=zzz", "--pattern=dense"]
     ended = command(capfd, "generate", f"--model={tmp_path}/m.gguf", '--template_variables={"brief": true}', *flags)
     assert [line for line in ended.out.splitlines() if line.startswith(">>> ")] == [">>> ac", ">>> bc"], ended.err
+
+
+ARM = "--arm=separator a=1 s=4 w=6 c=20"  # of all tests here: the same programs
 
 
 def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, tmp_path, capfd, monkeypatch):
     said = f"abc\nab, c.\n/save {tmp_path / 'talk'}\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
-    ended = command(capfd, "chat", model, "--max_new_tokens=5")
+    ended = command(capfd, "chat", model, ARM, "--max_new_tokens=5")
     assert ended.code == 0, ended.err
     assert "ChatML" in ended.err
     assert ended.err.count("[cache ") == 2
-    assert f"warning: a cache of 800 entries is larger than the {CONFIG.max_positions} tokens that" in ended.err
     assert (tmp_path / "talk" / "stream.json").exists()
     flags = [f"--resume={tmp_path / 'talk'}", f"--save={tmp_path / 'kept'}", "--prompt=ab", "--max_new_tokens=3"]
-    ended = command(capfd, "generate", model, "--stream", *flags)
+    ended = command(capfd, "generate", model, ARM, "--stream", *flags)
     assert ended.code == 0, ended.err
     assert ended.err.splitlines()[-1].startswith("3 tokens")
     assert "ended: --max_new_tokens is reached" in ended.err
@@ -149,7 +153,9 @@ def test_another_pattern_leaves_the_layers_of_the_own_one(model):
         assert generate.Settings(model="m", prompt=("a",), pattern=pattern).attention(loaded) == own
 
 
-def test_watched_answers_have_a_bounded_cache(model, capfd, monkeypatch):
+@pytest.fixture
+def held(monkeypatch):
+    """Models that are still there where one answers."""
     loaded, held = [], []
 
     def load(*arguments, original=loading.load, **settings):
@@ -164,6 +170,11 @@ def test_watched_answers_have_a_bounded_cache(model, capfd, monkeypatch):
 
     monkeypatch.setattr(loading, "load", load)
     monkeypatch.setattr(generate, "_answer_one", answer)
+    return held
+
+
+@pytest.mark.soak  # a program of its own; an arm's is the same cache, and watched tokens are in generation/cache
+def test_watched_answers_have_a_bounded_cache(model, held, capfd):
     flags = ["--pattern=watched", "--window_size=20", "--max_separators=8", f"--cache_size={CONFIG.max_positions + 1}"]
     ended = command(capfd, "generate", model, "--prompt=abc", "--max_new_tokens=2", *flags)
     assert ended.code == 0, ended.err
@@ -172,17 +183,26 @@ def test_watched_answers_have_a_bounded_cache(model, capfd, monkeypatch):
     assert held == [None], "the weights are there once while it answers"
 
 
-def test_an_arm_gives_answers_a_bounded_cache(model, capfd):
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.soak)])
+def test_an_arm_gives_answers_a_bounded_cache(model, held, capfd, count):
     """As README has it for --stream; and a batch too."""
-    prompts = ["abc, ab. " * 8, "ab"]
+    prompts = ["abc, ab. " * 8, "ab"][:count]
     loaded, tokenizer = sepjax.load(model.removeprefix("--model="))
     attention = dataclasses.replace(loaded.attention, num_sinks=1, max_separators=4, window_size=6, cache_size=20)
     settings = {"max_new_tokens": 4, "attention": attention, "bounded": True}
-    expected = sepjax.generate(loaded, tokenizer, prompts, **settings)
-    assert expected[0].cache.held <= 20 < expected[0].cache.seen
-    arm = ["--arm=separator a=1 s=4 w=6 c=20", "--max_new_tokens=4"]
-    ended = command(capfd, "generate", model, *(f"--prompt={prompt}" for prompt in prompts), *arm)
-    assert ended.out == "".join(f">>> {p}\n{x.text}\n\n" for p, x in zip(prompts, expected, strict=True)), ended.err
+    if count > 1:
+        expected = [(x.text, x.cache) for x in sepjax.generate(loaded, tokenizer, prompts, **settings)]
+    else:  # with the programs of the command
+        events = list(sepjax.stream(loaded, tokenizer, prompts[0], **settings))
+        expected = [("".join(event.text for event in events), events[-1].cache)]
+    text, cache = expected[0]
+    assert cache.held <= 20 < cache.seen
+    arm = [ARM, "--max_new_tokens=4"]
+    if count > 1:
+        ended = command(capfd, "generate", model, *(f"--prompt={prompt}" for prompt in prompts), *arm)
+        assert ended.out == "".join(f">>> {p}\n{x}\n\n" for p, (x, _) in zip(prompts, expected, strict=True)), ended.err
+    del loaded
     alone = command(capfd, "generate", model, f"--prompt={prompts[0]}", *arm)
-    assert alone.out == expected[0].text + "\n", alone.err
-    assert f"cache holds {expected[0].cache.held} of {expected[0].cache.seen} tokens" in alone.err
+    assert alone.out == text + "\n", alone.err
+    assert f"cache holds {cache.held} of {cache.seen} tokens" in alone.err
+    assert held == [None], "the weights are there once while it answers"

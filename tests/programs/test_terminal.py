@@ -37,7 +37,7 @@ class Session:
     def __init__(self, *words, cwd, **environment):
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-        more = {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), **environment}
+        more = {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
         self.process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, *words], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
             cwd=cwd, env={k: v for k, v in os.environ.items() if k != "NO_COLOR"} | more,

@@ -78,6 +78,7 @@ def batches_equal_single_requests(model, tokenizer, count: int, rng: np.random.G
     assert seen >= count // check_every // 2
 
 
+@pytest.mark.soak  # rows and their draws alone and in batches are in tests/test_generate.py
 def test_a_few_batches_equal_single_requests(model, tokenizer):
     batches_equal_single_requests(model, tokenizer, 2 * ROWS, np.random.default_rng(0), check_every=4)
 
@@ -110,6 +111,7 @@ def test_streams_side_by_side_and_cancelled_ones_disturb_nobody(model, tokenizer
                 assert job.result() == expected[number]
 
 
+@pytest.mark.soak  # over bounded caches; as those above, and slots in generation/test_slots.py
 def test_endless_streams_side_by_side_keep_their_own_caches(model, tokenizer):
     """Token by token in turns, past many compactions; dropping one in the middle changes none of the others."""
     prompts = [w.prompt for w in requests(3, np.random.default_rng(3))]

@@ -184,6 +184,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.soak  # one that is full for a while is above
 def test_a_disk_that_stays_full_is_an_error_at_the_end(tiny, tmp_path, room, monkeypatch):
     at_step(10, tmp_path / "run", lambda: room(40_000), monkeypatch)  # metrics fit, checkpoints do not
     with pytest.raises(

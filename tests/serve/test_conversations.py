@@ -160,6 +160,7 @@ def test_choices_of_one_prompt_read_it_once(served):
         assert server.worker.conversations._making == set()
 
 
+@pytest.mark.soak  # programs of its own; that such a cache is full: generation/test_stream.py
 def test_a_cache_that_must_not_lose_separators_ends_its_own_answer_only():
     served = tiny_served(keep_all_separators=True)
     (dot,) = served.tokenizer.encode(".")[-1:]
@@ -173,6 +174,7 @@ def test_a_cache_that_must_not_lose_separators_ends_its_own_answer_only():
         assert settled(server)
 
 
+@pytest.mark.soak  # as above
 def test_a_row_that_is_full_is_not_kept():
     """It may end by its length before anybody says so. Whoever went on from it would be refused."""
     served = tiny_served(keep_all_separators=True)

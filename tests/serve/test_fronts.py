@@ -23,6 +23,7 @@ from sepjax.serve.errors import ApiError
 from sepjax.serve.fronts import DistantInbox, FrontError, Fronts
 from sepjax.serve.jobs import Begun, Failed, Inbox, Job, Paused, Share
 from sepjax.serve.served import Served
+from tests.generation.tiny import ROWS
 from tests.serve.test_operations import ask
 from tests.serve.tiny import alone, client, random_request, settled, text_of, tiny_served, wanted_of
 
@@ -158,7 +159,7 @@ def test_a_server_ends_where_one_of_its_processes_does_not_begin(monkeypatch):
     """The whole program too, which nobody waits for."""
     monkeypatch.setattr(fronts_module.subprocess, "Popen", FakeProcess)
     monkeypatch.setattr(fronts_module, "_STARTS", 0.2)
-    options = running_module.Options(port=0, rows=2, http_processes=1)
+    options = running_module.Options(port=0, rows=ROWS, steps=3, http_processes=1)  # whose programs are there
     with pytest.raises(FrontError, match=r"has not begun within 0\.2 seconds"):
         running_module.Running(tiny_served, options).run()
 
@@ -181,10 +182,11 @@ def served():
     return tiny_served(max_prompt_tokens=500)
 
 
-def test_clients_see_no_difference(served):
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.soak)])  # of one process: always
+def test_clients_see_no_difference(served, slow):
     """From 503 while the model is loaded, over answers, refusals and clients that go away, to 503 when it stops."""
     gate = threading.Event()
-    options = running_module.Options(rows=4, steps=3, max_waiting=4, http_processes=2)
+    options = running_module.Options(rows=ROWS, steps=3, max_waiting=4, http_processes=2)
     server = running_module.Running(lambda: (gate.wait(), served)[1], options)
     server.start()
     status, headers, told = ask(server, "/v1/models")
@@ -217,7 +219,8 @@ def test_clients_see_no_difference(served):
     stream = api.completions.create(**endless, extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()
-    slow_client(server)
+    if slow:
+        slow_client(server)
     assert settled(server), "a client that goes away frees its row"
     stream = api.completions.create(model="tiny", prompt=[5, 9], max_tokens=150, temperature=0, stream=True,
                                     extra_body={"ignore_eos": True})  # fmt: skip

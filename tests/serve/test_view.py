@@ -73,7 +73,9 @@ def test_what_was_let_go_long_ago_is_counted(served):
             assert [(t["id"], t["state"]) for t in written] == [(t["id"], t["state"]) for t in expected]
 
 
-@pytest.mark.parametrize(("pattern", "size"), [("separator", 5), ("sink_window", 90)])
+@pytest.mark.parametrize(
+    ("pattern", "size"), [("separator", 5), pytest.param("sink_window", 90, marks=pytest.mark.soak)]
+)
 def test_a_cache_that_keeps_nothing_between_its_ends_is_described(pattern, size):
     served = tiny_served(pattern=pattern)
     stream = served.engine.stream(PROMPT[:size], bounded=True, max_new_tokens=1)
@@ -88,6 +90,7 @@ def test_a_cache_that_keeps_nothing_between_its_ends_is_described(pattern, size)
         assert len(states) - states.count("evicted") - states.count("new") == said["held"] > 0
 
 
+@pytest.mark.soak  # programs of their own; caches of several sizes: cache/test_mixed.py
 def test_layers_of_several_sizes_have_the_model_s_numbers_and_each_kind_its_slots():
     """The first layer has a window alone, the second one keeps tokens: each is what its own part of the row holds."""
     served = tiny_served(pattern="watched", watch_after=2, layer_windows=(9, 6), kept_layers=(1,))

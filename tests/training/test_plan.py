@@ -53,7 +53,8 @@ def test_sep_small_fits_256_chips(scan_layers, capsys):
     assert found.largest[0].bytes < 2**29
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x4", pytest.param("v5p:2x2x2", marks=pytest.mark.soak)])
+@pytest.mark.soak  # the kernels on several chips: attention/test_tpu_compile.py; a step on a mesh: test_step.py
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
 def test_a_sharded_step_runs_the_kernels_on_each_chip(topology):
     """Rows over `data`, parameters over `fsdp`, heads over `tensor`; the batch in two micro-batches."""
     config = small(

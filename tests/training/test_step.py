@@ -207,6 +207,7 @@ def test_statistics_are_counted_from_the_mask():
     assert float(got["sep/separator_fraction"]) == pytest.approx(batch.is_separator.mean(), rel=1e-5)
 
 
+@pytest.mark.soak  # its slope is in model/test_gate.py, what it learns in keeping/test_distill.py
 def test_a_gate_learns_by_far_use_and_its_choice_is_counted():
     """Everything else held still, the straight-through gradient alone must lower the loss."""
     batch = make_batch(lengths=(32,))

@@ -138,8 +138,9 @@ def stream(sizes, flags, cuts, cache=None):
 
 
 # Four programs each: with -m soak, what lies between the others. Without sinks, or with hardly anything else: the zone
-# of separators begins where the sinks end in "usual", "many separators" and "window of one", at three places.
+# of separators begins where the sinks end in "usual".
 RARE = ("StreamingLLM: w = c - a", "no sinks, no separators", "sinks only, in bursts", "no sinks", "nearly all sinks")
+RARE += ("a + s + w = c - 1", "window of one", "many separators")  # compacted at every token: test_watched.py
 
 
 @pytest.mark.parametrize("name", [x if x not in RARE else pytest.param(x, marks=pytest.mark.soak) for x in SIZES])
@@ -157,7 +158,10 @@ def test_slots_borders_and_attended_sets_are_those_of_a_list(name, data):
     stream(sizes_of(name), flags, cuts)
 
 
-@pytest.mark.parametrize("name", ["usual", "StreamingLLM: w = c - a", "many separators"])
+MANY = pytest.param("many separators", marks=pytest.mark.soak)
+
+
+@pytest.mark.parametrize("name", ["usual", "StreamingLLM: w = c - a", MANY])
 def test_rotations_that_start_again_change_nothing(name):
     """Streams so long that every zone is turned back several times, on a lower limit than the usual."""
     sizes = sizes_of(name)

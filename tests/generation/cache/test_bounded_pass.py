@@ -163,6 +163,8 @@ RUNS = {"llama": (1, 16), "neox, partial yarn rotary, no sinks, fixed interval":
 RUNS |= {"StreamingLLM": (5,)}
 # Programs of seconds each: with -m soak, sizes and patterns that test_bounded.py has against lists of slots.
 RARE = ("a + s + w = c - 1", "sinks only, in bursts", "StreamingLLM, layers of every kind", "absolute positions")
+RARE += ("neox, partial yarn rotary, no sinks, fixed interval",)  # NEOX, of another rotation, in test_watched.py
+RARE += ("StreamingLLM",)  # its slots and angles are in test_bounded.py
 
 
 LENGTHS = np.array([T, 61, 1])
@@ -231,6 +233,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
     np.testing.assert_array_equal(together[0], others[0])
 
 
+@pytest.mark.soak  # caches in bfloat16 are in test_decode_kernel.py and test_run_kernel.py
 def test_bfloat16_errs_no_more_than_twice_what_lists_in_bfloat16_do():
     """Keys that are turned when they move are as good as keys that are turned anew every time."""
     config, attention = CASES["llama"]

@@ -96,8 +96,14 @@ CODED = {
 }
 
 
+def in_a_program(cache, *given, implementation):
+    """`layers_of`, compiled anew; operation after operation takes five times as long."""
+    return jax.jit(lambda *x: layers_of(*x, implementation=implementation))(cache, *given)
+
+
+# That keys lie turned to the positions of the text, and no zone of separators, is also of what has no codes.
 @pytest.mark.parametrize(
-    "case", [pytest.param(x, marks=[pytest.mark.soak] if x == "separators" else []) for x in CODED]
+    "case", [x if x == "layers with rotations of their own" else pytest.param(x, marks=pytest.mark.soak) for x in CODED]
 )
 def test_bounded_caches_of_codes(case, calls, monkeypatch):
     """In float32, which no kernel computes in, so that what is left between the two is a wrong turn or none."""
@@ -106,43 +112,52 @@ def test_bounded_caches_of_codes(case, calls, monkeypatch):
     cache = filled(Config(model=model, attention=attention), StreamSizes.create(model, attention), 3)
     cache = dataclasses.replace(cache, **{name: jnp.array(x, jnp.int32) for name, x in ROUND.items()})
     given = inputs(model, 3)
-    expected = layers_of(cache, *given, implementation="xla")
-    for x, y in zip(layers_of(cache, *given, implementation=None), expected, strict=True):
+    expected = in_a_program(cache, *given, implementation="xla")
+    for x, y in zip(in_a_program(cache, *given, implementation=None), expected, strict=True):
         np.testing.assert_array_equal(x, y)
     assert not calls, "float32 is for plain XLA"
     monkeypatch.setattr(decode, "_TYPES", (jnp.float32,))
     monkeypatch.setattr(decode, "unserved", lambda *_: None)
-    got = layers_of(cache, *given, implementation=None)
+    got = in_a_program(cache, *given, implementation=None)
     assert len(calls) == model.num_layers
     assert all((ends is None) == (case == "positions of the text") for ends in calls)
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-# No zone of separators: with -m soak, for codes have it above.
-@pytest.mark.parametrize(
-    "case", [pytest.param(x, marks=[pytest.mark.soak] if x == "sink_window" else []) for x in CASES]
-)
+OFTEN = ("separators", "layers with a window of their own")
+
+
+@pytest.mark.parametrize("case", [x if x in OFTEN else pytest.param(x, marks=pytest.mark.soak) for x in CASES])
 def test_bounded_caches(case, calls):
     model, attention = CASES[case]
     cache = filled(Config(model=model, attention=attention), StreamSizes.create(model, attention), 3)
     given = inputs(model, 3)
-    expected = layers_of(cache, *given, implementation="xla")
+    expected = in_a_program(cache, *given, implementation="xla")
     assert not calls
-    got = layers_of(cache, *given, implementation=None)
+    got = in_a_program(cache, *given, implementation=None)
     assert len(calls) == model.num_layers
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
 
 
-def test_watched_tokens_in_caches_of_several_sizes(calls):
-    """The same tokens are kept, step by step: by looks of the layer that is watched. Others give none: one of its own
-    size, one of another that keeps tokens, and a window.
-    """
-    model = dataclasses.replace(MODEL, num_layers=4)
+# Windows of layers, those that keep tokens, and what the kernel is asked for: the last layer alone is watched.
+SEVERAL = {
+    "a window below": ((26, 22), (1,), ["(2, 2)", "looks"]),
+    "another size and another layer that keep tokens": (
+        (26, 20, 22, 22), (1, 2, 3), ["(2, 14)", "(2, 14)", "(2, 2)", "looks"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["a window below", *(pytest.param(x, marks=pytest.mark.soak) for x in [*SEVERAL][1:])])
+def test_watched_tokens_in_caches_of_several_sizes(calls, case):
+    """The same tokens are kept, step by step: by looks of the layer that is watched. Others give none."""
+    windows, kept_layers, asked_for = SEVERAL[case]
+    model = dataclasses.replace(MODEL, num_layers=len(windows))
     attention = AttentionConfig(
         pattern="watched", num_sinks=2, max_separators=12, window_size=20, cache_size=40, watch_after=3,
-        watch_half_life=64, layer_windows=(26, 20, 22, 22), kept_layers=(1, 2, 3), watch_layers=(3,),
+        watch_half_life=64, layer_windows=windows, kept_layers=kept_layers, watch_layers=kept_layers[-1:],
     )  # fmt: skip
     graph, params = random_split(model, attention)
     params, sizes = by_layer(params, model), bounded_sizes(model, attention)
@@ -162,13 +177,13 @@ def test_watched_tokens_in_caches_of_several_sizes(calls):
     expected = run("xla")
     assert not calls
     got = run(None)
-    assert sorted(map(str, calls)) == ["(2, 14)", "(2, 14)", "(2, 2)", "looks"]
+    assert sorted(map(str, calls)) == asked_for
     assert all(len(np.unique(kept)) > 12 for kept, _ in expected[1:]), "tokens come and go"
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
 
 
-@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
+@pytest.mark.parametrize("cache_dtype", ["model", pytest.param("int8", marks=pytest.mark.soak)])
 def test_growing_caches(cache_dtype, calls):
     graph, params = random_split(MODEL, SEPARATOR)
     cache = SeparatorCache.create(MODEL, 2, window_size=20, capacity=44, cache_dtype=cache_dtype)

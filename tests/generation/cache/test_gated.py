@@ -133,8 +133,8 @@ def list_logits(config, attention, tokens, flags):
 
 # A program of seconds for each case and length: of one token where a cache is compacted at every one, else of five.
 # With -m soak what test_mixed.py (separators for some layers) and test_bounded.py (absolute positions) have, too.
-OFTEN = ("a gate", "that reads embeddings, for one layer, compacted at every token, never fading")
-RUNS = dict(zip(OFTEN, ((5,), (1,)), strict=True))
+OFTEN = ("a gate",)  # a growing cache of one that reads embeddings is in test_growing_pass.py
+RUNS = {"a gate": (5,), "that reads embeddings, for one layer, compacted at every token, never fading": (1,)}
 
 
 @pytest.mark.parametrize("case", [x if x in OFTEN else pytest.param(x, marks=pytest.mark.soak) for x in CASES])

@@ -89,7 +89,7 @@ def check_row(cache, said, b, row):
     np.testing.assert_array_equal(np.swapaxes(cache.v[:, b], 1, 2)[:, filled], -expected)
 
 
-@pytest.mark.parametrize("window_size", [1, 3])
+@pytest.mark.parametrize("window_size", [pytest.param(1, marks=pytest.mark.soak), 3])
 @given(steps=st.lists(st.tuples(*[st.sampled_from(["global", "plain", "frozen"])] * ROWS), max_size=14))
 def test_cache_holds_what_a_list_holds(window_size, steps):
     cache = SeparatorCache.create(CONFIG, ROWS, window_size=window_size, capacity=1)
@@ -109,7 +109,7 @@ def test_cache_holds_what_a_list_holds(window_size, steps):
             check_row(jax.device_get(cache), said, b, row)
 
 
-@pytest.mark.parametrize("window_size", [1, 4, 20])
+@pytest.mark.parametrize("window_size", [*(pytest.param(x, marks=pytest.mark.soak) for x in (1, 20)), 4])
 @given(flags=st.lists(st.lists(st.booleans(), max_size=12), min_size=ROWS, max_size=ROWS))
 def test_prompt_fills_the_cache_as_its_tokens_one_by_one(window_size, flags):
     T, S = 12, 12
@@ -123,7 +123,9 @@ def test_prompt_fills_the_cache_as_its_tokens_one_by_one(window_size, flags):
     jax.tree.map(np.testing.assert_array_equal, filled, cache)
 
 
-@pytest.mark.parametrize(("window_size", "keep"), [(4, 2), (7, 1), (20, 3), (7, 0)])  # programs of their own
+@pytest.mark.parametrize(  # programs of their own
+    ("window_size", "keep"), [(7, 1), *(pytest.param(*x, marks=pytest.mark.soak) for x in ((4, 2), (20, 3), (7, 0)))]
+)
 @given(data=st.data())
 def test_of_every_stretch_the_best_stay(window_size, keep, data):
     """A gate's cache against a list, and prompts against their tokens one by one."""
@@ -172,7 +174,9 @@ def test_what_a_token_sees_is_the_last_row_of_the_mask(window_size, num_sinks, f
     np.testing.assert_array_equal(seen, expected)
 
 
-@pytest.mark.parametrize("gate", [{}, {"stretch": 3, "keep": 1}], ids=["separators", "gated"])
+@pytest.mark.parametrize(  # a gate's scores grow as keys do
+    "gate", [{}, pytest.param({"stretch": 3, "keep": 1}, marks=pytest.mark.soak)], ids=["separators", "gated"]
+)
 @given(flags=st.lists(st.booleans(), min_size=10, max_size=10), grow_at=st.integers(0, 6))
 def test_growing_is_the_same_as_having_been_large(gate, flags, grow_at):
     small = SeparatorCache.create(CONFIG, 1, window_size=2, capacity=4, **gate)

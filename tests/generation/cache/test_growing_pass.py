@@ -172,6 +172,7 @@ def test_bfloat16_decoding_is_as_exact_as_the_bfloat16_forward_pass():
     assert 0 < error <= 2 * allowed
 
 
+@pytest.mark.soak  # of bounded caches in test_bounded_pass.py; what is stored is test_stored.py
 def test_decoding_in_8_bits_errs_by_what_rounding_does():
     """Half a code is a 254th of the largest number of a vector; a key too many or too few errs by its whole share."""
     random = np.random.default_rng(0)
@@ -200,7 +201,8 @@ def run_of(graph, params, width, cache, tokens, counts, attention, table):
     return cache.take_up(merge(graph, params), tokens[:, :width], counts, table, attention)
 
 
-@pytest.mark.parametrize("case", often(RUNS, RARE))
+@pytest.mark.soak  # a step, above, is a run of one; a text in turns is the whole text at once: test_engine.py
+@pytest.mark.parametrize("case", RUNS)
 def test_a_run_of_tokens_is_what_they_are_one_by_one(case):
     """Ragged runs, longer than the window too: the same hidden states, and the same tokens in the same slots."""
     config, attention = CASES[case]

@@ -120,10 +120,12 @@ def one_pass(graph, params, cache, tokens, counts, attention, table, scan):
 
 # A program of seconds for each case and length. With -m soak: watched tokens where every layer that keeps looks, as
 # below and in test_watched.py, and separators, of which test_bounded.py has every size.
+# A gate's cache of one size is in test_gated.py.
 RUNS = {"watched in one layer of two": ((5, True),), "a gate": ((1, False),)}
+OFTEN = "watched in one layer of two"
 
 
-@pytest.mark.parametrize("case", [x if x in RUNS else pytest.param(x, marks=pytest.mark.soak) for x in CASES])
+@pytest.mark.parametrize("case", [x if x == OFTEN else pytest.param(x, marks=pytest.mark.soak) for x in CASES])
 def test_runs_give_what_lists_give_token_by_token(case):
     attention, random = validate_attention(CASES[case], 4), np.random.default_rng(31)
     lengths = np.array([T, 47])
@@ -219,6 +221,7 @@ def events_of(slots, number):
     return found
 
 
+@pytest.mark.soak  # nine programs of 30 s; rows of any cache are packed in test_packed.py, and slots are test_slots.py
 def test_rows_of_slots_give_what_streams_give_and_go_on_where_they_were_saved(tmp_path):
     """Three tokens in a launch, two prompts in a program; saved in the middle, from and to a folder and a stream.
 

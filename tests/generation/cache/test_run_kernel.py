@@ -54,11 +54,16 @@ def calls(monkeypatch):
 
 
 def layers_of(cache, q, k, v, *, implementation):
-    """What a run gives in each layer."""
-    counts = jnp.full(len(q), q.shape[1])
-    attend, inputs = attend_run(cache, q.shape[1], counts, implementation), pass_inputs(cache)
-    layers = [tuple(None if x is None else x[i] for x in inputs) for i in range(len(cache.k))]
-    return [attend(q, k, v, layer) for layer in layers]
+    """What a run gives in each layer; in a program, since operation after operation takes five times as long."""
+
+    @jax.jit
+    def run(cache, q, k, v):
+        counts = jnp.full(len(q), q.shape[1])
+        attend, inputs = attend_run(cache, q.shape[1], counts, implementation), pass_inputs(cache)
+        layers = [tuple(None if x is None else x[i] for x in inputs) for i in range(len(cache.k))]
+        return [attend(q, k, v, layer) for layer in layers]
+
+    return run(cache, q, k, v)
 
 
 def inputs(model: ModelConfig, rows: int):
@@ -73,10 +78,10 @@ BOUNDED = CASES | {
     "codes": (MODEL, dataclasses.replace(SEPARATOR, cache_dtype="int8")),
     "sink_window, codes": (MODEL, dataclasses.replace(CASES["sink_window"][1], cache_dtype="int8")),
 }
-SOAK = ("positions of the text", "layers without kept tokens", "sink_window, codes")
+OFTEN = ("layers with a window of their own", "watched tokens")  # the first sees separators as "separators" does
 
 
-@pytest.mark.parametrize("case", [pytest.param(x, marks=pytest.mark.soak) if x in SOAK else x for x in BOUNDED])
+@pytest.mark.parametrize("case", [x if x in OFTEN else pytest.param(x, marks=pytest.mark.soak) for x in BOUNDED])
 def test_bounded_caches(case, calls):
     """Rings that have gone round or not, an empty one; evictions during the run where they do not end it."""
     model, attention = BOUNDED[case]
@@ -99,7 +104,8 @@ def test_bounded_caches(case, calls):
     assert [x > 0.1 for x in largest] == ([False, True] if largest else []), "only the second layer is watched"
 
 
-@pytest.mark.parametrize("case", ["separators", pytest.param("sink_window", marks=pytest.mark.soak)])
+@pytest.mark.soak  # rows among others: generation/test_slots.py; what the kernel is told of them is above
+@pytest.mark.parametrize("case", ["separators", "sink_window"])
 def test_rows_are_read_where_they_lie(case, calls):
     """Some rows among others, one of them full afterwards and one whose positions start again; the last is no row."""
     model, attention = CASES[case]
@@ -127,6 +133,7 @@ def test_rows_are_read_where_they_lie(case, calls):
         np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
 
 
+@pytest.mark.soak  # as bounded caches, above, but for growing_pass, of which test_growing_pass.py is
 @pytest.mark.parametrize("reach", [(0, 40), *(pytest.param(x, marks=pytest.mark.soak) for x in ((), (0, 12)))])
 def test_growing_caches(reach, calls):
     attention = dataclasses.replace(SEPARATOR, layer_reach=reach)

@@ -83,8 +83,8 @@ def taken_up(cache, inputs):
 @pytest.mark.parametrize(
     ("name", "by_layer"),
     [
-        ("separator", False),
-        ("watched", True),
+        pytest.param("watched", True, marks=pytest.mark.soak),  # codes of runs, against lists: test_bounded_pass.py
+        pytest.param("separator", False, marks=pytest.mark.soak),
         pytest.param("watched", False, marks=pytest.mark.soak),
         pytest.param("StreamingLLM", True, marks=pytest.mark.soak),
         pytest.param("gated", True, marks=pytest.mark.soak),
@@ -112,7 +112,7 @@ def test_codes_move_as_numbers_do_that_need_not_be_turned(name, by_layer):
             assert same_bits(quantised(x[layer]), y[layer])
 
 
-@pytest.mark.parametrize("by_layer", [False, True], ids=["stacked", "by layer"])
+@pytest.mark.parametrize("by_layer", [pytest.param(False, marks=pytest.mark.soak), True], ids=["stacked", "by layer"])
 def test_rows_go_and_come_bit_for_bit(by_layer):
     cache = StreamingCache.create(CONFIG, 4, StreamSizes.create(CONFIG, IN_8_BITS["watched"]), by_layer=by_layer)
     random = np.random.default_rng(2)
