@@ -11,7 +11,7 @@ from flax import nnx
 from sepjax.array_typing import Array, Bool, Float, InShapes, Int32, Tokens, UInt16
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.protocol import Cache
-from sepjax.generation.penalties import after_drawing, after_reading, changed, no_uses, without
+from sepjax.generation.penalties import after_drawing, after_reading, biased, no_uses, penalised, without
 from sepjax.generation.sampling import Sampling, sample
 from sepjax.generation.step import decode_step, prefill
 from sepjax.model.transformer import Params
@@ -226,8 +226,8 @@ def draw(logits: jax.Array, state: DecodeState, request: Request) -> tuple[Decod
     is_early = active & (state.count < request.min_new_tokens)
 
     def choose() -> jax.Array:
-        scores = changed(logits, state.uses, sampling, active)
-        return sample(without(scores, request.end_tokens, is_early), keys, sampling, active)
+        scores = without(biased(logits, sampling), request.end_tokens, is_early)
+        return sample(scores, keys, sampling, active, lambda scores: penalised(scores, state.uses, sampling))
 
     def likeliest() -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -45,41 +45,36 @@ def after_drawing(
     return uses.at[rows, drawn].set(before + counted.astype(jnp.uint16), unique_indices=True)
 
 
-def changed(
-    logits: Float[jax.Array, "B V"], uses: UInt16[jax.Array, "B V"], sampling: Sampling, active: Bool[jax.Array, "B"]
-) -> Float[jax.Array, "B V"]:
-    """The scores that rows draw from. What no active row asks for costs nothing."""
+def biased(logits: Float[jax.Array, "B V"], sampling: Sampling) -> Float[jax.Array, "B V"]:
+    """The scores with every row's bias."""
     sampling = sampling.for_rows(len(logits))
-    of_drawn = (sampling.frequency_penalty != 0) | (sampling.presence_penalty != 0)
-    penalised = of_drawn | (sampling.repetition_penalty != 1)
-    biased = sampling.bias_ids[:, 0] >= 0
-    scores = jax.lax.cond(jnp.any(biased & active), lambda: _biased(logits, sampling), lambda: logits)
-    return jax.lax.cond(jnp.any(penalised & active), lambda: _penalised(scores, uses, sampling), lambda: scores)
+    ids, (B, V) = jnp.asarray(sampling.bias_ids), logits.shape
+    ids = jnp.where(ids < 0, V + jnp.arange(ids.shape[1]), ids)  # beyond the end: nowhere
+    return logits.at[jnp.arange(B)[:, None], ids].add(sampling.bias, mode="drop", unique_indices=True)
 
 
 def without(
     logits: Float[jax.Array, "B V"], tokens: Int32[Array, "*B E"], rows: Bool[jax.Array, "B"]
 ) -> Float[jax.Array, "B V"]:
-    """The scores, in these rows some tokens' (-1: none) at -inf. Where there is no such row it costs nothing."""
+    """The scores, in these rows some tokens' (-1: none) at -inf, which penalties leave where it is."""
     B, V = logits.shape
-
-    def lower() -> jax.Array:
-        ids = jnp.broadcast_to(tokens, (B, jnp.shape(tokens)[-1]))
-        at = jnp.where(rows[:, None] & (ids >= 0), ids, V)  # beyond the end: nowhere
-        return logits.at[jnp.arange(B)[:, None], at].set(-jnp.inf, mode="drop")
-
-    return jax.lax.cond(jnp.any(rows), lower, lambda: logits)
+    ids = jnp.broadcast_to(tokens, (B, jnp.shape(tokens)[-1]))
+    at = jnp.where(rows[:, None] & (ids >= 0), ids, V)  # beyond the end: nowhere
+    return logits.at[jnp.arange(B)[:, None], at].set(-jnp.inf, mode="drop")
 
 
-def _biased(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    ids, (B, V) = sampling.bias_ids, logits.shape
-    ids = jnp.where(ids < 0, V + jnp.arange(ids.shape[1]), ids)  # beyond the end: nowhere
-    return logits.at[jnp.arange(B)[:, None], ids].add(sampling.bias, mode="drop", unique_indices=True)
+def penalised(
+    logits: Float[jax.Array, "B V"], uses: UInt16[jax.Array, "B V"], sampling: Sampling
+) -> Float[jax.Array, "B V"]:
+    """The scores less every row's penalties; of a row that has none, the same bits.
 
-
-def _penalised(logits: jax.Array, uses: jax.Array, sampling: Sampling) -> jax.Array:
+    Element by element, so whoever reads the scores computes this on the way: a branch for rows that want it would write
+    all scores once more.
+    """
+    sampling = sampling.for_rows(len(logits))
     repetition, frequency, presence = (
-        x[:, None] for x in (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+        jnp.asarray(x)[:, None]
+        for x in (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
     )
     smaller = jnp.where(logits > 0, logits / repetition, logits * repetition)
     count = (uses & _MOST).astype(jnp.float32)

@@ -7,7 +7,7 @@ or dropped together. The best token always stays. Bias and penalties come first 
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -134,7 +134,11 @@ def _bias(given: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sample(
-    logits: Float[Array, "B V"], keys: jax.Array, sampling: Sampling, active: Bool[Array, "B"] | None = None
+    logits: Float[Array, "B V"],
+    keys: jax.Array,
+    sampling: Sampling,
+    active: Bool[Array, "B"] | None = None,
+    change: Callable[[jax.Array], jax.Array] = lambda scores: scores,
 ) -> Int32[jax.Array, "B"]:
     """Draws one token for each row.
 
@@ -143,6 +147,8 @@ def sample(
       keys: typed PRNG keys, one a row; a row's token depends on its own key and scores only.
       sampling: how to draw, all rows alike or each its own way.
       active: rows whose tokens mean something; what the others wish costs nothing. None: all.
+      change: of the scores, before all else, element by element. Done where they are read: scores that a branch is
+        given are written for it.
     """
     sampling = sampling.for_rows(len(logits))
     if active is not None:
@@ -152,11 +158,12 @@ def sample(
     is_hot = sampling.is_hot()
 
     def greedy() -> jax.Array:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jnp.argmax(change(jnp.asarray(logits)), axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:
         hot = dataclasses.replace(sampling, temperature=jnp.where(is_hot, sampling.temperature, 1.0))
-        drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, hot)).astype(jnp.int32)
+        scores = filter_logits(change(jnp.asarray(logits)), hot)
+        drawn = jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
         return jnp.where(is_hot, drawn, greedy())
 
     return jax.lax.cond(jnp.any(is_hot), draw, greedy)

@@ -16,9 +16,14 @@ V = 8
 LOGITS = st.lists(st.integers(-12, 12).map(lambda x: x / 4), min_size=V, max_size=V)  # with ties
 filtered = jax.jit(filter_logits)
 drawn = jax.jit(sample)
-changed, after_reading, after_drawing = map(
-    jax.jit, (penalties.changed, penalties.after_reading, penalties.after_drawing)
-)
+after_reading, after_drawing = map(jax.jit, (penalties.after_reading, penalties.after_drawing))
+
+
+@jax.jit
+def changed(logits, uses, sampling, early):
+    """`early`: rows that may not draw token 1 yet."""
+    scores = penalties.without(penalties.biased(logits, sampling), jnp.array([[1, -1], [1, 2]]), early)
+    return penalties.penalised(scores, uses, sampling)
 
 
 def keys(number, seed=0):
@@ -177,10 +182,11 @@ def test_penalties_and_bias_are_those_of_their_definitions(logits, turns, settin
         read += prompt + generated
     sampling = Sampling.of_rows([Sampling.create(**settings), Sampling.create()], 2)
     both = jnp.tile(jnp.array(logits, jnp.float32), (2, 1))
-    for active in (True, False):
-        got = changed(both, uses, sampling, jnp.array([active, True]))
-        expected = penalised(logits, read, turns[-1][1], settings) if active else logits
-        np.testing.assert_allclose(got, [expected, logits], rtol=1e-6, atol=1e-6)
+    for early in (False, True):
+        got = changed(both, uses, sampling, jnp.array([early, False]))
+        expected = penalised(logits, read, turns[-1][1], settings)
+        expected[1] = -np.inf if early else expected[1]
+        np.testing.assert_allclose(got[0], expected, rtol=1e-6, atol=1e-6)
         np.testing.assert_array_equal(got[1], both[1])
 
 
