@@ -73,6 +73,8 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def alone_table(found: Mapping[str, float]) -> str:
+def alone_table(found: Mapping[str, tuple[float, float]]) -> str:
     """`SlotDevice.alone`, to be read."""
-    return "\n".join(f"  alone: {name:<33}{ms:>10.3f} ms" for name, ms in found.items())
+    return "\n".join(
+        f"  alone: {name:<33}{done:>10.3f} ms, asked for in {asked:.3f}" for name, (done, asked) in found.items()
+    )

@@ -19,19 +19,22 @@ log = logging.getLogger("sepjax.slots")
 def compile_all(programs: Mapping[str, tuple[Any, ...]]) -> None:
     """Compiles programs of `jax.jit` side by side, by name, each for what it is given behind it; runs none.
 
-    `jit` keeps what is compiled so: the first call finds it.
+    Those that take longest should come first. `jit` keeps what is compiled so: the first call finds it.
     """
     mesh, begin = jax.sharding.get_mesh(), time.perf_counter()
 
-    def make(name: str, program: Any, *given: Any) -> None:
+    def make(name: str, lowered: Any, traced: float) -> None:
         with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
-            lowered = program.lower(*given)
-            traced = time.perf_counter() - begin
             lowered.compile()
         log.info("compiled: %s, after %.1f s (traced after %.1f)", name, time.perf_counter() - begin, traced)
 
     with ThreadPoolExecutor(len(programs), "sepjax-compile") as threads:
-        for done in [threads.submit(make, name, *each) for name, each in programs.items()]:
+        made = []
+        for name, (program, *given) in programs.items():
+            # One after another: Python traces one at a time, and the first is compiled while the next is traced.
+            lowered = program.lower(*given)
+            made.append(threads.submit(make, name, lowered, time.perf_counter() - begin))
+        for done in made:
             done.result()
 
 

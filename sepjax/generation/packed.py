@@ -148,6 +148,8 @@ class Form:
 class PackedState:
     """A packed state, on a device, on the host, or still to come: whoever wants it waits."""
 
+    is_pooled = False  # whether it has a place in a pool (`sepjax.generation.slot_pool`)
+
     def __init__(self, form: Form, packed: "Packed | Future[Packed]"):
         self.form, self._packed = form, packed
 
@@ -167,11 +169,11 @@ class PackedState:
 
     def on_host(self) -> "PackedState":
         """The same in the host's memory; waits for it."""
-        if self.is_on_host:
-            return self
-        packed = self.packed  # once: who lies in a pool is packed anew for everyone who asks
-        kv, rest = jax.device_get((packed.kv, packed.rest))
-        return PackedState(self.form, Packed(kv, rest))
+        return self if self.is_on_host else Copying(self).result()
+
+    def ask(self) -> "Packed | Future[Packed]":
+        """The arrays, or what will have them: of several states all can be asked for before one is waited for."""
+        return self._packed
 
     def state(self) -> DecodeState:
         """Unpacked, on the host."""
@@ -181,6 +183,39 @@ class PackedState:
         """Unpacked, on the host, without keys and values, which stay where they are."""
         state = self.form.rest.tree_on_host(np.asarray(self.packed.rest))
         return dataclasses.replace(state, key=jax.random.wrap_key_data(state.key))
+
+
+class Copying:
+    """A copy of a packed state to the host's memory, on its way: begun at once, gone on with by `send` and `result`.
+
+    The device copies to memory that it knows, beside what it computes, and from there the host does to its own. A copy
+    straight into the host's memory holds up all other copies from the device, and a processor, for as long as it takes.
+    """
+
+    def __init__(self, state: PackedState):
+        self._form, self._asked = state.form, state.ask()
+        self._sent: Packed | None = None
+
+    def send(self) -> None:
+        """Has the device copy what was asked for, once the program that makes it was started."""
+        asked = self._asked
+        if self._sent is None:
+            self._sent = jax.tree.map(_staged, asked.result() if isinstance(asked, Future) else asked)
+            self._asked = self._sent  # the device's own copy has done its part
+
+    def result(self) -> PackedState:
+        """The state in the host's memory; waits for it."""
+        self.send()
+        sent: Any = self._sent
+        kv, rest = jax.device_get((sent.kv, sent.rest))
+        return PackedState(self._form, Packed(kv, rest))
+
+
+def _staged(x: Any) -> Any:
+    """An array of a GPU in memory of the host that the GPU knows; any other as it is."""
+    if not isinstance(x, jax.Array) or next(iter(x.sharding.device_set)).platform != "gpu":
+        return x
+    return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
 
 
 def _cache(state: DecodeState) -> Any:

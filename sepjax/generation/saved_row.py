@@ -14,7 +14,7 @@ from sepjax.generation import saved
 from sepjax.generation.cache.mixed import BOUNDED, MixedCache
 from sepjax.generation.cache.view import CacheView, of_row
 from sepjax.generation.device_loop import DecodeState
-from sepjax.generation.packed import Form, PackedState
+from sepjax.generation.packed import Copying, Form, PackedState
 from sepjax.generation.readers import Reader
 from sepjax.generation.saved import StreamStateError
 
@@ -55,6 +55,20 @@ class SavedRow:
         return dataclasses.replace(
             self, standing=dataclasses.replace(jax.device_get(state), key=self.standing.key)
         )  # fmt: skip
+
+    def copying(self) -> Copying | None:
+        """A copy to the host's memory, on its way (`copied`); None: it is there, or is not packed."""
+        standing = self.standing
+        return Copying(standing) if isinstance(standing, PackedState) and not standing.is_on_host else None
+
+    def copied(self, copying: Copying | None) -> "SavedRow":
+        """The same as `on_host` has it, of what `copying` gave; waits for it."""
+        return self.on_host() if copying is None else dataclasses.replace(self, standing=copying.result())
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether it lies among rows of a device that have a place whatever becomes of it."""
+        return isinstance(self.standing, PackedState) and self.standing.is_pooled
 
     @property
     def nbytes(self) -> int:

@@ -210,8 +210,7 @@ class SlotDevice:
         records: list[Record] = []
         for read in reads:
             with self.clocks(f"device thread: read {len(read.rows)} x {read.tokens.shape[1]}"):
-                numbers = np.stack([read.rows, read.left, read.is_last.astype(np.int32)], axis=1)
-                records.append(self._run(self.programs.read, np.concatenate([numbers, read.tokens], axis=1)))
+                records.append(self._run(self.programs.read, read.sent()))
         return records
 
     def _step(self, ended: np.ndarray, first: np.ndarray, steps: int) -> Record:
@@ -219,11 +218,14 @@ class SlotDevice:
             return self._run(self.programs.steps, np.append(np.where(ended, np.int32(-1), first), np.int32(steps)))
 
     def _run(self, program: Callable[..., tuple[Rows, Record]], sent: np.ndarray) -> Record:
-        """Runs the model on the rows; what came of it is on its way to the host."""
+        """Runs the model on the rows. Whoever looks at what came of it copies it to the host.
+
+        Not this thread: a copy into memory that the device does not know waits, in whoever asks for it, until what is
+        copied was made, and the device then waits for its next program.
+        """
         used = [self.rows]
         self.rows, record = program(self._of.params, *used, sent, self._of.table_on_device)
         self._sweeper.clear(used)
-        record.numbers.copy_to_host_async()
         return record
 
     def _place(self, i: int, told: np.ndarray, saved: PackedState) -> None:
@@ -247,14 +249,14 @@ class SlotDevice:
             log.debug("first run: %s, %.1f s", name, time.perf_counter() - begin)
 
     def _to_compile(self) -> dict[str, tuple[Any, ...]]:
-        """Programs, and what they are given: all but `place`, which is given what `take` gives."""
+        """Programs, and what they are given: all but `place`, which is given what `take` gives. The longest first."""
         programs, rows, i, yes = self.programs, self.rows, _number(0), np.array(False)
-        model = self._of.params, rows
-        sent, table = np.zeros(self._num_rows + 1, np.int32), self._of.table_on_device
-        found: dict[str, tuple[Any, ...]] = {"steps": (programs.steps, *model, sent, table)}
-        for together, length in self.shapes:
-            runs = np.zeros((together, 3 + length), np.int32)
-            found[f"read {together} x {length}"] = programs.read, *model, runs, table
+        model, table = (self._of.params, rows), self._of.table_on_device
+        found: dict[str, tuple[Any, ...]] = {}
+        for together, length in reversed(self.shapes):
+            sent = Read.none(together, length, self._num_rows).sent()
+            found[f"read {together} x {length}"] = programs.read, *model, sent, table
+        found["steps"] = programs.steps, *model, np.zeros(self._num_rows + 1, np.int32), table
         found["exchange"] = programs.exchange, rows, self._pool, self._which((), ()).sent()
         found["take"], found["look"] = (programs.take, rows, i, yes, yes), (programs.look, rows, i, yes)
         return found | {"fetch": (programs.fetch, self._pool, i)}
@@ -297,24 +299,42 @@ class SlotDevice:
         }
         first = np.zeros(self._num_rows, np.int32)
         for together, length in self.shapes:
-            none = np.arange(self._num_rows, self._num_rows + together, dtype=np.int32)
-            read = Read(none, np.zeros((together, length), np.int32), np.zeros_like(none), np.zeros(together, bool))
+            read = Read.none(together, length, self._num_rows)
             jobs[f"read {together} x {length}"] = lambda read=read: self._read([read])[0].numbers
         ended, most = np.ones(self._num_rows, bool), self.most_steps
         jobs["no step: all have ended"] = lambda: self._step(ended, first, most).numbers
         return jobs
 
-    def alone(self, repeats: int = 10) -> dict[str, float]:
-        """Median milliseconds of each thing that the device is asked for, by itself and waited for. For idle rows."""
-        found: dict[str, float] = {}
-        for name, job in self._each_alone().items():
-            times = []
-            for _ in range(repeats):
-                begin = time.perf_counter()
-                self.ask(lambda job=job: jax.block_until_ready(job())).result()
-                times.append(time.perf_counter() - begin)
-            found[name] = 1e3 * sorted(times)[repeats // 2]
+    def alone(self, repeats: int = 10) -> dict[str, tuple[float, float]]:
+        """Median milliseconds of each thing that the device is asked for, by itself. For idle rows, which lose all.
+
+        Until it was done; and until it was asked for, which is less where the host need not wait.
+        """
+        found = {name: self._timed(job, repeats) for name, job in self._each_alone().items()}
+        n, most = self._num_rows, self.most_steps
+        going, first = np.zeros(n, bool), np.zeros(n, np.int32)
+
+        def go_on() -> Any:
+            return self._step(going, first, most).numbers
+
+        for name, bias in (("all rows", None), ("all rows, with a bias", {0: 1.0})):
+            told = arrival(self._of, Sampling.create(logit_bias=bias), (), -1, 0, False, False, 0, is_reading=False)
+            begun = [(i, self.arrivals.of_host(told), -1) for i in range(n)]
+            self.ask(self._exchange, (), begun).result()
+            found[f"{most} steps of {name}"] = self._timed(go_on, repeats)
+            self.ask(self._step, ~going, first, most).result()
         return found
+
+    def _timed(self, job: Callable[[], Any], repeats: int) -> tuple[float, float]:
+        def once() -> tuple[float, float]:
+            begin = time.perf_counter()
+            made = job()
+            asked = time.perf_counter() - begin
+            jax.block_until_ready(made)
+            return 1e3 * (time.perf_counter() - begin), 1e3 * asked
+
+        done, asked = zip(*(self.ask(once).result() for _ in range(repeats)), strict=True)
+        return sorted(done)[repeats // 2], sorted(asked)[repeats // 2]
 
 
 def _number(i: int) -> np.ndarray:

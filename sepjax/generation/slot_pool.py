@@ -44,6 +44,8 @@ class PooledState(PackedState):
       place: its number there.
     """
 
+    is_pooled = True
+
     def __init__(self, form: Form, pool: Pool, place: int, fetch: "Callable[[int], Future[Packed]]"):
         """`fetch` has the device copy what is in a place."""
         self.form, self.pool, self.place, self._fetch = form, pool, place, fetch
@@ -54,7 +56,11 @@ class PooledState(PackedState):
     @property
     def packed(self) -> Packed:
         """A copy of the arrays."""
-        return self._fetch(self.place).result()
+        return self.ask().result()
+
+    def ask(self) -> Future[Packed]:
+        """A copy, to come."""
+        return self._fetch(self.place)
 
     @property
     def is_on_host(self) -> bool:

@@ -142,18 +142,19 @@ def _read(
 ) -> tuple[Rows, Record]:
     """Rows take up some of `left` of their tokens[M, T]; after all of them, if they are their last, they draw.
 
-    `sent` has, for each, its number, `left`, whether they are its last, and the tokens. Where there are fewer than M,
-    the others have numbers of no row.
+    `sent` has, for each, its number, `left`, whether they are its last, how many tokens it must have seen (`Read`), and
+    the tokens. Where there are fewer than M, the others have numbers of no row.
     """
-    which, left, is_last, tokens = sent[:, 0], sent[:, 1], sent[:, 2] != 0, sent[:, 3:]
+    which, left, is_last, after, tokens = sent[:, 0], sent[:, 1], sent[:, 2] != 0, sent[:, 3], sent[:, 4:]
     few = rows.to_read(which, attention)
     row, wishes = few.state, few.wishes
     cache: Any = row.cache
     model = runner(graph, params, scan=not cache.is_in_place)  # a scan over layers would copy all rows' keys
-    counts = jnp.minimum(cache.room(tokens.shape[1]), left)
+    fits = (after < 0) | (cache.main.seen_low == after)
+    counts = jnp.where(fits, jnp.minimum(cache.room(tokens.shape[1]), left), 0)
     hidden, cache = cache.take_up(model, tokens, counts, table, attention)
     logits = model.logits(hidden[jnp.arange(len(counts)), jnp.maximum(counts - 1, 0)])
-    draws = is_last & (counts == left)
+    draws = is_last & fits & (counts == left)
     uses = after_reading(row.uses, tokens, counts)
     state = dataclasses.replace(row, cache=cache.compact(), done=~draws, uses=uses)
     state, drawn = draw(logits, state, wishes.request(table))

@@ -91,6 +91,7 @@ class Run:
     may_draw: bool  # whether they may be its last
     at: int  # its record's number in the flight
     row: int  # and its row there
+    tokens: int  # how many of them; its row may stop before, to compact
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,6 +108,10 @@ class Flight:
     def run_of(self, slot: Slot | None) -> Run | None:
         """The run of a request; None: it is not read."""
         return next((run for run in self.runs if run.slot is slot), None)
+
+    def without(self, slot: Slot) -> "Flight":
+        """The same, and nobody looks at the run of this request."""
+        return dataclasses.replace(self, runs=tuple(run for run in self.runs if run.slot is not slot))
 
     def steps_of(self, slot: Slot) -> int:
         """The most tokens that it makes of a request which has a row, beyond one that is drawn after its prompt."""

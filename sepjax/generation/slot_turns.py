@@ -22,6 +22,18 @@ class Read:
     tokens: Int32[np.ndarray, "M T"]
     left: Int32[np.ndarray, "M"]
     is_last: Bool[np.ndarray, "M"]
+    after: Int32[np.ndarray, "M"]  # tokens that a row must have seen, modulo `count_wrap`, or reads none; -1: any
+
+    @classmethod
+    def none(cls, rows: int, length: int, num_rows: int) -> "Read":
+        """A program that reads nothing yet, beside `num_rows` rows."""
+        none = np.zeros(rows, np.int32)
+        which = np.arange(num_rows, num_rows + rows, dtype=np.int32)
+        return cls(which, np.zeros((rows, length), np.int32), none, np.zeros(rows, bool), np.full(rows, -1, np.int32))
+
+    def sent(self) -> Int32[np.ndarray, "M _"]:
+        """All of it in one array, for `SlotPrograms.read`."""
+        return np.column_stack([self.rows, self.left, self.is_last.astype(np.int32), self.after, self.tokens])
 
 
 type ReadShape = tuple[int, int]  # rows and tokens of a program that reads
@@ -64,9 +76,9 @@ def best_shape(shapes: Sequence[ReadShape], left: Sequence[int]) -> ReadShape:
 class Turns:
     """Remembers who was the last."""
 
-    def __init__(self, shapes: Sequence[ReadShape], at_once: int):
-        """`shapes` of programs that read, of which a launch has up to `at_once`."""
-        self._shapes, self._at_once = shapes, at_once
+    def __init__(self, shapes: Sequence[ReadShape], at_once: int, count_wrap: int):
+        """`shapes` of programs that read, of which a launch has up to `at_once`; `count_wrap` of caches."""
+        self._shapes, self._at_once, self._wrap = shapes, at_once, count_wrap
         self._many = max(rows for rows, _ in shapes) // 2
         self._last = 0  # the row that read last
 
@@ -75,41 +87,37 @@ class Turns:
 
         Args:
           slots: who has the rows.
-          flight: what was asked for before. How far a row has come is known once its last run was looked at.
+          flight: what was asked for before. How far a row has come is known once its last run was looked at: the next
+            one is for a row that has taken up all of that, and reads nothing of one that had to compact on the way.
         """
-        waiting = [
-            i
-            for i, slot in enumerate(slots)
-            if slot is not None and slot.pending and (flight is None or flight.run_of(slot) is None)
-        ]
+        asked = {} if flight is None else {id(run.slot): run.tokens for run in flight.runs}
+        waiting = [i for i, slot in enumerate(slots) if slot is not None and len(slot.pending) > asked.get(id(slot), 0)]
         waiting.sort(key=lambda i: (i <= self._last, i))
         reads: list[Read] = []
         runs: list[Run] = []
         # One more program holds up all rows that generate, and so is for many that would wait for the next launch.
         while waiting and len(reads) < self._at_once and (not reads or len(waiting) >= self._many):
-            left = [len(slot.pending) for i in waiting if (slot := slots[i]) is not None]
+            left = [len(slot.pending) - asked.get(id(slot), 0) for i in waiting if (slot := slots[i]) is not None]
             shape = best_shape(self._shapes, left)
             those, waiting = waiting[: shape[0]], waiting[shape[0] :]
-            read = self._none(shape, len(slots))
-            runs += [_fill(read, j, i, slots[i], len(reads)) for j, i in enumerate(those)]
+            read = Read.none(*shape, len(slots))
+            for j, i in enumerate(those):
+                slot = slots[i]
+                assert slot is not None
+                runs.append(_fill(read, j, i, slot, len(reads), asked.get(id(slot), 0)))
+                if id(slot) in asked:
+                    read.after[j] = (slot.row.seen + asked[id(slot)]) % self._wrap
             reads.append(read)
             self._last = those[-1]
         return reads, runs
 
-    def _none(self, shape: ReadShape, num_rows: int) -> Read:
-        """A program that reads nothing yet: its rows have numbers of no row."""
-        most, length = shape
-        rows = np.arange(num_rows, num_rows + most, dtype=np.int32)
-        return Read(rows, np.zeros((most, length), np.int32), np.zeros(most, np.int32), np.zeros(most, bool))
 
-
-def _fill(read: Read, j: int, i: int, slot: Slot | None, at: int) -> Run:
-    """Has row j of a program read the next tokens of row i."""
-    assert slot is not None
-    part = slot.pending[: read.tokens.shape[1]]
+def _fill(read: Read, j: int, i: int, slot: Slot, at: int, asked: int) -> Run:
+    """Has row j of a program read the next tokens of row i, after those that it was `asked` to read before."""
+    part = slot.pending[asked : asked + read.tokens.shape[1]]
     read.rows[j], read.left[j], read.tokens[j, : len(part)] = i, len(part), part
-    read.is_last[j] = len(part) == len(slot.pending)
-    return Run(slot, bool(read.is_last[j]), at, j)
+    read.is_last[j] = asked + len(part) == len(slot.pending)
+    return Run(slot, bool(read.is_last[j]), at, j, len(part))
 
 
 def ending(slots: Sequence[Slot | None], flight: Flight | None) -> list[int]:

@@ -49,7 +49,6 @@ from sepjax.generation.slot_begin import slot_of
 from sepjax.generation.slot_device import Coming, SlotDevice
 from sepjax.generation.slot_pace import Pace
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
-from sepjax.generation.slot_rows import Record
 from sepjax.generation.slot_turns import Turns, ending, steps_of
 
 _AT_A_TIME = 128  # rows
@@ -85,7 +84,7 @@ class Slots:
         self._known: dict[int, Slot] = {}  # that wait or have a row
         self._kept: dict[int, SavedRow] = {}
         self._numbers = itertools.count()
-        self._turns = Turns(self._device.shapes, self._device.reads_at_once)
+        self._turns = Turns(self._device.shapes, self._device.reads_at_once, reader.sizes.main.count_wrap)
         self._coming: list[Coming] = []  # rows that begin with the next launch
         self._flight: Flight | None = None  # what was asked for and has not been looked at
         self._settled: list[tuple[int, StreamEvent]] = []  # events that the next step gives
@@ -164,8 +163,8 @@ class Slots:
                 self._flight = None
                 self._settled += self._events_of(flight)
             elif run is not None:  # likewise
-                self._flight = dataclasses.replace(flight, runs=tuple(x for x in flight.runs if x is not run))
-                self._settled += self._events_of_run(run, flight.reads.result()[run.at])
+                self._flight = flight.without(slot)
+                self._settled += self._events_of_run(run, Numbers.of(flight.reads.result()[run.at], [slot]))
         kept = self._kept.get(number)  # at once: another thread may be cancelling it
         if kept is not None:
             return kept
@@ -294,7 +293,11 @@ class Slots:
             jax.block_until_ready([record.numbers for record in records])
             self.pace.read()
         with self.clocks("slots: look at first tokens"):
-            return [event for run in flight.runs for event in self._events_of_run(run, records[run.at])]
+            numbers = [
+                Numbers.of(record, [run.slot for run in flight.runs if run.at == at])
+                for at, record in enumerate(records)
+            ]
+            return [event for run in flight.runs for event in self._events_of_run(run, numbers[run.at])]
 
     def _events_of_steps(self, flight: Flight, *, joined: bool) -> list[tuple[int, StreamEvent]]:
         """A row's one after another, or `joined`."""
@@ -315,13 +318,14 @@ class Slots:
                     events += self._given(i, slot, found)
         return events
 
-    def _events_of_run(self, run: Run, record: Record) -> list[tuple[int, StreamEvent]]:
+    def _events_of_run(self, run: Run, numbers: Numbers) -> list[tuple[int, StreamEvent]]:
         slot, j = run.slot, run.row
         if slot not in self._slots:
             return []
-        i, numbers = self._slots.index(slot), Numbers.of(record, [slot])
-        taken = numbers.taken[j][0]
+        i, taken = self._slots.index(slot), numbers.taken[j][0]
         del slot.pending[:taken]
+        if taken < run.tokens and self._flight is not None:  # what was asked for behind it reads nothing
+            self._flight = self._flight.without(slot)
         if not slot.pending:
             return self._given(i, slot, [numbers.event(slot.row, j, 0, self._row_bytes)])
         if numbers.is_stuck[j][0]:  # the rest would push separators out
@@ -338,8 +342,8 @@ class Slots:
             self._free(i, slot)
         return [(slot.number, event) for event in events]
 
-    def alone(self) -> dict[str, float]:
-        """Milliseconds of what the device is asked for, each by itself, while no request is there.
+    def alone(self) -> dict[str, tuple[float, float]]:
+        """Milliseconds of what the device is asked for, each by itself, while no request is there (`SlotDevice.alone`).
 
         Raises SlotError where one is.
         """

@@ -6,22 +6,25 @@ what would have to wait: where conversations end faster than rows can be copied,
 a text again costs less than a device that stands still.
 """
 
+import contextlib
 import dataclasses
 import logging
 import queue
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from sepjax.clocks import Clocks
 from sepjax.config import UserError
+from sepjax.generation.packed import Copying
 from sepjax.generation.saved_row import SavedRow
 from sepjax.serve.conversations import Conversations, Entry
 
 log = logging.getLogger("sepjax.serve")
 _RARELY = 8  # rows that have gone are looked for when an eighth as many as there are have come since the last time
 _MOST = 16  # rows on their way: they are on the device still, whose memory is not to grow
+_TOGETHER = 16  # rows asked of the device at once: it has a launch to finish before the first comes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,6 +34,7 @@ class _Task:
     moves: bool  # it goes from the device
     saves: bool  # it is new, and goes to disk if rows do
     done: Callable[[], None]
+    counts: bool = True  # among those on their way
 
 
 class Keeper:
@@ -42,12 +46,14 @@ class Keeper:
         self._staying: OrderedDict[Entry, None] = OrderedDict()  # on the device, those used last at the end
         self._bytes, self._since = 0, 0  # of those; how many were put since those that have gone were left out
         self._passed: weakref.WeakSet[Entry] = weakref.WeakSet()
-        self._tasks: queue.Queue[_Task | None] = queue.Queue(_MOST)
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(_MOST)  # for tasks that count
+        self._ends = False
         self._thread = threading.Thread(target=self._main, name="keeper", daemon=True)
         self._thread.start()
 
     def put(self, entry: Entry, done: Callable[[], None] = lambda: None) -> bool:
-        """Keeps an entry that was just added. May wait where rows are saved to disk, or have no room on the device.
+        """Keeps an entry that was just added. May wait for rows that are saved to disk and have no place in a pool.
 
         Returns whether it is as safe as it gets: held in memory, or it has gone already. Else `done` is called when it
         is on disk, or cannot be saved.
@@ -96,17 +102,28 @@ class Keeper:
             leaving.append(each)
         return leaving
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether rows come faster than they are saved to disk. No answer is to begin then, whose row would come too.
+
+        One that is saved calls its `done`.
+        """
+        return self._conversations.has_disk and self._tasks.qsize() >= _MOST
+
     def _ask(self, task: _Task) -> None:
+        if task.row.is_pooled:
+            self._tasks.put(dataclasses.replace(task, counts=False))
+            return
         with self._clocks("worker: wait for the keeper"):
-            self._tasks.put(task)
+            self._room.acquire()
+        self._tasks.put(task)
 
     def _offer(self, task: _Task) -> bool:
         """Whether it can be done without anybody waiting."""
-        try:
-            self._tasks.put_nowait(task)
-        except queue.Full:
-            return False
-        return True
+        has_room = self._room.acquire(blocking=False)
+        if has_room:
+            self._tasks.put(task)
+        return has_room
 
     def close(self) -> None:
         """Finishes what it has."""
@@ -114,25 +131,60 @@ class Keeper:
         self._thread.join()
 
     def _main(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            done = task.done
-            try:
-                self._do(task)
-            except (UserError, OSError) as error:
-                log.error("a conversation was not saved", extra={"reason": str(error)})
-            except Exception:
-                log.exception("a conversation was not saved")
-            finally:
-                del task  # or its row would lie on the device until the next one comes
-                done()
+        while not self._ends:
+            self._do_all(self._next())
 
-    def _do(self, task: _Task) -> None:
-        if task.entry.disk_bytes and not task.saves:  # it is read from there
+    def _next(self) -> list[_Task]:
+        """What there is to do; none: it is over."""
+        tasks: list[_Task] = []
+        task = self._tasks.get()
+        while task is not None:
+            tasks.append(task)
+            if task.counts:
+                self._room.release()
+            try:
+                if len(tasks) == _TOGETHER:
+                    return tasks
+                task = self._tasks.get_nowait()
+            except queue.Empty:
+                return tasks
+        self._ends = True
+        return tasks
+
+    def _do_all(self, tasks: list[_Task]) -> None:
+        """All rows are asked for before one is waited for, and copied while the device computes."""
+        begun = deque((task, self._copying(task)) for task in tasks)
+        tasks.clear()  # or a row would lie on the device until the last of them is done
+        for copying in [copying for _, copying in begun if copying is not None]:
+            with contextlib.suppress(Exception):  # whoever waits for its result has it
+                copying.send()
+        while begun:
+            self._do(*begun.popleft())
+
+    def _is_to_be_lost(self, task: _Task) -> bool:
+        """Whether nobody copies it: it is read from the disk."""
+        return task.entry.disk_bytes > 0 and not task.saves
+
+    def _copying(self, task: _Task) -> Copying | None:
+        return None if self._is_to_be_lost(task) else task.row.copying()
+
+    def _do(self, task: _Task, copying: Copying | None) -> None:
+        try:
+            self._finish(task, copying)
+        except (UserError, OSError) as error:
+            log.error("a conversation was not saved", extra={"reason": str(error)})
+        except Exception:
+            log.exception("a conversation was not saved")
+        finally:
+            task.done()
+
+    def _finish(self, task: _Task, copying: Copying | None) -> None:
+        if self._is_to_be_lost(task):
             self._conversations.lost(task.entry)
             return
         try:
             with self._clocks("keeper: to the host"):
-                row = task.row.on_host()
+                row = task.row.copied(copying)
         except Exception:
             self._conversations.lost(task.entry)  # or whoever went on from it would fail
             raise

@@ -226,7 +226,7 @@ class Worker:
         clocks = slots.clocks
         while self._goes_on():
             with clocks("worker: orders, or nothing to do"):
-                self._take_orders(wait=slots.is_idle and not len(self._queue))
+                self._take_orders(wait=slots.is_idle and not (len(self._queue) and self._may_begin))
             with clocks("worker: begin requests"):
                 self._fill(slots)
             if not slots.is_idle:  # rows that were cancelled are let go by a step, too
@@ -263,10 +263,15 @@ class Worker:
         except queue.Empty:
             pass
 
+    @property
+    def _may_begin(self) -> bool:
+        """Whether answers may begin whose rows are to be saved: those that run go on, whatever the disk does."""
+        return self._keeper is None or not self._keeper.is_behind
+
     def _fill(self, slots: Slots) -> None:
         """Gives free rows to those whose turn it is."""
         prompts = self._prompts
-        if not len(self._queue) or prompts is None:
+        if not len(self._queue) or prompts is None or not self._may_begin:
             return
         ending = slots.num_ending
         while slots.num_free + ending > slots.num_waiting and (job := self._queue.pop()) is not None:
