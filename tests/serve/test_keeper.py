@@ -17,7 +17,7 @@ from sepjax.serve.conversations import Conversations
 from sepjax.serve.keeper import Keeper
 from sepjax.serve.state import StateFolder
 from tests.generation.test_packed import empty_state
-from tests.generation.tiny import ATTENTION, tiny_tokenizer
+from tests.generation.tiny import ATTENTION, ROWS, tiny_tokenizer
 from tests.serve.tiny import client, running, tiny_served
 
 
@@ -127,6 +127,43 @@ def test_nobody_waits_for_rows_that_leave_the_device():
     assert (len(conversations), pool.num_free) == (25, 92)
 
 
+def test_rows_that_are_saved_to_disk_hold_up_what_begins_not_what_runs():
+    """With places in the pool nobody waits for the keeper, which says that it is behind, and asks for many at once."""
+    state = empty_state(ATTENTION, "float32")
+    form, asked, saved, disk = Form(state), [], [], Disk()
+    pool, copied = Pool(60), Future()
+
+    def fetch(place):
+        asked.append(place)
+        return copied
+
+    conversations = Conversations(tiny_tokenizer(), 100 * form.nbytes, disk, on_device=60 * form.nbytes)
+    keeper = Keeper(conversations, Clocks(), 60 * form.nbytes)
+
+    def put(number: int):
+        place = pool.take()
+        assert place is not None
+        row = SavedRow(PooledState(form, pool, place, fetch), (), False, {"seen": 2})
+        entry = conversations.add(np.array([number, 5], np.int32), (), 9, row)
+        assert not keeper.put(entry, lambda: saved.append(number))
+
+    with ThreadPoolExecutor(1) as thread:
+        assert not keeper.is_behind
+        try:
+            thread.submit(lambda: [put(number) for number in range(40)]).result(timeout=60)
+            assert keeper.is_behind
+            assert saved == []
+        finally:
+            copied.set_result(jax.jit(form.pack)(state))
+    while len(saved) < 40:
+        time.sleep(0.001)
+    assert not keeper.is_behind
+    keeper.close()
+    assert saved == [*range(40)]
+    assert [ids for ids, on_host in disk.written if on_host] == [[number, 5] for number in range(40)]
+    assert len(asked) == 40, "each is copied once"
+
+
 def test_rows_of_the_device_are_beside_those_of_the_host_not_among_them():
     """Where the device has room for more than the host, what leaves it does not fill the host with as much."""
     state = empty_state(ATTENTION, "float32")
@@ -162,7 +199,7 @@ def test_rows_of_the_device_are_beside_those_of_the_host_not_among_them():
 
 
 def test_a_row_that_is_being_saved_when_the_server_stops_is_saved_and_told_of(tmp_path, monkeypatch):
-    """Even where no time is left to finish: the answer is made, only its row is on its way."""
+    """Even where no time is left to finish: the answer is made, only its row is on its way. Others wait to begin."""
     write, begun, goes_on = StateFolder.write, threading.Event(), threading.Event()
 
     def slow(self, *args):
@@ -171,17 +208,38 @@ def test_a_row_that_is_being_saved_when_the_server_stops_is_saved_and_told_of(tm
         return write(self, *args)
 
     monkeypatch.setattr(StateFolder, "write", slow)
+    monkeypatch.setattr("sepjax.serve.keeper._MOST", 1)
     served = tiny_served()
-    with running(served, state=str(tmp_path), drain_seconds=0.0) as server, ThreadPoolExecutor(2) as pool:
-        asked = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 5, "extra_body": {"ignore_eos": True}}
-        answer = pool.submit(lambda: client(server).completions.create(**asked))
+    options = {"state": str(tmp_path), "drain_seconds": 0.0, "device_memory": 8 * served.row_bytes}
+    with running(served, **options) as server, ThreadPoolExecutor(4) as pool, client(server) as api:
+        keeper = server.worker._keeper
+
+        def ask(prompt):
+            settings: Any = {"model": "tiny", "max_tokens": 5, "extra_body": {"ignore_eos": True}}
+            return pool.submit(lambda: api.completions.create(prompt=prompt, **settings))
+
+        answers = [ask([5, 6, 7])]
+        assert begun.wait(60)
+        answers.append(ask([5, 6, 8]))
+        while not keeper.is_behind:  # until it has ended, and its row waits for the disk
+            time.sleep(0.01)
+        answers.append(ask([5, 6, 9]))
+        while not len(server.worker._queue):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert (len(server.worker._queue), server.worker.slots.num_free) == (1, ROWS), "it does not begin"
+        goes_on.set()
+        assert [answer.result().usage.completion_tokens for answer in answers] == [5] * 3
+        begun.clear()
+        goes_on.clear()
+        last = ask([5, 6, 10])
         assert begun.wait(60)
         stopped = pool.submit(server.stop, 0.0)
-        while not server.worker._keeper._tasks.qsize():  # until the slots have ended, and the keeper is to
+        while not keeper._tasks.qsize():  # until the slots have ended, and the keeper is to
             time.sleep(0.01)
         goes_on.set()
         stopped.result()
-        assert answer.result().usage.completion_tokens == 5
+        assert last.result().usage.completion_tokens == 5
     folder = StateFolder(tmp_path, served, 1 << 30)
-    assert [len(entry.ids) for entry in folder.entries()] == [3 + 5 - 1]
+    assert [len(entry.ids) for entry in folder.entries()] == [3 + 5 - 1] * 4
     folder.close()
