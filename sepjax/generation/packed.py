@@ -190,6 +190,8 @@ class Copying:
 
     The device copies to memory that it knows, beside what it computes, and from there the host does to its own. A copy
     straight into the host's memory holds up all other copies from the device, and a processor, for as long as it takes.
+    And memory that the device knows is to be little, and the same again and again: to have more of it takes the driver
+    longer than any copy, and nothing else is begun meanwhile.
     """
 
     def __init__(self, state: PackedState):
@@ -207,15 +209,25 @@ class Copying:
         """The state in the host's memory; waits for it."""
         self.send()
         sent: Any = self._sent
-        kv, rest = jax.device_get((sent.kv, sent.rest))
+        kv, rest = jax.tree.map(_of_the_host, (sent.kv, sent.rest))
         return PackedState(self._form, Packed(kv, rest))
+
+
+COPIES = 8  # that are begun before one is waited for: no more memory is needed that the device knows
+_KNOWN = "pinned_host"  # which that is
 
 
 def _staged(x: Any) -> Any:
     """An array of a GPU in memory of the host that the GPU knows; any other as it is."""
     if not isinstance(x, jax.Array) or next(iter(x.sharding.device_set)).platform != "gpu":
         return x
-    return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+    return jax.device_put(x, x.sharding.with_memory_kind(_KNOWN))
+
+
+def _of_the_host(x: Any) -> np.ndarray:
+    """The same in memory of the host's own: what JAX gives of arrays in memory that a GPU knows is that memory."""
+    found = np.asarray(x)
+    return found.copy() if isinstance(x, jax.Array) and x.sharding.memory_kind == _KNOWN else found
 
 
 def _cache(state: DecodeState) -> Any:

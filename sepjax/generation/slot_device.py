@@ -19,7 +19,7 @@ import numpy as np
 from sepjax.array_typing import Bool, Int32
 from sepjax.clocks import Clocks
 from sepjax.generation.device_thread import DeviceThread, Sweeper, compile_all
-from sepjax.generation.packed import Bytes, Packed, PackedState
+from sepjax.generation.packed import COPIES, Bytes, Copying, Packed, PackedState
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import row_keys
 from sepjax.generation.readers import BoundedReader
@@ -33,6 +33,7 @@ from sepjax.generation.slot_turns import Read, shapes_of
 
 log = logging.getLogger("sepjax.slots")
 _LEAST, _MOST = 4, 32  # rows that one program has leave and begin: an eighth of all within these bounds
+_SHARE = 8  # an eighth of all rows, or more, make all steps of a launch, though all may end before the last of them
 
 
 class Leaving(NamedTuple):
@@ -76,6 +77,8 @@ class SlotDevice:
         self._of, self._reader, self.clocks, self._num_rows = prepared, reader, clocks, rows
         self.most_steps, self.form = most_steps, reader.form
         self.shapes, self.reads_at_once = shapes_of(jax.default_backend(), rows, reader.sizes.chunk, together)
+        # On a processor whoever asks for steps makes them, and has nothing else to ask for meanwhile.
+        self._runs_ahead = most_steps > 1 and (jax.default_backend() != "cpu" or together > 0)
         self.rows, self.pool = self._empty(rows), Pool(pool)
         self._at_once = max(_LEAST, min(rows // 8, _MOST))
         self._pool = spread(self._of.placed(reader.empty(row_keys(0, max(1, pool)))))
@@ -215,7 +218,10 @@ class SlotDevice:
 
     def _step(self, ended: np.ndarray, first: np.ndarray, steps: int) -> Record:
         with self.clocks("device thread: steps"):
-            return self._run(self.programs.steps, np.append(np.where(ended, np.int32(-1), first), np.int32(steps)))
+            sent = np.append(np.where(ended, np.int32(-1), first), np.int32(steps))
+            many = _SHARE * np.count_nonzero(first < steps) >= self._num_rows
+            takes_all = self._runs_ahead and many and steps == self.most_steps
+            return self._run(self.programs.all_steps if takes_all else self.programs.steps, sent)
 
     def _run(self, program: Callable[..., tuple[Rows, Record]], sent: np.ndarray) -> Record:
         """Runs the model on the rows. Whoever looks at what came of it copies it to the host.
@@ -256,7 +262,10 @@ class SlotDevice:
         for together, length in reversed(self.shapes):
             sent = Read.none(together, length, self._num_rows).sent()
             found[f"read {together} x {length}"] = programs.read, *model, sent, table
-        found["steps"] = programs.steps, *model, np.zeros(self._num_rows + 1, np.int32), table
+        sent = np.zeros(self._num_rows + 1, np.int32)
+        found["steps"] = programs.steps, *model, sent, table
+        if self._runs_ahead:
+            found["all steps"] = programs.all_steps, *model, sent, table
         found["exchange"] = programs.exchange, rows, self._pool, self._which((), ()).sent()
         found["take"], found["look"] = (programs.take, rows, i, yes, yes), (programs.look, rows, i, yes)
         return found | {"fetch": (programs.fetch, self._pool, i)}
@@ -287,6 +296,12 @@ class SlotDevice:
         def taken() -> PackedState:
             return PackedState(self.form, self._take(0, False, False))
 
+        def many_copied() -> Any:
+            copies = [Copying(taken()) for _ in range(COPIES)]
+            for copy in copies:
+                copy.send()
+            return [copy.result().packed for copy in copies]
+
         jobs: dict[str, Callable[[], Any]] = {
             "exchange": exchanged,
             "exchange, as many as there may be": all_exchanged,
@@ -294,6 +309,7 @@ class SlotDevice:
             "take": lambda: taken().packed,
             "take, to the host": lambda: taken().on_host().packed,
             "take, place": lambda: placed(taken),
+            f"{COPIES} taken, to the host": many_copied,
             "take, to the host, place": lambda: placed(lambda: taken().on_host()),
             "look": lambda: self.programs.look(self.rows, _number(0), np.array(False)),
         }
@@ -302,7 +318,9 @@ class SlotDevice:
             read = Read.none(together, length, self._num_rows)
             jobs[f"read {together} x {length}"] = lambda read=read: self._read([read])[0].numbers
         ended, most = np.ones(self._num_rows, bool), self.most_steps
-        jobs["no step: all have ended"] = lambda: self._step(ended, first, most).numbers
+        jobs["no step: all have ended"] = lambda: self._step(ended, first + most, most).numbers
+        if self._runs_ahead:
+            jobs[f"{most} steps of no row"] = lambda: self._step(ended, first, most).numbers
         return jobs
 
     def alone(self, repeats: int = 10) -> dict[str, tuple[float, float]]:

@@ -17,14 +17,13 @@ from collections.abc import Callable
 
 from sepjax.clocks import Clocks
 from sepjax.config import UserError
-from sepjax.generation.packed import Copying
+from sepjax.generation.packed import COPIES, Copying
 from sepjax.generation.saved_row import SavedRow
 from sepjax.serve.conversations import Conversations, Entry
 
 log = logging.getLogger("sepjax.serve")
 _RARELY = 8  # rows that have gone are looked for when an eighth as many as there are have come since the last time
 _MOST = 16  # rows on their way: they are on the device still, whose memory is not to grow
-_TOGETHER = 16  # rows asked of the device at once: it has a launch to finish before the first comes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,7 +142,7 @@ class Keeper:
             if task.counts:
                 self._room.release()
             try:
-                if len(tasks) == _TOGETHER:
+                if len(tasks) == COPIES:
                     return tasks
                 task = self._tasks.get_nowait()
             except queue.Empty:
@@ -155,9 +154,10 @@ class Keeper:
         """All rows are asked for before one is waited for, and copied while the device computes."""
         begun = deque((task, self._copying(task)) for task in tasks)
         tasks.clear()  # or a row would lie on the device until the last of them is done
-        for copying in [copying for _, copying in begun if copying is not None]:
-            with contextlib.suppress(Exception):  # whoever waits for its result has it
-                copying.send()
+        with self._clocks("keeper: begin copies"):
+            for copying in [copying for _, copying in begun if copying is not None]:
+                with contextlib.suppress(Exception):  # whoever waits for its result has it
+                    copying.send()
         while begun:
             self._do(*begun.popleft())
 
