@@ -33,7 +33,6 @@ from sepjax.generation.slot_turns import Read, shapes_of
 
 log = logging.getLogger("sepjax.slots")
 _LEAST, _MOST = 4, 32  # rows that one program has leave and begin: an eighth of all within these bounds
-_SHARE = 8  # an eighth of all rows, or more, make all steps of a launch, though all may end before the last of them
 
 
 class Leaving(NamedTuple):
@@ -77,8 +76,6 @@ class SlotDevice:
         self._of, self._reader, self.clocks, self._num_rows = prepared, reader, clocks, rows
         self.most_steps, self.form = most_steps, reader.form
         self.shapes, self.reads_at_once = shapes_of(jax.default_backend(), rows, reader.sizes.chunk, together)
-        # On a processor whoever asks for steps makes them, and has nothing else to ask for meanwhile.
-        self._runs_ahead = most_steps > 1 and (jax.default_backend() != "cpu" or together > 0)
         self.rows, self.pool = self._empty(rows), Pool(pool)
         self._at_once = max(_LEAST, min(rows // 8, _MOST))
         self._pool = spread(self._of.placed(reader.empty(row_keys(0, max(1, pool)))))
@@ -218,16 +215,11 @@ class SlotDevice:
 
     def _step(self, ended: np.ndarray, first: np.ndarray, steps: int) -> Record:
         with self.clocks("device thread: steps"):
-            sent = np.append(np.where(ended, np.int32(-1), first), np.int32(steps))
-            many = _SHARE * np.count_nonzero(first < steps) >= self._num_rows
-            takes_all = self._runs_ahead and many and steps == self.most_steps
-            return self._run(self.programs.all_steps if takes_all else self.programs.steps, sent)
+            return self._run(self.programs.steps, np.append(np.where(ended, np.int32(-1), first), np.int32(steps)))
 
     def _run(self, program: Callable[..., tuple[Rows, Record]], sent: np.ndarray) -> Record:
-        """Runs the model on the rows. Whoever looks at what came of it copies it to the host.
-
-        Not this thread: a copy into memory that the device does not know waits, in whoever asks for it, until what is
-        copied was made, and the device then waits for its next program.
+        """Runs the model on the rows. Whoever looks at what came of it copies it to the host: not this thread, for
+        which the device waits.
         """
         used = [self.rows]
         self.rows, record = program(self._of.params, *used, sent, self._of.table_on_device)
@@ -262,10 +254,7 @@ class SlotDevice:
         for together, length in reversed(self.shapes):
             sent = Read.none(together, length, self._num_rows).sent()
             found[f"read {together} x {length}"] = programs.read, *model, sent, table
-        sent = np.zeros(self._num_rows + 1, np.int32)
-        found["steps"] = programs.steps, *model, sent, table
-        if self._runs_ahead:
-            found["all steps"] = programs.all_steps, *model, sent, table
+        found["steps"] = programs.steps, *model, np.zeros(self._num_rows + 1, np.int32), table
         found["exchange"] = programs.exchange, rows, self._pool, self._which((), ()).sent()
         found["take"], found["look"] = (programs.take, rows, i, yes, yes), (programs.look, rows, i, yes)
         return found | {"fetch": (programs.fetch, self._pool, i)}
@@ -318,9 +307,7 @@ class SlotDevice:
             read = Read.none(together, length, self._num_rows)
             jobs[f"read {together} x {length}"] = lambda read=read: self._read([read])[0].numbers
         ended, most = np.ones(self._num_rows, bool), self.most_steps
-        jobs["no step: all have ended"] = lambda: self._step(ended, first + most, most).numbers
-        if self._runs_ahead:
-            jobs[f"{most} steps of no row"] = lambda: self._step(ended, first, most).numbers
+        jobs["no step: all have ended"] = lambda: self._step(ended, first, most).numbers
         return jobs
 
     def alone(self, repeats: int = 10) -> dict[str, tuple[float, float]]:

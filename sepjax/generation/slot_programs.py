@@ -7,7 +7,7 @@ pool holds rows that have ended and may go on.
     place   a row begins with one that is saved elsewhere
     fetch   a copy of a row of the pool
     read    a few rows take up their next tokens, up to their next compaction; after the last, a first token is drawn
-    steps   some tokens of every row that is generating; `all_steps` as many as a launch may have
+    steps   some tokens of every row that is generating
     take    a copy of a row, to be kept; as it was before the last step, if the host wants it so
     look    what a row's cache holds, without keys and values; likewise
 
@@ -65,7 +65,6 @@ class SlotPrograms:
     place: Callable[[Rows, Array, Packed, Array], Rows]
     read: Callable[[Params, Rows, Array, Array], tuple[Rows, Record]]
     steps: Callable[[Params, Rows, Array, Array], tuple[Rows, Record]]
-    all_steps: Callable[[Params, Rows, Array, Array], tuple[Rows, Record]]
     take: Callable[[Rows, Array, Array, Array], Packed]
     look: Callable[[Rows, Array, Array], StreamingCache]
 
@@ -82,10 +81,7 @@ def slot_programs(
         place=jax.jit(functools.partial(_place, form, arrivals), donate_argnums=0),
         read=jax.jit(functools.partial(_read, graph, attention), donate_argnums=1, compiler_options=options),
         steps=jax.jit(
-            functools.partial(_steps, graph, attention, most_steps, False), donate_argnums=1, compiler_options=options
-        ),
-        all_steps=jax.jit(
-            functools.partial(_steps, graph, attention, most_steps, True), donate_argnums=1, compiler_options=options
+            functools.partial(_steps, graph, attention, most_steps), donate_argnums=1, compiler_options=options
         ),
         take=jax.jit(functools.partial(_take, form)),
         look=jax.jit(_look),
@@ -171,7 +167,6 @@ def _steps(
     graph: nnx.GraphDef,
     attention: AttentionConfig,
     most: int,
-    takes_all: bool,
     params: Params,
     rows: Rows,
     sent: Int32[Array, "_"],
@@ -180,9 +175,7 @@ def _steps(
     """Up to `count` steps, `most` at most; those in which no row takes part are left out.
 
     `sent` has, for each row, the number of the step from which it takes part, -1 if the host has ended it since the
-    last; and behind them `count`. `takes_all`: that is `most`, and no step is left out. Then nobody asks the device at
-    each turn of the loop whether another one follows: a loop with a kernel in it that XLA cannot record (those of
-    Mosaic GPU, with jax 0.11) is its host's, who would be held up until the last.
+    last; and behind them `count`.
     """
     ended, first, count = sent[:-1] < 0, sent[:-1], sent[-1]
     request, B = rows.wishes.request(table), len(ended)
@@ -207,12 +200,8 @@ def _steps(
     top = jnp.zeros((most, B, min(MOST_TOP, len(table))), jnp.int32)
     nothing = Record(jnp.full((most, 6, B), -1, jnp.int32), top, top.astype(jnp.float32))
     before = dataclasses.replace(rows.before, stepped=jnp.zeros(B, bool))
-    if takes_all:
-        carry = state, before, nothing
-        state, before, record = jax.lax.fori_loop(0, most, lambda i, carry: one((i, *carry))[1:], carry)
-    else:
-        carry = next_of(state), state, before, nothing
-        _, state, before, record = jax.lax.while_loop(lambda carry: carry[0] < count, one, carry)
+    carry = next_of(state), state, before, nothing
+    _, state, before, record = jax.lax.while_loop(lambda carry: carry[0] < count, one, carry)
     return kept_there(dataclasses.replace(rows, state=state, before=before)), record
 
 
