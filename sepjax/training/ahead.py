@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from sepjax import interrupt
+from sepjax.attention.kernels_ahead import kernels_of
 
 _KEPT = "/jax/compilation_cache/cache_hits"
 
@@ -53,6 +54,7 @@ class Ahead:
     def __init__(self, mesh: Mesh, calls: Mapping[str, tuple[Any, ...]]):
         """Begins; arguments as `compile_ahead` has them."""
         self._mesh = mesh
+        self._kernels: list[Callable[[], Any]] = []  # nobody waits for them: a program that needs one makes it itself
         self._begun = beside(self._lower, calls) if calls else list
 
     def wait_for_lowering(self) -> None:
@@ -73,6 +75,7 @@ class Ahead:
             with jax.set_mesh(self._mesh):  # a thread has its own
                 lowered = function.lower(*args)
             begun.append(beside(self._compile, name, time.monotonic() - start, lowered))
+            self._kernels += [beside(kernel.compile) for kernel in kernels_of(lowered)]
         return begun
 
     def _compile(self, name: str, lowering: float, lowered: Any) -> Compiled:
