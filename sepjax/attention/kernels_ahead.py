@@ -15,7 +15,7 @@ _TARGET = "mosaic_gpu_v2"
 _DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32, "i32": jnp.int32, "i8": jnp.int8, "i1": bool}
 
 
-def kernels_of(lowered: jax.stages.Lowered, device: jax.Device | None = None) -> list[jax.stages.Lowered]:
+def kernels_of(lowered: jax.stages.Lowered, device: Any = None) -> list[jax.stages.Lowered]:
     """The distinct kernels of a program, each as a program of its own for one device; on other platforms none.
 
     A kernel that reads or writes what this does not know of is left out: it is compiled with its program, as ever.
@@ -24,7 +24,7 @@ def kernels_of(lowered: jax.stages.Lowered, device: jax.Device | None = None) ->
       lowered: the program.
       device: for what device kernels are compiled; None: the first one of this process.
     """
-    found: dict[bytes, Any] = {}
+    found: dict[Any, Any] = {}
 
     def look(op: Any) -> Any:
         if op.name == "stablehlo.custom_call" and op.attributes["call_target_name"].value == _TARGET:
@@ -37,7 +37,7 @@ def kernels_of(lowered: jax.stages.Lowered, device: jax.Device | None = None) ->
         return [alone for op in found.values() if (alone := _alone(op, device)) is not None]
 
 
-def _alone(op: Any, device: jax.Device | None) -> jax.stages.Lowered | None:
+def _alone(op: Any, device: Any) -> jax.stages.Lowered | None:
     try:
         inputs, outputs = ([_struct(x.type) for x in values] for values in (op.operands, op.results))
     except KeyError:  # a type of numbers that is not among `_DTYPES`
