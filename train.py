@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,7 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.flops import flops_report, peak_flops
 from sepjax.programs.train import Settings
 from sepjax.progress import counted, working
-from sepjax.run.checkpoint import Checkpointer, directory
-from sepjax.run.checkpoint_files import steps_on_disk
+from sepjax.run.checkpoint import Checkpointer
 from sepjax.run.guard import StepGuard, StopNotice, Watchdog
 from sepjax.run.metrics import MetricWriter, Throughput, has_known_peak, peak_memory, run_meta
 from sepjax.run.profile import Profile, parse_steps
@@ -44,7 +43,7 @@ from sepjax.run.start import Start
 from sepjax.run.trackers import Trackers, check_trackers
 from sepjax.run.workdir import claim_workdir, hold_workdir
 from sepjax.separators import warn_of_few
-from sepjax.training.ahead import Ahead, beside, compile_ahead
+from sepjax.training.ahead import Compiled, beside, compile_ahead
 from sepjax.training.step import TrainState, abstract_batch, abstract_state, eval_step, model_graph, scanned, train_step
 
 
@@ -94,30 +93,28 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
     mesh = _mesh(config)
     claim_workdir(workdir, config, new_data=asked.new_data)
     run_meta(workdir, seed=config.training.seed)
-    peak, keep = peak_flops(config.model.dtype), config.training.keep_checkpoints
-
-    # State and steps: pure functions under plain jit; parameters are born in their shards. Compiling begins.
-    target = abstract_state(config, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, target)
-    step_fn = functools.partial(train_step, config, model_graph(config))
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-    eval_fn = jax.jit(functools.partial(eval_step, *scanned(config)))
-    ahead = _compile(config, workdir, mesh, target, step_fn, eval_fn)
     asked.timed.done("shape and devices")
 
     # Data: text -> tokens -> packed rows. Each host reads its own share of the documents: for the rows on its devices.
     data_dir = config.data.data_dir or str(workdir / "data")
     given = given_tokenizer(config, download=asked.download)
     tokenizer = prepare_tokenizer(config, data_dir, workdir / "tokenizer", given)
-    share = sharding.row_share(mesh, config.data.batch_size)
-    here: dict[str, Any] = {"process_index": share.index, "process_count": share.count}
-    here["form"] = conversation_form(config, tokenizer)
+    share, form = sharding.row_share(mesh, config.data.batch_size), conversation_form(config, tokenizer)
+    here: dict[str, Any] = {"process_index": share.index, "process_count": share.count, "form": form}
     batches = training_batches(config, tokenizer, data_dir, seed=config.training.seed, **here)
     held_out = evaluation_passes(config, tokenizer, data_dir, **here)  # a split that is not there is said now
     place = functools.partial(_place, share, sharding.batch_sharding(mesh))
     asked.timed.done("data")
+
+    # State and steps: pure functions under plain jit; parameters are born in their shards.
+    target = abstract_state(config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, target)
+    step_fn = functools.partial(train_step, config, model_graph(config))
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    eval_fn = jax.jit(functools.partial(eval_step, *scanned(config)))
     evaluate = functools.partial(_evaluate, config, eval_fn, held_out, place)
     remake = functools.partial(_remake, config, workdir, tokenizer)
+    peak, keep = peak_flops(config.model.dtype), config.training.keep_checkpoints
     with (
         jax.set_mesh(mesh),
         Checkpointer(workdir, keep, remake) as checkpoints,
@@ -126,7 +123,9 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
     ):
         first = functools.partial(first_state, config, workdir, mesh, shardings, download=asked.download)
         restore = functools.partial(checkpoints.restore, target, batches, config, new_data=asked.new_data)
-        state, first_batch = _begin(checkpoints.latest_step, batches, ahead, first, restore, asked.timed)
+        calls = {"step": (step_fn, target), "evaluation": (eval_fn, target.all_params)}
+        latest = checkpoints.latest_step
+        state, first_batch, made = _begin(config, mesh, latest, batches, calls, first, restore, asked.timed)
         start = int(state.step)
         _announce(config, workdir, mesh, state, peak)
 
@@ -148,7 +147,7 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
                     state, metrics = step_fn(state, place(batch))
                 guard.follow(step, metrics)
                 if step == start + 1:
-                    _tell_start(workdir, metrics, asked.timed, ahead)
+                    _tell_start(workdir, metrics, asked.timed, made)
                 profile.end(step, metrics)
                 throughput.add(tokens)
                 stops = notice.reached(step)
@@ -169,48 +168,41 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
     return state
 
 
-def _compile(config: Config, workdir: Path, mesh: jax.sharding.Mesh, target: TrainState, *steps: Any) -> Ahead:
-    """Begins to compile what a run will call: before anything else, for it takes longest. See `compile_ahead`."""
-    shapes, (step_fn, eval_fn) = abstract_batch(config, mesh), steps
-    calls = {"step": (step_fn, target, shapes), "evaluation": (eval_fn, target.all_params, shapes)}
-    done = max(steps_on_disk(directory(workdir)), default=0)
-    return compile_ahead(mesh, calls if done < config.training.steps else {})
-
-
 def _begin(
+    config: Config,
+    mesh: jax.sharding.Mesh,
     latest: int | None,
     batches: Iterator[Batch],
-    ahead: Ahead,
+    calls: Mapping[str, tuple[Any, Any]],
     first: Callable[[], TrainState],
     restore: Callable[[], TrainState],
     timed: Start,
-) -> tuple[TrainState, Callable[[], Batch]]:
-    """The state to go on from, and what gives its first batch.
+) -> tuple[TrainState, Callable[[], Batch], list[Compiled]]:
+    """The state to go on from, what gives its first batch, and what was compiled.
 
     What a start waits for goes on side by side: the steps' compilations, the readers' first batch, the parameters.
+    Python itself does one thing after another, so parameters wait until XLA has all that it needs to begin.
     """
-    if latest is None:
-        first_batch = beside(batches.__next__)
-        ahead.wait_for_lowering()
-        timed.done("lowering")
-        state = first()
-    else:
-        ahead.wait_for_lowering()
-        timed.done("lowering")
-        state, first_batch = restore(), batches.__next__
+    shapes = abstract_batch(config, mesh)
+    is_done = (latest or 0) >= config.training.steps
+    ahead = compile_ahead(mesh, {} if is_done else {name: (*call, shapes) for name, call in calls.items()})
+    first_batch = batches.__next__ if latest is not None else beside(batches.__next__)
+    ahead.wait_for_lowering()
+    timed.done("lowering")
+    state = first() if latest is None else restore()
     timed.done("parameters")
     with working("compiling the step"):
-        ahead.wait()
+        programs = ahead.wait()
     timed.done("compiling")
-    return state, first_batch
+    return state, first_batch, programs
 
 
-def _tell_start(workdir: Path, metrics: Any, timed: Start, ahead: Ahead) -> None:
+def _tell_start(workdir: Path, metrics: Any, timed: Start, programs: Sequence[Compiled]) -> None:
     """Says where the time until the first step went; waits for that step."""
     jax.block_until_ready(metrics)
     timed.done("first step")
     if jax.process_index() == 0:
-        say(f"{workdir}: {timed.in_words(ahead.wait())}", error=False)
+        say(f"{workdir}: {timed.in_words(programs)}", error=False)
 
 
 def _mesh(config: Config) -> jax.sharding.Mesh:
