@@ -190,7 +190,7 @@ def _begin(
     ahead.wait_for_lowering()
     timed.done("lowering")
     state = first() if latest is None else restore()
-    timed.done("parameters")
+    timed.done("weights")
     with working("compiling the step"):
         programs = ahead.wait()
     timed.done("compiling")
