@@ -5,7 +5,7 @@ Mosaic keeps a kernel for the rest of the process by its hash, so programs of a 
 meantime, leave nothing to do then.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,37 +24,43 @@ def kernels_of(lowered: jax.stages.Lowered, device: Any = None) -> list[jax.stag
       lowered: the program.
       device: for what device kernels are compiled; None: the first one of this process.
     """
-    found: dict[Any, Any] = {}
+    found: list[Any] = []
 
     def look(op: Any) -> Any:
         if op.name == "stablehlo.custom_call" and op.attributes["call_target_name"].value == _TARGET:
-            found.setdefault(_settings(op).get("kernel_hash"), op)
+            found.append(op)
         return ir.WalkResult.ADVANCE
 
     module: Any = lowered.compiler_ir("stablehlo")
     with module.context:
         module.operation.walk(look)
-        return [alone for op in found.values() if (alone := _alone(op, device)) is not None]
-
-
-def _alone(op: Any, device: Any) -> jax.stages.Lowered | None:
-    try:
-        inputs, outputs = ([_struct(x.type) for x in values] for values in (op.operands, op.results))
-    except KeyError:  # a type of numbers that is not among `_DTYPES`
-        return None
-    settings = _settings(op)
-    if settings.get("uses_xla_collective_metadata"):
-        return None
-    call = jax.ffi.ffi_call(_TARGET, outputs)
+        calls = {call.settings.get("kernel_hash"): call for call in map(_call, found) if call is not None}
     placed = None if device is None else jax.sharding.SingleDeviceSharding(device)
-    return jax.jit(lambda *arrays: call(*arrays, **settings), in_shardings=placed).lower(*inputs)
+    return [call.alone(placed) for call in calls.values()]
 
 
-def _settings(op: Any) -> dict[str, Any]:
+class _Call(NamedTuple):
+    """A call of a kernel: what it reads and writes, and its settings, the kernel itself among them."""
+
+    inputs: list[jax.ShapeDtypeStruct]
+    outputs: list[jax.ShapeDtypeStruct]
+    settings: dict[str, Any]
+
+    def alone(self, placed: Any) -> jax.stages.Lowered:
+        call = jax.ffi.ffi_call(_TARGET, self.outputs)
+        inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for x in self.inputs]
+        return jax.jit(lambda *arrays: call(*arrays, **self.settings)).lower(*inputs)
+
+
+def _call(op: Any) -> _Call | None:
     named = {x.name: x.attr for x in op.attributes["mhlo.backend_config"]}
-    return {name: x.value_bytes if isinstance(x, ir.StringAttr) else x.value for name, x in named.items()}
-
-
-def _struct(type_of: Any) -> jax.ShapeDtypeStruct:
-    tensor = ir.RankedTensorType(type_of)
-    return jax.ShapeDtypeStruct(tuple(tensor.shape), _DTYPES[str(tensor.element_type)])
+    known = all(isinstance(x, ir.StringAttr | ir.BoolAttr) for x in named.values())
+    tensors = [[ir.RankedTensorType(x.type) for x in values] for values in (op.operands, op.results)]
+    if not known or any(str(x.element_type) not in _DTYPES for x in (*tensors[0], *tensors[1])):
+        return None
+    settings = {name: x.value_bytes if isinstance(x, ir.StringAttr) else x.value for name, x in named.items()}
+    inputs, outputs = (
+        [jax.ShapeDtypeStruct(tuple(x.shape), _DTYPES[str(x.element_type)]) for x in some] for some in tensors
+    )
+    # Of kernels of several devices, which are told of one another, nothing here is known.
+    return None if settings.get("uses_xla_collective_metadata") else _Call(inputs, outputs, settings)
