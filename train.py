@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from sepjax import sharding
 from sepjax.begin import adopt_shape, conversation_form, first_state, given_tokenizer
 from sepjax.command.flags import run_settings
 from sepjax.config import Config
+from sepjax.console import say
 from sepjax.data.batch import Batch
 from sepjax.data.pipeline import evaluation_passes, prepare_tokenizer, training_batches
 from sepjax.data.tokenizer import Tokenizer
@@ -38,11 +39,12 @@ from sepjax.run.checkpoint import Checkpointer
 from sepjax.run.guard import StepGuard, StopNotice, Watchdog
 from sepjax.run.metrics import MetricWriter, Throughput, has_known_peak, peak_memory, run_meta
 from sepjax.run.profile import Profile, parse_steps
+from sepjax.run.start import Start
 from sepjax.run.trackers import Trackers, check_trackers
 from sepjax.run.workdir import claim_workdir, hold_workdir
 from sepjax.separators import warn_of_few
-from sepjax.training.ahead import beside, compile_ahead
-from sepjax.training.step import TrainState, abstract_batch, abstract_state, eval_step, model_graph, train_step
+from sepjax.training.ahead import Compiled, beside, compile_ahead
+from sepjax.training.step import TrainState, abstract_batch, abstract_state, eval_step, model_graph, scanned, train_step
 
 
 def train(
@@ -54,6 +56,7 @@ def train(
     download: bool = False,
     log_to: Sequence[str] = (),
     profile_steps: str = "",
+    began: float | None = None,
 ) -> TrainState:
     """Trains until `config.training.steps`, or from the newest checkpoint on; returns the last state.
 
@@ -65,17 +68,19 @@ def train(
       download: whether `training.init_from` may be fetched from the Hugging Face hub.
       log_to: who gets the metrics besides, "wandb" or "trackio" (`sepjax.run.trackers`).
       profile_steps: "10:15": the steps that are recorded (`sepjax.run.profile`).
+      began: when the program began, by `time.monotonic()`; None: now. What is said of the start counts from it.
     """
     check_trackers(log_to)
     profiled = parse_steps(profile_steps, config.training.steps)
     with hold_workdir(workdir):
-        return _train(config, workdir, Asked(new_data, step_timeout, download, log_to), profiled)
+        return _train(config, workdir, Asked(Start(began), new_data, step_timeout, download, log_to), profiled)
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """Of a start, not of the experiment: see `train`."""
 
+    timed: Start
     new_data: bool
     step_timeout: float
     download: bool
@@ -85,33 +90,29 @@ class Asked:
 def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> TrainState:
     # Mesh: every device of every host. Workdir: one config for its whole life. Post-training: another model's shape.
     config = adopt_shape(config, workdir, download=asked.download)
-    mesh = sharding.make_mesh(config.mesh)
-    _check_mesh(config, mesh)
+    mesh = _mesh(config)
     claim_workdir(workdir, config, new_data=asked.new_data)
     run_meta(workdir, seed=config.training.seed)
+    asked.timed.done("shape and devices")
 
     # Data: text -> tokens -> packed rows. Each host reads its own share of the documents: for the rows on its devices.
     data_dir = config.data.data_dir or str(workdir / "data")
     given = given_tokenizer(config, download=asked.download)
     tokenizer = prepare_tokenizer(config, data_dir, workdir / "tokenizer", given)
-    share = sharding.row_share(mesh, config.data.batch_size)
-    here: dict[str, Any] = {"process_index": share.index, "process_count": share.count}
-    here["form"] = conversation_form(config, tokenizer)
+    share, form = sharding.row_share(mesh, config.data.batch_size), conversation_form(config, tokenizer)
+    here: dict[str, Any] = {"process_index": share.index, "process_count": share.count, "form": form}
     batches = training_batches(config, tokenizer, data_dir, seed=config.training.seed, **here)
     held_out = evaluation_passes(config, tokenizer, data_dir, **here)  # a split that is not there is said now
     place = functools.partial(_place, share, sharding.batch_sharding(mesh))
+    asked.timed.done("data")
 
     # State and steps: pure functions under plain jit; parameters are born in their shards.
-    graph, target = model_graph(config), abstract_state(config, mesh)
+    target = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, target)
-    step_fn = functools.partial(train_step, config, graph)
+    step_fn = functools.partial(train_step, config, model_graph(config))
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-    eval_fn = jax.jit(functools.partial(eval_step, config, graph))
-
-    def rows() -> Iterable[Batch]:
-        return map(place, held_out())
-
-    evaluate = functools.partial(_evaluate, eval_fn, rows, config.training.eval_batches)
+    eval_fn = jax.jit(functools.partial(eval_step, *scanned(config)))
+    evaluate = functools.partial(_evaluate, config, eval_fn, held_out, place)
     remake = functools.partial(_remake, config, workdir, tokenizer)
     peak, keep = peak_flops(config.model.dtype), config.training.keep_checkpoints
     with (
@@ -122,8 +123,9 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
     ):
         first = functools.partial(first_state, config, workdir, mesh, shardings, download=asked.download)
         restore = functools.partial(checkpoints.restore, target, batches, config, new_data=asked.new_data)
-        calls = (step_fn, target), (eval_fn, target.all_params)
-        state, first_batch = _begin(config, mesh, checkpoints.latest_step, batches, calls, first, restore)
+        calls = {"step": (step_fn, target), "evaluation": (eval_fn, target.all_params)}
+        latest = checkpoints.latest_step
+        state, first_batch, made = _begin(config, mesh, latest, batches, calls, first, restore, asked.timed)
         start = int(state.step)
         _announce(config, workdir, mesh, state, peak)
 
@@ -136,6 +138,7 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
             if start == 0 and config.training.init_from:  # what the model was before
                 with throughput.pause(), watchdog.pause():
                     writer.write(0, evaluate(state))
+                asked.timed.done("evaluation")
             guard = StepGuard(watchdog, most, int(state.health.skipped), checkpoints.describe)
             for step in range(start + 1, config.training.steps + 1):
                 batch = first_batch() if step == start + 1 else next(batches)
@@ -143,6 +146,8 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
                 with profile.step(step):
                     state, metrics = step_fn(state, place(batch))
                 guard.follow(step, metrics)
+                if step == start + 1:
+                    _tell_start(workdir, metrics, asked.timed, made)
                 profile.end(step, metrics)
                 throughput.add(tokens)
                 stops = notice.reached(step)
@@ -168,29 +173,44 @@ def _begin(
     mesh: jax.sharding.Mesh,
     latest: int | None,
     batches: Iterator[Batch],
-    calls: Sequence[tuple[Any, Any]],
+    calls: Mapping[str, tuple[Any, Any]],
     first: Callable[[], TrainState],
     restore: Callable[[], TrainState],
-) -> tuple[TrainState, Callable[[], Batch]]:
-    """The state to go on from, and what gives its first batch.
+    timed: Start,
+) -> tuple[TrainState, Callable[[], Batch], list[Compiled]]:
+    """The state to go on from, what gives its first batch, and what was compiled.
 
     What a start waits for goes on side by side: the steps' compilations, the readers' first batch, the parameters.
+    Python itself does one thing after another, so parameters wait until XLA has all that it needs to begin.
     """
     shapes = abstract_batch(config, mesh)
-    compiled = compile_ahead(mesh, [(*call, shapes) for call in calls] if (latest or 0) < config.training.steps else [])
-    if latest is None:
-        first_batch, state = beside(batches.__next__), first()
-    else:
-        state, first_batch = restore(), batches.__next__
+    is_done = (latest or 0) >= config.training.steps
+    ahead = compile_ahead(mesh, {} if is_done else {name: (*call, shapes) for name, call in calls.items()})
+    first_batch = batches.__next__ if latest is not None else beside(batches.__next__)
+    ahead.wait_for_lowering()
+    timed.done("lowering")
+    state = first() if latest is None else restore()
+    timed.done("weights")
     with working("compiling the step"):
-        compiled()
-    return state, first_batch
+        programs = ahead.wait()
+    timed.done("compiling")
+    return state, first_batch, programs
 
 
-def _check_mesh(config: Config, mesh: jax.sharding.Mesh) -> None:
+def _tell_start(workdir: Path, metrics: Any, timed: Start, programs: Sequence[Compiled]) -> None:
+    """Says where the time until the first step went; waits for that step."""
+    jax.block_until_ready(metrics)
+    timed.done("first step")
+    if jax.process_index() == 0:
+        say(f"{workdir}: {timed.in_words(programs)}", error=False)
+
+
+def _mesh(config: Config) -> jax.sharding.Mesh:
+    mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.data.batch_size // config.optimizer.accumulation_steps)
     sharding.check_heads(mesh, config.model.num_heads)
     sharding.check_length(mesh, config.data.sequence_length)
+    return mesh
 
 
 def _remake(config: Config, workdir: Path, tokenizer: Tokenizer) -> None:
@@ -220,10 +240,14 @@ def _report(config: Config, metrics: dict[str, Any], tokens: int, speed: Through
 
 
 def _evaluate(
-    eval_fn: Callable[..., Any], rows: Callable[[], Iterable[Batch]], most: int, state: TrainState
+    config: Config,
+    eval_fn: Callable[..., Any],
+    held_out: Callable[[], Iterable[Batch]],
+    place: Callable[[Batch], Batch],
+    state: TrainState,
 ) -> dict[str, float]:
-    """The loss on the first `most` batches of `rows()`."""
-    batches = list(itertools.islice(rows(), most))
+    """The loss on the first `training.eval_batches` of the held-out batches."""
+    batches = list(map(place, itertools.islice(held_out(), config.training.eval_batches)))
     told = counted(batches, "evaluating", len(batches), "batches")
     sums = [eval_fn(state.all_params, batch) for batch in told]
     loss = sum(float(nll) for nll, _ in sums) / max(sum(float(count) for _, count in sums), 1.0)
@@ -245,7 +269,7 @@ def main(settings: Settings) -> None:
     """Trains as the command line asks. In a process of its own it comes after `sharding.join_cluster`."""
     names = ("new_data", "step_timeout", "download", "log_to", "profile_steps")
     options: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    train(settings.config, Path(settings.workdir), **options)
+    train(settings.config, Path(settings.workdir), began=interrupt.BEGAN, **options)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.convert import keep_origin
 from sepjax.hub.errors import HubError
 from sepjax.hub.training_form import TrainingForm, training_form
-from sepjax.loading import load, load_shape, locate, shape_alone
+from sepjax.loading import load, load_shape, locate, model_shape, shape_alone
 from sepjax.model.transformer import split
 from sepjax.run.workdir import has_begun
 from sepjax.training.step import TrainState, create_state
@@ -46,7 +46,7 @@ def adopt_shape(config: Config, workdir: Path, *, download: bool = False) -> Con
         return config
     _refuse_tokenizer(config)
     is_begun = begun.exists() and has_begun(workdir)
-    there = from_json(begun.read_bytes()).model if is_begun else load_shape(source, download=download)[0]
+    there = from_json(begun.read_bytes()).model if is_begun else model_shape(source, download=download)
     return _with_shape(config, there)
 
 

@@ -8,6 +8,7 @@ where the exception has not done so in a few seconds. This comes before all else
 import os
 import signal
 import sys
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from types import FrameType, TracebackType
     from typing import Any
 
+BEGAN = time.monotonic()  # of the program, but for what Python itself takes: whatever imports this does it first
 EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 _PATIENCE = 3.0  # seconds for the exception to end the program: half-written files are removed, readers ended
 _state = {"presses": 0, "said": 0}

@@ -10,7 +10,7 @@ from sepjax.config import ConfigError, ModelConfig, UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.adapter import add_adapter, origin_family
 from sepjax.hub.folder import config_shape, folder_shape, is_folder, load_folder
-from sepjax.hub.gguf_file import gguf_shape, load_gguf
+from sepjax.hub.gguf_file import gguf_config, gguf_shape, load_gguf
 from sepjax.hub.packaged import packaged_file
 from sepjax.hub.remote import HUB_ID, fetch
 from sepjax.model.transformer import Transformer, abstract, merge, split
@@ -110,13 +110,21 @@ def load_shape(path: str | os.PathLike[str], *, download: bool = False) -> tuple
     return load_config(source).model, Tokenizer.load(source / "tokenizer")
 
 
+def model_shape(path: str | os.PathLike[str], *, download: bool = False) -> ModelConfig:
+    """The first of `load_shape`, which of a GGUF file is there in no time: its tokenizer takes longest."""
+    source = locate(path, download=download)
+    if source.is_file() and source.suffix == ".gguf":
+        return gguf_config(source, dtype="float32")
+    return load_shape(source)[0]
+
+
 def shape_alone(path: str | os.PathLike[str]) -> ModelConfig:
     """The shape of what `load` reads, or of a config.json whose weights are not here; raises as `load_shape` does."""
     source = locate(path)
     named = source if source.name == "config.json" else source / "config.json"
     if named.is_file() and not is_folder(source) and not _is_run(source):
         return config_shape(named, dtype="float32")
-    return load_shape(source)[0]
+    return model_shape(source)
 
 
 def locate(path: str | os.PathLike[str], *, download: bool = False) -> Path:

@@ -49,6 +49,7 @@ def start_quickly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(jax, "jit", _jit_once)
     patch.setattr(program, "model_graph", _model_graph)
     patch.setattr(program, "abstract_state", _abstract_state)
+    patch.setattr(program, "scanned", _scanned)
     measure_once(patch)
 
 
@@ -93,3 +94,4 @@ def tell_all(patch: pytest.MonkeyPatch) -> None:
 ONCE += [step_that_tells_all, scores_of_nothing]
 _peak_flops = functools.cache(program.peak_flops)
 _model_graph, _abstract_state = functools.cache(program.model_graph), functools.cache(program.abstract_state)
+_scanned = functools.cache(program.scanned)

@@ -90,6 +90,10 @@ def finished(config_file, tmp_path_factory) -> Path:
     assert {step for step, _ in package.lines} == set(range(1, 25))
     assert package.finished == 1
     assert "attention" in out.getvalue()
+    told = re.findall(
+        r"first step after [\d.]+ s: .*; programs, lowering \+ compiling: step .*, evaluation ", out.getvalue()
+    )
+    assert len(told) == 1
     return workdir
 
 

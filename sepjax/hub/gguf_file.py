@@ -59,9 +59,19 @@ def gguf_shape(path: Path, *, dtype: str) -> tuple[ModelConfig, Tokenizer]:
     return _shape(path, _open(path), dtype)
 
 
-def _shape(path: Path, header: Header, dtype: str) -> tuple[ModelConfig, Tokenizer]:
+def gguf_config(path: Path, *, dtype: str) -> ModelConfig:
+    """The settings of a file alone, without its tokenizer; raises as `load_gguf` does."""
+    return _config(_open(path), dtype)
+
+
+def _config(header: Header, dtype: str) -> ModelConfig:
     config = model_config(header, dtype)
     check_sizes(_Tensors(header, config), config)
+    return config
+
+
+def _shape(path: Path, header: Header, dtype: str) -> tuple[ModelConfig, Tokenizer]:
+    config = _config(header, dtype)
     tokenizer = tokenizer_of(path, header.fields)
     check_tokenizer(path, tokenizer, config.vocab_size)
     return config, tokenizer

@@ -17,16 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-
-# Generated code, whose names a type checker cannot see.
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from sepjax.config import UserError
 from sepjax.console import say
 from sepjax.files import WriteError, write_text
 from sepjax.measure import checkout
+from sepjax.run.events import Event, EventsWriter, SessionLog, Summary
 from sepjax.run.trackers import Trackers
 
 _PACKAGES = ("sepjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
@@ -117,7 +113,7 @@ class MetricWriter:
         else:
             self._is_failing = False
 
-    def _write_event(self, event: Event) -> None:
+    def _write_event(self, event: Any) -> None:
         """Drops the event where it cannot be written: `metrics.jsonl` is the record, TensorBoard a view of it."""
         try:
             if self._events is None:

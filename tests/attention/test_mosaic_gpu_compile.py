@@ -1,6 +1,7 @@
 """The Hopper kernels compiled for an H100 that is not there: XLA, Mosaic and ptxas as on the real one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from sepjax.attention import decode, mosaic_gpu, runs, separator_attention, xla
+from sepjax.attention.kernels_ahead import kernels_of
 from sepjax.attention.op import choose
 from sepjax.config import ModelConfig
 from sepjax.layout import build_layout
@@ -55,8 +57,15 @@ KERNEL = functools.partial(separator_attention, implementation="mosaic_gpu", ret
 )
 def test_compiles_for_an_h100(h100, shape, dtype):
     """Within an H100's shared memory and registers: ptxas would refuse, and Mosaic before it."""
-    compiled = lowered(h100, shape, dtype, KERNEL).compile()
-    assert compiled.as_text().count("mosaic_gpu") >= 4, "packing, forward, dQ, dK with dV"
+    program = lowered(h100, shape, dtype, KERNEL)
+    alone = kernels_of(program, h100.devices[0])
+    for kernel in alone:  # which Mosaic keeps by their hashes
+        kernel.compile()
+    named = [set(re.findall(r'kernel_hash = ("[^"]*")', x.as_text())) for x in (program, *alone)]
+    assert all(len(names) == 1 for names in named[1:])
+    assert named[0] == set().union(*named[1:])
+    assert len(alone) == len(named[0]) == 4, "packing, forward, dQ, dK with dV"
+    assert program.compile().as_text().count("mosaic_gpu") >= 4
 
 
 def test_it_is_chosen_for_an_h100_that_is_not_there(h100):

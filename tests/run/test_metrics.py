@@ -1,9 +1,11 @@
 """Needed FLOPs against the model's own matrices and the compiler's count; records that outlive crashes."""
 
 import gc
+import importlib
 import json
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from sepjax import flops
 from sepjax.config import Config, DataConfig, ModelConfig, UserError
 from sepjax.layout import build_layout
 from sepjax.model.transformer import abstract
-from sepjax.run import metrics
+from sepjax.run import events, metrics
 
 SMALL = ModelConfig(num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, vocab_size=96)
 
@@ -33,6 +35,17 @@ def test_matmul_parameters_are_the_models_matrices(gated: bool, tied: bool) -> N
     matrices = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
     (head,) = jax.tree.leaves(params["embedding" if tied else "head"])
     assert flops.matmul_parameters(model) == matrices + head.size
+
+
+def test_torch_is_not_imported_for_events(tmp_path, monkeypatch):
+    """tensorboardX would, where it is installed: seconds of every start."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [x for x in sys.modules if x.split(".")[0] in ("torch", "tensorboardX") or x == events.__name__]:
+        monkeypatch.delitem(sys.modules, name)
+    assert importlib.import_module(events.__name__) is not events
+    with pytest.raises(RuntimeError, match="imported"):
+        importlib.import_module("torch")  # which others still find
 
 
 def test_a_pair_costs_what_the_compiler_counts_for_dense_attention() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from sepjax import interrupt
-from sepjax.training.ahead import beside, compile_ahead
+from sepjax.run.start import Start
+from sepjax.training.ahead import Compiled, beside, compile_ahead
 
 
 def test_a_result_is_waited_for_and_an_error_raised():
@@ -28,7 +30,9 @@ def test_the_call_finds_what_was_compiled_ahead(caplog):
     shape = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=placed)
     with jax.set_mesh(mesh), jax.log_compiles(), caplog.at_level(logging.WARNING):
         state, x = jax.device_put((np.zeros(8, np.float32), np.ones(8, np.float32)), placed)
-        compile_ahead(mesh, [(step, shape, shape)])()
+        (told,) = compile_ahead(mesh, {"step": (step, shape, shape)}).wait()
+        assert told.name == "step"
+        assert min(told.lowering, told.compiling) > 0
         caplog.clear()
         state, _ = step(state, x)
         step(state, x)
@@ -37,10 +41,28 @@ def test_the_call_finds_what_was_compiled_ahead(caplog):
 
 def test_what_cannot_be_compiled_is_told_by_the_wait():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-    wait = compile_ahead(mesh, [(jax.jit(jnp.dot), *[jax.ShapeDtypeStruct((n,), jnp.float32) for n in (2, 3)])])
-    with pytest.raises(TypeError, match="2"):
-        wait()
-    compile_ahead(mesh, [])()
+    wrong = jax.jit(jnp.dot), *[jax.ShapeDtypeStruct((n,), jnp.float32) for n in (2, 3)]
+    ahead = compile_ahead(mesh, {"step": wrong})
+    for wait in (ahead.wait_for_lowering, ahead.wait):
+        with pytest.raises(TypeError, match="2"):
+            wait()
+    nothing = compile_ahead(mesh, {})
+    nothing.wait_for_lowering()
+    assert nothing.wait() == []
+
+
+def test_where_a_start_went_is_told_in_turn(monkeypatch):
+    clock = iter([10.0, 12.5, 12.52, 20.0, 21.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    start = Start(began=9.0)
+    for part in ("data", "nothing", "compiling", "data"):
+        start.done(part)
+    programs = Compiled("step", 1.25, 6.0, False), Compiled("evaluation", 0.5, 0.25, True)
+    assert start.in_words(programs) == (
+        "first step after 12.0 s: imports 1.0, data 3.5, compiling 7.5; programs, lowering + compiling: "
+        "step 1.2 + 6.0, evaluation 0.5 + 0.2 (kept)"
+    )
+    assert start.seconds == 12
 
 
 def test_an_error_that_ends_the_program_need_not_wait_for_what_has_begun(monkeypatch):
