@@ -2,12 +2,12 @@
 
     queries   [B, K, Z, G, H]   G query heads of a key head, turned to fit the keys of each of Z zones of slots
     cache     [B, K, C, H]      keys and values in slots, of which each row sees some; the token sees itself, too
-    zones     slots [0, ends[0]), [ends[0], ends[1]), ... [ends[-1], C)
+    zones     slots [0, ends[0]), [ends[0], ends[1]), ... [ends[-1], C)    of codes each row's may end elsewhere
 
 Plain XLA is the definition and runs anywhere. On a Hopper GPU one kernel (`mosaic_gpu_decode_kernels.py`) reads each
 key and value once, of those tiles of slots alone in which the row sees something. Codes of 8 bits have a kernel of
-their own (`mosaic_gpu_decode_int8_kernels.py`), which turns keys that lie un-rotated, too. Both give, where watched
-tokens are kept by them, the largest weight of each slot (`looks`).
+their own (`mosaic_gpu_decode_int8_kernels.py`). Both give, where watched tokens are kept by them, the largest weight of
+each slot (`looks`).
 """
 
 import dataclasses
@@ -25,13 +25,11 @@ from sepjax.attention.packing import unserved
 from sepjax.attention.target import target
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-type Table = tuple[jax.Array, jax.Array]  # cosines and sines
 _TYPES = (jnp.bfloat16, jnp.float16)
 _PLAIN = ("xla", "reference", "tpu")  # implementations of `separator_attention` by whose names decoding is plain XLA
 _H100_SMS = 132  # where the device does not tell
 TILE = 64  # slots that the kernel reads at a time: the rows of one product
 _STAGES = {64: 4, 128: 3, 256: 2}  # by head size, tiles of keys and of values in shared memory
-_TURNED = (64, 128)  # head sizes of which registers hold cosines and sines, too
 _STAGES_OF_CODES = {64: 3, 128: 3, 256: 2}
 _KEPT = {64: 48, 128: 32, 256: 64}  # KiB of scores that a block keeps for its looks, so that as many share an SM
 _BLOCKS = 2  # of the kernel that an SM takes at a time
@@ -58,40 +56,7 @@ class Seen:
         return self if jnp.dtype(dtype) in _TYPES else Seen(self.visible, None, None)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Turns:
-    """By what the kernel turns keys that lie un-rotated, and queries to fit them. Made by `turns`.
-
-    Of layers that differ in their rotations each but `ends` has an axis more, the first.
-    """
-
-    of_keys: Float[jax.Array, "2 S E"]  # by a slot's place in its tile; cosines, sines
-    of_tiles: Float32[jax.Array, "X 2 H"]  # by a tile's first slot
-    of_zones: Float32[jax.Array, "B Z 2 H"]  # by a query's distance from any slot, plus the slot's number
-    ends: Int32[jax.Array, "B Y"]  # where the zones but the last end
-
-    __no_type_check__ = True  # see `StreamingCache`
-
-    def of_layer(self, number: Int32[Array, ""] | None) -> "Turns":
-        """A layer's own; `number` as for `sepjax.model.rope.of_layer`."""
-        if number is None:
-            return self
-        return Turns(self.of_keys[number], self.of_tiles[number], self.of_zones[number], self.ends)
-
-
-def turns(of_keys: Table, of_tiles: Table, of_zones: Table, ends: Int32[Array, "B Y"]) -> Turns:
-    """`Turns` of cosines and sines [..., H/2]: of_keys [TILE, H/2], of_tiles [C/TILE, H/2], of_zones [B, Z, H/2]."""
-
-    def whole(table: Table) -> jax.Array:
-        return jnp.stack([jnp.concatenate([x, x], axis=-1) for x in table], axis=-2)
-
-    return Turns(jnp.stack(of_keys, axis=-3), whole(of_tiles), whole(of_zones), jnp.asarray(ends))
-
-
-def unsupported(
-    dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None, *, rotated: int | None = None
-) -> str | None:
+def unsupported(dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None) -> str | None:
     """Why the kernel cannot serve a decoding step on the device that is traced for, or None when it can.
 
     Args:
@@ -100,7 +65,6 @@ def unsupported(
       slots: C.
       implementation: what the config names for `separator_attention`. A decoding step has two forms: the plain ones'
         names ("xla", "reference", "tpu") mean the plain one here, others and None the kernel where it can serve.
-      rotated: R, how many of H numbers turn, of keys that lie un-rotated; None: they lie as they are needed.
     """
     if implementation in _PLAIN:
         return f"attention.implementation={implementation!r} asks for plain XLA"
@@ -111,11 +75,6 @@ def unsupported(
         return "it runs on one device, the mesh has several"
     if not slots or slots % TILE:
         return f"it reads {TILE} slots at a time, the cache has {slots}"
-    if rotated is not None and (rotated != head_dim or head_dim > max(_TURNED)):
-        return (
-            f"of keys that lie un-rotated it turns heads of {' and '.join(map(str, _TURNED))} whole, "
-            f"got {rotated} of {head_dim} numbers"
-        )
     return unserved(jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype) == jnp.int8 else dtype), head_dim, _TYPES)
 
 
@@ -137,9 +96,8 @@ def attend(
     k_cache: Float[Array, "B K C H"] | Int8[Array, "B K C H"],
     v_cache: Float[Array, "B K C H"] | Int8[Array, "B K C H"],
     seen: Seen,
-    ends: tuple[int, ...] = (),
+    ends: tuple[int, ...] | Int32[Array, "B Y"] = (),
     scales: tuple[Float[Array, "B K C"], Float[Array, "B K C"]] | None = None,
-    lying: tuple[Float[Array, "B K G H"], Float[Array, "B K H"], Turns] | None = None,
     *,
     looks: bool = False,
 ) -> tuple[Float[jax.Array, "B K G H"], Float32[jax.Array, "B K C"] | None]:
@@ -150,30 +108,26 @@ def attend(
       k: the token's own key; v: its value. They are not in the cache yet.
       k_cache: keys in slots; v_cache: values. For the kernel codes as they are stored.
       seen: of `seen_slots`, which says whether the kernel runs.
-      ends: where the zones but the last end.
+      ends: where the zones but the last end; of codes, for the kernel, each row's or none.
       scales: by which keys and values in slots are to be multiplied; None: they are as they are. For the kernel they
         are those of codes of 8 bits.
-      lying: for the kernel alone, where codes of keys lie un-rotated: queries and own key as they are before they turn,
-        which take the place of `queries` and `k`, and the turns, whose zones count. Plain XLA wants keys turned.
       looks: whether to give, of the weights of each slot, the largest among the query heads of a key head: 0 where none
         sees it.
     """
     if seen.kernel:
-        return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, lying, looks=looks)
+        return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, looks=looks)
     out, weights = _plainly(queries, k, v, k_cache, v_cache, seen, ends, scales)
     return out, jnp.max(weights, axis=2) if looks else None
 
 
 def _plainly(
-    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: tuple[int, ...], scales: Any
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any
 ) -> tuple[jax.Array, jax.Array]:
     """In plain XLA: the result, and the weights [B, K, G, C]. All zones are rows of one product, which cost nothing."""
     of_keys, of_values = (None, None) if scales is None else (x.astype(jnp.float32)[:, :, None] for x in scales)
     scores = _einsum("BKZGH,BKCH->BKZGC", queries, k_cache)
     scores = scores if of_keys is None else scores * of_keys[:, :, None]
-    bounds = [0, *ends, k_cache.shape[2]]
-    parts = [scores[:, :, z, :, bounds[z] : bounds[z + 1]] for z in range(len(ends) + 1)]
-    scores = jnp.where(seen.visible[:, None, None], jnp.concatenate(parts, axis=-1), -jnp.inf)
+    scores = jnp.where(seen.visible[:, None, None], _of_zones(scores, ends), -jnp.inf)
     own = _einsum("BKGH,BKH->BKG", queries[:, :, -1], k)[..., None]
     weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * k.shape[-1] ** -0.5, axis=-1)
     shares = weights[..., :-1] if of_values is None else weights[..., :-1] * of_values
@@ -182,15 +136,27 @@ def _plainly(
     return out.astype(v.dtype), weights[..., :-1]
 
 
+def _of_zones(scores: jax.Array, ends: Any) -> jax.Array:
+    """Of scores [B, K, Z, G, C] with queries of every zone those of each slot's own, [B, K, G, C]."""
+    if isinstance(ends, tuple):
+        bounds = [0, *ends, scores.shape[-1]]
+        return jnp.concatenate([scores[:, :, z, :, bounds[z] : bounds[z + 1]] for z in range(len(ends) + 1)], axis=-1)
+    i, found = jnp.arange(scores.shape[-1]), scores[:, :, -1]
+    for z in reversed(range(scores.shape[2] - 1)):
+        found = jnp.where(i < ends[:, z, None, None, None], scores[:, :, z], found)
+    return found
+
+
 def _by_kernel(
-    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any, lying: Any, *,
-    looks: bool,
-) -> Any:  # fmt: skip
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any, *, looks: bool
+) -> Any:
     """The result, and the looks or None."""
     if scales is None:
         return _kernel(queries, k, v, k_cache, v_cache, seen.bias, seen.live, ends=ends, looks=looks)
     codes = (k_cache, scales[0]), (v_cache, scales[1])
-    return _kernel_of_codes(queries[:, :, -1], k, v, codes, seen.bias, seen.live, lying, looks=looks)
+    of_rows = None if isinstance(ends, tuple) else ends
+    assert of_rows is not None or not ends, "codes of several zones have ends of each row"
+    return _kernel_of_codes(queries, k, v, codes, seen.bias, seen.live, of_rows, looks=looks)
 
 
 def _stages_and_splits(shape: tuple[int, ...], stages: int, looks: bool) -> tuple[int, int]:
@@ -220,13 +186,12 @@ def _kernel(
 
 
 @functools.partial(jax.jit, static_argnames="looks")
-def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, lying: Any, *, looks: bool) -> Any:
+def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, ends: Any, *, looks: bool) -> Any:
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_int8_kernels")
-    (B, K, G, H), C = queries.shape, codes[0][0].shape[2]
+    (B, K, Z, G, H), C = queries.shape, codes[0][0].shape[2]
     stages, splits = _stages_and_splits((B, K, G, H, C), _STAGES_OF_CODES[H], looks)
-    zones = 0 if lying is None else lying[2].of_zones.shape[1]
-    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks, zones)
-    return module.run(shape, queries, k, v, codes, bias, live, lying)
+    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks, Z)
+    return module.run(shape, queries, k, v, codes, bias, live, ends)
 
 
 def scores_of_run(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> Float[jax.Array, "B K G T S"]:

@@ -9,9 +9,7 @@ import pytest
 
 from sepjax.attention import decode
 from sepjax.attention.target import Target
-from sepjax.config import RopeConfig
 from sepjax.generation.cache.stored import quantised
-from sepjax.model.rope import rope_table
 from tests.attention.common import assert_errs_at_most_twice_as_much
 from tests.attention.simulator import assert_no_races, simulate
 
@@ -37,8 +35,10 @@ def visible_slots(B, C):
 def textbook(queries, k, v, k_cache, v_cache, seen, ends):
     """float64, slot by slot's own query; and the largest weight of a slot among a key head's queries."""
     queries, k, v, k_cache, v_cache = (np.asarray(x, np.float64) for x in (queries, k, v, k_cache, v_cache))
-    zone = np.searchsorted(np.asarray(ends), np.arange(k_cache.shape[2]), side="right")
-    scores = np.einsum("bkcgh,bkch->bkgc", queries[:, :, zone], k_cache)
+    ends = np.broadcast_to(np.asarray(ends, np.int32), (len(queries), queries.shape[2] - 1))
+    zone = np.sum(ends[:, :, None] <= np.arange(k_cache.shape[2]), axis=1)
+    own_queries = np.take_along_axis(queries, zone[:, None, :, None, None], axis=2)
+    scores = np.einsum("bkcgh,bkch->bkgc", own_queries, k_cache)
     scores = np.where(np.asarray(seen)[:, None, None], scores, -np.inf)
     own = np.einsum("bkgh,bkh->bkg", queries[:, :, -1], k)[..., None]
     scores = np.concatenate([scores, own], axis=-1) * k.shape[-1] ** -0.5
@@ -53,13 +53,11 @@ def given_of(found):
     return [x for x in found if x is not None]
 
 
-def assert_as_exact(got, plain, exact, seen, dtype=jnp.float32):
-    """The result by the 2x rule, and the looks, where there are some, of what is seen alone; dtype: that scores are
-    rounded to once, at most.
-    """
+def assert_as_exact(got, plain, exact, seen):
+    """The result by the 2x rule, and the looks, where there are some, of what is seen alone."""
     assert_errs_at_most_twice_as_much(got[:1], plain[:1], exact[:1], [np.abs(exact[0]).max()], jnp.bfloat16)
     for looks in got[1:]:
-        assert_errs_at_most_twice_as_much([looks], plain[1:], exact[1:], [np.abs(exact[1]).max()], dtype)
+        assert_errs_at_most_twice_as_much([looks], plain[1:], exact[1:], [np.abs(exact[1]).max()], jnp.float32)
         np.testing.assert_array_equal(np.asarray(looks) > 0, np.broadcast_to(seen[:, None], looks.shape))
 
 
@@ -98,72 +96,57 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     assert_as_exact(got, plain, exact, seen)
 
 
-def coded(B, K, G, C, H, dtype=jnp.bfloat16):
+def coded(B, K, Z, G, C, H):
     """queries, own key and value, codes and scales of keys and of values; some vectors are all zero."""
-    q, k, v, *vectors = tensors(B, K, 1, G, C, H, dtype)
+    q, k, v, *vectors = tensors(B, K, Z, G, C, H)
     stored = [quantised(jnp.asarray(x, jnp.float32).at[:, :, 5].set(0)) for x in vectors]
     return (q, k, v, *(x.codes for x in stored)), tuple(x.scales for x in stored)
 
 
-def zones_of(B, C):
-    """Ends of five zones, of which some are empty, begin in one tile or are a slot long; and what a query's distance
-    from a slot and the slot's number make together."""
+def ends_of(B, C):
+    """Ends of five zones, of which some are empty, begin in one tile or are a slot long."""
     drawn = np.random.default_rng(2)
     ends = np.sort(np.concatenate([np.full((B, 1), 4), drawn.integers(4, 70, (B, 1)), np.full((B, 1), 70)], axis=1))
     ends = np.concatenate([ends, drawn.integers(70, C, (B, 1))], axis=1)
     ends[0], ends[-1] = [4, 4, 70, 70], [4, 5, 70, 71]
-    return ends.astype(np.int32), drawn.integers(C, 3 * C, (B, 5))
+    return ends.astype(np.int32)
 
 
-def turned_slots(keys, ends, to_first):
-    """Keys [B, K, C, H] turned to fit queries at position 0, in float64."""
-    i, rows = np.arange(keys.shape[2]), np.arange(len(ends))[:, None]
-    zone = np.sum(ends[:, :, None] <= i, axis=1)
-    back = i - to_first[rows, zone]
-    half = keys.shape[-1] // 2
-    angles = back[:, None, :, None] * 10000.0 ** (-np.arange(half) / half)
-    x = np.asarray(keys, np.float64)
-    first, second, cos, sin = x[..., :half], x[..., half:], np.cos(angles), np.sin(angles)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-# (B, K, G, C, H), whether keys lie un-rotated, SMs, whether looks are asked for
+# (B, K, G, C, H), whether there are several zones, SMs, whether looks are asked for
 CODED = {
-    "un-rotated, a block for three key heads": ((3, 3, 3, 256, 64), True, 1, True),
+    "zones, a block for three key heads": ((3, 3, 3, 256, 64), True, 1, True),
     "blocks that share a row": ((2, 1, 4, 448, 64), True, 4, True),
     "heads of 128, more than eight of them": ((2, 1, 12, 320, 128), True, 1, False),
-    "heads of 256, keys that lie rotated": ((2, 2, 3, 192, 256), False, 1, True),
+    "heads of 256": ((2, 2, 3, 192, 256), True, 1, False),
+    "heads of 256, one zone": ((2, 2, 3, 192, 256), False, 1, True),
 }
 CODED_SOAK = list(CODED)[1:]
 
 
 @pytest.mark.parametrize("case", [pytest.param(x, marks=[pytest.mark.soak] if x in CODED_SOAK else []) for x in CODED])
 def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
-    (B, K, G, C, H), lies, num_sms, looks = CODED[case]
-    form: Any = lambda *x: given_of(decode.attend(*x, looks=looks))  # noqa: E731
-    (q, k, v, keys, values), scales = coded(B, K, G, C, H)
-    seen, (ends, to_first) = visible_slots(B, C), zones_of(B, C)
-    turned = np.asarray(keys, np.float64)
-    factor = 2 if lies else 1  # of a product of two rotated vectors
-    if lies:
-        turned = factor * turned_slots(keys, ends, to_first)
+    (B, K, G, C, H), several, num_sms, looks = CODED[case]
+    (q, k, v, keys, values), scales = coded(B, K, 5 if several else 1, G, C, H)
+    seen, ends = visible_slots(B, C), ends_of(B, C) if several else ()
     wide = [np.asarray(x, np.float64)[..., None] for x in scales]
-    exact = textbook(q, factor * k, v, turned * wide[0], np.asarray(values, np.float64) * wide[1], seen, ())
-    as_numbers = jnp.asarray(turned, q.dtype), values.astype(q.dtype)
-    plain = form(q, factor * k, v, *as_numbers, decode.seen_slots(seen, kernel=False), (), scales)
+    numbers = [np.asarray(x, np.float64) * of for x, of in zip((keys, values), wide, strict=True)]
+    exact = textbook(q, k, v, *numbers, seen, ends)
+
+    def form(*stored, kernel):
+        told = decode.seen_slots(seen, kernel=kernel)
+        return given_of(
+            decode.attend(q, k, v, *stored, told, jnp.asarray(ends) if several else (), scales, looks=looks)
+        )
+
+    plain = form(keys.astype(q.dtype), values.astype(q.dtype), kernel=False)
     simulate(monkeypatch)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "few SMs", num_sms, "9.0"))
     kernel: Any = decode._kernel_of_codes
     kernel.clear_cache()
-    whole, bare = RopeConfig(attention_factor=2**0.5), RopeConfig()
-    tables = ((np.arange(64), whole), (np.arange(0, C, 64), bare), (to_first, whole))
-    turns = decode.turns(*(rope_table(jnp.asarray(x), rope, H) for x, rope in tables), ends)
-    lying = (q[:, :, 0], k, turns) if lies else None
-    rounded = jnp.bfloat16 if lies else jnp.float32  # a query is, once it has turned
-    got = form(q, k, v, keys, values, decode.seen_slots(seen, kernel=True), (), scales, lying)
+    got = form(keys, values, kernel=True)
     kernel.clear_cache()
     assert_no_races()
-    assert_as_exact(got, plain, exact, seen, rounded)
+    assert_as_exact(got, plain, exact, seen)
 
 
 def test_only_live_tiles_are_read():
@@ -186,9 +169,6 @@ def test_only_live_tiles_are_read():
         ({"dtype": jnp.float32}, "computes in bfloat16 or float16, got float32"),
         ({"dtype": jnp.int8}, None),
         ({"dtype": jnp.int16}, "computes in bfloat16 or float16, got int16"),
-        ({"dtype": jnp.int8, "rotated": 64}, None),
-        ({"dtype": jnp.int8, "rotated": 32}, "turns heads of 64 and 128 whole, got 32 of 64 numbers"),
-        ({"dtype": jnp.int8, "rotated": 256, "head_dim": 256}, "turns heads of 64 and 128 whole, got 256 of 256"),
         ({"slots": 100}, "reads 64 slots at a time, the cache has 100"),
         ({"head_dim": 80}, "serves head sizes 64, 128, 256, got 80"),
         ({"device": Target("cpu", "cpu")}, "needs an NVIDIA Hopper GPU"),

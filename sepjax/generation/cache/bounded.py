@@ -21,7 +21,9 @@ before it go. But within a zone distances never change. So a key is rotated once
 
 These differences are those of the slot numbers, and so are the scores. A key is rotated again only where it moves to
 the separators, and when a position passes `rotation_limit`: all of its zone are then turned back by a multiple of the
-ring's size, once in thousands of tokens. Keys of 8 bits lie un-rotated and are turned when they are read (`stored.py`).
+ring's size, once in thousands of tokens. Codes of 8 bits would be rounded again then: their keys are rotated by the
+number of their slot within its zone, in place of n and p, and a query fits the slots of each lap of a ring
+(`turning.py`).
 """
 
 import dataclasses
@@ -39,7 +41,7 @@ from sepjax.generation.cache.bounded_run import unsupported
 from sepjax.generation.cache.newest import keep_newest
 from sepjax.generation.cache.shown import Shown
 from sepjax.generation.cache.sizes import StreamSizes
-from sepjax.generation.cache.stored import Layers, Quantised, empty, in_each_layer
+from sepjax.generation.cache.stored import Layers, Quantised, Vectors, empty, in_each_layer, of_each_layer
 from sepjax.generation.cache.turning import last_at, turn_back, turn_table
 from sepjax.generation.cache.watched import keep_best, scores_after
 from sepjax.model.layers import once
@@ -55,7 +57,7 @@ _SHARE, _AT_ONCE, _FEW = 16, 8, 32
 class StreamingCache(Shown):
     """Keys and values of all layers, and where each row's zones begin and end. Made by `create`."""
 
-    k: Layers  # [L, B, K, C, H] or of each layer: keys, each rotated by its position in its zone; codes un-rotated
+    k: Layers  # [L, B, K, C, H] or of each layer: keys, each rotated by its position in its zone; codes by their slots
     v: Layers
     is_separator: Bool[jax.Array, "B R"]  # of the token in each slot of the ring
     num_sinks: Int32[jax.Array, "B"]  # entries of the initial zone
@@ -319,7 +321,7 @@ class StreamingCache(Shown):
         """Takes up the next tokens of every row. `compact` the rows before their next.
 
         Args:
-          k: their keys in every layer, rotated by the last of `query_positions` unless `sizes.turns_at_reading`.
+          k: their keys in every layer, rotated by `turning.own_positions`.
           v: their values.
           is_separator: which of them are separators.
           counts: how many of the T tokens each row takes up, 0 to `room(T)`.
@@ -383,13 +385,13 @@ class StreamingCache(Shown):
         limit = self.sizes.rotation_limit
         return (self.next_recent >= limit) | (self.next_separator >= limit)
 
-    def turned(self, f: Callable[[jax.Array, Table], jax.Array], by: jax.Array) -> Layers:
+    def turned(self, f: Callable[[Any, Table], Vectors], by: jax.Array) -> Layers:
         """`f` of keys and the cosine and sine, [(L,) ..., R/2], that turn them by so many positions more."""
         cos, sin = once(self.angles(by))
         if not self.sizes.layer_ropes:
-            return in_each_layer(lambda k: f(k, (cos, sin)), self.k)
+            return of_each_layer(lambda k: f(k, (cos, sin)), self.k)
         number = jnp.array(self.sizes.layer_ropes)
-        return in_each_layer(lambda k, cos, sin: f(k, (cos, sin)), self.k, cos[number], sin[number])
+        return of_each_layer(lambda k, cos, sin: f(k, (cos, sin)), self.k, cos[number], sin[number])
 
     def angles(self, by: jax.Array) -> Table:
         """`turn_table` of this cache's layers."""

@@ -23,12 +23,14 @@ from sepjax.config import AttentionConfig
 from sepjax.generation.cache.bounded_run import (
     attend_many,
     kept_ones,
+    of_layers,
     tables_of,
+    tables_of_new,
     taken_up,
-    turn_of_slots,
     within_reach,
 )
-from sepjax.generation.cache.stored import Quantised, for_products, plain
+from sepjax.generation.cache.stored import Quantised, for_products
+from sepjax.generation.cache.turning import zones_by_slot
 from sepjax.model.gate import run_with_gate
 from sepjax.model.layers import Attend, once
 from sepjax.model.rope import layer_numbers, of_layer, rotate
@@ -96,17 +98,15 @@ def pass_inputs(cache: "StreamingCache") -> tuple[Any, ...]:
 
 def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
     """Attention of one token a row, whose query is turned to fit each zone (`sepjax.attention.decode`)."""
-    sizes = cache.sizes
+    sizes, positions = cache.sizes, cache.query_positions(1)
     ends = (sizes.num_sinks, sizes.num_sinks + sizes.max_separators) if sizes.turns_in_place else ()
-    zones = slice(None) if sizes.turns_in_place else slice(-1, None)
-    lies = sizes.turns_at_reading
-    reason = decode.unsupported(
-        cache.k[0].dtype, cache.head_dim, sizes.slots, implementation,
-        rotated=2 * cache.angles(jnp.int32(0))[0].shape[-1] if lies else None,
-    )  # fmt: skip
-    turn = turn_of_slots(cache) if reason else None
-    turns = _turns_of_zones(cache) if lies and not reason else None
-    tables, turn, turns = once((tables_of(cache, cache.query_positions(1)[zones]), turn, turns))
+    if not sizes.turns_in_place:
+        positions = positions[-1:]  # at positions of the text all zones have one
+    if sizes.turned_by_slot:
+        ends, positions = once(zones_by_slot(cache))
+    new_tables = tables_of_new(cache, 1, positions[-1])  # the token's own key fits the last zone's queries
+    reason = decode.unsupported(cache.k[0].dtype, cache.head_dim, sizes.slots, implementation)
+    tables = once(tables_of(cache, positions))
     recent = cache.recent_positions() >= cache.first_recent(1)
     visible = jnp.concatenate([cache.visible_old(), recent], axis=1)
     within, is_kept = within_reach(cache, 1), kept_ones(cache, 0)
@@ -124,18 +124,12 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         k_cache, v_cache, reach, sees_kept, rope, watched = layer
         cos, sin = of_layer(tables, rope)
         B, _, N, H = q.shape
-        (new_k, new_v), (k, v) = taken_up(cache, k_cache, k, v, (cos[-1], sin[-1]))
+        (new_k, new_v), (k, v) = taken_up(k_cache, k, v, *of_layers(new_tables, rope, (cos[-1], sin[-1])))
         queries = rotate(jnp.broadcast_to(q, (len(cos), *q.shape)), (cos, sin))
         queries = jnp.moveaxis(queries.reshape(-1, B, k.shape[2], N // k.shape[2], H), 0, 2)  # [B, K, zone, G, H]
-        seen, lying, slots_turn = seen_in(reach, sees_kept).computed_in(q.dtype), None, turn
-        if turns is not None and seen.kernel:
-            still = plain(new_k, jnp.float32)[:, 0]
-            lying = q.reshape(B, k.shape[2], N // k.shape[2], H), still, turns.of_layer(rope)
-        elif turns is not None:  # what reads codes is found out here: other types than the kernel's turn them in XLA
-            slots_turn = turn_of_slots(cache)
-        slots_turn = slots_turn and of_layer(slots_turn, rope)
-        keys, values, scales = for_products(k_cache, v_cache, v.dtype, slots_turn, kernel=seen.kernel)
-        given = queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales, lying
+        seen = seen_in(reach, sees_kept).computed_in(q.dtype)
+        keys, values, scales = for_products(k_cache, v_cache, v.dtype, kernel=seen.kernel)
+        given = queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales
         looks = ()
         if watched is None:
             out, _ = decode.attend(*given)
@@ -153,22 +147,3 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         return out.reshape(B, 1, N, H), (*(jnp.where(is_read, x, 0) for x in (new_k, new_v)), *looks)
 
     return attend
-
-
-def _turns_of_zones(cache: "StreamingCache") -> decode.Turns:
-    """`turn_of_slots` as the kernel takes it.
-
-    Where a ring goes round, its slots before the next and from it on are a zone each: within a zone a query is as far
-    from a slot, plus the slot's number, as from any other.
-
-        slots    sinks | separators, this lap and the last | recent, this lap and the last
-    """
-    sizes = cache.sizes
-    a, s, C = sizes.num_sinks, sizes.max_separators, sizes.slots
-    laps = a + cache.next_separator % max(s, 1), a + s + cache.next_recent % sizes.ring
-    ends = jnp.stack([jnp.full_like(laps[0], a), laps[0], jnp.full_like(laps[0], a + s), laps[1]], axis=1)
-    firsts = jnp.pad(ends, ((0, 0), (1, 0)))
-    to_first = cache.distances(1)[:, 0] + jnp.arange(C, dtype=jnp.int32)
-    to_first = jnp.take_along_axis(to_first, jnp.minimum(firsts, C - 1), axis=1)
-    place, first = jnp.arange(decode.TILE, dtype=jnp.int32), jnp.arange(0, C, decode.TILE, dtype=jnp.int32)
-    return decode.turns(tables_of(cache, place), cache.angles(first), tables_of(cache, to_first), ends)

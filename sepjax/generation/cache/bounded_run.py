@@ -20,6 +20,7 @@ import numpy as np
 from sepjax.array_typing import Array, Bool, Int32
 from sepjax.attention import decode, runs
 from sepjax.generation.cache.stored import Vectors, like, plain
+from sepjax.generation.cache.turning import own_positions
 from sepjax.generation.cache.watched import looks_of_many
 from sepjax.model.layers import Attend, once
 from sepjax.model.rope import Table, of_layer, rope_tables, rotate
@@ -48,7 +49,7 @@ def attend_many(
     kernel = unsupported(cache, implementation) is None
     if old and not cache.sizes.max_separators and not cache.sizes.absolute:
         return _attend_past_evictions(cache, num_tokens, kernel)
-    lying = turn_of_slots(cache)
+    lying, new_tables = turn_of_slots(cache), tables_of_new(cache, num_tokens)
     recent_tables = tables_of(cache, cache.query_positions(num_tokens)[-1])
     turn = once(_padded(cache.recent_turn(), runs.whole_tiles(old) - old if kernel else 0)) if old else None
     seen_in, by_mask = _seen_in(cache, num_tokens, kernel), _by_mask(cache, num_tokens, cache.visible_old())
@@ -57,7 +58,7 @@ def attend_many(
         k_cache, v_cache, reach, sees_kept, rope, watched = layer
         recent_table = of_layer(recent_tables, rope)
         q = rotate(q, recent_table)
-        new, (k, v) = taken_up(cache, k_cache, k, v, recent_table)
+        new, (k, v) = taken_up(k_cache, k, v, *of_layers(new_tables, rope, recent_table))
         k_cache, v_cache = plain(k_cache, k.dtype, lying and of_layer(lying, rope)), plain(v_cache, v.dtype)
         turned = None
         if turn is not None:
@@ -156,13 +157,13 @@ def _attend_past_evictions(cache: "StreamingCache", num_tokens: int, kernel: boo
     a = cache.sizes.num_sinks
     to_sinks, _, to_recent = (tables_of(cache, p) for p in cache.query_positions(num_tokens))
     within, sees_sinks = within_reach(cache, num_tokens), cache.visible_old()[:, None]
-    lying = turn_of_slots(cache, by_zone=True)
+    lying, new_tables = turn_of_slots(cache, by_zone=True), tables_of_new(cache, num_tokens)
     seen_in = _seen_in(cache, num_tokens, kernel, old=False)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         k_cache, v_cache, reach, _, rope, _ = layer
         seen = sees_sinks if within is None else sees_sinks & within(reach)[:, 0, 0, :, :a]
-        new, (k, v) = taken_up(cache, k_cache, k, v, of_layer(to_recent, rope))
+        new, (k, v) = taken_up(k_cache, k, v, *of_layers(new_tables, rope, of_layer(to_recent, rope)))
         k_cache, v_cache = plain(k_cache, k.dtype, lying and of_layer(lying, rope)), plain(v_cache, v.dtype)
         told, few = seen_in(q.dtype, reach, None), (_of_rows(cache, k_cache, a), _of_rows(cache, v_cache, a), seen)
         if not told.kernel:
@@ -181,28 +182,47 @@ def tables_of(cache: "StreamingCache", positions: Int32[Array, "..."]) -> Table:
 
 
 def turn_of_slots(cache: "StreamingCache", *, by_zone: bool = False) -> Table | None:
-    """Cosine and sine, [(Z,) B, 1, C, R/2], that rotate un-rotated keys where they are read; None: they lie rotated.
+    """Cosine and sine, [(Z,) B, 1, C, R/2], that turn keys from their slots' numbers; None: they lie otherwise.
 
     They then fit recent queries, as those of `StreamingCache.recent_turn` do; `by_zone`: each those of its zone.
     """
-    if not cache.sizes.turns_at_reading:
+    if not cache.sizes.turned_by_slot:
         return None
+    sizes = (cache.sizes.num_sinks, cache.sizes.max_separators, cache.sizes.ring)
+    numbers = jnp.concatenate([jnp.arange(size, dtype=jnp.int32) for size in sizes])
     if by_zone:
-        recent, a = cache.recent_positions(), cache.sizes.num_sinks
-        sinks = jnp.broadcast_to(jnp.arange(a, dtype=jnp.int32), (len(recent), a))
-        return tables_of(cache, jnp.concatenate([sinks, recent], axis=1)[:, None])
-    return tables_of(cache, cache.query_positions(1)[-1][:, None] - cache.distances(1))
+        recent = cache.recent_positions()
+        sinks = jnp.broadcast_to(numbers[: sizes[0]], (len(recent), sizes[0]))
+        return cache.angles((jnp.concatenate([sinks, recent], axis=1) - numbers)[:, None])
+    return cache.angles(cache.query_positions(1)[-1][:, None] - cache.distances(1) - numbers)
+
+
+def tables_of_new(
+    cache: "StreamingCache", num_tokens: int, fits: Int32[Array, "B T"] | None = None
+) -> tuple[Table, Table] | None:
+    """What rotates the keys of a run's tokens by their slots' numbers, and what turns these to fit queries.
+
+    Queries are those of recent entries, or at positions `fits`. None: keys lie as they are rotated to fit them.
+    """
+    if not cache.sizes.turned_by_slot:
+        return None
+    own = own_positions(cache, num_tokens)
+    turn = cache.angles((cache.query_positions(num_tokens)[-1] if fits is None else fits) - own)
+    return once((tables_of(cache, own), turn))
+
+
+def of_layers(tables: tuple[Table, Table] | None, rope: Any, usual: Table) -> tuple[Table, Table | None]:
+    """A layer's own of `tables_of_new`, or the usual rotation and no turn; `rope` as for `of_layer`."""
+    return (usual, None) if tables is None else (of_layer(tables[0], rope), of_layer(tables[1], rope))
 
 
 def taken_up(
-    cache: "StreamingCache", layer: Vectors, k: jax.Array, v: jax.Array, table: Table
+    layer: Vectors, k: jax.Array, v: jax.Array, table: Table, turn: Table | None
 ) -> tuple[tuple[Vectors, Vectors], tuple[jax.Array, jax.Array]]:
-    """New keys and values as they will lie in a layer's cache, and as tokens see them already, keys rotated."""
-    if not cache.sizes.turns_at_reading:
-        new = like(layer, rotate(k, table)), like(layer, v)
-        return new, (plain(new[0], k.dtype), plain(new[1], v.dtype))
-    new = like(layer, k), like(layer, v)
-    return new, (rotate(plain(new[0], jnp.float32), table).astype(k.dtype), plain(new[1], v.dtype))
+    """New keys and values as they will lie in a layer's cache, and as tokens see them already; see `tables_of_new`."""
+    new = like(layer, rotate(k, table)), like(layer, v)
+    seen = plain(new[0], k.dtype) if turn is None else rotate(plain(new[0], jnp.float32), turn).astype(k.dtype)
+    return new, (seen, plain(new[1], v.dtype))
 
 
 def kept_ones(cache: "StreamingCache", num_tokens: int) -> Bool[np.ndarray, "S"]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from sepjax.generation.cache.stored import in_each_layer
-from sepjax.generation.cache.turning import turned
+from sepjax.generation.cache.stored import Vectors, changed, in_each_array, of_each_layer
+from sepjax.generation.cache.turning import turn_of_moves, turned
 from sepjax.model.rope import Table
 
 if TYPE_CHECKING:
@@ -37,12 +37,18 @@ def keep_newest(cache: "StreamingCache") -> "StreamingCache":
     moved = j < jnp.minimum(found, s)[:, None]
     to = jnp.where(moved, a + n % s, cache.sizes.slots + j)
 
-    def move(x: jax.Array, table: Table | None = None) -> jax.Array:
+    def taken(x: jax.Array) -> jax.Array:  # [M, s, (L,) K, (H)]
+        return x.at[*cache.layer_axis, cache.places(full)[:, None], :, a + s + source % R].get(mode="clip")
+
+    def put(x: jax.Array, found: jax.Array) -> jax.Array:
         at = cache.places(full)[:, None]
-        found = x.at[*cache.layer_axis, at, :, a + s + source % R].get(mode="clip")  # [M, s, (L,) K, (H)]
-        found = found if table is None else turned(found, table)
         return x.at[*cache.layer_axis, at, :, to].set(found, mode="drop", unique_indices=True)
 
+    def move(x: Vectors, table: Table | None = None) -> Vectors:
+        found = in_each_array(taken, x)
+        return in_each_array(put, x, found if table is None else changed(lambda k: turned(k, table), found))
+
+    turn = turn_of_moves(cache, n, source)
     kept = few.num_separators + found
     kept_at = cache.kept_at.at[0, full[:, None], 0, jnp.where(moved, n % s, s + j)]
     return dataclasses.replace(
@@ -54,6 +60,6 @@ def keep_newest(cache: "StreamingCache") -> "StreamingCache":
             dropped=jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30),
         ),
         kept_at=kept_at.set(few.place_in_text(source), mode="drop", unique_indices=True),
-        k=cache.turned(move, n - source) if cache.sizes.turns_in_place else in_each_layer(move, cache.k),
-        v=in_each_layer(move, cache.v),
+        k=of_each_layer(move, cache.k) if turn is None else cache.turned(move, turn),
+        v=of_each_layer(move, cache.v),
     )

@@ -44,6 +44,9 @@ class StreamSizes:
     gate: Gated | None  # or what a gate chose; None, both: separators
     sees_kept: tuple[bool, ...]  # for each layer: whether it sees the second zone; empty: all do
     cache_dtype: str = "model"  # of keys and values (`sepjax.generation.cache.stored`)
+    # Whether keys lie rotated by their slots' numbers: codes, which would be rounded again at every other turn. What
+    # was saved without this field had codes of keys that were not rotated at all.
+    turned_by_slot: bool = False
 
     @classmethod
     def create(cls, config: ModelConfig, attention: AttentionConfig) -> "StreamSizes":
@@ -88,6 +91,7 @@ class StreamSizes:
             gate=Gated.create(config, attention) if attention.pattern == "gated" else None,
             sees_kept=() if all(sees) or not separators else sees,
             cache_dtype=attention.cache_dtype,
+            turned_by_slot=attention.cache_dtype != "model" and attention.stream_positions != "absolute",
         )
 
     @property
@@ -106,14 +110,9 @@ class StreamSizes:
         return self.watch or self.gate
 
     @property
-    def turns_at_reading(self) -> bool:
-        """Whether keys lie un-rotated: codes that turn would be rounded again. At positions of the text none turns."""
-        return self.cache_dtype != "model" and not self.absolute
-
-    @property
     def turns_in_place(self) -> bool:
-        """Whether keys lie rotated by positions of their zones', and turn where they move."""
-        return not self.absolute and not self.turns_at_reading
+        """Whether keys lie rotated by positions of their zones', and turn when these start again."""
+        return not self.absolute and not self.turned_by_slot
 
     @property
     def slots(self) -> int:

@@ -1,10 +1,10 @@
 """Keys and values as they lie in a cache: in the model's type, or as whole numbers of 8 bits with scales.
 
 `cache_dtype="int8"` keeps a vector of H numbers as H codes from -127 to 127 and one scale, its largest number / 127: of
-every key head and slot by itself, since slots are written one at a time and keep their codes when they move. A token is
-rounded once, when it comes: others see its codes, and it sees itself as they do, so that a run of tokens gives what
-they give one by one. To turn codes would round them again, so the keys of a bounded cache, which turn when they move
-and when positions start again, lie in it un-rotated and are turned where they are read (`StreamSizes`).
+every key head and slot by itself, since slots are written and move one at a time. A token is rounded when it comes:
+others see its codes, and it sees itself as they do, so that a run of tokens gives what they give one by one. To turn
+codes is to round them again. So keys of a bounded cache lie rotated by the numbers of their slots, which never start
+again (`StreamSizes.turned_by_slot`): one that moves to the kept tokens is rounded once more, and none ever after.
 """
 
 import dataclasses
@@ -83,29 +83,30 @@ def like(stored: Vectors, x: Float[Array, "*S H"]) -> Vectors:
 
 
 def plain(x: Vectors, dtype: Any, turn: Table | None = None) -> jax.Array:
-    """The numbers, and of keys that lie un-rotated turned by a table [..., R/2]. What is not quantised is as it is."""
+    """The numbers, of codes turned by a table [..., R/2]. What is not quantised is as it is."""
     if not isinstance(x, Quantised):
         return jnp.asarray(x)
     numbers = x.codes.astype(jnp.float32) * x.scales.astype(jnp.float32)[..., None]
-    return _turned(numbers, turn).astype(dtype)
+    return (numbers if turn is None else rotate(numbers[..., None, :], turn)[..., 0, :]).astype(dtype)
+
+
+def changed(f: Callable[[jax.Array], jax.Array], x: Vectors) -> Vectors:
+    """`f` of vectors [..., H], those of 8 bits in float32 and rounded again."""
+    return quantised(f(plain(x, jnp.float32))) if isinstance(x, Quantised) else f(x)
 
 
 def for_products(
-    k: Vectors, v: Vectors, dtype: Any, turn: Table | None = None, *, kernel: bool = False
+    k: Vectors, v: Vectors, dtype: Any, *, kernel: bool = False
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Keys and values for `sepjax.attention.decode.attend`, and their scales; None: they have none.
 
-    `kernel`: for the kernel, which converts and turns codes itself.
+    `kernel`: for the kernel, which converts codes itself.
     """
     if not isinstance(k, Quantised) or not isinstance(v, Quantised):
         return jnp.asarray(k), jnp.asarray(v), None
     if kernel:
         return k.codes, v.codes, (k.scales, v.scales)
-    return _turned(k.codes.astype(dtype), turn), v.codes.astype(dtype), (k.scales, v.scales)
-
-
-def _turned(x: jax.Array, turn: Table | None) -> jax.Array:
-    return x if turn is None else rotate(x[..., None, :], turn)[..., 0, :]
+    return k.codes.astype(dtype), v.codes.astype(dtype), (k.scales, v.scales)
 
 
 def in_each_array(f: Callable[..., Any], x: Vectors, *others: Any) -> Vectors:
@@ -120,8 +121,13 @@ def in_each_array(f: Callable[..., Any], x: Vectors, *others: Any) -> Vectors:
     return Quantised(part("codes"), part("scales"))
 
 
+def of_each_layer(f: Callable[..., Vectors], x: Layers, *others: Any) -> Layers:
+    """`f` of the vectors of all layers at once, or of each with its own of `others`[L, ...]."""
+    if not isinstance(x, tuple):
+        return f(x, *others)
+    return tuple(f(layer, *(other[i] for other in others)) for i, layer in enumerate(x))
+
+
 def in_each_layer(f: Callable[..., jax.Array], x: Layers, *others: Any) -> Layers:
     """`in_each_array` of all layers at once, or of each with its own of `others`[L, ...]."""
-    if not isinstance(x, tuple):
-        return in_each_array(f, x, *others)
-    return tuple(in_each_array(f, layer, *(other[i] for other in others)) for i, layer in enumerate(x))
+    return of_each_layer(lambda layer, *own: in_each_array(f, layer, *own), x, *others)

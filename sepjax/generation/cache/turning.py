@@ -1,4 +1,8 @@
-"""Keys that are turned: rotated by so many positions more, with the rotations of their layers."""
+"""Keys that are turned: rotated by so many positions more, with the rotations of their layers.
+
+Codes of 8 bits lie rotated by the numbers of their slots within their zones (`StreamSizes.turned_by_slot`), which is
+what positions are modulo the zone's size: so they turn where they move to another zone, and at no other time.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,6 +11,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from sepjax.array_typing import Int32
 from sepjax.config import RopeConfig
 from sepjax.generation.cache.rows import first_of
 from sepjax.model.rope import Table, rope_tables, rotate
@@ -42,6 +47,43 @@ def last_at(slot: jax.Array, end: jax.Array, size: int) -> jax.Array:
     """
     last = end - 1
     return last - (last - slot) % max(size, 1)
+
+
+def own_positions(cache: "StreamingCache", num_tokens: int) -> Int32[jax.Array, "B T"]:
+    """What the keys of the next tokens are rotated by: the last of `query_positions`, or their slots' numbers."""
+    recent = cache.query_positions(num_tokens)[-1]
+    if not cache.sizes.turned_by_slot:
+        return recent
+    sink = cache.num_sinks[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
+    return jnp.where(sink < cache.sizes.num_sinks, sink, recent % cache.sizes.ring)
+
+
+def turn_of_moves(cache: "StreamingCache", to: jax.Array, source: jax.Array) -> jax.Array | None:
+    """By how many positions keys turn that move from p `source` of the ring to n `to` of the second zone."""
+    sizes = cache.sizes
+    if sizes.turned_by_slot:
+        return to % max(sizes.max_separators, 1) - source % sizes.ring
+    return None if sizes.absolute else to - source
+
+
+def zones_by_slot(cache: "StreamingCache") -> tuple[Int32[jax.Array, "B 4"], Int32[jax.Array, "5 B 1"]]:
+    """Where zones of slots end, all but the last, and the next token's positions as a query towards each.
+
+    Of keys that are rotated by their slots' numbers. A ring's slots before its next one are of this lap, those from it
+    on of the lap before; within a lap a query is as far from a slot, plus the slot's number, as from any other.
+
+        slots    sinks | separators, this lap and the last | recent, this lap and the last
+    """
+    a, s, R = cache.sizes.num_sinks, cache.sizes.max_separators, cache.sizes.ring
+    to_sinks, *queries = cache.query_positions(1)
+    ends, positions, at = [jnp.full_like(cache.next_recent, a)], [to_sinks], a
+    for query, end, size in zip(queries, (cache.next_separator, cache.next_recent), (s, R), strict=True):
+        number = end % max(size, 1)
+        this_lap = query - (end - number)[:, None]
+        ends += [at + number, jnp.full_like(number, at + size)]
+        positions += [this_lap, this_lap + size]
+        at += size
+    return jnp.stack(ends[:-1], axis=1), jnp.stack(positions)
 
 
 def turn_back(cache: "StreamingCache") -> "StreamingCache":

@@ -28,7 +28,8 @@ import numpy as np
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.generation.cache import gated
-from sepjax.generation.cache.stored import in_each_layer
+from sepjax.generation.cache.stored import Vectors, changed, in_each_array, of_each_layer
+from sepjax.generation.cache.turning import turn_of_moves
 from sepjax.model.rope import rotate
 
 if TYPE_CHECKING:
@@ -204,14 +205,18 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
     kept = choice.rivals
     place = jnp.moveaxis(few.place_in_text(jnp.moveaxis(choice.source, 1, 0)), 0, 1)
     slots = jnp.arange(s, dtype=jnp.int32)
-    turn = cache.angles(slots - choice.source) if cache.sizes.turns_in_place else None
+    by = turn_of_moves(cache, slots, choice.source)
+    turn = None if by is None else cache.angles(by)
 
-    def move(x: jax.Array, comes: jax.Array, source: jax.Array, *turn: jax.Array) -> jax.Array:  # [B, K, C, (H)]
+    def move(x: Vectors, comes: jax.Array, source: jax.Array, *turn: jax.Array) -> Vectors:  # [B, K, C, (H)]
         rows, heads = cache.places(full)[:, None, None], jnp.arange(x.shape[1])[:, None]
-        found = x.at[rows, heads, a + s + source % cache.sizes.ring].get(mode="clip")
-        found = rotate(found[..., None, :], (turn[0], turn[1]))[..., 0, :] if turn else found
         to = jnp.where(comes, a + slots, cache.sizes.slots + slots)  # beyond the end: nowhere
-        return x.at[rows, heads, to].set(found, mode="drop", unique_indices=True)
+        taken = lambda x: x.at[rows, heads, a + s + source % cache.sizes.ring].get(mode="clip")  # noqa: E731
+        put = lambda x, found: x.at[rows, heads, to].set(found, mode="drop", unique_indices=True)  # noqa: E731
+        found = in_each_array(taken, x)
+        if turn:
+            found = changed(lambda k: rotate(k[..., None, :], (turn[0], turn[1]))[..., 0, :], found)
+        return in_each_array(put, x, found)
 
     def everywhere(x: jax.Array) -> jax.Array:  # one set for all layers is each layer's
         return jnp.broadcast_to(x, (len(best.layers), *x.shape[1:]))
@@ -237,8 +242,8 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
             dropped=jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30),
             kept_at=jnp.where(choice.comes, place, few.kept_at),
         ),
-        k=in_each_layer(move_all, cache.k, *where, *turns),
-        v=in_each_layer(move_all, cache.v, *where),
+        k=of_each_layer(move_all, cache.k, *where, *turns),
+        v=of_each_layer(move_all, cache.v, *where),
     )
 
 

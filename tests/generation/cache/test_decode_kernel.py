@@ -12,11 +12,11 @@ from sepjax.attention import decode
 from sepjax.attention.target import Target
 from sepjax.bench.decode_attention import filled, inputs, layers_of
 from sepjax.config import AttentionConfig, Config, ModelConfig, RopeConfig
+from sepjax.generation.cache.bounded_pass import attend_run, pass_inputs
 from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.growing_pass import growing_pass
 from sepjax.generation.cache.mixed import bounded_sizes, empty_cache
 from sepjax.generation.cache.sizes import StreamSizes
-from sepjax.model.rope import rotate
 from sepjax.model.transformer import merge
 from sepjax.model.unrolled import by_layer, runner
 from tests.models import random_split
@@ -49,38 +49,17 @@ def calls(monkeypatch):
         got.append(ends if not looks else "looks")
         return decode.attend(queries, k, v, k_cache, v_cache, seen(bias, live), ends, looks=looks)
 
-    def of_codes(queries, k, v, codes, bias, live, lying, *, looks):
+    def of_codes(queries, k, v, codes, bias, live, ends, *, looks):
         (keys, of_keys), (values, of_values) = codes
-        got.append(lying and lying[2].ends)
+        got.append(ends)
         assert keys.dtype == jnp.int8
-        keys, values = keys.astype(v.dtype), values.astype(v.dtype)
-        if lying is not None:
-            queries, k, turns = lying
-            keys, k = turned(keys, turns), k * turns.of_keys[0, 0, 0] ** 2
-        scales = of_keys, of_values
-        return decode.attend(queries[:, :, None], k, v, keys, values, seen(bias, live), (), scales, looks=looks)
+        given = queries, k, v, keys.astype(v.dtype), values.astype(v.dtype), seen(bias, live)
+        return decode.attend(*given, () if ends is None else ends, (of_keys, of_values), looks=looks)
 
     monkeypatch.setattr(decode, "_kernel", stand_in)
     monkeypatch.setattr(decode, "_kernel_of_codes", of_codes)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "NVIDIA H200", 132, "9.0"))
     return got
-
-
-def turned(keys, turns):
-    """Keys that lie un-rotated, turned as the kernel turns them and the queries, to fit queries that are not."""
-    i, half = jnp.arange(keys.shape[2]), keys.shape[-1] // 2
-    zone = jnp.sum(turns.ends[:, :, None] <= i, axis=1)
-    (cos_z, sin_z), (cos_t, sin_t) = (
-        (x[..., 0, :half], x[..., 1, :half])
-        for x in (
-            jnp.take_along_axis(turns.of_zones, zone[..., None, None], axis=1),
-            jnp.asarray(turns.of_tiles)[i // decode.TILE],
-        )
-    )
-    cos, sin = cos_z * cos_t + sin_z * sin_t, cos_z * sin_t - sin_z * cos_t
-    for table in (tuple(jnp.tile(turns.of_keys, (1, len(i) // decode.TILE, 1))), (cos[:, None], sin[:, None])):
-        keys = rotate(keys[..., None, :], table)[..., 0, :]
-    return keys
 
 
 # Rings that have gone round, some up to their last slot, and not.
@@ -101,28 +80,40 @@ def in_a_program(cache, *given, implementation):
     return jax.jit(lambda *x: layers_of(*x, implementation=implementation))(cache, *given)
 
 
+def run_of_one(cache, q, k, v):
+    """`layers_of` by the attention of a run of two tokens, of which the second is nobody's."""
+    attend, inputs, outs = attend_run(cache, 2, jnp.ones(len(q), jnp.int32), "xla"), pass_inputs(cache), []
+    for i in range(len(cache.k)):
+        layer = tuple(x if x is None else x[i] for x in inputs)
+        given = (jnp.concatenate([x, x], axis=1) for x in (outs[-1] if outs else q, k, v))
+        outs.append(attend(*given, layer)[0][:, :1])
+    return outs
+
+
 # That keys lie turned to the positions of the text, and no zone of separators, is also of what has no codes.
 @pytest.mark.parametrize(
     "case", [x if x == "layers with rotations of their own" else pytest.param(x, marks=pytest.mark.soak) for x in CODED]
 )
 def test_bounded_caches_of_codes(case, calls, monkeypatch):
-    """In float32, which no kernel computes in, so that what is left between the two is a wrong turn or none."""
+    """Of rows whose rings have gone round, in the kernel's part, in plain XLA, and by a run, which turns every key."""
     model, attention = CODED[case]
     model, attention = dataclasses.replace(model, dtype="float32"), dataclasses.replace(attention, cache_dtype="int8")
     cache = filled(Config(model=model, attention=attention), StreamSizes.create(model, attention), 3)
     cache = dataclasses.replace(cache, **{name: jnp.array(x, jnp.int32) for name, x in ROUND.items()})
     given = inputs(model, 3)
-    expected = in_a_program(cache, *given, implementation="xla")
-    for x, y in zip(in_a_program(cache, *given, implementation=None), expected, strict=True):
+    plainly = in_a_program(cache, *given, implementation="xla")
+    for x, y in zip(in_a_program(cache, *given, implementation=None), plainly, strict=True):
         np.testing.assert_array_equal(x, y)
     assert not calls, "float32 is for plain XLA"
+    expected = jax.jit(run_of_one)(cache, *given)
     monkeypatch.setattr(decode, "_TYPES", (jnp.float32,))
     monkeypatch.setattr(decode, "unserved", lambda *_: None)
     got = in_a_program(cache, *given, implementation=None)
     assert len(calls) == model.num_layers
     assert all((ends is None) == (case == "positions of the text") for ends in calls)
-    for x, y in zip(got, expected, strict=True):
+    for x, y, z in zip(got, plainly, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(x, z, rtol=1e-4, atol=1e-5)
 
 
 OFTEN = ("separators", "layers with a window of their own")
