@@ -92,7 +92,7 @@ def plain(x: Vectors, dtype: Any, turn: Table | None = None) -> jax.Array:
 
 def changed(f: Callable[[jax.Array], jax.Array], x: Vectors) -> Vectors:
     """`f` of vectors [..., H], those of 8 bits in float32 and rounded again."""
-    return quantised(f(plain(x, jnp.float32))) if isinstance(x, Quantised) else f(x)
+    return quantised(f(plain(x, jnp.float32))) if isinstance(x, Quantised) else f(jnp.asarray(x))
 
 
 def for_products(

@@ -1,4 +1,4 @@
-"""Keys and values of 8 bits: how far rounding may be off, and that codes move as numbers do, rounded where they turn."""
+"""Keys and values of 8 bits: how far rounding may be off, and that codes move as numbers do, rounded as they turn."""
 
 import dataclasses
 
