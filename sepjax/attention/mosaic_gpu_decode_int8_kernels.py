@@ -31,6 +31,11 @@ class Shape(plain.Shape):
 
     num_zones: int  # Z
 
+    @property
+    def packed(self) -> bool:
+        """Never: what the token itself is rounded to is made beside its queries."""
+        return False
+
 
 def _codes(*shape: int) -> Any:
     """Shared memory for codes; its rows, of heads of 64, are shorter than a swizzle of 128 bytes."""
@@ -43,7 +48,7 @@ def _codes(*shape: int) -> Any:
 def attend(shape: Shape) -> Callable[..., Any]:
     """q, k, v, codes and scales of k and of v, bias, live tiles [, ends] -> as `mosaic_gpu_decode_kernels.attend`.
 
-    q: [B, K, Z, columns, H]; k and v: [B, K, H], the token's own; codes: int8[B, K, C, H]; scales: bfloat16[B, K, C];
+    q: [B, K, Z, written, H]; k and v: [B, K, H], the token's own; codes: int8[B, K, C, H]; scales: bfloat16[B, K, C];
     bias: float32[B, C]; live: int32[B, 1 + tiles]; where zones end, of several: int32[B, Z - 1], each not before the
     one before it. With `looks` as there.
     """
@@ -79,7 +84,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
 
         def start():
             for z in range(shape.num_zones):
-                plgpu.copy_gmem_to_smem(q_ref.at[b, head, z], q_smem.at[z], ready)
+                plgpu.copy_gmem_to_smem(q_ref.at[b, head, z, plain._all_columns(shape, head)], q_smem.at[z], ready)
             for i in range(stages):
                 pl.when(i < count)(lambda i=i: load(jnp.int32(i)))
 
@@ -149,7 +154,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         if kept_smem is not None:
             place = lambda i: outs[-1].at[b, head, pl.ds(tile_of(i), tile)]  # noqa: E731
             plain._store_looks(shape, kept_smem, (total, top), count, place)
-        plain._store(whole, (acc, total, top), tuple(o_smem), outs, (b, head, split), dtype)
+        plain._store(shape, (acc, total, top), tuple(o_smem), outs, (b, head, split))
 
     return plgpu.kernel(
         kernel,
@@ -191,6 +196,6 @@ def run(
 
     ends: int32[B, Z - 1], of several zones; None: of one.
     """
-    queries = jnp.pad(queries, [(0, shape.columns - shape.G if axis == 3 else 0) for axis in range(5)])
     more = () if ends is None else (ends,)
-    return plain._joined(shape, bias, *attend(shape)(queries, k, v, *codes[0], *codes[1], bias, live, *more))
+    given = plain.filled(shape, queries), k, v, *codes[0], *codes[1]
+    return plain._joined(shape, bias, *attend(shape)(*given, bias, live, *more))

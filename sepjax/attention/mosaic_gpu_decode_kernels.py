@@ -67,7 +67,7 @@ class Shape:
 
     @property
     def written(self) -> int:
-        """Queries of the result: G, or where copies of 8 rows do not end there, `columns`."""
+        """Queries of the input and the result: G, or where copies of 8 rows do not end there, `columns`."""
         return self.G if self.G < 8 else self.columns
 
     @property
@@ -106,7 +106,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
 
     Of `shape.packed` k and v are no arguments.
 
-    q: [B, K, Z, columns, H]; k and v: [B, K, H], the token's own; the cache: [B, K, C, H]; bias: float32[B, C], 0 where
+    q: [B, K, Z, written, H], of `shape.packed` columns; k and v: [B, K, H], the token's own; the cache: [B, K, C, H]; bias: float32[B, C], 0 where
     a slot is visible, else -inf; live: int32[B, 1 + tiles], how many tiles are live, and their numbers.
 
     Parts: float32 sums [B, K, splits, H, columns], their weights' sum and maximum [B, K, splits, columns]; the first
@@ -147,7 +147,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
 
         def start():
             for z in range(shape.zones):
-                plgpu.copy_gmem_to_smem(q_ref.at[b, head, z], q_smem.at[z], ready)
+                plgpu.copy_gmem_to_smem(q_ref.at[b, head, z, _all_columns(shape, head)], q_smem.at[z], ready)
             for i in range(stages):
                 pl.when(i < count)(lambda i=i: load_keys(jnp.int32(i)))
                 pl.when(i < count)(lambda i=i: load_values(jnp.int32(i)))
@@ -217,7 +217,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first  # finite where top is _LOWEST
         if kept_smem is not None:
             _store_looks(shape, kept_smem, (total, top), count, lambda i: outs[-1].at[b, head, pl.ds(tile_of(i), tile)])
-        _store(whole, (acc, total, top), tuple(o_smem), outs, (b, head, split), shape.dtype)
+        _store(shape, (acc, total, top), tuple(o_smem), outs, (b, head, split))
 
     scratch = (
         _tiled(shape.zones, M, H, dtype=shape.dtype),
@@ -239,6 +239,11 @@ def attend(shape: Shape) -> Callable[..., Any]:
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
+
+
+def _all_columns(shape: Shape, head: Any) -> Any:
+    """Of `shape.written` queries, or results, those that a copy moves: beyond the last it reads zeros, writes nothing."""
+    return pl.ds(kernels._aligned(lax.rem(head, 8)), shape.columns)  # from 0, but no number that a check would refuse
 
 
 def _own_vectors(refs: Any) -> list[Any]:
@@ -303,15 +308,14 @@ def _out_scratch(shape: Shape) -> tuple[Any, ...]:
     return plgpu.SMEM((shape.H, shape.columns), jnp.float32), stat, stat
 
 
-def _store(whole: bool, found: Any, smem: Any, outs: Any, at: tuple[Any, Any, Any], dtype: Any) -> None:
-    """Writes sums [H, columns], their weights' sum and maximum of (row, key head, split), divided where `whole`."""
+def _store(shape: Shape, found: Any, smem: Any, outs: Any, at: tuple[Any, Any, Any]) -> None:
+    """Writes sums [H, columns], their weights' sum and maximum of (row, key head, split), divided where all is one."""
     (acc, total, top), (b, head, split) = found, at
-    if whole:
+    if shape.splits == 1:
         acc *= _along_columns(1 / total, acc.shape)
-        smem[0].transpose((1, 0))[...] = _wgmma_layout(acc.astype(dtype))
+        smem[0].transpose((1, 0))[...] = _wgmma_layout(acc.astype(shape.dtype))
         plgpu.commit_smem()
-        queries = pl.ds(kernels._aligned(lax.rem(head, 8)), acc.shape[1])  # from 0; beyond G nothing is written
-        plgpu.copy_smem_to_gmem(smem[0], outs[0].at[b, head, queries])
+        plgpu.copy_smem_to_gmem(smem[0], outs[0].at[b, head, _all_columns(shape, head)])
     else:
         smem[0][...] = _wgmma_layout(acc)
         for x, stat in zip((total, top), smem[1:], strict=True):
@@ -326,14 +330,17 @@ def run(
     shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any
 ) -> tuple[jax.Array, jax.Array | None]:
     """`sepjax.attention.decode.attend` for the arguments of `Seen`, and looks: around the kernel, what is small."""
-    filled = [(0, 0)] * 3 + [(0, shape.columns - shape.G), (0, 0)]
     if not shape.packed:
-        out = attend(shape)(jnp.pad(queries, filled), k, v, k_cache, v_cache, bias, live)
-        return _joined(shape, bias, *out)
+        return _joined(shape, bias, *attend(shape)(filled(shape, queries), k, v, k_cache, v_cache, bias, live))
     own = jnp.pad(jnp.stack([k, v], axis=2)[:, :, None], ((0, 0), (0, 0), (shape.zones - 1, 0), (0, 0), (0, 0)))
-    packed = jnp.pad(jnp.concatenate([queries, own], axis=3), [*filled[:3], (0, shape.columns - shape.G - 2), (0, 0)])
-    out = attend(shape)(packed, k_cache, v_cache, bias, live)
-    return _joined(shape, bias, *out)
+    packed = filled(shape, jnp.concatenate([queries, own], axis=3))
+    return _joined(shape, bias, *attend(shape)(packed, k_cache, v_cache, bias, live))
+
+
+def filled(shape: Shape, queries: jax.Array) -> jax.Array:
+    """Queries [B, K, Z, G, H], and what is packed with them, with as many columns as the kernel is given."""
+    more = (shape.columns if shape.packed else shape.written) - queries.shape[3]
+    return jnp.pad(queries, [(0, more if axis == 3 else 0) for axis in range(5)]) if more else queries
 
 
 def _joined(shape: Shape, bias: jax.Array, sums: jax.Array, *others: jax.Array) -> tuple[jax.Array, jax.Array | None]:
