@@ -106,8 +106,9 @@ def attend(shape: Shape) -> Callable[..., Any]:
 
     Of `shape.packed` k and v are no arguments.
 
-    q: [B, K, Z, written, H], of `shape.packed` columns; k and v: [B, K, H], the token's own; the cache: [B, K, C, H]; bias: float32[B, C], 0 where
-    a slot is visible, else -inf; live: int32[B, 1 + tiles], how many tiles are live, and their numbers.
+    q: [B, K, Z, written, H], of `shape.packed` columns in place of written; k and v: [B, K, H], the token's own; the
+    cache: [B, K, C, H]; bias: float32[B, C], 0 where a slot is visible, else -inf; live: int32[B, 1 + tiles], how many
+    tiles are live, and their numbers.
 
     Parts: float32 sums [B, K, splits, H, columns], their weights' sum and maximum [B, K, splits, columns]; the first
     split has the token itself.
@@ -242,7 +243,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
 
 
 def _all_columns(shape: Shape, head: Any) -> Any:
-    """Of `shape.written` queries, or results, those that a copy moves: beyond the last it reads zeros, writes nothing."""
+    """What a copy moves of `shape.written` queries or results: beyond the last it reads zeros and writes nothing."""
     return pl.ds(kernels._aligned(lax.rem(head, 8)), shape.columns)  # from 0, but no number that a check would refuse
 
 

@@ -19,8 +19,8 @@ from sepjax.array_typing import Array, Float
 from sepjax.model.layers import RMSNorm
 
 MOST_ROWS = 1  # of x that sums are made for; more are rows of one product of matrices
-# Numbers of a matrix whose kernel sums the squares for a norm, too. For larger ones that takes longer than the two
-# kernels of a norm by itself: docs/kernels_decode.md.
+# Numbers of a matrix whose kernel sums the squares for a norm, too. For larger ones that takes longer than a kernel of
+# their own, which runs beside the one that multiplies by the norm's weights: docs/kernels_decode.md.
 MOST_WITH_NORM = 2**24
 
 
@@ -33,15 +33,13 @@ def products(
 ) -> list[Float[jax.Array, "*B _"]]:
     """norm(x) @ matrix.T in so many parts of as many outputs, summed in float32.
 
-    Of few rows, an RMS norm and not too large a matrix the normalised features are not rounded in between. `dtype`: of
-    the results; None: the matrix's.
+    Of few rows and an RMS norm its division comes after the sums. `dtype`: of the results; None: the matrix's.
     """
     x, matrix = jnp.asarray(x), jnp.asarray(matrix)
     dtype = dtype or matrix.dtype
-    fused = norm if isinstance(norm, RMSNorm) and are_few(x) and matrix.size <= MOST_WITH_NORM else None
-    if norm is not None and fused is None:
-        x = norm(x)
-    x = x.astype(matrix.dtype)
+    fused = norm if isinstance(norm, RMSNorm) and are_few(x) else None
+    if fused is None:
+        x = (x if norm is None else norm(x)).astype(matrix.dtype)
     if not are_few(x):
         return jnp.split(jnp.einsum("...i,oi->...o", x, matrix, preferred_element_type=dtype), parts, axis=-1)
     matrices, flat = jnp.split(matrix, parts), jnp.asarray(x).reshape(-1, x.shape[-1])
@@ -58,11 +56,17 @@ def _sums(x: jax.Array, matrices: Sequence[jax.Array], norm: RMSNorm | None) -> 
     """float32[O] for each matrix."""
     wide = x.astype(jnp.float32)
     features = wide if norm is None else wide * jnp.asarray(norm.factor(), jnp.float32)
+    squares, is_small = wide * wide, sum(matrix.size for matrix in matrices) <= MOST_WITH_NORM
+    if norm is not None and not is_small:  # made once, and rounded where 16 bits reach as far, as every output reads it
+        kept = features.astype(jnp.bfloat16) if matrices[0].dtype == jnp.bfloat16 else features
+        features = jax.lax.optimization_barrier(kept).astype(jnp.float32)
     terms = [matrix.astype(jnp.float32) * features for matrix in matrices]
     if norm is None:
         return list(_sum_along_rows(terms))
-    # Each output sums the squares for itself: that costs less than to wait for another kernel.
-    *sums, squares = _sum_along_rows([*terms, jnp.broadcast_to(wide * wide, terms[0].shape)])
+    if is_small:  # each output sums the squares for itself: that costs less than to wait for another kernel
+        *sums, squares = _sum_along_rows([*terms, jnp.broadcast_to(squares, terms[0].shape)])
+    else:
+        sums, squares = _sum_along_rows(terms), jnp.sum(squares)
     return [y * jax.lax.rsqrt(squares / x.size + norm.epsilon) for y in sums]
 
 

@@ -42,7 +42,7 @@ from sepjax.generation.cache.newest import keep_newest
 from sepjax.generation.cache.shown import Shown
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.cache.stored import Layers, Quantised, Vectors, empty, in_each_layer, of_each_layer
-from sepjax.generation.cache.turning import last_at, turn_back, turn_table
+from sepjax.generation.cache.turning import last_at, start_again, turn_table
 from sepjax.generation.cache.watched import keep_best, scores_after
 from sepjax.model.layers import once
 from sepjax.model.rope import Table
@@ -369,14 +369,16 @@ class StreamingCache(Shown):
     def compact(self) -> "StreamingCache":
         """Compacts the rows that are due; the others stay as they are, and are not even read."""
 
-        # Loops that run once or never: unlike the branches of a `cond`, they change the cache in place.
-        cache = self
-        if self.sizes.max_separators:
-            move = keep_best if self.sizes.keeps_best else keep_newest
-            cache = jax.lax.while_loop(lambda cache: jnp.any(cache.is_full()), move, self)
-        if self.sizes.absolute:
-            return cache
-        return jax.lax.while_loop(lambda cache: jnp.any(cache.turns()), turn_back, cache)
+        # Loops that run once or never: unlike a `cond`, they change the cache in place. A step waits for one, not two.
+        if not self.sizes.max_separators:
+            return start_again(self)
+        move = keep_best if self.sizes.keeps_best else keep_newest
+
+        def settled(cache: "StreamingCache") -> "StreamingCache":
+            return start_again(jax.lax.while_loop(lambda cache: jnp.any(cache.is_full()), move, cache))
+
+        is_due = lambda cache: jnp.any(cache.is_full() | cache.turns())  # noqa: E731
+        return jax.lax.while_loop(is_due, settled, self) if self.sizes.turns_in_place else settled(self)
 
     def turns(self) -> jax.Array:
         """Rows whose positions have grown so far that they start again."""

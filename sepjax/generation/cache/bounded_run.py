@@ -207,7 +207,8 @@ def tables_of_new(
     if not cache.sizes.turned_by_slot:
         return None
     own = own_positions(cache, num_tokens)
-    turn = cache.angles((cache.query_positions(num_tokens)[-1] if fits is None else fits) - own)
+    towards = cache.query_positions(num_tokens)[-1] if fits is None else jnp.asarray(fits)
+    turn = cache.angles(towards - own)
     return once((tables_of(cache, own), turn))
 
 

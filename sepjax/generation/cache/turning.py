@@ -86,16 +86,30 @@ def zones_by_slot(cache: "StreamingCache") -> tuple[Int32[jax.Array, "B 4"], Int
     return jnp.stack(ends[:-1], axis=1), jnp.stack(positions)
 
 
-def turn_back(cache: "StreamingCache") -> "StreamingCache":
-    """Turns the keys of both rings back by multiples of their sizes, in some rows that are due: every one stays in its
-    slot.
-    """
-    sizes = cache.sizes
-    a, s, R, limit = sizes.num_sinks, sizes.max_separators, sizes.ring, sizes.rotation_limit
+def start_again(cache: "StreamingCache") -> "StreamingCache":
+    """Sets positions of rows that are due back by multiples of their rings' sizes: every key stays in its slot."""
+    if cache.sizes.absolute:
+        return cache
+    if cache.sizes.turns_in_place:
+        return jax.lax.while_loop(lambda cache: jnp.any(cache.turns()), _turn_back, cache)
+    recent, separators = _beyond(cache)
+    next_recent, next_separator = cache.next_recent - recent, cache.next_separator - separators
+    return dataclasses.replace(cache, next_recent=next_recent, next_separator=next_separator)
+
+
+def _beyond(cache: "StreamingCache") -> tuple[jax.Array, jax.Array]:
+    """By how much the positions of recent entries and of separators are to be set back in each row."""
+    s, R, limit = cache.sizes.max_separators, cache.sizes.ring, cache.sizes.rotation_limit
+    recent = jnp.where(cache.next_recent >= limit, cache.next_recent // R * R, 0)
+    return recent, jnp.where(cache.next_separator >= limit, cache.next_separator // max(s, 1) * s, 0)
+
+
+def _turn_back(cache: "StreamingCache") -> "StreamingCache":
+    """Turns the keys of both rings of some rows that are due."""
+    a, s, R = cache.sizes.num_sinks, cache.sizes.max_separators, cache.sizes.ring
     due = first_of(cache.turns(), _ROWS)
     few, at = cache.of_rows(due), cache.places(due)
-    recent = jnp.where(few.next_recent >= limit, few.next_recent // R * R, 0)
-    separators = jnp.where(few.next_separator >= limit, few.next_separator // max(s, 1) * s, 0)
+    recent, separators = _beyond(few)
     by = [jnp.zeros((len(due), a), jnp.int32)]
     by += [jnp.repeat(-x[:, None], size, axis=1) for x, size in ((separators, s), (recent, R))]
 
@@ -107,5 +121,5 @@ def turn_back(cache: "StreamingCache") -> "StreamingCache":
 
     return dataclasses.replace(
         cache.with_rows(due, next_recent=few.next_recent - recent, next_separator=few.next_separator - separators),
-        k=cache.turned(turn, jnp.concatenate(by, axis=1)) if sizes.turns_in_place else cache.k,
+        k=cache.turned(turn, jnp.concatenate(by, axis=1)),
     )
