@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from sepjax.model import few_rows
+from sepjax.model.layers import make_norm
 from sepjax.model.transformer import Transformer
 from sepjax.model.unrolled import Layerwise, by_layer, runner, working_copy
 from tests.generation.cache.test_growing_pass import FALCON, GPT2, LLAMA, MIXED, NEOX, model_of
@@ -71,3 +74,25 @@ def test_converted_once_is_converted_in_every_step(name):
 def test_nothing_is_copied_where_nothing_is_converted():
     _, params = model_of(LLAMA)
     assert working_copy(params, LLAMA) is params
+
+
+@pytest.mark.parametrize("most", [few_rows.MOST_WITH_NORM, 0], ids=["its squares in each sum", "a kernel of their own"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_norm_whose_division_comes_after_the_sums_is_the_norm(most, dtype, monkeypatch):
+    """Of features so large that float16 has no room for them times the norm's weights."""
+    monkeypatch.setattr(few_rows, "MOST_WITH_NORM", most)
+    random, config = np.random.default_rng(3), dataclasses.replace(LLAMA, dtype=dtype)
+    norm = make_norm(config, nnx.Rngs(0))
+    norm.scale[...] = jnp.asarray(random.uniform(20, 60, config.embed_dim), jnp.float32)
+    x, matrix = (
+        jnp.asarray(random.standard_normal(s), dtype) for s in ((1, 1, config.embed_dim), (48, config.embed_dim))
+    )
+    x *= 5000
+    got = few_rows.products(x, matrix, norm, 2)
+    wide = np.asarray(x[0, 0], np.float64)
+    normed = wide / np.sqrt(np.mean(wide**2) + config.norm_epsilon) * np.asarray(norm.scale[...], np.float64)
+    exact = np.asarray(matrix, np.float64) @ normed
+    error = np.abs(np.concatenate([np.asarray(y[0, 0], np.float64) for y in got]) - exact)
+    # Each feature and each sum is rounded once.
+    eps = float(jnp.finfo(dtype).eps)
+    assert (error <= eps * (np.abs(np.asarray(matrix, np.float64)) @ np.abs(normed))).all()
