@@ -33,6 +33,8 @@ _STAGES = {64: 4, 128: 3, 256: 2}  # by head size, tiles of keys and of values i
 _STAGES_OF_CODES = {64: 3, 128: 3, 256: 2}
 _KEPT = {64: 48, 128: 32, 256: 64}  # KiB of scores that a block keeps for its looks, so that as many share an SM
 _BLOCKS = 2  # of the kernel that an SM takes at a time
+_SHARED = 226 * 2**10  # bytes of shared memory that a block of a Hopper GPU may have, but for its barriers
+_LEAST_STAGES = 2
 
 
 @jax.tree_util.register_dataclass
@@ -51,16 +53,23 @@ class Seen:
         """Whether the kernel runs."""
         return self.live is not None
 
-    def computed_in(self, dtype: DTypeLike) -> "Seen":
-        """For queries of this type: of codes, whose own type does not tell it, the kernel serves not all."""
-        return self if jnp.dtype(dtype) in _TYPES else Seen(self.visible, None, None)
+    def told_to(self, queries: Float[Array, "B K Z G H"], *, codes: bool) -> "Seen":
+        """For these queries, of a type that codes do not tell, and of as many heads as a cache does not tell.
+
+        The kernel serves not all: of many and large heads a block's shared memory has no room.
+        """
+        _, _, Z, G, H = queries.shape
+        stages = min((_STAGES_OF_CODES if codes else _STAGES)[H], _LEAST_STAGES) if self.kernel else 0
+        fits = self.kernel and _shared_bytes(H, G, Z, stages, codes=codes, splits=2) <= _SHARED
+        return self if fits and queries.dtype in _TYPES else Seen(self.visible, None, None)
 
 
 def unsupported(dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None) -> str | None:
     """Why the kernel cannot serve a decoding step on the device that is traced for, or None when it can.
 
     Args:
-      dtype: of the cache; int8: of codes, to be multiplied by queries of 16 bits (`Seen.computed_in`).
+      dtype: of the cache; int8: of codes, to be multiplied by queries of 16 bits (`Seen.told_to`, which knows of
+        their heads, too).
       head_dim: H.
       slots: C.
       implementation: what the config names for `separator_attention`. A decoding step has two forms: the plain ones'
@@ -159,18 +168,30 @@ def _by_kernel(
     return _kernel_of_codes(queries, k, v, codes, seen.bias, seen.live, of_rows, looks=looks)
 
 
-def _stages_and_splits(shape: tuple[int, ...], stages: int, looks: bool) -> tuple[int, int]:
+def _shared_bytes(H: int, G: int, Z: int, stages: int, *, codes: bool, splits: int, kept: int = 0) -> int:
+    """Shared memory of a block: queries, tiles ahead, weights, scores that are kept, and what it writes through."""
+    columns, width = -(-G // 8) * 8, 1 if codes else 2
+    a_tile = TILE * (2 * H * width + (8 if codes else 4))
+    converted = TILE * H * 2 if codes else 0
+    out = columns * H * 2 if splits == 1 else columns * (H + 2) * 4
+    return columns * (Z * H + TILE) * 2 + stages * a_tile + converted + kept + out
+
+
+def _stages_and_splits(shape: tuple[int, ...], stages: int, *, codes: bool, looks: bool) -> tuple[int, int]:
     """Tiles in shared memory; and how many blocks share the slots of a row's key head, so that all SMs have some.
 
     Scores for looks take the room of tiles ahead. Too many of them go through memory: blocks then share a row.
     """
-    B, K, G, H, C = shape
+    B, K, Z, G, H, C = shape
     wanted = -(-_BLOCKS * (target().num_cores or _H100_SMS) // (B * K))
     splits = max(1, min(wanted, C // TILE // 2))
-    if not looks:
-        return stages, splits
-    kept = 4 * C * (-(-G // 8) * 8)
-    return 2, splits if kept <= _KEPT[H] * 2**10 else max(splits, 2)
+    if looks:
+        stages, kept = _LEAST_STAGES, 4 * C * (-(-G // 8) * 8)
+        fits = _shared_bytes(H, G, Z, stages, codes=codes, splits=1, kept=kept) <= _SHARED
+        return stages, splits if kept <= _KEPT[H] * 2**10 and fits else max(splits, 2)
+    while stages > _LEAST_STAGES and _shared_bytes(H, G, Z, stages, codes=codes, splits=splits) > _SHARED:
+        stages -= 1
+    return stages, splits
 
 
 @functools.partial(jax.jit, static_argnames=("ends", "looks"))  # one for all layers: its lowering takes seconds
@@ -179,8 +200,8 @@ def _kernel(
     looks: bool,
 ) -> Any:  # fmt: skip
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_kernels")
-    (B, K, _, G, H), C = queries.shape, k_cache.shape[2]
-    stages, splits = _stages_and_splits((B, K, G, H, C), _STAGES[H], looks)
+    (B, K, Z, G, H), C = queries.shape, k_cache.shape[2]
+    stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES[H], codes=False, looks=looks)
     shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks)
     return module.run(shape, queries, k, v, k_cache, v_cache, bias, live)
 
@@ -189,7 +210,7 @@ def _kernel(
 def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, ends: Any, *, looks: bool) -> Any:
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_int8_kernels")
     (B, K, Z, G, H), C = queries.shape, codes[0][0].shape[2]
-    stages, splits = _stages_and_splits((B, K, G, H, C), _STAGES_OF_CODES[H], looks)
+    stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES_OF_CODES[H], codes=True, looks=looks)
     shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks, Z)
     return module.run(shape, queries, k, v, codes, bias, live, ends)
 

@@ -129,14 +129,12 @@ def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
     (q, k, v, keys, values), scales = coded(B, K, 5 if several else 1, G, C, H)
     seen, ends = visible_slots(B, C), ends_of(B, C) if several else ()
     wide = [np.asarray(x, np.float64)[..., None] for x in scales]
-    numbers = [np.asarray(x, np.float64) * of for x, of in zip((keys, values), wide, strict=True)]
-    exact = textbook(q, k, v, *numbers, seen, ends)
+    exact_keys, exact_values = (np.asarray(x, np.float64) * of for x, of in zip((keys, values), wide, strict=True))
+    exact = textbook(q, k, v, exact_keys, exact_values, seen, ends)
 
-    def form(*stored, kernel):
-        told = decode.seen_slots(seen, kernel=kernel)
-        return given_of(
-            decode.attend(q, k, v, *stored, told, jnp.asarray(ends) if several else (), scales, looks=looks)
-        )
+    def form(keys, values, kernel):
+        told, told_ends = decode.seen_slots(seen, kernel=kernel), jnp.asarray(ends) if several else ()
+        return given_of(decode.attend(q, k, v, keys, values, told, told_ends, scales, looks=looks))
 
     plain = form(keys.astype(q.dtype), values.astype(q.dtype), kernel=False)
     simulate(monkeypatch)
@@ -180,6 +178,28 @@ def test_who_is_served(change, reason, monkeypatch):
     monkeypatch.setattr(decode, "target", lambda: device)
     said = decode.unsupported(**asked)
     assert said is None if reason is None else reason in str(said)
+
+
+# Heads of 256: of many queries there is no room for two tiles besides, and before that, of looks, none for scores.
+@pytest.mark.parametrize(
+    ("G", "Z", "codes", "is_served", "splits"),
+    [
+        (16, 3, False, True, 1),
+        (24, 3, False, True, 2),
+        (40, 3, False, False, None),
+        (48, 3, False, False, None),
+        (16, 5, True, True, 1),
+        (32, 5, True, True, 2),
+        (48, 5, True, False, None),
+    ],
+)
+def test_what_a_block_has_room_for(G, Z, codes, is_served, splits, monkeypatch):
+    monkeypatch.setattr(decode, "target", lambda: HOPPER)
+    seen = decode.seen_slots(jnp.ones((2, 640), bool), kernel=True)
+    assert seen.told_to(jnp.zeros((2, 1, Z, G, 256), jnp.bfloat16), codes=codes).kernel == is_served
+    assert not seen.told_to(jnp.zeros((2, 1, Z, 1, 64), jnp.float32), codes=codes).kernel
+    if is_served:
+        assert decode._stages_and_splits((300, 1, Z, G, 256, 640), 2, codes=codes, looks=True) == (2, splits)
 
 
 def test_a_mesh_of_several_devices_is_not_served(monkeypatch):

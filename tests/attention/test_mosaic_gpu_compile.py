@@ -87,8 +87,9 @@ def test_it_is_chosen_for_an_h100_that_is_not_there(h100):
         pytest.param((16, 8, 4, 896, 128), (4, 68), False, marks=pytest.mark.soak),
         pytest.param((1, 3, 3, 448, 64), (4, 4), True, marks=pytest.mark.soak),  # blocks that share a row
         pytest.param((200, 2, 12, 512, 256), (), True, marks=pytest.mark.soak),
+        pytest.param((200, 1, 24, 640, 256), (4, 68), True, marks=pytest.mark.soak),  # no room to keep their scores
     ],
-    ids=["heads of 128", "without looks", "one row, heads of 64", "heads of 256, more than eight of them"],
+    ids=["heads of 128", "without looks", "one row, heads of 64", "heads of 256, a dozen", "heads of 256, two dozen"],
 )
 def test_decoding_compiles_for_an_h100(h100, shape, ends, looks):
     B, K, G, C, H = shape
@@ -152,7 +153,7 @@ def test_decoding_from_codes_compiles_for_an_h100(h100, shape, several, dtype, l
 
     def run(visible, ends, scales, *given):
         assert decode.unsupported(jnp.int8, H, C) is None
-        seen = decode.seen_slots(visible, kernel=True).computed_in(dtype)
+        seen = decode.seen_slots(visible, kernel=True).told_to(given[0], codes=True)
         return decode.attend(*given, seen, ends if several else (), scales, looks=looks)
 
     codes = struct(B, K, C, H, dtype=jnp.int8)

@@ -127,7 +127,7 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         (new_k, new_v), (k, v) = taken_up(k_cache, k, v, *of_layers(new_tables, rope, (cos[-1], sin[-1])))
         queries = rotate(jnp.broadcast_to(q, (len(cos), *q.shape)), (cos, sin))
         queries = jnp.moveaxis(queries.reshape(-1, B, k.shape[2], N // k.shape[2], H), 0, 2)  # [B, K, zone, G, H]
-        seen = seen_in(reach, sees_kept).computed_in(q.dtype)
+        seen = seen_in(reach, sees_kept).told_to(queries, codes=sizes.cache_dtype != "model")
         keys, values, scales = for_products(k_cache, v_cache, v.dtype, kernel=seen.kernel)
         given = queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales
         looks = ()
