@@ -126,15 +126,15 @@ CODED_SOAK = list(CODED)[1:]
 @pytest.mark.parametrize("case", [pytest.param(x, marks=[pytest.mark.soak] if x in CODED_SOAK else []) for x in CODED])
 def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
     (B, K, G, C, H), several, num_sms, looks = CODED[case]
-    (q, k, v, keys, values), scales = coded(B, K, 5 if several else 1, G, C, H)
+    (q, k, v, keys, values), (of_keys, of_values) = coded(B, K, 5 if several else 1, G, C, H)
     seen, ends = visible_slots(B, C), ends_of(B, C) if several else ()
-    wide = [np.asarray(x, np.float64)[..., None] for x in scales]
+    wide = [np.asarray(x, np.float64)[..., None] for x in (of_keys, of_values)]
     exact_keys, exact_values = (np.asarray(x, np.float64) * of for x, of in zip((keys, values), wide, strict=True))
     exact = textbook(q, k, v, exact_keys, exact_values, seen, ends)
 
     def form(keys, values, kernel):
         told, told_ends = decode.seen_slots(seen, kernel=kernel), jnp.asarray(ends) if several else ()
-        return given_of(decode.attend(q, k, v, keys, values, told, told_ends, scales, looks=looks))
+        return given_of(decode.attend(q, k, v, keys, values, told, told_ends, (of_keys, of_values), looks=looks))
 
     plain = form(keys.astype(q.dtype), values.astype(q.dtype), kernel=False)
     simulate(monkeypatch)
