@@ -30,7 +30,7 @@ _PLAIN = ("xla", "reference", "tpu")  # implementations of `separator_attention`
 _H100_SMS = 132  # where the device does not tell
 TILE = 64  # slots that the kernel reads at a time: the rows of one product
 _STAGES = {64: 4, 128: 3, 256: 2}  # by head size, tiles of keys and of values in shared memory
-_STAGES_OF_CODES = {64: 3, 128: 3, 256: 2}
+_STAGES_OF_CODES = 2  # three and four are slower: fewer blocks share an SM
 _KEPT = {64: 48, 128: 32, 256: 64}  # KiB of scores that a block keeps for its looks, so that as many share an SM
 _BLOCKS = 2  # of the kernel that an SM takes at a time
 _SHARED = 226 * 2**10  # bytes of shared memory that a block of a Hopper GPU may have, but for its barriers
@@ -59,8 +59,7 @@ class Seen:
         The kernel serves not all: of many and large heads a block's shared memory has no room.
         """
         _, _, Z, G, H = queries.shape
-        stages = min((_STAGES_OF_CODES if codes else _STAGES)[H], _LEAST_STAGES) if self.kernel else 0
-        fits = self.kernel and _shared_bytes(H, G, Z, stages, codes=codes, splits=2) <= _SHARED
+        fits = self.kernel and _shared_bytes(H, G, Z, _LEAST_STAGES, codes=codes, splits=2) <= _SHARED
         return self if fits and queries.dtype in _TYPES else Seen(self.visible, None, None)
 
 
@@ -108,37 +107,39 @@ def attend(
     ends: tuple[int, ...] | Int32[Array, "B Y"] = (),
     scales: tuple[Float[Array, "B K C"], Float[Array, "B K C"]] | None = None,
     *,
+    own: int = -1,
     looks: bool = False,
 ) -> tuple[Float[jax.Array, "B K G H"], Float32[jax.Array, "B K C"] | None]:
     """The attention, in v's dtype, computed in float32; and the looks, if they are asked for, else None.
 
     Args:
-      queries: those of each zone, the last zone's fit `k`.
+      queries: those of each zone, turned to fit its keys.
       k: the token's own key; v: its value. They are not in the cache yet.
       k_cache: keys in slots; v_cache: values. For the kernel codes as they are stored.
       seen: of `seen_slots`, which says whether the kernel runs.
       ends: where the zones but the last end; of codes, for the kernel, each row's or none.
       scales: by which keys and values in slots are to be multiplied; None: they are as they are. For the kernel they
         are those of codes of 8 bits.
+      own: the zone whose queries fit `k`.
       looks: whether to give, of the weights of each slot, the largest among the query heads of a key head: 0 where none
         sees it.
     """
     if seen.kernel:
-        return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, looks=looks)
-    out, weights = _plainly(queries, k, v, k_cache, v_cache, seen, ends, scales)
+        return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, own, looks=looks)
+    out, weights = _plainly(queries, k, v, k_cache, v_cache, seen, ends, scales, own)
     return out, jnp.max(weights, axis=2) if looks else None
 
 
 def _plainly(
-    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any, own: int
 ) -> tuple[jax.Array, jax.Array]:
     """In plain XLA: the result, and the weights [B, K, G, C]. All zones are rows of one product, which cost nothing."""
     of_keys, of_values = (None, None) if scales is None else (x.astype(jnp.float32)[:, :, None] for x in scales)
     scores = _einsum("BKZGH,BKCH->BKZGC", queries, k_cache)
     scores = scores if of_keys is None else scores * of_keys[:, :, None]
     scores = jnp.where(seen.visible[:, None, None], _of_zones(scores, ends), -jnp.inf)
-    own = _einsum("BKGH,BKH->BKG", queries[:, :, -1], k)[..., None]
-    weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1) * k.shape[-1] ** -0.5, axis=-1)
+    of_own = _einsum("BKGH,BKH->BKG", queries[:, :, own], k)[..., None]
+    weights = jax.nn.softmax(jnp.concatenate([scores, of_own], axis=-1) * k.shape[-1] ** -0.5, axis=-1)
     shares = weights[..., :-1] if of_values is None else weights[..., :-1] * of_values
     out = _einsum("BKGC,BKCH->BKGH", shares.astype(v.dtype), v_cache)
     out += weights[..., -1:] * v[:, :, None]
@@ -157,15 +158,18 @@ def _of_zones(scores: jax.Array, ends: Any) -> jax.Array:
 
 
 def _by_kernel(
-    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any, *, looks: bool
-) -> Any:
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any, own: int, *,
+    looks: bool,
+) -> Any:  # fmt: skip
     """The result, and the looks or None."""
+    own %= queries.shape[2]
     if scales is None:
+        assert own == queries.shape[2] - 1, "of zones that are known the last has the token's own key"
         return _kernel(queries, k, v, k_cache, v_cache, seen.bias, seen.live, ends=ends, looks=looks)
     codes = (k_cache, scales[0]), (v_cache, scales[1])
     of_rows = None if isinstance(ends, tuple) else ends
     assert of_rows is not None or not ends, "codes of several zones have ends of each row"
-    return _kernel_of_codes(queries, k, v, codes, seen.bias, seen.live, of_rows, looks=looks)
+    return _kernel_of_codes(queries, k, v, codes, seen.bias, seen.live, of_rows, own=own, looks=looks)
 
 
 def _shared_bytes(H: int, G: int, Z: int, stages: int, *, codes: bool, splits: int, kept: int = 0) -> int:
@@ -206,12 +210,14 @@ def _kernel(
     return module.run(shape, queries, k, v, k_cache, v_cache, bias, live)
 
 
-@functools.partial(jax.jit, static_argnames="looks")
-def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, ends: Any, *, looks: bool) -> Any:
+@functools.partial(jax.jit, static_argnames=("own", "looks"))
+def _kernel_of_codes(
+    queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, ends: Any, *, own: int, looks: bool
+) -> Any:
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_int8_kernels")
     (B, K, Z, G, H), C = queries.shape, codes[0][0].shape[2]
-    stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES_OF_CODES[H], codes=True, looks=looks)
-    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks, Z)
+    stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES_OF_CODES, codes=True, looks=looks)
+    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks, Z, own)
     return module.run(shape, queries, k, v, codes, bias, live, ends)
 
 

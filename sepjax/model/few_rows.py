@@ -18,7 +18,8 @@ from jax.typing import DTypeLike
 from sepjax.array_typing import Array, Float
 from sepjax.model.layers import RMSNorm
 
-MOST_ROWS = 1  # of x that sums are made for; more are rows of one product of matrices
+# Rows of x that sums are made for, and of matrices of so many numbers; more are rows of one product of matrices.
+MOST_ROWS, MOST_OF_ROWS = 4, 2**23
 # Numbers of a matrix whose kernel sums the squares for a norm, too. For larger ones that takes longer than a kernel of
 # their own, which runs beside the one that multiplies by the norm's weights: docs/kernels_decode.md.
 MOST_WITH_NORM = 2**24
@@ -37,19 +38,21 @@ def products(
     """
     x, matrix = jnp.asarray(x), jnp.asarray(matrix)
     dtype = dtype or matrix.dtype
-    fused = norm if isinstance(norm, RMSNorm) and are_few(x) else None
+    few = are_few(x, matrix)
+    fused = norm if isinstance(norm, RMSNorm) and few else None
     if fused is None:
         x = (x if norm is None else norm(x)).astype(matrix.dtype)
-    if not are_few(x):
+    if not few:
         return jnp.split(jnp.einsum("...i,oi->...o", x, matrix, preferred_element_type=dtype), parts, axis=-1)
     matrices, flat = jnp.split(matrix, parts), jnp.asarray(x).reshape(-1, x.shape[-1])
     rows = [_sums(row, matrices, fused) for row in flat]
     return [jnp.stack(sums).reshape(*x.shape[:-1], -1).astype(dtype) for sums in zip(*rows, strict=True)]
 
 
-def are_few(x: Float[Array, "*B I"]) -> bool:
+def are_few(x: Float[Array, "*B I"], matrix: Float[Array, "O I"]) -> bool:
     """Whether the rows of x are so few that sums are made."""
-    return x.size <= MOST_ROWS * x.shape[-1]
+    rows = x.size // x.shape[-1]
+    return rows == 1 or (rows <= MOST_ROWS and matrix.size <= MOST_OF_ROWS)
 
 
 def _sums(x: jax.Array, matrices: Sequence[jax.Array], norm: RMSNorm | None) -> list[jax.Array]:

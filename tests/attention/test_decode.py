@@ -32,7 +32,7 @@ def visible_slots(B, C):
     return jnp.asarray(seen)
 
 
-def textbook(queries, k, v, k_cache, v_cache, seen, ends):
+def textbook(queries, k, v, k_cache, v_cache, seen, ends, own=-1):
     """float64, slot by slot's own query; and the largest weight of a slot among a key head's queries."""
     queries, k, v, k_cache, v_cache = (np.asarray(x, np.float64) for x in (queries, k, v, k_cache, v_cache))
     ends = np.broadcast_to(np.asarray(ends, np.int32), (len(queries), queries.shape[2] - 1))
@@ -40,7 +40,7 @@ def textbook(queries, k, v, k_cache, v_cache, seen, ends):
     own_queries = np.take_along_axis(queries, zone[:, None, :, None, None], axis=2)
     scores = np.einsum("bkcgh,bkch->bkgc", own_queries, k_cache)
     scores = np.where(np.asarray(seen)[:, None, None], scores, -np.inf)
-    own = np.einsum("bkgh,bkh->bkg", queries[:, :, -1], k)[..., None]
+    own = np.einsum("bkgh,bkh->bkg", queries[:, :, own], k)[..., None]
     scores = np.concatenate([scores, own], axis=-1) * k.shape[-1] ** -0.5
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
@@ -127,14 +127,16 @@ CODED_SOAK = list(CODED)[1:]
 def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
     (B, K, G, C, H), several, num_sms, looks = CODED[case]
     (q, k, v, keys, values), (of_keys, of_values) = coded(B, K, 5 if several else 1, G, C, H)
-    seen, ends = visible_slots(B, C), ends_of(B, C) if several else ()
+    seen, ends, own = visible_slots(B, C), ends_of(B, C) if several else (), 3 if several else 0
     wide = [np.asarray(x, np.float64)[..., None] for x in (of_keys, of_values)]
     exact_keys, exact_values = (np.asarray(x, np.float64) * of for x, of in zip((keys, values), wide, strict=True))
-    exact = textbook(q, k, v, exact_keys, exact_values, seen, ends)
+    exact = textbook(q, k, v, exact_keys, exact_values, seen, ends, own)
 
     def form(keys, values, kernel):
         told, told_ends = decode.seen_slots(seen, kernel=kernel), jnp.asarray(ends) if several else ()
-        return given_of(decode.attend(q, k, v, keys, values, told, told_ends, (of_keys, of_values), looks=looks))
+        return given_of(
+            decode.attend(q, k, v, keys, values, told, told_ends, (of_keys, of_values), own=own, looks=looks)
+        )
 
     plain = form(keys.astype(q.dtype), values.astype(q.dtype), kernel=False)
     simulate(monkeypatch)

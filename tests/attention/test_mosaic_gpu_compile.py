@@ -154,7 +154,7 @@ def test_decoding_from_codes_compiles_for_an_h100(h100, shape, several, dtype, l
     def run(visible, ends, scales, *given):
         assert decode.unsupported(jnp.int8, H, C) is None
         seen = decode.seen_slots(visible, kernel=True).told_to(given[0], codes=True)
-        return decode.attend(*given, seen, ends if several else (), scales, looks=looks)
+        return decode.attend(*given, seen, ends if several else (), scales, own=3 if several else 0, looks=looks)
 
     codes = struct(B, K, C, H, dtype=jnp.int8)
     scales = (struct(B, K, C, dtype=jnp.bfloat16),) * 2

@@ -23,17 +23,15 @@ from sepjax.config import AttentionConfig
 from sepjax.generation.cache.bounded_run import (
     attend_many,
     kept_ones,
-    of_layers,
     tables_of,
-    tables_of_new,
     taken_up,
     within_reach,
 )
 from sepjax.generation.cache.stored import Quantised, for_products
-from sepjax.generation.cache.turning import zones_by_slot
+from sepjax.generation.cache.turning import OWN_ZONE, zones_by_slot
 from sepjax.model.gate import run_with_gate
 from sepjax.model.layers import Attend, once
-from sepjax.model.rope import layer_numbers, of_layer, rotate
+from sepjax.model.rope import Table, layer_numbers, of_layer, rotate
 from sepjax.separators import flag_separators
 
 if TYPE_CHECKING:
@@ -104,7 +102,7 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         positions = positions[-1:]  # at positions of the text all zones have one
     if sizes.turned_by_slot:
         ends, positions = once(zones_by_slot(cache))
-    new_tables = tables_of_new(cache, 1, positions[-1])  # the token's own key fits the last zone's queries
+    own = OWN_ZONE if sizes.turned_by_slot else -1  # whose queries fit the token's own key, so have its rotation
     reason = decode.unsupported(cache.k[0].dtype, cache.head_dim, sizes.slots, implementation)
     tables = once(tables_of(cache, positions))
     recent = cache.recent_positions() >= cache.first_recent(1)
@@ -124,20 +122,19 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         k_cache, v_cache, reach, sees_kept, rope, watched = layer
         cos, sin = of_layer(tables, rope)
         B, _, N, H = q.shape
-        (new_k, new_v), (k, v) = taken_up(k_cache, k, v, *of_layers(new_tables, rope, (cos[-1], sin[-1])))
-        queries = rotate(jnp.broadcast_to(q, (len(cos), *q.shape)), (cos, sin))
-        queries = jnp.moveaxis(queries.reshape(-1, B, k.shape[2], N // k.shape[2], H), 0, 2)  # [B, K, zone, G, H]
+        (new_k, new_v), (k, v) = taken_up(k_cache, k, v, (cos[own], sin[own]))
+        queries = _turned_to_zones(q[:, 0].reshape(B, k.shape[2], N // k.shape[2], H), (cos[:, :, 0], sin[:, :, 0]))
         seen = seen_in(reach, sees_kept).told_to(queries, codes=sizes.cache_dtype != "model")
         keys, values, scales = for_products(k_cache, v_cache, v.dtype, kernel=seen.kernel)
         given = queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales
         looks = ()
         if watched is None:
-            out, _ = decode.attend(*given)
+            out, _ = decode.attend(*given, own=own)
         elif isinstance(watched, np.bool_) and not watched:  # its looks would not count
-            out, _ = decode.attend(*given)
+            out, _ = decode.attend(*given, own=own)
             looks = (jnp.zeros(visible.shape[:1] + k_cache.shape[1:3], jnp.float32),)
         else:
-            out, *looks = decode.attend(*given, looks=True)
+            out, *looks = decode.attend(*given, own=own, looks=True)
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
         if B > 1 or isinstance(new_k, Quantised) or isinstance(new_v, Quantised):
             out, *kept = jax.lax.optimization_barrier((out, new_k, new_v, *looks))
@@ -147,3 +144,19 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         return out.reshape(B, 1, N, H), (*(jnp.where(is_read, x, 0) for x in (new_k, new_v)), *looks)
 
     return attend
+
+
+def _turned_to_zones(q: Float[Array, "B K G H"], table: Table) -> Float[jax.Array, "B K Z G H"]:
+    """`rotate` by tables [Z, B, R/2] of zones.
+
+    Of whole heads as a sum of two products, the second of halves that have changed places: of what `rotate` does in
+    that order XLA makes a kernel that asks at every number which half it is of, three times as slow.
+    """
+    q, half = jnp.asarray(q), table[0].shape[-1]
+    if 2 * half != q.shape[-1]:
+        cos, sin = (x[:, :, None] for x in table)
+        return jnp.moveaxis(rotate(jnp.broadcast_to(q, (len(cos), *q.shape)), (cos, sin)), 0, 2)
+    cos, sin = (jnp.swapaxes(x, 0, 1)[:, None, :, None, None] for x in table)  # [B, 1, Z, 1, 1, R/2]
+    x = q.reshape(*q.shape[:2], 1, -1, 2, half).astype(jnp.float32)
+    turned = x * cos + x[..., ::-1, :] * (sin * jnp.array([[-1.0], [1.0]]))
+    return turned.reshape(*turned.shape[:-2], -1).astype(q.dtype)

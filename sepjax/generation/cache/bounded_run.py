@@ -19,7 +19,7 @@ import numpy as np
 
 from sepjax.array_typing import Array, Bool, Int32
 from sepjax.attention import decode, runs
-from sepjax.generation.cache.stored import Vectors, like, plain
+from sepjax.generation.cache.stored import Quantised, Vectors, plain, quantised
 from sepjax.generation.cache.turning import own_positions
 from sepjax.generation.cache.watched import looks_of_many
 from sepjax.model.layers import Attend, once
@@ -197,19 +197,15 @@ def turn_of_slots(cache: "StreamingCache", *, by_zone: bool = False) -> Table | 
     return cache.angles(cache.query_positions(1)[-1][:, None] - cache.distances(1) - numbers)
 
 
-def tables_of_new(
-    cache: "StreamingCache", num_tokens: int, fits: Int32[Array, "B T"] | None = None
-) -> tuple[Table, Table] | None:
-    """What rotates the keys of a run's tokens by their slots' numbers, and what turns these to fit queries.
+def tables_of_new(cache: "StreamingCache", num_tokens: int) -> tuple[Table, Table] | None:
+    """What rotates the keys of a run's tokens by their slots' numbers, and what turns these to fit recent queries.
 
-    Queries are those of recent entries, or at positions `fits`. None: keys lie as they are rotated to fit them.
+    None: keys lie as they are rotated to fit them.
     """
     if not cache.sizes.turned_by_slot:
         return None
-    own = own_positions(cache, num_tokens)
-    towards = cache.query_positions(num_tokens)[-1] if fits is None else jnp.asarray(fits)
-    turn = cache.angles(towards - own)
-    return once((tables_of(cache, own), turn))
+    own, recent = own_positions(cache, num_tokens), cache.query_positions(num_tokens)[-1]
+    return once((tables_of(cache, own), cache.angles(recent - own)))
 
 
 def of_layers(tables: tuple[Table, Table] | None, rope: Any, usual: Table) -> tuple[Table, Table | None]:
@@ -218,12 +214,15 @@ def of_layers(tables: tuple[Table, Table] | None, rope: Any, usual: Table) -> tu
 
 
 def taken_up(
-    layer: Vectors, k: jax.Array, v: jax.Array, table: Table, turn: Table | None
+    layer: Vectors, k: jax.Array, v: jax.Array, table: Table, turn: Table | None = None
 ) -> tuple[tuple[Vectors, Vectors], tuple[jax.Array, jax.Array]]:
     """New keys and values as they will lie in a layer's cache, and as tokens see them already; see `tables_of_new`."""
-    new = like(layer, rotate(k, table)), like(layer, v)
-    seen = plain(new[0], k.dtype) if turn is None else rotate(plain(new[0], jnp.float32), turn).astype(k.dtype)
-    return new, (seen, plain(new[1], v.dtype))
+    k = rotate(k, table)
+    if not isinstance(layer, Quantised):
+        return (k, v), (k, v)
+    both = quantised(jnp.stack([k, v]))  # at once: fewer kernels
+    seen = plain(both[0], jnp.float32)
+    return (both[0], both[1]), ((seen if turn is None else rotate(seen, turn)).astype(k.dtype), plain(both[1], v.dtype))
 
 
 def kept_ones(cache: "StreamingCache", num_tokens: int) -> Bool[np.ndarray, "S"]:

@@ -122,6 +122,8 @@ class StreamSizes:
         """
         least = self.cache_size + 1 + (0 if self.keeps_best else self.max_separators)
         least += self.gate.stretch - 1 if self.gate else 0
+        if self.turned_by_slot:  # a ring as large as the sinks: their numbers are their tokens' in the ring, too
+            least = max(least, 2 * self.num_sinks + self.max_separators)
         return -(-least // ALIGN) * ALIGN
 
     @property

@@ -52,10 +52,7 @@ def last_at(slot: jax.Array, end: jax.Array, size: int) -> jax.Array:
 def own_positions(cache: "StreamingCache", num_tokens: int) -> Int32[jax.Array, "B T"]:
     """What the keys of the next tokens are rotated by: the last of `query_positions`, or their slots' numbers."""
     recent = cache.query_positions(num_tokens)[-1]
-    if not cache.sizes.turned_by_slot:
-        return recent
-    sink = cache.num_sinks[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
-    return jnp.where(sink < cache.sizes.num_sinks, sink, recent % cache.sizes.ring)
+    return recent % cache.sizes.ring if cache.sizes.turned_by_slot else recent
 
 
 def turn_of_moves(cache: "StreamingCache", to: jax.Array, source: jax.Array) -> jax.Array | None:
@@ -64,6 +61,9 @@ def turn_of_moves(cache: "StreamingCache", to: jax.Array, source: jax.Array) -> 
     if sizes.turned_by_slot:
         return to % max(sizes.max_separators, 1) - source % sizes.ring
     return None if sizes.absolute else to - source
+
+
+OWN_ZONE = 3  # of `zones_by_slot`, the one in which the next token's key will lie, or whose rotation it has as a sink
 
 
 def zones_by_slot(cache: "StreamingCache") -> tuple[Int32[jax.Array, "B 4"], Int32[jax.Array, "5 B 1"]]:

@@ -148,7 +148,7 @@ def list_logits(config, attention, tokens, is_separator):
         positions[: len(seen)] = list(seen) if sizes.absolute else list(seen.values())
         positions[-1] = position = i if sizes.absolute else len(seen)
         k, v = (jnp.moveaxis(store[numbers, x], 0, 1) for x in (0, 1))
-        own = jnp.int32(i if i < sizes.num_sinks else i % sizes.ring) if by_slot else None
+        own = jnp.int32(i % sizes.ring) if by_slot else None
         told = jnp.int32(token), k, v, positions, jnp.int32(position), in_8_bits, own
         logits, store[i, 0], store[i, 1] = list_step(graph, params, *told)
         out.append(np.asarray(logits))

@@ -49,12 +49,12 @@ def calls(monkeypatch):
         got.append(ends if not looks else "looks")
         return decode.attend(queries, k, v, k_cache, v_cache, seen(bias, live), ends, looks=looks)
 
-    def of_codes(queries, k, v, codes, bias, live, ends, *, looks):
+    def of_codes(queries, k, v, codes, bias, live, ends, *, own, looks):
         (keys, of_keys), (values, of_values) = codes
         got.append(ends)
         assert keys.dtype == jnp.int8
         given = queries, k, v, keys.astype(v.dtype), values.astype(v.dtype), seen(bias, live)
-        return decode.attend(*given, () if ends is None else ends, (of_keys, of_values), looks=looks)
+        return decode.attend(*given, () if ends is None else ends, (of_keys, of_values), own=own, looks=looks)
 
     monkeypatch.setattr(decode, "_kernel", stand_in)
     monkeypatch.setattr(decode, "_kernel_of_codes", of_codes)
