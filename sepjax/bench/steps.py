@@ -4,8 +4,8 @@
 
 A step at batch 1 reads every weight once; the bar is the time that takes at the memory's own speed, measured here on a
 large array. "auto" is the largest batch that fits. `--patterns=separator,watched` measures caches of several patterns
-at that budget, `--cache_dtypes=model,int8` each in both types, `--dense_context=32768` one that holds so many tokens.
-The last line is JSON.
+at that budget, `--cache_dtypes=model,int8` each in both types, `--dense_context=32768` one that holds so many tokens,
+and says how many times its tokens a second the bounded ones give, each at its best. The last line is JSON.
 """
 
 import dataclasses
@@ -228,6 +228,19 @@ def in_types(caches: dict[str, AttentionConfig], cache_dtypes: Sequence[str]) ->
     return {name if x.cache_dtype == "model" else f"{name} {x.cache_dtype}": x for name, x in found}
 
 
+def times_of_dense(figures: Sequence[StepSpeed]) -> Iterator[str]:
+    """Lines that say how many times a dense cache's tokens a second others give, each at its best batch size."""
+    best: dict[str, StepSpeed] = {}
+    for x in figures:
+        if x.name not in best or x.tokens_per_second > best[x.name].tokens_per_second:
+            best[x.name] = x
+    dense = [x for x in best.values() if x.name.startswith("dense ")]
+    for one in (x for x in best.values() if x not in dense):
+        for other in dense:
+            times = one.tokens_per_second / other.tokens_per_second
+            yield f"{one.name}, {one.rows} rows: {times:.1f} times the tokens of {other.name}, {other.rows} rows"
+
+
 def main(settings: Settings) -> None:
     """Prints a line a figure, then JSON."""
     source, s = provenance(), settings
@@ -238,8 +251,10 @@ def main(settings: Settings) -> None:
     for x in measure(s.config, s.caches(s.dense_context), s.batch_sizes, s.seconds):
         shares = f"{x.share_of_weights:>10.1%}{x.share_of_bandwidth:>8.1%}{x.cache_bytes:>18,}"
         print(f"{x.name:<28}{x.rows:>6}{x.milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}{shares}", flush=True)
-        figures.append(dataclasses.asdict(x))
-    print(json.dumps(source | {"figures": figures}))
+        figures.append(x)
+    for line in times_of_dense(figures):
+        print(line)
+    print(json.dumps(source | {"figures": [dataclasses.asdict(x) for x in figures]}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from sepjax.bench import steps
-from sepjax.bench.steps import caches_of, full_cache, in_types, measure, memory_bandwidth, random_params
+from sepjax.bench.steps import (
+    StepSpeed,
+    caches_of,
+    full_cache,
+    in_types,
+    measure,
+    memory_bandwidth,
+    random_params,
+    times_of_dense,
+)
 from sepjax.config import Config, ConfigError, DataConfig, ModelConfig
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.measure import counted_compilations
@@ -38,6 +47,15 @@ def test_every_cache_and_batch_size_gets_a_figure(monkeypatch, name):
         assert x.share_of_bandwidth / x.share_of_weights == pytest.approx((read + x.cache_bytes) / read)
         cache = full_cache(CONFIG, StreamSizes.create(MODEL, caches[x.name]), 2)
         assert x.cache_bytes == cache.nbytes
+
+
+def test_bounded_caches_are_told_beside_a_dense_one_each_at_its_best():
+    def figure(name, rows, tokens):
+        return StepSpeed(name, rows, 1.0, tokens, 1, 1, 1.0, 1.0)
+
+    figures = [figure("a", 1, 10.0), figure("a", 8, 45.0), figure("dense 50", 1, 9.0), figure("dense 50", 2, 6.0)]
+    assert list(times_of_dense(figures)) == ["a, 8 rows: 5.0 times the tokens of dense 50, 1 rows"]
+    assert not list(times_of_dense(figures[:2]))
 
 
 def test_full_caches_are_full_and_rows_are_not_in_step():
