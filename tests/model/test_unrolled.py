@@ -84,15 +84,12 @@ def test_a_norm_whose_division_comes_after_the_sums_is_the_norm(most, dtype, mon
     random, config = np.random.default_rng(3), dataclasses.replace(LLAMA, dtype=dtype)
     norm = make_norm(config, nnx.Rngs(0))
     norm.scale[...] = jnp.asarray(random.uniform(20, 60, config.embed_dim), jnp.float32)
-    x, matrix = (
-        jnp.asarray(random.standard_normal(s), dtype) for s in ((1, 1, config.embed_dim), (48, config.embed_dim))
-    )
+    shapes = (3, 1, config.embed_dim), (48, config.embed_dim)
+    x, matrix = (jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes)
     x *= 5000
-    got = few_rows.products(x, matrix, norm, 2)
-    wide = np.asarray(x[0, 0], np.float64)
-    normed = wide / np.sqrt(np.mean(wide**2) + config.norm_epsilon) * np.asarray(norm.scale[...], np.float64)
-    exact = np.asarray(matrix, np.float64) @ normed
-    error = np.abs(np.concatenate([np.asarray(y[0, 0], np.float64) for y in got]) - exact)
+    got = np.concatenate([np.asarray(y, np.float64) for y in few_rows.products(x, matrix, norm, 2)], axis=-1)[:, 0]
+    wide, weights = np.asarray(x[:, 0], np.float64), np.asarray(matrix, np.float64).T
+    normed = wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + config.norm_epsilon)
+    normed *= np.asarray(norm.scale[...], np.float64)
     # Each feature and each sum is rounded once.
-    eps = float(jnp.finfo(dtype).eps)
-    assert (error <= eps * (np.abs(np.asarray(matrix, np.float64)) @ np.abs(normed))).all()
+    assert (np.abs(got - normed @ weights) <= float(jnp.finfo(dtype).eps) * (np.abs(normed) @ np.abs(weights))).all()
