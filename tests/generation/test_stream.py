@@ -143,6 +143,13 @@ def test_a_stream_of_other_settings_is_not_resumed(model, tokenizer, tmp_path):
         )
         with pytest.raises(StreamStateError, match="has a cache of cache_dtype='int8', expected 'model'"):
             other.resume(row)
+    stream(model, tokenizer, attention=narrow).save(tmp_path / "narrow")
+    file = tmp_path / "narrow" / "stream.json"
+    words = json.loads(file.read_text())
+    del words["sizes"]["turned_by_slot"]  # older versions had codes of keys that were not rotated
+    file.write_text(json.dumps(words))
+    with pytest.raises(StreamStateError, match=r"sizes\.turned_by_slot=False, expected True"):
+        stream(model, tokenizer, resume=tmp_path / "narrow", attention=narrow)
     file = tmp_path / "saved" / "stream.json"
     words = json.loads(file.read_text())
     for settings in (words["sizes"]["cache_dtype"], words["sizes"]["separator_ids"], words["model"]["rope"]["factor"]):
