@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def test_a_norm_whose_division_comes_after_the_sums_is_the_norm(most, dtype, mon
     """Of features so large that float16 has no room for them times the norm's weights."""
     monkeypatch.setattr(few_rows, "MOST_WITH_NORM", most)
     random, config = np.random.default_rng(3), dataclasses.replace(LLAMA, dtype=dtype)
-    norm = make_norm(config, nnx.Rngs(0))
+    norm: Any = make_norm(config, nnx.Rngs(0))
     norm.scale[...] = jnp.asarray(random.uniform(20, 60, config.embed_dim), jnp.float32)
     shapes = (3, 1, config.embed_dim), (48, config.embed_dim)
     x, matrix = (jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes)
