@@ -13,8 +13,8 @@ def run(asked):
     """Times `generate` for each file of prompts, over its default cache and over a static one."""
     try:
         import numpy as np
-        import torch
-        import transformers
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         yield {"error": f"lacks {error.name}"}
         return
