@@ -35,18 +35,27 @@ _MOST_ENGINES = 16  # of one model, kept for `engine_of`: they share its weights
 class Generator:
     """Generates text. The model is not held: drop it, and one copy of its weights remains, laid out for generation."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        attention: AttentionConfig | None = None,
+        *,
+        consume: bool = False,
+    ):
         """Prepares weights (once a model), tables and checks.
 
         Args:
           model: from `sepjax.load`.
           tokenizer: the model's.
           attention: another pattern than the model was trained with.
+          consume: whether the model is given up: layers of a gigabyte and more are deleted while they are laid out, so
+            that at most one kind of their matrices is in memory twice. It can generate still, and nothing else.
 
         Raises:
           ConfigError: a pattern out of range, or a tokenizer that is not the model's.
         """
-        self._of = Prepared.create(model, tokenizer, attention)
+        self._of = Prepared.create(model, tokenizer, attention, consume=consume)
 
     def __repr__(self) -> str:
         return f"Generator({self._of.config.in_words()}; {self.attention.in_words()})"

@@ -23,6 +23,8 @@ from sepjax.model.transformer import Params, Transformer, split
 from sepjax.model.unrolled import by_layer
 from sepjax.separators import configured_table
 
+_LARGE = 2**30  # bytes of all layers that are not to be in memory twice
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Prepared:
@@ -37,8 +39,15 @@ class Prepared:
     table_on_device: Bool[jax.Array, "_"]
 
     @classmethod
-    def create(cls, model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None = None) -> "Prepared":
-        """Checks that they belong together.
+    def create(
+        cls,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        attention: AttentionConfig | None = None,
+        *,
+        consume: bool = False,
+    ) -> "Prepared":
+        """Checks that they belong together. `consume`: see `Generator`.
 
         Raises:
           ConfigError: a pattern out of range, or a tokenizer with more tokens than the model has embeddings.
@@ -47,7 +56,7 @@ class Prepared:
         validate_attention(attention, model.config.num_layers)
         check_vocabulary(model.config, tokenizer)
         table = np.asarray(configured_table(tokenizer, attention))
-        weights = laid_out(model)
+        weights = laid_out(model, consume=consume)
         return cls(
             model.config, weights.graph, weights.params, tokenizer, attention, table, jnp.asarray(table)
         )  # fmt: skip
@@ -88,13 +97,19 @@ _of_models: weakref.WeakKeyDictionary[Transformer, Weights] = weakref.WeakKeyDic
 _lock = threading.RLock()
 
 
-def laid_out(model: Transformer) -> Weights:
-    """The weights of a model, laid out at the first call; at a later one again if it has other arrays by then."""
+def laid_out(model: Transformer, *, consume: bool = False) -> Weights:
+    """The weights of a model, laid out at the first call; at a later one again if it has other arrays by then.
+
+    `consume`: whether the first call may delete the layers' arrays (`by_layer`), which it does where they are large:
+    that takes a little longer.
+    """
     with _lock:
         graph, params = split(model)
         weights = _of_models.get(model)
         if weights is None or not weights.are_of(params):
             sources = tuple(map(weakref.ref, jax.tree.leaves(params)))
-            weights = Weights(graph, by_layer(params, model.config), sources, jax.sharding.get_mesh())
+            large = sum(x.nbytes for x in jax.tree.leaves(params["layers"])) >= _LARGE
+            made = by_layer(params, model.config, consume=consume and large)
+            weights = Weights(graph, made, sources, jax.sharding.get_mesh())
             _of_models[model] = weights
         return weights

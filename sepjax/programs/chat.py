@@ -48,7 +48,7 @@ def main(settings: Settings) -> None:
     new = settings.max_new_tokens
     settings.warn(model, tokenizer, [], new, bounded=True)
     given: dict[str, Any] = settings.options(tokenizer) | settings.endless()
-    engine = sepjax.Generator(model, tokenizer, settings.attention(model))
+    engine = sepjax.Generator(model, tokenizer, settings.attention(model), consume=True)
     del model  # one copy of its weights is enough
 
     def begin(system: str, resume: str | None = None) -> "tuple[Stream, Conversation]":

@@ -99,7 +99,7 @@ def main(settings: Settings) -> None:
         options |= settings.endless()
     elif settings.bounded:
         options["bounded"] = True
-    engine = sepjax.Generator(model, tokenizer, settings.attention(model))
+    engine = sepjax.Generator(model, tokenizer, settings.attention(model), consume=True)
     del model  # one copy of its weights is enough
     if len(prompts) > 1:
         _answer_all(engine, prompts, **options)

@@ -162,8 +162,9 @@ class Worker:
         self.at_stop()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Waits for the end; returns whether it came."""
-        self._thread.join(timeout)
+        """Waits for the end, if it was started; returns whether it came."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
         return not self._thread.is_alive()
 
     @property
