@@ -9,16 +9,16 @@ All three drive the same compiled steps (`sepjax.generation.device_loop`) and gi
 what it would be alone: padding, neighbours and growing caches change none of its tokens.
 """
 
-import dataclasses
 import os
 from collections.abc import Sequence
 
 from sepjax.clocks import Clocks
 from sepjax.config import AttentionConfig, ConfigError
+from sepjax.config.checks import check_type
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.batch import Generation, run
 from sepjax.generation.cache.sizes import bucket
-from sepjax.generation.prepared import Prepared, laid_out
+from sepjax.generation.prepared import Prepared, laid_out, pattern_of
 from sepjax.generation.prompts import Prompt, encode_prompts, row_keys
 from sepjax.generation.readers import BoundedReader, GrowingReader, Reader
 from sepjax.generation.row import RowSettings, StreamEvent
@@ -183,7 +183,7 @@ class Generator:
         )  # fmt: skip
         needs_bound = max_new_tokens is None or self.attention.pattern == "watched"
         reader = self._reader(needs_bound if bounded is None else bounded)
-        sampling = (sampling or Sampling.create()).check(self.tokenizer.vocab_size)
+        sampling = _one("sampling", sampling).check(self.tokenizer.vocab_size)
         events = Stream(self._of, reader, settings, sampling, seed=seed, control_tokens=control_tokens)
         if resume is not None:
             events.restore(resume)
@@ -206,9 +206,9 @@ class Generator:
         return Slots(self._of, self._bounded(), rows, steps, clocks, pool=pool)
 
     def _checked(self, sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sampling:
-        if not isinstance(sampling, Sampling):
-            sampling = Sampling.of_rows(sampling, rows) if sampling is not None else Sampling.create()
-        return sampling.check(self.tokenizer.vocab_size)
+        if isinstance(sampling, Sequence):
+            sampling = Sampling.of_rows([_one("one of sampling", x) for x in sampling], rows)
+        return _one("sampling", sampling).check(self.tokenizer.vocab_size)
 
     def _reader(self, bounded: bool) -> Reader:
         return self._bounded() if bounded else GrowingReader(self._of)
@@ -217,11 +217,18 @@ class Generator:
         return BoundedReader(self._of)
 
 
+def _one(name: str, sampling: Sampling | None) -> Sampling:
+    if sampling is None:
+        return Sampling.create()
+    check_type(name, sampling, Sampling)
+    return sampling
+
+
 def engine_of(model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None = None) -> Generator:
     """The Generator of these, the same at every call for as long as the model lives and keeps its parameters."""
     weights = laid_out(model)
     # A Generator holds its tokenizer, so the number is of no other one as long as the entry is there.
-    key = id(tokenizer), dataclasses.replace(attention or model.attention)
+    key = id(tokenizer), pattern_of(model, tokenizer, attention)
     with weights.lock:
         made = weights.made
         engine = made.pop(key, None) or Generator(model, tokenizer, attention)

@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from sepjax.array_typing import Bool
 from sepjax.config import AttentionConfig, ModelConfig, validate_attention, with_own_window
+from sepjax.config.checks import check_type
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.prompts import check_vocabulary
 from sepjax.model.transformer import Params, Transformer, split
@@ -52,7 +53,7 @@ class Prepared:
         Raises:
           ConfigError: a pattern out of range, or a tokenizer with more tokens than the model has embeddings.
         """
-        attention = with_own_window(dataclasses.replace(attention or model.attention), model.config)
+        attention = with_own_window(pattern_of(model, tokenizer, attention), model.config)
         validate_attention(attention, model.config.num_layers)
         check_vocabulary(model.config, tokenizer)
         table = np.asarray(configured_table(tokenizer, attention))
@@ -71,6 +72,15 @@ class Prepared:
         if not leaf.committed or len(leaf.sharding.device_set) > 1:
             return state
         return jax.device_put(state, SingleDeviceSharding(*leaf.sharding.device_set))
+
+
+def pattern_of(model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None) -> AttentionConfig:
+    """A copy of the pattern that is asked for, or of the model's own; raises ConfigError for things of other types."""
+    check_type("model", model, Transformer)
+    check_type("tokenizer", tokenizer, Tokenizer)
+    if attention is not None:
+        check_type("attention", attention, AttentionConfig)
+    return dataclasses.replace(attention or model.attention)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

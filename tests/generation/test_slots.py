@@ -650,7 +650,7 @@ def test_mistakes_are_named_to_whom_they_belong(engine, slots):
     with pytest.raises(StreamStateError, match="has a bounded cache, expected a growing one"):
         growing.resume(larger.saved())
     assert slots.is_idle
-    with pytest.raises(ConfigError, match="slots need 1 row or more"):
+    with pytest.raises(ConfigError, match="rows=0 must be 1 or more"):
         engine.slots(0)
     with pytest.raises(ConfigError, match="cache without end"):
         tiny_engine(pattern="dense").slots(1)
