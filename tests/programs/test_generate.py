@@ -110,6 +110,11 @@ def test_mistakes_are_one_line(flags, message, model, tmp_path, capfd):
     assert message in refusal(capfd, "generate", model, *words)
 
 
+def test_a_model_of_short_texts_has_no_layers_to_choose(model, tmp_path, capfd):
+    said = refusal(capfd, "layers", model, f"--text={tmp_path}", f"--output={tmp_path}/a.arm")
+    assert f"has {CONFIG.max_positions} positions, too few to tell" in said
+
+
 def test_what_is_right_is_not_refused():
     for settings in (
         {"top_k": 3, "temperature": 1.0},
