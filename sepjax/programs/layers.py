@@ -69,8 +69,8 @@ def main(settings: Settings) -> None:
     length = settings.length or min(row or _ROW * slots, config.max_positions)
     if config.max_positions < _SHORTEST:
         raise ConfigError(
-            f"the model has {config.max_positions} positions, too few to tell who uses the distant past: {_SHORTEST} or "
-            "more are needed"
+            f"the model has {config.max_positions} positions, too few to tell who uses the distant past: at least "
+            f"{_SHORTEST} are needed"
         )
     if not _SHORTEST <= length <= config.max_positions:
         raise ConfigError(
