@@ -226,9 +226,9 @@ def _one(name: str, sampling: Sampling | None) -> Sampling:
 
 def engine_of(model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None = None) -> Generator:
     """The Generator of these, the same at every call for as long as the model lives and keeps its parameters."""
-    weights = laid_out(model)
     # A Generator holds its tokenizer, so the number is of no other one as long as the entry is there.
     key = id(tokenizer), pattern_of(model, tokenizer, attention)
+    weights = laid_out(model)
     with weights.lock:
         made = weights.made
         engine = made.pop(key, None) or Generator(model, tokenizer, attention)
