@@ -7,6 +7,8 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+_LONGEST = 160  # characters of a value in a message
+
 
 class UserError(Exception):
     """A mistake that the user can mend: entry points print the message alone, without a traceback."""
@@ -100,7 +102,9 @@ def check_types(section: Any, path: str) -> None:
 def check_type(name: str, value: object, kind: Any) -> None:
     """Raises ConfigError for a value of another type: an int is a float too, a bool is neither."""
     if not _is_a(value, kind):
-        raise ConfigError(f"{name}={value!r} has the wrong type, expected {type_name(kind)}")
+        said = " ".join(repr(value).split())  # in one line, whatever it is
+        said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
+        raise ConfigError(f"{name}={said} has the wrong type, expected {type_name(kind)}")
 
 
 def _is_a(value: object, kind: Any) -> bool:
