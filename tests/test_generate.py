@@ -5,14 +5,16 @@ import dataclasses
 import functools
 import itertools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 import sepjax
-from sepjax import generate, stream
+from sepjax import Generator, Sampling, generate, stream
 from sepjax.config import AttentionConfig, Config, ConfigError
 from sepjax.data.errors import DataError
 from sepjax.data.special_tokens import SpecialTokens
@@ -279,6 +281,12 @@ def test_the_pattern_can_be_another_than_in_training(model, tokenizer, answers):
     assert [a.token_ids for a in got] != [a.token_ids for a in answers]
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Types of arguments are not checked by the tests' own hook: as users call it."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -292,11 +300,46 @@ def test_the_pattern_can_be_another_than_in_training(model, tokenizer, answers):
         ({"stop": ["a", ""]}, "stop string is empty"),
         ({"stop_token_ids": [3, 10**6]}, "stop_token_ids has 1000000, which is outside the vocabulary"),
         ({"attention": AttentionConfig(window_size=0)}, "attention.window_size=0"),
+        ({"attention": "dense"}, "attention='dense' has the wrong type, expected AttentionConfig"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens=2.0 has the wrong type, expected a whole number"),
+        ({"max_new_tokens": 2**40}, "max_new_tokens=1099511627776 must be at most 2147483647"),
+        ({"max_new_tokens": True}, "max_new_tokens=True has the wrong type"),
+        ({"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens=9 must be at most max_new_tokens=3"),
+        ({"max_repeats": "1"}, "max_repeats='1' has the wrong type"),
+        ({"temperature": "hot"}, "temperature='hot' has the wrong type, expected a number"),
+        ({"temperature": 1.0, "top_k": 1.5}, "top_k=1.5 has the wrong type, expected a whole number"),
+        ({"temperature": 1.0, "top_k": 2**31}, "top_k=2147483648 must be at most"),
+        ({"temperature": 1.0, "seed": "a"}, "seed='a' has the wrong type"),
+        ({"temperature": 1.0, "seed": [0.5]}, "seed=0.5 has the wrong type"),
+        ({"temperature": 1.0, "seed": None}, "seed=None has the wrong type"),
+        ({"logit_bias": {"5": 1.0}}, "a token id of logit_bias='5' has the wrong type"),
+        ({"logit_bias": {5: "a"}}, "logit_bias of token 5='a' has the wrong type"),
+        ({"stop_token_ids": [5.5]}, "an id of stop_token_ids=5.5 has the wrong type"),
     ],
 )
-def test_settings_that_cannot_work_are_named(model, tokenizer, settings, message):
+def test_settings_that_cannot_work_are_named(model, tokenizer, unchecked, settings, message):
     with pytest.raises(ConfigError, match=message):
         generate(model, tokenizer, "a", **settings)
+
+
+def test_things_of_another_type_are_named(model, tokenizer, unchecked):
+    for arguments, message in (
+        (("smollm2-135m", tokenizer), "model='smollm2-135m' has the wrong type, expected Transformer"),
+        ((tokenizer, model), "expected Transformer"),
+        ((model, None), "tokenizer=None has the wrong type, expected Tokenizer"),
+    ):
+        for call in (generate, stream):
+            with pytest.raises(ConfigError, match=message):
+                call(*arguments, "a", max_new_tokens=1)
+    engine: Any = Generator(model, tokenizer)
+    hot = Sampling.create(1.0)
+    for sampling in ({"temperature": 1.0}, [hot, 1.0]):
+        with pytest.raises(ConfigError, match=r"sampling=.* has the wrong type, expected Sampling"):
+            engine.generate(["a", "b"], sampling=sampling)
+    with pytest.raises(ConfigError, match="got 1 for 2 prompts"):
+        engine.generate(["a", "b"], sampling=[hot])
+    with pytest.raises(ConfigError, match=r"sampling=.* has the wrong type, expected Sampling"):
+        engine.stream("a", sampling=[hot])
 
 
 def test_a_dense_stream_without_end_is_refused_at_once(model, tokenizer):
@@ -331,11 +374,22 @@ def test_prompts_that_are_none_are_refused(model, tokenizer):
         generate(model, no_start, "", max_new_tokens=1)
     with pytest.raises(DataError, match="surrogate"):
         generate(model, tokenizer, "\ud800", max_new_tokens=1)
-    for prompts, message in ((3, "got int"), ([1, 2], r"\[\[1, 2, 3\]\]"), ([None], "got NoneType"), ([b"a"], "bytes")):
+    for prompts, message in (
+        (3, "got int"),
+        ([1, 2], r"\[\[1, 2, 3\]\]"),
+        (np.array([1, 2]), r"\[\[1, 2, 3\]\]"),
+        (np.array(1), "got ndarray"),
+        ([None], "got NoneType"),
+        ([b"a"], "bytes"),
+        ([[1], [2, 1.5]], r"prompt 1 has 1\.5 among its token ids, a float; they are whole numbers"),
+    ):
         with pytest.raises(TypeError, match=message):
             encode_prompts(tokenizer, prompts)
-    with pytest.raises(TypeError, match="stop must be"):
-        check_stop(["a", 1])
+    for prompts in (jnp.array([[1, 2]]), [jnp.array([1, 2])], np.array([[1, 2]]), [[jnp.int32(1), np.int64(2)]]):
+        assert encode_prompts(tokenizer, prompts) == [[1, 2]]
+    for stop in (["a", 1], 5, None, b"a"):
+        with pytest.raises(TypeError, match="stop must be"):
+            check_stop(stop)
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tokenizer):

@@ -92,7 +92,8 @@ def _read(graph, attention, params, cache, which, tokens, table):
     few = cache if which is None else cache.where_they_lie(which, attention)
     left = jnp.full(len(tokens), tokens.shape[1])
     logits = jnp.zeros((len(tokens), len(table)), jnp.float32)
-    few, logits, counts = consume(graph, attention, params, few, logits, tokens, left, table)
+    scan = not few.is_in_place
+    few, logits, counts = consume(graph, attention, params, few, logits, tokens, left, table, scan=scan)
     return few if which is None else cache.with_whole_rows(which, few), logits, counts
 
 

@@ -26,7 +26,7 @@ from sepjax.config.attention import (
     validate_attention,
 )
 from sepjax.config.checkout import root
-from sepjax.config.checks import ConfigError, UserError, first_line, nearest
+from sepjax.config.checks import ConfigError, UserError, first_line, nearest, number, whole_number
 from sepjax.config.checks import at_least as _at_least
 from sepjax.config.checks import check_type as _check_type
 from sepjax.config.checks import check_types as _check_types
@@ -52,10 +52,12 @@ __all__ = [  # of other files, for whoever reads a config
     "layer_reaches",
     "layer_windows",
     "nearest",
+    "number",
     "sees_kept",
     "under",
     "validate_attention",
     "validate_model",
+    "whole_number",
     "with_own_window",
 ]
 

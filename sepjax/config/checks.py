@@ -2,9 +2,12 @@
 
 import dataclasses
 import difflib
+import operator
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+_LONGEST = 160  # characters of a value in a message
 
 
 class UserError(Exception):
@@ -28,6 +31,34 @@ def one_of(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises ConfigError for a value that is none of the choices, with the nearest of them."""
     if value not in choices:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{nearest(value, choices)}")
+
+
+def whole_number(name: str, value: Any, least: int = 0, most: int = 2**31 - 1, *, about: str = "") -> int:
+    """The value as an int, of NumPy and JAX too. Raises ConfigError for another type, and outside least to most.
+
+    `about`: what the least means, as in "0 (none)".
+    """
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r:.80} has the wrong type, expected a whole number")
+    if found < least:
+        raise ConfigError(f"{name}={found} must be {least}{about} or more")
+    if found > most:
+        raise ConfigError(f"{name}={found} must be at most {most}")
+    return found
+
+
+def number(name: str, value: Any) -> float:
+    """The value as a float, of NumPy and JAX too. Raises ConfigError for another type."""
+    try:
+        if not isinstance(value, (bool, str, bytes)):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"{name}={value!r:.80} has the wrong type, expected a number")
 
 
 def at_least(name: str, value: int | float, least: int) -> None:
@@ -71,7 +102,9 @@ def check_types(section: Any, path: str) -> None:
 def check_type(name: str, value: object, kind: Any) -> None:
     """Raises ConfigError for a value of another type: an int is a float too, a bool is neither."""
     if not _is_a(value, kind):
-        raise ConfigError(f"{name}={value!r} has the wrong type, expected {type_name(kind)}")
+        said = " ".join(repr(value).split())  # in one line, whatever it is
+        said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
+        raise ConfigError(f"{name}={said} has the wrong type, expected {type_name(kind)}")
 
 
 def _is_a(value: object, kind: Any) -> bool:

@@ -13,9 +13,8 @@ from sepjax.config import AttentionConfig
 from sepjax.generation.cache.protocol import Cache
 from sepjax.generation.penalties import after_drawing, after_reading, biased, no_uses, penalised, without
 from sepjax.generation.sampling import Sampling, sample
-from sepjax.generation.step import decode_step, prefill
+from sepjax.generation.step import decode_step, prefill, take_up_run
 from sepjax.model.transformer import Params
-from sepjax.model.unrolled import runner
 
 COUNT_WRAP = 2**30
 MOST_TOP = 20  # tokens whose log-probabilities a request may ask for at each step
@@ -182,6 +181,8 @@ def consume(
     tokens: Tokens,
     left: Int32[Array, "B"],
     table: Bool[Array, "_"],
+    *,
+    scan: bool = True,
 ) -> tuple[Cache, Float[jax.Array, "B V"], Int32[jax.Array, "B"]]:
     """Takes up some of the next tokens of every row: to its next compaction, at most T.
 
@@ -194,15 +195,13 @@ def consume(
       tokens: int32[B, T], the next ones.
       left: how many of them there are, 0 to T.
       table: separators among the tokenizer's ids.
+      scan: see `take_up_run`.
 
     Returns:
       The cache, the scores after each row's last token now, and how many it took up.
     """
-    model = runner(graph, params, scan=not getattr(cache, "is_in_place", False))
-    counts = jnp.minimum(cache.room(tokens.shape[1]), left)
-    hidden, cache = cache.take_up(model, tokens, counts, table, attention)
-    last = hidden[jnp.arange(len(left)), jnp.maximum(counts - 1, 0)]
-    return cache.compact(), jnp.where(counts[:, None] > 0, model.logits(last), logits), counts
+    found, cache, counts = take_up_run(graph, params, cache, tokens, left, table, attention, scan=scan)
+    return cache.compact(), jnp.where(counts[:, None] > 0, found, logits), counts
 
 
 @functools.partial(jax.jit, donate_argnums=0)

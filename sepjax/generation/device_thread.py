@@ -8,10 +8,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
+
+from sepjax import interrupt
 
 log = logging.getLogger("sepjax.slots")
 
@@ -19,7 +21,8 @@ log = logging.getLogger("sepjax.slots")
 def compile_all(programs: Mapping[str, tuple[Any, ...]]) -> None:
     """Compiles programs of `jax.jit` side by side, by name, each for what it is given behind it; runs none.
 
-    Those that take longest should come first. `jit` keeps what is compiled so: the first call finds it.
+    Those that take longest should come first. `jit` keeps what is compiled so: the first call finds it. The first error
+    is raised at once; what compiles beside it is not waited for, nor by the end of the program.
     """
     mesh, begin = jax.sharding.get_mesh(), time.perf_counter()
 
@@ -28,14 +31,18 @@ def compile_all(programs: Mapping[str, tuple[Any, ...]]) -> None:
             lowered.compile()
         log.info("compiled: %s, after %.1f s (traced after %.1f)", name, time.perf_counter() - begin, traced)
 
-    with ThreadPoolExecutor(len(programs), "sepjax-compile") as threads:
-        made = []
+    threads = ThreadPoolExecutor(len(programs), "sepjax-compile")
+    begun = []
+    try:
         for name, (program, *given) in programs.items():
             # One after another: Python traces one at a time, and the first is compiled while the next is traced.
             lowered = program.lower(*given)
-            made.append(threads.submit(make, name, lowered, time.perf_counter() - begin))
-        for done in made:
+            begun.append(threads.submit(make, name, lowered, time.perf_counter() - begin))
+            interrupt.need_not_wait_for(begun[-1].done)
+        for done in as_completed(begun):
             done.result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 class DeviceThread:

@@ -9,16 +9,16 @@ All three drive the same compiled steps (`sepjax.generation.device_loop`) and gi
 what it would be alone: padding, neighbours and growing caches change none of its tokens.
 """
 
-import dataclasses
 import os
 from collections.abc import Sequence
 
 from sepjax.clocks import Clocks
 from sepjax.config import AttentionConfig, ConfigError
+from sepjax.config.checks import check_type
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.batch import Generation, run
 from sepjax.generation.cache.sizes import bucket
-from sepjax.generation.prepared import Prepared, laid_out
+from sepjax.generation.prepared import Prepared, laid_out, pattern_of
 from sepjax.generation.prompts import Prompt, encode_prompts, row_keys
 from sepjax.generation.readers import BoundedReader, GrowingReader, Reader
 from sepjax.generation.row import RowSettings, StreamEvent
@@ -35,18 +35,27 @@ _MOST_ENGINES = 16  # of one model, kept for `engine_of`: they share its weights
 class Generator:
     """Generates text. The model is not held: drop it, and one copy of its weights remains, laid out for generation."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        attention: AttentionConfig | None = None,
+        *,
+        consume: bool = False,
+    ):
         """Prepares weights (once a model), tables and checks.
 
         Args:
           model: from `sepjax.load`.
           tokenizer: the model's.
           attention: another pattern than the model was trained with.
+          consume: whether the model is given up: layers of a gigabyte and more are deleted while they are laid out, so
+            that at most one kind of their matrices is in memory twice. It can generate still, and nothing else.
 
         Raises:
           ConfigError: a pattern out of range, or a tokenizer that is not the model's.
         """
-        self._of = Prepared.create(model, tokenizer, attention)
+        self._of = Prepared.create(model, tokenizer, attention, consume=consume)
 
     def __repr__(self) -> str:
         return f"Generator({self._of.config.in_words()}; {self.attention.in_words()})"
@@ -174,7 +183,7 @@ class Generator:
         )  # fmt: skip
         needs_bound = max_new_tokens is None or self.attention.pattern == "watched"
         reader = self._reader(needs_bound if bounded is None else bounded)
-        sampling = (sampling or Sampling.create()).check(self.tokenizer.vocab_size)
+        sampling = _one("sampling", sampling).check(self.tokenizer.vocab_size)
         events = Stream(self._of, reader, settings, sampling, seed=seed, control_tokens=control_tokens)
         if resume is not None:
             events.restore(resume)
@@ -197,9 +206,9 @@ class Generator:
         return Slots(self._of, self._bounded(), rows, steps, clocks, pool=pool)
 
     def _checked(self, sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sampling:
-        if not isinstance(sampling, Sampling):
-            sampling = Sampling.of_rows(sampling, rows) if sampling is not None else Sampling.create()
-        return sampling.check(self.tokenizer.vocab_size)
+        if isinstance(sampling, Sequence):
+            sampling = Sampling.of_rows([_one("one of sampling", x) for x in sampling], rows)
+        return _one("sampling", sampling).check(self.tokenizer.vocab_size)
 
     def _reader(self, bounded: bool) -> Reader:
         return self._bounded() if bounded else GrowingReader(self._of)
@@ -208,11 +217,18 @@ class Generator:
         return BoundedReader(self._of)
 
 
+def _one(name: str, sampling: Sampling | None) -> Sampling:
+    if sampling is None:
+        return Sampling.create()
+    check_type(name, sampling, Sampling)
+    return sampling
+
+
 def engine_of(model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None = None) -> Generator:
     """The Generator of these, the same at every call for as long as the model lives and keeps its parameters."""
-    weights = laid_out(model)
     # A Generator holds its tokenizer, so the number is of no other one as long as the entry is there.
-    key = id(tokenizer), dataclasses.replace(attention or model.attention)
+    key = id(tokenizer), pattern_of(model, tokenizer, attention)
+    weights = laid_out(model)
     with weights.lock:
         made = weights.made
         engine = made.pop(key, None) or Generator(model, tokenizer, attention)

@@ -17,11 +17,14 @@ from jax.sharding import SingleDeviceSharding
 
 from sepjax.array_typing import Bool
 from sepjax.config import AttentionConfig, ModelConfig, validate_attention, with_own_window
+from sepjax.config.checks import check_type
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.prompts import check_vocabulary
 from sepjax.model.transformer import Params, Transformer, split
 from sepjax.model.unrolled import by_layer
 from sepjax.separators import configured_table
+
+_LARGE = 2**30  # bytes of all layers that are not to be in memory twice
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -37,17 +40,24 @@ class Prepared:
     table_on_device: Bool[jax.Array, "_"]
 
     @classmethod
-    def create(cls, model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None = None) -> "Prepared":
-        """Checks that they belong together.
+    def create(
+        cls,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        attention: AttentionConfig | None = None,
+        *,
+        consume: bool = False,
+    ) -> "Prepared":
+        """Checks that they belong together. `consume`: see `Generator`.
 
         Raises:
           ConfigError: a pattern out of range, or a tokenizer with more tokens than the model has embeddings.
         """
-        attention = with_own_window(dataclasses.replace(attention or model.attention), model.config)
+        attention = with_own_window(pattern_of(model, tokenizer, attention), model.config)
         validate_attention(attention, model.config.num_layers)
         check_vocabulary(model.config, tokenizer)
         table = np.asarray(configured_table(tokenizer, attention))
-        weights = laid_out(model)
+        weights = laid_out(model, consume=consume)
         return cls(
             model.config, weights.graph, weights.params, tokenizer, attention, table, jnp.asarray(table)
         )  # fmt: skip
@@ -62,6 +72,15 @@ class Prepared:
         if not leaf.committed or len(leaf.sharding.device_set) > 1:
             return state
         return jax.device_put(state, SingleDeviceSharding(*leaf.sharding.device_set))
+
+
+def pattern_of(model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None) -> AttentionConfig:
+    """A copy of the pattern that is asked for, or of the model's own; raises ConfigError for things of other types."""
+    check_type("model", model, Transformer)
+    check_type("tokenizer", tokenizer, Tokenizer)
+    if attention is not None:
+        check_type("attention", attention, AttentionConfig)
+    return dataclasses.replace(attention or model.attention)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -88,13 +107,19 @@ _of_models: weakref.WeakKeyDictionary[Transformer, Weights] = weakref.WeakKeyDic
 _lock = threading.RLock()
 
 
-def laid_out(model: Transformer) -> Weights:
-    """The weights of a model, laid out at the first call; at a later one again if it has other arrays by then."""
+def laid_out(model: Transformer, *, consume: bool = False) -> Weights:
+    """The weights of a model, laid out at the first call; at a later one again if it has other arrays by then.
+
+    `consume`: whether the first call may delete the layers' arrays (`by_layer`), which it does where they are large:
+    that takes a little longer.
+    """
     with _lock:
         graph, params = split(model)
         weights = _of_models.get(model)
         if weights is None or not weights.are_of(params):
             sources = tuple(map(weakref.ref, jax.tree.leaves(params)))
-            weights = Weights(graph, by_layer(params, model.config), sources, jax.sharding.get_mesh())
+            large = sum(x.nbytes for x in jax.tree.leaves(params["layers"])) >= _LARGE
+            made = by_layer(params, model.config, consume=consume and large)
+            weights = Weights(graph, made, sources, jax.sharding.get_mesh())
             _of_models[model] = weights
         return weights

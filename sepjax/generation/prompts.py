@@ -8,7 +8,15 @@ import jax
 import numpy as np
 
 from sepjax.array_typing import Int32
-from sepjax.config import AttentionConfig, ConfigError, ModelConfig, UserError, keeps_everything, layer_windows
+from sepjax.config import (
+    AttentionConfig,
+    ConfigError,
+    ModelConfig,
+    UserError,
+    keeps_everything,
+    layer_windows,
+    whole_number,
+)
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.cache.sizes import bucket
 from sepjax.generation.sampling import Sampling
@@ -37,18 +45,29 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Any, *, control_tokens: bool =
     """
     if isinstance(prompts, str):
         prompts = [prompts]
-    if not isinstance(prompts, (Sequence, np.ndarray)):
+    prompts = _on_host(prompts)
+    if not _is_list(prompts):
         raise TypeError(f"prompts must be a text or a list of prompts, got {type(prompts).__name__}")
     if not len(prompts):
         raise PromptError("prompts is an empty list; give at least one")
     return [_encode(tokenizer, number, prompt, control_tokens) for number, prompt in enumerate(prompts)]
 
 
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Sequence) or (isinstance(given, np.ndarray) and given.ndim > 0)
+
+
+def _on_host(given: Any) -> Any:
+    """An array of JAX as one of NumPy; anything else as it is."""
+    return np.asarray(given) if isinstance(given, jax.Array) else given
+
+
 def _encode(tokenizer: Tokenizer, number: int, prompt: Any, control_tokens: bool) -> list[int]:
+    prompt = _on_host(prompt)
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt, bos=True, control_tokens=control_tokens)
-    elif isinstance(prompt, (Sequence, np.ndarray)) and not isinstance(prompt, bytes):
-        ids = [operator.index(i) for i in prompt]
+    elif _is_list(prompt) and not isinstance(prompt, bytes):
+        ids = [_id(number, i) for i in prompt]
     else:
         hint = "; the ids of one prompt go in a list of their own: [[1, 2, 3]]" if hasattr(prompt, "__index__") else ""
         raise TypeError(f"prompt {number} must be a text or a list of token ids, got {type(prompt).__name__}{hint}")
@@ -61,6 +80,16 @@ def _encode(tokenizer: Tokenizer, number: int, prompt: Any, control_tokens: bool
             f"prompt {number} has token ids outside the vocabulary of {tokenizer.vocab_size} tokens: {outside[:5]}"
         )
     return ids
+
+
+def _id(number: int, i: Any) -> int:
+    try:
+        return operator.index(_on_host(i))
+    except TypeError:
+        kind = type(i).__name__
+        raise TypeError(
+            f"prompt {number} has {i!r:.40} among its token ids, a {kind}; they are whole numbers"
+        ) from None
 
 
 def choose_sampling(tokenizer: Tokenizer, sampling_defaults: bool, **given: Any) -> Sampling:
@@ -151,21 +180,19 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> jax.Array:
     Raises:
       ConfigError: not one seed, nor as many as rows, or one outside 0 to 2^32 - 1.
     """
-    if isinstance(seed, (int, np.integer)):
-        seeds, rows = [int(seed)] * num_rows, np.arange(num_rows, dtype=np.uint32)
+    given = _on_host(seed)
+    if _is_list(given) and not isinstance(given, (str, bytes)):
+        seeds, rows = list(given), np.zeros(num_rows, np.uint32)
     else:
-        seeds, rows = list(seed), np.zeros(num_rows, np.uint32)
+        seeds, rows = [given] * num_rows, np.arange(num_rows, dtype=np.uint32)
     if len(seeds) != num_rows:
         raise ConfigError(f"seed must be one number or one a prompt: got {len(seeds)} seeds for {num_rows} prompts")
-    check_seeds(seeds)
-    return _fold(np.array(seeds, np.uint32), rows)
+    return _fold(np.array(checked_seeds(seeds), np.uint32), rows)
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises ConfigError for a seed outside 0 to 2^32 - 1."""
-    outside = [s for s in seeds if not 0 <= s < 2**32]
-    if outside:
-        raise ConfigError(f"seed={outside[0]} must be between 0 and 2^32 - 1")
+def checked_seeds(seeds: Sequence[Any]) -> list[int]:
+    """Seeds as ints; raises ConfigError for what is not a whole number from 0 to 2^32 - 1."""
+    return [whole_number("seed", seed, most=2**32 - 1) for seed in seeds]
 
 
 @jax.jit

@@ -4,7 +4,6 @@ Text comes in whole characters only, and holds nothing of a stop string.
 """
 
 import dataclasses
-import operator
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sepjax.array_typing import Int32
-from sepjax.config import ConfigError
+from sepjax.config import ConfigError, whole_number
 from sepjax.data.tokenizer import IncrementalDecoder, Tokenizer
 from sepjax.generation.cache.sizes import bucket
 
@@ -66,7 +65,7 @@ class Ends:
         """
         if isinstance(stop_token_ids, (str, bytes)) or not isinstance(stop_token_ids, (Sequence, set, np.ndarray)):
             raise TypeError(f"stop_token_ids must be a list of token ids, got {stop_token_ids!r}")
-        stop = frozenset(operator.index(i) for i in stop_token_ids)
+        stop = frozenset(whole_number("an id of stop_token_ids", i, -(2**31)) for i in stop_token_ids)
         outside = sorted(i for i in stop if not 0 <= i < tokenizer.vocab_size)
         if outside:
             raise ConfigError(
@@ -87,9 +86,10 @@ class Ends:
 
 def check_stop(stop: Any) -> tuple[str, ...]:
     """Stop strings as a tuple; raises TypeError for other things than text, ConfigError for an empty one."""
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(s, str) for s in stop):
+    given = (stop,) if isinstance(stop, str) else stop
+    if isinstance(given, bytes) or not isinstance(given, (Sequence, set)) or not all(isinstance(s, str) for s in given):
         raise TypeError(f"stop must be a text or a list of texts, got {stop!r}")
+    stop = tuple(given)
     if "" in stop:
         raise ConfigError("a stop string is empty: it would end every text before its first token")
     return stop
@@ -122,17 +122,14 @@ class RowSettings:
         min_new_tokens: int = 0,
     ) -> "RowSettings":
         """See `Generator.generate` for the arguments and errors."""
-        if max_new_tokens is not None and not 1 <= operator.index(max_new_tokens) < 2**31:
-            raise ConfigError(f"max_new_tokens={max_new_tokens} must be 1 or more")
-        most = 2**31 - 1 if max_new_tokens is None else max_new_tokens
-        if not 0 <= operator.index(min_new_tokens) <= most:
-            limit = "" if max_new_tokens is None else f" and at most max_new_tokens={most}"
-            raise ConfigError(f"min_new_tokens={min_new_tokens} must be 0 (none) or more{limit}")
-        if max_repeats < 0:
-            raise ConfigError(f"max_repeats={max_repeats} must be 0 (as often as it likes) or more")
+        if max_new_tokens is not None:
+            max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
+        min_new_tokens = whole_number("min_new_tokens", min_new_tokens, about=" (none)")
+        if max_new_tokens is not None and min_new_tokens > max_new_tokens:
+            raise ConfigError(f"min_new_tokens={min_new_tokens} must be at most max_new_tokens={max_new_tokens}")
+        max_repeats = whole_number("max_repeats", max_repeats, about=" (as often as it likes)")
         most = min(_MOST_TOP, tokenizer.vocab_size)
-        if not 0 <= operator.index(top_logprobs) <= most:
-            raise ConfigError(f"top_logprobs={top_logprobs} must be between 0 (none) and {most}")
+        top_logprobs = whole_number("top_logprobs", top_logprobs, 0, most, about=" (none)")
         ends = Ends.create(tokenizer, stop_at_eos, stop_token_ids)
         asks = logprobs or top_logprobs > 0, top_logprobs
         return cls(check_stop(stop), ends, max_new_tokens, max_repeats, *asks, min_new_tokens)

@@ -6,7 +6,6 @@ or dropped together. The best token always stays. Bias and penalties come first 
 """
 
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32
-from sepjax.config import ConfigError
+from sepjax.config import ConfigError, number, whole_number
 
 MOST_BIASED = 300  # tokens that a request may give a bias
 
@@ -66,26 +65,22 @@ class Sampling:
 
         Raises:
           ConfigError: temperature or top_k below 0, top_p outside (0, 1], min_p outside [0, 1], presence or frequency
-            penalty outside [-2, 2], repetition_penalty not above 0, a bias outside [-100, 100], or too many.
-          TypeError: a token id that is not a whole number.
+            penalty outside [-2, 2], repetition_penalty not above 0, a bias outside [-100, 100], or too many; something
+            else than a number.
         """
-        for name, value, fits, expected in (
-            ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more, and finite"),
-            ("top_k", top_k, 0 <= top_k < 2**31, "0 (all tokens) or more"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (all tokens)"),
-            ("min_p", min_p, 0 <= min_p <= 1, "between 0 (all tokens) and 1"),
-            ("presence_penalty", presence_penalty, -2 <= presence_penalty <= 2, "between -2 and 2; 0: none"),
-            ("frequency_penalty", frequency_penalty, -2 <= frequency_penalty <= 2, "between -2 and 2; 0: none"),
-            ("repetition_penalty", repetition_penalty, 1e-3 <= repetition_penalty <= 1e3, "0.001 to 1000; 1: none"),
+        arrays: dict[str, Any] = {"top_k": np.asarray(whole_number("top_k", top_k, about=" (all tokens)"), np.int32)}
+        for name, given, fits, expected in (
+            ("temperature", temperature, lambda x: 0 <= x < float("inf"), "0 (greedy) or more, and finite"),
+            ("top_p", top_p, lambda x: 0 < x <= 1, "above 0 and at most 1 (all tokens)"),
+            ("min_p", min_p, lambda x: 0 <= x <= 1, "between 0 (all tokens) and 1"),
+            ("presence_penalty", presence_penalty, lambda x: -2 <= x <= 2, "between -2 and 2; 0: none"),
+            ("frequency_penalty", frequency_penalty, lambda x: -2 <= x <= 2, "between -2 and 2; 0: none"),
+            ("repetition_penalty", repetition_penalty, lambda x: 1e-3 <= x <= 1e3, "0.001 to 1000; 1: none"),
         ):
-            if not fits:
-                raise ConfigError(f"{name}={value} must be {expected}")
-        numbers = {
-            "temperature": temperature, "top_p": top_p, "min_p": min_p, "presence_penalty": presence_penalty,
-            "frequency_penalty": frequency_penalty, "repetition_penalty": repetition_penalty,
-        }  # fmt: skip
-        arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in numbers.items()}
-        arrays["top_k"] = np.asarray(top_k, np.int32)
+            value = number(name, given)
+            if not fits(value):
+                raise ConfigError(f"{name}={given} must be {expected}")
+            arrays[name] = np.asarray(value, np.float32)
         arrays["bias_ids"], arrays["bias"] = _bias(logit_bias or {})
         return cls(**arrays)
 
@@ -125,11 +120,9 @@ def _bias(given: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
         raise ConfigError(f"logit_bias has {len(given)} tokens; give {MOST_BIASED} or fewer")
     ids, bias = np.full(MOST_BIASED, -1, np.int32), np.zeros(MOST_BIASED, np.float32)
     for n, (token, value) in enumerate(given.items()):
-        if not -100 <= value <= 100:
+        if not -100 <= number(f"logit_bias of token {token}", value) <= 100:
             raise ConfigError(f"logit_bias of token {token} is {value}; it must be between -100 and 100")
-        if not 0 <= operator.index(token) < 2**31:
-            raise ConfigError(f"logit_bias has {token}, which is not a token id; ids are 0 or more")
-        ids[n], bias[n] = token, value
+        ids[n], bias[n] = whole_number("a token id of logit_bias", token), value
     return ids, bias
 
 

@@ -10,7 +10,7 @@ from sepjax.array_typing import UInt8
 from sepjax.config import ConfigError
 from sepjax.generation.packed import Bytes
 from sepjax.generation.prepared import Prepared
-from sepjax.generation.prompts import check_seeds
+from sepjax.generation.prompts import checked_seeds
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import Row, RowSettings
 from sepjax.generation.sampling import Sampling
@@ -35,7 +35,7 @@ def told_of(
     least = settings.min_new_tokens
     if least and len(ends) > ENDS:
         raise ConfigError(f"min_new_tokens={least} goes with up to {ENDS} end tokens in slots, got {len(ends)}")
-    check_seeds([request.seed or 0])
+    checked_seeds([request.seed or 0])
     seed = (request.seed or 0) if resume is None or request.seed is not None else None
     told = arrival(
         prepared, request.sampling, ends, limit, min(least, _MOST_COUNTED), settings.logprobs,

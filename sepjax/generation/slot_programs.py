@@ -44,9 +44,8 @@ from sepjax.generation.packed import Bytes, Form, Packed
 from sepjax.generation.penalties import after_reading
 from sepjax.generation.slot_mesh import kept_there
 from sepjax.generation.slot_rows import Arrival, Before, Exchange, Record, Rows, Wishes, rows_of, with_rows
-from sepjax.generation.step import take_up_one
+from sepjax.generation.step import take_up_one, take_up_run
 from sepjax.model.transformer import Params
-from sepjax.model.unrolled import runner
 
 # All of a program as one CUDA graph, its loops too. Without that the host starts each kernel, and looks at the device's
 # answer at each turn of a loop: it is held up until the last step, and the device then waits for its next program.
@@ -149,11 +148,9 @@ def _read(
     few = rows.to_read(which, attention)
     row, wishes = few.state, few.wishes
     cache: Any = row.cache
-    model = runner(graph, params, scan=not cache.is_in_place)  # a scan over layers would copy all rows' keys
     fits = (after < 0) | (cache.main.seen_low == after)
-    counts = jnp.where(fits, jnp.minimum(cache.room(tokens.shape[1]), left), 0)
-    hidden, cache = cache.take_up(model, tokens, counts, table, attention)
-    logits = model.logits(hidden[jnp.arange(len(counts)), jnp.maximum(counts - 1, 0)])
+    left, scan = jnp.where(fits, left, 0), not cache.is_in_place
+    logits, cache, counts = take_up_run(graph, params, cache, tokens, left, table, attention, scan=scan)
     draws = is_last & fits & (counts == left)
     uses = after_reading(row.uses, tokens, counts)
     state = dataclasses.replace(row, cache=cache.compact(), done=~draws, uses=uses)

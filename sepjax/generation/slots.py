@@ -38,7 +38,7 @@ import jax
 import numpy as np
 
 from sepjax.clocks import Clocks
-from sepjax.config import ConfigError
+from sepjax.config import whole_number
 from sepjax.generation.cache.view import CacheView, of_row
 from sepjax.generation.packed import PackedState
 from sepjax.generation.prepared import Prepared
@@ -72,9 +72,8 @@ class Slots:
           together: rows whose prompts one program reads; 0: as suits the device.
           pool: rows that have ended and may stay on the device, for as long as somebody has what `save` gave.
         """
-        for name, value in (("1 row", rows), ("steps of 1", steps)):
-            if value < 1:
-                raise ConfigError(f"slots need {name} or more, got {value}")
+        rows, steps = whole_number("rows", rows, 1), whole_number("steps", steps, 1)
+        together, pool = whole_number("together", together), whole_number("pool", pool)
         self._of, self._reader = prepared, reader
         self.clocks, self.pace = clocks or Clocks(), Pace()
         self._device = SlotDevice(prepared, reader, rows, steps, self.clocks, together, pool)

@@ -2,6 +2,7 @@
 
     prefill       prompts in one pass, with the layout and attention of training   -> logits of the next token, cache
     decode_step   one token of every row against a cache, growing or bounded       -> logits of the next token, cache
+    take_up_run   a run of tokens of every row, to its next compaction             -> the same, and how many they were
 
 A decode step's attention is the last row of the training mask (METHOD section 3), so both give the same scores.
 """
@@ -107,3 +108,36 @@ def take_up_one(
     counts = jnp.ones_like(tokens) if active is None else jnp.asarray(active).astype(jnp.int32)
     hidden, cache = cache.take_up(model, tokens[:, None], counts, table, attention)
     return model.logits(hidden[:, 0]), cache
+
+
+def take_up_run(
+    graph: nnx.GraphDef,
+    params: Params,
+    cache: Cache,
+    tokens: Tokens,
+    left: Int32[Array, "B"],
+    table: Bool[Array, "_"],
+    attention: AttentionConfig,
+    *,
+    scan: bool = True,
+) -> tuple[Float[jax.Array, "B V"], Cache, Int32[jax.Array, "B"]]:
+    """Takes up some of the next tokens of every row: to its next compaction, at most T. No row is due before.
+
+    Args:
+      graph: from `sepjax.model.transformer.split`.
+      params: the parameters that came with it, or those of `sepjax.model.unrolled.by_layer`.
+      cache: what came before. Donate it where this is jitted.
+      tokens: int32[B, T], the next ones.
+      left: how many of them there are, 0 to T.
+      table: as for `prefill`.
+      attention: as for `prefill`.
+      scan: see `Layerwise`; not over layers of a cache that lies among others, all of which it would copy.
+
+    Returns:
+      float32 scores of the token after the last that a row took up (of none they mean nothing), the cache, in which
+      some rows may be due, and how many each took up.
+    """
+    model = runner(graph, params, scan=scan)
+    counts = jnp.minimum(cache.room(tokens.shape[1]), left)
+    hidden, cache = cache.take_up(model, tokens, counts, table, attention)
+    return model.logits(hidden[jnp.arange(len(counts)), jnp.maximum(counts - 1, 0)]), cache, counts

@@ -4,6 +4,7 @@ Flax NNX modules behind a functional boundary: `split` a model once into a hasha
 dict of arrays, hand the dict through `jax.jit` and `jax.grad`, and `merge` inside.
 """
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -142,12 +143,32 @@ def create(config: ModelConfig, attention: AttentionConfig | None, key: jax.Arra
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """A model's hashable structure and its parameters as a nested dict of arrays."""
     graph, state = nnx.split(model)
-    return graph, nnx.to_pure_dict(state)
+    return graph, _values(state)
+
+
+def _values(state: Any) -> Any:
+    """The arrays of a state, nested as it is.
+
+    Like `_paths` in place of `nnx.to_pure_dict` and of what `nnx.merge` does to a dict: these leave all arrays in a
+    circle of references, so that a model that was dropped keeps its memory until Python looks for such circles.
+    """
+    if isinstance(state, Mapping):
+        return {name: _values(part) for name, part in sorted(state.items())}
+    return state.get_value() if isinstance(state, nnx.Variable) else state
+
+
+def _paths(params: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every array of nested dicts, with the names that lead to it."""
+    if not isinstance(params, Mapping):
+        yield path, params
+        return
+    for name, part in params.items():
+        yield from _paths(part, (*path, name))
 
 
 def merge(graph: nnx.GraphDef, params: Params) -> Any:
     """The inverse of `split`. Cheap; meant for use inside jitted functions."""
-    return nnx.merge(graph, params)
+    return nnx.merge(graph, nnx.FlatState(_paths(params), sort=True))
 
 
 def abstract(config: ModelConfig, attention: AttentionConfig | None = None) -> tuple[nnx.GraphDef, Params]:

@@ -13,7 +13,7 @@ compiles as fast as a scan over a stack and copies no more.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,17 +31,40 @@ from sepjax.sharding import on_one_device
 _QKV, _INTO = ("query", "key", "value"), ("gate", "up")
 
 
-def by_layer(params: Params, config: ModelConfig, *, by_output: bool | None = None) -> Params:
+def by_layer(params: Params, config: ModelConfig, *, by_output: bool | None = None, consume: bool = False) -> Params:
     """Parameters for `Layerwise`, in the matmuls' type: "layers" is a tuple of a dict for each.
 
     by_output: whether matrices lie by their outputs, on one device alone; None: where that is a GPU.
+    consume: whether the layers' arrays are given up, and deleted one after the other: at most one of them is in memory
+      twice at a time, where else all are.
     """
     join, dtype = on_one_device(), jnp.dtype(config.dtype)
     turn = join and (target().platform == "gpu" if by_output is None else by_output)
     around = {name: x for name, x in params.items() if name != "layers"}
-    take = functools.partial(_take, params["layers"], dtype=dtype, join=join, turn=turn)
-    layers = tuple(take(jnp.int32(i)) for i in range(config.num_layers))
+    lay = functools.partial(_laid_out, dtype=dtype, join=join, turn=turn)
+    if consume:
+        layers = tuple(map(lay, _taken_apart(params["layers"], config.num_layers)))
+    else:
+        take = functools.partial(_take, params["layers"], dtype=dtype, join=join, turn=turn)
+        layers = tuple(take(jnp.int32(i)) for i in range(config.num_layers))
     return working_copy(around, config) | {"layers": layers}
+
+
+def _taken_apart(stacks: Params, num_layers: int) -> Iterator[Params]:
+    """The layers of stacked arrays, which are deleted; each is the receiver's alone."""
+    leaves, tree = jax.tree.flatten(stacks)
+    parts = []
+    for stack in leaves:
+        parts.append([_part(stack, jnp.int32(i)) for i in reversed(range(num_layers))])
+        jax.block_until_ready(parts[-1])  # or the next ones had memory before this one is gone
+        stack.delete()
+    for _ in range(num_layers):
+        yield jax.tree.unflatten(tree, [part.pop() for part in parts])
+
+
+@jax.jit
+def _part(stack: jax.Array, i: jax.Array) -> jax.Array:
+    return stack[i]
 
 
 def working_copy(params: Params, config: ModelConfig) -> Params:
@@ -71,7 +94,12 @@ def _converted(params: Params, dtype: jnp.dtype) -> Params:
 
 @functools.partial(jax.jit, static_argnames=("dtype", "join", "turn"))
 def _take(layers: Params, i: jax.Array, *, dtype: jnp.dtype, join: bool, turn: bool) -> Params:
-    layer = _converted(jax.tree.map(lambda x: x[i], layers), dtype)
+    return _laid_out(jax.tree.map(lambda x: x[i], layers), dtype=dtype, join=join, turn=turn)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "join", "turn"))
+def _laid_out(layer: Params, *, dtype: jnp.dtype, join: bool, turn: bool) -> Params:
+    layer = _converted(layer, dtype)
     if not join:
         return layer
     joined = {"attention": _join(_one_bias(layer["attention"]), _QKV), "mlp": _join(layer["mlp"], _INTO)}

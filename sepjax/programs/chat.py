@@ -47,13 +47,16 @@ def main(settings: Settings) -> None:
     template, control = settings.template(tokenizer), settings.control_tokens is True
     new = settings.max_new_tokens
     settings.warn(model, tokenizer, [], new, bounded=True)
+    given: dict[str, Any] = settings.options(tokenizer) | settings.endless()
+    engine = sepjax.Generator(model, tokenizer, settings.attention(model), consume=True)
+    del model  # one copy of its weights is enough
 
     def begin(system: str, resume: str | None = None) -> "tuple[Stream, Conversation]":
         form = conversation_of(tokenizer, template, system=system, control_tokens=control)
-        options: dict[str, Any] = settings.options(model) | settings.endless() | {"resume": resume}
+        options: dict[str, Any] = given | {"resume": resume}
         options["stop"] = [*settings.stop, *form.stop]
         options["stop_token_ids"] = [*settings.stop_token_ids, *form.stop_token_ids]
-        return sepjax.stream(model, tokenizer, max_new_tokens=new, control_tokens=control, **options), form
+        return engine.stream(max_new_tokens=new, control_tokens=control, **options), form
 
     events, form = begin(settings.system, settings.resume)
     if terminal.is_terminal():

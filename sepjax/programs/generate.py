@@ -23,8 +23,8 @@ from sepjax.progress import working
 
 if TYPE_CHECKING:
     from sepjax.data.tokenizer import Tokenizer
+    from sepjax.generation.engine import Generator
     from sepjax.generation.prompts import Prompt
-    from sepjax.model.transformer import Transformer
 
 _WHY = {  # a text of one prompt ended
     "stop": "a --stop text came",
@@ -92,19 +92,19 @@ def main(settings: Settings) -> None:
     if settings.apply_chat_template:
         prompts = _as_messages(settings, tokenizer, prompts, control)
     new = settings.max_new_tokens or (None if settings.stream else _NEW_TOKENS)
-    options = settings.options(model) | {"max_new_tokens": new, "control_tokens": control}
+    options = settings.options(tokenizer) | {"max_new_tokens": new, "control_tokens": control}
     options["stop_at_eos"] = not settings.stream
     settings.warn(model, tokenizer, prompts, new, bounded=settings.bounded)
     if settings.goes_on:
         options |= settings.endless()
     elif settings.bounded:
         options["bounded"] = True
+    engine = sepjax.Generator(model, tokenizer, settings.attention(model), consume=True)
+    del model  # one copy of its weights is enough
     if len(prompts) > 1:
-        _answer_all(model, tokenizer, prompts, **options)
+        _answer_all(engine, prompts, **options)
     else:
-        events = sepjax.stream(model, tokenizer, *prompts, **options)
-        del model  # one copy of its weights is enough
-        _answer_one(events, settings)
+        _answer_one(engine.stream(*prompts, **options), settings)
 
 
 def _prompts(settings: Settings) -> "list[Prompt]":
@@ -162,16 +162,14 @@ def _answer_one(events: Any, settings: Settings) -> None:
     print(f"{len(times)} tokens{rate}; {_describe([last.cache])}", file=sys.stderr)
 
 
-def _answer_all(model: "Transformer", tokenizer: "Tokenizer", prompts: "Sequence[Prompt]", **options: Any) -> None:
+def _answer_all(engine: "Generator", prompts: "Sequence[Prompt]", **options: Any) -> None:
     """Prints the answers to a batch of prompts, each under its prompt."""
-    import sepjax
-
     begun = time.perf_counter()
     with working(f"answering {len(prompts)} prompts"):
-        answers = sepjax.generate(model, tokenizer, prompts, **options)
+        answers = engine.generate(prompts, **options)
     seconds = time.perf_counter() - begun
     for prompt, answer in zip(prompts, answers, strict=True):
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+        text = prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt)
         print(f">>> {text}\n{answer.text}\n")
     total = sum(len(answer.token_ids) for answer in answers)
     caches = _describe([answer.cache for answer in answers])

@@ -67,6 +67,11 @@ def main(settings: Settings) -> None:
     config, base, slots = model.config, model.attention, settings.slots
     row, most_chosen_by, most_checked = _ON_CPU if jax.default_backend() == "cpu" else _TOKENS
     length = settings.length or min(row or _ROW * slots, config.max_positions)
+    if config.max_positions < _SHORTEST:
+        raise ConfigError(
+            f"the model has {config.max_positions} positions, too few to tell who uses the distant past: at least "
+            f"{_SHORTEST} are needed"
+        )
     if not _SHORTEST <= length <= config.max_positions:
         raise ConfigError(
             f"--length={length} must be {_SHORTEST} or more, and at most the model's {config.max_positions} positions"

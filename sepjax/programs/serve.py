@@ -117,7 +117,7 @@ def load(settings: Settings) -> "Served":
         where = locate(settings.path)
         attention = settings.attention(model)
         limits.warn_of_cache(model.config, attention, limits.trained_length(where, model.config))
-        engine: Any = sepjax.Generator(model, tokenizer, attention)
+        engine: Any = sepjax.Generator(model, tokenizer, attention, consume=True)
         del model  # one copy of its weights is enough
         name = settings.name or settings.path.name or "model"
         return Served.create(name, engine, settings.template(tokenizer), max_prompt_tokens=settings.max_prompt_tokens)

@@ -134,18 +134,24 @@ class Writing(Conversing):
                 f"--{draws[0]} does nothing where the best token is always taken; add --temperature=1, or leave it out"
             )
 
-    def options(self, model: "Transformer") -> dict[str, Any]:
-        """Arguments of `sepjax.generate` and `sepjax.stream` that are settings as they are."""
+    def options(self, tokenizer: "Tokenizer") -> dict[str, Any]:
+        """Arguments of `sepjax.Generator.generate` and `stream`: how text is drawn, and what ends it."""
+        from sepjax.generation.prompts import choose_sampling
+
         names = (
             "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-            "sampling_defaults", "stop", "stop_token_ids",
         )  # fmt: skip
         given = {name: getattr(self, name) for name in names}
-        given["min_new_tokens"] = self.min_new_tokens or 0
-        return given | {"seed": self.seed or 0, "attention": self.attention(model)}
+        return {
+            "sampling": choose_sampling(tokenizer, self.sampling_defaults, **given),
+            "stop": self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "min_new_tokens": self.min_new_tokens or 0,
+            "seed": self.seed or 0,
+        }
 
     def endless(self) -> dict[str, Any]:
-        """Further arguments of `sepjax.stream`, for a bounded cache."""
+        """Further arguments of `sepjax.Generator.stream`, for a bounded cache."""
         repeats = MAX_REPEATS if self.max_repeats is None else self.max_repeats
         return {"bounded": True, "max_repeats": repeats, "resume": self.resume}
 

@@ -40,7 +40,7 @@ class DistantWorker:
         """`connection`: this process's end."""
         self._socket = connection
         self._served: Served | None = None
-        self._is_stopping = False
+        self._is_stopping = self._has_ended = False
         self._numbers = itertools.count()
         self._inboxes: weakref.WeakValueDictionary[int, _Inbox] = weakref.WeakValueDictionary()
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -52,7 +52,7 @@ class DistantWorker:
     def ready(self) -> Served:
         """As `Worker.ready`."""
         if self._is_stopping:
-            raise ApiError(503, "the server is stopping", code="stopping", retry_after=5)
+            raise _stopping()
         if self._served is None:
             raise ApiError(503, "the model is being loaded", code="loading", retry_after=5)
         return self._served
@@ -90,6 +90,8 @@ class DistantWorker:
         return await self._call("view", name, dict(asked))
 
     async def _call(self, name: str, *arguments: Any) -> Any:
+        if self._has_ended:  # nobody would answer
+            raise _stopping()
         number = next(self._numbers)
         future = self._calls[number] = asyncio.get_running_loop().create_future()
         try:
@@ -118,9 +120,9 @@ class DistantWorker:
         with contextlib.suppress(asyncio.IncompleteReadError, OSError):
             while True:
                 self._take(await self._next())
-        self._is_stopping = True
+        self._is_stopping = self._has_ended = True
         for future in [future for future in self._calls.values() if not future.done()]:
-            future.set_exception(ApiError(503, "the server is stopping", code="stopping", retry_after=5))
+            future.set_exception(_stopping())
 
     async def _next(self) -> dict[str, Any]:
         size, rest = wire.HEAD.unpack(await self._reader.readexactly(wire.HEAD.size))
@@ -143,6 +145,10 @@ class DistantWorker:
             self.send(wire.frame({"up": True}))
         else:
             self._is_stopping = True
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is stopping", code="stopping", retry_after=5)
 
 
 class _Inbox(Inbox):

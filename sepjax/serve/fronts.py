@@ -60,16 +60,20 @@ class Fronts:
         self.is_closing = False
 
     def start(self) -> None:
-        """Begins the processes, which say that the model is being loaded."""
-        for _ in range(self._number):
-            self._links.append(Link(self, self._worker, self._listening, self._how))
+        """Begins the processes, which say that the model is being loaded. Raises OSError where one cannot be begun."""
+        try:
+            for _ in range(self._number):
+                self._links.append(Link(self, self._worker, self._listening, self._how))
+        except OSError:
+            self.close()
+            raise
 
     def told(self, served: Served) -> None:
         """The model is there: has all of them tokenize for it."""
-        self._folder = tempfile.TemporaryDirectory(prefix="sepjax-serve-")
-        served.tokenizer.save(self._folder.name)
+        folder = self._folder = tempfile.TemporaryDirectory(prefix="sepjax-serve-")
+        served.tokenizer.save(folder.name)
         template = None if served.template is None else served.template.key
-        said = {"ready": served.told(), "folder": self._folder.name, "template": template}
+        said = {"ready": served.told(), "folder": folder.name, "template": template}
         for link in self._links:
             link.send(wire.frame(said))
 
@@ -81,6 +85,8 @@ class Fronts:
                 if time.monotonic() > until:
                     said = f"a process that answers HTTP ({link.process.pid}) has not begun within {_STARTS:g} seconds"
                     self._worker.fail(FrontError(said))
+        if all(link.is_up.is_set() for link in self._links):
+            self._remove_folder()  # all have read it; a server that is killed leaves none behind
 
     def stopping(self) -> None:
         """From here on they refuse."""
@@ -100,8 +106,12 @@ class Fronts:
             link.close()
         for link in self._links:
             link.join(_PATIENCE)
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            folder.cleanup()
 
 
 class FrontError(RuntimeError):
@@ -132,10 +142,15 @@ class Link:
         # The device is this process's.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-m", "sepjax.serve.front", *map(str, fds)]
-        self.process = subprocess.Popen(
-            command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        theirs.close()
+        try:
+            self.process = subprocess.Popen(
+                command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        except OSError:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
         self.is_up = threading.Event()
         self._inboxes: weakref.WeakValueDictionary[int, DistantInbox] = weakref.WeakValueDictionary()
         self._out: queue.SimpleQueue[Callable[[], bytes] | None] = queue.SimpleQueue()
@@ -178,9 +193,14 @@ class Link:
             return self.process.wait()
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError):  # it is gone, which the other thread finds
+        try:
             while (make := self._out.get()) is not None:
                 self._socket.sendall(make())
+        except OSError:  # it is gone, which the other thread finds
+            pass
+        except Exception:
+            log.exception("a process that answers HTTP cannot be told what it is to answer")
+        with contextlib.suppress(OSError):  # it ends, whatever came before: nobody would be answered there any more
             self._socket.shutdown(socket.SHUT_WR)
 
     def _read(self) -> None:

@@ -114,11 +114,8 @@ class Worker:
         if choices > most:
             raise ApiError(400, f"{choices} choices at once; this server takes up to {most}", param="n")
         if now + choices > most:
-            wait = math.ceil(self._seconds * (now / self._num_rows))
-            raise ApiError(
-                429, f"{now} requests run or wait; try again later", code="queue_full",
-                retry_after=min(max(1, wait), 600),
-            )  # fmt: skip
+            retry = min(max(1, math.ceil(self._seconds * (now / self._num_rows))), 600)
+            raise ApiError(429, f"{now} requests run or wait; try again later", code="queue_full", retry_after=retry)
 
     def cancel(self, inbox: Inbox) -> None:
         """Nobody reads this any more: its rows are free at the next step."""
@@ -162,8 +159,9 @@ class Worker:
         self.at_stop()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Waits for the end; returns whether it came."""
-        self._thread.join(timeout)
+        """Waits for the end, if it was started; returns whether it came."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
         return not self._thread.is_alive()
 
     @property

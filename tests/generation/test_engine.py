@@ -38,9 +38,9 @@ def layouts(monkeypatch):
     """Grows by one whenever weights are laid out."""
     made, by_layer = [], prepared.by_layer
 
-    def spy(*args):
+    def spy(*args, **settings):
         made.append(1)
-        return by_layer(*args)
+        return by_layer(*args, **settings)
 
     monkeypatch.setattr(prepared, "by_layer", spy)
     return made

@@ -131,7 +131,7 @@ def test_settings_out_of_range_are_named(name, value):
 def test_a_bias_out_of_range_is_named():
     for given_bias, message in (
         ({3: 101.0}, "logit_bias of token 3 is 101.0"),
-        ({-1: 1.0}, "logit_bias has -1"),
+        ({-1: 1.0}, "a token id of logit_bias=-1 must be 0 or more"),
         (dict.fromkeys(range(301), 1.0), "logit_bias has 301 tokens"),
     ):
         with pytest.raises(ConfigError, match=message):

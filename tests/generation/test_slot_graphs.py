@@ -4,12 +4,15 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from sepjax import interrupt
+from sepjax.config import UserError
 from sepjax.generation.device_thread import compile_all
 from sepjax.generation.slot_programs import _GRAPHS
 from sepjax.measure import counted_compilations
@@ -68,3 +71,31 @@ def test_what_is_compiled_side_by_side_is_found_by_the_first_call():
     assert not after
     with pytest.raises(TypeError, match="dot_general"):
         compile_all({"wrong": (wrong, x)})
+
+
+def test_an_error_need_not_wait_for_what_compiles_beside_it(monkeypatch):
+    """Of a server that cannot begin: the other programs may take minutes yet."""
+    begun, ends, left = threading.Event(), threading.Event(), []
+
+    class Long:
+        def lower(self):
+            return self
+
+        def compile(self):
+            begun.set()
+            assert ends.wait(60)
+
+    class Wrong(Long):
+        def compile(self):
+            assert begun.wait(60)
+            raise UserError("no memory")
+
+    monkeypatch.setattr(interrupt, "_unfinished", [])
+    monkeypatch.setattr(interrupt, "_leave", left.append)
+    try:
+        with pytest.raises(UserError, match="no memory"):
+            compile_all({"long": (Long(),), "wrong": (Wrong(),)})
+        interrupt.end_unless_done(2)
+        assert left == [2], "the program ends without it, too"
+    finally:
+        ends.set()

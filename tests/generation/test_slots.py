@@ -193,7 +193,7 @@ def test_nothing_ends_a_row_before_as_many_tokens_as_it_must_have(engine, slots)
     assert "".join(event.text for event in row) == text[: text.index(letter, shown)]
     with pytest.raises(ConfigError, match="goes with up to 16 end tokens in slots, got"):
         slots.submit(SlotRequest([5], min_new_tokens=1, stop_token_ids=range(20)))
-    with pytest.raises(ConfigError, match=r"min_new_tokens=3 must be 0 .* at most max_new_tokens=2"):
+    with pytest.raises(ConfigError, match="min_new_tokens=3 must be at most max_new_tokens=2"):
         engine.generate([[5]], min_new_tokens=3, max_new_tokens=2)
 
 
@@ -650,7 +650,7 @@ def test_mistakes_are_named_to_whom_they_belong(engine, slots):
     with pytest.raises(StreamStateError, match="has a bounded cache, expected a growing one"):
         growing.resume(larger.saved())
     assert slots.is_idle
-    with pytest.raises(ConfigError, match="slots need 1 row or more"):
+    with pytest.raises(ConfigError, match="rows=0 must be 1 or more"):
         engine.slots(0)
     with pytest.raises(ConfigError, match="cache without end"):
         tiny_engine(pattern="dense").slots(1)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sepjax.model import few_rows
+from sepjax.config import AttentionConfig
+from sepjax.model import few_rows, unrolled
 from sepjax.model.layers import make_norm
 from sepjax.model.transformer import Transformer
 from sepjax.model.unrolled import Layerwise, by_layer, runner, working_copy
@@ -94,3 +95,33 @@ def test_a_norm_whose_division_comes_after_the_sums_is_the_norm(most, dtype, mon
     normed *= np.asarray(norm.scale[...], np.float64)
     # Each feature and each sum is rounded once.
     assert (np.abs(got - normed @ weights) <= float(jnp.finfo(dtype).eps) * (np.abs(normed) @ np.abs(weights))).all()
+
+
+def test_layers_are_laid_out_in_the_memory_of_one_copy_and_one_of_their_matrices(monkeypatch):
+    """Of a model that is given up: what is laid out is the same, bit for bit."""
+    _, params = random_split(dataclasses.replace(LLAMA, num_layers=8), AttentionConfig(), 5)
+    expected = by_layer(params, dataclasses.replace(LLAMA, num_layers=8), by_output=True)
+    leaves = jax.tree.leaves(params["layers"])
+    whole, largest = sum(x.nbytes for x in leaves), max(x.nbytes for x in leaves)
+    before, most = sum(x.nbytes for x in jax.live_arrays()) - whole, 0
+    lay = unrolled._laid_out
+
+    def spy(*arguments, **settings):
+        nonlocal most
+        found = lay(*arguments, **settings)
+        most = max(most, sum(x.nbytes for x in jax.live_arrays()) - before)
+        return found
+
+    def cut(*arguments, original=unrolled._part):
+        nonlocal most
+        found = original(*arguments)
+        most = max(most, sum(x.nbytes for x in jax.live_arrays()) - before)
+        return found
+
+    monkeypatch.setattr(unrolled, "_laid_out", spy)
+    monkeypatch.setattr(unrolled, "_part", cut)
+    got = by_layer(params, dataclasses.replace(LLAMA, num_layers=8), by_output=True, consume=True)
+    assert whole < most <= whole + max(largest, whole / 8) * 1.01, "a layer, or a kind of matrix, is there twice"
+    assert all(x.is_deleted() for x in leaves)
+    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        assert np.array_equal(x, y)

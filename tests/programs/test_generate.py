@@ -1,16 +1,18 @@
 """`sepjax generate` and `sepjax chat` within this process: what they print, keep, warn of and refuse."""
 
 import dataclasses
-import gc
 import io
 import sys
 import weakref
 
+import jax
 import pytest
 
 import sepjax
 from sepjax import loading
 from sepjax.config import AttentionConfig, ConfigError, validate_attention
+from sepjax.generation import chat
+from sepjax.model.transformer import split
 from sepjax.programs import generate
 from tests.commands import command, refusal
 from tests.hub.test_gguf_file import CONFIG, write
@@ -25,7 +27,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.soak  # two rows, programs of their own; one prompt is below, batches are tests/test_generate.py
-def test_a_batch_is_what_the_library_answers(model, tmp_path, capfd):
+def test_a_batch_is_what_the_library_answers(model, held, tmp_path, capfd):
     (tmp_path / "prompt.txt").write_text("ab, c.", encoding="utf-8-sig")
     sampling = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 4}
     flags = [f"--{name}={value}" for name, value in sampling.items()]
@@ -41,6 +43,7 @@ def test_a_batch_is_what_the_library_answers(model, tmp_path, capfd):
     assert ended.out == "".join(f">>> {prompt}\n{answer.text}\n\n" for prompt, answer in pairs)
     seen = sum(answer.cache.seen for answer in expected)
     assert f"cache holds {seen} of {seen} tokens (100.0%)" in ended.err.splitlines()[-1]
+    assert held == [0], "the weights are there once while a batch is answered"
 
 
 @pytest.mark.soak  # as above; variables in templates: generation/test_chat.py
@@ -54,7 +57,7 @@ def test_template_variables_reach_the_template(tmp_path, capfd):
 ARM = "--arm=separator a=1 s=4 w=6 c=20"  # of all tests here: the same programs
 
 
-def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, tmp_path, capfd, monkeypatch):
+def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, held, tmp_path, capfd, monkeypatch):
     said = f"abc\nab, c.\n/save {tmp_path / 'talk'}\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
     ended = command(capfd, "chat", model, ARM, "--max_new_tokens=5")
@@ -68,6 +71,7 @@ def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, tmp_path, ca
     assert ended.err.splitlines()[-1].startswith("3 tokens")
     assert "ended: --max_new_tokens is reached" in ended.err
     assert (tmp_path / "kept" / "stream.json").exists()
+    assert held == [0, 0], "the weights are there once, in a conversation too"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,11 @@ def test_mistakes_are_one_line(flags, message, model, tmp_path, capfd):
     (tmp_path / "latin.txt").write_bytes("Où".encode("latin-1"))
     words = [word.format(folder=tmp_path) for word in flags.split()]
     assert message in refusal(capfd, "generate", model, *words)
+
+
+def test_a_model_of_short_texts_has_no_layers_to_choose(model, tmp_path, capfd):
+    said = refusal(capfd, "layers", model, f"--text={tmp_path}", f"--output={tmp_path}/a.arm")
+    assert f"has {CONFIG.max_positions} positions, too few to tell" in said
 
 
 def test_what_is_right_is_not_refused():
@@ -155,32 +164,37 @@ def test_another_pattern_leaves_the_layers_of_the_own_one(model):
 
 @pytest.fixture
 def held(monkeypatch):
-    """Models that are still there where one answers."""
+    """Of each command: bytes of the loaded model's stacked parameters that still live when it answers."""
     loaded, held = [], []
 
     def load(*arguments, original=loading.load, **settings):
         found = original(*arguments, **settings)
-        loaded.append(weakref.ref(found[0]))
+        loaded[:] = map(weakref.ref, jax.tree.leaves(split(found[0])[1]["layers"]))
         return found
 
-    def answer(*arguments, original=generate._answer_one):
-        gc.collect()
-        held.append(loaded[0]())
-        original(*arguments)
+    def answering(module, name):
+        original = getattr(module, name)
+
+        def answer(*arguments, **settings):
+            held.append(sum(x.nbytes for x in (found() for found in loaded) if x is not None))
+            return original(*arguments, **settings)
+
+        monkeypatch.setattr(module, name, answer)
 
     monkeypatch.setattr(loading, "load", load)
-    monkeypatch.setattr(generate, "_answer_one", answer)
+    for module, name in ((generate, "_answer_one"), (generate, "_answer_all"), (chat, "chat")):
+        answering(module, name)
     return held
 
 
 @pytest.mark.soak  # a program of its own; an arm's is the same cache, and watched tokens are in generation/cache
-def test_watched_answers_have_a_bounded_cache(model, held, capfd):
+def test_watched_answers_have_a_bounded_cache_and_weights_are_there_once(model, held, capfd):
     flags = ["--pattern=watched", "--window_size=20", "--max_separators=8", f"--cache_size={CONFIG.max_positions + 1}"]
     ended = command(capfd, "generate", model, "--prompt=abc", "--max_new_tokens=2", *flags)
     assert ended.code == 0, ended.err
     assert f"warning: a cache of {CONFIG.max_positions + 1} entries is larger than" in ended.err
     assert "ended:" not in ended.err
-    assert held == [None], "the weights are there once while it answers"
+    assert held == [0]
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.soak)])
@@ -205,4 +219,4 @@ def test_an_arm_gives_answers_a_bounded_cache(model, held, capfd, count):
     alone = command(capfd, "generate", model, f"--prompt={prompts[0]}", *arm)
     assert alone.out == text + "\n", alone.err
     assert f"cache holds {cache.held} of {cache.seen} tokens" in alone.err
-    assert held == [None], "the weights are there once while it answers"
+    assert held == [0] * count, "the weights are there once while it answers"
