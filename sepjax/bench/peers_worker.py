@@ -22,7 +22,7 @@ def run(asked):
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=dtype).to(device).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=dtype).to(device)
     model.generation_config.eos_token_id = None  # nothing ends an answer before its length
     kinds = {"transformers, its default cache": {}}
     if on_gpu and asked["compiled"]:

@@ -29,12 +29,25 @@ def model():
     return create(config, AttentionConfig(), jax.random.key(0)), tokenizer
 
 
-def test_both_caches_answer_at_every_size(model):
+def test_both_caches_answer_at_every_size(model, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    class Generator:  # answers themselves are below, and everywhere else
+        def __init__(self, model, tokenizer, attention):
+            self.pattern = attention.pattern
+
+        def generate(self, ids, *, max_new_tokens, stop_at_eos, bounded):
+            asked.append((self.pattern, len(ids), {len(row) for row in ids}, max_new_tokens, stop_at_eos, bounded))
+
+    monkeypatch.setattr(peers, "Generator", Generator)
     found = list(peers.ours(*model, peers.Settings(model="-", **SMALL)))
     assert [(x.name, x.rows) for x in found] == [
         (name, rows) for name in ("sepjax, dense, growing", "sepjax, bounded 2/3/6/20") for rows in (1, 2)
     ]
     assert all(x.tokens_per_second(4) == pytest.approx(x.rows * 4 / x.seconds) for x in found)
+    each = [("dense", 1, {8}, 4, False, False), ("dense", 2, {8}, 4, False, False)]
+    each += [("separator", 1, {8}, 4, False, True), ("separator", 2, {8}, 4, False, True)]
+    assert asked == [case for case in each for _ in range(3)]
 
 
 def test_a_python_without_torch_is_said(model, tmp_path: Path):
@@ -47,6 +60,7 @@ def test_a_python_without_torch_is_said(model, tmp_path: Path):
             next(peers.theirs(peers.Settings(model=str(tmp_path / "model"), torch_python=python, **SMALL)))
 
 
+@pytest.mark.soak  # compiles four programs of generation; who is asked for what is above
 @pytest.mark.skipif(TORCH is None, reason="needs transformers here, or SEPJAX_TORCH_PYTHON")
 def test_transformers_answers_too(model, tmp_path: Path, capsys: pytest.CaptureFixture):
     save_folder(*model, tmp_path / "model")

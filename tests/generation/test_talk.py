@@ -154,7 +154,7 @@ def talk_zones(stats):
 
 
 def test_ctrl_c(talker, tmp_path):  # noqa: F811
-    endless = {"stop_at_eos": False, "temperature": 0.0, "max_new_tokens": None}
+    endless = {"stop_at_eos": False, "max_new_tokens": None}
     press = KeyboardInterrupt()
     talk = talk_of(talker, **endless)
     screen = Scripted("hello", "again", press, str(tmp_path), "", press_at=(5, 12))
