@@ -115,6 +115,7 @@ def test_draws_depend_on_a_rows_own_seed_only(model, tokenizer):
     assert generate(model, tokenizer, PROMPTS[:1] * 4, seed=6, **settings)[0] != same_prompt[0]
 
 
+@pytest.mark.soak  # ragged batches and growing caches below and in generation/cache
 def test_caches_grow_without_a_trace(model, tokenizer):
     """Every token kept for ever by growing the global region is dense attention."""
     prompts = [PROMPTS[2], ""]

@@ -94,6 +94,7 @@ def test_the_forward_kernel_without_factors():
     assert_errs_at_most_twice_as_much(got, plain, exact, terms, jnp.bfloat16)
 
 
+@pytest.mark.soak  # far values are scaled in test_op.py; vmap, in test_examples.py
 @pytest.mark.usefixtures("simulated")
 def test_far_values_are_scaled_in_an_example_under_vmap():
     """Of heads of 48, which are filled up."""

@@ -82,6 +82,7 @@ EVERY_PAIR = [
 ]
 
 
+@pytest.mark.soak  # far values: test_op.py; heads that are filled up, test_tpu_compile.py
 def test_far_values_are_scaled_and_heads_filled_up():
     """Of 96 to 128."""
     shape = (2, 140, 2, 1, 96)

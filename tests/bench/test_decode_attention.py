@@ -6,6 +6,7 @@ from sepjax.bench.decode_attention import Settings, main, measure
 from sepjax.config import ConfigError
 
 
+@pytest.mark.soak  # the kernel is in attention/test_decode.py
 def test_figures_and_reasons(capsys):
     settings = Settings(
         shapes=("2/1/64",), cache_sizes=(325,), rows=(2,), cache_dtypes=("int8",), gigabytes=0.0, seconds=0.0

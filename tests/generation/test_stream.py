@@ -247,6 +247,7 @@ def placed_on(mesh, model):
     return merge(graph, jax.device_put(params, parameter_shardings(params, mesh)))
 
 
+@pytest.mark.soak  # meshes: sharding/test_generation.py
 def test_turns_on_a_mesh_are_answered_alike(model, tokenizer, tmp_path):
     """Each with one token: what reads on a mesh is compiled, what makes step after step not; that is below."""
     settings, said = {"stop_at_eos": False, "bounded": True}, [PROMPT, "mat", "One; two.", "Où est-il?", "The cat"]

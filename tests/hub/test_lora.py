@@ -312,6 +312,7 @@ def config(tmp_path, source):
     )
 
 
+@pytest.mark.soak  # a step and the way out are above; resuming, in test_train.py
 def test_a_run_on_conversations_resumes_bit_for_bit_and_goes_out_merged(config, source, tmp_path, monkeypatch):
     """What is around its steps, with steps that change every number; what a step computes is above."""
     start_quickly(monkeypatch)

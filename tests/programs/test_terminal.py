@@ -125,6 +125,7 @@ def cut(session):
     session.until("(cut short)")
 
 
+@pytest.mark.soak  # commands, keys and what is cut short: generation/test_talk.py over a screen that is scripted
 def test_a_tour_of_a_terminal(session):
     session, folder = session
     session.until("/help lists what else there is")

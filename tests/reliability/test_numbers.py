@@ -263,6 +263,7 @@ def a_step_that_hangs() -> None:
     time.sleep(1.2)
 
 
+@pytest.mark.soak  # stacks of a long step are below
 def test_a_step_that_hangs_ends_the_program_and_its_readers(tiny, tmp_path, monkeypatch, capfd):
     """With real readers, one of which is stopped, in test_kill.py, with -m soak."""
     ends, over, reader = [], threading.Event(), mock.Mock()

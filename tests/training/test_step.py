@@ -82,6 +82,7 @@ def assert_close(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
+@pytest.mark.soak  # the golden step and runs of test_train.py
 def test_loss_falls_on_a_repeated_batch():
     batch = make_batch()
     _, first = run(CONFIG, [batch])

@@ -141,7 +141,8 @@ SEVERAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["a window below", *(pytest.param(x, marks=pytest.mark.soak) for x in [*SEVERAL][1:])])
+@pytest.mark.soak  # several sizes without the kernel: test_mixed.py; watched tokens of one size: test_run_kernel.py
+@pytest.mark.parametrize("case", SEVERAL)
 def test_watched_tokens_in_caches_of_several_sizes(calls, case):
     """The same tokens are kept, step by step: by looks of the layer that is watched. Others give none."""
     windows, kept_layers, asked_for = SEVERAL[case]
