@@ -116,7 +116,7 @@ def test_each_request_gets_what_it_would_get_alone(slots, count):
     assert repr(slots) == f"Slots({ROWS} rows, {ROWS} free, 0 requests wait)"
 
 
-@pytest.mark.soak  # rows alone: test_each_request_gets_what_it_would_get_alone; a batch and a stream, in test_generate.py
+@pytest.mark.soak  # rows alone: test_each_request_gets_what...; a batch and a stream: test_generate.py
 def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
     prompts = ["The cat", LONG, "Où est-il? It ran away! One; two", "mat"]  # a batch of as many rows as elsewhere
     settings = {"max_new_tokens": 40, "stop_at_eos": False, "top_logprobs": 3}
