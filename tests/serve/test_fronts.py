@@ -1,6 +1,7 @@
 """HTTP in processes of its own: what goes between, and that clients see no difference."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -132,7 +133,9 @@ class FakeWorker:
         self.failed.set()
 
 
-def test_nothing_that_goes_wrong_here_leaves_a_request_unanswered_or_a_row_taken(monkeypatch):
+@contextlib.contextmanager
+def lost_in_the_end(monkeypatch):
+    """A worker, a link to one process, and the end and file of that process, which is lost after the block."""
     monkeypatch.setattr(fronts_module.subprocess, "Popen", FakeProcess)
     worker: Any = FakeWorker()
     with socket.socket() as listening:
@@ -142,40 +145,34 @@ def test_nothing_that_goes_wrong_here_leaves_a_request_unanswered_or_a_row_taken
         process: Any = link.process
         with process.end as end, end.makefile("rb") as file:
             assert take(file) == {"begin": {}}
-            asked = SlotRequest(None, sampling=Sampling.create())
-            ids = np.arange(3, 80, dtype=np.int32)
-            held = DistantInbox(link, 5)
-            end.sendall(wire.told_jobs(5, [Job(held, 0, ids, asked, "me", 0.0, "id", chain(ids))]))
-            end.sendall(wire.frame({"cancel": 5}))  # the client is gone while its conversation is looked for
-            end.sendall(wire.frame({"call": 6, "name": "view", "arguments": ["x", {}]}))
-            assert take(file)["error"][0] == 500
-            worker.found.set()
-            while worker.did[-2:] != ["submit", "cancel"]:
-                time.sleep(0.001)
-            end.sendall(b"abc")  # and it breaks off within a frame
+            yield worker, link, end, file
         assert process.killed.wait(30)
         assert worker.failed.wait(30), "a server without one of its processes must not go on"
         fronts.close()
 
 
+def test_nothing_that_goes_wrong_here_leaves_a_request_unanswered_or_a_row_taken(monkeypatch):
+    with lost_in_the_end(monkeypatch) as (worker, link, end, file):
+        asked = SlotRequest(None, sampling=Sampling.create())
+        ids = np.arange(3, 80, dtype=np.int32)
+        held = DistantInbox(link, 5)
+        end.sendall(wire.told_jobs(5, [Job(held, 0, ids, asked, "me", 0.0, "id", chain(ids))]))
+        end.sendall(wire.frame({"cancel": 5}))  # the client is gone while its conversation is looked for
+        end.sendall(wire.frame({"call": 6, "name": "view", "arguments": ["x", {}]}))
+        assert take(file)["error"][0] == 500
+        worker.found.set()
+        while worker.did[-2:] != ["submit", "cancel"]:
+            time.sleep(0.001)
+        end.sendall(b"abc")  # and it breaks off within a frame
+
+
 def test_a_process_that_cannot_be_told_an_item_ends(monkeypatch):
     """And with it the server: its clients would wait for ever."""
-    monkeypatch.setattr(fronts_module.subprocess, "Popen", FakeProcess)
-    worker: Any = FakeWorker()
-    with socket.socket() as listening:
-        fronts = Fronts(worker, listening, 1, {})
-        fronts.start()
-        (link,) = fronts._links
-        process: Any = link.process
-        with process.end as end, end.makefile("rb") as file:
-            assert take(file) == {"begin": {}}
-            unknown: Any = StreamEvent("a", (np.int64(7),), None, CacheUse(1, 2, 3))  # what JSON does not have
-            link.call_soon_threadsafe(None, [(DistantInbox(link, 5), [(0, unknown)])])
-            end.settimeout(30)
-            assert not file.read(1), "nothing comes any more"
-        assert process.killed.wait(30)
-        assert worker.failed.wait(30)
-        fronts.close()
+    with lost_in_the_end(monkeypatch) as (_, link, end, file):
+        unknown: Any = StreamEvent("a", (np.int64(7),), None, CacheUse(1, 2, 3))  # what JSON does not have
+        link.call_soon_threadsafe(None, [(DistantInbox(link, 5), [(0, unknown)])])
+        end.settimeout(30)
+        assert not file.read(1), "nothing comes any more"
 
 
 def test_a_server_whose_processes_cannot_be_begun_says_so(monkeypatch):

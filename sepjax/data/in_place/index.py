@@ -92,8 +92,6 @@ def write_index(folder: Path, rows: FileRows, text_key: str, *, max_bad: int, ho
     side = side_of_rows(rows, "text") if hold_out else is_held_out
     pieces = list(_pieces(rows, text_key, max_bad, hold_out))
     bad, size = BadRecords(max_bad), 0
-    pieces = list(_pieces(rows, text_key, max_bad, hold_out))
-    bad, size = BadRecords(max_bad), 0
     with replacing_folder(folder, "an index of sepjax's", has_index) as partial, contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(entries_file(partial, split).open("wb")) for split in SPLITS]
         for piece, found, lines in _found(rows.name, pieces, side):
