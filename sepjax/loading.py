@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from sepjax import kept
 from sepjax.config import ConfigError, ModelConfig, UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.adapter import add_adapter, origin_family
@@ -50,7 +51,8 @@ def load(
 
     Raises:
       LoadError: the path is none of these.
-      ConfigError: a dtype that there is not, or for a run, or a step of a pretrained model.
+      ConfigError: a dtype that there is not, or for a run, or a step of a pretrained model; or the file that says what
+        its caches keep (`sepjax.kept`) cannot be read.
       sepjax.hub.errors.HubError: a pretrained model that cannot be read: names the file and the tensor or key.
       FileNotFoundError: there is no such path, no complete checkpoint, not that step, or no tokenizer.
       sepjax.data.errors.DataError: the tokenizer's file is damaged.
@@ -63,6 +65,8 @@ def load(
         del model  # its parameters are changed where they are
         family = origin_family(shape, source if is_folder(source) else source / "hub")
         model = merge(graph, add_adapter(params, Path(adapter), shape, family))
+    if (file := kept.find(path, source)) is not None:
+        model.kept = kept.read(file, model.attention, model.config.num_layers)
     return model, tokenizer
 
 

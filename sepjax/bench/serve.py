@@ -319,9 +319,9 @@ def _bare(settings: Settings, engine: Any, model: ModelConfig, slots: int) -> fl
         return None
     from sepjax.bench.steps import loop_speed
 
-    config, size = dataclasses.replace(Config(), model=model, attention=engine.attention), engine.tokenizer.vocab_size
+    config, size = dataclasses.replace(Config(), model=model, attention=engine.kept), engine.tokenizer.vocab_size
     params = engine.prepared.params
-    return loop_speed(config, params, engine.attention, slots, settings.bare_seconds, size).tokens_per_second
+    return loop_speed(config, params, engine.kept, slots, settings.bare_seconds, size).tokens_per_second
 
 
 def _listen_to_logs() -> None:

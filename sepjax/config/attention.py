@@ -238,6 +238,11 @@ def sees_kept(attention: AttentionConfig, num_layers: int) -> tuple[bool, ...]:
 
 
 def under(attention: AttentionConfig, pattern: str, **changes: Any) -> AttentionConfig:
-    """The settings under another pattern, for a comparison: layers picked for the own pattern's kept tokens go."""
+    """The settings under another pattern, for a comparison: layers picked for the own pattern's kept tokens go.
+
+    So do windows by layer that go with what layers of a watched cache keep; those of other patterns are the model's.
+    """
     own = {} if pattern == attention.pattern else {"kept_layers": ()}
+    if own and attention.pattern == "watched":
+        own["layer_windows"] = ()
     return dataclasses.replace(attention, pattern=pattern, **(own | changes))

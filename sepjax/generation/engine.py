@@ -16,6 +16,7 @@ from sepjax.clocks import Clocks
 from sepjax.config import AttentionConfig, ConfigError
 from sepjax.config.checks import check_type
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.generation import saved
 from sepjax.generation.batch import Generation, run
 from sepjax.generation.cache.sizes import bucket
 from sepjax.generation.prepared import Prepared, laid_out, pattern_of
@@ -48,7 +49,8 @@ class Generator:
         Args:
           model: from `sepjax.load`.
           tokenizer: the model's.
-          attention: another pattern than the model was trained with.
+          attention: the pattern of all caches; None: as the model was trained, of bounded caches what was found worth
+            keeping for it (`Transformer.kept`), if anything was, and of a stream that is resumed as it was saved.
           consume: whether the model is given up: layers of a gigabyte and more are deleted while they are laid out, so
             that at most one kind of their matrices is in memory twice. It can generate still, and nothing else.
 
@@ -56,9 +58,12 @@ class Generator:
           ConfigError: a pattern out of range, or a tokenizer that is not the model's.
         """
         self._of = Prepared.create(model, tokenizer, attention, consume=consume)
+        self._is_told = attention is not None
+        self._bounded_of = None if self._is_told or model.kept is None else self._of.under(model.kept)
 
     def __repr__(self) -> str:
-        return f"Generator({self._of.config.in_words()}; {self.attention.in_words()})"
+        kept = f"; bounded: {self.kept.in_words()}" if self.kept != self.attention else ""
+        return f"Generator({self._of.config.in_words()}; {self.attention.in_words()}{kept})"
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -67,13 +72,18 @@ class Generator:
 
     @property
     def attention(self) -> AttentionConfig:
-        """The pattern."""
+        """The pattern of caches that grow."""
         return self._of.attention
 
     @property
+    def kept(self) -> AttentionConfig:
+        """The pattern of bounded caches."""
+        return self.prepared.attention
+
+    @property
     def prepared(self) -> Prepared:
-        """What all three ways of generating use."""
-        return self._of
+        """What bounded caches use, those of slots among them."""
+        return self._bounded_of or self._of
 
     def generate(
         self,
@@ -103,7 +113,7 @@ class Generator:
           stop, stop_token_ids: texts and tokens (control tokens too) that end an answer and are left out of its text.
           stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
           control_tokens: whether names of control tokens in the prompts' texts are these tokens; False: plain text.
-          bounded: whether a row's cache is bounded by `attention.cache_size`, whatever the lengths; None: where the
+          bounded: whether a row's cache is bounded by `kept.cache_size`, whatever the lengths; None: where the
             pattern asks for it ("watched").
           max_repeats: ends an answer ("repetition") once it has repeated the same run of tokens more often in a row; 0:
             never.
@@ -125,14 +135,14 @@ class Generator:
             top_logprobs=top_logprobs, min_new_tokens=min_new_tokens,
         )  # fmt: skip
         ids = encode_prompts(self.tokenizer, prompts, control_tokens=control_tokens)
-        reader = self._reader(self.attention.pattern == "watched" if bounded is None else bounded)
+        of, reader = self._caches(self.attention.pattern == "watched" if bounded is None else bounded)
         reader.check(0, ids, max_new_tokens)
         for number, prompt in enumerate(ids):
-            warn_of_few_in(prompt, self._of.table, self.attention, f"prompt {number}")
+            warn_of_few_in(prompt, of.table, of.attention, f"prompt {number}")
         sampling = self._checked(sampling, len(ids))
         answers: list[list[StreamEvent]] = [[] for _ in ids]
         num_steps = _STEPS_BETWEEN_STOP_CHECKS if settings.stop or max_repeats else bucket(max_new_tokens)
-        for row, event in run(self._of, reader, ids, settings, sampling, row_keys(seed, len(ids)), num_steps):
+        for row, event in run(of, reader, ids, settings, sampling, row_keys(seed, len(ids)), num_steps):
             answers[row].append(event)
         return [Generation.join(prompt, events) for prompt, events in zip(ids, answers, strict=True)]
 
@@ -157,8 +167,8 @@ class Generator:
         """Continues one prompt, an event a token.
 
         With `max_new_tokens` the texts of all events join to what `generate` answers. Without, the stream has no end
-        (with `stop_at_eos=False` not even at an end of text) and runs over a bounded cache: at most
-        `attention.cache_size` entries, whatever the length of prompt and text (docs/streaming.md).
+        (with `stop_at_eos=False` not even at an end of text) and runs over a bounded cache: at most `kept.cache_size`
+        entries, whatever the length of prompt and text (docs/streaming.md).
 
         What is not told here is as in `generate`.
 
@@ -167,7 +177,8 @@ class Generator:
           max_new_tokens: tokens after which a turn ends; None: without end.
           bounded: whether to use the bounded cache; None: where there is no `max_new_tokens`, or the pattern asks for
             it.
-          resume: folder of a stream that was saved; it goes on there, token for token.
+          resume: folder of a stream that was saved; it goes on there, token for token, with the settings that it had
+            unless the generator was given others, which are refused where they differ.
 
         Returns:
           A `Stream`: it takes further input with `feed`, and goes to disk with `save`.
@@ -182,9 +193,9 @@ class Generator:
             top_logprobs=top_logprobs, min_new_tokens=min_new_tokens,
         )  # fmt: skip
         needs_bound = max_new_tokens is None or self.attention.pattern == "watched"
-        reader = self._reader(needs_bound if bounded is None else bounded)
+        of, reader = self._caches(needs_bound if bounded is None else bounded, resume)
         sampling = _one("sampling", sampling).check(self.tokenizer.vocab_size)
-        events = Stream(self._of, reader, settings, sampling, seed=seed, control_tokens=control_tokens)
+        events = Stream(of, reader, settings, sampling, seed=seed, control_tokens=control_tokens)
         if resume is not None:
             events.restore(resume)
         if prompt is not None:
@@ -203,18 +214,20 @@ class Generator:
 
         Raises ConfigError for a pattern that a bounded cache cannot serve, or more rows than memory holds.
         """
-        return Slots(self._of, self._bounded(), rows, steps, clocks, pool=pool)
+        return Slots(self.prepared, BoundedReader(self.prepared), rows, steps, clocks, pool=pool)
 
     def _checked(self, sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sampling:
         if isinstance(sampling, Sequence):
             sampling = Sampling.of_rows([_one("one of sampling", x) for x in sampling], rows)
         return _one("sampling", sampling).check(self.tokenizer.vocab_size)
 
-    def _reader(self, bounded: bool) -> Reader:
-        return self._bounded() if bounded else GrowingReader(self._of)
-
-    def _bounded(self) -> BoundedReader:
-        return BoundedReader(self._of)
+    def _caches(self, bounded: bool, resume: str | os.PathLike[str] | None = None) -> tuple[Prepared, Reader]:
+        """What a text's cache is of, and the way into it."""
+        of = self.prepared if bounded else self._of
+        if resume is not None and not self._is_told:
+            attention = saved.attention_of(resume, self.attention, self.kept)
+            of = of if attention == of.attention else of.under(attention)
+        return of, BoundedReader(of) if bounded else GrowingReader(of)
 
 
 def _one(name: str, sampling: Sampling | None) -> Sampling:
@@ -227,7 +240,7 @@ def _one(name: str, sampling: Sampling | None) -> Sampling:
 def engine_of(model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None = None) -> Generator:
     """The Generator of these, the same at every call for as long as the model lives and keeps its parameters."""
     # A Generator holds its tokenizer, so the number is of no other one as long as the entry is there.
-    key = id(tokenizer), pattern_of(model, tokenizer, attention)
+    key = id(tokenizer), pattern_of(model, tokenizer, attention), attention is None and (model.kept,)
     weights = laid_out(model)
     with weights.lock:
         made = weights.made

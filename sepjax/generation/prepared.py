@@ -53,14 +53,17 @@ class Prepared:
         Raises:
           ConfigError: a pattern out of range, or a tokenizer with more tokens than the model has embeddings.
         """
-        attention = with_own_window(pattern_of(model, tokenizer, attention), model.config)
-        validate_attention(attention, model.config.num_layers)
+        attention, table = _ready(pattern_of(model, tokenizer, attention), model.config, tokenizer)
         check_vocabulary(model.config, tokenizer)
-        table = np.asarray(configured_table(tokenizer, attention))
         weights = laid_out(model, consume=consume)
         return cls(
             model.config, weights.graph, weights.params, tokenizer, attention, table, jnp.asarray(table)
         )  # fmt: skip
+
+    def under(self, attention: AttentionConfig) -> "Prepared":
+        """The same weights under another pattern; raises ConfigError for one out of range."""
+        attention, table = _ready(dataclasses.replace(attention), self.config, self.tokenizer)
+        return dataclasses.replace(self, attention=attention, table=table, table_on_device=jnp.asarray(table))
 
     def placed[T](self, state: T) -> T:
         """Fresh arrays put where the weights were put, if that is one device (loaded weights are put there).
@@ -72,6 +75,14 @@ class Prepared:
         if not leaf.committed or len(leaf.sharding.device_set) > 1:
             return state
         return jax.device_put(state, SingleDeviceSharding(*leaf.sharding.device_set))
+
+
+def _ready(
+    attention: AttentionConfig, config: ModelConfig, tokenizer: Tokenizer
+) -> tuple[AttentionConfig, Bool[np.ndarray, "_"]]:
+    """A pattern as the model computes it, and the separators' table."""
+    attention = validate_attention(with_own_window(attention, config), config.num_layers)
+    return attention, np.asarray(configured_table(tokenizer, attention))
 
 
 def pattern_of(model: Transformer, tokenizer: Tokenizer, attention: AttentionConfig | None) -> AttentionConfig:

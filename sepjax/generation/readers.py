@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepjax.config import ConfigError, layer_windows
+from sepjax.config import AttentionConfig, ConfigError, layer_windows
 from sepjax.config.versions import completed
 from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.mixed import BOUNDED, BoundedCache, bounded_sizes, empty_cache
@@ -40,6 +40,11 @@ class Reader(Protocol):
     cache_type: Any  # of cache: a class, or several as isinstance has them
     cache_size: int | None  # the most entries that a row may hold; None: no bound
     ends_with_positions: bool  # texts end with the positions that int32 has
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """The pattern."""
+        ...
 
     @property
     def form(self) -> Form | None:
@@ -102,6 +107,11 @@ class GrowingReader:
 
     def __init__(self, prepared: Prepared):
         self._of = prepared
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """See `Reader`."""
+        return self._of.attention
 
     def empty(self, keys: jax.Array, room: Sequence[int] = ()) -> DecodeState:
         """See `Reader`."""
@@ -186,6 +196,11 @@ class BoundedReader:
         self.sizes = bounded_sizes(prepared.config, prepared.attention)
         self.cache_size = self.sizes.cache_size
         self._form: Form | None = None
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """See `Reader`."""
+        return self._of.attention
 
     @property
     def form(self) -> Form:

@@ -4,6 +4,7 @@ stream.json          what the host knows, and the checksum of the other file
 state.safetensors    what the device holds: the leaves of a `DecodeState` under their numbers
 """
 
+import dataclasses
 import json
 import os
 import zlib
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepjax.config import UserError
+from sepjax.config import AttentionConfig, ConfigError, UserError, from_json_section
 from sepjax.files import check_folder, replacing_folder, whole_folder
 from sepjax.generation.row import RepetitionGuard
 from sepjax.hub.errors import HubError
@@ -77,6 +78,28 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], Path]:
     if damaged:
         raise StreamStateError(f"{str(path)!r} has {damaged}; use another copy")
     return words, place
+
+
+def attention_of(folder: str | os.PathLike[str], own: AttentionConfig, kept: AttentionConfig | None) -> AttentionConfig:
+    """The pattern and sizes that a stream was saved with, for whoever goes on with it and asks for none.
+
+    Args:
+      folder: of the stream.
+      own: the model's settings.
+      kept: what its bounded caches keep (`Transformer.kept`). Older versions did not save settings; what they saved is
+        of one of the two, or is refused later by what differs.
+
+    Raises as `read`.
+    """
+    words, place = read(folder)
+    found = words.get("attention")
+    if found is None:
+        return kept if kept is not None and kept.pattern == words["sizes"].get("pattern") else own
+    try:
+        attention = from_json_section(AttentionConfig, found, "attention.")
+        return dataclasses.replace(attention, implementation=own.implementation)  # this device's
+    except ConfigError as error:
+        raise StreamStateError(f"{str(place / _WORDS)!r}: {error}; use another copy") from error
 
 
 def _out_of_range(words: Mapping[str, Any]) -> str | None:

@@ -159,6 +159,7 @@ class SavedRow:
         words = {
             "model": dataclasses.asdict(config),
             "sizes": reader.settings(),
+            "attention": dataclasses.asdict(reader.attention),  # for whoever goes on without settings of his own
             "room": reader.room_of(self.state.cache),
             "pending": list(self.pending),
             "has_drawn": self.has_drawn,

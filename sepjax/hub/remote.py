@@ -19,6 +19,7 @@ _FILES += [
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    "kept.arm",
 ]
 # Nor the same weights once more, as Mistral's own files or in a folder of another format.
 _TWICE = ["consolidated*", "*/*"]

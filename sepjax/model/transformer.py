@@ -40,6 +40,7 @@ class Transformer(nnx.Module):
     Attributes:
       config: the shape.
       attention: who attends to whom, by default; callers may pass another attention config to what uses it.
+      kept: what bounded caches have in its place, if something was measured for the model (`sepjax.kept`); else None.
       layers: one `Block` whose parameters have a leading axis L.
       gate: what scores tokens for pattern="gated"; None where `attention` has another.
     """
@@ -47,6 +48,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, attention: AttentionConfig | None = None, *, rngs: nnx.Rngs):
         self.config = config
         self.attention = attention or AttentionConfig()
+        self.kept: AttentionConfig | None = None
         self.embedding = _embedding(config.vocab_size, config, rngs)
         learned = config.position_embedding == "learned"
         self.position_embedding = _embedding(config.max_positions, config, rngs) if learned else None

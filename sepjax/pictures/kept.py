@@ -121,7 +121,7 @@ def kept_text(
       model: from `sepjax.load`.
       tokenizer: the model's.
       text: what is read.
-      attention: the pattern and its sizes; None: the model's own.
+      attention: the pattern and its sizes; None: what its bounded caches keep by default.
       max_tokens: of the text, at most.
       max_frames: moments, at most; the last is always one.
 
@@ -129,7 +129,7 @@ def kept_text(
       EmptyTextError: an empty text.
       ConfigError: a pattern that no bounded cache serves (`bounded_sizes`).
     """
-    of = Prepared.create(model, tokenizer, attention)
+    of = Prepared.create(model, tokenizer, attention or model.kept)
     sizes = bounded_sizes(of.config, of.attention)
     ids = tokenizer.encode(text, bos=True)[:max_tokens]
     if not tokenizer.encode(text):

@@ -46,7 +46,7 @@ def main(settings: Settings) -> None:
     model, tokenizer = load(settings.path, **settings.loading)
     template, control = settings.template(tokenizer), settings.control_tokens is True
     new = settings.max_new_tokens
-    settings.warn(model, tokenizer, [], new, bounded=True)
+    settings.warn(model, tokenizer, [], new)
     given: dict[str, Any] = settings.options(tokenizer) | settings.endless()
     engine = sepjax.Generator(model, tokenizer, settings.attention(model), consume=True)
     del model  # one copy of its weights is enough

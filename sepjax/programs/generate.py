@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, override
 
 from sepjax.command.settings import Repeated
 from sepjax.config import ConfigError, UserError
@@ -72,8 +72,9 @@ class Settings(Writing):
         return self.stream or self.resume is not None
 
     @property
+    @override
     def bounded(self) -> bool:
-        """Whether the settings ask for a bounded cache: for a text without end, or by what only such a cache has."""
+        """See `Bounded`: for a text without end, or by what only such a cache has."""
         sizes = self.max_separators, self.cache_size, self.arm or None
         return self.goes_on or self.pattern == "watched" or any(size is not None for size in sizes)
 
@@ -94,7 +95,7 @@ def main(settings: Settings) -> None:
     new = settings.max_new_tokens or (None if settings.stream else _NEW_TOKENS)
     options = settings.options(tokenizer) | {"max_new_tokens": new, "control_tokens": control}
     options["stop_at_eos"] = not settings.stream
-    settings.warn(model, tokenizer, prompts, new, bounded=settings.bounded)
+    settings.warn(model, tokenizer, prompts, new)
     if settings.goes_on:
         options |= settings.endless()
     elif settings.bounded:

@@ -1,7 +1,7 @@
 """finds which layers use the distant past and in how much memory, and checks the choice beside a window
 
-    sepjax layers --model=smollm2-135m --text=books/ --slots=800 --output=smollm2.arm
-    sepjax generate --model=smollm2-135m --stream --arm=@smollm2.arm --prompt="Once"
+    sepjax layers --model=models/qwen --text=books/ --slots=800        stored with the model
+    sepjax chat --model=models/qwen                                    keeps what was found
 
 Layers that gain by it keep watched tokens, the others have a window alone (docs/keeping.md). Half of the texts are for
 the choice; on the others it has to beat a plain window of as many bytes, or that window is what is written.
@@ -46,7 +46,9 @@ class Settings(_Settings):
     max_tokens: Annotated[int, AtLeast(0)] = 0  # to choose by, at most; 0: 32,768, on a CPU 6,144
     check_tokens: Annotated[int, AtLeast(0)] = 0  # of other texts, to check the choice on; 0: 32,768, on a CPU 16,384
     seed: Annotated[int, AtLeast(0)] = 0  # of what is chosen by and what is checked on
-    output: str = "layers.arm"  # the settings, for --arm=@FILE
+    # the settings, for --arm=@FILE; default: stored with the model (kept.arm), whose bounded caches have them from then
+    # on, or layers.arm if it has no place here for it, or was trained under a mask of its own
+    output: str = ""
 
 
 def main(settings: Settings) -> None:
@@ -62,8 +64,10 @@ def main(settings: Settings) -> None:
     from sepjax.loading import load
     from sepjax.progress import counted
 
-    check_file(settings.output)
+    if settings.output:
+        check_file(settings.output)
     model, tokenizer = load(settings.model)
+    output, stored = _output(settings, model.attention)
     config, base, slots = model.config, model.attention, settings.slots
     row, most_chosen_by, most_checked = _ON_CPU if jax.default_backend() == "cpu" else _TOKENS
     length = settings.length or min(row or _ROW * slots, config.max_positions)
@@ -88,8 +92,9 @@ def main(settings: Settings) -> None:
     rows = [Row.create(prepared, ids) for ids in counted(texts.rows, "reading", len(texts.rows), "rows")]
     chosen, window = _choose(settings, rows, config, trial, scale), plain_window(slots, base, config.num_layers)
     if chosen is None:
-        write_text(settings.output, as_arm(window) + "\n")
-        print(f"no layer gains more than its error by keeping tokens: a plain window is written to {settings.output}")
+        print("no layer gains more than its error by keeping tokens, so a plain window is written")
+        write_text(output, as_arm(window) + "\n")
+        print(_written(settings, output, stored))
         return
     del rows, prepared
     checked = check(model, tokenizer, texts.documents, chosen, window, slots)
@@ -99,8 +104,36 @@ def main(settings: Settings) -> None:
         print(
             f"that does not beat a window of as many bytes by more than the error, so this is written: {as_arm(window)}"
         )
-    write_text(settings.output, as_arm(chosen if checked.wins else window) + "\n")
-    print(f"written to {settings.output}: --arm=@{settings.output} of sepjax generate, chat and serve")
+    write_text(output, as_arm(chosen if checked.wins else window) + "\n")
+    print(_written(settings, output, stored))
+
+
+def _output(settings: Settings, own: "AttentionConfig") -> tuple[Path, Path]:
+    """Where the settings go, and where those lie that are stored with the model; raises before hours of search."""
+    import os
+
+    from sepjax import kept
+    from sepjax.files import check_file
+    from sepjax.loading import locate
+
+    source = locate(settings.model)
+    stored = kept.place(source)
+    is_here = Path(settings.model).exists() and os.access(stored.parent, os.W_OK)
+    takes_it = is_here and not kept.has_own_mask(source, own)
+    output = Path(settings.output) if settings.output else (stored if takes_it else Path("layers.arm"))
+    check_file(output)
+    return output, stored
+
+
+def _written(settings: Settings, output: Path, stored: Path) -> str:
+    """The last line: where the settings are, and who takes them."""
+    if output.resolve() == stored.resolve():
+        taken = "remove it, or give them --arm or --pattern, for another"
+        return f"stored in {output}: sepjax chat, serve and generate --stream keep that from now on ({taken})"
+    by_hand = f"--arm=@{output} of sepjax generate, chat and serve"
+    if Path(settings.model).exists():
+        by_hand += f"; copied to {stored}, they take it without being told"
+    return f"written to {output}: {by_hand}"
 
 
 def _choose(

@@ -30,7 +30,7 @@ class Settings(_Settings):
     max_new_tokens: Annotated[int, AtLeast(1)] = 100  # of each sample
     apply_chat_template: bool = False  # each --prompt is what a user says, in the model's chat template
     kept: str = ""  # a UTF-8 text file: show which of its tokens the cache keeps
-    arm: str = ""  # of --kept: pattern and sizes as in --arms of sepjax evaluate, or @FILE; default: the run's own
+    arm: str = ""  # of --kept: pattern and sizes as in --arms of sepjax evaluate, or @FILE; default: what they keep
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,5 +84,5 @@ def _kept(workdir: Path, settings: Settings) -> "KeptText":
 
     text = one_text("kept", settings.kept)
     model, tokenizer = load(workdir)
-    attention = one_arm(settings.arm, model.attention, model.config.num_layers) if settings.arm else model.attention
+    attention = one_arm(settings.arm, model.attention, model.config.num_layers) if settings.arm else None
     return kept_text(model, tokenizer, text, attention)

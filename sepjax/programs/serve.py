@@ -10,6 +10,7 @@ fields of requests, and how to run it for long.
 import contextlib
 import dataclasses
 import importlib.util
+import logging
 import os
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,6 +117,7 @@ def load(settings: Settings) -> "Served":
             check_heads(mesh, model.config.num_heads)
         where = locate(settings.path)
         attention = settings.attention(model)
+        logging.getLogger("sepjax.serve").info(settings.kept_in_words(model))
         limits.warn_of_cache(model.config, attention, limits.trained_length(where, model.config))
         engine: Any = sepjax.Generator(model, tokenizer, attention, consume=True)
         del model  # one copy of its weights is enough

@@ -21,9 +21,10 @@ _SIZES = ("window_size", "num_sinks", "max_separators", "cache_size")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounded(Loading):
-    """Over which cache."""
+    """Over which cache. Bounded ones keep what is stored with the model (docs/keeping.md) unless a flag says more."""
 
-    pattern: Annotated[str, OneOf(BOUNDED_PATTERNS)] | None = None  # attention pattern; default: as in training
+    # attention pattern; default: as in training. This flag or one of the next four puts aside what is stored
+    pattern: Annotated[str, OneOf(BOUNDED_PATTERNS)] | None = None
     window_size: int | None = None  # n of every layer; default: as in training
     num_sinks: int | None = None  # first tokens that are always seen; default: as in training
     max_separators: int | None = None  # separators that a bounded cache keeps; default: the config's
@@ -31,14 +32,13 @@ class Bounded(Loading):
     # of keys and values in the cache: the model's, or int8, nearly half the bytes; default: the config's, or --arm's
     cache_dtype: Annotated[str, OneOf(CACHE_DTYPES)] | None = None
     # all of these at once, as in --arms of sepjax evaluate: a pattern, then a=, s=, w=, c=, ...; @FILE: what it says,
-    # @smollm2_800, @smollm2_324: what is best for SmolLM2-135M (docs/keeping.md)
+    # @smollm2_800 (of smollm2-135m the default), @smollm2_324: what is best for SmolLM2-135M
     arm: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        told = [name for name in ("pattern", *_SIZES) if getattr(self, name) is not None]
-        if self.arm and told:
-            raise ConfigError(f"--{told[0]} and --arm both say what is kept; give one of them")
+        if self.arm and len(self.told) > 1:
+            raise ConfigError(f"--{self.told[0]} and --arm both say what is kept; give one of them")
         refuse_window(self.pattern, self.sizes)
         refuse_separators(self.pattern, self.max_separators)
 
@@ -47,9 +47,21 @@ class Bounded(Loading):
         """The flags given that mean nothing to a dense pattern."""
         return [name for name in ("num_sinks", "window_size") if getattr(self, name) is not None]
 
+    @property
+    def told(self) -> list[str]:
+        """The flags given that say what is kept: with one of them nothing of what is stored with the model counts."""
+        return [name for name in ("pattern", *_SIZES, "arm") if getattr(self, name) not in (None, "")]
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the settings ask for a bounded cache."""
+        return True
+
     def attention(self, model: "Transformer") -> "AttentionConfig":
-        """The model's own, with what the flags change."""
+        """What the flags make of the model's own; without flags what bounded caches of it keep."""
         changes: dict[str, Any] = {} if self.cache_dtype is None else {"cache_dtype": self.cache_dtype}
+        if not self.told:
+            return dataclasses.replace(self._untold(model), **changes)
         if self.arm:
             return dataclasses.replace(one_arm(self.arm, model.attention, model.config.num_layers), **changes)
         if self.window_size is not None:
@@ -60,6 +72,15 @@ class Bounded(Loading):
         refuse_window(attention.pattern, self.sizes)  # the model may be dense itself, or a window
         refuse_separators(attention.pattern, self.max_separators)
         return attention
+
+    def _untold(self, model: "Transformer") -> "AttentionConfig":
+        return model.kept if self.bounded and model.kept is not None else model.attention
+
+    def kept_in_words(self, model: "Transformer") -> str:
+        """A line on what the bounded cache keeps, why, and how to have another."""
+        from sepjax.programs.kept_line import kept_line
+
+        return kept_line(self, model)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +155,13 @@ class Writing(Conversing):
                 f"--{draws[0]} does nothing where the best token is always taken; add --temperature=1, or leave it out"
             )
 
+    def _untold(self, model: "Transformer") -> "AttentionConfig":
+        if self.resume is None:
+            return super()._untold(model)
+        from sepjax.generation.saved import attention_of
+
+        return attention_of(self.resume, model.attention, model.kept)
+
     def options(self, tokenizer: "Tokenizer") -> dict[str, Any]:
         """Arguments of `sepjax.Generator.generate` and `stream`: how text is drawn, and what ends it."""
         from sepjax.generation.prompts import choose_sampling
@@ -156,18 +184,18 @@ class Writing(Conversing):
         return {"bounded": True, "max_repeats": repeats, "resume": self.resume}
 
     def warn(
-        self, model: "Transformer", tokenizer: "Tokenizer", prompts: "list[Prompt]", new: int | None, *, bounded: bool
-    ) -> None:
-        """Lines on stderr where text or cache are longer than what the model was trained on.
-
-        `bounded`: whether the settings ask for a bounded cache; a watched text has one in any case.
-        """
+        self, model: "Transformer", tokenizer: "Tokenizer", prompts: "list[Prompt]", new: int | None
+    ) -> None:  # fmt: skip
+        """Lines on stderr: what a bounded cache keeps; where text or cache exceed what the model was trained on."""
+        from sepjax.console import say
         from sepjax.generation import limits
         from sepjax.generation.prompts import encode_prompts
         from sepjax.loading import locate
 
         attention, trained = self.attention(model), limits.trained_length(locate(self.path), model.config)
-        bounded = bounded or attention.pattern == "watched"
+        bounded = self.bounded or attention.pattern == "watched"
+        if bounded and not self.quiet:
+            say(self.kept_in_words(model))
         longest = max(map(len, encode_prompts(tokenizer, prompts))) if prompts else 0
         limits.warn_of_length(model.config, attention, longest, new, trained, bounded=bounded)
         if bounded:

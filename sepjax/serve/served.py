@@ -83,7 +83,7 @@ class Served:
         }
         return cls(
             name, engine, template, ChatFormat.of(tokenizer), chat.stop, chat.stop_token_ids, max_prompt_tokens,
-            fingerprint(engine), names, bounded_sizes(engine.prepared.config, engine.attention),
+            fingerprint(engine), names, bounded_sizes(engine.prepared.config, engine.kept),
             jax.sharding.get_mesh(),
         )  # fmt: skip
 
@@ -238,7 +238,7 @@ def fingerprint(engine: Generator) -> str:
     found = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(engine.prepared.params):
         found.update(f"{leaf.shape}{leaf.dtype}{np.asarray(_sums(leaf)).tolist()}".encode())
-    settings = [told(x) for x in (engine.attention, engine.prepared.config, BoundedReader(engine.prepared).sizes)]
+    settings = [told(x) for x in (engine.kept, engine.prepared.config, BoundedReader(engine.prepared).sizes)]
     found.update(json.dumps(settings, sort_keys=True).encode())
     return found.hexdigest()
 

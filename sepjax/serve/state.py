@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from sepjax.array_typing import Int32
-from sepjax.config import UserError
+from sepjax.config import AttentionConfig, UserError
 from sepjax.files import whole_folder, write_text
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.saved import StreamStateError
@@ -72,7 +72,7 @@ class StateFolder:
         self._folder, self._config = Path(folder), served.engine.prepared.config
         self._reader = BoundedReader(served.engine.prepared)
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what people said lies there
-        self._check(served.fingerprint)
+        self._check(served.fingerprint, served.engine.kept)
         self._handle = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,13 +84,14 @@ class StateFolder:
                 ) from error
             raise StateError(f"another server uses {str(self._folder)!r}; give each a folder of its own") from error
         mine = {"version": _VERSION, "fingerprint": served.fingerprint, "model": served.name}
+        mine["keeps"] = served.engine.kept.in_words()
         write_text(self._folder / _SERVER, json.dumps(mine, indent=2) + "\n")
 
     def close(self) -> None:
         """Lets others have it."""
         os.close(self._handle)
 
-    def _check(self, fingerprint: str) -> None:
+    def _check(self, fingerprint: str, kept: AttentionConfig) -> None:
         names = {path.name for path in self._folder.iterdir()} - {_LOCK, _LOST}
         names = {name for name in names if not _HALF.fullmatch(name)}
         if not names:
@@ -104,10 +105,11 @@ class StateFolder:
                 "folder that is new or empty"
             ) from error
         if version != _VERSION or theirs != fingerprint:
+            keeps = words.get("keeps", "an unnamed one, such as --pattern=separator")
             raise StateError(
                 f"the conversations in {str(self._folder)!r} are of {words.get('model')!r} with other weights, "
-                "another pattern, or of an older version of sepjax; serve the same model with the same settings, or "
-                "name another folder"
+                f"another pattern ({keeps}; here: {kept.in_words()}), or of an older version of sepjax; serve the same "
+                "model with the same settings, or name another folder"
             )
 
     def entries(self) -> list[OnDisk]:

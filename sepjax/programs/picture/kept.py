@@ -19,7 +19,8 @@ class Settings(Loading):
     """Which text, through which cache."""
 
     text: str  # a UTF-8 text file
-    # pattern and sizes as in --arms of sepjax evaluate (a=, s=, w=, c=, ...), or @FILE; default: the model's own
+    # pattern and sizes as in --arms of sepjax evaluate (a=, s=, w=, c=, ...), or @FILE; default: what its bounded
+    # caches keep
     arm: str = ""
     max_tokens: Annotated[int, AtLeast(1)] = 4096  # of the text, at most
     output: str = ""  # an .html file to write; default: the terminal, as it stands at the end
@@ -41,9 +42,7 @@ def main(settings: Settings) -> None:
         check_file(settings.output)
     text = one_text("text", settings.text)
     model, tokenizer = load(settings.path, **settings.loading)
-    attention = model.attention
-    if settings.arm:
-        attention = one_arm(settings.arm, attention, model.config.num_layers)
+    attention = one_arm(settings.arm, model.attention, model.config.num_layers) if settings.arm else None
     picture = kept_text(model, tokenizer, text, attention, max_tokens=settings.max_tokens)
     if not settings.output:
         print(picture.terminal())

@@ -16,7 +16,7 @@ class Settings(Loading):
     """Which text, through which caches."""
 
     text: str  # a UTF-8 text file
-    arms: str = ""  # patterns and sizes as in --arms of sepjax evaluate stream; default: the model's own
+    arms: str = ""  # patterns and sizes as in --arms of sepjax evaluate stream; default: what is kept for it
     max_tokens: Annotated[int, AtLeast(1)] = 4096  # of the text, at most
     output: str = "slots.png"  # a .png, .svg or .pdf file
 
@@ -31,10 +31,11 @@ def main(settings: Settings) -> None:
     check_output(Path(settings.output))
     text = one_text("text", settings.text)
     model, tokenizer = load(settings.path, **settings.loading)
-    own = model.attention
+    own = model.kept or model.attention
     arms = {own.pattern: own}
     if settings.arms:
-        arms = {arm.name: arm.attention for arm in fixed_arms(settings.arms, own, model.config.num_layers, cached=True)}
+        given = fixed_arms(settings.arms, model.attention, model.config.num_layers, cached=True)
+        arms = {arm.name: arm.attention for arm in given}
     held = slots_held(model, tokenizer, text, arms, max_tokens=settings.max_tokens)
     draw_slots(
         Path(settings.output), held, f"{settings.path.name} reads {Path(settings.text).name}: entries of the cache"
