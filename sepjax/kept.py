@@ -15,7 +15,7 @@ from pathlib import Path
 from sepjax.config import AttentionConfig, ConfigError
 from sepjax.config.checkout import root
 from sepjax.evaluation.arms import fixed_arms
-from sepjax.hub.families import KEY
+from sepjax.hub.families import ATTENTION, KEY
 from sepjax.hub.fields import Fields, read_bytes
 from sepjax.hub.folder import is_folder
 from sepjax.hub.packaged import PACKAGES
@@ -66,9 +66,10 @@ def read(file: Path, own: AttentionConfig, num_layers: int) -> AttentionConfig:
 def has_own_mask(source: Path, own: AttentionConfig) -> bool:
     """Whether the settings of the model at `source` are its own, from its training, and keep less than everything.
 
-    Those of a pretrained model are sepjax's, for models that know no such mask.
+    Those of a pretrained model are sepjax's, for models that know no such mask, also once it is converted to a workdir.
     """
-    if source.is_file():
+    if source.is_file() or own.pattern == "dense":
         return False
-    is_ours = not is_folder(source) or Fields.read(source / "config.json").values.get(KEY) is not None
-    return is_ours and own.pattern != "dense"
+    if is_folder(source):
+        return Fields.read(source / "config.json").values.get(KEY) is not None
+    return own != ATTENTION or (source / "config.json").is_file()  # a converted model has no config of a run

@@ -187,7 +187,7 @@ class SavedRow:
                 key = different[0]
                 raise StreamStateError(
                     f"the stream in {os.fspath(folder)!r} was saved with {name}.{key}={saved_by.get(key)!r}, "
-                    f"expected {mine.get(key)!r}; load the same model and give the same cache settings"
+                    f"expected {mine.get(key)!r}; load the same model, and give the same cache settings or none"
                 )
         keys = jax.random.split(jax.random.key(0), 1)
         leaves, structure = jax.tree.flatten(_plain(reader.empty(keys, words["room"])))

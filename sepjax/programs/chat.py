@@ -37,6 +37,7 @@ class Settings(Writing):
 def main(settings: Settings) -> None:
     """Talks."""
     import sepjax
+    from sepjax.console import say
     from sepjax.generation import terminal
     from sepjax.generation.chat import chat
     from sepjax.generation.conversation import conversation_of
@@ -47,6 +48,7 @@ def main(settings: Settings) -> None:
     template, control = settings.template(tokenizer), settings.control_tokens is True
     new = settings.max_new_tokens
     settings.warn(model, tokenizer, [], new)
+    kept = settings.kept_in_words(model)
     given: dict[str, Any] = settings.options(tokenizer) | settings.endless()
     engine = sepjax.Generator(model, tokenizer, settings.attention(model), consume=True)
     del model  # one copy of its weights is enough
@@ -59,6 +61,8 @@ def main(settings: Settings) -> None:
         return engine.stream(max_new_tokens=new, control_tokens=control, **options), form
 
     events, form = begin(settings.system, settings.resume)
+    if kept:
+        say(kept)
     if terminal.is_terminal():
         talk = Talk(begin, (events, form), system=settings.system)
         terminal.talk_on(talk, terminal.screen_of(private=settings.private))

@@ -83,6 +83,7 @@ def main(settings: Settings) -> None:
     """Prints the answers, or text as it comes."""
     prompts = _prompts(settings)
     import sepjax
+    from sepjax.console import say
     from sepjax.generation import saved
     from sepjax.loading import load
 
@@ -96,16 +97,20 @@ def main(settings: Settings) -> None:
     options = settings.options(tokenizer) | {"max_new_tokens": new, "control_tokens": control}
     options["stop_at_eos"] = not settings.stream
     settings.warn(model, tokenizer, prompts, new)
+    kept = settings.kept_in_words(model)
     if settings.goes_on:
         options |= settings.endless()
     elif settings.bounded:
         options["bounded"] = True
     engine = sepjax.Generator(model, tokenizer, settings.attention(model), consume=True)
     del model  # one copy of its weights is enough
-    if len(prompts) > 1:
+    events = engine.stream(*prompts, **options) if len(prompts) < 2 else None
+    if kept:
+        say(kept)
+    if events is None:
         _answer_all(engine, prompts, **options)
     else:
-        _answer_one(engine.stream(*prompts, **options), settings)
+        _answer_one(events, settings)
 
 
 def _prompts(settings: Settings) -> "list[Prompt]":

@@ -117,7 +117,8 @@ def load(settings: Settings) -> "Served":
             check_heads(mesh, model.config.num_heads)
         where = locate(settings.path)
         attention = settings.attention(model)
-        logging.getLogger("sepjax.serve").info(settings.kept_in_words(model))
+        if line := settings.kept_in_words(model):
+            logging.getLogger("sepjax.serve").info(line)
         limits.warn_of_cache(model.config, attention, limits.trained_length(where, model.config))
         engine: Any = sepjax.Generator(model, tokenizer, attention, consume=True)
         del model  # one copy of its weights is enough

@@ -77,10 +77,11 @@ class Bounded(Loading):
         return model.kept if self.bounded and model.kept is not None else model.attention
 
     def kept_in_words(self, model: "Transformer") -> str:
-        """A line on what the bounded cache keeps, why, and how to have another."""
+        """A line on what the bounded cache keeps, why, and how to have another; none for one that grows."""
         from sepjax.programs.kept_line import kept_line
 
-        return kept_line(self, model)
+        is_bounded = self.bounded or self.attention(model).pattern == "watched"
+        return kept_line(self, model) if is_bounded and not self.quiet else ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,16 +187,13 @@ class Writing(Conversing):
     def warn(
         self, model: "Transformer", tokenizer: "Tokenizer", prompts: "list[Prompt]", new: int | None
     ) -> None:  # fmt: skip
-        """Lines on stderr: what a bounded cache keeps; where text or cache exceed what the model was trained on."""
-        from sepjax.console import say
+        """Lines on stderr where text or cache are longer than what the model was trained on."""
         from sepjax.generation import limits
         from sepjax.generation.prompts import encode_prompts
         from sepjax.loading import locate
 
         attention, trained = self.attention(model), limits.trained_length(locate(self.path), model.config)
         bounded = self.bounded or attention.pattern == "watched"
-        if bounded and not self.quiet:
-            say(self.kept_in_words(model))
         longest = max(map(len, encode_prompts(tokenizer, prompts))) if prompts else 0
         limits.warn_of_length(model.config, attention, longest, new, trained, bounded=bounded)
         if bounded:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import sepjax
+from sepjax import kept
 from sepjax.config import MeshConfig, UserError
 from sepjax.hub import assemble
 from sepjax.hub.convert import convert
@@ -86,6 +87,7 @@ def test_to_orbax_and_back_is_the_same_bit_for_bit(make, tmp_path):
     extra = {"dtype": "bfloat16", "eos_token_id": 0, "a_key_of_theirs": [1]}
     folder, written = make("falcon-40b", dtype=ml_dtypes.bfloat16, config=extra)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / kept.NAME).write_text("sink_window n=9 c=20\n")
     convert(folder, tmp_path / "run")
     config, params, step = load_params(tmp_path / "run")
     assert (step, config.attention, {x.dtype for x in jax.tree.leaves(params)}) == (0, ATTENTION, {np.dtype("float32")})
@@ -98,7 +100,8 @@ def test_to_orbax_and_back_is_the_same_bit_for_bit(make, tmp_path):
     keys = json.loads((tmp_path / "out" / "config.json").read_text())
     assert keys.pop("sepllm")["window_size"] == 256
     assert keys == json.loads((folder / "config.json").read_text())
-    for name in ("tokenizer.json", "chat_template.jinja"):
+    assert (run.attention, run.kept.pattern, run.kept.cache_size) == (ATTENTION, "sink_window", 20)
+    for name in ("tokenizer.json", "chat_template.jinja", kept.NAME):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     for target in (tmp_path / "run", tmp_path / "out"):
         with pytest.raises(HubError, match="is there already"):
