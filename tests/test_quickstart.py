@@ -81,7 +81,7 @@ def test_five_commands_in_ten_minutes_of_two_cores(checkout, tmp_path, monkeypat
         print(f"{seconds:6.0f} s, {cpu:6.0f} s of CPU   {command}")
     page = (checkout / "kept.html").read_text()
     assert "<input" in page, "a slider"
-    assert "800 held" in page
+    assert "256 held" in page
     assert len(answer.split()) > 3
     workdir = checkout / "runs" / "mine"
     assert sorted(losses(workdir)) == list(range(1, 17))

@@ -58,8 +58,7 @@ def generate(
       stop, stop_token_ids: texts and tokens that end an answer and are left out of its text.
       stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
       control_tokens: whether names of control tokens in the prompts' texts are these tokens; False: plain text.
-      attention: the pattern of the cache; None: as the model was trained, of bounded caches what was found worth
-        keeping for it (`model.kept`), if anything was.
+      attention: the pattern; None: as in training, of bounded caches what was found worth keeping (`model.kept`).
       bounded, max_repeats, min_new_tokens, logprobs, top_logprobs: see `sepjax.Generator.generate`.
 
     Raises:

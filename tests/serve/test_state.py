@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import errno
 import fcntl
+import json
+import re
 import stat
 
 import jax
@@ -101,6 +103,19 @@ def test_a_folder_is_of_one_shape_and_way_of_keeping(served):
         later = dataclasses.make_dataclass("Later", [("extra", int, 3)], bases=(type(config),), unsafe_hash=True)
         other._of = dataclasses.replace(engine.prepared, config=later(**vars(engine.prepared.config), extra=extra))
         assert (fingerprint(other) == fingerprint(engine)) == same
+
+
+def test_a_folder_of_another_pattern_says_which(served, tmp_path):
+    """As after a choice was stored with the model (`sepjax.kept`), or by an older version."""
+    opened(served, tmp_path / "state")[1].close()
+    file = tmp_path / "state" / "server.json"
+    words = json.loads(file.read_text())
+    here = served.engine.kept.in_words()
+    for keeps, said in (("watched a=4 c=9", "watched a=4 c=9"), (None, "an unnamed one, such as --pattern=separator")):
+        theirs = words | {"fingerprint": "other", "keeps": keeps}
+        file.write_text(json.dumps({name: x for name, x in theirs.items() if x is not None}))
+        with pytest.raises(StateError, match=re.escape(f"another pattern ({said}; here: {here})")):
+            StateFolder(tmp_path / "state", served, 1 << 30)
 
 
 def test_ids_are_bounded_too(served, row, tmp_path):
