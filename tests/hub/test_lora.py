@@ -153,8 +153,7 @@ def test_a_step_is_the_one_written_by_hand():
     def loss(params):
         return _loss(params, {}, PLAIN, model_graph(PLAIN), rows)[0] / jnp.sum(rows.loss_mask)
 
-    whole = merged(state.all_params, LORA)
-    value, slopes = jax.jit(jax.value_and_grad(loss))(whole)
+    value, slopes = jax.jit(lambda params: jax.value_and_grad(loss)(merged(params, LORA)))(state.all_params)
     gradients = jax.tree.map(np.zeros_like, state.params)
     for part, name, x, _ in linears(state.params):
         dw, s = np.asarray(slopes["layers"][part][name]["kernel"], np.float64), LORA.scale
