@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import train as program
@@ -94,7 +95,8 @@ def state_of_numpy(config: Config, params: Any = None) -> TrainState:
         return create_state(config, params)
     shapes = jax.eval_shape(lambda: create_state(config))
     drawn = random_params(shapes.params, config.training.seed, norm=0.0 if config.model.norm_offset else 1.0)
-    return dataclasses.replace(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), params=drawn)
+    zeros = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), shapes)
+    return dataclasses.replace(zeros, params=drawn)
 
 
 def tell_all(patch: pytest.MonkeyPatch) -> None:
