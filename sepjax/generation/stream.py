@@ -166,7 +166,7 @@ class Stream(Iterator[StreamEvent]):
         row.check(self._reader)
         state, new = row.state, self._settings.max_new_tokens
         cache: Any = state.cache
-        if row.row["finish_reason"] is None and (row.pending or row.has_drawn):
+        if self._row.end_of(row.row) is None and (row.pending or row.has_drawn):
             self._reader.check(row.seen, [row.pending or [0]], new, cache)
             if not row.pending:  # else its reader makes room
                 cache = self._reader.widened(cache, row.seen + 1, new)
