@@ -115,18 +115,13 @@ def score_streams(
     if not documents:
         raise StreamError("no text to score: every document is empty")
     arms = _arms(attentions)
-    sizes = [bounded_sizes(model.config, arm.attention) for arm in arms]
-    for s in sizes:
-        check_cache(model.config, 1, s.slots, s.cache_dtype, f"cache_size={s.cache_size}")
+    sizes = _checked_sizes(model, arms)
     far = far or max(x.cache_size for x in sizes)
     near, far = distances([arm.attention for arm in arms], model.config.num_layers, near=near, far=far)
     first = baseline_index([arm.name for arm in arms], baseline)
     lanes = Lanes.create(documents, rows)
-    if consume and all(
-        _layers_one_by_one(model, s, arm.attention, _length(s, lanes, chunk))
-        for s, arm in zip(sizes, arms, strict=True)
-    ):
-        laid_out(model, consume=True)
+    if consume:
+        _give_up(model, arms, sizes, lanes, chunk)
     num_bytes = sum(len(tokenizer.token_bytes(int(i))) * n for i, n in _counted(documents))
     scored = [_score(model, tokenizer, lanes, arm.attention, chunk, num_bytes) for arm in arms]
     tokens = ScoredTokens.create([x.inputs for x in documents], [x.targets for x in documents])
@@ -145,6 +140,20 @@ def score_streams(
         )
         for i, (score, _) in enumerate(scored)
     ]
+
+
+def _checked_sizes(model: Transformer, arms: Sequence[Arm]) -> list[BoundedSizes]:
+    sizes = [bounded_sizes(model.config, arm.attention) for arm in arms]
+    for s in sizes:
+        check_cache(model.config, 1, s.slots, s.cache_dtype, f"cache_size={s.cache_size}")
+    return sizes
+
+
+def _give_up(model: Transformer, arms: Sequence[Arm], sizes: Sequence[BoundedSizes], lanes: Lanes, chunk: int) -> None:
+    """Lays out the weights in the memory of one copy, where no arm needs them as they are."""
+    pairs = zip(sizes, arms, strict=True)
+    if all(_layers_one_by_one(model, s, arm.attention, _length(s, lanes, chunk)) for s, arm in pairs):
+        laid_out(model, consume=True)
 
 
 def _arms(attentions: Sequence[AttentionConfig | Arm]) -> list[Arm]:
