@@ -85,7 +85,7 @@ class Sampling:
         return cls(**arrays)
 
     def __repr__(self) -> str:
-        """What is not as `create` has it where nothing is given. No numbers of several rows, nor of others than NumPy's."""
+        """What is not as `create` has it where nothing is given. Of several rows, or traced, no numbers."""
         if not all(isinstance(x, np.ndarray) for x in vars(self).values()) or np.ndim(self.temperature):
             shape = np.shape(self.temperature)
             return f"Sampling({shape[0]} rows)" if shape else "Sampling(...)"

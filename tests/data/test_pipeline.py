@@ -255,6 +255,7 @@ def test_worker_processes_resume_too(kind, num_workers, corpus, data_dir, tokeni
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split("\n")[:-1] == ["rows 20"]
+    assert "leaked" not in done.stderr  # of batches that were made ahead
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
