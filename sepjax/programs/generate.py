@@ -153,12 +153,12 @@ def _answer_one(events: Any, settings: Settings) -> None:
             times.append(time.perf_counter())
             if interrupted:
                 break
-    print()
     if last is None:
         raise UserError(
             f"nothing to go on with: the stream in {settings.resume!r} has ended ({events.finish_reason}); give it a "
             "--prompt"
         )
+    print()
     if settings.goes_on and last.finish_reason in _WHY:
         print(f"ended: {_WHY[last.finish_reason]}", file=sys.stderr)
     if settings.save:
