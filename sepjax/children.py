@@ -15,6 +15,11 @@ def command(module: str) -> list[str]:
     return [sys.executable, "-P", "-m", module]
 
 
+def spare_spawned() -> None:
+    """The same for processes that `multiprocessing` begins from here on; what it runs is not ours to say."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
 def environment() -> dict[str, str]:
     """This process's variables, with this tree among the places where Python looks for packages."""
     if str(_ROOT) in (*site.getsitepackages(), site.getusersitepackages()):

@@ -12,7 +12,7 @@ import grain
 import jax
 from etils import epath
 
-from sepjax import interrupt
+from sepjax import children, interrupt
 from sepjax.config import Config, ConfigError
 from sepjax.data.batch import Batch
 from sepjax.data.conversations import Form
@@ -198,6 +198,7 @@ def _prefetched(readers: Sequence[BatchReader | MixedReader], num_workers: int) 
     ahead = readers[0].batches_per_block + 1
     if not num_workers:
         return grain.experimental.ThreadPrefetchIterDataset(readers[0], prefetch_buffer_size=ahead)
+    children.spare_spawned()
     if _LEFT_OVER not in sys.warnoptions:  # which Python hands on to the process that takes back shared memory
         sys.warnoptions.append(_LEFT_OVER)
     # Workers hand batches over in /dev/shm, where a block is about 10 MB; a container may have as little as 64 MB.
