@@ -129,7 +129,7 @@ def stream(
     if text and split:
         raise ConfigError(f"--split={split} is of a run's own corpus; a stream of --text takes all of it")
     documents = read_documents(Path(text), tokenizer, **cut) if text else corpus_of(path, split, tokenizer, **cut)
-    return streaming.score_streams(model, tokenizer, documents, attentions, **options)
+    return streaming.score_streams(model, tokenizer, documents, attentions, consume=True, **options)
 
 
 def find_needles(

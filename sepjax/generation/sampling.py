@@ -20,7 +20,7 @@ MOST_BIASED = 300  # tokens that a request may give a bias
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sampling:
     """How to draw, all rows alike or each its own way: traced, so another value is not another program. By `create`."""
 
@@ -84,6 +84,16 @@ class Sampling:
         arrays["bias_ids"], arrays["bias"] = _bias(logit_bias or {})
         return cls(**arrays)
 
+    def __repr__(self) -> str:
+        """What is not as `create` has it where nothing is given. Of several rows, or traced, no numbers."""
+        if not all(isinstance(x, np.ndarray) for x in vars(self).values()) or np.ndim(self.temperature):
+            shape = np.shape(self.temperature)
+            return f"Sampling({shape[0]} rows)" if shape else "Sampling(...)"
+        usual = vars(Sampling.create())
+        said = [f"{name}={x:g}" for name, x in vars(self).items() if not np.ndim(x) and x != usual[name]]
+        biased = int(np.sum(np.asarray(self.bias_ids) >= 0))
+        return f"Sampling({', '.join([*said, *([f'logit_bias of {biased}'] if biased else [])]) or 'greedy'})"
+
     @classmethod
     def of_rows(cls, rows: "Sequence[Sampling]", num_rows: int) -> "Sampling":
         """Each row its own way. Raises ConfigError where there are not as many as rows."""
@@ -106,8 +116,15 @@ class Sampling:
         """Which rows draw. Temperatures below the least normal number would be flushed to zero and divide by it."""
         return jnp.asarray(self.temperature) >= jnp.finfo(jnp.float32).tiny
 
-    def check(self, vocab_size: int) -> "Sampling":
-        """The same; raises ConfigError for a bias of a token that there is not."""
+    def check(self, vocab_size: int, rows: int = 0) -> "Sampling":
+        """The same; raises ConfigError for a bias of a token that there is not, and where it is of other rows.
+
+        rows: that it may be of, too; 0: it is to be one way, for whichever row.
+        """
+        shape = np.shape(self.temperature)
+        if shape not in ((), (rows,)):
+            expected = f"{rows}, or one way for all" if rows else "one"
+            raise ConfigError(f"sampling is of {shape[0]} rows, expected {expected}")
         most = int(np.max(self.bias_ids))
         if most >= vocab_size:
             raise ConfigError(f"logit_bias has {most}, which is outside the vocabulary of {vocab_size} tokens")
@@ -116,6 +133,8 @@ class Sampling:
 
 def _bias(given: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
     """`bias_ids` and `bias` of one row: the arrays of all requests have one shape, which is one program."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"logit_bias={given!r:.80} has the wrong type, expected a mapping of token ids to biases")
     if len(given) > MOST_BIASED:
         raise ConfigError(f"logit_bias has {len(given)} tokens; give {MOST_BIASED} or fewer")
     ids, bias = np.full(MOST_BIASED, -1, np.int32), np.zeros(MOST_BIASED, np.float32)

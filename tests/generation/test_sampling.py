@@ -138,6 +138,11 @@ def test_a_bias_out_of_range_is_named():
             Sampling.create(logit_bias=given_bias)
     with pytest.raises(ConfigError, match="logit_bias has 8, which is outside the vocabulary of 8"):
         Sampling.create(logit_bias={8: 1.0}).check(V)
+    two = Sampling.of_rows([Sampling.create()] * 2, 2)
+    assert two.check(V, 2) is two
+    for rows, expected in ((0, "one"), (3, "3, or one way for all")):
+        with pytest.raises(ConfigError, match=f"sampling is of 2 rows, expected {expected}"):
+            two.check(V, rows)
 
 
 def penalised(logits, read, generated, settings):
