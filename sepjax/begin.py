@@ -117,8 +117,10 @@ def conversation_form(config: Config, tokenizer: Tokenizer) -> TrainingForm | No
     return training_form(config.data, tokenizer) if has_records(config.data.name) else None
 
 
-def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, download: bool = False) -> TrainState:
-    """The state before step 1: parameters from `training.init_from`, or drawn from `training.seed`; in their shards.
+def pretrained_state(
+    config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, download: bool = False
+) -> TrainState:
+    """The state before step 1 with the parameters of `training.init_from`, in their shards.
 
     Of a Hugging Face folder the config and tokenizer files are kept in the workdir, for `sepjax convert`.
 
@@ -133,8 +135,6 @@ def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, do
       ConfigError: the source has another shape by now.
       OSError, UserError: as `sepjax.load`.
     """
-    if not config.training.init_from:
-        return jax.jit(functools.partial(create_state, config), out_shardings=shardings)()
     source = locate(config.training.init_from, download=download)
     is_base = bool(config.lora.rank)  # it is held in model.dtype: widened first, it would need twice the memory
     model, _ = load(source, param_dtype=None if is_base else "float32", mesh=mesh)
