@@ -105,17 +105,10 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
     run_meta(workdir, seed=config.training.seed)
     asked.timed.done("shape and devices")
 
-    # State and steps: pure functions under plain jit; parameters are born in their shards. A compiler needs nothing but
-    # shapes, so it begins here, and data are prepared beside it.
-    target = abstract_state(config, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, target)
-    step_fn = functools.partial(train_step, config, model_graph(config))
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-    eval_fn = jax.jit(functools.partial(eval_step, *scanned(config)))
-    fresh = jax.jit(functools.partial(create_state, config), out_shardings=shardings)
+    # State and steps: a compiler needs nothing but shapes, so it begins here, and data are prepared beside it.
+    target, calls = _programs(config, mesh)
+    step_fn, eval_fn, fresh = (function for function, *_ in calls.values())
     peak = peak_flops(config.model.dtype)  # measured, where no table has it: before compilers take the processor
-    shapes = abstract_batch(config, mesh)
-    calls = {"step": (step_fn, target, shapes), "evaluation": (eval_fn, target.all_params, shapes), "weights": (fresh,)}
     ahead = compile_ahead(mesh, {name: calls[name] for name in _needed(config, workdir)})
 
     # Data: text -> tokens -> packed rows. Each host reads its own share of the documents: for the rows on its devices.
@@ -140,7 +133,7 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
     ):
         make = fresh
         if config.training.init_from:
-            make = functools.partial(pretrained_state, config, workdir, mesh, shardings, download=asked.download)
+            make = functools.partial(pretrained_state, config, workdir, mesh, target, download=asked.download)
         if is_begun := checkpoints.latest_step is not None:
             make = functools.partial(checkpoints.restore, target, batches, config, new_data=asked.new_data)
         state, first_batch, made = _begin(ahead, make, batches, asked.timed, is_begun=is_begun)
@@ -184,6 +177,24 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
                     checkpoints.check()
                     raise notice.stopped(step)
     return state
+
+
+def _programs(config: Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, dict[str, tuple[Any, ...]]]:
+    """The state's shapes, and the programs: pure functions under plain jit, with the shapes of their arguments.
+
+    They are "step", "evaluation" and, for random parameters, "weights"; parameters are born in their shards.
+    """
+    target, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, target)
+    step_fn = functools.partial(train_step, config, model_graph(config))
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    eval_fn = jax.jit(functools.partial(eval_step, *scanned(config)))
+    fresh = jax.jit(functools.partial(create_state, config), out_shardings=shardings)
+    return target, {
+        "step": (step_fn, target, batch),
+        "evaluation": (eval_fn, target.all_params, batch),
+        "weights": (fresh,),
+    }
 
 
 def _needed(config: Config, workdir: Path) -> list[str]:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -118,7 +117,7 @@ def conversation_form(config: Config, tokenizer: Tokenizer) -> TrainingForm | No
 
 
 def pretrained_state(
-    config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, download: bool = False
+    config: Config, workdir: Path, mesh: Mesh, target: TrainState, *, download: bool = False
 ) -> TrainState:
     """The state before step 1 with the parameters of `training.init_from`, in their shards.
 
@@ -128,7 +127,7 @@ def pretrained_state(
       config: as `adopt_shape` gave it.
       workdir: of the run.
       mesh: where the parameters go.
-      shardings: a `TrainState` of them.
+      target: the state's shapes and shardings.
       download: whether a hub id may be fetched.
 
     Raises:
@@ -148,7 +147,7 @@ def pretrained_state(
     params = split(model)[1]
     if (pattern := config.attention.pattern) != "gated" and params.pop("gate", None) is not None:
         say(f"{workdir}: the gate of {source} is left out, attention.pattern={pattern!r} has no use for it")
-    begin = functools.partial(create_state, config)
+    begin, shardings = functools.partial(create_state, config), jax.tree.map(lambda x: x.sharding, target)
     return jax.jit(begin, out_shardings=shardings, donate_argnums=() if is_base else 0)(params)
 
 
