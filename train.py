@@ -132,11 +132,11 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
         Watchdog(asked.step_timeout) as watchdog,
     ):
         make = fresh
-        if config.training.init_from:
-            make = functools.partial(pretrained_state, config, workdir, mesh, target, download=asked.download)
         if is_begun := checkpoints.latest_step is not None:
             make = functools.partial(checkpoints.restore, target, batches, config, new_data=asked.new_data)
-        state, first_batch, made = _begin(ahead, make, batches, asked.timed, is_begun=is_begun)
+        elif config.training.init_from:
+            make = functools.partial(pretrained_state, config, workdir, mesh, target, download=asked.download)
+        state, first_batch, made = _begin(ahead, make, batches, asked.timed, is_begun=is_begun, is_drawn=make is fresh)
         start = int(state.step)
         _announce(config, workdir, mesh, state, peak)
 
@@ -206,22 +206,29 @@ def _needed(config: Config, workdir: Path) -> list[str]:
 
 
 def _begin(
-    ahead: Ahead, make: Callable[[], TrainState], batches: Iterator[Batch], timed: Start, *, is_begun: bool
+    ahead: Ahead,
+    make: Callable[[], TrainState],
+    batches: Iterator[Batch],
+    timed: Start,
+    *,
+    is_begun: bool,
+    is_drawn: bool,
 ) -> tuple[TrainState, Callable[[], Batch], list[Compiled]]:
     """The state to go on from, what gives its first batch, and what was compiled.
 
-    What a start waits for goes on side by side: the steps' compilations, the readers' first batch, the parameters.
-    Python itself does one thing after another, so parameters wait until XLA has all that it needs to begin.
+    What a start waits for goes on side by side: the steps' compilations, the readers' first batch, parameters that are
+    read. Python itself does one thing after another, so these wait until XLA has all that it needs to begin. Parameters
+    that are drawn wait for their program, which is one of those that compile.
     """
     first_batch = batches.__next__ if is_begun else beside(batches.__next__)
     ahead.wait_for_lowering()
     timed.done("lowering")
-    state = make()
+    read = None if is_drawn else make()
     timed.done("weights")
     with working("compiling the step"):
         programs = ahead.wait()
     timed.done("compiling")
-    return state, first_batch, programs
+    return read or make(), first_batch, programs
 
 
 def _tell_start(workdir: Path, metrics: Any, timed: Start, programs: Sequence[Compiled]) -> None:
