@@ -93,7 +93,8 @@ def finished(config_file, tmp_path_factory) -> Path:
     assert package.finished == 1
     assert "attention" in out.getvalue()
     told = re.findall(
-        r"first step after [\d.]+ s: .*; programs, lowering \+ compiling: step .*, evaluation ", out.getvalue()
+        r"first step after [\d.]+ s: .*; programs, lowering \+ compiling: step .*, evaluation .*, weights ",
+        out.getvalue(),
     )
     assert len(told) == 1
     return workdir

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import sepjax
-from sepjax.begin import adopt_shape, first_state
+from sepjax.begin import adopt_shape, pretrained_state
 from sepjax.config import (
     AttentionConfig,
     Config,
@@ -357,9 +357,7 @@ def test_the_state_before_the_first_step_is_the_source(config, source, tmp_path)
     config = adopt_shape(config, tmp_path / "run")
     (tmp_path / "run").mkdir()
     mesh = make_mesh(config.mesh)
-    state = first_state(
-        config, tmp_path / "run", mesh, jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
-    )
+    state = pretrained_state(config, tmp_path / "run", mesh, abstract_state(config, mesh))
     assert_same(merged(state.all_params, config.lora), split(sepjax.load(source)[0])[1])
     assert_same(*(divided(state.all_params)[i] for i in (0, 0)))
     assert projections(config.model)["gate"] == (32, 48)
