@@ -64,6 +64,7 @@ class SlotPrograms:
     place: Callable[[Rows, Array, Packed, Array], Rows]
     read: Callable[[Params, Rows, Array, Array], tuple[Rows, Record]]
     steps: Callable[[Params, Rows, Array, Array], tuple[Rows, Record]]
+    all_steps: Callable[[Params, Rows, Array, Array], tuple[Rows, Record]] | None
     take: Callable[[Rows, Array, Array, Array], Packed]
     look: Callable[[Rows, Array, Array], StreamingCache]
 
@@ -74,7 +75,16 @@ def slot_programs(
 ) -> SlotPrograms:
     """The programs of one model and pattern; `most_steps`: that `steps` makes."""
     options = _GRAPHS if jax.default_backend() == "gpu" and os.environ.get("SEPJAX_GRAPHS", "1") != "0" else None
+    unrolled = {**_GRAPHS, "xla_gpu_command_buffer_unroll_loops": True} if options else None
+    every = os.environ.get("SEPJAX_STEPS", "loop") == "unrolled"
     return SlotPrograms(
+        all_steps=jax.jit(
+            functools.partial(_steps, graph, attention, most_steps, every=True),
+            donate_argnums=1,
+            compiler_options=unrolled,
+        )
+        if every
+        else None,
         exchange=jax.jit(functools.partial(_exchange, arrivals), donate_argnums=(0, 1), compiler_options=options),
         fetch=jax.jit(functools.partial(_fetch, form)),
         place=jax.jit(functools.partial(_place, form, arrivals), donate_argnums=0),
@@ -168,8 +178,10 @@ def _steps(
     rows: Rows,
     sent: Int32[Array, "_"],
     table: Bool[Array, "_"],
+    *,
+    every: bool = False,
 ) -> tuple[Rows, Record]:
-    """Up to `count` steps, `most` at most; those in which no row takes part are left out.
+    """Up to `count` steps, `most` at most; those in which no row takes part are left out, unless `every` one is made.
 
     `sent` has, for each row, the number of the step from which it takes part, -1 if the host has ended it since the
     last; and behind them `count`.
@@ -197,8 +209,12 @@ def _steps(
     top = jnp.zeros((most, B, min(MOST_TOP, len(table))), jnp.int32)
     nothing = Record(jnp.full((most, 6, B), -1, jnp.int32), top, top.astype(jnp.float32))
     before = dataclasses.replace(rows.before, stepped=jnp.zeros(B, bool))
-    carry = next_of(state), state, before, nothing
-    _, state, before, record = jax.lax.while_loop(lambda carry: carry[0] < count, one, carry)
+    if every:
+        carry = state, before, nothing
+        state, before, record = jax.lax.fori_loop(0, most, lambda i, carry: one((i, *carry))[1:], carry)
+    else:
+        carry = next_of(state), state, before, nothing
+        _, state, before, record = jax.lax.while_loop(lambda carry: carry[0] < count, one, carry)
     return kept_there(dataclasses.replace(rows, state=state, before=before)), record
 
 
