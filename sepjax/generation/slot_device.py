@@ -215,8 +215,7 @@ class SlotDevice:
 
     def _step(self, ended: np.ndarray, first: np.ndarray, steps: int) -> Record:
         with self.clocks("device thread: steps"):
-            program = self.programs.steps if steps < self.most_steps else self.programs.all_steps or self.programs.steps
-            return self._run(program, np.append(np.where(ended, np.int32(-1), first), np.int32(steps)))
+            return self._run(self.programs.steps, np.append(np.where(ended, np.int32(-1), first), np.int32(steps)))
 
     def _run(self, program: Callable[..., tuple[Rows, Record]], sent: np.ndarray) -> Record:
         """Runs the model on the rows. Whoever looks at what came of it copies it to the host: not this thread, for
@@ -256,8 +255,6 @@ class SlotDevice:
             sent = Read.none(together, length, self._num_rows).sent()
             found[f"read {together} x {length}"] = programs.read, *model, sent, table
         found["steps"] = programs.steps, *model, np.zeros(self._num_rows + 1, np.int32), table
-        if programs.all_steps is not None:
-            found["all steps"] = programs.all_steps, *found["steps"][1:]
         found["exchange"] = programs.exchange, rows, self._pool, self._which((), ()).sent()
         found["take"], found["look"] = (programs.take, rows, i, yes, yes), (programs.look, rows, i, yes)
         return found | {"fetch": (programs.fetch, self._pool, i)}
@@ -311,7 +308,6 @@ class SlotDevice:
             jobs[f"read {together} x {length}"] = lambda read=read: self._read([read])[0].numbers
         ended, most = np.ones(self._num_rows, bool), self.most_steps
         jobs["no step: all have ended"] = lambda: self._step(ended, first, most).numbers
-        jobs["one step: all have ended"] = lambda: self._step(ended, first, 1).numbers
         return jobs
 
     def alone(self, repeats: int = 10) -> dict[str, tuple[float, float]]:

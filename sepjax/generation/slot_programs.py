@@ -24,7 +24,6 @@ again while requests come and go. No result of a row depends on another row.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -40,19 +39,13 @@ from sepjax.generation.cache.mixed import BoundedCache
 from sepjax.generation.cache.rows import chosen
 from sepjax.generation.cache.view import bookkeeping
 from sepjax.generation.device_loop import MOST_TOP, DecodeState, draw
+from sepjax.generation.graphs import compiler_options
 from sepjax.generation.packed import Bytes, Form, Packed
 from sepjax.generation.penalties import after_reading
 from sepjax.generation.slot_mesh import kept_there
 from sepjax.generation.slot_rows import Arrival, Before, Exchange, Record, Rows, Wishes, rows_of, with_rows
 from sepjax.generation.step import take_up_one, take_up_run
 from sepjax.model.transformer import Params
-
-# All of a program as one CUDA graph, its loops too. Without that the host starts each kernel, and looks at the device's
-# answer at each turn of a loop: it is held up until the last step, and the device then waits for its next program.
-# SEPJAX_GRAPHS=0 in the environment leaves it to XLA.
-_GRAPHS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +57,6 @@ class SlotPrograms:
     place: Callable[[Rows, Array, Packed, Array], Rows]
     read: Callable[[Params, Rows, Array, Array], tuple[Rows, Record]]
     steps: Callable[[Params, Rows, Array, Array], tuple[Rows, Record]]
-    all_steps: Callable[[Params, Rows, Array, Array], tuple[Rows, Record]] | None
     take: Callable[[Rows, Array, Array, Array], Packed]
     look: Callable[[Rows, Array, Array], StreamingCache]
 
@@ -74,17 +66,8 @@ def slot_programs(
     graph: nnx.GraphDef, attention: AttentionConfig, form: Form, arrivals: Bytes, most_steps: int
 ) -> SlotPrograms:
     """The programs of one model and pattern; `most_steps`: that `steps` makes."""
-    options = _GRAPHS if jax.default_backend() == "gpu" and os.environ.get("SEPJAX_GRAPHS", "1") != "0" else None
-    unrolled = {**_GRAPHS, "xla_gpu_command_buffer_unroll_loops": True} if options else None
-    every = os.environ.get("SEPJAX_STEPS", "loop") == "unrolled"
+    options = compiler_options()
     return SlotPrograms(
-        all_steps=jax.jit(
-            functools.partial(_steps, graph, attention, most_steps, every=True),
-            donate_argnums=1,
-            compiler_options=unrolled,
-        )
-        if every
-        else None,
         exchange=jax.jit(functools.partial(_exchange, arrivals), donate_argnums=(0, 1), compiler_options=options),
         fetch=jax.jit(functools.partial(_fetch, form)),
         place=jax.jit(functools.partial(_place, form, arrivals), donate_argnums=0),
@@ -178,10 +161,8 @@ def _steps(
     rows: Rows,
     sent: Int32[Array, "_"],
     table: Bool[Array, "_"],
-    *,
-    every: bool = False,
 ) -> tuple[Rows, Record]:
-    """Up to `count` steps, `most` at most; those in which no row takes part are left out, unless `every` one is made.
+    """Up to `count` steps, `most` at most; those in which no row takes part are left out.
 
     `sent` has, for each row, the number of the step from which it takes part, -1 if the host has ended it since the
     last; and behind them `count`.
@@ -209,12 +190,8 @@ def _steps(
     top = jnp.zeros((most, B, min(MOST_TOP, len(table))), jnp.int32)
     nothing = Record(jnp.full((most, 6, B), -1, jnp.int32), top, top.astype(jnp.float32))
     before = dataclasses.replace(rows.before, stepped=jnp.zeros(B, bool))
-    if every:
-        carry = state, before, nothing
-        state, before, record = jax.lax.fori_loop(0, most, lambda i, carry: one((i, *carry))[1:], carry)
-    else:
-        carry = next_of(state), state, before, nothing
-        _, state, before, record = jax.lax.while_loop(lambda carry: carry[0] < count, one, carry)
+    carry = next_of(state), state, before, nothing
+    _, state, before, record = jax.lax.while_loop(lambda carry: carry[0] < count, one, carry)
     return kept_there(dataclasses.replace(rows, state=state, before=before)), record
 
 

@@ -14,7 +14,7 @@ import pytest
 from sepjax import interrupt
 from sepjax.config import UserError
 from sepjax.generation.device_thread import compile_all
-from sepjax.generation.slot_programs import _GRAPHS
+from sepjax.generation.graphs import _WHOLE
 from sepjax.measure import counted_compilations
 
 PROGRAM = """
@@ -23,7 +23,8 @@ import jax, numpy as np
 from sepjax.clocks import Clocks
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.slot_device import SlotDevice
-from sepjax.generation.slot_programs import _GRAPHS, _exchange, _read, _steps
+from sepjax.generation.graphs import _WHOLE
+from sepjax.generation.slot_programs import _exchange, _read, _steps
 from sepjax.training.plan import topology_devices
 from tests.generation.tiny import ROWS, tiny_engine
 
@@ -37,7 +38,7 @@ def told(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), tree)
 
 def compiled(program, donated, *given):
-    jax.jit(program, donate_argnums=donated).lower(*map(told, given)).compile(compiler_options=_GRAPHS)
+    jax.jit(program, donate_argnums=donated).lower(*map(told, given)).compile(compiler_options=_WHOLE)
 
 with jax.set_mesh(mesh):
     model = of.params, rows
@@ -58,7 +59,7 @@ def test_each_program_is_one_graph(tmp_path):
         found = re.findall(r"^\d+: (\w+)", file.read_text(), re.MULTILINE)
         assert found == ["kCommandBuffer"], name
         assert "kWhile" in file.read_text(), "with a loop in it"
-    assert "WHILE" in _GRAPHS["xla_gpu_enable_command_buffer"]
+    assert "WHILE" in _WHOLE["xla_gpu_enable_command_buffer"]
 
 
 def test_what_is_compiled_side_by_side_is_found_by_the_first_call():
