@@ -203,7 +203,7 @@ def _least(logits: Array, stays: Callable[[jax.Array], jax.Array]) -> jax.Array:
     def halved(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         good, bad = bounds  # the first stays, and the second does not or is beyond -inf
         middle = good + (bad - good) // 2
-        fits = stays(logits > number(middle))
+        fits = stays(jnp.asarray(logits) > number(middle))
         return jnp.where(fits, middle, good), jnp.where(fits, bad, middle)
 
     bounds = one, one + (_INFINITE + 1)
@@ -212,7 +212,17 @@ def _least(logits: Array, stays: Callable[[jax.Array], jax.Array]) -> jax.Array:
 
 
 def best_of(scores: Float[Array, "B V"], number: int) -> tuple[Int32[jax.Array, "B N"], Float[jax.Array, "B N"]]:
-    """The best tokens of each row and their scores, of equal ones the first: `jax.lax.top_k`, but nothing is sorted."""
+    """The best tokens of each row and their scores, of equal ones the first. On an accelerator nothing is sorted."""
+
+    def sorted_out(scores: jax.Array) -> tuple[jax.Array, jax.Array]:  # many times faster on a processor
+        values, ids = jax.lax.top_k(scores, number)
+        return ids.astype(jnp.int32), values
+
+    return jax.lax.platform_dependent(scores, cpu=sorted_out, default=lambda scores: one_by_one(scores, number))
+
+
+def one_by_one(scores: Float[Array, "B V"], number: int) -> tuple[Int32[jax.Array, "B N"], Float[jax.Array, "B N"]]:
+    """`best_of`, each token the best of those behind the last one."""
     B, V = scores.shape
     tokens = jnp.arange(V, dtype=jnp.int32)
 

@@ -268,7 +268,7 @@ class Worker:
         return self._keeper is None or not self._keeper.is_behind
 
     def _fill(self, slots: Slots, ahead: int = 0) -> None:
-        """Gives free rows to those whose turn it is, and begins the next `ahead`: the device need not wait for those."""
+        """Gives free rows to those whose turn it is, and begins the next `ahead`: they are ready when rows are."""
         prompts = self._prompts
         if not len(self._queue) or prompts is None or not self._may_begin:
             return
