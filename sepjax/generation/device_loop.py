@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 
 import jax
@@ -12,7 +11,6 @@ from flax import nnx
 from sepjax.array_typing import Array, Bool, Float, InShapes, Int32, Tokens, UInt16
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.protocol import Cache
-from sepjax.generation.graphs import compiler_options
 from sepjax.generation.penalties import after_drawing, after_reading, biased, no_uses, penalised, without
 from sepjax.generation.sampling import Sampling, best_of, sample
 from sepjax.generation.step import decode_step, prefill, take_up_run
@@ -123,9 +121,7 @@ def make_advance(
 
     Fetched once a job: to hash a graph for every call takes longer than a step of a small model.
     """
-    program = functools.partial(advance, graph, attention, num_steps)
-    options = compiler_options() if os.environ.get("SEPJAX_GRAPHS") == "all" else None
-    return jax.jit(program, donate_argnums=1, compiler_options=options)
+    return jax.jit(functools.partial(advance, graph, attention, num_steps), donate_argnums=1)
 
 
 def advance(

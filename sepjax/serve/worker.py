@@ -38,7 +38,6 @@ from sepjax.serve.view import find
 
 log = logging.getLogger("sepjax.serve")
 _UNREAD = 512  # tokens of each choice that wait for a slow client before its row is put aside
-_AHEAD = 8  # one for so many rows is begun before a row is free
 _PATIENCE = 0.5  # seconds between two looks at the clock while nothing happens
 
 
@@ -173,12 +172,12 @@ class Worker:
     @property
     def num_running(self) -> int:
         """Choices that have a row."""
-        return len(self._running) - (0 if self.slots is None else self.slots.num_waiting)
+        return len(self._running)
 
     @property
     def num_waiting(self) -> int:
         """Choices that wait for a row, or for their client to read."""
-        return self._open - self.num_running
+        return self._open - len(self._running)
 
     @property
     def held(self) -> Zones:
@@ -222,15 +221,15 @@ class Worker:
                     ends.callback(self._keeper.close)
 
     def _serve(self, slots: Slots) -> None:
+        clocks = slots.clocks
         while self._goes_on():
-            with self.clocks("worker: orders, or nothing to do"):
+            with clocks("worker: orders, or nothing to do"):
                 self._take_orders(wait=slots.is_idle and not (len(self._queue) and self._may_begin))
-            self._fill(slots)
+            with clocks("worker: begin requests"):
+                self._fill(slots)
             if not slots.is_idle:  # rows that were cancelled are let go by a step, too
-                for number, part in enumerate(slots.parts(joined=True)):
+                for part in slots.parts(joined=True):
                     self._hand_all_on(slots, part)
-                    if not number:  # the device is at work on the steps
-                        self._fill(slots, self._num_rows // _AHEAD)
                 slow, self._slow = self._slow, []
                 for number in slow:
                     self._put_aside(slots, number)
@@ -267,15 +266,14 @@ class Worker:
         """Whether answers may begin whose rows are to be saved: those that run go on, whatever the disk does."""
         return self._keeper is None or not self._keeper.is_behind
 
-    def _fill(self, slots: Slots, ahead: int = 0) -> None:
-        """Gives free rows to those whose turn it is, and begins the next `ahead`: they are ready when rows are."""
+    def _fill(self, slots: Slots) -> None:
+        """Gives free rows to those whose turn it is."""
         prompts = self._prompts
         if not len(self._queue) or prompts is None or not self._may_begin:
             return
-        with self.clocks("worker: begin requests"):
-            most = slots.num_free + slots.num_ending + ahead
-            while slots.num_waiting < most and (job := self._queue.pop()) is not None:
-                prompts.begin(job)
+        ending = slots.num_ending
+        while slots.num_free + ending > slots.num_waiting and (job := self._queue.pop()) is not None:
+            prompts.begin(job)
 
     def _hand_on(self, slots: Slots, number: int, events: Sequence[StreamEvent], now: float) -> None:
         """All that a step gave to a row."""
