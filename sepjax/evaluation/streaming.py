@@ -8,15 +8,19 @@ the loss of every token; `sepjax.evaluation.slices` tells what these were told f
 
 import dataclasses
 import functools
+import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sepjax import interrupt
 from sepjax.array_typing import Float, Int32
 from sepjax.config import AttentionConfig
 from sepjax.data.tokenizer import Tokenizer
@@ -35,6 +39,7 @@ from sepjax.progress import working
 from sepjax.separators import configured_table, warn_of_few_in
 
 _SHORT = 64  # tokens of a row in a pass, up to which layers are not scanned
+_CORES = 4  # for each program that is compiled beside others
 _PASSES = 64  # on the device between two looks of the host
 
 
@@ -71,6 +76,7 @@ class StreamScore:
     rows: int
     chunk: int  # tokens of a row in a pass
     compilations: int  # while the clock ran
+    compile_seconds: float = 0.0  # before it, of all programs that were compiled together
     cache_dtype: str = "model"  # see `AttentionConfig`
     arm: str = ""
     baseline: str = ""  # the arm that differences are from
@@ -119,9 +125,11 @@ def score_streams(
     near, far = distances([arm.attention for arm in arms], model.config.num_layers, near=near, far=far)
     first = baseline_index([arm.name for arm in arms], baseline)
     lanes = Lanes.create(documents, rows)
-    num_bytes = sum(len(tokenizer.token_bytes(int(i))) * n for i, n in _counted(documents))
-    scored = [_score(model, tokenizer, lanes, arm.attention, chunk, num_bytes) for arm in arms]
-    tokens = ScoredTokens.create([x.inputs for x in documents], [x.targets for x in documents])
+    with ThreadPoolExecutor(1) as pool:  # sorting, beside what the device does
+        told = pool.submit(ScoredTokens.create, [x.inputs for x in documents], [x.targets for x in documents])
+        num_bytes = sum(len(tokenizer.token_bytes(int(i))) * n for i, n in _counted(documents))
+        scored = _scored(model, tokenizer, lanes, [arm.attention for arm in arms], chunk, num_bytes)
+        tokens = told.result()
     losses = [nll for _, nll in scored]
     refer = references(arms, [score.slots_held for score, _ in scored], first)
     return [
@@ -181,40 +189,94 @@ class _Sums:
         return cls(zero, none, zero, none)
 
 
-def _score(
-    model: Transformer, tokenizer: Tokenizer, lanes: Lanes, attention: AttentionConfig, chunk: int, num_bytes: int
-) -> tuple[StreamScore, np.ndarray]:
-    """What was measured, and the loss of every token of the documents, one after the other."""
-    sizes = bounded_sizes(model.config, attention)
-    chunk = chunk or min(sizes.chunk, lanes.inputs.shape[1])
-    table = jnp.asarray(configured_table(tokenizer, attention))
-    lengths = lanes.ends[:, -1, None]
-    warn_of_few_in(
-        np.asarray(lanes.inputs)[np.arange(lanes.inputs.shape[1]) < lengths], table, attention, "the text to stream"
-    )
-    graph, params = split(model)
-    one_by_one = _layers_one_by_one(model, sizes, attention, chunk)
-    params = (by_layer if one_by_one else working_copy)(params, model.config)
-    run = jax.jit(functools.partial(_passes, graph, attention, chunk), donate_argnums=1)
-    on_device = jax.device_put(lanes)
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """The lanes through one cache."""
 
-    def start() -> _State:
-        cache = empty_cache(model.config, len(lanes.inputs), sizes, by_layer=one_by_one)
+    attention: AttentionConfig
+    sizes: BoundedSizes
+    chunk: int
+    one_by_one: bool  # see `_layers_one_by_one`
+    table: jax.Array
+    passes: Any  # `_passes`, jitted
+
+    @classmethod
+    def create(cls, model: Transformer, tokenizer: Tokenizer, lanes: Lanes, attention: AttentionConfig, chunk: int):
+        """Warns of few separators."""
+        sizes = bounded_sizes(model.config, attention)
+        chunk = chunk or min(sizes.chunk, lanes.inputs.shape[1])
+        table = jnp.asarray(configured_table(tokenizer, attention))
+        is_token = np.arange(lanes.inputs.shape[1]) < lanes.ends[:, -1, None]
+        warn_of_few_in(np.asarray(lanes.inputs)[is_token], table, attention, "the text to stream")
+        run = jax.jit(functools.partial(_passes, split(model)[0], attention, chunk), donate_argnums=1)
+        return cls(attention, sizes, chunk, _layers_one_by_one(model, sizes, attention, chunk), table, run)
+
+    def start(self, model: Transformer, lanes: Lanes) -> "_State":
+        """Empty caches."""
+        cache = empty_cache(model.config, len(lanes.inputs), self.sizes, by_layer=self.one_by_one)
         at, first, document = (jnp.zeros(len(lanes.inputs), jnp.int32) for _ in range(3))
         return _State(cache, at, first, document, jnp.zeros(lanes.inputs.shape))
 
-    state, limit = start(), jnp.int32(_PASSES)
-    with working(f"compiling for {attention.pattern}"):  # outside the timing
-        run.lower(params, state, on_device, table, limit).compile()
-    began = time.perf_counter()
+
+def _scored(
+    model: Transformer, tokenizer: Tokenizer, lanes: Lanes, attentions: Sequence[AttentionConfig], chunk: int,
+    num_bytes: int,
+) -> list[tuple[StreamScore, np.ndarray]]:  # fmt: skip
+    """Of each what was measured, and the loss of every token of the documents, one after the other.
+
+    Those that share a layout of the parameters are compiled side by side, before any of them runs: compilers time
+    kernels on the device. Memory holds the parameters in one layout at a time.
+    """
+    streams = [_Stream.create(model, tokenizer, lanes, attention, chunk) for attention in attentions]
+    on_device, limit = jax.device_put(lanes), jnp.int32(_PASSES)
+    scored = []
+    for one_by_one, some in itertools.groupby(streams, lambda stream: stream.one_by_one):
+        alike = list(some)
+        params = (by_layer if one_by_one else working_copy)(split(model)[1], model.config)
+        began = time.perf_counter()
+        _compile([(x, (params, x.start(model, lanes), on_device, x.table, limit)) for x in alike])
+        compiling = time.perf_counter() - began
+        for stream in alike:
+            run = functools.partial(_run, params, stream, on_device, limit)
+            score, nll = _score(run, stream.start(model, lanes), stream, lanes, num_bytes)
+            scored.append((dataclasses.replace(score, compile_seconds=compiling), nll))
+        del params
+    return scored
+
+
+def _run(params: Any, stream: _Stream, lanes: Lanes, limit: jax.Array, state: "_State") -> "tuple[_State, _Sums]":
+    return stream.passes(params, state, lanes, stream.table, limit)
+
+
+def _compile(calls: Sequence[tuple[_Stream, tuple[Any, ...]]]) -> None:
+    """Compiles the passes of each for its arguments, some side by side where there are cores for it."""
+    with working("compiling", len(calls), "programs") as work:
+        pool = ThreadPoolExecutor(max(1, min(len(calls), (os.cpu_count() or 1) // _CORES)))
+        begun = [pool.submit(stream.passes.lower(*given).compile) for stream, given in calls]
+        for compiled in begun:
+            interrupt.need_not_wait_for(compiled.done)
+        pool.shutdown(wait=False)
+        for compiled in begun:
+            compiled.result()
+            work.add()
+
+
+def _score(
+    run: Callable[["_State"], "tuple[_State, _Sums]"],
+    state: "_State",
+    stream: _Stream,
+    lanes: Lanes,
+    num_bytes: int,
+) -> tuple[StreamScore, np.ndarray]:
+    sizes, began = stream.sizes, time.perf_counter()
     with counted_compilations() as compiled:
-        ends, what = np.asarray(lanes.ends[:, -1]), f"streaming through {attention.pattern}"
-        state, total = _to_the_end(lambda state: run(params, state, on_device, table, limit), state, ends, what)
+        ends, what = np.asarray(lanes.ends[:, -1]), f"streaming through {stream.attention.pattern}"
+        state, total = _to_the_end(run, state, ends, what)
     seconds = time.perf_counter() - began
     nll = lanes.of_documents(np.asarray(state.nll))
     tokens, whole = len(nll), float(np.sum(nll, dtype=np.float64))
     score = StreamScore(
-        pattern=attention.pattern,
+        pattern=stream.attention.pattern,
         num_sinks=sizes.num_sinks,
         max_separators=sizes.max_separators,
         window_size=sizes.window_size,
@@ -231,7 +293,7 @@ def _score(
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         rows=len(lanes.inputs),
-        chunk=chunk,
+        chunk=stream.chunk,
         compilations=len(compiled),
         cache_dtype=sizes.cache_dtype,
     )

@@ -40,6 +40,10 @@ class Bytes(Tokenizer):
     def encode(self, text, *, bos=False):
         return [256] * bos + list(text.encode())
 
+    def encode_flat(self, texts):
+        ids = [np.array(self.encode(x), np.int32) for x in texts]
+        return np.concatenate([np.zeros(0, np.int32), *ids]), np.array([*map(len, ids)])
+
     def token_texts(self):
         return [chr(i) for i in range(256)] + [None]
 
