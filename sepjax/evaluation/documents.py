@@ -55,7 +55,7 @@ def documents_of(
     def by_lines() -> Iterator[Document]:
         for text in texts:
             found = tokenizer.encode_each(line for line in text.splitlines() if line.strip())
-            lines = [np.concatenate([[start], ids]).astype(np.int32) for _, ids in found]
+            lines = [np.array([start, *ids.tolist()], np.int32) for _, ids in found]
             sides = [line[:-1] for line in lines], [line[1:] for line in lines]
             yield Document(*(np.concatenate([np.zeros(0, np.int32), *side]) for side in sides))
 

@@ -21,20 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax import interrupt
-from sepjax.array_typing import Float, Int32
 from sepjax.config import AttentionConfig
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.arms import Arm, distances, plain_arms
 from sepjax.evaluation.compare import baseline_index, references
 from sepjax.evaluation.documents import Document, Lanes, StreamError
 from sepjax.evaluation.slices import EDGES, ScoredTokens, Slice, by_position, sliced
-from sepjax.evaluation.token_loss import token_nll
+from sepjax.evaluation.stream_passes import State, Sums, passes
 from sepjax.generation.cache.bounded_run import unsupported
-from sepjax.generation.cache.mixed import BoundedCache, BoundedSizes, MixedSizes, bounded_sizes, empty_cache
+from sepjax.generation.cache.mixed import BoundedSizes, MixedSizes, bounded_sizes, empty_cache
 from sepjax.generation.limits import check_cache
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import Transformer, split
-from sepjax.model.unrolled import Layerwise, by_layer, runner, working_copy
+from sepjax.model.unrolled import by_layer, working_copy
 from sepjax.progress import working
 from sepjax.separators import configured_table, warn_of_few_in
 
@@ -157,38 +156,6 @@ def _counted(documents: Sequence[Document]) -> Iterator[tuple[int, int]]:
     return zip(ids.tolist(), counts.tolist(), strict=True)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _State:
-    """Where every lane stands."""
-
-    cache: BoundedCache
-    at: Int32[jax.Array, "B"]  # in the lane
-    start: Int32[jax.Array, "B"]  # of the document, in the lane
-    document: Int32[jax.Array, "B"]  # its number in the lane
-    nll: Float[jax.Array, "B N"]  # of the lane's tokens so far, in nats
-
-    __no_type_check__ = True
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Sums:
-    """What some passes add up to."""
-
-    held: Float[jax.Array, ""]  # entries that tokens met, summed over tokens
-    most: Int32[jax.Array, ""]
-    kept: Float[jax.Array, ""]  # entries over tokens seen, summed over the documents that ended
-    ended: Int32[jax.Array, ""]  # documents
-
-    __no_type_check__ = True
-
-    @classmethod
-    def zeros(cls) -> "_Sums":
-        zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
-        return cls(zero, none, zero, none)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Stream:
     """The lanes through one cache."""
@@ -198,24 +165,26 @@ class _Stream:
     chunk: int
     one_by_one: bool  # see `_layers_one_by_one`
     table: jax.Array
-    passes: Any  # `_passes`, jitted
+    run: Any  # `stream_passes.passes`, jitted
 
     @classmethod
-    def create(cls, model: Transformer, tokenizer: Tokenizer, lanes: Lanes, attention: AttentionConfig, chunk: int):
+    def create(
+        cls, model: Transformer, tokenizer: Tokenizer, lanes: Lanes, attention: AttentionConfig, chunk: int
+    ) -> "_Stream":
         """Warns of few separators."""
         sizes = bounded_sizes(model.config, attention)
         chunk = chunk or min(sizes.chunk, lanes.inputs.shape[1])
         table = jnp.asarray(configured_table(tokenizer, attention))
         is_token = np.arange(lanes.inputs.shape[1]) < lanes.ends[:, -1, None]
         warn_of_few_in(np.asarray(lanes.inputs)[is_token], table, attention, "the text to stream")
-        run = jax.jit(functools.partial(_passes, split(model)[0], attention, chunk), donate_argnums=1)
+        run = jax.jit(functools.partial(passes, split(model)[0], attention, chunk), donate_argnums=1)
         return cls(attention, sizes, chunk, _layers_one_by_one(model, sizes, attention, chunk), table, run)
 
-    def start(self, model: Transformer, lanes: Lanes) -> "_State":
+    def start(self, model: Transformer, lanes: Lanes) -> State:
         """Empty caches."""
         cache = empty_cache(model.config, len(lanes.inputs), self.sizes, by_layer=self.one_by_one)
         at, first, document = (jnp.zeros(len(lanes.inputs), jnp.int32) for _ in range(3))
-        return _State(cache, at, first, document, jnp.zeros(lanes.inputs.shape))
+        return State(cache, at, first, document, jnp.zeros(lanes.inputs.shape))
 
 
 def _scored(
@@ -234,7 +203,8 @@ def _scored(
         alike = list(some)
         params = (by_layer if one_by_one else working_copy)(split(model)[1], model.config)
         began = time.perf_counter()
-        _compile([(x, (params, x.start(model, lanes), on_device, x.table, limit)) for x in alike])
+        empty = [jax.eval_shape(functools.partial(x.start, model, lanes)) for x in alike]
+        _compile([(x.run, (params, s, on_device, x.table, limit)) for x, s in zip(alike, empty, strict=True)])
         compiling = time.perf_counter() - began
         for stream in alike:
             run = functools.partial(_run, params, stream, on_device, limit)
@@ -244,15 +214,15 @@ def _scored(
     return scored
 
 
-def _run(params: Any, stream: _Stream, lanes: Lanes, limit: jax.Array, state: "_State") -> "tuple[_State, _Sums]":
-    return stream.passes(params, state, lanes, stream.table, limit)
+def _run(params: Any, stream: _Stream, lanes: Lanes, limit: jax.Array, state: State) -> tuple[State, Sums]:
+    return stream.run(params, state, lanes, stream.table, limit)
 
 
-def _compile(calls: Sequence[tuple[_Stream, tuple[Any, ...]]]) -> None:
-    """Compiles the passes of each for its arguments, some side by side where there are cores for it."""
+def _compile(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
+    """Compiles jitted functions for their arguments, some side by side where there are cores for it."""
     with working("compiling", len(calls), "programs") as work:
         pool = ThreadPoolExecutor(max(1, min(len(calls), (os.cpu_count() or 1) // _CORES)))
-        begun = [pool.submit(stream.passes.lower(*given).compile) for stream, given in calls]
+        begun = [pool.submit(run.lower(*given).compile) for run, given in calls]
         for compiled in begun:
             interrupt.need_not_wait_for(compiled.done)
         pool.shutdown(wait=False)
@@ -262,8 +232,8 @@ def _compile(calls: Sequence[tuple[_Stream, tuple[Any, ...]]]) -> None:
 
 
 def _score(
-    run: Callable[["_State"], "tuple[_State, _Sums]"],
-    state: "_State",
+    run: Callable[[State], tuple[State, Sums]],
+    state: State,
     stream: _Stream,
     lanes: Lanes,
     num_bytes: int,
@@ -313,13 +283,13 @@ def _layers_one_by_one(model: Transformer, sizes: BoundedSizes, attention: Atten
 
 
 def _to_the_end(
-    passes: Callable[[_State], tuple[_State, _Sums]], state: _State, ends: np.ndarray, what: str
-) -> tuple[_State, Any]:
+    run: Callable[[State], tuple[State, Sums]], state: State, ends: np.ndarray, what: str
+) -> tuple[State, Any]:
     """Makes passes until every lane is at its end; the last state, and what all passes add up to. `what` they do."""
     at, total = np.zeros(len(ends), np.int32), None
     with working(what, int(ends.sum()), "tokens") as work:
         while (at < ends).any():
-            state, sums = passes(state)
+            state, sums = run(state)
             at, sums = jax.device_get((state.at, sums))
             total = sums if total is None else _add(total, sums)
             work.done = int(np.minimum(at, ends).sum())
@@ -341,64 +311,3 @@ def _buckets(tokens: ScoredTokens, nll: np.ndarray) -> tuple[Bucket, ...]:
     sums, counts = np.bincount(bucket, weights=nll, minlength=len(EDGES)), np.bincount(bucket, minlength=len(EDGES))
     rows = zip(EDGES, [*EDGES[1:], 2**31], sums.tolist(), counts.tolist(), strict=True)
     return tuple(Bucket(start, end, _perplexity(nll, n), n) for start, end, nll, n in rows if n)
-
-
-def _passes(
-    graph: Any,
-    attention: AttentionConfig,
-    chunk: int,
-    params: Any,
-    state: _State,
-    lanes: Lanes,
-    table: jax.Array,
-    limit: jax.Array,
-) -> tuple[_State, _Sums]:
-    """Up to `limit` passes, fewer when all lanes are through."""
-    model = runner(graph, params)
-
-    def body(carry: tuple[jax.Array, _State, _Sums]) -> tuple[jax.Array, _State, _Sums]:
-        i, state, sums = carry
-        return i + 1, *_one_pass(model, attention, chunk, state, sums, lanes, table)
-
-    def goes_on(carry: tuple[jax.Array, _State, _Sums]) -> jax.Array:
-        return (carry[0] < limit) & jnp.any(carry[1].at < lanes.ends[:, -1])
-
-    _, state, sums = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, _Sums.zeros()))
-    return state, sums
-
-
-def _one_pass(
-    model: Transformer | Layerwise,
-    attention: AttentionConfig,
-    chunk: int,
-    state: _State,
-    sums: _Sums,
-    lanes: Lanes,
-    table: jax.Array,
-) -> tuple[_State, _Sums]:
-    """Takes every lane to its next compaction, the end of its document or `chunk` tokens on."""
-    rows = jnp.arange(len(state.at))
-    end = lanes.ends[rows, state.document]
-    counts = jnp.minimum(state.cache.room(chunk), end - state.at)
-    i = jnp.arange(chunk, dtype=jnp.int32)
-    index = jnp.minimum(state.at[:, None] + i, lanes.inputs.shape[1] - 1)
-    tokens, targets = (jnp.take_along_axis(x, index, axis=1) for x in (lanes.inputs, lanes.targets))
-    held = state.cache.held_before(chunk)
-    hidden, cache = state.cache.take_up(model, tokens, counts, table, attention)
-    scored = i < counts[:, None]
-    place = jnp.where(scored, index, lanes.inputs.shape[1])  # beyond the end: dropped
-    losses = token_nll(hidden, model.output_embedding(), targets, model.config)
-    nll = state.nll.at[rows[:, None], place].set(losses, mode="drop")
-    cache = cache.compact()
-    at = state.at + counts
-    ended = (at == end) & (counts > 0)
-    kept = jnp.where(ended, cache.held() / jnp.maximum(at - state.start, 1), 0.0)
-    sums = _Sums(
-        held=sums.held + jnp.sum(jnp.where(scored, held, 0), dtype=jnp.float32),
-        most=jnp.maximum(sums.most, jnp.max(jnp.where(scored, held, 0)).astype(jnp.int32)),
-        kept=sums.kept + jnp.sum(kept),
-        ended=sums.ended + jnp.sum(ended),
-    )
-    last = lanes.ends.shape[1] - 1
-    document = jnp.where(ended, jnp.minimum(state.document + 1, last), state.document)
-    return _State(cache.reset(ended), at, jnp.where(ended, at, state.start), document, nll), sums
