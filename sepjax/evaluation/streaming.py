@@ -76,6 +76,7 @@ class StreamScore:
     chunk: int  # tokens of a row in a pass
     compilations: int  # while the clock ran
     compile_seconds: float = 0.0  # before it, of all programs that were compiled together
+    tokenise_seconds: float = 0.0  # before that: of reading and tokenising all texts
     cache_dtype: str = "model"  # see `AttentionConfig`
     arm: str = ""
     baseline: str = ""  # the arm that differences are from

@@ -24,7 +24,7 @@ _H100_SMS = 132  # where the device does not tell
 _ROWS, _FEATURES, _MOST = 64, 192, 576  # of a tile; multiples; shared memory holds no more
 
 
-def unsupported(x: jax.Array, dtype: Any) -> str | None:
+def unsupported(x: Any, dtype: Any) -> str | None:
     """Why the kernel cannot serve norms of x that compute in `dtype`, or None when it can."""
     device = target()
     if device.capability != "9.0":
