@@ -16,7 +16,6 @@ from flax import nnx
 
 from sepjax.attention.target import target
 from sepjax.config import ModelConfig
-from sepjax.model.norms import beside, serves
 from sepjax.sharding import constrain, ways
 
 # attend(q[B,T,N,H], k[B,T,K,H], v[B,T,K,H], layer_input) -> (out[B,T,N,H], layer_output). Queries and keys arrive
@@ -316,31 +315,25 @@ class Block(nnx.Module):
         x: jax.Array,
         attention: Callable[[Any], tuple[jax.Array, Any]],
         mlp: Callable[[Any], jax.Array],
-        before: Callable[[Any, jax.Array], tuple[Any, jax.Array]] | None = None,
+        before: Callable[[Any, jax.Array], Any] | None = None,
     ) -> tuple[jax.Array, Any]:
         """The layer's norms and sums around an attention and an MLP, which may be laid out in another way.
 
-        before: what these get, made of the norm before them (or None) and its input, and that input, which goes on;
-          None: they get the normalised input.
+        before: what these get, made of the norm before them (or None) and its input; None: the normalised input.
         """
-        before = before or self._beside
-        normed, x = before(self.attention_norm, x)
+        before = before or self._normed
+        normed = before(self.attention_norm, x)
         attended, layer_output = attention(normed)
         attended = self._added(self.attention_out_norm, attended)
         if not self.parallel:
             x = x + attended
-        if not self.shares_norm:
-            normed, x = before(self.mlp_norm, x)
-        out = self._added(self.mlp_out_norm, mlp(normed))
+        out = self._added(self.mlp_out_norm, mlp(normed if self.shares_norm else before(self.mlp_norm, x)))
         # Adding to `attended`, which nobody else needs, a matmul can do in place; x must live on.
         return x + (attended + out if self.parallel else out), layer_output
 
     def _added(self, norm: nnx.RMSNorm | nnx.LayerNorm | None, out: jax.Array) -> jax.Array:
         out = self._normed(norm, out)
         return out if self.residual_scale == 1 else out * self.residual_scale
-
-    def _beside(self, norm: nnx.RMSNorm | nnx.LayerNorm | None, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return beside(norm, x) if serves(norm, x) else (self._normed(norm, x), x)
 
     def _normed(self, norm: nnx.RMSNorm | nnx.LayerNorm | None, x: jax.Array) -> jax.Array:
         return x if norm is None else _keep_inputs(norm, self.scanned)(x)

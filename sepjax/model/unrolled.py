@@ -228,7 +228,7 @@ class Layerwise:
             hidden = self._activated(*_products(normed, into, 1 + self.config.gated_mlp))
             return _products((None, hidden), layer["mlp"]["down"])[0]
 
-        return block.run(x, attention, mlp, lambda norm, x: ((norm, x), x))
+        return block.run(x, attention, mlp, lambda norm, x: (norm, x))
 
     def _heads(self, qkv: jax.Array) -> list[jax.Array]:
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim

@@ -13,7 +13,6 @@ from sepjax.attention.kernels_ahead import kernels_of
 from sepjax.attention.op import choose
 from sepjax.config import ModelConfig
 from sepjax.layout import build_layout
-from sepjax.model import norms
 from sepjax.model.transformer import abstract
 from sepjax.model.unrolled import Layerwise, by_layer
 from sepjax.training.plan import topology_devices
@@ -205,14 +204,3 @@ def test_inside_shard_map(h100):
     assert "mosaic_gpu" in lowered(h100, (2, 128, 2, 1, 64), jnp.bfloat16, mapped, forward).as_text()
     with pytest.raises(NotImplementedError, match="pass check_vma=False to"):
         lowered(h100, (2, 128, 2, 1, 64), jnp.bfloat16, jax.shard_map(KERNEL, mesh=h100, **specs))
-
-
-@pytest.mark.parametrize("features", [pytest.param(192, marks=pytest.mark.soak), 576])  # shared memory to the last KiB
-def test_the_gradients_of_a_norm_compile_for_an_h100(h100, features):
-    placed = jax.NamedSharding(h100, jax.P())
-    x = jax.ShapeDtypeStruct((2, 96, features), jnp.bfloat16, sharding=placed)
-    weights = jax.ShapeDtypeStruct((features,), jnp.float32, sharding=placed)
-    with jax.set_mesh(h100):
-        assert norms.unsupported(x, x.dtype) is None
-        lowered = jax.jit(functools.partial(norms._gradients, epsilon=1e-5)).lower(x, x, x, weights)
-    assert "mosaic_gpu" in lowered.compile().as_text()
