@@ -36,6 +36,7 @@ from sepjax.model.transformer import Transformer, split
 from sepjax.model.unrolled import by_layer, working_copy
 from sepjax.progress import working
 from sepjax.separators import configured_table, warn_of_few_in
+from sepjax.sharding import placed_like
 
 _SHORT = 64  # tokens of a row in a pass, up to which layers are not scanned
 _CORES = 4  # for each program that is compiled beside others
@@ -181,11 +182,11 @@ class _Stream:
         run = jax.jit(functools.partial(passes, split(model)[0], attention, chunk), donate_argnums=1)
         return cls(attention, sizes, chunk, _layers_one_by_one(model, sizes, attention, chunk), table, run)
 
-    def start(self, model: Transformer, lanes: Lanes) -> State:
-        """Empty caches."""
+    def start(self, model: Transformer, params: Any, lanes: Lanes) -> State:
+        """Empty caches, where the parameters are."""
         cache = empty_cache(model.config, len(lanes.inputs), self.sizes, by_layer=self.one_by_one)
         at, first, document = (jnp.zeros(len(lanes.inputs), jnp.int32) for _ in range(3))
-        return State(cache, at, first, document, jnp.zeros(lanes.inputs.shape))
+        return placed_like(params, State(cache, at, first, document, jnp.zeros(lanes.inputs.shape)))
 
 
 def _scored(
@@ -204,12 +205,11 @@ def _scored(
         alike = list(some)
         params = (by_layer if one_by_one else working_copy)(split(model)[1], model.config)
         began = time.perf_counter()
-        empty = [jax.eval_shape(functools.partial(x.start, model, lanes)) for x in alike]
-        _compile([(x.run, (params, s, on_device, x.table, limit)) for x, s in zip(alike, empty, strict=True)])
+        _compile([x.run.lower(params, x.start(model, params, lanes), on_device, x.table, limit) for x in alike])
         compiling = time.perf_counter() - began
         for stream in alike:
             run = functools.partial(_run, params, stream, on_device, limit)
-            score, nll = _score(run, stream.start(model, lanes), stream, lanes, num_bytes)
+            score, nll = _score(run, stream.start(model, params, lanes), stream, lanes, num_bytes)
             scored.append((dataclasses.replace(score, compile_seconds=compiling), nll))
         del params
     return scored
@@ -219,11 +219,11 @@ def _run(params: Any, stream: _Stream, lanes: Lanes, limit: jax.Array, state: St
     return stream.run(params, state, lanes, stream.table, limit)
 
 
-def _compile(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
-    """Compiles jitted functions for their arguments, some side by side where there are cores for it."""
-    with working("compiling", len(calls), "programs") as work:
-        pool = ThreadPoolExecutor(max(1, min(len(calls), (os.cpu_count() or 1) // _CORES)))
-        begun = [pool.submit(run.lower(*given).compile) for run, given in calls]
+def _compile(programs: Sequence[jax.stages.Lowered]) -> None:
+    """Compiles them, some side by side where there are cores for it."""
+    with working("compiling", len(programs), "programs") as work:
+        pool = ThreadPoolExecutor(max(1, min(len(programs), (os.cpu_count() or 1) // _CORES)))
+        begun = [pool.submit(lowered.compile) for lowered in programs]
         for compiled in begun:
             interrupt.need_not_wait_for(compiled.done)
         pool.shutdown(wait=False)

@@ -18,6 +18,7 @@ from sepjax.layout import build_layout
 from sepjax.model.gate import keep_best
 from sepjax.model.transformer import Params, merge
 from sepjax.progress import counted
+from sepjax.sharding import placed_like
 
 LOSSES = ("log", "top", "share")
 
@@ -77,7 +78,7 @@ def learn(
         return updated, moments
 
     params = jax.tree.map(jnp.array, params)  # a copy: the caller's is not used up
-    moments, rng = optimizer.init(params), np.random.default_rng(seed)
+    moments, rng = placed_like(params, optimizer.init(params)), np.random.default_rng(seed)
     for _ in counted(range(steps), f"learning by the loss {loss!r}", steps, "steps"):
         some = rng.choice(len(rows.worth), batch, replace=len(rows.worth) < batch)
         params, moments = step(params, moments, Rows(*(x[some] for x in rows)))
