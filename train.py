@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from sepjax import sharding
-from sepjax.begin import adopt_shape, conversation_form, first_state, given_tokenizer
+from sepjax.begin import adopt_shape, conversation_form, given_tokenizer, pretrained_state
 from sepjax.command.flags import run_settings
 from sepjax.config import Config
 from sepjax.console import say
@@ -35,7 +35,8 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.flops import flops_report, peak_flops
 from sepjax.programs.train import Settings
 from sepjax.progress import counted, working
-from sepjax.run.checkpoint import Checkpointer
+from sepjax.run.checkpoint import Checkpointer, directory
+from sepjax.run.checkpoint_files import steps_on_disk
 from sepjax.run.guard import StepGuard, StopNotice, Watchdog
 from sepjax.run.metrics import MetricWriter, Throughput, has_known_peak, peak_memory, run_meta
 from sepjax.run.profile import Profile, parse_steps
@@ -43,8 +44,17 @@ from sepjax.run.start import Start
 from sepjax.run.trackers import Trackers, check_trackers
 from sepjax.run.workdir import claim_workdir, hold_workdir
 from sepjax.separators import warn_of_few
-from sepjax.training.ahead import Compiled, beside, compile_ahead
-from sepjax.training.step import TrainState, abstract_batch, abstract_state, eval_step, model_graph, scanned, train_step
+from sepjax.training.ahead import Ahead, Compiled, beside, compile_ahead
+from sepjax.training.step import (
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    create_state,
+    eval_step,
+    model_graph,
+    scanned,
+    train_step,
+)
 
 
 def train(
@@ -95,6 +105,12 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
     run_meta(workdir, seed=config.training.seed)
     asked.timed.done("shape and devices")
 
+    # State and steps: a compiler needs nothing but shapes, so it begins here, and data are prepared beside it.
+    target, calls = _programs(config, mesh)
+    step_fn, eval_fn, fresh = (function for function, *_ in calls.values())
+    peak = peak_flops(config.model.dtype)  # measured, where no table has it: before compilers take the processor
+    ahead = compile_ahead(mesh, {name: calls[name] for name in _needed(config, workdir)})
+
     # Data: text -> tokens -> packed rows. Each host reads its own share of the documents: for the rows on its devices.
     data_dir = config.data.data_dir or str(workdir / "data")
     given = given_tokenizer(config, download=asked.download)
@@ -106,26 +122,21 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
     place = functools.partial(_place, share, sharding.batch_sharding(mesh))
     asked.timed.done("data")
 
-    # State and steps: pure functions under plain jit; parameters are born in their shards.
-    target = abstract_state(config, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, target)
-    step_fn = functools.partial(train_step, config, model_graph(config))
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-    eval_fn = jax.jit(functools.partial(eval_step, *scanned(config)))
     evaluate = functools.partial(_evaluate, config, eval_fn, held_out, place)
     remake = functools.partial(_remake, config, workdir, tokenizer)
-    peak, keep = peak_flops(config.model.dtype), config.training.keep_checkpoints
+    keep = config.training.keep_checkpoints
     with (
         jax.set_mesh(mesh),
         Checkpointer(workdir, keep, remake) as checkpoints,
         StopNotice() as notice,
         Watchdog(asked.step_timeout) as watchdog,
     ):
-        first = functools.partial(first_state, config, workdir, mesh, shardings, download=asked.download)
-        restore = functools.partial(checkpoints.restore, target, batches, config, new_data=asked.new_data)
-        calls = {"step": (step_fn, target), "evaluation": (eval_fn, target.all_params)}
-        latest = checkpoints.latest_step
-        state, first_batch, made = _begin(config, mesh, latest, batches, calls, first, restore, asked.timed)
+        make = fresh
+        if is_begun := checkpoints.latest_step is not None:
+            make = functools.partial(checkpoints.restore, target, batches, config, new_data=asked.new_data)
+        elif config.training.init_from:
+            make = functools.partial(pretrained_state, config, workdir, mesh, target, download=asked.download)
+        state, first_batch, made = _begin(ahead, make, batches, asked.timed, is_begun=is_begun, is_drawn=make is fresh)
         start = int(state.step)
         _announce(config, workdir, mesh, state, peak)
 
@@ -168,33 +179,56 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
     return state
 
 
+def _programs(config: Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, dict[str, tuple[Any, ...]]]:
+    """The state's shapes, and the programs: pure functions under plain jit, with the shapes of their arguments.
+
+    They are "step", "evaluation" and, for random parameters, "weights"; parameters are born in their shards.
+    """
+    target, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, target)
+    step_fn = functools.partial(train_step, config, model_graph(config))
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    eval_fn = jax.jit(functools.partial(eval_step, *scanned(config)))
+    fresh = jax.jit(functools.partial(create_state, config), out_shardings=shardings)
+    return target, {
+        "step": (step_fn, target, batch),
+        "evaluation": (eval_fn, target.all_params, batch),
+        "weights": (fresh,),
+    }
+
+
+def _needed(config: Config, workdir: Path) -> list[str]:
+    """The programs of a start: of a run that has its steps none, and "weights" where random numbers are drawn."""
+    saved = steps_on_disk(directory(workdir))
+    if max(saved, default=0) >= config.training.steps:
+        return []
+    return ["step", "evaluation"] + ["weights"] * (not saved and not config.training.init_from)
+
+
 def _begin(
-    config: Config,
-    mesh: jax.sharding.Mesh,
-    latest: int | None,
+    ahead: Ahead,
+    make: Callable[[], TrainState],
     batches: Iterator[Batch],
-    calls: Mapping[str, tuple[Any, Any]],
-    first: Callable[[], TrainState],
-    restore: Callable[[], TrainState],
     timed: Start,
+    *,
+    is_begun: bool,
+    is_drawn: bool,
 ) -> tuple[TrainState, Callable[[], Batch], list[Compiled]]:
     """The state to go on from, what gives its first batch, and what was compiled.
 
-    What a start waits for goes on side by side: the steps' compilations, the readers' first batch, the parameters.
-    Python itself does one thing after another, so parameters wait until XLA has all that it needs to begin.
+    What a start waits for goes on side by side: the steps' compilations, the readers' first batch, parameters that are
+    read. Python itself does one thing after another, so these wait until XLA has all that it needs to begin. Parameters
+    that are drawn wait for their program, which is one of those that compile.
     """
-    shapes = abstract_batch(config, mesh)
-    is_done = (latest or 0) >= config.training.steps
-    ahead = compile_ahead(mesh, {} if is_done else {name: (*call, shapes) for name, call in calls.items()})
-    first_batch = batches.__next__ if latest is not None else beside(batches.__next__)
+    first_batch = batches.__next__ if is_begun else beside(batches.__next__)
     ahead.wait_for_lowering()
     timed.done("lowering")
-    state = first() if latest is None else restore()
+    read = None if is_drawn else make()
     timed.done("weights")
     with working("compiling the step"):
         programs = ahead.wait()
     timed.done("compiling")
-    return state, first_batch, programs
+    return read or make(), first_batch, programs
 
 
 def _tell_start(workdir: Path, metrics: Any, timed: Start, programs: Sequence[Compiled]) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -117,8 +116,10 @@ def conversation_form(config: Config, tokenizer: Tokenizer) -> TrainingForm | No
     return training_form(config.data, tokenizer) if has_records(config.data.name) else None
 
 
-def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, download: bool = False) -> TrainState:
-    """The state before step 1: parameters from `training.init_from`, or drawn from `training.seed`; in their shards.
+def pretrained_state(
+    config: Config, workdir: Path, mesh: Mesh, target: TrainState, *, download: bool = False
+) -> TrainState:
+    """The state before step 1 with the parameters of `training.init_from`, in their shards.
 
     Of a Hugging Face folder the config and tokenizer files are kept in the workdir, for `sepjax convert`.
 
@@ -126,15 +127,13 @@ def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, do
       config: as `adopt_shape` gave it.
       workdir: of the run.
       mesh: where the parameters go.
-      shardings: a `TrainState` of them.
+      target: the state's shapes and shardings.
       download: whether a hub id may be fetched.
 
     Raises:
       ConfigError: the source has another shape by now.
       OSError, UserError: as `sepjax.load`.
     """
-    if not config.training.init_from:
-        return jax.jit(functools.partial(create_state, config), out_shardings=shardings)()
     source = locate(config.training.init_from, download=download)
     is_base = bool(config.lora.rank)  # it is held in model.dtype: widened first, it would need twice the memory
     model, _ = load(source, param_dtype=None if is_base else "float32", mesh=mesh)
@@ -148,7 +147,7 @@ def first_state(config: Config, workdir: Path, mesh: Mesh, shardings: Any, *, do
     params = split(model)[1]
     if (pattern := config.attention.pattern) != "gated" and params.pop("gate", None) is not None:
         say(f"{workdir}: the gate of {source} is left out, attention.pattern={pattern!r} has no use for it")
-    begin = functools.partial(create_state, config)
+    begin, shardings = functools.partial(create_state, config), jax.tree.map(lambda x: x.sharding, target)
     return jax.jit(begin, out_shardings=shardings, donate_argnums=() if is_base else 0)(params)
 
 

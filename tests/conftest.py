@@ -9,30 +9,47 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
+from collections.abc import Generator
 from pathlib import Path
 
-import hypothesis
-import jax
 import pytest
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the programs that tests start
-jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-jax.config.update("jax_num_cpu_devices", 8)
+import tests.checked  # noqa: F401 -- in pyproject.toml by its name
 
-# The same examples in every run: a failure in CI is the same failure here. No deadline: the first example compiles.
-hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, database=None)
-hypothesis.settings.register_profile("search", deadline=None, max_examples=500)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the programs that tests start
+# Images of containers often turn bytecode off. Here it would be made again by each worker and each program.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 COMPILED = pytest.StashKey[str]()
+
+
+def _only_starts_others(config: pytest.Config) -> bool:
+    """With -n: the process that starts the workers, which wait for it and need none of what it would import."""
+    return bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Begun in the background by a shell, a process ignores Ctrl-C, and so do its children, of which some are sent it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not _only_starts_others(config):
+        _set_up(config)
+
+
+def _set_up(config: pytest.Config) -> None:
+    import hypothesis
+    import jax
+
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+    jax.config.update("jax_num_cpu_devices", 8)
+    # The same examples in every run: a failure in CI is the same failure here. No deadline: the first example compiles.
+    hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, database=None)
+    hypothesis.settings.register_profile("search", deadline=None, max_examples=500)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
     # Compiling takes most of the suite's time. On the CPU it is halved by leaving out LLVM's optimisations (XLA's own
     # stay); JAX_DISABLE_MOST_OPTIMIZATIONS=0 brings them back. Programs that tests start are compiled as users' are.
     if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
@@ -101,9 +118,27 @@ FIRST = [
 ]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Every second worker imports the tests from the last one: each finds the bytecode of half of them written."""
+    report = yield
+    if os.environ.get("PYTEST_XDIST_WORKER", "gw0")[-1] in "13579" and isinstance(collector, pytest.Directory):
+        report.result.reverse()
+    return report
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import jax
+
     places = {name: place for place, name in enumerate(FIRST)}
-    items.sort(key=lambda item: next((places[x] for x in FIRST if str(item.path).endswith(x)), len(FIRST)))
+
+    def place(item: pytest.Item) -> tuple[int, str]:
+        path = item.path.as_posix()
+        return next((places[x] for x in FIRST if path.endswith(x)), len(FIRST)), path
+
+    items.sort(key=place)
     platform = jax.default_backend()
     for item in items:
         for mark in ("gpu", "tpu"):
@@ -154,6 +189,8 @@ def pytest_runtest_teardown() -> None:
     if _unseen[0] > 0:
         return
     if _mappings() > _MOST:
+        import jax
+
         gc.collect()
         if _mappings() > _MOST:
             jax.clear_caches()

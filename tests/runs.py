@@ -9,12 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import train as program
+from sepjax import begin
 from sepjax.config import Config
 from sepjax.data.batch import Batch
 from sepjax.training.step import Metrics, TrainState, create_state, eval_step, train_step
+from tests.models import random_params
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -32,8 +35,9 @@ def _jit_once(function: Callable | None = None, **settings: Any) -> Any:
     if not isinstance(function, functools.partial) or function.func not in ONCE:
         return _jit(**settings) if function is None else _jit(function, **settings)  # `@jax.jit(...)` gives none
     config = function.args[0]
-    # Of data a step knows the shapes alone; and the host counts what it skips.
-    training = dataclasses.replace(config.training, init_from="", max_skipped_steps=0)
+    # Of data a step knows the shapes alone; what is told, judged and saved, and when, is the host's.
+    hosts = dict.fromkeys(("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"), 1)
+    training = dataclasses.replace(config.training, init_from="", max_skipped_steps=0, **hosts)
     known = dataclasses.replace(config, data=type(config.data)(), training=training)
     key = function.func, known, settings.get("donate_argnums")
     return _jitted.setdefault(key, _jit(function, **settings))
@@ -85,13 +89,24 @@ def scores_of_nothing(config: Config, graph: Any, params: Any, batch: Batch) -> 
     return jnp.float32(1), jnp.sum(batch.loss_mask, dtype=jnp.float32)
 
 
+def state_of_numpy(config: Config, params: Any = None) -> TrainState:
+    """In place of `create_state`, whose random numbers take three seconds to compile."""
+    if params is not None:
+        return create_state(config, params)
+    shapes = jax.eval_shape(lambda: create_state(config))
+    drawn = random_params(shapes.params, config.training.seed, norm=0.0 if config.model.norm_offset else 1.0)
+    zeros = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), shapes)
+    return dataclasses.replace(zeros, params=drawn)
+
+
 def tell_all(patch: pytest.MonkeyPatch) -> None:
-    """Runs with the two functions above."""
+    """Runs with the three functions above."""
+    patch.setattr(begin, "create_state", state_of_numpy)
     patch.setattr(program, "train_step", step_that_tells_all)
     patch.setattr(program, "eval_step", scores_of_nothing)
 
 
-ONCE += [step_that_tells_all, scores_of_nothing]
+ONCE += [step_that_tells_all, scores_of_nothing, state_of_numpy]
 _peak_flops = functools.cache(program.peak_flops)
 _model_graph, _abstract_state = functools.cache(program.model_graph), functools.cache(program.abstract_state)
 _scanned = functools.cache(program.scanned)

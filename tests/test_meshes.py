@@ -25,7 +25,7 @@ from sepjax.config import (
 )
 from sepjax.sharding import check_batch, check_heads, check_length, join_cluster, make_mesh, row_share
 from sepjax.training.step import train_step
-from tests.runs import losses, measure_once, scores_of_nothing, step_that_tells_all
+from tests.runs import losses, measure_once, scores_of_nothing, state_of_numpy, step_that_tells_all
 from train import train
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +67,8 @@ def train_on(
         patch.setattr(jax, "devices", lambda *args: some)
         patch.setattr("train.eval_step", scores_of_nothing)
         patch.setattr("train.train_step", step)
+        if step is step_that_tells_all:
+            patch.setattr("sepjax.begin.create_state", state_of_numpy)
         measure_once(patch)
         train(config, workdir)
     return losses(workdir)
@@ -165,7 +167,7 @@ TWICE = """
 import pathlib, runpy, shutil, sys
 
 import sepjax.training.step, train
-from tests.runs import scores_of_nothing, step_that_tells_all
+from tests.runs import scores_of_nothing, state_of_numpy, step_that_tells_all
 
 for module in (sepjax.training.step, train):
     module.train_step, module.eval_step = step_that_tells_all, scores_of_nothing

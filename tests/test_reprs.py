@@ -13,6 +13,7 @@ from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.mixed import MixedCache, bounded_sizes, empty_cache
 from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.sampling import Sampling
 from sepjax.layout import build_layout
 from sepjax.training.step import create_state
 from tests.generation.tiny import ATTENTION, SHAPE, tiny_engine, tiny_model, tiny_tokenizer
@@ -74,6 +75,14 @@ def test_prints_as_one_line_without_arrays(name):
     assert len(text) < 300, text
     assert "Array(" not in text, text
     assert "array(" not in text, text
+
+
+def test_how_to_draw_prints_what_is_not_as_usual():
+    hot = Sampling.create(0.7, 5, logit_bias={3: 1.0, 4: 2.0})
+    assert repr(hot) == "Sampling(temperature=0.7, top_k=5, logit_bias of 2)"
+    assert repr(Sampling.create()) == "Sampling(greedy)"
+    assert repr(Sampling.of_rows([hot, hot], 2)) == "Sampling(2 rows)"
+    assert repr(jax.tree.map(lambda x: None, hot)) == "Sampling(...)"
 
 
 def test_a_saved_row_and_its_state_print_in_short():

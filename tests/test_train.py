@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from sepjax import begin
 from sepjax.config import Config, ConfigError, UserError, load_config, validate
 from sepjax.data.conversations import NoFormError
 from sepjax.data.errors import DataError
@@ -23,7 +24,7 @@ from sepjax.run.checkpoint import load_params
 from sepjax.run.workdir import differing_fields
 from tests.commands import command
 from tests.run.test_trackers import Package, steps_of
-from tests.runs import start_quickly
+from tests.runs import start_quickly, state_of_numpy
 from train import train
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,7 @@ def finished(config_file, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         start_quickly(patch)
+        patch.setattr(begin, "create_state", state_of_numpy)  # random numbers of its own: reliability/test_kill.py
         patch.setitem(sys.modules, "wandb", package := Package("wandb"))
         train(load_config(config_file), workdir, profile_steps="2:3", log_to=("wandb",))
     assert "MFU" not in out.getvalue()  # of a CPU
@@ -91,7 +93,8 @@ def finished(config_file, tmp_path_factory) -> Path:
     assert package.finished == 1
     assert "attention" in out.getvalue()
     told = re.findall(
-        r"first step after [\d.]+ s: .*; programs, lowering \+ compiling: step .*, evaluation ", out.getvalue()
+        r"first step after [\d.]+ s: .*; programs, lowering \+ compiling: step .*, evaluation .*, weights ",
+        out.getvalue(),
     )
     assert len(told) == 1
     return workdir

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "config": set(),
     "files": {"config"},
     "interrupt": set(),
+    "children": set(),
     "command": {"config", "files", "interrupt", "progress", "separators"},
     "separators": BASE | {"console"},
     "layout": BASE | {"separators"},
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "progress": {"console"},
     "flops": {"config"},
     "attention": BASE | {"separators", "layout", "sharding"},
-    "data": BASE | {"console", "separators", "layout", "sharding", "interrupt"},
+    "data": BASE | {"console", "children", "separators", "layout", "sharding", "interrupt"},
     "model": BASE | {"separators", "layout", "sharding", "attention"},
     "generation": BASE
     | {
@@ -47,7 +48,8 @@ MAY_IMPORT = {
         "measure",
         "clocks",
     },
-    "serve": BASE | {"array_typing", "clocks", "data", "generation", "hub", "model"},  # of programs and benches alone
+    # Of programs and benches alone.
+    "serve": BASE | {"array_typing", "children", "clocks", "data", "generation", "hub", "interrupt", "model"},
     "training": BASE
     | {"separators", "layout", "sharding", "attention", "data", "model", "flops", "console", "interrupt"},
     "run": BASE | {"console", "measure", "sharding", "model", "training"},

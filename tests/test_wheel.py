@@ -39,8 +39,8 @@ def test_everything_is_in_the_wheel_once(wheel):
 def sepjax(wheel, tmp_path_factory):
     """The installed command, run in a folder that is no checkout."""
     site, elsewhere = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("elsewhere")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
-    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
+    subprocess.run([*install, "--target", str(site), str(wheel)], check=True, capture_output=True)
     environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | os.environ | {"PYTHONPATH": str(site)}
 
     def run(*words: str, code: int = 0) -> str:

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from sepjax import children
 from sepjax.bench.steps import caches_of
 from sepjax.command.flags import run_settings
 from sepjax.command.settings import AtLeast
@@ -85,8 +85,9 @@ def theirs(settings: Settings) -> Iterator[dict[str, Any]]:
         source = Path(s.model)
         if not is_folder(source):
             source = Path(folder) / "model"
-            on_host = os.environ | {"JAX_PLATFORMS": "cpu"}
-            for _ in _lines([sys.executable, "-c", _EXPORT, s.model, str(source)], "a folder of the model", on_host):
+            on_host = children.environment() | {"JAX_PLATFORMS": "cpu"}
+            export = [sys.executable, "-P", "-c", _EXPORT, s.model, str(source)]
+            for _ in _lines(export, "a folder of the model", on_host):
                 pass
         vocab_size = config_shape(source / "config.json", dtype="bfloat16").vocab_size
         files = [str(Path(folder) / f"{rows}.npy") for rows in s.batch_sizes]

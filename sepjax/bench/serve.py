@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
+from sepjax import children
 from sepjax.bench import load
 from sepjax.command.flags import run_settings
 from sepjax.command.settings import AtLeast, AtMost, OneOf
@@ -163,9 +164,10 @@ def _watched(plan: load.Plan, worker: "Worker") -> dict[str, Any]:
 
 def _in_a_process(plan: load.Plan) -> dict[str, Any]:
     """The load from outside: threads of one Python would take time from each other."""
-    command = [sys.executable, "-m", "sepjax.bench.load"]  # the plan has a key in it, and all may see arguments
+    command = children.command("sepjax.bench.load")  # the plan has a key in it, and all may see arguments
     words = json.dumps(dataclasses.asdict(plan))
-    done = subprocess.run(command, input=words, capture_output=True, text=True, check=False)
+    environment = children.environment()
+    done = subprocess.run(command, input=words, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"the load on {plan.url} failed: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import grain
 import jax
 from etils import epath
 
-from sepjax import interrupt
+from sepjax import children, interrupt
 from sepjax.config import Config, ConfigError
 from sepjax.data.batch import Batch
 from sepjax.data.conversations import Form
@@ -27,6 +28,9 @@ from sepjax.data.texts import BadDocuments, TextSource
 from sepjax.data.tokenizer import FILES, Tokenizer, train_sentencepiece
 from sepjax.progress import working
 
+# Batches that were made ahead and nobody takes any more: Grain does not take all of them back, and Python does, with a
+# warning at the end of every run.
+_LEFT_OVER = "ignore:resource_tracker:UserWarning"
 _TOKENIZER_CHARACTERS = 10_000_000  # of the corpus, spread over it, that a tokenizer is trained on
 
 
@@ -194,6 +198,9 @@ def _prefetched(readers: Sequence[BatchReader | MixedReader], num_workers: int) 
     ahead = readers[0].batches_per_block + 1
     if not num_workers:
         return grain.experimental.ThreadPrefetchIterDataset(readers[0], prefetch_buffer_size=ahead)
+    children.spare_spawned()
+    if _LEFT_OVER not in sys.warnoptions:  # which Python hands on to the process that takes back shared memory
+        sys.warnoptions.append(_LEFT_OVER)
     # Workers hand batches over in /dev/shm, where a block is about 10 MB; a container may have as little as 64 MB.
     one_process = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=ahead)
     workers = [reader.mp_prefetch(one_process, worker_init_fn=interrupt.leave_to_parent) for reader in readers]

@@ -209,6 +209,10 @@ class Tokenizer:
             return []  # SentencePiece never makes one of a text
         return [token.content for token in vocabulary.get_added_tokens_decoder().values() if token.special]
 
+    def dividers(self) -> list[str]:
+        """Those behind which a text may be cut: the ids of both parts are those of the whole."""
+        return self._model.dividers()
+
     def control_id(self, name: str) -> int | None:
         """The id of a control token by its name, such as "<|im_end|>"; None where the vocabulary has no such token."""
         vocabulary = self._model.vocabulary

@@ -53,6 +53,10 @@ class TokenizerModel(abc.ABC):
         """[first, last) characters of each token of `encode`; None where nothing tells."""
         return None
 
+    def dividers(self) -> list[str]:
+        """Names of control tokens behind which a text may be cut: both parts have the ids of the whole."""
+        return []
+
     def within(self, vocab_size: int) -> "TokenizerModel":
         """Without the control tokens of ids from `vocab_size` on; itself where that would not make it fit."""
         return self
@@ -213,6 +217,22 @@ class HuggingFaceModel(TokenizerModel):
         return np.array(found, np.int64).reshape(-1, 2)
 
     @override
+    def dividers(self) -> list[str]:
+        """Of byte-level BPE: added tokens are looked for first, the leftmost, then the longest, in the text as it is;
+        what is between two of them is encoded by itself. Not those that another one overlaps with, or whose
+        neighbours count.
+        """
+        added = list(self.vocabulary.get_added_tokens_decoder().values())
+        if not self._is_byte_level or any(token.single_word for token in added):
+            return []
+        names = [token.content for token in added]
+        return [
+            token.content for token in added
+            if token.special and not (token.lstrip or token.rstrip or token.normalized)
+            and not any(_overlap(token.content, other) for other in names if other != token.content)
+        ]  # fmt: skip
+
+    @override
     def within(self, vocab_size: int) -> "TokenizerModel":
         added = self.vocabulary.get_added_tokens_decoder()
         vocabulary = self.vocabulary.get_vocab(with_added_tokens=True)
@@ -263,6 +283,14 @@ def read_model(content: bytes, beside: dict[str, bytes]) -> TokenizerModel:
         raise
     except Exception as error:  # both libraries raise bare RuntimeError and Exception
         raise ValueError(first_line(error)) from error
+
+
+def _overlap(name: str, other: str) -> bool:
+    """Whether a text may hold both names in one place."""
+    sizes = range(1, min(len(name), len(other)))
+    return name in other or other in name or any(
+        name.endswith(other[:n]) or other.endswith(name[:n]) for n in sizes
+    )  # fmt: skip
 
 
 def _fields(proto: bytes) -> set[int]:

@@ -132,7 +132,7 @@ def stream(
     began = time.perf_counter()
     documents = read_documents(Path(text), tokenizer, **cut) if text else corpus_of(path, split, tokenizer, **cut)
     seconds = time.perf_counter() - began
-    scores = streaming.score_streams(model, tokenizer, documents, attentions, **options)
+    scores = streaming.score_streams(model, tokenizer, documents, attentions, consume=True, **options)
     return [dataclasses.replace(score, tokenise_seconds=seconds) for score in scores]
 
 

@@ -31,9 +31,10 @@ from sepjax.evaluation.stream_passes import State, Sums, passes
 from sepjax.generation.cache.bounded_run import unsupported
 from sepjax.generation.cache.mixed import BoundedSizes, MixedSizes, bounded_sizes, empty_cache
 from sepjax.generation.limits import check_cache
+from sepjax.generation.prepared import laid_out
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import Transformer, split
-from sepjax.model.unrolled import by_layer, working_copy
+from sepjax.model.unrolled import working_copy
 from sepjax.progress import working
 from sepjax.separators import configured_table, warn_of_few_in
 from sepjax.sharding import placed_like
@@ -98,6 +99,7 @@ def score_streams(
     baseline: str = "",
     near: int = 0,
     far: int = 0,
+    consume: bool = False,
 ) -> list[StreamScore]:
     """Streams the same documents through the bounded cache of each attention config or arm.
 
@@ -111,6 +113,7 @@ def score_streams(
       baseline: the arm that differences are from; "": the first.
       near: tokens, the end of the slice `near`; 0: the smallest window.
       far: tokens, where the slice `far` begins; 0: the size of the largest cache.
+      consume: whether the model is given up, as `Generator` has it; where all passes run layers one by one.
 
     Raises:
       StreamError: there is no text to score.
@@ -119,13 +122,13 @@ def score_streams(
     if not documents:
         raise StreamError("no text to score: every document is empty")
     arms = _arms(attentions)
-    sizes = [bounded_sizes(model.config, arm.attention) for arm in arms]
-    for s in sizes:
-        check_cache(model.config, 1, s.slots, s.cache_dtype, f"cache_size={s.cache_size}")
+    sizes = _checked_sizes(model, arms)
     far = far or max(x.cache_size for x in sizes)
     near, far = distances([arm.attention for arm in arms], model.config.num_layers, near=near, far=far)
     first = baseline_index([arm.name for arm in arms], baseline)
     lanes = Lanes.create(documents, rows)
+    if consume:
+        _give_up(model, arms, sizes, lanes, chunk)
     with ThreadPoolExecutor(1) as pool:  # sorting, beside what the device does
         told = pool.submit(ScoredTokens.create, [x.inputs for x in documents], [x.targets for x in documents])
         num_bytes = sum(len(tokenizer.token_bytes(int(i))) * n for i, n in _counted(documents))
@@ -146,6 +149,20 @@ def score_streams(
         )
         for i, (score, _) in enumerate(scored)
     ]
+
+
+def _checked_sizes(model: Transformer, arms: Sequence[Arm]) -> list[BoundedSizes]:
+    sizes = [bounded_sizes(model.config, arm.attention) for arm in arms]
+    for s in sizes:
+        check_cache(model.config, 1, s.slots, s.cache_dtype, f"cache_size={s.cache_size}")
+    return sizes
+
+
+def _give_up(model: Transformer, arms: Sequence[Arm], sizes: Sequence[BoundedSizes], lanes: Lanes, chunk: int) -> None:
+    """Lays out the weights in the memory of one copy, where no arm needs them as they are."""
+    pairs = zip(sizes, arms, strict=True)
+    if all(_layers_one_by_one(model, s, arm.attention, _length(s, lanes, chunk)) for s, arm in pairs):
+        laid_out(model, consume=True)
 
 
 def _arms(attentions: Sequence[AttentionConfig | Arm]) -> list[Arm]:
@@ -175,7 +192,7 @@ class _Stream:
     ) -> "_Stream":
         """Warns of few separators."""
         sizes = bounded_sizes(model.config, attention)
-        chunk = chunk or min(sizes.chunk, lanes.inputs.shape[1])
+        chunk = _length(sizes, lanes, chunk)
         table = jnp.asarray(configured_table(tokenizer, attention))
         is_token = np.arange(lanes.inputs.shape[1]) < lanes.ends[:, -1, None]
         warn_of_few_in(np.asarray(lanes.inputs)[is_token], table, attention, "the text to stream")
@@ -203,7 +220,7 @@ def _scored(
     scored = []
     for one_by_one, some in itertools.groupby(streams, lambda stream: stream.one_by_one):
         alike = list(some)
-        params = (by_layer if one_by_one else working_copy)(split(model)[1], model.config)
+        params = laid_out(model).params if one_by_one else working_copy(split(model)[1], model.config)
         began = time.perf_counter()
         _compile([x.run.lower(params, x.start(model, params, lanes), on_device, x.table, limit) for x in alike])
         compiling = time.perf_counter() - began
@@ -269,6 +286,11 @@ def _score(
         cache_dtype=sizes.cache_dtype,
     )
     return score, nll
+
+
+def _length(sizes: BoundedSizes, lanes: Lanes, chunk: int) -> int:
+    """Tokens of a row in a pass."""
+    return chunk or min(sizes.chunk, lanes.inputs.shape[1])
 
 
 def _layers_one_by_one(model: Transformer, sizes: BoundedSizes, attention: AttentionConfig, chunk: int) -> bool:

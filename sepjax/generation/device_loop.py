@@ -12,7 +12,7 @@ from sepjax.array_typing import Array, Bool, Float, InShapes, Int32, Tokens, UIn
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.protocol import Cache
 from sepjax.generation.penalties import after_drawing, after_reading, biased, no_uses, penalised, without
-from sepjax.generation.sampling import Sampling, sample
+from sepjax.generation.sampling import Sampling, best_of, sample
 from sepjax.generation.step import decode_step, prefill, take_up_run
 from sepjax.model.transformer import Params
 
@@ -270,19 +270,15 @@ def _nothing(logits: jax.Array, drawn: jax.Array) -> Drawn:
 
 
 def _probabilities(logits: jax.Array, drawn: jax.Array, request: Request, active: jax.Array) -> Drawn:
-    """What active rows ask for; the most probable tokens and their sort only where one asks for them."""
+    """What active rows ask for; the most probable tokens only where one asks for them."""
     none = _nothing(logits, drawn)
 
     def asked() -> Drawn:
         logprobs = jax.nn.log_softmax(logits, axis=-1)
-
-        def best() -> tuple[jax.Array, jax.Array]:
-            values, ids = jax.lax.top_k(logprobs, none.top_tokens.shape[1])
-            return ids.astype(jnp.int32), values
-
         of_drawn = jnp.take_along_axis(logprobs, drawn[:, None], axis=1)[:, 0]
         asks_top = jnp.any(jnp.asarray(request.top_logprobs) & active)
-        return Drawn(of_drawn, *jax.lax.cond(asks_top, best, lambda: (none.top_tokens, none.top_logprobs)))
+        nothing, number = (none.top_tokens, none.top_logprobs), none.top_tokens.shape[1]
+        return Drawn(of_drawn, *jax.lax.cond(asks_top, lambda: best_of(logprobs, number), lambda: nothing))
 
     return jax.lax.cond(_asks(request, active), asked, lambda: none)
 

@@ -218,8 +218,9 @@ class Generator:
 
     def _checked(self, sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sampling:
         if isinstance(sampling, Sequence):
-            sampling = Sampling.of_rows([_one("one of sampling", x) for x in sampling], rows)
-        return _one("sampling", sampling).check(self.tokenizer.vocab_size)
+            each = [_one("one of sampling", x).check(self.tokenizer.vocab_size) for x in sampling]
+            sampling = Sampling.of_rows(each, rows)
+        return _one("sampling", sampling).check(self.tokenizer.vocab_size, rows)
 
     def _caches(self, bounded: bool, resume: str | os.PathLike[str] | None = None) -> tuple[Prepared, Reader]:
         """What a text's cache is of, and the way into it."""

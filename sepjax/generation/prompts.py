@@ -67,15 +67,16 @@ def _encode(tokenizer: Tokenizer, number: int, prompt: Any, control_tokens: bool
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt, bos=True, control_tokens=control_tokens)
     elif _is_list(prompt) and not isinstance(prompt, bytes):
-        ids = [_id(number, i) for i in prompt]
+        plain = isinstance(prompt, list | tuple) and set(map(type, prompt)) <= {int}  # many times faster than each
+        ids = list(prompt) if plain else [_id(number, i) for i in prompt]
     else:
         hint = "; the ids of one prompt go in a list of their own: [[1, 2, 3]]" if hasattr(prompt, "__index__") else ""
         raise TypeError(f"prompt {number} must be a text or a list of token ids, got {type(prompt).__name__}{hint}")
     if not ids:
         missing = " and the tokenizer puts no BOS token in front" if isinstance(prompt, str) else ""
         raise PromptError(f"prompt {number} has no tokens{missing}; give it at least one")
-    outside = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
-    if outside:
+    if min(ids) < 0 or max(ids) >= tokenizer.vocab_size:
+        outside = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
         raise PromptError(
             f"prompt {number} has token ids outside the vocabulary of {tokenizer.vocab_size} tokens: {outside[:5]}"
         )

@@ -270,9 +270,17 @@ class Row:
             "guard": self._guard.state(),
         }
 
+    def end_of(self, state: dict[str, Any]) -> str | None:
+        """Why a text that goes on where `state` was taken has ended: not by the number of its tokens, which is counted
+        anew (but for the last that there are positions for), nor by repetition that these settings allow.
+        """
+        is_last = self._has_end and state["seen"] + 1 >= self.LAST_POSITION
+        is_over = {"length": is_last, "repetition": self._settings.max_repeats > 0}
+        return state["finish_reason"] if is_over.get(state["finish_reason"], True) else None
+
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken, for as many more tokens as these settings say."""
-        self.seen, self.finish_reason, self._left = state["seen"], state["finish_reason"], self._limit()
+        self.seen, self.finish_reason, self._left = state["seen"], self.end_of(state), self._limit()
         self._early = self._settings.min_new_tokens
         self._text.restore(state["text"])
         self._guard.restore(state["guard"])

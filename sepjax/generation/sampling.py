@@ -17,10 +17,11 @@ from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import ConfigError, number, whole_number
 
 MOST_BIASED = 300  # tokens that a request may give a bias
+_INFINITE = 0x7F800000  # bits of float32's infinity
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sampling:
     """How to draw, all rows alike or each its own way: traced, so another value is not another program. By `create`."""
 
@@ -84,6 +85,16 @@ class Sampling:
         arrays["bias_ids"], arrays["bias"] = _bias(logit_bias or {})
         return cls(**arrays)
 
+    def __repr__(self) -> str:
+        """What is not as `create` has it where nothing is given. Of several rows, or traced, no numbers."""
+        if not all(isinstance(x, np.ndarray) for x in vars(self).values()) or np.ndim(self.temperature):
+            shape = np.shape(self.temperature)
+            return f"Sampling({shape[0]} rows)" if shape else "Sampling(...)"
+        usual = vars(Sampling.create())
+        said = [f"{name}={x:g}" for name, x in vars(self).items() if not np.ndim(x) and x != usual[name]]
+        biased = int(np.sum(np.asarray(self.bias_ids) >= 0))
+        return f"Sampling({', '.join([*said, *([f'logit_bias of {biased}'] if biased else [])]) or 'greedy'})"
+
     @classmethod
     def of_rows(cls, rows: "Sequence[Sampling]", num_rows: int) -> "Sampling":
         """Each row its own way. Raises ConfigError where there are not as many as rows."""
@@ -106,8 +117,15 @@ class Sampling:
         """Which rows draw. Temperatures below the least normal number would be flushed to zero and divide by it."""
         return jnp.asarray(self.temperature) >= jnp.finfo(jnp.float32).tiny
 
-    def check(self, vocab_size: int) -> "Sampling":
-        """The same; raises ConfigError for a bias of a token that there is not."""
+    def check(self, vocab_size: int, rows: int = 0) -> "Sampling":
+        """The same; raises ConfigError for a bias of a token that there is not, and where it is of other rows.
+
+        rows: that it may be of, too; 0: it is to be one way, for whichever row.
+        """
+        shape = np.shape(self.temperature)
+        if shape not in ((), (rows,)):
+            expected = f"{rows}, or one way for all" if rows else "one"
+            raise ConfigError(f"sampling is of {shape[0]} rows, expected {expected}")
         most = int(np.max(self.bias_ids))
         if most >= vocab_size:
             raise ConfigError(f"logit_bias has {most}, which is outside the vocabulary of {vocab_size} tokens")
@@ -116,6 +134,8 @@ class Sampling:
 
 def _bias(given: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
     """`bias_ids` and `bias` of one row: the arrays of all requests have one shape, which is one program."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"logit_bias={given!r:.80} has the wrong type, expected a mapping of token ids to biases")
     if len(given) > MOST_BIASED:
         raise ConfigError(f"logit_bias has {len(given)} tokens; give {MOST_BIASED} or fewer")
     ids, bias = np.full(MOST_BIASED, -1, np.int32), np.zeros(MOST_BIASED, np.float32)
@@ -173,12 +193,65 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[jax.
 
 
 def _least_of_top(logits: Array, sampling: Sampling) -> jax.Array:
-    """The lowest score, [B, 1], that top_k and top_p leave."""
+    """The lowest score, [B, 1], that top_k and top_p leave; `logits` are 0 at most. Nothing is sorted."""
     V = logits.shape[1]
-    ordered = jnp.sort(logits, axis=-1, descending=True)
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)
-    in_top_k = ordered >= jnp.take_along_axis(ordered, k - 1, axis=1)
-    probability = jax.nn.softmax(jnp.where(in_top_k, ordered, -jnp.inf), axis=-1)
-    better = jnp.cumsum(probability, axis=-1) - probability  # of all tokens before this one; rounding may reach 1
-    in_top_p = (better < sampling.top_p) | (sampling.top_p >= 1)
-    return jnp.min(jnp.where(in_top_k & in_top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    least = _least(logits, lambda better: jnp.sum(better, axis=-1, keepdims=True) < k)
+    weight = jnp.where(logits >= least, jnp.exp(logits), 0.0)
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+
+    def in_top_p(better: jax.Array) -> jax.Array:  # `better`: tokens before this one; rounding may reach 1
+        share = jnp.sum(jnp.where(better, weight, 0.0), axis=-1, keepdims=True) / total
+        return (share < sampling.top_p) | (sampling.top_p >= 1)
+
+    return jnp.maximum(least, _least(logits, in_top_p))
+
+
+def _least(logits: Array, stays: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The least number, [B, 1], that as a score would stay; `stays` is told, [B, V], which scores are better.
+
+    What is better than a higher score is less, and the best stays. So halving finds it, among all that float32 has
+    from -inf to 0: these lie in the order of their bits, downwards. A sort of many rows takes longer, and XLA gives it
+    to a library that cannot be part of a CUDA graph.
+    """
+    one = jnp.zeros_like(logits[:, :1], jnp.int32)
+
+    def number(bits: jax.Array) -> jax.Array:
+        return -jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def halved(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        good, bad = bounds  # the first stays, and the second does not or is beyond -inf
+        middle = good + (bad - good) // 2
+        fits = stays(jnp.asarray(logits) > number(middle))
+        return jnp.where(fits, middle, good), jnp.where(fits, bad, middle)
+
+    bounds = one, one + (_INFINITE + 1)
+    good, _ = jax.lax.while_loop(lambda bounds: jnp.any(bounds[1] - bounds[0] > 1), halved, bounds)
+    return number(good)
+
+
+def best_of(scores: Float[Array, "B V"], number: int) -> tuple[Int32[jax.Array, "B N"], Float[jax.Array, "B N"]]:
+    """The best tokens of each row and their scores, of equal ones the first. On an accelerator nothing is sorted."""
+
+    def sorted_out(scores: jax.Array) -> tuple[jax.Array, jax.Array]:  # many times faster on a processor
+        values, ids = jax.lax.top_k(scores, number)
+        return ids.astype(jnp.int32), values
+
+    return jax.lax.platform_dependent(scores, cpu=sorted_out, default=lambda scores: one_by_one(scores, number))
+
+
+def one_by_one(scores: Float[Array, "B V"], number: int) -> tuple[Int32[jax.Array, "B N"], Float[jax.Array, "B N"]]:
+    """`best_of`, each token the best of those behind the last one."""
+    B, V = scores.shape
+    tokens = jnp.arange(V, dtype=jnp.int32)
+
+    def one(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        ids, values = found
+        token, value = (jax.lax.dynamic_slice_in_dim(x, jnp.maximum(i - 1, 0), 1, axis=1) for x in found)
+        comes = (scores < value) | ((scores == value) & (tokens > token)) | (i == 0)
+        next_one = jnp.argmax(jnp.where(comes, scores, -jnp.inf), axis=-1).astype(jnp.int32)[:, None]
+        its = jnp.take_along_axis(scores, next_one, axis=1)
+        return jax.lax.dynamic_update_slice(ids, next_one, (0, i)), jax.lax.dynamic_update_slice(values, its, (0, i))
+
+    none = jnp.zeros((B, number), jnp.int32)
+    return jax.lax.fori_loop(0, number, one, (none, none.astype(scores.dtype)))

@@ -24,7 +24,6 @@ again while requests come and go. No result of a row depends on another row.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -40,19 +39,13 @@ from sepjax.generation.cache.mixed import BoundedCache
 from sepjax.generation.cache.rows import chosen
 from sepjax.generation.cache.view import bookkeeping
 from sepjax.generation.device_loop import MOST_TOP, DecodeState, draw
+from sepjax.generation.graphs import compiler_options
 from sepjax.generation.packed import Bytes, Form, Packed
 from sepjax.generation.penalties import after_reading
 from sepjax.generation.slot_mesh import kept_there
 from sepjax.generation.slot_rows import Arrival, Before, Exchange, Record, Rows, Wishes, rows_of, with_rows
 from sepjax.generation.step import take_up_one, take_up_run
 from sepjax.model.transformer import Params
-
-# All of a program as one CUDA graph, its loops too. Without that the host starts each kernel, and looks at the device's
-# answer at each turn of a loop: it is held up until the last step, and the device then waits for its next program.
-# SEPJAX_GRAPHS=0 in the environment leaves it to XLA.
-_GRAPHS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +66,7 @@ def slot_programs(
     graph: nnx.GraphDef, attention: AttentionConfig, form: Form, arrivals: Bytes, most_steps: int
 ) -> SlotPrograms:
     """The programs of one model and pattern; `most_steps`: that `steps` makes."""
-    options = _GRAPHS if jax.default_backend() == "gpu" and os.environ.get("SEPJAX_GRAPHS", "1") != "0" else None
+    options = compiler_options()
     return SlotPrograms(
         exchange=jax.jit(functools.partial(_exchange, arrivals), donate_argnums=(0, 1), compiler_options=options),
         fetch=jax.jit(functools.partial(_fetch, form)),

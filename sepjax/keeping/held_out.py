@@ -126,7 +126,7 @@ def check(
     """Streams the documents through the cache that was chosen and through a plain window.
 
     Args:
-      model: from `sepjax.load`.
+      model: from `sepjax.load`; it is given up, as `score_streams` has it.
       tokenizer: the model's.
       documents: of `divide`.
       attention: of the choice.
@@ -134,5 +134,5 @@ def check(
       far: what was last said more tokens ago is in the slice `far`.
     """
     arms = [Arm("window", window), Arm("chosen", attention)]
-    beside, chosen = score_streams(model, tokenizer, documents, arms, far=far)
+    beside, chosen = score_streams(model, tokenizer, documents, arms, far=far, consume=True)
     return Check(chosen, beside)

@@ -45,22 +45,24 @@ def learn(
     rows: Rows,
     attention: AttentionConfig,
     *,
-    loss: str,
     steps: int,
     batch: int,
     learning_rate: float,
     seed: int,
-) -> Params:
-    """Parameters of a gate after `steps` steps of Adam over random rows, `batch` at a time.
+) -> dict[str, Params]:
+    """For each loss a gate's parameters after `steps` steps of Adam over random rows, `batch` at a time.
+
+    All read the same rows in the same step, which is one program.
+
+    Losses: "log", squared error of log worth, a stretch's mean taken off both sides; "top", cross-entropy of being
+    among the `gate_keep` best of the stretch; "share", cross-entropy of the share that each token has of its stretch's
+    worth, so that scores tell expected worth: what is seldom needed, but then sharply, counts.
 
     Args:
       graph: the gate's, from `sepjax.model.transformer.split`, with `params`.
-      params: to begin with.
+      params: to begin with, by each loss.
       rows: to learn from.
       attention: the gated pattern.
-      loss: "log": squared error of log worth, a stretch's mean taken off both sides; "top": cross-entropy of being
-        among the `gate_keep` best of the stretch; "share": cross-entropy of the share that each token has of its
-        stretch's worth, so that scores tell expected worth: what is seldom needed, but then sharply, counts.
       steps: of the optimizer.
       batch: rows of a step.
       learning_rate: at first; a cosine takes it to 0.
@@ -68,36 +70,40 @@ def learn(
     """
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     floor = 1e-3 * float(np.sum(rows.worth * rows.is_judged)) / max(int(np.sum(rows.is_judged)), 1)
-    measure = functools.partial(_LOSSES[loss], attention=attention, floor=max(floor, 1e-30))
+    losses = {x: functools.partial(_LOSSES[x], attention=attention, floor=max(floor, 1e-30)) for x in LOSSES}
+
+    def measure(gates: dict[str, Params], rows: Rows) -> jax.Array:
+        # No gate is in another's loss, so the sum's gradient of each is that of its own.
+        return sum((losses[x](merge(graph, gate)(rows.hidden), rows) for x, gate in gates.items()), jnp.float32(0))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Params, moments: Any, rows: Rows) -> tuple[Params, Any]:
-        gradients = jax.grad(lambda p: measure(merge(graph, p)(rows.hidden), rows))(params)
-        updates, moments = optimizer.update(gradients, moments, params)
-        updated: Any = optax.apply_updates(params, updates)
+    def step(gates: dict[str, Params], moments: Any, rows: Rows) -> tuple[dict[str, Params], Any]:
+        updates, moments = optimizer.update(jax.grad(measure)(gates, rows), moments, gates)
+        updated: Any = optax.apply_updates(gates, updates)
         return updated, moments
 
-    params = jax.tree.map(jnp.array, params)  # a copy: the caller's is not used up
-    moments, rng = placed_like(params, optimizer.init(params)), np.random.default_rng(seed)
-    for _ in counted(range(steps), f"learning by the loss {loss!r}", steps, "steps"):
+    gates = {x: jax.tree.map(jnp.array, params) for x in LOSSES}  # copies: the caller's are not used up
+    moments, rng = placed_like(gates, jax.jit(optimizer.init)(gates)), np.random.default_rng(seed)
+    for _ in counted(range(steps), f"learning by the losses {', '.join(LOSSES)}", steps, "steps"):
         some = rng.choice(len(rows.worth), batch, replace=len(rows.worth) < batch)
-        params, moments = step(params, moments, Rows(*(x[some] for x in rows)))
-    return params
+        gates, moments = step(gates, moments, Rows(*(x[some] for x in rows)))
+    return gates
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _count(graph: nnx.GraphDef, params: Params, rows: Rows, attention: AttentionConfig) -> jax.Array:
+    best = _best(rows.worth, rows, attention) & rows.is_judged
+    chosen = _best(merge(graph, params)(rows.hidden), rows, attention) & rows.is_judged
+    worth = jnp.asarray(rows.worth)
+    sums = [jnp.sum(x, dtype=jnp.float32) for x in (best & chosen, best, worth * chosen, worth * best)]
+    return jnp.stack(sums)
 
 
 def grade(graph: nnx.GraphDef, params: Params, rows: Rows, attention: AttentionConfig, *, batch: int) -> Grade:
     """How the gate chooses among tokens of rows that it has not learned from, `batch` at a time."""
-
-    @jax.jit
-    def count(params: Params, rows: Rows) -> jax.Array:
-        best = _best(rows.worth, rows, attention) & rows.is_judged
-        chosen = _best(merge(graph, params)(rows.hidden), rows, attention) & rows.is_judged
-        worth = jnp.asarray(rows.worth)
-        sums = [jnp.sum(x, dtype=jnp.float32) for x in (best & chosen, best, worth * chosen, worth * best)]
-        return jnp.stack(sums)
-
     parts = [Rows(*(x[i : i + batch] for x in rows)) for i in range(0, len(rows.worth), batch)]
-    both, best, captured, most = np.sum([np.asarray(count(params, part), np.float64) for part in parts], axis=0)
+    counts = [np.asarray(_count(graph, params, part, attention), np.float64) for part in parts]
+    both, best, captured, most = np.sum(counts, axis=0)
     return Grade(float(both / max(best, 1)), float(captured / max(most, 1e-30)))
 
 

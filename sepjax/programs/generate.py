@@ -153,15 +153,18 @@ def _answer_one(events: Any, settings: Settings) -> None:
             times.append(time.perf_counter())
             if interrupted:
                 break
+    if last is None:
+        raise UserError(
+            f"nothing to go on with: the stream in {settings.resume!r} has ended ({events.finish_reason}); give it a "
+            "--prompt"
+        )
     print()
-    if settings.goes_on and last is not None and last.finish_reason in _WHY:
+    if settings.goes_on and last.finish_reason in _WHY:
         print(f"ended: {_WHY[last.finish_reason]}", file=sys.stderr)
     if settings.save:
         events.save(settings.save)
-        print(f"saved in {settings.save}; --resume={settings.save} goes on from here", file=sys.stderr)
-    if last is None:
-        print("nothing to go on with: the saved stream has ended; give it a --prompt", file=sys.stderr)
-        return
+        more = "" if last.finish_reason in (None, "length") else ", with a --prompt"
+        print(f"saved in {settings.save}; --resume={settings.save} goes on from here{more}", file=sys.stderr)
     rate = ""
     if len(times) > 2:  # the first two tokens wait for the compilation of prefill and step
         rate = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s after compilation"

@@ -97,7 +97,8 @@ def texts(most: int) -> Check:
 
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
     """A list of token ids; whether there are such tokens, the model knows."""
-    if not isinstance(value, list) or not all(type(i) is int and 0 <= i < 2**31 for i in value):
+    fits = isinstance(value, list) and set(map(type, value)) <= {int}  # true is no whole number here
+    if not fits or (value and not 0 <= min(value) <= max(value) < 2**31):
         raise wrong(name, value, "a list of token ids")
     return tuple(value)
 

@@ -13,12 +13,10 @@ milliseconds a request, in which the threads that step the slots and ask the dev
 import contextlib
 import json
 import logging
-import os
 import queue
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,6 +25,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from sepjax import children
+from sepjax.config import UserError
 from sepjax.serve import wire
 from sepjax.serve.errors import ApiError
 from sepjax.serve.jobs import Failed, Inbox
@@ -114,8 +114,8 @@ class Fronts:
             folder.cleanup()
 
 
-class FrontError(RuntimeError):
-    """A process that answers HTTP is gone."""
+class FrontError(UserError):
+    """A process that answers HTTP is gone: what it said of that is above the message."""
 
 
 class DistantInbox(Inbox):
@@ -140,8 +140,8 @@ class Link:
         fds = theirs.fileno(), listening.fileno()
         # In a session of its own: Ctrl-C is not meant for it. It ends when this process does, or says so.
         # The device is this process's.
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-m", "sepjax.serve.front", *map(str, fds)]
+        environment = children.environment() | {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+        command = [*children.command("sepjax.serve.front"), *map(str, fds)]
         try:
             self.process = subprocess.Popen(
                 command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL, start_new_session=True

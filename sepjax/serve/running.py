@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from sepjax import interrupt
 from sepjax.config import UserError
 from sepjax.serve.app import Limits, create_app
 from sepjax.serve.conversations import Conversations
@@ -27,6 +28,7 @@ from sepjax.serve.state import StateFolder
 from sepjax.serve.worker import Worker
 
 log = logging.getLogger("sepjax.serve")
+_PATIENCE = 2.0  # seconds that a worker may take to end after an error of its own
 _IDLE_CONNECTIONS = 1024  # beyond those that are answered
 
 
@@ -105,7 +107,7 @@ class Running:
             self._answer()
         finally:
             self.worker.stop(0.0)
-            self.worker.join()
+            self._join()
             for kind, handler in before.items():
                 signal.signal(kind, handler)
         log.info("ended")
@@ -125,8 +127,18 @@ class Running:
             self._loaded()
             if self.worker.error is None:
                 log.info("processes that answer HTTP are there", extra={"processes": self._options.http_processes})
-            self.worker.join()
+            self._join()
             self._socket.close()
+
+    def _join(self) -> None:
+        """Waits for the worker. What it begins is not waited for where an error has come from elsewhere meanwhile: that
+        may take minutes, and nothing can interrupt it.
+        """
+        if self.worker.served is None and self.worker.error is not None and not self.worker.join(_PATIENCE):
+            interrupt.need_not_wait_for(lambda: self.worker.join(0.0))
+            self._exit()
+        else:
+            self.worker.join()
 
     def _loaded(self) -> None:
         """Waits until it answers requests, or what keeps it from doing so is the worker's error."""
@@ -180,8 +192,9 @@ class Running:
         return Conversations(served.tokenizer, options.cache_memory, self._state, on_device)
 
     def _exit(self) -> None:
-        if self._state is not None:
-            self._state.close()
+        state, self._state = self._state, None  # it may be called by two threads
+        if state is not None:
+            state.close()
         if self._server is not None:
             self._server.should_exit = True
         if self._fronts is not None:

@@ -25,6 +25,7 @@ from sepjax.generation.row import CacheUse, RowSettings
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest
 from sepjax.hub.chat_template import ChatTemplate, encode_behind
+from sepjax.serve.encoded import EncodedTexts
 from sepjax.serve.errors import ApiError
 from sepjax.serve.fields import wrong
 from sepjax.serve.protocol import Message, Wanted
@@ -62,6 +63,7 @@ class Served:
     control_names: dict[int, str]
     sizes: BoundedSizes | Elsewhere  # of a row's cache
     mesh: Any  # that it was made under; empty: one device
+    encoded: EncodedTexts = dataclasses.field(default_factory=EncodedTexts)  # conversations so far
 
     @classmethod
     def create(
@@ -149,7 +151,7 @@ class Served:
         if self.template is not None:
             found = [message.for_template() for message in messages]
             template = self.template.with_variables(variables or {})
-            return template.encode(self.tokenizer, found, control_tokens=False)
+            return template.encode(self.tokenizer, found, control_tokens=False, encode=self.encoded.encode)
         if variables:
             raise ConfigError("chat_template_kwargs do nothing here: the model has no chat template; leave them out")
         ids = list(self.form.begin)

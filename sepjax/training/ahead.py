@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,7 +24,8 @@ def beside[T](function: Callable[..., T], *args: Any) -> Callable[[], T]:
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
     begun = pool.submit(function, *args)
-    interrupt.need_not_wait_for(begun.done)
+    seen = weakref.ref(begun)  # what is told here is kept to the end of the program, and is not to keep the result
+    interrupt.need_not_wait_for(lambda: (future := seen()) is None or future.done())
     pool.shutdown(wait=False)
     return begun.result
 

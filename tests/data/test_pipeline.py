@@ -252,9 +252,14 @@ def test_worker_processes_resume_too(kind, num_workers, corpus, data_dir, tokeni
     command = [sys.executable, str(tmp_path / "program.py"), name, data_dir, str(tmp_path / "tokenizer")]
     command += [str(num_workers)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    here = tmp_path / "here"  # whatever lies there
+    here.mkdir()
+    (here / "socket.py").write_text("raise SystemExit(9)")
+    streams = {"capture_output": True, "text": True, "cwd": here}
+    done = subprocess.run(command, env=environment, timeout=240, check=False, **streams)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split("\n")[:-1] == ["rows 20"]
+    assert "leaked" not in done.stderr  # of batches that were made ahead
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -1,5 +1,6 @@
 """Documents from files, from the installation and from prepared datasets: complete, split for good, errors by name."""
 
+import gzip
 import os
 import re
 import resource
@@ -20,6 +21,7 @@ from sepjax.config import DataConfig
 from sepjax.data.corpora.docstrings import PACKAGES, documents, is_prose, source_files
 from sepjax.data.corpora.embedded.embedded import Embedded
 from sepjax.data.corpora.splits import held_out
+from sepjax.data.corpora.text_folder import text_folder
 from sepjax.data.corpora.text_folder.text_folder import TextFolder
 from sepjax.data.errors import DataError
 from sepjax.data.locks import exclusive
@@ -141,6 +143,32 @@ def test_a_folder_is_read_as_a_person_sees_it(tmp_path):
     (folder / "e.txt").symlink_to("nowhere")
     with pytest.raises(DataError, match=r"e\.txt' is a link to 'nowhere', where nothing is; mend or remove it"):
         read(folder, tmp_path / "p", "all")
+
+
+def test_a_link_to_a_file_is_of_the_kind_that_its_own_name_says(tmp_path):
+    """A cache of the hub links names to files that are called by a digest."""
+    (tmp_path / "3fa9").write_bytes(gzip.compress(b"a text"))
+    (tmp_path / "a.txt.gz").symlink_to("3fa9")
+    (tmp_path / "7c01").write_text('{"text": "b"}\n{"text": "c"}\n')
+    (tmp_path / "b.jsonl").symlink_to("7c01")
+    assert list(read(tmp_path / "a.txt.gz", tmp_path / "p", "all")) == ["a text"]
+    assert sorted(read(tmp_path / "b.jsonl", tmp_path / "p", "all")) == ["b", "c"]
+
+
+def test_a_text_that_changes_while_it_is_prepared_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+
+    def changed(path):
+        text = path.read_text()
+        path.write_text("two, " + text)
+        return text
+
+    monkeypatch.setattr(text_folder, "read_text", changed)
+    with pytest.raises(DataError, match=r"a\.txt' changed while it was read: it had 3 bytes, now 8"):
+        read(tmp_path / "a.txt", tmp_path / "p", "all")
+    monkeypatch.setattr(text_folder, "read_text", lambda path: path.unlink() or "one")
+    with pytest.raises(DataError, match=r"a\.txt' was there and cannot be read any more: No such file"):
+        read(tmp_path / "a.txt", tmp_path / "p", "all")
 
 
 @pytest.mark.parametrize(

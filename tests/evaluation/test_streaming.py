@@ -126,8 +126,14 @@ def test_equals_a_loop_over_tokens_one_at_a_time(model, attention, monkeypatch):
 
 
 def test_bytes_are_one_rows_part_of_the_arrays(model, monkeypatch):
+    """And of a large model that is given up one copy of the weights remains."""
     monkeypatch.setattr("sepjax.evaluation.streaming._SHORT", 64)  # as above: the same program
-    (score,) = score_streams(model, Bytes(), documents_of(Bytes(), TEXTS), [ATTENTION], rows=2, chunk=5)
+    monkeypatch.setattr("sepjax.generation.prepared._LARGE", 0)
+    graph, params = split(model)
+    model = merge(graph, jax.tree.map(jnp.copy, params))
+    documents = documents_of(Bytes(), TEXTS)
+    (score,) = score_streams(model, Bytes(), documents, [ATTENTION], rows=2, chunk=5, consume=True)
+    assert all(x.is_deleted() for x in jax.tree.leaves(split(model)[1]["layers"]))
     cache = StreamingCache.create(model.config, 2, StreamSizes.create(model.config, ATTENTION))
     assert score.cache_bytes == cache.nbytes // 2
 

@@ -168,6 +168,13 @@ def test_streams_over_either_cache_are_fed_saved_and_resumed(tokenizer, tmp_path
     # The limit counts from where it goes on.
     resumed = engine.stream(seed=77, resume=tmp_path / "saved", **settings | {"max_new_tokens": 7})
     assert [*first[:5], *resumed] == first
+    resumed.resume(resumed.saved())  # ended by its number of tokens, which is no end of the text
+    assert [event.finish_reason for event in resumed] == [None] * 6 + ["length"]
+    resumed = engine.stream(seed=77, resume=tmp_path / "saved", **settings | {"max_new_tokens": 3})
+    halves = [event.token_ids for event in resumed]
+    resumed.resume(resumed.saved())
+    halves += [event.token_ids for event in [*resumed, *resumed]]
+    assert halves == [event.token_ids for event in first[5:11]]
     resumed = engine.stream(seed=77, resume=tmp_path / "saved", **settings)
     assert [event.token_ids for event in take(resumed, 7)] == [event.token_ids for event in first[5:]]
     assert len(list(resumed)) == 5

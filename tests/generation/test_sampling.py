@@ -16,6 +16,7 @@ V = 8
 LOGITS = st.lists(st.integers(-12, 12).map(lambda x: x / 4), min_size=V, max_size=V)  # with ties
 filtered = jax.jit(filter_logits)
 drawn = jax.jit(sample)
+best, best_one_by_one = (jax.jit(find, static_argnums=1) for find in (module.best_of, module.one_by_one))
 after_reading, after_drawing = map(jax.jit, (penalties.after_reading, penalties.after_drawing))
 
 
@@ -60,6 +61,15 @@ def test_what_is_left_is_what_the_definition_leaves(logits, temperature, top_k, 
     assert int(np.argmax(logits)) in expected
     scores = (np.array(logits) - max(logits)) / temperature
     np.testing.assert_array_equal(got[list(expected)], scores[list(expected)].astype(np.float32))
+
+
+@given(logits=LOGITS, number=st.sampled_from([1, 3, V]))
+def test_the_best_are_those_of_a_sort_and_of_equal_ones_the_first(logits, number):
+    order = np.argsort(-np.array(logits), kind="stable")[:number]
+    for find in (best, best_one_by_one):
+        ids, values = find(jnp.array([logits]), number)
+        assert ids[0].tolist() == order.tolist()
+        assert values[0].tolist() == [logits[i] for i in order]
 
 
 @given(logits=LOGITS, seed=st.integers(0, 99), top_k=st.integers(0, 3))
@@ -138,6 +148,11 @@ def test_a_bias_out_of_range_is_named():
             Sampling.create(logit_bias=given_bias)
     with pytest.raises(ConfigError, match="logit_bias has 8, which is outside the vocabulary of 8"):
         Sampling.create(logit_bias={8: 1.0}).check(V)
+    two = Sampling.of_rows([Sampling.create()] * 2, 2)
+    assert two.check(V, 2) is two
+    for rows, expected in ((0, "one"), (3, "3, or one way for all")):
+        with pytest.raises(ConfigError, match=f"sampling is of 2 rows, expected {expected}"):
+            two.check(V, rows)
 
 
 def penalised(logits, read, generated, settings):
@@ -197,12 +212,12 @@ def test_uses_are_counted_up_to_their_end():
     assert uses[0, 3] == 2**15 - 1, "never taken for a token that was read"
 
 
-def test_rows_that_have_ended_cost_no_sort(monkeypatch):
+def test_rows_that_have_ended_cost_no_search(monkeypatch):
     """Their wishes stay in a slot that is free: only those of rows that go on are looked at."""
-    sorts, least_of_top = [], module._least_of_top
+    searches, least_of_top = [], module._least_of_top
 
     def counted(*args):
-        jax.debug.callback(lambda: sorts.append(1))
+        jax.debug.callback(lambda: searches.append(1))
         return least_of_top(*args)
 
     monkeypatch.setattr(module, "_least_of_top", counted)
@@ -213,5 +228,5 @@ def test_rows_that_have_ended_cost_no_sort(monkeypatch):
     for active in ([True, True], [True, False]):
         rows[active[1]] = draw(logits, own_keys, sampling, np.array(active))
         jax.effects_barrier()
-    assert sorts == [1]
+    assert searches == [1]
     assert rows[True][0] == rows[False][0]

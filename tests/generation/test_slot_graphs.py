@@ -8,14 +8,20 @@ import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sepjax import interrupt
 from sepjax.config import UserError
+from sepjax.generation.device_loop import Request, draw
 from sepjax.generation.device_thread import compile_all
-from sepjax.generation.slot_programs import _GRAPHS
+from sepjax.generation.graphs import _WHOLE
+from sepjax.generation.prompts import row_keys
+from sepjax.generation.readers import BoundedReader
+from sepjax.generation.sampling import Sampling
 from sepjax.measure import counted_compilations
+from tests.generation.tiny import ROWS, tiny_engine
 
 PROGRAM = """
 import functools, sys
@@ -23,7 +29,8 @@ import jax, numpy as np
 from sepjax.clocks import Clocks
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.slot_device import SlotDevice
-from sepjax.generation.slot_programs import _GRAPHS, _exchange, _read, _steps
+from sepjax.generation.graphs import _WHOLE
+from sepjax.generation.slot_programs import _exchange, _read, _steps
 from sepjax.training.plan import topology_devices
 from tests.generation.tiny import ROWS, tiny_engine
 
@@ -37,7 +44,7 @@ def told(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), tree)
 
 def compiled(program, donated, *given):
-    jax.jit(program, donate_argnums=donated).lower(*map(told, given)).compile(compiler_options=_GRAPHS)
+    jax.jit(program, donate_argnums=donated).lower(*map(told, given)).compile(compiler_options=_WHOLE)
 
 with jax.set_mesh(mesh):
     model = of.params, rows
@@ -58,7 +65,19 @@ def test_each_program_is_one_graph(tmp_path):
         found = re.findall(r"^\d+: (\w+)", file.read_text(), re.MULTILINE)
         assert found == ["kCommandBuffer"], name
         assert "kWhile" in file.read_text(), "with a loop in it"
-    assert "WHILE" in _GRAPHS["xla_gpu_enable_command_buffer"]
+    assert "WHILE" in _WHOLE["xla_gpu_enable_command_buffer"]
+
+
+def test_no_draw_on_a_gpu_sorts():
+    """XLA gives a sort of many rows to a library that no CUDA graph can have: the host would start each step."""
+    of = tiny_engine().prepared
+    state = jax.eval_shape(lambda: BoundedReader(of).empty(row_keys(0, ROWS)))
+    ones, sampling = jnp.ones(ROWS, jnp.int32), Sampling.create(0.8, 40, 0.9, 0.1, presence_penalty=1.0)
+    request = Request(of.table_on_device, sampling, ones[:, None], ones, ones > 0, ones > 0, ones)
+    traced = jax.jit(draw).trace(jax.ShapeDtypeStruct((ROWS, 320), np.float32), state, request)
+    sorts = {name: set(re.findall(r"stablehlo\.sort|top_k", traced.lower(lowering_platforms=(name,)).as_text()))
+             for name in ("cuda", "cpu")}  # fmt: skip
+    assert sorts == {"cuda": set(), "cpu": {"top_k"}}
 
 
 def test_what_is_compiled_side_by_side_is_found_by_the_first_call():

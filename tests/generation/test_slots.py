@@ -420,6 +420,11 @@ def test_conversations_continue_their_cache(engine, slots, pattern, tmp_path):
 
     # A stream takes over a row, and a row a stream; and the disk lies between them if need be.
     other = engine.stream(bounded=True, seed=99, **settings)
+    other.resume(kept)  # ended by its number of tokens, which is counted anew
+    longer = slots.submit(SlotRequest(None, resume=kept, **settings))
+    found = [event for _ in range(30) for n, event in slots.step() if n == longer]
+    assert uncounted(found) == list(other)
+    assert len(found) == 15
     other.resume(kept)
     other.feed("mat, and.")
     assert list(other) == expected[1]

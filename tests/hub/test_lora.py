@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import sepjax
-from sepjax.begin import adopt_shape, first_state
+from sepjax.begin import adopt_shape, pretrained_state
 from sepjax.config import (
     AttentionConfig,
     Config,
@@ -153,8 +153,7 @@ def test_a_step_is_the_one_written_by_hand():
     def loss(params):
         return _loss(params, {}, PLAIN, model_graph(PLAIN), rows)[0] / jnp.sum(rows.loss_mask)
 
-    whole = merged(state.all_params, LORA)
-    value, slopes = jax.jit(jax.value_and_grad(loss))(whole)
+    value, slopes = jax.jit(lambda params: jax.value_and_grad(loss)(merged(params, LORA)))(state.all_params)
     gradients = jax.tree.map(np.zeros_like, state.params)
     for part, name, x, _ in linears(state.params):
         dw, s = np.asarray(slopes["layers"][part][name]["kernel"], np.float64), LORA.scale
@@ -358,9 +357,7 @@ def test_the_state_before_the_first_step_is_the_source(config, source, tmp_path)
     config = adopt_shape(config, tmp_path / "run")
     (tmp_path / "run").mkdir()
     mesh = make_mesh(config.mesh)
-    state = first_state(
-        config, tmp_path / "run", mesh, jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
-    )
+    state = pretrained_state(config, tmp_path / "run", mesh, abstract_state(config, mesh))
     assert_same(merged(state.all_params, config.lora), split(sepjax.load(source)[0])[1])
     assert_same(*(divided(state.all_params)[i] for i in (0, 0)))
     assert projections(config.model)["gate"] == (32, 48)

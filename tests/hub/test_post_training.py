@@ -10,7 +10,7 @@ import pytest
 
 import sepjax
 from sepjax import loading
-from sepjax.begin import adopt_shape, first_state, given_tokenizer, planned
+from sepjax.begin import adopt_shape, given_tokenizer, planned, pretrained_state
 from sepjax.config import (
     AttentionConfig,
     Config,
@@ -78,8 +78,7 @@ def begun(config, workdir):
     workdir.mkdir(exist_ok=True)
     config = adopt_shape(config, workdir)
     mesh = make_mesh(config.mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
-    return config, first_state(config, workdir, mesh, shardings)
+    return config, pretrained_state(config, workdir, mesh, abstract_state(config, mesh))
 
 
 def test_what_no_step_changes_goes_out_as_it_came_in(config, source, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sepjax
-from sepjax.begin import adopt_shape, first_state
+from sepjax.begin import adopt_shape, pretrained_state
 from sepjax.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from sepjax.data.pipeline import prepare_tokenizer
 from sepjax.evaluation import compare
@@ -138,8 +138,7 @@ def test_a_gate_learns_what_to_keep_and_goes_wherever_models_go(config, tmp_path
         changed = dataclasses.replace(config, attention=dataclasses.replace(GATED, pattern=pattern), training=training)
         workdir = tmp_path / pattern
         changed, mesh = adopt_shape(changed, workdir), make_mesh(config.mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, abstract_state(changed, mesh))
-        return first_state(changed, workdir, mesh, shardings).params
+        return pretrained_state(changed, workdir, mesh, abstract_state(changed, mesh)).params
 
     jax.tree.map(np.testing.assert_array_equal, begun("gated")["gate"], gate)
     assert "gate" not in begun("separator")

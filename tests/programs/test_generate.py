@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import sys
 import weakref
 
@@ -71,7 +72,18 @@ def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, held, tmp_pa
     assert ended.err.splitlines()[-1].startswith("3 tokens")
     assert "ended: --max_new_tokens is reached" in ended.err
     assert (tmp_path / "kept" / "stream.json").exists()
-    assert held == [0, 0], "the weights are there once, in a conversation too"
+    words = json.loads((tmp_path / "kept" / "stream.json").read_bytes())
+    ended = command(capfd, "generate", model, ARM, "--stream", f"--resume={tmp_path / 'kept'}", "--max_new_tokens=2")
+    assert (ended.code, ended.err.splitlines()[-1][:8]) == (
+        0,
+        "2 tokens",
+    )  # 3 were no end
+    (tmp_path / "kept" / "stream.json").write_text(json.dumps(words | {"finish_reason": "eos"}))
+    ended = command(capfd, "generate", model, ARM, f"--resume={tmp_path / 'kept'}")
+    assert (ended.code, ended.out) == (2, "")
+    assert "nothing to go on with: the stream in" in ended.err
+    assert "has ended (eos); give it a --prompt" in ended.err
+    assert held == [0, 0, 0, 0], "the weights are there once, in a conversation too"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,11 @@ STEPS = 28
 OBEY_PERMISSIONS = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
+# Programs are known again by the devices of a process, and these by their number.
+ON_ONE_DEVICE = (
+    "import jax, runpy, sys; there = jax.devices; jax.devices = lambda *which: there(*which)[:1]; "
+    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 
 CONFIG = """
 from sepjax.config import (AttentionConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig)
@@ -54,8 +59,10 @@ def write_config(folder: Path, *, on_gpu: bool = False) -> Path:
     return path
 
 
-def start(config_file: Path, workdir: Path, *flags: str, extra: dict[str, str] | None = None) -> subprocess.Popen:
-    """train.py as a process of its own."""
+def start(
+    config_file: Path, workdir: Path, *flags: str, extra: dict[str, str] | None = None, knows: bool = False
+) -> subprocess.Popen:
+    """train.py as a process of its own; on a CPU it `knows` what this one has compiled, and writes nothing there."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         **(extra or {}),
@@ -64,7 +71,12 @@ def start(config_file: Path, workdir: Path, *flags: str, extra: dict[str, str] |
         environment.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as tests/conftest.py does for this process
     if os.environ["JAX_PLATFORMS"] == "cuda":  # the same bits in every process: no atomics, no timing of candidates
         environment["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
-    program = [sys.executable, str(ROOT / "train.py"), f"--config={config_file}", f"--workdir={workdir}", *flags]
+    words, kept = [str(ROOT / "train.py")], jax.config.jax_compilation_cache_dir
+    if knows and kept and os.environ["JAX_PLATFORMS"] == "cpu":
+        words = ["-c", ON_ONE_DEVICE, *words]
+        environment |= {"JAX_COMPILATION_CACHE_DIR": kept, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
+        environment["JAX_NUM_CPU_DEVICES"] = str(jax.device_count())
+    program = [sys.executable, *words, f"--config={config_file}", f"--workdir={workdir}", *flags]
     command, out = [sys.executable, "-c", OBEY_PERMISSIONS, *program], subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=out, stderr=out, text=True)
 

@@ -59,7 +59,7 @@ def undisturbed(config_file) -> Path:
 def kill(config_file: Path, workdir: Path, seed: int, after: int, *, while_saving: bool) -> int:
     """Starts or resumes a run and kills it at a random moment after step `after`; returns the last step recorded."""
     rng = np.random.default_rng(seed)
-    process = start(config_file, workdir)
+    process = start(config_file, workdir, knows=True)
     target = after + int(rng.integers(1, EVERY + 1))
     wait_until(process, lambda: done(workdir) >= target)
     if while_saving:

@@ -24,7 +24,8 @@ from sepjax.run.checkpoint_files import MANIFEST
 from sepjax.run.guard import BadNumbers, StepGuard, Watchdog
 from tests import runs
 from tests.reliability.common import EVERY, STEPS, assert_same, checkpoints, done, finish, losses, start, wait_until
-from tests.training.test_step import CONFIG, compiled, first_state, make_batch
+from tests.runs import state_of_numpy
+from tests.training.test_step import CONFIG, compiled, make_batch
 
 
 def with_training(config: Config, **values: object) -> Config:
@@ -44,7 +45,7 @@ SPIKE = with_training(CONFIG, spike_factor=1.5)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_step_of_bad_numbers_changes_no_bit(value: float):
     batch, step = make_batch(), compiled(SPIKE)
-    state, _ = step(first_state(CONFIG), batch)
+    state, _ = step(state_of_numpy(CONFIG), batch)
     bad = dataclasses.replace(state, params=poisoned(state.params, value))
     after, metrics = step(bad, batch)
     assert not np.isfinite(float(metrics["optim/grad_norm"]))
@@ -61,7 +62,7 @@ def test_a_step_of_bad_numbers_changes_no_bit(value: float):
 
 def test_a_spike_is_judged_by_the_running_mean():
     batch, step = make_batch(), compiled(SPIKE)
-    state, metrics = step(first_state(CONFIG), batch)
+    state, metrics = step(state_of_numpy(CONFIG), batch)
     assert float(state.health.loss_mean) == float(metrics["train/loss"])
     low = dataclasses.replace(state.health, loss_mean=jnp.float32(0.5 * float(metrics["train/loss"])))
     after, metrics = step(dataclasses.replace(state, health=low), batch)

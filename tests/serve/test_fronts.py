@@ -221,6 +221,35 @@ def test_a_server_ends_where_one_of_its_processes_does_not_begin(monkeypatch):
         running_module.Running(tiny_served, options).run()
 
 
+def test_a_server_that_loses_a_process_does_not_wait_for_what_it_begins(monkeypatch):
+    """Reading and compiling a large model take minutes, and nobody would be answered then."""
+    monkeypatch.setattr(fronts_module.subprocess, "Popen", FakeProcess)
+    monkeypatch.setattr(running_module, "_PATIENCE", 0.1)
+    waited = []
+    monkeypatch.setattr(running_module.interrupt, "need_not_wait_for", waited.append)
+    begun, ends = threading.Event(), threading.Event()
+
+    def load():
+        begun.set()
+        assert ends.wait(60)
+        raise running_module.ServeError("never")
+
+    server: Any = running_module.Running(load, running_module.Options(port=0, rows=ROWS, http_processes=1))
+
+    def lose():
+        assert begun.wait(30)
+        server._fronts._links[0].process.kill()
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    with server._socket, pytest.raises(FrontError, match=r"has ended \(-9\); the server ends with it"):
+        server.run()
+    assert not waited[0]()
+    ends.set()
+    thread.join()
+    assert server.worker.join(30.0)
+
+
 def take(file):
     size, rest = wire.HEAD.unpack(file.read(wire.HEAD.size))
     return json.loads(file.read(size + rest)[:size])
@@ -315,7 +344,10 @@ def slow_client(server):
         assert not server.worker._aside, "it has caught up"
 
 
-def test_a_process_that_is_lost_ends_the_server_and_one_that_is_told_to_ends_itself(monkeypatch):
+def test_a_process_that_is_lost_ends_the_server_and_one_that_is_told_to_ends_itself(monkeypatch, tmp_path):
+    """Whatever the working folder holds: a script there may have the name of a module."""
+    (tmp_path / "queue.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fronts_module, "_PATIENCE", 120.0)  # on a busy machine it has not begun after 15 seconds
 
     class Worker:

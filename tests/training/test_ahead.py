@@ -1,17 +1,23 @@
 """What goes on beside the rest of a start is there when it is asked for, and is not done twice."""
 
+import gc
 import logging
 import threading
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import train as program
 from sepjax import interrupt
+from sepjax.config import load_config
+from sepjax.data.errors import DataError
 from sepjax.run.start import Start
 from sepjax.training.ahead import Compiled, beside, compile_ahead
+from tests.runs import start_quickly
 
 
 def test_a_result_is_waited_for_and_an_error_raised():
@@ -21,6 +27,18 @@ def test_a_result_is_waited_for_and_an_error_raised():
     assert result() == 2
     with pytest.raises(KeyError, match="missing"):
         error()
+
+
+def test_a_result_is_held_by_who_has_it_alone(monkeypatch):
+    """A batch from another process is in shared memory, which Python may not find any more at the program's end."""
+    monkeypatch.setattr(interrupt, "_unfinished", [])
+    wait = beside(lambda: np.ones(3))
+    seen = weakref.ref(wait())
+    del wait
+    gc.collect()
+    while seen() is not None:  # the thread lets go of it a moment later than it tells
+        time.sleep(0.001)
+    assert all(is_done() for is_done in interrupt._unfinished)
 
 
 def test_the_call_finds_what_was_compiled_ahead(caplog):
@@ -49,6 +67,25 @@ def test_what_cannot_be_compiled_is_told_by_the_wait():
     nothing = compile_ahead(mesh, {})
     nothing.wait_for_lowering()
     assert nothing.wait() == []
+
+
+@pytest.mark.parametrize(
+    ("steps_saved", "programs"), [(0, ["step", "evaluation", "weights"]), (5, ["step", "evaluation"]), (640, [])]
+)
+def test_a_start_compiles_what_it_needs_before_data_are_prepared(tmp_path, monkeypatch, steps_saved, programs):
+    order = []
+
+    def prepare(*_):
+        order.append("data")
+        raise DataError("no text")
+
+    start_quickly(monkeypatch)
+    monkeypatch.setattr(program, "compile_ahead", lambda mesh, calls: order.append(list(calls)))
+    monkeypatch.setattr(program, "prepare_tokenizer", prepare)
+    monkeypatch.setattr(program, "steps_on_disk", lambda folder: [steps_saved] * bool(steps_saved))
+    with pytest.raises(DataError, match="no text"):
+        program.train(load_config("sep_tiny"), tmp_path / "run")
+    assert order == [programs, "data"]
 
 
 def test_where_a_start_went_is_told_in_turn(monkeypatch):

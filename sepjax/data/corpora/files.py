@@ -6,7 +6,7 @@ import io
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, override
@@ -33,6 +33,14 @@ def kind_of_file(file: Path) -> str:
 def is_packed(file: Path) -> bool:
     """Whether a file is packed in a way that is read."""
     return file.suffix.lower() in PACKED[1:]
+
+
+def root_of(path: str | os.PathLike[str]) -> Path:
+    """Where a file or folder lies. A file that is a link keeps its own name, which tells what kind it is: caches of the
+    hub link `train.jsonl` to a name of digits.
+    """
+    given = Path(path).expanduser()
+    return given.resolve() if given.is_dir() else given.parent.resolve() / given.name
 
 
 def files_of(root: Path) -> list[Path]:
@@ -127,6 +135,29 @@ def unpacking(file: Path) -> Iterator[tuple[io.BufferedReader | gzip.GzipFile, i
                 yield packed, packed
     except (OSError, EOFError, zlib.error) as error:  # gzip's own are of these
         raise DataError(f"cannot read {str(file)!r}: {error}") from error
+
+
+type Facts = tuple[str, int, int]  # of a file: its name, its size, when it was last changed
+
+
+def facts_of(files: Iterable[Path], root: Path) -> list[Facts]:
+    """What changes where any of the files does. Raises DataError where one is gone."""
+    try:
+        stats = [(str(file.relative_to(root.parent)), file.stat()) for file in files]
+    except OSError as error:
+        raise DataError(f"{error.filename!r} was there and cannot be read any more: {error.strerror}") from error
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def check_unchanged(files: Iterable[Path], root: Path, before: Iterable[Facts]) -> None:
+    """Raises DataError where a file is not what it was: some of its records may have been read, others not."""
+    files = list(files)
+    for file, was, now in zip(files, before, facts_of(files, root), strict=True):
+        if was != now:
+            raise DataError(
+                f"{str(file)!r} changed while it was read: it had {was[1]:,} bytes, now {now[1]:,}; wait until nobody "
+                "writes to it, or copy it"
+            )
 
 
 def read_text(file: Path) -> str:

@@ -8,7 +8,17 @@ from typing import Any, Protocol, runtime_checkable
 
 from sepjax.config import first_line
 from sepjax.data.conversations import FIELDS, RecordError, parse
-from sepjax.data.corpora.files import decoded_text, files_of, kind_of_file, library, opened, unpacking
+from sepjax.data.corpora.files import (
+    check_unchanged,
+    decoded_text,
+    facts_of,
+    files_of,
+    kind_of_file,
+    library,
+    opened,
+    root_of,
+    unpacking,
+)
 from sepjax.data.corpora.splits import digest, digest_of_bytes, side_of
 from sepjax.data.errors import DataError
 
@@ -64,23 +74,14 @@ class FileRows:
 
     def __init__(self, path: str | os.PathLike[str], text_key: str = "text"):
         """Raises DataError where there are no files, or some that are not read."""
-        root = Path(path).expanduser().resolve()
+        root = root_of(path)
         self.files, self.name, self.place, self._text_key = files_of(root), str(path), str(root), text_key
-        self.facts = self._facts()
+        self.facts = facts_of(self.files, root)
         self.told: Callable[[int], None] = lambda size: None
 
     def check_unchanged(self) -> None:
-        """Raises DataError where a file is not what it was: some of its records may have been read, others not."""
-        for file, before, now in zip(self.files, self.facts, self._facts(), strict=True):
-            if before != now:
-                raise DataError(
-                    f"{str(file)!r} changed while it was read: it had {before[1]:,} bytes, now {now[1]:,}; wait until "
-                    "nobody writes to it, or copy it"
-                )
-
-    def _facts(self) -> list[tuple[str, int, int]]:
-        stats = [(file, file.stat()) for file in self.files]
-        return [(str(x.relative_to(Path(self.place).parent)), s.st_size, s.st_mtime_ns) for x, s in stats]
+        """Raises DataError where a file is not what it was."""
+        check_unchanged(self.files, Path(self.place), self.facts)
 
     def kind(self, text_key: str) -> str:
         """See `Rows`: the records tell."""

@@ -4,11 +4,10 @@ import json
 import os
 import queue
 import subprocess
-import sys
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+from sepjax import children
 from sepjax.data.errors import DataError
 from sepjax.data.in_place.scan import Found, Piece
 
@@ -53,9 +52,7 @@ def _start() -> subprocess.Popen[bytes]:
     """A process that imports this very tree. In a session of its own: Ctrl-C is not meant for it, and its stdin ends
     with this process.
     """
-    path = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, "-P", "-m", _PROGRAM]
+    command, environment = children.command(_PROGRAM), children.environment()
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
     )

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from sepjax.command.settings import AtLeast, Settings
 from sepjax.config import ConfigError
+from sepjax.data.corpora.files import root_of
 from sepjax.files import check_file, write_text
 from sepjax.programs.common import Loading, refuse_window
 
@@ -126,7 +127,7 @@ def _what(settings: Job) -> dict[str, Any]:
 
 def _whole(path: str) -> str:
     """The same file however it was written; what is not a file here is a name."""
-    return str(Path(path).resolve()) if Path(path).exists() else path
+    return str(root_of(path)) if Path(path).exists() else path
 
 
 def _is_run(settings: Job) -> bool:

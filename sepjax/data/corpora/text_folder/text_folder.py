@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from sepjax.data.corpora.features import FEATURES
-from sepjax.data.corpora.files import files_of, read_text
+from sepjax.data.corpora.files import check_unchanged, facts_of, files_of, read_text, root_of
 from sepjax.data.corpora.splits import fingerprint, held_out
 from sepjax.data.errors import DataError
 
@@ -29,11 +29,11 @@ class TextFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def __init__(self, *, path: str | os.PathLike[str], hold_out: bool = True, **kwargs: Any):
         """`path` is a folder or a file; `kwargs` are TFDS's, such as data_dir. Raises DataError without files."""
-        root = Path(path).expanduser().resolve()
+        root = root_of(path)
         self._files = {str(file.relative_to(root.parent)): file for file in files_of(root)}
         self._hold_out = hold_out
-        facts = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in self._files.items()]
-        super().__init__(config=fingerprint([hold_out, str(root), *facts]), **kwargs)
+        self._root, self._facts = root, facts_of(self._files.values(), root)
+        super().__init__(config=fingerprint([hold_out, str(root), *self._facts]), **kwargs)
 
     @classmethod
     def get_builder_config(cls, name: str, version: Any = None) -> tfds.core.BuilderConfig:
@@ -61,6 +61,7 @@ class TextFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             if names is None or name in names:
                 text = _read(file)
                 yield name, {"name": name, "text": text if part is None else _cut(text, file)[part]}
+        check_unchanged(self._files.values(), self._root, self._facts)
 
 
 def _read(file: Path) -> str:
