@@ -129,26 +129,29 @@ def score_streams(
     lanes = Lanes.create(documents, rows)
     if consume:
         _give_up(model, arms, sizes, lanes, chunk)
-    with ThreadPoolExecutor(1) as pool:  # sorting, beside what the device does
-        told = pool.submit(ScoredTokens.create, [x.inputs for x in documents], [x.targets for x in documents])
-        num_bytes = sum(len(tokenizer.token_bytes(int(i))) * n for i, n in _counted(documents))
+    num_bytes = sum(len(tokenizer.token_bytes(int(i))) * n for i, n in _counted(documents))
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(_told, documents)  # sorting, beside what the device does
         scored = _scored(model, tokenizer, lanes, [arm.attention for arm in arms], chunk, num_bytes)
         tokens = told.result()
     losses = [nll for _, nll in scored]
     refer = references(arms, [score.slots_held for score, _ in scored], first)
+    beside = {"baseline": arms[first].name, "near": near, "far": far}
     return [
         dataclasses.replace(
             score,
             buckets=_buckets(tokens, losses[i]),
             arm=arms[i].name,
-            baseline=arms[first].name,
-            near=near,
-            far=far,
             slices=sliced(tokens, losses, i, refer[i], near, far),
             positions=by_position(tokens, losses, i, refer[i]),
+            **beside,
         )
         for i, (score, _) in enumerate(scored)
     ]
+
+
+def _told(documents: Sequence[Document]) -> ScoredTokens:
+    return ScoredTokens.create([x.inputs for x in documents], [x.targets for x in documents])
 
 
 def _checked_sizes(model: Transformer, arms: Sequence[Arm]) -> list[BoundedSizes]:
