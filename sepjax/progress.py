@@ -1,11 +1,12 @@
-"""What a program is at, and for how long, on a terminal: everything that may take more than two seconds says so here.
+"""What a program is at, and for how long: everything that may take more than two seconds says so here.
 
     with working("loading smollm2-135m"): ...
     for batch in counted(batches, "scoring dense", total=12, unit="batches"): ...
 
-Shown while it lasts, and then one line with the time it took. Nothing where stderr is not a terminal, where another
-program takes its lines (`console.given_to`), after `--quiet`, or before two seconds are over. rich draws it, and is
-imported then: what is quick does not wait for it.
+On a terminal it is shown while it lasts, and then one line with the time it took. A log (stderr is a file or a pipe)
+gets a line of what takes longer than ten seconds: after 10, 20, 40, 80 s and so on, and one at its end. Nothing where
+another program takes its lines (`console.given_to`), after `--quiet`, or before two seconds are over. rich draws it,
+and is imported then: what is quick does not wait for it.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _PATIENCE = 2.0  # seconds that nobody minds
+LOG_PATIENCE = 10.0  # seconds before a log has a first line
 _EVERY = 0.125  # seconds between two looks
 _BAR = 24  # columns
 
@@ -32,6 +34,7 @@ class Work:
     def __init__(self, what: str, total: int | float | None, unit: str, patience: float):
         self.what, self.total, self.unit, self.patience = what, total, unit, patience
         self.done, self.begun, self.is_shown = 0.0, time.monotonic(), False
+        self.logged_at = 0.0  # seconds after which a log had its last line
 
     def add(self, amount: int | float = 1) -> None:
         """So much more of `total` is done."""
@@ -63,7 +66,7 @@ def working(what: str, total: int | float | None = None, unit: str = "", patienc
       patience: seconds before anything is shown.
     """
     work = Work(what, total, unit, patience)
-    if not is_shown():
+    if not _is_told():
         yield work
         return
     _display.begin(work)
@@ -91,7 +94,16 @@ def counted[T](
 
 def is_shown() -> bool:
     """Whether anybody sees progress: stderr is a terminal, its lines go nowhere else, and nobody asked for quiet."""
-    return not _quiet and not console.is_taken() and sys.stderr is not None and sys.stderr.isatty()
+    return _is_told() and _is_terminal()
+
+
+def _is_told() -> bool:
+    """The same for a terminal or a log."""
+    return not _quiet and not console.is_taken() and sys.stderr is not None
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 @contextlib.contextmanager
@@ -128,6 +140,8 @@ class _Display:
     def end(self, work: Work, *, done: bool) -> None:
         with self._lock:
             self._works.remove(work)
+            if not _is_terminal():
+                work.is_shown = work.seconds >= max(LOG_PATIENCE, work.patience)
             self._refresh()
             if work.is_shown and done:
                 amount = f"{_amount(work.total, work.unit)}, " if work.total and work.unit else ""
@@ -151,6 +165,9 @@ class _Display:
 
     def _show(self) -> None:
         """Draws what has taken longer than its patience; ends the drawing where that is nothing."""
+        if not _is_terminal():
+            self._log()
+            return
         for work in self._works:
             work.is_shown |= work.seconds >= work.patience
         if not any(work.is_shown for work in self._works):
@@ -162,6 +179,13 @@ class _Display:
             self._live = _live()
             self._live.start()
         self._live.update(self._table(), refresh=True)
+
+    def _log(self) -> None:
+        """Lines of what has taken twice as long as when it had its last one."""
+        for work in self._works:
+            if work.seconds >= max(2 * work.logged_at, LOG_PATIENCE, work.patience):
+                work.logged_at = work.seconds
+                console.say(f"{work.what}: {work.note()}")
 
     def _table(self) -> "Table":
         from rich.progress_bar import ProgressBar

@@ -154,6 +154,14 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def patient_logs() -> None:
+    """No lines of progress on stderr, however slow the machine is; tests of them set their own patience."""
+    from sepjax import progress  # not before modules are imported with their checks
+
+    progress.LOG_PATIENCE = float("inf")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Where `--durations` tells the slowest tests, the slowest files too: a hundred quick tests are one of them."""
     if terminalreporter.config.option.durations is None:

@@ -61,7 +61,7 @@ def test_work_is_shown_while_it_lasts_and_its_time_stays(monkeypatch, capfd):
     assert not progress._display._works
 
 
-def test_nobody_sees_it_in_a_file_or_when_asked_for_quiet(monkeypatch, capfd):
+def test_nobody_sees_it_in_a_log_at_once_or_when_asked_for_quiet(monkeypatch, capfd):
     with working("loading", patience=0.0):
         time.sleep(2 * progress._EVERY)
     assert capfd.readouterr() == ("", "")
@@ -76,6 +76,22 @@ def test_nobody_sees_it_in_a_file_or_when_asked_for_quiet(monkeypatch, capfd):
         with quietly(), working("loading", patience=0.0):
             time.sleep(2 * progress._EVERY)
     assert shown == []
+
+
+def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(monkeypatch, capfd):
+    monkeypatch.setattr(progress, "LOG_PATIENCE", 0.5)
+    with working("streaming", 200, "tokens", patience=0.0) as work:
+        work.add(50)
+        for seconds in (0.6, 0.1, 1.5):  # it has been at work for so long, and so much longer
+            work.begun -= seconds
+            time.sleep(2 * progress._EVERY)
+    with quietly(), working("asked for quiet", patience=0.0) as work:
+        work.begun -= 9.0
+        time.sleep(2 * progress._EVERY)
+    first, second, last = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(r"streaming: 25% of 200 tokens, 0\.\d s, \d\.\d s left", first)
+    assert re.fullmatch(r"streaming: 25% of 200 tokens, \d\.\d s, \d+(\.\d)? s left", second), "twice as long"
+    assert re.fullmatch(r"streaming: 200 tokens, \d\.\d s", last)
 
 
 def test_how_far_it_is(monkeypatch):

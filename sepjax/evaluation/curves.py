@@ -24,6 +24,15 @@ def table(scores: Sequence[StreamScore]) -> str:
     return "\n".join([header, *rows])
 
 
+def times(scores: Sequence[StreamScore]) -> str:
+    """What was done before the streams, and how long each of them took, in a line."""
+    compiling = sum(dict.fromkeys(s.compile_seconds for s in scores))  # programs compiled together say the same
+    streamed = ", ".join(f"{s.seconds:.1f}" for s in scores)
+    return (
+        f"seconds: read and tokenised {scores[0].tokenise_seconds:.1f}; compiled {compiling:.1f}; streamed {streamed}"
+    )
+
+
 def label(score: StreamScore) -> str:
     """A stream's name in a picture or a file."""
     s = score

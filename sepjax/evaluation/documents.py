@@ -52,16 +52,19 @@ def documents_of(
     if line_wise and start is None:
         raise StreamError("the line-wise protocol puts a BOS in front of every line, but the tokenizer has none")
 
-    def ids() -> Iterator[Document]:
-        for text in counted(texts, "tokenising"):
-            if line_wise:
-                lines = [[start, *tokenizer.encode(line)] for line in text.splitlines() if line.strip()]
-                pairs = [(line[:-1], line[1:]) for line in lines]
-                yield Document(*(np.array([i for pair in pairs for i in pair[side]], np.int32) for side in (0, 1)))
-            else:
-                yield from whole_documents([tokenizer.encode(text)], first)
+    def by_lines() -> Iterator[Document]:
+        for text in texts:
+            found = tokenizer.encode_each(line for line in text.splitlines() if line.strip())
+            lines = [np.array([start, *ids.tolist()], np.int32) for _, ids in found]
+            sides = [line[:-1] for line in lines], [line[1:] for line in lines]
+            yield Document(*(np.concatenate([np.zeros(0, np.int32), *side]) for side in sides))
 
-    return first_tokens(ids(), max_tokens)
+    def whole() -> Iterator[Document]:
+        for _, ids in tokenizer.encode_each(texts):
+            yield from whole_documents([ids], first)
+
+    found = by_lines() if line_wise else whole()
+    return first_tokens(counted(found, "tokenising", max_tokens or None, "tokens", lambda x: len(x.inputs)), max_tokens)
 
 
 def whole_documents(
@@ -104,7 +107,7 @@ def read_documents(
         first = tokenizer.document_start if as_in_training else _bos(tokenizer)
         return whole_documents(texts, first, max_tokens=max_tokens)
     cut = {"line_wise": line_wise, "max_tokens": max_tokens, "as_in_training": as_in_training}
-    return documents_of(tokenizer, read_texts(path), **cut)
+    return documents_of(tokenizer, map(_read_text, _text_files(path)), **cut)
 
 
 def has_records(path: Path) -> bool:
@@ -120,6 +123,10 @@ def read_texts(path: Path) -> list[str]:
       FileNotFoundError: there is nothing there.
       StreamError: no UTF-8 text, or a folder without .txt files.
     """
+    return [_read_text(file) for file in _text_files(path)]
+
+
+def _text_files(path: Path) -> list[Path]:
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if path.is_file() and has_records(path):
         raise StreamError(
@@ -128,7 +135,7 @@ def read_texts(path: Path) -> list[str]:
         )
     if not files:
         raise StreamError(f"{str(path)!r} has no .txt files")
-    return [_read_text(file) for file in files]
+    return files
 
 
 def _read_text(path: Path) -> str:

@@ -1,6 +1,7 @@
 """The jobs of `sepjax evaluate`, from a path to scores: load, read the texts, score."""
 
 import dataclasses
+import time
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -128,8 +129,11 @@ def stream(
     cut = {"line_wise": line_wise, "max_tokens": max_tokens, "as_in_training": is_trained(path)}
     if text and split:
         raise ConfigError(f"--split={split} is of a run's own corpus; a stream of --text takes all of it")
+    began = time.perf_counter()
     documents = read_documents(Path(text), tokenizer, **cut) if text else corpus_of(path, split, tokenizer, **cut)
-    return streaming.score_streams(model, tokenizer, documents, attentions, consume=True, **options)
+    seconds = time.perf_counter() - began
+    scores = streaming.score_streams(model, tokenizer, documents, attentions, consume=True, **options)
+    return [dataclasses.replace(score, tokenise_seconds=seconds) for score in scores]
 
 
 def find_needles(

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import operator
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -112,16 +113,15 @@ def token_windows(
     """
     windows, documents, num_bytes, scored, in_part = [], [], 0, [], bool(loss_on)
     front = ([start] if start is not None else tokenizer.prefix) if bos else []
-    for number, text in enumerate(counted(texts, "tokenising")):
+    read = tokenizer.encode_each(((text, *unmarked(text)) for text in texts), text=operator.itemgetter(1))
+    for number, ((text, plain, spans), own) in enumerate(counted(read, "tokenising")):
         is_conversation = OPEN in text
         in_part |= is_conversation
-        plain, spans = unmarked(text)
         spans = matched(plain, re.compile(loss_on, re.DOTALL)) if loss_on else spans
-        own = tokenizer.encode(plain)
-        whole = own if is_conversation or own[:1] == front else [*front, *own]
+        starts = is_conversation or own[:1].tolist() == front
+        whole = own if starts else np.concatenate([np.array(front, np.int32), own])
         is_whole = not (is_conversation or loss_on)
         marks = np.ones(len(whole), bool) if is_whole else _marks(tokenizer, plain, own, spans, len(whole))
-        whole = np.array(whole, np.int32)
         ids = whole[: max_tokens or None]
         complete = len(ids) == len(whole) and ids[:1].tolist() == (front or tokenizer.prefix) and is_whole
         if complete:  # all of the text is scored
@@ -139,10 +139,9 @@ def token_windows(
     return TextWindows(windows, np.array(documents, np.int32), num_bytes, tuple(scored) if in_part else None)
 
 
-def _marks(tokenizer: Tokenizer, text: str, ids: list[int], spans: Spans, size: int) -> np.ndarray:
+def _marks(tokenizer: Tokenizer, text: str, ids: np.ndarray, spans: Spans, size: int) -> np.ndarray:
     """bool[size]: which tokens have a part in a span; `size` counts what was put in front of `ids`."""
-    flat = np.array(ids, np.int32)
-    own = scored_tokens(tokenizer, [text], flat, np.array([len(ids)]), [spans])[0]
+    own = scored_tokens(tokenizer, [text], ids, np.array([len(ids)]), [spans])[0]
     return np.concatenate([np.zeros(size - len(ids), bool), own])
 
 

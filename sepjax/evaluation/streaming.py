@@ -8,34 +8,39 @@ the loss of every token; `sepjax.evaluation.slices` tells what these were told f
 
 import dataclasses
 import functools
+import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepjax.array_typing import Float, Int32
+from sepjax import interrupt
 from sepjax.config import AttentionConfig
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.arms import Arm, distances, plain_arms
 from sepjax.evaluation.compare import baseline_index, references
 from sepjax.evaluation.documents import Document, Lanes, StreamError
 from sepjax.evaluation.slices import EDGES, ScoredTokens, Slice, by_position, sliced
-from sepjax.evaluation.token_loss import token_nll
+from sepjax.evaluation.stream_passes import State, Sums, passes
 from sepjax.generation.cache.bounded_run import unsupported
-from sepjax.generation.cache.mixed import BoundedCache, BoundedSizes, MixedSizes, bounded_sizes, empty_cache
+from sepjax.generation.cache.mixed import BoundedSizes, MixedSizes, bounded_sizes, empty_cache
 from sepjax.generation.limits import check_cache
 from sepjax.generation.prepared import laid_out
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import Transformer, split
-from sepjax.model.unrolled import Layerwise, runner, working_copy
+from sepjax.model.unrolled import working_copy
 from sepjax.progress import working
 from sepjax.separators import configured_table, warn_of_few_in
+from sepjax.sharding import placed_like
 
 _SHORT = 64  # tokens of a row in a pass, up to which layers are not scanned
+_CORES = 4  # for each program that is compiled beside others
 _PASSES = 64  # on the device between two looks of the host
 
 
@@ -72,6 +77,8 @@ class StreamScore:
     rows: int
     chunk: int  # tokens of a row in a pass
     compilations: int  # while the clock ran
+    compile_seconds: float = 0.0  # before it, of all programs that were compiled together
+    tokenise_seconds: float = 0.0  # before that: of reading and tokenising all texts
     cache_dtype: str = "model"  # see `AttentionConfig`
     arm: str = ""
     baseline: str = ""  # the arm that differences are from
@@ -123,23 +130,28 @@ def score_streams(
     if consume:
         _give_up(model, arms, sizes, lanes, chunk)
     num_bytes = sum(len(tokenizer.token_bytes(int(i))) * n for i, n in _counted(documents))
-    scored = [_score(model, tokenizer, lanes, arm.attention, chunk, num_bytes) for arm in arms]
-    tokens = ScoredTokens.create([x.inputs for x in documents], [x.targets for x in documents])
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(_told, documents)  # sorting, beside what the device does
+        scored = _scored(model, tokenizer, lanes, [arm.attention for arm in arms], chunk, num_bytes)
+        tokens = told.result()
     losses = [nll for _, nll in scored]
     refer = references(arms, [score.slots_held for score, _ in scored], first)
+    beside = {"baseline": arms[first].name, "near": near, "far": far}
     return [
         dataclasses.replace(
             score,
             buckets=_buckets(tokens, losses[i]),
             arm=arms[i].name,
-            baseline=arms[first].name,
-            near=near,
-            far=far,
             slices=sliced(tokens, losses, i, refer[i], near, far),
             positions=by_position(tokens, losses, i, refer[i]),
+            **beside,
         )
         for i, (score, _) in enumerate(scored)
     ]
+
+
+def _told(documents: Sequence[Document]) -> ScoredTokens:
+    return ScoredTokens.create([x.inputs for x in documents], [x.targets for x in documents])
 
 
 def _checked_sizes(model: Transformer, arms: Sequence[Arm]) -> list[BoundedSizes]:
@@ -166,72 +178,96 @@ def _counted(documents: Sequence[Document]) -> Iterator[tuple[int, int]]:
     return zip(ids.tolist(), counts.tolist(), strict=True)
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _State:
-    """Where every lane stands."""
+class _Stream:
+    """The lanes through one cache."""
 
-    cache: BoundedCache
-    at: Int32[jax.Array, "B"]  # in the lane
-    start: Int32[jax.Array, "B"]  # of the document, in the lane
-    document: Int32[jax.Array, "B"]  # its number in the lane
-    nll: Float[jax.Array, "B N"]  # of the lane's tokens so far, in nats
-
-    __no_type_check__ = True
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Sums:
-    """What some passes add up to."""
-
-    held: Float[jax.Array, ""]  # entries that tokens met, summed over tokens
-    most: Int32[jax.Array, ""]
-    kept: Float[jax.Array, ""]  # entries over tokens seen, summed over the documents that ended
-    ended: Int32[jax.Array, ""]  # documents
-
-    __no_type_check__ = True
+    attention: AttentionConfig
+    sizes: BoundedSizes
+    chunk: int
+    one_by_one: bool  # see `_layers_one_by_one`
+    table: jax.Array
+    run: Any  # `stream_passes.passes`, jitted
 
     @classmethod
-    def zeros(cls) -> "_Sums":
-        zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
-        return cls(zero, none, zero, none)
+    def create(
+        cls, model: Transformer, tokenizer: Tokenizer, lanes: Lanes, attention: AttentionConfig, chunk: int
+    ) -> "_Stream":
+        """Warns of few separators."""
+        sizes = bounded_sizes(model.config, attention)
+        chunk = _length(sizes, lanes, chunk)
+        table = jnp.asarray(configured_table(tokenizer, attention))
+        is_token = np.arange(lanes.inputs.shape[1]) < lanes.ends[:, -1, None]
+        warn_of_few_in(np.asarray(lanes.inputs)[is_token], table, attention, "the text to stream")
+        run = jax.jit(functools.partial(passes, split(model)[0], attention, chunk), donate_argnums=1)
+        return cls(attention, sizes, chunk, _layers_one_by_one(model, sizes, attention, chunk), table, run)
+
+    def start(self, model: Transformer, params: Any, lanes: Lanes) -> State:
+        """Empty caches, where the parameters are."""
+        cache = empty_cache(model.config, len(lanes.inputs), self.sizes, by_layer=self.one_by_one)
+        at, first, document = (jnp.zeros(len(lanes.inputs), jnp.int32) for _ in range(3))
+        return placed_like(params, State(cache, at, first, document, jnp.zeros(lanes.inputs.shape)))
+
+
+def _scored(
+    model: Transformer, tokenizer: Tokenizer, lanes: Lanes, attentions: Sequence[AttentionConfig], chunk: int,
+    num_bytes: int,
+) -> list[tuple[StreamScore, np.ndarray]]:  # fmt: skip
+    """Of each what was measured, and the loss of every token of the documents, one after the other.
+
+    Those that share a layout of the parameters are compiled side by side, before any of them runs: compilers time
+    kernels on the device. Memory holds the parameters in one layout at a time.
+    """
+    streams = [_Stream.create(model, tokenizer, lanes, attention, chunk) for attention in attentions]
+    on_device, limit = jax.device_put(lanes), jnp.int32(_PASSES)
+    scored = []
+    for one_by_one, some in itertools.groupby(streams, lambda stream: stream.one_by_one):
+        alike = list(some)
+        params = laid_out(model).params if one_by_one else working_copy(split(model)[1], model.config)
+        began = time.perf_counter()
+        _compile([x.run.lower(params, x.start(model, params, lanes), on_device, x.table, limit) for x in alike])
+        compiling = time.perf_counter() - began
+        for stream in alike:
+            run = functools.partial(_run, params, stream, on_device, limit)
+            score, nll = _score(run, stream.start(model, params, lanes), stream, lanes, num_bytes)
+            scored.append((dataclasses.replace(score, compile_seconds=compiling), nll))
+        del params
+    return scored
+
+
+def _run(params: Any, stream: _Stream, lanes: Lanes, limit: jax.Array, state: State) -> tuple[State, Sums]:
+    return stream.run(params, state, lanes, stream.table, limit)
+
+
+def _compile(programs: Sequence[jax.stages.Lowered]) -> None:
+    """Compiles them, some side by side where there are cores for it."""
+    with working("compiling", len(programs), "programs") as work:
+        pool = ThreadPoolExecutor(max(1, min(len(programs), (os.cpu_count() or 1) // _CORES)))
+        begun = [pool.submit(lowered.compile) for lowered in programs]
+        for compiled in begun:
+            interrupt.need_not_wait_for(compiled.done)
+        pool.shutdown(wait=False)
+        for compiled in begun:
+            compiled.result()
+            work.add()
 
 
 def _score(
-    model: Transformer, tokenizer: Tokenizer, lanes: Lanes, attention: AttentionConfig, chunk: int, num_bytes: int
+    run: Callable[[State], tuple[State, Sums]],
+    state: State,
+    stream: _Stream,
+    lanes: Lanes,
+    num_bytes: int,
 ) -> tuple[StreamScore, np.ndarray]:
-    """What was measured, and the loss of every token of the documents, one after the other."""
-    sizes = bounded_sizes(model.config, attention)
-    chunk = _length(sizes, lanes, chunk)
-    table = jnp.asarray(configured_table(tokenizer, attention))
-    lengths = lanes.ends[:, -1, None]
-    warn_of_few_in(
-        np.asarray(lanes.inputs)[np.arange(lanes.inputs.shape[1]) < lengths], table, attention, "the text to stream"
-    )
-    graph, params = split(model)
-    one_by_one = _layers_one_by_one(model, sizes, attention, chunk)
-    params = laid_out(model).params if one_by_one else working_copy(params, model.config)
-    run = jax.jit(functools.partial(_passes, graph, attention, chunk), donate_argnums=1)
-    on_device = jax.device_put(lanes)
-
-    def start() -> _State:
-        cache = empty_cache(model.config, len(lanes.inputs), sizes, by_layer=one_by_one)
-        at, first, document = (jnp.zeros(len(lanes.inputs), jnp.int32) for _ in range(3))
-        return _State(cache, at, first, document, jnp.zeros(lanes.inputs.shape))
-
-    state, limit = start(), jnp.int32(_PASSES)
-    with working(f"compiling for {attention.pattern}"):  # outside the timing
-        run.lower(params, state, on_device, table, limit).compile()
-    began = time.perf_counter()
+    sizes, began = stream.sizes, time.perf_counter()
     with counted_compilations() as compiled:
-        ends, what = np.asarray(lanes.ends[:, -1]), f"streaming through {attention.pattern}"
-        state, total = _to_the_end(lambda state: run(params, state, on_device, table, limit), state, ends, what)
+        ends, what = np.asarray(lanes.ends[:, -1]), f"streaming through {stream.attention.pattern}"
+        state, total = _to_the_end(run, state, ends, what)
     seconds = time.perf_counter() - began
     nll = lanes.of_documents(np.asarray(state.nll))
     tokens, whole = len(nll), float(np.sum(nll, dtype=np.float64))
     score = StreamScore(
-        pattern=attention.pattern,
+        pattern=stream.attention.pattern,
         num_sinks=sizes.num_sinks,
         max_separators=sizes.max_separators,
         window_size=sizes.window_size,
@@ -248,7 +284,7 @@ def _score(
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         rows=len(lanes.inputs),
-        chunk=chunk,
+        chunk=stream.chunk,
         compilations=len(compiled),
         cache_dtype=sizes.cache_dtype,
     )
@@ -273,13 +309,13 @@ def _layers_one_by_one(model: Transformer, sizes: BoundedSizes, attention: Atten
 
 
 def _to_the_end(
-    passes: Callable[[_State], tuple[_State, _Sums]], state: _State, ends: np.ndarray, what: str
-) -> tuple[_State, Any]:
+    run: Callable[[State], tuple[State, Sums]], state: State, ends: np.ndarray, what: str
+) -> tuple[State, Any]:
     """Makes passes until every lane is at its end; the last state, and what all passes add up to. `what` they do."""
     at, total = np.zeros(len(ends), np.int32), None
     with working(what, int(ends.sum()), "tokens") as work:
         while (at < ends).any():
-            state, sums = passes(state)
+            state, sums = run(state)
             at, sums = jax.device_get((state.at, sums))
             total = sums if total is None else _add(total, sums)
             work.done = int(np.minimum(at, ends).sum())
@@ -301,64 +337,3 @@ def _buckets(tokens: ScoredTokens, nll: np.ndarray) -> tuple[Bucket, ...]:
     sums, counts = np.bincount(bucket, weights=nll, minlength=len(EDGES)), np.bincount(bucket, minlength=len(EDGES))
     rows = zip(EDGES, [*EDGES[1:], 2**31], sums.tolist(), counts.tolist(), strict=True)
     return tuple(Bucket(start, end, _perplexity(nll, n), n) for start, end, nll, n in rows if n)
-
-
-def _passes(
-    graph: Any,
-    attention: AttentionConfig,
-    chunk: int,
-    params: Any,
-    state: _State,
-    lanes: Lanes,
-    table: jax.Array,
-    limit: jax.Array,
-) -> tuple[_State, _Sums]:
-    """Up to `limit` passes, fewer when all lanes are through."""
-    model = runner(graph, params)
-
-    def body(carry: tuple[jax.Array, _State, _Sums]) -> tuple[jax.Array, _State, _Sums]:
-        i, state, sums = carry
-        return i + 1, *_one_pass(model, attention, chunk, state, sums, lanes, table)
-
-    def goes_on(carry: tuple[jax.Array, _State, _Sums]) -> jax.Array:
-        return (carry[0] < limit) & jnp.any(carry[1].at < lanes.ends[:, -1])
-
-    _, state, sums = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, _Sums.zeros()))
-    return state, sums
-
-
-def _one_pass(
-    model: Transformer | Layerwise,
-    attention: AttentionConfig,
-    chunk: int,
-    state: _State,
-    sums: _Sums,
-    lanes: Lanes,
-    table: jax.Array,
-) -> tuple[_State, _Sums]:
-    """Takes every lane to its next compaction, the end of its document or `chunk` tokens on."""
-    rows = jnp.arange(len(state.at))
-    end = lanes.ends[rows, state.document]
-    counts = jnp.minimum(state.cache.room(chunk), end - state.at)
-    i = jnp.arange(chunk, dtype=jnp.int32)
-    index = jnp.minimum(state.at[:, None] + i, lanes.inputs.shape[1] - 1)
-    tokens, targets = (jnp.take_along_axis(x, index, axis=1) for x in (lanes.inputs, lanes.targets))
-    held = state.cache.held_before(chunk)
-    hidden, cache = state.cache.take_up(model, tokens, counts, table, attention)
-    scored = i < counts[:, None]
-    place = jnp.where(scored, index, lanes.inputs.shape[1])  # beyond the end: dropped
-    losses = token_nll(hidden, model.output_embedding(), targets, model.config)
-    nll = state.nll.at[rows[:, None], place].set(losses, mode="drop")
-    cache = cache.compact()
-    at = state.at + counts
-    ended = (at == end) & (counts > 0)
-    kept = jnp.where(ended, cache.held() / jnp.maximum(at - state.start, 1), 0.0)
-    sums = _Sums(
-        held=sums.held + jnp.sum(jnp.where(scored, held, 0), dtype=jnp.float32),
-        most=jnp.maximum(sums.most, jnp.max(jnp.where(scored, held, 0)).astype(jnp.int32)),
-        kept=sums.kept + jnp.sum(kept),
-        ended=sums.ended + jnp.sum(ended),
-    )
-    last = lanes.ends.shape[1] - 1
-    document = jnp.where(ended, jnp.minimum(state.document + 1, last), state.document)
-    return _State(cache.reset(ended), at, jnp.where(ended, at, state.start), document, nll), sums

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
 
 from sepjax.array_typing import Bool
 from sepjax.config import AttentionConfig, ModelConfig, validate_attention, with_own_window
@@ -23,6 +22,7 @@ from sepjax.generation.prompts import check_vocabulary
 from sepjax.model.transformer import Params, Transformer, split
 from sepjax.model.unrolled import by_layer
 from sepjax.separators import configured_table
+from sepjax.sharding import placed_like
 
 _LARGE = 2**30  # bytes of all layers that are not to be in memory twice
 
@@ -66,15 +66,8 @@ class Prepared:
         return dataclasses.replace(self, attention=attention, table=table, table_on_device=jnp.asarray(table))
 
     def placed[T](self, state: T) -> T:
-        """Fresh arrays put where the weights were put, if that is one device (loaded weights are put there).
-
-        What a program gives lies there, too. Left where they happen to be, fresh arrays would have programs of their
-        own, compiled beside those for what comes back.
-        """
-        leaf = jax.tree.leaves(self.params)[0]
-        if not leaf.committed or len(leaf.sharding.device_set) > 1:
-            return state
-        return jax.device_put(state, SingleDeviceSharding(*leaf.sharding.device_set))
+        """Fresh arrays put where the weights were put: see `placed_like`."""
+        return placed_like(self.params, state)
 
 
 def _ready(

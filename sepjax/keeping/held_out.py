@@ -79,7 +79,7 @@ def divide(
     random = np.random.default_rng(seed)
 
     def shuffled(texts: Sequence[str]) -> list[np.ndarray]:
-        ids = [np.array(tokenizer.encode(text), np.int32) for text in counted(texts, "tokenising")]
+        ids = [ids for _, ids in counted(tokenizer.encode_each(texts), "tokenising")]
         return [ids[i] for i in random.permutation(len(ids))]
 
     ids = shuffled(texts)

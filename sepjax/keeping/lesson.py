@@ -18,6 +18,7 @@ from sepjax.layout import build_layout
 from sepjax.model.gate import keep_best
 from sepjax.model.transformer import Params, merge
 from sepjax.progress import counted
+from sepjax.sharding import placed_like
 
 LOSSES = ("log", "top", "share")
 
@@ -82,7 +83,7 @@ def learn(
         return updated, moments
 
     gates = {x: jax.tree.map(jnp.array, params) for x in LOSSES}  # copies: the caller's are not used up
-    moments, rng = jax.jit(optimizer.init)(gates), np.random.default_rng(seed)
+    moments, rng = placed_like(gates, jax.jit(optimizer.init)(gates)), np.random.default_rng(seed)
     for _ in counted(range(steps), f"learning by the losses {', '.join(LOSSES)}", steps, "steps"):
         some = rng.choice(len(rows.worth), batch, replace=len(rows.worth) < batch)
         gates, moments = step(gates, moments, Rows(*(x[some] for x in rows)))

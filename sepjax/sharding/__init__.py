@@ -269,6 +269,20 @@ def on_one_device() -> bool:
     return mesh.empty or mesh.size == 1
 
 
+def placed_like[T](params: Any, state: T) -> T:
+    """Fresh arrays put where parameters were put, if that is one device (loaded parameters are put there).
+
+    What a program gives lies there, too. Left where they happen to be, fresh arrays would have programs of their own,
+    compiled beside those for what comes back.
+    """
+    leaf = jax.tree.leaves(params)[0]
+    if not leaf.committed or len(leaf.sharding.device_set) > 1:
+        return state
+    if isinstance(leaf.sharding, NamedSharding):  # of a mesh of one device
+        return jax.device_put(state, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+    return jax.device_put(state, jax.sharding.SingleDeviceSharding(*leaf.sharding.device_set))
+
+
 def ways(name: str) -> int:
     """Parts that the ambient mesh (`jax.set_mesh`) splits a logical axis into; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()

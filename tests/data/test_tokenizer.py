@@ -131,6 +131,23 @@ def test_many_texts_encode_as_each_alone(kinds, kind, texts):
     assert ids.tolist() == [i for text in texts for i in tokenizer.encode(text)]
     assert lengths.tolist() == [len(tokenizer.encode(text)) for text in texts]
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    numbered = tokenizer.encode_each(enumerate(texts), text=lambda item: item[1])
+    assert [(item, ids.tolist()) for item, ids in numbered] == [(x, tokenizer.encode(x[1])) for x in enumerate(texts)]
+
+
+def test_texts_are_read_no_further_than_twice_what_was_asked_for(kinds, monkeypatch):
+    """A folder of books is not tokenised for a few of its tokens; and no more at a time than memory is meant for."""
+    tokenizer, read, at_once = kinds[KINDS[0]], [], []
+    encode = tokenizer.encode_flat
+    monkeypatch.setattr(tokenizer, "encode_flat", lambda texts: at_once.append(len(texts)) or encode(texts))
+    monkeypatch.setattr("sepjax.data.tokenizer._AT_ONCE", 40)
+    each = tokenizer.encode_each(read.append(i) or "ten chars." for i in range(12))
+    for taken in (1, 2, 4, 8):
+        while len(at_once) == 0 or sum(at_once) < taken:
+            next(each)
+        assert len(read) == taken
+    assert len(list(each)) + 8 >= 12
+    assert at_once == [1, 1, 2, 4, 4]
 
 
 def test_an_imported_sentencepiece_model_encodes_as_its_library(tmp_path):

@@ -43,6 +43,10 @@ class Bytes(Tokenizer):
     def encode(self, text):
         return list(text.encode())
 
+    def encode_flat(self, texts):
+        ids = [np.array(self.encode(x), np.int32) for x in texts]
+        return np.concatenate([np.zeros(0, np.int32), *ids]), np.array([*map(len, ids)])
+
     def token_texts(self):
         return [chr(i) for i in range(256)] + [None]
 
@@ -100,9 +104,6 @@ class NoBos(Bytes):
     """GPT's kind: nothing in front of a text, and 256 between documents in training."""
 
     adds_bos, document_end = False, 256
-
-    def encode_flat(self, texts):
-        return np.concatenate([np.array(self.encode(x), np.int32) for x in texts]), np.array(list(map(len, texts)))
 
 
 def test_a_runs_documents_begin_as_in_training(byte_model, monkeypatch, tmp_path):

@@ -40,6 +40,10 @@ class Bytes(Tokenizer):
     def encode(self, text, *, bos=False):
         return [256] * bos + list(text.encode())
 
+    def encode_flat(self, texts):
+        ids = [np.array(self.encode(x), np.int32) for x in texts]
+        return np.concatenate([np.zeros(0, np.int32), *ids]), np.array([*map(len, ids)])
+
     def token_texts(self):
         return [chr(i) for i in range(256)] + [None]
 
@@ -53,7 +57,8 @@ def model():
         vocab_size=257, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32
     )
     graph, params = random_split(config, ATTENTION)
-    return merge(graph, jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params))
+    params = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
+    return merge(graph, jax.device_put(params, jax.devices()[0]))  # put there, as loaded ones are
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -93,6 +98,7 @@ def test_equals_a_loop_over_tokens_one_at_a_time(model, attention, monkeypatch):
     # Rows and chunks know no pattern: few and short ones for separators, all and long ones for the others.
     for rows, chunk, short in [(2, 5, 64) if attention is ATTENTION else (32, 0, 0)]:
         monkeypatch.setattr("sepjax.evaluation.streaming._SHORT", short)  # up to which layers are not scanned
+        monkeypatch.setattr("sepjax.evaluation.streaming._PASSES", 3)  # so that the host looks more than once
         (score,) = score_streams(model, Bytes(), documents, [attention], rows=rows, chunk=chunk)
         size = sum(len(text.encode()) for text in TEXTS)
         assert score.tokens == score.bytes == size  # a byte a token; BOS is no target

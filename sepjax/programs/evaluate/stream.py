@@ -47,7 +47,7 @@ def main(settings: Settings) -> None:
         chunk=settings.chunk,
         **settings.slices,
     )
-    print(curves.table(scores))
+    print(curves.table(scores), curves.times(scores), sep="\n")
     common.print_slices(scores)
     print(f"curve by position: {jobs.write_files(output, curves, scores)}")
     common.write(settings, output, _JOB, scores)
