@@ -4,6 +4,7 @@ A worker imports all of sepjax and calls half of its three thousand functions. E
 for its arguments and once for its result.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ def when_called(function: Callable[..., Any]) -> Callable[..., Any]:
     def late(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
         nonlocal checked
+        if checked is None and sys.is_finalizing():  # of what is only now forgotten, when nothing can be imported
+            return function(*args, **kwargs)
         if checked is None:
             from beartype import beartype
 
