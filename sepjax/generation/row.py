@@ -167,6 +167,7 @@ class Row:
         self.joins = not (settings.logprobs or settings.stop or settings.max_repeats or has_end)
         self.seen = seen
         self.finish_reason: str | None = None
+        self._restored: tuple[int, str | None] = (-1, None)  # tokens seen then, and why it had ended
 
     @property
     def left(self) -> int:
@@ -262,10 +263,11 @@ class Row:
         return StreamEvent(self._text.flush(), (), self.finish_reason, CacheUse(held, self.seen, nbytes, kept))
 
     def state(self) -> dict[str, Any]:
-        """Where it stands, for `restore`: plain JSON."""
+        """Where it stands, for `restore`: plain JSON; what was restored and got no token since is as it was."""
+        seen, ended = self._restored
         return {
             "seen": self.seen,
-            "finish_reason": self.finish_reason,
+            "finish_reason": ended if self.seen == seen and self.finish_reason is None else self.finish_reason,
             "text": self._text.state(),
             "guard": self._guard.state(),
         }
@@ -281,6 +283,7 @@ class Row:
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken, for as many more tokens as these settings say."""
         self.seen, self.finish_reason, self._left = state["seen"], self.end_of(state), self._limit()
+        self._restored = state["seen"], state["finish_reason"]
         self._early = self._settings.min_new_tokens
         self._text.restore(state["text"])
         self._guard.restore(state["guard"])

@@ -127,9 +127,9 @@ def test_a_run_is_scored_on_its_own_mixture(mixed, data_dir, tmp_path, monkeypat
     assert sizes[True] / sum(sizes.values()) == pytest.approx(0.75, abs=0.02)
     few = corpus_of(tmp_path, "", tokenizer, max_tokens=40)
     assert sum(len(document.inputs) for document in few) == 40
-    read, encode = [], Tokenizer.encode
+    read, encode = [], Tokenizer.encode_flat
     with monkeypatch.context() as patch:  # of a large corpus no more is looked at
-        patch.setattr(Tokenizer, "encode", lambda self, text, **how: read.append(text) or encode(self, text, **how))
+        patch.setattr(Tokenizer, "encode_flat", lambda self, texts: read.extend(texts) or encode(self, texts))
         assert len(corpus_of(tmp_path, "train", tokenizer, max_tokens=40)) == len(read) == 2
     (one,) = corpus_of(tmp_path, "", tokenizer, max_tokens=1)  # of which a quarter is none
     assert len(one.inputs) == 1
