@@ -339,14 +339,14 @@ def flat(events):
 
 
 def test_rows_whose_end_is_known_give_way_before_it_and_tokens_may_come_at_once(engine, slots):
-    """Eight at four rows, of every length; of those that are kept not all have room in the pool."""
+    """Twelve at four rows, of every length; of those that are kept not all have room in the pool."""
     rng = np.random.default_rng(4)
     settings: dict[str, Any] = {"stop_at_eos": False, "keep": True}
     wanted = [
         {"max_new_tokens": 1 + i, "sampling": Sampling.create(1.3, logit_bias=bias), "seed": i, "stop": stop}
-        for i, (bias, stop) in enumerate([({}, ()), ({}, ()), ({104: 100.0}, "c"), *[({}, ())] * 6])
+        for i, (bias, stop) in enumerate([({}, ()), ({}, ()), ({104: 100.0}, "c"), *[({}, ())] * 9])
     ]
-    prompts = [rng.integers(3, 300, size).tolist() for size in (3, 30, 9, 4, 70, 2, 11, 5, 6)]
+    prompts = [rng.integers(3, 300, size).tolist() for size in (3, 30, 9, 4, 70, 2, 11, 5, 6, 8, 3, 7)]
     known = {}
     for prompt, each in zip(prompts, wanted, strict=True):
         number = slots.submit(SlotRequest(prompt, **settings, **each))
