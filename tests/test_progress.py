@@ -80,13 +80,14 @@ def test_nobody_sees_it_in_a_log_at_once_or_when_asked_for_quiet(monkeypatch, ca
 
 def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(monkeypatch, capfd):
     monkeypatch.setattr(progress, "LOG_PATIENCE", 0.5)
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with working("streaming", 200, "tokens", patience=0.0) as work:
         work.add(50)
-        for seconds in (0.6, 0.1, 1.5):  # it has been at work for so long, and so much longer
-            work.begun -= seconds
-            time.sleep(2 * progress._EVERY)
-    with quietly(), working("asked for quiet", patience=0.0) as work:
-        work.begun -= 9.0
+        for clock[0] in (0.6, 0.7, 2.2):  # it has been at work for so long
+            time.sleep(3 * progress._EVERY)
+    with quietly(), working("asked for quiet", patience=0.0):
+        clock[0] += 9.0
         time.sleep(2 * progress._EVERY)
     first, second, last = capfd.readouterr().err.splitlines()
     assert re.fullmatch(r"streaming: 25% of 200 tokens, 0\.\d s, \d\.\d s left", first)
