@@ -30,6 +30,7 @@ from sepjax.evaluation.slices import EDGES, ScoredTokens, Slice, by_position, sl
 from sepjax.evaluation.stream_passes import State, Sums, passes
 from sepjax.generation.cache.bounded_run import unsupported
 from sepjax.generation.cache.mixed import BoundedSizes, MixedSizes, bounded_sizes, empty_cache
+from sepjax.generation.graphs import compiler_options
 from sepjax.generation.limits import check_cache
 from sepjax.generation.prepared import laid_out
 from sepjax.measure import counted_compilations
@@ -199,7 +200,8 @@ class _Stream:
         table = jnp.asarray(configured_table(tokenizer, attention))
         is_token = np.arange(lanes.inputs.shape[1]) < lanes.ends[:, -1, None]
         warn_of_few_in(np.asarray(lanes.inputs)[is_token], table, attention, "the text to stream")
-        run = jax.jit(functools.partial(passes, split(model)[0], attention, chunk), donate_argnums=1)
+        program = functools.partial(passes, split(model)[0], attention, chunk)
+        run = jax.jit(program, donate_argnums=1, compiler_options=compiler_options())
         return cls(attention, sizes, chunk, _layers_one_by_one(model, sizes, attention, chunk), table, run)
 
     def start(self, model: Transformer, params: Any, lanes: Lanes) -> State:

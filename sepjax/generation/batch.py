@@ -66,7 +66,7 @@ def run(
     keys: jax.Array,
     num_steps: int,
 ) -> Iterator[tuple[int, StreamEvent]]:
-    """Yields (row, event) for every token of every row, `num_steps` steps at a time on the device."""
+    """Yields (row, event) up to the end of every row, `num_steps` steps at a time on the device."""
     rows = [
         Row(
             of.tokenizer,
@@ -92,18 +92,19 @@ def run(
 
 
 def _events(rows: Sequence[Row], taken: Sequence[int], steps: Steps, nbytes: int) -> Iterator[tuple[int, StreamEvent]]:
+    """An event a token; of all its tokens for a row that may (`Row.joins`)."""
     record: Any = steps  # as NumPy arrays
-    for i in range(record.token.shape[1]):
-        for b, row in enumerate(rows):
-            if row.finish_reason is None and record.token[b, i] >= 0:
-                yield (
-                    b,
-                    row.take(
-                        int(record.token[b, i]),
-                        taken=taken[b],
-                        held=int(record.held[b, i]),
-                        nbytes=nbytes,
-                        logprob=float(record.logprob[b, i]),
-                        top=(record.top_tokens[b, i], record.top_logprobs[b, i]),
-                    ),
-                )
+    tokens, held, logprobs = record.token.tolist(), record.held.tolist(), record.logprob.tolist()
+    for b, row in enumerate(rows):
+        if row.finish_reason is not None:
+            continue
+        found = [token for token in tokens[b] if token >= 0]
+        if found and row.joins and taken[b] == 1:
+            found = row.up_to_end(found)
+            yield b, row.take_all(found, held=held[b][len(found) - 1], nbytes=nbytes)
+            continue
+        for i, token in enumerate(found):
+            told = {"logprob": logprobs[b][i], "top": (record.top_tokens[b, i], record.top_logprobs[b, i])}
+            yield b, row.take(token, taken=taken[b], held=held[b][i], nbytes=nbytes, **told)
+            if row.finish_reason is not None:
+                break

@@ -11,6 +11,7 @@ from flax import nnx
 from sepjax.array_typing import Array, Bool, Float, InShapes, Int32, Tokens, UInt16
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.protocol import Cache
+from sepjax.generation.graphs import compiler_options
 from sepjax.generation.penalties import after_drawing, after_reading, biased, no_uses, penalised, without
 from sepjax.generation.sampling import Sampling, best_of, sample
 from sepjax.generation.step import decode_step, prefill, take_up_run
@@ -121,7 +122,8 @@ def make_advance(
 
     Fetched once a job: to hash a graph for every call takes longer than a step of a small model.
     """
-    return jax.jit(functools.partial(advance, graph, attention, num_steps), donate_argnums=1)
+    program = functools.partial(advance, graph, attention, num_steps)
+    return jax.jit(program, donate_argnums=1, compiler_options=compiler_options())
 
 
 def advance(
@@ -169,7 +171,8 @@ def advance(
 @functools.cache
 def make_consume(graph: nnx.GraphDef, attention: AttentionConfig) -> Callable[..., tuple[Cache, jax.Array, jax.Array]]:
     """`consume` compiled for one model and pattern, its cache donated."""
-    return jax.jit(functools.partial(consume, graph, attention), donate_argnums=1)
+    program = functools.partial(consume, graph, attention)
+    return jax.jit(program, donate_argnums=1, compiler_options=compiler_options())
 
 
 def consume(

@@ -164,7 +164,7 @@ class Row:
         self._settings, self._has_end = settings, has_end
         self._left, self._early = self._limit(), settings.min_new_tokens
         self.wants_logprobs, self.wants_top = settings.logprobs, settings.top_logprobs > 0
-        self.joins = not (settings.logprobs or settings.stop or settings.max_repeats or has_end)
+        self.joins = not (settings.logprobs or settings.stop or settings.max_repeats)
         self.seen = seen
         self.finish_reason: str | None = None
         self._restored: tuple[int, str | None] = (-1, None)  # tokens seen then, and why it had ended
@@ -216,7 +216,7 @@ class Row:
             self.finish_reason = "stop"
         elif ends:
             self.finish_reason = ends
-        elif not self._left or (self._has_end and self.seen + 1 >= self.LAST_POSITION):
+        elif not self._left or not self._positions_left():
             self.finish_reason = "length"
         elif self._guard.feed(token):
             self.finish_reason = "repetition"
@@ -236,7 +236,12 @@ class Row:
         ends = self._settings.ends
         if not (ends.eos.isdisjoint(tokens) and ends.stop.isdisjoint(tokens)):
             tokens = tokens[: next(i for i, token in enumerate(tokens, 1) if ends.reason(token))]
-        return tokens if self._left < 0 else tokens[: self._left]
+        tokens = tokens if self._left < 0 else tokens[: self._left]
+        return tokens[: self._positions_left()]
+
+    def _positions_left(self) -> int:
+        """Tokens that may still come before the text has no more positions."""
+        return max(0, self.LAST_POSITION - 1 - self.seen) if self._has_end else self.LAST_POSITION
 
     def take_all(self, tokens: list[int], *, held: int, nbytes: int, kept: int | None = None) -> StreamEvent:
         """One event of tokens that came at once, as `take` gives many; of rows that may (`joins`).
@@ -250,7 +255,7 @@ class Row:
         self._early -= len(tokens)
         self.finish_reason = self._settings.ends.reason(tokens[-1])
         text = self._text.feed_all(tokens[:-1] if self.finish_reason == "stop" else tokens)
-        if self.finish_reason is None and not self._left:
+        if self.finish_reason is None and not (self._left and self._positions_left()):
             self.finish_reason = "length"
         if self.finish_reason is not None:
             text += self._text.flush()
