@@ -7,7 +7,7 @@ from sepjax.config import ConfigError
 MOST_STEPS = 64  # tokens between two looks of the host: with more, clients wait for what has long been there
 MOST_HTTP = 64  # processes that answer HTTP: each has a tokenizer of its own
 _HTTP = 4  # beside an accelerator
-_STEPS = 16  # on an accelerator: more tokens/s than 32 at 256 rows (docs/serving.md)
+_STEPS = 16  # on an accelerator: more tokens/s than 32 at 256 rows (docs/serving_measurements.md)
 
 
 def check_memory(device_memory: int | None, cache_memory: int) -> None:
