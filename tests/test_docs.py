@@ -205,6 +205,20 @@ def test_commands_and_settings_in_the_text_are_known(page):
     assert [said for span in spans if (said := unknown_in(span.split()))] == []
 
 
+def test_tests_that_pages_name_are_there():
+    """By their file, and by the beginning of their name where it ends with dots."""
+    tests = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    found, seen = [], 0
+    for page in PAGES:
+        file = ""
+        for named, test in re.findall(r"`(?:[\w/]*/)?(test_\w+\.py)?(?:::(test_\w+))?(?:\.\.\.)?`", page.read_text()):
+            file, seen = named or file, seen + bool(named or test)
+            if (named or test) and f"def {test}" not in tests.get(file, ""):
+                found.append(f"{page.name}: {file}::{test}")
+    assert found == []
+    assert seen > 40
+
+
 def unknown_in(words: list[str]) -> str:
     """The first command or flag that there is not, of a command whose other words may stand for something."""
     words = words[words.index("sepjax") + 1 :]
