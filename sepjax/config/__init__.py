@@ -66,64 +66,66 @@ __all__ = [  # of other files, for whoever reads a config
 class DataConfig:
     """Where text comes from and how it becomes batches."""
 
-    # "embedded" | "recall" (generated) | a .txt, .jsonl (.gz, .zst) or .parquet file, a folder of them | a TFDS dataset
-    # | "hf://OWNER/NAME[/CONFIG][@REVISION]", "hf://./FOLDER": a dataset that `datasets` reads
-    name: str = "embedded"  # a mixture: "A*0.7,B*0.3", shares of tokens
-    data_dir: str = ""  # where prepared datasets and indexes of JSON lines are kept; empty: <workdir>/data
+    # "embedded" | "recall" (synthetic) | a .txt, .jsonl (.gz, .zst) or .parquet file, or a folder of them | a TFDS
+    # dataset | "hf://OWNER/NAME[/CONFIG][@REVISION]" or "hf://./FOLDER", read by `datasets` | a mixture of these by
+    # shares of tokens, "A*0.7,B*0.3"
+    name: str = "embedded"
+    data_dir: str = ""  # folder for prepared datasets and indexes of JSON lines; empty: <workdir>/data
     text_key: str = "text"  # field that holds the text in a TFDS or hf:// dataset, JSON lines or Parquet
-    train_on: str = "assistant"  # of conversations: "assistant" (what it says) | "last" (its last answer) | "all"
-    too_long: str = "truncate"  # a conversation longer than a row: "truncate" | "skip"
-    train_split: str = "train"  # of the corpus, as TFDS names it
-    eval_split: str = "validation"  # of the corpus, for the evaluations of a run
+    train_on: str = "assistant"  # loss on conversations: "assistant" (its messages) | "last" (its last message) | "all"
+    too_long: str = "truncate"  # for conversations longer than a row: "truncate" | "skip"
+    train_split: str = "train"  # split to train on, in TFDS's syntax
+    eval_split: str = "validation"  # split for evaluations during training
     tokenizer: str = ""  # SentencePiece .model or Hugging Face tokenizer.json; empty: train one on the corpus
     tokenizer_vocab_size: int = 8192  # size of the SentencePiece model trained on first run
-    sequence_length: int = 256  # T, tokens of a row
-    batch_size: int = 8  # B: rows per optimizer step, over all devices
-    loss_on: str = ""  # regular expression: only tokens that it, or its group 1, matches are scored; empty: all
+    sequence_length: int = 256  # T, tokens per row
+    batch_size: int = 8  # B, rows per optimizer step, over all devices
+    loss_on: str = ""  # regular expression: the loss covers only what it (or its group 1) matches; empty: all
     num_workers: int = 0  # Grain worker processes; 0: threads of this process
-    max_bad_documents: int = 0  # unreadable documents or records that are passed over; one more is an error
+    max_bad_documents: int = 0  # unreadable documents or records to skip; one more is an error
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
-    learning_rate: float = 1e-3  # after the warm-up
-    final_learning_rate: float = 1e-4  # at the last step
-    warmup_steps: int = 50  # a shorter run ends within its warm-up
+    learning_rate: float = 1e-3  # learning rate after the warm-up
+    final_learning_rate: float = 1e-4  # learning rate at the last step
+    warmup_steps: int = 50  # steps of linear warm-up; a shorter run ends within it
     b1: float = 0.9  # decay of the mean of gradients
     b2: float = 0.95  # decay of the mean of their squares
-    weight_decay: float = 0.1  # on matrices only
-    clip_norm: float = 1.0  # of all gradients together, and of a gate's by themselves
+    weight_decay: float = 0.1  # weight decay, on matrices only
+    clip_norm: float = 1.0  # largest global norm of gradients; a gate's are clipped separately
     accumulation_steps: int = 1  # micro-batches per step; divides data.batch_size
-    z_loss: float = 0.0  # weight of log(Z)^2
+    z_loss: float = 0.0  # weight of the loss log(Z)^2
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class TrainingConfig:
     """Length of the run and the rhythm of its reports."""
 
-    steps: int = 1000  # of the optimizer
+    steps: int = 1000  # optimizer steps of the run
     log_every: int = 10  # steps between lines of metrics
     eval_every: int = 200  # steps between evaluations
-    eval_batches: int = 8  # of an evaluation, at most
+    eval_batches: int = 8  # most batches per evaluation
     checkpoint_every: int = 200  # steps between checkpoints
-    keep_checkpoints: int = 3  # the newest so many
-    max_skipped_steps: int = 0  # steps in a row that may fail (numbers not finite, a spike): they are not applied
-    spike_factor: float = 0.0  # a loss above so many times the running mean fails its step; 0: no loss does
-    seed: int = 0  # of the parameters and of the order of the data
-    init_from: str = ""  # what a new run begins with instead of random numbers: whatever sepjax.load reads
-    gate_noise: float = 1.0  # scale of the Gumbel noise on a gate's scores at the first step; it falls to 0 at the last
+    keep_checkpoints: int = 3  # newest checkpoints to keep
+    max_skipped_steps: int = 0  # steps in a row that may be skipped (not finite, or a spike) before the run ends
+    spike_factor: float = 0.0  # a step whose loss exceeds the running mean by this factor is skipped; 0: off
+    seed: int = 0  # seed of the parameters and of the order of the data
+    init_from: str = ""  # model to start from, anything sepjax.load reads; empty: random parameters
+    # scale of the Gumbel noise on a gate's scores at the first step; falls to 0 at the last step
+    gate_noise: float = 1.0
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class MeshConfig:
     """Devices along each mesh axis; one of them may be -1: all that are left."""
 
-    data: int = -1  # rows of a batch
-    fsdp: int = 1  # rows of a batch, and parameters with the optimizer's state
-    tensor: int = 1  # heads, and the width of the MLP
-    context: int = 1  # tokens of a row
+    data: int = -1  # devices that split the rows of a batch
+    fsdp: int = 1  # devices that split rows, parameters and optimizer state
+    tensor: int = 1  # devices that split heads and the width of the MLP
+    context: int = 1  # devices that split the tokens of a row
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -26,33 +26,36 @@ class AttentionConfig:
     window_size: int = 64  # [n, w] keys of the local window, the query itself included
     # one n per layer; empty: window_size everywhere. In bounded caches: layers of several sizes (docs/streaming.md)
     layer_windows: tuple[int, ...] = ()
-    # layers that see kept tokens, the others sinks and window; empty: all (a gate: those above it)
+    # layers that see kept tokens; the others see sinks and window. Empty: all (with a gate: those above it)
     kept_layers: tuple[int, ...] = ()
-    layer_reach: tuple[int, ...] = ()  # one per layer: how far back it sees, kept keys included; 0: without end
-    # "punctuation" | "paper" (its nine) | "ids" (separator_ids); on a command line also a file of ids, .json or .npy
+    layer_reach: tuple[int, ...] = ()  # one per layer: how far back it sees, kept keys included; 0: no limit
+    # "punctuation" | "paper" (its nine) | "ids" (separator_ids); on the command line also a .json or .npy file of ids
     separators: str = "punctuation"
-    separator_ids: tuple[int, ...] = ()  # for separators="ids"
-    interval: int = 8  # [delta] for pattern="fixed_interval": every delta-th token is kept
+    separator_ids: tuple[int, ...] = ()  # the separators, for separators="ids"
+    interval: int = 8  # [delta] for pattern="fixed_interval": keeps every delta-th token
     # For pattern="gated": layers below `gate_layer` see sinks and window, and a small network on their output scores
     # tokens; of every `gate_stretch` tokens of a document the best `gate_keep` stay visible for the layers above.
     gate_layer: int = 2  # for pattern="gated": the layers below see sinks and window only
-    gate_stretch: int = 64  # tokens of a document that a gate chooses from at a time
-    gate_keep: int = 4  # of every gate_stretch tokens so many stay visible for the layers above
-    # For pattern="watched", of bounded caches: a token that leaves the window is kept when it was looked at sharply
-    # while it was there, by a layer of `watch_layers` (empty: the upper half); the best `max_separators` stay.
-    watch_layers: tuple[int, ...] = ()  # for pattern="watched": the layers that look; empty: the upper half
-    kept_set: str = "head"  # "head": a set for every key head of a watched layer; "model": one set for all
-    watch_after: int = 16  # tokens of age from which looks at a token count: before, everything is looked at
-    watch_half_life: int = 4096  # tokens after which a look (in bounded caches, a gate's choice) counts half; 0: never
-    separators_first: bool = False  # separators stay before all others; among them looks decide, as among the rest
-    max_separators: int = 64  # [s] slots in a bounded streaming cache
-    cache_size: int = 0  # [c] slots of the streaming cache; 0: 2 * (a + s + w), if watched a little over a + s + w
-    cache_dtype: str = "model"  # of keys and values in caches: "model": the model's | "int8": nearly half the bytes
-    stream_positions: str = "slot"  # "slot" | "absolute": what a bounded cache rotates by, its slots or the text
-    keep_all_separators: bool = False  # in a bounded cache: a full one ends the stream, no separator makes room
-    document_mask: bool = True  # False: the official row-wise behaviour, documents of a row see each other
-    capacity: int = 0  # packed global keys per row; 0: as many as the row is long (docs/decisions.md, 17)
-    implementation: str | None = None  # of separator_attention; None: the best that fits the device
+    gate_stretch: int = 64  # for pattern="gated": tokens per stretch, of which the gate keeps the best
+    gate_keep: int = 4  # for pattern="gated": tokens of each stretch that stay visible for the layers above
+    # For pattern="watched", of bounded caches: a token that leaves the window is kept if it got a high attention
+    # weight while it was there, in a layer of `watch_layers` (empty: the upper half); the best `max_separators` stay.
+    watch_layers: tuple[int, ...] = ()  # for pattern="watched": layers whose weights count; empty: the upper half
+    kept_set: str = "head"  # "head": each key head of a watched layer keeps its own tokens; "model": one set for all
+    # for pattern="watched": age in tokens from which attention weights count; all younger tokens get high ones
+    watch_after: int = 16
+    # tokens after which an attention weight (in bounded caches also a gate's score) counts half; 0: never
+    watch_half_life: int = 4096
+    # for pattern="watched": separators stay before all others; attention weights decide among them, and among the rest
+    separators_first: bool = False
+    max_separators: int = 64  # [s] separators (or other kept tokens) in a bounded cache
+    cache_size: int = 0  # [c] entries of a bounded cache; 0: 2 * (a + s + w), if watched a little over a + s + w
+    cache_dtype: str = "model"  # dtype of cached keys and values: "model" (the model's) | "int8" (about half the bytes)
+    stream_positions: str = "slot"  # positions in a bounded cache: "slot" (in the cache) | "absolute" (in the text)
+    keep_all_separators: bool = False  # bounded caches: never evict a separator; a full cache ends the stream
+    document_mask: bool = True  # False: documents of a row see each other, as in the official code
+    capacity: int = 0  # room for packed global keys per row; 0: all, with mesh.context a quarter (docs/decisions.md, 17)
+    implementation: str | None = None  # implementation of separator_attention; None: the best for the device
 
     def in_words(self) -> str:
         """The pattern and its sizes, for people, with the letters of an arm."""

@@ -13,9 +13,9 @@ ALL = "all"
 class LoraConfig:
     """Post-training by low-rank adapters (arXiv 2106.09685): W x + alpha / rank * B A x, of which A and B learn."""
 
-    rank: int = 0  # rows of A and columns of B; 0: no adapters, every parameter learns
-    alpha: float = 16.0  # what adapters add is multiplied by alpha / rank
-    # matrices of every layer that get one: query, key, value, out, gate, up, down; or "all" of them
+    rank: int = 0  # rows of A and columns of B; 0: no adapters, all parameters are trained
+    alpha: float = 16.0  # the output of adapters is multiplied by alpha / rank
+    # matrices that get an adapter, in every layer: query, key, value, out, gate, up, down; or "all"
     targets: tuple[str, ...] = (ALL,)
 
     @property

@@ -18,38 +18,39 @@ class ModelConfig:
     num_layers: int = 4  # L, blocks of attention and MLP
     embed_dim: int = 256  # D, width of the residual stream
     num_heads: int = 4  # N, query heads
-    num_kv_heads: int = 4  # K; N / K queries share a key head (1 = multi-query)
+    num_kv_heads: int = 4  # K, key heads; N / K query heads share each (1: multi-query attention)
     head_dim: int = 64  # H, width of a head
     mlp_dim: int = 1024  # F, hidden width of the MLP
     norm: str = "rmsnorm"  # "rmsnorm" | "layernorm"
     norm_epsilon: float = 1e-5  # added to the variance
     norm_offset: bool = False  # RMS norms multiply by 1 + their weights (Gemma)
-    norm_position: str = "pre"  # norms of what goes into attention and MLP, "post": of what comes out, "both"
-    qk_norm: str = "none"  # RMS norms of queries and keys: "none" | "head" (of each head) | "width" (of all heads)
+    # of attention and MLP: "pre" (norms of their inputs) | "post" (of their outputs) | "both"
+    norm_position: str = "pre"
+    qk_norm: str = "none"  # RMS norms of queries and keys: "none" | "head" (per head) | "width" (over all heads)
     activation: str = "silu"  # "silu" | "gelu" | "gelu_tanh"
     gated_mlp: bool = True  # SwiGLU when activation is silu
-    attention_bias: bool = False  # of queries, keys, values and output
-    qkv_bias: bool = False  # of queries, keys and values alone (Qwen2)
+    attention_bias: bool = False  # biases of queries, keys, values and output
+    qkv_bias: bool = False  # biases of queries, keys and values only (Qwen2)
     mlp_bias: bool = False  # biases in the MLP
     parallel_residual: bool = False  # attention and MLP read the same input (GPT-NeoX, Falcon)
     shared_norm: bool = False  # with parallel_residual: one norm feeds both (Falcon-7B)
     position_embedding: str = "rope"  # "rope" | "learned" (GPT-2)
-    max_positions: int = 2048  # rows of the learned table; with rope only a note of the training context
-    sliding_window: int = 0  # keys that a query of the model's own sees, whatever the pattern; 0: all of them
-    full_layers: tuple[int, ...] = ()  # of a model with a sliding window the layers without it
-    no_rope_layers: tuple[int, ...] = ()  # layers that do not rotate queries and keys (SmolLM3)
+    max_positions: int = 2048  # rows of the learned table; with rope only documents the training context
+    sliding_window: int = 0  # the model's own window, which applies beside any pattern; 0: none
+    full_layers: tuple[int, ...] = ()  # with sliding_window: the layers without it
+    no_rope_layers: tuple[int, ...] = ()  # layers without rotary embedding (SmolLM3)
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     sliding_rope: RopeConfig = dataclasses.field(default_factory=same_rope)  # of layers with the window; base 0: `rope`
-    embedding_scale: float = 1.0  # on what enters the first layer
-    residual_scale: float = 1.0  # on what attention and MLP add
-    attention_scale: float = 0.0  # of scores; 0: head_dim ** -0.5
-    logit_divisor: float = 1.0  # of the scores of the next token
-    final_softcap: float = 0.0  # those scores s become cap * tanh(s / cap); 0: they stay
-    tie_embeddings: bool = True  # logits come from the embedding's own rows
-    dtype: str = "float32"  # of activations and matmul inputs; parameters, norms and softmax stay float32
-    # One compiled block for all layers: compile time does not grow with depth. False: one for each, which spares copies
-    # between the two passes (160M shape on an H100: 16 % less time a step, compiled in 12 s instead of 8; narrower ones
-    # gain more: docs/kernels_training.md).
+    embedding_scale: float = 1.0  # factor on the input of the first layer
+    residual_scale: float = 1.0  # factor on the outputs of attention and MLP
+    attention_scale: float = 0.0  # factor on attention scores; 0: head_dim ** -0.5
+    logit_divisor: float = 1.0  # divides the logits
+    final_softcap: float = 0.0  # logits s become cap * tanh(s / cap); 0: unchanged
+    tie_embeddings: bool = True  # the output head is the embedding
+    dtype: str = "float32"  # dtype of activations and matmul inputs; parameters, norms and softmax stay float32
+    # True: one compiled block for all layers, so compile time does not grow with depth. False: one block per layer,
+    # which saves copies between the two passes (160M shape on an H100: 16 % less time per step, compiled in 12 s
+    # instead of 8; narrower models gain more: docs/kernels_training.md)
     scan_layers: bool = True
     remat: str = "none"  # "none" | "dots" (keep matmul outputs) | "full" (keep layer inputs only)
 

@@ -11,17 +11,18 @@ _MOST = 3e38  # of a base: float32 holds it
 class RopeConfig:
     """Rotary position embedding and its scalings (names as in Hugging Face configs)."""
 
-    base: float = 10_000.0  # of the angles' geometric series
+    base: float = 10_000.0  # base of the frequencies
     fraction: float = 1.0  # share of each head's dimensions that is rotated; GPT-NeoX 0.25
     scaling: str = "none"  # "none" | "linear" | "llama3" | "yarn"
-    factor: float = 1.0  # how many times longer than `original_context`
-    original_context: int = 8192  # context length the base was trained at
-    low_frequency_factor: float = 1.0  # of scaling="llama3": turns in original_context up to which all is scaled
-    high_frequency_factor: float = 4.0  # of scaling="llama3": turns from which nothing is scaled
-    beta_fast: float = 32.0  # of scaling="yarn": turns from which nothing is scaled
-    beta_slow: float = 1.0  # of scaling="yarn": turns up to which all is scaled
-    truncate: bool = True  # yarn: the ramp begins and ends at whole dimensions
-    attention_factor: float = 0.0  # on cosine and sine; 0: the scaling's own, 0.1 ln(factor) + 1 for yarn, 1 for others
+    factor: float = 1.0  # context length over `original_context`
+    original_context: int = 8192  # context length of the original training
+    low_frequency_factor: float = 1.0  # scaling="llama3": full scaling up to this many turns in original_context
+    high_frequency_factor: float = 4.0  # scaling="llama3": no scaling from this many turns on
+    beta_fast: float = 32.0  # scaling="yarn": no scaling from this many turns on
+    beta_slow: float = 1.0  # scaling="yarn": full scaling up to this many turns
+    truncate: bool = True  # scaling="yarn": the ramp begins and ends at whole dimensions
+    # factor on cosine and sine; 0: the default of the scaling, 0.1 ln(factor) + 1 for yarn and 1 for others
+    attention_factor: float = 0.0
 
     def fault(self, head_dim: int) -> str | None:
         """What cannot work with heads of this size, in words that follow "model.rope."; None if all can."""

@@ -1,4 +1,4 @@
-"""measures a part of sepjax on the devices here
+"""benchmarks one part of sepjax on the local devices
 
 sepjax bench attention --lengths=2048,32768
 """

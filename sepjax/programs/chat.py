@@ -1,10 +1,10 @@
-"""talks in turns over one bounded cache
+"""chats in the terminal, over one bounded cache
 
     sepjax chat --model=smollm2-135m [--system="Answer in one sentence." --cache_size=800 ...]
-    sepjax chat --model=smollm2-135m --resume=kept            goes on with what /save kept
+    sepjax chat --model=smollm2-135m --resume=kept            continues what /save saved
 
-Ctrl-C cuts an answer short, /quit or Ctrl-D ends the conversation. In a terminal /help lists what else there is; lines
-are edited there with the package prompt_toolkit (the extra `chat`).
+Ctrl-C stops an answer; /quit or Ctrl-D ends the conversation. In a terminal, /help lists the commands, and the package
+prompt_toolkit (the extra `chat`) gives line editing.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Settings(Writing):
     """How it begins."""
 
-    system: str = ""  # instructions in front of the first turn
-    private: bool = False  # of a terminal: do not keep what is typed for the next chat
+    system: str = ""  # system message in front of the first turn
+    private: bool = False  # in a terminal: do not keep the input history for the next chat
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,10 +18,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Loading(Settings):
     """Which model."""
 
-    workdir: str | None = None  # folder of a run of train.py
+    workdir: str | None = None  # folder of a training run
     model: str | None = None  # a pretrained model: smollm2-135m, a Hugging Face folder, a GGUF file, an id on the hub
-    download: bool = False  # with --model=OWNER/NAME: fetch it from the Hugging Face hub
-    # with --model: of the arithmetic; default: bfloat16, on a CPU float32
+    download: bool = False  # with --model=OWNER/NAME: download it from the Hugging Face hub
+    # with --model: dtype of activations and matmuls; default: bfloat16, on a CPU float32
     dtype: Annotated[str, OneOf(DTYPES)] | None = None
     step: int | None = None  # checkpoint of --workdir to use; default: the newest
 

@@ -20,10 +20,10 @@ class Settings(_Settings):
 
     source: str  # a workdir, a Hugging Face folder, a GGUF file
     target: str  # folder to write, new or empty
-    dtype: str | None = None  # of the tensors of a Hugging Face folder; default: the origin's
+    dtype: str | None = None  # dtype of the tensors in a Hugging Face folder; default: the source model's
     step: int | None = None  # checkpoint of a workdir; default: the newest
-    adapter: str | None = None  # a folder of PEFT's, merged into a pretrained model
-    adapter_only: bool = False  # of a run with config.lora.rank, write its adapters alone, as PEFT reads them
+    adapter: str | None = None  # a PEFT adapter folder to merge into a pretrained model
+    adapter_only: bool = False  # for a run with config.lora.rank: write only its adapters, in PEFT's format
 
 
 def main(settings: Settings) -> None:

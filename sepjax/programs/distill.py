@@ -1,9 +1,9 @@
-"""makes a gate for a model as it is, learned from what the dense model looks at from afar
+"""trains a gate for a frozen model, from the long-range attention of the dense model
 
     sepjax distill --config=configs/post_gated.py --workdir=runs/distilled --config.data.name=FOLDER_OF_TEXTS
 
 The workdir holds the model of `training.init_from`, unchanged, and the gate. `sepjax evaluate` and `sepjax.load` read
-it, and a run begins with it by --config.training.init_from=runs/distilled.
+it; to start a training run from it, use --config.training.init_from=runs/distilled.
 """
 
 import dataclasses
@@ -22,11 +22,12 @@ class Settings(_Settings):
 
     config: Config  # a config file; --config.SECTION.FIELD=VALUE changes one of its settings
     workdir: str  # folder to write, new or empty
-    rows: Annotated[int, AtLeast(1)] = Lesson.rows  # of the training split, to learn from
-    held_out: Annotated[int, AtLeast(1)] = Lesson.held_out  # rows of the evaluation split that grade
-    steps: Annotated[int, AtLeast(1)] = Lesson.steps  # of Adam, for each of three losses
-    learning_rate: Annotated[float, AtLeast(0)] = Lesson.learning_rate  # of Adam at first; a cosine takes it to 0
-    download: bool = False  # fetch --config.training.init_from from the Hugging Face hub
+    rows: Annotated[int, AtLeast(1)] = Lesson.rows  # rows of the training split to learn from
+    held_out: Annotated[int, AtLeast(1)] = Lesson.held_out  # rows of the evaluation split for the score
+    steps: Annotated[int, AtLeast(1)] = Lesson.steps  # Adam steps for each of the three losses
+    # initial rate of Adam; a cosine schedule takes it to 0
+    learning_rate: Annotated[float, AtLeast(0)] = Lesson.learning_rate
+    download: bool = False  # download --config.training.init_from from the Hugging Face hub
 
 
 def main(settings: Settings) -> None:

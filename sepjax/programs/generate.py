@@ -1,11 +1,11 @@
-"""continues texts: an answer to each --prompt, or with --stream text without end, in constant memory
+"""generates text: one answer to each --prompt, or with --stream endless text in constant memory
 
     sepjax generate --workdir=runs/tiny --prompt="The function" [--temperature=0.8 --seed=1 ...]
     sepjax generate --model=smollm2-135m --stream --prompt="Once" --save=kept       until Ctrl-C
-    sepjax generate --model=smollm2-135m --stream --resume=kept                     goes on where that was
+    sepjax generate --model=smollm2-135m --stream --resume=kept                     continues it
 
-Several prompts are one batch; conversations are `sepjax chat`. Answers have caches that grow with the text, as seen in
-training; --arm, --cache_size or --max_separators give them bounded ones, as streams have.
+Several prompts run as one batch. For conversations use `sepjax chat`. Answers use a cache that grows with the text, as
+in training; --arm, --cache_size or --max_separators give them a bounded one, as streams have.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ _NEW_TOKENS = 128
 class Settings(Writing):
     """What is continued."""
 
-    prompt: Annotated[tuple[str, ...], Repeated()] = ()  # text to continue; several are a batch
+    prompt: Annotated[tuple[str, ...], Repeated()] = ()  # text to continue; several run as a batch
     prompt_file: str = ""  # UTF-8 file whose whole text is a prompt
     apply_chat_template: bool = False  # put each prompt into the model's chat template
-    stream: bool = False  # go on without end, past every end of text, until --stop or Ctrl-C
-    save: str | None = None  # of --stream and --resume: folder to keep the stream in when it ends
+    stream: bool = False  # generate endlessly, past end-of-text tokens, until --stop or Ctrl-C
+    save: str | None = None  # with --stream or --resume: folder to save the stream to when it ends
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
     sepjax keeping --model=smollm2-135m --text=books/ --by=loss --density=0.12 --output=kept.json
 
-A run trains with the table by --config.attention.separators=kept.json (docs/keeping.md).
+To train with the table, use --config.attention.separators=kept.json (docs/evaluation.md).
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ class Settings(_Settings):
     """Which model, on which text."""
 
     model: str  # what sepjax.load reads: a workdir, a folder, a GGUF file
-    text: str  # a .txt file or a folder of them, like what will be read
-    density: float = 0.12  # kept tokens a token
-    by: Annotated[str, OneOf(MEASURES)] = "loss"  # what an id's worth is measured by (sepjax/keeping/measure.py)
-    window_size: Annotated[int, AtLeast(1)] = 256  # n: what is nearer is seen in any case
-    length: Annotated[int, AtLeast(2)] = 1024  # tokens of a measured row
-    max_tokens: Annotated[int, AtLeast(1)] = 65_536  # measured at most; all of --text is counted
-    output: str = "kept.json"  # the table: ids, and how they were found
-    store: bool = False  # also make it the separators of the model in its Hugging Face folder
+    text: str  # a .txt file or a folder of them, similar to the texts of later use
+    density: float = 0.12  # share of tokens to keep
+    by: Annotated[str, OneOf(MEASURES)] = "loss"  # how to measure the worth of a token id (sepjax/keeping/measure.py)
+    window_size: Annotated[int, AtLeast(1)] = 256  # n, the local window; nearer tokens are visible anyway
+    length: Annotated[int, AtLeast(2)] = 1024  # tokens per row
+    max_tokens: Annotated[int, AtLeast(1)] = 65_536  # most tokens to run through the model; all of --text is counted
+    output: str = "kept.json"  # JSON file to write: the ids, and how they were found
+    store: bool = False  # also store the ids as the model's separators in its Hugging Face folder
 
 
 def main(settings: Settings) -> None:

@@ -1,10 +1,10 @@
-"""finds which layers use the distant past and in how much memory, and checks the choice beside a window
+"""finds which layers should keep distant tokens, and how many, and checks the result against a window
 
     sepjax layers --model=models/qwen --text=books/ --slots=800        stored with the model
-    sepjax chat --model=models/qwen                                    keeps what was found
+    sepjax chat --model=models/qwen                                    uses the result
 
-Layers that gain by it keep watched tokens, the others have a window alone (docs/keeping.md). Half of the texts are for
-the choice; on the others it has to beat a plain window of as many bytes, or that window is what is written.
+Layers that gain by it keep watched tokens; the others have a plain window (docs/keeping.md). Half of the texts are for
+the search. On the other half the result must beat a plain window of the same bytes; otherwise the window is written.
 """
 
 import dataclasses
@@ -35,19 +35,19 @@ class Settings(_Settings):
     """Which model, on which text."""
 
     model: str  # what sepjax.load reads: a workdir, a folder, a GGUF file
-    text: str  # a .txt file or a folder of them, like what will be read
-    check_text: str = ""  # others, to check the choice on; default: half of --text
-    slots: Annotated[int, AtLeast(64)] = 800  # of a layer of the window that takes as many bytes
-    # that keep tokens; 0: as many as are worth it, up to half of all, a quarter where rows are short (--length)
+    text: str  # a .txt file or a folder of them, similar to the texts of later use
+    check_text: str = ""  # other texts, to check the result on; default: half of --text
+    slots: Annotated[int, AtLeast(64)] = 800  # entries per layer of the plain window whose bytes are the budget
+    # layers that keep tokens; 0: as many as gain by it, up to half of all, a quarter if rows are short (--length)
     layers: Annotated[int, AtLeast(0)] = 0
-    # tokens of a row to choose by; 0: ten times --slots, on a CPU 1,024. Below four times --slots layers are tried one
-    # at a time, and sizes are the usual ones
+    # tokens per row of the search; 0: ten times --slots, on a CPU 1,024. Below four times --slots layers are tried
+    # one at a time, and sizes are not searched
     length: Annotated[int, AtLeast(0)] = 0
-    max_tokens: Annotated[int, AtLeast(0)] = 0  # to choose by, at most; 0: 32,768, on a CPU 6,144
-    check_tokens: Annotated[int, AtLeast(0)] = 0  # of other texts, to check the choice on; 0: 32,768, on a CPU 16,384
-    seed: Annotated[int, AtLeast(0)] = 0  # of what is chosen by and what is checked on
-    # the settings, for --arm=@FILE; default: stored with the model (kept.arm), whose bounded caches have them from then
-    # on, or layers.arm if it has no place here for it, or was trained under a mask of its own
+    max_tokens: Annotated[int, AtLeast(0)] = 0  # most tokens of the search; 0: 32,768, on a CPU 6,144
+    check_tokens: Annotated[int, AtLeast(0)] = 0  # tokens of the check, on other texts; 0: 32,768, on a CPU 16,384
+    seed: Annotated[int, AtLeast(0)] = 0  # of the division of --text into search and check
+    # file to write, for --arm=@FILE; default: kept.arm, stored with the model, which its bounded caches use from then
+    # on; or layers.arm if the model is not a local file or folder, or was trained under its own mask
     output: str = ""
 
 

@@ -1,12 +1,12 @@
-"""compiles a training step for devices that are elsewhere: its memory, collectives and largest arrays
+"""compiles a training step for devices you do not have here: memory, collectives and largest arrays
 
     sepjax plan --config=configs/llama3_8b.py --topology=v5p:8x8x16 [--largest=12]
     sepjax plan --config=configs/llama3_8b.py --topology=h100:8x8    8 hosts of 8 GPUs
     sepjax plan --config=configs/post_8b.py --topology=h100:1x8 --config.training.init_from=FOLDER
 
-Of FOLDER its config.json is enough.
+FOLDER needs only a config.json.
 
-What a pod user wants to know before paying. Needs the package libtpu and no TPU, or JAX's CUDA plugin and no GPU.
+What to know before paying for a pod. Needs the package libtpu but no TPU, or JAX's CUDA plugin but no GPU.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ class Settings(_Settings):
     """Which step, for which devices."""
 
     config: Config  # a config file; --config.SECTION.FIELD=VALUE changes one of its settings
-    topology: str  # grid of chips: v5e:16x16, v5p:8x8x16, h100:8x8
-    largest: Annotated[int, AtLeast(0)] = 12  # arrays to list
+    topology: str  # devices: v5e:16x16, v5p:8x8x16, h100:8x8 (8 hosts of 8)
+    largest: Annotated[int, AtLeast(0)] = 12  # number of largest arrays to list
 
 
 def begin() -> None:

@@ -1,9 +1,9 @@
-"""makes one self-contained HTML page of a run: config, curves, evaluations, samples, environment
+"""makes one self-contained HTML page about a run: config, curves, evaluations, samples, environment
 
     sepjax report --workdir=runs/tiny [--samples=4 --kept=mine.txt]
     sepjax report --workdirs=runs/tiny,runs/dense --output=both.html       side by side
 
-Nothing is loaded or computed unless --samples or --kept ask for it.
+No model is loaded unless --samples or --kept need it.
 """
 
 import dataclasses
@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 class Settings(_Settings):
     """Of which runs, with what besides."""
 
-    workdir: str = ""  # folder of a run of sepjax train
-    workdirs: tuple[str, ...] = ()  # several of them, side by side
-    output: str = ""  # the page; default: report.html in --workdir, of --workdirs here
-    samples: Annotated[int, AtLeast(0)] = 0  # have the newest checkpoint write so many texts; 0: show what there is
-    prompt: Annotated[tuple[str, ...], Repeated()] = ()  # of --samples; default: beginnings of the evaluation split
-    max_new_tokens: Annotated[int, AtLeast(1)] = 100  # of each sample
-    apply_chat_template: bool = False  # each --prompt is what a user says, in the model's chat template
+    workdir: str = ""  # folder of a training run
+    workdirs: tuple[str, ...] = ()  # several runs, side by side
+    output: str = ""  # HTML file to write; default: report.html in --workdir, or for --workdirs in the current folder
+    samples: Annotated[int, AtLeast(0)] = 0  # texts to generate with the newest checkpoint; 0: show existing ones
+    # prompts for --samples; default: beginnings of the evaluation split
+    prompt: Annotated[tuple[str, ...], Repeated()] = ()
+    max_new_tokens: Annotated[int, AtLeast(1)] = 100  # most tokens of each sample
+    apply_chat_template: bool = False  # put each --prompt into the model's chat template, as a user message
     kept: str = ""  # a UTF-8 text file: show which of its tokens the cache keeps
-    arm: str = ""  # of --kept: pattern and sizes as in --arms of sepjax evaluate, or @FILE; default: what they keep
+    # for --kept: pattern and sizes as in --arms of sepjax evaluate, or @FILE; default: the model's own for bounded
+    # caches
+    arm: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,10 +1,10 @@
-"""answers OpenAI's API over HTTP, thousands of endless conversations in constant memory
+"""serves OpenAI's API over HTTP: many endless conversations, in constant memory
 
     sepjax serve --model=smollm2-135m --slots=64
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once"}'
 
-The key that clients must bear is --api_key, or better the environment variable SEPJAX_API_KEY. docs/serving.md has all
-fields of requests, and how to run it for long.
+The key that clients must send is --api_key, or better the environment variable SEPJAX_API_KEY. docs/serving.md lists
+all fields of requests, and says how to run a server in production.
 """
 
 import contextlib
@@ -30,27 +30,29 @@ _HERE = ("127.0.0.1", "localhost", "::1")
 class Settings(Conversing):
     """What is served, to whom, and how much at once."""
 
-    name: str | None = None  # what clients call the model; default: the last part of --model or --workdir
-    slots: Annotated[int, AtLeast(1)] = 8  # answers at the same time
-    tensor: Annotated[int, AtLeast(1)] = 1  # devices of this machine over which weights and caches are split, by heads
-    host: str = "127.0.0.1"  # address to listen on; any other than this machine's own needs a key
-    port: Annotated[int, AtLeast(0)] = 8000  # 0: any that is free
-    api_key: str | None = None  # that clients must bear; better in the environment, as SEPJAX_API_KEY
-    max_waiting: Annotated[int, AtLeast(0)] = 256  # answers that may wait for a slot; beyond, clients get 429
-    max_prompt_tokens: Annotated[int, AtLeast(0)] = 0  # of one prompt; 0: as long as the body may be
-    max_body_bytes: Annotated[int, AtLeast(1024)] = 16 << 20  # of one request
-    max_new_tokens: Annotated[int, AtLeast(1)] = 4096  # of an answer where a client gives no max_tokens
-    cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from; 0: none
-    # MiB of the device's memory for those that go on soon; default: half of what is left of an accelerator's
+    name: str | None = None  # the model's name in the API; default: the last part of --model or --workdir
+    slots: Annotated[int, AtLeast(1)] = 8  # sequences that run at the same time
+    tensor: Annotated[int, AtLeast(1)] = 1  # devices of this machine that share weights and caches, split by heads
+    host: str = "127.0.0.1"  # address to listen on; any but this machine's own (127.0.0.1) needs a key
+    port: Annotated[int, AtLeast(0)] = 8000  # port to listen on; 0: any free one
+    api_key: str | None = None  # key that clients must send; better set SEPJAX_API_KEY in the environment
+    # answers that may wait for a slot (each of `n` counts); beyond that, 429
+    max_waiting: Annotated[int, AtLeast(0)] = 256
+    max_prompt_tokens: Annotated[int, AtLeast(0)] = 0  # most tokens of one prompt; 0: limited by --max_body_bytes only
+    max_body_bytes: Annotated[int, AtLeast(1024)] = 16 << 20  # most bytes of one request
+    max_new_tokens: Annotated[int, AtLeast(1)] = 4096  # most tokens of a chat answer if the client gives no max_tokens
+    cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations that may continue; 0: none
+    # MiB of device memory for those that may continue soon; default: half of what an accelerator has left
     device_memory: Annotated[int | None, AtLeast(0)] = None
-    # tokens of an answer that the device may make before the host looks at them; default: 16 on an accelerator, else 1
+    # decode steps before the host looks at the tokens; default: 16 on an accelerator, otherwise 1
     steps: Annotated[int | None, AtLeast(1), AtMost(MOST_STEPS)] = None
-    # processes that answer HTTP and tokenize; 0: a thread of this one; default: up to 4 beside an accelerator, else 0
+    # processes for HTTP and tokenization; 0: a thread of this one; default: up to 4 with an accelerator, otherwise 0
     http_processes: Annotated[int | None, AtLeast(0), AtMost(MOST_HTTP)] = None
-    state: str | None = None  # folder that keeps conversations beyond a restart; default: they go with the process
-    state_size: Annotated[int, AtLeast(1)] = 16384  # MiB of its files; the least recently used conversations go first
-    drain_seconds: float = 30.0  # that running answers may take to finish after SIGTERM
-    log_level: Annotated[str, OneOf(("debug", "info", "warning", "error"))] = "info"  # least that is logged
+    state: str | None = None  # folder that keeps conversations across restarts; default: none are kept
+    # MiB of files in it; the least recently used conversations are deleted first
+    state_size: Annotated[int, AtLeast(1)] = 16384
+    drain_seconds: float = 30.0  # time for running answers to finish after SIGTERM
+    log_level: Annotated[str, OneOf(("debug", "info", "warning", "error"))] = "info"  # least severe messages to log
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""trains a model, or goes on from the newest checkpoint of a run
+"""trains a model, or resumes a run from its newest checkpoint
 
     sepjax train --config=sep_tiny --workdir=runs/tiny [--config.training.steps=100 ...]
 
@@ -18,13 +18,13 @@ class Settings(_Settings):
     """What is trained, where."""
 
     config: Config  # a config file; --config.SECTION.FIELD=VALUE changes one of its settings
-    workdir: str  # folder of the run: made if missing, resumed if not
-    new_data: bool = False  # go on with another data section, from its beginning
-    download: bool = False  # fetch --config.training.init_from from the Hugging Face hub
+    workdir: str  # folder of the run; created if missing, resumed if it has a checkpoint
+    new_data: bool = False  # resume with other data, from their beginning
+    download: bool = False  # download --config.training.init_from from the Hugging Face hub
     step_timeout: Annotated[float, AtLeast(0)] = 1800.0  # seconds after which a step that hangs ends the run; 0: never
-    # also give the metrics to these; needs the extra of the same name
+    # also send metrics there; needs the extra of the same name
     log_to: Annotated[tuple[str, ...], OneOf(("wandb", "trackio"))] = ()
-    profile_steps: str = ""  # FIRST:LAST, steps to record for xprof and Perfetto, in <workdir>/profile
+    profile_steps: str = ""  # FIRST:LAST, steps to profile for xprof and Perfetto, into <workdir>/profile
 
 
 def begin() -> None:

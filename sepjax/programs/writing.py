@@ -23,16 +23,16 @@ _SIZES = ("window_size", "num_sinks", "max_separators", "cache_size")
 class Bounded(Loading):
     """Over which cache. Bounded ones keep what is stored with the model (docs/keeping.md) unless a flag says more."""
 
-    # attention pattern; default: as in training. This flag or one of the next four puts aside what is stored
+    # attention pattern; default: as in training. This flag and the next four override what is stored with the model
     pattern: Annotated[str, OneOf(BOUNDED_PATTERNS)] | None = None
-    window_size: int | None = None  # n of every layer; default: as in training
-    num_sinks: int | None = None  # first tokens that are always seen; default: as in training
-    max_separators: int | None = None  # separators that a bounded cache keeps; default: the config's
-    cache_size: int | None = None  # entries of a bounded cache; default: the config's
-    # of keys and values in the cache: the model's, or int8, nearly half the bytes; default: the config's, or --arm's
+    window_size: int | None = None  # n, the local window of every layer; default: as in training
+    num_sinks: int | None = None  # first tokens, always visible; default: as in training
+    max_separators: int | None = None  # s, separators (or other kept tokens) in a bounded cache; default: the config's
+    cache_size: int | None = None  # c, entries of a bounded cache; default: the config's
+    # dtype of cached keys and values: the model's, or int8 in nearly half the bytes; default: the config's, or --arm's
     cache_dtype: Annotated[str, OneOf(CACHE_DTYPES)] | None = None
-    # all of these at once, as in --arms of sepjax evaluate: a pattern, then a=, s=, w=, c=, ...; @FILE: what it says,
-    # @smollm2_800 (of smollm2-135m the default), @smollm2_324: what is best for SmolLM2-135M
+    # all of these in one: a pattern, then a=, s=, w=, c=, ..., as in --arms of sepjax evaluate. @FILE reads a file;
+    # @smollm2_800 (default of smollm2-135m) and @smollm2_324 are the best settings for SmolLM2-135M
     arm: str = ""
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class Bounded(Loading):
 class Conversing(Bounded):
     """How conversations are written."""
 
-    # JSON object of what the model's chat template may name, as its card says, like '{"enable_thinking": false}'
+    # JSON object of variables for the model's chat template (see its card), like '{"enable_thinking": false}'
     template_variables: str | None = None
 
     def __post_init__(self) -> None:
@@ -125,27 +125,29 @@ class Conversing(Bounded):
 class Writing(Conversing):
     """How text is made, and over which cache."""
 
-    # tokens after which an answer ends; default: 128, of streams and chats none
+    # most tokens of an answer; default: 128, in streams and chats no limit
     max_new_tokens: Annotated[int, AtLeast(1)] | None = None
-    # tokens before which no end token, none of --stop_token_ids and no text of --stop ends an answer; default: 0
+    # before so many tokens, no end token, --stop_token_ids or --stop ends an answer; default: 0
     min_new_tokens: Annotated[int | None, AtLeast(0)] = None
-    temperature: float | None = None  # 0, the default: always the best token; above: draw
-    top_k: int | None = None  # draw from the k best tokens; 0, the default: all
-    top_p: float | None = None  # draw from the fewest tokens that reach this probability; default: 1, all
-    min_p: float | None = None  # draw from tokens at least so many times as probable as the best; default: 0, all
-    # taken off the scores of tokens that were generated in this answer: -2 to 2; default: 0, none
+    temperature: float | None = None  # 0, the default: greedy; above 0: sample
+    top_k: int | None = None  # sample from the k most probable tokens; 0, the default: all
+    top_p: float | None = None  # sample from the fewest tokens that reach this probability; default: 1, all
+    min_p: float | None = None  # sample from tokens at least this fraction as probable as the best; default: 0, all
+    # subtracted from the logits of tokens already generated in this answer: -2 to 2; default: 0, none
     presence_penalty: float | None = None
-    # the same, as many times as they were generated: -2 to 2; default: 0, none
+    # the same, once per occurrence: -2 to 2; default: 0, none
     frequency_penalty: float | None = None
-    # scores above 0 of tokens in prompt or answer are divided by it, those below multiplied; default: 1, none
+    # divides positive and multiplies negative logits of tokens in prompt or answer; default: 1, none
     repetition_penalty: float | None = None
-    sampling_defaults: bool = False  # of these, what the model's own files recommend
-    seed: int | None = None  # of the draws; default: 0
-    stop: Annotated[tuple[str, ...], Repeated()] = ()  # text that ends an answer
+    # use the sampling settings that the model's own files recommend, where none is given
+    sampling_defaults: bool = False
+    seed: int | None = None  # of sampling; default: 0
+    stop: Annotated[tuple[str, ...], Repeated()] = ()  # string that ends an answer
     stop_token_ids: Annotated[tuple[int, ...], AtLeast(0)] = ()  # token ids that end an answer, besides the model's own
-    control_tokens: bool | None = None  # names of control tokens in your texts are these tokens; default: not in chats
-    resume: str | None = None  # folder of a saved stream or conversation to go on with
-    # end an endless text that repeats one run of tokens more often in a row; 0: never; default: 12
+    # read names of control tokens in your texts as control tokens; default: not in chats
+    control_tokens: bool | None = None
+    resume: str | None = None  # folder of a saved stream or conversation to continue
+    # end a stream that repeats a sequence of tokens more often than this in a row; 0: never; default: 12
     max_repeats: Annotated[int, AtLeast(0)] | None = None
 
     def __post_init__(self) -> None:

@@ -19,15 +19,16 @@ from sepjax.programs.common import Loading, refuse_window
 class Job(Loading):
     """Which model, and where the result goes."""
 
-    output: str = ""  # JSON file; default: one named by what is scored, in evaluations/ of --workdir, or here
+    # JSON file to write; default: evaluations/ in --workdir or the current folder, named by what is scored
+    output: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compared(Job):
     """A job that scores several patterns side by side."""
 
-    patterns: tuple[str, ...] | None = None  # attention patterns to compare; default: see the job
-    arms: str = ""  # what to compare, freely, in place of --patterns: see sepjax/evaluation/arms.py
+    patterns: tuple[str, ...] | None = None  # attention patterns to compare; default: see above
+    arms: str = ""  # settings to compare, in place of --patterns; for the syntax see docs/evaluation.md
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,10 +43,10 @@ class Compared(Job):
 class Sliced(Settings):
     """A job that tells the loss by how long ago a bigram stood in the text."""
 
-    baseline: str = ""  # the arm that differences are from; default: the first
-    # tokens of the slice of near repetitions; 0: the smallest window
+    baseline: str = ""  # arm to take differences from; default: the first
+    # most tokens back for the slice near; 0: the smallest window
     near: Annotated[int, AtLeast(0)] = 0
-    # tokens beyond which a repetition is far; 0: the largest window, of streams the largest cache
+    # least tokens back for the slice far; 0: the largest window, in streams the largest cache
     far: Annotated[int, AtLeast(0)] = 0
 
     @property
@@ -58,17 +59,17 @@ class Sliced(Settings):
 class Texts(Settings):
     """What is scored: texts in windows."""
 
-    # .txt files, or JSON lines that are texts ({"text": ...}): a file or a folder; a dataset as data.name has it (of
-    # TFDS, hf://...), or a mixture of these; default: the run's corpus
+    # .txt files or JSON lines ({"text": ...}), as a file or a folder; a dataset as for data.name (of TFDS, hf://...);
+    # or a mixture of these; default: the run's corpus
     text: str = ""
-    text_key: str = ""  # field of the records of --text that holds the text; default: the run's data.text_key, or text
-    split: str = ""  # of that data, as TFDS names it; default: all of --text, or validation
-    length: Annotated[int, AtLeast(0)] = 0  # tokens of a window; default: as in training
-    window_size: Annotated[int, AtLeast(0)] = 0  # n of every layer; default: as in training
-    batch_size: Annotated[int, AtLeast(1)] = 8  # windows of a forward pass
-    max_documents: Annotated[int, AtLeast(0)] = 0  # score only the first so many; 0: all
-    max_tokens: Annotated[int, AtLeast(0)] = 0  # score only the first so many of a document; 0: all
-    bos: bool = True  # whether each document begins with BOS
+    text_key: str = ""  # field of --text's records that holds the text; default: the run's data.text_key, or text
+    split: str = ""  # split of the data, in TFDS's syntax; default: all of --text, or validation
+    length: Annotated[int, AtLeast(0)] = 0  # tokens per window; default: as in training
+    window_size: Annotated[int, AtLeast(0)] = 0  # n, the local window of every layer; default: as in training
+    batch_size: Annotated[int, AtLeast(1)] = 8  # windows per forward pass
+    max_documents: Annotated[int, AtLeast(0)] = 0  # most documents to score; 0: all
+    max_tokens: Annotated[int, AtLeast(0)] = 0  # most tokens to score of each document; 0: all
+    bos: bool = True  # begin each document with BOS
 
     def __post_init__(self) -> None:
         super().__post_init__()

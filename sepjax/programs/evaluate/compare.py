@@ -1,4 +1,4 @@
-"""scores texts in windows under all patterns at equal cost
+"""scores texts in windows, all patterns at equal cost
 
     sepjax evaluate compare --model=smollm2-135m --text=books/ [--compare_at=pairs]
 
@@ -18,7 +18,7 @@ _JOB = "compare"
 class Settings(common.Texts, common.Sliced, common.Job):
     """What is scored, and what is made equal."""
 
-    compare_at: Annotated[str, OneOf(("kv", "pairs"))] = "kv"  # what is made equal
+    compare_at: Annotated[str, OneOf(("kv", "pairs"))] = "kv"  # cost to make equal: keys kept, or (query, key) pairs
 
 
 def main(settings: Settings) -> None:

@@ -18,14 +18,14 @@ _JOB = "needle"
 class Settings(common.Compared):
     """Which texts, and where in them."""
 
-    text: str = ""  # a .txt file or a folder of them, to hide needles in
-    window_size: Annotated[int, AtLeast(0)] = 0  # n of every layer; default: as in training
+    text: str = ""  # a .txt file or a folder of them, in which to hide needles
+    window_size: Annotated[int, AtLeast(0)] = 0  # n, the local window of every layer; default: as in training
     lengths: Annotated[tuple[int, ...], AtLeast(1)] = (512, 1024, 2048)  # tokens of the texts
     # percent of the text before the needle
     depths: Annotated[tuple[int, ...], AtLeast(0), AtMost(100)] = (0, 25, 50, 75, 100)
-    tails: Annotated[tuple[int, ...], AtLeast(0)] = (0,)  # words after a needle's number in its sentence
-    trials: Annotated[int, AtLeast(1)] = 10  # texts of each length and depth
-    batch_tokens: Annotated[int, AtLeast(1)] = 65_536  # tokens of a pass
+    tails: Annotated[tuple[int, ...], AtLeast(0)] = (0,)  # words after the number in the needle's sentence
+    trials: Annotated[int, AtLeast(1)] = 10  # texts per length and depth
+    batch_tokens: Annotated[int, AtLeast(1)] = 65_536  # tokens per pass
 
 
 def main(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""asks a run with data.name="recall" for facts that stood beyond its window
+"""asks a model trained on data.name="recall" for facts from beyond its window
 
     sepjax evaluate recall --workdir=runs/recall [--arms="dense; sink_window n=8; separator n=8"]
 
@@ -18,7 +18,7 @@ _JOB = "recall"
 class Settings(common.Compared):
     """Under which patterns."""
 
-    batch_size: Annotated[int, AtLeast(1)] = 8  # windows of a forward pass
+    batch_size: Annotated[int, AtLeast(1)] = 8  # windows per forward pass
 
 
 def main(settings: Settings) -> None:

@@ -19,13 +19,14 @@ _JOB = "stream"
 class Settings(common.Sliced, common.Compared):
     """What is streamed, through which caches."""
 
-    text: str = ""  # a .txt file, a folder of them, an .npz of token ids (an array a document); default: the corpus
-    split: str = ""  # of the run's own corpus, as TFDS names it; default: validation
-    budgets: tuple[str, ...] | None = None  # sinks/separators/window/cache, each; default: the model's own
-    max_tokens: Annotated[int, AtLeast(0)] = 0  # stream only the first so many; 0: all
-    rows: Annotated[int, AtLeast(1)] = 32  # documents streamed at a time, at most
-    chunk: Annotated[int, AtLeast(0)] = 0  # tokens of a pass; 0: as many as fit; 1: token by token
-    line_wise: bool = False  # the official protocol: a BOS a line, its last token left out
+    # a .txt file, a folder of them, or an .npz of token ids (one array per document); default: the corpus
+    text: str = ""
+    split: str = ""  # split of the run's corpus, in TFDS's syntax; default: validation
+    budgets: tuple[str, ...] | None = None  # cache sizes as sinks/separators/window/cache; default: the model's own
+    max_tokens: Annotated[int, AtLeast(0)] = 0  # most tokens to stream; 0: all
+    rows: Annotated[int, AtLeast(1)] = 32  # most documents streamed at a time
+    chunk: Annotated[int, AtLeast(0)] = 0  # tokens per pass; 0: as many as fit; 1: token by token
+    line_wise: bool = False  # the official protocol: BOS in front of every line, its last token left out
 
 
 def main(settings: Settings) -> None:

@@ -21,16 +21,16 @@ _JOB = "tasks"
 class Settings(common.Job):
     """Which tasks, and how they are asked."""
 
-    task: tuple[str, ...]  # names of lm-eval's tasks
-    patterns: tuple[str, ...] | None = None  # attention patterns to compare; default: see the job
-    window_size: Annotated[int, AtLeast(0)] = 0  # n of every layer; default: as in training
+    task: tuple[str, ...]  # names of lm-eval tasks
+    patterns: tuple[str, ...] | None = None  # attention patterns to compare; default: see above
+    window_size: Annotated[int, AtLeast(0)] = 0  # n, the local window of every layer; default: as in training
     task_data: str | None = None  # folder of local datasets for tasks; default: the hub's
-    limit: Annotated[float, AtLeast(0)] = 0.0  # documents of each task; below 1: their share; 0: all
+    limit: Annotated[float, AtLeast(0)] = 0.0  # documents per task; below 1: a share of them; 0: all
     num_fewshot: int | None = None  # examples before each question; default: the task's own number
-    equal_kv: bool = True  # other patterns keep as many keys as the separators did
-    batch_size: Annotated[int, AtLeast(1)] = 8  # answers that are written at a time
-    batch_tokens: Annotated[int, AtLeast(1)] = 65_536  # tokens of a pass that scores
-    apply_chat_template: bool = False  # prompts in the model's chat template
+    equal_kv: bool = True  # give the other patterns as many keys as the separators kept
+    batch_size: Annotated[int, AtLeast(1)] = 8  # answers generated at a time
+    batch_tokens: Annotated[int, AtLeast(1)] = 65_536  # tokens per scoring pass
+    apply_chat_template: bool = False  # put prompts into the model's chat template
 
     def __post_init__(self) -> None:
         super().__post_init__()

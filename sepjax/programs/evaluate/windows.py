@@ -1,8 +1,8 @@
-"""scores texts in windows under several patterns: perplexity, KV kept, the loss by slices
+"""scores texts in windows under several patterns: perplexity, KV kept, loss by slice
 
     sepjax evaluate windows --workdir=runs/tiny                      the validation split of its corpus
     sepjax evaluate windows --workdir=runs/tiny --text=book.txt      a file, or a folder of .txt files
-    sepjax evaluate windows --workdir=runs/tiny --split=train[:1%]   another split of the corpus, as TFDS writes it
+    sepjax evaluate windows --workdir=runs/tiny --split=train[:1%]   another split of the corpus, in TFDS's syntax
     sepjax evaluate windows --model=smollm2-135m --text=books/ --arms="dense; sink_window n=657; separator n=256"
 
 Without --patterns and --arms: all patterns that the model can run.

@@ -13,8 +13,8 @@ from sepjax.command.settings import Settings as _Settings
 class Settings(_Settings):
     """Which runs."""
 
-    workdirs: tuple[str, ...]  # folders of runs of sepjax train
-    metric: str = "train/loss"  # as metrics.jsonl names it
+    workdirs: tuple[str, ...]  # folders of training runs
+    metric: str = "train/loss"  # name of the metric in metrics.jsonl
     output: str = "curves.png"  # a .png, .svg or .pdf file
 
 

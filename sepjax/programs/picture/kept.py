@@ -2,7 +2,7 @@
 
     sepjax picture kept --model=smollm2-135m --text=mine.txt --arm="watched a=4 s=100 w=120 c=256" --output=kept.html
 
-Sinks are underlined, kept tokens on colour (the stronger, the more layers and heads keep them), what is gone is faint.
+Sinks are underlined, kept tokens coloured (stronger if more layers and heads keep them), evicted tokens faint.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ class Settings(Loading):
     """Which text, through which cache."""
 
     text: str  # a UTF-8 text file
-    # pattern and sizes as in --arms of sepjax evaluate (a=, s=, w=, c=, ...), or @FILE; default: what its bounded
-    # caches keep
+    # pattern and sizes as in --arms of sepjax evaluate (a=, s=, w=, c=, ...), or @FILE; default: the
+    # model's own for bounded caches
     arm: str = ""
-    max_tokens: Annotated[int, AtLeast(1)] = 4096  # of the text, at most
-    output: str = ""  # an .html file to write; default: the terminal, as it stands at the end
+    max_tokens: Annotated[int, AtLeast(1)] = 4096  # most tokens of the text
+    output: str = ""  # .html file to write; default: the state after the last token, in the terminal
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""draws what tokens of each kind receive of far attention: separators, names, numbers, words
+"""draws the share of long-range attention that separators, names, numbers and words receive
 
 sepjax picture kinds --model=smollm2-135m --text=books/ --window_size=256 --output=kinds.svg
 """
@@ -17,9 +17,9 @@ class Settings(Loading):
     """Which model, on which text."""
 
     text: str  # a .txt file or a folder of them
-    window_size: Annotated[int, AtLeast(1)] = 256  # n: what is nearer is seen in any case
-    length: Annotated[int, AtLeast(2)] = 1024  # tokens of a measured row
-    max_tokens: Annotated[int, AtLeast(1)] = 16_384  # measured at most
+    window_size: Annotated[int, AtLeast(1)] = 256  # n, the local window; attention beyond it counts
+    length: Annotated[int, AtLeast(2)] = 1024  # tokens per row
+    max_tokens: Annotated[int, AtLeast(1)] = 16_384  # most tokens to measure
     output: str = "kinds.png"  # a .png, .svg or .pdf file
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""draws who sees whom in a text: the pattern's mask beside dense attention's and StreamingLLM's
+"""draws the attention mask of a text, beside dense attention's and StreamingLLM's
 
 sepjax picture mask --model=smollm2-135m --text=mine.txt --arm="separator n=8 a=2" --output=mask.svg
 """
@@ -18,8 +18,8 @@ class Settings(Loading):
     text: str  # a UTF-8 text file
     # pattern and sizes as in --arms of sepjax evaluate windows (a=, n=, ...), or @FILE; default: the model's own
     arm: str = ""
-    layer: Annotated[int, AtLeast(0)] = 0  # of models whose layers differ
-    max_tokens: Annotated[int, AtLeast(1), AtMost(512)] = 48  # of the text, at most; up to 64 are written at the edges
+    layer: Annotated[int, AtLeast(0)] = 0  # layer to draw, if layers differ
+    max_tokens: Annotated[int, AtLeast(1), AtMost(512)] = 48  # most tokens of the text; up to 64 are labelled
     output: str = "mask.png"  # a .png, .svg or .pdf file
 
 

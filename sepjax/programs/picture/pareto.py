@@ -1,4 +1,4 @@
-"""draws quality against the keys kept, a line a pattern, from results of sepjax evaluate compare
+"""draws quality against the keys kept, one line per pattern, from results of sepjax evaluate compare
 
 sepjax picture pareto --results=a/compare.json,b/compare.json --output=pareto.svg
 """
@@ -13,9 +13,9 @@ from sepjax.command.settings import Settings as _Settings
 class Settings(_Settings):
     """Which results."""
 
-    results: tuple[str, ...]  # files that sepjax evaluate compare wrote, with one baseline
+    results: tuple[str, ...]  # files that sepjax evaluate compare wrote, with the same baseline
     output: str = "pareto.png"  # a .png, .svg or .pdf file
-    title: str = ""  # above the figure: model and text; default: the files
+    title: str = ""  # title of the figure; default: the files' names
 
 
 def main(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""draws the entries that bounded caches hold while a text is read, beside dense attention's
+"""draws how many entries bounded caches hold along a text, beside dense attention
 
 sepjax picture slots --model=smollm2-135m --text=mine.txt --arms="separator s=64 w=256 c=800; sink_window n=796 c=800"
 """
@@ -16,8 +16,9 @@ class Settings(Loading):
     """Which text, through which caches."""
 
     text: str  # a UTF-8 text file
-    arms: str = ""  # patterns and sizes as in --arms of sepjax evaluate stream; default: what is kept for it
-    max_tokens: Annotated[int, AtLeast(1)] = 4096  # of the text, at most
+    # patterns and sizes as in --arms of sepjax evaluate stream; default: the model's own for bounded caches
+    arms: str = ""
+    max_tokens: Annotated[int, AtLeast(1)] = 4096  # most tokens of the text
     output: str = "slots.png"  # a .png, .svg or .pdf file
 
 
