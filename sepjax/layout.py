@@ -168,10 +168,10 @@ def build_layout(
     """Builds the layout of packed rows, or of one example alone. Pure; may be jitted and vmapped.
 
     Args:
-      is_separator: bool[B, T] or bool[T], tokens that stay visible for ever. Flags on padding are ignored.
+      is_separator: bool[B, T] or bool[T], tokens that stay visible forever. Flags on padding are ignored.
       window_size: n >= 1, keys of the local window, the query itself included; n >= T is dense causal attention.
         It may be traced.
-      num_sinks: a >= 0, first tokens of every document that stay visible for ever.
+      num_sinks: a >= 0, first tokens of every document, which stay visible forever.
       segment_ids: int32 of is_separator's shape, 0 for padding; a document is a run of equal ids other than 0. None: a
         row is a document.
       capacity: S, room for packed keys; None: T, which cannot overflow. Outside jit and vmap, a row with more global

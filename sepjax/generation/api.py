@@ -43,22 +43,22 @@ def generate(
     logprobs: bool = False,
     top_logprobs: int = 0,
 ) -> list[Generation]:
-    """Continues prompts, all in one batch; returns an answer to each. A model's weights are laid out at the first call.
+    """Generates one answer per prompt, all in one batch. The first call for a model prepares its weights.
 
     Args:
       model: from `sepjax.load`.
       tokenizer: the model's.
       prompts: one text, or a list of texts (BOS goes in front where the model's own tokenizer puts it, never twice) or
         of token ids.
-      max_new_tokens: tokens after which an answer ends.
-      temperature, top_k, top_p, min_p: what to draw from (`sepjax.Sampling.create`); default: always the best token.
-      presence_penalty, frequency_penalty, repetition_penalty, logit_bias: what changes the scores first; see there.
-      sampling_defaults: whether what of these is not given is as in the model's generation_config.json.
-      seed: of the draws; one a prompt makes each answer independent of its place in the list.
+      max_new_tokens: most tokens of an answer.
+      temperature, top_k, top_p, min_p: sampling (`sepjax.Sampling.create`); default: greedy.
+      presence_penalty, frequency_penalty, repetition_penalty, logit_bias: change the logits first; see there.
+      sampling_defaults: take those not given from the model's generation_config.json.
+      seed: of sampling; one per prompt makes each answer independent of its place in the list.
       stop, stop_token_ids: texts and tokens that end an answer and are left out of its text.
       stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
-      control_tokens: whether names of control tokens in the prompts' texts are these tokens; False: plain text.
-      attention: the pattern; None: as in training, of bounded caches what was found worth keeping (`model.kept`).
+      control_tokens: read names of control tokens in the prompts as control tokens; False: as plain text.
+      attention: the pattern; None: as in training, for bounded caches what is stored with the model (`model.kept`).
       bounded, max_repeats, min_new_tokens, logprobs, top_logprobs: see `sepjax.Generator.generate`.
 
     Raises:
@@ -106,17 +106,17 @@ def stream(
     top_logprobs: int = 0,
     resume: str | os.PathLike[str] | None = None,
 ) -> Stream:
-    """Continues one prompt, an event a token.
+    """Generates from one prompt, one event per token.
 
-    With `max_new_tokens` the texts of all events join to what `generate` answers. Without, the stream has no end (with
-    `stop_at_eos=False` not even at an end of text) and runs over a bounded cache: at most `attention.cache_size`
-    entries, whatever the length of prompt and text (docs/streaming.md).
+    With `max_new_tokens`, the texts of all events join to the answer of `generate`. Without it the stream has no limit
+    (with `stop_at_eos=False` it does not even stop at an end token) and uses a bounded cache: at most
+    `attention.cache_size` entries, whatever the length of prompt and text (docs/streaming.md).
 
-    What is not told here is as in `generate`.
+    All other arguments are as in `generate`.
 
     Args:
       prompt: a text or token ids; None: nothing yet, for a stream that is resumed or fed later.
-      max_new_tokens: tokens after which a turn ends; None: without end.
+      max_new_tokens: most tokens of a turn; None: no limit.
       bounded: whether to use the bounded cache; None: where there is no `max_new_tokens`, or the pattern asks for it.
       resume: folder of a stream that was saved; it goes on there, token for token.
 

@@ -34,7 +34,7 @@ _MOST_ENGINES = 16  # of one model, kept for `engine_of`: they share its weights
 
 
 class Generator:
-    """Generates text. The model is not held: drop it, and one copy of its weights remains, laid out for generation."""
+    """Generates text. Holds no reference to the model: after `del model` one copy of the weights remains."""
 
     def __init__(
         self,
@@ -44,13 +44,13 @@ class Generator:
         *,
         consume: bool = False,
     ):
-        """Prepares weights (once a model), tables and checks.
+        """Prepares weights and tables (once per model), and checks settings.
 
         Args:
           model: from `sepjax.load`.
           tokenizer: the model's.
-          attention: the pattern of all caches; None: as the model was trained, of bounded caches what was found worth
-            keeping for it (`Transformer.kept`), if anything was, and of a stream that is resumed as it was saved.
+          attention: the pattern of all caches. None: growing caches use the trained one, bounded caches what is stored
+            with the model (`Transformer.kept`) if anything is, and resumed streams the one they were saved with.
           consume: whether the model is given up: layers of a gigabyte and more are deleted while they are laid out, so
             that at most one kind of their matrices is in memory twice. It can generate still, and nothing else.
 
@@ -102,17 +102,17 @@ class Generator:
         logprobs: bool = False,
         top_logprobs: int = 0,
     ) -> list[Generation]:
-        """Continues prompts, all in one batch; returns an answer to each.
+        """Generates one answer per prompt, all in one batch.
 
         Args:
           prompts: one text, or a list of texts (BOS goes in front where the model's own tokenizer puts it, never twice)
             or of token ids.
-          max_new_tokens: tokens after which an answer ends.
-          sampling: how to draw, or one a prompt (`Sampling.create`); None: always the best token.
-          seed: of the draws; one a prompt makes each answer independent of its place in the list.
+          max_new_tokens: most tokens of an answer.
+          sampling: settings for all prompts, or one per prompt (`Sampling.create`); None: greedy.
+          seed: of sampling; one per prompt makes each answer independent of its place in the list.
           stop, stop_token_ids: texts and tokens (control tokens too) that end an answer and are left out of its text.
           stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
-          control_tokens: whether names of control tokens in the prompts' texts are these tokens; False: plain text.
+          control_tokens: read names of control tokens in the prompts as control tokens; False: as plain text.
           bounded: whether a row's cache is bounded by `kept.cache_size`, whatever the lengths; None: where the
             pattern asks for it ("watched").
           max_repeats: ends an answer ("repetition") once it has repeated the same run of tokens more often in a row; 0:
@@ -164,17 +164,17 @@ class Generator:
         top_logprobs: int = 0,
         resume: str | os.PathLike[str] | None = None,
     ) -> Stream:
-        """Continues one prompt, an event a token.
+        """Generates from one prompt, one event per token.
 
-        With `max_new_tokens` the texts of all events join to what `generate` answers. Without, the stream has no end
-        (with `stop_at_eos=False` not even at an end of text) and runs over a bounded cache: at most `kept.cache_size`
-        entries, whatever the length of prompt and text (docs/streaming.md).
+        With `max_new_tokens`, the texts of all events join to the answer of `generate`. Without it the stream has no
+        limit (with `stop_at_eos=False` it does not even stop at an end token) and uses a bounded cache: at most
+        `kept.cache_size` entries, whatever the length of prompt and text (docs/streaming.md).
 
-        What is not told here is as in `generate`.
+        All other arguments are as in `generate`.
 
         Args:
           prompt: a text or token ids; None: nothing yet, for a stream that is resumed or fed later.
-          max_new_tokens: tokens after which a turn ends; None: without end.
+          max_new_tokens: most tokens of a turn; None: no limit.
           bounded: whether to use the bounded cache; None: where there is no `max_new_tokens`, or the pattern asks for
             it.
           resume: folder of a stream that was saved; it goes on there, token for token, with the settings that it had
@@ -203,12 +203,12 @@ class Generator:
         return events
 
     def slots(self, rows: int, *, steps: int = 1, clocks: Clocks | None = None, pool: int = 0) -> Slots:
-        """Rows of one compiled step over bounded caches, for requests that come and go: what a server drives.
+        """Continuous batching over bounded caches: requests that come and go in the rows of one compiled step.
 
         Args:
-          rows: requests that are answered at once.
-          steps: tokens of each that the device may make before the host looks at them. The more, the less the device
-            waits for the host, and the longer a request for its first token.
+          rows: requests that run at the same time.
+          steps: tokens of each that the device may make before the host looks at them. With more of them the
+            device waits less for the host, and the time to first token is longer.
           clocks: that tell where the time goes.
           pool: rows of memory more, for those that have ended and were saved: they go on from there without a copy.
 

@@ -21,7 +21,7 @@ _MOST_TOP = 20  # as many as the device finds
 
 # This and the next are made for every token of every row, and a frozen dataclass takes five times as long.
 class CacheUse(NamedTuple):
-    """What a row's cache holds, counted and measured."""
+    """What a row's cache holds: entries and bytes."""
 
     held: int  # tokens in the cache
     seen: int  # tokens that have passed through it

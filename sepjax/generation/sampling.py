@@ -23,7 +23,7 @@ _INFINITE = 0x7F800000  # bits of float32's infinity
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Sampling:
-    """How to draw, all rows alike or each its own way: traced, so another value is not another program. By `create`."""
+    """Sampling settings, one for all rows or one per row. Traced: other values compile nothing. Made by `create`."""
 
     temperature: Float[jax.Array, "*B"]  # 0: greedy, the best token; then the next three do not matter
     top_k: Int32[jax.Array, "*B"]  # 0: all
@@ -51,18 +51,18 @@ class Sampling:
         repetition_penalty: float = 1.0,
         logit_bias: Mapping[int, float] | None = None,
     ) -> "Sampling":
-        """Checks the settings and makes them arrays.
+        """Checks the settings and converts them to arrays.
 
         Args:
-          temperature: 0: always the best token.
-          top_k: the k best tokens; 0: all.
-          top_p: the fewest tokens that together reach this probability; 1: all.
-          min_p: tokens at least so many times as probable as the best; 0: all.
-          presence_penalty: taken off the scores of tokens that were generated in this turn, as OpenAI has it.
-          frequency_penalty: the same, as many times as they were generated.
-          repetition_penalty: scores above 0 of all tokens of the text, read or generated, are divided by it, those
-            below multiplied, as Hugging Face has it.
-          logit_bias: added to the scores of up to 300 tokens, by id.
+          temperature: 0: greedy.
+          top_k: sample from the k most probable tokens; 0: all.
+          top_p: sample from the fewest tokens that together reach this probability; 1: all.
+          min_p: sample from tokens at least this fraction as probable as the best; 0: all.
+          presence_penalty: subtracted from the logits of tokens generated in this turn, as in OpenAI's API.
+          frequency_penalty: the same, once per occurrence.
+          repetition_penalty: divides positive and multiplies negative logits of all tokens of the text, prompt or
+            generated, as in Hugging Face.
+          logit_bias: added to the logits of up to 300 tokens, by id.
 
         Raises:
           ConfigError: temperature or top_k below 0, top_p outside (0, 1], min_p outside [0, 1], presence or frequency

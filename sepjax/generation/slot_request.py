@@ -24,12 +24,12 @@ class SlotError(UserError, LookupError):
 
 @dataclasses.dataclass(frozen=True)
 class SlotRequest:
-    """What is asked for. See `Generator.stream` for what is not explained here."""
+    """One request for `Slots.submit`. Fields without a comment are as in `Generator.stream`."""
 
-    prompt: Prompt | None  # None: go on where `resume` stopped, with its draws
+    prompt: Prompt | None  # None: continue where `resume` stopped, with its random numbers
     max_new_tokens: int | None = None
     sampling: Sampling | None = None
-    seed: int | None = None  # None: 0, or the draws of `resume` go on
+    seed: int | None = None  # None: 0, or the random numbers of `resume` continue
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     stop_at_eos: bool = True

@@ -95,7 +95,7 @@ class Slots:
 
     # -- requests ---------------------------------------------------------------------------------------------------
     def submit(self, request: SlotRequest) -> int:
-        """Takes a request on; returns its number, which its events bear. It waits until a row is free.
+        """Queues a request until a row is free; returns its number, by which its events are known.
 
         Raises:
           ConfigError, PromptError, TypeError: what `Generator.stream` raises, from here.
@@ -109,7 +109,7 @@ class Slots:
         return slot.number
 
     def cancel(self, number: int) -> None:
-        """Ends a request: it has no more events, and its row is free at the next step. What was kept is dropped."""
+        """Ends a request: no more events, and its row is free at the next step. Kept state is dropped."""
         with self._lock:
             self._kept.pop(number, None)
             self._cancelled.add(number)  # it may have ended, and have events that are settled
@@ -118,7 +118,7 @@ class Slots:
                 slot.is_cancelled = True
 
     def save(self, number: int) -> SavedRow:
-        """Where a request stands that has a row, or had one to `keep` (once: it is forgotten then). Copies its cache.
+        """The state of a request that runs, or has ended with `keep` (once: it is then forgotten). Copies its cache.
 
         That is after its last event. Where its prompt was just read, or several tokens are on their way (`can_save`),
         it is after those, and their events come with the next step, unless it is cancelled.
@@ -354,12 +354,12 @@ class Slots:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do: no request waits, has a row, or has events to come."""
+        """Whether there is nothing to do: no request waits, runs, or has events to come."""
         return not self._known and not self._settled
 
     @property
     def num_free(self) -> int:
-        """Rows that no request has."""
+        """Free rows."""
         return sum(slot is None for slot in self._slots)
 
     @property
@@ -369,7 +369,7 @@ class Slots:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a row."""
+        """Requests in the queue."""
         return len(self._waiting)
 
     @property
@@ -379,5 +379,5 @@ class Slots:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the caches of all rows, whatever they hold."""
+        """Bytes of the caches of all rows, full or not."""
         return self._row_bytes * len(self._slots)

@@ -41,7 +41,7 @@ class Stream(Iterator[StreamEvent]):
         seed: int = 0,
         control_tokens: bool = True,
     ):
-        """Nothing is generated before something was fed."""
+        """Generates nothing until there is input."""
         self._of, self._reader, self._settings = prepared, reader, settings
         self._control_tokens = control_tokens
         # When a turn ends is the host's to say, and how early it must not: each has as many tokens as the first.
@@ -66,7 +66,7 @@ class Stream(Iterator[StreamEvent]):
         return Row(self._of.tokenizer, self._settings, continues=continues, seen=seen, has_end=has_end)
 
     def feed(self, prompt: Prompt) -> None:
-        """Appends input: a text (after BOS, if it is the first and the tokenizer puts one) or token ids; a new turn.
+        """Starts a new turn with further input: a text (with BOS if it is the first and the tokenizer adds it) or ids.
 
         Raises:
           PromptError: no tokens, or ids outside the vocabulary.
@@ -87,7 +87,7 @@ class Stream(Iterator[StreamEvent]):
 
     @property
     def finish_reason(self) -> str | None:
-        """Why the turn has ended; None while it goes on. A new turn begins with `feed`."""
+        """Why the turn has ended; None while it runs. `feed` starts a new turn."""
         return self._row.finish_reason
 
     @property
@@ -106,7 +106,7 @@ class Stream(Iterator[StreamEvent]):
 
     @property
     def last_token(self) -> int | None:
-        """The token drawn last; None before the first."""
+        """The last sampled token; None before the first."""
         return int(self._state.token[0]) if self._has_drawn else None
 
     def __next__(self) -> StreamEvent:
@@ -152,12 +152,12 @@ class Stream(Iterator[StreamEvent]):
     # -- saved and resumed ------------------------------------------------------------------------------------------
 
     def saved(self) -> SavedRow:
-        """Where the stream stands, for `resume`, here or in `Slots`. Its arrays are copies."""
+        """The state of the stream, for `resume`, here or in `Slots`. Its arrays are copies."""
         state = jax.tree.map(lambda x: x.copy(), self._state)
         return SavedRow(state, tuple(self._pending), self._has_drawn, self._row.state())
 
     def resume(self, row: SavedRow) -> None:
-        """Goes on where `saved` was called, token for token, for as many more tokens as `max_new_tokens` says.
+        """Continues from where `saved` was called, token for token, for up to `max_new_tokens` more tokens.
 
         Raises:
           StreamStateError: a row of another kind of cache than this stream's, or of one of other sizes.
@@ -189,7 +189,7 @@ class Stream(Iterator[StreamEvent]):
         row.write(folder, self._reader, self._of.config)
 
     def restore(self, folder: str | os.PathLike[str]) -> None:
-        """Goes on where `save` was called, token for token, for as many more tokens as `max_new_tokens` says.
+        """Continues from where `save` was called, token for token, for up to `max_new_tokens` more tokens.
 
         Raises:
           FileNotFoundError: nothing was saved there.
