@@ -145,7 +145,8 @@ def _config() -> str:
         if head != section:
             section = head
             parts += ["", f"## {head}", "", "| flag | type | default | meaning |", "|---|---|---|---|"]
-        cells = (f"`--{path}`", f"`{type_name(flag.kind)}`", f"`{flag.default!r}`", flag.meaning)
+        meaning = flag.meaning.replace("][", "]\\[")  # which would be a link
+        cells = (f"`--{path}`", f"`{type_name(flag.kind)}`", f"`{flag.default!r}`", meaning)
         parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(parts)
 
