@@ -1,4 +1,4 @@
-"""Tokens a second of the input pipeline alone.
+"""Tokens per second of the input pipeline alone.
 
     python -m sepjax.bench.data --config=configs/sep_small.py --data_dir=/tmp/data [--config.data.num_workers=2]
 
@@ -26,9 +26,9 @@ from sepjax.data.pipeline import prepare_tokenizer, training_batches
 class Settings(_Settings):
     """What is measured."""
 
-    config: Config  # a config file: its data section
+    config: Config  # a config file; its data section is used
     data_dir: str  # folder of prepared datasets and the tokenizer
-    seconds: Annotated[float, AtLeast(0)] = 10.0  # how long to draw batches
+    seconds: Annotated[float, AtLeast(0)] = 10.0  # how long to read batches
 
 
 def measure(config: Config, data_dir: str, seconds: float) -> dict[str, float]:

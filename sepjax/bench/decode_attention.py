@@ -41,12 +41,12 @@ class Settings(_Settings):
 
     shapes: tuple[str, ...] = ("9/3/64", "32/8/128")  # query heads/key heads/head size
     cache_sizes: Annotated[tuple[int, ...], AtLeast(325)] = (325, 800, 4096)  # c, of caches 4/64/256/c
-    rows: Annotated[tuple[int, ...], AtLeast(1)] = (1, 16, 64, 256, 760)
-    pattern: str = "separator"  # of the caches
-    dtype: str = "bfloat16"  # of queries, keys and values
-    cache_dtypes: Annotated[tuple[str, ...], OneOf(CACHE_DTYPES)] = ("model",)  # of keys and values in caches
-    gigabytes: Annotated[float, AtLeast(0)] = 1.0  # of keys and values in a call, at least
-    seconds: Annotated[float, AtLeast(0)] = 0.2  # for each figure
+    rows: Annotated[tuple[int, ...], AtLeast(1)] = (1, 16, 64, 256, 760)  # rows of a step
+    pattern: str = "separator"  # pattern of the caches
+    dtype: str = "bfloat16"  # dtype of queries, keys and values
+    cache_dtypes: Annotated[tuple[str, ...], OneOf(CACHE_DTYPES)] = ("model",)  # dtype of keys and values in caches
+    gigabytes: Annotated[float, AtLeast(0)] = 1.0  # least size of keys and values in a call
+    seconds: Annotated[float, AtLeast(0)] = 0.2  # time for each figure
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tokens a second of generation alone, for the shape of a config with random weights.
+"""Tokens per second of generation, for the shape of a config with random weights.
 
     python -m sepjax.bench.generation --config=configs/sep_small.py [--batch_sizes=1,32 --max_new_tokens=256]
 
@@ -29,7 +29,7 @@ PROMPT = "The function returns a value."
 class Settings(_Settings):
     """What is measured."""
 
-    config: Config  # a config file, whose shape is taken
+    config: Config  # a config file; its shape is used
     batch_sizes: Annotated[tuple[int, ...], AtLeast(1)] = (1, 32)  # prompts at a time
     max_new_tokens: Annotated[int, AtLeast(1)] = 256  # tokens of each answer
 

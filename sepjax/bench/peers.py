@@ -1,4 +1,4 @@
-"""Tokens a second of whole answers beside those of Hugging Face's transformers: the same weights, prompts and device.
+"""Tokens per second of whole answers, against Hugging Face's transformers on the same weights, prompts and device.
 
     python -m sepjax.bench.peers --model=smollm2-135m [--torch_python=.venv-torch/bin/python --batch_sizes=1,16]
 
@@ -48,12 +48,12 @@ class Settings(_Settings):
     """What is measured."""
 
     model: str  # smollm2-135m, a Hugging Face folder, a GGUF file, a workdir
-    torch_python: str = "python3"  # a Python that has torch and transformers
-    compiled: bool = True  # on a GPU, whether transformers also answers by a compiled step over a static cache
-    budget: str = "4/64/256/800"  # of the bounded cache: sinks/separators/window/cache
+    torch_python: str = "python3"  # a Python with torch and transformers
+    compiled: bool = True  # on a GPU: also measure transformers with a compiled step over a static cache
+    budget: str = "4/64/256/800"  # sizes of the bounded cache: sinks/separators/window/cache
     batch_sizes: Annotated[tuple[int, ...], AtLeast(1)] = (1, 16)  # prompts at a time
-    prompt_tokens: Annotated[int, AtLeast(1)] = 512  # of each
-    new_tokens: Annotated[int, AtLeast(1)] = 512  # of each answer
+    prompt_tokens: Annotated[int, AtLeast(1)] = 512  # tokens of each prompt
+    new_tokens: Annotated[int, AtLeast(1)] = 512  # tokens of each answer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How fast bounded caches are read into: passes over runs of tokens, and books streamed through them to be scored.
+"""Prefill over bounded caches: passes over chunks of tokens, and books streamed through them for scoring.
 
     python -m sepjax.bench.reading --config=configs/llama3_8b.py [--budget=4/64/256/800 --shapes=32x128,1x480]
 
@@ -40,13 +40,13 @@ _SEPARATORS = 0.12  # of the tokens
 class Settings(OfCaches):
     """What is measured."""
 
-    shapes: tuple[str, ...] = ("32x128", "4x480", "1x480")  # rows and tokens of a pass
-    # rows that there are, of which a pass reads some; 0: those that it reads
+    shapes: tuple[str, ...] = ("32x128", "4x480", "1x480")  # rows x tokens of a pass
+    # rows in all, of which a pass reads some; 0: as many as it reads
     slots: Annotated[int, AtLeast(0)] = 0
-    # tokens of books to stream besides; 0: none
+    # tokens of books to stream as well; 0: none
     stream_tokens: Annotated[int, AtLeast(0)] = 0
-    books: Annotated[int, AtLeast(1)] = 20  # that they are of
-    seconds: Annotated[float, AtLeast(0)] = 1.0  # for each figure
+    books: Annotated[int, AtLeast(1)] = 20  # number of those books
+    seconds: Annotated[float, AtLeast(0)] = 1.0  # time for each figure
 
 
 @dataclasses.dataclass(frozen=True)

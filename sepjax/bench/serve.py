@@ -1,4 +1,4 @@
-"""A server under rising load: time to first token, time per output token, tokens a second, memory.
+"""A server under rising load: time to first token, time per output token, tokens per second, memory.
 
     sepjax bench serve --model=smollm2-135m --slots=256 --budget=4/64/256/800
     sepjax bench serve --config=configs/sep_tiny.py --slots=8 --budget=2/8/16/64     the shape, with random weights
@@ -39,36 +39,35 @@ _STARTS = 1.0  # seconds that the load's process needs to begin
 class Settings(_Settings):
     """Which server, and which loads."""
 
-    url: str | None = None  # of a server that runs; else one is started here, of --model or --config
-    api_key: str = ""  # with --url: that it wants
-    model: str | None = None  # what sepjax.load reads
-    config: str | None = None  # config file whose shape is served, with random weights
-    pattern: str = "separator"  # of the bounded cache
-    budget: str = "4/64/256/800"  # of the bounded cache: sinks/separators/window/cache
-    # of keys and values in the caches: the model's, or int8, nearly half the bytes; default: the config's
+    url: str | None = None  # of a running server; default: one is started here, with --model or --config
+    api_key: str = ""  # with --url: key of that server
+    model: str | None = None  # anything sepjax.load reads
+    config: str | None = None  # config file whose shape to serve, with random weights
+    pattern: str = "separator"  # pattern of the bounded cache
+    budget: str = "4/64/256/800"  # sizes of the bounded cache: sinks/separators/window/cache
+    # dtype of cached keys and values: the model's, or int8 in about half the bytes; default: the config's
     cache_dtype: Annotated[str, OneOf(CACHE_DTYPES)] | None = None
-    slots: Annotated[int, AtLeast(1)] = 8  # of the server; with --url: that it was given
-    cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations to go on from
-    # MiB of the device's memory for those that go on soon; default: half of what is left of an accelerator's
+    slots: Annotated[int, AtLeast(1)] = 8  # slots of the server; with --url: as it was started with
+    cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations that may continue
+    # MiB of device memory for those that may continue soon; default: half of what an accelerator has left
     device_memory: Annotated[int | None, AtLeast(0)] = None
-    # tokens of an answer that the device may make before the host looks at them; default: 16 on an accelerator, else 1
+    # decode steps before the host looks at the tokens; default: 16 on an accelerator, otherwise 1
     steps: Annotated[int | None, AtLeast(1), AtMost(MOST_STEPS)] = None
-    # processes that answer HTTP; 0: a thread of this one; default: as of `sepjax serve`
+    # processes for HTTP; 0: a thread of this one; default: as for `sepjax serve`
     http_processes: Annotated[int | None, AtLeast(0), AtMost(MOST_HTTP)] = None
-    dense_context: Annotated[int, AtLeast(0)] = (
-        0  # tokens of a dense cache of equal memory to measure beside it; 0: none
-    )
-    loads: tuple[str, ...] = ("full", "25%", "50%", "80%", "95%")  # in this order
-    seconds: float = 30.0  # of each load; the first quarter warms up
-    bare_seconds: float = 5.0  # for the bare loop of as many rows; 0: not measured
-    prompt_median: float = 60.0  # tokens of a message, lognormal
-    prompt_sigma: float = 0.8  # of their logarithm
-    answer_median: float = 120.0  # tokens of an answer, lognormal
-    answer_sigma: float = 0.6  # of their logarithm
-    turns: float = 4.0  # of a conversation, mean of a geometric distribution
+    # tokens of a dense cache of equal memory to measure as well; 0: none
+    dense_context: Annotated[int, AtLeast(0)] = 0
+    loads: tuple[str, ...] = ("full", "25%", "50%", "80%", "95%")  # loads to measure, in this order
+    seconds: float = 30.0  # duration of each load; the first quarter is warm-up
+    bare_seconds: float = 5.0  # duration of the bare decode loop of as many rows; 0: not measured
+    prompt_median: float = 60.0  # tokens of a message, median of a lognormal distribution
+    prompt_sigma: float = 0.8  # standard deviation of its logarithm
+    answer_median: float = 120.0  # tokens of an answer, median of a lognormal distribution
+    answer_sigma: float = 0.6  # standard deviation of its logarithm
+    turns: float = 4.0  # turns of a conversation, mean of a geometric distribution
     pause: float = 1.0  # seconds between turns, mean of an exponential distribution; none at "full"
-    seed: int = 0  # of the load
-    profile: bool = False  # whether to tell where the server's time goes, part by part; not with --url
+    seed: int = 0  # seed of the load
+    profile: bool = False  # also report where the server's time goes, part by part; not with --url
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Tokens a second of slots, as a server drives them, beside those of the bare decode loop at as many rows.
+"""Tokens per second of slots, as a server uses them, against the bare decode loop with as many rows.
 
     python -m sepjax.bench.slots --config=configs/llama3_8b.py [--budget=4/64/256/800 --rows=8,64 --cache_dtype=int8]
 
@@ -45,12 +45,12 @@ KINDS = {
 class Settings(_Settings):
     """What is measured."""
 
-    config: Config  # a config file, whose shape is taken
-    budget: str = "4/64/256/800"  # of the bounded cache: sinks/separators/window/cache
-    # of keys and values in the cache: the model's, or int8, nearly half the bytes; default: the config's
+    config: Config  # a config file; its shape is used
+    budget: str = "4/64/256/800"  # sizes of the bounded cache: sinks/separators/window/cache
+    # dtype of cached keys and values: the model's, or int8 in about half the bytes; default: the config's
     cache_dtype: Annotated[str, OneOf(CACHE_DTYPES)] | None = None
-    rows: Annotated[tuple[int, ...], AtLeast(1)] = (8,)  # slots
-    seconds: Annotated[float, AtLeast(0)] = 3.0  # for each figure
+    rows: Annotated[tuple[int, ...], AtLeast(1)] = (8,)  # numbers of slots
+    seconds: Annotated[float, AtLeast(0)] = 3.0  # time for each figure
 
 
 @dataclasses.dataclass(frozen=True)

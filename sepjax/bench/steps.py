@@ -1,4 +1,4 @@
-"""Decoding steps of a config's shape against the memory they must read, with random weights and full bounded caches.
+"""Decode steps of a config's shape, random weights and full bounded caches, against the memory they must read.
 
     python -m sepjax.bench.steps --config=configs/llama3_8b.py [--budget=4/64/256/800 --batch_sizes=1,auto]
 
@@ -37,10 +37,10 @@ _SPARE = 0.06  # of the memory, for what a step computes
 class OfCaches(_Settings):
     """The shape and the caches of which something is measured."""
 
-    config: Config  # a config file, whose shape is taken
-    budget: str = "4/64/256/800"  # of the bounded caches: sinks/separators/window/cache
-    patterns: tuple[str, ...] = ("separator",)  # of the bounded caches
-    cache_dtypes: Annotated[tuple[str, ...], OneOf(CACHE_DTYPES)] = ()  # of all caches; default: the config's
+    config: Config  # a config file; its shape is used
+    budget: str = "4/64/256/800"  # sizes of the bounded caches: sinks/separators/window/cache
+    patterns: tuple[str, ...] = ("separator",)  # patterns of the bounded caches
+    cache_dtypes: Annotated[tuple[str, ...], OneOf(CACHE_DTYPES)] = ()  # dtypes of all caches; default: the config's
 
     def caches(self, dense_context: int = 0) -> dict[str, AttentionConfig]:
         """By name; `dense_context`: as `caches_of` has it."""
@@ -54,9 +54,9 @@ class Settings(OfCaches):
     """What is measured."""
 
     batch_sizes: tuple[str, ...] = ("1", "auto")  # rows of a step; auto: as many as fit
-    # tokens of a dense cache to measure beside it; 0: none
+    # tokens of a dense cache to measure as well; 0: none
     dense_context: Annotated[int, AtLeast(0)] = 0
-    seconds: Annotated[float, AtLeast(0)] = 3.0  # for each figure
+    seconds: Annotated[float, AtLeast(0)] = 3.0  # time for each figure
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Training tokens a second of a config against the same model with dense attention, over sequence lengths.
+"""Training tokens per second of a config, against the same model with dense attention, over sequence lengths.
 
     python -m sepjax.bench.training --config=configs/sep_small.py [--lengths=2048,8192,32768 --json=bench.json]
 

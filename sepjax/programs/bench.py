@@ -3,9 +3,12 @@
 sepjax bench attention --lengths=2048,32768
 """
 
+import ast
+import importlib.util
 import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sepjax.command.flags import one_line_errors
 from sepjax.config import ConfigError, nearest
@@ -34,12 +37,19 @@ def main(words: Sequence[str]) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+def about(name: str) -> str:
+    """The first line of a bench's docstring, without an import of the bench, which takes seconds."""
+    spec = importlib.util.find_spec(BENCHES[name])
+    source = Path(spec.origin).read_text() if spec is not None and spec.origin else ""
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
 def choose(words: Sequence[str]) -> tuple[str, list[str]]:
-    """(module, its arguments). Prints what there is and ends the program where that is asked for."""
+    """(module, its arguments). For --help prints all benches and ends the program."""
     name = words[0] if words else ""
     if name in ("-h", "-help", "--help"):
         width = 2 + max(map(len, BENCHES))
-        print("sepjax bench NAME, each with --help:", *(f"  {x:<{width}}{BENCHES[x]}" for x in BENCHES), sep="\n")
+        print("sepjax bench NAME, each with --help:", *(f"  {x:<{width}}{about(x)}" for x in BENCHES), sep="\n")
         raise SystemExit(0)
     if name not in BENCHES:
         said = f"got {name!r}{nearest(name, BENCHES)}" if name else "got none"

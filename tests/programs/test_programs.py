@@ -1,6 +1,7 @@
 """The command itself: which program runs, what each says of itself, and what is refused before anything is loaded."""
 
 import dataclasses
+import importlib
 import importlib.util
 import os
 import re
@@ -39,6 +40,13 @@ def test_every_program_tells_its_flags_and_what_they_mean(name, capfd):
         object.__new__(module.Settings).step = 1
 
 
+@pytest.mark.parametrize("name", bench.BENCHES)
+def test_every_flag_of_a_bench_has_a_meaning(name):
+    module = importlib.import_module(bench.BENCHES[name] + (".__main__" if name == "mesh" else ""))
+    flags = flags_of(getattr(module, "CommandLine", None) or module.Settings)
+    assert [flag.name for flag in flags if not flag.meaning] == []
+
+
 def test_what_there_is(capfd):
     for words in ("--help", "help"):
         ended = command(capfd, words)
@@ -52,6 +60,7 @@ def test_what_there_is(capfd):
         programs.main(["bench", "--help"])
     said = capfd.readouterr().out
     assert all(f"  {name} " in said for name in bench.BENCHES)
+    assert "Tokens per second of the input pipeline alone." in said
 
 
 @pytest.mark.parametrize(
