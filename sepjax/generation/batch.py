@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sepjax.generation.device_loop import Request, Steps, make_advance
@@ -50,11 +49,11 @@ def request_of(of: Prepared, settings: RowSettings, sampling: Sampling, rows: in
     Of how to draw, each row for itself even if all draw alike: one way and several are the same program.
     """
     limit = -1 if settings.max_new_tokens is None else settings.max_new_tokens
-    ends = jnp.asarray(settings.ends.array())
-    asks = jnp.bool_(settings.logprobs), jnp.bool_(settings.top_logprobs > 0)
+    asks, asks_top = np.bool_(settings.logprobs), np.bool_(settings.top_logprobs > 0)
     sampling = sampling if np.ndim(sampling.temperature) else Sampling.of_rows([sampling] * rows, rows)
-    sampling = jax.tree.map(jnp.asarray, sampling)  # biases of many rows are megabytes: there once, not at every call
-    return Request(of.table_on_device, sampling, ends, jnp.int32(limit), *asks, jnp.int32(settings.min_new_tokens))
+    # Biases of many rows are megabytes: there once, not at every call; and all in one go, which each by itself is not.
+    told = sampling, settings.ends.array(), np.int32(limit), asks, asks_top, np.int32(settings.min_new_tokens)
+    return Request(of.table_on_device, *jax.device_put(told))
 
 
 def run(
