@@ -5,6 +5,7 @@ for dK and dV of packed and of near keys together; each global key then reads it
 what another block wrote, so the same input gives the same bits. Nothing of size T x T or T x S exists.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -32,6 +33,7 @@ from sepjax.attention.target import target
 from sepjax.layout import SeparatorLayout
 
 _H100_SMS = 132  # where the device does not tell
+_FEW_BLOCKS = 8  # of near keys, for each SM: below it their work is evened out
 _PACK_ROWS, _PACK_COLUMNS = 32, 1024  # of a block that packs keys: two of 64 KiB fit its shared memory
 
 
@@ -209,25 +211,39 @@ def _shape(q, k, packed, scale):
     return Shape(B, T, N, k.shape[2], H, S, k.shape[1], q.dtype, scale, target().num_cores or _H100_SMS)
 
 
-def _heads(shape: Shape) -> int:
-    return max(heads for heads in (1, 2, 4) if shape.group % heads == 0)
+def _rows(shape: Shape) -> tuple[int, int]:
+    """Query heads of a block of queries, and the warpgroups that compute it.
+
+    Three warpgroups have 160 registers a thread, which is enough for heads of 64. With a head each, the block has 64
+    tokens, where one of two warpgroups and one head has 128: its hull is shorter, and a tile of keys serves three.
+    """
+    if shape.H == 64 and shape.group % 2 and shape.group % 3 == 0:
+        return 3, 3
+    return max(heads for heads in (1, 2, 4) if shape.group % heads == 0), 2
 
 
 def forward_tiles(shape: Shape) -> Tiles:
     """Of the forward kernel."""
     keys, stages = {64: (128, 4), 128: (128, 2), 256: (64, 2)}[shape.H]
-    return Tiles(keys, stages, _heads(shape))
+    return Tiles(keys, stages, *_rows(shape))
 
 
 def _query_gradient_tiles(shape: Shape) -> Tiles:
     keys, stages = {64: (64, 4), 128: (64, 2), 256: (64, 1)}[shape.H]
-    return Tiles(keys, stages, _heads(shape))
+    return Tiles(keys, stages, *_rows(shape))
 
 
 def _key_gradient_tiles(shape: Shape) -> KeyTiles:
+    """The query heads of packed blocks are cut where there are few key heads, and where SMs have few blocks.
+
+    Packed blocks are visited by up to T queries, near ones by those of a window. Each SM is dealt as many blocks as any
+    other, so of few, the ones that have a packed block have much more to do.
+    """
     ways = [s for s in range(1, shape.group + 1) if shape.group % s == 0]
     splits = next((s for s in ways if shape.B * shape.K * s >= 8), shape.group)
-    return KeyTiles(splits, stages={64: 4, 128: 2, 256: 1}[shape.H], shared=shape.H == 256)
+    tiles = KeyTiles(splits, stages={64: 4, 128: 2, 256: 1}[shape.H], shared=shape.H == 256)
+    near = -(-shape.near // tiles.keys) * shape.B * shape.K
+    return tiles if near >= _FEW_BLOCKS * shape.num_sms else dataclasses.replace(tiles, splits=shape.group)
 
 
 def _pack(shape, k, v, layout):

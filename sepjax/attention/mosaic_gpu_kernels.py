@@ -10,8 +10,9 @@ ranges, from the packed global keys, then the hull of their near ranges, from al
 
 A tile may hold both kinds, so only the last one is filled up. A query sees the virtual keys [far_from, far_to) and
 [near_from, near_to); tiles that every query of the block sees whole are not masked. One warpgroup loads (TMA, `stages`
-tiles ahead), the others compute (wgmma), 64 rows each. Rows are tokens of one head or, where query heads share a key
-head, fewer tokens of several heads: the hull of a short run of tokens wastes less.
+tiles ahead), the others compute (wgmma), 64 rows each: two of them, or three where blocks are of three heads. Rows are
+tokens of one head or, where query heads share a key head, fewer tokens of several heads: the hull of a short run of
+tokens wastes less.
 
 For dK and dV the roles change: a block of keys, packed or not, visits the tiles of 64 queries that see some of it.
 
@@ -83,11 +84,22 @@ class Tiles:
     keys: int  # of a tile of virtual keys
     stages: int  # tiles in shared memory
     heads: int  # query heads of a block: they share a key head
+    warpgroups: int = 2  # that compute, ROWS rows of a block each
 
     @property
     def tokens(self) -> int:
         """Tokens of a block."""
-        return 2 * ROWS // self.heads
+        return self.warpgroups * ROWS // self.heads
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that computes, and of one that loads: an SM has 65,536."""
+        return {2: (240, 24), 3: (160, 32)}[self.warpgroups]
+
+    @property
+    def rereads(self) -> bool:
+        """Whether each mask reads the rows' ranges again, for want of registers that would hold them."""
+        return self.warpgroups == 3
 
     @property
     def segments(self) -> int:
@@ -191,8 +203,10 @@ def _each_task(
     return lax.fori_loop(0, rounds, body, (prepare(task(0)), state))[1]
 
 
-def _launch(kernel: Callable[..., None], out: Any, scratch: tuple[Any, ...], num_sms: int) -> Callable[..., Any]:
-    """`kernel(refs, scratch)` on one block of three warpgroups for each SM."""
+def _launch(
+    kernel: Callable[..., None], out: Any, scratch: tuple[Any, ...], num_sms: int, warpgroups: int = 3
+) -> Callable[..., Any]:
+    """`kernel(refs, scratch)` on one block of so many warpgroups for each SM."""
 
     def entry(*refs):
         pl.run_scoped(lambda *scratch: kernel(refs, scratch), *scratch, collective_axes="wg")
@@ -202,7 +216,7 @@ def _launch(kernel: Callable[..., None], out: Any, scratch: tuple[Any, ...], num
         out_type=out,
         grid=(num_sms,),
         grid_names=("sm",),
-        num_threads=3,
+        num_threads=warpgroups,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
@@ -360,20 +374,25 @@ class _QueryBlocks:
         `mine` has the rows' ranges, int32 [4, ROWS] in shared memory. `short` is the form with one case in place of
         nine, for kernels that have no registers left.
         """
-        vector = lambda row: plgpu.load(mine.at[row], layout=_PER_ROW)  # noqa: E731
-        far = vector(FAR_START) - block.far_lo, vector(FAR_END) - block.far_lo
-        near = vector(NEAR_START) + block.shift, vector(NEAR_END) + block.shift
+
+        def number(row):
+            x = plgpu.load(mine.at[row], layout=_PER_ROW)
+            return x - block.far_lo if row in (FAR_START, FAR_END) else x + block.shift
+
+        read = number if self.tiles.rereads else [number(row) for row in range(self.numbers)].__getitem__
         far_keys = block.far_chunks * CHUNK
 
         def both(s, u0):
             u = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA) + u0
-            lo, hi, near_lo, near_hi = (_along_rows(x, s.shape) for x in (*far, *near))
+            lo, hi, near_lo, near_hi = (_along_rows(read(row), s.shape) for row in range(self.numbers))
             return jnp.where(((u >= lo) & (u < hi)) | ((u >= near_lo) & (u < near_hi)), s, -jnp.inf)
 
         def one(s, u0, is_far):
-            lo, hi = far if is_far else near
+            lo, hi = (FAR_START, FAR_END) if is_far else (NEAR_START, NEAR_END)
             some_lo, some_hi = (rows.far_from, rows.far_to) if is_far else (rows.near_from, rows.near_to)
-            return _masked(s, 1, lambda: lo - u0, lambda: hi - u0, some_lo > u0, some_hi < u0 + s.shape[1], False)
+            return _masked(
+                s, 1, lambda: read(lo) - u0, lambda: read(hi) - u0, some_lo > u0, some_hi < u0 + s.shape[1], False
+            )
 
         def mask(s, u0):
             # 0: far keys alone, 1: near ones alone, 2: the tile where one kind follows the other.
@@ -399,7 +418,7 @@ class _QueryBlocks:
 
         def run(i, block, state):
             def rows():
-                for w in range(2):
+                for w in range(self.tiles.warpgroups):
                     pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(rows_free.at[w]))
                     load_rows(block, w)
 
@@ -415,7 +434,7 @@ class _QueryBlocks:
             return i + 1, lax.fori_loop(0, block.steps, step, state[1])
 
         done, t = _each_task(self.shape.num_sms, self.total, self.block, run, (jnp.int32(0), jnp.int32(0)))
-        for w in range(2):
+        for w in range(self.tiles.warpgroups):
             pl.when(done > 0)(lambda w=w: plgpu.barrier_wait(rows_free.at[w]))
         for x in free:
             _await_each(x, stages, t)
@@ -462,7 +481,7 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
     ranges: int32 [B, 4, padded]; lse: log2 of the sum of exp2(score), +inf for a row that sees nothing. Another `kind`
     of blocks has other inputs than those after q.
     """
-    H, keys, stages = shape.H, tiles.keys, tiles.stages
+    H, keys, stages, computing = shape.H, tiles.keys, tiles.stages, tiles.warpgroups
     scale = shape.scale * LOG2E
 
     def compute(blocks, refs, scratch, wg):
@@ -472,9 +491,10 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
         out = out if shape.roomy else q
 
         def take_turns():
-            # While one warpgroup has the tensor cores, the other does its softmax.
-            plgpu.barrier_arrive(order)
-            plgpu.barrier_wait(order)
+            # While one warpgroup has the tensor cores, the other does its softmax. Three find their turns themselves.
+            if computing == 2:
+                plgpu.barrier_arrive(order)
+                plgpu.barrier_wait(order)
 
         def run(i, ready, t):
             block, rows = ready
@@ -497,10 +517,11 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
                     if shape.roomy:
                         pl.when(step == rows.steps - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
 
-                if not beside:
+                mask_reads = beside or tiles.rereads  # what the loader may write when it is done with
+                if not mask_reads:
                     done()
                 s = mask(s, step * keys, *(x.at[slot] for x in beside))
-                if beside:  # the mask has read it, and the rows' numbers
+                if mask_reads:
                     done()
                 new_top = jnp.maximum(top, s.max(axis=1) * scale)
                 shrink = jnp.exp2(top - new_top)
@@ -509,9 +530,11 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
                 total = total * shrink + p.sum(axis=1)
                 p = p.astype(shape.dtype)
                 acc, total, top, p = lax.optimization_barrier((acc, total, new_top, p))
-                plgpu.barrier_arrive(order)
+                if computing == 2:
+                    plgpu.barrier_arrive(order)
                 plgpu.barrier_wait(v_ready.at[slot])
-                plgpu.barrier_wait(order)
+                if computing == 2:
+                    plgpu.barrier_wait(order)
 
                 def weigh(acc):
                     plgpu.wgmma(acc, p, v_smem.at[slot])
@@ -562,14 +585,16 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
         wg = lax.axis_index("wg")
         blocks, near, far = kind.of_inputs(shape, tiles, *inputs)
 
-        @pl.when(wg < 2)
+        many, few = (232, 40) if computing == 2 and H == 64 else tiles.registers
+
+        @pl.when(wg < computing)
         def _():
-            plgpu.set_max_registers(232 if H == 64 else 240, action="increase")
+            plgpu.set_max_registers(many, action="increase")
             compute(blocks, refs, scratch, wg)
 
-        @pl.when(wg == 2)
+        @pl.when(wg == computing)
         def _():
-            plgpu.set_max_registers(40 if H == 64 else 24, action="decrease")
+            plgpu.set_max_registers(few, action="decrease")
 
             def load_rows(block, w):
                 blocks.load_rows(block, w, [(q_ref, q_smem.at[w])], [], range_smem.at[w], q_ready.at[w])
@@ -581,18 +606,18 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
     blocks = kind(shape, tiles, None)
     of_keys, of_values = kind.copies(keys)
     scratch = (
-        _smem(2, ROWS, H, dtype=shape.dtype),
-        _smem(2, ROWS if shape.roomy else ALIGNMENT, H, dtype=shape.dtype),
-        plgpu.SMEM((2, ROWS), jnp.float32),
-        plgpu.SMEM((2, kind.numbers, ROWS), jnp.int32),
+        _smem(computing, ROWS, H, dtype=shape.dtype),
+        _smem(computing, ROWS if shape.roomy else ALIGNMENT, H, dtype=shape.dtype),
+        plgpu.SMEM((computing, ROWS), jnp.float32),
+        plgpu.SMEM((computing, kind.numbers, ROWS), jnp.int32),
         _smem(stages, keys, H, dtype=shape.dtype),
         _smem(stages, keys, H, dtype=shape.dtype),
-        plgpu.Barrier(num_arrivals=blocks.row_copies(1, 0), num_barriers=2),
+        plgpu.Barrier(num_arrivals=blocks.row_copies(1, 0), num_barriers=computing),
         plgpu.Barrier(num_arrivals=of_keys, num_barriers=stages),
         plgpu.Barrier(num_arrivals=of_values, num_barriers=stages),
-        plgpu.Barrier(num_barriers=2),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_barriers=computing),
+        plgpu.Barrier(num_arrivals=computing, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=computing, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2),
         *kind.beside_keys(stages, keys),
     )
@@ -600,7 +625,7 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
         jax.ShapeDtypeStruct((shape.B, shape.T, shape.N, H), shape.dtype),
         jax.ShapeDtypeStruct((shape.B, shape.N, shape.padded), jnp.float32),
     )
-    return _launch(kernel, out, scratch, shape.num_sms)
+    return _launch(kernel, out, scratch, shape.num_sms, computing + 1)
 
 
 def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
@@ -609,7 +634,7 @@ def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
     lse, d_lse, delta: float32[B, N, padded]. dS = P * (dP - delta), where delta = sum(O * dO) - d_lse. Without room for
     O in shared memory (`Shape.roomy`) `d_lse` must have sum(O * dO) subtracted.
     """
-    H, keys, stages = shape.H, tiles.keys, tiles.stages
+    H, keys, stages, computing = shape.H, tiles.keys, tiles.stages, tiles.warpgroups
 
     def compute(blocks, refs, scratch, wg):
         dq_ref, delta_ref = refs[-2:]
@@ -679,14 +704,16 @@ def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
         wg = lax.axis_index("wg")
         blocks = _QueryBlocks(shape, tiles, ranges_ref)
 
-        @pl.when(wg < 2)
+        many, few = tiles.registers
+
+        @pl.when(wg < computing)
         def _():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(many, action="increase")
             compute(blocks, refs, scratch, wg)
 
-        @pl.when(wg == 2)
+        @pl.when(wg == computing)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(few, action="decrease")
 
             def load_rows(block, w):
                 per_head = [(q_ref, q_smem.at[w]), (do_ref, do_smem.at[w])]
@@ -701,27 +728,27 @@ def query_gradient(shape: Shape, tiles: Tiles) -> Callable[..., Any]:
     blocks = _QueryBlocks(shape, tiles, None)
     extra = ROWS if shape.roomy else ALIGNMENT
     scratch = (
-        _smem(2, ROWS, H, dtype=shape.dtype),
-        _smem(2, ROWS, H, dtype=shape.dtype),
-        _smem(2, extra, H, dtype=shape.dtype),
-        _smem(2, extra, H, dtype=shape.dtype),
-        plgpu.SMEM((2, 2, ROWS), jnp.float32),
-        plgpu.SMEM((2, 4, ROWS), jnp.int32),
-        plgpu.SMEM((2, ROWS), jnp.float32),
+        _smem(computing, ROWS, H, dtype=shape.dtype),
+        _smem(computing, ROWS, H, dtype=shape.dtype),
+        _smem(computing, extra, H, dtype=shape.dtype),
+        _smem(computing, extra, H, dtype=shape.dtype),
+        plgpu.SMEM((computing, 2, ROWS), jnp.float32),
+        plgpu.SMEM((computing, 4, ROWS), jnp.int32),
+        plgpu.SMEM((computing, ROWS), jnp.float32),
         _smem(stages, keys, H, dtype=shape.dtype),
         _smem(stages, keys, H, dtype=shape.dtype),
-        plgpu.Barrier(num_arrivals=blocks.row_copies(3 if shape.roomy else 2, 2), num_barriers=2),
+        plgpu.Barrier(num_arrivals=blocks.row_copies(3 if shape.roomy else 2, 2), num_barriers=computing),
         plgpu.Barrier(num_arrivals=keys // CHUNK, num_barriers=stages),
         plgpu.Barrier(num_arrivals=keys // CHUNK, num_barriers=stages),
-        plgpu.Barrier(num_barriers=2),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_barriers=computing),
+        plgpu.Barrier(num_arrivals=computing, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=computing, num_barriers=stages),
     )
     out = (
         jax.ShapeDtypeStruct((shape.B, shape.T, shape.N, H), shape.dtype),
         jax.ShapeDtypeStruct((shape.B, shape.N, shape.padded), jnp.float32),
     )
-    return _launch(kernel, out, scratch, shape.num_sms)
+    return _launch(kernel, out, scratch, shape.num_sms, computing + 1)
 
 
 class _KeyBlock(NamedTuple):
