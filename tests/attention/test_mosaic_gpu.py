@@ -35,6 +35,7 @@ SHAPES = {
     "part of a block": (2, 70, 4, 2, 128),
     "H = 64": (2, 300, 4, 2, 64),
     "12 heads of 64": (1, 300, 12, 12, 64),
+    "9 heads of 64, 3 a key head": (2, 300, 9, 3, 64),
     "multi-query": (1, 520, 3, 1, 128),
     "8 query heads a key head": (1, 384, 8, 1, 128),
     "2 rows of 2 key heads": (2, 390, 8, 2, 128),

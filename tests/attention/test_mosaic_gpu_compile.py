@@ -50,10 +50,16 @@ KERNEL = functools.partial(separator_attention, implementation="mosaic_gpu", ret
     ("shape", "dtype"),
     [
         ((2, 390, 8, 2, 96), jnp.bfloat16),  # as 128
+        pytest.param((2, 384, 9, 3, 64), jnp.bfloat16, marks=pytest.mark.soak),  # in 160 registers; reading is below
         pytest.param((2, 384, 12, 12, 64), jnp.float16, marks=pytest.mark.soak),  # smaller tiles than the others
         pytest.param((1, 1, 4, 1, 256), jnp.bfloat16, marks=pytest.mark.soak),
     ],
-    ids=["grouped heads of 96, bfloat16", "heads of 64, float16", "multi-query heads of 256, T = 1"],
+    ids=[
+        "grouped heads of 96, bfloat16",
+        "three heads of 64 a key head",
+        "heads of 64, float16",
+        "multi-query heads of 256, T = 1",
+    ],
 )
 def test_compiles_for_an_h100(h100, shape, dtype):
     """Within an H100's shared memory and registers: ptxas would refuse, and Mosaic before it."""

@@ -10,6 +10,7 @@ import pytest
 
 from sepjax.attention import mosaic_gpu, reference
 from sepjax.attention.examples import alone, first
+from sepjax.attention.mosaic_gpu_kernels import Shape
 from sepjax.attention.ranges import Ranges
 from sepjax.bench import kernels
 from sepjax.bench.attention import Settings, make_inputs
@@ -53,6 +54,7 @@ def documents(shape, *lengths):
 CASES = {
     "documents and padding, one head a key head": ((1, 140, 1, 1, 64), 0.2, 30, 3, (5, 60, 1, 40, 34)),
     "grouped heads, blocks beyond the last token": ((1, 200, 4, 2, 64), 0.2, 20, 3, None),
+    "three heads a key head, documents and padding": ((1, 140, 3, 1, 64), 0.2, 30, 3, (5, 60, 1, 40, 34)),
     "four heads of 128 a key head": ((1, 72, 4, 1, 128), 0.2, 40, 3, (0, 50, 22)),
     "heads of 80": ((1, 72, 2, 1, 80), 0.2, 20, 3, None),
     "heads of 256": ((1, 72, 2, 1, 256), 0.2, 20, 3, None),
@@ -116,12 +118,13 @@ def test_far_values_are_scaled_in_an_example_under_vmap():
 
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.soak)])  # of scaled values: above
-def test_more_keys_than_queries(gradients):
+@pytest.mark.parametrize("N", [2, 3])  # two warpgroups compute, or three
+def test_more_keys_than_queries(N, gradients):
     """What a device of a mesh sees: two chunks of 36 queries, each behind a halo of 20 keys, and 40 far keys.
 
     Heads are of 56, which zeros fill up to 64.
     """
-    B, N, K, H, keys, num_far = 1, 2, 1, 56, 112, 40
+    B, K, H, keys, num_far = 1, 1, 56, 112, 40
     near_end = np.tile(np.r_[21:57, 77:113], (B, 1)).astype(np.int32)
     far_end = np.sort(np.random.default_rng(0).integers(0, num_far - 9, near_end.shape)).astype(np.int32)
     seen = Ranges(far_end // 3, far_end, near_end - 20, near_end, np.full(B, num_far - 9, np.int32))
@@ -141,6 +144,18 @@ def test_more_keys_than_queries(gradients):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=0.03, atol=0.03), got, exact)
     for of_far in (x for gradient in got[1:] for x in gradient[2]):
         assert (np.asarray(of_far)[:, num_far - 9 :] == 0).all(), "nobody sees the last far keys"
+
+
+def test_packed_blocks_are_cut_where_sms_have_few():
+    """By query heads, so that each SM has as much to do; elsewhere only where there are few key heads."""
+
+    def splits(B, T, N, K, H):
+        return mosaic_gpu._key_gradient_tiles(Shape(B, T, N, K, H, T, T, jnp.bfloat16, 1.0, num_sms=132)).splits
+
+    assert splits(8, 4096, 9, 3, 64) == 3, "5.8 blocks an SM"
+    assert splits(1, 32768, 32, 8, 128) == splits(8, 4096, 32, 8, 128) == 1, "15.5 of them"
+    assert splits(1, 131072, 32, 2, 128) == 4
+    assert splits(1, 512, 12, 12, 64) == 1, "one query head a key head: nothing to cut"
 
 
 @pytest.mark.usefixtures("simulated")

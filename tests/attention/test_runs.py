@@ -51,10 +51,11 @@ def textbook(given: list[Any], turned: Any, seen: np.ndarray) -> list[np.ndarray
     return [out, np.swapaxes((top + np.log(total))[..., 0], 1, 2)]
 
 
-# (B, T, N, K, H, C), keys of first slots that are turned. Blocks have tokens of one, two or four heads.
+# (B, T, N, K, H, C), keys of first slots that are turned. Blocks have tokens of one, two, three or four heads.
 CASES = {
     "two heads a block, turned keys": (2, 70, 2, 1, 64, 256, 64),
-    "one head a block, more tokens than one": (2, 130, 3, 1, 64, 256, 128),
+    "three heads a block, more tokens than one": (2, 70, 3, 1, 64, 256, 128),
+    "one head a block, more tokens than one": (2, 130, 1, 1, 64, 256, 128),
     "heads of 128, four of them a block": (2, 50, 4, 1, 128, 192, 0),
     "heads of 256, a tile a chunk": (2, 20, 2, 2, 256, 192, 64),
 }
