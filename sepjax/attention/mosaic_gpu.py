@@ -34,6 +34,7 @@ from sepjax.layout import SeparatorLayout
 
 _H100_SMS = 132  # where the device does not tell
 _FEW_BLOCKS = 8  # of near keys, for each SM: below it their work is evened out
+_LONG_ROW = 16384  # beyond it the parts of packed gradients take memory, and with separators packed blocks are many
 _PACK_ROWS, _PACK_COLUMNS = 32, 1024  # of a block that packs keys: two of 64 KiB fit its shared memory
 
 
@@ -242,8 +243,9 @@ def _key_gradient_tiles(shape: Shape) -> KeyTiles:
     ways = [s for s in range(1, shape.group + 1) if shape.group % s == 0]
     splits = next((s for s in ways if shape.B * shape.K * s >= 8), shape.group)
     tiles = KeyTiles(splits, stages={64: 4, 128: 2, 256: 1}[shape.H], shared=shape.H == 256)
-    near = -(-shape.near // tiles.keys) * shape.B * shape.K
-    return tiles if near >= _FEW_BLOCKS * shape.num_sms else dataclasses.replace(tiles, splits=shape.group)
+    blocks = -(-shape.near // tiles.keys) * shape.B * shape.K
+    is_uneven = blocks < _FEW_BLOCKS * shape.num_sms and shape.near <= _LONG_ROW
+    return dataclasses.replace(tiles, splits=shape.group) if is_uneven else tiles
 
 
 def _pack(shape, k, v, layout):

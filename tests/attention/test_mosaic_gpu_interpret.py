@@ -154,7 +154,8 @@ def test_packed_blocks_are_cut_where_sms_have_few():
 
     assert splits(8, 4096, 9, 3, 64) == 3, "5.8 blocks an SM"
     assert splits(1, 32768, 32, 8, 128) == splits(8, 4096, 32, 8, 128) == 1, "15.5 of them"
-    assert splits(1, 131072, 32, 2, 128) == 4
+    assert splits(1, 2048, 32, 8, 128) == 4
+    assert splits(1, 32768, 32, 4, 128) == 2, "a long row: as many as key heads ask for"
     assert splits(1, 512, 12, 12, 64) == 1, "one query head a key head: nothing to cut"
 
 
