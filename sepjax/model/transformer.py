@@ -4,6 +4,7 @@ Flax NNX modules behind a functional boundary: `split` a model once into a hasha
 dict of arrays, hand the dict through `jax.jit` and `jax.grad`, and `merge` inside.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -175,6 +176,16 @@ def merge(graph: nnx.GraphDef, params: Params) -> Any:
 
 def abstract(config: ModelConfig, attention: AttentionConfig | None = None) -> tuple[nnx.GraphDef, Params]:
     """`split` of a model without its memory: the leaves are `jax.ShapeDtypeStruct`."""
+    attention = attention or AttentionConfig()
+    model = merge(*_traced(config, attention.pattern == "gated", jax.sharding.get_abstract_mesh()))
+    model.attention = attention  # of which the parameters know no more than whether there is a gate
+    return split(model)
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(config: ModelConfig, gated: bool, _: jax.sharding.AbstractMesh) -> tuple[nnx.GraphDef, Params]:
+    """`abstract` of some attention. A tenth of a second each, and loading a model asks for the same shapes thrice."""
+    attention = AttentionConfig("gated") if gated else None
     return split(nnx.eval_shape(lambda: create(config, attention, jax.random.key(0))))
 
 
@@ -185,9 +196,15 @@ def _embedding(rows: int, config: ModelConfig, rngs: nnx.Rngs) -> Embedding:
 
 def _stack(config: ModelConfig, rngs: nnx.Rngs) -> Block:
     """One block whose every parameter has a leading axis of layers, each layer drawn from a key of its own."""
-    keys = jax.random.split(rngs.params(), config.num_layers)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(params=0))))
-    return nnx.merge(graph, jax.vmap(lambda key: split(Block(config, rngs=nnx.Rngs(params=key)))[1])(keys))
+    graphs: list[nnx.GraphDef] = []
+
+    def layer(key: jax.Array) -> Params:
+        graph, params = split(Block(config, rngs=nnx.Rngs(params=key)))
+        graphs.append(graph)
+        return params
+
+    params = jax.vmap(layer)(jax.random.split(rngs.params(), config.num_layers))
+    return nnx.merge(graphs[0], params)
 
 
 def _rematerialised(layer: Any, config: ModelConfig) -> Any:
