@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import train as program
-from sepjax import begin
 from sepjax.config import Config
 from sepjax.data.batch import Batch
 from sepjax.training.step import Metrics, TrainState, create_state, eval_step, train_step
@@ -90,7 +89,7 @@ def scores_of_nothing(config: Config, graph: Any, params: Any, batch: Batch) -> 
 
 
 def state_of_numpy(config: Config, params: Any = None) -> TrainState:
-    """In place of `create_state`, whose random numbers take three seconds to compile."""
+    """In place of train.py's `create_state`, whose random numbers take three seconds to compile."""
     if params is not None:
         return create_state(config, params)
     shapes = jax.eval_shape(lambda: create_state(config))
@@ -101,7 +100,7 @@ def state_of_numpy(config: Config, params: Any = None) -> TrainState:
 
 def tell_all(patch: pytest.MonkeyPatch) -> None:
     """Runs with the three functions above."""
-    patch.setattr(begin, "create_state", state_of_numpy)
+    patch.setattr(program, "create_state", state_of_numpy)
     patch.setattr(program, "train_step", step_that_tells_all)
     patch.setattr(program, "eval_step", scores_of_nothing)
 

@@ -68,7 +68,7 @@ def train_on(
         patch.setattr("train.eval_step", scores_of_nothing)
         patch.setattr("train.train_step", step)
         if step is step_that_tells_all:
-            patch.setattr("sepjax.begin.create_state", state_of_numpy)
+            patch.setattr("train.create_state", state_of_numpy)
         measure_once(patch)
         train(config, workdir)
     return losses(workdir)

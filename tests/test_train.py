@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 
-from sepjax import begin
 from sepjax.config import Config, ConfigError, UserError, load_config, validate
 from sepjax.data.conversations import NoFormError
 from sepjax.data.errors import DataError
@@ -24,7 +23,7 @@ from sepjax.run.checkpoint import load_params
 from sepjax.run.workdir import differing_fields
 from tests.commands import command
 from tests.run.test_trackers import Package, steps_of
-from tests.runs import start_quickly, state_of_numpy
+from tests.runs import start_quickly, state_of_numpy, tell_all
 from train import train
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +84,7 @@ def finished(config_file, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         start_quickly(patch)
-        patch.setattr(begin, "create_state", state_of_numpy)  # random numbers of its own: reliability/test_kill.py
+        patch.setattr("train.create_state", state_of_numpy)  # random numbers of its own: reliability/test_kill.py
         patch.setitem(sys.modules, "wandb", package := Package("wandb"))
         train(load_config(config_file), workdir, profile_steps="2:3", log_to=("wandb",))
     assert "MFU" not in out.getvalue()  # of a CPU
@@ -229,8 +228,9 @@ def test_bad_texts_are_the_users_mistakes(finished, tmp_path):
         jobs.evaluate(finished, ["separater"])
 
 
-@pytest.mark.usefixtures("one_device")
-def test_bad_settings_of_a_run_are_the_users_mistakes(config_file, tmp_path):
+def test_bad_settings_of_a_run_are_the_users_mistakes(config_file, tmp_path, monkeypatch):
+    start_quickly(monkeypatch)
+    tell_all(monkeypatch)  # compilers begin before data are looked at
     (tmp_path / "bad.model").write_bytes(b"\x00not a model")
     config = load_config(config_file)
     with pytest.raises(OSError, match="/proc/run"):

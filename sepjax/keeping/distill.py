@@ -99,6 +99,10 @@ def _checked(config: Config, workdir: Path, download: bool) -> Config:
         raise ConfigError("training.init_from is empty; it names the model that the gate is for, and learns from")
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ConfigError(f"{workdir} is there already; choose a --workdir that is new or empty")
+    attention = config.attention
+    # Queries beyond the window of a first stretch that ends before them, in a document as long as a row.
+    if config.data.sequence_length - attention.window_size - attention.gate_stretch + 1 < attention.gate_stretch:
+        raise _unjudged(config, "training")
     return adopt_shape(config, workdir, download=download)
 
 
@@ -120,11 +124,15 @@ def _watched(see: Any, size: int, batches: Iterable[Any], rows: int, what: str) 
 def _check_judged(config: Config, rows: Rows, held_out: Rows) -> None:
     for name, seen in (("training", rows), ("evaluation", held_out)):
         if not np.any(seen.is_judged):
-            raise ConfigError(
-                f"no stretch of the {name} rows is seen by {config.attention.gate_stretch} queries beyond its window: "
-                f"rows of data.sequence_length={config.data.sequence_length} tokens, or their documents, are too short "
-                "for attention.window_size; lengthen them or lower it"
-            )
+            raise _unjudged(config, name)
+
+
+def _unjudged(config: Config, name: str) -> ConfigError:
+    return ConfigError(
+        f"no stretch of the {name} rows is seen by {config.attention.gate_stretch} queries beyond its window: "
+        f"rows of data.sequence_length={config.data.sequence_length} tokens, or their documents, are too short "
+        "for attention.window_size; lengthen them or lower it"
+    )
 
 
 def _report(config: Config, grades: dict[str, Grade], best: str, workdir: Path) -> list[str]:

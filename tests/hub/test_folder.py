@@ -276,6 +276,11 @@ def write(name, content):
     return lambda folder, written: (folder / name).write_bytes(content)
 
 
+def stretched(name, size):
+    """With a hole at its end, which takes no room."""
+    return lambda folder, written: os.truncate(folder / name, size)
+
+
 def pipe(name):
     """In place of a file: opening it waits for a writer, for ever."""
 
@@ -324,7 +329,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
             r"adapter_config.json' is an adapter beside .*adapter=\.\.\. of sepjax\.load, --adapter of sepjax convert",
         ),
         (write("adapter_model.safetensors", b""), r"adapter_model.safetensors' is an adapter"),
-        (write("config.json", b" " * 100_000_001), r"config.json' has 100000001 bytes; at most"),
+        (stretched("config.json", 100_000_001), r"config.json' has 100000001 bytes; at most"),
         *((pipe(name), f"{name}' is not an ordinary file") for name in ("tokenizer.json", INDEX, "model.safetensors")),
         *(
             (endless(name), f"{name}' is not an ordinary file")
