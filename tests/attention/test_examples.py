@@ -104,8 +104,12 @@ def test_tpu_kernels_run_once_for_all_examples():
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_dense_examples(with_ids):
     q, k, v, *_ = tensors(SHAPE)
-    batch = dense_attention(q, k, v, IDS if with_ids else None)
-    mapped = jax.vmap(dense_attention)(q, k, v, *([IDS] if with_ids else []))
+
+    @jax.jit
+    def both(q, k, v, *ids):
+        return dense_attention(q, k, v, *ids), jax.vmap(dense_attention)(q, k, v, *ids)
+
+    batch, mapped = both(q, k, v, *([IDS] if with_ids else []))
     np.testing.assert_allclose(mapped, batch, rtol=1e-5, atol=1e-5)
 
 
@@ -120,13 +124,15 @@ def test_a_layout_alone_is_a_row_of_the_batch_s():
         "with_window": lambda x: x.with_window(3), "with_reach": lambda x: x.with_reach(9),
         "with_most_far": lambda x: x.with_most_far(2), "with_capacity": lambda x: x.with_capacity(4),
     }  # fmt: skip
-    for name, way in ways.items():
+    every = jax.jit(lambda x: {name: way(x) for name, way in ways.items()})
+    of_batch = every(batch)
+    for name, found in every(alone).items():
         compare = functools.partial(np.testing.assert_array_equal, err_msg=name)
-        jax.tree.map(lambda x, y, compare=compare: compare(x, np.asarray(y)[0]), way(alone), way(batch))
+        jax.tree.map(lambda x, y, compare=compare: compare(x, np.asarray(y)[0]), found, of_batch[name])
     row = jax.tree.map(lambda x: x[:1], batch)
     assert (alone.length, alone.capacity) == (70, 30)
-    for name in ("overflows", "attention_fraction", "kv_kept"):
-        assert getattr(alone, name)() == getattr(row, name)()
+    told = jax.jit(lambda x: (x.overflows(), x.attention_fraction(), x.kv_kept()))
+    assert told(alone) == told(row)
     assert repr(alone) == "SeparatorLayout(T=70, room for 30 packed keys)"
     assert repr(batch) == "SeparatorLayout([3, 70], room for 30 packed keys)"
 
@@ -151,15 +157,20 @@ class NNX(nnx.Module):
         return self.out(separator_attention(self.q(x), self.k(x), self.v(x), layout))
 
 
+def drawn(shapes):
+    """Random parameters: those of a module's own are a dozen programs."""
+    draw = np.random.default_rng(2).standard_normal
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * draw(x.shape), x.dtype), shapes)
+
+
 def linen_model(x, layout):
     model = Linen()
-    params = model.init(jax.random.key(0), x, layout)
-    return params, model.apply
+    return drawn(jax.eval_shape(model.init, jax.random.key(0), x, layout)), model.apply
 
 
 def nnx_model(x, layout):
-    graph, params = nnx.split(NNX(nnx.Rngs(0)))
-    return params, lambda params, x, layout: nnx.merge(graph, params)(x, layout)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: NNX(nnx.Rngs(0))))
+    return drawn(shapes), lambda params, x, layout: nnx.merge(graph, params)(x, layout)
 
 
 @pytest.mark.parametrize("make", [linen_model, nnx_model])

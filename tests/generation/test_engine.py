@@ -231,6 +231,23 @@ def test_bounded_batches_read_prompts_of_any_length_in_constant_memory():
     assert compiled == [], "that all rows draw alike is not another program"
 
 
+def test_nothing_ends_a_row_of_a_batch_before_as_many_tokens_as_it_must_have():
+    """As of a stream, of which test_slots.py has what that means."""
+    engine, prompts = tiny_engine(), ["The cat", LONG, "Où est-il? It ran away! One; two", "mat"]
+    free = engine.generate(prompts, bounded=True, max_new_tokens=40, stop_at_eos=False)
+    ends = sorted({token for answer in free for token in answer.token_ids[:4]})
+    settings = {"bounded": True, "max_new_tokens": 40, "min_new_tokens": 6, "stop_token_ids": ends}
+    answers = engine.generate(prompts, **settings)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        events = list(engine.stream(prompt, **settings))
+        assert answer.token_ids == tuple(i for event in events for i in event.token_ids)
+        assert answer.finish_reason == events[-1].finish_reason
+        assert len(answer.token_ids) >= 6
+    assert "stop" in {answer.finish_reason for answer in answers}
+    with pytest.raises(ConfigError, match="min_new_tokens=3 must be at most max_new_tokens=2"):
+        engine.generate([[5]], min_new_tokens=3, max_new_tokens=2)
+
+
 @pytest.mark.soak  # the command in tests/programs/test_generate.py needs no asking either
 def test_watched_batches_are_bounded(tokenizer):
     watched = dataclasses.replace(ATTENTION, pattern="watched", watch_after=2)

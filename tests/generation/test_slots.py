@@ -164,7 +164,7 @@ def test_a_row_gives_what_a_stream_and_a_bounded_batch_give(engine, slots):
 
 
 def test_nothing_ends_a_row_before_as_many_tokens_as_it_must_have(engine, slots):
-    """As if its ends had been impossible until then, and it had begun there; of rows, streams and batches alike."""
+    """As if its ends had been impossible until then, and it had begun there; of batches: test_engine.py."""
     prompts, early = ["The cat", LONG, "Où est-il? It ran away! One; two", "mat"], 6
     ids = [engine.tokenizer.encode(prompt, bos=True) for prompt in prompts]
 
@@ -175,18 +175,17 @@ def test_nothing_ends_a_row_before_as_many_tokens_as_it_must_have(engine, slots)
     ends = sorted({token for row in free for token in row[:4]})
     settings = {"max_new_tokens": 40, "min_new_tokens": early, "stop_token_ids": ends}
     never = Sampling.create(logit_bias=dict.fromkeys([*ends, *engine.tokenizer.end_ids], -100.0))
-    batch = engine.generate(ids, bounded=True, **settings)
     rows = run(slots, [SlotRequest(p, **settings) for p in ids])
-    for prompt, row, answer in zip(ids, rows, batch, strict=True):
+    for prompt, row in zip(ids, rows, strict=True):
         first = tokens(engine.stream(prompt, bounded=True, sampling=never, max_new_tokens=early))
         then = engine.stream([*prompt, *first], bounded=True, max_new_tokens=40 - early, stop_token_ids=ends)
         expected = first + tokens(then)
         stream = engine.stream(prompt, bounded=True, **settings)
-        assert tokens(row) == tokens(stream) == answer.token_ids == expected
-        assert row[-1].finish_reason == answer.finish_reason == then.finish_reason
+        assert tokens(row) == tokens(stream) == expected
+        assert row[-1].finish_reason == then.finish_reason
         stream.feed("One")  # a new turn has to have as many
         assert len(tokens(stream)) > early or stream.finish_reason == "length"
-    assert "stop" in {answer.finish_reason for answer in batch}
+    assert "stop" in {row[-1].finish_reason for row in rows}
     text = engine.tokenizer.decode(list(free[1]), continues=True)
     shown = len(engine.tokenizer.decode(list(free[1][:early]), continues=True))
     letter = next(x for x in text[:shown] if x in text[shown:])
@@ -194,8 +193,6 @@ def test_nothing_ends_a_row_before_as_many_tokens_as_it_must_have(engine, slots)
     assert "".join(event.text for event in row) == text[: text.index(letter, shown)]
     with pytest.raises(ConfigError, match="goes with up to 16 end tokens in slots, got"):
         slots.submit(SlotRequest([5], min_new_tokens=1, stop_token_ids=range(20)))
-    with pytest.raises(ConfigError, match="min_new_tokens=3 must be at most max_new_tokens=2"):
-        engine.generate([[5]], min_new_tokens=3, max_new_tokens=2)
 
 
 def test_a_continued_conversation_has_the_penalties_of_its_whole_text_and_tells_what_is_held(engine, slots):
