@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import sepjax
-from sepjax import Generator, Sampling, generate, stream
+from sepjax import Generator, Sampling, generate, loading, stream
 from sepjax.config import AttentionConfig, Config, ConfigError
 from sepjax.data.errors import DataError
 from sepjax.data.special_tokens import SpecialTokens
@@ -29,6 +29,7 @@ from sepjax.model.attend import forward
 from sepjax.model.transformer import Transformer, merge, split
 from sepjax.run.checkpoint import save_params
 from sepjax.separators import configured_table, flag_separators
+from tests.commands import command
 from tests.generation.tiny import ATTENTION, GATED, SHAPE, TEXTS, tiny_model, tiny_tokenizer
 
 PROMPTS = ["The cat", "", "Où est-il? It ran away! One; two", "mat, and. looked"]
@@ -415,6 +416,25 @@ def test_a_run_is_loaded(workdir, model, tokenizer):
     jax.tree.map(np.testing.assert_array_equal, split(loaded)[1], split(model)[1])
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = sepjax.lode
+
+
+def test_the_command_generates_from_a_run(workdir, model, tokenizer, capfd, monkeypatch):
+    load = loading.load
+
+    def load_as_here(*args, **settings):
+        """Numbers that no device is told to have, as all others here: the same programs."""
+        found, its_tokenizer = load(*args, **settings)
+        graph, params = split(found)
+        return merge(graph, jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)), its_tokenizer
+
+    monkeypatch.setattr(loading, "load", load_as_here)
+    flags = ("--prompt=The cat", "--max_new_tokens=20", "--temperature=1", "--seed=1")
+    ended = command(capfd, "generate", f"--workdir={workdir}", *flags)
+    assert ended.code == 0, ended.err
+    events = list(stream(model, tokenizer, "The cat", max_new_tokens=20, temperature=1.0, seed=1))
+    assert ended.out == "".join(event.text for event in events) + "\n"
+    assert len(ended.out) > 5
+    assert f"cache holds {events[-1].cache.held} of {events[-1].cache.seen} tokens" in ended.err
 
 
 def test_other_paths_say_what_they_are(workdir, tmp_path):

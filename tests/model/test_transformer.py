@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh
 
 from sepjax.config import AttentionConfig, MeshConfig, ModelConfig, RopeConfig
 from sepjax.model.attend import forward
 from sepjax.model.layers import Block
-from sepjax.model.transformer import Transformer, abstract, merge, split
+from sepjax.model.transformer import Transformer, abstract, create, merge, split
 from sepjax.sharding import make_mesh, parameter_shardings
 from tests.models import random_model
 
@@ -173,9 +174,19 @@ def test_scan_equals_a_python_loop_over_layers(model):
 
 
 def _rngs():
-    from flax import nnx
-
     return nnx.Rngs(params=0)
+
+
+def test_shapes_are_those_of_a_model_whatever_was_asked_for_before():
+    """They are traced once: neither another pattern nor what a caller does with them comes back."""
+    gated = dataclasses.replace(ATTENTION, pattern="gated", gate_layer=1, gate_stretch=4, gate_keep=2)
+    for attention in (ATTENTION, gated):
+        expected = split(nnx.eval_shape(lambda attention=attention: create(LLAMA, attention, jax.random.key(0))))
+        for _ in range(2):
+            graph, shapes = abstract(LLAMA, attention)
+            assert (graph, shapes) == expected
+            assert hash(graph) == hash(expected[0])
+            shapes["layers"].clear()
 
 
 @functools.cache
