@@ -17,7 +17,8 @@ from sepjax.evaluation.jobs import evaluate
 from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
 from sepjax.keeping import Lesson
-from sepjax.keeping.distill import distill
+from sepjax.keeping.distill import _check_judged, distill
+from sepjax.keeping.lesson import Rows
 from sepjax.keeping.teacher import observe
 from sepjax.model.rope import rope_table, rotate
 from sepjax.model.transformer import split
@@ -155,3 +156,8 @@ def test_what_cannot_be_distilled_is_named(config, tmp_path):
     refused("training.init_from is empty", dataclasses.replace(config, training=TrainingConfig()))
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=16))
     refused("no stretch of the training rows is seen by 8 queries beyond its window.*sequence_length=16", short)
+    # What no number tells before they are read: rows long enough, of documents that are not.
+    judged, unjudged = (Rows(*[np.full((1, 64), flag)] * 4) for flag in (True, False))
+    _check_judged(config, judged, judged)
+    with pytest.raises(ConfigError, match=r"no stretch of the evaluation rows.*sequence_length=64"):
+        _check_judged(config, judged, unjudged)
