@@ -76,5 +76,5 @@ def table(found: Mapping[str, Any]) -> str:
 def alone_table(found: Mapping[str, tuple[float, float]]) -> str:
     """`SlotDevice.alone`, to be read."""
     return "\n".join(
-        f"  alone: {name:<33}{done:>10.3f} ms, asked for in {asked:.3f}" for name, (done, asked) in found.items()
+        f"  alone: {name:<50}{done:>10.3f} ms, asked for in {asked:.3f}" for name, (done, asked) in found.items()
     )

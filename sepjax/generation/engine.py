@@ -202,7 +202,9 @@ class Generator:
             events.feed(prompt)
         return events
 
-    def slots(self, rows: int, *, steps: int = 1, clocks: Clocks | None = None, pool: int = 0) -> Slots:
+    def slots(
+        self, rows: int, *, steps: int = 1, clocks: Clocks | None = None, pool: int = 0, ahead: int = 0
+    ) -> Slots:  # fmt: skip
         """Continuous batching over bounded caches: requests that come and go in the rows of one compiled step.
 
         Args:
@@ -211,10 +213,12 @@ class Generator:
             device waits less for the host, and the time to first token is longer.
           clocks: that tell where the time goes.
           pool: rows of memory more, for those that have ended and were saved: they go on from there without a copy.
+          ahead: and rows for requests whose prompts are read beside those that are answered, and which take their turn
+            from whoever comes to its length. Worth their memory where `steps` are many.
 
         Raises ConfigError for a pattern that a bounded cache cannot serve, or more rows than memory holds.
         """
-        return Slots(self.prepared, BoundedReader(self.prepared), rows, steps, clocks, pool=pool)
+        return Slots(self.prepared, BoundedReader(self.prepared), rows, steps, clocks, pool=pool, ahead=ahead)
 
     def _checked(self, sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sampling:
         if isinstance(sampling, Sequence):

@@ -32,7 +32,7 @@ from sepjax.generation.slot_rows import Before, Exchange, Record, Rows, Wishes
 from sepjax.generation.slot_turns import Read, shapes_of
 
 log = logging.getLogger("sepjax.slots")
-_LEAST, _MOST = 4, 32  # rows that one program has leave and begin: an eighth of all within these bounds
+_LEAST, _MOST = 4, 40  # rows that one program has leave and begin: an eighth of all within these bounds
 
 
 class Leaving(NamedTuple):
@@ -310,25 +310,37 @@ class SlotDevice:
         jobs["no step: all have ended"] = lambda: self._step(ended, first, most).numbers
         return jobs
 
-    def alone(self, repeats: int = 10) -> dict[str, tuple[float, float]]:
+    def alone(self, at_once: int, repeats: int = 10) -> dict[str, tuple[float, float]]:
         """Median milliseconds of each thing that the device is asked for, by itself. For idle rows, which lose all.
 
-        Until it was done; and until it was asked for, which is less where the host need not wait.
+        Until it was done; and until it was asked for, which is less where the host need not wait. `at_once`: rows that
+        take part in a step.
         """
         found = {name: self._timed(job, repeats) for name, job in self._each_alone().items()}
         n, most = self._num_rows, self.most_steps
-        going, first = np.zeros(n, bool), np.zeros(n, np.int32)
+        ended, first = np.arange(n) >= at_once, np.zeros(n, np.int32)
 
         def go_on() -> Any:
-            return self._step(going, first, most).numbers
+            return self._step(ended, first, most).numbers
 
-        for name, bias in (("all rows", None), ("all rows, with a bias", {0: 1.0})):
+        for name, bias in ((f"{at_once} rows", None), (f"{at_once} rows, with a bias", {0: 1.0})):
             told = arrival(self._of, Sampling.create(logit_bias=bias), (), -1, 0, False, False, 0, is_reading=False)
             begun = [(i, self.arrivals.of_host(told), -1) for i in range(n)]
             self.ask(self._exchange, (), begun).result()
             found[f"{most} steps of {name}"] = self._timed(go_on, repeats)
-            self.ask(self._step, ~going, first, most).result()
+        for name, job in self._each_behind_others().items():
+            found[f"the same, then {name}"] = self._timed(lambda job=job: (go_on(), job()), repeats)
+        self.ask(self._step, np.ones(n, bool), first, most).result()
         return found
+
+    def _each_behind_others(self) -> dict[str, Callable[[], Any]]:
+        """What a launch has beside steps, to be asked for while the device is busy: what it takes of its time alone."""
+        jobs = {name: job for name, job in self._each_alone().items() if name.startswith("exchange")}
+        for together, length in self.shapes:
+            read = Read.none(together, length, self._num_rows)
+            read.rows[:], read.left[:] = np.arange(-together, 0) + self._num_rows, length
+            jobs[f"read {together} x {length}, all of them"] = lambda read=read: self._read([read])[0].numbers
+        return jobs
 
     def _timed(self, job: Callable[[], Any], repeats: int) -> tuple[float, float]:
         def once() -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """What the next launch of slots does: whose prompts are read (rows take turns), and how many steps each row makes."""
 
 import dataclasses
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from sepjax.generation.slot_request import Flight, Run, Slot
 _LENGTHS = 64, 192  # tokens of the shorter programs that read, on a processor
 # On an accelerator a program that reads takes as long as its layers take to be begun, however few its tokens are. So a
 # launch has one, of these rows and tokens: some short ones, some long ones, or many; and one more if many still wait.
-_FEW, _MANY, _SHORT = 4, 32, 128
+_FEW, _MANY, _MOST, _SHORT = 4, 32, 40, 128  # many: an eighth of all rows within these bounds
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,8 +52,8 @@ def shapes_of(backend: str, rows: int, chunk: int, together: int = 0) -> tuple[t
     if backend == "cpu" or together:
         lengths = sorted({min(length, chunk) for length in (*_LENGTHS, chunk)})
         return tuple((min(rows, together or 1), length) for length in lengths), len(lengths)
-    short = min(_SHORT, chunk)
-    shapes = {(min(rows, _FEW), short), (min(rows, _FEW), chunk), (min(rows, _MANY), short)}
+    short, many = min(_SHORT, chunk), max(_MANY, min(rows // 8, _MOST))
+    shapes = {(min(rows, _FEW), short), (min(rows, _FEW), chunk), (min(rows, many), short)}
     return tuple(sorted(shapes, key=_cost)), 2
 
 
@@ -133,8 +134,9 @@ def ending(slots: Sequence[Slot | None], flight: Flight | None) -> list[int]:
 
 
 def steps_of(
-    slots: Sequence[Slot | None], generating: Sequence[bool], runs: Sequence[Run], most_steps: int
-) -> tuple[int, Int32[np.ndarray, "B"]]:
+    slots: Sequence[Slot | None], generating: Sequence[bool], runs: Sequence[Run], most_steps: int, at_once: int,
+    before: Flight | None,
+) -> tuple[int, Int32[np.ndarray, "B"]]:  # fmt: skip
     """How many steps the next launch makes, and from which each row takes part.
 
     Args:
@@ -142,6 +144,8 @@ def steps_of(
       generating: which rows do, or may by then.
       runs: of prompts, before the steps.
       most_steps: of a launch.
+      at_once: rows that take part in a step.
+      before: what was asked for before.
     """
     drawing = {run.slot.number for run in runs if run.may_draw}
     most = np.zeros(len(slots), np.int32)
@@ -154,4 +158,43 @@ def steps_of(
             most[i] = most_steps
         slot.wishes_to_be_saved = False
     steps = int(most.max())
-    return steps, steps - most
+    first = steps - most
+    if np.count_nonzero(most) > at_once:
+        _take_turns(slots, first, steps, at_once, drawing, before)
+    return steps, first
+
+
+def _take_turns(
+    slots: Sequence[Slot | None], first: Int32[np.ndarray, "B"], steps: int, at_once: int, drawing: set[int],
+    before: Flight | None,
+) -> None:  # fmt: skip
+    """Has no more than `at_once` rows take part in a step: those that did before, then others as they came.
+
+    A row that comes to its length within the launch gives its turn to another, at that very step.
+
+        turn 1   a a a a a a a a|b b b b b b b b        a ends at step 8 at the latest, and b, whose prompt is read, begins
+        turn 2   c c c c c c c c c c c c c c c c
+
+    Args:
+      slots: who has the rows.
+      first: number of the step from which each would take part; `steps`: none. Changed.
+      steps: of the launch.
+      at_once: turns that there are.
+      drawing: requests that may draw a token before the steps.
+      before: what was asked for before, which has yet to be looked at.
+    """
+    reads = set() if before is None else {id(run.slot) for run in before.runs if run.may_draw}
+    took_part: dict[int, int] = {}  # in how many steps, of those that did not have to read on
+    for x, begin in zip(before.slots, before.first, strict=True) if before is not None else ():
+        if x is not None and (not x.pending or id(x) in reads):
+            took_part[id(x)] = before.steps - int(begin)
+    those = [(not took_part.get(id(x)), x.number, i) for i, x in enumerate(slots) if x is not None and first[i] < steps]
+    turns = [0] * at_once  # when each is free
+    for _, number, i in sorted(those):
+        slot = slots[i]
+        assert slot is not None
+        begin = first[i] = min(steps, max(int(first[i]), turns[0]))
+        # Tokens that it may still draw in these steps: no more than that, so nobody else comes too early.
+        left = slot.row.left - took_part.get(id(slot), 0) - (id(slot) in reads) - (number in drawing)
+        if begin < steps:
+            heapq.heapreplace(turns, steps if slot.row.left < 0 else min(steps, begin + max(0, left)))

@@ -8,7 +8,8 @@
 
 A request takes the first free row. Its prompt is read in runs between the steps of the others, the rows that read
 taking turns, so nobody waits longer than for one run. A row ends by a stop text, an end token, its length or `cancel`.
-It gives what it would give alone, token for token, with its own settings and draws (`slot_programs`).
+It gives what it would give alone, token for token, with its own settings and draws (`slot_programs`). With rows `ahead`
+there are more than take part in a step: while those generate, others are read, and each begins where one ends.
 
 While the host looks at what one launch drew, the device works on the next, so events are one behind the device:
 
@@ -59,22 +60,26 @@ class Slots:
 
     def __init__(
         self, prepared: Prepared, reader: BoundedReader, rows: int, steps: int = 1, clocks: Clocks | None = None,
-        *, together: int = 0, pool: int = 0,
+        *, together: int = 0, pool: int = 0, ahead: int = 0,
     ):  # fmt: skip
         """Makes room, and compiles all that will ever run.
 
         Args:
           prepared: the model.
           reader: of its bounded caches.
-          rows: how many.
+          rows: how many take part in a step.
           steps: tokens of a row that one launch may make.
           clocks: where the time goes.
           together: rows whose prompts one program reads; 0: as suits the device.
           pool: rows that have ended and may stay on the device, for as long as somebody has what `save` gave.
+          ahead: rows more, whose prompts are read while as many as `rows` generate.
         """
         rows, steps = whole_number("rows", rows, 1), whole_number("steps", steps, 1)
-        together, pool = whole_number("together", together), whole_number("pool", pool)
-        self._of, self._reader = prepared, reader
+        together, pool, ahead = (
+            whole_number(*x) for x in (("together", together), ("pool", pool), ("ahead", ahead))
+        )  # fmt: skip
+        self._of, self._reader, self._at_once = prepared, reader, rows
+        rows += ahead
         self.clocks, self.pace = clocks or Clocks(), Pace()
         self._device = SlotDevice(prepared, reader, rows, steps, self.clocks, together, pool)
         self._row_bytes = self._device.row_bytes
@@ -272,7 +277,7 @@ class Slots:
         may_draw = [*runs, *(() if before is None else before.runs)]
         drawing = {id(run.slot) for run in may_draw if run.may_draw}
         generating = [x is not None and (not x.pending or id(x) in drawing) for x in self._slots]
-        steps, first = steps_of(self._slots, generating, runs, self._device.most_steps)
+        steps, first = steps_of(self._slots, generating, runs, self._device.most_steps, self._at_once, before)
         if not steps and not reads:
             return None
         self.pace.asked(steps, sum(1 for x in self._slots if x is not None and x.pending))
@@ -348,7 +353,7 @@ class Slots:
         """
         if any(self._slots):
             raise SlotError("what the device does is timed alone, and there are requests")
-        return self._device.alone()
+        return self._device.alone(self._at_once)
 
     # -- how full it is ---------------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ from sepjax.config import ConfigError
 MOST_STEPS = 64  # tokens between two looks of the host: with more, clients wait for what has long been there
 MOST_HTTP = 64  # processes that answer HTTP: each has a tokenizer of its own
 _HTTP = 4  # beside an accelerator
+_AHEAD = 3 / 16  # rows whose prompts are read beside those that generate: as many as end and begin in a launch, and a few
+_LEAST_AHEAD = 128  # of fewer slots few end in a launch
 _STEPS = 16  # on an accelerator: more tokens/s than 32 at 256 rows (docs/serving_measurements.md)
 
 
@@ -26,6 +28,17 @@ def steps_of(steps: int | None) -> int:
     import jax  # seconds, which --help need not wait
 
     return steps or (1 if jax.default_backend() == "cpu" else _STEPS)
+
+
+def ahead_of(rows: int, pool: int) -> int:
+    """Rows beside so many slots whose prompts are read meanwhile, of a pool of so many.
+
+    A processor takes longer for them, an accelerator hardly.
+    """
+    import jax
+
+    few = jax.default_backend() == "cpu" or rows < _LEAST_AHEAD
+    return 0 if few else min(int(rows * _AHEAD), pool // 2)
 
 
 def http_processes_of(number: int | None) -> int:

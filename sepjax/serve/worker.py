@@ -25,7 +25,7 @@ from sepjax.clocks import Clocks
 from sepjax.config import UserError
 from sepjax.generation.row import StreamEvent
 from sepjax.generation.slots import Slots
-from sepjax.serve.bounds import steps_of
+from sepjax.serve.bounds import ahead_of, steps_of
 from sepjax.serve.conversations import Conversations, chain
 from sepjax.serve.errors import ApiError
 from sepjax.serve.jobs import Failed, FairQueue, Inbox, Item, Job, Paused
@@ -197,7 +197,9 @@ class Worker:
             kept = self.conversations = self._keep(served)
             pool = kept.on_device // served.row_bytes
             steps = steps_of(self._steps)
-            slots: Slots = served.engine.slots(self._num_rows, steps=steps, clocks=self.clocks, pool=pool)
+            ahead = ahead_of(self._num_rows, pool)
+            pool -= ahead
+            slots: Slots = served.engine.slots(self._num_rows, steps=steps, clocks=self.clocks, pool=pool, ahead=ahead)
             self.slots = slots
             # The others of the pool are for rows that have just ended, and those that are being copied.
             self._keeper = Keeper(kept, self.clocks, (pool - -(-pool // 8)) * served.row_bytes)

@@ -81,7 +81,7 @@ def attend_run(
     if num_tokens > 1:
         return attend_many(cache, num_tokens, counts, implementation)
     assert not cache.is_in_place, "steps have all rows"
-    return _attend_one(cache, implementation)
+    return _attend_one(cache, counts > 0, implementation)
 
 
 def pass_inputs(cache: "StreamingCache") -> tuple[Any, ...]:
@@ -94,8 +94,11 @@ def pass_inputs(cache: "StreamingCache") -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
-    """Attention of one token a row, whose query is turned to fit each zone (`sepjax.attention.decode`)."""
+def _attend_one(cache: "StreamingCache", active: Bool[Array, "B"], implementation: str | None) -> Attend:
+    """Attention of one token a row, whose query is turned to fit each zone (`sepjax.attention.decode`).
+
+    Rows that are not `active` see nothing but their token: a kernel then reads nothing of what they hold.
+    """
     sizes, positions = cache.sizes, cache.query_positions(1)
     ends = (sizes.num_sinks, sizes.num_sinks + sizes.max_separators) if sizes.turns_in_place else ()
     if not sizes.turns_in_place:
@@ -106,7 +109,7 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
     reason = decode.unsupported(cache.k[0].dtype, cache.head_dim, sizes.slots, implementation)
     tables = once(tables_of(cache, positions))
     recent = cache.recent_positions() >= cache.first_recent(1)
-    visible = jnp.concatenate([cache.visible_old(), recent], axis=1)
+    visible = jnp.concatenate([cache.visible_old(), recent], axis=1) & jnp.asarray(active)[:, None]
     within, is_kept = within_reach(cache, 1), kept_ones(cache, 0)
     told = functools.partial(decode.seen_slots, kernel=reason is None)
     seen_by_all = once(told(visible)) if within is None else None
