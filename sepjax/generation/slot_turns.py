@@ -172,7 +172,7 @@ def _take_turns(
 
     A row that comes to its length within the launch gives its turn to another, at that very step.
 
-        turn 1   a a a a a a a a|b b b b b b b b        a ends at step 8 at the latest, and b, whose prompt is read, begins
+        turn 1   a a a a a a a a|b b b b b b b b        a ends at step 8 at the latest, b, which has been read, begins
         turn 2   c c c c c c c c c c c c c c c c
 
     Args:

@@ -7,7 +7,7 @@ from sepjax.config import ConfigError
 MOST_STEPS = 64  # tokens between two looks of the host: with more, clients wait for what has long been there
 MOST_HTTP = 64  # processes that answer HTTP: each has a tokenizer of its own
 _HTTP = 4  # beside an accelerator
-_AHEAD = 3 / 16  # rows whose prompts are read beside those that generate: as many as end and begin in a launch, and a few
+_AHEAD = 3 / 16  # rows read beside those that generate: as many as end in a launch of 16 steps, and half of them more
 _LEAST_AHEAD = 128  # of fewer slots few end in a launch
 _STEPS = 16  # on an accelerator: more tokens/s than 32 at 256 rows (docs/serving_measurements.md)
 
