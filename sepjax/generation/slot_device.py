@@ -210,19 +210,19 @@ class SlotDevice:
         records: list[Record] = []
         for read in reads:
             with self.clocks(f"device thread: read {len(read.rows)} x {read.tokens.shape[1]}"):
-                records.append(self._run(self.programs.read, read.sent()))
+                records.append(self._run(self.programs.read, read.sent(), read.most))
         return records
 
     def _step(self, ended: np.ndarray, first: np.ndarray, steps: int) -> Record:
         with self.clocks("device thread: steps"):
             return self._run(self.programs.steps, np.append(np.where(ended, np.int32(-1), first), np.int32(steps)))
 
-    def _run(self, program: Callable[..., tuple[Rows, Record]], sent: np.ndarray) -> Record:
+    def _run(self, program: Callable[..., tuple[Rows, Record]], sent: np.ndarray, *most: int) -> Record:
         """Runs the model on the rows. Whoever looks at what came of it copies it to the host: not this thread, for
         which the device waits.
         """
         used = [self.rows]
-        self.rows, record = program(self._of.params, *used, sent, self._of.table_on_device)
+        self.rows, record = program(self._of.params, *used, sent, self._of.table_on_device, *most)
         self._sweeper.clear(used)
         return record
 
@@ -251,9 +251,9 @@ class SlotDevice:
         programs, rows, i, yes = self.programs, self.rows, _number(0), np.array(False)
         model, table = (self._of.params, rows), self._of.table_on_device
         found: dict[str, tuple[Any, ...]] = {}
-        for together, length in reversed(self.shapes):
-            sent = Read.none(together, length, self._num_rows).sent()
-            found[f"read {together} x {length}"] = programs.read, *model, sent, table
+        for shape in reversed(self.shapes):
+            sent = Read.none(shape, self._num_rows).sent()
+            found[f"read {shape.rows} x {shape.length}"] = programs.read, *model, sent, table, shape.tokens
         found["steps"] = programs.steps, *model, np.zeros(self._num_rows + 1, np.int32), table
         found["exchange"] = programs.exchange, rows, self._pool, self._which((), ()).sent()
         found["take"], found["look"] = (programs.take, rows, i, yes, yes), (programs.look, rows, i, yes)
@@ -303,9 +303,9 @@ class SlotDevice:
             "look": lambda: self.programs.look(self.rows, _number(0), np.array(False)),
         }
         first = np.zeros(self._num_rows, np.int32)
-        for together, length in self.shapes:
-            read = Read.none(together, length, self._num_rows)
-            jobs[f"read {together} x {length}"] = lambda read=read: self._read([read])[0].numbers
+        for shape in self.shapes:
+            read = Read.none(shape, self._num_rows)
+            jobs[f"read {shape.rows} x {shape.length}"] = lambda read=read: self._read([read])[0].numbers
         ended, most = np.ones(self._num_rows, bool), self.most_steps
         jobs["no step: all have ended"] = lambda: self._step(ended, first, most).numbers
         return jobs
@@ -336,10 +336,11 @@ class SlotDevice:
     def _each_behind_others(self) -> dict[str, Callable[[], Any]]:
         """What a launch has beside steps, to be asked for while the device is busy: what it takes of its time alone."""
         jobs = {name: job for name, job in self._each_alone().items() if name.startswith("exchange")}
-        for together, length in self.shapes:
-            read = Read.none(together, length, self._num_rows)
-            read.rows[:], read.left[:] = np.arange(-together, 0) + self._num_rows, length
-            jobs[f"read {together} x {length}, all of them"] = lambda read=read: self._read([read])[0].numbers
+        for shape in self.shapes:
+            read = Read.none(shape, self._num_rows)
+            read.rows[:], read.left[:] = np.arange(shape.rows), shape.tokens // shape.rows
+            name = f"read {shape.rows} x {shape.length}, {shape.tokens} tokens"
+            jobs[name] = lambda read=read: self._read([read])[0].numbers
         return jobs
 
     def _timed(self, job: Callable[[], Any], repeats: int) -> tuple[float, float]:

@@ -55,7 +55,7 @@ class SlotPrograms:
     exchange: Callable[[Rows, DecodeState, Array], tuple[Rows, DecodeState]]
     fetch: Callable[[DecodeState, Array], Packed]
     place: Callable[[Rows, Array, Packed, Array], Rows]
-    read: Callable[[Params, Rows, Array, Array], tuple[Rows, Record]]
+    read: Callable[[Params, Rows, Array, Array, int], tuple[Rows, Record]]
     steps: Callable[[Params, Rows, Array, Array], tuple[Rows, Record]]
     take: Callable[[Rows, Array, Array, Array], Packed]
     look: Callable[[Rows, Array, Array], StreamingCache]
@@ -71,7 +71,9 @@ def slot_programs(
         exchange=jax.jit(functools.partial(_exchange, arrivals), donate_argnums=(0, 1), compiler_options=options),
         fetch=jax.jit(functools.partial(_fetch, form)),
         place=jax.jit(functools.partial(_place, form, arrivals), donate_argnums=0),
-        read=jax.jit(functools.partial(_read, graph, attention), donate_argnums=1, compiler_options=options),
+        read=jax.jit(
+            functools.partial(_read, graph, attention), donate_argnums=1, static_argnums=4, compiler_options=options
+        ),
         steps=jax.jit(
             functools.partial(_steps, graph, attention, most_steps), donate_argnums=1, compiler_options=options
         ),
@@ -131,8 +133,9 @@ def _read(
     rows: Rows,
     sent: Int32[Array, "M _"],
     table: Bool[Array, "_"],
+    most: int,
 ) -> tuple[Rows, Record]:
-    """Rows take up some of `left` of their tokens[M, T]; after all of them, if they are their last, they draw.
+    """Rows take up some of `left` of their tokens[M, T], `most` in all; after all, if they are their last, they draw.
 
     `sent` has, for each, its number, `left`, whether they are its last, how many tokens it must have seen (`Read`), and
     the tokens. Where there are fewer than M, the others have numbers of no row.
@@ -143,7 +146,7 @@ def _read(
     cache: Any = row.cache
     fits = (after < 0) | (cache.main.seen_low == after)
     left, scan = jnp.where(fits, left, 0), not cache.is_in_place
-    logits, cache, counts = take_up_run(graph, params, cache, tokens, left, table, attention, scan=scan)
+    logits, cache, counts = take_up_run(graph, params, cache, tokens, left, table, attention, scan=scan, most=most)
     draws = is_last & fits & (counts == left)
     uses = after_reading(row.uses, tokens, counts)
     state = dataclasses.replace(row, cache=cache.compact(), done=~draws, uses=uses)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +17,25 @@ _LENGTHS = 64, 192  # tokens of the shorter programs that read, on a processor
 _FEW, _MANY, _MOST, _SHORT = 4, 32, 40, 128  # many: an eighth of all rows within these bounds
 
 
+_FULL = 5 / 8  # of these the tokens that it reads together, at most: most prompts are shorter than the longest
+
+
+class ReadShape(NamedTuple):
+    """A program that reads."""
+
+    rows: int
+    length: int  # tokens of a row, at most
+    tokens: int  # of all of them together
+
+    def runs(self, left: Sequence[int]) -> list[int]:
+        """How many tokens it reads of the first of some prompts, of which so many are `left`.
+
+        Those that have no room together wait: a run that depends on others would round otherwise than by itself.
+        """
+        ends = itertools.accumulate(min(tokens, self.length) for tokens in left[: self.rows])
+        return [min(tokens, self.length) for tokens, end in zip(left, ends, strict=False) if end <= self.tokens]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Read:
     """The next tokens of some prompts, for one program; where there are fewer than M, the last have no row's number."""
@@ -24,20 +45,19 @@ class Read:
     left: Int32[np.ndarray, "M"]
     is_last: Bool[np.ndarray, "M"]
     after: Int32[np.ndarray, "M"]  # tokens that a row must have seen, modulo `count_wrap`, or reads none; -1: any
+    most: int  # tokens of all of them
 
     @classmethod
-    def none(cls, rows: int, length: int, num_rows: int) -> "Read":
+    def none(cls, shape: ReadShape, num_rows: int) -> "Read":
         """A program that reads nothing yet, beside `num_rows` rows."""
-        none = np.zeros(rows, np.int32)
+        rows, length, most = shape
+        none, others = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
         which = np.arange(num_rows, num_rows + rows, dtype=np.int32)
-        return cls(which, np.zeros((rows, length), np.int32), none, np.zeros(rows, bool), np.full(rows, -1, np.int32))
+        return cls(which, np.zeros((rows, length), np.int32), none, np.zeros(rows, bool), others, most)
 
     def sent(self) -> Int32[np.ndarray, "M _"]:
         """All of it in one array, for `SlotPrograms.read`."""
         return np.column_stack([self.rows, self.left, self.is_last.astype(np.int32), self.after, self.tokens])
-
-
-type ReadShape = tuple[int, int]  # rows and tokens of a program that reads
 
 
 def shapes_of(backend: str, rows: int, chunk: int, together: int = 0) -> tuple[tuple[ReadShape, ...], int]:
@@ -51,14 +71,18 @@ def shapes_of(backend: str, rows: int, chunk: int, together: int = 0) -> tuple[t
     """
     if backend == "cpu" or together:
         lengths = sorted({min(length, chunk) for length in (*_LENGTHS, chunk)})
-        return tuple((min(rows, together or 1), length) for length in lengths), len(lengths)
-    short, many = min(_SHORT, chunk), max(_MANY, min(rows // 8, _MOST))
-    shapes = {(min(rows, _FEW), short), (min(rows, _FEW), chunk), (min(rows, many), short)}
-    return tuple(sorted(shapes, key=_cost)), 2
+        return tuple(_of_many(min(rows, together or 1), length) for length in lengths), len(lengths)
+    short, few, many = min(_SHORT, chunk), min(rows, _FEW), max(_MANY, min(rows // 8, _MOST))
+    shapes = {ReadShape(few, length, few * length) for length in (short, chunk)}
+    if many <= rows:
+        shapes.add(_of_many(many, short))
+    elif rows > few:
+        shapes.add(ReadShape(rows, short, rows * short))
+    return tuple(sorted(shapes, key=lambda shape: shape.tokens)), 2
 
 
-def _cost(shape: ReadShape) -> int:
-    return shape[0] * shape[1]
+def _of_many(rows: int, length: int) -> ReadShape:
+    return ReadShape(rows, length, max(length, int(rows * length * _FULL)))
 
 
 def best_shape(shapes: Sequence[ReadShape], left: Sequence[int]) -> ReadShape:
@@ -68,10 +92,10 @@ def best_shape(shapes: Sequence[ReadShape], left: Sequence[int]) -> ReadShape:
       shapes: that there are, the least first.
       left: tokens of each prompt, in the order of their turns.
     """
-    for rows, length in shapes:
-        if rows >= len(left) and length >= max(left):
-            return rows, length
-    return max(shapes, key=lambda shape: sum(min(tokens, shape[1]) for tokens in left[: shape[0]]))
+    for shape in shapes:
+        if shape.runs(left) == [*left]:
+            return shape
+    return max(shapes, key=lambda shape: sum(shape.runs(left)))
 
 
 class Turns:
@@ -80,7 +104,7 @@ class Turns:
     def __init__(self, shapes: Sequence[ReadShape], at_once: int, count_wrap: int):
         """`shapes` of programs that read, of which a launch has up to `at_once`; `count_wrap` of caches."""
         self._shapes, self._at_once, self._wrap = shapes, at_once, count_wrap
-        self._many = max(rows for rows, _ in shapes) // 2
+        self._many = max(shape.rows for shape in shapes) // 2
         self._last = 0  # the row that read last
 
     def next(self, slots: Sequence[Slot | None], flight: Flight | None) -> tuple[list[Read], list[Run]]:
@@ -100,8 +124,9 @@ class Turns:
         while waiting and len(reads) < self._at_once and (not reads or len(waiting) >= self._many):
             left = [len(slot.pending) - asked.get(id(slot), 0) for i in waiting if (slot := slots[i]) is not None]
             shape = best_shape(self._shapes, left)
-            those, waiting = waiting[: shape[0]], waiting[shape[0] :]
-            read = Read.none(*shape, len(slots))
+            number = len(shape.runs(left))
+            those, waiting = waiting[:number], waiting[number:]
+            read = Read.none(shape, len(slots))
             for j, i in enumerate(those):
                 slot = slots[i]
                 assert slot is not None

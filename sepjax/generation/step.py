@@ -17,6 +17,7 @@ from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.growing_pass import is_global_token
 from sepjax.generation.cache.protocol import Cache
 from sepjax.model.attend import run_rows
+from sepjax.model.packed import Packed
 from sepjax.model.transformer import Params
 from sepjax.model.unrolled import runner
 from sepjax.separators import flag_separators
@@ -120,6 +121,7 @@ def take_up_run(
     attention: AttentionConfig,
     *,
     scan: bool = True,
+    most: int | None = None,
 ) -> tuple[Float[jax.Array, "B V"], Cache, Int32[jax.Array, "B"]]:
     """Takes up some of the next tokens of every row: to its next compaction, at most T. No row is due before.
 
@@ -132,6 +134,8 @@ def take_up_run(
       table: as for `prefill`.
       attention: as for `prefill`.
       scan: see `Layerwise`; not over layers of a cache that lies among others, all of which it would copy.
+      most: tokens of all rows together, if `left` are no more: as many are computed, and no padding (but of a gate's
+        model).
 
     Returns:
       float32 scores of the token after the last that a row took up (of none they mean nothing), the cache, in which
@@ -139,5 +143,7 @@ def take_up_run(
     """
     model = runner(graph, params, scan=scan)
     counts = jnp.minimum(cache.room(tokens.shape[1]), left)
+    if most is not None and most < tokens.size and attention.pattern != "gated":
+        model = Packed(model, counts, tokens.shape[1], most)
     hidden, cache = cache.take_up(model, tokens, counts, table, attention)
     return model.logits(hidden[jnp.arange(len(counts)), jnp.maximum(counts - 1, 0)]), cache, counts

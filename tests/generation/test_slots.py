@@ -22,7 +22,7 @@ from sepjax.generation.saved import StreamStateError
 from sepjax.generation.slot_arrival import arrival
 from sepjax.generation.slot_pool import Pool
 from sepjax.generation.slot_request import Flight
-from sepjax.generation.slot_turns import Turns
+from sepjax.generation.slot_turns import ReadShape, Turns
 from sepjax.generation.slots import SlotError, Slots
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import merge, split
@@ -264,7 +264,7 @@ def test_prompts_that_are_read_take_turns(slots):
 
 def test_a_prompt_s_next_run_is_asked_for_before_the_last_was_looked_at(slots):
     """It is for a row that has taken up all of that; of one that had to compact on the way it is forgotten."""
-    turns, prompt = Turns(((2, 8),), 1, 100), [*range(3, 23)]
+    turns, prompt = Turns((ReadShape(2, 8, 16),), 1, 100), [*range(3, 23)]
     slot = slots._known[slots.submit(SlotRequest(prompt))]
     slot.row.seen = 95
 
