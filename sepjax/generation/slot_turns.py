@@ -208,11 +208,13 @@ def _take_turns(
       drawing: requests that may draw a token before the steps.
       before: what was asked for before, which has yet to be looked at.
     """
-    reads = set() if before is None else {id(run.slot) for run in before.runs if run.may_draw}
+    reads: set[int] = set()
     took_part: dict[int, int] = {}  # in how many steps, of those that did not have to read on
-    for x, begin in zip(before.slots, before.first, strict=True) if before is not None else ():
-        if x is not None and (not x.pending or id(x) in reads):
-            took_part[id(x)] = before.steps - int(begin)
+    if before is not None:
+        reads = {id(run.slot) for run in before.runs if run.may_draw}
+        for x, begin in zip(before.slots, before.first, strict=True):
+            if x is not None and (not x.pending or id(x) in reads):
+                took_part[id(x)] = before.steps - int(begin)
     those = [(not took_part.get(id(x)), x.number, i) for i, x in enumerate(slots) if x is not None and first[i] < steps]
     turns = [0] * at_once  # when each is free
     for _, number, i in sorted(those):

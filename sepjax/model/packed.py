@@ -1,8 +1,8 @@
 """A pass over rows of different lengths that computes no padding: tokens of all rows lie behind one another.
 
-    rows      a a a . .      b . . . .      c c c c .        [B, T], of which each row has some
-    packed    a a a b c c c c . .                            [1, N]: embeddings, norms and products with matrices
-    apart     as they were                                   attention, which is of each row for itself
+rows      a a a . .      b . . . .      c c c c .        [B, T], of which each row has some
+packed    a a a b c c c c . .                            [1, N]: embeddings, norms and products with matrices
+apart     as they were                                   attention, which is of each row for itself
 """
 
 from typing import Any

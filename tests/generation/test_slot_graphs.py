@@ -49,7 +49,8 @@ def compiled(program, donated, *given):
 with jax.set_mesh(mesh):
     model = of.params, rows
     compiled(functools.partial(_exchange, arrivals), (0, 1), rows, pool, np.zeros((4, 24 + arrivals.nbytes), np.uint8))
-    compiled(functools.partial(_read, of.graph, of.attention, most=16), 1, *model, np.zeros((4, 3 + 8), np.int32), of.table)
+    read = functools.partial(_read, of.graph, of.attention, most=16)
+    compiled(read, 1, *model, np.zeros((4, 3 + 8), np.int32), of.table)
     compiled(functools.partial(_steps, of.graph, of.attention, 3), 1, *model, np.zeros(ROWS + 1, np.int32), of.table)
 """
 

@@ -3,12 +3,15 @@
 import heapq
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from sepjax import Sampling, SlotRequest
 from sepjax.generation.readers import BoundedReader
+from sepjax.generation.slot_turns import ReadShape, best_shape, shapes_of
 from sepjax.generation.slots import Slots
+from sepjax.serve.bounds import ahead_of
 from tests.generation.test_slots import flat, random_request, run, standing
 from tests.generation.tiny import ROWS, tiny_engine
 
@@ -105,3 +108,19 @@ def test_rows_that_wait_for_their_turn_are_saved_where_they_stand(slots):
         slots.cancel(number)
     while not slots.is_idle:
         slots.step()
+
+
+def test_programs_that_read_suit_the_device_and_what_is_left(monkeypatch):
+    """Many prompts are packed, whole runs at a time; of few slots nothing is, and none is ahead."""
+    shapes, at_once = shapes_of("gpu", 304, 480)
+    assert (shapes, at_once) == (((4, 128, 512), (4, 480, 1920), (38, 128, 3040)), 2)
+    assert shapes_of("gpu", 8, 480)[0] == ((4, 128, 512), (8, 128, 1024), (4, 480, 1920))
+    assert shapes_of("gpu", 64, 480)[0][-1] == (32, 128, 2560)
+    assert shapes_of("cpu", 304, 480)[0] == ((1, 64, 64), (1, 192, 192), (1, 480, 480))
+    assert [best_shape(shapes, left).rows for left in ([128] * 4, [100] * 5, [481, 9])] == [4, 38, 4]
+    assert best_shape(shapes, [300, 9]).length == 480
+    assert ReadShape(4, 8, 20).runs([9, 3, 8, 2]) == [8, 3, 8], "the last would go beyond"
+    assert ReadShape(2, 8, 20).runs([2, 3, 1]) == [2, 3]
+    assert ahead_of(256, 1000) == 0, "a processor takes longer for them"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [ahead_of(*x) for x in ((256, 1000), (256, 40), (256, 0), (128, 1000), (64, 1000))] == [48, 20, 0, 24, 0]
