@@ -54,6 +54,7 @@ def test_what_there_is(capfd):
         assert all(f"sepjax {name} " in ended.out for name in (*COMMANDS, "bench"))
     ended = command(capfd, "evaluate", "--help")
     assert ended.out.count("sepjax evaluate ") == 6
+    assert command(capfd, "help", "picture", "mask").out == command(capfd, "picture", "mask", "--help").out
     assert command(capfd).code == 2
     assert command(capfd, "--version").out == "sepjax 0.1.0\n"
     with pytest.raises(SystemExit):
@@ -87,6 +88,10 @@ def test_what_there_is(capfd):
         ("train --config=sep_tiny --workdir=w --config.modle.num_layers=3", "did you mean '--config.model.num_layers"),
         ("train --config=sep_tny --workdir=w", "no config file 'sep_tny'; did you mean 'sep_tiny'"),
         ("train --workdir=w", "flag --config is required"),
+        ("train --config=sep_tiny --workdir=w --config sep_small", "--config is given 2 times; give one file"),
+        ("train --config.training.steps=x --config sep_tiny --workdir=w", "steps=x: expected a whole number$"),
+        ("train --config=sep_tiny --workdir=w --download", "does nothing without --config.training.init_from="),
+        ("generate --model=m --prompt=a --quiet=maybe", "--quiet=maybe: expected true or false, or no value$"),
         ("train --config=sep_tiny", r"--workdir=\.\.\. is required: folder of the run"),
         ("train --config=sep_tiny --workdir=", "--workdir= is empty: folder of the run"),  # not the folder it is run in
         ("train --config=zzzzzz --workdir=w", "no config file 'zzzzzz'; sepjax has books_50m, .*sep_tiny"),
