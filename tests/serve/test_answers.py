@@ -224,7 +224,8 @@ def test_tokens_and_models(server, api, served):
     assert api.models.retrieve("tiny").id == "tiny"
     told = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
     for name in ("num_requests_running 0.0", "num_requests_waiting 0.0", "time_to_first_token_seconds_count",
-                 "time_per_output_token_seconds_bucket", "inter_token_latency_seconds_sum", "prompt_tokens_total", "generation_tokens_total",
+                 "time_per_output_token_seconds_bucket", "inter_token_latency_seconds_sum", "prompt_tokens_total",
+                 "generation_tokens_total",
                  "cache_slots_held 0.0", 'cache_slots_held_by_zone{zone="kept"} 0.0', "cache_bytes"):  # fmt: skip
         assert f"sepjax:{name}" in told
 
