@@ -8,7 +8,7 @@ import pytest
 
 from sepjax import programs
 from sepjax.command.settings import AtMost, Flag, OneOf, Settings, flags_of
-from sepjax.config import Config, TrainingConfig
+from sepjax.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def unlike(flag: Any, number: int) -> Any:
     if flag.kind in (int, float):
         return flag.kind(1000 + number)
     if flag.kind is Config:
-        return Config(training=TrainingConfig(init_from="model"))  # without it, --download is refused
+        return Config()
     most = flag.mark(AtMost)
     if flag.kind == tuple[int, ...] and most is not None:
         return (most.most - number,)

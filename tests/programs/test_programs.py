@@ -15,7 +15,7 @@ import pytest
 from sepjax import programs
 from sepjax.command import moved
 from sepjax.command.settings import flags_of
-from sepjax.config import ConfigError, checkout, load_config
+from sepjax.config import Config, ConfigError, TrainingConfig, checkout, load_config
 from sepjax.hub import convert
 from sepjax.keeping import distill
 from sepjax.programs import COMMANDS, bench
@@ -164,6 +164,8 @@ def test_no_setting_is_lost_on_its_way(name, monkeypatch):
     monkeypatch.setattr(callee, "main" if name == "plan" else name, spy)
     module = programs.program(name)
     values = {flag.name: unlike(flag, i) for i, flag in enumerate(own_flags(module.Settings))}
+    if name == "train":
+        values["config"] = Config(training=TrainingConfig(init_from="model"))  # without it, --download is refused
     with pytest.raises(Called):
         module.main(module.Settings(**values))
     reached = leaves(seen)
