@@ -27,7 +27,7 @@ from sepjax.config import Config, ConfigError, UserError, field_types, first_lin
 from sepjax.config.attention import TABLES
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
-FLAG = re.compile(r"--?([A-Za-z_][\w.]*)")
+FLAG = re.compile(r"--?([A-Za-z_][\w.-]*)")
 
 
 def run_program(
@@ -186,7 +186,7 @@ def check_flags(argv: Sequence[str], known: Sequence[str], *, with_config: bool)
       known: names of the program's own flags, without dashes.
       with_config: whether `config` and its fields are flags too.
     """
-    names = [*known, "help", "helpshort", "helpfull", "helpxml", "flagfile", "undefok"]
+    names = [*known, "help", "helpshort", "helpfull", "helpxml", "flagfile", "undefok"]  # the last are absl's
     if with_config:
         names += ["config", *(f"config.{path}" for path in field_types())]
     for argument in argv[1:]:
@@ -194,8 +194,19 @@ def check_flags(argv: Sequence[str], known: Sequence[str], *, with_config: bool)
             return
         match = FLAG.match(argument)
         if match and match[1] not in names and match[1].removeprefix("no") not in names:
-            flag = f"--{match[1]}"
-            raise ConfigError(f"unknown flag {flag}{nearest(flag, [f'--{name}' for name in names])}")
+            raise ConfigError(f"unknown flag --{match[1]}{_meant(match[1], names)}")
+
+
+def _meant(name: str, names: Sequence[str]) -> str:
+    """What to say of the flag that an unknown one is most like: the same with other dashes, or another word."""
+    plain = name.replace("-", "_")
+    for same in (plain, plain.removeprefix("no_"), plain.removeprefix("no")):
+        if same in names:
+            return f"; words are joined by underscores: --{'no' * (plain != same)}{same}"
+    modules = flags.FLAGS.flags_by_module_dict().items()
+    of_absl = {flag.name for module, its in modules if module.startswith("absl.") for flag in its} | {"v", "undefok"}
+    own = [f"--{known}" for known in names if known not in of_absl - {"verbosity"}]
+    return nearest(f"--{plain}", own)
 
 
 def one_of_two(first: str, first_value: str | None, second: str, second_value: str | None) -> str:
