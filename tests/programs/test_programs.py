@@ -85,7 +85,10 @@ def test_what_there_is(capfd):
         ),
         ("convert --source=a --target=b --config.training.steps=3", "it is for sepjax train, sepjax plan, sepjax dis"),
         ("generate --model=m --prompt=a --temprature=1", "unknown flag --temprature; did you mean '--temperature'"),
-        ("serve --model=m --max-new-tokens=5", "flag --max-new-tokens; words are joined by underscores: --max_new_tokens$"),
+        (
+            "serve --model=m --max-new-tokens=5",
+            "flag --max-new-tokens; words are joined by underscores: --max_new_tokens$",
+        ),
         ("generate --model=m --prompt=a --no-quiet", "words are joined by underscores: --noquiet$"),
         ("generate --model=m --prompt=a --Stop_token-ids=3", "did you mean '--stop_token_ids'"),
         ("generate --model=m --pdp=a", "unknown flag --pdp(?!.*pdb)"),  # absl's own, which nobody means
