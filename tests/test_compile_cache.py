@@ -22,7 +22,7 @@ def no_cache(monkeypatch):
     monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", None, raising=False)
 
 
-def test_compiled_programs_are_kept_in_the_user_s_cache(tmp_path, monkeypatch, settings, no_cache):
+def test_compiled_programs_are_kept_in_the_user_s_cache(tmp_path, monkeypatch, settings, no_cache, capfd):
     monkeypatch.delenv("SEPJAX_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     compile_cache.keep()
@@ -34,8 +34,12 @@ def test_compiled_programs_are_kept_in_the_user_s_cache(tmp_path, monkeypatch, s
     settings.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "file").write_text("no folder")
+    assert capfd.readouterr().err == ""
     compile_cache.keep()
     assert settings == {}
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: compiled programs are not kept")
+    assert line.endswith(": Not a directory; name a folder in SEPJAX_CACHE")
 
 
 def test_jax_s_own_settings_have_the_last_word(monkeypatch, settings, tmp_path):
@@ -49,7 +53,7 @@ def test_jax_s_own_settings_have_the_last_word(monkeypatch, settings, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_file_makes_room_for_a_new_one_and_other_warnings_are_shown(tmp_path, monkeypatch, recwarn):
+def test_a_damaged_file_makes_room_for_a_new_one_and_other_warnings_are_shown(tmp_path, monkeypatch, recwarn, capfd):
     shown = []
     monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: shown.append(str(message)))
     for name in ("jit_step-0a-cache", "jit_step_two-1b-cache", "jit_other-2c-cache"):
@@ -62,5 +66,10 @@ def test_a_damaged_file_makes_room_for_a_new_one_and_other_warnings_are_shown(tm
             "Error reading persistent compilation cache entry for 'jit_step': Error -5", UserWarning, "", 1
         )
         warnings.showwarning("something else", UserWarning, "", 1)
+        for name in ("jit_step", "jit_other"):
+            full = f"Error writing persistent compilation cache entry for '{name}': OSError: [Errno 28] No space left"
+            warnings.showwarning(full, UserWarning, "", 1)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith(f"compiles them again: No space left; make room in {str(tmp_path)!r}")
     assert shown == ["something else"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["jit_other-2c-cache", "jit_step_two-1b-cache"]

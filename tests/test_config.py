@@ -172,7 +172,7 @@ def test_flags_override_fields_with_their_types(tiny: str) -> None:
         (["--config.training.steps=abc"], "--config.training.steps=abc: expected a whole number$"),
         (["--config.training.steps=1.5"], "--config.training.steps=1.5: expected a whole number$"),
         (["--config.optimizer.learning_rate=fast"], "--config.optimizer.learning_rate=fast: expected a number$"),
-        (["--config.attention.document_mask=perhaps"], "expected bool"),
+        (["--config.attention.document_mask=perhaps"], "mask=perhaps: expected true or false, or no value$"),
         (["--config.attention.layer_windows=abc"], r"layer_windows=\('abc',\) has the wrong type, expected tuple\[int"),
         (["--config.attention.pattern=seperator"], "did you mean 'separator'"),
         (["steps=5"], "unexpected argument 'steps=5'"),

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "files": {"config"},
     "interrupt": set(),
     "children": set(),
-    "command": {"config", "files", "interrupt", "progress", "separators"},
+    "command": {"config", "console", "files", "interrupt", "progress", "separators"},
     "separators": BASE | {"console"},
     "layout": BASE | {"separators"},
     "sharding": BASE,

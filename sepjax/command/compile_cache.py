@@ -8,6 +8,7 @@ it off. What a killed program has left half written is compiled again, and repla
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import platform
@@ -16,6 +17,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from sepjax import console
 from sepjax.files import cache_folder
 
 _LEAST_SECONDS = 0.3  # of compiling, for a program to be kept
@@ -23,7 +25,7 @@ _MOST_BYTES = 2**31  # then those that were used longest ago go
 
 
 def keep() -> None:
-    """Keeps what this process compiles, unless JAX is told otherwise. No folder to write in: nothing is kept."""
+    """Keeps what this process compiles, unless JAX is told otherwise. No folder to write in: a line says so."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
@@ -31,9 +33,11 @@ def keep() -> None:
     try:
         folder = cache_folder() / f"compiled-{_kind_of_machine()}"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # a user without a home
-        return
-    if not os.access(folder, os.W_OK | os.X_OK):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except (OSError, RuntimeError) as error:  # the latter: a user without a home
+        why = f"{str(error.filename)!r}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        _say_none_kept(f"{why}; name a folder in SEPJAX_CACHE")
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     for name, value in (
@@ -45,11 +49,23 @@ def keep() -> None:
     replace_damaged(folder)
 
 
+def _say_none_kept(why: str) -> None:
+    console.say(f"warning: compiled programs are not kept, so the next start compiles them again: {why}")
+
+
 def replace_damaged(folder: Path) -> None:
-    """Makes room for programs whose files JAX cannot read, in place of its warning: it would leave them for ever."""
-    show = warnings.showwarning
+    """Makes room for programs whose files JAX cannot read, in place of its warning: it would leave them for ever.
+
+    Of those that it cannot write one line tells, where it warns of each.
+    """
+    show, told = warnings.showwarning, []
 
     def remove(message: Warning | str, *about: Any, **more: Any) -> None:
+        if lost := re.match(r"Error writing persistent compilation cache entry .*?: (.*)", str(message)):
+            if not told:
+                told.append(lost[1])
+                _say_none_kept(f"{re.sub(r'^OSError: .Errno [0-9]+. ', '', lost[1])}; make room in {str(folder)!r}")
+            return
         found = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
         if not found:
             show(message, *about, **more)

@@ -27,7 +27,7 @@ from sepjax.config import Config, ConfigError, UserError, field_types, first_lin
 from sepjax.config.attention import TABLES
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
-FLAG = re.compile(r"--?([A-Za-z_][\w.]*)")
+FLAG = re.compile(r"--?([A-Za-z_][\w.-]*)")
 
 
 def run_program(
@@ -125,6 +125,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, *, with_config: bo
       flags.Error: the command line is wrong in another way.
     """
     asks_help = any(re.match(r"--?help", argument) for argument in argv[1:])
+    argv = _config_first(argv)
     check_flags(argv, [*flag_values, *flags.FLAGS], with_config=with_config)
     if with_config and not asks_help and not any(re.match(r"--?config(=|$)", argument) for argument in argv[1:]):
         raise ConfigError("flag --config is required: a config file, for example --config=configs/sep_tiny.py")
@@ -137,6 +138,21 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, *, with_config: bo
     if positional:
         raise ConfigError(f"unexpected argument {positional[0]!r}; everything is a flag here: --name=value")
     return [validate(_with_table(_divided(holder.value))) for holder in holders]
+
+
+def _config_first(argv: Sequence[str]) -> list[str]:
+    """The same with --config=FILE in front, as ml_collections wants it; raises ConfigError for two of them."""
+    place = argv.index("--") if "--" in argv else len(argv)
+    starts = [i for i in range(1, place) if re.match(r"--?config(=|$)", argv[i])]
+    if len(starts) > 1:
+        raise ConfigError(
+            f"--config is given {len(starts)} times; give one file, and --config.SECTION.FIELD=VALUE for what is to be "
+            "different"
+        )
+    if not starts:
+        return list(argv)
+    first, end = starts[0], starts[0] + (1 if "=" in argv[starts[0]] else 2)
+    return [argv[0], *argv[first:end], *argv[1:first], *argv[end:]]
 
 
 def _divided(section: Any) -> Any:
@@ -170,7 +186,7 @@ def check_flags(argv: Sequence[str], known: Sequence[str], *, with_config: bool)
       known: names of the program's own flags, without dashes.
       with_config: whether `config` and its fields are flags too.
     """
-    names = [*known, "help", "helpshort", "helpfull", "helpxml", "flagfile", "undefok"]
+    names = [*known, "help", "helpshort", "helpfull", "helpxml", "flagfile", "undefok"]  # the last are absl's
     if with_config:
         names += ["config", *(f"config.{path}" for path in field_types())]
     for argument in argv[1:]:
@@ -178,8 +194,19 @@ def check_flags(argv: Sequence[str], known: Sequence[str], *, with_config: bool)
             return
         match = FLAG.match(argument)
         if match and match[1] not in names and match[1].removeprefix("no") not in names:
-            flag = f"--{match[1]}"
-            raise ConfigError(f"unknown flag {flag}{nearest(flag, [f'--{name}' for name in names])}")
+            raise ConfigError(f"unknown flag --{match[1]}{_meant(match[1], names)}")
+
+
+def _meant(name: str, names: Sequence[str]) -> str:
+    """What to say of the flag that an unknown one is most like: the same with other dashes, or another word."""
+    plain = name.replace("-", "_")
+    for same in (plain, plain.removeprefix("no_"), plain.removeprefix("no")):
+        if same in names:
+            return f"; words are joined by underscores: --{'no' * (plain != same)}{same}"
+    modules = flags.FLAGS.flags_by_module_dict().items()
+    of_absl = {flag.name for module, its in modules if module.startswith("absl.") for flag in its} | {"v", "undefok"}
+    own = [f"--{known}" for known in names if known not in of_absl - {"verbosity"}]
+    return nearest(f"--{plain}", own)
 
 
 def one_of_two(first: str, first_value: str | None, second: str, second_value: str | None) -> str:
@@ -286,7 +313,7 @@ def _without_python(message: str) -> str:
     """What absl says of a value of the wrong type, in the words of whoever wrote the command line."""
     for said, expected in (("invalid literal for int", "a whole number"), ("could not convert string to", "a number")):
         message = re.sub(rf": {said}.*", f": expected {expected}", message)
-    return message
+    return re.sub(r": \('Non-boolean argument to boolean flag', .*", ": expected true or false, or no value", message)
 
 
 def _expected_type(message: str) -> str:

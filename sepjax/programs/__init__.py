@@ -42,6 +42,7 @@ COMMANDS = {  # what the user writes after `sepjax` -> its file in this folder
     "picture kinds": "picture.kinds",
 }
 _BENCH = "bench"
+_HELP = ("-h", "-help", "--help", "help")
 _NAMED = 6  # commands that a mistake names
 
 
@@ -70,7 +71,9 @@ def run_here(words: Sequence[str]) -> None:
 def choose(words: Sequence[str]) -> tuple[str, list[str]]:
     """(command, its arguments). Prints what there is and ends the program where that is asked for, or nothing is."""
     first, second = [*words, "", ""][:2]
-    if first in ("", "-h", "-help", "--help", "help"):
+    if first in _HELP and second and second not in _HELP:  # sepjax help COMMAND
+        return choose([*words[1:], "--help"])
+    if first in ("", *_HELP):
         print(overview(COMMANDS))
         raise SystemExit(0 if first else 2)
     if first == "--version":
@@ -83,7 +86,7 @@ def choose(words: Sequence[str]) -> tuple[str, list[str]]:
     jobs = [name for name in COMMANDS if name.startswith(f"{first} ")]
     if f"{first} {second}" in jobs:
         return f"{first} {second}", list(words[2:])
-    if jobs and second in ("-h", "-help", "--help"):
+    if jobs and second in _HELP:
         print(overview(jobs))
         raise SystemExit(0)
     known = [name.split()[1] for name in jobs] or [*dict.fromkeys(name.split()[0] for name in (*COMMANDS, _BENCH))]

@@ -125,7 +125,10 @@ def load(settings: Settings) -> "Served":
         engine: Any = sepjax.Generator(model, tokenizer, attention, consume=True)
         del model  # one copy of its weights is enough
         name = settings.name or settings.path.name or "model"
-        return Served.create(name, engine, settings.template(tokenizer), max_prompt_tokens=settings.max_prompt_tokens)
+        alias = None if settings.name else settings.model  # a hub's name whole, as other servers have it
+        return Served.create(
+            name, engine, settings.template(tokenizer), max_prompt_tokens=settings.max_prompt_tokens, alias=alias
+        )
 
 
 def mesh_of(tensor: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from sepjax.command.settings import AtLeast, OneOf
 from sepjax.command.settings import Settings as _Settings
-from sepjax.config import Config, checkout
+from sepjax.config import Config, ConfigError, checkout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,13 @@ class Settings(_Settings):
     # also send metrics there; needs the extra of the same name
     log_to: Annotated[tuple[str, ...], OneOf(("wandb", "trackio"))] = ()
     profile_steps: str = ""  # FIRST:LAST, steps to profile for xprof and Perfetto, into <workdir>/profile
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.download and not self.config.training.init_from:
+            raise ConfigError(
+                "--download does nothing without --config.training.init_from=OWNER/NAME; add that, or leave it out"
+            )
 
 
 def begin() -> None:

@@ -183,6 +183,8 @@ class Api:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # what a form on somebody's web page cannot send
             raise ApiError(415, f"content-type is {kind[:80]!r}, expected application/json")
+        if (packed := request.headers.get("content-encoding", "identity")).strip().lower() not in ("", "identity"):
+            raise ApiError(415, f"content-encoding is {packed[:80]!r}; bodies that are packed are not read")
         too_large = ApiError(413, f"the body is larger than {most} bytes (--max_body_bytes)", code="body_too_large")
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length[:20]) > most:
@@ -320,7 +322,7 @@ def _model(served: Served) -> dict[str, Any]:
 
 
 def _check_model(served: Served, name: str | None) -> None:
-    if name is not None and name != served.name:
+    if name not in (None, served.name, served.alias):
         raise ApiError(
             404, f"the model {name[:80]!r} does not exist here; there is {served.name!r}", param="model",
             code="model_not_found",

@@ -117,14 +117,15 @@ def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
 
 
 def read(
-    body: Any, known: Mapping[str, Field], refused: Mapping[str, tuple[Any, ...]], where: str = ""
+    body: Any, known: Mapping[str, Field], refused: Mapping[str, tuple[Any, ...] | None], where: str = ""
 ) -> dict[str, Any]:
     """The values of all fields that are known.
 
     Args:
       body: JSON as Python reads it.
       known: fields by name.
-      refused: what the protocol has and this server does not do: name -> the values that ask for nothing.
+      refused: what the protocol has and this server does not do: name -> the values that ask for nothing beside [] and
+        {}; None: whatever is there asks for something.
       where: names what `body` is a part of.
 
     Raises:
@@ -135,7 +136,8 @@ def read(
     for name, value in body.items():
         if name in known or value is None:
             continue
-        if name in refused and (value in refused[name] or value in ([], {})):
+        nothing = refused.get(name)
+        if nothing is not None and (value in nothing or value in ([], {})):
             continue
         what = f"{where}{name[:_SHOWN]}"
         if name in refused:

@@ -20,8 +20,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._first = _Times("time_to_first_token_seconds", "From a request to its first token", _FIRST)
-        self._each = _Times("time_per_output_token_seconds", "Between two tokens of an answer", _EACH)
+        self._first = _Times(("time_to_first_token_seconds",), "From a request to its first token", _FIRST)
+        names = "time_per_output_token_seconds", "inter_token_latency_seconds"  # older and newer dashboards
+        self._each = _Times(names, "Between two tokens of an answer", _EACH)
         self._registry.register(self._first)
         self._registry.register(self._each)
         about = "From a request to the end of its answer"
@@ -87,8 +88,8 @@ class Metrics:
 class _Times:
     """A histogram that takes many numbers at once: there are tens of thousands of tokens a second."""
 
-    def __init__(self, name: str, about: str, buckets: tuple[float, ...]):
-        self._name, self._about, self._buckets = f"sepjax:{name}", about, np.array(buckets)
+    def __init__(self, names: tuple[str, ...], about: str, buckets: tuple[float, ...]):
+        self._names, self._about, self._buckets = names, about, np.array(buckets)
         self._counts, self._sum = np.zeros(len(buckets) + 1), 0.0
 
     def observe(self, found: Sequence[tuple[float, int]]) -> None:
@@ -103,7 +104,8 @@ class _Times:
         """For the registry."""
         names = [*map(str, self._buckets.tolist()), "+Inf"]
         buckets = list(zip(names, np.cumsum(self._counts).astype(float).tolist(), strict=True))
-        yield HistogramMetricFamily(self._name, self._about, buckets=buckets, sum_value=self._sum)
+        for name in self._names:
+            yield HistogramMetricFamily(f"sepjax:{name}", self._about, buckets=buckets, sum_value=self._sum)
 
 
 class _Launches:

@@ -13,24 +13,41 @@ MOST_IN_ONE_PIECE = 2**20  # tokens of an answer that is not streamed: it is hel
 MOST_TOP = 20  # alternatives to a token, in logprobs
 _MOST_STOPS = 16
 _ROLES = ("system", "user", "assistant")
+_STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_cache")
 
-# Name -> its values that ask for nothing. null, [] and {} never do.
-_REFUSED_EVERYWHERE: dict[str, tuple[Any, ...]] = {
-    "store": (False,), "metadata": (), "service_tier": ("auto", "default"), "response_format": ({"type": "text"},),
+# Name -> its values that ask for nothing. null never does, and [] and {} do not where there are such values. Beside
+# OpenAI's fields those of vLLM, which its clients write at their defaults.
+_REFUSED_EVERYWHERE: dict[str, tuple[Any, ...] | None] = {
+    "store": (False,), "service_tier": ("auto", "default"), "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
+    "use_beam_search": (False,), "length_penalty": (1,), "priority": (0,), "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,), "truncate_prompt_tokens": (-1,), "prompt_logprobs": (),
+    "allowed_token_ids": (), "bad_words": (), "logits_processors": (), "structured_outputs": (), "guided_json": None,
+    "guided_regex": (), "guided_choice": (), "guided_grammar": (), "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (), "request_id": (), "cache_salt": (), "kv_transfer_params": (), "vllm_xargs": (),
 }  # fmt: skip
 _REFUSED_IN_CHATS = _REFUSED_EVERYWHERE | {
     "tools": (), "tool_choice": ("none", "auto"), "parallel_tool_calls": (False, True), "functions": (),
     "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (),
-    "reasoning_effort": ("none",), "verbosity": (), "web_search_options": (),
+    "reasoning_effort": ("none",), "verbosity": ("medium",), "web_search_options": None, "echo": (False,),
+    "best_of": (1,), "add_special_tokens": (False,), "include_reasoning": (True,), "chat_template": (),
+    "documents": (), "mm_processor_kwargs": (),
 }  # fmt: skip
-_REFUSED_IN_COMPLETIONS = _REFUSED_EVERYWHERE | {"echo": (False,), "suffix": ("",)}
-_REFUSED_IN_MESSAGES = {"refusal": (), "tool_calls": (), "function_call": (), "audio": (), "annotations": ()}
+_REFUSED_IN_COMPLETIONS = _REFUSED_EVERYWHERE | {"echo": (False,), "suffix": ("",), "add_special_tokens": (True,)}
+_REFUSED_IN_MESSAGES: dict[str, tuple[Any, ...] | None] = {
+    "refusal": (), "tool_calls": (), "tool_call_id": (), "function_call": (), "audio": (), "annotations": (),
+}  # fmt: skip
 
 
 def _stream_options(name: str, value: Any) -> dict[str, bool]:
-    return read(value, {"include_usage": Field(flag, False), "include_cache": Field(flag, False)}, {}, f"{name}.")
+    known = {option: Field(flag, False) for option in _STREAM_OPTIONS}
+    return read(value, known, {"include_obfuscation": (False,)}, f"{name}.")
 
 
+# Remarks of clients that change no answer: their own labels, and hints for a cache of prompts that needs none here.
+_NOTES = {
+    "metadata": Field(mapping), "prompt_cache_key": Field(text), "prompt_cache_retention": Field(text),
+}  # fmt: skip
 _EVERYWHERE = {
     "model": Field(text),
     "max_tokens": Field(whole(1, MOST_TOKENS)),
@@ -51,6 +68,8 @@ _EVERYWHERE = {
     "stream": Field(flag, False),
     "stream_options": Field(_stream_options),
     "user": Field(text, ""),
+    "safety_identifier": Field(text, ""),
+    **_NOTES,
 }
 
 
@@ -76,7 +95,8 @@ class Wanted:
     ignore_eos: bool
     logprobs: int | None  # alternatives to each token; None: no log-probabilities at all
     stream: bool
-    include_usage: bool
+    include_usage: bool  # in a chunk of its own, the last
+    continuous_usage_stats: bool  # in every chunk
     include_cache: bool  # what the cache holds, in every chunk
     user: str
 
@@ -88,11 +108,13 @@ class Message:
     role: str  # "system", "user" or "assistant"
     content: str
     reasoning_content: str | None = None
+    name: str | None = None  # of who says it
 
     def for_template(self) -> dict[str, str]:
-        """As chat templates read it."""
-        found = {"role": self.role, "content": self.content}
-        return found if self.reasoning_content is None else found | {"reasoning_content": self.reasoning_content}
+        """As chat templates read it; whether they write more than the content is theirs."""
+        more = {"reasoning_content": self.reasoning_content, "name": self.name}
+        told = {name: value for name, value in more.items() if value is not None}
+        return {"role": self.role, "content": self.content, **told}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +185,7 @@ def chat_request(body: Any) -> ChatRequest:
         raise wrong("max_tokens", values["max_tokens"], "left out beside max_completion_tokens, or equal to it")
     values["max_tokens"] = values["max_tokens"] if most is None else most
     asked, alternatives = values.pop("logprobs"), values.pop("top_logprobs")
-    if alternatives is not None and not asked:
+    if alternatives and not asked:
         raise wrong("top_logprobs", alternatives, "left out, or come with logprobs=true")
     continues = _continues(values.pop("continue_final_message"), values.pop("add_generation_prompt"), messages)
     return ChatRequest(_wanted(values, (alternatives or 0) if asked else None), messages, variables, continues)
@@ -235,16 +257,18 @@ def _given(values: dict[str, Any], name: str) -> Any:
 
 
 def _wanted(values: dict[str, Any], logprobs: int | None) -> Wanted:
-    options = values.pop("stream_options")
-    if options is not None and not values["stream"]:
-        raise wrong("stream_options", options, "left out without stream=true")
+    options: dict[str, Any] = values.pop("stream_options") or dict.fromkeys(_STREAM_OPTIONS, False)
+    if any(options.values()) and not values["stream"]:
+        asked = {name: True for name, value in options.items() if value}
+        raise wrong("stream_options", asked, "left out without stream=true")
     most = values["max_tokens"]
     if not values["stream"] and most is not None and most > MOST_IN_ONE_PIECE:
         raise wrong("max_tokens", most, f"at most {MOST_IN_ONE_PIECE} for an answer in one piece; use stream=true")
     values["top_k"] = max(0, values["top_k"])
     values["seed"] = None if values["seed"] is None else values["seed"] % 2**32
-    told: dict[str, Any] = options or {"include_usage": False, "include_cache": False}
-    return Wanted(**values, **told, logprobs=logprobs)
+    user = values.pop("user") or values.pop("safety_identifier")  # which is the newer name
+    told = {name: value for name, value in values.items() if name not in (*_NOTES, "safety_identifier")}
+    return Wanted(**told, **options, user=user, logprobs=logprobs)
 
 
 def _prompts(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -268,14 +292,15 @@ def _messages(name: str, value: Any) -> tuple[Message, ...]:
 
 
 def _message(where: str, value: Any) -> Message:
-    known = {"role": Field(text), "content": Field(_content), "reasoning_content": Field(text)}
-    found = read(value, known, _REFUSED_IN_MESSAGES | {"name": ()}, f"{where}.")
+    names = ("role", "reasoning_content", "name")
+    known = {"content": Field(_content), **{name: Field(text) for name in names}}
+    found = read(value, known, _REFUSED_IN_MESSAGES, f"{where}.")
     role = "system" if found["role"] == "developer" else found["role"]
     if role not in _ROLES:
         raise wrong(f"{where}.role", role, f"one of {', '.join(_ROLES)}")
     if found["content"] is None:
         raise ApiError(400, f"{where}.content is missing", param=f"{where}.content", code="missing_field")
-    return Message(role, found["content"], found["reasoning_content"])
+    return Message(role, found["content"], found["reasoning_content"], found["name"])
 
 
 def _content(name: str, value: Any) -> str:
@@ -292,4 +317,5 @@ def _part(where: str, value: Any) -> str:
     if kind != "text":
         got = kind if isinstance(kind, str) else type(value).__name__
         raise ApiError(400, f"{where}: parts of type {got[:40]!r} are not supported, only text", param=where)
-    return read(value, {"type": Field(text), "text": Field(text, "")}, {}, f"{where}.")["text"]
+    known = {"type": Field(text), "text": Field(text, ""), "cache_control": Field(mapping)}  # the last: a hint
+    return read(value, known, {}, f"{where}.")["text"]

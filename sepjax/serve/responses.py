@@ -116,7 +116,10 @@ class Answer:
         listed = self._logprobs(logprobs) if self._wanted.logprobs is not None else None
         said = {"index": number, **said, "logprobs": listed, "finish_reason": choice.finish_reason}
         chunk: dict[str, Any] = {"choices": [said]}
-        chunk |= {"usage": None} if self._wanted.include_usage else {}
+        if self._wanted.continuous_usage_stats:
+            chunk["usage"] = self.usage()
+        elif self._wanted.include_usage:
+            chunk["usage"] = None
         return chunk | ({"cache": _cache(events[-1].cache, self._served)} if wants_cache else {})
 
     # -- both -------------------------------------------------------------------------------------------------------

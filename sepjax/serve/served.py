@@ -63,11 +63,18 @@ class Served:
     control_names: dict[int, str]
     sizes: BoundedSizes | Elsewhere  # of a row's cache
     mesh: Any  # that it was made under; empty: one device
+    alias: str | None = None  # what they may call it too
     encoded: EncodedTexts = dataclasses.field(default_factory=EncodedTexts)  # conversations so far
 
     @classmethod
     def create(
-        cls, name: str, engine: Generator, template: ChatTemplate | None, *, max_prompt_tokens: int = 0
+        cls,
+        name: str,
+        engine: Generator,
+        template: ChatTemplate | None,
+        *,
+        max_prompt_tokens: int = 0,
+        alias: str | None = None,
     ) -> "Served":
         """Looks at the model's tokens and weights once.
 
@@ -76,6 +83,7 @@ class Served:
           engine: over a pattern that a bounded cache can serve; made under the mesh that is set here.
           template: of conversations; None: one of the known forms (`ChatFormat.of`).
           max_prompt_tokens: of one prompt; 0: no limit.
+          alias: another name that clients may say.
         """
         tokenizer = engine.tokenizer
         chat = conversation_of(tokenizer, template)
@@ -86,7 +94,7 @@ class Served:
         return cls(
             name, engine, template, ChatFormat.of(tokenizer), chat.stop, chat.stop_token_ids, max_prompt_tokens,
             fingerprint(engine), names, bounded_sizes(engine.prepared.config, engine.kept),
-            jax.sharding.get_mesh(),
+            jax.sharding.get_mesh(), alias,
         )  # fmt: skip
 
     def told(self) -> dict[str, Any]:
@@ -95,7 +103,7 @@ class Served:
         return {
             "name": self.name, "stop": self.stop, "stop_token_ids": self.stop_token_ids, "names": names,
             "max_prompt_tokens": self.max_prompt_tokens, "fingerprint": self.fingerprint,
-            "cache_size": self.sizes.cache_size, "num_sinks": self.sizes.num_sinks,
+            "cache_size": self.sizes.cache_size, "num_sinks": self.sizes.num_sinks, "alias": self.alias,
         }  # fmt: skip
 
     @classmethod
@@ -106,6 +114,7 @@ class Served:
         return cls(
             told["name"], elsewhere, template, ChatFormat.of(tokenizer), tuple(told["stop"]),
             tuple(told["stop_token_ids"]), told["max_prompt_tokens"], told["fingerprint"], names, elsewhere, None,
+            told["alias"],
         )  # fmt: skip
 
     @property

@@ -15,7 +15,7 @@ import pytest
 from sepjax import programs
 from sepjax.command import moved
 from sepjax.command.settings import flags_of
-from sepjax.config import ConfigError, checkout, load_config
+from sepjax.config import Config, ConfigError, TrainingConfig, checkout, load_config
 from sepjax.hub import convert
 from sepjax.keeping import distill
 from sepjax.programs import COMMANDS, bench
@@ -54,6 +54,7 @@ def test_what_there_is(capfd):
         assert all(f"sepjax {name} " in ended.out for name in (*COMMANDS, "bench"))
     ended = command(capfd, "evaluate", "--help")
     assert ended.out.count("sepjax evaluate ") == 6
+    assert command(capfd, "help", "picture", "mask").out == command(capfd, "picture", "mask", "--help").out
     assert command(capfd).code == 2
     assert command(capfd, "--version").out == "sepjax 0.1.0\n"
     with pytest.raises(SystemExit):
@@ -84,9 +85,20 @@ def test_what_there_is(capfd):
         ),
         ("convert --source=a --target=b --config.training.steps=3", "it is for sepjax train, sepjax plan, sepjax dis"),
         ("generate --model=m --prompt=a --temprature=1", "unknown flag --temprature; did you mean '--temperature'"),
+        (
+            "serve --model=m --max-new-tokens=5",
+            "flag --max-new-tokens; words are joined by underscores: --max_new_tokens$",
+        ),
+        ("generate --model=m --prompt=a --no-quiet", "words are joined by underscores: --noquiet$"),
+        ("generate --model=m --prompt=a --Stop_token-ids=3", "did you mean '--stop_token_ids'"),
+        ("generate --model=m --pdp=a", "unknown flag --pdp(?!.*pdb)"),  # absl's own, which nobody means
         ("train --config=sep_tiny --workdir=w --config.modle.num_layers=3", "did you mean '--config.model.num_layers"),
         ("train --config=sep_tny --workdir=w", "no config file 'sep_tny'; did you mean 'sep_tiny'"),
         ("train --workdir=w", "flag --config is required"),
+        ("train --config=sep_tiny --workdir=w --config sep_small", "--config is given 2 times; give one file"),
+        ("train --config.training.steps=x --config sep_tiny --workdir=w", "steps=x: expected a whole number$"),
+        ("train --config=sep_tiny --workdir=w --download", "does nothing without --config.training.init_from="),
+        ("generate --model=m --prompt=a --quiet=maybe", "--quiet=maybe: expected true or false, or no value$"),
         ("train --config=sep_tiny", r"--workdir=\.\.\. is required: folder of the run"),
         ("train --config=sep_tiny --workdir=", "--workdir= is empty: folder of the run"),  # not the folder it is run in
         ("train --config=zzzzzz --workdir=w", "no config file 'zzzzzz'; sepjax has books_50m, .*sep_tiny"),
@@ -159,6 +171,8 @@ def test_no_setting_is_lost_on_its_way(name, monkeypatch):
     monkeypatch.setattr(callee, "main" if name == "plan" else name, spy)
     module = programs.program(name)
     values = {flag.name: unlike(flag, i) for i, flag in enumerate(own_flags(module.Settings))}
+    if name == "train":
+        values["config"] = Config(training=TrainingConfig(init_from="model"))  # without it, --download is refused
     with pytest.raises(Called):
         module.main(module.Settings(**values))
     reached = leaves(seen)

@@ -32,7 +32,7 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def served():
-    return tiny_served(max_prompt_tokens=500)
+    return dataclasses.replace(tiny_served(max_prompt_tokens=500), alias="models/tiny")
 
 
 def ask(server, path, body=None, headers=JSON, method=None, host="127.0.0.1"):
@@ -66,9 +66,12 @@ def test_refusals_have_openai_s_form(served):
             ("/v1/completions", {"prompt": "a" * 8000}, {}, 413, "body_too_large"),
             ("/v1/completions", {"prompt": ["a"] * 5}, {}, 400, None),
             ("/v1/completions", {"prompt": "a"}, {"Content-Type": "text/plain"}, 415, None),
+            ("/v1/completions", {"prompt": "a"}, {"Content-Encoding": "gzip"}, 415, None),
             ("/v1/completions", None, {}, 405, None),
             ("/v1/nothing", None, {}, 404, None),
             ("/v1/models/gpt", None, {}, 404, "model_not_found"),
+            ("/v1/models/models/tiny", None, {}, 200, None),
+            ("/tokenize", {"prompt": "a", "model": "models/tiny"}, {}, 200, None),
             ("/tokenize", {"prompt": "a", "model": "gpt"}, {}, 404, "model_not_found"),
             ("/tokenize", {"prompt": "a", "model": "tiny", "add_special_tokens": None}, {}, 200, None),
             ("/detokenize", {"tokens": [5], "model": "gpt"}, {}, 404, "model_not_found"),

@@ -48,6 +48,9 @@ def refusal(read, body):
         ("a" * 500, 1, "unknown field 'aaaa"),
         ("user", 5, "user=5 must be a string"),
         ("response_format", {"type": "json_object"}, "response_format=.*json_object.* is not supported"),
+        ("include_stop_str_in_output", True, "include_stop_str_in_output=true is not supported"),
+        ("guided_json", {}, "guided_json={} is not supported"),  # any JSON, which not every text is
+        ("metadata", "a", 'metadata="a" must be an object'),
     ],
 )
 def test_a_wrong_field_is_named(field, value, message):
@@ -81,6 +84,8 @@ def test_a_wrong_field_is_named(field, value, message):
         ),
         ({"messages": HI, "tools": [{"type": "function"}]}, "is not supported by this server"),
         ({"messages": HI, "chat_template_kwargs": [1]}, "chat_template_kwargs=[1] must be an object"),
+        ({"messages": HI, "web_search_options": {}}, "web_search_options={} is not supported"),
+        ({"messages": [*HI, {"role": "user", "content": "a", "tool_call_id": "1"}]}, 'tool_call_id="1" is not supp'),
         ({"messages": HI, "top_logprobs": 2}, "top_logprobs=2 must be left out, or come with logprobs=true"),
         ({"messages": HI, "logprobs": 2}, "logprobs=2 must be true or false"),
         ({"messages": HI, "max_tokens": 2, "max_completion_tokens": 3}, "max_tokens=2 must be left out beside max_com"),
@@ -146,6 +151,25 @@ def test_what_asks_for_nothing_is_no_mistake():
         completion_request({"prompt": "a", "echo": False, "suffix": "", "best_of": 2, "n": 2}).wanted.max_tokens == 16
     )
     assert completion_request({"prompt": "a", "seed": -1}).wanted.seed == 2**32 - 1
+
+
+def test_what_clients_of_others_write_at_its_defaults_is_no_mistake():
+    """vLLM's fields, hints for a cache of prompts, and labels; `user` has a newer name."""
+    alike = {"skip_special_tokens": True, "spaces_between_special_tokens": True, "length_penalty": 1.0, "priority": 0,
+             "include_stop_str_in_output": False, "use_beam_search": False, "return_token_ids": False, "echo": False,
+             "bad_words": [], "guided_json": None, "metadata": {"a": "b"}, "prompt_cache_key": "a", "best_of": 1,
+             "stream_options": {"include_usage": False, "include_obfuscation": False}}  # fmt: skip
+    completion = completion_request({"prompt": "a", "add_special_tokens": True, **alike, "user": "a"})
+    assert completion == completion_request({"prompt": "a", "user": "a"})
+    parts = [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]
+    said = {"messages": [{"role": "user", "content": parts}], "add_special_tokens": False, "verbosity": "medium"}
+    chat = chat_request({**said, **alike, "safety_identifier": "a", "top_logprobs": 0, "include_reasoning": True})
+    assert chat == chat_request({"messages": HI, "user": "a"})
+
+
+def test_names_of_those_who_speak_are_for_the_template():
+    (message,) = chat_request({"messages": [{"role": "user", "name": "Bob", "content": "Hi"}]}).messages
+    assert message.for_template() == {"role": "user", "content": "Hi", "name": "Bob"}
 
 
 def test_bodies_that_are_not_json():
