@@ -5,9 +5,13 @@
     zones     slots [0, ends[0]), [ends[0], ends[1]), ... [ends[-1], C)    of codes each row's may end elsewhere
 
 Plain XLA is the definition and runs anywhere. On a Hopper GPU one kernel (`mosaic_gpu_decode_kernels.py`) reads each
-key and value once, of those tiles of slots alone in which the row sees something. Codes of 8 bits have a kernel of
-their own (`mosaic_gpu_decode_int8_kernels.py`). Both give, where watched tokens are kept by them, the largest weight of
-each slot (`looks`).
+key and value once, of those *parts* alone, a few slots each, in which the row sees something:
+
+    parts     0 1 . . 4 . 6 7 8 9 . .     those that the row sees something of
+    tiles     [0 1 4 6] [7 8 9 9]         of 64 slots, as a product takes them; the last part fills up the last tile
+
+Codes of 8 bits have a kernel of their own (`mosaic_gpu_decode_int8_kernels.py`), whose parts are whole tiles. Both give,
+where watched tokens are kept by them, the largest weight of each slot (`looks`).
 """
 
 import dataclasses
@@ -28,7 +32,8 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _TYPES = (jnp.bfloat16, jnp.float16)
 _PLAIN = ("xla", "reference", "tpu")  # implementations of `separator_attention` by whose names decoding is plain XLA
 _H100_SMS = 132  # where the device does not tell
-TILE = 64  # slots that the kernel reads at a time: the rows of one product
+TILE = 64  # slots that the kernel computes with at a time: the rows of one product
+PART = 16  # slots that it reads at a time; of codes, whose copies are half as long, a tile
 _STAGES = {64: 4, 128: 3, 256: 2}  # by head size, tiles of keys and of values in shared memory
 _STAGES_OF_CODES = 2  # three and four are slower: fewer blocks share an SM
 _KEPT = {64: 48, 128: 32, 256: 64}  # KiB of scores that a block keeps for its looks, so that as many share an SM
@@ -43,8 +48,9 @@ class Seen:
     """Which slots each row sees. Made by `seen_slots`, once for all layers that see the same."""
 
     visible: Bool[jax.Array, "B C"]
-    bias: Float32[jax.Array, "B C"] | None  # of the kernel: 0 where a slot is visible, else -inf
-    live: Int32[jax.Array, "B X"] | None  # how many tiles have a visible slot, and their numbers
+    bias: Float32[jax.Array, "B C"] | None  # of the kernel, its parts in the order of `live`: 0 where visible, or -inf
+    live: Int32[jax.Array, "B X+1"] | None  # the number of tiles, and the X parts: those with a visible slot, the last
+    place: Int32[jax.Array, "B X"] | None  # where each part is among them; X: nowhere
 
     __no_type_check__ = True  # see `StreamingCache`
 
@@ -60,7 +66,7 @@ class Seen:
         """
         _, _, Z, G, H = queries.shape
         fits = self.kernel and _shared_bytes(H, G, Z, _LEAST_STAGES, codes=codes, splits=2) <= _SHARED
-        return self if fits and queries.dtype in _TYPES else Seen(self.visible, None, None)
+        return self if fits and queries.dtype in _TYPES else Seen(self.visible, None, None, None)
 
 
 def unsupported(dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None) -> str | None:
@@ -86,15 +92,35 @@ def unsupported(dtype: DTypeLike, head_dim: int, slots: int, implementation: str
     return unserved(jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype) == jnp.int8 else dtype), head_dim, _TYPES)
 
 
-def seen_slots(visible: Bool[Array, "B C"], *, kernel: bool) -> Seen:
-    """What `attend` is told of who sees what; `kernel`: for the kernel (`unsupported`), otherwise for plain XLA."""
+def seen_slots(visible: Bool[Array, "B C"], *, kernel: bool, codes: bool = False) -> Seen:
+    """What `attend` is told of who sees what.
+
+    Args:
+      visible: the slots that each row sees.
+      kernel: for the kernel (`unsupported`), otherwise for plain XLA.
+      codes: whether the cache has codes of 8 bits.
+    """
     visible = jnp.asarray(visible)
     if not kernel:
-        return Seen(visible, None, None)
-    is_live = jnp.any(visible.reshape(len(visible), -1, TILE), axis=-1)
-    order = jnp.argsort(~is_live, axis=-1, stable=True).astype(jnp.int32)
-    count = jnp.sum(is_live, axis=-1, keepdims=True, dtype=jnp.int32)
-    return Seen(visible, jnp.where(visible, 0.0, -jnp.inf), jnp.concatenate([count, order], axis=1))
+        return Seen(visible, None, None, None)
+    size = TILE if codes else PART
+    parts = visible.reshape(len(visible), -1, size)
+    is_live = jnp.any(parts, axis=-1)
+    place = jnp.cumsum(is_live, axis=-1, dtype=jnp.int32) - 1
+    count, X = place[:, -1:] + 1, is_live.shape[1]
+    i, rows = jnp.arange(X, dtype=jnp.int32), jnp.arange(len(visible))[:, None]
+    # Nothing is sorted: a GPU gives a large sort to a library, which cannot be part of a program that is one graph.
+    to = jnp.where(is_live, place, X + i)
+    order = jnp.zeros_like(place).at[rows, to].set(jnp.broadcast_to(i, to.shape), mode="drop", unique_indices=True)
+    order = jnp.where(i < count, order, jnp.max(jnp.where(is_live, i, 0), axis=-1, keepdims=True))
+    is_seen = jnp.take_along_axis(parts, order[..., None], axis=1) & (i < count)[..., None]
+    tiles = -(-count * size // TILE)
+    return Seen(
+        visible,
+        bias=jnp.where(is_seen, 0.0, -jnp.inf).reshape(visible.shape),
+        live=jnp.concatenate([tiles, order], axis=1),
+        place=jnp.where(is_live, place, X),
+    )
 
 
 def attend(
@@ -163,13 +189,14 @@ def _by_kernel(
 ) -> Any:  # fmt: skip
     """The result, and the looks or None."""
     own %= queries.shape[2]
+    told = seen.bias, seen.live, seen.place
     if scales is None:
         assert own == queries.shape[2] - 1, "of zones that are known the last has the token's own key"
-        return _kernel(queries, k, v, k_cache, v_cache, seen.bias, seen.live, ends=ends, looks=looks)
+        return _kernel(queries, k, v, k_cache, v_cache, told, ends=ends, looks=looks)
     codes = (k_cache, scales[0]), (v_cache, scales[1])
     of_rows = None if isinstance(ends, tuple) else ends
     assert of_rows is not None or not ends, "codes of several zones have ends of each row"
-    return _kernel_of_codes(queries, k, v, codes, seen.bias, seen.live, of_rows, own=own, looks=looks)
+    return _kernel_of_codes(queries, k, v, codes, told, of_rows, own=own, looks=looks)
 
 
 def _shared_bytes(H: int, G: int, Z: int, stages: int, *, codes: bool, splits: int, kept: int = 0) -> int:
@@ -200,25 +227,24 @@ def _stages_and_splits(shape: tuple[int, ...], stages: int, *, codes: bool, look
 
 @functools.partial(jax.jit, static_argnames=("ends", "looks"))  # one for all layers: its lowering takes seconds
 def _kernel(
-    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any, *, ends: tuple[int, ...],
-    looks: bool,
-) -> Any:  # fmt: skip
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, told: Any, *, ends: tuple[int, ...], looks: bool
+) -> Any:
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_kernels")
     (B, K, Z, G, H), C = queries.shape, k_cache.shape[2]
     stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES[H], codes=False, looks=looks)
-    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks)
-    return module.run(shape, queries, k, v, k_cache, v_cache, bias, live)
+    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, PART, stages, splits, looks)
+    return module.run(shape, queries, k, v, k_cache, v_cache, told)
 
 
 @functools.partial(jax.jit, static_argnames=("own", "looks"))
 def _kernel_of_codes(
-    queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, ends: Any, *, own: int, looks: bool
+    queries: Any, k: Any, v: Any, codes: Any, told: Any, ends: Any, *, own: int, looks: bool
 ) -> Any:
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_int8_kernels")
     (B, K, Z, G, H), C = queries.shape, codes[0][0].shape[2]
     stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES_OF_CODES, codes=True, looks=looks)
-    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks, Z, own)
-    return module.run(shape, queries, k, v, codes, bias, live, ends)
+    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, TILE, stages, splits, looks, Z, own)
+    return module.run(shape, queries, k, v, codes, told, ends)
 
 
 def scores_of_run(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> Float[jax.Array, "B K G T S"]:

@@ -133,7 +133,7 @@ def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
     exact = textbook(q, k, v, exact_keys, exact_values, seen, ends, own)
 
     def form(keys, values, kernel):
-        told, told_ends = decode.seen_slots(seen, kernel=kernel), jnp.asarray(ends) if several else ()
+        told, told_ends = decode.seen_slots(seen, kernel=kernel, codes=True), jnp.asarray(ends) if several else ()
         return given_of(
             decode.attend(q, k, v, keys, values, told, told_ends, (of_keys, of_values), own=own, looks=looks)
         )
@@ -149,15 +149,24 @@ def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
     assert_as_exact(got, plain, exact, seen)
 
 
-def test_only_live_tiles_are_read():
-    """Of 64 slots each: their number, then themselves, in order."""
+@pytest.mark.parametrize(("codes", "size"), [(False, decode.PART), (True, decode.TILE)])
+def test_only_live_parts_are_read(codes, size):
+    """The number of tiles that they make; they, in order, and the last again; and where each is, if anywhere."""
     seen = np.zeros((3, 256), bool)
-    seen[1, [3, 255]] = True
-    seen[2] = True
-    live = np.asarray(decode.seen_slots(jnp.asarray(seen), kernel=True).live)
-    assert live[0, 0] == 0
-    assert live[1, :3].tolist() == [2, 0, 3]
-    assert live[2].tolist() == [4, 0, 1, 2, 3]
+    seen[1, [3, 60, 255]], seen[2] = True, True
+    told = decode.seen_slots(jnp.asarray(seen), kernel=True, codes=codes)
+    bias, live, place = (np.asarray(x) for x in (told.bias, told.live, told.place))
+    parts, X = seen.reshape(3, -1, size), 256 // size
+    for row, some in enumerate(parts):
+        (numbers,) = np.nonzero(some.any(axis=1))
+        count = len(numbers)
+        assert live[row, 0] == -(-count * size // decode.TILE)
+        np.testing.assert_array_equal(live[row, 1 : 1 + count], numbers)
+        assert set(live[row, 1 + count :]) <= {numbers[-1] if count else 0}
+        np.testing.assert_array_equal(place[row], [np.searchsorted(numbers, x) if x in numbers else X for x in range(X)])
+        is_seen = bias[row].reshape(parts[0].shape) == 0
+        np.testing.assert_array_equal(is_seen[:count], some[numbers])
+        assert not is_seen[count:].any()
 
 
 @pytest.mark.parametrize(

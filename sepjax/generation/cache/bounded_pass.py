@@ -108,7 +108,7 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
     recent = cache.recent_positions() >= cache.first_recent(1)
     visible = jnp.concatenate([cache.visible_old(), recent], axis=1)
     within, is_kept = within_reach(cache, 1), kept_ones(cache, 0)
-    told = functools.partial(decode.seen_slots, kernel=reason is None)
+    told = functools.partial(decode.seen_slots, kernel=reason is None, codes=sizes.cache_dtype != "model")
     seen_by_all = once(told(visible)) if within is None else None
     visible = once(visible)
 

@@ -40,20 +40,23 @@ def calls(monkeypatch):
     """Arguments of every call that a kernel would get; what it knows of slots goes through tiles and bias alone."""
     got = []
 
-    def seen(bias, live):
-        number = jnp.arange(live.shape[1] - 1)
-        is_live = jax.vmap(lambda row: jnp.zeros(len(number), bool).at[row[1:]].set(number < row[0]))(live)
-        return decode.Seen((bias == 0) & jnp.repeat(is_live, decode.TILE, axis=1), None, None)
+    def seen(told):
+        bias, live, place = told
+        parts, tiles = bias.reshape(len(bias), place.shape[1], -1), live[:, :1]
+        number = jnp.arange(place.shape[1])
+        is_read = (number < tiles * (decode.TILE // parts.shape[2]))[..., None] & (parts == 0)
+        visible = jnp.zeros_like(is_read).at[jnp.arange(len(bias))[:, None], live[:, 1:]].max(is_read)
+        return decode.Seen(visible.reshape(bias.shape), None, None, None)
 
-    def stand_in(queries, k, v, k_cache, v_cache, bias, live, *, ends, looks):
+    def stand_in(queries, k, v, k_cache, v_cache, told, *, ends, looks):
         got.append(ends if not looks else "looks")
-        return decode.attend(queries, k, v, k_cache, v_cache, seen(bias, live), ends, looks=looks)
+        return decode.attend(queries, k, v, k_cache, v_cache, seen(told), ends, looks=looks)
 
-    def of_codes(queries, k, v, codes, bias, live, ends, *, own, looks):
+    def of_codes(queries, k, v, codes, told, ends, *, own, looks):
         (keys, of_keys), (values, of_values) = codes
         got.append(ends)
         assert keys.dtype == jnp.int8
-        given = queries, k, v, keys.astype(v.dtype), values.astype(v.dtype), seen(bias, live)
+        given = queries, k, v, keys.astype(v.dtype), values.astype(v.dtype), seen(told)
         return decode.attend(*given, () if ends is None else ends, (of_keys, of_values), own=own, looks=looks)
 
     monkeypatch.setattr(decode, "_kernel", stand_in)
