@@ -17,6 +17,7 @@ where watched tokens are kept by them, the largest weight of each slot (`looks`)
 import dataclasses
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,6 +59,19 @@ class Seen:
     def kernel(self) -> bool:
         """Whether the kernel runs."""
         return self.live is not None
+
+    def in_slots(self, looks: Float32[Array, "B K C"]) -> Float32[jax.Array, "B K C"]:
+        """Looks of `attend` in the order of slots. The kernel's are in that of its parts, and anything beyond the last.
+
+        Where they are read: they are read in any order as fast, and a copy of them is as much as the reading.
+        """
+        looks = jnp.asarray(looks)
+        if self.place is None:
+            return looks
+        X = self.place.shape[1]
+        parts, at = looks.reshape(*looks.shape[:2], X, -1), self.place[:, None, :, None]
+        found = jnp.take_along_axis(parts, jnp.minimum(at, X - 1), axis=2, mode="promise_in_bounds")
+        return jnp.where(at < X, found, 0.0).reshape(looks.shape)
 
     def told_to(self, queries: Float[Array, "B K Z G H"], *, codes: bool) -> "Seen":
         """For these queries, of a type that codes do not tell, and of as many heads as a cache does not tell.
@@ -135,6 +149,7 @@ def attend(
     *,
     own: int = -1,
     looks: bool = False,
+    ahead: Sequence[jax.Array] = (),
 ) -> tuple[Float[jax.Array, "B K G H"], Float32[jax.Array, "B K C"] | None]:
     """The attention, in v's dtype, computed in float32; and the looks, if they are asked for, else None.
 
@@ -148,10 +163,12 @@ def attend(
         are those of codes of 8 bits.
       own: the zone whose queries fit `k`.
       looks: whether to give, of the weights of each slot, the largest among the query heads of a key head: 0 where none
-        sees it.
+        sees it. They are in the order that `seen.in_slots` mends.
+      ahead: matrices [O, I] that are read next. Of few rows the kernel has them brought into the L2, since the memory
+        has little else to do meanwhile.
     """
     if seen.kernel:
-        return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, own, looks=looks)
+        return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, own, tuple(ahead), looks=looks)
     out, weights = _plainly(queries, k, v, k_cache, v_cache, seen, ends, scales, own)
     return out, jnp.max(weights, axis=2) if looks else None
 
@@ -184,15 +201,15 @@ def _of_zones(scores: jax.Array, ends: Any) -> jax.Array:
 
 
 def _by_kernel(
-    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any, own: int, *,
-    looks: bool,
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any, own: int,
+    ahead: tuple[jax.Array, ...], *, looks: bool,
 ) -> Any:  # fmt: skip
     """The result, and the looks or None."""
     own %= queries.shape[2]
-    told = seen.bias, seen.live, seen.place
+    told = seen.bias, seen.live
     if scales is None:
         assert own == queries.shape[2] - 1, "of zones that are known the last has the token's own key"
-        return _kernel(queries, k, v, k_cache, v_cache, told, ends=ends, looks=looks)
+        return _kernel(queries, k, v, k_cache, v_cache, told, ahead, ends=ends, looks=looks)
     codes = (k_cache, scales[0]), (v_cache, scales[1])
     of_rows = None if isinstance(ends, tuple) else ends
     assert of_rows is not None or not ends, "codes of several zones have ends of each row"
@@ -227,13 +244,14 @@ def _stages_and_splits(shape: tuple[int, ...], stages: int, *, codes: bool, look
 
 @functools.partial(jax.jit, static_argnames=("ends", "looks"))  # one for all layers: its lowering takes seconds
 def _kernel(
-    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, told: Any, *, ends: tuple[int, ...], looks: bool
-) -> Any:
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, told: Any, ahead: Any, *, ends: tuple[int, ...],
+    looks: bool,
+) -> Any:  # fmt: skip
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_kernels")
     (B, K, Z, G, H), C = queries.shape, k_cache.shape[2]
     stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES[H], codes=False, looks=looks)
     shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, PART, stages, splits, looks)
-    return module.run(shape, queries, k, v, k_cache, v_cache, told)
+    return module.run(shape, queries, k, v, k_cache, v_cache, *told, ahead if splits > 1 else ())
 
 
 @functools.partial(jax.jit, static_argnames=("own", "looks"))
@@ -244,7 +262,7 @@ def _kernel_of_codes(
     (B, K, Z, G, H), C = queries.shape, codes[0][0].shape[2]
     stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES_OF_CODES, codes=True, looks=looks)
     shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, TILE, stages, splits, looks, Z, own)
-    return module.run(shape, queries, k, v, codes, told, ends)
+    return module.run(shape, queries, k, v, codes, *told, ends)
 
 
 def scores_of_run(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> Float[jax.Array, "B K G T S"]:

@@ -193,13 +193,12 @@ def _scratch(shape: Shape) -> tuple[Any, ...]:
 
 
 def run(
-    shape: Shape, queries: Any, k: Any, v: Any, codes: Any, told: Any, ends: Any
+    shape: Shape, queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, ends: Any
 ) -> tuple[jax.Array, jax.Array | None]:
     """`sepjax.attention.decode.attend` for codes and scales of k and of v, and looks: around the kernel.
 
-    told: bias, live and place of `Seen`; ends: int32[B, Z - 1], of several zones; None: of one.
+    ends: int32[B, Z - 1], of several zones; None: of one.
     """
-    bias, live, _ = told
     more = () if ends is None else (ends,)
     given = plain.filled(shape, queries), k, v, *codes[0], *codes[1]
-    return plain._joined(shape, told, *attend(shape)(*given, bias, live, *more))
+    return plain._joined(shape, bias, *attend(shape)(*given, bias, live, *more))

@@ -19,11 +19,11 @@ share an SM, and one loads while another computes. Scores are in units of log2.
 *Looks*, where they are asked for: the largest weight of a key head's queries at each slot. Weights are known when all
 tiles are, so a block keeps its scores in shared memory and makes one number a slot of them at its end. Where blocks
 share a row none knows the weights; scores are then written as they are. Both lie in the order of the live parts, and
-who reads them finds them by their places (`_in_slots`).
+who reads them finds them by their places (`decode.Seen.in_slots`).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -109,13 +109,13 @@ def _along_columns(x: Any, shape: tuple[int, ...]) -> Any:
     return _wgmma_layout(lax.broadcast_in_dim(x, shape, [1]))
 
 
-def attend(shape: Shape) -> Callable[..., Any]:
-    """q, k, v, k and v of the cache, bias, live parts -> out [B, K, written, H]; or, of several splits, its shares.
+def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[..., Any]:
+    """q, k, v, k and v of the cache, bias, live parts, matrices -> out [B, K, written, H]; or, of several splits, its shares.
 
     Of `shape.packed` k and v are no arguments.
 
     q: [B, K, Z, written, H], of `shape.packed` columns in place of written; k and v: [B, K, H], the token's own; the
-    cache: [B, K, C, H]; bias and live: of `decode.Seen`.
+    cache: [B, K, C, H]; bias and live: of `decode.Seen`; `matrices`, of these shapes, which the L2 is to have.
 
     Shares: float32 sums [B, K, splits, H, columns], their weights' sum and maximum [B, K, splits, columns]; the first
     split has the token itself.
@@ -131,6 +131,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
     def kernel(q_ref, *refs):
         own_refs, refs = ([], refs) if shape.packed else (refs[:2], refs[2:])
         (k_ref, v_ref, bias_ref, live_ref), refs = refs[:4], refs[4:]
+        matrix_refs, refs = refs[: len(matrices)], refs[len(matrices) :]
         outs, scratch, (ready, k_ready, v_ready) = refs[:num_outs], refs[num_outs:-3], refs[-3:]
         q_smem, k_smem, v_smem, bias_smem, p_smem, *rest = scratch
         kept_smem, o_smem = (rest[0], rest[1:]) if shape.looks and whole else (None, rest)
@@ -224,6 +225,8 @@ def attend(shape: Shape) -> Callable[..., Any]:
             return acc, new_top, total
 
         kernels._in_one_warp(start)
+        for ref, size in zip(matrix_refs, matrices, strict=True):
+            kernels._in_one_warp(lambda ref=ref, size=size: _ask_for(ref, size, task, shape.B * shape.K * shape.splits))
         own_vectors = [x.at[b, head] for x in own_refs]
         if shape.packed:
             own_vectors = [q_ref.at[b, head, shape.zones - 1, shape.G + i] for i in range(2)]
@@ -260,6 +263,23 @@ def attend(shape: Shape) -> Callable[..., Any]:
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
+
+
+def _ask_for(matrix: Any, size: tuple[int, int], number: Any, count: int) -> None:
+    """Has a block's share of a matrix of this size brought into the L2, as block `number` of so many; waits for none.
+
+    A copy has at most 256 numbers a dimension. What they leave over at the ends comes when it is read.
+    """
+    rows, width = (min(256, 2 ** (x.bit_length() - 1)) for x in size)
+    rows = min(rows, 64)
+    down, across = size[0] // rows, size[1] // width
+
+    def ask(i, _):
+        at = number + i * count
+        row, column = lax.div(at, across) * rows, lax.rem(at, across) * width
+        plgpu.async_prefetch(matrix.at[pl.ds(row, rows), pl.ds(column, width)])
+
+    lax.fori_loop(0, pl.cdiv(down * across - number, count), ask, None)
 
 
 def _all_columns(shape: Shape, head: Any) -> Any:
@@ -341,15 +361,15 @@ def _store(shape: Shape, found: Any, smem: Any, outs: Any, at: tuple[Any, Any, A
 
 
 def run(
-    shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, told: Any
+    shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any, ahead: Any = ()
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`sepjax.attention.decode.attend` for bias, live and place of `Seen`: around the kernel, what is small."""
-    bias, live, _ = told
+    """`sepjax.attention.decode.attend` for the arguments of `Seen`: around the kernel, what is small."""
+    kernel = attend(shape, [x.shape for x in ahead])
     if not shape.packed:
-        return _joined(shape, told, *attend(shape)(filled(shape, queries), k, v, k_cache, v_cache, bias, live))
+        return _joined(shape, bias, *kernel(filled(shape, queries), k, v, k_cache, v_cache, bias, live, *ahead))
     own = jnp.pad(jnp.stack([k, v], axis=2)[:, :, None], ((0, 0), (0, 0), (shape.zones - 1, 0), (0, 0), (0, 0)))
     packed = filled(shape, jnp.concatenate([queries, own], axis=3))
-    return _joined(shape, told, *attend(shape)(packed, k_cache, v_cache, bias, live))
+    return _joined(shape, bias, *kernel(packed, k_cache, v_cache, bias, live, *ahead))
 
 
 def filled(shape: Shape, queries: jax.Array) -> jax.Array:
@@ -358,11 +378,10 @@ def filled(shape: Shape, queries: jax.Array) -> jax.Array:
     return jnp.pad(queries, [(0, more if axis == 3 else 0) for axis in range(5)]) if more else queries
 
 
-def _joined(shape: Shape, told: Any, sums: jax.Array, *others: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def _joined(shape: Shape, bias: jax.Array, sums: jax.Array, *others: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """What a kernel gave as one result, of shares one softmax of each row; and the looks, where they are asked for."""
-    bias, _, place = told
     if shape.splits == 1:
-        return sums[:, :, : shape.G], _in_slots(others[0], place) if shape.looks else None
+        return sums[:, :, : shape.G], others[0] if shape.looks else None
     total, top = others[:2]
     highest = jnp.max(top, axis=2, keepdims=True)
     weight = jnp.exp2(top - highest)
@@ -373,12 +392,4 @@ def _joined(shape: Shape, told: Any, sums: jax.Array, *others: jax.Array) -> tup
     if not shape.looks:
         return out, None
     looks = jnp.max((jnp.exp2(others[2] - highest) / total[:, :, None])[..., : shape.G], axis=-1)
-    return out, _in_slots(jnp.where(bias[:, None] == 0, looks, 0.0), place)
-
-
-def _in_slots(looks: jax.Array, place: jax.Array) -> jax.Array:
-    """Looks [B, K, C] in the order of live parts, in that of slots; 0 in parts that have no place [B, X] there."""
-    X = place.shape[1]
-    parts, at = looks.reshape(*looks.shape[:2], X, -1), place[:, None, :, None]
-    found = jnp.take_along_axis(parts, jnp.minimum(at, X - 1), axis=2, mode="promise_in_bounds")
-    return jnp.where(at < X, found, 0.0).reshape(looks.shape)
+    return out, jnp.where(bias[:, None] == 0, looks, 0.0)

@@ -48,9 +48,10 @@ def textbook(queries, k, v, k_cache, v_cache, seen, ends, own=-1):
     return out, weights[..., :-1].max(axis=2)
 
 
-def given_of(found):
-    """The result, and the looks if there are some."""
-    return [x for x in found if x is not None]
+def given_of(told, found):
+    """The result, and the looks of slots if there are some."""
+    out, looks = found
+    return [out] if looks is None else [out, told.in_slots(looks)]
 
 
 def assert_as_exact(got, plain, exact, seen):
@@ -83,7 +84,7 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
 
     def run(kernel):
         told = decode.seen_slots(seen, kernel=kernel)
-        return given_of(decode.attend(*given, told, ends, looks=looks))
+        return given_of(told, decode.attend(*given, told, ends, looks=looks))
 
     plain = run(kernel=False)
     simulate(monkeypatch)
@@ -134,9 +135,8 @@ def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
 
     def form(keys, values, kernel):
         told, told_ends = decode.seen_slots(seen, kernel=kernel, codes=True), jnp.asarray(ends) if several else ()
-        return given_of(
-            decode.attend(q, k, v, keys, values, told, told_ends, (of_keys, of_values), own=own, looks=looks)
-        )
+        given = q, k, v, keys, values, told, told_ends, (of_keys, of_values)
+        return given_of(told, decode.attend(*given, own=own, looks=looks))
 
     plain = form(keys.astype(q.dtype), values.astype(q.dtype), kernel=False)
     simulate(monkeypatch)

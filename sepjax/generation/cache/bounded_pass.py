@@ -63,7 +63,9 @@ def stream_pass(
     T = tokens.shape[1]
     offsets = cache.seen_low[:, None] + jnp.arange(T, dtype=jnp.int32)
     is_separator = flag_separators(tokens, offsets, table, attention)
-    attend, inputs = attend_run(cache, T, counts, attention.implementation), pass_inputs(cache)
+    attend = attend_run(cache, T, counts, attention.implementation)
+    read_next = getattr(model, "read_next", lambda rows: None)  # of a `Layerwise`
+    inputs = *pass_inputs(cache), read_next(tokens.size)
     if attention.pattern == "gated":
         hidden, (k, v), scores = run_with_gate(model, tokens, offsets, attend, inputs, attention)
         return hidden, cache.append(k, v, is_separator, counts, gate_scores=scores)
@@ -85,7 +87,10 @@ def attend_run(
 
 
 def pass_inputs(cache: "StreamingCache") -> tuple[Any, ...]:
-    """What `attend_run` is given in each layer: items with an entry a layer, or None."""
+    """What `attend_run` is given in each layer: items with an entry a layer, or None.
+
+    One more may follow, for a single token: the matrices that are read next (`sepjax.attention.decode.attend`).
+    """
     sizes = cache.sizes
     watched = None if sizes.watch is None else np.array(sizes.watch.layers)  # known where layers are not scanned
     return (
@@ -119,7 +124,8 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         return told(seen if sees_kept is None else seen & ((sees_kept > 0) | ~is_kept))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache, reach, sees_kept, rope, watched = layer
+        k_cache, v_cache, reach, sees_kept, rope, watched, *ahead = layer
+        attend_to = functools.partial(decode.attend, own=own, ahead=(ahead and ahead[0]) or ())
         cos, sin = of_layer(tables, rope)
         B, _, N, H = q.shape
         (new_k, new_v), (k, v) = taken_up(k_cache, k, v, (cos[own], sin[own]))
@@ -127,21 +133,22 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         seen = seen_in(reach, sees_kept).told_to(queries, codes=sizes.cache_dtype != "model")
         keys, values, scales = for_products(k_cache, v_cache, v.dtype, kernel=seen.kernel)
         given = queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales
-        looks = ()
-        if watched is None:
-            out, _ = decode.attend(*given, own=own)
-        elif isinstance(watched, np.bool_) and not watched:  # its looks would not count
-            out, _ = decode.attend(*given, own=own)
-            looks = (jnp.zeros(visible.shape[:1] + k_cache.shape[1:3], jnp.float32),)
-        else:
-            out, *looks = decode.attend(*given, own=own, looks=True)
+        is_looked_at = watched is not None and not (isinstance(watched, np.bool_) and not watched)
+        out, looks = attend_to(*given, looks=is_looked_at)
+        looks = () if looks is None else (looks,)
+
+        def told_of(looks: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            if watched is None or looks:
+                return tuple(map(seen.in_slots, looks))
+            return (jnp.zeros(visible.shape[:1] + k_cache.shape[1:3], jnp.float32),)  # which would not count
+
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
         if B > 1 or isinstance(new_k, Quantised) or isinstance(new_v, Quantised):
-            out, *kept = jax.lax.optimization_barrier((out, new_k, new_v, *looks))
-            return out.reshape(B, 1, N, H), tuple(kept)
+            out, *new, looks = jax.lax.optimization_barrier((out, new_k, new_v, looks))
+            return out.reshape(B, 1, N, H), (*new, *told_of(looks))
         # Of one row a flag waits for it, and what makes the key is part of the kernel that writes it.
-        out, is_read, *looks = jax.lax.optimization_barrier((out, cache.next_recent[0] >= 0, *looks))
-        return out.reshape(B, 1, N, H), (*(jnp.where(is_read, x, 0) for x in (new_k, new_v)), *looks)
+        out, is_read, looks = jax.lax.optimization_barrier((out, cache.next_recent[0] >= 0, looks))
+        return out.reshape(B, 1, N, H), (*(jnp.where(is_read, x, 0) for x in (new_k, new_v)), *told_of(looks))
 
     return attend
 
