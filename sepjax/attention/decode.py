@@ -10,8 +10,8 @@ key and value once, of those *parts* alone, a few slots each, in which the row s
     parts     0 1 . . 4 . 6 7 8 9 . .     those that the row sees something of
     tiles     [0 1 4 6] [7 8 9 9]         of 64 slots, as a product takes them; the last part fills up the last tile
 
-Codes of 8 bits have a kernel of their own (`mosaic_gpu_decode_int8_kernels.py`), whose parts are whole tiles. Both give,
-where watched tokens are kept by them, the largest weight of each slot (`looks`).
+Codes of 8 bits have a kernel of their own (`mosaic_gpu_decode_int8_kernels.py`), whose parts are whole tiles. Both
+give, where watched tokens are kept by them, the largest weight of each slot (`looks`).
 """
 
 import dataclasses
@@ -255,9 +255,7 @@ def _kernel(
 
 
 @functools.partial(jax.jit, static_argnames=("own", "looks"))
-def _kernel_of_codes(
-    queries: Any, k: Any, v: Any, codes: Any, told: Any, ends: Any, *, own: int, looks: bool
-) -> Any:
+def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, told: Any, ends: Any, *, own: int, looks: bool) -> Any:
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_int8_kernels")
     (B, K, Z, G, H), C = queries.shape, codes[0][0].shape[2]
     stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES_OF_CODES, codes=True, looks=looks)

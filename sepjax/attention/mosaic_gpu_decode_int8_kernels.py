@@ -50,8 +50,8 @@ def attend(shape: Shape) -> Callable[..., Any]:
     """q, k, v, codes and scales of k and of v, bias, live parts [, ends] -> as `mosaic_gpu_decode_kernels.attend`.
 
     q: [B, K, Z, written, H]; k and v: [B, K, H], the token's own; codes: int8[B, K, C, H]; scales: bfloat16[B, K, C];
-    bias and live: of `decode.Seen`, whose parts are tiles; where zones end, of several: int32[B, Z - 1], each not before the
-    one before it. With `looks` as there.
+    bias and live: of `decode.Seen`, whose parts are tiles; where zones end, of several: int32[B, Z - 1], each not
+    before the one before it. With `looks` as there.
     """
     H, M, tile, stages, scale = shape.H, shape.columns, shape.tile, shape.stages, shape.scale * kernels.LOG2E
     whole, dtype = shape.splits == 1, shape.dtype

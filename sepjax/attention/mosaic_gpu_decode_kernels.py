@@ -110,7 +110,7 @@ def _along_columns(x: Any, shape: tuple[int, ...]) -> Any:
 
 
 def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[..., Any]:
-    """q, k, v, k and v of the cache, bias, live parts, matrices -> out [B, K, written, H]; or, of several splits, its shares.
+    """q, k, v, k and v of the cache, bias, live parts, matrices -> out [B, K, written, H]; or shares, of several splits.
 
     Of `shape.packed` k and v are no arguments.
 
@@ -321,7 +321,7 @@ def _kept(shape: Shape) -> tuple[Any, ...]:
 
 
 def _store_looks(shape: Shape, kept: Any, stats: tuple[Any, Any], count: Any, out: Callable[[Any], Any]) -> None:
-    """Writes a row's looks by their scores, out(i) [tile] of its tile i, of so many. stats: weights' sum and maximum."""
+    """Writes a row's looks by their scores: out(i) [tile] of tile i, of so many. stats: weights' sum and maximum."""
     size, layout = (shape.tile, shape.columns), plgpu.Layout.WGMMA
     total, top = stats
     share, top = _along_columns(1 / total, size), _along_columns(top, size)

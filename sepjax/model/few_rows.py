@@ -24,8 +24,8 @@ MOST_ROWS, MOST_OF_ROWS = 4, 2**23
 # Numbers of a matrix whose kernel sums the squares for a norm, too. For larger ones that takes longer than a kernel of
 # their own, which runs beside the one that multiplies by the norm's weights: docs/kernels_decode.md.
 MOST_WITH_NORM = 2**24
-# Bytes of matrices that are brought into the L2 while a row attends, which leaves the memory idle: what it has room for,
-# and about what the memory gives in that time.
+# Bytes of matrices that are brought into the L2 while a row attends, when the memory is idle: what the L2 has room for,
+# and about what comes in that time.
 MOST_AHEAD = 2**25
 
 

@@ -163,7 +163,9 @@ def test_only_live_parts_are_read(codes, size):
         assert live[row, 0] == -(-count * size // decode.TILE)
         np.testing.assert_array_equal(live[row, 1 : 1 + count], numbers)
         assert set(live[row, 1 + count :]) <= {numbers[-1] if count else 0}
-        np.testing.assert_array_equal(place[row], [np.searchsorted(numbers, x) if x in numbers else X for x in range(X)])
+        np.testing.assert_array_equal(
+            place[row], [np.searchsorted(numbers, x) if x in numbers else X for x in range(X)]
+        )
         is_seen = bias[row].reshape(parts[0].shape) == 0
         np.testing.assert_array_equal(is_seen[:count], some[numbers])
         assert not is_seen[count:].any()
@@ -217,3 +219,46 @@ def test_a_mesh_of_several_devices_is_not_served(monkeypatch):
     monkeypatch.setattr(decode, "target", lambda: HOPPER)
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
         assert "the mesh has several" in str(decode.unsupported(jnp.bfloat16, 64, 128))
+
+
+# (B, K, G, C, H), ends, looks, codes: many rows, a block each; few, whose blocks share a row.
+ON_A_GPU = {
+    "760 rows, heads of 64": ((760, 3, 3, 896, 64), (4, 68), True, False),
+    "300 rows, heads of 128": ((300, 2, 4, 896, 128), (4, 68), False, False),
+    "two rows, heads of 128": ((2, 8, 4, 896, 128), (4, 68), False, False),
+    "two rows, heads of 64, looks": ((2, 3, 3, 832, 64), (4, 68), True, False),
+    "300 rows of codes": ((300, 1, 3, 896, 64), (), True, True),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_the_kernel_on_a_gpu(case):
+    """The 2x rule, and the same bits again; matrices that it asks for change nothing."""
+    (B, K, G, C, H), zones, looks, of_codes = ON_A_GPU[case]
+    seen, own, matrices = visible_slots(B, C), -1, [jnp.ones(x, jnp.bfloat16) for x in ((576, 640), (100, 64))]
+    given, scales, ends = tensors(B, K, len(zones) + 1, G, C, H), None, zones
+    numbers = given[3:]
+    if of_codes:
+        given, scales = coded(B, K, 5, G, C, H)
+        ends, own = jnp.asarray(ends_of(B, C)), 3
+        numbers = [
+            np.asarray(x, np.float64) * np.asarray(y, np.float64)[..., None]
+            for x, y in zip(given[3:], scales, strict=True)
+        ]
+    exact = textbook(*given[:3], *numbers, seen, ends, own)
+
+    def run(kernel, ahead=()):
+        def attend(given, scales):
+            told = decode.seen_slots(seen, kernel=kernel, codes=of_codes)
+            cache = given[3:] if kernel else [x.astype(given[0].dtype) for x in given[3:]]
+            found = decode.attend(*given[:3], *cache, told, ends, scales, own=own, looks=looks, ahead=ahead)
+            return given_of(told, found)
+
+        return jax.jit(attend)(given, scales)
+
+    plain, got = run(kernel=False), run(kernel=True)
+    assert_as_exact(got, plain, exact, seen)
+    for again in (run(kernel=True), run(kernel=True, ahead=matrices)):
+        for x, y in zip(got, again, strict=True):
+            np.testing.assert_array_equal(x, y)
