@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,14 +73,32 @@ class Seen:
         found = jnp.take_along_axis(parts, jnp.minimum(at, X - 1), axis=2, mode="promise_in_bounds")
         return jnp.where(at < X, found, 0.0).reshape(looks.shape)
 
-    def told_to(self, queries: Float[Array, "B K Z G H"], *, codes: bool) -> "Seen":
-        """For these queries, of a type that codes do not tell, and of as many heads as a cache does not tell.
+    def told_to(self, shape: tuple[int, ...], dtype: DTypeLike, *, codes: bool) -> "Seen":
+        """For queries [B, K, Z, G, H] of this type, which codes do not tell, and of heads that a cache does not tell.
 
         The kernel serves not all: of many and large heads a block's shared memory has no room.
         """
-        _, _, Z, G, H = queries.shape
+        _, _, Z, G, H = shape
         fits = self.kernel and _shared_bytes(H, G, Z, _LEAST_STAGES, codes=codes, splits=2) <= _SHARED
-        return self if fits and queries.dtype in _TYPES else Seen(self.visible, None, None, None)
+        return self if fits and jnp.dtype(dtype) in map(jnp.dtype, _TYPES) else Seen(self.visible, None, None, None)
+
+    def turns(self, shape: tuple[int, ...], rotated: int, *, looks: bool) -> bool:
+        """Whether the kernel turns queries [B, K, Z, G, H] itself, of which so many of H numbers rotate: see `Turn`.
+
+        It does so in halves of 64 numbers at least, and where a block has a row's key head to itself.
+        """
+        H, C = shape[-1], self.visible.shape[1]
+        if not self.kernel or not rotated == H >= 128:
+            return False
+        return _stages_and_splits((*shape, C), _STAGES[H], codes=False, looks=looks)[1] == 1
+
+
+class Turn(NamedTuple):
+    """What the kernel turns queries with, to fit the keys of each zone (`Seen.turns`): it reads one copy, and not Z."""
+
+    cos: Float32[jax.Array, "Z B R"]
+    sin: Float32[jax.Array, "Z B R"]
+    flat: Float[jax.Array, "B M H"]  # the queries of all heads, one after the other, and what else is in that array
 
 
 def unsupported(dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None) -> str | None:
@@ -149,6 +167,7 @@ def attend(
     *,
     own: int = -1,
     looks: bool = False,
+    turn: Turn | None = None,
     ahead: Sequence[jax.Array] = (),
 ) -> tuple[Float[jax.Array, "B K G H"], Float32[jax.Array, "B K C"] | None]:
     """The attention, in v's dtype, computed in float32; and the looks, if they are asked for, else None.
@@ -164,11 +183,12 @@ def attend(
       own: the zone whose queries fit `k`.
       looks: whether to give, of the weights of each slot, the largest among the query heads of a key head: 0 where none
         sees it. They are in the order that `seen.in_slots` mends.
+      turn: of the kernel, which then turns `queries` [B, K, 1, G, H] itself; None: they are turned.
       ahead: matrices [O, I] that are read next. Of few rows the kernel has them brought into the L2, since the memory
         has little else to do meanwhile.
     """
     if seen.kernel:
-        return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, own, tuple(ahead), looks=looks)
+        return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, own, (turn, *ahead), looks=looks)
     out, weights = _plainly(queries, k, v, k_cache, v_cache, seen, ends, scales, own)
     return out, jnp.max(weights, axis=2) if looks else None
 
@@ -202,14 +222,14 @@ def _of_zones(scores: jax.Array, ends: Any) -> jax.Array:
 
 def _by_kernel(
     queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any, own: int,
-    ahead: tuple[jax.Array, ...], *, looks: bool,
+    beside: tuple[Any, ...], *, looks: bool,
 ) -> Any:  # fmt: skip
-    """The result, and the looks or None."""
-    own %= queries.shape[2]
+    """The result, and the looks or None; `beside`: `turn`, then what is `ahead`."""
+    own %= queries.shape[2] if beside[0] is None else len(beside[0].cos)
     told = seen.bias, seen.live
     if scales is None:
-        assert own == queries.shape[2] - 1, "of zones that are known the last has the token's own key"
-        return _kernel(queries, k, v, k_cache, v_cache, told, ahead, ends=ends, looks=looks)
+        assert own == len(ends), "of zones that are known the last has the token's own key"
+        return _kernel(queries, k, v, k_cache, v_cache, told, beside, ends=ends, looks=looks)
     codes = (k_cache, scales[0]), (v_cache, scales[1])
     of_rows = None if isinstance(ends, tuple) else ends
     assert of_rows is not None or not ends, "codes of several zones have ends of each row"
@@ -222,7 +242,8 @@ def _shared_bytes(H: int, G: int, Z: int, stages: int, *, codes: bool, splits: i
     a_tile = TILE * (2 * H * width + (8 if codes else 4))
     converted = TILE * H * 2 if codes else 0
     out = columns * H * 2 if splits == 1 else columns * (H + 2) * 4
-    return columns * (Z * H + TILE) * 2 + stages * a_tile + converted + kept + out
+    turned = H if splits == 1 and H >= 128 and not codes else 0  # queries as they come (`Seen.turns`)
+    return columns * (Z * H + turned + TILE) * 2 + stages * a_tile + converted + kept + out
 
 
 def _stages_and_splits(shape: tuple[int, ...], stages: int, *, codes: bool, looks: bool) -> tuple[int, int]:
@@ -244,14 +265,16 @@ def _stages_and_splits(shape: tuple[int, ...], stages: int, *, codes: bool, look
 
 @functools.partial(jax.jit, static_argnames=("ends", "looks"))  # one for all layers: its lowering takes seconds
 def _kernel(
-    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, told: Any, ahead: Any, *, ends: tuple[int, ...],
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, told: Any, beside: Any, *, ends: tuple[int, ...],
     looks: bool,
 ) -> Any:  # fmt: skip
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_kernels")
-    (B, K, Z, G, H), C = queries.shape, k_cache.shape[2]
-    stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES[H], codes=False, looks=looks)
-    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, PART, stages, splits, looks)
-    return module.run(shape, queries, k, v, k_cache, v_cache, *told, ahead if splits > 1 else ())
+    (B, K, _, G, H), C, (turn, *ahead) = queries.shape, k_cache.shape[2], beside
+    stages, splits = _stages_and_splits((B, K, len(ends) + 1, G, H, C), _STAGES[H], codes=False, looks=looks)
+    turns = turn is not None
+    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, PART, stages, splits, looks, turns)
+    given = (turn.flat, *(jnp.swapaxes(x, 0, 1) for x in turn[:2]), k, v) if turns else (queries, k, v)
+    return module.run(shape, given, k_cache, v_cache, *told, ahead if splits > 1 else ())
 
 
 @functools.partial(jax.jit, static_argnames=("own", "looks"))
@@ -259,7 +282,9 @@ def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, told: Any, ends: 
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_int8_kernels")
     (B, K, Z, G, H), C = queries.shape, codes[0][0].shape[2]
     stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES_OF_CODES, codes=True, looks=looks)
-    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, TILE, stages, splits, looks, Z, own)
+    shape = module.Shape(
+        B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, TILE, stages, splits, looks, False, Z, own
+    )
     return module.run(shape, queries, k, v, codes, *told, ends)
 
 

@@ -54,6 +54,7 @@ class Shape:
     stages: int  # tiles in shared memory
     splits: int  # blocks of threads that share the slots of a row
     looks: bool  # whether the largest weights are asked for, too
+    turns: bool  # whether queries are turned here
 
     @property
     def columns(self) -> int:
@@ -110,9 +111,10 @@ def _along_columns(x: Any, shape: tuple[int, ...]) -> Any:
 
 
 def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[..., Any]:
-    """q, k, v, k and v of the cache, bias, live parts, matrices -> out [B, K, written, H]; or shares, of several splits.
+    """q, k, v, k and v of the cache, bias, live parts, matrices -> out [B, K, written, H]; of several splits shares.
 
-    Of `shape.packed` k and v are no arguments.
+    Of `shape.packed` k and v are no arguments. Of `shape.turns` q is [B, M, H], whose first heads are the queries, and
+    after it come cos and sin, float32[B, Z, H / 2].
 
     q: [B, K, Z, written, H], of `shape.packed` columns in place of written; k and v: [B, K, H], the token's own; the
     cache: [B, K, C, H]; bias and live: of `decode.Seen`; `matrices`, of these shapes, which the L2 is to have.
@@ -129,11 +131,13 @@ def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[.
     num_outs = len(_outs(shape))
 
     def kernel(q_ref, *refs):
+        tables, refs = (refs[:2], refs[2:]) if shape.turns else ((), refs)
         own_refs, refs = ([], refs) if shape.packed else (refs[:2], refs[2:])
         (k_ref, v_ref, bias_ref, live_ref), refs = refs[:4], refs[4:]
         matrix_refs, refs = refs[: len(matrices)], refs[len(matrices) :]
         outs, scratch, (ready, k_ready, v_ready) = refs[:num_outs], refs[num_outs:-3], refs[-3:]
         q_smem, k_smem, v_smem, bias_smem, p_smem, *rest = scratch
+        plain_smem, rest = (rest[0], rest[1:]) if shape.turns else (None, rest)
         kept_smem, o_smem = (rest[0], rest[1:]) if shape.looks and whole else (None, rest)
         task = lax.axis_index("task")
         split, rest = lax.rem(task, shape.splits), lax.div(task, shape.splits)
@@ -164,7 +168,10 @@ def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[.
             load_parts(v_ref, v_smem.at[slot], v_ready.at[slot], i)
 
         def start():
-            for z in range(shape.zones):
+            if shape.turns:
+                rows = pl.ds(head * shape.G, M)  # beyond G of them others', whose results nobody reads
+                plgpu.copy_gmem_to_smem(q_ref.at[b, rows], plain_smem, ready)
+            for z in range(0 if shape.turns else shape.zones):
                 plgpu.copy_gmem_to_smem(q_ref.at[b, head, z, _all_columns(shape, head)], q_smem.at[z], ready)
             for i in range(stages):
                 pl.when(i < count)(lambda i=i: load_keys(jnp.int32(i)))
@@ -232,6 +239,8 @@ def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[.
             own_vectors = [q_ref.at[b, head, shape.zones - 1, shape.G + i] for i in range(2)]
         key, value = _own_vectors(own_vectors)
         plgpu.barrier_wait(ready)
+        if shape.turns:
+            _turn(shape, plain_smem, [x.at[b] for x in tables], q_smem)
         own = _own_scores(q_smem.at[shape.zones - 1].transpose((1, 0)), key) * scale
         is_first = jnp.where(split == 0, 1.0, 0.0)
         top = own * is_first + _LOWEST * (1.0 - is_first)
@@ -249,9 +258,10 @@ def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[.
         _tiled(stages, tile, H, dtype=shape.dtype),
         plgpu.SMEM((stages, tile), jnp.float32),
         _tiled(M, tile, dtype=shape.dtype),
+        *((plgpu.SMEM((M, H), shape.dtype),) if shape.turns else ()),
         *_kept(shape),
         *_out_scratch(shape),
-        plgpu.Barrier(num_arrivals=shape.zones),
+        plgpu.Barrier(num_arrivals=1 if shape.turns else shape.zones),
         plgpu.Barrier(num_arrivals=shape.parts + 1, num_barriers=stages),
         plgpu.Barrier(num_arrivals=shape.parts, num_barriers=stages),
     )
@@ -263,6 +273,22 @@ def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[.
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
+
+
+def _turn(shape: Shape, queries: Any, tables: Any, out: Any) -> None:
+    """Queries [columns, H] in shared memory turned by cosine and sine [Z, H / 2] to [Z, columns, H], for products."""
+    half, layout = shape.H // 2, plgpu.Layout.WGMMA
+    parts = [pl.ds(i * half, half) for i in range(2)]
+    first, second = (
+        plgpu.load(queries.at[:, x].transpose((1, 0)), layout=layout, optimized=False).astype(jnp.float32)
+        for x in parts
+    )
+    for z in range(shape.zones):
+        cos, sin = (plgpu.load(x.at[z], layout=kernels._PER_ROW, optimized=False) for x in tables)
+        cos, sin = (_along_rows(x, first.shape) for x in (cos, sin))
+        for part, turned in zip(parts, (first * cos - second * sin, second * cos + first * sin), strict=True):
+            out.at[z, :, part].transpose((1, 0))[...] = _wgmma_layout(turned.astype(shape.dtype))
+    plgpu.commit_smem()
 
 
 def _ask_for(matrix: Any, size: tuple[int, int], number: Any, count: int) -> None:
@@ -361,10 +387,16 @@ def _store(shape: Shape, found: Any, smem: Any, outs: Any, at: tuple[Any, Any, A
 
 
 def run(
-    shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any, ahead: Any = ()
+    shape: Shape, given: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any, ahead: Any = ()
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`sepjax.attention.decode.attend` for the arguments of `Seen`: around the kernel, what is small."""
+    """`sepjax.attention.decode.attend` for the arguments of `Seen`: around the kernel, what is small.
+
+    given: queries, the token's own key and value; of `shape.turns` what `attend` has in their place.
+    """
     kernel = attend(shape, [x.shape for x in ahead])
+    if shape.turns:
+        return _joined(shape, bias, *kernel(*given, k_cache, v_cache, bias, live))
+    queries, k, v = given
     if not shape.packed:
         return _joined(shape, bias, *kernel(filled(shape, queries), k, v, k_cache, v_cache, bias, live, *ahead))
     own = jnp.pad(jnp.stack([k, v], axis=2)[:, :, None], ((0, 0), (0, 0), (shape.zones - 1, 0), (0, 0), (0, 0)))

@@ -97,6 +97,35 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     assert_as_exact(got, plain, exact, seen)
 
 
+def turned_by(q, Z):
+    """Queries [B, K, 1, G, H] in float32 turned at random for each of Z zones; and what turns them, beside others."""
+    B, K, _, _, H = q.shape
+    angles = np.random.default_rng(3).uniform(0, 2 * np.pi, (Z, B, H // 2)).astype(np.float32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(q.astype(jnp.float32), 2, axis=-1)
+    c, s = (jnp.swapaxes(x, 0, 1)[:, None, :, None] for x in (cos, sin))
+    turned = jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1).astype(q.dtype)
+    return turned, decode.Turn(cos, sin, jnp.concatenate([q.reshape(B, -1, H), jnp.ones((B, 2 * K, H), q.dtype)], 1))
+
+
+def test_the_kernel_turns_queries(monkeypatch):
+    """Those of heads of 128, from an array that has others behind them."""
+    given, seen, ends = tensors(3, 1, 1, 3, 128, 128), visible_slots(3, 192)[:, 64:], (4, 68)
+    q, turn = turned_by(given[0], len(ends) + 1)
+    plain = given_of(told := decode.seen_slots(seen, kernel=False), decode.attend(q, *given[1:], told, ends))
+    simulate(monkeypatch)
+    monkeypatch.setattr(decode, "target", lambda: Target("gpu", "one SM", 1, "9.0"))
+    told = decode.seen_slots(seen, kernel=True)
+    assert told.turns(q.shape, 128, looks=False)
+    assert not told.turns(q.shape, 64, looks=False), "of half a head's numbers"
+    assert not told.turns((*q.shape[:4], 64), 64, looks=False), "halves of 32 are no rows of a product"
+    got = given_of(told, decode.attend(*given, told, ends, turn=turn))
+    kernel: Any = decode._kernel
+    kernel.clear_cache()
+    assert_no_races()
+    assert_as_exact(got, plain, textbook(q, *given[1:], seen, ends), seen)
+
+
 def coded(B, K, Z, G, C, H):
     """queries, own key and value, codes and scales of keys and of values; some vectors are all zero."""
     q, k, v, *vectors = tensors(B, K, Z, G, C, H)
@@ -209,8 +238,8 @@ def test_who_is_served(change, reason, monkeypatch):
 def test_what_a_block_has_room_for(G, Z, codes, is_served, splits, monkeypatch):
     monkeypatch.setattr(decode, "target", lambda: HOPPER)
     seen = decode.seen_slots(jnp.ones((2, 640), bool), kernel=True)
-    assert seen.told_to(jnp.zeros((2, 1, Z, G, 256), jnp.bfloat16), codes=codes).kernel == is_served
-    assert not seen.told_to(jnp.zeros((2, 1, Z, 1, 64), jnp.float32), codes=codes).kernel
+    assert seen.told_to((2, 1, Z, G, 256), jnp.bfloat16, codes=codes).kernel == is_served
+    assert not seen.told_to((2, 1, Z, 1, 64), jnp.float32, codes=codes).kernel
     if is_served:
         assert decode._stages_and_splits((300, 1, Z, G, 256, 640), 2, codes=codes, looks=True) == (2, splits)
 
@@ -246,14 +275,22 @@ def test_the_kernel_on_a_gpu(case):
             np.asarray(x, np.float64) * np.asarray(y, np.float64)[..., None]
             for x, y in zip(given[3:], scales, strict=True)
         ]
+    turns, unturned = B * K > 264 and H == 128, given[0][:, :, :1]
+    if turns:
+        q, how = turned_by(unturned, len(zones) + 1)
+        given = q, *given[1:]
     exact = textbook(*given[:3], *numbers, seen, ends, own)
 
     def run(kernel, ahead=()):
         def attend(given, scales):
             told = decode.seen_slots(seen, kernel=kernel, codes=of_codes)
-            cache = given[3:] if kernel else [x.astype(given[0].dtype) for x in given[3:]]
-            found = decode.attend(*given[:3], *cache, told, ends, scales, own=own, looks=looks, ahead=ahead)
-            return given_of(told, found)
+            q, *cache = given[0], *(given[3:] if kernel else [x.astype(given[0].dtype) for x in given[3:]])
+            turn = None
+            if turns and kernel:
+                assert told.turns(q.shape, H, looks=looks)
+                q, turn = unturned, how
+            given_to = q, *given[1:3], *cache, told, ends, scales
+            return given_of(told, decode.attend(*given_to, own=own, looks=looks, turn=turn, ahead=ahead))
 
         return jax.jit(attend)(given, scales)
 

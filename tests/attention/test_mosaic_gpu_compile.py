@@ -159,7 +159,7 @@ def test_decoding_from_codes_compiles_for_an_h100(h100, shape, several, dtype, l
 
     def run(visible, ends, scales, *given):
         assert decode.unsupported(jnp.int8, H, C) is None
-        seen = decode.seen_slots(visible, kernel=True).told_to(given[0], codes=True)
+        seen = decode.seen_slots(visible, kernel=True, codes=True).told_to(given[0].shape, given[0].dtype, codes=True)
         return decode.attend(*given, seen, ends if several else (), scales, own=3 if several else 0, looks=looks)
 
     codes = struct(B, K, C, H, dtype=jnp.int8)

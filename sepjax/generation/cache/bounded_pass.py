@@ -113,7 +113,8 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
     recent = cache.recent_positions() >= cache.first_recent(1)
     visible = jnp.concatenate([cache.visible_old(), recent], axis=1)
     within, is_kept = within_reach(cache, 1), kept_ones(cache, 0)
-    told = functools.partial(decode.seen_slots, kernel=reason is None, codes=sizes.cache_dtype != "model")
+    codes = sizes.cache_dtype != "model"
+    told = functools.partial(decode.seen_slots, kernel=reason is None, codes=codes)
     seen_by_all = once(told(visible)) if within is None else None
     visible = once(visible)
 
@@ -125,22 +126,22 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         k_cache, v_cache, reach, sees_kept, rope, watched, *ahead = layer
-        attend_to = functools.partial(decode.attend, own=own, ahead=(ahead and ahead[0]) or ())
         cos, sin = of_layer(tables, rope)
         B, _, N, H = q.shape
+        projected = q, k, v
         (new_k, new_v), (k, v) = taken_up(k_cache, k, v, (cos[own], sin[own]))
-        queries = _turned_to_zones(q[:, 0].reshape(B, k.shape[2], N // k.shape[2], H), (cos[:, :, 0], sin[:, :, 0]))
-        seen = seen_in(reach, sees_kept).told_to(queries, codes=sizes.cache_dtype != "model")
+        shape, is_looked_at = (B, k.shape[2], len(cos), N // k.shape[2], H), counts_looks(watched)
+        seen = seen_in(reach, sees_kept).told_to(shape, q.dtype, codes=codes)
+        turned_there = not codes and seen.turns(shape, 2 * cos.shape[-1], looks=is_looked_at)
+        queries, turn = _queries(projected, shape, (cos[:, :, 0], sin[:, :, 0]), turned_there)
         keys, values, scales = for_products(k_cache, v_cache, v.dtype, kernel=seen.kernel)
-        given = queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales
-        is_looked_at = watched is not None and not (isinstance(watched, np.bool_) and not watched)
-        out, looks = attend_to(*given, looks=is_looked_at)
-        looks = () if looks is None else (looks,)
+        given, beside = (queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales), (ahead and ahead[0]) or ()
+        out, looks = decode.attend(*given, own=own, looks=is_looked_at, turn=turn, ahead=beside)
 
-        def told_of(looks: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            if watched is None or looks:
-                return tuple(map(seen.in_slots, looks))
-            return (jnp.zeros(visible.shape[:1] + k_cache.shape[1:3], jnp.float32),)  # which would not count
+        def told_of(looks: jax.Array | None) -> tuple[jax.Array, ...]:
+            if looks is not None:
+                return (seen.in_slots(looks),)
+            return () if watched is None else (jnp.zeros((B, shape[1], sizes.slots)),)  # which would not count
 
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
         if B > 1 or isinstance(new_k, Quantised) or isinstance(new_v, Quantised):
@@ -151,6 +152,27 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         return out.reshape(B, 1, N, H), (*(jnp.where(is_read, x, 0) for x in (new_k, new_v)), *told_of(looks))
 
     return attend
+
+
+def counts_looks(watched: Any) -> bool:
+    """Whether a layer's looks are asked for; `watched`: of `pass_inputs`, a number where layers are scanned."""
+    return watched is not None and not (isinstance(watched, np.bool_) and not watched)
+
+
+def _queries(
+    projected: tuple[jax.Array, jax.Array, jax.Array], shape: tuple[int, ...], tables: Table, turned_there: bool
+) -> tuple[jax.Array, decode.Turn | None]:
+    """Queries [B, K, Z, G, H], as `shape` has it, turned to fit each zone; or what `decode.attend` turns itself.
+
+    projected: queries, key and value before their rotation, [B, 1, heads, H]; tables: cosine and sine [Z, B, R/2].
+    """
+    B, K, _, G, H = shape
+    queries = projected[0].reshape(B, K, 1, G, H)
+    if not turned_there:
+        return _turned_to_zones(queries[:, :, 0], tables), None
+    # As they were projected, side by side: of all that was cut out of an array XLA makes that array, without a copy.
+    flat = jnp.concatenate([x.reshape(B, 1, -1) for x in projected], axis=-1)
+    return queries, decode.Turn(*tables, flat.reshape(B, -1, H))
 
 
 def _turned_to_zones(q: Float[Array, "B K G H"], table: Table) -> Float[jax.Array, "B K Z G H"]:

@@ -118,7 +118,7 @@ def _attend_cache(
         queries = q.reshape(B, config.num_kv_heads, 1, -1, H)
         codes = cache.k.dtype == jnp.int8
         seen = decode.seen_slots(cache.visible(window, num_sinks, reach), kernel=kernel, codes=codes)
-        seen = seen.told_to(queries, codes=codes)
+        seen = seen.told_to(queries.shape, queries.dtype, codes=codes)
         dtype, new = v.dtype, (like(k_cache, k), like(v_cache, v))
         k, v = (plain(x, dtype)[:, 0] for x in new)
         keys, values, scales = for_products(k_cache, v_cache, dtype, kernel=seen.kernel)
