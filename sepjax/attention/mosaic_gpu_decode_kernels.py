@@ -168,7 +168,7 @@ def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[.
             load_parts(v_ref, v_smem.at[slot], v_ready.at[slot], i)
 
         def start():
-            if shape.turns:
+            if plain_smem is not None:
                 rows = pl.ds(head * shape.G, M)  # beyond G of them others', whose results nobody reads
                 plgpu.copy_gmem_to_smem(q_ref.at[b, rows], plain_smem, ready)
             for z in range(0 if shape.turns else shape.zones):

@@ -112,7 +112,8 @@ def test_the_kernel_turns_queries(monkeypatch):
     """Those of heads of 128, from an array that has others behind them."""
     given, seen, ends = tensors(3, 1, 1, 3, 128, 128), visible_slots(3, 192)[:, 64:], (4, 68)
     q, turn = turned_by(given[0], len(ends) + 1)
-    plain = given_of(told := decode.seen_slots(seen, kernel=False), decode.attend(q, *given[1:], told, ends))
+    told = decode.seen_slots(seen, kernel=False)
+    plain = given_of(told, decode.attend(q, *given[1:], told, ends))
     simulate(monkeypatch)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "one SM", 1, "9.0"))
     told = decode.seen_slots(seen, kernel=True)
@@ -265,9 +266,10 @@ ON_A_GPU = {
 def test_the_kernel_on_a_gpu(case):
     """The 2x rule, and the same bits again; matrices that it asks for change nothing."""
     (B, K, G, C, H), zones, looks, of_codes = ON_A_GPU[case]
-    seen, own, matrices = visible_slots(B, C), -1, [jnp.ones(x, jnp.bfloat16) for x in ((576, 640), (100, 64))]
-    given, scales, ends = tensors(B, K, len(zones) + 1, G, C, H), None, zones
-    numbers = given[3:]
+    seen, own = visible_slots(B, C), -1
+    given: Any = tensors(B, K, len(zones) + 1, G, C, H)
+    scales, ends, how, matrices = None, zones, None, [jnp.ones(x, jnp.bfloat16) for x in ((576, 640), (100, 64))]
+    numbers: Any = given[3:]
     if of_codes:
         given, scales = coded(B, K, 5, G, C, H)
         ends, own = jnp.asarray(ends_of(B, C)), 3
@@ -284,13 +286,13 @@ def test_the_kernel_on_a_gpu(case):
     def run(kernel, ahead=()):
         def attend(given, scales):
             told = decode.seen_slots(seen, kernel=kernel, codes=of_codes)
-            q, *cache = given[0], *(given[3:] if kernel else [x.astype(given[0].dtype) for x in given[3:]])
-            turn = None
+            q, turn = given[0], None
+            cache: Any = given[3:] if kernel else [x.astype(q.dtype) for x in given[3:]]
             if turns and kernel:
                 assert told.turns(q.shape, H, looks=looks)
                 q, turn = unturned, how
-            given_to = q, *given[1:3], *cache, told, ends, scales
-            return given_of(told, decode.attend(*given_to, own=own, looks=looks, turn=turn, ahead=ahead))
+            k, v, beside = given[1], given[2], {"own": own, "looks": looks, "turn": turn, "ahead": ahead}
+            return given_of(told, decode.attend(q, k, v, *cache, told, ends, scales, **beside))
 
         return jax.jit(attend)(given, scales)
 
