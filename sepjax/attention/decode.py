@@ -17,7 +17,6 @@ give, where watched tokens are kept by them, the largest weight of each slot (`l
 import dataclasses
 import functools
 import importlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +33,7 @@ _TYPES = (jnp.bfloat16, jnp.float16)
 _PLAIN = ("xla", "reference", "tpu")  # implementations of `separator_attention` by whose names decoding is plain XLA
 _H100_SMS = 132  # where the device does not tell
 TILE = 64  # slots that the kernel computes with at a time: the rows of one product
-PART = 16  # slots that it reads at a time; of codes, whose copies are half as long, a tile
+PARTS = {64: 32, 128: 16, 256: 16}  # by head size, slots that it reads at a time: copies of 4 kB; of codes a tile
 _STAGES = {64: 4, 128: 3, 256: 2}  # by head size, tiles of keys and of values in shared memory
 _STAGES_OF_CODES = 2  # three and four are slower: fewer blocks share an SM
 _KEPT = {64: 48, 128: 32, 256: 64}  # KiB of scores that a block keeps for its looks, so that as many share an SM
@@ -124,19 +123,23 @@ def unsupported(dtype: DTypeLike, head_dim: int, slots: int, implementation: str
     return unserved(jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype) == jnp.int8 else dtype), head_dim, _TYPES)
 
 
-def seen_slots(visible: Bool[Array, "B C"], *, kernel: bool, codes: bool = False) -> Seen:
+def part_of(head_dim: int, *, codes: bool) -> int:
+    """Slots that the kernel reads at a time. `codes`: whether the cache has codes of 8 bits."""
+    return TILE if codes else PARTS.get(head_dim, TILE)
+
+
+def seen_slots(visible: Bool[Array, "B C"], *, kernel: bool, part: int = TILE) -> Seen:
     """What `attend` is told of who sees what.
 
     Args:
       visible: the slots that each row sees.
       kernel: for the kernel (`unsupported`), otherwise for plain XLA.
-      codes: whether the cache has codes of 8 bits.
+      part: slots of a part: of `part_of`.
     """
     visible = jnp.asarray(visible)
     if not kernel:
         return Seen(visible, None, None, None)
-    size = TILE if codes else PART
-    parts = visible.reshape(len(visible), -1, size)
+    parts = visible.reshape(len(visible), -1, part)
     is_live = jnp.any(parts, axis=-1)
     place = jnp.cumsum(is_live, axis=-1, dtype=jnp.int32) - 1
     count, X = place[:, -1:] + 1, is_live.shape[1]
@@ -146,7 +149,7 @@ def seen_slots(visible: Bool[Array, "B C"], *, kernel: bool, codes: bool = False
     order = jnp.zeros_like(place).at[rows, to].set(jnp.broadcast_to(i, to.shape), mode="drop", unique_indices=True)
     order = jnp.where(i < count, order, jnp.max(jnp.where(is_live, i, 0), axis=-1, keepdims=True))
     is_seen = jnp.take_along_axis(parts, order[..., None], axis=1) & (i < count)[..., None]
-    tiles = -(-count * size // TILE)
+    tiles = -(-count * part // TILE)
     return Seen(
         visible,
         bias=jnp.where(is_seen, 0.0, -jnp.inf).reshape(visible.shape),
@@ -168,7 +171,6 @@ def attend(
     own: int = -1,
     looks: bool = False,
     turn: Turn | None = None,
-    ahead: Sequence[jax.Array] = (),
 ) -> tuple[Float[jax.Array, "B K G H"], Float32[jax.Array, "B K C"] | None]:
     """The attention, in v's dtype, computed in float32; and the looks, if they are asked for, else None.
 
@@ -184,11 +186,9 @@ def attend(
       looks: whether to give, of the weights of each slot, the largest among the query heads of a key head: 0 where none
         sees it. They are in the order that `seen.in_slots` mends.
       turn: of the kernel, which then turns `queries` [B, K, 1, G, H] itself; None: they are turned.
-      ahead: matrices [O, I] that are read next. Of few rows the kernel has them brought into the L2, since the memory
-        has little else to do meanwhile.
     """
     if seen.kernel:
-        return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, own, (turn, *ahead), looks=looks)
+        return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, own, turn, looks=looks)
     out, weights = _plainly(queries, k, v, k_cache, v_cache, seen, ends, scales, own)
     return out, jnp.max(weights, axis=2) if looks else None
 
@@ -222,14 +222,14 @@ def _of_zones(scores: jax.Array, ends: Any) -> jax.Array:
 
 def _by_kernel(
     queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any, own: int,
-    beside: tuple[Any, ...], *, looks: bool,
+    turn: Turn | None, *, looks: bool,
 ) -> Any:  # fmt: skip
-    """The result, and the looks or None; `beside`: `turn`, then what is `ahead`."""
-    own %= queries.shape[2] if beside[0] is None else len(beside[0].cos)
+    """The result, and the looks or None."""
+    own %= queries.shape[2] if turn is None else len(turn.cos)
     told = seen.bias, seen.live
     if scales is None:
         assert own == len(ends), "of zones that are known the last has the token's own key"
-        return _kernel(queries, k, v, k_cache, v_cache, told, beside, ends=ends, looks=looks)
+        return _kernel(queries, k, v, k_cache, v_cache, told, turn, ends=ends, looks=looks)
     codes = (k_cache, scales[0]), (v_cache, scales[1])
     of_rows = None if isinstance(ends, tuple) else ends
     assert of_rows is not None or not ends, "codes of several zones have ends of each row"
@@ -265,16 +265,16 @@ def _stages_and_splits(shape: tuple[int, ...], stages: int, *, codes: bool, look
 
 @functools.partial(jax.jit, static_argnames=("ends", "looks"))  # one for all layers: its lowering takes seconds
 def _kernel(
-    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, told: Any, beside: Any, *, ends: tuple[int, ...],
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, told: Any, turn: Any, *, ends: tuple[int, ...],
     looks: bool,
 ) -> Any:  # fmt: skip
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_kernels")
-    (B, K, _, G, H), C, (turn, *ahead) = queries.shape, k_cache.shape[2], beside
+    (B, K, _, G, H), C = queries.shape, k_cache.shape[2]
     stages, splits = _stages_and_splits((B, K, len(ends) + 1, G, H, C), _STAGES[H], codes=False, looks=looks)
-    turns = turn is not None
-    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, PART, stages, splits, looks, turns)
+    part, turns = C // (told[1].shape[1] - 1), turn is not None
+    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, part, stages, splits, looks, turns)
     given = (turn.flat, *(jnp.swapaxes(x, 0, 1) for x in turn[:2]), k, v) if turns else (queries, k, v)
-    return module.run(shape, given, k_cache, v_cache, *told, ahead if splits > 1 else ())
+    return module.run(shape, given, k_cache, v_cache, *told)
 
 
 @functools.partial(jax.jit, static_argnames=("own", "looks"))

@@ -23,7 +23,7 @@ who reads them finds them by their places (`decode.Seen.in_slots`).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -110,14 +110,14 @@ def _along_columns(x: Any, shape: tuple[int, ...]) -> Any:
     return _wgmma_layout(lax.broadcast_in_dim(x, shape, [1]))
 
 
-def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[..., Any]:
-    """q, k, v, k and v of the cache, bias, live parts, matrices -> out [B, K, written, H]; of several splits shares.
+def attend(shape: Shape) -> Callable[..., Any]:
+    """q, k, v, k and v of the cache, bias, live parts -> out [B, K, written, H]; of several splits shares.
 
     Of `shape.packed` k and v are no arguments. Of `shape.turns` q is [B, M, H], whose first heads are the queries, and
     after it come cos and sin, float32[B, Z, H / 2].
 
     q: [B, K, Z, written, H], of `shape.packed` columns in place of written; k and v: [B, K, H], the token's own; the
-    cache: [B, K, C, H]; bias and live: of `decode.Seen`; `matrices`, of these shapes, which the L2 is to have.
+    cache: [B, K, C, H]; bias and live: of `decode.Seen`.
 
     Shares: float32 sums [B, K, splits, H, columns], their weights' sum and maximum [B, K, splits, columns]; the first
     split has the token itself.
@@ -134,7 +134,6 @@ def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[.
         tables, refs = (refs[:2], refs[2:]) if shape.turns else ((), refs)
         own_refs, refs = ([], refs) if shape.packed else (refs[:2], refs[2:])
         (k_ref, v_ref, bias_ref, live_ref), refs = refs[:4], refs[4:]
-        matrix_refs, refs = refs[: len(matrices)], refs[len(matrices) :]
         outs, scratch, (ready, k_ready, v_ready) = refs[:num_outs], refs[num_outs:-3], refs[-3:]
         q_smem, k_smem, v_smem, bias_smem, p_smem, *rest = scratch
         plain_smem, rest = (rest[0], rest[1:]) if shape.turns else (None, rest)
@@ -152,20 +151,27 @@ def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[.
         def in_order(i):  # the places of tile i in the order of live parts
             return pl.ds((first + i) * tile, tile)
 
-        def load_parts(cache_ref, smem, ready, i):
-            begins = [begin_of(i, part) for part in range(shape.parts)]
+        def begins_of(i):
+            return [begin_of(i, part) for part in range(shape.parts)]
+
+        def load_parts(cache_ref, smem, ready, begins):
             for part, begin in enumerate(begins):
                 to = smem.at[pl.ds(part * shape.part, shape.part)] if shape.parts > 1 else smem
                 plgpu.copy_gmem_to_smem(cache_ref.at[b, head, pl.ds(begin, shape.part)], to, ready)
 
-        def load_keys(i):
+        def load_keys(i, begins):
             slot = lax.rem(i, stages)
-            load_parts(k_ref, k_smem.at[slot], k_ready.at[slot], i)
+            load_parts(k_ref, k_smem.at[slot], k_ready.at[slot], begins)
             plgpu.copy_gmem_to_smem(bias_ref.at[b, in_order(i)], bias_smem.at[slot], k_ready.at[slot])
 
-        def load_values(i):
+        def load_values(i, begins):
             slot = lax.rem(i, stages)
-            load_parts(v_ref, v_smem.at[slot], v_ready.at[slot], i)
+            load_parts(v_ref, v_smem.at[slot], v_ready.at[slot], begins)
+
+        def load_both(i):
+            begins = begins_of(i)
+            load_keys(i, begins)
+            load_values(i, begins)
 
         def start():
             if plain_smem is not None:
@@ -174,12 +180,11 @@ def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[.
             for z in range(0 if shape.turns else shape.zones):
                 plgpu.copy_gmem_to_smem(q_ref.at[b, head, z, _all_columns(shape, head)], q_smem.at[z], ready)
             for i in range(stages):
-                pl.when(i < count)(lambda i=i: load_keys(jnp.int32(i)))
-                pl.when(i < count)(lambda i=i: load_values(jnp.int32(i)))
+                pl.when(i < count)(lambda i=i: load_both(jnp.int32(i)))
 
         def ahead(i):
-            pl.when(i + stages < count)(lambda: load_keys(i + stages))
-            pl.when((i > 0) & (i - 1 + stages < count))(lambda: load_values(i - 1 + stages))
+            pl.when(i + stages < count)(lambda: load_keys(i + stages, begins_of(i + stages)))
+            pl.when((i > 0) & (i - 1 + stages < count))(lambda: load_values(i - 1 + stages, begins_of(i - 1 + stages)))
 
         def product(z, slot):
             def scores(acc):
@@ -189,7 +194,7 @@ def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[.
             return pl.run_scoped(scores, kernels._accumulator(tile, M))
 
         def by_zone(slot, tile_number):
-            begins = [begin_of(tile_number, part) - part * shape.part for part in range(shape.parts)]
+            begins = [begin - part * shape.part for part, begin in enumerate(begins_of(tile_number))]
             row = plgpu.broadcasted_iota(jnp.int32, (tile, M), 0, layout=plgpu.Layout.WGMMA)
             i = row + begins[-1]
             for part in reversed(range(shape.parts - 1)):
@@ -232,15 +237,14 @@ def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[.
             return acc, new_top, total
 
         kernels._in_one_warp(start)
-        for ref, size in zip(matrix_refs, matrices, strict=True):
-            kernels._in_one_warp(lambda ref=ref, size=size: _ask_for(ref, size, task, shape.B * shape.K * shape.splits))
         own_vectors = [x.at[b, head] for x in own_refs]
         if shape.packed:
             own_vectors = [q_ref.at[b, head, shape.zones - 1, shape.G + i] for i in range(2)]
         key, value = _own_vectors(own_vectors)
+        turns = [[_per_row(x.at[b, z]) for x in tables] for z in range(shape.zones)] if shape.turns else []
         plgpu.barrier_wait(ready)
         if shape.turns:
-            _turn(shape, plain_smem, [x.at[b] for x in tables], q_smem)
+            _turn(shape, plain_smem, turns, q_smem)
         own = _own_scores(q_smem.at[shape.zones - 1].transpose((1, 0)), key) * scale
         is_first = jnp.where(split == 0, 1.0, 0.0)
         top = own * is_first + _LOWEST * (1.0 - is_first)
@@ -275,37 +279,19 @@ def attend(shape: Shape, matrices: Sequence[tuple[int, int]] = ()) -> Callable[.
     )
 
 
-def _turn(shape: Shape, queries: Any, tables: Any, out: Any) -> None:
-    """Queries [columns, H] in shared memory turned by cosine and sine [Z, H / 2] to [Z, columns, H], for products."""
+def _turn(shape: Shape, queries: Any, turns: Any, out: Any) -> None:
+    """Queries [columns, H] in shared memory turned to [Z, columns, H]; turns: each zone's cosine and sine, [H / 2]."""
     half, layout = shape.H // 2, plgpu.Layout.WGMMA
     parts = [pl.ds(i * half, half) for i in range(2)]
     first, second = (
         plgpu.load(queries.at[:, x].transpose((1, 0)), layout=layout, optimized=False).astype(jnp.float32)
         for x in parts
     )
-    for z in range(shape.zones):
-        cos, sin = (plgpu.load(x.at[z], layout=kernels._PER_ROW, optimized=False) for x in tables)
-        cos, sin = (_along_rows(x, first.shape) for x in (cos, sin))
+    for z, turn in enumerate(turns):
+        cos, sin = (_along_rows(x, first.shape) for x in turn)
         for part, turned in zip(parts, (first * cos - second * sin, second * cos + first * sin), strict=True):
             out.at[z, :, part].transpose((1, 0))[...] = _wgmma_layout(turned.astype(shape.dtype))
     plgpu.commit_smem()
-
-
-def _ask_for(matrix: Any, size: tuple[int, int], number: Any, count: int) -> None:
-    """Has a block's share of a matrix of this size brought into the L2, as block `number` of so many; waits for none.
-
-    A copy has at most 256 numbers a dimension. What they leave over at the ends comes when it is read.
-    """
-    rows, width = (min(256, 2 ** (x.bit_length() - 1)) for x in size)
-    rows = min(rows, 64)
-    down, across = size[0] // rows, size[1] // width
-
-    def ask(i, _):
-        at = number + i * count
-        row, column = lax.div(at, across) * rows, lax.rem(at, across) * width
-        plgpu.async_prefetch(matrix.at[pl.ds(row, rows), pl.ds(column, width)])
-
-    lax.fori_loop(0, pl.cdiv(down * across - number, count), ask, None)
 
 
 def _all_columns(shape: Shape, head: Any) -> Any:
@@ -315,8 +301,11 @@ def _all_columns(shape: Shape, head: Any) -> Any:
 
 def _own_vectors(refs: Any) -> list[Any]:
     """The token's own key and value, float32[H]."""
-    vectors = (plgpu.load(x, layout=kernels._PER_ROW, optimized=False) for x in refs)
-    return [x.astype(jnp.float32) for x in vectors]
+    return [_per_row(x).astype(jnp.float32) for x in refs]
+
+
+def _per_row(ref: Any) -> Any:
+    return plgpu.load(ref, layout=kernels._PER_ROW, optimized=False)
 
 
 def _own_scores(queries: Any, key: Any) -> Any:
@@ -387,21 +376,21 @@ def _store(shape: Shape, found: Any, smem: Any, outs: Any, at: tuple[Any, Any, A
 
 
 def run(
-    shape: Shape, given: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any, ahead: Any = ()
+    shape: Shape, given: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any
 ) -> tuple[jax.Array, jax.Array | None]:
     """`sepjax.attention.decode.attend` for the arguments of `Seen`: around the kernel, what is small.
 
     given: queries, the token's own key and value; of `shape.turns` what `attend` has in their place.
     """
-    kernel = attend(shape, [x.shape for x in ahead])
+    kernel = attend(shape)
     if shape.turns:
         return _joined(shape, bias, *kernel(*given, k_cache, v_cache, bias, live))
     queries, k, v = given
     if not shape.packed:
-        return _joined(shape, bias, *kernel(filled(shape, queries), k, v, k_cache, v_cache, bias, live, *ahead))
+        return _joined(shape, bias, *kernel(filled(shape, queries), k, v, k_cache, v_cache, bias, live))
     own = jnp.pad(jnp.stack([k, v], axis=2)[:, :, None], ((0, 0), (0, 0), (shape.zones - 1, 0), (0, 0), (0, 0)))
     packed = filled(shape, jnp.concatenate([queries, own], axis=3))
-    return _joined(shape, bias, *kernel(packed, k_cache, v_cache, bias, live, *ahead))
+    return _joined(shape, bias, *kernel(packed, k_cache, v_cache, bias, live))
 
 
 def filled(shape: Shape, queries: jax.Array) -> jax.Array:

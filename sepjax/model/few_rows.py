@@ -8,7 +8,6 @@ after it: a norm's statistics are one more sum of the same kernel, and its divis
     y[o] = sum_i w[o, i] g[i] x[i] / rms(x)        sums of w g x and of x x, side by side
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +23,6 @@ MOST_ROWS, MOST_OF_ROWS = 4, 2**23
 # Numbers of a matrix whose kernel sums the squares for a norm, too. For larger ones that takes longer than a kernel of
 # their own, which runs beside the one that multiplies by the norm's weights: docs/kernels_decode.md.
 MOST_WITH_NORM = 2**24
-# Bytes of matrices that are brought into the L2 while a row attends, when the memory is idle: what the L2 has room for,
-# and about what comes in that time.
-MOST_AHEAD = 2**25
 
 
 def products(
@@ -51,12 +47,6 @@ def products(
     matrices, flat = jnp.split(matrix, parts), jnp.asarray(x).reshape(-1, x.shape[-1])
     rows = [_sums(row, matrices, fused) for row in flat]
     return [jnp.stack(sums).reshape(*x.shape[:-1], -1).astype(dtype) for sums in zip(*rows, strict=True)]
-
-
-def first_of(matrices: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """The first matrices, as many as there are in `MOST_AHEAD` bytes."""
-    sizes = itertools.accumulate(x.nbytes for x in matrices)
-    return tuple(x for x, size in zip(matrices, sizes, strict=True) if size <= MOST_AHEAD)
 
 
 def are_few(x: Float[Array, "*B I"], matrix: Float[Array, "O I"]) -> bool:

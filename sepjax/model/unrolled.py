@@ -180,22 +180,6 @@ class Layerwise:
         x, outputs = self.run_layers(self.embed(tokens, positions), attend, layer_inputs)
         return self.final_norm(x), outputs
 
-    def read_next(self, rows: int) -> list[tuple[jax.Array, ...]] | None:
-        """What each layer reads after its attention, matrices [O, I] in their order; None: nothing that is known.
-
-        Of a step of few rows on one GPU, where matrices wait for the memory alone: `few_rows.MOST_AHEAD`.
-        """
-        if rows > few_rows.MOST_ROWS or "rows" not in self._layers[0]["mlp"]["down"]:
-            return None
-        found = []
-        for i, layer in enumerate(self._layers):
-            attention, mlp = layer["attention"], layer["mlp"]
-            following = self._layers[i + 1 : i + 2]
-            into = _name(_INTO if self.config.gated_mlp else _INTO[1:])
-            matrices = [attention["out"], mlp[into], mlp["down"], *(x["attention"][_name(_QKV)] for x in following)]
-            found.append(few_rows.first_of([x["rows"] for x in matrices]))
-        return found
-
     def logits(self, hidden: Float[jax.Array, "*B D"]) -> Float[jax.Array, "*B V"]:
         """See `Transformer.logits`."""
         if "rows" not in self._layers[0]["mlp"]["down"]:

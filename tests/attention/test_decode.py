@@ -83,7 +83,7 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     exact = textbook(*given, seen, ends)
 
     def run(kernel):
-        told = decode.seen_slots(seen, kernel=kernel)
+        told = decode.seen_slots(seen, kernel=kernel, part=decode.part_of(H, codes=False))
         return given_of(told, decode.attend(*given, told, ends, looks=looks))
 
     plain = run(kernel=False)
@@ -116,7 +116,7 @@ def test_the_kernel_turns_queries(monkeypatch):
     plain = given_of(told, decode.attend(q, *given[1:], told, ends))
     simulate(monkeypatch)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "one SM", 1, "9.0"))
-    told = decode.seen_slots(seen, kernel=True)
+    told = decode.seen_slots(seen, kernel=True, part=16)
     assert told.turns(q.shape, 128, looks=False)
     assert not told.turns(q.shape, 64, looks=False), "of half a head's numbers"
     assert not told.turns((*q.shape[:4], 64), 64, looks=False), "halves of 32 are no rows of a product"
@@ -164,7 +164,7 @@ def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
     exact = textbook(q, k, v, exact_keys, exact_values, seen, ends, own)
 
     def form(keys, values, kernel):
-        told, told_ends = decode.seen_slots(seen, kernel=kernel, codes=True), jnp.asarray(ends) if several else ()
+        told, told_ends = decode.seen_slots(seen, kernel=kernel), jnp.asarray(ends) if several else ()
         given = q, k, v, keys, values, told, told_ends, (of_keys, of_values)
         return given_of(told, decode.attend(*given, own=own, looks=looks))
 
@@ -179,12 +179,12 @@ def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
     assert_as_exact(got, plain, exact, seen)
 
 
-@pytest.mark.parametrize(("codes", "size"), [(False, decode.PART), (True, decode.TILE)])
-def test_only_live_parts_are_read(codes, size):
+@pytest.mark.parametrize("size", [16, decode.TILE])
+def test_only_live_parts_are_read(size):
     """The number of tiles that they make; they, in order, and the last again; and where each is, if anywhere."""
     seen = np.zeros((3, 256), bool)
     seen[1, [3, 60, 255]], seen[2] = True, True
-    told = decode.seen_slots(jnp.asarray(seen), kernel=True, codes=codes)
+    told = decode.seen_slots(jnp.asarray(seen), kernel=True, part=size)
     bias, live, place = (np.asarray(x) for x in (told.bias, told.live, told.place))
     parts, X = seen.reshape(3, -1, size), 256 // size
     for row, some in enumerate(parts):
@@ -264,11 +264,11 @@ ON_A_GPU = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ON_A_GPU)
 def test_the_kernel_on_a_gpu(case):
-    """The 2x rule, and the same bits again; matrices that it asks for change nothing."""
+    """The 2x rule, and the same bits again."""
     (B, K, G, C, H), zones, looks, of_codes = ON_A_GPU[case]
     seen, own = visible_slots(B, C), -1
     given: Any = tensors(B, K, len(zones) + 1, G, C, H)
-    scales, ends, how, matrices = None, zones, None, [jnp.ones(x, jnp.bfloat16) for x in ((576, 640), (100, 64))]
+    scales, ends, how = None, zones, None
     numbers: Any = given[3:]
     if of_codes:
         given, scales = coded(B, K, 5, G, C, H)
@@ -283,21 +283,20 @@ def test_the_kernel_on_a_gpu(case):
         given = q, *given[1:]
     exact = textbook(*given[:3], *numbers, seen, ends, own)
 
-    def run(kernel, ahead=()):
+    def run(kernel):
         def attend(given, scales):
-            told = decode.seen_slots(seen, kernel=kernel, codes=of_codes)
+            told = decode.seen_slots(seen, kernel=kernel, part=decode.part_of(H, codes=of_codes))
             q, turn = given[0], None
             cache: Any = given[3:] if kernel else [x.astype(q.dtype) for x in given[3:]]
             if turns and kernel:
                 assert told.turns(q.shape, H, looks=looks)
                 q, turn = unturned, how
-            k, v, beside = given[1], given[2], {"own": own, "looks": looks, "turn": turn, "ahead": ahead}
+            k, v, beside = given[1], given[2], {"own": own, "looks": looks, "turn": turn}
             return given_of(told, decode.attend(q, k, v, *cache, told, ends, scales, **beside))
 
         return jax.jit(attend)(given, scales)
 
     plain, got = run(kernel=False), run(kernel=True)
     assert_as_exact(got, plain, exact, seen)
-    for again in (run(kernel=True), run(kernel=True, ahead=matrices)):
-        for x, y in zip(got, again, strict=True):
-            np.testing.assert_array_equal(x, y)
+    for x, y in zip(got, run(kernel=True), strict=True):
+        np.testing.assert_array_equal(x, y)

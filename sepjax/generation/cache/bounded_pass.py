@@ -64,8 +64,7 @@ def stream_pass(
     offsets = cache.seen_low[:, None] + jnp.arange(T, dtype=jnp.int32)
     is_separator = flag_separators(tokens, offsets, table, attention)
     attend = attend_run(cache, T, counts, attention.implementation)
-    read_next = getattr(model, "read_next", lambda rows: None)  # of a `Layerwise`
-    inputs = *pass_inputs(cache), read_next(tokens.size)
+    inputs = pass_inputs(cache)
     if attention.pattern == "gated":
         hidden, (k, v), scores = run_with_gate(model, tokens, offsets, attend, inputs, attention)
         return hidden, cache.append(k, v, is_separator, counts, gate_scores=scores)
@@ -87,10 +86,7 @@ def attend_run(
 
 
 def pass_inputs(cache: "StreamingCache") -> tuple[Any, ...]:
-    """What `attend_run` is given in each layer: items with an entry a layer, or None.
-
-    One more may follow, for a single token: the matrices that are read next (`sepjax.attention.decode.attend`).
-    """
+    """What `attend_run` is given in each layer: items with an entry a layer, or None."""
     sizes = cache.sizes
     watched = None if sizes.watch is None else np.array(sizes.watch.layers)  # known where layers are not scanned
     return (
@@ -114,7 +110,7 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
     visible = jnp.concatenate([cache.visible_old(), recent], axis=1)
     within, is_kept = within_reach(cache, 1), kept_ones(cache, 0)
     codes = sizes.cache_dtype != "model"
-    told = functools.partial(decode.seen_slots, kernel=reason is None, codes=codes)
+    told = functools.partial(decode.seen_slots, kernel=reason is None, part=decode.part_of(cache.head_dim, codes=codes))
     seen_by_all = once(told(visible)) if within is None else None
     visible = once(visible)
 
@@ -125,7 +121,7 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         return told(seen if sees_kept is None else seen & ((sees_kept > 0) | ~is_kept))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache, reach, sees_kept, rope, watched, *ahead = layer
+        k_cache, v_cache, reach, sees_kept, rope, watched = layer
         cos, sin = of_layer(tables, rope)
         B, _, N, H = q.shape
         projected = q, k, v
@@ -135,8 +131,8 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
         turned_there = not codes and seen.turns(shape, 2 * cos.shape[-1], looks=is_looked_at)
         queries, turn = _queries(projected, shape, (cos[:, :, 0], sin[:, :, 0]), turned_there)
         keys, values, scales = for_products(k_cache, v_cache, v.dtype, kernel=seen.kernel)
-        given, beside = (queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales), (ahead and ahead[0]) or ()
-        out, looks = decode.attend(*given, own=own, looks=is_looked_at, turn=turn, ahead=beside)
+        given = queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales
+        out, looks = decode.attend(*given, own=own, looks=is_looked_at, turn=turn)
 
         def told_of(looks: jax.Array | None) -> tuple[jax.Array, ...]:
             if looks is not None:
