@@ -33,7 +33,7 @@ _TYPES = (jnp.bfloat16, jnp.float16)
 _PLAIN = ("xla", "reference", "tpu")  # implementations of `separator_attention` by whose names decoding is plain XLA
 _H100_SMS = 132  # where the device does not tell
 TILE = 64  # slots that the kernel computes with at a time: the rows of one product
-PARTS = {64: 32, 128: 16, 256: 16}  # by head size, slots that it reads at a time: copies of 4 kB; of codes a tile
+_PART, _WAVES = 16, 8  # slots that it reads at a time, where there are more blocks than so many for each SM: `part_of`
 _STAGES = {64: 4, 128: 3, 256: 2}  # by head size, tiles of keys and of values in shared memory
 _STAGES_OF_CODES = 2  # three and four are slower: fewer blocks share an SM
 _KEPT = {64: 48, 128: 32, 256: 64}  # KiB of scores that a block keeps for its looks, so that as many share an SM
@@ -123,9 +123,13 @@ def unsupported(dtype: DTypeLike, head_dim: int, slots: int, implementation: str
     return unserved(jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype) == jnp.int8 else dtype), head_dim, _TYPES)
 
 
-def part_of(head_dim: int, *, codes: bool) -> int:
-    """Slots that the kernel reads at a time. `codes`: whether the cache has codes of 8 bits."""
-    return TILE if codes else PARTS.get(head_dim, TILE)
+def part_of(blocks: int, *, codes: bool) -> int:
+    """Slots that the kernel reads at a time: fewer than a tile where it has many blocks, the key heads of all rows.
+
+    More copies take longer to begin. Of many blocks others read meanwhile, of few all would wait. Copies of codes
+    are half as long, and stay whole.
+    """
+    return TILE if codes or blocks <= _WAVES * (target().num_cores or _H100_SMS) else _PART
 
 
 def seen_slots(visible: Bool[Array, "B C"], *, kernel: bool, part: int = TILE) -> Seen:

@@ -83,7 +83,7 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     exact = textbook(*given, seen, ends)
 
     def run(kernel):
-        told = decode.seen_slots(seen, kernel=kernel, part=decode.part_of(H, codes=False))
+        told = decode.seen_slots(seen, kernel=kernel, part=16)
         return given_of(told, decode.attend(*given, told, ends, looks=looks))
 
     plain = run(kernel=False)
@@ -245,6 +245,12 @@ def test_what_a_block_has_room_for(G, Z, codes, is_served, splits, monkeypatch):
         assert decode._stages_and_splits((300, 1, Z, G, 256, 640), 2, codes=codes, looks=True) == (2, splits)
 
 
+def test_many_blocks_read_parts(monkeypatch):
+    monkeypatch.setattr(decode, "target", lambda: HOPPER)
+    assert decode.part_of(256 * 3, codes=False) == decode.part_of(760 * 8, codes=True) == decode.TILE
+    assert decode.part_of(760 * 3, codes=False) == 16
+
+
 def test_a_mesh_of_several_devices_is_not_served(monkeypatch):
     monkeypatch.setattr(decode, "target", lambda: HOPPER)
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
@@ -254,7 +260,7 @@ def test_a_mesh_of_several_devices_is_not_served(monkeypatch):
 # (B, K, G, C, H), ends, looks, codes: many rows, a block each; few, whose blocks share a row.
 ON_A_GPU = {
     "760 rows, heads of 64": ((760, 3, 3, 896, 64), (4, 68), True, False),
-    "300 rows, heads of 128": ((300, 2, 4, 896, 128), (4, 68), False, False),
+    "600 rows, heads of 128": ((600, 2, 4, 896, 128), (4, 68), False, False),
     "two rows, heads of 128": ((2, 8, 4, 896, 128), (4, 68), False, False),
     "two rows, heads of 64, looks": ((2, 3, 3, 832, 64), (4, 68), True, False),
     "300 rows of codes": ((300, 1, 3, 896, 64), (), True, True),
@@ -285,7 +291,7 @@ def test_the_kernel_on_a_gpu(case):
 
     def run(kernel):
         def attend(given, scales):
-            told = decode.seen_slots(seen, kernel=kernel, part=decode.part_of(H, codes=of_codes))
+            told = decode.seen_slots(seen, kernel=kernel, part=decode.part_of(B * K, codes=of_codes))
             q, turn = given[0], None
             cache: Any = given[3:] if kernel else [x.astype(q.dtype) for x in given[3:]]
             if turns and kernel:

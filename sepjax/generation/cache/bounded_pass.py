@@ -109,8 +109,8 @@ def _attend_one(cache: "StreamingCache", implementation: str | None) -> Attend:
     recent = cache.recent_positions() >= cache.first_recent(1)
     visible = jnp.concatenate([cache.visible_old(), recent], axis=1)
     within, is_kept = within_reach(cache, 1), kept_ones(cache, 0)
-    codes = sizes.cache_dtype != "model"
-    told = functools.partial(decode.seen_slots, kernel=reason is None, part=decode.part_of(cache.head_dim, codes=codes))
+    codes, blocks = sizes.cache_dtype != "model", len(cache.num_sinks) * cache.k[0].shape[-3]
+    told = functools.partial(decode.seen_slots, kernel=reason is None, part=decode.part_of(blocks, codes=codes))
     seen_by_all = once(told(visible)) if within is None else None
     visible = once(visible)
 

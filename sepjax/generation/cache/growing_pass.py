@@ -117,7 +117,7 @@ def _attend_cache(
         B, _, N, H = q.shape
         queries = q.reshape(B, config.num_kv_heads, 1, -1, H)
         codes = cache.k.dtype == jnp.int8
-        part, visible = decode.part_of(config.head_dim, codes=codes), cache.visible(window, num_sinks, reach)
+        part, visible = decode.part_of(B * config.num_kv_heads, codes=codes), cache.visible(window, num_sinks, reach)
         seen = decode.seen_slots(visible, kernel=kernel, part=part)
         seen = seen.told_to(queries.shape, queries.dtype, codes=codes)
         dtype, new = v.dtype, (like(k_cache, k), like(v_cache, v))

@@ -74,6 +74,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(decode, "_kernel", stand_in)
     monkeypatch.setattr(decode, "_kernel_of_codes", of_codes)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "one SM", 1, "9.0"))
+    monkeypatch.setattr(decode, "_WAVES", 0)  # parts for few rows
     return got
 
 
