@@ -5,15 +5,19 @@
     zones     slots [0, ends[0]), [ends[0], ends[1]), ... [ends[-1], C)    of codes each row's may end elsewhere
 
 Plain XLA is the definition and runs anywhere. On a Hopper GPU one kernel (`mosaic_gpu_decode_kernels.py`) reads each
-key and value once, of those tiles of slots alone in which the row sees something. Codes of 8 bits have a kernel of
-their own (`mosaic_gpu_decode_int8_kernels.py`). Both give, where watched tokens are kept by them, the largest weight of
-each slot (`looks`).
+key and value once, of those *parts* alone, a few slots each, in which the row sees something:
+
+    parts     0 1 . . 4 . 6 7 8 9 . .     those that the row sees something of
+    tiles     [0 1 4 6] [7 8 9 9]         of 64 slots, as a product takes them; the last part fills up the last tile
+
+Codes of 8 bits have a kernel of their own (`mosaic_gpu_decode_int8_kernels.py`), whose parts are whole tiles. Both
+give, where watched tokens are kept by them, the largest weight of each slot (`looks`).
 """
 
 import dataclasses
 import functools
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +32,8 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _TYPES = (jnp.bfloat16, jnp.float16)
 _PLAIN = ("xla", "reference", "tpu")  # implementations of `separator_attention` by whose names decoding is plain XLA
 _H100_SMS = 132  # where the device does not tell
-TILE = 64  # slots that the kernel reads at a time: the rows of one product
+TILE = 64  # slots that the kernel computes with at a time: the rows of one product
+_PART, _WAVES = 16, 8  # slots that it reads at a time, where there are more blocks than so many for each SM: `part_of`
 _STAGES = {64: 4, 128: 3, 256: 2}  # by head size, tiles of keys and of values in shared memory
 _STAGES_OF_CODES = 2  # three and four are slower: fewer blocks share an SM
 _KEPT = {64: 48, 128: 32, 256: 64}  # KiB of scores that a block keeps for its looks, so that as many share an SM
@@ -43,8 +48,9 @@ class Seen:
     """Which slots each row sees. Made by `seen_slots`, once for all layers that see the same."""
 
     visible: Bool[jax.Array, "B C"]
-    bias: Float32[jax.Array, "B C"] | None  # of the kernel: 0 where a slot is visible, else -inf
-    live: Int32[jax.Array, "B X"] | None  # how many tiles have a visible slot, and their numbers
+    bias: Float32[jax.Array, "B C"] | None  # of the kernel, its parts in the order of `live`: 0 where visible, or -inf
+    live: Int32[jax.Array, "B X+1"] | None  # the number of tiles, and the X parts: those with a visible slot, the last
+    place: Int32[jax.Array, "B X"] | None  # where each part is among them; X: nowhere
 
     __no_type_check__ = True  # see `StreamingCache`
 
@@ -53,14 +59,45 @@ class Seen:
         """Whether the kernel runs."""
         return self.live is not None
 
-    def told_to(self, queries: Float[Array, "B K Z G H"], *, codes: bool) -> "Seen":
-        """For these queries, of a type that codes do not tell, and of as many heads as a cache does not tell.
+    def in_slots(self, looks: Float32[Array, "B K C"]) -> Float32[jax.Array, "B K C"]:
+        """Looks of `attend` in the order of slots. The kernel's are in that of its parts, and anything beyond the last.
+
+        Where they are read: they are read in any order as fast, and a copy of them is as much as the reading.
+        """
+        looks = jnp.asarray(looks)
+        if self.place is None:
+            return looks
+        X = self.place.shape[1]
+        parts, at = looks.reshape(*looks.shape[:2], X, -1), self.place[:, None, :, None]
+        found = jnp.take_along_axis(parts, jnp.minimum(at, X - 1), axis=2, mode="promise_in_bounds")
+        return jnp.where(at < X, found, 0.0).reshape(looks.shape)
+
+    def told_to(self, shape: tuple[int, ...], dtype: DTypeLike, *, codes: bool) -> "Seen":
+        """For queries [B, K, Z, G, H] of this type, which codes do not tell, and of heads that a cache does not tell.
 
         The kernel serves not all: of many and large heads a block's shared memory has no room.
         """
-        _, _, Z, G, H = queries.shape
+        _, _, Z, G, H = shape
         fits = self.kernel and _shared_bytes(H, G, Z, _LEAST_STAGES, codes=codes, splits=2) <= _SHARED
-        return self if fits and queries.dtype in _TYPES else Seen(self.visible, None, None)
+        return self if fits and jnp.dtype(dtype) in map(jnp.dtype, _TYPES) else Seen(self.visible, None, None, None)
+
+    def turns(self, shape: tuple[int, ...], rotated: int, *, looks: bool) -> bool:
+        """Whether the kernel turns queries [B, K, Z, G, H] itself, of which so many of H numbers rotate: see `Turn`.
+
+        It does so in halves of 64 numbers at least, and where a block has a row's key head to itself.
+        """
+        H, C = shape[-1], self.visible.shape[1]
+        if not self.kernel or not rotated == H >= 128:
+            return False
+        return _stages_and_splits((*shape, C), _STAGES[H], codes=False, looks=looks)[1] == 1
+
+
+class Turn(NamedTuple):
+    """What the kernel turns queries with, to fit the keys of each zone (`Seen.turns`): it reads one copy, and not Z."""
+
+    cos: Float32[jax.Array, "Z B R"]
+    sin: Float32[jax.Array, "Z B R"]
+    flat: Float[jax.Array, "B M H"]  # the queries of all heads, one after the other, and what else is in that array
 
 
 def unsupported(dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None) -> str | None:
@@ -86,15 +123,43 @@ def unsupported(dtype: DTypeLike, head_dim: int, slots: int, implementation: str
     return unserved(jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype) == jnp.int8 else dtype), head_dim, _TYPES)
 
 
-def seen_slots(visible: Bool[Array, "B C"], *, kernel: bool) -> Seen:
-    """What `attend` is told of who sees what; `kernel`: for the kernel (`unsupported`), otherwise for plain XLA."""
+def part_of(blocks: int, *, codes: bool) -> int:
+    """Slots that the kernel reads at a time: fewer than a tile where it has many blocks, the key heads of all rows.
+
+    More copies take longer to begin. Of many blocks others read meanwhile, of few all would wait. Copies of codes
+    are half as long, and stay whole.
+    """
+    return TILE if codes or blocks <= _WAVES * (target().num_cores or _H100_SMS) else _PART
+
+
+def seen_slots(visible: Bool[Array, "B C"], *, kernel: bool, part: int = TILE) -> Seen:
+    """What `attend` is told of who sees what.
+
+    Args:
+      visible: the slots that each row sees.
+      kernel: for the kernel (`unsupported`), otherwise for plain XLA.
+      part: slots of a part: of `part_of`.
+    """
     visible = jnp.asarray(visible)
     if not kernel:
-        return Seen(visible, None, None)
-    is_live = jnp.any(visible.reshape(len(visible), -1, TILE), axis=-1)
-    order = jnp.argsort(~is_live, axis=-1, stable=True).astype(jnp.int32)
-    count = jnp.sum(is_live, axis=-1, keepdims=True, dtype=jnp.int32)
-    return Seen(visible, jnp.where(visible, 0.0, -jnp.inf), jnp.concatenate([count, order], axis=1))
+        return Seen(visible, None, None, None)
+    parts = visible.reshape(len(visible), -1, part)
+    is_live = jnp.any(parts, axis=-1)
+    place = jnp.cumsum(is_live, axis=-1, dtype=jnp.int32) - 1
+    count, X = place[:, -1:] + 1, is_live.shape[1]
+    i, rows = jnp.arange(X, dtype=jnp.int32), jnp.arange(len(visible))[:, None]
+    # Nothing is sorted: a GPU gives a large sort to a library, which cannot be part of a program that is one graph.
+    to = jnp.where(is_live, place, X + i)
+    order = jnp.zeros_like(place).at[rows, to].set(jnp.broadcast_to(i, to.shape), mode="drop", unique_indices=True)
+    order = jnp.where(i < count, order, jnp.max(jnp.where(is_live, i, 0), axis=-1, keepdims=True))
+    is_seen = jnp.take_along_axis(parts, order[..., None], axis=1) & (i < count)[..., None]
+    tiles = -(-count * part // TILE)
+    return Seen(
+        visible,
+        bias=jnp.where(is_seen, 0.0, -jnp.inf).reshape(visible.shape),
+        live=jnp.concatenate([tiles, order], axis=1),
+        place=jnp.where(is_live, place, X),
+    )
 
 
 def attend(
@@ -109,6 +174,7 @@ def attend(
     *,
     own: int = -1,
     looks: bool = False,
+    turn: Turn | None = None,
 ) -> tuple[Float[jax.Array, "B K G H"], Float32[jax.Array, "B K C"] | None]:
     """The attention, in v's dtype, computed in float32; and the looks, if they are asked for, else None.
 
@@ -122,10 +188,11 @@ def attend(
         are those of codes of 8 bits.
       own: the zone whose queries fit `k`.
       looks: whether to give, of the weights of each slot, the largest among the query heads of a key head: 0 where none
-        sees it.
+        sees it. They are in the order that `seen.in_slots` mends.
+      turn: of the kernel, which then turns `queries` [B, K, 1, G, H] itself; None: they are turned.
     """
     if seen.kernel:
-        return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, own, looks=looks)
+        return _by_kernel(queries, k, v, k_cache, v_cache, seen, ends, scales, own, turn, looks=looks)
     out, weights = _plainly(queries, k, v, k_cache, v_cache, seen, ends, scales, own)
     return out, jnp.max(weights, axis=2) if looks else None
 
@@ -158,18 +225,19 @@ def _of_zones(scores: jax.Array, ends: Any) -> jax.Array:
 
 
 def _by_kernel(
-    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any, own: int, *,
-    looks: bool,
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any, own: int,
+    turn: Turn | None, *, looks: bool,
 ) -> Any:  # fmt: skip
     """The result, and the looks or None."""
-    own %= queries.shape[2]
+    own %= queries.shape[2] if turn is None else len(turn.cos)
+    told = seen.bias, seen.live
     if scales is None:
-        assert own == queries.shape[2] - 1, "of zones that are known the last has the token's own key"
-        return _kernel(queries, k, v, k_cache, v_cache, seen.bias, seen.live, ends=ends, looks=looks)
+        assert own == len(ends), "of zones that are known the last has the token's own key"
+        return _kernel(queries, k, v, k_cache, v_cache, told, turn, ends=ends, looks=looks)
     codes = (k_cache, scales[0]), (v_cache, scales[1])
     of_rows = None if isinstance(ends, tuple) else ends
     assert of_rows is not None or not ends, "codes of several zones have ends of each row"
-    return _kernel_of_codes(queries, k, v, codes, seen.bias, seen.live, of_rows, own=own, looks=looks)
+    return _kernel_of_codes(queries, k, v, codes, told, of_rows, own=own, looks=looks)
 
 
 def _shared_bytes(H: int, G: int, Z: int, stages: int, *, codes: bool, splits: int, kept: int = 0) -> int:
@@ -178,7 +246,8 @@ def _shared_bytes(H: int, G: int, Z: int, stages: int, *, codes: bool, splits: i
     a_tile = TILE * (2 * H * width + (8 if codes else 4))
     converted = TILE * H * 2 if codes else 0
     out = columns * H * 2 if splits == 1 else columns * (H + 2) * 4
-    return columns * (Z * H + TILE) * 2 + stages * a_tile + converted + kept + out
+    turned = H if splits == 1 and H >= 128 and not codes else 0  # queries as they come (`Seen.turns`)
+    return columns * (Z * H + turned + TILE) * 2 + stages * a_tile + converted + kept + out
 
 
 def _stages_and_splits(shape: tuple[int, ...], stages: int, *, codes: bool, looks: bool) -> tuple[int, int]:
@@ -200,25 +269,27 @@ def _stages_and_splits(shape: tuple[int, ...], stages: int, *, codes: bool, look
 
 @functools.partial(jax.jit, static_argnames=("ends", "looks"))  # one for all layers: its lowering takes seconds
 def _kernel(
-    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any, *, ends: tuple[int, ...],
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, told: Any, turn: Any, *, ends: tuple[int, ...],
     looks: bool,
 ) -> Any:  # fmt: skip
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_kernels")
-    (B, K, Z, G, H), C = queries.shape, k_cache.shape[2]
-    stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES[H], codes=False, looks=looks)
-    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks)
-    return module.run(shape, queries, k, v, k_cache, v_cache, bias, live)
+    (B, K, _, G, H), C = queries.shape, k_cache.shape[2]
+    stages, splits = _stages_and_splits((B, K, len(ends) + 1, G, H, C), _STAGES[H], codes=False, looks=looks)
+    part, turns = C // (told[1].shape[1] - 1), turn is not None
+    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, part, stages, splits, looks, turns)
+    given = (turn.flat, *(jnp.swapaxes(x, 0, 1) for x in turn[:2]), k, v) if turns else (queries, k, v)
+    return module.run(shape, given, k_cache, v_cache, *told)
 
 
 @functools.partial(jax.jit, static_argnames=("own", "looks"))
-def _kernel_of_codes(
-    queries: Any, k: Any, v: Any, codes: Any, bias: Any, live: Any, ends: Any, *, own: int, looks: bool
-) -> Any:
+def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, told: Any, ends: Any, *, own: int, looks: bool) -> Any:
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_int8_kernels")
     (B, K, Z, G, H), C = queries.shape, codes[0][0].shape[2]
     stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES_OF_CODES, codes=True, looks=looks)
-    shape = module.Shape(B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, stages, splits, looks, Z, own)
-    return module.run(shape, queries, k, v, codes, bias, live, ends)
+    shape = module.Shape(
+        B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, TILE, stages, splits, looks, False, Z, own
+    )
+    return module.run(shape, queries, k, v, codes, *told, ends)
 
 
 def scores_of_run(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> Float[jax.Array, "B K G T S"]:

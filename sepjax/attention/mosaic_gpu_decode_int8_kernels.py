@@ -47,11 +47,11 @@ def _codes(*shape: int) -> Any:
 
 
 def attend(shape: Shape) -> Callable[..., Any]:
-    """q, k, v, codes and scales of k and of v, bias, live tiles [, ends] -> as `mosaic_gpu_decode_kernels.attend`.
+    """q, k, v, codes and scales of k and of v, bias, live parts [, ends] -> as `mosaic_gpu_decode_kernels.attend`.
 
     q: [B, K, Z, written, H]; k and v: [B, K, H], the token's own; codes: int8[B, K, C, H]; scales: bfloat16[B, K, C];
-    bias: float32[B, C]; live: int32[B, 1 + tiles]; where zones end, of several: int32[B, Z - 1], each not before the
-    one before it. With `looks` as there.
+    bias and live: of `decode.Seen`, whose parts are tiles; where zones end, of several: int32[B, Z - 1], each not
+    before the one before it. With `looks` as there.
     """
     H, M, tile, stages, scale = shape.H, shape.columns, shape.tile, shape.stages, shape.scale * kernels.LOG2E
     whole, dtype = shape.splits == 1, shape.dtype
@@ -75,11 +75,14 @@ def attend(shape: Shape) -> Callable[..., Any]:
         def tile_of(i):
             return live_ref[b, 1 + first + i] * tile
 
+        def in_order(i):  # the places of tile i in the order of live ones
+            return pl.ds((first + i) * tile, tile)
+
         def load(i):
             slot, slots = lax.rem(i, stages), pl.ds(tile_of(i), tile)
             plgpu.copy_gmem_to_smem(k_ref.at[b, head, slots], k_smem.at[slot], k_ready.at[slot])
             plgpu.copy_gmem_to_smem(k_scales_ref.at[b, head, slots], k_scales.at[slot], k_ready.at[slot])
-            plgpu.copy_gmem_to_smem(bias_ref.at[b, slots], bias_smem.at[slot], k_ready.at[slot])
+            plgpu.copy_gmem_to_smem(bias_ref.at[b, in_order(i)], bias_smem.at[slot], k_ready.at[slot])
             plgpu.copy_gmem_to_smem(v_ref.at[b, head, slots], v_smem.at[slot], v_ready.at[slot])
             plgpu.copy_gmem_to_smem(v_scales_ref.at[b, head, slots], v_scales.at[slot], v_ready.at[slot])
 
@@ -130,7 +133,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
             p *= plain._along_rows(of_values, p.shape)
             p_smem.transpose((1, 0))[...] = plain._wgmma_layout(p.astype(dtype))
             if shape.looks:
-                scores_to = outs[-1].at[b, head, pl.ds(at, tile)] if kept_smem is None else kept_smem.at[i]
+                scores_to = outs[-1].at[b, head, in_order(i)] if kept_smem is None else kept_smem.at[i]
                 scores_to[...] = s
             wide = plgpu.load(v_smem.at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
             wide_smem[...] = wide.astype(dtype)
@@ -153,8 +156,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         acc, top, total = lax.fori_loop(0, count, step, (acc, top, total))
         total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first
         if kept_smem is not None:
-            place = lambda i: outs[-1].at[b, head, pl.ds(tile_of(i), tile)]  # noqa: E731
-            plain._store_looks(shape, kept_smem, (total, top), count, place)
+            plain._store_looks(shape, kept_smem, (total, top), count, lambda i: outs[-1].at[b, head, in_order(i)])
         plain._store(shape, (acc, total, top), tuple(o_smem), outs, (b, head, split))
 
     return plgpu.kernel(

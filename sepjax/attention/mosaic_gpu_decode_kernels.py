@@ -1,8 +1,9 @@
 r"""One query token a row over the slots of a cache, on Hopper GPUs: the kernel, in Pallas Mosaic GPU.
 
-A block of threads takes one key head of one row, or a part of its slots where rows are few. It visits the row's *live*
-tiles, those in which some slot is visible, so a row costs what it holds. The products are turned round: slots are the
-64 rows that wgmma computes at least, and the query heads of the key head, filled up to 8, its columns.
+A block of threads takes one key head of one row, or a share of its slots where rows are few. It visits the row's *live*
+parts, those in which some slot is visible, so a row costs what it holds; a tile is of as many parts, from anywhere, as
+a product takes. The products are turned round: slots are the 64 rows that wgmma computes at least, and the query heads
+of the key head, filled up to 8, its columns.
 
     S^T [slots, queries] = K_tile . Q^T          O^T [H, queries] += V_tile^T . P^T
 
@@ -17,7 +18,8 @@ share an SM, and one loads while another computes. Scores are in units of log2.
 
 *Looks*, where they are asked for: the largest weight of a key head's queries at each slot. Weights are known when all
 tiles are, so a block keeps its scores in shared memory and makes one number a slot of them at its end. Where blocks
-share a row none knows the weights; scores are then written as they are.
+share a row none knows the weights; scores are then written as they are. Both lie in the order of the live parts, and
+who reads them finds them by their places (`decode.Seen.in_slots`).
 """
 
 import dataclasses
@@ -48,9 +50,11 @@ class Shape:
     dtype: Any
     scale: float
     tile: int  # slots of a tile, a multiple of 64 that divides C
+    part: int  # slots that are read at a time, a multiple of 8 that divides a tile
     stages: int  # tiles in shared memory
     splits: int  # blocks of threads that share the slots of a row
     looks: bool  # whether the largest weights are asked for, too
+    turns: bool  # whether queries are turned here
 
     @property
     def columns(self) -> int:
@@ -80,6 +84,11 @@ class Shape:
         """Tiles of a row."""
         return self.C // self.tile
 
+    @property
+    def parts(self) -> int:
+        """Parts of a tile."""
+        return self.tile // self.part
+
 
 def _tiled(*shape: int, dtype: Any) -> Any:
     """Shared memory in the order that wgmma reads."""
@@ -102,19 +111,19 @@ def _along_columns(x: Any, shape: tuple[int, ...]) -> Any:
 
 
 def attend(shape: Shape) -> Callable[..., Any]:
-    """q, k, v, k and v of the cache, bias, live tiles -> out [B, K, written, H]; or, of several splits, its parts.
+    """q, k, v, k and v of the cache, bias, live parts -> out [B, K, written, H]; of several splits shares.
 
-    Of `shape.packed` k and v are no arguments.
+    Of `shape.packed` k and v are no arguments. Of `shape.turns` q is [B, M, H], whose first heads are the queries, and
+    after it come cos and sin, float32[B, Z, H / 2].
 
     q: [B, K, Z, written, H], of `shape.packed` columns in place of written; k and v: [B, K, H], the token's own; the
-    cache: [B, K, C, H]; bias: float32[B, C], 0 where a slot is visible, else -inf; live: int32[B, 1 + tiles], how many
-    tiles are live, and their numbers.
+    cache: [B, K, C, H]; bias and live: of `decode.Seen`.
 
-    Parts: float32 sums [B, K, splits, H, columns], their weights' sum and maximum [B, K, splits, columns]; the first
+    Shares: float32 sums [B, K, splits, H, columns], their weights' sum and maximum [B, K, splits, columns]; the first
     split has the token itself.
 
-    With `looks` one more: float32[B, K, C], 0 where a slot is not visible; beside parts scores [B, K, C, columns] of
-    live tiles, and anything in others.
+    With `looks` one more, in the order of live parts: float32[B, K, C], 0 where a slot is not visible; beside shares
+    scores [B, K, C, columns]; anything beyond the last tile.
     """
     H, M, tile, stages, scale = shape.H, shape.columns, shape.tile, shape.stages, shape.scale * kernels.LOG2E
     whole = shape.splits == 1
@@ -122,10 +131,12 @@ def attend(shape: Shape) -> Callable[..., Any]:
     num_outs = len(_outs(shape))
 
     def kernel(q_ref, *refs):
+        tables, refs = (refs[:2], refs[2:]) if shape.turns else ((), refs)
         own_refs, refs = ([], refs) if shape.packed else (refs[:2], refs[2:])
         (k_ref, v_ref, bias_ref, live_ref), refs = refs[:4], refs[4:]
         outs, scratch, (ready, k_ready, v_ready) = refs[:num_outs], refs[num_outs:-3], refs[-3:]
         q_smem, k_smem, v_smem, bias_smem, p_smem, *rest = scratch
+        plain_smem, rest = (rest[0], rest[1:]) if shape.turns else (None, rest)
         kept_smem, o_smem = (rest[0], rest[1:]) if shape.looks and whole else (None, rest)
         task = lax.axis_index("task")
         split, rest = lax.rem(task, shape.splits), lax.div(task, shape.splits)
@@ -134,28 +145,46 @@ def attend(shape: Shape) -> Callable[..., Any]:
         first = split * most
         count = jnp.clip(live_ref[b, 0] - first, 0, most)
 
-        def tile_of(i):
-            return live_ref[b, 1 + first + i] * tile
+        def begin_of(i, part):  # the first slot of a part of tile i
+            return live_ref[b, 1 + (first + i) * shape.parts + part] * shape.part
 
-        def load_keys(i):
-            slot, slots = lax.rem(i, stages), pl.ds(tile_of(i), tile)
-            plgpu.copy_gmem_to_smem(k_ref.at[b, head, slots], k_smem.at[slot], k_ready.at[slot])
-            plgpu.copy_gmem_to_smem(bias_ref.at[b, slots], bias_smem.at[slot], k_ready.at[slot])
+        def in_order(i):  # the places of tile i in the order of live parts
+            return pl.ds((first + i) * tile, tile)
 
-        def load_values(i):
-            slot, slots = lax.rem(i, stages), pl.ds(tile_of(i), tile)
-            plgpu.copy_gmem_to_smem(v_ref.at[b, head, slots], v_smem.at[slot], v_ready.at[slot])
+        def begins_of(i):
+            return [begin_of(i, part) for part in range(shape.parts)]
+
+        def load_parts(cache_ref, smem, ready, begins):
+            for part, begin in enumerate(begins):
+                to = smem.at[pl.ds(part * shape.part, shape.part)] if shape.parts > 1 else smem
+                plgpu.copy_gmem_to_smem(cache_ref.at[b, head, pl.ds(begin, shape.part)], to, ready)
+
+        def load_keys(i, begins):
+            slot = lax.rem(i, stages)
+            load_parts(k_ref, k_smem.at[slot], k_ready.at[slot], begins)
+            plgpu.copy_gmem_to_smem(bias_ref.at[b, in_order(i)], bias_smem.at[slot], k_ready.at[slot])
+
+        def load_values(i, begins):
+            slot = lax.rem(i, stages)
+            load_parts(v_ref, v_smem.at[slot], v_ready.at[slot], begins)
+
+        def load_both(i):
+            begins = begins_of(i)
+            load_keys(i, begins)
+            load_values(i, begins)
 
         def start():
-            for z in range(shape.zones):
+            if plain_smem is not None:
+                rows = pl.ds(head * shape.G, M)  # beyond G of them others', whose results nobody reads
+                plgpu.copy_gmem_to_smem(q_ref.at[b, rows], plain_smem, ready)
+            for z in range(0 if shape.turns else shape.zones):
                 plgpu.copy_gmem_to_smem(q_ref.at[b, head, z, _all_columns(shape, head)], q_smem.at[z], ready)
             for i in range(stages):
-                pl.when(i < count)(lambda i=i: load_keys(jnp.int32(i)))
-                pl.when(i < count)(lambda i=i: load_values(jnp.int32(i)))
+                pl.when(i < count)(lambda i=i: load_both(jnp.int32(i)))
 
         def ahead(i):
-            pl.when(i + stages < count)(lambda: load_keys(i + stages))
-            pl.when((i > 0) & (i - 1 + stages < count))(lambda: load_values(i - 1 + stages))
+            pl.when(i + stages < count)(lambda: load_keys(i + stages, begins_of(i + stages)))
+            pl.when((i > 0) & (i - 1 + stages < count))(lambda: load_values(i - 1 + stages, begins_of(i - 1 + stages)))
 
         def product(z, slot):
             def scores(acc):
@@ -164,25 +193,29 @@ def attend(shape: Shape) -> Callable[..., Any]:
 
             return pl.run_scoped(scores, kernels._accumulator(tile, M))
 
-        def by_zone(slot, at):
-            i = plgpu.broadcasted_iota(jnp.int32, (tile, M), 0, layout=plgpu.Layout.WGMMA) + at
+        def by_zone(slot, tile_number):
+            begins = [begin - part * shape.part for part, begin in enumerate(begins_of(tile_number))]
+            row = plgpu.broadcasted_iota(jnp.int32, (tile, M), 0, layout=plgpu.Layout.WGMMA)
+            i = row + begins[-1]
+            for part in reversed(range(shape.parts - 1)):
+                i = jnp.where(row < (part + 1) * shape.part, row + begins[part], i)
             s = product(shape.zones - 1, slot)
             for z in reversed(range(shape.zones - 1)):
                 s = jnp.where(i < shape.ends[z], product(z, slot), s)
             return s
 
-        def scores(slot, at):
+        def scores(slot, i):
             if not shape.ends:
                 return product(0, slot)
-            return lax.cond(at < shape.ends[-1], lambda: by_zone(slot, at), lambda: product(shape.zones - 1, slot))
+            of_last = lambda: product(shape.zones - 1, slot)  # noqa: E731
+            return lax.cond(begin_of(i, 0) < shape.ends[-1], lambda: by_zone(slot, i), of_last)
 
         def step(i, state):
             acc, top, total = state
             slot = lax.rem(i, stages)
-            at = tile_of(i)
             plgpu.barrier_wait(k_ready.at[slot])
             bias = plgpu.load(bias_smem.at[slot], layout=kernels._PER_ROW)
-            s = _wgmma_layout(scores(slot, at))
+            s = _wgmma_layout(scores(slot, i))
             s = s * scale + _along_rows(bias, s.shape)
             new_top = jnp.maximum(top, s.max(axis=0))
             shrink = jnp.exp2(top - new_top)
@@ -191,7 +224,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
             acc *= _along_columns(shrink, acc.shape)
             p_smem.transpose((1, 0))[...] = _wgmma_layout(p.astype(shape.dtype))
             if shape.looks:
-                scores_to = outs[-1].at[b, head, pl.ds(at, tile)] if kept_smem is None else kept_smem.at[i]
+                scores_to = outs[-1].at[b, head, in_order(i)] if kept_smem is None else kept_smem.at[i]
                 scores_to[...] = s
             plgpu.commit_smem()
             kernels._in_one_warp(lambda: ahead(i))
@@ -208,7 +241,10 @@ def attend(shape: Shape) -> Callable[..., Any]:
         if shape.packed:
             own_vectors = [q_ref.at[b, head, shape.zones - 1, shape.G + i] for i in range(2)]
         key, value = _own_vectors(own_vectors)
+        turns = [[_per_row(x.at[b, z]) for x in tables] for z in range(shape.zones)] if shape.turns else []
         plgpu.barrier_wait(ready)
+        if shape.turns:
+            _turn(shape, plain_smem, turns, q_smem)
         own = _own_scores(q_smem.at[shape.zones - 1].transpose((1, 0)), key) * scale
         is_first = jnp.where(split == 0, 1.0, 0.0)
         top = own * is_first + _LOWEST * (1.0 - is_first)
@@ -217,7 +253,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         acc, top, total = lax.fori_loop(0, count, step, (acc, top, total))
         total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first  # finite where top is _LOWEST
         if kept_smem is not None:
-            _store_looks(shape, kept_smem, (total, top), count, lambda i: outs[-1].at[b, head, pl.ds(tile_of(i), tile)])
+            _store_looks(shape, kept_smem, (total, top), count, lambda i: outs[-1].at[b, head, in_order(i)])
         _store(shape, (acc, total, top), tuple(o_smem), outs, (b, head, split))
 
     scratch = (
@@ -226,11 +262,12 @@ def attend(shape: Shape) -> Callable[..., Any]:
         _tiled(stages, tile, H, dtype=shape.dtype),
         plgpu.SMEM((stages, tile), jnp.float32),
         _tiled(M, tile, dtype=shape.dtype),
+        *((plgpu.SMEM((M, H), shape.dtype),) if shape.turns else ()),
         *_kept(shape),
         *_out_scratch(shape),
-        plgpu.Barrier(num_arrivals=shape.zones),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_arrivals=1 if shape.turns else shape.zones),
+        plgpu.Barrier(num_arrivals=shape.parts + 1, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=shape.parts, num_barriers=stages),
     )
     return plgpu.kernel(
         kernel,
@@ -242,6 +279,21 @@ def attend(shape: Shape) -> Callable[..., Any]:
     )
 
 
+def _turn(shape: Shape, queries: Any, turns: Any, out: Any) -> None:
+    """Queries [columns, H] in shared memory turned to [Z, columns, H]; turns: each zone's cosine and sine, [H / 2]."""
+    half, layout = shape.H // 2, plgpu.Layout.WGMMA
+    parts = [pl.ds(i * half, half) for i in range(2)]
+    first, second = (
+        plgpu.load(queries.at[:, x].transpose((1, 0)), layout=layout, optimized=False).astype(jnp.float32)
+        for x in parts
+    )
+    for z, turn in enumerate(turns):
+        cos, sin = (_along_rows(x, first.shape) for x in turn)
+        for part, turned in zip(parts, (first * cos - second * sin, second * cos + first * sin), strict=True):
+            out.at[z, :, part].transpose((1, 0))[...] = _wgmma_layout(turned.astype(shape.dtype))
+    plgpu.commit_smem()
+
+
 def _all_columns(shape: Shape, head: Any) -> Any:
     """What a copy moves of `shape.written` queries or results: beyond the last it reads zeros and writes nothing."""
     return pl.ds(kernels._aligned(lax.rem(head, 8)), shape.columns)  # from 0, but no number that a check would refuse
@@ -249,8 +301,11 @@ def _all_columns(shape: Shape, head: Any) -> Any:
 
 def _own_vectors(refs: Any) -> list[Any]:
     """The token's own key and value, float32[H]."""
-    vectors = (plgpu.load(x, layout=kernels._PER_ROW, optimized=False) for x in refs)
-    return [x.astype(jnp.float32) for x in vectors]
+    return [_per_row(x).astype(jnp.float32) for x in refs]
+
+
+def _per_row(ref: Any) -> Any:
+    return plgpu.load(ref, layout=kernels._PER_ROW, optimized=False)
 
 
 def _own_scores(queries: Any, key: Any) -> Any:
@@ -260,7 +315,7 @@ def _own_scores(queries: Any, key: Any) -> Any:
 
 
 def _outs(shape: Shape) -> tuple[Any, ...]:
-    """What a kernel gives: the result and its looks, or parts and scores."""
+    """What a kernel gives: the result and its looks, or shares and scores."""
 
     def numbers(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -270,8 +325,8 @@ def _outs(shape: Shape) -> tuple[Any, ...]:
         out = jax.ShapeDtypeStruct((*lead, shape.written, shape.H), shape.dtype)
         return (out, numbers(*lead, shape.C)) if shape.looks else (out,)
     stat = numbers(*lead, shape.splits, shape.columns)
-    parts = numbers(*lead, shape.splits, shape.H, shape.columns), stat, stat
-    return (*parts, numbers(*lead, shape.C, shape.columns)) if shape.looks else parts
+    shares = numbers(*lead, shape.splits, shape.H, shape.columns), stat, stat
+    return (*shares, numbers(*lead, shape.C, shape.columns)) if shape.looks else shares
 
 
 def _kept(shape: Shape) -> tuple[Any, ...]:
@@ -281,10 +336,7 @@ def _kept(shape: Shape) -> tuple[Any, ...]:
 
 
 def _store_looks(shape: Shape, kept: Any, stats: tuple[Any, Any], count: Any, out: Callable[[Any], Any]) -> None:
-    """Writes a row's looks, out(i) [tile] of its tile i: of live ones by their scores, 0 of the others.
-
-    stats: the weights' sum and maximum; count: how many tiles are live, which come first.
-    """
+    """Writes a row's looks by their scores: out(i) [tile] of tile i, of so many. stats: weights' sum and maximum."""
     size, layout = (shape.tile, shape.columns), plgpu.Layout.WGMMA
     total, top = stats
     share, top = _along_columns(1 / total, size), _along_columns(top, size)
@@ -294,11 +346,7 @@ def _store_looks(shape: Shape, kept: Any, stats: tuple[Any, Any], count: Any, ou
         weights = jnp.exp2(plgpu.load(kept.at[i], layout=layout, optimized=False) - top) * share
         out(i)[...] = jnp.where(is_query, weights, 0.0).max(axis=1)
 
-    def nothing(i, _):
-        out(i)[...] = kernels._registers((shape.tile,), 0.0, kernels._PER_ROW)
-
     lax.fori_loop(0, count, look, None)
-    lax.fori_loop(count, shape.tiles, nothing, None)
 
 
 def _out_scratch(shape: Shape) -> tuple[Any, ...]:
@@ -328,14 +376,21 @@ def _store(shape: Shape, found: Any, smem: Any, outs: Any, at: tuple[Any, Any, A
 
 
 def run(
-    shape: Shape, queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any
+    shape: Shape, given: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`sepjax.attention.decode.attend` for the arguments of `Seen`, and looks: around the kernel, what is small."""
+    """`sepjax.attention.decode.attend` for the arguments of `Seen`: around the kernel, what is small.
+
+    given: queries, the token's own key and value; of `shape.turns` what `attend` has in their place.
+    """
+    kernel = attend(shape)
+    if shape.turns:
+        return _joined(shape, bias, *kernel(*given, k_cache, v_cache, bias, live))
+    queries, k, v = given
     if not shape.packed:
-        return _joined(shape, bias, *attend(shape)(filled(shape, queries), k, v, k_cache, v_cache, bias, live))
+        return _joined(shape, bias, *kernel(filled(shape, queries), k, v, k_cache, v_cache, bias, live))
     own = jnp.pad(jnp.stack([k, v], axis=2)[:, :, None], ((0, 0), (0, 0), (shape.zones - 1, 0), (0, 0), (0, 0)))
     packed = filled(shape, jnp.concatenate([queries, own], axis=3))
-    return _joined(shape, bias, *attend(shape)(packed, k_cache, v_cache, bias, live))
+    return _joined(shape, bias, *kernel(packed, k_cache, v_cache, bias, live))
 
 
 def filled(shape: Shape, queries: jax.Array) -> jax.Array:
@@ -345,7 +400,7 @@ def filled(shape: Shape, queries: jax.Array) -> jax.Array:
 
 
 def _joined(shape: Shape, bias: jax.Array, sums: jax.Array, *others: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """What a kernel gave as one result, of parts one softmax of each row; and the looks, where they are asked for."""
+    """What a kernel gave as one result, of shares one softmax of each row; and the looks, where they are asked for."""
     if shape.splits == 1:
         return sums[:, :, : shape.G], others[0] if shape.looks else None
     total, top = others[:2]
@@ -353,8 +408,8 @@ def _joined(shape: Shape, bias: jax.Array, sums: jax.Array, *others: jax.Array) 
     weight = jnp.exp2(top - highest)
     total = jnp.sum(total * weight, axis=2)
     # Turned round before they are added up: XLA makes one kernel of it, and two of a sum that is turned.
-    parts, weight = (jnp.moveaxis(x[..., : shape.G], -1, 2) for x in (sums, weight))  # [B, K, G, splits, (H)]
-    out = (jnp.sum(parts * weight[..., None], axis=3) / total[:, :, : shape.G, None]).astype(shape.dtype)
+    shares, weight = (jnp.moveaxis(x[..., : shape.G], -1, 2) for x in (sums, weight))  # [B, K, G, splits, (H)]
+    out = (jnp.sum(shares * weight[..., None], axis=3) / total[:, :, : shape.G, None]).astype(shape.dtype)
     if not shape.looks:
         return out, None
     looks = jnp.max((jnp.exp2(others[2] - highest) / total[:, :, None])[..., : shape.G], axis=-1)

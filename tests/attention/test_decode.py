@@ -48,9 +48,10 @@ def textbook(queries, k, v, k_cache, v_cache, seen, ends, own=-1):
     return out, weights[..., :-1].max(axis=2)
 
 
-def given_of(found):
-    """The result, and the looks if there are some."""
-    return [x for x in found if x is not None]
+def given_of(told, found):
+    """The result, and the looks of slots if there are some."""
+    out, looks = found
+    return [out] if looks is None else [out, told.in_slots(looks)]
 
 
 def assert_as_exact(got, plain, exact, seen):
@@ -82,8 +83,8 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     exact = textbook(*given, seen, ends)
 
     def run(kernel):
-        told = decode.seen_slots(seen, kernel=kernel)
-        return given_of(decode.attend(*given, told, ends, looks=looks))
+        told = decode.seen_slots(seen, kernel=kernel, part=16)
+        return given_of(told, decode.attend(*given, told, ends, looks=looks))
 
     plain = run(kernel=False)
     simulate(monkeypatch)
@@ -94,6 +95,36 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     kernel.clear_cache()  # a simulated program is of no use to others
     assert_no_races()
     assert_as_exact(got, plain, exact, seen)
+
+
+def turned_by(q, Z):
+    """Queries [B, K, 1, G, H] in float32 turned at random for each of Z zones; and what turns them, beside others."""
+    B, K, _, _, H = q.shape
+    angles = np.random.default_rng(3).uniform(0, 2 * np.pi, (Z, B, H // 2)).astype(np.float32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(q.astype(jnp.float32), 2, axis=-1)
+    c, s = (jnp.swapaxes(x, 0, 1)[:, None, :, None] for x in (cos, sin))
+    turned = jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1).astype(q.dtype)
+    return turned, decode.Turn(cos, sin, jnp.concatenate([q.reshape(B, -1, H), jnp.ones((B, 2 * K, H), q.dtype)], 1))
+
+
+def test_the_kernel_turns_queries(monkeypatch):
+    """Those of heads of 128, from an array that has others behind them."""
+    given, seen, ends = tensors(3, 1, 1, 3, 128, 128), visible_slots(3, 192)[:, 64:], (4, 68)
+    q, turn = turned_by(given[0], len(ends) + 1)
+    told = decode.seen_slots(seen, kernel=False)
+    plain = given_of(told, decode.attend(q, *given[1:], told, ends))
+    simulate(monkeypatch)
+    monkeypatch.setattr(decode, "target", lambda: Target("gpu", "one SM", 1, "9.0"))
+    told = decode.seen_slots(seen, kernel=True, part=16)
+    assert told.turns(q.shape, 128, looks=False)
+    assert not told.turns(q.shape, 64, looks=False), "of half a head's numbers"
+    assert not told.turns((*q.shape[:4], 64), 64, looks=False), "halves of 32 are no rows of a product"
+    got = given_of(told, decode.attend(*given, told, ends, turn=turn))
+    kernel: Any = decode._kernel
+    kernel.clear_cache()
+    assert_no_races()
+    assert_as_exact(got, plain, textbook(q, *given[1:], seen, ends), seen)
 
 
 def coded(B, K, Z, G, C, H):
@@ -134,9 +165,8 @@ def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
 
     def form(keys, values, kernel):
         told, told_ends = decode.seen_slots(seen, kernel=kernel), jnp.asarray(ends) if several else ()
-        return given_of(
-            decode.attend(q, k, v, keys, values, told, told_ends, (of_keys, of_values), own=own, looks=looks)
-        )
+        given = q, k, v, keys, values, told, told_ends, (of_keys, of_values)
+        return given_of(told, decode.attend(*given, own=own, looks=looks))
 
     plain = form(keys.astype(q.dtype), values.astype(q.dtype), kernel=False)
     simulate(monkeypatch)
@@ -149,15 +179,26 @@ def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
     assert_as_exact(got, plain, exact, seen)
 
 
-def test_only_live_tiles_are_read():
-    """Of 64 slots each: their number, then themselves, in order."""
+@pytest.mark.parametrize("size", [16, decode.TILE])
+def test_only_live_parts_are_read(size):
+    """The number of tiles that they make; they, in order, and the last again; and where each is, if anywhere."""
     seen = np.zeros((3, 256), bool)
-    seen[1, [3, 255]] = True
-    seen[2] = True
-    live = np.asarray(decode.seen_slots(jnp.asarray(seen), kernel=True).live)
-    assert live[0, 0] == 0
-    assert live[1, :3].tolist() == [2, 0, 3]
-    assert live[2].tolist() == [4, 0, 1, 2, 3]
+    seen[1, [3, 60, 255]], seen[2] = True, True
+    told = decode.seen_slots(jnp.asarray(seen), kernel=True, part=size)
+    bias, live, place = (np.asarray(x) for x in (told.bias, told.live, told.place))
+    parts, X = seen.reshape(3, -1, size), 256 // size
+    for row, some in enumerate(parts):
+        (numbers,) = np.nonzero(some.any(axis=1))
+        count = len(numbers)
+        assert live[row, 0] == -(-count * size // decode.TILE)
+        np.testing.assert_array_equal(live[row, 1 : 1 + count], numbers)
+        assert set(live[row, 1 + count :]) <= {numbers[-1] if count else 0}
+        np.testing.assert_array_equal(
+            place[row], [np.searchsorted(numbers, x) if x in numbers else X for x in range(X)]
+        )
+        is_seen = bias[row].reshape(parts[0].shape) == 0
+        np.testing.assert_array_equal(is_seen[:count], some[numbers])
+        assert not is_seen[count:].any()
 
 
 @pytest.mark.parametrize(
@@ -198,13 +239,70 @@ def test_who_is_served(change, reason, monkeypatch):
 def test_what_a_block_has_room_for(G, Z, codes, is_served, splits, monkeypatch):
     monkeypatch.setattr(decode, "target", lambda: HOPPER)
     seen = decode.seen_slots(jnp.ones((2, 640), bool), kernel=True)
-    assert seen.told_to(jnp.zeros((2, 1, Z, G, 256), jnp.bfloat16), codes=codes).kernel == is_served
-    assert not seen.told_to(jnp.zeros((2, 1, Z, 1, 64), jnp.float32), codes=codes).kernel
+    assert seen.told_to((2, 1, Z, G, 256), jnp.bfloat16, codes=codes).kernel == is_served
+    assert not seen.told_to((2, 1, Z, 1, 64), jnp.float32, codes=codes).kernel
     if is_served:
         assert decode._stages_and_splits((300, 1, Z, G, 256, 640), 2, codes=codes, looks=True) == (2, splits)
+
+
+def test_many_blocks_read_parts(monkeypatch):
+    monkeypatch.setattr(decode, "target", lambda: HOPPER)
+    assert decode.part_of(256 * 3, codes=False) == decode.part_of(760 * 8, codes=True) == decode.TILE
+    assert decode.part_of(760 * 3, codes=False) == 16
 
 
 def test_a_mesh_of_several_devices_is_not_served(monkeypatch):
     monkeypatch.setattr(decode, "target", lambda: HOPPER)
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
         assert "the mesh has several" in str(decode.unsupported(jnp.bfloat16, 64, 128))
+
+
+# (B, K, G, C, H), ends, looks, codes: many rows, a block each; few, whose blocks share a row.
+ON_A_GPU = {
+    "760 rows, heads of 64": ((760, 3, 3, 896, 64), (4, 68), True, False),
+    "600 rows, heads of 128": ((600, 2, 4, 896, 128), (4, 68), False, False),
+    "two rows, heads of 128": ((2, 8, 4, 896, 128), (4, 68), False, False),
+    "two rows, heads of 64, looks": ((2, 3, 3, 832, 64), (4, 68), True, False),
+    "300 rows of codes": ((300, 1, 3, 896, 64), (), True, True),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_the_kernel_on_a_gpu(case):
+    """The 2x rule, and the same bits again."""
+    (B, K, G, C, H), zones, looks, of_codes = ON_A_GPU[case]
+    seen, own = visible_slots(B, C), -1
+    given: Any = tensors(B, K, len(zones) + 1, G, C, H)
+    scales, ends, how = None, zones, None
+    numbers: Any = given[3:]
+    if of_codes:
+        given, scales = coded(B, K, 5, G, C, H)
+        ends, own = jnp.asarray(ends_of(B, C)), 3
+        numbers = [
+            np.asarray(x, np.float64) * np.asarray(y, np.float64)[..., None]
+            for x, y in zip(given[3:], scales, strict=True)
+        ]
+    turns, unturned = B * K > 264 and H == 128, given[0][:, :, :1]
+    if turns:
+        q, how = turned_by(unturned, len(zones) + 1)
+        given = q, *given[1:]
+    exact = textbook(*given[:3], *numbers, seen, ends, own)
+
+    def run(kernel):
+        def attend(given, scales):
+            told = decode.seen_slots(seen, kernel=kernel, part=decode.part_of(B * K, codes=of_codes))
+            q, turn = given[0], None
+            cache: Any = given[3:] if kernel else [x.astype(q.dtype) for x in given[3:]]
+            if turns and kernel:
+                assert told.turns(q.shape, H, looks=looks)
+                q, turn = unturned, how
+            k, v, beside = given[1], given[2], {"own": own, "looks": looks, "turn": turn}
+            return given_of(told, decode.attend(q, k, v, *cache, told, ends, scales, **beside))
+
+        return jax.jit(attend)(given, scales)
+
+    plain, got = run(kernel=False), run(kernel=True)
+    assert_as_exact(got, plain, exact, seen)
+    for x, y in zip(got, run(kernel=True), strict=True):
+        np.testing.assert_array_equal(x, y)

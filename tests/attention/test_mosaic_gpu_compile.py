@@ -106,7 +106,7 @@ def test_decoding_compiles_for_an_h100(h100, shape, ends, looks):
 
     def run(visible, *given):
         assert decode.unsupported(jnp.bfloat16, H, C) is None
-        return decode.attend(*given, decode.seen_slots(visible, kernel=True), ends, looks=looks)
+        return decode.attend(*given, decode.seen_slots(visible, kernel=True, part=16), ends, looks=looks)
 
     given = struct(B, K, len(ends) + 1, G, H), struct(B, K, H), struct(B, K, H), struct(B, K, C, H), struct(B, K, C, H)
     with jax.set_mesh(h100):
@@ -159,7 +159,7 @@ def test_decoding_from_codes_compiles_for_an_h100(h100, shape, several, dtype, l
 
     def run(visible, ends, scales, *given):
         assert decode.unsupported(jnp.int8, H, C) is None
-        seen = decode.seen_slots(visible, kernel=True).told_to(given[0], codes=True)
+        seen = decode.seen_slots(visible, kernel=True).told_to(given[0].shape, given[0].dtype, codes=True)
         return decode.attend(*given, seen, ends if several else (), scales, own=3 if several else 0, looks=looks)
 
     codes = struct(B, K, C, H, dtype=jnp.int8)

@@ -63,7 +63,8 @@ def stream_pass(
     T = tokens.shape[1]
     offsets = cache.seen_low[:, None] + jnp.arange(T, dtype=jnp.int32)
     is_separator = flag_separators(tokens, offsets, table, attention)
-    attend, inputs = attend_run(cache, T, counts, attention.implementation), pass_inputs(cache)
+    attend = attend_run(cache, T, counts, attention.implementation)
+    inputs = pass_inputs(cache)
     if attention.pattern == "gated":
         hidden, (k, v), scores = run_with_gate(model, tokens, offsets, attend, inputs, attention)
         return hidden, cache.append(k, v, is_separator, counts, gate_scores=scores)
@@ -111,7 +112,8 @@ def _attend_one(cache: "StreamingCache", active: Bool[Array, "B"], implementatio
     recent = cache.recent_positions() >= cache.first_recent(1)
     visible = jnp.concatenate([cache.visible_old(), recent], axis=1) & jnp.asarray(active)[:, None]
     within, is_kept = within_reach(cache, 1), kept_ones(cache, 0)
-    told = functools.partial(decode.seen_slots, kernel=reason is None)
+    codes, blocks = sizes.cache_dtype != "model", len(cache.num_sinks) * cache.k[0].shape[-3]
+    told = functools.partial(decode.seen_slots, kernel=reason is None, part=decode.part_of(blocks, codes=codes))
     seen_by_all = once(told(visible)) if within is None else None
     visible = once(visible)
 
@@ -125,28 +127,51 @@ def _attend_one(cache: "StreamingCache", active: Bool[Array, "B"], implementatio
         k_cache, v_cache, reach, sees_kept, rope, watched = layer
         cos, sin = of_layer(tables, rope)
         B, _, N, H = q.shape
+        projected = q, k, v
         (new_k, new_v), (k, v) = taken_up(k_cache, k, v, (cos[own], sin[own]))
-        queries = _turned_to_zones(q[:, 0].reshape(B, k.shape[2], N // k.shape[2], H), (cos[:, :, 0], sin[:, :, 0]))
-        seen = seen_in(reach, sees_kept).told_to(queries, codes=sizes.cache_dtype != "model")
+        shape, is_looked_at = (B, k.shape[2], len(cos), N // k.shape[2], H), counts_looks(watched)
+        seen = seen_in(reach, sees_kept).told_to(shape, q.dtype, codes=codes)
+        turned_there = not codes and seen.turns(shape, 2 * cos.shape[-1], looks=is_looked_at)
+        queries, turn = _queries(projected, shape, (cos[:, :, 0], sin[:, :, 0]), turned_there)
         keys, values, scales = for_products(k_cache, v_cache, v.dtype, kernel=seen.kernel)
         given = queries, k[:, 0], v[:, 0], keys, values, seen, ends, scales
-        looks = ()
-        if watched is None:
-            out, _ = decode.attend(*given, own=own)
-        elif isinstance(watched, np.bool_) and not watched:  # its looks would not count
-            out, _ = decode.attend(*given, own=own)
-            looks = (jnp.zeros(visible.shape[:1] + k_cache.shape[1:3], jnp.float32),)
-        else:
-            out, *looks = decode.attend(*given, own=own, looks=True)
+        out, looks = decode.attend(*given, own=own, looks=is_looked_at, turn=turn)
+
+        def told_of(looks: jax.Array | None) -> tuple[jax.Array, ...]:
+            if looks is not None:
+                return (seen.in_slots(looks),)
+            return () if watched is None else (jnp.zeros((B, shape[1], sizes.slots)),)  # which would not count
+
         # The new key must not be there before the cache was read: else XLA writes it into a copy of the cache.
         if B > 1 or isinstance(new_k, Quantised) or isinstance(new_v, Quantised):
-            out, *kept = jax.lax.optimization_barrier((out, new_k, new_v, *looks))
-            return out.reshape(B, 1, N, H), tuple(kept)
+            out, *new, looks = jax.lax.optimization_barrier((out, new_k, new_v, looks))
+            return out.reshape(B, 1, N, H), (*new, *told_of(looks))
         # Of one row a flag waits for it, and what makes the key is part of the kernel that writes it.
-        out, is_read, *looks = jax.lax.optimization_barrier((out, cache.next_recent[0] >= 0, *looks))
-        return out.reshape(B, 1, N, H), (*(jnp.where(is_read, x, 0) for x in (new_k, new_v)), *looks)
+        out, is_read, looks = jax.lax.optimization_barrier((out, cache.next_recent[0] >= 0, looks))
+        return out.reshape(B, 1, N, H), (*(jnp.where(is_read, x, 0) for x in (new_k, new_v)), *told_of(looks))
 
     return attend
+
+
+def counts_looks(watched: Any) -> bool:
+    """Whether a layer's looks are asked for; `watched`: of `pass_inputs`, a number where layers are scanned."""
+    return watched is not None and not (isinstance(watched, np.bool_) and not watched)
+
+
+def _queries(
+    projected: tuple[jax.Array, jax.Array, jax.Array], shape: tuple[int, ...], tables: Table, turned_there: bool
+) -> tuple[jax.Array, decode.Turn | None]:
+    """Queries [B, K, Z, G, H], as `shape` has it, turned to fit each zone; or what `decode.attend` turns itself.
+
+    projected: queries, key and value before their rotation, [B, 1, heads, H]; tables: cosine and sine [Z, B, R/2].
+    """
+    B, K, _, G, H = shape
+    queries = projected[0].reshape(B, K, 1, G, H)
+    if not turned_there:
+        return _turned_to_zones(queries[:, :, 0], tables), None
+    # As they were projected, side by side: of all that was cut out of an array XLA makes that array, without a copy.
+    flat = jnp.concatenate([x.reshape(B, 1, -1) for x in projected], axis=-1)
+    return queries, decode.Turn(*tables, flat.reshape(B, -1, H))
 
 
 def _turned_to_zones(q: Float[Array, "B K G H"], table: Table) -> Float[jax.Array, "B K Z G H"]:

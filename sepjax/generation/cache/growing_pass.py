@@ -116,8 +116,10 @@ def _attend_cache(
             q, k = rotate(q, turn), rotate(k, turn)
         B, _, N, H = q.shape
         queries = q.reshape(B, config.num_kv_heads, 1, -1, H)
-        seen = decode.seen_slots(cache.visible(window, num_sinks, reach), kernel=kernel)
-        seen = seen.told_to(queries, codes=cache.k.dtype == jnp.int8)
+        codes = cache.k.dtype == jnp.int8
+        part, visible = decode.part_of(B * config.num_kv_heads, codes=codes), cache.visible(window, num_sinks, reach)
+        seen = decode.seen_slots(visible, kernel=kernel, part=part)
+        seen = seen.told_to(queries.shape, queries.dtype, codes=codes)
         dtype, new = v.dtype, (like(k_cache, k), like(v_cache, v))
         k, v = (plain(x, dtype)[:, 0] for x in new)
         keys, values, scales = for_products(k_cache, v_cache, dtype, kernel=seen.kernel)

@@ -12,7 +12,7 @@ from sepjax.attention import decode
 from sepjax.attention.target import Target
 from sepjax.bench.decode_attention import filled, inputs, layers_of
 from sepjax.config import AttentionConfig, Config, ModelConfig, RopeConfig
-from sepjax.generation.cache.bounded_pass import attend_run, pass_inputs
+from sepjax.generation.cache.bounded_pass import _turned_to_zones, attend_run, pass_inputs
 from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.growing_pass import growing_pass
 from sepjax.generation.cache.mixed import bounded_sizes, empty_cache
@@ -27,7 +27,7 @@ MODEL = ModelConfig(
 KINDS = dataclasses.replace(MODEL, sliding_window=70, full_layers=(1,), sliding_rope=RopeConfig(base=50.0))
 SEPARATOR = AttentionConfig(num_sinks=2, max_separators=30, window_size=20, cache_size=90)
 CASES = {
-    "separators": (MODEL, SEPARATOR),
+    "separators, heads of 128": (dataclasses.replace(MODEL, head_dim=128), SEPARATOR),
     "positions of the text": (MODEL, dataclasses.replace(SEPARATOR, stream_positions="absolute")),
     "sink_window": (MODEL, dataclasses.replace(SEPARATOR, pattern="sink_window", max_separators=0)),
     "layers with a window of their own": (KINDS, SEPARATOR),
@@ -40,25 +40,41 @@ def calls(monkeypatch):
     """Arguments of every call that a kernel would get; what it knows of slots goes through tiles and bias alone."""
     got = []
 
-    def seen(bias, live):
-        number = jnp.arange(live.shape[1] - 1)
-        is_live = jax.vmap(lambda row: jnp.zeros(len(number), bool).at[row[1:]].set(number < row[0]))(live)
-        return decode.Seen((bias == 0) & jnp.repeat(is_live, decode.TILE, axis=1), None, None)
+    def seen(told):
+        bias, live = told
+        X, tiles = live.shape[1] - 1, live[:, :1]
+        parts, number = bias.reshape(len(bias), X, -1), jnp.arange(X)
+        is_read = (number < tiles * (decode.TILE // parts.shape[2]))[..., None] & (parts == 0)
+        visible = jnp.zeros_like(is_read).at[jnp.arange(len(bias))[:, None], live[:, 1:]].max(is_read)
+        return decode.Seen(visible.reshape(bias.shape), None, None, None)
 
-    def stand_in(queries, k, v, k_cache, v_cache, bias, live, *, ends, looks):
+    def in_order(found, told):  # looks as the kernel has them
+        out, looks = found
+        if looks is None:
+            return found
+        X = told[1].shape[1] - 1
+        parts = looks.reshape(*looks.shape[:2], X, -1)
+        return out, jnp.take_along_axis(parts, told[1][:, None, 1:, None], axis=2).reshape(looks.shape)
+
+    def stand_in(queries, k, v, k_cache, v_cache, told, turn, *, ends, looks):
+        if queries.shape[-1] == 128:  # which the kernel turns, from the array that has others behind them
+            queries = turn.flat[:, : queries.shape[1] * queries.shape[3]].reshape(queries[:, :, 0].shape)
+            queries = _turned_to_zones(queries, turn[:2])
         got.append(ends if not looks else "looks")
-        return decode.attend(queries, k, v, k_cache, v_cache, seen(bias, live), ends, looks=looks)
+        return in_order(decode.attend(queries, k, v, k_cache, v_cache, seen(told), ends, looks=looks), told)
 
-    def of_codes(queries, k, v, codes, bias, live, ends, *, own, looks):
+    def of_codes(queries, k, v, codes, told, ends, *, own, looks):
         (keys, of_keys), (values, of_values) = codes
         got.append(ends)
         assert keys.dtype == jnp.int8
-        given = queries, k, v, keys.astype(v.dtype), values.astype(v.dtype), seen(bias, live)
-        return decode.attend(*given, () if ends is None else ends, (of_keys, of_values), own=own, looks=looks)
+        given = queries, k, v, keys.astype(v.dtype), values.astype(v.dtype), seen(told)
+        ends = () if ends is None else ends
+        return in_order(decode.attend(*given, ends, (of_keys, of_values), own=own, looks=looks), told)
 
     monkeypatch.setattr(decode, "_kernel", stand_in)
     monkeypatch.setattr(decode, "_kernel_of_codes", of_codes)
-    monkeypatch.setattr(decode, "target", lambda: Target("gpu", "NVIDIA H200", 132, "9.0"))
+    monkeypatch.setattr(decode, "target", lambda: Target("gpu", "one SM", 1, "9.0"))
+    monkeypatch.setattr(decode, "_WAVES", 0)  # parts for few rows
     return got
 
 
@@ -116,7 +132,7 @@ def test_bounded_caches_of_codes(case, calls, monkeypatch):
         np.testing.assert_allclose(x, z, rtol=1e-4, atol=1e-5)
 
 
-OFTEN = ("separators", "layers with a window of their own")
+OFTEN = ("separators, heads of 128", "layers with a window of their own")
 
 
 @pytest.mark.parametrize("case", [x if x in OFTEN else pytest.param(x, marks=pytest.mark.soak) for x in CASES])
