@@ -231,6 +231,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(mesh, axes, x.shape))
 
 
+def whole(x: jax.Array) -> jax.Array:
+    """An array that a program gives, told to be whole on every device of the ambient mesh; without one, as it is.
+
+    Left to the compiler, what is made of scores is split by tokens as they are, unlike what the program was given; and
+    the next program is compiled for each of the two.
+    """
+    return constrain(x, *(None,) * x.ndim)
+
+
 def manual_over_mesh(
     op: Callable[..., Any], in_axes: tuple[PartitionSpec, ...], out_axes: PartitionSpec
 ) -> Callable[..., Any]:
@@ -294,6 +303,8 @@ def _ways(mesh: Any, name: str | None) -> int:
 
 
 def _spec(mesh: Any, axes: Sequence[str | None], shape: tuple[int, ...]) -> PartitionSpec:
-    return PartitionSpec(
-        *(RULES[name] or None if n % _ways(mesh, name) == 0 else None for name, n in zip(axes, shape, strict=True))
-    )
+    """Without what is whole at its end, as programs give it back: JAX compiles for each way to write it."""
+    parts = [RULES[name] or None if n % _ways(mesh, name) == 0 else None for name, n in zip(axes, shape, strict=True)]
+    while parts and parts[-1] is None:
+        parts.pop()
+    return PartitionSpec(*parts)
