@@ -284,12 +284,25 @@ def placed_like[T](params: Any, state: T) -> T:
     What a program gives lies there, too. Left where they happen to be, fresh arrays would have programs of their own,
     compiled beside those for what comes back.
     """
+    sharding = _sharding_like(params)
+    return state if sharding is None else jax.device_put(state, sharding)
+
+
+def shapes_placed_like[T](params: Any, shapes: T) -> T:
+    """Shapes of arrays that `placed_like` puts somewhere, for a program that is compiled before there are any."""
+    sharding = _sharding_like(params)
+    if sharding is None:
+        return shapes
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def _sharding_like(params: Any) -> Any:
     leaf = jax.tree.leaves(params)[0]
     if not leaf.committed or len(leaf.sharding.device_set) > 1:
-        return state
+        return None
     if isinstance(leaf.sharding, NamedSharding):  # of a mesh of one device
-        return jax.device_put(state, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
-    return jax.device_put(state, jax.sharding.SingleDeviceSharding(*leaf.sharding.device_set))
+        return NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    return jax.sharding.SingleDeviceSharding(*leaf.sharding.device_set)
 
 
 def ways(name: str) -> int:
