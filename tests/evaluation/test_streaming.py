@@ -127,7 +127,7 @@ def test_equals_a_loop_over_tokens_one_at_a_time(model, attention, monkeypatch):
 
 
 def test_bytes_are_one_rows_part_of_the_arrays(model, monkeypatch):
-    """And of a large model that is given up one copy of the weights remains, where some streams scan its layers, too."""
+    """And of a large model that is given up one copy of the weights remains, though some streams scan its layers."""
     ways = iter([True, False])  # the first as above: the same program
     monkeypatch.setattr("sepjax.evaluation.streaming._layers_one_by_one", lambda *_: next(ways))
     monkeypatch.setattr("sepjax.generation.prepared._LARGE", 0)
