@@ -195,6 +195,31 @@ def test_a_tour_of_a_terminal(session):
     assert not any("not this" in entry or "+last" in entry for entry in kept)
 
 
+@pytest.mark.soak
+def test_what_is_pasted_into_an_answer_is_one_turn(session):
+    _, folder = session
+    words = ["chat", f"--model={folder / 'model'}", "--temperature=1", "--max_repeats=0", "--max_new_tokens=2000"]
+    session = Session(*words, cwd=folder, SEPJAX_CACHE=str(folder / "other"))
+    try:
+        ready(session)
+        session.keys("The cat\r")
+        session.until("\ufffd")
+        session.paste("one line\nand another\nand a third")
+        session.until("and a third")  # as it is echoed
+        session.until("tokens seen", 200)
+        session.keys("\r")
+        cut(session)
+        ready(session)
+        session.keys("/stats\r")
+        assert re.search(r"turns +2\b", session.until("bytes more"))
+        session.keys("/quit\r")
+        assert session.end() == 0
+        assert session.raw.rstrip().endswith(b"\x1b[?2004l"), "the next program's pastes are as it wants them"
+    finally:
+        session.process.kill()
+        session.process.wait()
+
+
 @pytest.mark.soak  # what a terminal echoes while it is slow is on the screen, too
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
 def test_the_screen_is_what_it_should_be(session, tmp_path):
