@@ -78,8 +78,9 @@ class Session:
             os.write(self._master, key.encode())
 
     def paste(self, text):
-        """Pastes text, as a terminal does it."""
-        data = f"\x1b[200~{text}\x1b[201~".encode()
+        """Pastes text, as a terminal does it: with marks around it where the program has asked for them last."""
+        is_marked = self.raw.rfind(b"\x1b[?2004h") > self.raw.rfind(b"\x1b[?2004l")
+        data = (f"\x1b[200~{text}\x1b[201~" if is_marked else text.replace("\n", "\r")).encode()
         while data:
             try:
                 data = data[os.write(self._master, data[:4096]) :]
