@@ -13,6 +13,7 @@ if __name__ == "__main__":  # first, for the imports below take seconds
 elif __name__ == "__mp_main__":  # a reader of data, which imports the program
     interrupt.leave_to_parent()
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -128,7 +129,6 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
     with (
         jax.set_mesh(mesh),
         Checkpointer(workdir, keep, remake) as checkpoints,
-        StopNotice() as notice,
         Watchdog(asked.step_timeout) as watchdog,
     ):
         make = fresh
@@ -145,11 +145,12 @@ def _train(config: Config, workdir: Path, asked: Asked, profiled: range) -> Trai
         throughput, most = Throughput(), config.training.max_skipped_steps
         profile = Profile(workdir, profiled, done=start, pauses=(throughput.pause, watchdog.pause))
         about: dict[str, Any] = {"total_steps": config.training.steps, "resume_step": start, "trackers": trackers}
-        with MetricWriter(workdir, **about) as writer, profile:
+        with MetricWriter(workdir, **about) as writer, profile, contextlib.ExitStack() as from_here:
             if start == 0 and config.training.init_from:  # what the model was before
                 with throughput.pause(), watchdog.pause():
                     writer.write(0, evaluate(state))
                 asked.timed.done("evaluation")
+            notice = from_here.enter_context(StopNotice())  # before, there is nothing to save, and nothing to wait for
             guard = StepGuard(watchdog, most, int(state.health.skipped), checkpoints.describe)
             for step in range(start + 1, config.training.steps + 1):
                 batch = first_batch() if step == start + 1 else next(batches)

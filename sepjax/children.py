@@ -8,11 +8,17 @@ from pathlib import Path
 _ROOT = Path(__file__).parents[1]
 
 
-def command(module: str) -> list[str]:
-    """Runs a module. Python would look for all that it imports in the working folder first, where a text, a script or
-    a dataset of the user's may have such a name (`queue.py`): not so with -P.
+def python(*arguments: str) -> list[str]:
+    """This Python, for a file or a line of code. It would look for all that is imported beside that file, or in the
+    working folder, first, where a text, a script or a dataset of the user's may have such a name (`queue.py`): not so
+    with -P.
     """
-    return [sys.executable, "-P", "-m", module]
+    return [sys.executable, "-P", *arguments]
+
+
+def command(module: str) -> list[str]:
+    """The same, for a module."""
+    return python("-m", module)
 
 
 def spare_spawned() -> None:

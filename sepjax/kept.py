@@ -19,8 +19,8 @@ from sepjax.hub.families import ATTENTION, KEY
 from sepjax.hub.fields import Fields, read_bytes
 from sepjax.hub.folder import is_folder
 from sepjax.hub.packaged import PACKAGES
+from sepjax.hub.remote import KEPT_ARM as NAME
 
-NAME = "kept.arm"
 _MOST = 1_000_000  # bytes
 
 

@@ -263,16 +263,17 @@ def _bytes_of(tokenizer: Any, i: int) -> bytes:
     return bytes([int(byte[1], 16)]) if byte else bytes(BYTE_OF_CHARACTER.get(c, 0) for c in piece)
 
 
-def warn_of_few(share: float, tokens: int, what: str) -> None:
-    """Says in one line, once for each `what`, that a text has fewer than 1 separator in 200 tokens.
+def warn_of_few(share: float, tokens: int, what: str, kind: str = "") -> None:
+    """Says in one line, once for each `kind`, that a text has fewer than 1 separator in 200 tokens.
 
     Args:
       share: of its tokens that are separators.
       tokens: its length; fewer than 200 are too few to tell.
       what: names the text.
+      kind: of texts; "": `what`.
     """
-    if tokens >= _FEW and share < 1 / _FEW and what not in _warned:
-        _warned.add(what)
+    if tokens >= _FEW and share < 1 / _FEW and (kind or what) not in _warned:
+        _warned.add(kind or what)
         say(
             f"warning: {what}: {share:.2%} of {tokens} tokens are separators, fewer than 1 in {_FEW}: hardly anything "
             "is kept beyond the window; see attention.separators in docs/method.md"
@@ -290,6 +291,18 @@ def warn_of_few_in(tokens: Sequence[int] | np.ndarray, table: Any, attention: At
     """
     if attention.pattern == "separator" and len(tokens) >= _FEW:
         warn_of_few(float(np.mean(np.asarray(table)[np.asarray(tokens)])), len(tokens), what)
+
+
+def warn_of_few_among(prompts: Sequence[Sequence[int]], table: Any, attention: AttentionConfig) -> None:
+    """The same of prompts, in one line for all that have few: how many they are, and what they have together."""
+    if attention.pattern != "separator":
+        return
+    flags = [np.asarray(table)[np.asarray(ids)] for ids in prompts if len(ids) >= _FEW]
+    few = [x for x in flags if np.mean(x) < 1 / _FEW]
+    if few:
+        what = f"{len(few)} of {len(prompts)} prompts" if len(prompts) > 1 else "the prompt"
+        together = np.concatenate(few)
+        warn_of_few(float(np.mean(together)), len(together), what, "prompts")
 
 
 def _table_of_ids(ids: Sequence[int], size: int) -> np.ndarray:

@@ -297,6 +297,7 @@ def unchecked(monkeypatch):
         ({"top_p": 0.0}, "top_p=0.0 must be"),
         ({"top_k": 3}, "top_k=3 does nothing where the best token is always taken; set temperature"),
         ({"min_p": 0.1, "temperature": 0.0}, "min_p=0.1 does nothing"),
+        ({"logit_bias": [(3, 1.0)]}, r"logit_bias=\[\(3, 1\.0\)\] has the wrong type, expected a mapping"),
         ({"seed": [1, 2]}, "got 2 seeds for 1 prompts"),
         ({"seed": -1}, "seed=-1 must be"),
         ({"stop": ["a", ""]}, "stop string is empty"),

@@ -20,6 +20,7 @@ from sepjax.separators import (
     terminals,
     token_texts,
     warn_of_few,
+    warn_of_few_among,
 )
 
 TEXT = (
@@ -239,6 +240,19 @@ def test_a_text_of_hardly_any_separators_is_named_once(capsys):
         warn_of_few(share, tokens, what)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: a poem: 0.50% of 201 tokens are separators, fewer than 1 in 200")
+
+
+def test_prompts_of_hardly_any_separators_are_told_in_one_line(capsys):
+    table, poor = np.arange(8) == 7, [1] * 300
+    prompts = [poor, [1, 7] * 150, poor[:199], [7, *poor[:200]]]
+    for attention, few in (
+        (AttentionConfig("dense"), prompts),
+        (AttentionConfig(), prompts),
+        (AttentionConfig(), [poor]),
+    ):
+        warn_of_few_among(few, table, attention)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: 2 of 4 prompts: 0.20% of 501 tokens are separators, fewer than 1 in 200")
 
 
 def test_long_runs_take_linear_time():

@@ -159,6 +159,11 @@ def test_product_code_reaches_the_network_in_one_place() -> None:
     assert set(found) <= MAY_REACH_IT, found
 
 
+def test_programs_that_run_beside_ours_are_begun_in_one_way() -> None:
+    """Which keeps the working folder out of their imports: see `sepjax.children`."""
+    assert wrong(PRODUCT, lambda path: "sys.executable" in _text(path)).keys() == {"sepjax/children.py"}
+
+
 def test_dependencies_point_downward() -> None:
     def found(path: Path) -> list[str]:
         # A package's __main__.py is a program, like train.py: nothing imports it, and it may import from every room.

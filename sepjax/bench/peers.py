@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -86,7 +85,7 @@ def theirs(settings: Settings) -> Iterator[dict[str, Any]]:
         if not is_folder(source):
             source = Path(folder) / "model"
             on_host = children.environment() | {"JAX_PLATFORMS": "cpu"}
-            export = [sys.executable, "-P", "-c", _EXPORT, s.model, str(source)]
+            export = children.python("-c", _EXPORT, s.model, str(source))
             for _ in _lines(export, "a folder of the model", on_host):
                 pass
         vocab_size = config_shape(source / "config.json", dtype="bfloat16").vocab_size

@@ -178,7 +178,8 @@ def run_tasks(
     ]
     template = ChatTemplate.of_model(locate(path), tokenizer) if options.get("apply_chat_template") else None
     scores = []
-    for score in tasks.run_tasks(model, tokenizer, names, attentions, chat_template=template, **options):
+    options |= {"chat_template": template, "consume": True}
+    for score in tasks.run_tasks(model, tokenizer, names, attentions, **options):
         scores.append(score)
         print(tasks.table([score]), flush=True)
     return scores

@@ -81,6 +81,7 @@ class SepjaxLM(TemplateLM):
         batch_tokens: int = 65_536,
         chat_template: ChatTemplate | None = None,
         encoded: dict[str, np.ndarray] | None = None,
+        consume: bool = False,
         **ignored: Any,
     ):
         """A loaded model, or `path` of one; then `pattern` and `window_size` may change the attention.
@@ -96,15 +97,16 @@ class SepjaxLM(TemplateLM):
           batch_tokens: tokens of a forward pass that scores.
           chat_template: the model's, for `--apply_chat_template`.
           encoded: token ids of texts, kept here for the next model that is asked the same.
+          consume: whether the model is given up, as `Generator` has it, once answers are asked for; one of `path` is.
           ignored: of lm-eval's command line (device, max_batch_size), which do not apply.
         """
         super().__init__()
         if model is None or tokenizer is None:
-            model, tokenizer = sepjax.load(path)
+            (model, tokenizer), consume = sepjax.load(path), True
         self._model, self._tokenizer, self._chat_template = model, tokenizer, chat_template
         self.attention = _changed(attention or model.attention, pattern, window_size, model.config.num_layers)
         self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 64
-        self._batch_tokens = batch_tokens
+        self._batch_tokens, self._consume = batch_tokens, consume
         self._encoded = {} if encoded is None else encoded
         self.uses: dict[int, Use] = {}
         self.seconds = 0.0
@@ -249,7 +251,7 @@ class SepjaxLM(TemplateLM):
     @functools.cached_property
     def _engine(self) -> Generator:
         """Made once, where a task asks for answers: most only score, with the model's weights as they are."""
-        return Generator(self._model, self._tokenizer, self.attention)
+        return Generator(self._model, self._tokenizer, self.attention, consume=self._consume)
 
     def _prompt(self, text: str, new_tokens: int) -> list[int]:
         """The last tokens of a prompt that leave room for the answer."""

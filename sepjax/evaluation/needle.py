@@ -22,6 +22,7 @@ from sepjax.evaluation.arms import Arm
 from sepjax.evaluation.scoring import score_continuations
 from sepjax.model.transformer import Transformer
 from sepjax.pictures.canvas import blank
+from sepjax.progress import working
 
 _PLACES = ("harbour", "library", "mill", "castle", "bakery", "theatre", "station", "garden", "tower", "market")
 _NEEDLE = " The secret number of the {place} is {number}{tail}."
@@ -91,7 +92,9 @@ def needle_grid(
         raise NeedleError(f"needs tails of 0 to {len(_WORDS) - 1} words, got {list(tails)}")
     if not lengths or not depths or any(not 0 <= depth <= 1 for depth in depths):
         raise NeedleError(f"needs lengths, and depths from 0 to 1: got {list(lengths)} and {list(depths)}")
-    hay, start = tokenizer.encode(haystack), tokenizer.prefix if start is None else start
+    with working("tokenising the haystack"):
+        hay = tokenizer.encode(haystack)
+    start = tokenizer.prefix if start is None else start
     rng = np.random.default_rng(seed)
     texts = [
         ((length, depth, tail), _text(tokenizer, start, hay, length, depth, tail, rng))

@@ -21,11 +21,12 @@ from sepjax.config import AttentionConfig, UserError, validate_attention, with_o
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.passes import rows_of_pass
 from sepjax.generation.cache.sizes import bucket
+from sepjax.generation.prepared import to_read_rows
 from sepjax.generation.prompts import check_vocabulary
 from sepjax.layout import SeparatorLayout
 from sepjax.model.attend import layer_layouts, run_rows
-from sepjax.model.transformer import Transformer, merge, split
-from sepjax.model.unrolled import working_copy
+from sepjax.model.transformer import Transformer, split
+from sepjax.model.unrolled import runner
 from sepjax.progress import counted
 from sepjax.separators import configured_table, flag_separators
 
@@ -67,7 +68,7 @@ def score_continuations(
     """Scores the tokens of each continuation given its context and the continuation's tokens before.
 
     Args:
-      model: from `sepjax.load`.
+      model: from `sepjax.load`, also if a `Generator` was given it up.
       tokenizer: the model's.
       requests: (context, continuation) token ids, of one token each at least.
       attention: the pattern; None: the model's own.
@@ -88,9 +89,7 @@ def score_continuations(
     packed = _pack(inputs, length)
     rows = rows_of_pass(len(packed), max(1, batch_tokens // length))
     table = configured_table(tokenizer, attention)
-    graph, params = split(model)
-    step = _make_step(graph, attention)
-    params = working_copy(params, model.config)
+    step, params = _make_step(split(model)[0], attention), to_read_rows(model)
     logprob, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
     held: list[float] = [0.0] * len(requests)
     batches, passes = _batches(packed, length, rows, table, attention), -(-len(packed) // rows)
@@ -195,7 +194,7 @@ def _score_rows(
     where: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """float32[E] log-probabilities, bool[E] whether the target is the best token, float32[B, T] keys that are seen."""
-    model = merge(graph, params)
+    model = runner(graph, params, scan=True)
     T = tokens.shape[1]
     seen = _without_other_documents(attention, T)
     rows = run_rows(model, tokens, positions, is_separator, segment_ids, seen)

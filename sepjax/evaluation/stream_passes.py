@@ -11,6 +11,7 @@ from sepjax.config import AttentionConfig
 from sepjax.evaluation.documents import Lanes
 from sepjax.evaluation.token_loss import token_nll
 from sepjax.generation.cache.mixed import BoundedCache
+from sepjax.generation.slot_mesh import kept_there
 from sepjax.model.transformer import Transformer
 from sepjax.model.unrolled import Layerwise, runner
 
@@ -57,9 +58,11 @@ def passes(
     lanes: Lanes,
     table: jax.Array,
     limit: jax.Array,
+    *,
+    scan: bool = False,
 ) -> tuple[State, Sums]:
-    """Up to `limit` passes, fewer when all lanes are through."""
-    model = runner(graph, params)
+    """Up to `limit` passes, fewer when all lanes are through. `scan`: see `Layerwise`."""
+    model = runner(graph, params, scan=scan)
 
     def body(carry: tuple[jax.Array, State, Sums]) -> tuple[jax.Array, State, Sums]:
         i, state, sums = carry
@@ -69,7 +72,7 @@ def passes(
         return (carry[0] < limit) & jnp.any(carry[1].at < lanes.ends[:, -1])
 
     _, state, sums = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, Sums.zeros()))
-    return state, sums
+    return kept_there(state), sums
 
 
 def _one_pass(

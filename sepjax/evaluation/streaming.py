@@ -8,7 +8,6 @@ the loss of every token; `sepjax.evaluation.slices` tells what these were told f
 
 import dataclasses
 import functools
-import itertools
 import math
 import os
 import time
@@ -33,12 +32,13 @@ from sepjax.generation.cache.mixed import BoundedSizes, MixedSizes, bounded_size
 from sepjax.generation.graphs import compiler_options
 from sepjax.generation.limits import check_cache
 from sepjax.generation.prepared import laid_out
+from sepjax.generation.slot_mesh import spread, spread_shapes
 from sepjax.measure import counted_compilations
 from sepjax.model.transformer import Transformer, split
 from sepjax.model.unrolled import working_copy
 from sepjax.progress import working
 from sepjax.separators import configured_table, warn_of_few_in
-from sepjax.sharding import placed_like
+from sepjax.sharding import placed_like, shapes_placed_like
 
 _SHORT = 64  # tokens of a row in a pass, up to which layers are not scanned
 _CORES = 4  # for each program that is compiled beside others
@@ -78,7 +78,7 @@ class StreamScore:
     rows: int
     chunk: int  # tokens of a row in a pass
     compilations: int  # while the clock ran
-    compile_seconds: float = 0.0  # before it, of all programs that were compiled together
+    compile_seconds: float = 0.0  # before it, of the programs of all streams together
     tokenise_seconds: float = 0.0  # before that: of reading and tokenising all texts
     cache_dtype: str = "model"  # see `AttentionConfig`
     arm: str = ""
@@ -114,7 +114,7 @@ def score_streams(
       baseline: the arm that differences are from; "": the first.
       near: tokens, the end of the slice `near`; 0: the smallest window.
       far: tokens, where the slice `far` begins; 0: the size of the largest cache.
-      consume: whether the model is given up, as `Generator` has it; where all passes run layers one by one.
+      consume: whether the model is given up, as `Generator` has it, where any pass runs layers one by one.
 
     Raises:
       StreamError: there is no text to score.
@@ -128,12 +128,12 @@ def score_streams(
     near, far = distances([arm.attention for arm in arms], model.config.num_layers, near=near, far=far)
     first = baseline_index([arm.name for arm in arms], baseline)
     lanes = Lanes.create(documents, rows)
-    if consume:
-        _give_up(model, arms, sizes, lanes, chunk)
     num_bytes = sum(len(tokenizer.token_bytes(int(i))) * n for i, n in _counted(documents))
     with ThreadPoolExecutor(1) as pool:
         told = pool.submit(_told, documents)  # sorting, beside what the device does
-        scored = _scored(model, tokenizer, lanes, [arm.attention for arm in arms], chunk, num_bytes)
+        made = functools.partial(_Stream.create, model, tokenizer, lanes, chunk)
+        streams = [made(arm.attention, each) for arm, each in zip(arms, sizes, strict=True)]
+        scored = _scored(model, streams, lanes, num_bytes, consume)
         tokens = told.result()
     losses = [nll for _, nll in scored]
     refer = references(arms, [score.slots_held for score, _ in scored], first)
@@ -162,13 +162,6 @@ def _checked_sizes(model: Transformer, arms: Sequence[Arm]) -> list[BoundedSizes
     return sizes
 
 
-def _give_up(model: Transformer, arms: Sequence[Arm], sizes: Sequence[BoundedSizes], lanes: Lanes, chunk: int) -> None:
-    """Lays out the weights in the memory of one copy, where no arm needs them as they are."""
-    pairs = zip(sizes, arms, strict=True)
-    if all(_layers_one_by_one(model, s, arm.attention, _length(s, lanes, chunk)) for s, arm in pairs):
-        laid_out(model, consume=True)
-
-
 def _arms(attentions: Sequence[AttentionConfig | Arm]) -> list[Arm]:
     plain = iter(plain_arms([x for x in attentions if isinstance(x, AttentionConfig)]))
     return [x if isinstance(x, Arm) else next(plain) for x in attentions]
@@ -188,60 +181,63 @@ class _Stream:
     chunk: int
     one_by_one: bool  # see `_layers_one_by_one`
     table: jax.Array
-    run: Any  # `stream_passes.passes`, jitted
+    program: Any  # `stream_passes.passes`, jitted
 
     @classmethod
     def create(
-        cls, model: Transformer, tokenizer: Tokenizer, lanes: Lanes, attention: AttentionConfig, chunk: int
-    ) -> "_Stream":
+        cls, model: Transformer, tokenizer: Tokenizer, lanes: Lanes, chunk: int, attention: AttentionConfig,
+        sizes: BoundedSizes,
+    ) -> "_Stream":  # fmt: skip
         """Warns of few separators."""
-        sizes = bounded_sizes(model.config, attention)
         chunk = _length(sizes, lanes, chunk)
         table = jnp.asarray(configured_table(tokenizer, attention))
         is_token = np.arange(lanes.inputs.shape[1]) < lanes.ends[:, -1, None]
         warn_of_few_in(np.asarray(lanes.inputs)[is_token], table, attention, "the text to stream")
-        program = functools.partial(passes, split(model)[0], attention, chunk)
-        run = jax.jit(program, donate_argnums=1, compiler_options=compiler_options())
-        return cls(attention, sizes, chunk, _layers_one_by_one(model, sizes, attention, chunk), table, run)
+        one_by_one = _layers_one_by_one(model, sizes, attention, chunk)
+        run = functools.partial(passes, split(model)[0], attention, chunk, scan=not one_by_one)
+        program = jax.jit(run, donate_argnums=1, compiler_options=compiler_options())
+        return cls(attention, sizes, chunk, one_by_one, table, program)
 
-    def start(self, model: Transformer, params: Any, lanes: Lanes) -> State:
-        """Empty caches, where the parameters are."""
+    def empty(self, model: Transformer, lanes: Lanes) -> State:
+        """No token has come yet."""
         cache = empty_cache(model.config, len(lanes.inputs), self.sizes, by_layer=self.one_by_one)
         at, first, document = (jnp.zeros(len(lanes.inputs), jnp.int32) for _ in range(3))
-        return placed_like(params, State(cache, at, first, document, jnp.zeros(lanes.inputs.shape)))
+        return State(cache, at, first, document, jnp.zeros(lanes.inputs.shape))
 
 
 def _scored(
-    model: Transformer, tokenizer: Tokenizer, lanes: Lanes, attentions: Sequence[AttentionConfig], chunk: int,
-    num_bytes: int,
-) -> list[tuple[StreamScore, np.ndarray]]:  # fmt: skip
+    model: Transformer, streams: Sequence[_Stream], lanes: Lanes, num_bytes: int, consume: bool
+) -> list[tuple[StreamScore, np.ndarray]]:
     """Of each what was measured, and the loss of every token of the documents, one after the other.
 
-    Those that share a layout of the parameters are compiled side by side, before any of them runs: compilers time
-    kernels on the device. Memory holds the parameters in one layout at a time.
+    All are compiled side by side, before any of them runs: compilers time kernels on the device. They share one layout
+    of the parameters, as layers that are run one by one need it, if any are.
     """
-    streams = [_Stream.create(model, tokenizer, lanes, attention, chunk) for attention in attentions]
-    on_device, limit = jax.device_put(lanes), jnp.int32(_PASSES)
+    if any(stream.one_by_one for stream in streams):
+        params = laid_out(model, consume=consume).params
+    else:
+        params = working_copy(split(model)[1], model.config)
+    on_device, limit = spread(jax.device_put(lanes)), jnp.int32(_PASSES)
+    began = time.perf_counter()
+    empty = [jax.eval_shape(lambda x=x: x.empty(model, lanes)) for x in streams]
+    empty = [spread_shapes(shapes_placed_like(params, shapes)) for shapes in empty]
+    pairs = zip(streams, empty, strict=True)
+    lowered = [x.program.lower(params, shapes, on_device, x.table, limit) for x, shapes in pairs]
+    compiled = _compile(lowered)
+    compiling = time.perf_counter() - began
     scored = []
-    for one_by_one, some in itertools.groupby(streams, lambda stream: stream.one_by_one):
-        alike = list(some)
-        params = laid_out(model).params if one_by_one else working_copy(split(model)[1], model.config)
-        began = time.perf_counter()
-        _compile([x.run.lower(params, x.start(model, params, lanes), on_device, x.table, limit) for x in alike])
-        compiling = time.perf_counter() - began
-        for stream in alike:
-            run = functools.partial(_run, params, stream, on_device, limit)
-            score, nll = _score(run, stream.start(model, params, lanes), stream, lanes, num_bytes)
-            scored.append((dataclasses.replace(score, compile_seconds=compiling), nll))
-        del params
+    for stream, program in zip(streams, compiled, strict=True):
+
+        def run(state: State, program: Any = program, table: jax.Array = stream.table) -> tuple[State, Sums]:
+            return program(params, state, on_device, table, limit)
+
+        state = spread(placed_like(params, stream.empty(model, lanes)))
+        score, nll = _score(run, state, stream, lanes, num_bytes)
+        scored.append((dataclasses.replace(score, compile_seconds=compiling), nll))
     return scored
 
 
-def _run(params: Any, stream: _Stream, lanes: Lanes, limit: jax.Array, state: State) -> tuple[State, Sums]:
-    return stream.run(params, state, lanes, stream.table, limit)
-
-
-def _compile(programs: Sequence[jax.stages.Lowered]) -> None:
+def _compile(programs: Sequence[jax.stages.Lowered]) -> list[jax.stages.Compiled]:
     """Compiles them, some side by side where there are cores for it."""
     with working("compiling", len(programs), "programs") as work:
         pool = ThreadPoolExecutor(max(1, min(len(programs), (os.cpu_count() or 1) // _CORES)))
@@ -249,9 +245,11 @@ def _compile(programs: Sequence[jax.stages.Lowered]) -> None:
         for compiled in begun:
             interrupt.need_not_wait_for(compiled.done)
         pool.shutdown(wait=False)
+        found = []
         for compiled in begun:
-            compiled.result()
+            found.append(compiled.result())
             work.add()
+        return found
 
 
 def _score(

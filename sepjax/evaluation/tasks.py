@@ -68,6 +68,7 @@ def run_tasks(
     batch_tokens: int = 65_536,
     chat_template: ChatTemplate | None = None,
     apply_chat_template: bool = False,
+    consume: bool = False,
 ) -> Iterable[TaskScore]:
     """Yields a score for each task and pattern, as they are done.
 
@@ -85,6 +86,7 @@ def run_tasks(
       batch_tokens: tokens of a forward pass that scores.
       chat_template: the model's.
       apply_chat_template: whether prompts are put into it.
+      consume: whether the model is given up, as `Generator` has it, once a task asks for answers.
 
     Raises:
       TaskError: lm-eval is not installed, or does not know a task; a limit that is no number of documents.
@@ -106,7 +108,7 @@ def run_tasks(
             lm = SepjaxLM(
                 model, tokenizer, attention,
                 batch_size=batch_size, batch_tokens=batch_tokens, chat_template=chat_template,
-                encoded=encoded,
+                encoded=encoded, consume=consume,
             )  # fmt: skip
             score = _score(task, attention, lm, *_evaluate(lm, task, data, limit, num_fewshot, apply_chat_template))
             if attention.pattern == "separator" and not score.refused:

@@ -16,6 +16,7 @@ from sepjax.generation.penalties import after_drawing, after_reading, biased, no
 from sepjax.generation.sampling import Sampling, best_of, sample
 from sepjax.generation.step import decode_step, prefill, take_up_run
 from sepjax.model.transformer import Params
+from sepjax.sharding import whole
 
 COUNT_WRAP = 2**30
 MOST_TOP = 20  # tokens whose log-probabilities a request may ask for at each step
@@ -165,7 +166,7 @@ def advance(
     record = Steps(none, none, jnp.zeros(none.shape), top, top.astype(jnp.float32), _is_stuck(state))
     carry = (jnp.int32(0), state, record)
     _, state, steps = jax.lax.while_loop(goes_on, body, carry)
-    return state, steps
+    return dataclasses.replace(state, uses=whole(state.uses)), steps
 
 
 @functools.cache
@@ -204,7 +205,7 @@ def consume(
       The cache, the scores after each row's last token now, and how many it took up.
     """
     found, cache, counts = take_up_run(graph, params, cache, tokens, left, table, attention, scan=scan)
-    return cache.compact(), jnp.where(counts[:, None] > 0, found, logits), counts
+    return cache.compact(), whole(jnp.where(counts[:, None] > 0, found, logits)), counts
 
 
 @functools.partial(jax.jit, donate_argnums=0)

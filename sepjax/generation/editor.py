@@ -1,5 +1,6 @@
 """The line that the user writes in `sepjax chat`, by prompt_toolkit: editing, history, pasting, completion, status."""
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ class Editor(Lines):
         """`history`: the file in which lines are kept; None: they are forgotten."""
         if history is not None:
             _prepare(history)
+        atexit.register(self._mark_pastes, False)
         self._session: PromptSession[str] = PromptSession(
             history=InMemoryHistory() if history is None else FileHistory(history),
             completer=_Commands(),
@@ -36,9 +38,20 @@ class Editor(Lines):
     @override
     def read(self, prompt: str, status: str) -> str:
         options: dict[str, Any] = {"bottom_toolbar": visible(status), "handle_sigint": False}
-        if prompt != PROMPT:  # the answer to a question is not a turn, which history is of
-            return PromptSession[str](key_bindings=_keys()).prompt(prompt, **options)
-        return self._session.prompt(prompt, prompt_continuation="... ", **options)
+        try:
+            if prompt != PROMPT:  # the answer to a question is not a turn, which history is of
+                return PromptSession[str](key_bindings=_keys()).prompt(prompt, **options)
+            return self._session.prompt(prompt, prompt_continuation="... ", **options)
+        finally:
+            self._mark_pastes(True)
+
+    def _mark_pastes(self, marked: bool) -> None:
+        """Has the terminal say where a paste begins and ends while no line is read, too: what is pasted into an answer
+        is one turn, as soon as there is a line again, not a turn a line.
+        """
+        output = self._session.output
+        (output.enable_bracketed_paste if marked else output.disable_bracketed_paste)()
+        output.flush()
 
 
 class _Commands(Completer):

@@ -27,7 +27,7 @@ from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import Slots
 from sepjax.generation.stream import Stream
 from sepjax.model.transformer import Transformer
-from sepjax.separators import warn_of_few_in
+from sepjax.separators import warn_of_few_among
 
 _STEPS_BETWEEN_STOP_CHECKS = 32
 _MOST_ENGINES = 16  # of one model, kept for `engine_of`: they share its weights
@@ -137,8 +137,7 @@ class Generator:
         ids = encode_prompts(self.tokenizer, prompts, control_tokens=control_tokens)
         of, reader = self._caches(self.attention.pattern == "watched" if bounded is None else bounded)
         reader.check(0, ids, max_new_tokens)
-        for number, prompt in enumerate(ids):
-            warn_of_few_in(prompt, of.table, of.attention, f"prompt {number}")
+        warn_of_few_among(ids, of.table, of.attention)
         sampling = self._checked(sampling, len(ids))
         answers: list[list[StreamEvent]] = [[] for _ in ids]
         num_steps = _STEPS_BETWEEN_STOP_CHECKS if settings.stop or max_repeats else bucket(max_new_tokens)

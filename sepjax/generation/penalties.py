@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens, UInt16
 from sepjax.generation.sampling import Sampling
+from sepjax.sharding import whole
 
 _READ = 2**15  # the bit; below it, the count
 _MOST = _READ - 1
@@ -32,7 +33,7 @@ def after_reading(
     B, V = uses.shape
     read = jnp.where(uses > 0, jnp.uint16(_READ), jnp.uint16(0))
     at = jnp.where(jnp.arange(tokens.shape[1]) < jnp.asarray(counts)[:, None], jnp.asarray(tokens), V)
-    return read.at[jnp.arange(B)[:, None], at].set(jnp.uint16(_READ), mode="drop")
+    return whole(read.at[jnp.arange(B)[:, None], at].set(jnp.uint16(_READ), mode="drop"))
 
 
 def after_drawing(

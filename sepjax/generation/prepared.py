@@ -20,7 +20,7 @@ from sepjax.config.checks import check_type
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.prompts import check_vocabulary
 from sepjax.model.transformer import Params, Transformer, split
-from sepjax.model.unrolled import by_layer
+from sepjax.model.unrolled import by_layer, working_copy
 from sepjax.separators import configured_table
 from sepjax.sharding import placed_like
 
@@ -127,3 +127,13 @@ def laid_out(model: Transformer, *, consume: bool = False) -> Weights:
             weights = Weights(graph, made, sources, jax.sharding.get_mesh())
             _of_models[model] = weights
         return weights
+
+
+def to_read_rows(model: Transformer) -> Params:
+    """The weights for passes over whole rows: the model's own, in the matmuls' type; or, where these were given up, as
+    they were laid out, for a `runner` that scans.
+    """
+    own = split(model)[1]
+    if any(x.is_deleted() for x in jax.tree.leaves(own["layers"])):
+        return laid_out(model).params
+    return working_copy(own, model.config)

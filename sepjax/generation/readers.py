@@ -97,13 +97,8 @@ class Reader(Protocol):
         ...
 
 
-class GrowingReader:
-    """Prompts are prefilled, with the layout and attention of training; what comes later is read in runs."""
-
-    cache_type = SeparatorCache
-    cache_size: int | None = None
-    ends_with_positions = True
-    form: Form | None = None
+class _OfOne:
+    """What ways into both kinds of cache have."""
 
     def __init__(self, prepared: Prepared):
         self._of = prepared
@@ -112,6 +107,15 @@ class GrowingReader:
     def attention(self) -> AttentionConfig:
         """See `Reader`."""
         return self._of.attention
+
+
+class GrowingReader(_OfOne):
+    """Prompts are prefilled, with the layout and attention of training; what comes later is read in runs."""
+
+    cache_type = SeparatorCache
+    cache_size: int | None = None
+    ends_with_positions = True
+    form: Form | None = None
 
     def empty(self, keys: jax.Array, room: Sequence[int] = ()) -> DecodeState:
         """See `Reader`."""
@@ -183,7 +187,7 @@ class GrowingReader:
         return begin(*_read_runs(of, state, rows, request, _RUN), request)
 
 
-class BoundedReader:
+class BoundedReader(_OfOne):
     """Everything is read in runs, each up to the next compaction: memory does not depend on the length."""
 
     cache_type = BOUNDED
@@ -192,15 +196,10 @@ class BoundedReader:
 
     def __init__(self, prepared: Prepared):
         """Raises ConfigError where a bounded cache cannot serve the pattern (`bounded_sizes`)."""
-        self._of = prepared
+        super().__init__(prepared)
         self.sizes = bounded_sizes(prepared.config, prepared.attention)
         self.cache_size = self.sizes.cache_size
         self._form: Form | None = None
-
-    @property
-    def attention(self) -> AttentionConfig:
-        """See `Reader`."""
-        return self._of.attention
 
     @property
     def form(self) -> Form:

@@ -9,6 +9,7 @@ from sepjax import progress
 from sepjax.hub.errors import HubError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # what the name of a model there looks like
+KEPT_ARM = "kept.arm"  # what bounded caches of a model keep (`sepjax.kept`), beside it
 # Nothing else is ever fetched: no code, no pickled weights. An adapter's config only to be refused.
 _FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json"]
 _FILES += [
@@ -19,7 +20,7 @@ _FILES += [
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
-    "kept.arm",
+    KEPT_ARM,
 ]
 # Nor the same weights once more, as Mistral's own files or in a folder of another format.
 _TWICE = ["consolidated*", "*/*"]

@@ -8,13 +8,13 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sepjax import children
 from sepjax.hub.errors import HubError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
@@ -103,8 +103,8 @@ def _line(worker: subprocess.Popen[bytes]) -> bytes:
 def _worker() -> subprocess.Popen[bytes]:
     if not _running or _running[0].poll() is not None:
         _end()
-        # In a session of its own: Ctrl-C is not meant for it. -P: what lies beside the file is not for its imports.
-        command = [sys.executable, "-P", str(_WORKER)]
+        # In a session of its own: Ctrl-C is not meant for it.
+        command = children.python(str(_WORKER))
         _running.append(
             subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

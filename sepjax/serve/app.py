@@ -20,7 +20,7 @@ from sepjax.config import UserError
 from sepjax.serve import page
 from sepjax.serve.asked import Asked
 from sepjax.serve.conversations import chain
-from sepjax.serve.errors import ApiError
+from sepjax.serve.errors import ApiError, refused
 from sepjax.serve.guard import Guard
 from sepjax.serve.jobs import Inbox, Item, Job, Paused, Share
 from sepjax.serve.protocol import (
@@ -34,7 +34,7 @@ from sepjax.serve.protocol import (
     tokenize_request,
 )
 from sepjax.serve.responses import Answer, error_event
-from sepjax.serve.served import Served, checked, seed_of
+from sepjax.serve.served import Served, seed_of
 from sepjax.serve.view import cache_route
 
 log = logging.getLogger("sepjax.serve")
@@ -157,11 +157,14 @@ class Api:
         _check_model(served, wanted.model)
         self._worker.check_room(wanted.n * (1 if isinstance(asked, ChatRequest) else len(asked.prompts)))
         if isinstance(asked, ChatRequest):
-            prompts = [served.chat_ids(asked.messages, asked.template_variables, continues=asked.continues)]
+            chat = served.chat_ids(asked.messages, asked.template_variables, continues=asked.continues)
+            prompts = {"messages": chat}
         else:
-            prompts = [served.prompt_ids(prompt) for prompt in asked.prompts]
+            names = ["prompt"] if len(asked.prompts) == 1 else [f"prompt[{i}]" for i in range(len(asked.prompts))]
+            pairs = zip(names, asked.prompts, strict=True)
+            prompts = {name: served.prompt_ids(prompt, name) for name, prompt in pairs}
         # One array and one chain for all choices of a prompt: both are as long as it is.
-        read = [(ids, chain(ids)) for ids in map(served.check_prompt, prompts)]
+        read = [(ids, chain(ids)) for ids in (served.check_prompt(ids, name) for name, ids in prompts.items())]
         if self._worker.conversations is not None:
             for ids, blocks in read:
                 self._worker.conversations.warm(ids, blocks)
@@ -314,7 +317,7 @@ async def _in_thread[T](work: Callable[[], T]) -> T:
     try:
         return await asyncio.to_thread(work)
     except UserError as error:
-        raise checked(error) from error
+        raise refused(error) from error
 
 
 def _model(served: Served) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """What a client is told when something is wrong, in OpenAI's form."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+
+from sepjax.config import UserError
 
 _TYPES = {
     401: "invalid_request_error",
@@ -40,3 +44,17 @@ class ApiError(Exception):
         """What goes beside it."""
         found = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
         return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def refused(error: UserError, param: str | None = None) -> ApiError:
+    """A mistake in a request that the model's own code found; `param`: in which of its fields."""
+    return ApiError(400, str(error), param=param, code="invalid_value")
+
+
+@contextlib.contextmanager
+def naming(param: str) -> Iterator[None]:
+    """Inside, what the model's own code refuses is the fault of this field."""
+    try:
+        yield
+    except UserError as error:
+        raise refused(error, param) from error

@@ -132,7 +132,9 @@ def read(
       ApiError: 400, for the first field that is wrong, refused or unknown.
     """
     if not isinstance(body, dict):
-        raise wrong(where.rstrip(".") or "the request", body, "a JSON object")
+        error = wrong(where.rstrip(".") or "the request", body, "a JSON object")
+        error.param = where.rstrip(".") or None
+        raise error
     for name, value in body.items():
         if name in known or value is None:
             continue

@@ -13,10 +13,10 @@ from sepjax.generation.row import StreamEvent
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest, Slots
 from sepjax.serve.conversations import BLOCK, Conversations, Plan
+from sepjax.serve.errors import refused
 from sepjax.serve.jobs import Begun, Failed, FairQueue, Item, Job, Share
 from sepjax.serve.keeper import Keeper
 from sepjax.serve.metrics import Metrics
-from sepjax.serve.served import checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Prompts:
         try:
             job.number = self.slots.submit(request)
         except UserError as error:
-            self.end(job, Failed(checked(error)))
+            self.end(job, Failed(refused(error)))
         else:
             self.running[job.number] = job
 

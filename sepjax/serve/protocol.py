@@ -214,7 +214,8 @@ def completion_request(body: Any) -> CompletionRequest:
     values = read(body, _EVERYWHERE | own, _REFUSED_IN_COMPLETIONS)
     best = values.pop("best_of")
     if best not in (None, values["n"]):
-        raise ApiError(400, f"best_of={best} is not supported by this server beside n={values['n']}", param="best_of")
+        message = f"best_of={best} is not supported by this server beside n={values['n']}"
+        raise ApiError(400, message, param="best_of", code="unsupported")
     prompts, logprobs = _given(values, "prompt"), values.pop("logprobs")
     if len(prompts) * values["n"] > MOST_CHOICES:
         raise wrong("n", values["n"], f"so small that {len(prompts)} prompts make up to {MOST_CHOICES} choices")
@@ -316,6 +317,7 @@ def _part(where: str, value: Any) -> str:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind != "text":
         got = kind if isinstance(kind, str) else type(value).__name__
-        raise ApiError(400, f"{where}: parts of type {got[:40]!r} are not supported, only text", param=where)
+        message = f"{where}: parts of type {got[:40]!r} are not supported, only text"
+        raise ApiError(400, message, param=where, code="unsupported")
     known = {"type": Field(text), "text": Field(text, ""), "cache_control": Field(mapping)}  # the last: a hint
     return read(value, known, {}, f"{where}.")["text"]

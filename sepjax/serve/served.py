@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Int32
-from sepjax.config import ConfigError, UserError
 from sepjax.config.versions import told
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.cache.mixed import BoundedSizes, bounded_sizes
@@ -21,12 +20,12 @@ from sepjax.generation.conversation import ChatFormat, conversation_of
 from sepjax.generation.engine import Generator
 from sepjax.generation.prompts import encode_prompts
 from sepjax.generation.readers import BoundedReader
-from sepjax.generation.row import CacheUse, RowSettings
+from sepjax.generation.row import CacheUse, Ends, RowSettings
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest
 from sepjax.hub.chat_template import ChatTemplate, encode_behind
 from sepjax.serve.encoded import EncodedTexts
-from sepjax.serve.errors import ApiError
+from sepjax.serve.errors import ApiError, naming
 from sepjax.serve.fields import wrong
 from sepjax.serve.protocol import Message, Wanted
 
@@ -152,17 +151,25 @@ class Served:
           continues: whether the last message is the beginning of that answer: it stands behind what the model saw
             before it wrote that, and nothing ends it.
 
-        Raises UserError: the model's template refuses it, or variables that cannot be, or without a template.
+        Raises ApiError: the model's template refuses it, or variables that cannot be, or without a template.
         """
+        with naming("messages"):
+            return self._chat_ids(messages, variables, continues)
+
+    def _chat_ids(
+        self, messages: tuple[Message, ...], variables: Mapping[str, Any] | None, continues: bool
+    ) -> list[int]:
         if continues:
-            before = self.chat_ids(messages[:-1], variables)
+            before = self._chat_ids(messages[:-1], variables, False)
             return [*before, *encode_behind(self.tokenizer, messages[-1].content, control_tokens=False)]
         if self.template is not None:
             found = [message.for_template() for message in messages]
-            template = self.template.with_variables(variables or {})
+            with naming("chat_template_kwargs"):
+                template = self.template.with_variables(variables or {})
             return template.encode(self.tokenizer, found, control_tokens=False, encode=self.encoded.encode)
         if variables:
-            raise ConfigError("chat_template_kwargs do nothing here: the model has no chat template; leave them out")
+            message = "chat_template_kwargs do nothing here: the model has no chat template; leave them out"
+            raise ApiError(400, message, param="chat_template_kwargs", code="invalid_value")
         ids = list(self.form.begin)
         for message in messages:
             before, after = self._around(message.role)
@@ -174,20 +181,24 @@ class Served:
             return self.form.answer, self.form.end
         return self.form.system if role == "system" else self.form.user
 
-    def prompt_ids(self, prompt: str | tuple[int, ...]) -> list[int]:
-        """Of a completion: BOS goes in front of texts as the model's makers have it; ids are taken as they are."""
-        return encode_prompts(self.tokenizer, [prompt])[0]
+    def prompt_ids(self, prompt: str | tuple[int, ...], param: str = "prompt") -> list[int]:
+        """Of a completion: BOS goes in front of texts as the model's makers have it; ids are taken as they are.
+
+        Raises ApiError for no tokens, or ids outside the vocabulary. `param`: the field that it is from.
+        """
+        with naming(param):
+            return encode_prompts(self.tokenizer, [prompt])[0]
 
     def text_of(self, ids: tuple[int, ...]) -> str:
-        """Their text; raises PromptError for ids outside the vocabulary."""
-        return self.tokenizer.decode(encode_prompts(self.tokenizer, [ids])[0]) if ids else ""
+        """Their text; raises ApiError for ids outside the vocabulary."""
+        return self.tokenizer.decode(self.prompt_ids(ids, "tokens")) if ids else ""
 
-    def check_prompt(self, ids: list[int]) -> Int32[np.ndarray, "T"]:
-        """The ids as an array; raises ApiError for more than are allowed."""
+    def check_prompt(self, ids: list[int], param: str) -> Int32[np.ndarray, "T"]:
+        """The ids as an array; raises ApiError for more than are allowed. `param`: the field that they are from."""
         if self.max_prompt_tokens and len(ids) > self.max_prompt_tokens:
             raise ApiError(
                 413, f"the prompt has {len(ids)} tokens; this server takes up to {self.max_prompt_tokens} "
-                "(--max_prompt_tokens)", code="prompt_too_long",
+                "(--max_prompt_tokens)", param=param, code="prompt_too_long",
             )  # fmt: skip
         return np.array(ids, np.int32)
 
@@ -201,7 +212,7 @@ class Served:
           is_chat: whether what ends an answer of a conversation ends it.
           most: tokens of an answer where the client says nothing.
 
-        Raises UserError, TypeError, ApiError: settings that the model cannot have.
+        Raises ApiError: settings that the model cannot have.
         """
         chat, most = is_chat and not wanted.ignore_eos, wanted.max_tokens or most
         if wanted.min_tokens > most:
@@ -215,12 +226,17 @@ class Served:
             "logprobs": wanted.logprobs is not None,
             "top_logprobs": wanted.logprobs or 0,
         }
-        RowSettings.create(self.tokenizer, **settings)  # or it would fail where nobody can answer
-        sampling = Sampling.create(
-            wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p, presence_penalty=wanted.presence_penalty,
-            frequency_penalty=wanted.frequency_penalty, repetition_penalty=wanted.repetition_penalty,
-            logit_bias=dict(wanted.logit_bias),
-        ).check(self.tokenizer.vocab_size)  # fmt: skip
+        # Checked here, or it would fail where nobody can answer. What has a range of its own was checked before.
+        with naming("stop_token_ids"):
+            Ends.create(self.tokenizer, False, wanted.stop_token_ids)
+        with naming("top_logprobs" if is_chat else "logprobs"):
+            RowSettings.create(self.tokenizer, **settings)
+        with naming("logit_bias"):
+            sampling = Sampling.create(
+                wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p, presence_penalty=wanted.presence_penalty,
+                frequency_penalty=wanted.frequency_penalty, repetition_penalty=wanted.repetition_penalty,
+                logit_bias=dict(wanted.logit_bias),
+            ).check(self.tokenizer.vocab_size)  # fmt: skip
         return SlotRequest(None, sampling=sampling, seed=(seed + choice) % 2**32, keep=True, undrawn=True, **settings)
 
     def token_text(self, token: int) -> str:
@@ -237,11 +253,6 @@ class Served:
 def seed_of(wanted: Wanted) -> int:
     """The client's, or one that nobody can guess."""
     return secrets.randbits(32) if wanted.seed is None else wanted.seed
-
-
-def checked(error: UserError) -> ApiError:
-    """A mistake in a request that the model's own code found."""
-    return ApiError(400, str(error), code="invalid_value")
 
 
 def fingerprint(engine: Generator) -> str:

@@ -65,7 +65,8 @@ def find(served: Served, conversations: Conversations, id: str, asked: Mapping[s
     unknown = set(asked) - {"layer", "last"}
     if unknown:
         name = min(unknown)
-        raise ApiError(400, f"unknown parameter {name[:80]!r}; there are layer and last", param=name[:80])
+        message = f"unknown parameter {name[:80]!r}; there are layer and last"
+        raise ApiError(400, message, param=name[:80], code="unknown_field")
     return described(served, entry, row.views(), layer=asked.get("layer", "any"), last=asked.get("last", str(_LAST)))
 
 

@@ -231,6 +231,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(mesh, axes, x.shape))
 
 
+def whole(x: jax.Array) -> jax.Array:
+    """An array that a program gives, told to be whole on every device of the ambient mesh; without one, as it is.
+
+    Left to the compiler, what is made of scores is split by tokens as they are, unlike what the program was given; and
+    the next program is compiled for each of the two.
+    """
+    return constrain(x, *(None,) * x.ndim)
+
+
 def manual_over_mesh(
     op: Callable[..., Any], in_axes: tuple[PartitionSpec, ...], out_axes: PartitionSpec
 ) -> Callable[..., Any]:
@@ -275,12 +284,25 @@ def placed_like[T](params: Any, state: T) -> T:
     What a program gives lies there, too. Left where they happen to be, fresh arrays would have programs of their own,
     compiled beside those for what comes back.
     """
+    sharding = _sharding_like(params)
+    return state if sharding is None else jax.device_put(state, sharding)
+
+
+def shapes_placed_like[T](params: Any, shapes: T) -> T:
+    """Shapes of arrays that `placed_like` puts somewhere, for a program that is compiled before there are any."""
+    sharding = _sharding_like(params)
+    if sharding is None:
+        return shapes
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def _sharding_like(params: Any) -> Any:
     leaf = jax.tree.leaves(params)[0]
     if not leaf.committed or len(leaf.sharding.device_set) > 1:
-        return state
+        return None
     if isinstance(leaf.sharding, NamedSharding):  # of a mesh of one device
-        return jax.device_put(state, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
-    return jax.device_put(state, jax.sharding.SingleDeviceSharding(*leaf.sharding.device_set))
+        return NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    return jax.sharding.SingleDeviceSharding(*leaf.sharding.device_set)
 
 
 def ways(name: str) -> int:
@@ -294,6 +316,8 @@ def _ways(mesh: Any, name: str | None) -> int:
 
 
 def _spec(mesh: Any, axes: Sequence[str | None], shape: tuple[int, ...]) -> PartitionSpec:
-    return PartitionSpec(
-        *(RULES[name] or None if n % _ways(mesh, name) == 0 else None for name, n in zip(axes, shape, strict=True))
-    )
+    """Without what is whole at its end, as programs give it back: JAX compiles for each way to write it."""
+    parts = [RULES[name] or None if n % _ways(mesh, name) == 0 else None for name, n in zip(axes, shape, strict=True)]
+    while parts and parts[-1] is None:
+        parts.pop()
+    return PartitionSpec(*parts)

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from sepjax import children
 from sepjax.bench import load, serve
 from sepjax.config import ConfigError
 from tests.serve.tiny import running, settled, tiny_served
@@ -83,6 +84,7 @@ def test_no_other_process_sees_the_key(monkeypatch):
     monkeypatch.setattr(subprocess, "run", run)
     assert serve._in_a_process(load.Plan("http://x", 1.0, 1.0, api_key="secret")) == {"key": "secret"}
     assert "secret" not in str(seen)
+    assert seen == [[*children.python("-m"), "sepjax.bench.load"]]
 
 
 def test_tokens_count_where_they_came():

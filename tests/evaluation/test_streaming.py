@@ -11,6 +11,7 @@ import pytest
 
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.evaluation.arms import Arm
 from sepjax.evaluation.documents import Lanes, StreamError, documents_of, read_documents, whole_documents
 from sepjax.evaluation.slices import EDGES
 from sepjax.evaluation.streaming import score_streams
@@ -126,13 +127,17 @@ def test_equals_a_loop_over_tokens_one_at_a_time(model, attention, monkeypatch):
 
 
 def test_bytes_are_one_rows_part_of_the_arrays(model, monkeypatch):
-    """And of a large model that is given up one copy of the weights remains."""
-    monkeypatch.setattr("sepjax.evaluation.streaming._SHORT", 64)  # as above: the same program
+    """And of a large model that is given up one copy of the weights remains, though some streams scan its layers."""
+    ways = iter([True, False])  # the first as above: the same program
+    monkeypatch.setattr("sepjax.evaluation.streaming._layers_one_by_one", lambda *_: next(ways))
     monkeypatch.setattr("sepjax.generation.prepared._LARGE", 0)
     graph, params = split(model)
     model = merge(graph, jax.tree.map(jnp.copy, params))
     documents = documents_of(Bytes(), TEXTS)
-    (score,) = score_streams(model, Bytes(), documents, [ATTENTION], rows=2, chunk=5, consume=True)
+    arms = [Arm("apart", ATTENTION), Arm("scanned", ATTENTION)]
+    score, other = score_streams(model, Bytes(), documents, arms, rows=2, chunk=5, consume=True)
+    assert other.perplexity == pytest.approx(score.perplexity, rel=1e-6)
+    assert other.compile_seconds == score.compile_seconds > 0
     assert all(x.is_deleted() for x in jax.tree.leaves(split(model)[1]["layers"]))
     cache = StreamingCache.create(model.config, 2, StreamSizes.create(model.config, ATTENTION))
     assert score.cache_bytes == cache.nbytes // 2

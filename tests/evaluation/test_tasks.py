@@ -7,6 +7,8 @@ import random
 import sys
 import warnings
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.scoring import score_continuations
 from sepjax.generation.engine import Generator
 from sepjax.hub.chat_template import ChatTemplate
+from sepjax.model.transformer import merge, split
 from tests.data.test_special_tokens import LLAMA3, write
 
 pytest.importorskip("lm_eval")
@@ -235,6 +238,24 @@ def test_an_empty_continuation_is_certain_and_ends_nothing(byte_model, byte_toke
         assert got[0] == pytest.approx(x.logprob, abs=1e-4)
     assert lm.uses.keys() == {id(requests[i]) for i in (0, 3, 4)}
     assert lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("",), 0)]) == [0.0]
+
+
+def test_answers_and_scores_share_one_copy_of_the_weights(byte_model, byte_tokenizer, separators, monkeypatch):
+    """Those laid out for answers score, too, once a task has asked for answers."""
+    from lm_eval.api.instance import Instance
+
+    monkeypatch.setattr("sepjax.generation.prepared._LARGE", 0)
+    graph, params = split(byte_model)
+    model = merge(graph, jax.tree.map(jnp.copy, params))
+    lm = SepjaxLM(model, byte_tokenizer, separators, consume=True)
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate([("A cat", " sat."), ("", "A dog")])]
+    expected = lm.loglikelihood(requests)
+    layers = jax.tree.leaves(split(model)[1]["layers"])
+    assert not any(x.is_deleted() for x in layers)
+    assert lm._engine.attention == separators
+    assert all(x.is_deleted() for x in layers)
+    for got, before in zip(lm.loglikelihood(requests), expected, strict=True):
+        assert got == (pytest.approx(before[0], abs=1e-4), before[1])
 
 
 def test_a_limit_may_be_a_share(byte_model, byte_tokenizer, separators, data):

@@ -276,7 +276,10 @@ def test_a_stream_on_a_mesh_says_the_same(model, tokenizer, tmp_path):
     mesh = make_mesh(MeshConfig(1, 2, 2, 1), jax.devices()[:4])
     with jax.set_mesh(mesh):
         events = stream(placed_on(mesh, model), tokenizer, "The cat", **settings)
-        assert ids_of(take(events, 30)) == expected[:30]
+        assert ids_of(take(events, 2)) == expected[:2]
+        with counted_compilations() as compiled:
+            assert ids_of(take(events, 28)) == expected[2:30]
+        assert compiled == [], "what a program gives lies as what it was given"
         keys = events._state.cache.k[0]
         assert keys.sharding.shard_shape(keys.shape)[1] == SHAPE.num_kv_heads // 2
         events.save(tmp_path / "saved")

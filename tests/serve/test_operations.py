@@ -28,6 +28,7 @@ from tests.serve.tiny import alone, client, running, settled, text_of, tiny_serv
 
 ROOT = Path(__file__).parents[2]
 JSON = {"Content-Type": "application/json"}
+HI = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
@@ -49,41 +50,51 @@ def ask(server, path, body=None, headers=JSON, method=None, host="127.0.0.1"):
 
 def test_refusals_have_openai_s_form(served):
     with running(served, limits=Limits(max_body_bytes=7000), max_waiting=0) as server:
-        for path, body, more, status, code in (
-            ("/v1/completions", b"{", {}, 400, "invalid_json"),
-            ("/v1/completions", {"prompt": "a", "tempe": 1}, {}, 400, "unknown_field"),
-            ("/v1/completions", {"prompt": [5, 10**6]}, {}, 400, "invalid_value"),
-            ("/v1/completions", {"prompt": ""}, {}, 200, None),
-            ("/v1/completions", {"prompt": [[]]}, {}, 400, "invalid_value"),
-            ("/v1/completions", {"prompt": "\ud800"}, {}, 400, "invalid_value"),
-            ("/v1/completions", {"prompt": "a", "\ud800": 1}, {}, 400, "unknown_field"),
-            ("/v1/chat/completions", {"messages": [{"role": "user", "\udfff": "a"}]}, {}, 400, "unknown_field"),
-            ("/v1/completions", {"prompt": "a", "logit_bias": {"1" * 5000: 1}}, {}, 400, "invalid_value"),
-            ("/v1/completions", {"prompt": "a", "logit_bias": {"0" * 5000 + "5": 1}}, {}, 400, "invalid_value"),
-            ("/v1/completions", {"prompt": "a", "stop_token_ids": [10**6]}, {}, 400, "invalid_value"),
-            ("/v1/completions", {"prompt": "a", "model": "gpt"}, {}, 404, "model_not_found"),
-            ("/v1/completions", {"prompt": [5] * 501}, {}, 413, "prompt_too_long"),
-            ("/v1/completions", {"prompt": "a" * 8000}, {}, 413, "body_too_large"),
-            ("/v1/completions", {"prompt": ["a"] * 5}, {}, 400, None),
-            ("/v1/completions", {"prompt": "a"}, {"Content-Type": "text/plain"}, 415, None),
-            ("/v1/completions", {"prompt": "a"}, {"Content-Encoding": "gzip"}, 415, None),
-            ("/v1/completions", None, {}, 405, None),
-            ("/v1/nothing", None, {}, 404, None),
-            ("/v1/models/gpt", None, {}, 404, "model_not_found"),
-            ("/v1/models/models/tiny", None, {}, 200, None),
-            ("/tokenize", {"prompt": "a", "model": "models/tiny"}, {}, 200, None),
-            ("/tokenize", {"prompt": "a", "model": "gpt"}, {}, 404, "model_not_found"),
-            ("/tokenize", {"prompt": "a", "model": "tiny", "add_special_tokens": None}, {}, 200, None),
-            ("/detokenize", {"tokens": [5], "model": "gpt"}, {}, 404, "model_not_found"),
-            ("/detokenize", {"tokens": [10**6]}, {}, 400, "invalid_value"),
-            ("/detokenize", {"tokens": []}, {}, 200, None),
-            ("/health", None, {}, 200, None),
+        for path, body, more, status, code, param in (
+            ("/v1/completions", b"{", {}, 400, "invalid_json", None),
+            ("/v1/completions", {"prompt": "a", "tempe": 1}, {}, 400, "unknown_field", "tempe"),
+            ("/v1/completions", {"prompt": [5, 10**6]}, {}, 400, "invalid_value", "prompt"),
+            ("/v1/completions", {"prompt": ""}, {}, 200, None, None),
+            ("/v1/completions", {"prompt": [[]]}, {}, 400, "invalid_value", "prompt"),
+            ("/v1/completions", {"prompt": "\ud800"}, {}, 400, "invalid_value", "prompt"),
+            ("/v1/completions", {"prompt": "a", "\ud800": 1}, {}, 400, "unknown_field", "?"),
+            ("/v1/chat/completions", {"messages": [HI[0] | {"\udfff": "a"}]}, {}, 400, "unknown_field",
+             "messages[0].?"),
+            ("/v1/completions", {"prompt": "a", "logit_bias": {"1" * 5000: 1}}, {}, 400, "invalid_value",
+             "logit_bias." + "1" * 80),
+            ("/v1/completions", {"prompt": "a", "logit_bias": {"0" * 5000 + "5": 1}}, {}, 400, "invalid_value",
+             "logit_bias." + "0" * 80),
+            ("/v1/completions", {"prompt": "a", "stop_token_ids": [10**6]}, {}, 400, "invalid_value", "stop_token_ids"),
+            ("/v1/completions", {"prompt": "a", "model": "gpt"}, {}, 404, "model_not_found", "model"),
+            ("/v1/completions", {"prompt": [5] * 501}, {}, 413, "prompt_too_long", "prompt"),
+            ("/v1/completions", {"prompt": "a" * 8000}, {}, 413, "body_too_large", None),
+            ("/v1/completions", {"prompt": ["a"] * 5}, {}, 400, None, "n"),
+            ("/v1/completions", {"prompt": "a"}, {"Content-Type": "text/plain"}, 415, None, None),
+            ("/v1/completions", None, {}, 405, None, None),
+            ("/v1/nothing", None, {}, 404, None, None),
+            ("/v1/models/gpt", None, {}, 404, "model_not_found", "model"),
+            ("/tokenize", {"prompt": "a", "model": "gpt"}, {}, 404, "model_not_found", "model"),
+            ("/tokenize", {"prompt": "a", "model": "tiny", "add_special_tokens": None}, {}, 200, None, None),
+            ("/detokenize", {"tokens": [5], "model": "gpt"}, {}, 404, "model_not_found", "model"),
+            ("/detokenize", {"tokens": [10**6]}, {}, 400, "invalid_value", "tokens"),
+            ("/detokenize", {"tokens": []}, {}, 200, None, None),
+            ("/health", None, {}, 200, None, None),
+            ("/v1/completions", [1], {}, 400, "invalid_value", None),
+            ("/v1/completions", {"prompt": "a", "logit_bias": {"1000000": 1}}, {}, 400, "invalid_value", "logit_bias"),
+            ("/v1/completions", {"prompt": ["a", [5, 10**6]]}, {}, 400, "invalid_value", "prompt[1]"),
+            ("/v1/chat/completions", {"messages": HI, "chat_template_kwargs": {"a": 1}}, {}, 400, "invalid_value",
+             "chat_template_kwargs"),
+            ("/v1/chat/completions", {"messages": [HI[0] | {"content": "cat " * 501}]}, {}, 413, "prompt_too_long",
+             "messages"),
+            ("/v1/completions", {"prompt": "a"}, {"Content-Encoding": "gzip"}, 415, None, None),
+            ("/v1/models/models/tiny", None, {}, 200, None, None),
+            ("/tokenize", {"prompt": "a", "model": "models/tiny"}, {}, 200, None, None),
         ):  # fmt: skip
             got, _, told = ask(server, path, body, {**JSON, **more})
             assert got == status, (path, body, told)
             if status != 200:
                 assert told["error"].keys() == {"message", "type", "param", "code"}
-                assert told["error"]["code"] == code
+                assert (told["error"]["code"], told["error"]["param"]) == (code, param), (path, body, told)
         assert ask(server, "/v1/models", host="evil.example")[0] == 403, "a name that leads here from elsewhere"
         assert ask(server, "/health", host="LocalHost:8000")[0] == 200
         assert ask(server, "/v1/completions")[1]["allow"] == "POST"

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from sepjax.config import AttentionConfig, MeshConfig, ModelConfig
+from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.growing import SeparatorCache
+from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.generation.cache.stored import quantised
 from sepjax.generation.device_loop import Request, make_advance, start
 from sepjax.generation.sampling import Sampling
 from sepjax.model.attend import forward
@@ -96,6 +99,28 @@ def test_whatever_writes_to_a_growing_cache_says_how_it_lies():
             ]
             parts = [x.params["sharding"].shard_shape(x.outvars[0].aval.shape) for x in found]
             assert parts == [(2, ROWS // 2, 1, 24, 8)] * 2, name
+
+
+def test_a_bounded_cache_lies_by_its_heads_from_the_beginning_on():
+    """And does so whatever is taken up, by one token or by several, in every layer's array or in one of all."""
+    attention = dataclasses.replace(ATTENTION, cache_size=24, max_separators=8, cache_dtype="int8")
+    sizes = StreamSizes.create(MODEL, attention)
+
+    def taken_up(is_apart, length):
+        new, flags = quantised(jnp.zeros((2, ROWS, length, 2, 8))), jnp.zeros((ROWS, length), bool)
+        cache = StreamingCache.create(MODEL, ROWS, sizes, by_layer=is_apart)
+        return jax.tree.leaves(cache.append(new, new, flags, jnp.ones(ROWS, jnp.int32)).entries)
+
+    for is_apart, length in ((True, 1), (False, 3)):
+        with jax.set_mesh(make_mesh(MeshConfig(2, 1, 2, 1), jax.devices()[:4])):
+            traced = jax.make_jaxpr(taken_up, static_argnums=(0, 1))(is_apart, length)
+        found = [x for x in equations(traced.jaxpr) if x.primitive.name == "sharding_constraint"]
+        assert len(found) == 2 * len(traced.out_avals), "as it is made, and when tokens are taken up"
+        for x in found:
+            shape = x.outvars[0].aval.shape
+            parts = x.params["sharding"].shard_shape(shape)
+            halved = [i for i, (n, part) in enumerate(zip(shape, parts, strict=True)) if n != part]
+            assert halved == [1 if is_apart else 2], "split by heads, and by nothing else"
 
 
 def test_every_device_computes_its_own_query_heads(monkeypatch):

@@ -41,7 +41,7 @@ from sepjax.generation.cache.bounded_run import unsupported
 from sepjax.generation.cache.newest import keep_newest
 from sepjax.generation.cache.shown import Shown
 from sepjax.generation.cache.sizes import StreamSizes
-from sepjax.generation.cache.stored import Layers, Quantised, Vectors, empty, in_each_layer, of_each_layer
+from sepjax.generation.cache.stored import Layers, Quantised, Vectors, in_each_layer, of_each_layer
 from sepjax.generation.cache.turning import last_at, start_again, turn_table
 from sepjax.generation.cache.watched import keep_best, scores_after
 from sepjax.model.layers import once
@@ -87,8 +87,8 @@ class StreamingCache(Shown):
 
         def zeros() -> Layers:
             if by_layer:
-                return tuple(empty(config, shape, sizes.cache_dtype) for _ in range(config.num_layers))
-            return empty(config, (config.num_layers, *shape), sizes.cache_dtype)
+                return tuple(rows_of.empty(config, shape, sizes.cache_dtype) for _ in range(config.num_layers))
+            return rows_of.empty(config, (config.num_layers, *shape), sizes.cache_dtype)
 
         none = (jnp.zeros(batch_size, jnp.int32) for _ in range(9))  # one array each: a donated one must not be two
         best = sizes.keeps_best

@@ -7,8 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Int32
+from sepjax.config import ModelConfig
+from sepjax.generation.cache import stored
+from sepjax.generation.cache.stored import Vectors
+from sepjax.sharding import constrain
 
 BY_SET = ("scores", "kept_at")  # fields whose first axis is the sets that are kept, the second the batch
+
+
+def empty(config: ModelConfig, shape: tuple[int, ...], cache_dtype: str) -> Vectors:
+    """`stored.empty` of this shape [(L,) B, K, C, H], where it lies on a mesh."""
+    return stored.in_each_array(lambda x: _placed(x, len(shape) - 4), stored.empty(config, shape, cache_dtype))
 
 
 def one(cache: Any, i: Int32[Array, ""]) -> Any:
@@ -71,12 +80,23 @@ def written(
     n = len(lead)
     by_head = jnp.swapaxes(new, n + 1, n + 2)
     if slots.size == 1:  # XLA would compare the slot with the end, in a kernel of its own for every layer
-        return jax.lax.dynamic_update_slice_in_dim(x, by_head, slots[0, 0], axis=n + 2)
-    if slots.shape[1] > 1:
+        x = jax.lax.dynamic_update_slice_in_dim(x, by_head, slots[0, 0], axis=n + 2)
+    elif slots.shape[1] > 1:
         # Heads are indices, too, or XLA may turn the whole cache round, to have them behind the slots.
         at = rows[:, None], jnp.arange(x.shape[n + 1])[:, None], slots[:, None]
-        return x.at[*lead, *at].set(by_head, mode=mode, unique_indices=True)
-    return x.at[*lead, rows, :, slots].set(jnp.moveaxis(new, (n, n + 1), (0, 1)), mode=mode, unique_indices=True)
+        x = x.at[*lead, *at].set(by_head, mode=mode, unique_indices=True)
+    else:
+        by_row = jnp.moveaxis(new, (n, n + 1), (0, 1))
+        x = x.at[*lead, rows, :, slots].set(by_row, mode=mode, unique_indices=True)
+    return _placed(x, n)
+
+
+def _placed(x: jax.Array, layer_axes: int) -> jax.Array:
+    """Keys, values or their scales [(L,) rows, K, C, (H)] where they lie on a mesh: heads split, where they divide.
+
+    Left to the compiler, each program would leave them in another way, and the next one be compiled for each of these.
+    """
+    return constrain(x, *(None,) * (layer_axes + 1), "heads", *(None,) * (x.ndim - layer_axes - 2))
 
 
 def _on_rows(f: Callable[..., jax.Array], cache: Any, *others: Any) -> Any:

@@ -112,7 +112,7 @@ def _named_by_what_is_scored(settings: Job, job: str) -> Path:
     text = Path(said.get("text", "")).stem or said.get("split", "") or "-".join(said.get("task", ())) or "corpus"
     place = "" if is_run else _whole(str(settings.path))
     digest = hashlib.sha256(json.dumps([job, said, place]).encode()).hexdigest()[:6]
-    model = settings.path.resolve().name.removesuffix(".gguf")
+    model = root_of(settings.path).name.removesuffix(".gguf")
     parts = [job, text, f"step{settings.step}"] if is_run else [job, model, text]
     name = "_".join(re.sub(r"[^\w.]+", "-", part)[:40].strip("-") for part in [*parts, digest])
     return (settings.path if is_run else Path()) / _FOLDER / f"{name}.json"
