@@ -163,16 +163,7 @@ class Served:
             return template.encode(self.tokenizer, found, control_tokens=False, encode=self.encoded.encode)
         if variables:
             raise ConfigError("chat_template_kwargs do nothing here: the model has no chat template; leave them out")
-        ids = list(self.form.begin)
-        for message in messages:
-            before, after = self._around(message.role)
-            ids += [*before, *self.tokenizer.encode(message.content, control_tokens=False), *after]
-        return [*ids, *self.form.answer]
-
-    def _around(self, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        if role == "assistant":
-            return self.form.answer, self.form.end
-        return self.form.system if role == "system" else self.form.user
+        return self.form.whole(self.tokenizer, [(message.role, message.content) for message in messages])
 
     def prompt_ids(self, prompt: str | tuple[int, ...]) -> list[int]:
         """Of a completion: BOS goes in front of texts as the model's makers have it; ids are taken as they are."""
