@@ -208,15 +208,22 @@ def _held(partial: Path, place: Path) -> Iterator[None]:
     """Locks the folder: what a killed process left in it may go, what another one is writing may not."""
     handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            os.close(handle)
-            raise WriteError(place, "another process is writing it") from error
-    try:
+        lock(handle, place)
         yield
     finally:
         os.close(handle)
+
+
+def lock(handle: int, place: Path) -> None:
+    """Locks an open file or folder, until it is closed, for what is to be at `place`.
+
+    Raises WriteError where another process has locked it. A file system without locks has none.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise WriteError(place, "another process is writing it") from error
 
 
 def _flush_all(folder: Path) -> None:

@@ -20,7 +20,9 @@ from sepjax.data.errors import DataError
 from sepjax.data.special_tokens import SpecialTokens
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.data.tokenizer_models import SentencePieceModel
-from sepjax.generation.prompts import PromptError, encode_prompts
+from sepjax.generation import limits
+from sepjax.generation import prompts as encoded
+from sepjax.generation.prompts import PromptError, encode_prompts, row_keys
 from sepjax.generation.row import Row, check_stop
 from sepjax.hub.gguf_file import GGUFError
 from sepjax.loading import LoadError
@@ -114,6 +116,45 @@ def test_draws_depend_on_a_rows_own_seed_only(model, tokenizer):
     assert same_prompt[0] == dataclasses.replace(together[0], cache=same_prompt[0].cache)
     assert len({answer.token_ids for answer in same_prompt}) == 4  # one seed gives every row draws of its own
     assert generate(model, tokenizer, PROMPTS[:1] * 4, seed=6, **settings)[0] != same_prompt[0]
+
+
+def test_prompts_in_groups_are_answered_as_in_one_batch(model, tokenizer):
+    """By keys of their places in the whole list, and each its own way; a last group of two is filled up to four."""
+    prompts = [*PROMPTS, "One; two", "a"]
+    sampling = [Sampling.create(1.3, presence_penalty=x / 4) for x in range(len(prompts))]
+    engine, settings, told = Generator(model, tokenizer), {"max_new_tokens": 40, "stop_at_eos": False}, []
+    settings |= {"logprobs": True}
+    grouped = engine.generate(prompts, sampling=sampling, seed=5, batch_size=4, answered=told.append, **settings)
+    first = engine.generate(PROMPTS, sampling=sampling[:4], seed=5, **settings)
+    last = engine.generate(prompts[2:], sampling=sampling[2:], seed=row_keys(5, len(prompts))[2:], **settings)
+    for answer, alone in zip(grouped, [*first, *last[2:]], strict=True):
+        assert dataclasses.replace(answer, cache=alone.cache, logprobs=alone.logprobs) == alone
+        np.testing.assert_allclose(answer.logprobs, alone.logprobs, atol=1e-4)
+    assert {i: answer for new in told for i, answer in new.items()} == dict(enumerate(grouped))
+    lengths = [[grouped[i].prompt_tokens for i in new] for new in told]
+    assert lengths == [sorted(new, reverse=True) for new in lengths]
+    assert (len(lengths[0]), min(lengths[0]) >= max(lengths[1])) == (4, True)
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 32])
+def test_groups_are_of_one_size_and_as_small_as_their_number_allows(size):
+    for total in (1, size, size + 1, 3 * size - 1, 101):
+        groups = encoded.grouped([[0] * (i % 7 + 1) for i in range(total)], size)
+        assert {i for group in groups for i in group} == set(range(total))
+        assert len(groups) == -(-total // size)
+        (rows,) = {len(group) for group in groups}
+        assert rows <= min(size, -(-total // len(groups)) + 7)
+
+
+def test_a_batch_beyond_all_memory_is_told_of_batch_size(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(limits, "_memory", lambda: 10_000)
+    for bounded in (False, True):
+        with pytest.raises(
+            ConfigError, match=r"make it smaller, or answer fewer than 4 prompts at a time \(batch_size"
+        ):
+            generate(model, tokenizer, PROMPTS, bounded=bounded)
+    with pytest.raises(ConfigError, match=r"make it smaller$"):
+        generate(model, tokenizer, PROMPTS, batch_size=1)
 
 
 @pytest.mark.soak  # ragged batches and growing caches below and in generation/cache
@@ -300,6 +341,8 @@ def unchecked(monkeypatch):
         ({"logit_bias": [(3, 1.0)]}, r"logit_bias=\[\(3, 1\.0\)\] has the wrong type, expected a mapping"),
         ({"seed": [1, 2]}, "got 2 seeds for 1 prompts"),
         ({"seed": -1}, "seed=-1 must be"),
+        ({"seed": jax.random.key(0)}, r"seed has typed keys of shape \(\), expected one a prompt: \(1,\)"),
+        ({"batch_size": 0}, "batch_size=0 must be 1 or more"),
         ({"stop": ["a", ""]}, "stop string is empty"),
         ({"stop_token_ids": [3, 10**6]}, "stop_token_ids has 1000000, which is outside the vocabulary"),
         ({"attention": AttentionConfig(window_size=0)}, "attention.window_size=0"),

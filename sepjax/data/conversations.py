@@ -50,15 +50,20 @@ class RecordError(ValueError):
 
 def parse(line: bytes) -> dict[str, Any]:
     """The JSON object of a line; raises RecordError."""
+    record = value_of(line)
+    if not isinstance(record, dict):
+        raise RecordError(f"it is {str(record)[:40]!r}, expected a JSON object")
+    return record
+
+
+def value_of(line: bytes) -> Any:
+    """What a line of JSON says; raises RecordError."""
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except RecursionError:
         raise RecordError("it is nested too deeply") from None
     except ValueError as error:  # UnicodeDecodeError is one
         raise RecordError(f"it is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise RecordError(f"it is {str(record)[:40]!r}, expected a JSON object")
-    return record
 
 
 def kind_of(record: Mapping[str, Any], text_key: str) -> str:

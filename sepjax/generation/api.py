@@ -5,7 +5,9 @@ sepjax.generate(model, tokenizer, ["The function", "A list"], max_new_tokens=64)
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
 
 from sepjax.config import AttentionConfig
 from sepjax.data.tokenizer import Tokenizer
@@ -31,7 +33,7 @@ def generate(
     repetition_penalty: float | None = None,
     logit_bias: Mapping[int, float] | None = None,
     sampling_defaults: bool = False,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | jax.Array = 0,
     stop: str | Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
     stop_at_eos: bool = True,
@@ -42,8 +44,10 @@ def generate(
     min_new_tokens: int = 0,
     logprobs: bool = False,
     top_logprobs: int = 0,
+    batch_size: int | None = None,
+    answered: Callable[[Mapping[int, Generation]], object] | None = None,
 ) -> list[Generation]:
-    """Generates one answer per prompt, all in one batch. The first call for a model prepares its weights.
+    """Generates one answer per prompt, in their order. The first call for a model prepares its weights.
 
     Args:
       model: from `sepjax.load`.
@@ -54,17 +58,14 @@ def generate(
       temperature, top_k, top_p, min_p: sampling (`sepjax.Sampling.create`); default: greedy.
       presence_penalty, frequency_penalty, repetition_penalty, logit_bias: change the logits first; see there.
       sampling_defaults: take those not given from the model's generation_config.json.
-      seed: of sampling; one per prompt makes each answer independent of its place in the list.
+      seed: of sampling; one per prompt, or a typed key, makes each answer independent of its place in the list.
       stop, stop_token_ids: texts and tokens that end an answer and are left out of its text.
       stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
       control_tokens: read names of control tokens in the prompts as control tokens; False: as plain text.
       attention: the pattern; None: as in training, for bounded caches what is stored with the model (`model.kept`).
-      bounded, max_repeats, min_new_tokens, logprobs, top_logprobs: see `sepjax.Generator.generate`.
+      bounded, max_repeats, min_new_tokens, logprobs, top_logprobs, batch_size, answered: see `Generator.generate`.
 
-    Raises:
-      ConfigError: settings out of range or impossible together.
-      PromptError: a prompt without tokens, or with ids outside the vocabulary.
-      TypeError: prompts or stop strings that are not text.
+    Raises ConfigError, PromptError and TypeError as that does.
     """
     sampling = choose_sampling(
         tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -74,7 +75,8 @@ def generate(
     return engine_of(model, tokenizer, attention).generate(
         prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop, stop_token_ids=stop_token_ids,
         stop_at_eos=stop_at_eos, control_tokens=control_tokens, bounded=bounded, max_repeats=max_repeats,
-        min_new_tokens=min_new_tokens, logprobs=logprobs, top_logprobs=top_logprobs,
+        min_new_tokens=min_new_tokens, logprobs=logprobs, top_logprobs=top_logprobs, batch_size=batch_size,
+        answered=answered,
     )  # fmt: skip
 
 

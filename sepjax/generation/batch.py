@@ -1,13 +1,15 @@
-"""Answers to prompts, all in one batch: driven on the device until every row has ended."""
+"""Answers to prompts, in one batch or several: each is driven on the device until every row has ended."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from sepjax.config import ConfigError
 from sepjax.generation.device_loop import Request, Steps, make_advance
+from sepjax.generation.limits import CacheTooLarge
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.readers import Reader
 from sepjax.generation.row import CacheUse, Row, RowSettings, StreamEvent
@@ -54,6 +56,62 @@ def request_of(of: Prepared, settings: RowSettings, sampling: Sampling, rows: in
     # Biases of many rows are megabytes: there once, not at every call; and all in one go, which each by itself is not.
     told = sampling, settings.ends.array(), np.int32(limit), asks, asks_top, np.int32(settings.min_new_tokens)
     return Request(of.table_on_device, *jax.device_put(told))
+
+
+def answer_all(
+    of: Prepared,
+    reader: Reader,
+    prompts: Sequence[Sequence[int]],
+    settings: RowSettings,
+    sampling: Sampling,
+    keys: jax.Array,
+    num_steps: int,
+    groups: Sequence[Sequence[int]],
+    answered: Callable[[Mapping[int, Generation]], object] | None = None,
+) -> list[Generation]:
+    """An answer to each prompt.
+
+    Args:
+      of, reader: the model, and the way into its caches.
+      prompts: token ids.
+      settings: of all rows.
+      sampling: one way, or of as many rows as prompts.
+      keys: a prompt's own.
+      num_steps: see `run`.
+      groups: see `grouped`.
+      answered: see `Generator.generate`.
+
+    Raises ConfigError for a cache that is too large, before any prompt is read if the lengths tell.
+    """
+    found: dict[int, Generation] = {}
+    try:
+        for group in groups:
+            reader.check(0, [prompts[i] for i in group], settings.max_new_tokens)
+        for group in groups:
+            rows = [prompts[i] for i in group]
+            ways = (sampling, keys) if len(groups) == 1 else _of_rows(sampling, keys, np.array(group))
+            new = dict(zip(group, _answers(rows, run(of, reader, rows, settings, *ways, num_steps)), strict=True))
+            found |= new
+            if answered is not None:
+                answered(new)
+    except CacheTooLarge as error:
+        if len(groups[0]) == 1:
+            raise
+        raise ConfigError(f"{error}, or answer fewer than {len(groups[0])} prompts at a time (batch_size)") from None
+    return [found[i] for i in range(len(prompts))]
+
+
+def _of_rows(sampling: Sampling, keys: jax.Array, rows: np.ndarray) -> tuple[Sampling, jax.Array]:
+    of_each = np.ndim(sampling.temperature) > 0
+    return jax.tree.map(lambda x: np.asarray(x)[rows], sampling) if of_each else sampling, keys[rows]
+
+
+def _answers(prompts: Sequence[Sequence[int]], events: Iterator[tuple[int, StreamEvent]]) -> list[Generation]:
+    """What the events of a batch come to."""
+    of_rows: list[list[StreamEvent]] = [[] for _ in prompts]
+    for row, event in events:
+        of_rows[row].append(event)
+    return [Generation.join(prompt, of_row) for prompt, of_row in zip(prompts, of_rows, strict=True)]
 
 
 def run(

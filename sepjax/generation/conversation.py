@@ -11,7 +11,7 @@ the new turn and without it, and what is new is fed:
 import abc
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, override
 
 from sepjax.config import ConfigError
@@ -62,6 +62,21 @@ class ChatFormat:
             ids += [*self.system[0], *said, *self.system[1]]
         said = tokenizer.encode(text, control_tokens=control_tokens)
         return [*ids, *self.user[0], *said, *self.user[1], *self.answer]
+
+    def whole(
+        self, tokenizer: Tokenizer, messages: Sequence[tuple[str, str]], *, control_tokens: bool = False
+    ) -> list[int]:
+        """The ids of a conversation from its first message, (role, text) each, up to where the next answer begins."""
+        ids = list(self.begin)
+        for role, text in messages:
+            before, after = self._around(role)
+            ids += [*before, *tokenizer.encode(text, control_tokens=control_tokens), *after]
+        return [*ids, *self.answer]
+
+    def _around(self, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if role == "assistant":
+            return self.answer, self.end
+        return self.system if role in ("system", "developer") else self.user
 
 
 class Conversation(abc.ABC):

@@ -10,19 +10,21 @@ what it would be alone: padding, neighbours and growing caches change none of it
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
 
 from sepjax.clocks import Clocks
 from sepjax.config import AttentionConfig, ConfigError
 from sepjax.config.checks import check_type
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation import saved
-from sepjax.generation.batch import Generation, run
+from sepjax.generation.batch import Generation, answer_all
 from sepjax.generation.cache.sizes import bucket
 from sepjax.generation.prepared import Prepared, laid_out, pattern_of
-from sepjax.generation.prompts import Prompt, encode_prompts, row_keys
+from sepjax.generation.prompts import Prompt, encode_prompts, grouped, row_keys
 from sepjax.generation.readers import BoundedReader, GrowingReader, Reader
-from sepjax.generation.row import RowSettings, StreamEvent
+from sepjax.generation.row import RowSettings
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import Slots
 from sepjax.generation.stream import Stream
@@ -91,7 +93,7 @@ class Generator:
         *,
         max_new_tokens: int = 128,
         sampling: Sampling | Sequence[Sampling] | None = None,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | jax.Array = 0,
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         stop_at_eos: bool = True,
@@ -101,31 +103,33 @@ class Generator:
         min_new_tokens: int = 0,
         logprobs: bool = False,
         top_logprobs: int = 0,
+        batch_size: int | None = None,
+        answered: Callable[[Mapping[int, Generation]], object] | None = None,
     ) -> list[Generation]:
-        """Generates one answer per prompt, all in one batch.
+        """Generates one answer per prompt, in their order: all in one batch, or `batch_size` at a time.
 
         Args:
           prompts: one text, or a list of texts (BOS goes in front where the model's own tokenizer puts it, never twice)
             or of token ids.
           max_new_tokens: most tokens of an answer.
           sampling: settings for all prompts, or one per prompt (`Sampling.create`); None: greedy.
-          seed: of sampling; one per prompt makes each answer independent of its place in the list.
+          seed: of sampling; one per prompt, or a typed key, makes each answer independent of its place in the list.
           stop, stop_token_ids: texts and tokens (control tokens too) that end an answer and are left out of its text.
           stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
           control_tokens: read names of control tokens in the prompts as control tokens; False: as plain text.
           bounded: whether a row's cache is bounded by `kept.cache_size`, whatever the lengths; None: where the
             pattern asks for it ("watched").
-          max_repeats: ends an answer ("repetition") once it has repeated the same run of tokens more often in a row; 0:
-            never.
+          max_repeats: an answer ends ("repetition") once it repeats one run of tokens more often in a row; 0: never.
           min_new_tokens: before so many no token that would end the answer is drawn, and no stop text ends it.
           logprobs: whether answers tell the log-probabilities of their tokens by the model's own scores, before bias,
             penalties, temperature and the like.
           top_logprobs: the same of as many of the most probable tokens at each step, up to 20, and of the token.
+          batch_size: most prompts per batch; prompts of similar length share one, longest first. None: all in one.
+          answered: called after each batch with its answers, keyed by the index of their prompts.
 
         Raises:
-          ConfigError: settings out of range or impossible together.
-          PromptError: a prompt without tokens, or with ids outside the vocabulary.
-          TypeError: prompts or stop strings that are not text.
+          ConfigError: settings out of range or impossible together, or caches larger than the memory.
+          PromptError, TypeError: a prompt of no tokens, or with ids that there are not; things that are not text.
         """
         if max_new_tokens is None:
             raise ConfigError("generate needs max_new_tokens, got None; give a number, or use stream for no end")
@@ -136,14 +140,11 @@ class Generator:
         )  # fmt: skip
         ids = encode_prompts(self.tokenizer, prompts, control_tokens=control_tokens)
         of, reader = self._caches(self.attention.pattern == "watched" if bounded is None else bounded)
-        reader.check(0, ids, max_new_tokens)
         warn_of_few_among(ids, of.table, of.attention)
-        sampling = self._checked(sampling, len(ids))
-        answers: list[list[StreamEvent]] = [[] for _ in ids]
+        sampling, keys = self._checked(sampling, len(ids)), row_keys(seed, len(ids))
         num_steps = _STEPS_BETWEEN_STOP_CHECKS if settings.stop or max_repeats else bucket(max_new_tokens)
-        for row, event in run(of, reader, ids, settings, sampling, row_keys(seed, len(ids)), num_steps):
-            answers[row].append(event)
-        return [Generation.join(prompt, events) for prompt, events in zip(ids, answers, strict=True)]
+        groups = grouped(ids, batch_size)
+        return answer_all(of, reader, ids, settings, sampling, keys, num_steps, groups, answered)
 
     def stream(
         self,

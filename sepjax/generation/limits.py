@@ -12,8 +12,12 @@ from sepjax.generation.cache.stored import vector_bytes
 from sepjax.sharding import on_one_device, ways
 
 
+class CacheTooLarge(ConfigError):
+    """A cache that the memory cannot hold; the message ends with what to make smaller."""
+
+
 def check_cache(config: ModelConfig, rows: int, slots: int, cache_dtype: str, wanted: str) -> None:
-    """Raises ConfigError for a cache that a device's memory cannot hold; `wanted` names the settings behind it.
+    """Raises CacheTooLarge for a cache that a device's memory cannot hold; `wanted` names the settings behind it.
 
     Without a mesh one device holds all of it, however many there are; a mesh splits rows and heads where they divide.
     Asked for all the same, a GPU answers with a page of XLA's, and a CPU begins to fill its memory and is killed.
@@ -22,7 +26,7 @@ def check_cache(config: ModelConfig, rows: int, slots: int, cache_dtype: str, wa
     rows, heads = (n // ways(axis) if n % ways(axis) == 0 else n for n, axis in parts)
     needed = 2 * config.num_layers * rows * heads * slots * vector_bytes(config, cache_dtype)
     if needed > (there := _memory()):
-        raise ConfigError(
+        raise CacheTooLarge(
             f"{wanted} asks for a cache of {slots:,} entries, {needed / 2**30:,.1f} GiB of keys and values on a "
             f"device, and it has {there / 2**30:,.1f} GiB of memory; make it smaller"
         )

@@ -1,10 +1,12 @@
 """What the user asks of generation, checked and made arrays."""
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Int32
@@ -173,14 +175,38 @@ def count_global(ids: Sequence[int], table: np.ndarray, attention: AttentionConf
     return int(np.sum(is_separator | (positions < attention.num_sinks)))
 
 
-def row_keys(seed: int | Sequence[int], num_rows: int) -> jax.Array:
-    """A typed PRNG key a row: fold_in(key(seed), row), or of a seed a row fold_in(key(seed), 0).
+def grouped(prompts: Sequence[Sequence[int]], batch_size: int | None) -> list[list[int]]:
+    """Which prompts are answered together, by their numbers: of like length, the longest first; None: all as they come.
+
+    All groups are of one size, which is one program: as small as their number allows (33 prompts in groups of up to 32
+    are two of 24), and the last one has some of its prompts again where there are not enough.
+
+    Raises ConfigError for a size that is no number of 1 or more.
+    """
+    total = len(prompts)
+    most = total if batch_size is None else whole_number("batch_size", batch_size, 1)
+    if most >= total:
+        return [list(range(total))]
+    step = math.gcd(most, 8)  # rows may be divided over devices
+    size = -(-total // (-(-total // most)))
+    size = -(-size // step) * step
+    order = sorted(range(total), key=lambda i: -len(prompts[i]))
+    groups = [order[first : first + size] for first in range(0, total, size)]
+    return [(group * size)[:size] for group in groups]
+
+
+def row_keys(seed: int | Sequence[int] | jax.Array, num_rows: int) -> jax.Array:
+    """A typed PRNG key a row: fold_in(key(seed), row), or of a seed a row fold_in(key(seed), 0); or those given.
 
     So a row of a batch with seeds of its own draws what it would draw alone.
 
     Raises:
       ConfigError: not one seed, nor as many as rows, or one outside 0 to 2^32 - 1.
     """
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        if seed.shape != (num_rows,):
+            raise ConfigError(f"seed has typed keys of shape {seed.shape}, expected one a prompt: ({num_rows},)")
+        return seed
     given = _on_host(seed)
     if _is_list(given) and not isinstance(given, (str, bytes)):
         seeds, rows = list(given), np.zeros(num_rows, np.uint32)

@@ -3,11 +3,13 @@
     sepjax generate --workdir=runs/tiny --prompt="The function" [--temperature=0.8 --seed=1 ...]
     sepjax generate --model=smollm2-135m --stream --prompt="Once" --save=kept       until Ctrl-C
     sepjax generate --model=smollm2-135m --stream --resume=kept                     continues it
+    sepjax generate --model=smollm2-135m --prompts=prompts.jsonl --output=answers.jsonl     thousands of prompts
 
-Several prompts run as one batch. For conversations use `sepjax chat`. Answers use a cache that grows with the text, as
+Several --prompt run as one batch. For conversations use `sepjax chat`. Answers use a cache that grows with the text, as
 in training; --arm, --cache_size or --max_separators give them a bounded one, as streams have.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -16,15 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, override
 
-from sepjax.command.settings import Repeated
+from sepjax.command.settings import AtLeast, AtMost, Repeated
 from sepjax.config import ConfigError, UserError
 from sepjax.programs.writing import Writing
 from sepjax.progress import working
 
 if TYPE_CHECKING:
     from sepjax.data.tokenizer import Tokenizer
+    from sepjax.generation.batch import Generation
     from sepjax.generation.engine import Generator
     from sepjax.generation.prompts import Prompt
+    from sepjax.programs.many import Many
+    from sepjax.programs.prompt_lines import Line
 
 _WHY = {  # a text of one prompt ended
     "stop": "a --stop text came",
@@ -33,6 +38,8 @@ _WHY = {  # a text of one prompt ended
     "repetition": "it repeats itself; --max_repeats=0 goes on",
 }
 _NEW_TOKENS = 128
+_BATCH_SIZE = 32
+_OF_PROMPTS = ("output", "batch_size", "logprobs", "top_logprobs")  # flags that are for --prompts alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +48,14 @@ class Settings(Writing):
 
     prompt: Annotated[tuple[str, ...], Repeated()] = ()  # text to continue; several run as a batch
     prompt_file: str = ""  # UTF-8 file whose whole text is a prompt
+    # file of prompts, JSON Lines (.jsonl, .ndjson; also .gz, .zst): a text per line, or an object with "prompt" or
+    # "messages" (and "tools"), and optionally "id". The answers are JSON Lines, too
+    prompts: str = ""
+    output: str | None = None  # with --prompts: file to write; an interrupted run continues; default: stdout
+    batch_size: Annotated[int, AtLeast(1)] | None = None  # with --prompts: most prompts per batch; default: 32
+    logprobs: bool = False  # with --prompts: write the log-probabilities of the generated tokens
+    # with --prompts: write those of this many most probable tokens at each step, too
+    top_logprobs: Annotated[int, AtLeast(1), AtMost(20)] | None = None
     apply_chat_template: bool = False  # put each prompt into the model's chat template
     stream: bool = False  # generate endlessly, past end-of-text tokens, until --stop or Ctrl-C
     save: str | None = None  # with --stream or --resume: folder to save the stream to when it ends
@@ -53,18 +68,31 @@ class Settings(Writing):
                 f"--{idle[0]} does nothing for an answer to --prompt; it is for --resume, --stream: leave it out or "
                 "add one of them"
             )
-        prompts = len(self.prompt) + bool(self.prompt_file)
+        self._check_prompts()
+        prompts = len(self.prompt) + bool(self.prompt_file) + bool(self.prompts)
         if not prompts and not self.resume:
-            raise ConfigError('nothing to continue; give --prompt="..." (once a text) or --prompt_file')
+            raise ConfigError('nothing to continue; give --prompt="..." (once a text), --prompt_file or --prompts')
         if not prompts and self.apply_chat_template:
             raise ConfigError("--apply_chat_template does nothing without a prompt; add --prompt, or leave it out")
-        if self.template_variables is not None and not self.apply_chat_template:
+        if self.template_variables is not None and not self.apply_chat_template and not self.prompts:
             raise ConfigError(
                 "--template_variables does nothing without --apply_chat_template; leave it out, or add that"
             )
         if self.goes_on and prompts > 1:
             flag = "--stream" if self.stream else "--resume"
             raise ConfigError(f"{flag} continues one prompt, got {prompts}; leave it out for a batch")
+
+    def _check_prompts(self) -> None:
+        """Raises ConfigError for what goes with --prompts and is given without it, and the other way round."""
+        if not self.prompts:
+            for name in _OF_PROMPTS:
+                if getattr(self, name) not in (None, False):
+                    raise ConfigError(f"--{name} does nothing without --prompts; leave it out, or add that")
+            return
+        for name in ("prompt", "prompt_file", "stream", "resume"):
+            if getattr(self, name):
+                one = "goes on with one text" if name in ("stream", "resume") else "says what is continued, too"
+                raise ConfigError(f"--{name} {one}; leave it out, or --prompts")
 
     @property
     def goes_on(self) -> bool:
@@ -81,7 +109,7 @@ class Settings(Writing):
 
 def main(settings: Settings) -> None:
     """Prints the answers, or text as it comes."""
-    prompts = _prompts(settings)
+    prompts, lines = _prompts(settings), _lines(settings)
     import sepjax
     from sepjax.console import say
     from sepjax.generation import saved
@@ -91,7 +119,10 @@ def main(settings: Settings) -> None:
         saved.check_place(settings.save)
     model, tokenizer = load(settings.path, **settings.loading)
     control = settings.control_tokens is not False
-    if settings.apply_chat_template:
+    many = _encoded(settings, tokenizer, lines) if lines else None
+    if many is not None:
+        prompts = many.prompts
+    elif settings.apply_chat_template:
         prompts = _as_messages(settings, tokenizer, prompts, control)
     new = settings.max_new_tokens or (None if settings.stream else _NEW_TOKENS)
     options = settings.options(tokenizer) | {"max_new_tokens": new, "control_tokens": control}
@@ -104,10 +135,12 @@ def main(settings: Settings) -> None:
         options["bounded"] = True
     engine = sepjax.Generator(model, tokenizer, settings.attention(model), consume=True)
     del model  # one copy of its weights is enough
-    events = engine.stream(*prompts, **options) if len(prompts) < 2 else None
+    events = engine.stream(*prompts, **options) if len(prompts) < 2 and many is None else None
     if kept:
         say(kept)
-    if events is None:
+    if many is not None:
+        _answer_lines(engine, settings, lines, many, options)
+    elif events is None:
         _answer_all(engine, prompts, **options)
     else:
         _answer_one(events, settings)
@@ -123,6 +156,32 @@ def _prompts(settings: Settings) -> "list[Prompt]":
             name = settings.prompt_file
             raise ConfigError(f"--prompt_file={name} is not UTF-8 text: {error}; convert it first") from error
     return texts
+
+
+def _lines(settings: Settings) -> "list[Line]":
+    """The prompts of --prompts; looks at --output, too."""
+    from sepjax.programs import answer_lines, prompt_lines
+
+    if not settings.prompts:
+        return []
+    lines = prompt_lines.read_lines(settings.prompts)
+    has_chats = settings.apply_chat_template or any(line.messages for line in lines)
+    if settings.template_variables is not None and not has_chats:
+        raise ConfigError(
+            f"--template_variables does nothing for {settings.prompts!r}, which has no conversations; leave it out"
+        )
+    if settings.output is not None:
+        answer_lines.check_output(settings.output)
+    return lines
+
+
+def _encoded(settings: Settings, tokenizer: "Tokenizer", lines: "Sequence[Line]") -> "Many":
+    from sepjax.programs.many import encode_all
+
+    conversations = settings.apply_chat_template or any(line.messages for line in lines)
+    template = settings.template(tokenizer) if conversations else None
+    control = settings.control_tokens
+    return encode_all(tokenizer, template, lines, as_messages=settings.apply_chat_template, control_tokens=control)
 
 
 def _as_messages(
@@ -169,6 +228,37 @@ def _answer_one(events: Any, settings: Settings) -> None:
     if len(times) > 2:  # the first two tokens wait for the compilation of prefill and step
         rate = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s after compilation"
     print(f"{len(times)} tokens{rate}; {_describe([last.cache])}", file=sys.stderr)
+
+
+def _answer_lines(
+    engine: "Generator", settings: Settings, lines: "Sequence[Line]", many: "Many", options: dict[str, Any]
+) -> None:
+    """Answers --prompts, to --output or stdout."""
+    from sepjax.programs.answer_lines import Answers, answers_at
+    from sepjax.programs.many import answer_many, asked_of, told
+
+    options = options | {"logprobs": settings.logprobs, "top_logprobs": settings.top_logprobs or 0}
+    ids, output, new = [line.id for line in lines], settings.output, []
+    at = answers_at(output, asked_of(engine, many, options), ids) if output else contextlib.nullcontext(Answers(ids))
+    begun = time.perf_counter()
+    with at as answers, working(f"answering {len(lines):,} prompts", len(lines), "prompts") as work:
+        if answers.found:
+            print(f"{len(answers.found):,} of {len(lines):,} answers were there already", file=sys.stderr)
+        work.add(len(answers.found))
+
+        def take(found: "dict[int, Generation]") -> None:
+            answers.add({number: told(answer) for number, answer in found.items()})
+            new.extend((len(answer.token_ids), answer.cache) for answer in found.values())
+            work.add(len(found))
+
+        size = settings.batch_size or _BATCH_SIZE
+        answer_many(engine, many, options, batch_size=size, done=answers.found, answered=take)
+    seconds = time.perf_counter() - begun
+    if not output:
+        sys.stdout.buffer.writelines(answers.lines())
+    total, caches = sum(count for count, _ in new), [cache for _, cache in new]
+    held = f"; {_describe(caches)}" if caches else ""
+    print(f"{total} tokens, {total / seconds:.1f} tokens/s with compilation{held}", file=sys.stderr)
 
 
 def _answer_all(engine: "Generator", prompts: "Sequence[Prompt]", **options: Any) -> None:

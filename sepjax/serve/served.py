@@ -170,16 +170,7 @@ class Served:
         if variables:
             message = "chat_template_kwargs do nothing here: the model has no chat template; leave them out"
             raise ApiError(400, message, param="chat_template_kwargs", code="invalid_value")
-        ids = list(self.form.begin)
-        for message in messages:
-            before, after = self._around(message.role)
-            ids += [*before, *self.tokenizer.encode(message.content, control_tokens=False), *after]
-        return [*ids, *self.form.answer]
-
-    def _around(self, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        if role == "assistant":
-            return self.form.answer, self.form.end
-        return self.form.system if role == "system" else self.form.user
+        return self.form.whole(self.tokenizer, [(message.role, message.content) for message in messages])
 
     def prompt_ids(self, prompt: str | tuple[int, ...], param: str = "prompt") -> list[int]:
         """Of a completion: BOS goes in front of texts as the model's makers have it; ids are taken as they are.

@@ -1,6 +1,8 @@
 """`sepjax generate` and `sepjax chat` within this process: what they print, keep, warn of and refuse."""
 
 import dataclasses
+import errno
+import gzip
 import io
 import json
 import sys
@@ -13,8 +15,10 @@ import sepjax
 from sepjax import loading
 from sepjax.config import AttentionConfig, ConfigError, validate_attention
 from sepjax.generation import chat
+from sepjax.generation.conversation import conversation_of
+from sepjax.generation.prompts import encode_prompts
 from sepjax.model.transformer import split
-from sepjax.programs import generate
+from sepjax.programs import answer_lines, generate
 from tests.commands import command, refusal
 from tests.hub.test_gguf_file import CONFIG, write
 
@@ -86,6 +90,127 @@ def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, held, tmp_pa
     assert held == [0, 0, 0, 0], "the weights are there once, in a conversation too"
 
 
+PROMPTS = """\
+"abc, ab. abc, ab. abc"
+
+{"prompt": "ab", "id": "second"}
+{"messages": [{"role": "user", "content": "c <|im_end|>"}], "id": 3}
+"""
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A file of three prompts, and the flags that answer it with the programs of the tests here."""
+    (tmp_path / "p.jsonl").write_text(PROMPTS)
+    return [f"--prompts={tmp_path}/p.jsonl", ARM, "--max_new_tokens=4", "--batch_size=1"]
+
+
+def test_a_file_of_prompts_is_answered_in_its_order_and_gone_on_with(
+    model, prompts, held, tmp_path, capfd, monkeypatch
+):
+    ended = command(capfd, "generate", model, *prompts)
+    assert ended.code == 0, ended.err
+    assert "chat format: ChatML" in ended.err
+    loaded, tokenizer = sepjax.load(model.removeprefix("--model="))
+    attention = dataclasses.replace(loaded.attention, num_sinks=1, max_separators=4, window_size=6, cache_size=20)
+    engine = sepjax.Generator(loaded, tokenizer, attention)
+    chat = conversation_of(tokenizer, None)
+    texts = ["abc, ab. abc, ab. abc", "ab", chat.turn("c <|im_end|>", before=None)[0]]
+    ends = [{}, {}, {"stop": chat.stop, "stop_token_ids": chat.stop_token_ids}]
+    expected = []
+    for text, end, name in zip(texts, ends, [{}, {"id": "second"}, {"id": 3}], strict=True):
+        events = list(engine.stream(text, max_new_tokens=4, bounded=True, **end))
+        counts = {"prompt_tokens": len(encode_prompts(tokenizer, [text])[0]), "completion_tokens": len(events)}
+        said = "".join(event.text for event in events)
+        expected.append({**name, "text": said, "finish_reason": events[-1].finish_reason, **counts})
+    assert [json.loads(line) for line in ended.out.splitlines()] == expected
+    assert held == [0], "the weights are there once while it answers"
+    del loaded, engine
+
+    output, taken, add = tmp_path / "a.jsonl", [], answer_lines.Answers.add
+
+    def full(self, new):
+        if len(taken) == 1:
+            raise OSError(errno.ENOSPC, "No space left")
+        taken.append(list(new))
+        add(self, new)
+
+    monkeypatch.setattr(answer_lines.Answers, "add", full)
+    same = ["generate", model, *prompts, f"--output={output}"]
+    ended = command(capfd, *same)
+    assert (ended.code, ended.out, output.exists()) == (2, "", False)
+    partial = tmp_path / "a.jsonl.partial"
+    assert f"1 of 3 answers are kept in {str(partial)!r}; the same command goes on" in ended.err
+    with partial.open("ab") as file:
+        file.write(b'{"number": 1, "tex')  # a kill came while it was written
+    ended = command(capfd, *same, "--max_new_tokens=3")
+    assert (ended.code, ended.out) == (2, "")
+    assert "begun with max_new_tokens=4, now 3: give the same" in ended.err.splitlines()[-1]
+    (tmp_path / "p.jsonl").write_text(PROMPTS.replace("abc, ab.", "abc"))
+    assert "begun with other prompts: give the same" in command(capfd, *same).err.splitlines()[-1]
+    (tmp_path / "p.jsonl").write_text(PROMPTS)
+    monkeypatch.setattr(answer_lines.Answers, "add", lambda self, new: (taken.append(list(new)), add(self, new)))
+    ended = command(capfd, *same)
+    assert (ended.code, ended.out, taken) == (0, "", [[0], [1], [2]]), ended.err
+    assert "1 of 3 answers were there already" in ended.err
+    assert [json.loads(line) for line in output.read_text().splitlines()] == expected
+    assert not partial.exists()
+    assert "a.jsonl is there already; choose another" in refusal(capfd, *same)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[1]", "it is '[1]', expected a text, or an object with 'prompt' or 'messages'"),
+        ('{"prompt": "a"', "it is not JSON: "),
+        ('{"promt": "a"}', "it has 'promt', expected one of prompt, messages, tools, id; did you mean 'prompt'?"),
+        ('{"id": "a"}', "it has neither, expected 'prompt' or 'messages'"),
+        ('{"prompt": "a", "messages": []}', "it has 'prompt' and 'messages', expected 'prompt' or 'messages'"),
+        ('{"prompt": 3}', "'prompt' is '3', expected a text"),
+        ('{"prompt": "\\ud800"}', "'prompt' has half of a surrogate pair at character 0"),
+        ('{"prompt": "a", "id": 1.5}', "'id' is '1.5', expected a text or a whole number"),
+        ('{"prompt": "a", "tools": []}', "it has 'tools' beside 'prompt'"),
+        ('{"messages": [{"role": "user"}]}', "messages[0] has no 'content'"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}], "tools": "f"}',
+            "'tools' is 'f', expected a list of objects",
+        ),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named_before_a_model_is_read(line, message, tmp_path, capfd):
+    with gzip.open(tmp_path / "p.jsonl.gz", "wt") as file:
+        file.write(f'"a"\n\n{line}\n')
+    said = refusal(capfd, "generate", "--model=/nowhere", f"--prompts={tmp_path}/p.jsonl.gz")
+    assert f"p.jsonl.gz:3: {message}" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--prompts=p.txt", "--prompts=p.txt is to be JSON Lines, named .jsonl or .ndjson"),
+        ("--prompts={folder}/none.jsonl", "none.jsonl"),
+        ("--prompts={folder}/empty.jsonl", "empty.jsonl has no prompts; give one a line"),
+        ("--prompts={folder}/p.jsonl --output={folder}", "it is a folder"),
+        ("--prompts={folder}/p.jsonl --output=/dev/null", "--output=/dev/null is no regular file; leave it out"),
+        ("--prompts={folder}/p.jsonl --template_variables={{}}", "p.jsonl', which has no conversations; leave it out"),
+        ("--prompts={folder}/p.jsonl --prompt=a", "--prompt says what is continued, too; leave it out, or --prompts"),
+        ("--prompts={folder}/p.jsonl --prompt_file=a", "--prompt_file says what is continued, too; leave it out, or"),
+        ("--prompts={folder}/p.jsonl --stream", "--stream goes on with one text; leave it out, or --prompts"),
+        ("--prompts={folder}/p.jsonl --resume=x", "--resume goes on with one text; leave it out, or --prompts"),
+        ("--prompts={folder}/p.jsonl --save=x", "--save does nothing for an answer to --prompt"),
+        ("--prompt=a --output=x", "--output does nothing without --prompts; leave it out, or add that"),
+        ("--prompt=a --batch_size=3", "--batch_size does nothing without --prompts"),
+        ("--prompt=a --logprobs", "--logprobs does nothing without --prompts"),
+        ("--prompt=a --top_logprobs=3", "--top_logprobs does nothing without --prompts"),
+    ],
+)
+def test_mistakes_about_files_of_prompts_are_one_line(flags, message, tmp_path, capfd):
+    (tmp_path / "p.jsonl").write_text('"a"\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    words = [word.format(folder=tmp_path) for word in flags.split()]
+    assert message in refusal(capfd, "generate", "--model=/nowhere", *words)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -137,6 +262,14 @@ def test_what_is_right_is_not_refused():
         {"resume": "x", "apply_chat_template": True},
         {"prompt": ("a", "b"), "pattern": "watched", "cache_size": 800, "max_separators": 3},
         {"cache_size": 800},
+        {
+            "prompt": (),
+            "prompts": "p.jsonl",
+            "output": "a",
+            "batch_size": 3,
+            "logprobs": True,
+            "template_variables": "{}",
+        },
         {"seed": 3, "sampling_defaults": True},
     ):
         assert generate.Settings(**{"model": "m", "prompt": ("a",)} | settings)
@@ -194,8 +327,9 @@ def held(monkeypatch):
         monkeypatch.setattr(module, name, answer)
 
     monkeypatch.setattr(loading, "load", load)
-    for module, name in ((generate, "_answer_one"), (generate, "_answer_all"), (chat, "chat")):
-        answering(module, name)
+    for name in ("_answer_one", "_answer_all", "_answer_lines"):
+        answering(generate, name)
+    answering(chat, "chat")
     return held
 
 
