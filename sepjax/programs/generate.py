@@ -119,14 +119,16 @@ def main(settings: Settings) -> None:
         saved.check_place(settings.save)
     model, tokenizer = load(settings.path, **settings.loading)
     control = settings.control_tokens is not False
-    many = _encoded(settings, tokenizer, lines) if lines else None
+    many, ends = _encoded(settings, tokenizer, lines) if lines else None, {}
     if many is not None:
         prompts = many.prompts
     elif settings.apply_chat_template:
-        prompts = _as_messages(settings, tokenizer, prompts, control)
+        prompts, ends = _as_messages(settings, tokenizer, prompts, control)
     new = settings.max_new_tokens or (None if settings.stream else _NEW_TOKENS)
     options = settings.options(tokenizer) | {"max_new_tokens": new, "control_tokens": control}
     options["stop_at_eos"] = not settings.stream
+    if not settings.stream:
+        options |= {name: [*options[name], *more] for name, more in ends.items()}
     settings.warn(model, tokenizer, prompts, new)
     kept = settings.kept_in_words(model)
     if settings.goes_on:
@@ -186,13 +188,17 @@ def _encoded(settings: Settings, tokenizer: "Tokenizer", lines: "Sequence[Line]"
 
 def _as_messages(
     settings: Settings, tokenizer: "Tokenizer", texts: "Sequence[Prompt]", control_tokens: bool
-) -> "list[Prompt]":
-    """Token ids of each text as a user's message, up to where the answer begins."""
+) -> "tuple[list[Prompt], dict[str, Sequence[Any]]]":
+    """Token ids of each text as a user's message, up to where the answer begins; and what ends an answer, too."""
+    from sepjax.generation.conversation import conversation_of
+
     template = settings.template(tokenizer)
     if template is None:
         raise UserError(f"{str(settings.path)!r} has no chat template; leave out --apply_chat_template")
     messages = [[{"role": "user", "content": str(text)}] for text in texts]
-    return [template.encode(tokenizer, message, control_tokens=control_tokens) for message in messages]
+    chat = conversation_of(tokenizer, template)
+    ends = {"stop": chat.stop, "stop_token_ids": chat.stop_token_ids}
+    return [template.encode(tokenizer, message, control_tokens=control_tokens) for message in messages], ends
 
 
 def _answer_one(events: Any, settings: Settings) -> None:

@@ -59,6 +59,22 @@ def test_template_variables_reach_the_template(tmp_path, capfd):
     assert [line for line in ended.out.splitlines() if line.startswith(">>> ")] == [">>> ac", ">>> bc"], ended.err
 
 
+def test_an_answer_to_a_message_ends_where_the_template_ends_a_turn(tmp_path, capfd, monkeypatch):
+    write(tmp_path / "m.gguf", tokenizer__chat_template="{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    given = []
+
+    def asked(_, prompts, **options):
+        given.append((options["stop"], options["stop_token_ids"]))
+        raise ConfigError("that will do")
+
+    monkeypatch.setattr(sepjax.Generator, "generate", asked)
+    flags = [f"--model={tmp_path}/m.gguf", "--prompt=a", "--prompt=b", "--stop=zzz", "--stop_token_ids=3"]
+    for more in ([], ["--apply_chat_template"]):
+        assert "that will do" in command(capfd, "generate", *flags, *more).err
+    end = sepjax.load(f"{tmp_path}/m.gguf")[1].control_id("<|im_end|>")
+    assert given == [(("zzz",), (3,)), (["zzz"], [3, end])]
+
+
 ARM = "--arm=separator a=1 s=4 w=6 c=20"  # of all tests here: the same programs
 
 
