@@ -92,6 +92,13 @@ class Conversation(abc.ABC):
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
 
+    def ends(self, options: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """`stop` and `stop_token_ids` of these options of generation, and what ends an answer beside them."""
+        return {
+            "stop": [*options["stop"], *self.stop],
+            "stop_token_ids": [*options["stop_token_ids"], *self.stop_token_ids],
+        }
+
     @abc.abstractmethod
     def turn(self, text: str, *, before: int | None) -> tuple[list[int], str]:
         """The ids to feed for what the user says, and what is to be reported, if anything.

@@ -55,9 +55,7 @@ def main(settings: Settings) -> None:
 
     def begin(system: str, resume: str | None = None) -> "tuple[Stream, Conversation]":
         form = conversation_of(tokenizer, template, system=system, control_tokens=control)
-        options: dict[str, Any] = given | {"resume": resume}
-        options["stop"] = [*settings.stop, *form.stop]
-        options["stop_token_ids"] = [*settings.stop_token_ids, *form.stop_token_ids]
+        options: dict[str, Any] = given | form.ends(given) | {"resume": resume}
         return engine.stream(max_new_tokens=new, control_tokens=control, **options), form
 
     events, form = begin(settings.system, settings.resume)

@@ -26,6 +26,7 @@ from sepjax.progress import working
 if TYPE_CHECKING:
     from sepjax.data.tokenizer import Tokenizer
     from sepjax.generation.batch import Generation
+    from sepjax.generation.conversation import Conversation
     from sepjax.generation.engine import Generator
     from sepjax.generation.prompts import Prompt
     from sepjax.programs.many import Many
@@ -119,16 +120,16 @@ def main(settings: Settings) -> None:
         saved.check_place(settings.save)
     model, tokenizer = load(settings.path, **settings.loading)
     control = settings.control_tokens is not False
-    many, ends = _encoded(settings, tokenizer, lines) if lines else None, {}
+    many, form = _encoded(settings, tokenizer, lines) if lines else None, None
     if many is not None:
         prompts = many.prompts
     elif settings.apply_chat_template:
-        prompts, ends = _as_messages(settings, tokenizer, prompts, control)
+        prompts, form = _as_messages(settings, tokenizer, prompts, control)
     new = settings.max_new_tokens or (None if settings.stream else _NEW_TOKENS)
     options = settings.options(tokenizer) | {"max_new_tokens": new, "control_tokens": control}
     options["stop_at_eos"] = not settings.stream
-    if not settings.stream:
-        options |= {name: [*options[name], *more] for name, more in ends.items()}
+    if form is not None and not settings.stream:
+        options |= form.ends(options)
     settings.warn(model, tokenizer, prompts, new)
     kept = settings.kept_in_words(model)
     if settings.goes_on:
@@ -167,8 +168,7 @@ def _lines(settings: Settings) -> "list[Line]":
     if not settings.prompts:
         return []
     lines = prompt_lines.read_lines(settings.prompts)
-    has_chats = settings.apply_chat_template or any(line.messages for line in lines)
-    if settings.template_variables is not None and not has_chats:
+    if settings.template_variables is not None and not _has_chats(settings, lines):
         raise ConfigError(
             f"--template_variables does nothing for {settings.prompts!r}, which has no conversations; leave it out"
         )
@@ -177,28 +177,30 @@ def _lines(settings: Settings) -> "list[Line]":
     return lines
 
 
+def _has_chats(settings: Settings, lines: "Sequence[Line]") -> bool:
+    return settings.apply_chat_template or any(line.messages for line in lines)
+
+
 def _encoded(settings: Settings, tokenizer: "Tokenizer", lines: "Sequence[Line]") -> "Many":
     from sepjax.programs.many import encode_all
 
-    conversations = settings.apply_chat_template or any(line.messages for line in lines)
-    template = settings.template(tokenizer) if conversations else None
+    template = settings.template(tokenizer) if _has_chats(settings, lines) else None
     control = settings.control_tokens
     return encode_all(tokenizer, template, lines, as_messages=settings.apply_chat_template, control_tokens=control)
 
 
 def _as_messages(
     settings: Settings, tokenizer: "Tokenizer", texts: "Sequence[Prompt]", control_tokens: bool
-) -> "tuple[list[Prompt], dict[str, Sequence[Any]]]":
-    """Token ids of each text as a user's message, up to where the answer begins; and what ends an answer, too."""
+) -> "tuple[list[Prompt], Conversation]":
+    """Token ids of each text as a user's message, up to where the answer begins; and what form they are in."""
     from sepjax.generation.conversation import conversation_of
 
     template = settings.template(tokenizer)
     if template is None:
         raise UserError(f"{str(settings.path)!r} has no chat template; leave out --apply_chat_template")
     messages = [[{"role": "user", "content": str(text)}] for text in texts]
-    chat = conversation_of(tokenizer, template)
-    ends = {"stop": chat.stop, "stop_token_ids": chat.stop_token_ids}
-    return [template.encode(tokenizer, message, control_tokens=control_tokens) for message in messages], ends
+    ids: list[Prompt] = [template.encode(tokenizer, message, control_tokens=control_tokens) for message in messages]
+    return ids, conversation_of(tokenizer, template)
 
 
 def _answer_one(events: Any, settings: Settings) -> None:

@@ -13,7 +13,7 @@ from sepjax.config import UserError
 from sepjax.console import say
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.batch import Generation
-from sepjax.generation.conversation import ChatFormat, conversation_of
+from sepjax.generation.conversation import ChatFormat, Conversation, conversation_of
 from sepjax.generation.engine import Generator
 from sepjax.generation.prompts import Prompt, row_keys
 from sepjax.hub.chat_template import ChatTemplate
@@ -25,16 +25,15 @@ _DIGESTED = 2**20  # bytes of the smallest arrays that tell weights apart
 
 @dataclasses.dataclass(frozen=True)
 class Many:
-    """Prompts as token ids, and what ends the answers of conversations beside what ends all."""
+    """Prompts as token ids; those of conversations are in a form that says what ends their answers."""
 
     prompts: list[Prompt]
     are_chats: list[bool]
-    stop: tuple[str, ...]
-    stop_token_ids: tuple[int, ...]
+    form: Conversation
 
     def digest(self) -> str:
         """Another one for other prompts."""
-        told = [self.prompts, self.are_chats, self.stop, self.stop_token_ids]
+        told = [self.prompts, self.are_chats, self.form.stop, self.form.stop_token_ids]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
@@ -68,7 +67,7 @@ def encode_all(
     each = counted(lines, "encoding the prompts", len(lines), "prompts")
     control = {"as_messages": as_messages, "control_tokens": control_tokens}
     prompts: list[Prompt] = [encoded(line, tokenizer, template, form, **control) for line in each]
-    return Many(prompts, are_chats, chat.stop, chat.stop_token_ids)
+    return Many(prompts, are_chats, chat)
 
 
 def asked_of(engine: Generator, many: Many, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,9 +116,7 @@ def answer_many(
         numbers = [i for i, is_chat in enumerate(many.are_chats) if is_chat is chats and i not in done]
         if not numbers:
             continue
-        ends: dict[str, Any] = {}
-        if chats:
-            ends = {name: [*options[name], *getattr(many, name)] for name in ("stop", "stop_token_ids")}
+        ends: dict[str, Any] = many.form.ends(options) if chats else {}
 
         def take(found: Mapping[int, Generation], numbers: list[int] = numbers) -> None:
             answered({numbers[place]: answer for place, answer in found.items()})
