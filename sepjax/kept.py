@@ -58,7 +58,7 @@ def read(file: Path, own: AttentionConfig, num_layers: int) -> AttentionConfig:
             raise ConfigError('no bounded cache serves the pattern "dense"; expected another')
     except (ValueError, OSError) as error:
         raise ConfigError(
-            f"{str(file)!r} is to say what bounded caches of the model keep: {error}; mend or remove the file"
+            f"{str(file)!r} sets what bounded caches of the model keep, but is invalid: {error}; fix or delete the file"
         ) from error
     return arms[0].attention
 

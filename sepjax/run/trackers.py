@@ -56,7 +56,7 @@ class Trackers:
             except Exception as error:  # of another package, of any kind
                 self.close()
                 raise TrackerError(
-                    f"--log_to={tracker}: {first_line(error)}; mend that, leave the flag out"
+                    f"--log_to={tracker}: {first_line(error)}; fix that, or omit the flag"
                     f"{', or set WANDB_MODE=offline' if tracker == 'wandb' else ''}"
                 ) from error
 

@@ -141,7 +141,7 @@ def test_a_folder_is_read_as_a_person_sees_it(tmp_path):
     (folder / "round").symlink_to(folder)
     assert sorted(read(folder, tmp_path / "p", "all")) == ["c", "d", "elsewhere"]
     (folder / "e.txt").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"e\.txt' is a link to 'nowhere', where nothing is; mend or remove it"):
+    with pytest.raises(DataError, match=r"e\.txt' is a link to 'nowhere', which does not exist; fix or remove it"):
         read(folder, tmp_path / "p", "all")
 
 

@@ -128,9 +128,9 @@ def test_it_lies_with_the_model_and_is_read_with_it(file):
         ("separator model=x", "model=x"), ("watched windows=9", "layer_windows has 1"), ("sink_window\xff", "utf-8"),
     ):  # fmt: skip
         stored.write_bytes(content.encode("latin-1"))
-        with pytest.raises(ConfigError, match=rf"m\.kept\.arm' is to say what .*{message}.*; mend or remove the file"):
+        with pytest.raises(ConfigError, match=rf"m\.kept\.arm' sets what .*{message}.*; fix or delete the file"):
             kept.read(stored, OURS, CONFIG.num_layers)
-    with pytest.raises(ConfigError, match="mend or remove the file"):
+    with pytest.raises(ConfigError, match="fix or delete the file"):
         sepjax.load(file)
     stored.unlink()
     assert kept.find(file, file) is None
@@ -143,27 +143,32 @@ def test_the_first_line_says_what_is_kept_and_why(file, tmp_path, capfd, monkeyp
     loaded, tokenizer = sepjax.load(file)
     Generator(loaded, tokenizer).stream().save(tmp_path / "talk")
     stored, saved = f"{tmp_path}/m.kept.arm", f"--resume={tmp_path}/talk"
-    other = "for another: --arm=... or --pattern=..."
+    other = "change with --arm=... or --pattern=...)"
     for flags, line in (
-        ((), f"the newest tokens, 20 entries a layer, as {stored} says, which is stored with the model; {other}"),
-        (("--cache_size=700",), f"separators, 700 entries a layer, as --cache_size asks (in place of {stored}, which "),
-        ((saved,), "the newest tokens, 20 entries a layer, as the saved stream did"),
+        ((), f"20 entries per layer, for recent tokens only (set by {stored}, stored with the model; {other}"),
+        (
+            ("--cache_size=700",),
+            f"700 entries per layer, for recent tokens and separators (set by --cache_size, replacing {stored}, ",
+        ),
+        ((saved,), "20 entries per layer, for recent tokens only (as in the saved stream)"),
     ):
         monkeypatch.setattr(sys, "stdin", io.StringIO(""))
         ended = command(capfd, "chat", f"--model={file}", *flags)
         assert ended.code == 0, ended.err
-        assert f"the cache keeps {line}" in ended.err
+        assert f"KV cache: {line}" in ended.err
     said = refusal(capfd, "chat", f"--model={file}", saved, "--arm=separator s=2 w=6 c=20")
     assert "saved with sizes.pattern='sink_window', expected 'separator'" in said
     settings = chat.Settings(model=str(file))
     (tmp_path / "m.kept.arm").unlink()
     loaded.kept = None
     line = kept_line(settings, loaded)
-    assert f"not measured for this model: sepjax layers --model={file} --text=FOLDER finds" in line
+    assert f"not measured for this model: sepjax layers --model={file} --text=FOLDER searches" in line
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").touch()
     line = kept_line(chat.Settings(workdir=str(tmp_path / "run")), loaded)
-    assert line == f"the cache keeps separators, 800 entries a layer, as the model's own settings have it; {other}"
+    assert (
+        line == f"KV cache: 800 entries per layer, for recent tokens and separators (the model's own settings; {other}"
+    )
 
 
 def test_layers_stores_it_where_the_model_has_no_mask_of_its_own(file, tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def test_a_tracker_gets_all_metrics_and_knows_the_run_again(tmp_path: Path, pack
     begun, resumed, anew = first.runs
     assert begun["id"] == resumed["id"] != anew["id"]
     assert resumed["project"] == "ours"
-    with pytest.raises(TrackerError, match=r"^--log_to=trackio: no room; mend that, leave the flag out$"):
+    with pytest.raises(TrackerError, match=r"^--log_to=trackio: no room; fix that, or omit the flag$"):
         Trackers(["wandb", "trackio"], workdir, config)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     Trackers(["wandb", "trackio"], workdir, config).log(1, {"a": 1.0})

@@ -57,7 +57,7 @@ def files_of(root: Path) -> list[Path]:
                 f"{str(file)!r} is packed in a way that is not read; unpack it, or pack it with gzip or zstd"
             )
         if not file.exists() and kind_of_file(file):
-            raise DataError(f"{str(file)!r} is a link to {os.readlink(file)!r}, where nothing is; mend or remove it")
+            raise DataError(f"{str(file)!r} is a link to {os.readlink(file)!r}, which does not exist; fix or remove it")
     if not root.is_dir():
         _check_single(root)
         return files
