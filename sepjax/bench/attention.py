@@ -1,6 +1,6 @@
 """separator_attention against dense attention, over sequence lengths: one table.
 
-    python -m sepjax.bench.attention [--lengths=2048,32768 --implementations=best,xla --json=bench.json]
+    sepjax bench attention [--lengths=2048,32768 --implementations=best,xla --json=bench.json]
 
 Every call has the same number of tokens (a longer row: as many as it has), so that a dense forward pass costs in
 proportion to T. Columns:
@@ -8,7 +8,7 @@ proportion to T. Columns:
     ms          `separator_attention`, packing of keys and return of packed gradients included; the layout, made once a
                 batch and shared by all layers, is timed apart (in the table's foot)
     dense       cuDNN's causal flash attention over whole rows, and on devices without cuDNN what stands in for it
-    window      the same with a sliding window of n keys: the floor of the band, without sinks and separators
+    window      the same with a sliding window of n keys: the lower bound of the band, without sinks and separators
     speed-up    dense over ms; its ideal is dense pairs over visible pairs
 
 On a CPU, which has neither memory nor time for the defaults, try
@@ -44,12 +44,12 @@ class Shapes(_Settings):
     """Of which rows. The defaults are the shapes of the project's bars."""
 
     lengths: Annotated[tuple[int, ...], AtLeast(1)] = (2048, 4096, 8192, 16384, 32768, 131072)  # tokens of a row, T
-    tokens: Annotated[int, AtLeast(1)] = 32768  # of a call, B * T; B is at least 1
+    tokens: Annotated[int, AtLeast(1)] = 32768  # tokens of a call, B * T; B is at least 1
     density: Annotated[float, AtLeast(0), AtMost(1)] = 0.12  # share of tokens that are separators, drawn at random
     window_size: Annotated[int, AtLeast(1)] = 256  # keys of the window, n
     num_sinks: Annotated[int, AtLeast(0)] = 4  # first tokens always visible, a
     num_heads: Annotated[int, AtLeast(1)] = 32  # query heads, N
-    num_kv_heads: Annotated[int, AtLeast(1)] = 8  # key heads, K
+    num_kv_heads: Annotated[int, AtLeast(1)] = 8  # KV heads, K
     head_dim: Annotated[int, AtLeast(1)] = 128  # head size, H
     dtype: Annotated[str, OneOf(("bfloat16", "float16", "float32"))] = "bfloat16"  # of queries and keys
     # packed documents, repeated until a row is full; default: a row is a document

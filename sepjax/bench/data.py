@@ -1,6 +1,6 @@
 """Tokens per second of the input pipeline alone.
 
-    python -m sepjax.bench.data --config=configs/sep_small.py --data_dir=/tmp/data [--config.data.num_workers=2]
+    sepjax bench data --config=configs/sep_small.py --data_dir=/tmp/data [--config.data.num_workers=2]
 
 Prepares what is missing first (corpus, tokenizer), then times batches as train.py would draw them, after the first one.
 The last line is JSON.

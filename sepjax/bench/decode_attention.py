@@ -1,10 +1,10 @@
 """Attention of one new token over bounded caches: the kernel against plain XLA, and the errors of both.
 
-    python -m sepjax.bench.decode_attention [--rows=1,760 --cache_sizes=325,800 --shapes=9/3/64,32/8/128]
+    sepjax bench decode_attention [--rows=1,760 --cache_sizes=325,800 --shapes=9/3/64,32/8/128]
                                             [--cache_dtypes=model,int8]
 
 A call is the attention of so many layers that the device's own caches do not hold their keys, each reading what the one
-before gave, queries turned and all; a figure is a layer's share of it. Caches are as after a long text, rows at
+before gave, rotation of queries included; a figure is a layer's share of it. Caches are as after a long text, rows at
 different distances from their next compaction. The share of bandwidth is the time to read the keys and values that rows
 *hold* once, at the memory's own speed, over the time taken; errors are the largest, against float32, of the first rows
 of a layer. The last line is JSON.
@@ -39,13 +39,13 @@ _CHECKED = 4  # rows whose errors are looked at: the reference takes room
 class Settings(_Settings):
     """What is measured."""
 
-    shapes: tuple[str, ...] = ("9/3/64", "32/8/128")  # query heads/key heads/head size
+    shapes: tuple[str, ...] = ("9/3/64", "32/8/128")  # query heads/KV heads/head size
     cache_sizes: Annotated[tuple[int, ...], AtLeast(325)] = (325, 800, 4096)  # c, of caches 4/64/256/c
     rows: Annotated[tuple[int, ...], AtLeast(1)] = (1, 16, 64, 256, 760)  # rows of a step
     pattern: str = "separator"  # pattern of the caches
     dtype: str = "bfloat16"  # dtype of queries, keys and values
     cache_dtypes: Annotated[tuple[str, ...], OneOf(CACHE_DTYPES)] = ("model",)  # dtype of keys and values in caches
-    gigabytes: Annotated[float, AtLeast(0)] = 1.0  # least size of keys and values in a call
+    gigabytes: Annotated[float, AtLeast(0)] = 1.0  # minimum size of keys and values in a call
     seconds: Annotated[float, AtLeast(0)] = 0.2  # time for each figure
 
 

@@ -1,6 +1,6 @@
 """Tokens per second of generation, for the shape of a config with random weights.
 
-    python -m sepjax.bench.generation --config=configs/sep_small.py [--batch_sizes=1,32 --max_new_tokens=256]
+    sepjax bench generation --config=configs/sep_small.py [--batch_sizes=1,32 --max_new_tokens=256]
 
 The tokenizer is trained on the spot on the language reference of Python itself. Each case runs twice; the second run,
 which compiles nothing, is timed from prompt to last token. The last line is JSON.

@@ -1,6 +1,6 @@
 """The kernels of implementation="mosaic_gpu" one by one: milliseconds, and TFLOP/s by needed pairs.
 
-    python -m sepjax.bench.kernels [--lengths=2048,32768 --num_heads=32 --num_kv_heads=8 --head_dim=128]
+    sepjax bench kernels [--lengths=2048,32768 --num_heads=32 --num_kv_heads=8 --head_dim=128]
 
 What docs/kernels.md logs. Inputs are those of `sepjax.bench.attention`; it needs a Hopper GPU.
 """

@@ -1,6 +1,6 @@
 """Tokens per second of whole answers, against Hugging Face's transformers on the same weights, prompts and device.
 
-    python -m sepjax.bench.peers --model=smollm2-135m [--torch_python=.venv-torch/bin/python --batch_sizes=1,16]
+    sepjax bench peers --model=smollm2-135m [--torch_python=.venv-torch/bin/python --batch_sizes=1,16]
 
 transformers runs in a process of its own, under a Python that has it and torch, before this one takes the device: with
 its default cache, and with a static cache whose step it compiles (`cache_implementation="static"`; on a GPU). sepjax

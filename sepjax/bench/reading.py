@@ -1,6 +1,6 @@
 """Prefill over bounded caches: passes over chunks of tokens, and books streamed through them for scoring.
 
-    python -m sepjax.bench.reading --config=configs/llama3_8b.py [--budget=4/64/256/800 --shapes=32x128,1x480]
+    sepjax bench reading --config=configs/llama3_8b.py [--budget=4/64/256/800 --shapes=32x128,1x480]
 
 For the shape of a config, with random weights and full caches, rows at different distances from their next compaction.
 A pass takes every row up to its next one at most, compacts those that are due, and gives the scores of what follows.

@@ -1,6 +1,6 @@
 """Tokens per second of slots, as a server uses them, against the bare decode loop with as many rows.
 
-    python -m sepjax.bench.slots --config=configs/llama3_8b.py [--budget=4/64/256/800 --rows=8,64 --cache_dtype=int8]
+    sepjax bench slots --config=configs/llama3_8b.py [--budget=4/64/256/800 --rows=8,64 --cache_dtype=int8]
 
 For the shape of a config, with random weights and full caches. The bare loop makes 32 steps in a call and reads none of
 what they draw. Slots look at every token of every row: "plain" requests take the best token, "asking" ones draw with

@@ -1,11 +1,11 @@
 """Decode steps of a config's shape, random weights and full bounded caches, against the memory they must read.
 
-    python -m sepjax.bench.steps --config=configs/llama3_8b.py [--budget=4/64/256/800 --batch_sizes=1,auto]
+    sepjax bench steps --config=configs/llama3_8b.py [--budget=4/64/256/800 --batch_sizes=1,auto]
 
-A step at batch 1 reads every weight once; the bar is the time that takes at the memory's own speed, measured here on a
-large array. "auto" is the largest batch that fits. `--patterns=separator,watched` measures caches of several patterns
-at that budget, `--cache_dtypes=model,int8` each in both types, `--dense_context=32768` one that holds so many tokens,
-and says how many times its tokens a second the bounded ones give, each at its best. The last line is JSON.
+A step at batch 1 reads every weight once; the lower bound is the time that this takes at the memory bandwidth,
+measured here on a large array. "auto" is the largest batch that fits. `--patterns=separator,watched` measures caches
+of several patterns at that budget, `--cache_dtypes=model,int8` each in both dtypes, `--dense_context=32768` a dense
+cache of that many tokens, with the ratio of tokens per second, each at its best batch. The last line is JSON.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Training tokens per second of a config, against the same model with dense attention, over sequence lengths.
 
-    python -m sepjax.bench.training --config=configs/sep_small.py [--lengths=2048,8192,32768 --json=bench.json]
+    sepjax bench training --config=configs/sep_small.py [--lengths=2048,8192,32768 --json=bench.json]
 
 Whole optimizer steps of `train_step` on random tokens, without a data pipeline; separators are drawn at random with the
 density given, a row is one document. The baseline is the config with attention.pattern="dense" and no document mask,
@@ -34,7 +34,7 @@ class Settings(_Settings):
     """What is measured, besides the config."""
 
     lengths: Annotated[tuple[int, ...], AtLeast(1)] = (2048, 8192, 32768)  # tokens of a row, T
-    tokens: Annotated[int, AtLeast(1)] = 32768  # of a micro-batch
+    tokens: Annotated[int, AtLeast(1)] = 32768  # tokens of a micro-batch
     # micro-batches of a step; the optimizer's share shrinks with them
     accumulation_steps: Annotated[int, AtLeast(1)] = 1
     density: Annotated[float, AtLeast(0), AtMost(1)] = 0.12  # share of tokens that are separators, drawn at random

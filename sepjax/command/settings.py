@@ -22,6 +22,7 @@ import tokenize
 import types
 import typing
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -189,11 +190,18 @@ def help_text(command: str, about: str, cls: type) -> str:
     """What --help prints: `about`, every field, and every setting of a config if there is one."""
     everywhere = {field.name for field in dataclasses.fields(Settings)}
     own = sorted(flags_of(cls), key=lambda flag: (flag.default is not dataclasses.MISSING, flag.name in everywhere))
-    lines = [f"{command}: {about.strip()}", "", "Flags:", *flag_lines(own)]
+    lines = [f"{_called(command, about)}: {about.strip()}", "", "Flags:", *flag_lines(own)]
     if any(flag.kind is Config for flag in own):
         lines += ["", "Settings of --config, each with the value it has where the file says nothing:"]
         lines += flag_lines([dataclasses.replace(flag, name=path) for path, flag in config_flags()])
     return "\n".join(lines)
+
+
+def _called(command: str, about: str) -> str:
+    """The command as users type it: a bench runs as a module, whose file stands in `command`."""
+    path = Path(command)
+    bench = f"sepjax bench {path.parent.name if path.stem == '__main__' else path.stem}"
+    return bench if f"{bench} " in about else command
 
 
 def flag_lines(flags: Iterable[Flag]) -> list[str]:

@@ -107,7 +107,7 @@ class TrainingConfig:
     steps: int = 1000  # optimizer steps of the run
     log_every: int = 10  # steps between lines of metrics
     eval_every: int = 200  # steps between evaluations
-    eval_batches: int = 8  # most batches per evaluation
+    eval_batches: int = 8  # maximum batches per evaluation
     checkpoint_every: int = 200  # steps between checkpoints
     keep_checkpoints: int = 3  # newest checkpoints to keep
     max_skipped_steps: int = 0  # steps in a row that may be skipped (not finite, or a spike) before the run ends

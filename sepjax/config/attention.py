@@ -41,7 +41,7 @@ class AttentionConfig:
     # For pattern="watched", of bounded caches: a token that leaves the window is kept if it got a high attention
     # weight while it was there, in a layer of `watch_layers` (empty: the upper half); the best `max_separators` stay.
     watch_layers: tuple[int, ...] = ()  # for pattern="watched": layers whose weights count; empty: the upper half
-    kept_set: str = "head"  # "head": each key head of a watched layer keeps its own tokens; "model": one set for all
+    kept_set: str = "head"  # "head": each KV head of a watched layer keeps its own tokens; "model": one set for all
     # for pattern="watched": age in tokens from which attention weights count; all younger tokens get high ones
     watch_after: int = 16
     # tokens after which an attention weight (in bounded caches also a gate's score) counts half; 0: never

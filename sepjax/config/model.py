@@ -18,7 +18,7 @@ class ModelConfig:
     num_layers: int = 4  # L, blocks of attention and MLP
     embed_dim: int = 256  # D, width of the residual stream
     num_heads: int = 4  # N, query heads
-    num_kv_heads: int = 4  # K, key heads; N / K query heads share each (1: multi-query attention)
+    num_kv_heads: int = 4  # K, KV heads; N / K query heads share each (1: multi-query attention)
     head_dim: int = 64  # H, width of a head
     mlp_dim: int = 1024  # F, hidden width of the MLP
     norm: str = "rmsnorm"  # "rmsnorm" | "layernorm"

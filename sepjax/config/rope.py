@@ -16,10 +16,10 @@ class RopeConfig:
     scaling: str = "none"  # "none" | "linear" | "llama3" | "yarn"
     factor: float = 1.0  # context length over `original_context`
     original_context: int = 8192  # context length of the original training
-    low_frequency_factor: float = 1.0  # scaling="llama3": full scaling up to this many turns in original_context
-    high_frequency_factor: float = 4.0  # scaling="llama3": no scaling from this many turns on
-    beta_fast: float = 32.0  # scaling="yarn": no scaling from this many turns on
-    beta_slow: float = 1.0  # scaling="yarn": full scaling up to this many turns
+    low_frequency_factor: float = 1.0  # scaling="llama3": full scaling up to this many rotations in original_context
+    high_frequency_factor: float = 4.0  # scaling="llama3": no scaling from this many rotations on
+    beta_fast: float = 32.0  # scaling="yarn": no scaling from this many rotations on
+    beta_slow: float = 1.0  # scaling="yarn": full scaling up to this many rotations
     truncate: bool = True  # scaling="yarn": the ramp begins and ends at whole dimensions
     # factor on cosine and sine; 0: the default of the scaling, 0.1 ln(factor) + 1 for yarn and 1 for others
     attention_factor: float = 0.0

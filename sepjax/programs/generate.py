@@ -53,7 +53,7 @@ class Settings(Writing):
     # "messages" (and "tools"), and optionally "id". The answers are JSON Lines, too
     prompts: str = ""
     output: str | None = None  # with --prompts: file to write; an interrupted run continues; default: stdout
-    batch_size: Annotated[int, AtLeast(1)] | None = None  # with --prompts: most prompts per batch; default: 32
+    batch_size: Annotated[int, AtLeast(1)] | None = None  # with --prompts: maximum prompts per batch; default: 32
     logprobs: bool = False  # with --prompts: write the log-probabilities of the generated tokens
     # with --prompts: write those of this many most probable tokens at each step, too
     top_logprobs: Annotated[int, AtLeast(1), AtMost(20)] | None = None

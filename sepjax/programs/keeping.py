@@ -25,7 +25,7 @@ class Settings(_Settings):
     by: Annotated[str, OneOf(MEASURES)] = "loss"  # how to measure the worth of a token id (sepjax/keeping/measure.py)
     window_size: Annotated[int, AtLeast(1)] = 256  # n, the local window; nearer tokens are visible anyway
     length: Annotated[int, AtLeast(2)] = 1024  # tokens per row
-    max_tokens: Annotated[int, AtLeast(1)] = 65_536  # most tokens to run through the model; all of --text is counted
+    max_tokens: Annotated[int, AtLeast(1)] = 65_536  # maximum tokens to run through the model; all of --text is counted
     output: str = "kept.json"  # JSON file to write: the ids, and how they were found
     store: bool = False  # also store the ids as the model's separators in its Hugging Face folder
 

@@ -43,9 +43,9 @@ class Settings(_Settings):
     # tokens per row of the search; 0: ten times --slots, on a CPU 1,024. Below four times --slots layers are tried
     # one at a time, and sizes are not searched
     length: Annotated[int, AtLeast(0)] = 0
-    max_tokens: Annotated[int, AtLeast(0)] = 0  # most tokens of the search; 0: 32,768, on a CPU 6,144
+    max_tokens: Annotated[int, AtLeast(0)] = 0  # maximum tokens of the search; 0: 32,768, on a CPU 6,144
     check_tokens: Annotated[int, AtLeast(0)] = 0  # tokens of the check, on other texts; 0: 32,768, on a CPU 16,384
-    seed: Annotated[int, AtLeast(0)] = 0  # of the division of --text into search and check
+    seed: Annotated[int, AtLeast(0)] = 0  # seed of the split of --text into search and check
     # file to write, for --arm=@FILE; default: kept.arm, stored with the model, which its bounded caches use from then
     # on; or layers.arm if the model is not a local file or folder, or was trained under its own mask
     output: str = ""

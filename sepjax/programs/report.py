@@ -28,7 +28,7 @@ class Settings(_Settings):
     samples: Annotated[int, AtLeast(0)] = 0  # texts to generate with the newest checkpoint; 0: show existing ones
     # prompts for --samples; default: beginnings of the evaluation split
     prompt: Annotated[tuple[str, ...], Repeated()] = ()
-    max_new_tokens: Annotated[int, AtLeast(1)] = 100  # most tokens of each sample
+    max_new_tokens: Annotated[int, AtLeast(1)] = 100  # maximum tokens of each sample
     apply_chat_template: bool = False  # put each --prompt into the model's chat template, as a user message
     kept: str = ""  # a UTF-8 text file: show which of its tokens the cache keeps
     # for --kept: pattern and sizes as in --arms of sepjax evaluate, or @FILE; default: the model's own for bounded

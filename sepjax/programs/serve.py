@@ -33,14 +33,14 @@ class Settings(Conversing):
     name: str | None = None  # the model's name in the API; default: the last part of --model or --workdir
     slots: Annotated[int, AtLeast(1)] = 8  # sequences that run at the same time
     tensor: Annotated[int, AtLeast(1)] = 1  # devices of this machine that share weights and caches, split by heads
-    host: str = "127.0.0.1"  # address to listen on; any but this machine's own (127.0.0.1) needs a key
+    host: str = "127.0.0.1"  # address to listen on; all but this machine's own (127.0.0.1) need a key
     port: Annotated[int, AtLeast(0)] = 8000  # port to listen on; 0: any free one
     api_key: str | None = None  # key that clients must send; better set SEPJAX_API_KEY in the environment
     # answers that may wait for a slot (each of `n` counts); beyond that, 429
     max_waiting: Annotated[int, AtLeast(0)] = 256
-    max_prompt_tokens: Annotated[int, AtLeast(0)] = 0  # most tokens of one prompt; 0: limited by --max_body_bytes only
-    max_body_bytes: Annotated[int, AtLeast(1024)] = 16 << 20  # most bytes of one request
-    max_new_tokens: Annotated[int, AtLeast(1)] = 4096  # most tokens of a chat answer if the client gives no max_tokens
+    max_prompt_tokens: Annotated[int, AtLeast(0)] = 0  # maximum tokens of a prompt; 0: limited by --max_body_bytes only
+    max_body_bytes: Annotated[int, AtLeast(1024)] = 16 << 20  # maximum bytes of a request
+    max_new_tokens: Annotated[int, AtLeast(1)] = 4096  # maximum tokens of a chat answer without max_tokens
     cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations that may continue; 0: none
     # MiB of device memory for those that may continue soon; default: half of what an accelerator has left
     device_memory: Annotated[int | None, AtLeast(0)] = None
@@ -49,10 +49,10 @@ class Settings(Conversing):
     # processes for HTTP and tokenization; 0: a thread of this one; default: up to 4 with an accelerator, otherwise 0
     http_processes: Annotated[int | None, AtLeast(0), AtMost(MOST_HTTP)] = None
     state: str | None = None  # folder that keeps conversations across restarts; default: none are kept
-    # MiB of files in it; the least recently used conversations are deleted first
+    # maximum MiB of files in --state; the least recently used conversations are deleted first
     state_size: Annotated[int, AtLeast(1)] = 16384
     drain_seconds: float = 30.0  # time for running answers to finish after SIGTERM
-    log_level: Annotated[str, OneOf(("debug", "info", "warning", "error"))] = "info"  # least severe messages to log
+    log_level: Annotated[str, OneOf(("debug", "info", "warning", "error"))] = "info"  # minimum severity to log
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -125,9 +125,9 @@ class Conversing(Bounded):
 class Writing(Conversing):
     """How text is made, and over which cache."""
 
-    # most tokens of an answer; default: 128, in streams and chats no limit
+    # maximum tokens of an answer; default: 128, in streams and chats no limit
     max_new_tokens: Annotated[int, AtLeast(1)] | None = None
-    # before so many tokens, no end token, --stop_token_ids or --stop ends an answer; default: 0
+    # minimum tokens before an end token, --stop_token_ids or --stop can end an answer; default: 0
     min_new_tokens: Annotated[int | None, AtLeast(0)] = None
     temperature: float | None = None  # 0, the default: greedy; above 0: sample
     top_k: int | None = None  # sample from the k most probable tokens; 0, the default: all
@@ -141,7 +141,7 @@ class Writing(Conversing):
     repetition_penalty: float | None = None
     # use the sampling settings that the model's own files recommend, where none is given
     sampling_defaults: bool = False
-    seed: int | None = None  # of sampling; default: 0
+    seed: int | None = None  # seed of sampling; default: 0
     stop: Annotated[tuple[str, ...], Repeated()] = ()  # string that ends an answer
     stop_token_ids: Annotated[tuple[int, ...], AtLeast(0)] = ()  # token ids that end an answer, besides the model's own
     # read names of control tokens in your texts as control tokens; default: not in chats

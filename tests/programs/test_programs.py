@@ -14,7 +14,7 @@ import pytest
 
 from sepjax import programs
 from sepjax.command import moved
-from sepjax.command.settings import flags_of
+from sepjax.command.settings import flags_of, help_text
 from sepjax.config import Config, ConfigError, TrainingConfig, checkout, load_config
 from sepjax.hub import convert
 from sepjax.keeping import distill
@@ -43,8 +43,10 @@ def test_every_program_tells_its_flags_and_what_they_mean(name, capfd):
 @pytest.mark.parametrize("name", bench.BENCHES)
 def test_every_flag_of_a_bench_has_a_meaning(name):
     module = importlib.import_module(bench.BENCHES[name] + (".__main__" if name == "mesh" else ""))
-    flags = flags_of(getattr(module, "CommandLine", None) or module.Settings)
-    assert [flag.name for flag in flags if not flag.meaning] == []
+    cls = getattr(module, "CommandLine", None) or module.Settings
+    assert [flag.name for flag in flags_of(cls) if not flag.meaning] == []
+    about = str(importlib.import_module(bench.BENCHES[name]).__doc__)
+    assert help_text(str(module.__file__), about, cls).startswith(f"sepjax bench {name}: ")
 
 
 def test_what_there_is(capfd):

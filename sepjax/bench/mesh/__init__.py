@@ -1,6 +1,6 @@
 """The mesh on the links of one host: training, context parallelism, checkpoints and generation over all local devices.
 
-    python -m sepjax.bench.mesh --json=mesh.json [--parts=training,attention,checkpoint,generation]
+    sepjax bench mesh --json=mesh.json [--parts=training,attention,checkpoint,generation]
 
 Every part is measured against one device of the same host, and written to the JSON file as soon as it is there.
 

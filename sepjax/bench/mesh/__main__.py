@@ -23,7 +23,7 @@ class CommandLine(_Settings):
     axes: Annotated[tuple[str, ...], OneOf(AXES)] = _TRAINING.axes  # meshes, each of one axis over all devices
     length: Annotated[int, AtLeast(1)] = _TRAINING.length  # tokens of a row in training
     long_length: Annotated[int, AtLeast(1)] = _TRAINING.long_length  # the same on the mesh `context`
-    tokens: Annotated[int, AtLeast(1)] = _TRAINING.tokens  # of a device's micro-batch
+    tokens: Annotated[int, AtLeast(1)] = _TRAINING.tokens  # tokens of a device's micro-batch
     lengths: Annotated[tuple[int, ...], AtLeast(1)] = _DEFAULT.attention.lengths  # tokens of a row of attention
     longest: Annotated[tuple[int, ...], AtLeast(1)] = _TRAINING.longest  # tokens of a row in the part of that name
     seconds: Annotated[float, AtLeast(0)] = _TRAINING.seconds  # for the loops of a figure

@@ -44,9 +44,9 @@ class Sliced(Settings):
     """A job that tells the loss by how long ago a bigram stood in the text."""
 
     baseline: str = ""  # arm to take differences from; default: the first
-    # most tokens back for the slice near; 0: the smallest window
+    # slice near: targets seen at most this many tokens ago; 0: the smallest window
     near: Annotated[int, AtLeast(0)] = 0
-    # least tokens back for the slice far; 0: the largest window, in streams the largest cache
+    # slice far: targets last seen more than this many tokens ago; 0: the largest window, in streams the largest cache
     far: Annotated[int, AtLeast(0)] = 0
 
     @property
@@ -67,8 +67,8 @@ class Texts(Settings):
     length: Annotated[int, AtLeast(0)] = 0  # tokens per window; default: as in training
     window_size: Annotated[int, AtLeast(0)] = 0  # n, the local window of every layer; default: as in training
     batch_size: Annotated[int, AtLeast(1)] = 8  # windows per forward pass
-    max_documents: Annotated[int, AtLeast(0)] = 0  # most documents to score; 0: all
-    max_tokens: Annotated[int, AtLeast(0)] = 0  # most tokens to score of each document; 0: all
+    max_documents: Annotated[int, AtLeast(0)] = 0  # maximum documents to score; 0: all
+    max_tokens: Annotated[int, AtLeast(0)] = 0  # maximum tokens to score of each document; 0: all
     bos: bool = True  # begin each document with BOS
 
     def __post_init__(self) -> None:

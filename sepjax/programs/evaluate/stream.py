@@ -23,8 +23,8 @@ class Settings(common.Sliced, common.Compared):
     text: str = ""
     split: str = ""  # split of the run's corpus, in TFDS's syntax; default: validation
     budgets: tuple[str, ...] | None = None  # cache sizes as sinks/separators/window/cache; default: the model's own
-    max_tokens: Annotated[int, AtLeast(0)] = 0  # most tokens to stream; 0: all
-    rows: Annotated[int, AtLeast(1)] = 32  # most documents streamed at a time
+    max_tokens: Annotated[int, AtLeast(0)] = 0  # maximum tokens to stream; 0: all
+    rows: Annotated[int, AtLeast(1)] = 32  # maximum documents streamed at a time
     chunk: Annotated[int, AtLeast(0)] = 0  # tokens per pass; 0: as many as fit; 1: token by token
     line_wise: bool = False  # the official protocol: BOS in front of every line, its last token left out
 

@@ -22,7 +22,7 @@ class Settings(Loading):
     # pattern and sizes as in --arms of sepjax evaluate (a=, s=, w=, c=, ...), or @FILE; default: the
     # model's own for bounded caches
     arm: str = ""
-    max_tokens: Annotated[int, AtLeast(1)] = 4096  # most tokens of the text
+    max_tokens: Annotated[int, AtLeast(1)] = 4096  # maximum tokens of the text
     output: str = ""  # .html file to write; default: the state after the last token, in the terminal
 
     def __post_init__(self) -> None:

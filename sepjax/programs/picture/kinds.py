@@ -19,7 +19,7 @@ class Settings(Loading):
     text: str  # a .txt file or a folder of them
     window_size: Annotated[int, AtLeast(1)] = 256  # n, the local window; attention beyond it counts
     length: Annotated[int, AtLeast(2)] = 1024  # tokens per row
-    max_tokens: Annotated[int, AtLeast(1)] = 16_384  # most tokens to measure
+    max_tokens: Annotated[int, AtLeast(1)] = 16_384  # maximum tokens to measure
     output: str = "kinds.png"  # a .png, .svg or .pdf file
 
     def __post_init__(self) -> None:

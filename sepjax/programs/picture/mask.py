@@ -19,7 +19,7 @@ class Settings(Loading):
     # pattern and sizes as in --arms of sepjax evaluate windows (a=, n=, ...), or @FILE; default: the model's own
     arm: str = ""
     layer: Annotated[int, AtLeast(0)] = 0  # layer to draw, if layers differ
-    max_tokens: Annotated[int, AtLeast(1), AtMost(512)] = 48  # most tokens of the text; up to 64 are labelled
+    max_tokens: Annotated[int, AtLeast(1), AtMost(512)] = 48  # maximum tokens of the text; up to 64 are labelled
     output: str = "mask.png"  # a .png, .svg or .pdf file
 
 

@@ -18,7 +18,7 @@ class Settings(Loading):
     text: str  # a UTF-8 text file
     # patterns and sizes as in --arms of sepjax evaluate stream; default: the model's own for bounded caches
     arms: str = ""
-    max_tokens: Annotated[int, AtLeast(1)] = 4096  # most tokens of the text
+    max_tokens: Annotated[int, AtLeast(1)] = 4096  # maximum tokens of the text
     output: str = "slots.png"  # a .png, .svg or .pdf file
 
 
