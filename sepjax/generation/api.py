@@ -52,20 +52,20 @@ def generate(
     Args:
       model: from `sepjax.load`.
       tokenizer: the model's.
-      prompts: one text, or a list of texts (BOS goes in front where the model's own tokenizer puts it, never twice) or
-        of token ids.
-      max_new_tokens: most tokens of an answer.
+      prompts: one text, or a list of texts (with BOS in front if the model's own tokenizer adds it, never twice) or of
+        lists of token ids.
+      max_new_tokens: maximum tokens of an answer.
       temperature, top_k, top_p, min_p: sampling (`sepjax.Sampling.create`); default: greedy.
-      presence_penalty, frequency_penalty, repetition_penalty, logit_bias: change the logits first; see there.
+      presence_penalty, frequency_penalty, repetition_penalty, logit_bias: change the logits before sampling.
       sampling_defaults: take those not given from the model's generation_config.json.
-      seed: of sampling; one per prompt, or a typed key, makes each answer independent of its place in the list.
+      seed: seed of sampling; one per prompt, or a typed key, makes each answer independent of its place in the list.
       stop, stop_token_ids: texts and tokens that end an answer and are left out of its text.
       stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
       control_tokens: read names of control tokens in the prompts as control tokens; False: as plain text.
-      attention: the pattern; None: as in training, for bounded caches what is stored with the model (`model.kept`).
+      attention: the pattern; None: as in training, for bounded caches the one stored with the model (`model.kept`).
       bounded, max_repeats, min_new_tokens, logprobs, top_logprobs, batch_size, answered: see `Generator.generate`.
 
-    Raises ConfigError, PromptError and TypeError as that does.
+    Returns a `Generation` per prompt (text, token_ids, finish_reason, kv_kept, ...). Raises as `Generator.generate`.
     """
     sampling = choose_sampling(
         tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -118,12 +118,12 @@ def stream(
 
     Args:
       prompt: a text or token ids; None: nothing yet, for a stream that is resumed or fed later.
-      max_new_tokens: most tokens of a turn; None: no limit.
-      bounded: whether to use the bounded cache; None: where there is no `max_new_tokens`, or the pattern asks for it.
-      resume: folder of a stream that was saved; it goes on there, token for token.
+      max_new_tokens: maximum tokens of a turn; None: no limit.
+      bounded: whether to use a bounded cache; None: if there is no `max_new_tokens`, or the pattern needs it.
+      resume: folder of a saved stream, which continues token for token.
 
-    Returns a `Stream`: it takes further input with `feed`, and goes to disk with `save`. Raises as `generate`, from
-    this call, not from the first event; and what `Stream.restore` raises.
+    Returns a `Stream`, an iterator of `StreamEvent`; `feed` gives it further input, `save` writes it to disk. Raises
+    as `generate` and `Stream.restore`, from this call, not from the first event.
     """
     sampling = choose_sampling(
         tokenizer, sampling_defaults, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

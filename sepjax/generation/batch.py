@@ -18,15 +18,25 @@ from sepjax.generation.sampling import Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """The answer to one prompt."""
+    """The answer to one prompt.
 
-    text: str  # after the prompt, up to the stop string
-    token_ids: tuple[int, ...]  # all that were drawn: the end-of-text token or those of the stop string included
-    finish_reason: str  # "stop" | "eos" | "length" | "repetition"
-    prompt_tokens: int  # BOS included
-    cache: CacheUse  # at the last token
-    logprobs: tuple[float, ...] | None = None  # of the tokens; None: nobody asked
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None  # see `StreamEvent`; None: nobody asked
+    Attributes:
+      text: the generated text, up to the stop string.
+      token_ids: all sampled tokens, including an end token or the tokens of the stop string.
+      finish_reason: "stop" | "eos" | "length" | "repetition".
+      prompt_tokens: tokens of the prompt, BOS included.
+      cache: entries and bytes of the cache after the last token.
+      logprobs: log-probability of each of `token_ids`; None: not requested.
+      top_logprobs: for each token the (id, log-probability) of the most probable ones; None: not requested.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    cache: CacheUse
+    logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
     @property
     def kv_kept(self) -> float:

@@ -36,7 +36,10 @@ _MOST_ENGINES = 16  # of one model, kept for `engine_of`: they share its weights
 
 
 class Generator:
-    """Generates text. Holds no reference to the model: after `del model` one copy of the weights remains."""
+    """Generates text with one model, tokenizer and attention pattern: whole answers, streams, continuous batching.
+
+    It holds no reference to the model: after `del model` one copy of the weights remains.
+    """
 
     def __init__(
         self,
@@ -51,13 +54,14 @@ class Generator:
         Args:
           model: from `sepjax.load`.
           tokenizer: the model's.
-          attention: the pattern of all caches. None: growing caches use the trained one, bounded caches what is stored
-            with the model (`Transformer.kept`) if anything is, and resumed streams the one they were saved with.
-          consume: whether the model is given up: layers of a gigabyte and more are deleted while they are laid out, so
-            that at most one kind of their matrices is in memory twice. It can generate still, and nothing else.
+          attention: the pattern of all caches. None: growing caches use the pattern of training, bounded caches the one
+            stored with the model (`Transformer.kept`) if there is one, resumed streams the one they were saved with.
+          consume: if the layers take a gigabyte or more, delete the model's arrays while they are converted to the
+            layout of generation, so that at most one kind of matrix is in memory twice. After that the model can only
+            generate.
 
         Raises:
-          ConfigError: a pattern out of range, or a tokenizer that is not the model's.
+          ConfigError: a setting of the pattern is out of range, or the tokenizer does not fit the model.
         """
         self._of = Prepared.create(model, tokenizer, attention, consume=consume)
         self._is_told = attention is not None
@@ -74,7 +78,7 @@ class Generator:
 
     @property
     def attention(self) -> AttentionConfig:
-        """The pattern of caches that grow."""
+        """The pattern of growing caches."""
         return self._of.attention
 
     @property
@@ -84,7 +88,7 @@ class Generator:
 
     @property
     def prepared(self) -> Prepared:
-        """What bounded caches use, those of slots among them."""
+        """The prepared model of bounded caches, as streams and slots use it."""
         return self._bounded_of or self._of
 
     def generate(
@@ -109,27 +113,29 @@ class Generator:
         """Generates one answer per prompt, in their order: all in one batch, or `batch_size` at a time.
 
         Args:
-          prompts: one text, or a list of texts (BOS goes in front where the model's own tokenizer puts it, never twice)
-            or of token ids.
-          max_new_tokens: most tokens of an answer.
+          prompts: one text, or a list of texts (with BOS in front if the model's own tokenizer adds it, never twice)
+            or of lists of token ids.
+          max_new_tokens: maximum tokens of an answer.
           sampling: settings for all prompts, or one per prompt (`Sampling.create`); None: greedy.
-          seed: of sampling; one per prompt, or a typed key, makes each answer independent of its place in the list.
+          seed: seed of sampling; one per prompt, or a typed key, makes an answer independent of its place in the list.
           stop, stop_token_ids: texts and tokens (control tokens too) that end an answer and are left out of its text.
           stop_at_eos: whether the model's own end tokens (`Tokenizer.end_ids`) end an answer.
           control_tokens: read names of control tokens in the prompts as control tokens; False: as plain text.
-          bounded: whether a row's cache is bounded by `kept.cache_size`, whatever the lengths; None: where the
-            pattern asks for it ("watched").
-          max_repeats: an answer ends ("repetition") once it repeats one run of tokens more often in a row; 0: never.
-          min_new_tokens: before so many no token that would end the answer is drawn, and no stop text ends it.
-          logprobs: whether answers tell the log-probabilities of their tokens by the model's own scores, before bias,
-            penalties, temperature and the like.
-          top_logprobs: the same of as many of the most probable tokens at each step, up to 20, and of the token.
-          batch_size: most prompts per batch; prompts of similar length share one, longest first. None: all in one.
+          bounded: whether caches have a fixed size, `kept.cache_size`; None: only if the pattern needs it ("watched").
+          max_repeats: end an answer ("repetition") that repeats a sequence of tokens more often in a row; 0: never.
+          min_new_tokens: minimum tokens before an end token is sampled or a stop text ends the answer.
+          logprobs: return the log-probabilities of the generated tokens, by the model's own logits, before bias,
+            penalties and temperature.
+          top_logprobs: also return those of this many most probable tokens at each step, at most 20.
+          batch_size: maximum prompts per batch, grouped by length, longest first. None: all in one.
           answered: called after each batch with its answers, keyed by the index of their prompts.
 
+        Returns:
+          A `Generation` per prompt: text, token_ids, finish_reason, cache use and log-probabilities.
+
         Raises:
-          ConfigError: settings out of range or impossible together, or caches larger than the memory.
-          PromptError, TypeError: a prompt of no tokens, or with ids that there are not; things that are not text.
+          ConfigError: settings out of range or incompatible, or caches larger than the memory.
+          PromptError, TypeError: an empty prompt, or ids outside the vocabulary; a prompt that is not text or ids.
         """
         if max_new_tokens is None:
             raise ConfigError("generate needs max_new_tokens, got None; give a number, or use stream for no end")
@@ -174,18 +180,17 @@ class Generator:
 
         Args:
           prompt: a text or token ids; None: nothing yet, for a stream that is resumed or fed later.
-          max_new_tokens: most tokens of a turn; None: no limit.
-          bounded: whether to use the bounded cache; None: where there is no `max_new_tokens`, or the pattern asks for
-            it.
-          resume: folder of a stream that was saved; it goes on there, token for token, with the settings that it had
-            unless the generator was given others, which are refused where they differ.
+          max_new_tokens: maximum tokens of a turn; None: no limit.
+          bounded: whether to use a bounded cache; None: if there is no `max_new_tokens`, or the pattern needs it.
+          resume: folder of a saved stream, which continues token for token with the pattern that it was saved with. If
+            the generator was given another pattern, it is refused.
 
         Returns:
-          A `Stream`: it takes further input with `feed`, and goes to disk with `save`.
+          A `Stream`, an iterator of `StreamEvent`. `feed` gives it further input, `save` writes it to disk.
 
         Raises:
           ConfigError, PromptError, TypeError: as `generate`, from this call, not from the first event.
-          StreamStateError: what `Stream.restore` raises.
+          StreamStateError: as `Stream.restore`.
         """
         settings = RowSettings.create(
             self.tokenizer, stop=stop, stop_token_ids=stop_token_ids, stop_at_eos=stop_at_eos,
@@ -208,15 +213,16 @@ class Generator:
         """Continuous batching over bounded caches: requests that come and go in the rows of one compiled step.
 
         Args:
-          rows: requests that run at the same time.
-          steps: tokens of each that the device may make before the host looks at them. With more of them the
-            device waits less for the host, and the time to first token is longer.
-          clocks: that tell where the time goes.
-          pool: rows of memory more, for those that have ended and were saved: they go on from there without a copy.
-          ahead: and rows for requests whose prompts are read beside those that are answered, and which take their turn
-            from whoever comes to its length. Worth their memory where `steps` are many.
+          rows: requests that generate at the same time.
+          steps: decode steps per launch, before the host looks at the tokens. More steps mean less waiting for the
+            host, and a longer time to first token.
+          clocks: where to count the time of each phase.
+          pool: additional rows of device memory for finished requests that were saved; they continue without a copy.
+          ahead: additional rows whose prompts are prefilled while others generate; each starts when another request
+            reaches its length. Worth the memory if `steps` is large.
 
-        Raises ConfigError for a pattern that a bounded cache cannot serve, or more rows than memory holds.
+        Raises:
+          ConfigError: a pattern that a bounded cache does not support, or more rows than fit into memory.
         """
         return Slots(self.prepared, BoundedReader(self.prepared), rows, steps, clocks, pool=pool, ahead=ahead)
 

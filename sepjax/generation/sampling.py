@@ -66,8 +66,8 @@ class Sampling:
 
         Raises:
           ConfigError: temperature or top_k below 0, top_p outside (0, 1], min_p outside [0, 1], presence or frequency
-            penalty outside [-2, 2], repetition_penalty not above 0, a bias outside [-100, 100], or too many; something
-            else than a number.
+            penalty outside [-2, 2], repetition_penalty outside [0.001, 1000], a bias outside [-100, 100], more than 300
+            biases, or a value that is not a number.
         """
         arrays: dict[str, Any] = {"top_k": np.asarray(whole_number("top_k", top_k, about=" (all tokens)"), np.int32)}
         for name, given, fits, expected in (
@@ -97,30 +97,30 @@ class Sampling:
 
     @classmethod
     def of_rows(cls, rows: "Sequence[Sampling]", num_rows: int) -> "Sampling":
-        """Each row its own way. Raises ConfigError where there are not as many as rows."""
+        """Settings per row. Raises ConfigError unless there is one per row."""
         if len(rows) != num_rows:
             raise ConfigError(f"sampling must be one, or one a prompt: got {len(rows)} for {num_rows} prompts")
         return jax.tree.map(lambda *x: np.stack(x), *rows)
 
     def for_rows(self, rows: int) -> "Sampling":
-        """The same with an axis of rows."""
+        """The same settings with a leading axis of `rows`."""
         if jnp.ndim(self.temperature):
             return self
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *jnp.shape(x))), self)
 
     def is_plain(self) -> Bool[jax.Array, "*B"]:
-        """Which rows take the best token by the model's own scores."""
+        """Which rows are greedy, by unchanged logits."""
         penalised = (self.frequency_penalty != 0) | (self.presence_penalty != 0) | (self.repetition_penalty != 1)
         return ~(self.is_hot() | penalised | (self.bias_ids[..., 0] >= 0))
 
     def is_hot(self) -> Bool[jax.Array, "*B"]:
-        """Which rows draw. Temperatures below the least normal number would be flushed to zero and divide by it."""
+        """Which rows sample. Temperatures below the smallest normal float would be flushed to 0, a division by zero."""
         return jnp.asarray(self.temperature) >= jnp.finfo(jnp.float32).tiny
 
     def check(self, vocab_size: int, rows: int = 0) -> "Sampling":
-        """The same; raises ConfigError for a bias of a token that there is not, and where it is of other rows.
+        """Returns itself; raises ConfigError for a bias of a token outside the vocabulary, or a wrong number of rows.
 
-        rows: that it may be of, too; 0: it is to be one way, for whichever row.
+        rows: the number of rows it may have, if it has an axis of rows; 0: it must not have one.
         """
         shape = np.shape(self.temperature)
         if shape not in ((), (rows,)):

@@ -24,12 +24,22 @@ class SlotError(UserError, LookupError):
 
 @dataclasses.dataclass(frozen=True)
 class SlotRequest:
-    """One request for `Slots.submit`. Fields without a comment are as in `Generator.stream`."""
+    """One request for `Slots.submit`.
 
-    prompt: Prompt | None  # None: continue where `resume` stopped, with its random numbers
+    Attributes:
+      prompt: a text or token ids; None: continue where `resume` stopped, with its random numbers.
+      seed: seed of sampling; None: 0, or the random numbers of `resume` continue.
+      resume: a row to continue, of the same kind and size of cache, from `Slots.save` or `Stream.saved`.
+      keep: whether the row can still be saved after it has ended.
+      undrawn: with `keep`: save the row as it was before its last token was sampled, which can then be its prompt.
+
+    The other attributes are as in `Generator.stream`.
+    """
+
+    prompt: Prompt | None
     max_new_tokens: int | None = None
     sampling: Sampling | None = None
-    seed: int | None = None  # None: 0, or the random numbers of `resume` continue
+    seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     stop_at_eos: bool = True
@@ -38,14 +48,14 @@ class SlotRequest:
     logprobs: bool = False
     top_logprobs: int = 0
     min_new_tokens: int = 0
-    resume: SavedRow | None = None  # a row of these settings' cache, from `Slots.save` or `Stream.saved`
-    keep: bool = False  # whether the row can still be saved once it has ended
-    undrawn: bool = False  # and then is as it was before it drew its last token, which may be given to it as a prompt
+    resume: SavedRow | None = None
+    keep: bool = False
+    undrawn: bool = False
 
     def to_be_read(self, tokenizer: Tokenizer) -> list[int]:
-        """What its row has to read: what the resumed one had, its last token, and the prompt.
+        """The tokens to prefill: those pending in the resumed row, its last token, and the prompt.
 
-        Raises ConfigError where there is nothing, PromptError.
+        Raises ConfigError if there are none, and PromptError.
         """
         resume, prompt = self.resume, self.prompt
         pending: list[int] = []

@@ -56,7 +56,7 @@ _AT_A_TIME = 128  # rows
 
 
 class Slots:
-    """Made by `Generator.slots`."""
+    """Continuous batching: requests that come and go over a fixed number of rows. Made by `Generator.slots`."""
 
     def __init__(
         self, prepared: Prepared, reader: BoundedReader, rows: int, steps: int = 1, clocks: Clocks | None = None,
