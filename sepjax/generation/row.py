@@ -25,8 +25,8 @@ class CacheUse(NamedTuple):
 
     held: int  # tokens in the cache
     seen: int  # tokens that have passed through it
-    bytes: int  # of this row's part of all arrays
-    kept: int | None = None  # of those held, between the first tokens and the newest; None: not counted (but by slots)
+    bytes: int  # of this row, in all arrays of the cache
+    kept: int | None = None  # of those held, between sinks and recent window; None: not counted (only slots do)
 
     @property
     def kv_kept(self) -> float:
@@ -37,15 +37,15 @@ class CacheUse(NamedTuple):
 class StreamEvent(NamedTuple):
     """One new token, or several that came at once (`Row.take_all`)."""
 
-    text: str  # what is now certain to follow: whole characters, nothing of a stop string; may be empty
+    text: str  # the text that is now certain: whole characters, nothing of a stop string; may be empty
     token_ids: tuple[int, ...]
-    # None: goes on; "stop": a stop string or token; "eos": the model's end token; "length"; "repetition"; "full": the
+    # None: it continues; "stop": a stop string or token; "eos": the model's end token; "length"; "repetition"; "full": the
     # cache of `keep_all_separators` has no room for another separator (of slots; without a token if a prompt fills it)
     finish_reason: str | None
     cache: CacheUse
-    # of the token by the model's own scores, before bias, penalties, temperature and the like; None: nobody asked
+    # log-probability of the token by the model's own logits, before bias, penalties, temperature; None: not requested
     logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] | None = None  # (token, its), the most probable first; None: likewise
+    top_logprobs: tuple[tuple[int, float], ...] | None = None  # (id, log-probability), the best first
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,17 +62,17 @@ class Slots:
         self, prepared: Prepared, reader: BoundedReader, rows: int, steps: int = 1, clocks: Clocks | None = None,
         *, together: int = 0, pool: int = 0, ahead: int = 0,
     ):  # fmt: skip
-        """Makes room, and compiles all that will ever run.
+        """Allocates the caches and compiles every program that will run.
 
         Args:
           prepared: the model.
           reader: of its bounded caches.
-          rows: how many take part in a step.
-          steps: tokens of a row that one launch may make.
-          clocks: where the time goes.
-          together: rows whose prompts one program reads; 0: as suits the device.
-          pool: rows that have ended and may stay on the device, for as long as somebody has what `save` gave.
-          ahead: rows more, whose prompts are read while as many as `rows` generate.
+          rows: rows of a decode step.
+          steps: decode steps per launch.
+          clocks: where to count the time of each phase.
+          together: rows whose prompts one program prefills; 0: a number that suits the device.
+          pool: finished rows that may stay on the device while the result of their `save` is referenced.
+          ahead: additional rows, prefilled while `rows` others generate.
         """
         rows, steps = whole_number("rows", rows, 1), whole_number("steps", steps, 1)
         together, pool, ahead = (
@@ -123,11 +123,11 @@ class Slots:
                 slot.is_cancelled = True
 
     def save(self, number: int) -> SavedRow:
-        """The state of a request that runs, or has ended with `keep` (once: it is then forgotten). Copies its cache.
+        """The state of a running request, or of one that ended with `keep` (once: then it is dropped). Copies the cache.
 
-        That is after its last event. Where its prompt was just read, or several tokens are on their way (`can_save`),
-        it is after those, and their events come with the next step, unless it is cancelled.
-        Raises SlotError for any other.
+        The state is that after its last event. If its prompt was just read, or several tokens are in flight
+        (`can_save`), it is the state after those, and their events come with the next step unless it is cancelled.
+        Raises SlotError for any other request.
         """
         found = self._standing(number)
         if isinstance(found, SavedRow):
@@ -136,7 +136,7 @@ class Slots:
         return self._saved(*found)
 
     def view(self, number: int) -> CacheView:
-        """What the cache of a request's row holds, and from where in the text, where `save` would take it.
+        """The entries of a request's cache, with their positions in the text, in the state that `save` would give.
 
         Raises SlotError as `save` does.
         """
@@ -147,9 +147,9 @@ class Slots:
         return of_row(self._device.look(i, back=self._runs_ahead()), slot.row.seen, self._row_bytes)
 
     def can_save(self, number: int) -> bool:
-        """Whether `save` would take a row as its last event left it; if not, it can after the next events of the row.
+        """Whether `save` would give the state after the row's last event; if not, it can after the row's next events.
 
-        So the next launch makes one token of it, and those after that as many as ever unless this is asked again.
+        The next launch then generates one token for this row; later ones as many as usual, unless asked again.
         """
         slot, flight = self._known.get(number), self._flight
         if slot is not None:
@@ -379,7 +379,7 @@ class Slots:
 
     @property
     def cache_size(self) -> int:
-        """The most entries that a row's cache may hold."""
+        """Maximum entries of a row's cache."""
         return self._reader.sizes.cache_size
 
     @property

@@ -29,7 +29,7 @@ from sepjax.separators import warn_of_few_in
 
 
 class Stream(Iterator[StreamEvent]):
-    """Events of one text, or of the turns of a conversation. Made by `Generator.stream`."""
+    """An iterator of `StreamEvent`: one text, or the turns of a conversation. Made by `Generator.stream`."""
 
     def __init__(
         self,
@@ -97,11 +97,11 @@ class Stream(Iterator[StreamEvent]):
 
     @property
     def cache_size(self) -> int | None:
-        """The most entries that the cache may hold; None: it grows."""
+        """Maximum entries of the cache; None: it grows."""
         return self._reader.cache_size
 
     def view(self) -> CacheView:
-        """What a bounded cache holds, zone by zone, and from where in the text. Raises StreamStateError for another."""
+        """The entries of a bounded cache by zone, with their positions in the text. Others raise StreamStateError."""
         return SavedRow(self._state, (), self._has_drawn, self._row.state()).view()
 
     @property
@@ -110,10 +110,10 @@ class Stream(Iterator[StreamEvent]):
         return int(self._state.token[0]) if self._has_drawn else None
 
     def __next__(self) -> StreamEvent:
-        """Draws the next token.
+        """Generates the next token.
 
-        An exception while a prompt is read (an interruption, a cache with `keep_all_separators` that is full) leaves a
-        stream that cannot go on: the runs that were read have used up its cache. Before and after, it does no harm.
+        An exception during prefill (an interruption, a full cache with `keep_all_separators`) leaves a stream that
+        cannot continue, since its cache has been donated to the chunks read so far. At other times it is harmless.
         """
         if self._is_closed or self._row.finish_reason is not None or not (self._has_drawn or self._pending):
             raise StopIteration
@@ -136,7 +136,7 @@ class Stream(Iterator[StreamEvent]):
         return self._event(jax.device_get(steps), taken)
 
     def close(self) -> None:
-        """No event comes any more, as of a generator, until `feed` or `resume`; the stream can still be saved."""
+        """Ends the iteration, as of a generator, until `feed` or `resume`. The stream can still be saved."""
         self._is_closed = True
 
     def _event(self, steps: Steps, taken: int) -> StreamEvent:
