@@ -39,7 +39,7 @@ class StreamEvent(NamedTuple):
 
     text: str  # the text that is now certain: whole characters, nothing of a stop string; may be empty
     token_ids: tuple[int, ...]
-    # None: it continues; "stop": a stop string or token; "eos": the model's end token; "length"; "repetition"; "full": the
+    # None: goes on; "stop": a stop string or token; "eos": the model's end token; "length"; "repetition"; "full": the
     # cache of `keep_all_separators` has no room for another separator (of slots; without a token if a prompt fills it)
     finish_reason: str | None
     cache: CacheUse

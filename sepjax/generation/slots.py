@@ -123,7 +123,7 @@ class Slots:
                 slot.is_cancelled = True
 
     def save(self, number: int) -> SavedRow:
-        """The state of a running request, or of one that ended with `keep` (once: then it is dropped). Copies the cache.
+        """The state of a running request, or of one that ended with `keep` (once, then dropped). Copies the cache.
 
         The state is that after its last event. If its prompt was just read, or several tokens are in flight
         (`can_save`), it is the state after those, and their events come with the next step unless it is cancelled.
