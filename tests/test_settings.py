@@ -1,7 +1,9 @@
 """Dataclasses that are command lines: flags from fields, values back, comments as help, and what fields cannot be."""
 
 import dataclasses
+import operator
 import re
+import types
 from typing import Annotated
 
 import pytest
@@ -101,6 +103,9 @@ def test_every_setting_of_a_config_has_a_meaning_and_is_in_the_help():
     found = dict(config_flags())
     assert set(found) == {f"config.{path}" for path in field_types()}
     assert not [path for path, flag in found.items() if not flag.meaning]
+    defaults = {path: operator.attrgetter(path)(types.SimpleNamespace(config=Config())) for path in found}
+    assert {path: flag.default for path, flag in found.items()} == defaults  # sliding_rope.base is not rope.base
+    assert found["config.model.sliding_rope.base"].meaning.startswith("layers with the window")
     heads = [line for line in help_text("program", "runs", WithConfig).splitlines() if line.startswith("  --")]
     assert {re.split("[= ]", line.split("--")[1])[0].removeprefix("[no]") for line in heads} == {
         "config",

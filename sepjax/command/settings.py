@@ -209,14 +209,22 @@ def flag_lines(flags: Iterable[Flag]) -> list[str]:
     return [line for flag in flags for line in _line(flag)]
 
 
-def config_flags(cls: type = Config, prefix: str = "config.") -> list[tuple[str, Flag]]:
-    """("config.model.vocab_size", its description) of every single setting."""
+def config_flags(settings: object | None = None, prefix: str = "config.", about: str = "") -> list[tuple[str, Flag]]:
+    """("config.model.vocab_size", its description) of every single setting.
+
+    Args:
+      settings: the config or a part of it, whose values are the defaults; None: a `Config` as it is made.
+      prefix: put in front of names.
+      about: put in front of meanings: what the part is for, of two with the same fields.
+    """
+    settings = Config() if settings is None else settings
     found: list[tuple[str, Flag]] = []
-    for flag in flags_of(cls):
-        if dataclasses.is_dataclass(flag.kind) and isinstance(flag.kind, type):
-            found += config_flags(flag.kind, f"{prefix}{flag.name}.")
+    for flag in flags_of(type(settings)):
+        value, meaning = getattr(settings, flag.name), f"{about}: {flag.meaning}" if about else flag.meaning
+        if dataclasses.is_dataclass(value):
+            found += config_flags(value, f"{prefix}{flag.name}.", meaning)
         else:
-            found.append((f"{prefix}{flag.name}", flag))
+            found.append((f"{prefix}{flag.name}", dataclasses.replace(flag, default=value, meaning=meaning)))
     return found
 
 

@@ -40,7 +40,7 @@ class ModelConfig:
     full_layers: tuple[int, ...] = ()  # with sliding_window: the layers without it
     no_rope_layers: tuple[int, ...] = ()  # layers without rotary embedding (SmolLM3)
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
-    sliding_rope: RopeConfig = dataclasses.field(default_factory=same_rope)  # of layers with the window; base 0: `rope`
+    sliding_rope: RopeConfig = dataclasses.field(default_factory=same_rope)  # layers with the window (base 0: as rope)
     embedding_scale: float = 1.0  # factor on the input of the first layer
     residual_scale: float = 1.0  # factor on the outputs of attention and MLP
     attention_scale: float = 0.0  # factor on attention scores; 0: head_dim ** -0.5
