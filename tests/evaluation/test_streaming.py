@@ -196,6 +196,13 @@ def test_nothing_to_score_is_an_error(model):
         score_streams(model, Bytes(), documents_of(Bytes(), ["ab"]), [AttentionConfig(pattern="dense")])
 
 
+def test_a_cache_that_keeps_every_separator_is_not_scored_beyond_its_room(model):
+    attention = dataclasses.replace(ATTENTION, keep_all_separators=True)  # 14 - 2 - 4 of them
+    documents = documents_of(Bytes(), ["." * 30, "ab" + "." * 8 + "abcdef"])
+    with pytest.raises(ConfigError, match=r"no room for another separator.*cache_size=14 holds 8"):
+        score_streams(model, Bytes(), documents, [attention], rows=2, chunk=5)
+
+
 def test_losses_are_those_of_the_whole_logits(monkeypatch):
     random = np.random.default_rng(1)
     hidden, head = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((2, 9, 8), (31, 8)))
