@@ -92,10 +92,8 @@ def needle_grid(
         raise NeedleError(f"needs tails of 0 to {len(_WORDS) - 1} words, got {list(tails)}")
     if not lengths or not depths or any(not 0 <= depth <= 1 for depth in depths):
         raise NeedleError(f"needs lengths, and depths from 0 to 1: got {list(lengths)} and {list(depths)}")
-    if max(lengths) - 1 > (most := model.config.max_positions):  # it would lose its beginning, and needles with that
-        raise NeedleError(
-            f"a text of {max(lengths)} tokens is longer than the model's {most} positions; give smaller --lengths"
-        )
+    if (longest := max(lengths)) - 1 > (most := model.config.max_positions):  # it would lose its beginning
+        raise NeedleError(f"a text of {longest} tokens is longer than the model's {most} positions; lower --lengths")
     with working("tokenising the haystack"):
         hay = tokenizer.encode(haystack)
     start = tokenizer.prefix if start is None else start

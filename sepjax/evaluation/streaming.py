@@ -118,8 +118,7 @@ def score_streams(
 
     Raises:
       StreamError: there is no text to score.
-      ConfigError: sizes that no bounded cache can have, near exceeds far, or a text has more separators than a cache
-        that is to keep all of them has room for (`keep_all_separators`).
+      ConfigError: sizes that no bounded cache can have, near exceeds far, or `keep_all_separators` has no room for all.
     """
     if not documents:
         raise StreamError("no text to score: every document is empty")
