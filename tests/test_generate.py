@@ -22,8 +22,9 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.data.tokenizer_models import SentencePieceModel
 from sepjax.generation import limits
 from sepjax.generation import prompts as encoded
-from sepjax.generation.prompts import PromptError, encode_prompts, row_keys
+from sepjax.generation.prompts import PromptError, encode_prompts, pad_prompts, row_keys
 from sepjax.generation.row import Row, check_stop
+from sepjax.generation.step import prefill
 from sepjax.hub.gguf_file import GGUFError
 from sepjax.loading import LoadError
 from sepjax.measure import counted_compilations
@@ -403,6 +404,24 @@ def test_learned_positions_have_an_end(tokenizer):
         generate(learned, tokenizer, [prompt], max_new_tokens=most + 1)
     with pytest.raises(ConfigError, match="without end would pass the 20 learned positions"):
         stream(learned, tokenizer, prompt)
+
+
+def test_padding_beyond_the_last_learned_position_touches_nothing(tokenizer):
+    """Prompts are padded to 64 tokens, and there are 20 positions."""
+    shape = dataclasses.replace(SHAPE, position_embedding="learned", max_positions=20, num_layers=1)
+    graph, params = split(tiny_model(shape))
+    tokens, lengths = pad_prompts([list(range(3, 3 + n)) for n in (20, 2)])
+    table, attention = configured_table(tokenizer, ATTENTION), ATTENTION
+
+    @jax.jit
+    def scores(params):
+        found, _ = prefill(graph, params, tokens, lengths, table, attention, window_size=64, capacity=0)
+        few, positions = tokens[:, :20], np.broadcast_to(np.arange(20, dtype=np.int32), (2, 20))
+        model = merge(graph, params)
+        hidden, _ = forward(model, few, positions, flag_separators(few, positions, table, attention), None, attention)
+        return found, model.logits(hidden[np.arange(2), lengths - 1])
+
+    np.testing.assert_allclose(*scores(params), atol=1e-5)
 
 
 def test_prompts_that_are_none_are_refused(model, tokenizer):

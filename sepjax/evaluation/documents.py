@@ -172,7 +172,12 @@ class Lanes:
 
     @classmethod
     def create(cls, documents: Sequence[Document], rows: int) -> "Lanes":
-        """The longest document goes first, each to the lane that has least: all lanes end at about the same time."""
+        """The longest document goes first, each to the lane that has least: all lanes end at about the same time.
+
+        Raises StreamError for a document without tokens: a lane would never come to its end.
+        """
+        if empty := [i for i, document in enumerate(documents) if not len(document.inputs)]:
+            raise StreamError(f"document {empty[0]} has no token to score; leave it out")
         longest = max(len(document.inputs) for document in documents)
         total = sum(len(document.inputs) for document in documents)
         lanes: list[list[int]] = [[] for _ in range(min(rows, len(documents), -(-total // longest)))]

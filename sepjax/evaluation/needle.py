@@ -85,13 +85,15 @@ def needle_grid(
       start: what stands before a text; None: `tokenizer.prefix`.
 
     Raises:
-      NeedleError: the haystack is too short, a length too short for needle and question, a depth outside 0 to 1, too
-        many words of a tail.
+      NeedleError: the haystack is too short, a length too short for needle and question or beyond the model's
+        positions, a depth outside 0 to 1, too many words of a tail.
     """
     if not tails or not all(0 <= tail < len(_WORDS) for tail in tails):
         raise NeedleError(f"needs tails of 0 to {len(_WORDS) - 1} words, got {list(tails)}")
     if not lengths or not depths or any(not 0 <= depth <= 1 for depth in depths):
         raise NeedleError(f"needs lengths, and depths from 0 to 1: got {list(lengths)} and {list(depths)}")
+    if (longest := max(lengths)) - 1 > (most := model.config.max_positions):  # it would lose its beginning
+        raise NeedleError(f"a text of {longest} tokens is longer than the model's {most} positions; lower --lengths")
     with working("tokenising the haystack"):
         hay = tokenizer.encode(haystack)
     start = tokenizer.prefix if start is None else start

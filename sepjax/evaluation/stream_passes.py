@@ -39,6 +39,7 @@ class Sums:
     most: Int32[jax.Array, ""]
     kept: Float[jax.Array, ""]  # entries over tokens seen, summed over the documents that ended
     ended: Int32[jax.Array, ""]  # documents
+    stuck: Int32[jax.Array, ""]  # rows that have lost a separator though none was to be lost, summed over passes
 
     __no_type_check__ = True
 
@@ -46,7 +47,7 @@ class Sums:
     def zeros(cls) -> "Sums":
         """Of no passes."""
         zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
-        return cls(zero, none, zero, none)
+        return cls(zero, none, zero, none, none)
 
 
 def passes(
@@ -106,6 +107,7 @@ def _one_pass(
         most=jnp.maximum(sums.most, jnp.max(jnp.where(scored, held, 0)).astype(jnp.int32)),
         kept=sums.kept + jnp.sum(kept),
         ended=sums.ended + jnp.sum(ended),
+        stuck=sums.stuck + jnp.sum(cache.is_stuck(), dtype=jnp.int32),
     )
     last = lanes.ends.shape[1] - 1
     document = jnp.where(ended, jnp.minimum(state.document + 1, last), state.document)

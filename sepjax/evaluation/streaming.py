@@ -118,7 +118,7 @@ def score_streams(
 
     Raises:
       StreamError: there is no text to score.
-      ConfigError: sizes that no bounded cache can have, or near exceeds far.
+      ConfigError: sizes that no bounded cache can have, near exceeds far, or `keep_all_separators` has no room for all.
     """
     if not documents:
         raise StreamError("no text to score: every document is empty")
@@ -317,6 +317,8 @@ def _to_the_end(
         while (at < ends).any():
             state, sums = run(state)
             at, sums = jax.device_get((state.at, sums))
+            if sums.stuck:
+                state.cache.make_room()  # says why there is none
             total = sums if total is None else _add(total, sums)
             work.done = int(np.minimum(at, ends).sum())
     return state, total

@@ -7,6 +7,7 @@ it: drop it, and one copy of the weights remains, in the layout that generates.
 import dataclasses
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -137,3 +138,21 @@ def to_read_rows(model: Transformer) -> Params:
     if any(x.is_deleted() for x in jax.tree.leaves(own["layers"])):
         return laid_out(model).params
     return working_copy(own, model.config)
+
+
+def marks_of(params: Params) -> Iterator[bytes]:
+    """Of every array what tells its weights from others: shape, type, and sums of all of its bits.
+
+    Parts of them would not do: an adapter changes matrices and leaves norms as they are, and another step of training
+    may change a single matrix.
+    """
+    for leaf in jax.tree.leaves(params):
+        yield f"{leaf.shape}{leaf.dtype}{np.asarray(_sums(leaf)).tolist()}".encode()
+
+
+@jax.jit
+def _sums(x: jax.Array) -> jax.Array:
+    """Two sums of the bits, as whole numbers, so that the order does not matter: plain, and by place."""
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32).reshape(-1)
+    return jnp.stack([jnp.sum(bits), jnp.sum(bits * (jnp.arange(bits.size, dtype=jnp.uint32) | 1))])

@@ -211,6 +211,7 @@ class Row:
         ends = self._settings.ends.reason(token)
         # A stop token is no part of the text.
         text = "" if ends == "stop" else self._text.feed(token, may_stop=not self.is_early)
+        repeats = self._guard.feed(token)  # also its last token: a text that has come to its length may be gone on with
         self._early -= 1
         if self._text.stopped:
             self.finish_reason = "stop"
@@ -218,7 +219,7 @@ class Row:
             self.finish_reason = ends
         elif not self._left or not self._positions_left():
             self.finish_reason = "length"
-        elif self._guard.feed(token):
+        elif repeats:
             self.finish_reason = "repetition"
         elif is_full:
             self.finish_reason = "full"

@@ -55,8 +55,11 @@ def prefill(
     segment_ids = None  # the padding comes last, where causality alone hides it
     if attention.pattern != "dense":
         segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+    is_global = is_global_token(tokens, positions, table, attention)
+    if model.config.position_embedding == "learned":  # of the padding there may be none: NaN, for all that it touches
+        positions = jnp.minimum(positions, model.config.max_positions - 1)
     rows = run_rows(model, tokens, positions, is_separator, segment_ids, attention, keep_keys=True)
-    is_global, scores = is_global_token(tokens, positions, table, attention), rows.scores
+    scores = rows.scores
     sizes: dict = {"window_size": window_size, "capacity": capacity, "cache_dtype": attention.cache_dtype}
     if scores is not None:
         scores = jnp.where(is_global, -jnp.inf, scores)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Float, Int32
-from sepjax.config import AttentionConfig, with_own_window
+from sepjax.config import AttentionConfig, ConfigError, with_own_window
 from sepjax.evaluation.token_loss import token_nll
 from sepjax.model.rope import layer_numbers, layer_ropes, of_layer, rope_tables, rotate
 from sepjax.model.transformer import Transformer, merge, split
@@ -47,6 +47,9 @@ def worth(
 
     Returns:
       float64[V] sums, and int64[V] how often each id came.
+
+    Raises:
+      ConfigError: rows that are longer than a table of learned positions.
     """
     V = model.config.vocab_size
     sums, counts = np.zeros(V), np.zeros(V, np.int64)
@@ -96,6 +99,9 @@ def _measured(
     graph, params = split(model)
     step = jax.jit(functools.partial(measure, graph))
     params, length = working_copy(params, model.config), max(map(len, rows)) - 1
+    if model.config.position_embedding == "learned" and length > model.config.max_positions:
+        most = model.config.max_positions
+        raise ConfigError(f"rows of {length} tokens pass the model's {most} learned positions; give --length={most}")
     for ids in counted(rows, what, sum(map(len, rows)), "tokens", len):
         padded = np.pad(ids, (0, length + 1 - len(ids)))[None]
         found = step(params, padded[:, :-1], padded[:, 1:], np.int32(len(ids) - 1))

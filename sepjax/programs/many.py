@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from sepjax.config import UserError
@@ -15,12 +14,11 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.batch import Generation
 from sepjax.generation.conversation import ChatFormat, Conversation, conversation_of
 from sepjax.generation.engine import Generator
+from sepjax.generation.prepared import marks_of
 from sepjax.generation.prompts import Prompt, row_keys
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.programs.prompt_lines import Line, encoded
 from sepjax.progress import counted
-
-_DIGESTED = 2**20  # bytes of the smallest arrays that tell weights apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +74,8 @@ def asked_of(engine: Generator, many: Many, options: Mapping[str, Any]) -> dict[
     found = {name: x for name, x in options.items() if name not in ("sampling", "control_tokens")}
     found |= {"sampling": repr(options["sampling"]), "dtype": engine.prepared.config.dtype}
     found |= {f"attention.{name}": x for name, x in dataclasses.asdict(attention).items()}
-    return {"prompts": many.digest(), "model": _digest_of_weights(engine)} | found
-
-
-def _digest_of_weights(engine: Generator) -> str:
-    """Of the smallest arrays: norms and the like, which every step of training changes."""
-    found, size = hashlib.sha256(), 0
-    for leaf in sorted(jax.tree.leaves(engine.prepared.params), key=lambda x: x.nbytes):
-        if size and size + leaf.nbytes > _DIGESTED:
-            break
-        size += leaf.nbytes
-        found.update(np.asarray(leaf).tobytes())
-    return found.hexdigest()
+    weights = hashlib.sha256(b"".join(marks_of(engine.prepared.params))).hexdigest()
+    return {"prompts": many.digest(), "model": weights} | found
 
 
 def answer_many(

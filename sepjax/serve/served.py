@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Int32
@@ -18,6 +17,7 @@ from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.cache.mixed import BoundedSizes, bounded_sizes
 from sepjax.generation.conversation import ChatFormat, conversation_of
 from sepjax.generation.engine import Generator
+from sepjax.generation.prepared import marks_of
 from sepjax.generation.prompts import encode_prompts
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import CacheUse, Ends, RowSettings
@@ -249,16 +249,8 @@ def seed_of(wanted: Wanted) -> int:
 def fingerprint(engine: Generator) -> str:
     """Tells models apart whose caches have one shape: of all bits of the weights, and of what decides what is kept."""
     found = hashlib.blake2b(digest_size=16)
-    for leaf in jax.tree.leaves(engine.prepared.params):
-        found.update(f"{leaf.shape}{leaf.dtype}{np.asarray(_sums(leaf)).tolist()}".encode())
+    for marks in marks_of(engine.prepared.params):
+        found.update(marks)
     settings = [told(x) for x in (engine.kept, engine.prepared.config, BoundedReader(engine.prepared).sizes)]
     found.update(json.dumps(settings, sort_keys=True).encode())
     return found.hexdigest()
-
-
-@jax.jit
-def _sums(x: jax.Array) -> jax.Array:
-    """Two sums of the bits, as whole numbers, so that the order does not matter: plain, and by place."""
-    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32).reshape(-1)
-    return jnp.stack([jnp.sum(bits), jnp.sum(bits * (jnp.arange(bits.size, dtype=jnp.uint32) | 1))])

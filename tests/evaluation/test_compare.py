@@ -189,6 +189,7 @@ def test_impossible_grids_and_empty_folders_are_named(byte_model, byte_tokenizer
         ("short", [300], [0.0], "of haystack, which has 5; give a longer --text"),
         (TEXT, [300], [2.0], "depths from 0 to 1"),
         (TEXT, [], [0.0], "needs lengths"),
+        (TEXT, [300, 1026], [0.0], "1026 tokens is longer than the model's 1024 positions; lower --lengths"),
     ):
         with pytest.raises(NeedleError, match=message):
             needle_grid(byte_model, byte_tokenizer, text, [], lengths=lengths, depths=depths)

@@ -12,7 +12,7 @@ import pytest
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.arms import Arm
-from sepjax.evaluation.documents import Lanes, StreamError, documents_of, read_documents, whole_documents
+from sepjax.evaluation.documents import Document, Lanes, StreamError, documents_of, read_documents, whole_documents
 from sepjax.evaluation.slices import EDGES
 from sepjax.evaluation.streaming import score_streams
 from sepjax.evaluation.token_loss import token_nll
@@ -192,8 +192,18 @@ def test_the_first_tokens_are_taken():
 def test_nothing_to_score_is_an_error(model):
     with pytest.raises(StreamError, match="no text to score"):
         score_streams(model, Bytes(), documents_of(Bytes(), ["", ""]), [ATTENTION])
+    none = Document(np.zeros(0, np.int32), np.zeros(0, np.int32))
+    with pytest.raises(StreamError, match="document 1 has no token to score; leave it out"):
+        score_streams(model, Bytes(), [*documents_of(Bytes(), ["ab"]), none], [ATTENTION])
     with pytest.raises(ConfigError, match="keeps every token"):
         score_streams(model, Bytes(), documents_of(Bytes(), ["ab"]), [AttentionConfig(pattern="dense")])
+
+
+def test_a_cache_that_keeps_every_separator_is_not_scored_beyond_its_room(model):
+    attention = dataclasses.replace(ATTENTION, keep_all_separators=True)  # 14 - 2 - 4 of them
+    documents = documents_of(Bytes(), ["." * 30, "ab" + "." * 8 + "abcdef"])
+    with pytest.raises(ConfigError, match=r"no room for another separator.*cache_size=14 holds 8"):
+        score_streams(model, Bytes(), documents, [attention], rows=2, chunk=5)
 
 
 def test_losses_are_those_of_the_whole_logits(monkeypatch):

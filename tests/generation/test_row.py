@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sepjax.data.tokenizer import IncrementalDecoder, Tokenizer, train_sentencepiece
-from sepjax.generation.row import Row, RowSettings, TextUntilStop
+from sepjax.generation.row import RepetitionGuard, Row, RowSettings, TextUntilStop
 
 ALPHABET = "abé"  # é: two bytes
 TEXT = st.text(ALPHABET, max_size=12)
@@ -91,3 +91,27 @@ def test_an_unfinished_character_comes_out_at_the_end_only(tokenizer):
     until_stop = TextUntilStop(tokenizer, ("é!",), continues=True)
     assert [until_stop.feed(i) for i in (first, second, first)] == ["", "", ""]
     assert until_stop.flush() == "é�"
+
+
+@pytest.mark.parametrize("at", [1, RepetitionGuard.LEAST - 1, 50])
+def test_repetition_is_noticed_across_the_end_of_a_turn_that_is_gone_on_with(tokenizer, at):
+    """A text that came to its length and goes on ends where it would have ended without a pause."""
+    tokens = [5 + i % 3 for i in range(200)]
+
+    def taken(row, tokens):
+        events = []
+        for token in tokens:
+            events.append(row.take(token, taken=1, held=1, nbytes=0))
+            if row.finish_reason is not None:
+                break
+        return len(events)
+
+    settings = RowSettings.create(tokenizer, max_repeats=20)
+    whole = Row(tokenizer, settings, continues=True)
+    end = taken(whole, tokens)
+    assert (whole.finish_reason, end) == ("repetition", 63)
+    first = Row(tokenizer, RowSettings.create(tokenizer, max_repeats=20, max_new_tokens=at), continues=True)
+    assert (taken(first, tokens), first.finish_reason) == (at, "length")
+    then = Row(tokenizer, settings, continues=True)
+    then.restore(first.state())
+    assert (at + taken(then, tokens[at:]), then.finish_reason) == (end, "repetition")

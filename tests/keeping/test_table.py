@@ -17,6 +17,7 @@ from sepjax.model.rope import rope_table, rotate
 from sepjax.programs import run_here
 from sepjax.separators import token_texts, with_ids
 from tests.evaluation.conftest import byte_model, byte_tokenizer  # noqa: F401
+from tests.models import random_model
 
 ROWS = [np.random.default_rng(n).integers(1, 30, size).astype(np.int32) for n, size in ((0, 25), (1, 25))]
 WINDOW = 6
@@ -116,6 +117,12 @@ def test_pictures_are_drawn_by_their_commands(tmp_path, capsys, job, flags, said
     assert said in printed
     assert printed.endswith(f"written to {out}\n")
     assert f"{tmp_path.name}, text.txt" in out.read_text() or f"{tmp_path.name} reads text.txt" in out.read_text()
+
+
+def test_rows_longer_than_a_table_of_positions_are_refused(byte_model):  # noqa: F811
+    learned = random_model(dataclasses.replace(byte_model.config, position_embedding="learned", max_positions=20))
+    with pytest.raises(ConfigError, match="rows of 24 tokens pass the model's 20 learned positions; give --length=20"):
+        worth(learned, ROWS, "attention", window_size=WINDOW)
 
 
 def test_means_of_few_uses_are_drawn_to_their_equals():

@@ -3,12 +3,15 @@
 import dataclasses
 import errno
 import gzip
+import inspect
 import io
 import json
 import sys
+import types
 import weakref
 
 import jax
+import numpy as np
 import pytest
 
 import sepjax
@@ -19,7 +22,9 @@ from sepjax.generation.conversation import conversation_of
 from sepjax.generation.prompts import encode_prompts
 from sepjax.model.transformer import split
 from sepjax.programs import answer_lines, generate
+from sepjax.programs.many import Many, asked_of
 from tests.commands import command, refusal
+from tests.generation.tiny import ATTENTION, SHAPE, tiny_tokenizer
 from tests.hub.test_gguf_file import CONFIG, write
 
 
@@ -382,3 +387,21 @@ def test_an_arm_gives_answers_a_bounded_cache(model, held, capfd, count):
     assert alone.out == text + "\n", alone.err
     assert f"cache holds {cache.held} of {cache.seen} tokens" in alone.err
     assert held == [0] * count, "the weights are there once while it answers"
+
+
+def test_answers_of_one_file_are_of_one_model_to_the_last_matrix():
+    """Also of one that an adapter, or a step of training, has changed in a single matrix."""
+    many = Many([[5]], [False], conversation_of(tiny_tokenizer(), None))
+    params = {"norm": np.ones(4, np.float32), "kernel": np.zeros((600, 600), np.float32)}
+
+    def asked(params):
+        prepared = types.SimpleNamespace(params=params, config=SHAPE)
+        engine = types.SimpleNamespace(prepared=prepared, attention=ATTENTION, kept=ATTENTION)
+        return inspect.unwrap(asked_of)(engine, many, {"sampling": sepjax.Sampling.create()})
+
+    other = params["kernel"].copy()
+    other[599, 3] = 1e-3
+    assert asked(params) == asked({"norm": params["norm"], "kernel": params["kernel"].copy()})
+    assert asked(params)["model"] != asked(params | {"kernel": other})["model"]
+    moved = np.roll(other, 1, axis=1)
+    assert asked(params | {"kernel": other})["model"] != asked(params | {"kernel": moved})["model"]

@@ -233,9 +233,9 @@ class StreamingCache(Shown):
         return self.through.at[rows].get(mode="fill", fill_value=jnp.iinfo(jnp.int32).max)
 
     def reset(self, rows: Bool[Array, "B"]) -> "StreamingCache":
-        """The same with `rows` empty, as for a new document. Keys and values stay, where nothing sees them."""
-        names = [field.name for field in dataclasses.fields(self)][3:-4]
-        return dataclasses.replace(self, **{name: jnp.where(rows, 0, getattr(self, name)) for name in names})
+        """The same with `rows` empty, as for a new document: their counts begin at 0, all else stays unseen."""
+        counts = {name: x for name, x in vars(self).items() if getattr(x, "ndim", 0) == 1}  # arrays [B]
+        return dataclasses.replace(self, **{name: jnp.where(rows, 0, x) for name, x in counts.items()})
 
     @property
     def layer_axis(self) -> tuple[slice, ...]:

@@ -54,8 +54,8 @@ class StreamSizes:
 
         Raises:
           ConfigError: the pattern keeps everything, layers differ in their windows, the cache has no room for its
-            zones, the model's positions are learned and so have an end, or it has a window of its own and positions
-            are those of the text.
+            zones, the model's positions are learned and so have an end, or layers see no further than a reach of
+            their own (the model's window, or `layer_reach`) and positions are those of the text.
         """
         _check_served(config, attention)
         window = attention.layer_windows[0] if attention.layer_windows else attention.window_size
@@ -175,10 +175,12 @@ def _check_served(config: ModelConfig, attention: AttentionConfig) -> None:
             f"a stream without end would pass the {config.max_positions} learned positions of the model; only "
             'models with model.position_embedding="rope" stream through a bounded cache'
         )
-    if config.sliding_window and attention.stream_positions == "absolute":
+    if attention.stream_positions == "absolute" and any(with_own_window(attention, config).layer_reach):
+        window = config.sliding_window
+        who = f"a model with sliding_window={window} of its own" if window else f"layer_reach={attention.layer_reach}"
         raise ConfigError(
-            'attention.stream_positions="absolute" does not tell how old a kept token is, which a model with '
-            f'sliding_window={config.sliding_window} of its own must know; use "slot"'
+            f'attention.stream_positions="absolute" does not tell how old a kept token is, which {who} must know; '
+            'use "slot"'
         )
     if attention.pattern == "gated" and not attention.max_separators:
         raise ConfigError(

@@ -18,6 +18,7 @@ from tests.generation.cache.common import ListStream
 
 CONFIG = ModelConfig(num_layers=2, num_kv_heads=2, head_dim=4, num_heads=2)
 ROWS, RUN = 3, 6
+ABSOLUTE = AttentionConfig(stream_positions="absolute")
 SIZES = {  # a, s, w, c
     "usual": (2, 3, 4, 14),
     "a + s + w = c - 1": (2, 3, 4, 10),
@@ -282,6 +283,8 @@ def test_bytes_are_those_of_the_arrays():
         (CONFIG, AttentionConfig(layer_windows=(4, 5)), "one size for all layers has one window"),
         (CONFIG, AttentionConfig(cache_size=20, window_size=9, num_sinks=8, max_separators=4), "has no room .* = 21"),
         (dataclasses.replace(CONFIG, position_embedding="learned"), AttentionConfig(), "learned positions"),
+        (dataclasses.replace(CONFIG, sliding_window=9), ABSOLUTE, "sliding_window=9 of its own must know"),
+        (CONFIG, dataclasses.replace(ABSOLUTE, layer_reach=(7, 0)), r"layer_reach=\(7, 0\) must know; use \"slot\""),
     ],
 )
 def test_sizes_that_cannot_work_are_named(config, attention, message):
