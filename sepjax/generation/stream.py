@@ -171,7 +171,8 @@ class Stream(Iterator[StreamEvent]):
             if not row.pending:  # else its reader makes room
                 cache = self._reader.widened(cache, row.seen + 1, new)
         # A row of slots that ended by its number of tokens is done, as its device sees it.
-        state = dataclasses.replace(state, cache=cache, done=np.zeros(1, bool))
+        done = self._of.placed(np.zeros(1, bool))  # as what a step gives, whose program it then has
+        state = dataclasses.replace(state, cache=cache, done=done)
         self._state = jax.tree.map(lambda x: jnp.asarray(x).copy(), state)
         self._pending, self._has_drawn, self._is_closed = list(row.pending), row.has_drawn, False
         self._row.restore(row.row)

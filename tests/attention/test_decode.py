@@ -14,6 +14,7 @@ from tests.attention.common import assert_errs_at_most_twice_as_much
 from tests.attention.simulator import assert_no_races, simulate
 
 HOPPER = Target("gpu", "NVIDIA H200", 132, "9.0")
+seen_slots = jax.jit(decode.seen_slots, static_argnames=("kernel", "part"))  # thirty operations
 
 
 def tensors(B: int, K: int, Z: int, G: int, C: int, H: int, dtype=jnp.bfloat16) -> tuple[Any, Any, Any, Any, Any]:
@@ -83,7 +84,7 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     exact = textbook(*given, seen, ends)
 
     def run(kernel):
-        told = decode.seen_slots(seen, kernel=kernel, part=16)
+        told = seen_slots(seen, kernel=kernel, part=16)
         return given_of(told, decode.attend(*given, told, ends, looks=looks))
 
     plain = run(kernel=False)
@@ -112,11 +113,11 @@ def test_the_kernel_turns_queries(monkeypatch):
     """Those of heads of 128, from an array that has others behind them."""
     given, seen, ends = tensors(3, 1, 1, 3, 128, 128), visible_slots(3, 192)[:, 64:], (4, 68)
     q, turn = turned_by(given[0], len(ends) + 1)
-    told = decode.seen_slots(seen, kernel=False)
+    told = seen_slots(seen, kernel=False)
     plain = given_of(told, decode.attend(q, *given[1:], told, ends))
     simulate(monkeypatch)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "one SM", 1, "9.0"))
-    told = decode.seen_slots(seen, kernel=True, part=16)
+    told = seen_slots(seen, kernel=True, part=16)
     assert told.turns(q.shape, 128, looks=False)
     assert not told.turns(q.shape, 64, looks=False), "of half a head's numbers"
     assert not told.turns((*q.shape[:4], 64), 64, looks=False), "halves of 32 are no rows of a product"
@@ -164,7 +165,7 @@ def test_the_kernel_of_codes_equals_the_definition(case, monkeypatch):
     exact = textbook(q, k, v, exact_keys, exact_values, seen, ends, own)
 
     def form(keys, values, kernel):
-        told, told_ends = decode.seen_slots(seen, kernel=kernel), jnp.asarray(ends) if several else ()
+        told, told_ends = seen_slots(seen, kernel=kernel), jnp.asarray(ends) if several else ()
         given = q, k, v, keys, values, told, told_ends, (of_keys, of_values)
         return given_of(told, decode.attend(*given, own=own, looks=looks))
 
@@ -184,7 +185,7 @@ def test_only_live_parts_are_read(size):
     """The number of tiles that they make; they, in order, and the last again; and where each is, if anywhere."""
     seen = np.zeros((3, 256), bool)
     seen[1, [3, 60, 255]], seen[2] = True, True
-    told = decode.seen_slots(jnp.asarray(seen), kernel=True, part=size)
+    told = seen_slots(jnp.asarray(seen), kernel=True, part=size)
     bias, live, place = (np.asarray(x) for x in (told.bias, told.live, told.place))
     parts, X = seen.reshape(3, -1, size), 256 // size
     for row, some in enumerate(parts):
@@ -238,7 +239,7 @@ def test_who_is_served(change, reason, monkeypatch):
 )
 def test_what_a_block_has_room_for(G, Z, codes, is_served, splits, monkeypatch):
     monkeypatch.setattr(decode, "target", lambda: HOPPER)
-    seen = decode.seen_slots(jnp.ones((2, 640), bool), kernel=True)
+    seen = seen_slots(jnp.ones((2, 640), bool), kernel=True)
     assert seen.told_to((2, 1, Z, G, 256), jnp.bfloat16, codes=codes).kernel == is_served
     assert not seen.told_to((2, 1, Z, 1, 64), jnp.float32, codes=codes).kernel
     if is_served:
@@ -291,7 +292,7 @@ def test_the_kernel_on_a_gpu(case):
 
     def run(kernel):
         def attend(given, scales):
-            told = decode.seen_slots(seen, kernel=kernel, part=decode.part_of(B * K, codes=of_codes))
+            told = seen_slots(seen, kernel=kernel, part=decode.part_of(B * K, codes=of_codes))
             q, turn = given[0], None
             cache: Any = given[3:] if kernel else [x.astype(q.dtype) for x in given[3:]]
             if turns and kernel:

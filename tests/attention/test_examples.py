@@ -173,7 +173,8 @@ def nnx_model(x, layout):
     return drawn(shapes), lambda params, x, layout: nnx.merge(graph, params)(x, layout)
 
 
-@pytest.mark.parametrize("make", [linen_model, nnx_model])
+# With -m soak, NNX: the models of sepjax are of it, and so are their tests.
+@pytest.mark.parametrize("make", [linen_model, pytest.param(nnx_model, marks=pytest.mark.soak)])
 def test_in_a_module_per_example_and_per_batch(make):
     x, layout = np.random.default_rng(1).standard_normal((*SHAPE[:2], 16)).astype(np.float32), build(FLAGS)
     params, apply = make(x[0], jax.tree.map(lambda a: a[0], layout))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from sepjax.attention import runs
 from sepjax.attention.target import Target
 from tests.attention.common import assert_errs_at_most_twice_as_much
 from tests.attention.simulator import assert_no_races, simulate
+
+seen_by_numbers = jax.jit(runs.seen_by_numbers)  # twenty operations
 
 
 def tensors(B: int, T: int, N: int, K: int, H: int, C: int, turned: int) -> tuple[list[Any], Any]:
@@ -77,7 +80,7 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     kernel.clear_cache()
     places, q, k, v = (np.array([2, 0], np.int32), *given[:3])
     among = [jnp.stack([x[1], jnp.full_like(x[0], jnp.nan), x[0]]) for x in given[3:]]
-    got = [*runs.attend(q, k, v, *among, runs.seen_by_numbers(numbers, first, places), turned)]
+    got = [*runs.attend(q, k, v, *among, seen_by_numbers(numbers, first, places), turned)]
     kernel.clear_cache()  # a simulated program is of no use to others
     assert_no_races()
     largest = [np.abs(x).max() for x in exact]
@@ -88,10 +91,10 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
 def test_tiles_that_no_query_sees_are_left_out():
     """Those that some do not see come first; then those that all see."""
     numbers, first = numbers_of(3, 70, 256)
-    live, partial, own_ends, place, *tiles = np.asarray(runs.seen_by_numbers(numbers, first).order)[0]
+    live, partial, own_ends, place, *tiles = np.asarray(seen_by_numbers(numbers, first).order)[0]
     assert (live, partial, own_ends, place) == (3, 2, 0, 0)
     assert tiles[:3] == [0, 3, 2]
-    assert np.asarray(runs.seen_by_numbers(numbers, first).order)[2, :4].tolist() == [0, 0, 1, 2]
+    assert np.asarray(seen_by_numbers(numbers, first).order)[2, :4].tolist() == [0, 0, 1, 2]
 
 
 def test_two_sets_of_keys_have_one_softmax():
@@ -101,8 +104,13 @@ def test_two_sets_of_keys_have_one_softmax():
     seen[..., 64:] = np.tri(9, dtype=bool)
     seen[:, :, :4] = seen[:, :1, :4]
     seen[1, :, :4] = False  # nothing in the second set
-    expected, _, _ = runs.plainly(q, k, v, keys, values, runs.SeenInRun(jnp.asarray(seen)))
     rest = np.where(np.arange(73) < 4, False, seen)
-    found = runs.attend(q, k, v, keys, values, runs.SeenInRun(jnp.asarray(rest)))
-    got = runs.joined(*found, q, keys[:, :, :4], values[:, :, :4], jnp.asarray(seen[:, :1, :4]))
+
+    @jax.jit
+    def both(q, k, v, keys, values, seen, rest):
+        whole, _, _ = runs.plainly(q, k, v, keys, values, runs.SeenInRun(seen))
+        found = runs.attend(q, k, v, keys, values, runs.SeenInRun(rest))
+        return whole, runs.joined(*found, q, keys[:, :, :4], values[:, :, :4], seen[:, :1, :4])
+
+    expected, got = both(q, k, v, keys, values, seen, rest)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)

@@ -113,7 +113,7 @@ def test_gradient_follows_the_mask(model):
     graph, params = split(model)
     clean = params["embedding"]["embedding"]
     # Each position reads a row of its own, so that the gradient tells positions apart.
-    table = jnp.concatenate([clean[tokens[0]], clean])
+    table = np.concatenate([np.asarray(clean)[tokens[0]], clean])
 
     def output(table, i):
         changed = merge(graph, params | {"embedding": {"embedding": table}})
@@ -122,7 +122,7 @@ def test_gradient_follows_the_mask(model):
 
     gradient = jax.jit(jax.grad(output))
     for i in (0, 5, T // 2, T - 1):
-        touched = jnp.abs(gradient(table, i)[:T]).sum(axis=1) > 0
+        touched = np.abs(np.asarray(gradient(table, i))[:T]).sum(axis=1) > 0
         start = 0 if i < T // 2 else T // 2
         assert not touched[:start].any(), "another document leaked in"
         assert not touched[i + 1 :].any(), "the future leaked in"
@@ -138,7 +138,7 @@ def test_a_far_token_reaches_nobody_but_through_separators():
     is_separator = np.zeros((1, T), bool)
     is_separator[0, [3, 11]] = True
     graph, params = split(model)
-    table = params["embedding"]["embedding"][tokens[0]]
+    table = np.asarray(params["embedding"]["embedding"])[tokens[0]]
 
     def output(table):
         changed = merge(graph, params | {"embedding": {"embedding": table}})
@@ -164,17 +164,12 @@ def test_scan_equals_a_python_loop_over_layers(model):
     class Unrolled(Transformer):
         run_layers = loop
 
-    unrolled = Unrolled(model.config, ATTENTION, rngs=_rngs())
-    graph, _ = split(unrolled)
+    graph, _ = split(nnx.eval_shape(lambda: Unrolled(model.config, ATTENTION, rngs=nnx.Rngs(params=0))))
     unrolled = merge(graph, split(model)[1])
     np.testing.assert_allclose(
         logits(unrolled, tokens, positions, is_separator), logits(model, tokens, positions, is_separator), atol=1e-5
     )
     assert seen == [0, 1, 2]
-
-
-def _rngs():
-    return nnx.Rngs(params=0)
 
 
 def test_shapes_are_those_of_a_model_whatever_was_asked_for_before():

@@ -20,6 +20,7 @@ from sepjax.config import AttentionConfig, ConfigError, validate_attention
 from sepjax.generation import chat
 from sepjax.generation.conversation import conversation_of
 from sepjax.generation.prompts import encode_prompts
+from sepjax.measure import counted_compilations
 from sepjax.model.transformer import split
 from sepjax.programs import answer_lines, generate
 from sepjax.programs.many import Many, asked_of
@@ -98,11 +99,12 @@ def test_a_conversation_is_kept_and_a_stream_goes_on_with_it(model, held, tmp_pa
     assert "ended: --max_new_tokens is reached" in ended.err
     assert (tmp_path / "kept" / "stream.json").exists()
     words = json.loads((tmp_path / "kept" / "stream.json").read_bytes())
-    ended = command(capfd, "generate", model, ARM, "--stream", f"--resume={tmp_path / 'kept'}", "--max_new_tokens=2")
-    assert (ended.code, ended.err.splitlines()[-1][:8]) == (
-        0,
-        "2 tokens",
-    )  # 3 were no end
+    with counted_compilations() as compiled:
+        ended = command(
+            capfd, "generate", model, ARM, "--stream", f"--resume={tmp_path / 'kept'}", "--max_new_tokens=2"
+        )
+    assert (ended.code, ended.err.splitlines()[-1][:8]) == (0, "2 tokens")  # 3 were no end
+    assert compiled == [], "what goes on has the programs of what began"
     (tmp_path / "kept" / "stream.json").write_text(json.dumps(words | {"finish_reason": "eos"}))
     ended = command(capfd, "generate", model, ARM, f"--resume={tmp_path / 'kept'}")
     assert (ended.code, ended.out) == (2, "")
