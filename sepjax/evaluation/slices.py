@@ -116,9 +116,7 @@ class Slice:
     difference_error: float | None  # one standard error over documents, paired
     recovered: float | None  # of what a window of about the same memory loses over dense, the share that is won back
     recovered_error: float | None
-    document_tokens: tuple[
-        int, ...
-    ] = ()  # of each document (of one alone, of each row): pairs runs afterwards
+    document_tokens: tuple[int, ...] = ()  # of each document (of one alone, of each row): pairs runs afterwards
     document_nll: tuple[float, ...] = ()  # in nats
 
 
