@@ -137,8 +137,8 @@ class Stream(Iterator[StreamEvent]):
     def __next__(self) -> StreamEvent:
         """Generates the next token.
 
-        Ctrl-C is harmless (`interrupt.Deferred`): the next call continues there. Any other asynchronous exception in the
-        middle of a step leaves a stream that has lost its cache.
+        Ctrl-C is harmless (`interrupt.Deferred`): the next call continues there. Any other asynchronous exception in
+        the middle of a step leaves a stream that has lost its cache.
 
         Raises:
           StreamStateError: such an exception was raised earlier, or another thread is taking a token.
