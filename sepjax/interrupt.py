@@ -64,6 +64,50 @@ def caught() -> "AbstractContextManager[object]":
     return stack
 
 
+class Deferred:
+    """Inside, Ctrl-C waits until the end: what belongs together is done whole. A second one does not wait.
+
+    Only where it is Python's own KeyboardInterrupt, as in notebooks and scripts: our programs see to it themselves.
+
+    Attributes:
+      pressed: whether it has come, so that long work may end sooner.
+    """
+
+    pressed = False
+    _is_ours = False
+
+    def __enter__(self) -> "Deferred":
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            try:
+                signal.signal(signal.SIGINT, self._press)
+            except ValueError:  # not in the main thread, where nothing interrupts
+                return self
+            self._is_ours = True
+        return self
+
+    def _press(self, number: int, frame: "FrameType | None") -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
+    ) -> None:
+        if self._is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self.pressed and kind is None:
+                raise KeyboardInterrupt
+
+
+def check(what: str, is_stepping: bool, error: type[Exception]) -> None:
+    """Raises an `error` where a step has begun and has not ended: what it was to change is half changed."""
+    if is_stepping:
+        raise error(
+            f"a step of {what} has not ended: another thread is within it (one at a time may step), or an exception "
+            "from elsewhere interrupted it, and its cache is lost; begin anew, or resume what was saved"
+        )
+
+
 def is_pressed() -> bool:
     """Whether Ctrl-C has come: whatever error follows is its work. Libraries in C++ make another one of it."""
     return _state["presses"] > 0

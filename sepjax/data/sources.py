@@ -243,9 +243,10 @@ def _builder(data: DataConfig, data_dir: str, split: str, form: Form | None) -> 
             rows = FileRows(data.name, data.text_key)
             builder = _prepared_records(rows, data, folder, form, hold_out=hold_out)
             return builder, builder.key
-        return _prepared(
-            lambda: TextFolder(path=data.name, hold_out=hold_out, data_dir=folder, file_format=_FORMAT), folder
-        ), "text"
+        kwargs: Any = {"hold_out": hold_out, "max_bad": data.max_bad_documents, "file_format": _FORMAT}
+        builder = _prepared(lambda: TextFolder(path=data.name, data_dir=folder, **kwargs), folder)
+        builder.check_prepared()
+        return builder, "text"
     try:
         builder = tfds.builder(data.name, data_dir=folder, file_format=_FORMAT)
     except ValueError as error:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sepjax.evaluation.streaming import StreamScore
-from sepjax.pictures.canvas import blank
+from sepjax.pictures.canvas import PictureError, blank
 
 
 def table(scores: Sequence[StreamScore]) -> str:
@@ -51,8 +51,10 @@ def write_png(path: Path, scores: Sequence[StreamScore]) -> None:
     """Perplexity over position, a line for each stream.
 
     Raises:
-      PictureError: matplotlib is not installed.
+      PictureError: matplotlib is not installed, or no perplexity is a number.
     """
+    if not any(0 < b.perplexity < float("inf") for s in scores for b in s.buckets):
+        raise PictureError("no perplexity is a number")
     figure = blank(8.0, 4.5, "the curve")
     axes = figure.add_subplot()
     for s in scores:

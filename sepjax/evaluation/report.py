@@ -22,7 +22,8 @@ def table(scores: Sequence[Score]) -> str:
         for s in scores
     ]
     first = scores[0]
-    over = f"over {first.documents} documents" if first.documents > 1 else f"over the {first.windows} windows"
+    is_over_windows = len(first.slices[0].document_tokens) == first.windows != first.documents or first.documents == 1
+    over = f"over the {first.windows} windows" if is_over_windows else f"over {first.documents} documents"
     return "\n".join(
         [*lines, f"{first.tokens:,} tokens; nats/token more than {first.baseline!r}; one standard error {over}, paired"]
     )

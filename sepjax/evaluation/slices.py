@@ -102,6 +102,9 @@ def _in_several(bigram: np.ndarray, document: np.ndarray) -> np.ndarray:
     return np.bincount(pairs // documents, minlength=int(bigram.max(initial=0)) + 1)[bigram] > 1
 
 
+LEAST_GROUPS = 1.5  # `effective_number` from which errors are over documents: two, one of which has up to 79 %
+
+
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """The loss of one pattern in one slice. None: there is nothing to tell it from."""
@@ -113,7 +116,7 @@ class Slice:
     difference_error: float | None  # one standard error over documents, paired
     recovered: float | None  # of what a window of about the same memory loses over dense, the share that is won back
     recovered_error: float | None
-    document_tokens: tuple[int, ...] = ()  # of each document (of a single one, of each row): pairs runs afterwards
+    document_tokens: tuple[int, ...] = ()  # of each document (of one alone, of each row): pairs runs afterwards
     document_nll: tuple[float, ...] = ()  # in nats
 
 
@@ -156,7 +159,7 @@ def _slice(
     tokens: ScoredTokens, name: str, mask: np.ndarray, losses: Sequence[np.ndarray], this: int, refer: References
 ) -> Slice:
     groups, count = tokens.document[mask], tokens.number_of_documents
-    if count == 1:  # errors over the rows of the only one
+    if effective_number(np.bincount(tokens.document)) < LEAST_GROUPS:  # errors over the rows of the only one
         groups, count = tokens.row[mask], int(tokens.row[-1]) + 1
     counts = np.bincount(groups, minlength=count)
 
@@ -181,11 +184,21 @@ def spread(x: Slice) -> float | None:
     return ratio_error(np.array(x.document_nll), np.array(x.document_tokens))[1]
 
 
+def effective_number(counts: np.ndarray) -> float:
+    """Of groups of equal size that would tell as much as these (Kish): a book beside a note is hardly more than one."""
+    sizes = np.abs(counts.astype(np.float64))
+    return float(sizes.sum() ** 2 / max(np.sum(sizes**2), 1e-300))
+
+
 def ratio_error(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
-    """sum(sums) / sum(counts) and its standard error over groups (linearised); None for fewer than two of them."""
+    """sum(sums) / sum(counts) and its standard error over groups (linearised).
+
+    None where that would be of less than two groups, or of hardly more than one: a single group that has nearly all the
+    counts has the mean, so that its residual is 0 whatever the error is.
+    """
     mean = float(sums.sum() / counts.sum())
     n = int(np.sum((counts != 0) | (sums != 0)))
-    if n < 2:
+    if n < 2 or effective_number(counts) < LEAST_GROUPS:
         return mean, None
     residuals = sums - mean * counts
     return mean, math.sqrt(float(np.sum(residuals**2)) * n / (n - 1)) / abs(float(counts.sum()))

@@ -4,13 +4,14 @@ Which cache a text has is decided once, by the reader; everything else asks only
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sepjax.array_typing import Int32
 from sepjax.config import AttentionConfig, ConfigError, layer_windows
 from sepjax.config.versions import completed
 from sepjax.generation.cache.growing import SeparatorCache
@@ -31,6 +32,9 @@ _NOT_SEEN = (
 # What decides which tokens a bounded cache keeps, beside its sizes, by the pattern that reads it.
 _SEPARATORS = ("separators", "separator_ids")
 _KEPT_BY = {"separator": _SEPARATORS, "watched": _SEPARATORS, "fixed_interval": ("interval",)}
+
+# Is told where rows stand, and how many tokens each has just read.
+type Noted = Callable[[DecodeState, Int32[np.ndarray, "B"]], None]
 
 
 @runtime_checkable
@@ -83,8 +87,9 @@ class Reader(Protocol):
         ...
 
     def read(
-        self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None
-    ) -> tuple[DecodeState, Steps]:
+        self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None,
+        noted: Noted | None = None,
+    ) -> tuple[DecodeState, Steps]:  # fmt: skip
         """Reads the next tokens of every row and draws the token after them.
 
         Args:
@@ -93,6 +98,8 @@ class Reader(Protocol):
           request: what is wanted of the rows.
           seen: the most tokens that a row has seen so far; 0: nothing was read.
           new: tokens that may follow; None: without end.
+          noted: called after each part of what is read but the last, from where `read` may go on: an exception that it
+            raises loses nothing.
         """
         ...
 
@@ -174,8 +181,9 @@ class GrowingReader(_OfOne):
         return leaving, window_size
 
     def read(
-        self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None
-    ) -> tuple[DecodeState, Steps]:
+        self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None,
+        noted: Noted | None = None,
+    ) -> tuple[DecodeState, Steps]:  # fmt: skip
         """See `Reader`."""
         of = self._of
         if not seen:
@@ -184,7 +192,7 @@ class GrowingReader(_OfOne):
             return start(of.graph, of.params, tokens, lengths, state.key, request, of.attention, **sizes)
         cache: Any = state.cache
         state = dataclasses.replace(state, cache=cache.reserve(*self._room(rows, seen, new)))
-        return begin(*_read_runs(of, state, rows, request, _RUN), request)
+        return begin(*_read_runs(of, state, rows, request, _RUN, noted), request)
 
 
 class BoundedReader(_OfOne):
@@ -245,14 +253,15 @@ class BoundedReader(_OfOne):
         return cache
 
     def read(
-        self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None
-    ) -> tuple[DecodeState, Steps]:
+        self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None,
+        noted: Noted | None = None,
+    ) -> tuple[DecodeState, Steps]:  # fmt: skip
         """See `Reader`. Raises ConfigError where the cache of `keep_all_separators` is full before all is read."""
-        return begin(*_read_runs(self._of, state, rows, request, self.sizes.chunk), request)
+        return begin(*_read_runs(self._of, state, rows, request, self.sizes.chunk, noted), request)
 
 
 def _read_runs(
-    of: Prepared, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, most: int
+    of: Prepared, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, most: int, noted: Noted | None
 ) -> tuple[DecodeState, jax.Array]:
     """The state after the tokens of every row, read up to `most` at a time, and the scores of what follows them."""
     consume = make_consume(of.graph, of.attention)
@@ -267,6 +276,8 @@ def _read_runs(
         cache, logits, taken = consume(of.params, cache, logits, tokens, left, request.table)
         uses = mark_read(uses, tokens, taken)
         at += np.asarray(taken)
+        if noted is not None and (at < lengths).any():
+            noted(dataclasses.replace(state, cache=cache, uses=uses), np.asarray(taken))
         if cache.ends_when_stuck and (np.asarray(cache.is_stuck()) & (at < lengths)).any():
             cache.make_room()
     return dataclasses.replace(state, cache=cache, uses=uses), logits

@@ -38,6 +38,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from sepjax import interrupt
 from sepjax.clocks import Clocks
 from sepjax.config import whole_number
 from sepjax.generation.cache.view import CacheView, of_row
@@ -92,6 +93,7 @@ class Slots:
         self._coming: list[Coming] = []  # rows that begin with the next launch
         self._flight: Flight | None = None  # what was asked for and has not been looked at
         self._settled: list[tuple[int, StreamEvent]] = []  # events that the next step gives
+        self._is_stepping = False
         self._cancelled: set[int] = set()  # whose events the next step leaves out
         self._lock = threading.RLock()  # of what other threads change: who waits, who is known, what is kept
 
@@ -108,7 +110,7 @@ class Slots:
           StreamStateError: the row to go on with is of another kind of cache, or of one of other sizes.
         """
         slot = slot_of(self._of, self._reader, self._device.arrivals, request, next(self._numbers))
-        with self._lock:
+        with interrupt.Deferred(), self._lock:
             self._known[slot.number] = slot
             self._waiting.append(slot)
         return slot.number
@@ -129,18 +131,20 @@ class Slots:
         (`can_save`), it is the state after those, and their events come with the next step unless it is cancelled.
         Raises SlotError for any other request.
         """
-        found = self._standing(number)
-        if isinstance(found, SavedRow):
-            self._kept.pop(number, None)  # another thread may have cancelled it
-            return found
-        return self._saved(*found)
+        with interrupt.Deferred():
+            found = self._standing(number)
+            if not isinstance(found, SavedRow):
+                return self._saved(*found)
+        self._kept.pop(number, None)  # another thread may have cancelled it
+        return found
 
     def view(self, number: int) -> CacheView:
         """The entries of a request's cache, with their positions in the text, in the state that `save` would give.
 
         Raises SlotError as `save` does.
         """
-        found = self._standing(number)
+        with interrupt.Deferred():
+            found = self._standing(number)
         if isinstance(found, SavedRow):
             return found.view(self._row_bytes)
         i, slot = found
@@ -198,9 +202,16 @@ class Slots:
         """Runs of prompts, and a token of every row that is generating, or several (`steps`). Returns their events.
 
         An event is the number of its request and what `Stream` gives. The last has a `finish_reason`: those of a
-        stream, or "full" where the cache of `keep_all_separators` has no room for another separator.
+        stream, or "full" where the cache of `keep_all_separators` has no room for another separator. After Ctrl-C the
+        next call has the events of this one too. Raises SlotError where a step has not ended (`interrupt.check`).
         """
-        return [event for part in self.parts(joined=False) for event in part]
+        interrupt.check("these slots", self._is_stepping, SlotError)
+        with interrupt.Deferred():
+            self._is_stepping = True
+            self._settled = [event for part in self.parts(joined=False) for event in part]
+            self._is_stepping = False
+        events, self._settled = self._settled, []  # without a call in between, nothing interrupts
+        return events
 
     def parts(self, *, joined: bool) -> Iterator[list[tuple[int, StreamEvent]]]:
         """The events of `step` in the order in which the device has them: of prompts, then of the steps behind them.

@@ -7,7 +7,9 @@ What the device holds between two tokens is one `DecodeState`; with a few words 
 token and goes on from there as if nothing had happened. Over a bounded cache a stream has no end, in constant memory.
 """
 
+import copy
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -16,14 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sepjax import interrupt
+from sepjax.array_typing import Int32
+from sepjax.config import UserError
 from sepjax.generation.batch import request_of
 from sepjax.generation.cache.view import CacheView
-from sepjax.generation.device_loop import Steps, make_advance
+from sepjax.generation.device_loop import DecodeState, Steps, make_advance
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import Prompt, encode_prompts, row_keys
 from sepjax.generation.readers import Reader
 from sepjax.generation.row import CacheUse, Row, RowSettings, StreamEvent
 from sepjax.generation.sampling import Sampling
+from sepjax.generation.saved import StreamStateError
 from sepjax.generation.saved_row import SavedRow
 from sepjax.separators import warn_of_few_in
 
@@ -52,7 +58,8 @@ class Stream(Iterator[StreamEvent]):
         self._advance = make_advance(prepared.graph, prepared.attention, 1)
         self._state = reader.empty(row_keys(seed, 1))
         self._pending: list[int] = []
-        self._has_drawn = self._is_stuck = self._is_closed = False
+        self._has_drawn = self._is_stuck = self._is_closed = self._is_stepping = False
+        self._event: StreamEvent | None = None  # that an interruption has held back
         self._nbytes: int | None = None  # of the cache; None: to be counted again
         self._row = self._new_row(continues=False, seen=0)
 
@@ -60,6 +67,23 @@ class Stream(Iterator[StreamEvent]):
         """Of the host's own numbers: nothing waits for the device."""
         room = "growing" if self.cache_size is None else f"at most {self.cache_size} entries"
         return f"Stream({self._row.seen} tokens seen, {room}; {self._of.attention.in_words()})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Stream":
+        """Another stream, which goes on from here by itself; they share the model."""
+        self._check_is_whole()
+        other = object.__new__(Stream)
+        other.__dict__.update(self.__dict__)
+        other._state = jax.tree.map(lambda x: x.copy(), self._state)
+        other._row = copy.deepcopy(self._row, memo | {id(self._of.tokenizer): self._of.tokenizer})
+        return other
+
+    def __copy__(self) -> "Stream":
+        """The same as a deep copy: a step uses up the arrays of a stream's cache."""
+        return copy.deepcopy(self)
+
+    def __reduce__(self) -> Any:
+        """Raises TypeError: pickles would hold the model."""
+        raise TypeError("a Stream cannot be pickled; use its save(FOLDER), and Generator.stream(resume=FOLDER)")
 
     def _new_row(self, *, continues: bool, seen: int) -> Row:
         has_end = self._reader.ends_with_positions
@@ -72,6 +96,7 @@ class Stream(Iterator[StreamEvent]):
           PromptError: no tokens, or ids outside the vocabulary.
           ConfigError: more tokens than the model has positions for.
         """
+        self._check_is_whole()
         tokenizer = self._of.tokenizer
         if isinstance(prompt, str) and (self._row.seen or self._pending):
             prompt = tokenizer.encode(prompt, control_tokens=self._control_tokens)
@@ -82,7 +107,7 @@ class Stream(Iterator[StreamEvent]):
         pending += ids
         self._reader.check(self._row.seen, [pending], self._settings.max_new_tokens, self._state.cache)
         warn_of_few_in(ids, self._of.table, self._of.attention, "the text fed")
-        self._pending, self._is_closed = pending, False
+        self._pending, self._is_closed, self._event = pending, False, None
         self._row = self._new_row(continues=any(map(tokenizer.token_bytes, ids)), seen=self._row.seen)
 
     @property
@@ -112,34 +137,65 @@ class Stream(Iterator[StreamEvent]):
     def __next__(self) -> StreamEvent:
         """Generates the next token.
 
-        An exception during prefill (an interruption, a full cache with `keep_all_separators`) leaves a stream that
-        cannot continue, since its cache has been donated to the chunks read so far. At other times it is harmless.
+        Ctrl-C is harmless (`interrupt.Deferred`): the next call continues there. Any other asynchronous exception in
+        the middle of a step leaves a stream that has lost its cache.
+
+        Raises:
+          StreamStateError: such an exception was raised earlier, or another thread is taking a token.
+          ConfigError: a full cache with `keep_all_separators`.
         """
-        if self._is_closed or self._row.finish_reason is not None or not (self._has_drawn or self._pending):
-            raise StopIteration
-        if self._is_stuck:
-            self._state = dataclasses.replace(self._state, cache=self._state.cache.make_room())
-        taken, request = len(self._pending) or 1, self._early if self._row.is_early else self._later
-        if self._is_stuck or self._pending:
-            self._nbytes = None
-        if self._pending:
-            new = self._settings.max_new_tokens
-            self._state, steps = self._reader.read(self._state, [self._pending], request, self._row.seen, new)
-            self._pending = []
-        else:
-            if not self._reader.ends_with_positions:
-                self._reader.check(self._row.seen, [[0]], None)
-            self._state, steps = self._advance(self._of.params, self._state, np.zeros(1, bool), request)
-        self._has_drawn = True
+        if self._event is None:
+            if self._is_closed or self._row.finish_reason is not None or not (self._has_drawn or self._pending):
+                raise StopIteration
+            self._check_is_whole()
+            with interrupt.Deferred() as deferred:
+                self._event = self._step(deferred)
+        event, self._event = self._event, None  # without a call in between, nothing interrupts
+        return event
+
+    def _check_is_whole(self) -> None:
+        interrupt.check("this stream", self._is_stepping, StreamStateError)
+
+    def _step(self, deferred: interrupt.Deferred) -> StreamEvent:
+        self._is_stepping = True
+        request = self._early if self._row.is_early else self._later
+        try:
+            if self._is_stuck:
+                self._state = dataclasses.replace(self._state, cache=self._state.cache.make_room())
+            if self._is_stuck or self._pending:
+                self._nbytes = None
+            if self._pending:
+                new, noted = self._settings.max_new_tokens, functools.partial(self._note, deferred)
+                self._state, steps = self._reader.read(
+                    self._state, [self._pending], request, self._row.seen, new, noted
+                )  # fmt: skip
+            else:
+                if not self._reader.ends_with_positions:
+                    self._reader.check(self._row.seen, [[0]], None)
+                self._state, steps = self._advance(self._of.params, self._state, np.zeros(1, bool), request)
+        except UserError:
+            self._is_stepping = False  # the state is that of before, or after a part of the prompt
+            raise
+        taken, self._pending, self._has_drawn = len(self._pending) or 1, [], True
         if not self._settings.logprobs:  # each array that is fetched takes some of a small model's time
             steps = dataclasses.replace(steps, logprob=None, top_tokens=None, top_logprobs=None)
-        return self._event(jax.device_get(steps), taken)
+        event = self._event_of(jax.device_get(steps), taken)
+        self._is_stepping = False
+        return event
+
+    def _note(self, deferred: interrupt.Deferred, state: DecodeState, read: Int32[np.ndarray, "B"]) -> None:
+        """Keeps where the stream stands after a part of a prompt: the arrays of before are used up."""
+        self._row.seen += int(read[0])
+        self._state, self._pending = state, self._pending[int(read[0]) :]
+        if deferred.pressed:
+            self._is_stepping = False
+            raise KeyboardInterrupt
 
     def close(self) -> None:
         """Ends the iteration, as of a generator, until `feed` or `resume`. The stream can still be saved."""
         self._is_closed = True
 
-    def _event(self, steps: Steps, taken: int) -> StreamEvent:
+    def _event_of(self, steps: Steps, taken: int) -> StreamEvent:
         self._is_stuck = bool(steps.is_stuck[0])
         if self._nbytes is None:
             self._nbytes = self._state.cache.nbytes
@@ -153,8 +209,15 @@ class Stream(Iterator[StreamEvent]):
 
     def saved(self) -> SavedRow:
         """The state of the stream, for `resume`, here or in `Slots`. Its arrays are copies."""
-        state = jax.tree.map(lambda x: x.copy(), self._state)
-        return SavedRow(state, tuple(self._pending), self._has_drawn, self._row.state())
+        self._check_is_whole()
+        return self._saved(jax.tree.map(lambda x: x.copy(), self._state))
+
+    def _saved(self, state: DecodeState) -> SavedRow:
+        row = self._row.state()
+        if self._event is not None:  # its text comes with the next one's
+            row["text"]["held"] = self._event.text + row["text"]["held"]
+            row["text"]["passed"] += len(self._event.text)
+        return SavedRow(state, tuple(self._pending), self._has_drawn, row)
 
     def resume(self, row: SavedRow) -> None:
         """Continues from where `saved` was called, token for token, for up to `max_new_tokens` more tokens.
@@ -175,6 +238,7 @@ class Stream(Iterator[StreamEvent]):
         state = dataclasses.replace(state, cache=cache, done=done)
         self._state = jax.tree.map(lambda x: jnp.asarray(x).copy(), state)
         self._pending, self._has_drawn, self._is_closed = list(row.pending), row.has_drawn, False
+        self._is_stepping, self._event = False, None
         self._row.restore(row.row)
         self._nbytes = None
         self._is_stuck = bool(self._state.cache.is_stuck()[0])
@@ -186,8 +250,8 @@ class Stream(Iterator[StreamEvent]):
           sepjax.files.ForeignFolder: the folder holds something else than a saved stream.
           sepjax.files.WriteError: it cannot be written.
         """
-        row = SavedRow(self._state, tuple(self._pending), self._has_drawn, self._row.state())
-        row.write(folder, self._reader, self._of.config)
+        self._check_is_whole()
+        self._saved(self._state).write(folder, self._reader, self._of.config)
 
     def restore(self, folder: str | os.PathLike[str]) -> None:
         """Continues from where `save` was called, token for token, for up to `max_new_tokens` more tokens.

@@ -1,5 +1,6 @@
 """Documents from files, from the installation and from prepared datasets: complete, split for good, errors by name."""
 
+import dataclasses
 import gzip
 import os
 import re
@@ -217,6 +218,22 @@ def test_bad_files_are_named(files, split, message, tmp_path):
         (folder / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read(folder, tmp_path / "data", split)
+
+
+def test_files_of_no_use_are_left_out_of_a_folder(tmp_path):
+    """Up to as many as are allowed, also when the folder was prepared before; names need not be UTF-8."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("one")
+    (folder / "a.txt").write_text("two")
+    (folder / "b.txt").write_bytes("three".encode("utf-16"))
+    (folder / "c.txt").write_text("")
+    settings = DataConfig(name=str(folder), max_bad_documents=2)
+    assert sorted(text_source(settings, str(tmp_path / "data"), "all")) == ["one", "two"]
+    with pytest.raises(DataError, match=r"c\.txt' is empty, and 1 before .*max_bad_documents=2$"):
+        text_source(dataclasses.replace(settings, max_bad_documents=1), str(tmp_path / "data"), "all")
+    with pytest.raises(DataError, match=r"b\.txt' is not UTF-8 text: .*iconv -f UTF-16 .*max_bad_documents=1$"):
+        read(folder, tmp_path / "other", "all")
 
 
 def test_a_failed_preparation_leaves_nothing_behind(tmp_path):

@@ -113,6 +113,7 @@ def test_errors_are_those_of_a_bootstrap():
     draws = rng.integers(0, 400, (2000, 400))
     assert error == pytest.approx(np.std(sums[draws].sum(1) / counts[draws].sum(1)), rel=0.1)
     assert ratio_error(sums[:1], counts[:1])[1] is None
+    assert ratio_error(np.array([27000.0, 9.0]), np.array([9000.0, 7.0]))[1] is None  # 3e-6 of one document
 
 
 def test_cut_documents_without_bos(byte_model, byte_tokenizer):

@@ -14,6 +14,7 @@ from sepjax.evaluation import curves, jobs
 from sepjax.evaluation.arms import stream_attention
 from sepjax.evaluation.documents import StreamError, read_documents
 from sepjax.evaluation.streaming import Bucket, StreamScore
+from sepjax.programs.evaluate.common import warn_of_no_numbers
 from tests.evaluation.test_streaming import Bytes
 
 SCORE = StreamScore(
@@ -90,6 +91,15 @@ def test_without_matplotlib_the_csv_is_written_and_the_picture_explained(tmp_pat
     assert 'pip install "sepjax[plot]"' in said
     assert (tmp_path / "out.csv").exists()
     assert not (tmp_path / "out.png").exists()
+
+
+def test_scores_that_are_no_numbers_are_named(tmp_path, capsys):
+    """The picture could not be drawn, and ended the program before the JSON was written."""
+    score = dataclasses.replace(SCORE, perplexity=float("nan"), buckets=(Bucket(1, 16, float("nan"), 15),))
+    assert "no picture: no perplexity is a number" in jobs.write_files(tmp_path / "out.json", curves, [score])
+    assert (tmp_path / "out.csv").exists()
+    warn_of_no_numbers([SCORE, score])
+    assert capsys.readouterr().err.count("warning: separator: the model's scores are not numbers") == 1
 
 
 def test_budgets_give_the_window_what_separators_do_not_take():

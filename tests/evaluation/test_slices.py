@@ -46,6 +46,19 @@ def test_slices_are_what_they_are_said_to_be(rows, near, more):
     assert at == len(tokens.row)
 
 
+def test_a_book_beside_a_note_has_errors_over_rows():
+    """Over documents they would be 0: the book has the mean."""
+    random = np.random.default_rng(0)
+    ids = [random.integers(0, 4, 60) for _ in range(40)]
+    documents = [0] * 39 + [1]
+    losses = [random.normal(2, 0.1, 40 * 59) for _ in range(2)]
+    tokens = [
+        ScoredTokens.create([x[:-1] for x in ids], [x[1:] for x in ids], given) for given in (documents, [0] * 40)
+    ]
+    beside, alone = (sliced(x, losses, 1, References(0, None, None), 3, 8)[0] for x in tokens)
+    assert beside.difference_error == alone.difference_error > 0.001
+
+
 def test_what_is_recovered_and_its_error_over_documents():
     random = np.random.default_rng(0)
     ids = [random.integers(0, 4, 60) for _ in range(40)]

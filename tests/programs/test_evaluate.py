@@ -139,7 +139,7 @@ def test_a_stream_is_scored_and_its_curve_written_beside_the_output(tmp_path, ca
     ended = command(capfd, "evaluate", "stream", f"--model={tmp_path}/m.gguf", *flags, "--patterns=sink_window")
     assert ended.code == 0, ended.err
     assert (
-        f"curve by position: {tmp_path}/scores.csv, {tmp_path}/scores.png\nwritten to {tmp_path}/scores.json\n"
+        f"written to {tmp_path}/scores.json\ncurve by position: {tmp_path}/scores.csv, {tmp_path}/scores.png\n"
         in ended.out
     )
     written = json.loads((tmp_path / "scores.json").read_text())

@@ -171,6 +171,20 @@ def decoded_text(raw: bytes) -> str:
     return io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig").read()
 
 
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """Where a text is not UTF-8, and how to convert it: a mark at its beginning says if it is UTF-16."""
+    encoding = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+    return (
+        f"is not UTF-8 text: {error.reason} at byte {error.start}; convert it, for example with iconv -f {encoding} "
+        "-t UTF-8"
+    )
+
+
+def key_of(place: object) -> str:
+    """A file's name, or what has it in front, as text for a file: of bytes that are no UTF-8 their numbers."""
+    return os.fsencode(str(place)).decode(errors="backslashreplace")
+
+
 def library(name: str, file: Path) -> Any:
     """A library of the extra `data`. Raises DataError where it is missing."""
     try:

@@ -15,6 +15,7 @@ from sepjax.data.corpora.files import (
     files_of,
     kind_of_file,
     library,
+    not_utf8,
     opened,
     root_of,
     unpacking,
@@ -177,7 +178,7 @@ def text_record(raw: bytes, text_key: str) -> Raw:
     try:
         text = decoded_text(raw)
     except UnicodeDecodeError as error:
-        return RecordError(f"it is not UTF-8 text: {error.reason} at byte {error.start}")
+        return RecordError(f"it {not_utf8(error)}")
     return {text_key: text} if text.strip() else RecordError("it is empty")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -144,6 +145,9 @@ def _step(settings: Job) -> int | None:
     return int(step_folder(settings.path, settings.step).name)
 
 
+_NO_PERPLEXITY = 1e300  # of losses that are infinite; nan is below nothing
+
+
 def write(settings: Job, output: Path, job: str, scores: Sequence[Any]) -> None:
     """Writes the scores, what they are of and where they come from, as JSON."""
     from sepjax.evaluation.report import plain
@@ -152,9 +156,23 @@ def write(settings: Job, output: Path, job: str, scores: Sequence[Any]) -> None:
     result = {"job": job, "workdir": str(settings.path), "step": settings.step}
     result |= {"text": getattr(settings, "text", ""), "settings": _what(settings)}
     result |= {"scores": [dataclasses.asdict(score) for score in scores]}
+    warn_of_no_numbers(scores)
     output.parent.mkdir(exist_ok=True)
     write_text(output, json.dumps(plain(provenance() | result), indent=2, allow_nan=False) + "\n")
     print(f"written to {output}")
+
+
+def warn_of_no_numbers(scores: Sequence[Any]) -> None:
+    """Names the arms whose perplexity is none: their table has nan, their JSON null."""
+    for score in scores:
+        perplexity = getattr(score, "perplexity", 1.0)
+        if perplexity is not None and not perplexity < _NO_PERPLEXITY:
+            of = getattr(score, "arm", "") or score.pattern
+            print(
+                f"warning: {of}: the model's scores are not numbers (nan) or without bounds; its weights are damaged, "
+                f"or --dtype has too small a range for it (float32 and bfloat16 have the same)",
+                file=sys.stderr,
+            )
 
 
 def print_slices(scores: Sequence[Any]) -> None:

@@ -47,5 +47,5 @@ def main(settings: Settings) -> None:
         **settings.loading,
     )
     print(needle.table(cells))
-    print(f"cells and heat map: {jobs.write_files(output, needle, cells)}")
     common.write(settings, output, _JOB, cells)
+    print(f"cells and heat map: {jobs.write_files(output, needle, cells)}")

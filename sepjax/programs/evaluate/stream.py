@@ -50,5 +50,5 @@ def main(settings: Settings) -> None:
     )
     print(curves.table(scores), curves.times(scores), sep="\n")
     common.print_slices(scores)
-    print(f"curve by position: {jobs.write_files(output, curves, scores)}")
     common.write(settings, output, _JOB, scores)
+    print(f"curve by position: {jobs.write_files(output, curves, scores)}")

@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 
 from sepjax.data.conversations import Form, RecordError, kind_of, messages_of, no_form, text_of
 from sepjax.data.corpora.bad_records import BadRecords, check_bad
+from sepjax.data.corpora.files import key_of
 from sepjax.data.corpora.rows import Raw, Rows, record_digest, record_of, side_of_rows
 from sepjax.data.corpora.splits import fingerprint
 from sepjax.data.errors import DataError
@@ -97,7 +98,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             if is_held_out(str(record_digest(raw))) == wanted:
                 text = self._read(place, raw)
                 if text is not None:
-                    yield place, {self.key: text, "name": place}
+                    yield key_of(place), {self.key: text, "name": key_of(place)}
 
     def _read(self, place: str, raw: Raw) -> str | None:
         """The text of a record; None for one that cannot be used."""

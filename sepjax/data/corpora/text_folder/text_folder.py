@@ -8,8 +8,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from sepjax.data.corpora.bad_records import BadRecords, check_bad
 from sepjax.data.corpora.features import FEATURES
-from sepjax.data.corpora.files import check_unchanged, facts_of, files_of, read_text, root_of
+from sepjax.data.corpora.files import check_unchanged, facts_of, files_of, key_of, not_utf8, read_text, root_of
 from sepjax.data.corpora.splits import fingerprint, held_out
 from sepjax.data.errors import DataError
 
@@ -27,11 +28,14 @@ class TextFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, path: str | os.PathLike[str], hold_out: bool = True, **kwargs: Any):
-        """`path` is a folder or a file; `kwargs` are TFDS's, such as data_dir. Raises DataError without files."""
+    def __init__(self, *, path: str | os.PathLike[str], hold_out: bool = True, max_bad: int = 0, **kwargs: Any):
+        """`path` is a folder or a file; `kwargs` are TFDS's, such as data_dir. Raises DataError without files.
+
+        `max_bad`: files of a folder that may be of no use.
+        """
         root = root_of(path)
         self._files = {str(file.relative_to(root.parent)): file for file in files_of(root)}
-        self._hold_out = hold_out
+        self._hold_out, self._max_bad = hold_out, max_bad
         self._root, self._facts = root, facts_of(self._files.values(), root)
         super().__init__(config=fingerprint([hold_out, str(root), *self._facts]), **kwargs)
 
@@ -41,9 +45,11 @@ class TextFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.BuilderConfig(name=name)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(FEATURES))
+        features = tfds.features.FeaturesDict(FEATURES)
+        return tfds.core.DatasetInfo(builder=self, features=features, metadata=tfds.core.MetadataDict())
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
+        self._bad = BadRecords(self._max_bad)
         if not self._hold_out:
             return {"train": self._generate_examples(set(self._files))}
         if len(self._files) == 1:
@@ -59,22 +65,31 @@ class TextFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     ) -> Iterator[tuple[str, dict[str, str]]]:
         for name, file in self._files.items():
             if names is None or name in names:
-                text = _read(file)
-                yield name, {"name": name, "text": text if part is None else _cut(text, file)[part]}
+                text = self._read(file)
+                if text is not None:
+                    key = key_of(name)
+                    yield key, {"name": key, "text": text if part is None else _cut(text, file)[part]}
         check_unchanged(self._files.values(), self._root, self._facts)
 
+    def _read(self, file: Path) -> str | None:
+        """The text of a file; None for one that cannot be used."""
+        try:
+            text = read_text(file)
+            reason = "" if text.strip() else "is empty"
+        except UnicodeDecodeError as error:
+            text, reason = "", not_utf8(error)
+        if not reason:
+            return text
+        if len(self._files) == 1:
+            raise DataError(f"{str(file)!r} {reason}")
+        self._bad.note(f"{str(file)!r} {reason}")
+        metadata: Any = self.info.metadata
+        metadata["bad"] = self._bad.found
+        return None
 
-def _read(file: Path) -> str:
-    try:
-        text = read_text(file)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{str(file)!r} is not UTF-8 text: {error.reason} at byte {error.start}; convert it, for example with "
-            "iconv -f LATIN1 -t UTF-8"
-        ) from error
-    if not text.strip():
-        raise DataError(f"{str(file)!r} is empty; remove it or fill it")
-    return text
+    def check_prepared(self) -> None:
+        """Raises DataError where more files were left out, when the data were prepared, than may be now."""
+        check_bad(dict(self.info.metadata or {}).get("bad", []), self._max_bad)
 
 
 def _cut(text: str, file: Path) -> tuple[str, str]:
