@@ -52,6 +52,7 @@ class Answer:
         """`prompt_tokens`: of each choice."""
         self.id, self._served, self._wanted, self._is_chat = id, served, wanted, is_chat
         self.choices = [_Choice(tokens) for tokens in prompt_tokens]
+        self._stop_token_ids = served.ends(wanted, is_chat=is_chat)["stop_token_ids"]
         self._created = int(time.time())
         head = self._head("chat.completion.chunk" if is_chat else "text_completion")
         self._begin = b"data: " + _json(head)[:-1] + b","  # of every chunk: what is always the same is written once
@@ -156,14 +157,11 @@ class Answer:
         choice.num_tokens += len(item.token_ids)
         if item.finish_reason is not None:
             choice.finish_reason = _REASONS[item.finish_reason]
-        ends = item.finish_reason == "eos" or (item.finish_reason == "stop" and self._is_stop_token(item))
+        by_token = item.finish_reason == "stop" and any(i in self._stop_token_ids for i in item.token_ids)
+        ends = item.finish_reason == "eos" or by_token
         if self._wanted.logprobs is None or ends:
             return []
         return [self._logprob(choice, token, item) for token in item.token_ids]
-
-    def _is_stop_token(self, item: StreamEvent) -> bool:
-        stops = (*self._wanted.stop_token_ids, *(self._served.stop_token_ids if self._is_chat else ()))
-        return any(token in stops for token in item.token_ids)
 
     def _logprob(self, choice: _Choice, token: int, item: StreamEvent) -> dict[str, Any]:
         tops = [self._one(top, logprob) for top, logprob in item.top_logprobs or ()]

@@ -16,7 +16,7 @@ from sepjax.array_typing import Int32
 from sepjax.config.versions import told
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.cache.mixed import BoundedSizes, bounded_sizes
-from sepjax.generation.conversation import ChatFormat, conversation_of
+from sepjax.generation.conversation import ChatFormat, TurnEnds, conversation_of
 from sepjax.generation.engine import Generator
 from sepjax.generation.prompts import encode_prompts
 from sepjax.generation.readers import BoundedReader
@@ -55,8 +55,7 @@ class Served:
     engine: Any  # the `Generator`, or `Elsewhere`
     template: ChatTemplate | None
     form: ChatFormat  # of conversations, where there is no template
-    stop: tuple[str, ...]  # texts that end an answer in a chat
-    stop_token_ids: tuple[int, ...]
+    turn_ends: TurnEnds  # what ends an answer in a chat
     max_prompt_tokens: int  # 0: as long as they like
     fingerprint: str  # of the weights, and how they are used
     control_names: dict[int, str]
@@ -85,14 +84,13 @@ class Served:
           alias: another name that clients may say.
         """
         tokenizer = engine.tokenizer
-        chat = conversation_of(tokenizer, template)
         names = {i: text for text in tokenizer.control_tokens() if (i := tokenizer.control_id(text)) is not None}
         names |= {
             i: text for text, i in (("<s>", tokenizer.bos_id), ("</s>", tokenizer.eos_id)) if i not in names and i
         }
         return cls(
-            name, engine, template, ChatFormat.of(tokenizer), chat.stop, chat.stop_token_ids, max_prompt_tokens,
-            fingerprint(engine), names, bounded_sizes(engine.prepared.config, engine.kept),
+            name, engine, template, ChatFormat.of(tokenizer), conversation_of(tokenizer, template).turn_ends,
+            max_prompt_tokens, fingerprint(engine), names, bounded_sizes(engine.prepared.config, engine.kept),
             jax.sharding.get_mesh(), alias,
         )  # fmt: skip
 
@@ -100,7 +98,7 @@ class Served:
         """What `of_told` needs beside tokenizer and template, as JSON."""
         names = {str(i): text for i, text in self.control_names.items()}
         return {
-            "name": self.name, "stop": self.stop, "stop_token_ids": self.stop_token_ids, "names": names,
+            "name": self.name, "turn_ends": dataclasses.asdict(self.turn_ends), "names": names,
             "max_prompt_tokens": self.max_prompt_tokens, "fingerprint": self.fingerprint,
             "cache_size": self.sizes.cache_size, "num_sinks": self.sizes.num_sinks, "alias": self.alias,
         }  # fmt: skip
@@ -110,10 +108,10 @@ class Served:
         """The same model for a process that reads requests and writes answers, and has no device."""
         elsewhere = Elsewhere(tokenizer, told["cache_size"], told["num_sinks"])
         names = {int(i): text for i, text in told["names"].items()}
+        ends = TurnEnds(**{name: tuple(found) for name, found in told["turn_ends"].items()})
         return cls(
-            told["name"], elsewhere, template, ChatFormat.of(tokenizer), tuple(told["stop"]),
-            tuple(told["stop_token_ids"]), told["max_prompt_tokens"], told["fingerprint"], names, elsewhere, None,
-            told["alias"],
+            told["name"], elsewhere, template, ChatFormat.of(tokenizer), ends, told["max_prompt_tokens"],
+            told["fingerprint"], names, elsewhere, None, told["alias"],
         )  # fmt: skip
 
     @property
@@ -193,6 +191,12 @@ class Served:
             )  # fmt: skip
         return np.array(ids, np.int32)
 
+    def ends(self, wanted: Wanted, *, is_chat: bool) -> dict[str, list[Any]]:
+        """`stop` and `stop_token_ids` of an answer: those that are asked for, and what ends one of a conversation."""
+        chat = is_chat and not wanted.ignore_eos
+        given = {"stop": wanted.stop, "stop_token_ids": wanted.stop_token_ids}
+        return (self.turn_ends if chat else TurnEnds()).beside(given)
+
     def request(self, wanted: Wanted, *, choice: int, seed: int, is_chat: bool, most: int) -> SlotRequest:
         """What slots are asked for, but for its prompt.
 
@@ -205,14 +209,13 @@ class Served:
 
         Raises ApiError: settings that the model cannot have.
         """
-        chat, most = is_chat and not wanted.ignore_eos, wanted.max_tokens or most
+        most = wanted.max_tokens or most
         if wanted.min_tokens > most:
             raise wrong("min_tokens", wanted.min_tokens, f"at most as many as max_tokens, which is {most}")
         settings: dict[str, Any] = {
             "max_new_tokens": most,
             "min_new_tokens": wanted.min_tokens,
-            "stop": [*wanted.stop, *(self.stop if chat else ())],
-            "stop_token_ids": [*wanted.stop_token_ids, *(self.stop_token_ids if chat else ())],
+            **self.ends(wanted, is_chat=is_chat),
             "stop_at_eos": not wanted.ignore_eos,
             "logprobs": wanted.logprobs is not None,
             "top_logprobs": wanted.logprobs or 0,

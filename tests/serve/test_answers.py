@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -223,11 +224,13 @@ def test_tokens_and_models(server, api, served):
     assert [model.id for model in api.models.list()] == ["tiny"]
     assert api.models.retrieve("tiny").id == "tiny"
     told = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+    assert all('model_name="tiny"' in line for line in told.splitlines() if line[0] != "#")
+    plain = re.sub(r',?model_name="tiny",?', "", told).replace("{}", "")
     for name in ("num_requests_running 0.0", "num_requests_waiting 0.0", "time_to_first_token_seconds_count",
                  "time_per_output_token_seconds_bucket", "inter_token_latency_seconds_sum", "prompt_tokens_total",
-                 "generation_tokens_total",
+                 "generation_tokens_total", "launches_total",
                  "cache_slots_held 0.0", 'cache_slots_held_by_zone{zone="kept"} 0.0', "cache_bytes"):  # fmt: skip
-        assert f"sepjax:{name}" in told
+        assert f"sepjax:{name}" in plain
 
 
 def test_chat_template_kwargs_are_what_the_template_may_name(api, served):
@@ -253,7 +256,7 @@ def test_an_answer_that_was_cut_off_goes_on(api, served, monkeypatch):
         got = api.chat.completions.create(
             model="tiny", messages=begun, extra_body={"continue_final_message": True}, **settings
         )
-        expected = alone(served, ids, max_new_tokens=20, stop=served.stop, stop_token_ids=served.stop_token_ids)
+        expected = alone(served, ids, max_new_tokens=20, **dataclasses.asdict(served.turn_ends))
         assert got.choices[0].message.content == text_of(expected)
     encode = type(served.tokenizer).encode  # as the older SentencePiece models have it
     monkeypatch.setattr(
