@@ -23,7 +23,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._worker: "Worker | None" = None
+        self._worker: Worker | None = None
         self._first = _Times(("time_to_first_token_seconds",), "From a request to its first token", _FIRST)
         names = "time_per_output_token_seconds", "inter_token_latency_seconds"  # older and newer dashboards
         self._each = _Times(names, "Between two tokens of an answer", _EACH)
