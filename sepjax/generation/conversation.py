@@ -76,6 +76,8 @@ class ChatFormat:
     def _around(self, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if role == "assistant":
             return self.answer, self.end
+        if role == "tool":
+            raise ConfigError("a message of a tool needs a chat template, which the model has none of")
         return self.system if role in ("system", "developer") else self.user
 
 

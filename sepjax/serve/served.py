@@ -24,10 +24,12 @@ from sepjax.generation.row import CacheUse, Ends, RowSettings
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest
 from sepjax.hub.chat_template import ChatTemplate, encode_behind
+from sepjax.hub.tool_calls import written
 from sepjax.serve.encoded import EncodedTexts
 from sepjax.serve.errors import ApiError, naming
 from sepjax.serve.fields import wrong
-from sepjax.serve.protocol import Message, Wanted
+from sepjax.serve.messages import Message
+from sepjax.serve.protocol import Wanted
 
 
 class Zones(NamedTuple):
@@ -139,7 +141,12 @@ class Served:
         return Zones(sinks, kept, use.held - sinks - kept)
 
     def chat_ids(
-        self, messages: tuple[Message, ...], variables: Mapping[str, Any] | None = None, *, continues: bool = False
+        self,
+        messages: tuple[Message, ...],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        continues: bool = False,
+        tools: tuple[dict[str, Any], ...] = (),
     ) -> list[int]:
         """A conversation up to where the next answer begins; names of control tokens in it are plain text.
 
@@ -148,9 +155,13 @@ class Served:
           variables: what the template may name (`ChatTemplate.with_variables`), on top of the server's own.
           continues: whether the last message is the beginning of that answer: it stands behind what the model saw
             before it wrote that, and nothing ends it.
+          tools: that the template tells the model of.
 
-        Raises ApiError: the model's template refuses it, or variables that cannot be, or without a template.
+        Raises ApiError: the model's template refuses it, or has no room for tools; or variables that cannot be, or
+        without a template.
         """
+        self._check_tools(messages, tools)
+        variables = {**(variables or {}), **({"tools": list(tools)} if tools else {})}
         with naming("messages"):
             return self._chat_ids(messages, variables, continues)
 
@@ -169,6 +180,26 @@ class Served:
             message = "chat_template_kwargs do nothing here: the model has no chat template; leave them out"
             raise ApiError(400, message, param="chat_template_kwargs", code="invalid_value")
         return self.form.whole(self.tokenizer, [(message.role, message.content) for message in messages])
+
+    def _check_tools(self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...]) -> None:
+        """Raises ApiError for what of tools the template would leave out without a word."""
+        asked = [("tools", "tools")] if tools else []
+        asked += [("calls", f"messages[{i}].tool_calls") for i, message in enumerate(messages) if message.tool_calls]
+        asked += [("results", f"messages[{i}].role") for i, message in enumerate(messages) if message.role == "tool"]
+        for what, param in asked:
+            if self.template is None or not getattr(written(self.template), what):
+                why = "there is no chat template to write" if self.template is None else "the chat template leaves out"
+                message = f"{why} {param} with this model; say it in the content of a message"
+                raise ApiError(400, message, param=param, code="unsupported")
+
+    def check_calls(self) -> None:
+        """Raises ApiError where calls in an answer would not be found (`sepjax.hub.tool_calls.CallFinder`)."""
+        if self.template is None or not written(self.template).tagged:
+            message = (
+                "calls of this model are not found in its answers, since its chat template does not write them between "
+                '<tool_call> and </tool_call>; with tool_choice="none" they come as text'
+            )
+            raise ApiError(400, message, param="tools", code="unsupported")
 
     def prompt_ids(self, prompt: str | tuple[int, ...], param: str = "prompt") -> list[int]:
         """Of a completion: BOS goes in front of texts as the model's makers have it; ids are taken as they are.
