@@ -140,9 +140,12 @@ def test_mistakes_are_one_line(words, message, capfd):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("chat --model=m --resume=none", "'none' has no saved stream: there is no stream.json in it"),
-        ("generate --model=m --stream --resume=none", "'none' has no saved stream: there is no stream.json in it"),
-        ("generate --model=m --stream --prompt=a --save=file", "file' is a file; choose a folder that is new or empty, or a saved stream"),
+        ("chat --model=m --resume=none", "none' has no saved stream: there is no stream.json in it"),
+        ("generate --model=m --stream --resume=none", "none' has no saved stream: there is no stream.json in it"),
+        (
+            "generate --model=m --stream --prompt=a --save=file",
+            "file' is a file; choose a folder that is new",
+        ),
         ("evaluate stream --model=m --text=none.txt", "'none.txt': No such file"),
         ("evaluate stream --model=m --text=empty", "'empty' has no .txt files"),
         ("evaluate stream --model=m --text=file --split=train", "--split=train is of a run's own corpus"),
