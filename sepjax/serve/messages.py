@@ -8,11 +8,10 @@ A conversation with tools:
 """
 
 import dataclasses
-import json
 from typing import Any
 
 from sepjax.serve.errors import ApiError
-from sepjax.serve.fields import Field, mapping, read, text, whole, wrong
+from sepjax.serve.fields import Field, mapping, read, strict_json, text, whole, wrong
 
 _ROLES = ("system", "user", "assistant", "tool")
 _MOST_TOOLS = 1024
@@ -97,7 +96,7 @@ def _arguments(name: str, value: Any) -> dict[str, Any]:
     found = value
     if isinstance(value, str):
         try:
-            found = json.loads(value or "{}")
+            found = strict_json(value or "{}")
         except (ValueError, RecursionError):
             found = None
     if not isinstance(found, dict):

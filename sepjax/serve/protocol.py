@@ -5,7 +5,20 @@ import json
 from typing import Any
 
 from sepjax.serve.errors import ApiError
-from sepjax.serve.fields import Field, biases, flag, mapping, number, read, text, texts, token_ids, whole, wrong
+from sepjax.serve.fields import (
+    Field,
+    biases,
+    flag,
+    mapping,
+    number,
+    read,
+    strict_json,
+    text,
+    texts,
+    token_ids,
+    whole,
+    wrong,
+)
 from sepjax.serve.messages import Message, read_messages, read_tools
 
 MOST_CHOICES = 128  # `n`, and prompts of one request
@@ -140,12 +153,8 @@ class DetokenizeRequest:
 
 def load_json(body: bytes) -> Any:
     """Raises ApiError for what is not JSON."""
-
-    def no_number(name: str) -> None:
-        raise ValueError(f"{name} is not a JSON number")
-
     try:
-        return json.loads(body, parse_constant=no_number)
+        return strict_json(body)
     except (ValueError, RecursionError) as error:
         said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
         raise ApiError(400, f"the body is not valid JSON: {said}", code="invalid_json") from None

@@ -89,6 +89,10 @@ def test_a_wrong_field_is_named(field, value, message):
             {"messages": [CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
             'tool_calls[0].function.arguments="[1]" must be a JSON object, or the text of one',
         ),
+        (
+            {"messages": [CALL | {"tool_calls": [{"function": {"name": "f", "arguments": '{"a": NaN}'}}]}]},
+            "must be a JSON object, or the text of one",
+        ),
         ({"messages": [CALL | {"role": "user"}]}, "messages[0].tool_calls=[{"),
         ({"messages": HI, "tools": [{"type": "function"}]}, "tools[0].function=null must be an object with the name"),
         ({"messages": HI, "tools": [{"type": "web_search"}]}, 'tools[0].type="web_search" must be "function"'),
