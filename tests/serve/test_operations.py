@@ -246,7 +246,8 @@ def test_a_failure_ends_the_server_and_says_why(served, caplog):
 
 def test_the_log_has_no_contents(served, caplog):
     with running(served) as server, caplog.at_level(logging.DEBUG, "sepjax.serve"):
-        client(server).completions.create(model="tiny", prompt="The cat", max_tokens=3, user="secret")
+        settings = {"max_tokens": 3, "user": "secret", "extra_body": {"ignore_eos": True}}
+        client(server).completions.create(model="tiny", prompt="The cat", **settings)
     record = next(record for record in caplog.records if record.message == "answered")
     line = json.loads(logs.JsonLines().format(record))
     assert line["event"] == "answered"
