@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sepjax.config import Config, ConfigError, ModelConfig, from_json, validate, validate_attention
@@ -17,7 +18,7 @@ from sepjax.hub.convert import keep_origin
 from sepjax.hub.errors import HubError
 from sepjax.hub.training_form import TrainingForm, training_form
 from sepjax.loading import load, load_shape, locate, model_shape, shape_alone
-from sepjax.model.transformer import split
+from sepjax.model.transformer import Params, split
 from sepjax.run.workdir import has_begun
 from sepjax.training.step import TrainState, create_state
 
@@ -145,10 +146,33 @@ def pretrained_state(
     if jax.process_index() == 0:
         keep_origin(source, workdir)
     params = split(model)[1]
+    del model  # or it would hold what is given up below
     if (pattern := config.attention.pattern) != "gated" and params.pop("gate", None) is not None:
         say(f"{workdir}: the gate of {source} is left out, attention.pattern={pattern!r} has no use for it")
     begin, shardings = functools.partial(create_state, config), jax.tree.map(lambda x: x.sharding, target)
-    return jax.jit(begin, out_shardings=shardings, donate_argnums=() if is_base else 0)(params)
+    if not is_base:
+        return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
+    learned = {name: params.pop(name) for name in ("gate",) if name in params}
+    state = jax.jit(begin, out_shardings=dataclasses.replace(shardings, frozen={}))(learned)
+    return dataclasses.replace(state, frozen=_held_as(params, target.frozen))
+
+
+def _held_as(params: Params, target: Params) -> Params:
+    """The arrays in the types and places of `target`, those that have them as they are; `params` is used up.
+
+    One after the other: the base of adapters may fill half of a device, so there is no room for a second one.
+    """
+    found = {}
+    for name, like in target.items():
+        x = params.pop(name)
+        if isinstance(like, dict):
+            found[name] = _held_as(x, like)
+        elif x.dtype == like.dtype and x.sharding.is_equivalent_to(like.sharding, x.ndim):
+            found[name] = x
+        else:
+            convert = jax.jit(functools.partial(jnp.asarray, dtype=like.dtype), out_shardings=like.sharding)
+            found[name] = jax.block_until_ready(convert(x))
+    return found
 
 
 def _computed_alike(shape: ModelConfig, like: ModelConfig) -> ModelConfig:

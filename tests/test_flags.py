@@ -45,6 +45,25 @@ def test_every_flag_of_evaluate_is_taken_or_refused_by_every_job() -> None:
             assert ", ".join(takers) in str(error.value)
 
 
+def test_a_flag_given_again_with_another_value_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last one counts, so that scripts can be overridden; what is given again alike says nothing."""
+    for words, told in (
+        ("--rows=3 --rows 4", "--rows is given 2 times; the last one counts, --rows=4: "),
+        ("--api_key=a --api_key=b", "--api_key is given 2 times; the last one counts: "),
+        ("--stream --nostream", "--stream is given 2 times; the last one counts, --stream=false: "),
+        ("--config.data.batch_size=8 --rows=2 --config.data.batch_size=16", "counts, --config.data.batch_size=16: "),
+        ("--rows=3 --rows=3 --stream --stream=true --stop=a --stop=b", ""),
+    ):
+        values = flags.FlagValues()
+        flags.DEFINE_integer("rows", 1, "", flag_values=values)
+        flags.DEFINE_string("api_key", "", "", flag_values=values)
+        flags.DEFINE_bool("stream", False, "", flag_values=values)
+        flags.DEFINE_multi_string("stop", [], "", flag_values=values)
+        parse(["program", "--config=configs/sep_tiny.py", *words.split()], values, with_config=True)
+        said = capsys.readouterr().err
+        assert told in said if told else not said, (words, said)
+
+
 def test_flags_that_jobs_of_evaluate_ignored_are_refused() -> None:
     for job, ignored in (
         (evaluate.STREAMING, "window_size length batch_size max_documents bos limit"),

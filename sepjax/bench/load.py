@@ -23,6 +23,8 @@ from typing import Any
 WARM = 0.25  # of the time: rows fill and conversations get older; not counted
 _LOOK = 0.5  # seconds between two looks at /metrics
 _PATIENCE = 300.0  # seconds for an answer to go on
+# A line of /metrics whose number is of the whole server: with no label, or no other than the model's name.
+_NUMBER = re.compile(r'sepjax:(\w+)(?:\{model_name="(?:[^"\\]|\\.)*"\})? (\S+)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,9 +247,7 @@ class Load:
         while True:
             try:
                 text = (await self._server.whole("/metrics")).decode()
-                lines = (x.split(" ") for x in text.splitlines() if x.startswith("sepjax:") and "{" not in x)
-                found = {name.removeprefix("sepjax:"): float(value) for name, value in lines}
-                self.looks.append(found | {"at": self.now})
+                self.looks.append(numbers(text) | {"at": self.now})
             except _FAILURES as error:  # another server, say: what clients see is measured all the same
                 self.metrics_error = self.metrics_error or f"{type(error).__name__}: {error}"[:200]
             await asyncio.sleep(_LOOK)
@@ -278,6 +278,11 @@ class Load:
             "client_busy": (time.process_time() - self._computing) / max(self.now, 1e-9),
             "cache_bytes": max((x.get("cache_bytes", 0.0) for x in looks), default=0.0),
         }  # fmt: skip
+
+
+def numbers(text: str) -> dict[str, float]:
+    """The numbers in the text of /metrics by name, without `sepjax:`; not those of one zone, reason or bucket."""
+    return {found[1]: float(found[2]) for line in text.splitlines() if (found := _NUMBER.fullmatch(line))}
 
 
 def _within(turn: Turn, begin: float, end: float) -> float:

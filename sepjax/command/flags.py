@@ -25,6 +25,7 @@ from sepjax.command import compile_cache
 from sepjax.command.settings import Settings, define, flags_of, help_text, value_of
 from sepjax.config import Config, ConfigError, UserError, field_types, first_line, load_config, nearest, validate
 from sepjax.config.attention import TABLES
+from sepjax.console import say
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
 FLAG = re.compile(r"--?([A-Za-z_][\w.-]*)")
@@ -137,7 +138,29 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, *, with_config: bo
     _check_sizes(flag_values)
     if positional:
         raise ConfigError(f"unexpected argument {positional[0]!r}; everything is a flag here: --name=value")
+    if not asks_help:
+        _tell_repeats(argv, flag_values)
     return [validate(_with_table(_divided(holder.value))) for holder in holders]
+
+
+def _tell_repeats(argv: Sequence[str], flag_values: flags.FlagValues) -> None:
+    """Says which flags are given again with another value: the last one counts, so that scripts can be overridden."""
+    found: dict[str, list[str]] = {}
+    words = iter(argv[1 : argv.index("--") if "--" in argv else len(argv)])
+    for word in words:
+        if not (match := FLAG.match(word)):
+            continue
+        off = match[1] not in flag_values and match[1].startswith("no")
+        name, equals, value = match[1].removeprefix("no") if off else match[1], *word.partition("=")[1:]
+        if name not in flag_values or isinstance(flag_values[name], flags.MultiFlag):
+            continue
+        if flag_values[name].boolean:
+            value = str(value.lower() in ("true", "t", "1") if equals else not off).lower()
+        found.setdefault(name, []).append(value if equals or flag_values[name].boolean else next(words, ""))
+    for name, values in found.items():
+        if len(set(values)) > 1:
+            last = "" if name.endswith("key") else f", --{name}={values[-1]}"  # nobody's key on a screen
+            say(f"warning: --{name} is given {len(values)} times; the last one counts{last}: leave the others out")
 
 
 def _config_first(argv: Sequence[str]) -> list[str]:

@@ -6,7 +6,9 @@ every line has a BOS of its own, the cache goes on from line to line, and the la
 """
 
 import dataclasses
+import errno
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -114,6 +116,13 @@ def has_records(path: Path) -> bool:
     """Whether this is a file of JSON lines or Parquet, or a packed one, or a folder with some."""
     files = [path] if path.is_file() else path.rglob("*")
     return any(kind_of_file(file) and file.suffix != ".txt" for file in files)
+
+
+def check_documents(path: Path) -> None:
+    """Raises what `read_documents` and `read_texts` would for a path, before a model is loaded; reads no text."""
+    for file in [path] if path.suffix == ".npz" else _text_files(path):
+        if not file.is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
 
 
 def read_texts(path: Path) -> list[str]:

@@ -13,7 +13,7 @@ from sepjax.console import say
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation import compare, curves, needle, perplexity, streaming, tasks
 from sepjax.evaluation.arms import Arm, fixed_arms, parse_arms, plain_arms, stream_attention
-from sepjax.evaluation.documents import has_records, read_documents, read_texts
+from sepjax.evaluation.documents import check_documents, has_records, read_documents, read_texts
 from sepjax.evaluation.equal import density as window_density
 from sepjax.evaluation.inputs import (
     Texts,
@@ -115,6 +115,10 @@ def stream(
 
     `arms` take the place of patterns and budgets. `loading` is for `sepjax.load`, `options` for `score_streams`.
     """
+    if text and split:
+        raise ConfigError(f"--split={split} is of a run's own corpus; a stream of --text takes all of it")
+    if text:
+        check_documents(Path(text))
     model, tokenizer = load(path, **{"step": step, **loading})
     attentions: list[AttentionConfig | Arm] = [
         stream_attention(model.attention, pattern, budget, model.config.num_layers)
@@ -127,8 +131,6 @@ def stream(
     for arm in attentions:
         limits.warn_of_cache(model.config, arm.attention if isinstance(arm, Arm) else arm, trained)
     cut = {"line_wise": line_wise, "max_tokens": max_tokens, "as_in_training": is_trained(path)}
-    if text and split:
-        raise ConfigError(f"--split={split} is of a run's own corpus; a stream of --text takes all of it")
     began = time.perf_counter()
     documents = read_documents(Path(text), tokenizer, **cut) if text else corpus_of(path, split, tokenizer, **cut)
     seconds = time.perf_counter() - began
@@ -153,13 +155,13 @@ def find_needles(
     """Hides needles in the joined texts of `text`; further `settings` are those of `sepjax.load`."""
     if not text:
         raise ConfigError("needles are hidden in --text: give it a .txt file or a folder of them")
+    haystack = "\n\n".join(read_texts(Path(text)))
     model, tokenizer = load(path, **settings)
     config = config_of(path, model)
     if arms:
         compared = fixed_arms(arms, base_of_arms(config, window_size), config.model.num_layers)
     else:
         compared = plain_arms([with_pattern(config, pattern, window_size) for pattern in patterns])
-    haystack = "\n\n".join(read_texts(Path(text)))
     grid = {"lengths": lengths, "depths": depths, "tails": tails, "trials": trials, "batch_tokens": batch_tokens}
     first = tokenizer.document_start if is_trained(path) else None
     start = None if first is None else [first]
@@ -170,6 +172,7 @@ def run_tasks(
     path: Path, names: Sequence[str], patterns: Sequence[str], *, window_size: int = 0, **options: Any
 ) -> list[tasks.TaskScore]:
     """Runs tasks of lm-eval; `options` are those of `sepjax.evaluation.tasks.run_tasks` and `sepjax.load`."""
+    tasks.require_lm_eval()
     loading = {name: options.pop(name) for name in ("step", "dtype", "download") if name in options}
     model, tokenizer = load(path, **loading)
     attentions = [

@@ -94,7 +94,7 @@ def run_tasks(
     """
     if not (0 <= limit < 1 or limit == limit // 1 >= 1):  # so that NaN fails too
         raise TaskError(f"limit={limit} must be a whole number of documents, or their share below 1; 0: all")
-    _require_lm_eval()
+    require_lm_eval()
     from sepjax.evaluation.lm_eval_model import SepjaxLM
 
     for task in tasks:
@@ -116,7 +116,8 @@ def run_tasks(
             yield score
 
 
-def _require_lm_eval() -> None:
+def require_lm_eval() -> None:
+    """Raises TaskError where it is not installed."""
     try:
         import lm_eval  # noqa: F401
     except ModuleNotFoundError as error:

@@ -4,11 +4,13 @@ A conversation is one stream over a bounded cache (`sepjax.generation.stream`): 
 is read twice, and it may go on for ever.
 """
 
+import contextlib
+import io
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from sepjax import interrupt
@@ -19,7 +21,26 @@ from sepjax.generation.row import CacheUse
 from sepjax.generation.stream import Stream
 from sepjax.hub.chat_template import ChatTemplate
 
+_NOT_TEXT = re.compile("[\udc80-\udcff]")  # a byte that is no UTF-8, as `surrogateescape` reads it
 HELP = "/save FOLDER keeps the conversation, /quit or Ctrl-D ends it, Ctrl-C cuts an answer short"
+
+
+class LineError(UserError):
+    """A line that is no text."""
+
+
+def read_line(prompt: str) -> str:
+    """A line of standard input. Raises EOFError behind the last one, `LineError` for one that is not UTF-8."""
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors == "strict":
+        with contextlib.suppress(io.UnsupportedOperation):  # something was read before: it stays as it is
+            sys.stdin.reconfigure(errors="surrogateescape")
+    line = input(prompt)
+    if found := _NOT_TEXT.search(line):
+        raise LineError(
+            f"the line is not UTF-8: byte 0x{ord(found[0]) - 0xDC00:02x} behind {line[: found.start()][-20:]!r}; it is "
+            "left out"
+        )
+    return line
 
 
 def gauge(cache: CacheUse, most: int | None, tokens: int, seconds: float) -> str:
@@ -36,11 +57,13 @@ def chat(
     system: str = "",
     template_variables: Mapping[str, Any] | None = None,
     conversation: Conversation | None = None,
-    read: Callable[[], str] = lambda: input(">>> "),
+    read: Callable[[], str] = lambda: read_line(">>> "),
     write: Callable[[str], Any] = lambda text: print(text, end="", flush=True),
     report: Callable[[str], Any] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> None:
     """Talks until `read` raises EOFError or the user says /quit. Ctrl-C ends an answer, not the conversation.
+
+    A turn that cannot be read or written (no text, or the model's template refuses it) is reported and left out.
 
     Args:
       events: a stream that nothing was fed to, or one that was restored.
@@ -62,17 +85,30 @@ def chat(
                 text = read()
         except (EOFError, KeyboardInterrupt):
             break
+        except UserError as error:
+            report(_left_out(error))
+            continue
         command, _, argument = text.strip().partition(" ")
         if command == "/quit":
             break
         if command == "/save":
             report(_save(events, argument.strip()))
         elif text.strip():
-            ids, about = conversation.turn(text, before=events.last_token)
+            before = conversation.copy()
+            try:
+                ids, about = conversation.turn(text, before=events.last_token)
+                events.feed(ids)
+            except UserError as error:
+                conversation = before
+                report(_left_out(error))
+                continue
             if about:
                 report(about)
-            events.feed(ids)
             conversation.answered(_answer(events, write, report))
+
+
+def _left_out(error: UserError) -> str:
+    return f"{error} (the conversation is as it was before)"
 
 
 def _save(events: Stream, folder: str) -> str:
@@ -104,7 +140,7 @@ def _answer(events: Stream, write: Callable[[str], Any], report: Callable[[str],
     return "".join(texts)
 
 
-@contextmanager
+@contextlib.contextmanager
 def interrupt_flag() -> Iterator[list[bool]]:
     """A list that is no longer empty once Ctrl-C was pressed inside; pressed again, it interrupts as usual.
 

@@ -76,7 +76,24 @@ class ChatFormat:
     def _around(self, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if role == "assistant":
             return self.answer, self.end
+        if role == "tool":
+            raise ConfigError("a message of a tool needs a chat template, which the model has none of")
         return self.system if role in ("system", "developer") else self.user
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnEnds:
+    """What ends an answer of a conversation, beside what is asked for."""
+
+    stop: tuple[str, ...] = ()  # texts
+    stop_token_ids: tuple[int, ...] = ()
+
+    def beside(self, options: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """`stop` and `stop_token_ids` of these options of generation, and these."""
+        return {
+            "stop": [*options["stop"], *self.stop],
+            "stop_token_ids": [*options["stop_token_ids"], *self.stop_token_ids],
+        }
 
 
 class Conversation(abc.ABC):
@@ -94,10 +111,12 @@ class Conversation(abc.ABC):
 
     def ends(self, options: Mapping[str, Any]) -> dict[str, list[Any]]:
         """`stop` and `stop_token_ids` of these options of generation, and what ends an answer beside them."""
-        return {
-            "stop": [*options["stop"], *self.stop],
-            "stop_token_ids": [*options["stop_token_ids"], *self.stop_token_ids],
-        }
+        return self.turn_ends.beside(options)
+
+    @property
+    def turn_ends(self) -> TurnEnds:
+        """What ends an answer of it."""
+        return TurnEnds(self.stop, self.stop_token_ids)
 
     @abc.abstractmethod
     def turn(self, text: str, *, before: int | None) -> tuple[list[int], str]:

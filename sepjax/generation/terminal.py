@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from sepjax.config import UserError
 from sepjax.files import cache_folder
-from sepjax.generation.chat import gauge, interrupt_flag
+from sepjax.generation.chat import gauge, interrupt_flag, read_line
 from sepjax.generation.commands import Next, take
 from sepjax.generation.row import StreamEvent
 from sepjax.generation.talk import Talk
@@ -39,7 +39,7 @@ class Screen(Protocol):
     def read(self, prompt: str, status: str) -> str:
         """What the user says, with a line `status` below it where that can be.
 
-        Raises EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C where nothing is written, `PressedTwice`.
+        Raises EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C where nothing is written, `PressedTwice`, `LineError`.
         """
         ...
 
@@ -82,7 +82,7 @@ class Lines:
 
     def read(self, prompt: str, status: str) -> str:
         """See `Screen`."""
-        return input(prompt)
+        return read_line(prompt)
 
     def write(self, text: str) -> None:
         """See `Screen`."""
@@ -111,9 +111,9 @@ def talk_on(talk: Talk, screen: Screen) -> None:
 
 def _one_line(talk: Talk, screen: Screen, pressed: list[bool]) -> bool:
     """Reads a line and does what it asks for; returns whether there is to be another. Raises `PressedTwice`."""
-    line = _read(talk, screen, pressed)
-    pressed.clear()
     try:
+        line = _read(talk, screen, pressed)
+        pressed.clear()
         then = Next.END if line is None else take(talk, line, screen.report)
         if then is Next.ANSWER:
             _answer(talk, screen, pressed)

@@ -109,11 +109,12 @@ class ChatTemplate:
         found._variables = _each_text(self._variables, lambda text: marked(tokenizer, text))
         return found
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """The text of a conversation.
 
         Args:
-          messages: {"role": "system" | "user" | "assistant", "content": text}, in order.
+          messages: {"role": "system" | "user" | "assistant" | "tool", "content": text}, in order; an assistant's may
+            have "tool_calls": [{"function": {"name": ..., "arguments": {...}}}, ...], a tool's "tool_call_id".
           add_generation_prompt: whether what stands before an answer comes last.
 
         Raises:
@@ -121,7 +122,7 @@ class ChatTemplate:
         """
         return ask(self.source, self._values(messages, add_generation_prompt))
 
-    def _values(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> dict[str, Any]:
+    def _values(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> dict[str, Any]:
         """What the template may name."""
         if not len(messages):
             raise HubError("a chat template needs at least one message")
@@ -134,7 +135,7 @@ class ChatTemplate:
         }
 
     def answers(
-        self, messages: Sequence[Mapping[str, str]], *, only_last: bool = False
+        self, messages: Sequence[Mapping[str, Any]], *, only_last: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and [first, last) characters of what an assistant says in it.
 
@@ -163,7 +164,7 @@ class ChatTemplate:
     def encode(
         self,
         tokenizer: Tokenizer,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         control_tokens: bool = True,
         encode: Callable[[Tokenizer, str], list[int]] | None = None,
@@ -180,11 +181,11 @@ class ChatTemplate:
         encode = encode or encode_marked
         if control_tokens:
             return encode(tokenizer, self.render(messages))
-        messages = [{k: marked(tokenizer, v) for k, v in message.items()} for message in messages]
+        messages = [_each_text(dict(message), lambda text: marked(tokenizer, text)) for message in messages]
         return encode(tokenizer, self.with_plain_variables(tokenizer).render(messages))
 
 
-def _as_templates_read(message: Mapping[str, str | None]) -> dict[str, str]:
+def _as_templates_read(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message without what is None, and with its reasoning under the names that templates read it by."""
     found = {key: value for key, value in message.items() if value is not None}
     reasoning = next((found[key] for key in _REASONING if key in found), None)
@@ -203,11 +204,11 @@ def _as_json(value: Any, name: str, depth: int = 0) -> Any:
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with all its texts changed; names stay."""
+    """A JSON value with all its texts changed, and names: templates write those of arguments, too."""
     if isinstance(value, list):
         return [_each_text(x, change) for x in value]
     if isinstance(value, dict):
-        return {key: _each_text(x, change) for key, x in value.items()}
+        return {change(key): _each_text(x, change) for key, x in value.items()}
     return change(value) if isinstance(value, str) else value
 
 

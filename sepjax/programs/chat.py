@@ -44,6 +44,7 @@ def main(settings: Settings) -> None:
     from sepjax.generation.talk import Talk
     from sepjax.loading import load
 
+    settings.check_resume()
     model, tokenizer = load(settings.path, **settings.loading)
     template, control = settings.template(tokenizer), settings.control_tokens is True
     new = settings.max_new_tokens

@@ -118,6 +118,7 @@ def main(settings: Settings) -> None:
 
     if settings.save:
         saved.check_place(settings.save)
+    settings.check_resume()
     model, tokenizer = load(settings.path, **settings.loading)
     control = settings.control_tokens is not False
     many, form = _encoded(settings, tokenizer, lines) if lines else None, None

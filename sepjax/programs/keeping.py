@@ -39,9 +39,10 @@ def main(settings: Settings) -> None:
     from sepjax.loading import load, locate
 
     check_file(settings.output)
+    texts = read_texts(Path(settings.text))
     model, tokenizer = load(settings.model)
     table = measure_table(
-        model, tokenizer, read_texts(Path(settings.text)), by=settings.by, max_tokens=settings.max_tokens,
+        model, tokenizer, texts, by=settings.by, max_tokens=settings.max_tokens,
         density=settings.density, window_size=settings.window_size, length=settings.length,
     )  # fmt: skip
     write_text(settings.output, json.dumps(dataclasses.asdict(table)) + "\n")

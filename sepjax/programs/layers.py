@@ -66,6 +66,8 @@ def main(settings: Settings) -> None:
 
     if settings.output:
         check_file(settings.output)
+    given = read_texts(Path(settings.text))
+    others = read_texts(Path(settings.check_text)) if settings.check_text else []
     model, tokenizer = load(settings.model)
     output, stored = _output(settings, model.attention)
     config, base, slots = model.config, model.attention, settings.slots
@@ -82,9 +84,8 @@ def main(settings: Settings) -> None:
         )
     scale = min(1.0, length / (_LEAST * slots))
     trial = split_memory(config, range(settings.layers or max(1, config.num_layers // 4)), slots, base)
-    others = read_texts(Path(settings.check_text)) if settings.check_text else []
     texts = divide(
-        tokenizer, read_texts(Path(settings.text)), others, length=length,
+        tokenizer, given, others, length=length,
         max_tokens=settings.max_tokens or most_chosen_by, check_length=5 * slots,
         check_tokens=settings.check_tokens or most_checked, least=2 * slots, seed=settings.seed,
     )  # fmt: skip

@@ -105,6 +105,7 @@ def encoded(
     Raises DataError for a prompt that the model cannot be given, with its line.
     """
     from sepjax.generation.prompts import encode_prompts
+    from sepjax.hub.tool_calls import written
 
     control = not line.messages if control_tokens is None else control_tokens
     try:
@@ -112,6 +113,8 @@ def encoded(
             return encode_prompts(tokenizer, [line.text], control_tokens=control)[0]
         messages = line.messages or ({"role": "user", "content": line.text},)
         if template is not None:
+            if line.tools and not written(template).tools:
+                raise ConfigError("the model's chat template leaves 'tools' out; say in a message what they are")
             template = template.with_variables({"tools": list(line.tools)} if line.tools else {})
             return template.encode(tokenizer, messages, control_tokens=control)
         if line.tools:

@@ -67,6 +67,10 @@ def main(settings: Settings) -> None:
 
     read_records(settings.paths)  # says what is wrong with a folder before anything is computed
     check_file(settings.page)
+    if settings.kept:
+        from sepjax.programs.common import one_text
+
+        one_text("kept", settings.kept)
     if settings.samples:
         from sepjax.report.samples import write_samples
 

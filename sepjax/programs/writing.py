@@ -165,6 +165,13 @@ class Writing(Conversing):
 
         return attention_of(self.resume, model.attention, model.kept)
 
+    def check_resume(self) -> None:
+        """Raises what is wrong with the folder of --resume, before a model is loaded for it."""
+        from sepjax.generation.saved import read
+
+        if self.resume is not None:
+            read(self.resume)
+
     def options(self, tokenizer: "Tokenizer") -> dict[str, Any]:
         """Arguments of `sepjax.Generator.generate` and `stream`: how text is drawn, and what ends it."""
         from sepjax.generation.prompts import choose_sampling

@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from sepjax.config import Config, UserError
+from sepjax.config import Config, LoraConfig, UserError
 from sepjax.model.lora import joined, merged
 from sepjax.model.transformer import Params, abstract
 from sepjax.run.checkpoint_files import agreed, check_shapes, damage, on_first, quiet, seal
@@ -81,11 +81,24 @@ def learned_and_frozen(config: Config, mesh: Mesh) -> tuple[Any, Any]:
 
 
 def merged_with(base: Params, params: Params, config: Config, mesh: Mesh) -> Params:
-    """The parameters of a plain model, float32, in their shards: adapters added to the matrices of their base."""
+    """The parameters of a plain model, float32, in their shards: adapters added to the matrices of their base.
+
+    `base` is used up: one matrix (of all layers) after the other is in memory twice, and not all of them.
+    """
     if not config.lora.rank:
         return params
-    places = parameter_shardings(abstract(config.model, config.attention)[1], mesh)
-    return jax.jit(functools.partial(merged, lora=config.lora), out_shardings=places)(joined(base, params))
+    places, whole = parameter_shardings(abstract(config.model, config.attention)[1], mesh), joined(base, params)
+    base.clear()
+    return _merged_each(whole, places, config.lora)
+
+
+def _merged_each(params: Params, places: Any, lora: LoraConfig) -> Params:
+    """`merged`, a module at a time; `params` is used up."""
+    if all(isinstance(x, dict) for x in params.values()):
+        return {name: _merged_each(params.pop(name), places[name], lora) for name in list(params)}
+    found = jax.jit(functools.partial(merged, lora=lora), out_shardings=places)(params)
+    params.clear()
+    return jax.block_until_ready(found)
 
 
 def _placed(shapes: Any, mesh: Mesh) -> Any:

@@ -115,7 +115,7 @@ class Api:
             asked = tokenize_request(load_json(body))
             _check_model(served, asked.model)
             if asked.messages is not None:
-                return served.chat_ids(asked.messages, asked.template_variables)
+                return served.chat_ids(asked.messages, asked.template_variables, tools=asked.tools)
             assert asked.prompt is not None
             return served.tokenizer.encode(asked.prompt, bos=asked.add_special_tokens)
 
@@ -153,12 +153,14 @@ class Api:
         self, served: Served, asked: ChatRequest | CompletionRequest, inbox: Inbox, client: str, came: float
     ) -> tuple[Answer, Wanted, list[Job]]:
         """Everything that takes time and no device, outside the event loop. Raises ApiError, UserError."""
-        wanted, is_chat = asked.wanted, isinstance(asked, ChatRequest)
+        wanted, is_chat, finds_calls = asked.wanted, isinstance(asked, ChatRequest), False
         _check_model(served, wanted.model)
         self._worker.check_room(wanted.n * (1 if isinstance(asked, ChatRequest) else len(asked.prompts)))
         if isinstance(asked, ChatRequest):
-            chat = served.chat_ids(asked.messages, asked.template_variables, continues=asked.continues)
-            prompts = {"messages": chat}
+            if finds_calls := asked.finds_calls:
+                served.check_calls()
+            how: dict[str, Any] = {"continues": asked.continues, "tools": asked.tools}
+            prompts = {"messages": served.chat_ids(asked.messages, asked.template_variables, **how)}
         else:
             names = ["prompt"] if len(asked.prompts) == 1 else [f"prompt[{i}]" for i in range(len(asked.prompts))]
             pairs = zip(names, asked.prompts, strict=True)
@@ -178,7 +180,9 @@ class Api:
             job = Job(inbox, choice, ids, slot, wanted.user or client, came, name, blocks)
             job.share = share if wanted.n > 1 else None
             jobs.append(job)
-        return Answer(id, served, wanted, is_chat=is_chat, prompt_tokens=[len(ids) for ids, *_ in each]), wanted, jobs
+        tokens = [len(ids) for ids, *_ in each]
+        answer = Answer(id, served, wanted, is_chat=is_chat, prompt_tokens=tokens, finds_calls=finds_calls)
+        return answer, wanted, jobs
 
     async def _body(self, request: Request) -> bytes:
         """The whole body, within limits of size and time."""

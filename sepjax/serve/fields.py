@@ -35,6 +35,15 @@ def wrong(name: str, value: Any, expected: str) -> ApiError:
     return ApiError(400, f"{name}={shown} must be {expected}", param=name, code="invalid_value")
 
 
+def strict_json(source: bytes | str) -> Any:
+    """What JSON says; raises ValueError for what is none (NaN is not), RecursionError where it is too deep."""
+
+    def no_number(name: str) -> None:
+        raise ValueError(f"{name} is not a JSON number")
+
+    return json.loads(source, parse_constant=no_number)
+
+
 def number(low: float, high: float = math.inf, *, above: bool = False) -> Check:
     """A finite number from `low` to `high`; `above`: not `low` itself."""
     top = "" if high == math.inf else f" and at most {high:g}"

@@ -1,11 +1,14 @@
-"""What /metrics tells, under the names that dashboards of other servers know, behind `sepjax:`."""
+"""What /metrics tells, under the names that dashboards of other servers know, behind `sepjax:`.
+
+Each number has the label `model_name`, as theirs have: one Prometheus watches several servers.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 if TYPE_CHECKING:
     from sepjax.serve.worker import Worker
@@ -20,6 +23,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._worker: Worker | None = None
         self._first = _Times(("time_to_first_token_seconds",), "From a request to its first token", _FIRST)
         names = "time_per_output_token_seconds", "inter_token_latency_seconds"  # older and newer dashboards
         self._each = _Times(names, "Between two tokens of an answer", _EACH)
@@ -35,6 +39,7 @@ class Metrics:
 
     def watch(self, worker: "Worker") -> None:
         """Adds what is asked of the worker when somebody looks."""
+        self._worker = worker
         self._gauge("num_requests_running", "Choices that have a row").set_function(lambda: worker.num_running)
         self._gauge("num_requests_waiting", "Choices that wait").set_function(lambda: worker.num_waiting)
         self._gauge("cache_slots_held", "Entries in the caches of running rows").set_function(lambda: sum(worker.held))
@@ -75,14 +80,28 @@ class Metrics:
             self._whole.observe(seconds)
 
     def text(self) -> bytes:
-        """In Prometheus's format."""
-        return generate_latest(self._registry)
+        """In Prometheus's format; empty until the model is there."""
+        served = self._worker and self._worker.served
+        return generate_latest(_Named(self._registry, served.name)) if served else b""
 
     def _counter(self, name: str, about: str) -> Counter:
         return Counter(f"sepjax:{name}", about, registry=self._registry)
 
     def _gauge(self, name: str, about: str) -> Gauge:
         return Gauge(f"sepjax:{name}", about, registry=self._registry)
+
+
+class _Named:
+    """What a registry has, with the model's name at each number."""
+
+    def __init__(self, registry: CollectorRegistry, name: str):
+        self._registry, self._name = registry, name
+
+    def collect(self) -> Iterator[Metric]:
+        """For `generate_latest`."""
+        for family in self._registry.collect():
+            family.samples = [x._replace(labels={"model_name": self._name, **x.labels}) for x in family.samples]
+            yield family
 
 
 class _Times:

@@ -5,14 +5,27 @@ import json
 from typing import Any
 
 from sepjax.serve.errors import ApiError
-from sepjax.serve.fields import Field, biases, flag, mapping, number, read, text, texts, token_ids, whole, wrong
+from sepjax.serve.fields import (
+    Field,
+    biases,
+    flag,
+    mapping,
+    number,
+    read,
+    strict_json,
+    text,
+    texts,
+    token_ids,
+    whole,
+    wrong,
+)
+from sepjax.serve.messages import Message, read_messages, read_tools
 
 MOST_CHOICES = 128  # `n`, and prompts of one request
 MOST_TOKENS = 2**31 - 1
 MOST_IN_ONE_PIECE = 2**20  # tokens of an answer that is not streamed: it is held until its end
 MOST_TOP = 20  # alternatives to a token, in logprobs
 _MOST_STOPS = 16
-_ROLES = ("system", "user", "assistant")
 _STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_cache")
 
 # Name -> its values that ask for nothing. null never does, and [] and {} do not where there are such values. Beside
@@ -27,16 +40,13 @@ _REFUSED_EVERYWHERE: dict[str, tuple[Any, ...] | None] = {
     "guided_whitespace_pattern": (), "request_id": (), "cache_salt": (), "kv_transfer_params": (), "vllm_xargs": (),
 }  # fmt: skip
 _REFUSED_IN_CHATS = _REFUSED_EVERYWHERE | {
-    "tools": (), "tool_choice": ("none", "auto"), "parallel_tool_calls": (False, True), "functions": (),
+    "functions": (),
     "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (),
     "reasoning_effort": ("none",), "verbosity": ("medium",), "web_search_options": None, "echo": (False,),
     "best_of": (1,), "add_special_tokens": (False,), "include_reasoning": (True,), "chat_template": (),
     "documents": (), "mm_processor_kwargs": (),
 }  # fmt: skip
 _REFUSED_IN_COMPLETIONS = _REFUSED_EVERYWHERE | {"echo": (False,), "suffix": ("",), "add_special_tokens": (True,)}
-_REFUSED_IN_MESSAGES: dict[str, tuple[Any, ...] | None] = {
-    "refusal": (), "tool_calls": (), "tool_call_id": (), "function_call": (), "audio": (), "annotations": (),
-}  # fmt: skip
 
 
 def _stream_options(name: str, value: Any) -> dict[str, bool]:
@@ -102,22 +112,6 @@ class Wanted:
 
 
 @dataclasses.dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str  # "system", "user" or "assistant"
-    content: str
-    reasoning_content: str | None = None
-    name: str | None = None  # of who says it
-
-    def for_template(self) -> dict[str, str]:
-        """As chat templates read it; whether they write more than the content is theirs."""
-        more = {"reasoning_content": self.reasoning_content, "name": self.name}
-        told = {name: value for name, value in more.items() if value is not None}
-        return {"role": self.role, "content": self.content, **told}
-
-
-@dataclasses.dataclass(frozen=True)
 class ChatRequest:
     """`POST /v1/chat/completions`."""
 
@@ -125,6 +119,8 @@ class ChatRequest:
     messages: tuple[Message, ...]
     template_variables: dict[str, Any] = dataclasses.field(default_factory=dict)  # "chat_template_kwargs"
     continues: bool = False  # whether the last message is an answer to go on with ("continue_final_message")
+    tools: tuple[dict[str, Any], ...] = ()  # that the template tells the model of
+    finds_calls: bool = False  # whether calls of them are looked for in the answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +140,7 @@ class TokenizeRequest:
     messages: tuple[Message, ...] | None
     add_special_tokens: bool
     template_variables: dict[str, Any] = dataclasses.field(default_factory=dict)  # "chat_template_kwargs"
+    tools: tuple[dict[str, Any], ...] = ()  # as of a chat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,12 +153,8 @@ class DetokenizeRequest:
 
 def load_json(body: bytes) -> Any:
     """Raises ApiError for what is not JSON."""
-
-    def no_number(name: str) -> None:
-        raise ValueError(f"{name} is not a JSON number")
-
     try:
-        return json.loads(body, parse_constant=no_number)
+        return strict_json(body)
     except (ValueError, RecursionError) as error:
         said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
         raise ApiError(400, f"the body is not valid JSON: {said}", code="invalid_json") from None
@@ -170,15 +163,20 @@ def load_json(body: bytes) -> Any:
 def chat_request(body: Any) -> ChatRequest:
     """Raises ApiError."""
     own = {
-        "messages": Field(_messages),
+        "messages": Field(read_messages),
         "chat_template_kwargs": Field(mapping, {}),
         "max_completion_tokens": Field(whole(1, MOST_TOKENS)),
         "continue_final_message": Field(flag, False),
         "add_generation_prompt": Field(flag),
         "logprobs": Field(flag, False),
         "top_logprobs": Field(whole(0, MOST_TOP)),
+        "tools": Field(read_tools, ()),
+        "tool_choice": Field(_tool_choice, "auto"),
+        "parallel_tool_calls": Field(flag, True),
     }
     values = read(body, _EVERYWHERE | own, _REFUSED_IN_CHATS)
+    tools = _tools(values.pop("tools"), values.pop("parallel_tool_calls"), values["chat_template_kwargs"])
+    finds_calls = values.pop("tool_choice") == "auto" and bool(tools)
     messages, most = _given(values, "messages"), values.pop("max_completion_tokens")
     variables = values.pop("chat_template_kwargs")
     if most is not None and values["max_tokens"] not in (None, most):
@@ -188,7 +186,23 @@ def chat_request(body: Any) -> ChatRequest:
     if alternatives and not asked:
         raise wrong("top_logprobs", alternatives, "left out, or come with logprobs=true")
     continues = _continues(values.pop("continue_final_message"), values.pop("add_generation_prompt"), messages)
-    return ChatRequest(_wanted(values, (alternatives or 0) if asked else None), messages, variables, continues)
+    wanted = _wanted(values, (alternatives or 0) if asked else None)
+    return ChatRequest(wanted, messages, variables, continues, tools, finds_calls)
+
+
+def _tools(found: tuple[dict[str, Any], ...], parallel: bool, variables: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Checks them against what else says something of tools."""
+    if found and not parallel:
+        raise wrong("parallel_tool_calls", False, "left out, or true: how many calls an answer has, the model decides")
+    if found and "tools" in variables:
+        raise wrong("chat_template_kwargs.tools", variables["tools"], "left out beside tools")
+    return found
+
+
+def _tool_choice(name: str, value: Any) -> str:
+    if value not in ("auto", "none"):
+        raise wrong(name, value, '"auto" or "none": no answer is forced to be a call')
+    return value
 
 
 def _continues(continues: bool, prompts: bool | None, messages: tuple[Message, ...]) -> bool:
@@ -197,7 +211,8 @@ def _continues(continues: bool, prompts: bool | None, messages: tuple[Message, .
         raise wrong("add_generation_prompt", prompts, f"left out, or {json.dumps(not continues)}: the opposite of "
                     "continue_final_message")  # fmt: skip
     last = messages[-1]
-    is_answer = len(messages) > 1 and last.role == "assistant" and last.content and last.reasoning_content is None
+    plain = last.content and last.reasoning_content is None and not last.tool_calls
+    is_answer = len(messages) > 1 and last.role == "assistant" and plain
     if continues and not is_answer:
         raise wrong("continue_final_message", True, "left out where the last message is not an answer's content behind "
                     "other messages")  # fmt: skip
@@ -228,9 +243,10 @@ def tokenize_request(body: Any) -> TokenizeRequest:
     known = {
         "model": Field(text),
         "prompt": Field(text),
-        "messages": Field(_messages),
+        "messages": Field(read_messages),
         "add_special_tokens": Field(flag),
         "chat_template_kwargs": Field(mapping, {}),
+        "tools": Field(read_tools, ()),
     }
     values = read(body, known, {})
     if (values["prompt"] is None) == (values["messages"] is None):
@@ -241,7 +257,12 @@ def tokenize_request(body: Any) -> TokenizeRequest:
     variables = values["chat_template_kwargs"]
     if variables and values["messages"] is None:
         raise wrong("chat_template_kwargs", variables, "left out beside prompt, which goes into no template")
-    return TokenizeRequest(values["model"], values["prompt"], values["messages"], special is not False, variables)
+    if values["tools"] and values["messages"] is None:
+        raise wrong("tools", list(values["tools"]), "left out beside prompt, which goes into no template")
+    tools = _tools(values["tools"], True, variables)
+    return TokenizeRequest(
+        values["model"], values["prompt"], values["messages"], special is not False, variables, tools
+    )
 
 
 def detokenize_request(body: Any) -> DetokenizeRequest:
@@ -284,40 +305,3 @@ def _prompts(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
     if len(value) > MOST_CHOICES:
         raise wrong(name, value, expected)
     return tuple(x if isinstance(x, str) else token_ids(f"{name}[{i}]", x) for i, x in enumerate(value))
-
-
-def _messages(name: str, value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise wrong(name, value, "a list of messages, one at least")
-    return tuple(_message(f"{name}[{i}]", message) for i, message in enumerate(value))
-
-
-def _message(where: str, value: Any) -> Message:
-    names = ("role", "reasoning_content", "name")
-    known = {"content": Field(_content), **{name: Field(text) for name in names}}
-    found = read(value, known, _REFUSED_IN_MESSAGES, f"{where}.")
-    role = "system" if found["role"] == "developer" else found["role"]
-    if role not in _ROLES:
-        raise wrong(f"{where}.role", role, f"one of {', '.join(_ROLES)}")
-    if found["content"] is None:
-        raise ApiError(400, f"{where}.content is missing", param=f"{where}.content", code="missing_field")
-    return Message(role, found["content"], found["reasoning_content"], found["name"])
-
-
-def _content(name: str, value: Any) -> str:
-    """A text, or text in parts."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise wrong(name, value, "a string or a list of text parts")
-    return "".join(_part(f"{name}[{i}]", part) for i, part in enumerate(value))
-
-
-def _part(where: str, value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind != "text":
-        got = kind if isinstance(kind, str) else type(value).__name__
-        message = f"{where}: parts of type {got[:40]!r} are not supported, only text"
-        raise ApiError(400, message, param=where, code="unsupported")
-    known = {"type": Field(text), "text": Field(text, ""), "cache_control": Field(mapping)}  # the last: a hint
-    return read(value, known, {}, f"{where}.")["text"]

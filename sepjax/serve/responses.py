@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from sepjax.generation.row import CacheUse, StreamEvent
+from sepjax.hub.tool_calls import CallFinder
 from sepjax.serve.errors import ApiError
 from sepjax.serve.jobs import Begun, Failed, Item
 from sepjax.serve.protocol import Wanted
@@ -37,6 +39,8 @@ class _Choice:
     is_begun: bool = False
     offset: int = 0  # characters of the tokens so far, for the completions' text_offset
     text: str = ""  # of an answer in one piece
+    finder: CallFinder | None = None
+    calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # found so far
     logprobs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
@@ -48,10 +52,14 @@ class Answer:
       choices: where each stands.
     """
 
-    def __init__(self, id: str, served: Served, wanted: Wanted, *, is_chat: bool, prompt_tokens: Sequence[int]):
-        """`prompt_tokens`: of each choice."""
+    def __init__(
+        self, id: str, served: Served, wanted: Wanted, *, is_chat: bool, prompt_tokens: Sequence[int],
+        finds_calls: bool = False,
+    ):  # fmt: skip
+        """`prompt_tokens`: of each choice; `finds_calls`: whether calls of tools are looked for in what they say."""
         self.id, self._served, self._wanted, self._is_chat = id, served, wanted, is_chat
-        self.choices = [_Choice(tokens) for tokens in prompt_tokens]
+        self.choices = [_Choice(tokens, finder=CallFinder() if finds_calls else None) for tokens in prompt_tokens]
+        self._stop_token_ids = served.ends(wanted, is_chat=is_chat)["stop_token_ids"]
         self._created = int(time.time())
         head = self._head("chat.completion.chunk" if is_chat else "text_completion")
         self._begin = b"data: " + _json(head)[:-1] + b","  # of every chunk: what is always the same is written once
@@ -67,9 +75,9 @@ class Answer:
         """Takes up what has come. Raises the ApiError of a choice that failed."""
         for number, item in items:
             choice = self.choices[number]
-            if isinstance(item, StreamEvent):
-                choice.text += item.text
             choice.logprobs += self._take(choice, item)
+            if isinstance(item, StreamEvent):
+                choice.text += self._said(choice, item.text)[0]
 
     def whole(self) -> dict[str, Any]:
         """The JSON of an answer that is done."""
@@ -82,7 +90,10 @@ class Answer:
     def _whole_choice(self, number: int, choice: _Choice) -> dict[str, Any]:
         said: dict[str, Any] = {"text": choice.text}
         if self._is_chat:
-            said = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+            message = {"role": "assistant", "content": choice.text, "refusal": None}
+            if choice.calls:
+                message |= {"content": choice.text or None, "tool_calls": choice.calls}
+            said = {"message": message}
         logprobs = self._logprobs(choice.logprobs) if self._wanted.logprobs is not None else None
         return {"index": number, **said, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
@@ -103,16 +114,17 @@ class Answer:
         choice, is_first = self.choices[number], not self.choices[number].is_begun
         logprobs = [token for item in items for token in self._take(choice, item)]
         events = [item for item in items if isinstance(item, StreamEvent)]
-        text = "".join(item.text for item in events)
+        text, calls = self._said(choice, "".join(item.text for item in events))
         wants_cache = self._wanted.include_cache and bool(events)
-        if not (text or logprobs or choice.finish_reason or wants_cache or (is_first and self._is_chat)):
+        if not (text or calls or logprobs or choice.finish_reason or wants_cache or (is_first and self._is_chat)):
             return None
         choice.is_begun = True
         said: dict[str, Any] = {"text": text}
         if self._is_chat:
-            said = {
-                "delta": ({"role": "assistant"} if is_first else {}) | ({"content": text} if text or is_first else {})
-            }
+            delta = ({"role": "assistant"} if is_first else {}) | ({"content": text} if text or is_first else {})
+            numbers = range(len(choice.calls) - len(calls), len(choice.calls))
+            called = [{"index": i} | call for i, call in zip(numbers, calls, strict=True)]
+            said = {"delta": delta | ({"tool_calls": called} if called else {})}
         listed = self._logprobs(logprobs) if self._wanted.logprobs is not None else None
         said = {"index": number, **said, "logprobs": listed, "finish_reason": choice.finish_reason}
         chunk: dict[str, Any] = {"choices": [said]}
@@ -156,14 +168,22 @@ class Answer:
         choice.num_tokens += len(item.token_ids)
         if item.finish_reason is not None:
             choice.finish_reason = _REASONS[item.finish_reason]
-        ends = item.finish_reason == "eos" or (item.finish_reason == "stop" and self._is_stop_token(item))
+        by_token = item.finish_reason == "stop" and any(i in self._stop_token_ids for i in item.token_ids)
+        ends = item.finish_reason == "eos" or by_token
         if self._wanted.logprobs is None or ends:
             return []
         return [self._logprob(choice, token, item) for token in item.token_ids]
 
-    def _is_stop_token(self, item: StreamEvent) -> bool:
-        stops = (*self._wanted.stop_token_ids, *(self._served.stop_token_ids if self._is_chat else ()))
-        return any(token in stops for token in item.token_ids)
+    def _said(self, choice: _Choice, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """What of this text and of what was held back before it is content, and new calls in it."""
+        if choice.finder is None:
+            return text, []
+        text, found = choice.finder.take(text, ends=choice.finish_reason is not None)
+        calls = [{"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": x._asdict()} for x in found]
+        choice.calls += calls
+        if choice.calls and choice.finish_reason == "stop":
+            choice.finish_reason = "tool_calls"
+        return text, calls
 
     def _logprob(self, choice: _Choice, token: int, item: StreamEvent) -> dict[str, Any]:
         tops = [self._one(top, logprob) for top, logprob in item.top_logprobs or ()]

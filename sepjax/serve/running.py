@@ -24,7 +24,7 @@ from sepjax.serve.fronts import Fronts
 from sepjax.serve.http import server_of
 from sepjax.serve.metrics import Metrics
 from sepjax.serve.served import Served
-from sepjax.serve.state import StateFolder
+from sepjax.serve.state import StateFolder, TakenFolder
 from sepjax.serve.worker import Worker
 
 log = logging.getLogger("sepjax.serve")
@@ -63,15 +63,20 @@ class Running:
     """One server. `run` is a whole process; `with Running(...)` serves from a thread of this one, until the end."""
 
     def __init__(self, load: Callable[[], Served], options: Options):
-        """Takes the address; raises ServeError where it is taken.
+        """Takes the address, and the folder of `state`; raises ServeError or StateError where that cannot be.
 
         Args:
           load: makes the model, in the worker's thread.
           options: how it runs.
         """
         self._options, self.metrics = options, Metrics()
-        self._state: StateFolder | None = None
         self._socket = _listen(options.host, options.port)
+        self._state: StateFolder | TakenFolder | None = None
+        try:
+            self._state = None if options.state is None else TakenFolder(options.state)
+        except BaseException:
+            self._socket.close()
+            raise
         self.port: int = self._socket.getsockname()[1]
         self.worker = Worker(
             load, self._conversations, rows=options.rows, max_waiting=options.max_waiting, metrics=self.metrics,
@@ -184,12 +189,13 @@ class Running:
                 f"--cache_memory is {options.cache_memory} bytes, no room for two conversations of {need}; give "
                 f"{-(-2 * need >> 20)} MiB or more, or 0 to keep none"
             )
-        if options.state is not None:
-            self._state = StateFolder(options.state, served, options.state_bytes)
+        state = None
+        if isinstance(self._state, TakenFolder):
+            state = self._state = StateFolder(self._state, served, options.state_bytes)
         if not options.cache_memory:
-            return Conversations(served.tokenizer, 0, self._state)
+            return Conversations(served.tokenizer, 0, state)
         on_device = _room(options.rows * need) if options.device_memory is None else options.device_memory
-        return Conversations(served.tokenizer, options.cache_memory, self._state, on_device)
+        return Conversations(served.tokenizer, options.cache_memory, state, on_device)
 
     def _exit(self) -> None:
         state, self._state = self._state, None  # it may be called by two threads

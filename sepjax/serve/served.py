@@ -15,7 +15,7 @@ from sepjax.array_typing import Int32
 from sepjax.config.versions import told
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.generation.cache.mixed import BoundedSizes, bounded_sizes
-from sepjax.generation.conversation import ChatFormat, conversation_of
+from sepjax.generation.conversation import ChatFormat, TurnEnds, conversation_of
 from sepjax.generation.engine import Generator
 from sepjax.generation.prepared import marks_of
 from sepjax.generation.prompts import encode_prompts
@@ -24,10 +24,12 @@ from sepjax.generation.row import CacheUse, Ends, RowSettings
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest
 from sepjax.hub.chat_template import ChatTemplate, encode_behind
+from sepjax.hub.tool_calls import written
 from sepjax.serve.encoded import EncodedTexts
 from sepjax.serve.errors import ApiError, naming
 from sepjax.serve.fields import wrong
-from sepjax.serve.protocol import Message, Wanted
+from sepjax.serve.messages import Message
+from sepjax.serve.protocol import Wanted
 
 
 class Zones(NamedTuple):
@@ -55,8 +57,7 @@ class Served:
     engine: Any  # the `Generator`, or `Elsewhere`
     template: ChatTemplate | None
     form: ChatFormat  # of conversations, where there is no template
-    stop: tuple[str, ...]  # texts that end an answer in a chat
-    stop_token_ids: tuple[int, ...]
+    turn_ends: TurnEnds  # what ends an answer in a chat
     max_prompt_tokens: int  # 0: as long as they like
     fingerprint: str  # of the weights, and how they are used
     control_names: dict[int, str]
@@ -85,14 +86,13 @@ class Served:
           alias: another name that clients may say.
         """
         tokenizer = engine.tokenizer
-        chat = conversation_of(tokenizer, template)
         names = {i: text for text in tokenizer.control_tokens() if (i := tokenizer.control_id(text)) is not None}
         names |= {
             i: text for text, i in (("<s>", tokenizer.bos_id), ("</s>", tokenizer.eos_id)) if i not in names and i
         }
         return cls(
-            name, engine, template, ChatFormat.of(tokenizer), chat.stop, chat.stop_token_ids, max_prompt_tokens,
-            fingerprint(engine), names, bounded_sizes(engine.prepared.config, engine.kept),
+            name, engine, template, ChatFormat.of(tokenizer), conversation_of(tokenizer, template).turn_ends,
+            max_prompt_tokens, fingerprint(engine), names, bounded_sizes(engine.prepared.config, engine.kept),
             jax.sharding.get_mesh(), alias,
         )  # fmt: skip
 
@@ -100,7 +100,7 @@ class Served:
         """What `of_told` needs beside tokenizer and template, as JSON."""
         names = {str(i): text for i, text in self.control_names.items()}
         return {
-            "name": self.name, "stop": self.stop, "stop_token_ids": self.stop_token_ids, "names": names,
+            "name": self.name, "turn_ends": dataclasses.asdict(self.turn_ends), "names": names,
             "max_prompt_tokens": self.max_prompt_tokens, "fingerprint": self.fingerprint,
             "cache_size": self.sizes.cache_size, "num_sinks": self.sizes.num_sinks, "alias": self.alias,
         }  # fmt: skip
@@ -110,10 +110,10 @@ class Served:
         """The same model for a process that reads requests and writes answers, and has no device."""
         elsewhere = Elsewhere(tokenizer, told["cache_size"], told["num_sinks"])
         names = {int(i): text for i, text in told["names"].items()}
+        ends = TurnEnds(**{name: tuple(found) for name, found in told["turn_ends"].items()})
         return cls(
-            told["name"], elsewhere, template, ChatFormat.of(tokenizer), tuple(told["stop"]),
-            tuple(told["stop_token_ids"]), told["max_prompt_tokens"], told["fingerprint"], names, elsewhere, None,
-            told["alias"],
+            told["name"], elsewhere, template, ChatFormat.of(tokenizer), ends, told["max_prompt_tokens"],
+            told["fingerprint"], names, elsewhere, None, told["alias"],
         )  # fmt: skip
 
     @property
@@ -141,7 +141,12 @@ class Served:
         return Zones(sinks, kept, use.held - sinks - kept)
 
     def chat_ids(
-        self, messages: tuple[Message, ...], variables: Mapping[str, Any] | None = None, *, continues: bool = False
+        self,
+        messages: tuple[Message, ...],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        continues: bool = False,
+        tools: tuple[dict[str, Any], ...] = (),
     ) -> list[int]:
         """A conversation up to where the next answer begins; names of control tokens in it are plain text.
 
@@ -150,9 +155,13 @@ class Served:
           variables: what the template may name (`ChatTemplate.with_variables`), on top of the server's own.
           continues: whether the last message is the beginning of that answer: it stands behind what the model saw
             before it wrote that, and nothing ends it.
+          tools: that the template tells the model of.
 
-        Raises ApiError: the model's template refuses it, or variables that cannot be, or without a template.
+        Raises ApiError: the model's template refuses it, or has no room for tools; or variables that cannot be, or
+        without a template.
         """
+        self._check_tools(messages, tools)
+        variables = {**(variables or {}), **({"tools": list(tools)} if tools else {})}
         with naming("messages"):
             return self._chat_ids(messages, variables, continues)
 
@@ -171,6 +180,26 @@ class Served:
             message = "chat_template_kwargs do nothing here: the model has no chat template; leave them out"
             raise ApiError(400, message, param="chat_template_kwargs", code="invalid_value")
         return self.form.whole(self.tokenizer, [(message.role, message.content) for message in messages])
+
+    def _check_tools(self, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...]) -> None:
+        """Raises ApiError for what of tools the template would leave out without a word."""
+        asked = [("tools", "tools")] if tools else []
+        asked += [("calls", f"messages[{i}].tool_calls") for i, message in enumerate(messages) if message.tool_calls]
+        asked += [("results", f"messages[{i}].role") for i, message in enumerate(messages) if message.role == "tool"]
+        for what, param in asked:
+            if self.template is None or not getattr(written(self.template), what):
+                why = "there is no chat template to write" if self.template is None else "the chat template leaves out"
+                message = f"{why} {param} with this model; say it in the content of a message"
+                raise ApiError(400, message, param=param, code="unsupported")
+
+    def check_calls(self) -> None:
+        """Raises ApiError where calls in an answer would not be found (`sepjax.hub.tool_calls.CallFinder`)."""
+        if self.template is None or not written(self.template).tagged:
+            message = (
+                "calls of this model are not found in its answers, since its chat template does not write them between "
+                '<tool_call> and </tool_call>; with tool_choice="none" they come as text'
+            )
+            raise ApiError(400, message, param="tools", code="unsupported")
 
     def prompt_ids(self, prompt: str | tuple[int, ...], param: str = "prompt") -> list[int]:
         """Of a completion: BOS goes in front of texts as the model's makers have it; ids are taken as they are.
@@ -193,6 +222,12 @@ class Served:
             )  # fmt: skip
         return np.array(ids, np.int32)
 
+    def ends(self, wanted: Wanted, *, is_chat: bool) -> dict[str, list[Any]]:
+        """`stop` and `stop_token_ids` of an answer: those that are asked for, and what ends one of a conversation."""
+        chat = is_chat and not wanted.ignore_eos
+        given = {"stop": wanted.stop, "stop_token_ids": wanted.stop_token_ids}
+        return (self.turn_ends if chat else TurnEnds()).beside(given)
+
     def request(self, wanted: Wanted, *, choice: int, seed: int, is_chat: bool, most: int) -> SlotRequest:
         """What slots are asked for, but for its prompt.
 
@@ -205,14 +240,13 @@ class Served:
 
         Raises ApiError: settings that the model cannot have.
         """
-        chat, most = is_chat and not wanted.ignore_eos, wanted.max_tokens or most
+        most = wanted.max_tokens or most
         if wanted.min_tokens > most:
             raise wrong("min_tokens", wanted.min_tokens, f"at most as many as max_tokens, which is {most}")
         settings: dict[str, Any] = {
             "max_new_tokens": most,
             "min_new_tokens": wanted.min_tokens,
-            "stop": [*wanted.stop, *(self.stop if chat else ())],
-            "stop_token_ids": [*wanted.stop_token_ids, *(self.stop_token_ids if chat else ())],
+            **self.ends(wanted, is_chat=is_chat),
             "stop_at_eos": not wanted.ignore_eos,
             "logprobs": wanted.logprobs is not None,
             "top_logprobs": wanted.logprobs or 0,

@@ -53,11 +53,62 @@ class OnDisk:
     nbytes: int  # of all its files
 
 
+class TakenFolder:
+    """A folder that no other server uses from now on. It needs no model: what is wrong is told before that is loaded.
+
+    Attributes:
+      path: of the folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Takes the folder, which is new, empty, or of an earlier server.
+
+        Raises:
+          StateError: it holds something else; another server uses it.
+          OSError: it cannot be written.
+        """
+        self.path = Path(path)
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # what people said lies there
+        self.words()
+        self._handle: int | None = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise StateError(
+                    f"cannot lock {str(self.path)!r}: {error.strerror}; choose a folder on a file system with locks"
+                ) from error
+            raise StateError(f"another server uses {str(self.path)!r}; give each a folder of its own") from error
+
+    def close(self) -> None:
+        """Lets others have it."""
+        if self._handle is not None:
+            os.close(self._handle)
+        self._handle = None
+
+    def words(self) -> dict[str, Any] | None:
+        """What the last server said of itself; None: nothing is there. Raises StateError where that is no server's."""
+        names = {path.name for path in self.path.iterdir()} - {_LOCK, _LOST}
+        names = {name for name in names if not _HALF.fullmatch(name)}
+        if not names:
+            return None
+        try:
+            words = json.loads((self.path / _SERVER).read_bytes())
+            _ = words["fingerprint"], words["version"]
+            return words
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(
+                f"{str(self.path)!r} holds {', '.join(sorted(names)[:3])}, which is not a server's state; choose a "
+                "folder that is new or empty"
+            ) from error
+
+
 class StateFolder:
     """One server's. `entries` is called once, before all else."""
 
-    def __init__(self, folder: str | os.PathLike[str], served: Served, budget: int):
-        """Takes the folder.
+    def __init__(self, folder: str | os.PathLike[str] | TakenFolder, served: Served, budget: int):
+        """Takes the folder, unless that has been done.
 
         Args:
           folder: new, empty, or of an earlier server of the same model.
@@ -65,46 +116,30 @@ class StateFolder:
           budget: bytes of files; whoever writes keeps to it.
 
         Raises:
-          StateError: it holds something else, or rows of another model or pattern; another server uses it.
+          StateError: as `TakenFolder`, or it holds rows of another model or pattern.
           sepjax.files.WriteError: it cannot be written.
         """
+        self._taken = folder if isinstance(folder, TakenFolder) else TakenFolder(folder)
         self.budget = budget
-        self._folder, self._config = Path(folder), served.engine.prepared.config
+        self._folder, self._config = self._taken.path, served.engine.prepared.config
         self._reader = BoundedReader(served.engine.prepared)
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what people said lies there
-        self._check(served.fingerprint, served.engine.kept)
-        self._handle = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self._check(served.fingerprint, served.engine.kept)
+        except StateError:
             self.close()
-            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-                raise StateError(
-                    f"cannot lock {str(self._folder)!r}: {error.strerror}; choose a folder on a file system with locks"
-                ) from error
-            raise StateError(f"another server uses {str(self._folder)!r}; give each a folder of its own") from error
+            raise
         mine = {"version": _VERSION, "fingerprint": served.fingerprint, "model": served.name}
         mine["keeps"] = served.engine.kept.in_words()
         write_text(self._folder / _SERVER, json.dumps(mine, indent=2) + "\n")
 
     def close(self) -> None:
         """Lets others have it."""
-        os.close(self._handle)
+        self._taken.close()
 
     def _check(self, fingerprint: str, kept: AttentionConfig) -> None:
-        names = {path.name for path in self._folder.iterdir()} - {_LOCK, _LOST}
-        names = {name for name in names if not _HALF.fullmatch(name)}
-        if not names:
+        if (words := self._taken.words()) is None:
             return
-        try:
-            words = json.loads((self._folder / _SERVER).read_bytes())
-            theirs, version = words["fingerprint"], words["version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StateError(
-                f"{str(self._folder)!r} holds {', '.join(sorted(names)[:3])}, which is not a server's state; choose a "
-                "folder that is new or empty"
-            ) from error
-        if version != _VERSION or theirs != fingerprint:
+        if words["version"] != _VERSION or words["fingerprint"] != fingerprint:
             keeps = words.get("keeps", "an unnamed one, such as --pattern=separator")
             raise StateError(
                 f"the conversations in {str(self._folder)!r} are of {words.get('model')!r} with other weights, "

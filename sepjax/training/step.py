@@ -64,8 +64,9 @@ def create_state(config: Config, params: Params | None = None) -> TrainState:
 
     Args:
       config: the experiment.
-      params: of a plain model, to begin with: float32, with `lora.rank` of any type; None: random ones from
-        `training.seed`. So is a gate that they lack and the pattern needs, and so are adapters.
+      params: of a plain model, to begin with: float32, with `lora.rank` of any type (without a base, the state has
+        none); None: random ones from `training.seed`. So is a gate that they lack and the pattern needs, and so are
+        adapters.
     """
     key = jax.random.key(config.training.seed)
     if params is None:

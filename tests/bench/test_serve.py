@@ -32,10 +32,10 @@ def test_a_load_is_answered_and_measured(server):
     assert found["errors"] == 0
     assert found["requests"] > 3
     assert settled(server)
-    counts = dict(line.rsplit(" ", 1) for line in server.metrics.text().decode().splitlines())
-    made = float(counts["sepjax:generation_tokens_total"])
+    counts = load.numbers(server.metrics.text().decode())
+    made = counts["generation_tokens_total"]
     assert sum(turn.tokens for turn in run.turns) == made
-    drawn = float(counts["sepjax:launch_tokens_total"])
+    drawn = counts["launch_tokens_total"]
     assert made == drawn + len(run.turns), "in steps, and one of each answer behind its prompt"
     launches = found["launches"]
     assert 0 < launches["rows_generating"] <= 4

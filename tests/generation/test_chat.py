@@ -1,5 +1,6 @@
 """Conversations in the forms of published models, and the loop over a terminal without a terminal."""
 
+import io
 import os
 import signal
 
@@ -197,6 +198,22 @@ def test_a_conversation_continues_its_cache(talker, tmp_path):
     )  # the first turn after it is the third
     assert resumed.cache.seen > events.cache.seen
     assert more
+
+
+def test_a_line_that_is_no_text_is_left_out(talker, tmp_path, monkeypatch):
+    """By name, and so is a turn that the template refuses; what was said before goes on, and is saved."""
+    model, tokenizer = talker
+    lines = [b"REFUSED", b"hello there.", b"caf\xe9, friend.", f"/save {tmp_path / 'talk'}".encode()]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding="utf-8"))
+    refusing = "{% if 'REFUSED' in messages[-1].content %}{{ raise_exception('no such word') }}{% endif %}"
+    conversation = conversation_of(tokenizer, ChatTemplate(refusing + tokenizer.special.chat_template))
+    events, written, reports = stream(model, tokenizer, bounded=True, max_new_tokens=12), [], []
+    chat(events, tokenizer, conversation=conversation, write=written.append, report=reports.append)
+    assert "no such word (the conversation is as it was before)" in reports[1]
+    assert reports[2].startswith("[cache ")
+    assert "the line is not UTF-8: byte 0xe9 behind 'caf'" in reports[3]
+    assert "--resume=" in reports[4]
+    assert len(reports) == 5
 
 
 def test_ctrl_c_cuts_an_answer_short_and_keeps_the_conversation(talker):

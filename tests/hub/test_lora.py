@@ -42,7 +42,7 @@ from sepjax.model.lora import divided, joined, merged
 from sepjax.model.transformer import abstract, merge, split
 from sepjax.run import checkpoint_files, frozen
 from sepjax.run.checkpoint import load_adapter, load_params
-from sepjax.run.frozen import FrozenError, read_frozen, write_frozen
+from sepjax.run.frozen import FrozenError, merged_with, read_frozen, write_frozen
 from sepjax.run.metrics import Throughput
 from sepjax.sharding import batch_sharding, make_mesh
 from sepjax.training.optimizer import decayed_parameters
@@ -354,12 +354,20 @@ def test_a_run_on_conversations_resumes_bit_for_bit_and_goes_out_merged(config, 
         train(other, again)
 
 
-def test_the_state_before_the_first_step_is_the_source(config, source, tmp_path):
+def test_the_state_before_the_first_step_is_the_source(config, source, tmp_path, monkeypatch):
     config = adopt_shape(config, tmp_path / "run")
     (tmp_path / "run").mkdir()
     mesh = make_mesh(config.mesh)
+    loaded, read = [], sepjax.load(source, mesh=mesh)
+    monkeypatch.setattr(
+        "sepjax.begin.load", lambda *_, **__: (loaded.extend(jax.tree.leaves(split(read[0])[1])), read)[1]
+    )
     state = pretrained_state(config, tmp_path / "run", mesh, abstract_state(config, mesh))
+    assert {id(x) for x in jax.tree.leaves(state.frozen)} == set(map(id, loaded)), "in memory once, as it was read"
     assert_same(merged(state.all_params, config.lora), split(sepjax.load(source)[0])[1])
+    base = dict(state.frozen)
+    assert_same(merged_with(base, state.params, config, mesh), split(sepjax.load(source)[0])[1])
+    assert not base, "nor is it there a second time as float32: what was merged is given up"
     assert_same(*(divided(state.all_params)[i] for i in (0, 0)))
     assert projections(config.model)["gate"] == (32, 48)
 

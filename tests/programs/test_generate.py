@@ -271,6 +271,7 @@ def test_mistakes_are_one_line(flags, message, model, tmp_path, capfd):
 
 
 def test_a_model_of_short_texts_has_no_layers_to_choose(model, tmp_path, capfd):
+    (tmp_path / "a.txt").write_text("a")
     said = refusal(capfd, "layers", model, f"--text={tmp_path}", f"--output={tmp_path}/a.arm")
     assert f"has {CONFIG.max_positions} positions, too few to tell" in said
 

@@ -137,6 +137,33 @@ def test_mistakes_are_one_line(words, message, capfd):
     assert re.search(message, refusal(capfd, *words.split()))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("chat --model=m --resume=none", "none' has no saved stream: there is no stream.json in it"),
+        ("generate --model=m --stream --resume=none", "none' has no saved stream: there is no stream.json in it"),
+        (
+            "generate --model=m --stream --prompt=a --save=file",
+            "file' is a file; choose a folder that is new",
+        ),
+        ("evaluate stream --model=m --text=none.txt", "'none.txt': No such file"),
+        ("evaluate stream --model=m --text=empty", "'empty' has no .txt files"),
+        ("evaluate stream --model=m --text=file --split=train", "--split=train is of a run's own corpus"),
+        ("evaluate needle --model=m --text=none.txt", "'none.txt': No such file"),
+        ("keeping --model=m --text=none.txt --output=o.json --by=rarity", "'none.txt': No such file"),
+        ("layers --model=m --text=file --check_text=none.txt", "'none.txt': No such file"),
+        ("picture kinds --model=m --text=none.txt", "'none.txt': No such file"),
+    ],
+)
+def test_what_needs_no_model_is_told_before_one_is_loaded(words, message, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("a")
+    (tmp_path / "empty").mkdir()
+    for place in ("sepjax.loading.load", "sepjax.evaluation.jobs.load"):
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("a model was loaded first"))
+    assert re.search(message, refusal(capfd, *words.split()))
+
+
 def test_a_config_that_comes_with_sepjax_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = load_config(ROOT / "configs" / "sep_tiny.py")

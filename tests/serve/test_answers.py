@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,15 @@ import numpy as np
 import openai
 import pytest
 
+from sepjax.generation.row import CacheUse, StreamEvent
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.measure import counted_compilations
-from sepjax.serve.protocol import Message
+from sepjax.serve.messages import Message
+from sepjax.serve.protocol import chat_request
+from sepjax.serve.responses import DONE, Answer
 from tests.generation.tiny import LONG
+from tests.hub.test_tool_calls import QWEN
+from tests.serve.test_protocol import CALL, TOOLS
 from tests.serve.tiny import alone, client, random_request, running, settled, text_of, tiny_served, wanted_of
 
 IDS = [5, 270, 280, 9, 265]
@@ -223,11 +229,13 @@ def test_tokens_and_models(server, api, served):
     assert [model.id for model in api.models.list()] == ["tiny"]
     assert api.models.retrieve("tiny").id == "tiny"
     told = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+    assert all('model_name="tiny"' in line for line in told.splitlines() if line[0] != "#")
+    plain = re.sub(r',?model_name="tiny",?', "", told).replace("{}", "")
     for name in ("num_requests_running 0.0", "num_requests_waiting 0.0", "time_to_first_token_seconds_count",
                  "time_per_output_token_seconds_bucket", "inter_token_latency_seconds_sum", "prompt_tokens_total",
-                 "generation_tokens_total",
+                 "generation_tokens_total", "launches_total",
                  "cache_slots_held 0.0", 'cache_slots_held_by_zone{zone="kept"} 0.0', "cache_bytes"):  # fmt: skip
-        assert f"sepjax:{name}" in told
+        assert f"sepjax:{name}" in plain
 
 
 def test_chat_template_kwargs_are_what_the_template_may_name(api, served):
@@ -237,6 +245,40 @@ def test_chat_template_kwargs_are_what_the_template_may_name(api, served):
     assert brief.chat_ids(hi, {"brief": False}) == served.tokenizer.encode("Hi please")
     with pytest.raises(openai.BadRequestError, match="the model has no chat template; leave them out"):
         say(api, "Hi", extra_body={"chat_template_kwargs": {"brief": False}})
+
+
+def test_tools_go_to_the_template_and_calls_come_out_of_the_answer(api, served):
+    """In one piece and in chunks; names of control tokens in arguments are text; what would be lost is refused."""
+    using = dataclasses.replace(served, template=ChatTemplate(QWEN))
+    messages = [{"role": "user", "content": "Ulm?"}, CALL, {"role": "tool", "tool_call_id": "c", "content": "12"}]
+    asked = chat_request({"messages": messages, "tools": TOOLS})
+    using.check_calls()
+    text = using.tokenizer.decode(using.chat_ids(asked.messages, tools=asked.tools))
+    for words in ('"function": {"name": "f"', '{"name": "f", "arguments": {"city": "Ulm"}}', "tool\n12"):
+        assert words in text
+    for body, message in (
+        ({"messages": messages}, "there is no chat template to write messages[1].tool_calls with this model"),
+        ({"messages": messages[:1], "tools": TOOLS}, "calls of this model are not found in its answers"),
+        ({"messages": messages[:1], "tools": TOOLS, "tool_choice": "none"}, "chat template to write tools with"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=re.escape(message)):
+            api.chat.completions.create(model="tiny", **body)
+    pieces = ['Look.\n<tool_call>{"name": "f", ', '"arguments": {"city": "Ulm"}}</tool', "_call>"]
+    use = CacheUse(1, 1, 1)
+    events = [StreamEvent(piece, (5,), "eos" if piece == pieces[-1] else None, use) for piece in pieces]
+    made = {"is_chat": True, "prompt_tokens": [3], "finds_calls": True}
+    whole, parts = (Answer("id", using, asked.wanted, **made) for _ in range(2))
+    whole.add([(0, event) for event in events])
+    (choice,) = whole.whole()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Look.", "tool_calls")
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": '{"city": "Ulm"}'}
+    assert chat_request({"messages": [*messages, choice["message"]]}), "and may be sent back as it came"
+    chunks = [json.loads(x[6:]) for event in events for x in parts.chunks([(0, event)]) if x != DONE]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("content", "") for delta in deltas) == "Look."
+    assert [x["function"]["name"] for delta in deltas for x in delta.get("tool_calls", ())] == ["f"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
 def test_an_answer_that_was_cut_off_goes_on(api, served, monkeypatch):
@@ -253,7 +295,7 @@ def test_an_answer_that_was_cut_off_goes_on(api, served, monkeypatch):
         got = api.chat.completions.create(
             model="tiny", messages=begun, extra_body={"continue_final_message": True}, **settings
         )
-        expected = alone(served, ids, max_new_tokens=20, stop=served.stop, stop_token_ids=served.stop_token_ids)
+        expected = alone(served, ids, max_new_tokens=20, **dataclasses.asdict(served.turn_ends))
         assert got.choices[0].message.content == text_of(expected)
     encode = type(served.tokenizer).encode  # as the older SentencePiece models have it
     monkeypatch.setattr(

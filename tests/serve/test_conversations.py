@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from sepjax.bench.load import numbers
 from sepjax.generation.slots import SlotRequest
 from sepjax.serve import worker as worker_module
 from sepjax.serve.conversations import BLOCK, Conversations, chain
@@ -130,9 +131,8 @@ def test_a_beginning_that_comes_again_is_read_once(served):
 
 def tokens_read(server):
     """Of prompts, that no row had read before."""
-    found = dict(line.split() for line in server.worker._metrics.text().decode().splitlines() if line[0] != "#"
-                 and "{" not in line)  # fmt: skip
-    return float(found["sepjax:prompt_tokens_total"]) - float(found["sepjax:prompt_tokens_cached_total"])
+    found = numbers(server.worker.tell())
+    return found["prompt_tokens_total"] - found["prompt_tokens_cached_total"]
 
 
 def test_choices_of_one_prompt_read_it_once(served):

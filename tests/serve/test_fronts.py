@@ -375,7 +375,7 @@ def test_a_process_that_is_lost_ends_the_server_and_one_that_is_told_to_ends_its
 def test_a_model_is_told_whole(served):
     told = json.loads(json.dumps(served.told()))
     other = Served.of_told(told, served.tokenizer, served.template)
-    for name in ("name", "form", "stop", "stop_token_ids", "max_prompt_tokens", "fingerprint", "control_names"):
+    for name in ("name", "form", "turn_ends", "max_prompt_tokens", "fingerprint", "control_names"):
         assert getattr(other, name) == getattr(served, name), name
     use = CacheUse(held=17, seen=90, bytes=1, kept=3)
     assert (other.zones(use), other.cache_size) == (served.zones(use), served.cache_size)

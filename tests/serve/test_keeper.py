@@ -1,5 +1,6 @@
 """What the keeper leaves on the device, and what it moves to the host's memory and to disk."""
 
+import random
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,9 @@ from sepjax.serve.keeper import Keeper
 from sepjax.serve.state import StateFolder
 from tests.generation.test_packed import empty_state
 from tests.generation.tiny import ATTENTION, ROWS, tiny_tokenizer
-from tests.serve.tiny import client, running, tiny_served
+from tests.serve.tiny import client, random_request, running, tiny_served, wanted_of
+
+AHEAD = 2  # rows
 
 
 class Disk(StateFolder):
@@ -199,8 +202,13 @@ def test_rows_of_the_device_are_beside_those_of_the_host_not_among_them():
 
 
 def test_a_row_that_is_being_saved_when_the_server_stops_is_saved_and_told_of(tmp_path, monkeypatch):
-    """Even where no time is left to finish: the answer is made, only its row is on its way. Others wait to begin."""
+    """Even where no time is left to finish: the answer is made, only its row is on its way. Others wait to begin.
+
+    Half of the rows are ahead, as beside an accelerator: what many clients get is what each would get alone.
+    """
     write, begun, goes_on = StateFolder.write, threading.Event(), threading.Event()
+    goes_on.set()
+    monkeypatch.setattr("sepjax.serve.worker.ahead_of", lambda *_: AHEAD)
 
     def slow(self, *args):
         begun.set()
@@ -210,9 +218,16 @@ def test_a_row_that_is_being_saved_when_the_server_stops_is_saved_and_told_of(tm
     monkeypatch.setattr(StateFolder, "write", slow)
     monkeypatch.setattr("sepjax.serve.keeper._MOST", 1)
     served = tiny_served()
-    options = {"state": str(tmp_path), "drain_seconds": 0.0, "device_memory": 8 * served.row_bytes}
-    with running(served, **options) as server, ThreadPoolExecutor(4) as pool, client(server) as api:
+    memory = (8 + AHEAD) * served.row_bytes
+    options = {"state": str(tmp_path), "drain_seconds": 0.0, "device_memory": memory, "rows": ROWS - AHEAD}
+    with running(served, **options) as server, ThreadPoolExecutor(8) as pool, client(server) as api:
         keeper = server.worker._keeper
+        rng = random.Random(3)
+        requests = [random_request(rng) for _ in range(12)]
+        got = pool.map(lambda asked: api.completions.create(model="tiny", **asked).choices[0].text, requests)
+        assert list(got) == [wanted_of(served, asked) for asked in requests]
+        begun.clear()
+        goes_on.clear()
 
         def ask(prompt):
             settings: Any = {"model": "tiny", "max_tokens": 5, "extra_body": {"ignore_eos": True}}
@@ -241,5 +256,6 @@ def test_a_row_that_is_being_saved_when_the_server_stops_is_saved_and_told_of(tm
         stopped.result()
         assert last.result().usage.completion_tokens == 5
     folder = StateFolder(tmp_path, served, 1 << 30)
-    assert [len(entry.ids) for entry in folder.entries()] == [3 + 5 - 1] * 4
+    ends = [entry.ids for entry in folder.entries() if entry.ids[:2].tolist() == [5, 6]]
+    assert [len(ids) for ids in ends] == [3 + 5 - 1] * 4
     folder.close()

@@ -1,5 +1,6 @@
 """The page: what it is served with, what it makes of markdown, and how it behaves in a browser."""
 
+import dataclasses
 import http.client
 import json
 import subprocess
@@ -245,7 +246,7 @@ def test_a_conversation_by_the_keyboard(driver, server, served):
     asked, answer = one["messages"]
     assert asked["content"] == "Where is\nit?"
     ids = served.chat_ids((Message("user", asked["content"]),))
-    expected = alone(served, ids, max_new_tokens=12, stop=served.stop, stop_token_ids=served.stop_token_ids)
+    expected = alone(served, ids, max_new_tokens=12, **dataclasses.asdict(served.turn_ends))
     assert answer["content"] == text_of(expected)
     shown = at.run("return [...document.querySelectorAll('#gauge [role=img]')].map((x) => x.ariaLabel)")
     assert ": sinks 2, kept" in shown[0], "it came with the answer"
@@ -327,7 +328,7 @@ def test_escape_stops_an_answer_which_stays_and_goes_on_or_begins_again(driver, 
     done = "!document.getElementById('more').hidden && document.getElementById('send').offsetParent"
 
     def expected(*messages, **how):
-        ends = {"stop": served.stop, "stop_token_ids": served.stop_token_ids}
+        ends = dataclasses.asdict(served.turn_ends)
         return text_of(alone(served, served.chat_ids(messages, **how), max_new_tokens=6, **ends))
 
     at.run("localStorage['sepjax.settings'] = JSON.stringify({temperature: -1, max_tokens: 6})")

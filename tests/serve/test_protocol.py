@@ -13,6 +13,9 @@ from sepjax.serve.protocol import chat_request, completion_request, detokenize_r
 
 HI = [{"role": "user", "content": "Hi"}]
 ANSWER = {"role": "assistant", "content": "a"}
+FUNCTION = {"name": "f", "arguments": '{"city": "Ulm"}'}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": FUNCTION}]}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
 
 def refusal(read, body):
@@ -70,8 +73,8 @@ def test_a_wrong_field_is_named(field, value, message):
         ({"messages": ["Hi"]}, 'messages[0]="Hi" must be a JSON object'),
         ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
         (
-            {"messages": [{"role": "tool", "content": "a"}]},
-            'messages[0].role="tool" must be one of system, user, assis',
+            {"messages": [{"role": "bot", "content": "a"}]},
+            'messages[0].role="bot" must be one of system, user, assistant, tool',
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -80,12 +83,28 @@ def test_a_wrong_field_is_named(field, value, message):
         ({"messages": [{"role": "user", "content": ["a"]}]}, "messages[0].content[0]: parts of type 'str'"),
         (
             {"messages": [*HI, {"role": "assistant", "content": "a", "tool_calls": [{}]}]},
-            "messages[1].tool_calls=[{}] is",
+            "messages[1].tool_calls[0].function=null must be a JSON object",
         ),
-        ({"messages": HI, "tools": [{"type": "function"}]}, "is not supported by this server"),
+        (
+            {"messages": [CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
+            'tool_calls[0].function.arguments="[1]" must be a JSON object, or the text of one',
+        ),
+        (
+            {"messages": [CALL | {"tool_calls": [{"function": {"name": "f", "arguments": '{"a": NaN}'}}]}]},
+            "must be a JSON object, or the text of one",
+        ),
+        ({"messages": [CALL | {"role": "user"}]}, "messages[0].tool_calls=[{"),
+        ({"messages": HI, "tools": [{"type": "function"}]}, "tools[0].function=null must be an object with the name"),
+        ({"messages": HI, "tools": [{"type": "web_search"}]}, 'tools[0].type="web_search" must be "function"'),
+        (
+            {"messages": HI, "tools": TOOLS, "tool_choice": "required"},
+            'tool_choice="required" must be "auto" or "none"',
+        ),
+        ({"messages": HI, "tools": TOOLS, "parallel_tool_calls": False}, "parallel_tool_calls=false must be left out"),
+        ({"messages": HI, "tools": TOOLS, "chat_template_kwargs": {"tools": []}}, "left out beside tools"),
         ({"messages": HI, "chat_template_kwargs": [1]}, "chat_template_kwargs=[1] must be an object"),
         ({"messages": HI, "web_search_options": {}}, "web_search_options={} is not supported"),
-        ({"messages": [*HI, {"role": "user", "content": "a", "tool_call_id": "1"}]}, 'tool_call_id="1" is not supp'),
+        ({"messages": [*HI, {"role": "user", "content": "a", "tool_call_id": "1"}]}, "it is of the role 'tool', and"),
         ({"messages": HI, "top_logprobs": 2}, "top_logprobs=2 must be left out, or come with logprobs=true"),
         ({"messages": HI, "logprobs": 2}, "logprobs=2 must be true or false"),
         ({"messages": HI, "max_tokens": 2, "max_completion_tokens": 3}, "max_tokens=2 must be left out beside max_com"),
@@ -151,6 +170,22 @@ def test_what_asks_for_nothing_is_no_mistake():
         completion_request({"prompt": "a", "echo": False, "suffix": "", "best_of": 2, "n": 2}).wanted.max_tokens == 16
     )
     assert completion_request({"prompt": "a", "seed": -1}).wanted.seed == 2**32 - 1
+
+
+def test_a_conversation_with_tools_is_as_templates_read_it():
+    """Arguments are objects there, and text in the API; a streamed call comes back with its index."""
+    told = CALL | {"tool_calls": [CALL["tool_calls"][0] | {"index": 0}]}
+    result = {"role": "tool", "tool_call_id": "c", "name": "f", "content": [{"type": "text", "text": "12 degrees"}]}
+    found = chat_request({"messages": [*HI, told, result], "tools": TOOLS, "tool_choice": "none"})
+    called = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"city": "Ulm"}}}
+    assert [message.for_template() for message in found.messages] == [
+        *HI,
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        result | {"content": "12 degrees"},
+    ]
+    assert (found.tools, found.finds_calls) == (tuple(TOOLS), False)
+    assert chat_request({"messages": HI, "tools": TOOLS}).finds_calls
+    assert not chat_request({"messages": HI, "tool_choice": "auto"}).finds_calls
 
 
 def test_what_clients_of_others_write_at_its_defaults_is_no_mistake():

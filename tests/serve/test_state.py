@@ -14,6 +14,7 @@ import pytest
 
 from sepjax.serve import state as state_module
 from sepjax.serve.conversations import Conversations, chain
+from sepjax.serve.running import Options, Running
 from sepjax.serve.served import fingerprint
 from sepjax.serve.state import StateError, StateFolder
 from tests.serve.tiny import tiny_served
@@ -116,6 +117,16 @@ def test_a_folder_of_another_pattern_says_which(served, tmp_path):
         file.write_text(json.dumps({name: x for name, x in theirs.items() if x is not None}))
         with pytest.raises(StateError, match=re.escape(f"another pattern ({said}; here: {here})")):
             StateFolder(tmp_path / "state", served, 1 << 30)
+
+
+def test_a_wrong_folder_is_told_before_the_model_is_loaded(served, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("a")
+    _, disk = opened(served, tmp_path / "state")
+    for folder, message in (("mine", "holds notes.txt, which is not a server's state"), ("state", "another server")):
+        with pytest.raises(StateError, match=message):
+            Running(lambda: pytest.fail("loaded"), Options(state=str(tmp_path / folder)))
+    disk.close()
 
 
 def test_ids_are_bounded_too(served, row, tmp_path):

@@ -42,8 +42,9 @@ def main(settings: Settings) -> None:
     from sepjax.pictures.figures import check_output
 
     check_output(Path(settings.output))
+    texts = read_texts(Path(settings.text))
     model, tokenizer = load(settings.path, **settings.loading)
-    windows = token_windows(tokenizer, read_texts(Path(settings.text)), settings.length).ids
+    windows = token_windows(tokenizer, texts, settings.length).ids
     rows = rows_with_a_past(windows, settings.window_size, settings.length, settings.max_tokens)
     kinds = far_attention_by_kind(
         model, tokenizer, rows, window_size=settings.window_size, num_sinks=model.attention.num_sinks
