@@ -1,7 +1,9 @@
 """Figures and where they come from: timed calls, counted compilations, commit and device."""
 
+import contextlib
 import dataclasses
 import datetime
+import re
 import statistics
 import subprocess
 import time
@@ -12,6 +14,7 @@ from typing import Any
 import jax
 
 _ROOT = Path(__file__).resolve().parents[1]
+_NVIDIA = Path("/sys/module/nvidia/version"), Path("/proc/driver/nvidia/version")  # a container may lack the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +91,29 @@ def checkout(root: Path = _ROOT) -> tuple[str | None, bool | None]:
     return commit.strip(), bool(changes.strip())
 
 
+def driver_version() -> str | None:
+    """The NVIDIA driver's, such as "580.95.05"; None on another device, and where the system does not tell."""
+    if jax.default_backend() != "gpu":
+        return None
+    for path in _NVIDIA:
+        with contextlib.suppress(OSError):
+            if found := re.search(r"\b\d{3,}(\.\d+)+", path.read_text(encoding="utf-8")):
+                return found[0]
+    return None
+
+
 def provenance(*, has_device: bool = True) -> dict[str, Any]:
-    """What stands beside every measured figure: device, jax version, commit of sepjax, changes to it, UTC time.
+    """What stands beside every measured figure: device, driver, jax version, commit of sepjax, changes to it, UTC time.
 
     Args:
       has_device: whether this process measures a device; False: none is named, and JAX does not take one.
     """
     head, changed = checkout()
-    device = {"device": jax.devices()[0].device_kind, "devices": jax.device_count()} if has_device else {}
+    device: dict[str, Any] = {}
+    if has_device:
+        device = {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+        if driver := driver_version():
+            device["driver"] = driver
     return {
         **device,
         "jax": jax.__version__,
@@ -110,4 +128,5 @@ def heading(source: dict[str, Any]) -> str:
     head = f"commit {source['commit'][:9]}" if source["commit"] else "no commit known"
     changed = " with changes" if source["changed"] else ""
     device = f"{source['device']}, " if "device" in source else ""
+    device += f"driver {source['driver']}, " if "driver" in source else ""
     return f"{device}jax {source['jax']}, {head}{changed}, {source['date']}"

@@ -71,3 +71,14 @@ def test_provenance_is_json_and_has_a_line() -> None:
     assert "commit 0123456789 "[:16] in measure.heading(source | {"commit": "0123456789abcdef", "changed": False})
     assert "with changes" in measure.heading(source | {"commit": "0123456789abcdef", "changed": True})
     assert "no commit known" in measure.heading(source | {"commit": None, "changed": None})
+
+
+def test_the_driver_of_a_gpu_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "driver" not in measure.provenance()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(measure, "_NVIDIA", (tmp_path / "none", tmp_path / "version"))
+    assert measure.driver_version() is None
+    for text in ("580.95.05\n", "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n"):
+        (tmp_path / "version").write_text(text)
+        assert measure.driver_version() == "580.95.05"
+    assert "driver 580.95.05, jax " in measure.heading(measure.provenance())

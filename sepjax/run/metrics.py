@@ -21,7 +21,7 @@ import jax
 from sepjax.config import UserError
 from sepjax.console import say
 from sepjax.files import WriteError, write_text
-from sepjax.measure import checkout
+from sepjax.measure import checkout, driver_version
 from sepjax.run.events import Event, EventsWriter, SessionLog, Summary
 from sepjax.run.trackers import Trackers
 
@@ -255,6 +255,7 @@ def run_meta(workdir: Path | str, *, seed: int) -> None:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "devices": [device.device_kind for device in jax.devices()],
+        "driver": driver_version(),
         "processes": jax.process_count(),
         "argv": sys.argv,
         "seed": seed,

@@ -17,6 +17,7 @@ gpu_device_info {
   memory_bandwidth: 3352320000000
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
+  driver_version: "13.0.0"
   device_memory_size: 84978434048
   cuda_compute_capability { major: 9 }
   registers_per_core_limit: 65536
