@@ -34,13 +34,15 @@ def lowered(mesh, shape, dtype, op, results=results):
     def struct(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
-    def run(is_separator, *inputs):
-        layout = build_layout(is_separator, window_size=64, num_sinks=4)
+    def run(layout, *inputs):
         return results(op, *inputs, layout)
 
+    build = functools.partial(build_layout, window_size=64, num_sinks=4)
+    layout = jax.eval_shape(build, struct(B, T, dtype=bool))  # given: what makes it would be compiled, too
+    layout = jax.tree.map(lambda x: struct(*x.shape, dtype=x.dtype), layout)
     inputs = struct(B, T, N, H), struct(B, T, K, H), struct(B, T, K, H), struct(B, T, N, H)
     with jax.set_mesh(mesh):
-        return jax.jit(run).lower(struct(B, T, dtype=bool), *inputs, struct(B, T, N, dtype=jnp.float32))
+        return jax.jit(run).lower(layout, *inputs, struct(B, T, N, dtype=jnp.float32))
 
 
 KERNEL = functools.partial(separator_attention, implementation="mosaic_gpu", return_lse=True)
