@@ -11,7 +11,7 @@ from sepjax import files
 from sepjax.config import PATTERNS, AttentionConfig, ConfigError
 from sepjax.console import say
 from sepjax.data.tokenizer import Tokenizer
-from sepjax.evaluation import compare, curves, needle, perplexity, streaming, tasks
+from sepjax.evaluation import compare, needle, perplexity, streaming, tasks
 from sepjax.evaluation.arms import Arm, fixed_arms, parse_arms, plain_arms, stream_attention
 from sepjax.evaluation.documents import check_documents, has_records, read_documents, read_texts
 from sepjax.evaluation.equal import density as window_density
@@ -199,8 +199,3 @@ def write_files(output: Path, what: Any, scores: Sequence[Any]) -> str:
     except PictureError as error:
         return f"{output.with_suffix('.csv')} (no picture: {error})"
     return f"{output.with_suffix('.csv')}, {output.with_suffix('.png')}"
-
-
-def write_curve(output: Path, scores: Sequence[streaming.StreamScore]) -> str:
-    """Writes the curve by position beside `output`; returns what to say about it."""
-    return write_files(output, curves, scores)

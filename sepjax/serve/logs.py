@@ -7,7 +7,6 @@ import time
 from typing import Any, override
 
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
-LEVELS = ("debug", "info", "warning", "error")
 
 
 class JsonLines(logging.Formatter):
