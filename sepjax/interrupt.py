@@ -5,6 +5,7 @@ library (swallowed), or not before a compilation of minutes has ended. So a thre
 where the exception has not done so in a few seconds. This comes before all else, so it imports little, and late.
 """
 
+import _signal  # pyright: ignore[reportMissingImports]  (what `signal` wraps, without its 35 microseconds)
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 BEGAN = time.monotonic()  # of the program, but for what Python itself takes: whatever imports this does it first
+_SIGINT = int(signal.SIGINT)
 EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 _PATIENCE = 3.0  # seconds for the exception to end the program: half-written files are removed, readers ended
 _state = {"presses": 0, "said": 0}
@@ -77,9 +79,9 @@ class Deferred:
     _is_ours = False
 
     def __enter__(self) -> "Deferred":
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        if _signal.getsignal(_SIGINT) is signal.default_int_handler:
             try:
-                signal.signal(signal.SIGINT, self._press)
+                _signal.signal(_SIGINT, self._press)
             except ValueError:  # not in the main thread, where nothing interrupts
                 return self
             self._is_ours = True
@@ -94,7 +96,7 @@ class Deferred:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
     ) -> None:
         if self._is_ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _signal.signal(_SIGINT, signal.default_int_handler)
             if self.pressed and kind is None:
                 raise KeyboardInterrupt
 
