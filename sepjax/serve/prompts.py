@@ -117,7 +117,8 @@ class Prompts:
         plan = Plan(entry, row, 0)
         if share is not None:
             share.reader = None
-        if for_others and share is not None:
+        is_all = for_others or cut >= self.conversations.most(job.ids)  # nothing is left that others would need, too
+        if is_all and share is not None:
             share.plan = plan
             self._let_go_on(share)
             self._read(job, plan)

@@ -149,6 +149,10 @@ def test_choices_of_one_prompt_read_it_once(served):
                 draws = settings | {"seed": 3 + number, "repetition_penalty": 2.0}
                 events = alone(served, ids, max_new_tokens=10, stop_at_eos=False, **draws)
                 assert choice.text == text_of(events), number
+        ids = [*SYSTEM[:BLOCK], 17]  # what others had before is all that is read together
+        for number, choice in enumerate(complete(server, ids, n=3, **settings).choices):
+            draws = settings | {"seed": 3 + number}
+            assert choice.text == text_of(alone(served, ids, max_new_tokens=10, stop_at_eos=False, **draws)), number
         two = complete(server, [[7, 8, 9], [9, 8]], n=2)
         assert [x.text for x in two.choices[::2]] == [x.text for x in two.choices[1::2]]
         api = client(server)
