@@ -62,6 +62,7 @@ def attend_one(
 
         if turn is not None and to is not None and isinstance(number, np.integer):
             assert in_place is not None
+            assert isinstance(ends, tuple), "codes are turned before"
             given = queries, k[:, 0], v[:, 0], k_cache, v_cache, seen, ends, turn, to
             (out, looks), in_place.entries[int(number)] = decode.attend_and_write(*given, looks=is_looked_at)
             return out.reshape(B, 1, N, H), (new_k, new_v, *told_of(looks))  # that nobody writes, so nobody makes
