@@ -88,14 +88,15 @@ def test_it_is_chosen_for_an_h100_that_is_not_there(h100):
     assert chosen == 3 * [xla] + 5 * [mosaic_gpu], "float32 and heads of 32 and of 257 are for the XLA form"
 
 
+@pytest.mark.soak  # the same kernel that writes, too, is below, and that of codes
 @pytest.mark.parametrize(
     ("shape", "ends", "looks"),
     [
         ((64, 8, 4, 832, 128), (4, 68), True),
-        pytest.param((16, 8, 4, 896, 128), (4, 68), False, marks=pytest.mark.soak),
-        pytest.param((1, 3, 3, 448, 64), (4, 4), True, marks=pytest.mark.soak),  # blocks that share a row
-        pytest.param((200, 2, 12, 512, 256), (), True, marks=pytest.mark.soak),
-        pytest.param((200, 1, 24, 640, 256), (4, 68), True, marks=pytest.mark.soak),  # no room to keep their scores
+        ((16, 8, 4, 896, 128), (4, 68), False),
+        ((1, 3, 3, 448, 64), (4, 4), True),  # blocks that share a row
+        ((200, 2, 12, 512, 256), (), True),
+        ((200, 1, 24, 640, 256), (4, 68), True),  # no room to keep their scores
     ],
     ids=["heads of 128", "without looks", "one row, heads of 64", "heads of 256, a dozen", "heads of 256, two dozen"],
 )
