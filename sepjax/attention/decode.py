@@ -84,20 +84,24 @@ class Seen:
     def turns(self, shape: tuple[int, ...], rotated: int, *, looks: bool) -> bool:
         """Whether the kernel turns queries [B, K, Z, G, H] itself, of which so many of H numbers rotate: see `Turn`.
 
-        It does so in halves of 64 numbers at least, and where a block has a row's key head to itself.
+        It does so where a block has a row's key head to itself: of heads of 64 up to eight, one after the other. Eights
+        of larger ones are copied as tiles, so the array that has them must be of eights, too.
         """
-        H, C = shape[-1], self.visible.shape[1]
-        if not self.kernel or not rotated == H >= 128:
+        (_, K, _, G, H), C = shape, self.visible.shape[1]
+        if not self.kernel or rotated != H or (G > 8 if H < 128 else G % 8 == 0 and 2 * K % 8):
             return False
         return _stages_and_splits((*shape, C), _STAGES[H], codes=False, looks=looks)[1] == 1
 
 
 class Turn(NamedTuple):
-    """What the kernel turns queries with, to fit the keys of each zone (`Seen.turns`): it reads one copy, and not Z."""
+    """What the kernel turns queries with, to fit the keys of each zone (`Seen.turns`): it reads one copy, and not Z.
+
+    It turns the token's own key, too, by the last zone's, where there is room for it beside the queries.
+    """
 
     cos: Float32[jax.Array, "Z B R"]
     sin: Float32[jax.Array, "Z B R"]
-    flat: Float[jax.Array, "B M H"]  # the queries of all heads, one after the other, and what else is in that array
+    flat: Float[jax.Array, "B (G+2)*K H"]  # as projected: the queries of all heads, then the keys, then the values
 
 
 def unsupported(dtype: DTypeLike, head_dim: int, slots: int, implementation: str | None = None) -> str | None:
@@ -129,7 +133,12 @@ def part_of(blocks: int, *, codes: bool) -> int:
     More copies take longer to begin. Of many blocks others read meanwhile, of few all would wait. Copies of codes
     are half as long, and stay whole.
     """
-    return TILE if codes or blocks <= _WAVES * (target().num_cores or _H100_SMS) else _PART
+    return TILE if codes or not _are_many(blocks) else _PART
+
+
+def _are_many(blocks: int) -> bool:
+    """Whether so many blocks hide one another's beginnings: some always read while others begin."""
+    return blocks > _WAVES * (target().num_cores or _H100_SMS)
 
 
 def seen_slots(visible: Bool[Array, "B C"], *, kernel: bool, part: int = TILE) -> Seen:
@@ -197,6 +206,28 @@ def attend(
     return out, jnp.max(weights, axis=2) if looks else None
 
 
+def attend_and_write(
+    queries: Float[Array, "B K 1 G H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    k_cache: Float[Array, "B K C H"],
+    v_cache: Float[Array, "B K C H"],
+    seen: Seen,
+    ends: tuple[int, ...],
+    turn: Turn,
+    to: Int32[Array, "B"],
+    *,
+    looks: bool = False,
+) -> tuple[tuple[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]:
+    """What `attend` gives, by the kernel that turns (`Seen.turns`); and keys and values with the token's own in them.
+
+    They are written where they are read, without a copy where nobody else reads them. `to`: the slot of each row's
+    token, which the row does not see yet.
+    """
+    assert seen.kernel
+    return _kernel(queries, k, v, k_cache, v_cache, (seen.bias, seen.live), turn, to, ends=ends, looks=looks)
+
+
 def _plainly(
     queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seen: Seen, ends: Any, scales: Any, own: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -246,7 +277,7 @@ def _shared_bytes(H: int, G: int, Z: int, stages: int, *, codes: bool, splits: i
     a_tile = TILE * (2 * H * width + (8 if codes else 4))
     converted = TILE * H * 2 if codes else 0
     out = columns * H * 2 if splits == 1 else columns * (H + 2) * 4
-    turned = H if splits == 1 and H >= 128 and not codes else 0  # queries as they come (`Seen.turns`)
+    turned = 0 if codes or splits > 1 else H if H >= 128 else 2 * H  # queries as they come (`Seen.turns`)
     return columns * (Z * H + turned + TILE) * 2 + stages * a_tile + converted + kept + out
 
 
@@ -262,6 +293,8 @@ def _stages_and_splits(shape: tuple[int, ...], stages: int, *, codes: bool, look
         stages, kept = _LEAST_STAGES, 4 * C * (-(-G // 8) * 8)
         fits = _shared_bytes(H, G, Z, stages, codes=codes, splits=1, kept=kept) <= _SHARED
         return stages, splits if kept <= _KEPT[H] * 2**10 and fits else max(splits, 2)
+    if H == 64 and not codes and _are_many(B * K):  # five of them share an SM then, in place of three
+        stages = _LEAST_STAGES
     while stages > _LEAST_STAGES and _shared_bytes(H, G, Z, stages, codes=codes, splits=splits) > _SHARED:
         stages -= 1
     return stages, splits
@@ -269,16 +302,18 @@ def _stages_and_splits(shape: tuple[int, ...], stages: int, *, codes: bool, look
 
 @functools.partial(jax.jit, static_argnames=("ends", "looks"))  # one for all layers: its lowering takes seconds
 def _kernel(
-    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, told: Any, turn: Any, *, ends: tuple[int, ...],
-    looks: bool,
+    queries: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, told: Any, turn: Any, to: Any = None, *,
+    ends: tuple[int, ...], looks: bool,
 ) -> Any:  # fmt: skip
     module = importlib.import_module("sepjax.attention.mosaic_gpu_decode_kernels")
     (B, K, _, G, H), C = queries.shape, k_cache.shape[2]
     stages, splits = _stages_and_splits((B, K, len(ends) + 1, G, H, C), _STAGES[H], codes=False, looks=looks)
-    part, turns = C // (told[1].shape[1] - 1), turn is not None
-    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, part, stages, splits, looks, turns)
-    given = (turn.flat, *(jnp.swapaxes(x, 0, 1) for x in turn[:2]), k, v) if turns else (queries, k, v)
-    return module.run(shape, given, k_cache, v_cache, *told)
+    part, does = C // (told[1].shape[1] - 1), (looks, turn is not None, to is not None)
+    shape = module.Shape(B, K, G, H, C, ends, jnp.dtype(v.dtype), H**-0.5, TILE, part, stages, splits, *does)
+    if to is None:
+        return module.run(shape, (queries, k, v), k_cache, v_cache, told, turn)
+    refs = tuple(map(jax.new_ref, (k_cache, v_cache)))
+    return module.run(shape, (queries, k, v), *refs, told, turn, to), tuple(ref[...] for ref in refs)
 
 
 @functools.partial(jax.jit, static_argnames=("own", "looks"))
@@ -287,7 +322,7 @@ def _kernel_of_codes(queries: Any, k: Any, v: Any, codes: Any, told: Any, ends: 
     (B, K, Z, G, H), C = queries.shape, codes[0][0].shape[2]
     stages, splits = _stages_and_splits((B, K, Z, G, H, C), _STAGES_OF_CODES, codes=True, looks=looks)
     shape = module.Shape(
-        B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, TILE, stages, splits, looks, False, Z, own
+        B, K, G, H, C, (), jnp.dtype(v.dtype), H**-0.5, TILE, TILE, stages, splits, looks, False, False, Z, own
     )
     return module.run(shape, queries, k, v, codes, *told, ends)
 

@@ -149,7 +149,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         kernels._in_one_warp(start)
         key, value = plain._own_vectors([x.at[b, head] for x in (key_ref, value_ref)])
         plgpu.barrier_wait(ready)
-        own = plain._own_scores(q_smem.at[shape.own].transpose((1, 0)), key) * scale
+        own = plain._own_scores(shape, q_smem.at[shape.own].transpose((1, 0)), key)[0] * scale
         top = own * is_first + plain._LOWEST * (1.0 - is_first)
         acc = plain._along_rows(value * is_first, (H, M))
         total = kernels._registers((tile, M), 0.0, plgpu.Layout.WGMMA)

@@ -34,6 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sepjax.attention import mosaic_gpu_kernels as kernels
 
+_AT_ONCE = 4  # tiles of which looks are made side by side: each waits for its scores, and for others of its row
 _LOWEST = -1e30  # below every score; finite, so that what sees nothing gives exp2(-inf - _LOWEST) = 0 and not NaN
 
 
@@ -54,7 +55,8 @@ class Shape:
     stages: int  # tiles in shared memory
     splits: int  # blocks of threads that share the slots of a row
     looks: bool  # whether the largest weights are asked for, too
-    turns: bool  # whether queries are turned here
+    turns: bool  # whether queries and the token's own key are turned here
+    writes: bool  # whether the token is written into the cache, too
 
     @property
     def columns(self) -> int:
@@ -68,6 +70,11 @@ class Shape:
         Few rows wait for each kernel: one makes all three then. Weights of these columns are nobody's.
         """
         return self.splits > 1 and self.columns - self.G >= 2
+
+    @property
+    def turns_key(self) -> bool:
+        """Whether the token's own key is turned here, too: in the column behind its queries, where there is one."""
+        return self.turns and self.G % 8 > 0
 
     @property
     def written(self) -> int:
@@ -113,8 +120,10 @@ def _along_columns(x: Any, shape: tuple[int, ...]) -> Any:
 def attend(shape: Shape) -> Callable[..., Any]:
     """q, k, v, k and v of the cache, bias, live parts -> out [B, K, written, H]; of several splits shares.
 
-    Of `shape.packed` k and v are no arguments. Of `shape.turns` q is [B, M, H], whose first heads are the queries, and
-    after it come cos and sin, float32[B, Z, H / 2].
+    Of `shape.turns` q is [B, (G + 2) K, H], queries of all key heads, then the token's keys, then its values, as they
+    were projected, and after it come cos and sin, float32[B, Z, H], of halves that change places (`_tables`). Of
+    `shape.packed` and `shape.turns_key` k and v are no arguments. Of `shape.writes` k and v of the cache are
+    references, and behind live parts come the slots int32[B] that the token is written into.
 
     q: [B, K, Z, written, H], of `shape.packed` columns in place of written; k and v: [B, K, H], the token's own; the
     cache: [B, K, C, H]; bias and live: of `decode.Seen`.
@@ -132,8 +141,9 @@ def attend(shape: Shape) -> Callable[..., Any]:
 
     def kernel(q_ref, *refs):
         tables, refs = (refs[:2], refs[2:]) if shape.turns else ((), refs)
-        own_refs, refs = ([], refs) if shape.packed else (refs[:2], refs[2:])
+        own_refs, refs = ([], refs) if shape.packed or shape.turns_key else (refs[:2], refs[2:])
         (k_ref, v_ref, bias_ref, live_ref), refs = refs[:4], refs[4:]
+        to_ref, refs = (refs[0], refs[1:]) if shape.writes else (None, refs)
         outs, scratch, (ready, k_ready, v_ready) = refs[:num_outs], refs[num_outs:-3], refs[-3:]
         q_smem, k_smem, v_smem, bias_smem, p_smem, *rest = scratch
         plain_smem, rest = (rest[0], rest[1:]) if shape.turns else (None, rest)
@@ -174,9 +184,8 @@ def attend(shape: Shape) -> Callable[..., Any]:
             load_values(i, begins)
 
         def start():
-            if plain_smem is not None:
-                rows = pl.ds(head * shape.G, M)  # beyond G of them others', whose results nobody reads
-                plgpu.copy_gmem_to_smem(q_ref.at[b, rows], plain_smem, ready)
+            for rows, place in _projected(shape, plain_smem, head) if shape.turns else ():
+                plgpu.copy_gmem_to_smem(q_ref.at[b, rows], place, ready)
             for z in range(0 if shape.turns else shape.zones):
                 plgpu.copy_gmem_to_smem(q_ref.at[b, head, z, _all_columns(shape, head)], q_smem.at[z], ready)
             for i in range(stages):
@@ -240,12 +249,16 @@ def attend(shape: Shape) -> Callable[..., Any]:
         own_vectors = [x.at[b, head] for x in own_refs]
         if shape.packed:
             own_vectors = [q_ref.at[b, head, shape.zones - 1, shape.G + i] for i in range(2)]
-        key, value = _own_vectors(own_vectors)
-        turns = [[_per_row(x.at[b, z]) for x in tables] for z in range(shape.zones)] if shape.turns else []
+        if shape.turns_key:
+            own_vectors = [q_ref.at[b, shape.K * (shape.G + 1) + head]]
+        *key, value = _own_vectors(own_vectors)
+        turn = _turn_halves if shape.H >= 128 else _turn_heads
+        turning = turn(shape, plain_smem, [x.at[b] for x in tables], q_smem) if shape.turns else None
         plgpu.barrier_wait(ready)
-        if shape.turns:
-            _turn(shape, plain_smem, turns, q_smem)
-        own = _own_scores(q_smem.at[shape.zones - 1].transpose((1, 0)), key) * scale
+        if turning is not None:
+            turning()
+        own, key = _own_scores(shape, q_smem.at[shape.zones - 1].transpose((1, 0)), *key)
+        own *= scale
         is_first = jnp.where(split == 0, 1.0, 0.0)
         top = own * is_first + _LOWEST * (1.0 - is_first)
         acc = _along_rows(value * is_first, (H, M))
@@ -254,6 +267,9 @@ def attend(shape: Shape) -> Callable[..., Any]:
         total = total.sum(axis=0) + jnp.exp2(jnp.minimum(own - top, 0.0)) * is_first  # finite where top is _LOWEST
         if kept_smem is not None:
             _store_looks(shape, kept_smem, (total, top), count, lambda i: outs[-1].at[b, head, in_order(i)])
+        if to_ref is not None:  # when this block, which has the row's key head to itself, has read all of it
+            for ref, own_vector in ((k_ref, key), (v_ref, value)):
+                ref.at[b, head, to_ref[b]][...] = own_vector.astype(shape.dtype)
         _store(shape, (acc, total, top), tuple(o_smem), outs, (b, head, split))
 
     scratch = (
@@ -262,10 +278,10 @@ def attend(shape: Shape) -> Callable[..., Any]:
         _tiled(stages, tile, H, dtype=shape.dtype),
         plgpu.SMEM((stages, tile), jnp.float32),
         _tiled(M, tile, dtype=shape.dtype),
-        *((plgpu.SMEM((M, H), shape.dtype),) if shape.turns else ()),
+        *((_projected_scratch(shape),) if shape.turns else ()),
         *_kept(shape),
         *_out_scratch(shape),
-        plgpu.Barrier(num_arrivals=1 if shape.turns else shape.zones),
+        plgpu.Barrier(num_arrivals=len(_projected(shape)) if shape.turns else shape.zones),
         plgpu.Barrier(num_arrivals=shape.parts + 1, num_barriers=stages),
         plgpu.Barrier(num_arrivals=shape.parts, num_barriers=stages),
     )
@@ -279,19 +295,78 @@ def attend(shape: Shape) -> Callable[..., Any]:
     )
 
 
-def _turn(shape: Shape, queries: Any, turns: Any, out: Any) -> None:
-    """Queries [columns, H] in shared memory turned to [Z, columns, H]; turns: each zone's cosine and sine, [H / 2]."""
+def _projected_scratch(shape: Shape) -> Any:
+    """Shared memory for queries and key as they come, of which `_turn_halves` or `_turn_heads` makes what is turned.
+
+    Heads of 64 lie one behind the other, with a place before and one behind them all, so that each half has one on
+    either side.
+    """
+    return plgpu.SMEM((shape.columns, shape.H) if shape.H >= 128 else ((shape.G + 3) * shape.H,), shape.dtype)
+
+
+def _projected(shape: Shape, smem: Any = None, head: Any = 0) -> list[tuple[Any, Any]]:
+    """Which rows of all that was projected a block copies, and where to: the queries, then the key."""
+    key = [shape.K * shape.G + head] if shape.turns_key else []
+    if shape.H >= 128:
+        rows, places = [pl.ds(head * shape.G, shape.G), *key], [pl.ds(0, shape.G), shape.G]
+    else:
+        rows = [head * shape.G + i for i in range(shape.G)] + key
+        places = [pl.ds((i + 1) * shape.H, shape.H) for i in range(shape.G + 1)]
+    return [(row, None if smem is None else smem.at[place]) for row, place in zip(rows, places, strict=False)]
+
+
+def _turn_halves(shape: Shape, projected: Any, tables: Any, out: Any) -> Callable[[], None]:
+    """Queries and key, turned to [Z, columns, H]: asks for tables, and gives what to do when `projected` is there.
+
+    Heads of 128 or more, whose halves are rows of a product.
+    """
     half, layout = shape.H // 2, plgpu.Layout.WGMMA
     parts = [pl.ds(i * half, half) for i in range(2)]
-    first, second = (
-        plgpu.load(queries.at[:, x].transpose((1, 0)), layout=layout, optimized=False).astype(jnp.float32)
-        for x in parts
-    )
-    for z, turn in enumerate(turns):
-        cos, sin = (_along_rows(x, first.shape) for x in turn)
-        for part, turned in zip(parts, (first * cos - second * sin, second * cos + first * sin), strict=True):
-            out.at[z, :, part].transpose((1, 0))[...] = _wgmma_layout(turned.astype(shape.dtype))
-    plgpu.commit_smem()
+    turns = [[_per_row(x.at[z, parts[1]]) for x in tables] for z in range(shape.zones)]
+
+    def turn():
+        first, second = (
+            plgpu.load(projected.at[:, x].transpose((1, 0)), layout=layout, optimized=False).astype(jnp.float32)
+            for x in parts
+        )
+        for z, of_zone in enumerate(turns):
+            cos, sin = (_along_rows(x, first.shape) for x in of_zone)
+            for part, turned in zip(parts, (first * cos - second * sin, second * cos + first * sin), strict=True):
+                out.at[z, :, part].transpose((1, 0))[...] = _wgmma_layout(turned.astype(shape.dtype))
+        plgpu.commit_smem()
+
+    return turn
+
+
+def _turn_heads(shape: Shape, projected: Any, tables: Any, out: Any) -> Callable[[], None]:
+    """The same of heads of 64, one after the other: a half's other half is 32 places before or behind it."""
+    H, size, layout = shape.H, (shape.H, shape.columns), plgpu.Layout.WGMMA
+    turns = [[_per_row(x.at[z]) for x in tables] for z in range(shape.zones)]
+
+    def turn():
+        row, column = (plgpu.broadcasted_iota(jnp.int32, size, axis, layout=layout) for axis in range(2))
+
+        def beside(places: int) -> Any:
+            found = kernels._registers(size, 0.0, layout)
+            for i in range(shape.G + shape.turns_key):
+                begin = (i + 1) * H + places
+                vector = plgpu.load(projected.at[pl.ds(begin, H)], layout=kernels._PER_ROW, optimized=False)
+                found = jnp.where(column == i, _along_rows(vector.astype(jnp.float32), size), found)
+            return found
+
+        plain, other = beside(0), jnp.where(row < H // 2, beside(H // 2), beside(-H // 2))
+        for z, (cos, sin) in enumerate(turns):
+            turned = plain * _along_rows(cos, size) + other * _along_rows(sin, size)
+            out.at[z].transpose((1, 0))[...] = _wgmma_layout(turned.astype(shape.dtype))
+        plgpu.commit_smem()
+
+    return turn
+
+
+def _tables(turn: Any) -> list[jax.Array]:
+    """cos and sin of `decode.Turn` by row, float32[B, Z, H]: x cos + (x with its halves changed) sin is x turned."""
+    cos, sin = (jnp.swapaxes(x, 0, 1) for x in (turn.cos, turn.sin))
+    return [jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)]
 
 
 def _all_columns(shape: Shape, head: Any) -> Any:
@@ -308,10 +383,16 @@ def _per_row(ref: Any) -> Any:
     return plgpu.load(ref, layout=kernels._PER_ROW, optimized=False)
 
 
-def _own_scores(queries: Any, key: Any) -> Any:
-    """Products float32[columns] of queries [H, columns] in shared memory with the token's own key."""
+def _own_scores(shape: Shape, queries: Any, key: Any = None) -> tuple[Any, Any]:
+    """Products float32[columns] of queries [H, columns] in shared memory with the token's own key; and the key.
+
+    key: float32[H]; None: it is the column behind the queries.
+    """
     q = plgpu.load(queries, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
-    return (q * _along_rows(key, q.shape)).sum(axis=0)
+    if key is None:
+        column = plgpu.broadcasted_iota(jnp.int32, q.shape, 1, layout=plgpu.Layout.WGMMA)
+        key = jnp.where(column == shape.G, q, 0.0).sum(axis=1)
+    return (q * _along_rows(key, q.shape)).sum(axis=0), key
 
 
 def _outs(shape: Shape) -> tuple[Any, ...]:
@@ -342,11 +423,14 @@ def _store_looks(shape: Shape, kept: Any, stats: tuple[Any, Any], count: Any, ou
     share, top = _along_columns(1 / total, size), _along_columns(top, size)
     is_query = plgpu.broadcasted_iota(jnp.int32, size, 1, layout=layout) < shape.G
 
-    def look(i, _):
-        weights = jnp.exp2(plgpu.load(kept.at[i], layout=layout, optimized=False) - top) * share
-        out(i)[...] = jnp.where(is_query, weights, 0.0).max(axis=1)
+    def look(group, _):
+        numbers = [jnp.minimum(group * _AT_ONCE + i, count - 1) for i in range(_AT_ONCE)]  # the last again and again
+        scores = [plgpu.load(kept.at[i], layout=layout, optimized=False) for i in numbers]
+        weights = [jnp.exp2(x - top) * share for x in scores]
+        for i, weight in zip(numbers, [jnp.where(is_query, x, 0.0).max(axis=1) for x in weights], strict=True):
+            out(i)[...] = weight
 
-    lax.fori_loop(0, count, look, None)
+    lax.fori_loop(0, pl.cdiv(count, _AT_ONCE), look, None)
 
 
 def _out_scratch(shape: Shape) -> tuple[Any, ...]:
@@ -376,18 +460,20 @@ def _store(shape: Shape, found: Any, smem: Any, outs: Any, at: tuple[Any, Any, A
 
 
 def run(
-    shape: Shape, given: Any, k_cache: Any, v_cache: Any, bias: Any, live: Any
+    shape: Shape, given: Any, k_cache: Any, v_cache: Any, told: Any, turn: Any, to: Any = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """`sepjax.attention.decode.attend` for the arguments of `Seen`: around the kernel, what is small.
 
-    given: queries, the token's own key and value; of `shape.turns` what `attend` has in their place.
+    given: queries, the token's own key and value; told: bias and live parts; turn, to: of `shape.turns` and `writes`.
     """
-    kernel = attend(shape)
-    if shape.turns:
-        return _joined(shape, bias, *kernel(*given, k_cache, v_cache, bias, live))
+    kernel, (bias, live) = attend(shape), told
+    more = (to,) if shape.writes else ()
     queries, k, v = given
+    if shape.turns:
+        own = () if shape.turns_key else (k, v)
+        return _joined(shape, bias, *kernel(turn.flat, *_tables(turn), *own, k_cache, v_cache, bias, live, *more))
     if not shape.packed:
-        return _joined(shape, bias, *kernel(filled(shape, queries), k, v, k_cache, v_cache, bias, live))
+        return _joined(shape, bias, *kernel(filled(shape, queries), k, v, k_cache, v_cache, bias, live, *more))
     own = jnp.pad(jnp.stack([k, v], axis=2)[:, :, None], ((0, 0), (0, 0), (shape.zones - 1, 0), (0, 0), (0, 0)))
     packed = filled(shape, jnp.concatenate([queries, own], axis=3))
     return _joined(shape, bias, *kernel(packed, k_cache, v_cache, bias, live))

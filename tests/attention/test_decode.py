@@ -98,34 +98,48 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
     assert_as_exact(got, plain, exact, seen)
 
 
-def turned_by(q, Z):
-    """Queries [B, K, 1, G, H] in float32 turned at random for each of Z zones; and what turns them, beside others."""
-    B, K, _, _, H = q.shape
+def turned_by(q, k, v, Z):
+    """Queries [B, K, 1, G, H] turned at random for each of Z zones, the key [B, K, H] by the last; what turns them."""
+    B, _, _, _, H = q.shape
     angles = np.random.default_rng(3).uniform(0, 2 * np.pi, (Z, B, H // 2)).astype(np.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(q.astype(jnp.float32), 2, axis=-1)
-    c, s = (jnp.swapaxes(x, 0, 1)[:, None, :, None] for x in (cos, sin))
-    turned = jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1).astype(q.dtype)
-    return turned, decode.Turn(cos, sin, jnp.concatenate([q.reshape(B, -1, H), jnp.ones((B, 2 * K, H), q.dtype)], 1))
+
+    def turned(x):  # [B, K, any, G, H] for each zone
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        c, s = (jnp.swapaxes(x, 0, 1)[:, None, :, None] for x in (cos, sin))
+        return jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1).astype(q.dtype)
+
+    flat = jnp.concatenate([q.reshape(B, -1, H), k, v], axis=1)
+    return turned(q), turned(k[:, :, None, None])[:, :, -1, 0], decode.Turn(cos, sin, flat)
 
 
-def test_the_kernel_turns_queries(monkeypatch):
-    """Those of heads of 128, from an array that has others behind them."""
-    given, seen, ends = tensors(3, 1, 1, 3, 128, 128), visible_slots(3, 192)[:, 64:], (4, 68)
-    q, turn = turned_by(given[0], len(ends) + 1)
+@pytest.mark.parametrize("H", [64, pytest.param(128, marks=pytest.mark.soak)])
+def test_the_kernel_turns_queries_and_key_and_writes_the_token(H, monkeypatch):
+    """From one array of all projections; the token goes to a slot that nobody sees yet."""
+    K, G = (2, 3) if H == 64 else (1, 6)
+    tensor, seen, ends = tensors(3, K, 1, G, 128, H), visible_slots(3, 192)[:, 64:], (4, 68)
+    (q, k, v), cache = tensor[:3], tensor[3:]
+    turned, key, turn = turned_by(q, k, v, len(ends) + 1)
     told = seen_slots(seen, kernel=False)
-    plain = given_of(told, decode.attend(q, *given[1:], told, ends))
+    given = turned, key, v, *cache
+    plain = given_of(told, decode.attend(*given, told, ends, looks=True))
     simulate(monkeypatch)
     monkeypatch.setattr(decode, "target", lambda: Target("gpu", "one SM", 1, "9.0"))
     told = seen_slots(seen, kernel=True, part=16)
-    assert told.turns(q.shape, 128, looks=False)
-    assert not told.turns(q.shape, 64, looks=False), "of half a head's numbers"
-    assert not told.turns((*q.shape[:4], 64), 64, looks=False), "halves of 32 are no rows of a product"
-    got = given_of(told, decode.attend(*given, told, ends, turn=turn))
+    assert told.turns(q.shape, H, looks=True)
+    assert not told.turns(q.shape, H // 2, looks=True), "of half a head's numbers"
+    assert not told.turns((*q.shape[:3], 9, 64), 64, looks=True), "of more heads of 64 than a product has columns"
+    assert not told.turns((3, 2, 1, 8, 128), 128, looks=True), "of 20 heads of 128"
+    to = jnp.asarray([np.flatnonzero(~row)[i] for i, row in enumerate(np.asarray(seen))], jnp.int32)
+
+    found, written = decode.attend_and_write(q, v, v, *cache, told, ends, turn, to, looks=True)
+    got = given_of(told, found)
     kernel: Any = decode._kernel
     kernel.clear_cache()
     assert_no_races()
-    assert_as_exact(got, plain, textbook(q, *given[1:], seen, ends), seen)
+    assert_as_exact(got, plain, textbook(*given, seen, ends), seen)
+    for new, old, own in zip(written, cache, (key, v), strict=True):
+        np.testing.assert_array_equal(new, old.at[jnp.arange(3), :, to].set(own))
 
 
 def coded(B, K, Z, G, C, H):
@@ -284,26 +298,37 @@ def test_the_kernel_on_a_gpu(case):
             np.asarray(x, np.float64) * np.asarray(y, np.float64)[..., None]
             for x, y in zip(given[3:], scales, strict=True)
         ]
-    turns, unturned = B * K > 264 and H == 128, given[0][:, :, :1]
+    turns, projected = B * K > 264 and not of_codes, (given[0][:, :, :1], given[1], given[2])
     if turns:
-        q, how = turned_by(unturned, len(zones) + 1)
-        given = q, *given[1:]
-    exact = textbook(*given[:3], *numbers, seen, ends, own)
+        q, key, how = turned_by(*projected, Z=len(zones) + 1)
+        given = q, key, *given[2:]
+    to = jnp.argmin(seen, axis=1).astype(jnp.int32) if turns else None
+    from_slots: Any = (*given[:3], *numbers, seen, ends, own)
+    exact = textbook(*from_slots)
 
     def run(kernel):
         def attend(given, scales):
             told = seen_slots(seen, kernel=kernel, part=decode.part_of(B * K, codes=of_codes))
-            q, turn = given[0], None
+            q = given[0]
             cache: Any = given[3:] if kernel else [x.astype(q.dtype) for x in given[3:]]
             if turns and kernel:
                 assert told.turns(q.shape, H, looks=looks)
-                q, turn = unturned, how
-            k, v, beside = given[1], given[2], {"own": own, "looks": looks, "turn": turn}
-            return given_of(told, decode.attend(q, k, v, *cache, told, ends, scales, **beside))
+                assert how is not None
+                beside: Any = (*projected, *cache, told, ends, how, to)
+                found, written = decode.attend_and_write(*beside, looks=looks)
+                return given_of(told, found), written
+            k, v = given[1:3]
+            others: Any = (q, k, v, *cache, told, ends, scales)
+            found = given_of(told, decode.attend(*others, own=own, looks=looks))
+            if not turns:
+                return found, []
+            return found, [x.at[jnp.arange(B), :, to].set(own) for x, own in zip(cache, (k, v), strict=True)]
 
         return jax.jit(attend)(given, scales)
 
-    plain, got = run(kernel=False), run(kernel=True)
+    (plain, cached), (got, written), again = run(kernel=False), run(kernel=True), run(kernel=True)
     assert_as_exact(got, plain, exact, seen)
-    for x, y in zip(got, run(kernel=True), strict=True):
+    for x, y in zip(jax.tree.leaves((got, written)), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(x, y)
+    for x, y in zip(written, cached, strict=True):  # a turned key may be rounded the other way
+        np.testing.assert_allclose(x.astype(jnp.float32), y.astype(jnp.float32), rtol=2**-7, atol=1e-6)

@@ -88,14 +88,15 @@ def test_it_is_chosen_for_an_h100_that_is_not_there(h100):
     assert chosen == 3 * [xla] + 5 * [mosaic_gpu], "float32 and heads of 32 and of 257 are for the XLA form"
 
 
+@pytest.mark.soak  # the same kernel that writes, too, is below, and that of codes
 @pytest.mark.parametrize(
     ("shape", "ends", "looks"),
     [
         ((64, 8, 4, 832, 128), (4, 68), True),
-        pytest.param((16, 8, 4, 896, 128), (4, 68), False, marks=pytest.mark.soak),
-        pytest.param((1, 3, 3, 448, 64), (4, 4), True, marks=pytest.mark.soak),  # blocks that share a row
-        pytest.param((200, 2, 12, 512, 256), (), True, marks=pytest.mark.soak),
-        pytest.param((200, 1, 24, 640, 256), (4, 68), True, marks=pytest.mark.soak),  # no room to keep their scores
+        ((16, 8, 4, 896, 128), (4, 68), False),
+        ((1, 3, 3, 448, 64), (4, 4), True),  # blocks that share a row
+        ((200, 2, 12, 512, 256), (), True),
+        ((200, 1, 24, 640, 256), (4, 68), True),  # no room to keep their scores
     ],
     ids=["heads of 128", "without looks", "one row, heads of 64", "heads of 256, a dozen", "heads of 256, two dozen"],
 )
@@ -114,6 +115,45 @@ def test_decoding_compiles_for_an_h100(h100, shape, ends, looks):
     with jax.set_mesh(h100):
         compiled = jax.jit(run).lower(struct(B, C, dtype=bool), *given).compile()
     assert "mosaic_gpu" in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    ("shape", "part", "looks"),
+    [
+        ((760, 3, 3, 832, 64), 16, True),
+        pytest.param((760, 8, 4, 896, 128), 16, False, marks=pytest.mark.soak),
+        pytest.param((256, 8, 4, 832, 128), 64, True, marks=pytest.mark.soak),
+        pytest.param((256, 4, 8, 832, 128), 64, False, marks=pytest.mark.soak),  # no column for the key
+    ],
+    ids=["heads of 64, looks", "heads of 128", "heads of 128, looks", "eight heads of 128"],
+)
+def test_writing_compiles_for_an_h100(h100, shape, part, looks):
+    """The token into three layers, one after the other, where they lie: no copy of any."""
+    B, K, G, C, H = shape
+    placed = jax.NamedSharding(h100, jax.P())
+
+    def struct(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    def run(caches, visible, cos, sin, flat, to):
+        seen, written = decode.seen_slots(visible, kernel=True, part=part), []
+        q, k, v = (x.reshape(B, K, -1, H) for x in jnp.split(flat, [K * G, K * (G + 1)], axis=1))
+        for cache in caches:
+            given = q[:, :, None], k[:, :, 0], v[:, :, 0], *cache, seen, (4, 68)
+            (out, _), new = decode.attend_and_write(*given, decode.Turn(cos, sin, flat), to, looks=looks)
+            flat = jnp.concatenate([out.reshape(B, -1, H), flat[:, K * G :]], axis=1)
+            written.append(new)
+        return written, flat
+
+    caches = [[struct(B, K, C, H), struct(B, K, C, H)] for _ in range(3)]
+    table, seen = struct(3, B, H // 2, dtype=jnp.float32), struct(B, C, dtype=bool)
+    given = caches, seen, table, table
+    with jax.set_mesh(h100):
+        program = jax.jit(run, donate_argnums=0)
+        compiled = program.lower(*given, struct(B, K * (G + 2), H), struct(B, dtype=jnp.int32)).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 2 * B * K * C * H, "no copy of keys or values"
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,7 @@ class StreamingCache(Shown):
         counts: Int32[Array, "B"],
         looks: Float[Array, "L B K S"] | None = None,
         gate_scores: Float[Array, "B T"] | None = None,
+        in_place: rows_of.InPlace | None = None,
     ) -> "StreamingCache":
         """Takes up the next tokens of every row. `compact` the rows before their next.
 
@@ -327,16 +328,14 @@ class StreamingCache(Shown):
           counts: how many of the T tokens each row takes up, 0 to `room(T)`.
           looks: of watched tokens, of `looks_of_many` in every layer; of one token at its slots, [L, B, K, C].
           gate_scores: of a gate, of the tokens.
+          in_place: what kernels have written already.
         """
-        sizes, T = self.sizes, is_separator.shape[1]
+        sizes, T, in_place = self.sizes, is_separator.shape[1], in_place or rows_of.InPlace()
         i = jnp.arange(T, dtype=jnp.int32)
         rows = jnp.arange(len(counts))[:, None]
-        sink = self.num_sinks[:, None] + i
-        slot = (self.next_recent[:, None] + i) % sizes.ring
-        is_sink = sink < sizes.num_sinks
+        is_sink, slot, to = rows_of.next_slots(self, T)
         lasts = i >= counts[:, None] - sizes.ring  # what is older would be overwritten at once
         taken = (i < counts[:, None]) & (is_sink | lasts)
-        to = jnp.where(is_sink, sink, sizes.num_sinks + sizes.max_separators + slot)
         mode = "promise_in_bounds"  # for one token: the slot of the next is free, so a row may write and not take it up
         if T > 1:
             mode, to = "drop", jnp.where(taken, to, sizes.slots + i)  # beyond the end: nowhere
@@ -354,8 +353,8 @@ class StreamingCache(Shown):
         scores = scores_after(self, looks, gate_scores, counts, in_ring)
         return dataclasses.replace(
             self,
-            k=in_each_layer(put, self.k, k),
-            v=in_each_layer(put, self.v, v),
+            k=in_place.mended(0, in_each_layer(put, self.k, k)),
+            v=in_place.mended(1, in_each_layer(put, self.v, v)),
             is_separator=flags.set(is_separator, mode="drop", unique_indices=True),
             num_sinks=self.num_sinks + new_sinks,
             num_recent=held - self.num_separators - self.num_sinks - new_sinks,

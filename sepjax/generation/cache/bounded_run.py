@@ -55,7 +55,7 @@ def attend_many(
     seen_in, by_mask = _seen_in(cache, num_tokens, kernel), _by_mask(cache, num_tokens, cache.visible_old())
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache, reach, sees_kept, rope, watched = layer
+        k_cache, v_cache, reach, sees_kept, rope, watched, _ = layer
         recent_table = of_layer(recent_tables, rope)
         q = rotate(q, recent_table)
         new, (k, v) = taken_up(k_cache, k, v, *of_layers(new_tables, rope, recent_table))
@@ -161,7 +161,7 @@ def _attend_past_evictions(cache: "StreamingCache", num_tokens: int, kernel: boo
     seen_in = _seen_in(cache, num_tokens, kernel, old=False)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        k_cache, v_cache, reach, _, rope, _ = layer
+        k_cache, v_cache, reach, _, rope, _, _ = layer
         seen = sees_sinks if within is None else sees_sinks & within(reach)[:, 0, 0, :, :a]
         new, (k, v) = taken_up(k_cache, k, v, *of_layers(new_tables, rope, of_layer(to_recent, rope)))
         k_cache, v_cache = plain(k_cache, k.dtype, lying and of_layer(lying, rope)), plain(v_cache, v.dtype)

@@ -22,6 +22,7 @@ from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig, sees_kept, under
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.bounded_pass import attend_run, pass_inputs
+from sepjax.generation.cache.rows import InPlace
 from sepjax.generation.cache.shown import Shown
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.model.gate import needs_gate
@@ -220,7 +221,9 @@ class MixedCache(Shown):
         T, g = tokens.shape[1], attention.gate_layer if attention.pattern == "gated" else -1
         offsets = self.main.seen_low[:, None] + jnp.arange(T, dtype=jnp.int32)
         flags = flag_separators(tokens, offsets, table, attention)
-        attends = [attend_run(part, T, counts, attention.implementation) for part in self.parts]
+        in_place = [InPlace() for _ in self.parts]
+        given = zip(self.parts, in_place, strict=True)
+        attends = [attend_run(part, T, counts, attention.implementation, written) for part, written in given]
         inputs = [self._inputs(i) for i in range(len(self.parts))]
         x, scores = model.embed(tokens, offsets), None
         outputs: list[list[Any]] = [[] for _ in self.parts]
@@ -231,9 +234,10 @@ class MixedCache(Shown):
             x, output = model.run_layers(x, attends[part], inputs[part], first, last)
             outputs[part].append(output)
         parts = []
-        for part, found in zip(self.parts, outputs, strict=True):
+        for part, found, written in zip(self.parts, outputs, in_place, strict=True):
             k, v, *looks = jax.tree.map(lambda *runs: jnp.concatenate(runs), *found)
-            parts.append(part.append(k, v, flags, counts, *looks, gate_scores=scores if part.sizes.gate else None))
+            of_gate = scores if part.sizes.gate else None
+            parts.append(part.append(k, v, flags, counts, *looks, gate_scores=of_gate, in_place=written))
         return model.final_norm(x), dataclasses.replace(self, parts=tuple(parts))
 
     def _runs(self, gate_layer: int) -> Iterator[tuple[int, int]]:

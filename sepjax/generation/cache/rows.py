@@ -1,5 +1,6 @@
 """Rows of a bounded cache as caches of their own, and back: which axis of an array numbers them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,30 @@ def chosen(wanted: Bool[Array, "B"], cache: Any, other: Any) -> Any:
         return jnp.where(wanted.reshape(*(1 for _ in range(axis)), -1, *(1 for _ in x.shape[axis + 1 :])), x, y)
 
     return _on_rows(pick, cache, other)
+
+
+@dataclasses.dataclass
+class InPlace:
+    """What kernels have written into a cache's layers themselves, while a pass is traced.
+
+    Layers that are traced one after the other, in the same trace, find here what those before them have left.
+    """
+
+    entries: dict[int, tuple[jax.Array, jax.Array]] = dataclasses.field(default_factory=dict)  # keys, values of layers
+
+    def mended(self, which: int, layers: Any) -> Any:
+        """Keys (0) or values (1) of all layers, of these layers as kernels have left them."""
+        if not self.entries:
+            return layers
+        return tuple(self.entries[i][which] if i in self.entries else x for i, x in enumerate(layers))
+
+
+def next_slots(cache: Any, num_tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each of the next tokens [B, T]: whether it is a sink; its slot of the ring; its slot."""
+    i = jnp.arange(num_tokens, dtype=jnp.int32)
+    sink, slot = cache.num_sinks[:, None] + i, (cache.next_recent[:, None] + i) % cache.sizes.ring
+    is_sink = sink < cache.sizes.num_sinks
+    return is_sink, slot, jnp.where(is_sink, sink, cache.sizes.num_sinks + cache.sizes.max_separators + slot)
 
 
 def written(

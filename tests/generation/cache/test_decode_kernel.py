@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from sepjax.attention import decode
 from sepjax.attention.target import Target
 from sepjax.bench.decode_attention import filled, inputs, layers_of
 from sepjax.config import AttentionConfig, Config, ModelConfig, RopeConfig
-from sepjax.generation.cache.bounded_pass import _turned_to_zones, attend_run, pass_inputs
+from sepjax.generation.cache.bounded_pass import attend_run, pass_inputs
+from sepjax.generation.cache.bounded_step import _turned_to_zones
 from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.growing_pass import growing_pass
 from sepjax.generation.cache.mixed import bounded_sizes, empty_cache
@@ -56,12 +58,19 @@ def calls(monkeypatch):
         parts = looks.reshape(*looks.shape[:2], X, -1)
         return out, jnp.take_along_axis(parts, told[1][:, None, 1:, None], axis=2).reshape(looks.shape)
 
-    def stand_in(queries, k, v, k_cache, v_cache, told, turn, *, ends, looks):
-        if queries.shape[-1] == 128:  # which the kernel turns, from the array that has others behind them
-            queries = turn.flat[:, : queries.shape[1] * queries.shape[3]].reshape(queries[:, :, 0].shape)
-            queries = _turned_to_zones(queries, turn[:2])
+    def stand_in(queries, k, v, k_cache, v_cache, told, turn, to=None, *, ends, looks):
+        if turn is not None:  # which the kernel does, of the array of all that was projected
+            K, N = queries.shape[1], queries.shape[1] * queries.shape[3]
+            queries, key, v = (turn.flat[:, i:j] for i, j in ((0, N), (N, N + K), (N + K, N + 2 * K)))
+            queries = _turned_to_zones(queries.reshape(len(k), K, -1, queries.shape[-1]), turn[:2])
+            k = _turned_to_zones(key[:, :, None], turn[:2])[:, :, -1, 0]
         got.append(ends if not looks else "looks")
-        return in_order(decode.attend(queries, k, v, k_cache, v_cache, seen(told), ends, looks=looks), told)
+        found = in_order(decode.attend(queries, k, v, k_cache, v_cache, seen(told), ends, looks=looks), told)
+        if to is None:
+            return found
+        rows = jnp.arange(len(k))
+        written = [x.at[rows, :, to].set(own) for x, own in ((k_cache, k), (v_cache, v))]
+        return found, tuple(written)
 
     def of_codes(queries, k, v, codes, told, ends, *, own, looks):
         (keys, of_keys), (values, of_values) = codes
@@ -101,7 +110,7 @@ def run_of_one(cache, q, k, v):
     attend, inputs, outs = attend_run(cache, 2, jnp.ones(len(q), jnp.int32), "xla"), pass_inputs(cache), []
     for i in range(len(cache.k)):
         layer = tuple(x if x is None else x[i] for x in inputs)
-        given = (jnp.concatenate([x, x], axis=1) for x in (outs[-1] if outs else q, k, v))
+        given: Any = [jnp.concatenate([x, x], axis=1) for x in (outs[-1] if outs else q, k, v)]
         outs.append(attend(*given, layer)[0][:, :1])
     return outs
 
