@@ -33,7 +33,7 @@ from sepjax.attention.target import target
 from sepjax.layout import SeparatorLayout
 
 _H100_SMS = 132  # where the device does not tell
-_FEW_BLOCKS = 8  # of near keys, for each SM: below it their work is evened out
+_FEW_BLOCKS = 8  # for each SM: of fewer near keys' the work is evened out, and fewer of queries are not made longer
 _LONG_ROW = 16384  # beyond it the parts of packed gradients take memory, and with separators packed blocks are many
 _FEW_COMPARISONS = 2**24  # of the queries of a row with the blocks of its keys: of 32,768 tokens there are half as many
 _PACK_ROWS, _PACK_COLUMNS = 32, 1024  # of a block that packs keys: two of 64 KiB fit its shared memory
@@ -213,15 +213,21 @@ def _shape(q, k, packed, scale):
     B, T, N, H = q.shape
     S = packed.capacity if isinstance(packed, SeparatorLayout) else packed.shape[1]
     shape = Shape(B, T, N, k.shape[2], H, S, k.shape[1], q.dtype, scale, target().num_cores or _H100_SMS)
-    is_alone = H == 64 and shape.group % 2 and shape.group % 3
-    return dataclasses.replace(shape, unit=3 * kernels.ROWS) if is_alone else shape
+    wide, is_alone = 3 * kernels.ROWS, H == 64 and shape.group % 2 and shape.group % 3
+    return dataclasses.replace(shape, unit=wide) if is_alone and _are_many(B * N * -(-T // wide), shape) else shape
+
+
+def _are_many(blocks: int, shape: Shape) -> bool:
+    """Whether so many blocks keep every SM as busy as the others."""
+    return blocks >= _FEW_BLOCKS * shape.num_sms
 
 
 def _rows(shape: Shape) -> tuple[int, int]:
     """Query heads of a block of queries, and the warpgroups that compute it.
 
     Three warpgroups have 160 registers a thread, which is enough for heads of 64. They find each other's gaps better
-    than two that take turns. With a head each, the block has 64 tokens; of one head it has 192 (`Shape.unit`).
+    than two that take turns. With a head each, the block has 64 tokens; of one head it has 192 (`Shape.unit`), where
+    there are many.
     """
     if shape.H == 64 and shape.group % 2 and shape.group % 3 == 0:
         return 3, 3
@@ -252,7 +258,7 @@ def _key_gradient_tiles(shape: Shape) -> KeyTiles:
     stages, warpgroups = {64: (4, 3), 128: (2, 2), 256: (1, 2)}[shape.H]
     tiles = KeyTiles(splits, stages, shared=shape.H == 256, warpgroups=warpgroups)
     blocks = -(-shape.near // tiles.keys) * shape.B * shape.K
-    is_uneven = blocks < _FEW_BLOCKS * shape.num_sms and shape.near <= _LONG_ROW
+    is_uneven = not _are_many(blocks, shape) and shape.near <= _LONG_ROW
     return dataclasses.replace(tiles, splits=shape.group) if is_uneven else tiles
 
 
