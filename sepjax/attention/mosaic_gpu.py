@@ -34,6 +34,7 @@ from sepjax.layout import SeparatorLayout
 
 _H100_SMS = 132  # where the device does not tell
 _FEW_BLOCKS = 8  # for each SM: of fewer near keys' the work is evened out, and fewer of queries are not made longer
+_SHORT_ROW = 2048  # up to it blocks of queries have three tiles, most of them masked
 _LONG_ROW = 16384  # beyond it the parts of packed gradients take memory, and with separators packed blocks are many
 _FEW_COMPARISONS = 2**24  # of the queries of a row with the blocks of its keys: of 32,768 tokens there are half as many
 _PACK_ROWS, _PACK_COLUMNS = 32, 1024  # of a block that packs keys: two of 64 KiB fit its shared memory
@@ -187,7 +188,10 @@ _attend_ranges.defvjp(_attend_ranges_forward, _attend_ranges_backward)
 
 def _forward(shape, arrays, seen, length):
     """`attend`'s results for aligned (q, k, v, packed k, packed v), and what `_backward` needs of the queries."""
-    out, lse = kernels.forward(shape, forward_tiles(shape))(*arrays, _ranges(seen, shape.padded))
+    tiles = forward_tiles(shape)
+    if shape.H == 128 and shape.T <= _SHORT_ROW:
+        tiles = dataclasses.replace(tiles, turns=False, halves=True)
+    out, lse = kernels.forward(shape, tiles)(*arrays, _ranges(seen, shape.padded))
     natural = jnp.where(jnp.isinf(lse), -jnp.inf, lse * math.log(2))[:, :, :length].swapaxes(1, 2)
     return (out[:, :length], natural), (out, lse)
 

@@ -88,6 +88,8 @@ class Tiles:
     stages: int  # tiles in shared memory
     heads: int  # query heads of a block: they share a key head
     warpgroups: int = 2  # that compute, ROWS rows of a block each
+    turns: bool = True  # whether two warpgroups of the forward kernel take turns
+    halves: bool = False  # whether it computes only half of a block's last tile where no row sees the rest
 
     @property
     def tokens(self) -> int:
@@ -250,6 +252,7 @@ class _Rows(NamedTuple):
     near_from: Any
     near_to: Any
     steps: Any  # tiles up to the last that a row sees
+    end: Any  # virtual keys up to the last that a row sees
 
 
 class _QueryBlocks:
@@ -303,10 +306,10 @@ class _QueryBlocks:
         far = at(FAR_START, last) - block.far_lo, at(FAR_END, token) - block.far_lo
         near = at(NEAR_START, last) + block.shift, at(NEAR_END, token) + block.shift
         steps = block.steps
+        end = jnp.maximum(at(NEAR_END, last) + block.shift, block.far_chunks * CHUNK)
         if self.tiles.tokens > ROWS:  # otherwise both warpgroups have the same tokens
-            end = at(NEAR_END, last) + block.shift
             steps = jnp.minimum(jnp.maximum(pl.cdiv(end, self.tiles.keys), 1), steps)
-        return block, _Rows(*far, *near, steps)
+        return block, _Rows(*far, *near, steps, end)
 
     def segments(self, block: Any, wg: Any) -> list[tuple[Any, Any, Any]]:
         """(rows, first token, head) of the runs of tokens that are the rows of a warpgroup."""
@@ -485,7 +488,7 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
     of blocks has other inputs than those after q.
     """
     H, keys, stages, computing = shape.H, tiles.keys, tiles.stages, tiles.warpgroups
-    scale, turns = shape.scale * LOG2E, computing == 2
+    scale, turns = shape.scale * LOG2E, computing == 2 and tiles.turns
 
     def compute(blocks, refs, scratch, wg):
         *_, o_ref, lse_ref = refs
@@ -504,16 +507,17 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
             plgpu.barrier_wait(q_ready.at[wg])
             mask = blocks.mask(block, rows, mine, short=H > 64)
 
-            def step(step, state):
+            def step(keys_seen, step, state):
                 t, acc, top, total = state
                 slot = lax.rem(t, stages)
+                k_tile, v_tile = (x.at[slot].at[pl.ds(0, keys_seen)] for x in (k_smem, v_smem))
 
                 def scores(acc):
-                    plgpu.wgmma(acc, q, k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(acc, q, k_tile.transpose((1, 0)))
                     take_turns()
                     return acc[...]
 
-                s = pl.run_scoped(scores, _accumulator(ROWS, keys))
+                s = pl.run_scoped(scores, _accumulator(ROWS, keys_seen))
 
                 def done():
                     plgpu.barrier_arrive(k_free.at[slot])
@@ -540,7 +544,7 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
                     plgpu.barrier_wait(order)
 
                 def weigh(acc):
-                    plgpu.wgmma(acc, p, v_smem.at[slot])
+                    plgpu.wgmma(acc, p, v_tile)
                     ahead = lax.rem(t + 1, stages)
                     pl.when(step + 1 < rows.steps)(lambda: plgpu.barrier_wait(k_ready.at[ahead]))
 
@@ -562,7 +566,15 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
             plgpu.barrier_wait(k_ready.at[lax.rem(t, stages)])
             acc = _registers((ROWS, H), 0.0, plgpu.Layout.WGMMA)
             top, total = (_registers((ROWS,), x, _PER_ROW) for x in (_LOWEST, 0.0))
-            t, acc, top, total = lax.fori_loop(0, rows.steps, step, (t, acc, top, total))
+            whole, state = functools.partial(step, keys), (t, acc, top, total)
+            if tiles.halves:
+                last = rows.steps - 1
+                is_half = rows.end <= last * keys + keys // 2
+                state = lax.fori_loop(0, jnp.where(is_half, last, rows.steps), whole, state)
+                half = functools.partial(step, keys // 2, last)
+                t, acc, top, total = lax.cond(is_half, half, lambda state: state, state)
+            else:
+                t, acc, top, total = lax.fori_loop(0, rows.steps, whole, state)
             if tiles.tokens > ROWS:
                 t = lax.fori_loop(rows.steps, block.steps, pass_by, t)
 

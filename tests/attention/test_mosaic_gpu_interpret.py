@@ -83,6 +83,13 @@ def test_equals_the_definition(case):
     assert_errs_at_most_twice_as_much(got, plain, exact, largest_terms(*inputs), jnp.bfloat16)
 
 
+@pytest.mark.soak  # warpgroups that take turns run below, with heads of 56
+@pytest.mark.usefixtures("simulated")
+def test_heads_of_128_in_long_rows(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "_SHORT_ROW", 0)
+    test_equals_the_definition("four heads of 128 a key head")
+
+
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.soak  # with factors, gradients too, below
 def test_the_forward_kernel_without_factors():
