@@ -33,8 +33,10 @@ from sepjax.attention.target import target
 from sepjax.layout import SeparatorLayout
 
 _H100_SMS = 132  # where the device does not tell
-_FEW_BLOCKS = 8  # of near keys, for each SM: below it their work is evened out
+_FEW_BLOCKS = 8  # for each SM: of fewer near keys' the work is evened out, and fewer of queries are not made longer
+_SHORT_ROW = 2048  # up to it blocks of queries have three tiles, most of them masked
 _LONG_ROW = 16384  # beyond it the parts of packed gradients take memory, and with separators packed blocks are many
+_FEW_COMPARISONS = 2**24  # of the queries of a row with the blocks of its keys: of 32,768 tokens there are half as many
 _PACK_ROWS, _PACK_COLUMNS = 32, 1024  # of a block that packs keys: two of 64 KiB fit its shared memory
 
 
@@ -102,7 +104,9 @@ def _filled(x, unit):
 def _aligned(arrays, layout):
     """Rows of tokens filled up to a multiple of kernels.ALIGNMENT, packed keys to one of _PACK_ROWS."""
     room = max(layout.capacity, 1)
-    return *(_filled(x, kernels.ALIGNMENT) for x in arrays), layout.with_capacity(room + -room % _PACK_ROWS)
+    room += -room % _PACK_ROWS
+    layout = layout if room == layout.capacity else layout.with_capacity(room)  # which packs again
+    return *(_filled(x, kernels.ALIGNMENT) for x in arrays), layout
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -184,7 +188,10 @@ _attend_ranges.defvjp(_attend_ranges_forward, _attend_ranges_backward)
 
 def _forward(shape, arrays, seen, length):
     """`attend`'s results for aligned (q, k, v, packed k, packed v), and what `_backward` needs of the queries."""
-    out, lse = kernels.forward(shape, forward_tiles(shape))(*arrays, _ranges(seen, shape.padded))
+    tiles = forward_tiles(shape)
+    if shape.H == 128 and shape.T <= _SHORT_ROW:
+        tiles = dataclasses.replace(tiles, turns=False, halves=True)
+    out, lse = kernels.forward(shape, tiles)(*arrays, _ranges(seen, shape.padded))
     natural = jnp.where(jnp.isinf(lse), -jnp.inf, lse * math.log(2))[:, :, :length].swapaxes(1, 2)
     return (out[:, :length], natural), (out, lse)
 
@@ -209,17 +216,27 @@ def _shape(q, k, packed, scale):
     """`packed`: the packed keys, or the layout that says how many there are room for."""
     B, T, N, H = q.shape
     S = packed.capacity if isinstance(packed, SeparatorLayout) else packed.shape[1]
-    return Shape(B, T, N, k.shape[2], H, S, k.shape[1], q.dtype, scale, target().num_cores or _H100_SMS)
+    shape = Shape(B, T, N, k.shape[2], H, S, k.shape[1], q.dtype, scale, target().num_cores or _H100_SMS)
+    wide, is_alone = 3 * kernels.ROWS, H == 64 and shape.group % 2 and shape.group % 3
+    return dataclasses.replace(shape, unit=wide) if is_alone and _are_many(B * N * -(-T // wide), shape) else shape
+
+
+def _are_many(blocks: int, shape: Shape) -> bool:
+    """Whether so many blocks keep every SM as busy as the others."""
+    return blocks >= _FEW_BLOCKS * shape.num_sms
 
 
 def _rows(shape: Shape) -> tuple[int, int]:
     """Query heads of a block of queries, and the warpgroups that compute it.
 
-    Three warpgroups have 160 registers a thread, which is enough for heads of 64. With a head each, the block has 64
-    tokens, where one of two warpgroups and one head has 128: its hull is shorter, and a tile of keys serves three.
+    Three warpgroups have 160 registers a thread, which is enough for heads of 64. They find each other's gaps better
+    than two that take turns. With a head each, the block has 64 tokens; of one head it has 192 (`Shape.unit`), where
+    there are many.
     """
     if shape.H == 64 and shape.group % 2 and shape.group % 3 == 0:
         return 3, 3
+    if shape.unit == 3 * kernels.ROWS:
+        return 1, 3
     return max(heads for heads in (1, 2, 4) if shape.group % heads == 0), 2
 
 
@@ -242,9 +259,10 @@ def _key_gradient_tiles(shape: Shape) -> KeyTiles:
     """
     ways = [s for s in range(1, shape.group + 1) if shape.group % s == 0]
     splits = next((s for s in ways if shape.B * shape.K * s >= 8), shape.group)
-    tiles = KeyTiles(splits, stages={64: 4, 128: 2, 256: 1}[shape.H], shared=shape.H == 256)
+    stages, warpgroups = {64: (4, 3), 128: (2, 2), 256: (1, 2)}[shape.H]
+    tiles = KeyTiles(splits, stages, shared=shape.H == 256, warpgroups=warpgroups)
     blocks = -(-shape.near // tiles.keys) * shape.B * shape.K
-    is_uneven = blocks < _FEW_BLOCKS * shape.num_sms and shape.near <= _LONG_ROW
+    is_uneven = not _are_many(blocks, shape) and shape.near <= _LONG_ROW
     return dataclasses.replace(tiles, splits=shape.group) if is_uneven else tiles
 
 
@@ -276,8 +294,9 @@ def _visitors(seen: Ranges, shape: Shape, keys: int) -> tuple[jax.Array, jax.Arr
 
     @functools.partial(jax.vmap, in_axes=(0, 0, None))
     def queries_before(starts, ends, first_key):
-        # Unrolled: one kernel. Comparing all with all takes XLA a minute to compile for a row of a million tokens.
-        search = functools.partial(jnp.searchsorted, method="scan_unrolled")
+        # Comparing all with all is half as many kernels; in a row of a million tokens XLA needs a minute to compile it.
+        is_short = starts.size * first_key.size <= _FEW_COMPARISONS
+        search = functools.partial(jnp.searchsorted, method="compare_all" if is_short else "scan_unrolled")
         return search(ends, first_key, side="right"), search(starts, first_key + keys)
 
     first_key = jnp.arange(-(-shape.S // keys), dtype=jnp.int32) * keys

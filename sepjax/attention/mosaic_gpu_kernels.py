@@ -10,9 +10,9 @@ ranges, from the packed global keys, then the hull of their near ranges, from al
 
 A tile may hold both kinds, so only the last one is filled up. A query sees the virtual keys [far_from, far_to) and
 [near_from, near_to); tiles that every query of the block sees whole are not masked. One warpgroup loads (TMA, `stages`
-tiles ahead), the others compute (wgmma), 64 rows each: two of them, or three where blocks are of three heads. Rows are
-tokens of one head or, where query heads share a key head, fewer tokens of several heads: the hull of a short run of
-tokens wastes less.
+tiles ahead), the others compute (wgmma), 64 rows each: two of them, or three where heads are of 64. Rows are tokens of
+one head or, where query heads share a key head, fewer tokens of several heads: the hull of a short run of tokens wastes
+less.
 
 For dK and dV the roles change: a block of keys, packed or not, visits the tiles of 64 queries that see some of it.
 
@@ -43,6 +43,8 @@ CHUNK = 32  # keys that one copy loads; divides a tile
 ALIGNMENT = 8  # rows of the swizzled tiles of shared memory: copies start at multiples of it
 _LOWEST = -1e30  # below every score; finite, so that a masked row gives exp2(-inf - _LOWEST) = 0 and not NaN
 
+_REGISTERS = {2: (240, 24), 3: (160, 32)}  # of a thread that computes, by warpgroups that do, and of one that loads
+
 FAR_START, FAR_END, NEAR_START, NEAR_END = range(4)  # rows of the `ranges` that the kernels take
 
 
@@ -60,6 +62,7 @@ class Shape:
     dtype: Any
     scale: float
     num_sms: int  # of the GPU
+    unit: int = 2 * ROWS  # tokens that `ranges`, lse and delta are filled up to a multiple of
 
     @property
     def group(self) -> int:
@@ -73,8 +76,8 @@ class Shape:
 
     @property
     def padded(self) -> int:
-        """Tokens of `ranges`, lse and delta: whole blocks of every kernel."""
-        return pl.cdiv(self.T, 2 * ROWS) * 2 * ROWS
+        """Tokens of `ranges`, lse and delta: whole blocks of every kernel, which has no more than `unit` of them."""
+        return pl.cdiv(self.T, self.unit) * self.unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Tiles:
     stages: int  # tiles in shared memory
     heads: int  # query heads of a block: they share a key head
     warpgroups: int = 2  # that compute, ROWS rows of a block each
+    turns: bool = True  # whether two warpgroups of the forward kernel take turns
+    halves: bool = False  # whether it computes only half of a block's last tile where no row sees the rest
 
     @property
     def tokens(self) -> int:
@@ -94,7 +99,7 @@ class Tiles:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a thread that computes, and of one that loads: an SM has 65,536."""
-        return {2: (240, 24), 3: (160, 32)}[self.warpgroups]
+        return _REGISTERS[self.warpgroups]
 
     @property
     def rereads(self) -> bool:
@@ -247,6 +252,7 @@ class _Rows(NamedTuple):
     near_from: Any
     near_to: Any
     steps: Any  # tiles up to the last that a row sees
+    end: Any  # virtual keys up to the last that a row sees
 
 
 class _QueryBlocks:
@@ -300,10 +306,10 @@ class _QueryBlocks:
         far = at(FAR_START, last) - block.far_lo, at(FAR_END, token) - block.far_lo
         near = at(NEAR_START, last) + block.shift, at(NEAR_END, token) + block.shift
         steps = block.steps
+        end = jnp.maximum(at(NEAR_END, last) + block.shift, block.far_chunks * CHUNK)
         if self.tiles.tokens > ROWS:  # otherwise both warpgroups have the same tokens
-            end = at(NEAR_END, last) + block.shift
             steps = jnp.minimum(jnp.maximum(pl.cdiv(end, self.tiles.keys), 1), steps)
-        return block, _Rows(*far, *near, steps)
+        return block, _Rows(*far, *near, steps, end)
 
     def segments(self, block: Any, wg: Any) -> list[tuple[Any, Any, Any]]:
         """(rows, first token, head) of the runs of tokens that are the rows of a warpgroup."""
@@ -482,7 +488,7 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
     of blocks has other inputs than those after q.
     """
     H, keys, stages, computing = shape.H, tiles.keys, tiles.stages, tiles.warpgroups
-    scale = shape.scale * LOG2E
+    scale, turns = shape.scale * LOG2E, computing == 2 and tiles.turns
 
     def compute(blocks, refs, scratch, wg):
         *_, o_ref, lse_ref = refs
@@ -492,7 +498,7 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
 
         def take_turns():
             # While one warpgroup has the tensor cores, the other does its softmax. Three find their turns themselves.
-            if computing == 2:
+            if turns:
                 plgpu.barrier_arrive(order)
                 plgpu.barrier_wait(order)
 
@@ -501,16 +507,17 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
             plgpu.barrier_wait(q_ready.at[wg])
             mask = blocks.mask(block, rows, mine, short=H > 64)
 
-            def step(step, state):
+            def step(keys_seen, step, state):
                 t, acc, top, total = state
                 slot = lax.rem(t, stages)
+                k_tile, v_tile = (x.at[slot].at[pl.ds(0, keys_seen)] for x in (k_smem, v_smem))
 
                 def scores(acc):
-                    plgpu.wgmma(acc, q, k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(acc, q, k_tile.transpose((1, 0)))
                     take_turns()
                     return acc[...]
 
-                s = pl.run_scoped(scores, _accumulator(ROWS, keys))
+                s = pl.run_scoped(scores, _accumulator(ROWS, keys_seen))
 
                 def done():
                     plgpu.barrier_arrive(k_free.at[slot])
@@ -530,14 +537,14 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
                 total = total * shrink + p.sum(axis=1)
                 p = p.astype(shape.dtype)
                 acc, total, top, p = lax.optimization_barrier((acc, total, new_top, p))
-                if computing == 2:
+                if turns:
                     plgpu.barrier_arrive(order)
                 plgpu.barrier_wait(v_ready.at[slot])
-                if computing == 2:
+                if turns:
                     plgpu.barrier_wait(order)
 
                 def weigh(acc):
-                    plgpu.wgmma(acc, p, v_smem.at[slot])
+                    plgpu.wgmma(acc, p, v_tile)
                     ahead = lax.rem(t + 1, stages)
                     pl.when(step + 1 < rows.steps)(lambda: plgpu.barrier_wait(k_ready.at[ahead]))
 
@@ -559,7 +566,15 @@ def forward(shape: Shape, tiles: Tiles, kind: type[_QueryBlocks] = _QueryBlocks)
             plgpu.barrier_wait(k_ready.at[lax.rem(t, stages)])
             acc = _registers((ROWS, H), 0.0, plgpu.Layout.WGMMA)
             top, total = (_registers((ROWS,), x, _PER_ROW) for x in (_LOWEST, 0.0))
-            t, acc, top, total = lax.fori_loop(0, rows.steps, step, (t, acc, top, total))
+            whole, state = functools.partial(step, keys), (t, acc, top, total)
+            if tiles.halves:
+                last = rows.steps - 1
+                is_half = rows.end <= last * keys + keys // 2
+                state = lax.fori_loop(0, jnp.where(is_half, last, rows.steps), whole, state)
+                half = functools.partial(step, keys // 2, last)
+                t, acc, top, total = lax.cond(is_half, half, lambda state: state, state)
+            else:
+                t, acc, top, total = lax.fori_loop(0, rows.steps, whole, state)
             if tiles.tokens > ROWS:
                 t = lax.fori_loop(rows.steps, block.steps, pass_by, t)
 
@@ -774,17 +789,24 @@ class KeyTiles:
       splits: groups that the query heads of a packed block are cut into, each with a result of its own. A packed block
         is seen by up to T queries; with few key heads it would keep a few SMs busy and the others waiting.
       stages: tiles of 64 queries in shared memory.
-      shared: the two warpgroups share 64 keys, and one computes dV, the other dK; otherwise 64 keys each, and both.
+      shared: two warpgroups share 64 keys, and one computes dV, the other dK; otherwise 64 keys each, and both.
+      warpgroups: that compute.
     """
 
     splits: int
     stages: int
     shared: bool
+    warpgroups: int = 2
 
     @property
     def keys(self) -> int:
         """Keys of a block."""
-        return ROWS if self.shared else 2 * ROWS
+        return ROWS if self.shared else self.warpgroups * ROWS
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that computes, and of one that loads."""
+        return _REGISTERS[self.warpgroups]
 
 
 def key_gradients(shape: Shape, tiles: KeyTiles) -> Callable[..., Any]:
@@ -799,6 +821,7 @@ def key_gradients(shape: Shape, tiles: KeyTiles) -> Callable[..., Any]:
     H, KEYS, stages, splits = shape.H, tiles.keys, tiles.stages, tiles.splits
     near_tasks = pl.cdiv(shape.near, KEYS) * shape.B * shape.K
     outputs = ("dk",), ("dv",)
+    computing, (many, few) = tiles.warpgroups, tiles.registers
 
     def prepare_with(far_q_ref, near_q_ref, far_tasks):
         def prepare(task):
@@ -946,14 +969,14 @@ def key_gradients(shape: Shape, tiles: KeyTiles) -> Callable[..., Any]:
 
         for first, results in zip((0, 1), outputs if tiles.shared else (("dk", "dv"),), strict=False):
 
-            @pl.when((wg == first) if tiles.shared else (wg < 2))
+            @pl.when((wg == first) if tiles.shared else (wg < computing))
             def _(results=results):
-                plgpu.set_max_registers(240, action="increase")
+                plgpu.set_max_registers(many, action="increase")
                 compute(prepare, total, refs, scratch, wg, results)
 
-        @pl.when(wg == 2)
+        @pl.when(wg == computing)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(few, action="decrease")
             _in_one_warp(lambda: load(prepare, total, refs, scratch))
 
     parts = KEYS // ROWS
@@ -964,13 +987,13 @@ def key_gradients(shape: Shape, tiles: KeyTiles) -> Callable[..., Any]:
         plgpu.SMEM((stages, 2, ROWS), jnp.float32),
         plgpu.SMEM((stages, 2, ROWS), jnp.int32),
         plgpu.Barrier(num_arrivals=2 * parts),
-        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_arrivals=computing),
         plgpu.Barrier(num_arrivals=6, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=computing, num_barriers=stages),
     )
     far = jax.ShapeDtypeStruct((shape.B, shape.S, shape.K * splits, H), shape.dtype)
     near = jax.ShapeDtypeStruct((shape.B, shape.near, shape.K, H), shape.dtype)
-    return _launch(kernel, (far, far, near, near), scratch, shape.num_sms)
+    return _launch(kernel, (far, far, near, near), scratch, shape.num_sms, computing + 1)
 
 
 def pack(shape: Shape, rows: int, heads: int) -> Callable[..., Any]:

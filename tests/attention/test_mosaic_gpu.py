@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sepjax.attention import reference, separator_attention
+from sepjax.attention import mosaic_gpu, reference, separator_attention
 from sepjax.attention.op import choose
 from sepjax.layout import build_layout
 from tests.attention.common import (
@@ -96,14 +96,27 @@ EDGES = {
 }
 
 
+def edge_layout(edge, shape):
+    options = {"window_size": 40, "num_sinks": 4, "density": 0.15, "lengths": None} | EDGES[edge]
+    is_separator, lengths = flags(shape, options.pop("density")), options.pop("lengths")
+    segment_ids = None if lengths is None else segments(shape, *lengths)
+    return build_layout(is_separator, segment_ids=segment_ids, **options)
+
+
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
 def test_edge_case(edge, dtype):
     shape = SHAPES["2 rows of 2 key heads"]
-    options = {"window_size": 40, "num_sinks": 4, "density": 0.15, "lengths": None} | EDGES[edge]
-    is_separator, lengths = flags(shape, options.pop("density")), options.pop("lengths")
-    segment_ids = None if lengths is None else segments(shape, *lengths)
-    check(shape, dtype, build_layout(is_separator, segment_ids=segment_ids, **options))
+    check(shape, dtype, edge_layout(edge, shape))
+
+
+@pytest.mark.parametrize("edge", ["n = a block and one", "documents and padding", "only padding"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
+def test_blocks_of_192_tokens(edge, dtype, monkeypatch):
+    """Heads of 64 with a key head each have these where there are many."""
+    monkeypatch.setattr(mosaic_gpu, "_are_many", lambda blocks, shape: True)
+    shape = (2, 390, 5, 5, 64)  # of no other test: its program is this one's
+    check(shape, dtype, edge_layout(edge, shape))
 
 
 def some_layout(shape, **options):

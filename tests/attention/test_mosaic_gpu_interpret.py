@@ -11,7 +11,7 @@ import pytest
 from sepjax.attention import mosaic_gpu, reference
 from sepjax.attention.examples import alone, first
 from sepjax.attention.mosaic_gpu_kernels import Shape
-from sepjax.attention.ranges import Ranges
+from sepjax.attention.ranges import Ranges, whole_rows
 from sepjax.bench import kernels
 from sepjax.bench.attention import Settings, make_inputs
 from sepjax.config import ConfigError
@@ -33,6 +33,7 @@ def simulated(monkeypatch):
     simulate(monkeypatch)
     shape = mosaic_gpu._shape
     monkeypatch.setattr(mosaic_gpu, "_shape", lambda *args: dataclasses.replace(shape(*args), num_sms=2))
+    monkeypatch.setattr(mosaic_gpu, "_are_many", lambda blocks, shape: True)  # of one head a key head, blocks are long
     for op in (mosaic_gpu.attend, mosaic_gpu.attend_ranges):
         op.clear_cache()  # compiled programs of this test are of no use to others
     yield
@@ -52,7 +53,7 @@ def documents(shape, *lengths):
 
 # (B, T, N, K, H), density, n, a, lengths of documents, the first of them padding.
 CASES = {
-    "documents and padding, one head a key head": ((1, 140, 1, 1, 64), 0.2, 30, 3, (5, 60, 1, 40, 34)),
+    "documents and padding, one head a key head": ((1, 212, 1, 1, 64), 0.2, 30, 3, (5, 60, 1, 40, 34)),
     "grouped heads, blocks beyond the last token": ((1, 200, 4, 2, 64), 0.2, 20, 3, None),
     "three heads a key head, documents and padding": ((1, 140, 3, 1, 64), 0.2, 30, 3, (5, 60, 1, 40, 34)),
     "four heads of 128 a key head": ((1, 72, 4, 1, 128), 0.2, 40, 3, (0, 50, 22)),
@@ -80,6 +81,13 @@ def test_equals_the_definition(case):
     plain = results(functools.partial(reference.attend, scale=scale, dtype=jnp.bfloat16), *inputs, layout)
     exact = brute_force(*inputs, layout.as_mask())
     assert_errs_at_most_twice_as_much(got, plain, exact, largest_terms(*inputs), jnp.bfloat16)
+
+
+@pytest.mark.soak  # warpgroups that take turns run below, with heads of 56
+@pytest.mark.usefixtures("simulated")
+def test_heads_of_128_in_long_rows(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "_SHORT_ROW", 0)
+    test_equals_the_definition("four heads of 128 a key head")
 
 
 @pytest.mark.usefixtures("simulated")
@@ -118,7 +126,7 @@ def test_far_values_are_scaled_in_an_example_under_vmap():
 
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.soak)])  # of scaled values: above
-@pytest.mark.parametrize("N", [2, 3])  # two warpgroups compute, or three
+@pytest.mark.parametrize("N", [1, 2, 3])  # three warpgroups compute a head, two compute two, three compute three
 def test_more_keys_than_queries(N, gradients):
     """What a device of a mesh sees: two chunks of 36 queries, each behind a halo of 20 keys, and 40 far keys.
 
@@ -157,6 +165,25 @@ def test_packed_blocks_are_cut_where_sms_have_few():
     assert splits(1, 2048, 32, 8, 128) == 4
     assert splits(1, 32768, 32, 4, 128) == 2, "a long row: as many as key heads ask for"
     assert splits(1, 512, 12, 12, 64) == 1, "one query head a key head: nothing to cut"
+
+
+def test_which_queries_see_a_block_of_keys(monkeypatch):
+    """Counted in rows of up to 32,768 tokens, searched for in longer ones."""
+    shape = Shape(1, 300, 1, 1, 64, 300, 300, jnp.bfloat16, 1.0, num_sms=132)
+    seen = whole_rows(
+        build_layout(flags((1, 300), 0.6), window_size=40, num_sinks=3, segment_ids=documents((1, 300), 0, 90, 210))
+    )
+    counted, searched = [], []
+    for found, most in ((counted, mosaic_gpu._FEW_COMPARISONS), (searched, 0)):
+        monkeypatch.setattr(mosaic_gpu, "_FEW_COMPARISONS", most)
+        found += jax.jit(lambda seen: mosaic_gpu._visitors(seen, shape, 64))(seen)
+    jax.tree.map(np.testing.assert_array_equal, counted, searched)
+    far, near = ((seen.far_start, seen.far_end), (seen.near_start, seen.near_end))
+    for visitors, (start, end) in ((counted[0], far), (counted[1], near)):
+        start, end = np.asarray(start)[0], np.asarray(end)[0]
+        for block, (begin, stop) in enumerate(np.asarray(visitors)[0].T):
+            sees = np.flatnonzero((start < end) & (start < 64 * block + 64) & (end > 64 * block))
+            assert begin <= sees[0] <= sees[-1] < stop if len(sees) else stop <= begin, block
 
 
 @pytest.mark.usefixtures("simulated")
