@@ -1,0 +1,1 @@
+"""One row's decode step as one kernel of all layers."""
