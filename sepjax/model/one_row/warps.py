@@ -83,9 +83,6 @@ class Number:
     def same(self, other: Any) -> "Number":
         return self._compared(other, arith.CmpFPredicate.OEQ, arith.CmpIPredicate.eq)
 
-    def differs(self, other: Any) -> "Number":
-        return self._compared(other, arith.CmpFPredicate.UNE, arith.CmpIPredicate.ne)
-
 
 def _of(x: Any, of_type: Any) -> Any:
     """The IR's value of a number or a Python one."""
@@ -134,6 +131,9 @@ class Warps:
     def select(self, condition: Number, a: Any, b: Any) -> Number:
         of_type = (a if isinstance(a, Number) else b).value.type
         return Number(arith.select(condition.value, _of(a, of_type), _of(b, of_type)))
+
+    def same(self, a: Number, b: Any) -> Number:
+        return a.same(b)
 
     def both(self, a: Number, b: Number) -> Number:
         return Number(arith.andi(a.value, b.value))
@@ -281,6 +281,11 @@ class Warps:
 
     def arrive(self, at: Any) -> None:
         self._ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", [self._at(at)])
+
+    def arrive_warp(self, at: Any) -> None:
+        """Once for all lanes of the warp, after all of them."""
+        self._ptx("bar.warp.sync 0xffffffff;", [])
+        self.when(self.same(self.lane, 0), lambda: self.arrive(at))
 
     def expect(self, at: Any, size: Any) -> None:
         """Arrives, and says how many bytes will be copied."""

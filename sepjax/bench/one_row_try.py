@@ -1,0 +1,96 @@
+"""The kernel of a whole step, against float32, and its time."""
+import sys, time, functools
+import numpy as np, jax, jax.numpy as jnp
+from sepjax.model.one_row import call
+from sepjax.model.one_row.shape import Shape
+from sepjax.generation.graphs import compiler_options
+
+SH = {"smol2": Shape(2, 576, 9, 3, 64, 1536, 896, (4, 68), 1e-5, 132), "smol": Shape(30, 576, 9, 3, 64, 1536, 896, (4, 68), 1e-5, 132),
+      "8b1": Shape(1, 4096, 32, 8, 128, 14336, 896, (4, 68), 1e-5, 132), "8b": Shape(32, 4096, 32, 8, 128, 14336, 896, (4, 68), 1e-5, 132)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def make(s, key):
+    ks = iter(jax.random.split(key, 12))
+    n = lambda *a: (jax.random.normal(next(ks), a) / a[-1] ** 0.5).astype(jnp.bfloat16)
+    layer = (n((s.N + 2 * s.K) * s.H, s.D), n(s.D, s.N * s.H), n(2 * s.F, s.D), n(s.D, s.F), 1 + 0.1 * jax.random.normal(next(ks), (s.D,)), 1 + 0.1 * jax.random.normal(next(ks), (s.D,)))
+    c = lambda: jax.random.normal(next(ks), (s.K, s.C, s.H)).astype(jnp.bfloat16)
+    return layer, c(), c()
+
+
+def told_of(s):
+    r = np.random.default_rng(0)
+    ang = r.normal(size=(s.zones, s.H // 2)) * 3
+    visible = np.arange(s.C) < 560
+    t = visible.reshape(-1, 64); live = np.flatnonzero(t.any(1)); X = len(t)
+    order = np.concatenate([live, np.full(X - len(live), live[-1])]).astype(np.int32)
+    seen = t[order]; seen[len(live):] = False
+    bias = np.where(seen, 0, -np.inf).astype(np.float32).reshape(-1)
+    return [jnp.asarray(x) for x in (np.cos(ang).astype(np.float32), np.sin(ang).astype(np.float32), bias, np.concatenate([[len(live)], order]).astype(np.int32), np.array([600], np.int32))], jnp.asarray(visible)
+
+
+def plain(s, f, layers, x, told, k, v, visible):
+    """In type f."""
+    cos, sin = told[:2]
+    zone = np.searchsorted(np.array(s.ends), np.arange(s.C), side="right") if s.ends else np.zeros(s.C, int)
+    x = x.astype(f); hp = dict(precision="highest")
+    norm = lambda x, g: ((lambda y: y * jax.lax.rsqrt(jnp.mean(y * y) + s.epsilon) * g)(x.astype(jnp.float32))).astype(f)
+    def rot(u, z):
+        h = s.H // 2; a, b = u[..., :h].astype(jnp.float32), u[..., h:].astype(jnp.float32)
+        return jnp.concatenate([a * cos[z] - b * sin[z], b * cos[z] + a * sin[z]], -1)
+    for (q, o, gu, d, n1, n2), kc, vc in zip(layers, k, v):
+        q, o, gu, d = (y.astype(f) for y in (q, o, gu, d))
+        p = jnp.einsum("oi,i->o", q, norm(x, n1), **hp); N, K, H = s.N, s.K, s.H
+        Q, kk, vv = p[: N * H].reshape(K, N // K, H), p[N * H : (N + K) * H].reshape(K, H), p[(N + K) * H :].reshape(K, H)
+        knew = rot(kk, s.zones - 1).astype(jnp.bfloat16).astype(f)
+        qz = jnp.stack([rot(Q, z).astype(f) for z in range(s.zones)])[zone]  # C K G H
+        sc = jnp.einsum("ckgh,kch->kgc", qz, kc.astype(f), preferred_element_type=jnp.float32, **hp)
+        sc = jnp.where(visible, sc, -jnp.inf)
+        own = jnp.einsum("kgh,kh->kg", rot(Q, s.zones - 1).astype(f), knew, preferred_element_type=jnp.float32, **hp)[..., None]
+        w = jax.nn.softmax(jnp.concatenate([sc, own], -1) * s.H**-0.5, -1)
+        out = jnp.einsum("kgc,kch->kgh", w[..., :-1].astype(f), vc.astype(f), preferred_element_type=jnp.float32, **hp) + w[..., -1:] * vv[:, None].astype(jnp.float32)
+        x = x + jnp.einsum("oi,i->o", o, out.astype(f).reshape(-1), **hp)
+        h = jnp.einsum("oi,i->o", gu, norm(x, n2), **hp)
+        x = x + jnp.einsum("oi,i->o", d, jax.nn.silu(h[: s.F]) * h[s.F :], **hp)
+    return x
+
+
+def check(name):
+    s = SH[name]
+    told, visible = told_of(s)
+    made = [make(s, jax.random.key(i)) for i in range(s.L)]
+    layers, k, v = (tuple(m[j] for m in made) for j in range(3))
+    x = jax.random.normal(jax.random.key(9), (s.D,)).astype(jnp.bfloat16)
+    run = jax.jit(functools.partial(call.run, s))
+    exact, rough = (np.asarray(jax.jit(functools.partial(plain, s, f))(layers, x, told, k, v, visible), np.float32) for f in (jnp.float32, jnp.bfloat16))
+    got = run(layers, x, told, k, v)
+    a = np.asarray(got[0], np.float32)
+    again = [np.asarray(run(layers, x, told, k, v)[0], np.float32) for _ in range(20)]
+    print(name, "error", np.sqrt(np.mean((a - exact) ** 2)), "plain bf16", np.sqrt(np.mean((rough - exact) ** 2)), "size", np.sqrt(np.mean(exact**2)), "same bits", all((a == b).all() for b in again), flush=True)
+
+
+def timing(name, steps=50):
+    s = SH[name]
+    told, _ = told_of(s)
+    made = [make(s, jax.random.key(i)) for i in range(s.L)]
+    layers, k, v = (tuple(m[j] for m in made) for j in range(3))
+    nbytes = sum(y.nbytes for y in jax.tree.leaves(layers))
+    x = jax.random.normal(jax.random.key(9), (s.D,)).astype(jnp.bfloat16)
+    def loop(layers, x, k, v):
+        def body(i, c):
+            x, k, v = c
+            h, k, v = call.run(s, layers, x, told, k, v)
+            return (x + 0 * h, k, v)
+        return jax.lax.fori_loop(0, steps, body, (x, k, v))
+    run = jax.jit(loop, donate_argnums=(2, 3), compiler_options=compiler_options())
+    x2, k, v = run(layers, x, k, v); x2.block_until_ready()
+    times = []
+    for _ in range(7):
+        t = time.perf_counter(); x2, k, v = run(layers, x, k, v); x2.block_until_ready(); times.append((time.perf_counter() - t) / steps)
+    print(f"{name}: best {min(times) * 1e6:.1f} us a step, median {sorted(times)[3] * 1e6:.1f}; {nbytes / min(times) / 1e12:.3f} TB/s by layers' weights", flush=True)
+
+
+if __name__ == "__main__":
+    for what in sys.argv[1:]:
+        kind, name = what.split(":")
+        {"check": check, "time": timing}[kind](name)

@@ -1,0 +1,164 @@
+"""What the kernel is made for, who computes what, and where everything lies."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+PACKET = 8  # bytes: 32 bits and a flag
+WARPS = 8  # of a block that compute; one more copies
+THREADS = 32 * WARPS
+TILE = 64  # slots of a cache that are copied at a time
+SPLITS = 16  # blocks that share a key head's slots, at most: half a warp joins what they found
+STAGE = 32 * 1024  # bytes of a place in the ring, at most
+SHARED = 226 * 1024  # bytes of shared memory that a block may have
+ENTRIES = 10  # addresses of a layer: four matrices, two norms, keys and values, and where the new ones are written
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix of U units, each of some rows, and how blocks and warps share it.
+
+    A chunk is what one place of the ring has: `units` whole ones, or one of `parts` of a unit's columns.
+    """
+
+    U: int
+    rows: int  # of a unit
+    inputs: int
+    units: int
+    parts: int
+    first: int  # the block that has the first chunk
+    blocks: int
+
+    @property
+    def chunks(self) -> int:
+        """Of units, whatever their parts are."""
+        return -(-self.U // self.units)
+
+    @property
+    def most(self) -> int:
+        """Units of a block, at most."""
+        return -(-self.chunks // self.blocks) * self.units
+
+    @property
+    def columns(self) -> int:
+        """Of a part."""
+        return self.inputs // self.parts
+
+    @property
+    def splits(self) -> int:
+        """Warps that share a unit's columns."""
+        splits = 1
+        while self.units * splits * 2 <= WARPS and self.columns // 8 % (splits * 2) == 0:
+            splits *= 2
+        return splits
+
+    @property
+    def bytes(self) -> int:
+        """Of a chunk."""
+        return self.units * self.rows * self.columns * 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of a model and a cache of one row."""
+
+    L: int
+    D: int
+    N: int
+    K: int
+    H: int
+    F: int
+    C: int  # slots
+    ends: tuple[int, ...]  # where the zones but the last end
+    epsilon: float
+    blocks: int
+
+    @property
+    def G(self) -> int:
+        return self.N // self.K
+
+    @property
+    def zones(self) -> int:
+        return len(self.ends) + 1
+
+    @property
+    def splits(self) -> int:
+        """Blocks that share the slots of a key head."""
+        return max(1, min(SPLITS, self.C // TILE, self.blocks // self.K))
+
+    @functools.cached_property
+    def products(self) -> dict[str, Product]:
+        """By name; "out" and "down" have their units in the same blocks, which keep the residual stream."""
+        N, K, H, D, F = self.N, self.K, self.H, self.D, self.F
+        found, first = {}, 0
+        sizes = {"qkv": ((N + 2 * K) * H // 2, 2, D), "out": (D // 2, 2, N * H), "into": (F // 2, 4, D)}
+        sizes["down"] = D // 2, 2, F
+        for name, (U, rows, inputs) in sizes.items():
+            units, parts = self._chunk(U, rows, max(inputs, N * H, F) if name in ("out", "down") else inputs)
+            parts = parts if name == "down" else self._chunk(U, rows, inputs)[1]
+            start = found["out"].first if name == "down" else first
+            found[name] = Product(U, rows, inputs, units, parts, start % self.blocks, self.blocks)
+            first += found[name].chunks
+        return found
+
+    def _chunk(self, U: int, rows: int, inputs: int) -> tuple[int, int]:
+        """Units of a chunk, and parts of a unit: no more than are needed for as many chunks as blocks."""
+        size, parts = rows * inputs * 2, 1
+        while size // parts > STAGE or inputs % parts:
+            parts += 1
+        if parts > 1:
+            return 1, parts
+        divisors = [n for n in range(1, min(STAGE // size, WARPS) + 1) if U % n == 0]
+        enough = [n for n in divisors if U // n <= self.blocks]
+        return (min(enough) if enough else max(divisors)), 1
+
+    @property
+    def packets(self) -> dict[str, int]:
+        """Packets of each vector that blocks hand to each other: pairs of bfloat16, of "shares" floats."""
+        N, K, H, D, F = self.N, self.K, self.H, self.D, self.F
+        shares = N * self.splits * (H + 2)
+        return {
+            "x": D // 2, "qkv": (N + 2 * K) * H // 2, "shares": shares, "attended": N * H // 2, "y": D // 2,
+            "hidden": F // 2,
+        }  # fmt: skip
+
+    @functools.cached_property
+    def packets_at(self) -> dict[str, int]:
+        """Where they begin, in bytes, and "end"."""
+        return _one_after_another(self.packets, PACKET, 16)
+
+    @functools.cached_property
+    def shared_at(self) -> dict[str, int]:
+        """Where everything lies in shared memory but the ring, which begins at "end"."""
+        of_splits = max(x.most * x.rows * x.splits for x in self.products.values()) * 4
+        features = -(-max(self.D, self.N * self.H, self.F) // 8) * 16
+        of_warps = WARPS * self.G * (self.H + 2) * 4
+        sizes = {
+            "ready": 8 * 16, "free": 8 * 16, "addresses": 8 * ENTRIES * self.L, "squares": 2 * 4 * WARPS,
+            "residual": self.products["out"].most * 8, "sums": of_splits, "features": max(features, of_warps),
+            "projected": (self.G + 2) * self.H * 2, "queries": (self.zones * self.G + 2) * self.H * 4,
+        }  # fmt: skip
+        return _one_after_another(sizes, 1, 128)
+
+    @property
+    def stage(self) -> int:
+        """Bytes of a place in the ring."""
+        largest = max(max(x.bytes for x in self.products.values()), 4 * TILE * self.H)
+        return -(-largest // 128) * 128
+
+    @property
+    def stages(self) -> int:
+        return min(16, (SHARED - self.shared_at["end"]) // self.stage)
+
+
+def _one_after_another(sizes: dict[str, int], width: int, alignment: int) -> dict[str, int]:
+    found, at = {}, 0
+    for name, size in sizes.items():
+        found[name] = at
+        at += -(-size * width // alignment) * alignment
+    return found | {"end": at}
+
+
+def fault(shape: Shape, activation: str, dtype: str) -> Sequence[str]:
+    """Why the kernel cannot be made; empty: it can."""
+    return []
