@@ -90,7 +90,56 @@ def timing(name, steps=50):
     print(f"{name}: best {min(times) * 1e6:.1f} us a step, median {sorted(times)[3] * 1e6:.1f}; {nbytes / min(times) / 1e12:.3f} TB/s by layers' weights", flush=True)
 
 
+def steps(name):
+    """Whole steps as `bench steps` has them, with the kernel and without, in turns; and their tokens."""
+    import dataclasses, os
+    from sepjax.config import AttentionConfig, ModelConfig
+    from sepjax.bench.steps import full_cache, random_params, memory_bandwidth, _nbytes
+    from sepjax.generation.cache.sizes import StreamSizes
+    from sepjax.generation.device_loop import DecodeState, Request, make_advance
+    from sepjax.generation.sampling import Sampling
+    from sepjax.model.transformer import abstract
+    from sepjax.model.unrolled import by_layer
+    import types
+    m = {"smol": ModelConfig(49152, 30, 576, 9, 3, 64, 1536, dtype="bfloat16"),
+         "8b": ModelConfig(128256, 32, 4096, 32, 8, 128, 14336, dtype="bfloat16", tie_embeddings=False)}[name]
+    a = AttentionConfig(num_sinks=4, max_separators=64, window_size=256, cache_size=800)
+    graph, shapes = abstract(m, a)
+    params = random_params(jax.eval_shape(lambda x: by_layer(x, m), shapes))
+    params["embedding"]["embedding"] = params["embedding"]["embedding"] * 20
+    sizes = StreamSizes.create(m, a)
+    bandwidth = memory_bandwidth()
+    table = jax.random.uniform(jax.random.key(1), (m.vocab_size,)) < 0.12
+    request = Request(table, Sampling.create(), jnp.full(1, -1), jnp.int32(-1))
+    runs = {}
+    for kind in ("1", "0"):
+        os.environ["SEPJAX_ONE_ROW"] = kind
+        advance = make_advance.__wrapped__(graph, a, 32)
+        state = DecodeState.create(full_cache(types.SimpleNamespace(model=m), sizes, 1), jax.random.split(jax.random.key(0), 1), m.vocab_size)
+        t = time.perf_counter()
+        got = []
+        for _ in range(8):
+            state, out = advance(params, state, np.zeros(1, bool), request)
+            got += np.asarray(out.token)[0].tolist()
+        print(kind, "compiled and 256 steps in", time.perf_counter() - t, flush=True)
+        runs[kind] = [advance, state, got, []]
+    same = next((i for i, (x, y) in enumerate(zip(runs["1"][2], runs["0"][2])) if x != y), 256)
+    print("equal tokens before the first other one:", same, "distinct tokens", len(set(runs["1"][2])), flush=True)
+    for _ in range(6):
+        for kind in ("1", "0"):
+            run = runs[kind]
+            t = time.perf_counter()
+            for _ in range(4):
+                run[1], out = run[0](params, run[1], np.zeros(1, bool), request)
+            out.token.block_until_ready()
+            run[3].append((time.perf_counter() - t) / 128 * 1e3)
+    weights = _nbytes(params) - (0 if m.tie_embeddings else _nbytes(params["embedding"]))
+    for kind in ("1", "0"):
+        best, median = min(runs[kind][3]), sorted(runs[kind][3])[3]
+        print(f"{name} SEPJAX_ONE_ROW={kind}: best {best:.4f} ms a step, median {median:.4f}; {weights / bandwidth / best * 1e5:.1f} % of {bandwidth / 1e12:.2f} TB/s", flush=True)
+
+
 if __name__ == "__main__":
     for what in sys.argv[1:]:
         kind, name = what.split(":")
-        {"check": check, "time": timing}[kind](name)
+        {"check": check, "time": timing, "steps": steps}[kind](name)

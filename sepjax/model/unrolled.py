@@ -200,6 +200,11 @@ class Layerwise:
             outputs.append(output)
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs) if outputs else None
 
+    @property
+    def by_output(self) -> tuple[Params, ...] | None:
+        """The layers' parameters, if all their matrices are joined and lie by their outputs; else None."""
+        return self._layers if "rows" in self._layers[0]["mlp"]["down"] else None
+
     def _scan_layers(self, x: jax.Array, attend: Attend, layer_inputs: Any, numbers: range) -> tuple[jax.Array, Any]:
         # A branch for each layer; of no layers, one that is never taken.
         takes = [lambda i=i: (self._layers[i], _of_layer(layer_inputs, i)) for i in numbers or range(1)]

@@ -27,6 +27,7 @@ from sepjax.generation.cache.bounded_run import (
     taken_up,
     within_reach,
 )
+from sepjax.generation.cache.one_row_pass import one_row_pass, shape_of_one_row
 from sepjax.generation.cache.stored import Quantised, for_products
 from sepjax.generation.cache.turning import OWN_ZONE, zones_by_slot
 from sepjax.model.gate import run_with_gate
@@ -63,6 +64,9 @@ def stream_pass(
     T = tokens.shape[1]
     offsets = cache.seen_low[:, None] + jnp.arange(T, dtype=jnp.int32)
     is_separator = flag_separators(tokens, offsets, table, attention)
+    shape = shape_of_one_row(model, cache, attention) if tokens.size == 1 else None
+    if shape is not None:
+        return one_row_pass(shape, model, cache, tokens, counts, is_separator)
     attend = attend_run(cache, T, counts, attention.implementation)
     inputs = pass_inputs(cache)
     if attention.pattern == "gated":

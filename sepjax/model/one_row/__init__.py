@@ -1,1 +1,99 @@
-"""One row's decode step as one kernel of all layers."""
+"""A decode step of one row as one kernel of all layers, on a Hopper GPU: who is served, and the call.
+
+A step of one row reads every matrix once and computes next to nothing, so of a small model it is the time between its
+kernels: nine a layer that wait for each other. `kernel.py` says how one kernel does without. It needs the whole GPU:
+its blocks wait for each other, so all of them must run at once. Two programs that use it on one GPU at the same time
+are safe where the driver gives them turns, and may wait for each other for ever under NVIDIA's MPS, which does not:
+SEPJAX_ONE_ROW=0 in the environment leaves steps of one row to XLA.
+"""
+
+import importlib
+import os
+from typing import Any
+
+import jax
+
+from sepjax.array_typing import Array, Float
+from sepjax.attention.target import target
+from sepjax.config import ModelConfig
+from sepjax.model.one_row.shape import Shape
+
+_H100_SMS = 132  # where the device does not tell
+_PLAIN = ("xla", "reference", "tpu")  # implementations by whose names a step is plain XLA
+# What the kernel does not compute, by field of `ModelConfig`: the value that it takes for granted.
+_GRANTED = {
+    "norm": "rmsnorm", "norm_offset": False, "norm_position": "pre", "qk_norm": "none", "activation": "silu",
+    "gated_mlp": True, "attention_bias": False, "qkv_bias": False, "mlp_bias": False, "parallel_residual": False,
+    "position_embedding": "rope", "no_rope_layers": (), "residual_scale": 1.0, "attention_scale": 0.0,
+    "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def shape_of(config: ModelConfig, slots: int, ends: tuple[int, ...]) -> Shape:
+    """What the kernel is made for. ends: where zones of slots end, all but the last (`sepjax.attention.decode`)."""
+    return Shape(
+        config.num_layers, config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim,
+        slots, ends, config.norm_epsilon, target().num_cores or _H100_SMS,
+    )  # fmt: skip
+
+
+def unsupported(config: ModelConfig, shape: Shape, implementation: str | None = None) -> str | None:
+    """Why the kernel cannot serve a step of one row on the device that is traced for, or None when it can.
+
+    Of layers that see different things nothing is asked here: there must be none.
+    """
+    if implementation in _PLAIN:
+        return f"attention.implementation={implementation!r} asks for plain XLA"
+    if os.environ.get("SEPJAX_ONE_ROW", "1") == "0":
+        return "SEPJAX_ONE_ROW=0 in the environment"
+    device = target()
+    if device.capability != "9.0":
+        return f"it needs an NVIDIA Hopper GPU (compute capability 9.0), the device is {device}"
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return "it runs on one device, the mesh has several"
+    other = [name for name, value in _GRANTED.items() if getattr(config, name) != value]
+    if other:
+        return f"it computes model.{other[0]}={_GRANTED[other[0]]!r}, got {getattr(config, other[0])!r}"
+    if config.rope.fraction != 1:
+        return f"it rotates whole heads, model.rope.fraction={config.rope.fraction}"
+    return shape.fault()
+
+
+def step(
+    shape: Shape,
+    layers: Any,
+    x: Float[Array, "1 1 D"],
+    told: tuple[Any, ...],
+    k: tuple[Any, ...],
+    v: tuple[Any, ...],
+) -> tuple[Float[jax.Array, "1 1 D"], tuple[Any, ...], tuple[Any, ...]]:
+    """Runs all layers on one token and writes its key and value into the cache.
+
+    Args:
+      shape: of `shape_of`, which `unsupported` has nothing against.
+      layers: "layers" of `sepjax.model.unrolled.by_layer`, whose matrices lie by their outputs.
+      x: what enters the first layer.
+      told: cosine and sine [Z, H/2] of the query's position in each zone, the last of which has the token's own key;
+        bias [1, C] and live tiles [1, X + 1] of `sepjax.attention.decode.Seen`, by whole tiles; and the token's slot,
+        int32[1], which nobody sees yet.
+      k: keys of each layer, bfloat16[1, K, C, H]; v: values. Donate them.
+
+    Raises:
+      NotImplementedError: the shape is not served.
+    """
+    if fault := shape.fault():
+        raise NotImplementedError(f"a step of one row as one kernel: {fault}")
+    call = importlib.import_module("sepjax.model.one_row.call")
+    cos, sin, bias, live, slot = told
+    flat = [
+        (
+            layer["attention"]["query+key+value"]["rows"], layer["attention"]["out"]["rows"],
+            layer["mlp"]["gate+up"]["rows"], layer["mlp"]["down"]["rows"],
+            layer["attention_norm"]["scale"], layer["mlp_norm"]["scale"],
+        )
+        for layer in layers
+    ]  # fmt: skip
+    k, v = (tuple(y[0] for y in ys) for ys in (k, v))
+    hidden, k, v = call.run(shape, flat, x[0, 0], (cos, sin, bias[0], live[0], slot), k, v)
+    k, v = (tuple(y[None] for y in ys) for ys in (k, v))
+    return hidden[None, None], k, v

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 PACKET = 8  # bytes: 32 bits and a flag
 WARPS = 8  # of a block that compute; one more copies
@@ -11,6 +10,9 @@ TILE = 64  # slots of a cache that are copied at a time
 SPLITS = 16  # blocks that share a key head's slots, at most: half a warp joins what they found
 STAGE = 32 * 1024  # bytes of a place in the ring, at most
 SHARED = 226 * 1024  # bytes of shared memory that a block may have
+_LEAST_STAGES = 3
+_MOST_QUERIES = 8  # of a key head: ten registers each
+_MOST_UNITS = 4 * THREADS
 ENTRIES = 10  # addresses of a layer: four matrices, two norms, keys and values, and where the new ones are written
 
 
@@ -150,6 +152,24 @@ class Shape:
     def stages(self) -> int:
         return min(16, (SHARED - self.shared_at["end"]) // self.stage)
 
+    def fault(self) -> str | None:
+        """Why the kernel cannot be made, or None."""
+        if self.H not in (64, 128):
+            return f"it serves heads of 64 and 128, got {self.H}"
+        if self.C % TILE or not self.C:
+            return f"it reads {TILE} slots at a time, the cache has {self.C}"
+        if self.D % 16 or self.F % 16:
+            return f"it reads 8 numbers of a row at a time and makes 2, the model is {self.D} wide, its MLP {self.F}"
+        if self.K > self.blocks:
+            return f"it gives a block to each of {self.K} key heads, the GPU has {self.blocks} SMs"
+        if self.G > _MOST_QUERIES:
+            return f"it serves {_MOST_QUERIES} query heads a key head, got {self.G}"
+        if self.stages < _LEAST_STAGES:
+            return f"its {self.shared_at['end']} bytes of shared memory leave no room for copies ahead"
+        if max(x.most for x in self.products.values()) > _MOST_UNITS:
+            return f"its blocks would have more than {_MOST_UNITS} rows each"
+        return None
+
 
 def _one_after_another(sizes: dict[str, int], width: int, alignment: int) -> dict[str, int]:
     found, at = {}, 0
@@ -157,8 +177,3 @@ def _one_after_another(sizes: dict[str, int], width: int, alignment: int) -> dic
         found[name] = at
         at += -(-size * width // alignment) * alignment
     return found | {"end": at}
-
-
-def fault(shape: Shape, activation: str, dtype: str) -> Sequence[str]:
-    """Why the kernel cannot be made; empty: it can."""
-    return []

@@ -1,0 +1,135 @@
+"""Steps of one row by the kernel of all layers, on simulated warps, against XLA's."""
+
+import dataclasses
+import functools
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sepjax.attention.target import Target
+from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.one_row_pass import shape_of_one_row
+from sepjax.generation.cache.sizes import StreamSizes
+from sepjax.model import one_row
+from sepjax.model.one_row.kernel import Kernel
+from sepjax.model.one_row.shape import THREADS
+from sepjax.model.unrolled import by_layer, runner
+from tests.model import simulated_warps
+from tests.models import random_split
+
+MODEL = ModelConfig(
+    vocab_size=64, num_layers=2, embed_dim=48, num_heads=6, num_kv_heads=2, head_dim=64, mlp_dim=80, dtype="bfloat16"
+)
+PATTERN = AttentionConfig(num_sinks=2, max_separators=30, window_size=40, cache_size=90)
+TABLE = np.arange(64) < 16
+FIRST, STEPS = 88, 5  # tokens before, and those of the kernel: the row compacts among them
+
+
+def simulated(shape, layers, x, told, k, v):
+    """`sepjax.model.one_row.call.run` by simulated warps."""
+
+    def run(layers, x, told, k, v):
+        k, v = ([np.array(y) for y in ys] for ys in (k, v))
+        arrays = [y for layer, *kv in zip(layers, k, v, strict=True) for y in (*map(np.asarray, layer), *kv, *kv)]
+        packets = np.zeros((shape.packets_at["end"] // 8, 2), np.uint32)
+        packets[: x.size // 2] = np.stack([np.array(x).view(np.uint32), np.ones(x.size // 2, np.uint32)], axis=1)
+        out = np.zeros(x.size // 2, np.uint32)
+        arrays += [*map(np.asarray, told), packets, out]
+        strides, size = (shape.C * shape.H, shape.H), shape.shared_at["end"] + shape.stages * shape.stage
+        body = lambda m: Kernel(shape, m, strides).run()  # noqa: E731
+        simulated_warps.run(body, arrays, shape.blocks, THREADS // 32 + 1, size)
+        return out.view(jnp.bfloat16), tuple(k), tuple(v)
+
+    return jax.pure_callback(run, (x, k, v), layers, x, told, k, v)
+
+
+@pytest.fixture
+def on_three_sms(monkeypatch):
+    calls = []
+
+    def run(shape, *given):
+        calls.append(shape)
+        return simulated(shape, *given)
+
+    monkeypatch.setattr(one_row, "target", lambda: Target("gpu", "NVIDIA H100 80GB HBM3", 3, "9.0"))
+    monkeypatch.setitem(sys.modules, "sepjax.model.one_row.call", types.SimpleNamespace(run=run))
+    return calls
+
+
+def steps(config, attention, tokens, *, scan=False):
+    """Hidden states of the last steps, and the cache after them."""
+    graph, params = random_split(dataclasses.replace(MODEL, dtype="float32"), attention, 1, scale=8)
+    config = dataclasses.replace(MODEL, dtype=config)
+    graph, _ = random_split(config, attention, 1, scale=8)
+    params = by_layer(params, config, by_output=True)
+    cache = StreamingCache.create(config, 1, StreamSizes.create(config, attention), by_layer=True)
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def take_up(params, cache, tokens, size):
+        hidden, cache = cache.take_up(runner(graph, params), tokens, jnp.full(1, size), TABLE, attention)
+        return hidden, cache.compact()
+
+    _, cache = take_up(params, cache, tokens[:, :FIRST], FIRST)
+    found = []
+    for i in range(FIRST, FIRST + STEPS):
+        hidden, cache = take_up(params, cache, tokens[:, i : i + 1], 1)
+        found.append(np.asarray(hidden, np.float32))
+    return np.stack(found), cache
+
+
+@pytest.mark.parametrize("stream_positions", ["slot", pytest.param("absolute", marks=pytest.mark.soak)])
+def test_the_kernel_steps_as_xla(on_three_sms, stream_positions):
+    attention = dataclasses.replace(PATTERN, stream_positions=stream_positions)
+    tokens = np.random.default_rng(0).integers(0, 64, (1, FIRST + STEPS))
+    plain = dataclasses.replace(attention, implementation="xla")
+    exact, _ = steps("float32", plain, tokens)
+    rough, plain_cache = steps("bfloat16", plain, tokens)
+    assert not on_three_sms, "asked for by its name, plain XLA runs"
+    got, cache = steps("bfloat16", attention, tokens)
+    assert on_three_sms
+    assert on_three_sms[0].zones == (3 if stream_positions == "slot" else 1)
+    error, allowed = (np.sqrt(np.mean((x - exact) ** 2)) for x in (got, rough))
+    assert 0 < error <= 2 * allowed
+    for name in ("num_sinks", "num_separators", "num_recent", "next_separator", "next_recent", "seen_low", "is_separator"):
+        np.testing.assert_array_equal(getattr(cache, name), getattr(plain_cache, name), name)
+    for own, other in zip(jax.tree.leaves((cache.k, cache.v)), jax.tree.leaves((plain_cache.k, plain_cache.v)), strict=True):
+        own, other = (np.asarray(x, np.float32) for x in (own, other))
+        assert np.abs(own - other).max() < 0.05 * np.abs(other).max(), "each token lies in its slot"
+
+
+def test_who_is_served(on_three_sms, monkeypatch):
+    def reason(implementation=None, **changes):
+        config = dataclasses.replace(MODEL, **changes)
+        return one_row.unsupported(config, one_row.shape_of(config, 128, (2, 32)), implementation)
+
+    assert reason() is None
+    assert "qk_norm='none', got 'head'" in reason(qk_norm="head")
+    assert "bfloat16" in reason(dtype="float16")
+    assert "heads of 64 and 128, got 32" in reason(head_dim=32)
+    assert "16 wide" not in (reason(embed_dim=64) or "")
+    assert "asks for plain XLA" in reason("xla")
+    monkeypatch.setenv("SEPJAX_ONE_ROW", "0")
+    assert "SEPJAX_ONE_ROW=0" in reason()
+    monkeypatch.setattr(one_row, "target", lambda: Target("cpu", "cpu"))
+    monkeypatch.delenv("SEPJAX_ONE_ROW")
+    assert "needs an NVIDIA Hopper GPU" in reason()
+
+
+def test_rows_and_caches_that_it_does_not_serve(on_three_sms):
+    def shape(attention=PATTERN, rows=1, **changes):
+        config = dataclasses.replace(MODEL, **changes)
+        cache = StreamingCache.create(config, rows, StreamSizes.create(config, attention), by_layer=True)
+        model = types.SimpleNamespace(by_output=(), config=config)
+        return shape_of_one_row(model, cache, attention)
+
+    assert shape().ends == (2, 32)
+    assert shape(rows=2) is None
+    assert shape(dataclasses.replace(PATTERN, cache_dtype="int8")) is None
+    assert shape(dataclasses.replace(PATTERN, pattern="watched")) is None
+    assert shape(dataclasses.replace(PATTERN, kept_layers=(1,))) is None
+    assert shape(sliding_window=70, full_layers=(1,)) is None
