@@ -29,11 +29,15 @@ _GRANTED = {
 }  # fmt: skip
 
 
-def shape_of(config: ModelConfig, slots: int, ends: tuple[int, ...]) -> Shape:
-    """What the kernel is made for. ends: where zones of slots end, all but the last (`sepjax.attention.decode`)."""
+def shape_of(config: ModelConfig, slots: int, ends: tuple[int, ...] = (), *, stacked: bool = False) -> Shape:
+    """What the kernel is made for.
+
+    ends: where zones of slots end, all but the last (`sepjax.attention.decode`); stacked: whether the caches of all
+    layers are one array.
+    """
     return Shape(
         config.num_layers, config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim,
-        slots, ends, config.norm_epsilon, target().num_cores or _H100_SMS,
+        slots, ends, config.norm_epsilon, target().num_cores or _H100_SMS, stacked,
     )  # fmt: skip
 
 
@@ -64,10 +68,12 @@ def step(
     layers: Any,
     x: Float[Array, "1 1 D"],
     told: tuple[Any, ...],
-    k: tuple[Any, ...],
-    v: tuple[Any, ...],
-) -> tuple[Float[jax.Array, "1 1 D"], tuple[Any, ...], tuple[Any, ...]]:
-    """Runs all layers on one token and writes its key and value into the cache.
+    k: Any,
+    v: Any,
+) -> tuple[Float[jax.Array, "1 1 D"], Any, Any]:
+    """Runs all layers on one token. Returns what leaves the last, and the keys and values with the token's own.
+
+    Of `shape.stacked` these are the token's alone, [L, 1, K, H]: whoever has such a cache appends them.
 
     Args:
       shape: of `shape_of`, which `unsupported` has nothing against.
@@ -76,7 +82,8 @@ def step(
       told: cosine and sine [Z, H/2] of the query's position in each zone, the last of which has the token's own key;
         bias [1, C] and live tiles [1, X + 1] of `sepjax.attention.decode.Seen`, by whole tiles; and the token's slot,
         int32[1], which nobody sees yet.
-      k: keys of each layer, bfloat16[1, K, C, H]; v: values. Donate them.
+      k: keys of each layer, bfloat16[1, K, C, H], to be donated; or of all, [L, 1, K, C, H], which stay as they are.
+      v: values.
 
     Raises:
       NotImplementedError: the shape is not served.
@@ -93,7 +100,9 @@ def step(
         )
         for layer in layers
     ]  # fmt: skip
-    k, v = (tuple(y[0] for y in ys) for ys in (k, v))
-    hidden, k, v = call.run(shape, flat, x[0, 0], (cos, sin, bias[0], live[0], slot), k, v)
-    k, v = (tuple(y[None] for y in ys) for ys in (k, v))
-    return hidden[None, None], k, v
+    told = cos, sin, bias[0], live[0], slot
+    if shape.stacked:
+        hidden, k, v = call.run(shape, flat, x[0, 0], told, (k[:, 0],), (v[:, 0],))
+        return hidden[None, None], k[0][:, None], v[0][:, None]
+    hidden, k, v = call.run(shape, flat, x[0, 0], told, *(tuple(y[0] for y in ys) for ys in (k, v)))
+    return hidden[None, None], *(tuple(y[None] for y in ys) for ys in (k, v))

@@ -30,25 +30,33 @@ def _kernel(shape: Shape) -> Any:
     )  # fmt: skip
     table = numbers(shape.zones, H // 2)
     told = table, table, numbers(C), s(C // 64 + 1, dtype=jnp.int32), s(1, dtype=jnp.int32)
-    caches = (s(K, C, H),) * (2 * L)
+    entries = (s(L, K, C, H),) * 2 if shape.stacked else (s(K, C, H),) * (2 * L)
     packets = s(shape.packets_at["end"] // 4, dtype=jnp.int32)
+    out: Any = s(D // 2, dtype=jnp.int32)
 
     def body(_: Any, *refs: Any) -> None:
         *refs, (memory,) = refs
-        given, rest = refs[: 6 * L], refs[6 * L :]
-        told, entries, others = rest[:5], rest[5 : 5 + 2 * L], rest[5 + 2 * L :]
-        arrays = []
-        for i in range(L):
-            pair = entries[i], entries[L + i]
-            arrays += [*given[6 * i : 6 * i + 6], *pair, *pair]
-        assert len(arrays) == ENTRIES * L
-        Kernel(shape, Warps([*arrays, *told, *others], memory), (C * H, H)).run()
+        given, told, rest = refs[: 6 * L], refs[6 * L : 6 * L + 5], refs[6 * L + 5 :]
+        if shape.stacked:
+            (k, v, packets, out, *new), of_layer = rest, K * C * H * 2
+            entries = [
+                ((k, i * of_layer), (v, i * of_layer), *((x, i * K * H * 2) for x in new)) for i in range(L)
+            ]  # fmt: skip
+        else:
+            *caches, packets, out = rest
+            entries = [(caches[i], caches[L + i]) * 2 for i in range(L)]
+        arrays = [x for i in range(L) for x in (*given[6 * i : 6 * i + 6], *entries[i])]
+        strides = (H, 0) if shape.stacked else (C * H, H)
+        Kernel(shape, Warps([*arrays, *told, packets, out], memory), strides).run()
 
     size = shape.shared_at["end"] + shape.stages * shape.stage
+    ins, inouts, outs = (*layer * L, *told), (*entries, packets), out
+    if shape.stacked:
+        ins, inouts, outs = (*ins, *entries), (packets,), (out, *(s(L, K, H),) * 2)
     with mlir.make_ir_context(), ir.Location.unknown():
         return mosaic_gpu.as_gpu_kernel(
-            body, (shape.blocks, 1, 1), (THREADS + 32, 1, 1), (*layer * L, *told), s(D // 2, dtype=jnp.int32),
-            (jax.ShapeDtypeStruct((size,), jnp.int8),), module_name="one_row", inout_shape=(*caches, packets),
+            body, (shape.blocks, 1, 1), (THREADS + 32, 1, 1), ins, outs, (jax.ShapeDtypeStruct((size,), jnp.int8),),
+            module_name="one_row", inout_shape=inouts,
         )  # fmt: skip
 
 
@@ -56,20 +64,21 @@ def run(
     shape: Shape, layers: Sequence[Layer], x: jax.Array, told: Sequence[jax.Array], k: Sequence[jax.Array],
     v: Sequence[jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:  # fmt: skip
-    """What leaves the last layer, and the caches with the token.
+    """What leaves the last layer, and the caches with the token; of `shape.stacked` its own keys and values [L, K, H].
 
     Args:
       shape: what it is made for.
       layers: of each layer its six arrays.
       x: bfloat16[D], what enters the first.
       told: cosine and sine [Z, H/2] of the zones, the bias [C] and the tiles of `decode.Seen`, and the token's slot.
-      k: of each layer [K, C, H]; v: the same.
+      k: of each layer [K, C, H], or one of all [L, K, C, H]; v: the same.
     """
     L, n = shape.L, shape.packets_at["end"] // 4 - x.size
     pairs = jax.lax.bitcast_convert_type(x.reshape(-1, 2), jnp.int32)
     first = jnp.stack([pairs, jnp.ones_like(pairs)], axis=1).reshape(-1)
     packets = jnp.concatenate([first, jnp.zeros(n, jnp.int32)])
-    found = _kernel(shape)(*(y for layer in layers for y in layer), *told, *k, *v, packets)
-    out, *caches = found
+    out, *found = _kernel(shape)(*(y for layer in layers for y in layer), *told, *k, *v, packets)
     hidden = jax.lax.bitcast_convert_type(out, jnp.bfloat16).reshape(-1)
-    return hidden, tuple(caches[:L]), tuple(caches[L : 2 * L])
+    if shape.stacked:
+        return hidden, tuple(found[:1]), tuple(found[1:2])
+    return hidden, tuple(found[:L]), tuple(found[L : 2 * L])

@@ -529,20 +529,24 @@ class Kernel:
             first = (m.block * WARPS + m.warp) * 2 + begin
 
             def join(first: Any = first) -> None:
-                unit, share = first + m.lane // 16, m.lane % 16
-                there = share < s.splits
+                unit = first + m.lane // 16
                 query, pair = unit // half, unit % half
-                share = m.select(there, share, 0)
-                of_head = ((query // s.G * s.splits + share) * s.G + query % s.G) * width
-                places = [of_head + pair * 2, of_head + pair * 2 + 1, of_head + s.H, of_head + s.H + 1]
-                found = m.receive([self._packet("shares", x) for x in places], flag)
-                a, b, top, total = (m.as_float(x) for x in found)
-                top = m.select(there, top, _LOWEST)
-                highest = top
+                found: list[Any] = []
+                for more in range(0, s.splits, 16):
+                    share = m.lane % 16 + more
+                    there = share < s.splits
+                    share = m.select(there, share, 0)
+                    of_query = ((query // s.G * s.splits + share) * s.G + query % s.G) * width
+                    places = [of_query + pair * 2, of_query + pair * 2 + 1, of_query + s.H, of_query + s.H + 1]
+                    got = m.receive([self._packet("shares", x) for x in places], flag)
+                    a, b, top, total = (m.as_float(x) for x in got)
+                    own = [m.select(there, top, _LOWEST), *(m.select(there, x, 0.0) for x in (a, b, total))]
+                    found = self._joined(found, own) if found else own
+                highest = found[0]
                 for distance in (8, 4, 2, 1):
                     highest = m.larger(highest, m.from_lane_xor(highest, distance))
-                weight = m.select(there, m.exp2(top - highest), 0.0)
-                sums = [a * weight, b * weight, total * weight]
+                weight = m.exp2(found[0] - highest)
+                sums = [x * weight for x in found[1:]]
                 for distance in (8, 4, 2, 1):
                     sums = [x + m.from_lane_xor(x, distance) for x in sums]
                 share_of = m.reciprocal(sums[2])

@@ -7,7 +7,7 @@ PACKET = 8  # bytes: 32 bits and a flag
 WARPS = 8  # of a block that compute; one more copies
 THREADS = 32 * WARPS
 TILE = 64  # slots of a cache that are copied at a time
-SPLITS = 16  # blocks that share a key head's slots, at most: half a warp joins what they found
+SPLITS = 64  # blocks that share a key head's slots, at most: half a warp joins what they found
 STAGE = 32 * 1024  # bytes of a place in the ring, at most
 SHARED = 226 * 1024  # bytes of shared memory that a block may have
 _LEAST_STAGES = 3
@@ -74,6 +74,7 @@ class Shape:
     ends: tuple[int, ...]  # where the zones but the last end
     epsilon: float
     blocks: int
+    stacked: bool = False  # whether the caches of all layers are one array, which stays as it is
 
     @property
     def G(self) -> int:

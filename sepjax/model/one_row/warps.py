@@ -92,7 +92,10 @@ def _of(x: Any, of_type: Any) -> Any:
 
 
 class Warps:
-    """Writes a kernel down as Mosaic GPU's IR. `arrays`: the memrefs of what it is given, `shared`: of its memory."""
+    """Writes a kernel down as Mosaic GPU's IR.
+
+    arrays: the memrefs of what it is given, or pairs of one and bytes to its part; shared: the memref of its memory.
+    """
 
     def __init__(self, arrays: Sequence[Any], shared: Any):
         self.i1, self.i32, self.i64 = (ir.IntegerType.get_signless(n) for n in (1, 32, 64))
@@ -108,7 +111,8 @@ class Warps:
         self.warp = Number(utils._warp_bcast((self.thread // WARP).value))
 
     def _address(self, ref: Any) -> Number:
-        return Number(llvm.ptrtoint(self.i64, utils.memref_ptr(ref)))
+        ref, first = ref if isinstance(ref, tuple) else (ref, 0)
+        return Number(llvm.ptrtoint(self.i64, utils.memref_ptr(ref))) + first
 
     # -- numbers ----------------------------------------------------------------------------------------------------
 
