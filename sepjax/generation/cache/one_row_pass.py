@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
-from sepjax.attention import decode
 from sepjax.config import AttentionConfig, layer_reaches, layer_windows, sees_kept
 from sepjax.generation.cache.bounded_run import tables_of
 from sepjax.model import one_row
@@ -54,14 +53,13 @@ def one_row_pass(
     cos, sin = (x.reshape(shape.zones, -1) for x in tables_of(cache, positions))
     recent = cache.recent_positions() >= cache.first_recent(1)
     visible = jnp.concatenate([cache.visible_old(), recent], axis=1) & (jnp.asarray(counts) > 0)[:, None]
-    seen = decode.seen_slots(visible, kernel=True)
     is_sink, recent_slot = cache.num_sinks < cache.sizes.num_sinks, cache.next_recent % cache.sizes.ring
     slot = jnp.where(is_sink, cache.num_sinks, cache.sizes.slots - cache.sizes.ring + recent_slot)
-    told = once((cos, sin, seen.bias, seen.live, slot))
+    told = once((cos, sin, _bias(visible), slot))
     x = model.embed(tokens, cache.seen_low[:, None])
     hidden, k, v = one_row.step(shape, model.by_output, x, told, cache.k, cache.v)
     grown = cache.bare().append((), (), is_separator, counts)
-    return model.final_norm(hidden), grown.with_entries((*k, *v))
+    return hidden, grown.with_entries((*k, *v))
 
 
 def shape_of_one_token(model: Any, cache: "SeparatorCache", attention: AttentionConfig) -> Shape | None:
@@ -90,8 +88,11 @@ def one_token_pass(
     tables = rope_tables(cache.length[:, None], layer_ropes(model.config)[0], shape.H)
     assert tables is not None  # `one_row.unsupported` refuses learned positions
     window = layer_windows(attention, shape.L, cache.window_size)[0]
-    seen = decode.seen_slots(cache.visible(window), kernel=True)
-    told = once((*(x[0] for x in tables), seen.bias, seen.live, jnp.zeros(1, jnp.int32)))
+    told = once((*(x[0] for x in tables), _bias(cache.visible(window)), jnp.zeros(1, jnp.int32)))
     x = model.embed(tokens, cache.length[:, None])
     hidden, k, v = one_row.step(shape, model.by_output, x, told, cache.k, cache.v)
-    return model.final_norm(hidden), cache.append(k, v, is_global, active)
+    return hidden, cache.append(k, v, is_global, active)
+
+
+def _bias(visible: Bool[Array, "1 C"]) -> jax.Array:
+    return jnp.where(visible[0], 0.0, -jnp.inf).astype(jnp.float32)

@@ -17,6 +17,7 @@ from sepjax.array_typing import Array, Float
 from sepjax.attention.target import target
 from sepjax.config import ModelConfig
 from sepjax.model.one_row.shape import Shape
+from sepjax.model.transformer import Params
 
 _H100_SMS = 132  # where the device does not tell
 _PLAIN = ("xla", "reference", "tpu")  # implementations by whose names a step is plain XLA
@@ -65,23 +66,23 @@ def unsupported(config: ModelConfig, shape: Shape, implementation: str | None = 
 
 def step(
     shape: Shape,
-    layers: Any,
+    params: Params,
     x: Float[Array, "1 1 D"],
     told: tuple[Any, ...],
     k: Any,
     v: Any,
 ) -> tuple[Float[jax.Array, "1 1 D"], Any, Any]:
-    """Runs all layers on one token. Returns what leaves the last, and the keys and values with the token's own.
+    """Runs all layers and the last norm on one token. Returns its result, and keys and values with the token's own.
 
     Of `shape.stacked` these are the token's alone, [L, 1, K, H]: whoever has such a cache appends them.
 
     Args:
       shape: of `shape_of`, which `unsupported` has nothing against.
-      layers: "layers" of `sepjax.model.unrolled.by_layer`, whose matrices lie by their outputs.
+      params: of `sepjax.model.unrolled.by_layer`, whose matrices lie by their outputs.
       x: what enters the first layer.
       told: cosine and sine [Z, H/2] of the query's position in each zone, the last of which has the token's own key;
-        bias [1, C] and live tiles [1, X + 1] of `sepjax.attention.decode.Seen`, by whole tiles; and the token's slot,
-        int32[1], which nobody sees yet.
+        bias float32[C], 0 for a slot that is seen and -inf for others; and the token's slot, int32[1], which nobody
+        sees yet.
       k: keys of each layer, bfloat16[1, K, C, H], to be donated; or of all, [L, 1, K, C, H], which stay as they are.
       v: values.
 
@@ -91,16 +92,15 @@ def step(
     if fault := shape.fault():
         raise NotImplementedError(f"a step of one row as one kernel: {fault}")
     call = importlib.import_module("sepjax.model.one_row.call")
-    cos, sin, bias, live, slot = told
     flat = [
         (
             layer["attention"]["query+key+value"]["rows"], layer["attention"]["out"]["rows"],
             layer["mlp"]["gate+up"]["rows"], layer["mlp"]["down"]["rows"],
             layer["attention_norm"]["scale"], layer["mlp_norm"]["scale"],
         )
-        for layer in layers
+        for layer in params["layers"]
     ]  # fmt: skip
-    told = cos, sin, bias[0], live[0], slot
+    told = *told, params["final_norm"]["scale"]
     if shape.stacked:
         hidden, k, v = call.run(shape, flat, x[0, 0], told, (k[:, 0],), (v[:, 0],))
         return hidden[None, None], k[0][:, None], v[0][:, None]

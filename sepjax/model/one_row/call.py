@@ -29,7 +29,7 @@ def _kernel(shape: Shape) -> Any:
         s((shape.N + 2 * K) * H, D), s(D, shape.N * H), s(2 * shape.F, D), s(D, shape.F), numbers(D), numbers(D),
     )  # fmt: skip
     table = numbers(shape.zones, H // 2)
-    told = table, table, numbers(C), s(C // 64 + 1, dtype=jnp.int32), s(1, dtype=jnp.int32)
+    told = table, table, numbers(C), s(1, dtype=jnp.int32), numbers(D)
     entries = (s(L, K, C, H),) * 2 if shape.stacked else (s(K, C, H),) * (2 * L)
     packets = s(shape.packets_at["end"] // 4, dtype=jnp.int32)
     out: Any = s(D // 2, dtype=jnp.int32)
@@ -64,13 +64,13 @@ def run(
     shape: Shape, layers: Sequence[Layer], x: jax.Array, told: Sequence[jax.Array], k: Sequence[jax.Array],
     v: Sequence[jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:  # fmt: skip
-    """What leaves the last layer, and the caches with the token; of `shape.stacked` its own keys and values [L, K, H].
+    """What leaves the last norm, and the caches with the token; of `shape.stacked` its own keys and values [L, K, H].
 
     Args:
       shape: what it is made for.
       layers: of each layer its six arrays.
       x: bfloat16[D], what enters the first.
-      told: cosine and sine [Z, H/2] of the zones, the bias [C] and the tiles of `decode.Seen`, and the token's slot.
+      told: cosine and sine [Z, H/2] of the zones, the slots' bias [C], the token's slot, and the last norm's weights.
       k: of each layer [K, C, H], or one of all [L, K, C, H]; v: the same.
     """
     L, n = shape.L, shape.packets_at["end"] // 4 - x.size

@@ -34,7 +34,7 @@ class Given:
 
     def __init__(self, shape: Shape):
         first = ENTRIES * shape.L
-        self.cos, self.sin, self.bias, self.live, self.told, self.packets, self.out = range(first, first + 7)
+        self.cos, self.sin, self.bias, self.slot, self.final_norm, self.packets, self.out = range(first, first + 7)
 
 
 class Kernel:
@@ -122,8 +122,7 @@ class Kernel:
         """The block's key head, its share, and the number of its tiles."""
         m, s = self.m, self.shape
         head, share = m.block // s.splits, m.block % s.splits
-        tiles = m.load(m.address(self.given.live))
-        number = (tiles + (s.splits - 1) - share) // s.splits
+        number = (m.integer(s.C // TILE + s.splits - 1) - share) // s.splits
         return head, share, m.select(m.block < s.K * s.splits, number, 0)
 
     def _copy_tiles(self, layer: Any, count: Any) -> Any:
@@ -133,8 +132,7 @@ class Kernel:
         size = TILE * s.H * 2
 
         def tile(i: Any, count: Any) -> list[Any]:
-            live = m.load(m.address(self.given.live) + m.wide((share + i * s.splits) * 4 + 4))
-            begin = m.wide((head * s.C + live * TILE) * (s.H * 2))
+            begin = m.wide((head * s.C + (share + i * s.splits) * TILE) * (s.H * 2))
             to, barrier = self._begin_copy(count, 2 * size)
             m.copy(to, keys + begin, size, barrier)
             m.copy(to + size, values + begin, size, barrier)
@@ -159,7 +157,8 @@ class Kernel:
             return [count]
 
         m.loop(0, s.L, 1, layer, m.integer(0))
-        self._each_unit("out", self._end_residual)
+        _, chunks = self._chunks_of(s.products["out"])
+        m.when(chunks >= 1, self._end)
 
     def _packet(self, name: str, i: Any) -> Any:
         return self.m.address(self.given.packets) + self.m.wide(i * PACKET + self.shape.packets_at[name])
@@ -183,9 +182,24 @@ class Kernel:
     def _residual(self, local: Any) -> list[Any]:
         return [self.m.shared_float(local * 8 + (self.at["residual"] + 4 * i)) for i in range(2)]
 
-    def _end_residual(self, unit: Any, local: Any) -> None:
-        m = self.m
-        m.store(m.address(self.given.out) + m.wide(unit * 4), m.pair(*self._residual(local)))
+    def _end(self) -> None:
+        """The last norm, of what the block keeps."""
+        m, s = self.m, self.shape
+        weights = m.address(self.given.final_norm)
+        self._gather("x", m.integer(s.L + 1), weights, self.at["squares"])
+        factor = self._root(self.at["squares"])
+
+        def unit(unit: Any, local: Any) -> None:
+            scales = [m.as_float(m.load(weights + m.wide(unit * 8 + 4 * i))) for i in range(2)]
+            x = [a * factor * b for a, b in zip(self._residual(local), scales, strict=True)]
+            m.store(m.address(self.given.out) + m.wide(unit * 4), m.pair(*x))
+
+        self._each_unit("out", unit)
+
+    def _root(self, squares: int) -> Any:
+        """What a norm multiplies by, of the sums of squares of all warps."""
+        total = self._added([self.m.shared_float(squares + 4 * w) for w in range(WARPS)])
+        return self.m.rsqrt(total * (1.0 / self.shape.D) + self.shape.epsilon)
 
     def _send_pair(self, name: str, flag: Any) -> Callable[..., None]:
         def send(unit: Any, local: Any, sums: list[Any]) -> None:
@@ -225,7 +239,8 @@ class Kernel:
         _, chunks = self._chunks_of(product)
         squares = None if norm is None else self.at["squares"] + (norm - NORM) * 4 * WARPS
         flag = layer + 1
-        m.when(chunks >= 1, lambda: self._gather(source, layer, flag, norm, squares))
+        weights = None if norm is None else self._entry(layer, norm)
+        m.when(chunks >= 1, lambda: self._gather(source, flag, weights, squares))
 
         def chunk(i: Any, count: Any) -> list[Any]:
             return [self._chunk(product, i, count)]
@@ -236,8 +251,7 @@ class Kernel:
         def unit(unit: Any, local: Any) -> None:
             sums = [self._sum(product, local, r) for r in range(product.rows)]
             if squares is not None:
-                total = self._added([m.shared_float(squares + 4 * w) for w in range(WARPS)])
-                factor = m.rsqrt(total * (1.0 / self.shape.D) + self.shape.epsilon)
+                factor = self._root(squares)
                 sums = [x * factor for x in sums]
             finish(unit, local, sums)
 
@@ -255,10 +269,9 @@ class Kernel:
         at = (local * product.rows + row) * (4 * n) + self.at["sums"]
         return self._added([self.m.shared_float(at + 4 * i) for i in range(n)])
 
-    def _gather(self, source: str, layer: Any, flag: Any, norm: int | None, squares: int | None) -> None:
+    def _gather(self, source: str, flag: Any, weights: Any, squares: int | None) -> None:
         """A vector from packets into shared memory, of a norm times its weights; and the sums of its squares."""
         m, size, together = self.m, self.shape.packets[source], 4
-        weights = None if norm is None else self._entry(layer, norm)
         total = m.float(0.0)
         for begin in range(0, size, together * THREADS):
             starts = range(begin, min(size, begin + together * THREADS), THREADS)
@@ -399,7 +412,7 @@ class Kernel:
             zones, i = s.zones * s.G * s.H * 4 + self.at["queries"], m.thread
             key = turned(m.integer(s.G), m.integer(s.zones - 1), i)
             value = [projected(m.integer(s.G + 1), i + j * half) for j in range(2)]
-            slot = m.load(m.address(self.given.told))
+            slot = m.load(m.address(self.given.slot))
             place = head * self.new_strides[0] + slot * self.new_strides[1]
             for x, which, entry in ((key, 0, K_NEW), (value, 1, V_NEW)):
                 address = self._entry(layer, entry)
@@ -444,20 +457,19 @@ class Kernel:
             state += [m.select(is_own, x, 0.0) for x in value]
         return state
 
-    def _tile(self, order: Any, count: Any, state: list[Any]) -> list[Any]:
-        """The state after the slots of a tile, the `order`-th of those that the row sees."""
+    def _tile(self, number: Any, count: Any, state: list[Any]) -> list[Any]:
+        """The state after the slots of a tile."""
         m, s = self.m, self.shape
         lanes, size = s.H // 8, TILE * s.H * 2
         together, slots = 32 // lanes, TILE // WARPS
-        live = m.load(m.address(self.given.live) + m.wide(order * 4 + 4))
         rows = [m.warp * slots + begin + m.lane // lanes for begin in range(0, slots, together)]
-        biases = [m.as_float(m.load(m.address(self.given.bias) + m.wide((order * TILE + x) * 4))) for x in rows]
+        biases = [m.as_float(m.load(m.address(self.given.bias) + m.wide((number * TILE + x) * 4))) for x in rows]
         place, barrier, turn = self._place(count)
         m.wait(barrier + self.at["ready"], turn % 2)
         for row, bias in zip(rows, biases, strict=True):
             at = place + row * (s.H * 2) + (m.lane % lanes) * 16
             key, value = (self._halves(m.shared_four(at + x)) for x in (0, size))
-            slot, zone = live * TILE + row, m.integer(0)
+            slot, zone = number * TILE + row, m.integer(0)
             for end in s.ends:
                 zone = zone + m.select(slot < end, m.integer(0), 1)
             scores = [x + bias for x in self._dots(zone, key, lanes)]

@@ -28,7 +28,7 @@ MODEL = ModelConfig(
 )
 PATTERN = AttentionConfig(num_sinks=2, max_separators=30, window_size=40, cache_size=90)
 TABLE = np.arange(64) < 16
-FIRST, STEPS = 88, 5  # tokens before, and those of the kernel: the row compacts among them
+FIRST, STEPS = 89, 3  # tokens before, and those of the kernel: the row compacts among them
 
 
 def simulated(shape, layers, x, told, k, v):
@@ -142,7 +142,7 @@ def test_rows_and_caches_that_it_does_not_serve(on_three_sms):
     def shape(attention=PATTERN, rows=1, **changes):
         config = dataclasses.replace(MODEL, **changes)
         cache = StreamingCache.create(config, rows, StreamSizes.create(config, attention), by_layer=True)
-        model = types.SimpleNamespace(by_output=(), config=config)
+        model = types.SimpleNamespace(by_output={}, config=config)
         return shape_of_one_row(model, cache, attention)
 
     assert shape().ends == (2, 32)
