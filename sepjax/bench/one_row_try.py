@@ -136,7 +136,26 @@ def steps(name):
         print(f"{name} SEPJAX_ONE_ROW={kind}: best {best:.4f} ms a step, median {median:.4f}; {weights / bandwidth / best * 1e5:.1f} % of {bandwidth / 1e12:.2f} TB/s", flush=True)
 
 
+def profile(name):
+    """Cycles of each part of a layer, by stamps of each block."""
+    s = SH[name]
+    told, _ = told_of(s)
+    made = [make(s, jax.random.key(i)) for i in range(s.L)]
+    layers, k, v = (tuple(m[j] for m in made) for j in range(3))
+    x = jax.random.normal(jax.random.key(9), (s.D,)).astype(jnp.bfloat16)
+    run = jax.jit(lambda *a: call.run(s, *a, kernel=call._kernel(s, timed=True))[1][0])
+    for _ in range(3):
+        got = np.asarray(run(layers, x, told, k, v)).reshape(s.blocks, s.L, 16).astype(np.int64)
+    t = np.concatenate([got[:, :-1, :6], got[:, 1:, :1]], axis=2)
+    d = np.diff(t, axis=2) % 2**32
+    names = ("qkv", "attend", "join", "out", "into", "down")
+    for i, n in enumerate(names):
+        y = d[:, 2:, i]
+        print(f"{name} {n}: mean {y.mean():.0f}, of blocks least {y.mean(1).min():.0f} most {y.mean(1).max():.0f}", flush=True)
+    print(name, "layer", d.sum(2)[:, 2:].mean(), flush=True)
+
+
 if __name__ == "__main__":
     for what in sys.argv[1:]:
         kind, name = what.split(":")
-        {"check": check, "time": timing, "steps": steps}[kind](name)
+        {"check": check, "time": timing, "steps": steps, "profile": profile}[kind](name)

@@ -13,8 +13,8 @@ the memory is never idle while blocks wait for each other.
     copies     qkv . out . into . . . down . qkv . out ...      chunks, in the order in which they will be needed
     computes         qkv   attention   join   out   into ...
 
-A packet is never overwritten before it was read: what overwrites it depends on a whole layer of results since, and they
-on what its readers made of it. All blocks must run at the same time, one on each SM. What could keep some of them from
+Nothing is overwritten before it was read, a packet or shared memory: what overwrites it depends on all results of a
+later phase, and these on what its readers made of it. Where it depends on some alone there are two places in turns. All blocks must run at the same time, one on each SM. What could keep some of them from
 it: another kernel that stays until this one is done, such as a second one of these.
 """
 
@@ -26,6 +26,7 @@ from sepjax.model.one_row.shape import ENTRIES, PACKET, THREADS, TILE, WARPS, Pr
 
 QKV, OUT, INTO, DOWN, NORM, MLP_NORM, K_CACHE, V_CACHE, K_NEW, V_NEW = range(ENTRIES)
 LOG2E = math.log2(math.e)
+_FEATURES = {"x": "features", "attended": "others", "y": "features", "hidden": "others"}  # where vectors are kept
 _LOWEST = -1e30  # below every score, and finite
 
 
@@ -144,15 +145,23 @@ class Kernel:
 
     def _compute_all(self) -> None:
         m, s = self.m, self.shape
+        self.slot = m.load(m.address(self.given.slot))
         self._each_unit("out", self._begin_residual)
+        self._begin_turns()
 
         def layer(i: Any, count: Any) -> list[Any]:
             flag = i + 1
+            self._stamp(i, 0)
             count = self._product("qkv", "x", i, count, NORM, self._send_pair("qkv", flag))
+            self._stamp(i, 1)
             count = self._attend(i, count, flag)
+            self._stamp(i, 2)
             self._join(flag)
+            self._stamp(i, 3)
             count = self._product("out", "attended", i, count, None, self._add("y", flag))
+            self._stamp(i, 4)
             count = self._product("into", "y", i, count, MLP_NORM, self._activated(flag))
+            self._stamp(i, 5)
             count = self._product("down", "hidden", i, count, None, self._add("x", flag + 1))
             return [count]
 
@@ -160,8 +169,35 @@ class Kernel:
         _, chunks = self._chunks_of(s.products["out"])
         m.when(chunks >= 1, self._end)
 
-    def _packet(self, name: str, i: Any) -> Any:
-        return self.m.address(self.given.packets) + self.m.wide(i * PACKET + self.shape.packets_at[name])
+    stamps: int | None = None  # number of an array for times
+
+    def _stamp(self, layer: Any, which: int) -> None:
+        m = self.m
+        if self.stamps is not None:
+            at = m.address(self.stamps) + m.wide(((m.block * self.shape.L + layer) * 16 + which) * 4)
+            m.when(m.same(m.thread, 0), lambda: m.store(at, m.clock()))
+
+    def _packet(self, name: str, i: Any, copy: Any = None) -> Any:
+        if copy is None:
+            copy = self.m.block % self.shape.copies[name]
+        number = i + copy * self.shape.packets[name]
+        return self.m.address(self.given.packets) + self.m.wide(number * PACKET + self.shape.packets_at[name])
+
+    def _send(self, name: str, i: Any, bits: Any, flag: Any) -> None:
+        for copy in range(self.shape.copies[name]):
+            self.m.send(self._packet(name, i, copy), bits, flag)
+
+    def _begin_turns(self) -> None:
+        """Cosines and sines of all zones, into shared memory."""
+        m, size = self.m, self.shape.zones * self.shape.H // 2
+        for begin in range(0, 2 * size, THREADS):
+            i = m.thread + begin
+
+            def take(i: Any = i) -> None:
+                table = m.select(i < size, m.address(self.given.cos), m.address(self.given.sin))
+                m.keep(i * 4 + self.at["turns"], m.load(table + m.wide(i % size * 4)))
+
+            m.when(i < 2 * size, take)
 
     def _each_unit(self, name: str, body: Callable[[Any, Any], None]) -> None:
         """body(unit, its number among the block's) of each of the block's units, a thread each."""
@@ -203,7 +239,7 @@ class Kernel:
 
     def _send_pair(self, name: str, flag: Any) -> Callable[..., None]:
         def send(unit: Any, local: Any, sums: list[Any]) -> None:
-            self.m.send(self._packet(name, unit), self.m.pair(*sums), flag)
+            self._send(name, unit, self.m.pair(*sums), flag)
 
         return send
 
@@ -213,7 +249,7 @@ class Kernel:
             new = [x + y for x, y in zip(self._residual(local), sums, strict=True)]
             for i, x in enumerate(new):
                 m.keep(local * 8 + (self.at["residual"] + 4 * i), x)
-            m.send(self._packet(name, unit), m.pair(*new), flag)
+            self._send(name, unit, m.pair(*new), flag)
 
         return add
 
@@ -225,7 +261,7 @@ class Kernel:
                 return x * m.reciprocal(m.exp2(x * -LOG2E) + 1.0)
 
             gates, ups = sums[:2], sums[2:]
-            m.send(self._packet("hidden", unit), m.pair(*(silu(x) * y for x, y in zip(gates, ups, strict=True))), flag)
+            self._send("hidden", unit, m.pair(*(silu(x) * y for x, y in zip(gates, ups, strict=True))), flag)
 
         return send
 
@@ -242,20 +278,18 @@ class Kernel:
         weights = None if norm is None else self._entry(layer, norm)
         m.when(chunks >= 1, lambda: self._gather(source, flag, weights, squares))
 
+        def normed(unit: Any, local: Any, sums: list[Any]) -> None:
+            factor = None if squares is None else self._root(squares)
+            finish(unit, local, sums if factor is None else [x * factor for x in sums])
+
         def chunk(i: Any, count: Any) -> list[Any]:
-            return [self._chunk(product, i, count)]
+            return [self._chunk(product, i, count, self.at[_FEATURES[source]], normed)]
 
         (count,) = m.loop(0, chunks, 1, chunk, count)
-        m.when(chunks >= 1, lambda: m.meet(1, THREADS))
-
-        def unit(unit: Any, local: Any) -> None:
-            sums = [self._sum(product, local, r) for r in range(product.rows)]
-            if squares is not None:
-                factor = self._root(squares)
-                sums = [x * factor for x in sums]
-            finish(unit, local, sums)
-
-        self._each_unit(name, unit)
+        if product.splits > 1:
+            m.when(chunks >= 1, lambda: m.meet(1, THREADS))
+            sums = lambda local: [self._sum(product, local, r) for r in range(product.rows)]  # noqa: E731
+            self._each_unit(name, lambda unit, local: normed(unit, local, sums(local)))
         return count
 
     def _added(self, numbers: list[Any]) -> Any:
@@ -288,7 +322,7 @@ class Kernel:
                     square = low * low + high * high
                     total = total + (square if there is None else m.select(there, square, 0.0))
                     pair = m.pair(low * factor[0], high * factor[1])
-                m.keep(x * 4 + self.at["features"], pair)  # of no place twice the last, the same bits
+                m.keep(x * 4 + self.at[_FEATURES[source]], pair)  # of no place twice the last, the same bits
         if squares is not None:
             for distance in (16, 8, 4, 2, 1):
                 total = total + m.from_lane_xor(total, distance)
@@ -299,8 +333,8 @@ class Kernel:
         """Whether a place is one of so many; None: those of all threads are."""
         return None if start + THREADS <= size else place < size
 
-    def _chunk(self, product: Product, i: Any, count: Any) -> Any:
-        """A chunk's units, into "sums"."""
+    def _chunk(self, product: Product, i: Any, count: Any, first: int, finish: Callable[..., None]) -> Any:
+        """A chunk's units, into "sums"; or finished, where a warp has a unit to itself."""
         m, splits = self.m, product.splits
         unit, split = m.warp // splits, m.warp % splits
         works = unit < product.units if product.units * splits < WARPS else None
@@ -316,7 +350,7 @@ class Kernel:
                     there = vector < vectors
                     vector = m.select(there, vector, vectors - 1)
                 at = (split * vectors + vector) * 16
-                features = m.shared_four(at + (self.at["features"] + part * row))
+                features = m.shared_four(at + (first + part * row))
                 if there is not None:
                     features = [m.select(there, x, 0) for x in features]
                 halves = [[of_unit + (h * product.units * 2 + r) * row for r in range(2)] for h in range(product.rows // 2)]
@@ -330,11 +364,26 @@ class Kernel:
             count = count + 1
         found = self._over_lanes([a + b for a, b in zip(sums[::2], sums[1::2], strict=True)])
         of_row = 32 // product.rows
+        if splits == 1:
+            self._finish(product, i, unit, works, found, finish)
+            return count
         writes = m.same(m.lane % of_row, 0)
         writes = writes if works is None else m.both(writes, works)
         local = (i * product.units + unit) * product.rows + m.lane // of_row
         m.when(writes, lambda: m.keep((local * splits + split) * 4 + self.at["sums"], found))
         return count
+
+    def _finish(
+        self, product: Product, i: Any, unit: Any, works: Any, found: Any, finish: Callable[..., None]
+    ) -> None:  # fmt: skip
+        """By the first lane, of what `_over_lanes` has left in several."""
+        m, of_row = self.m, 32 // product.rows
+        sums = [found, *(m.from_lane_xor(found, row * of_row) for row in range(1, product.rows))]
+        first, _ = self._chunks_of(product)
+        number = (first + i * product.blocks) * product.units + unit
+        there = m.both(m.same(m.lane, 0), number < product.U)
+        there = there if works is None else m.both(there, works)
+        m.when(there, lambda: finish(number, i * product.units + unit, sums))
 
     def _over_lanes(self, sums: list[Any]) -> Any:
         """Sums over the lanes, of each of some numbers: lane 0 has the first's, then in equal distances the others'."""
@@ -393,8 +442,8 @@ class Kernel:
             return m.select(m.same(i % 2, 0), m.low_half(pair), m.high_half(pair))
 
         def turned(which: Any, zone: Any, i: Any) -> list[Any]:
-            at = m.wide((zone * half + i) * 4)
-            cos, sin = (m.as_float(m.load(m.address(x) + at)) for x in (self.given.cos, self.given.sin))
+            at, of_sines = (zone * half + i) * 4 + self.at["turns"], 4 * s.zones * half
+            cos, sin = m.shared_float(at), m.shared_float(at + of_sines)
             first, second = projected(which, i), projected(which, i + half)
             return [first * cos - second * sin, second * cos + first * sin]
 
@@ -412,8 +461,7 @@ class Kernel:
             zones, i = s.zones * s.G * s.H * 4 + self.at["queries"], m.thread
             key = turned(m.integer(s.G), m.integer(s.zones - 1), i)
             value = [projected(m.integer(s.G + 1), i + j * half) for j in range(2)]
-            slot = m.load(m.address(self.given.slot))
-            place = head * self.new_strides[0] + slot * self.new_strides[1]
+            place = head * self.new_strides[0] + self.slot * self.new_strides[1]
             for x, which, entry in ((key, 0, K_NEW), (value, 1, V_NEW)):
                 address = self._entry(layer, entry)
                 for j in range(2):
@@ -524,7 +572,7 @@ class Kernel:
                 )
                 found = m.select(m.same(x, s.H), top, found)
                 packet = ((head * s.splits + share) * s.G + query) * width + x
-                m.send(self._packet("shares", packet), m.as_bits(found), flag)
+                self._send("shares", packet, m.as_bits(found), flag)
 
             m.when(i < number, send)
 
@@ -564,6 +612,6 @@ class Kernel:
                 share_of = m.reciprocal(sums[2])
                 bits = m.pair(sums[0] * share_of, sums[1] * share_of)
                 writes = m.same(m.lane % 16, 0)
-                m.when(writes, lambda: m.send(self._packet("attended", unit), bits, flag))
+                m.when(writes, lambda: self._send("attended", unit, bits, flag))
 
             m.when(first < pairs, join)

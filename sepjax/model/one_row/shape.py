@@ -10,6 +10,8 @@ TILE = 64  # slots of a cache that are copied at a time
 SPLITS = 64  # blocks that share a key head's slots, at most: half a warp joins what they found
 STAGE = 32 * 1024  # bytes of a place in the ring, at most
 SHARED = 226 * 1024  # bytes of shared memory that a block may have
+COPIES = 4  # of packets that all blocks read: they ask for the same few lines of the L2 again and again
+_ALONE = 2048  # numbers of a row that a warp may have to itself
 _LEAST_STAGES = 3
 _MOST_QUERIES = 8  # of a key head: ten registers each
 _MOST_UNITS = 4 * THREADS
@@ -50,6 +52,8 @@ class Product:
     def splits(self) -> int:
         """Warps that share a unit's columns."""
         splits = 1
+        if self.parts == 1 and self.chunks <= self.blocks and self.columns <= _ALONE:
+            return splits  # a warp by itself is done sooner than several that wait for each other
         while self.units * splits * 2 <= WARPS and self.columns // 8 % (splits * 2) == 0:
             splits *= 2
         return splits
@@ -120,26 +124,31 @@ class Shape:
         """Packets of each vector that blocks hand to each other: pairs of bfloat16, of "shares" floats."""
         N, K, H, D, F = self.N, self.K, self.H, self.D, self.F
         shares = N * self.splits * (H + 2)
-        return {
-            "x": D // 2, "qkv": (N + 2 * K) * H // 2, "shares": shares, "attended": N * H // 2, "y": D // 2,
-            "hidden": F // 2,
-        }  # fmt: skip
+        read_by_all = {"x": D // 2, "attended": N * H // 2, "y": D // 2, "hidden": F // 2}
+        return {"qkv": (N + 2 * K) * H // 2, "shares": shares} | read_by_all
+
+    @property
+    def copies(self) -> dict[str, int]:
+        """How often each vector is sent, one copy after the other."""
+        return {name: 1 if name in ("qkv", "shares") else COPIES for name in self.packets}
 
     @functools.cached_property
     def packets_at(self) -> dict[str, int]:
         """Where they begin, in bytes, and "end"."""
-        return _one_after_another(self.packets, PACKET, 16)
+        sizes = {name: size * self.copies[name] for name, size in self.packets.items()}
+        return _one_after_another({"x": sizes.pop("x")} | sizes, PACKET, 128)
 
     @functools.cached_property
     def shared_at(self) -> dict[str, int]:
         """Where everything lies in shared memory but the ring, which begins at "end"."""
         of_splits = max(x.most * x.rows * x.splits for x in self.products.values()) * 4
-        features = -(-max(self.D, self.N * self.H, self.F) // 8) * 16
         of_warps = WARPS * self.G * (self.H + 2) * 4
         sizes = {
             "ready": 8 * 16, "free": 8 * 16, "addresses": 8 * ENTRIES * self.L, "squares": 2 * 4 * WARPS,
-            "residual": self.products["out"].most * 8, "sums": of_splits, "features": max(features, of_warps),
-            "projected": (self.G + 2) * self.H * 2, "queries": (self.zones * self.G + 2) * self.H * 4,
+            "residual": self.products["out"].most * 8, "sums": of_splits, 
+            # Two, in turns: while some warps still read one, others write the other.
+            "features": max(2 * self.D, of_warps), "others": 2 * max(self.N * self.H, self.F),
+            "turns": 4 * self.zones * self.H, "projected": (self.G + 2) * self.H * 2, "queries": (self.zones * self.G + 2) * self.H * 4,
         }  # fmt: skip
         return _one_after_another(sizes, 1, 128)
 

@@ -270,6 +270,10 @@ class Warps:
         kind = "b64" if x.value.type == self.i64 else "f32" if x.is_float else "b32"
         self._ptx(f"st.shared.{kind} [$0], $1;", [self._at(at), x])
 
+    def clock(self) -> Number:
+        """Of the SM, in cycles."""
+        return self._ptx("mov.u32 $0, %clock;", [], [self.i32])
+
     # -- who waits for whom -----------------------------------------------------------------------------------------
 
     def meet(self, number: int, threads: int) -> None:
