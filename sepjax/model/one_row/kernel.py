@@ -27,6 +27,7 @@ from sepjax.model.one_row.shape import ENTRIES, PACKET, THREADS, TILE, WARPS, Pr
 QKV, OUT, INTO, DOWN, NORM, MLP_NORM, K_CACHE, V_CACHE, K_NEW, V_NEW = range(ENTRIES)
 LOG2E = math.log2(math.e)
 _FEATURES = {"x": "features", "attended": "others", "y": "features", "hidden": "others"}  # where vectors are kept
+_TOGETHER = 4  # packets that a thread asks for at a time
 _LOWEST = -1e30  # below every score, and finite
 
 
@@ -305,33 +306,39 @@ class Kernel:
 
     def _gather(self, source: str, flag: Any, weights: Any, squares: int | None) -> None:
         """A vector from packets into shared memory, of a norm times its weights; and the sums of its squares."""
-        m, size, together = self.m, self.shape.packets[source], 4
-        total = m.float(0.0)
-        for begin in range(0, size, together * THREADS):
-            starts = range(begin, min(size, begin + together * THREADS), THREADS)
-            places = [m.thread + x for x in starts]
-            inside = [self._inside(x, start, size) for x, start in zip(places, starts, strict=True)]
-            at = [x if there is None else m.select(there, x, size - 1) for x, there in zip(places, inside, strict=True)]
-            factors: list[Any] = [None] * len(at)
-            if weights is not None:
-                factors = [[m.as_float(m.load(weights + m.wide(x * 8 + 4 * i))) for i in range(2)] for x in at]
-            found = m.receive([self._packet(source, x) for x in at], flag)
-            for pair, x, there, factor in zip(found, at, inside, factors, strict=True):
-                if factor is not None:
-                    low, high = m.low_half(pair), m.high_half(pair)
-                    square = low * low + high * high
-                    total = total + (square if there is None else m.select(there, square, 0.0))
-                    pair = m.pair(low * factor[0], high * factor[1])
-                m.keep(x * 4 + self.at[_FEATURES[source]], pair)  # of no place twice the last, the same bits
+        m, size = self.m, self.shape.packets[source]
+        together = _TOGETHER * THREADS
+
+        def whole(begin: Any, total: Any) -> list[Any]:
+            return [self._take(source, flag, weights, begin, _TOGETHER, total)]
+
+        (total,) = m.loop(0, size // together * together, together, whole, m.float(0.0))
+        if size % together:
+            begin = m.integer(size // together * together)
+            total = self._take(source, flag, weights, begin, -(-(size % together) // THREADS), total)
         if squares is not None:
             for distance in (16, 8, 4, 2, 1):
                 total = total + m.from_lane_xor(total, distance)
             m.when(m.same(m.lane, 0), lambda: m.keep(m.warp * 4 + squares, total))
         m.meet(1, THREADS)
 
-    def _inside(self, place: Any, start: int, size: int) -> Any:
-        """Whether a place is one of so many; None: those of all threads are."""
-        return None if start + THREADS <= size else place < size
+    def _take(self, source: str, flag: Any, weights: Any, begin: Any, number: int, total: Any) -> Any:
+        """So many packets of each thread; returns the sum of squares."""
+        m, size = self.m, self.shape.packets[source]
+        places = [m.thread + (begin + i * THREADS) for i in range(number)]
+        inside = [x < size for x in places]
+        at = [m.select(there, x, size - 1) for x, there in zip(places, inside, strict=True)]
+        factors: list[Any] = [None] * number
+        if weights is not None:
+            factors = [[m.as_float(m.load(weights + m.wide(x * 8 + 4 * i))) for i in range(2)] for x in at]
+        found = m.receive([self._packet(source, x) for x in at], flag)
+        for pair, x, there, factor in zip(found, at, inside, factors, strict=True):
+            if factor is not None:
+                low, high = m.low_half(pair), m.high_half(pair)
+                total = total + m.select(there, low * low + high * high, 0.0)
+                pair = m.pair(low * factor[0], high * factor[1])
+            m.keep(x * 4 + self.at[_FEATURES[source]], pair)  # of the last place from several threads, the same bits
+        return total
 
     def _chunk(self, product: Product, i: Any, count: Any, first: int, finish: Callable[..., None]) -> Any:
         """A chunk's units, into "sums"; or finished, where a warp has a unit to itself."""

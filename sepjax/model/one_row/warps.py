@@ -169,7 +169,7 @@ class Warps:
         return self._ptx("rsqrt.approx.f32 $0, $1;", [x], [self.f32], volatile=False)
 
     def reciprocal(self, x: Number) -> Number:
-        return self._ptx("rcp.rn.f32 $0, $1;", [x], [self.f32], volatile=False)
+        return self._ptx("rcp.approx.ftz.f32 $0, $1;", [x], [self.f32], volatile=False)
 
     def low_half(self, pair: Number) -> Number:
         """The first of two bfloat16 in 32 bits, as a float."""
