@@ -93,6 +93,22 @@ class SimulatedWarps:
     def from_lane_xor(self, x: np.ndarray, distance: int) -> np.ndarray:
         return np.asarray(x)[np.arange(WARP) ^ distance]
 
+    def products(self, a: Sequence[Any], b: Sequence[Any], c: Sequence[Any]) -> list[np.ndarray]:
+        assert self.mask.all(), "whole warps"
+        g, t = self.lane // 4, self.lane % 4
+        left, right, sums = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
+        for i, x in enumerate(a):
+            for j, half in enumerate((self.low_half(x), self.high_half(x))):
+                left[g + 8 * (i % 2), 2 * t + j + 8 * (i // 2)] = half
+        for i, x in enumerate(b):
+            for j, half in enumerate((self.low_half(x), self.high_half(x))):
+                right[2 * t + j + 8 * i, g] = half
+        for i, x in enumerate(c):
+            sums[g + 8 * (i // 2), 2 * t + i % 2] = x
+        with np.errstate(all="ignore"):
+            sums += left @ right
+        return [sums[g + 8 * (i // 2), 2 * t + i % 2].astype(np.float32) for i in range(4)]
+
     # -- what is done
 
     def when(self, condition: Any, body: Callable[[], None]) -> None:
@@ -237,6 +253,9 @@ class SimulatedWarps:
 
     def arrive(self, at: Any) -> None:
         self._arrived(self._barrier(at), int(self.mask.sum()), 0)
+
+    def meet_warp(self) -> None:
+        assert self.mask.all(), "whole warps"
 
     def arrive_warp(self, at: Any) -> None:
         assert self.mask.all(), "whole warps"

@@ -22,11 +22,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from sepjax.model.one_row.shape import ENTRIES, PACKET, THREADS, TILE, WARPS, Product, Shape
+from sepjax.model.one_row.shape import COLUMNS, ENTRIES, PACKET, THREADS, TILE, WARPS, WEIGHTS, Product, Shape
 
 QKV, OUT, INTO, DOWN, NORM, MLP_NORM, K_CACHE, V_CACHE, K_NEW, V_NEW = range(ENTRIES)
 LOG2E = math.log2(math.e)
 _FEATURES = {"x": "features", "attended": "others", "y": "features", "hidden": "others"}  # where vectors are kept
+_UNROLLED = 4  # blocks of columns
 _TOGETHER = 4  # packets that a thread asks for at a time
 _LOWEST = -1e30  # below every score, and finite
 
@@ -178,15 +179,11 @@ class Kernel:
             at = m.address(self.stamps) + m.wide(((m.block * self.shape.L + layer) * 16 + which) * 4)
             m.when(m.same(m.thread, 0), lambda: m.store(at, m.clock()))
 
-    def _packet(self, name: str, i: Any, copy: Any = None) -> Any:
-        if copy is None:
-            copy = self.m.block % self.shape.copies[name]
-        number = i + copy * self.shape.packets[name]
-        return self.m.address(self.given.packets) + self.m.wide(number * PACKET + self.shape.packets_at[name])
+    def _packet(self, name: str, i: Any) -> Any:
+        return self.m.address(self.given.packets) + self.m.wide(i * PACKET + self.shape.packets_at[name])
 
     def _send(self, name: str, i: Any, bits: Any, flag: Any) -> None:
-        for copy in range(self.shape.copies[name]):
-            self.m.send(self._packet(name, i, copy), bits, flag)
+        self.m.send(self._packet(name, i), bits, flag)
 
     def _begin_turns(self) -> None:
         """Cosines and sines of all zones, into shared memory."""
@@ -235,7 +232,7 @@ class Kernel:
 
     def _root(self, squares: int) -> Any:
         """What a norm multiplies by, of the sums of squares of all warps."""
-        total = self._added([self.m.shared_float(squares + 4 * w) for w in range(WARPS)])
+        total = self._added(self._eight(squares))
         return self.m.rsqrt(total * (1.0 / self.shape.D) + self.shape.epsilon)
 
     def _send_pair(self, name: str, flag: Any) -> Callable[..., None]:
@@ -279,18 +276,17 @@ class Kernel:
         weights = None if norm is None else self._entry(layer, norm)
         m.when(chunks >= 1, lambda: self._gather(source, flag, weights, squares))
 
-        def normed(unit: Any, local: Any, sums: list[Any]) -> None:
-            factor = None if squares is None else self._root(squares)
-            finish(unit, local, sums if factor is None else [x * factor for x in sums])
-
         def chunk(i: Any, count: Any) -> list[Any]:
-            return [self._chunk(product, i, count, self.at[_FEATURES[source]], normed)]
+            return [self._chunk(product, i, count, self.at[_FEATURES[source]])]
 
         (count,) = m.loop(0, chunks, 1, chunk, count)
-        if product.splits > 1:
-            m.when(chunks >= 1, lambda: m.meet(1, THREADS))
-            sums = lambda local: [self._sum(product, local, r) for r in range(product.rows)]  # noqa: E731
-            self._each_unit(name, lambda unit, local: normed(unit, local, sums(local)))
+        m.when(chunks >= 1, lambda: m.meet(1, THREADS))
+
+        def unit(unit: Any, local: Any) -> None:
+            sums, factor = self._sums(product, local), None if squares is None else self._root(squares)
+            finish(unit, local, sums if factor is None else [x * factor for x in sums])
+
+        self._each_unit(name, unit)
         return count
 
     def _added(self, numbers: list[Any]) -> Any:
@@ -299,10 +295,12 @@ class Kernel:
             numbers = [a + b for a, b in zip(numbers[::2], numbers[1::2], strict=False)] + rest
         return numbers[0]
 
-    def _sum(self, product: Product, local: Any, row: int) -> Any:
-        n = product.splits
-        at = (local * product.rows + row) * (4 * n) + self.at["sums"]
-        return self._added([self.m.shared_float(at + 4 * i) for i in range(n)])
+    def _sums(self, product: Product, local: Any) -> list[Any]:
+        """Of a unit's rows, over all warps."""
+        chunk, unit = local // product.units, local % product.units
+        first = chunk * product.of_chunk + unit * 2
+        rows = [first + (half * product.units * 2 + i) for half in range(product.rows // 2) for i in range(2)]
+        return [self._added(self._eight(row * (4 * WARPS) + self.at["sums"])) for row in rows]
 
     def _gather(self, source: str, flag: Any, weights: Any, squares: int | None) -> None:
         """A vector from packets into shared memory, of a norm times its weights; and the sums of its squares."""
@@ -340,72 +338,67 @@ class Kernel:
             m.keep(x * 4 + self.at[_FEATURES[source]], pair)  # of the last place from several threads, the same bits
         return total
 
-    def _chunk(self, product: Product, i: Any, count: Any, first: int, finish: Callable[..., None]) -> Any:
-        """A chunk's units, into "sums"; or finished, where a warp has a unit to itself."""
-        m, splits = self.m, product.splits
-        unit, split = m.warp // splits, m.warp % splits
-        works = unit < product.units if product.units * splits < WARPS else None
-        vectors, row = product.columns // 8 // splits, product.columns * 2
-        sums = [m.float(0.0) for _ in range(2 * product.rows)]
+    def _chunk(self, product: Product, i: Any, count: Any, features: int) -> Any:
+        """A chunk's rows times the features, into "sums": every warp has some of the columns.
+
+        Rows are those of the left factor of a tensor core, all columns of the right one the features. Which numbers of
+        a row are its k-th is free, if the features' are the same: a lane takes 8 in a row.
+        """
+        m = self.m
+        lane, row = m.lane // 4, product.columns * 2
+        tiles = range(0, product.of_chunk, 16)
+        sums = [m.float(0.0) for _ in tiles for _ in range(8)]
         for part in range(product.parts):
             place, barrier, turn = self._place(count)
             m.wait(barrier + self.at["ready"], turn % 2)
-            of_unit = place + m.select(works, unit, 0) * (2 * row) if works is not None else place + unit * (2 * row)
-            for begin in range(0, vectors, 32):
-                vector, there = m.lane + begin, None
-                if begin + 32 > vectors:
-                    there = vector < vectors
-                    vector = m.select(there, vector, vectors - 1)
-                at = (split * vectors + vector) * 16
-                features = m.shared_four(at + (first + part * row))
-                if there is not None:
-                    features = [m.select(there, x, 0) for x in features]
-                halves = [[of_unit + (h * product.units * 2 + r) * row for r in range(2)] for h in range(product.rows // 2)]
-                rows = [m.shared_four(x + at) for half in halves for x in half]
-                for x, *ws in zip(features, *rows, strict=True):
-                    low, high = m.low_half(x), m.high_half(x)
-                    for r, w in enumerate(ws):
-                        sums[2 * r] = m.fma(m.low_half(w), low, sums[2 * r])
-                        sums[2 * r + 1] = m.fma(m.high_half(w), high, sums[2 * r + 1])
+            rows = [self._row(lane + x, x + 8, product.of_chunk) for x in range(0, product.of_chunk, 8)]
+            begins = [place + x * row for x in rows]
+
+            def block(number: Any, *sums: Any, begins: Any = begins, part: int = part) -> list[Any]:
+                at = number * (2 * COLUMNS) + m.lane % 4 * 16
+                x, found = m.shared_four(at + (features + part * row)), []
+                number_of = product.columns // COLUMNS
+                if number_of % WARPS:
+                    x = [m.select(number < number_of, y, 0) for y in x]
+                    at = m.select(number < number_of, at, 0)
+                for n, _ in enumerate(tiles):
+                    both = [m.shared_four(begin + at) for begin in begins[2 * n : 2 * n + 2]]
+                    first, second = both if len(both) > 1 else (both[0], [m.integer(0)] * 4)
+                    for j in range(2):
+                        a = first[2 * j], second[2 * j], first[2 * j + 1], second[2 * j + 1]
+                        found += m.products(a, x[2 * j : 2 * j + 2], sums[8 * n + 4 * j : 8 * n + 4 * j + 4])
+                return found
+
+            sums = self._over_blocks(product, block, sums)
             m.arrive_warp(barrier + self.at["free"])
             count = count + 1
-        found = self._over_lanes([a + b for a, b in zip(sums[::2], sums[1::2], strict=True)])
-        of_row = 32 // product.rows
-        if splits == 1:
-            self._finish(product, i, unit, works, found, finish)
-            return count
-        writes = m.same(m.lane % of_row, 0)
-        writes = writes if works is None else m.both(writes, works)
-        local = (i * product.units + unit) * product.rows + m.lane // of_row
-        m.when(writes, lambda: m.keep((local * splits + split) * 4 + self.at["sums"], found))
+        for n, first in enumerate(tiles):
+            for half in range(2 if first + 8 < product.of_chunk else 1):
+                found = sums[8 * n + 2 * half] + sums[8 * n + 4 + 2 * half]
+                of_row = lane + (first + 8 * half)
+                at = ((i * product.of_chunk + of_row) * WARPS + m.warp) * 4 + self.at["sums"]
+                writes = m.both(m.same(m.lane % 4, 0), of_row < product.of_chunk)
+                m.when(writes, lambda at=at, found=found: m.keep(at, found))
         return count
 
-    def _finish(
-        self, product: Product, i: Any, unit: Any, works: Any, found: Any, finish: Callable[..., None]
-    ) -> None:  # fmt: skip
-        """By the first lane, of what `_over_lanes` has left in several."""
-        m, of_row = self.m, 32 // product.rows
-        sums = [found, *(m.from_lane_xor(found, row * of_row) for row in range(1, product.rows))]
-        first, _ = self._chunks_of(product)
-        number = (first + i * product.blocks) * product.units + unit
-        there = m.both(m.same(m.lane, 0), number < product.U)
-        there = there if works is None else m.both(there, works)
-        m.when(there, lambda: finish(number, i * product.units + unit, sums))
+    def _row(self, row: Any, end: int, number: int) -> Any:
+        return row if end <= number else self.m.select(row < number, row, number - 1)
 
-    def _over_lanes(self, sums: list[Any]) -> Any:
-        """Sums over the lanes, of each of some numbers: lane 0 has the first's, then in equal distances the others'."""
-        m, distance = self.m, 16
-        while len(sums) > 1:
-            half, upper = len(sums) // 2, m.same(m.lane & distance, distance)
-            given = [m.select(upper, a, b) for a, b in zip(sums[:half], sums[half:], strict=True)]
-            kept = [m.select(upper, b, a) for a, b in zip(sums[:half], sums[half:], strict=True)]
-            sums = [x + m.from_lane_xor(y, distance) for x, y in zip(kept, given, strict=True)]
-            distance //= 2
-        found = sums[0]
-        while distance:
-            found = found + m.from_lane_xor(found, distance)
-            distance //= 2
-        return found
+    def _over_blocks(self, product: Product, block: Callable[..., Any], sums: list[Any]) -> list[Any]:
+        """block(number, *sums) of all of a warp's columns."""
+        m, number = self.m, -(-product.columns // COLUMNS // WARPS)
+        whole = number // _UNROLLED * _UNROLLED if number > 2 * _UNROLLED else 0
+
+        def several(begin: Any, *sums: Any) -> list[Any]:
+            for i in range(_UNROLLED):
+                sums = block((begin + i) * WARPS + m.warp, *sums)
+            return list(sums)
+
+        if whole:
+            sums = m.loop(0, whole, _UNROLLED, several, *sums)
+        for i in range(whole, number):
+            sums = block(m.warp + i * WARPS, *sums)
+        return sums
 
     # -- attention ----------------------------------------------------------------------------------------------------
 
@@ -415,173 +408,185 @@ class Kernel:
         head, share, tiles = self._tiles()
         takes_part = m.block < s.K * s.splits
         m.when(takes_part, lambda: self._queries(layer, head, share, flag))
-        lanes = s.H // 8  # of a slot
-        own = self._own_state(share, lanes)
+        begin = [m.float(x) for x in (_LOWEST, *[0.0] * (1 + s.G * s.H // 32))]
 
         def tile(i: Any, count: Any, *state: Any) -> list[Any]:
             return [count + 1, *self._tile(share + i * s.splits, count, list(state))]
 
-        count, *state = m.loop(0, tiles, 1, tile, count, *own)
+        count, *state = m.loop(0, tiles, 1, tile, count, *begin)
         m.when(takes_part, lambda: self._send_shares(state, head, share, flag))
         return count
 
     def _queries(self, layer: Any, head: Any, share: Any, flag: Any) -> None:
-        """The head's queries turned to fit each zone, its own key and value, as floats; its new entries are written."""
+        """The head's queries turned to fit each zone, its own key and value, which are written into the cache."""
         m, s = self.m, self.shape
-        pairs, half = s.H // 2, s.H // 2
-        total = (s.G + 2) * pairs
+        quarter = s.H // 4  # a thread has two packets of a vector, which turn each other
+        total = (s.G + 2) * quarter
         for begin in range(0, total, THREADS):
             i = m.thread + begin
-            there = i < total
-            which = m.select(there, i // pairs, 0)
-            of_query = head * s.G + which
-            of_new = head + (s.N - s.K) + (which - (s.G - 1)) * s.K  # the key's head after all queries, then the value's
-            packet = m.select(which < s.G, of_query, of_new) * pairs + i % pairs
-            def take(i: Any = i, packet: Any = packet) -> None:
-                (pair,) = m.receive([self._packet("qkv", packet)], flag)
-                m.keep(i * 4 + self.at["projected"], pair)
-            m.when(there, take)
+            m.when(i < total, lambda i=i: self._turn(layer, head, share, flag, i // quarter, i % quarter))
         m.meet(1, THREADS)
 
-        def projected(which: Any, i: Any) -> Any:
-            """Number i of a vector, as a float."""
-            pair = m.shared((which * pairs + i // 2) * 4 + self.at["projected"])
-            return m.select(m.same(i % 2, 0), m.low_half(pair), m.high_half(pair))
+        def own_score() -> None:
+            dot = m.float(0.0)
+            query = ((s.zones - 1) * 8 + m.warp) * (s.H * 2) + self.at["queries"]
+            for begin in range(0, s.H // 2, 32):
+                words = [m.shared(at + (m.lane + begin) * 4) for at in (query, m.integer(self.at["own"]))]
+                (a, b), (c, d) = ((m.low_half(x), m.high_half(x)) for x in words)
+                dot = m.fma(b, d, m.fma(a, c, dot))
+            for distance in (16, 8, 4, 2, 1):
+                dot = dot + m.from_lane_xor(dot, distance)
+            m.when(m.same(m.lane, 0), lambda: m.keep(m.warp * 4 + self.at["own_scores"], dot * self._scale))
 
-        def turned(which: Any, zone: Any, i: Any) -> list[Any]:
-            at, of_sines = (zone * half + i) * 4 + self.at["turns"], 4 * s.zones * half
-            cos, sin = m.shared_float(at), m.shared_float(at + of_sines)
-            first, second = projected(which, i), projected(which, i + half)
-            return [first * cos - second * sin, second * cos + first * sin]
+        m.when(m.both(m.same(share, 0), m.warp < s.G), own_score)
 
-        scale = s.H**-0.5 * LOG2E
-        number = s.zones * s.G * half
-        for begin in range(0, number, THREADS):
-            i = m.thread + begin
-            def turn(i: Any = i) -> None:
-                which = i // half
-                for j, x in enumerate(turned(which % s.G, which // s.G, i % half)):
-                    m.keep((which * s.H + i % half + j * half) * 4 + self.at["queries"], x * scale)
-            m.when(i < number, turn)
+    @property
+    def _scale(self) -> float:
+        return self.shape.H**-0.5 * LOG2E
 
-        def own() -> None:
-            zones, i = s.zones * s.G * s.H * 4 + self.at["queries"], m.thread
-            key = turned(m.integer(s.G), m.integer(s.zones - 1), i)
-            value = [projected(m.integer(s.G + 1), i + j * half) for j in range(2)]
+    def _turn(self, layer: Any, head: Any, share: Any, flag: Any, which: Any, j: Any) -> None:
+        """Packets j and H / 4 + j of a vector: of a query, the key behind them or the value behind that."""
+        m, s, quarter, half = self.m, self.shape, self.shape.H // 4, self.shape.H // 2
+        of_new = head + (s.N - s.K) + (which - (s.G - 1)) * s.K  # keys stand after all queries, then values
+        packet = m.select(which < s.G, head * s.G + which, of_new) * half + j
+        pairs = m.receive([self._packet("qkv", packet + x) for x in (0, quarter)], flag)
+        (a, b), (c, d) = ((m.low_half(x), m.high_half(x)) for x in pairs)
+
+        def turned(zone: int) -> tuple[Any, Any]:
+            at = j * 8 + (zone * half * 4 + self.at["turns"])
+            (cos, other_cos), (sin, other_sin) = (
+                [m.shared_float(at + (x + y)) for y in (0, 4)] for x in (0, 4 * s.zones * half)
+            )
+            first = m.pair(a * cos - c * sin, b * other_cos - d * other_sin)
+            return first, m.pair(c * cos + a * sin, d * other_cos + b * other_sin)
+
+        def keep(at: Any, words: Any) -> None:
+            for i, word in enumerate(words):
+                m.keep(at + (j + i * quarter) * 4, word)
+
+        def query() -> None:
+            for zone in range(s.zones):
+                keep((which + zone * 8) * (s.H * 2) + self.at["queries"], turned(zone))
+
+        def new(words: Any, number: int, entry: int) -> None:
+            keep(m.integer(self.at["own"] + number * s.H * 2), words)
             place = head * self.new_strides[0] + self.slot * self.new_strides[1]
-            for x, which, entry in ((key, 0, K_NEW), (value, 1, V_NEW)):
-                address = self._entry(layer, entry)
-                for j in range(2):
-                    bits = m.pair(x[j], x[j])
-                    m.keep((i + j * half) * 4 + (zones + which * s.H * 4), m.low_half(bits))
-                    writes = address + m.wide((place + i + j * half) * 2)
-                    m.when(m.same(share, 0), lambda writes=writes, bits=bits: m.store_half(writes, bits))
+            address = self._entry(layer, entry) + m.wide(place * 2)
+            for i, word in enumerate(words):
+                to = address + m.wide((j + i * quarter) * 4)
+                m.when(m.same(share, 0), lambda to=to, word=word: m.store(to, word))
 
-        m.when(m.thread < half, own)
-        m.meet(1, THREADS)
+        m.when(which < s.G, query)
+        m.when(m.same(which, s.G), lambda: new(turned(s.zones - 1), 0, K_NEW))
+        m.when(m.same(which, s.G + 1), lambda: new(pairs, 1, V_NEW))
 
     def _eight(self, at: Any) -> list[Any]:
         """Eight floats of shared memory."""
         return [self.m.as_float(x) for i in range(2) for x in self.m.shared_four(at + 16 * i)]
 
-    def _dots(self, zone: Any, key: list[Any], lanes: int) -> list[Any]:
-        """Scores of eight numbers of a key a lane with the queries of a zone, summed over so many lanes."""
-        m, s, found = self.m, self.shape, []
-        first = (m.lane % lanes) * 32 + self.at["queries"]
-        for g in range(s.G):
-            query = self._eight(zone * (s.G * s.H * 4) + (first + g * s.H * 4))
-            dot = m.float(0.0)
-            for a, b in zip(query, key, strict=True):
-                dot = m.fma(a, b, dot)
-            found.append(dot)
-        distance = 1
-        while distance < lanes:
-            found = [x + m.from_lane_xor(x, distance) for x in found]
-            distance *= 2
-        return found
-
-    def _own_state(self, share: Any, lanes: int) -> list[Any]:
-        """Maximum, sum of weights and eight sums of values for each query: of the token itself, in one place."""
-        m, s = self.m, self.shape
-        at = (m.lane % lanes) * 32 + (self.at["queries"] + s.zones * s.G * s.H * 4)
-        scores, value = self._dots(m.integer(s.zones - 1), self._eight(at), lanes), self._eight(at + s.H * 4)
-        is_own = m.both(m.same(share, 0), m.thread < lanes)
-        state = []
-        for score in scores:
-            state += [m.select(is_own, score, _LOWEST), m.select(is_own, m.float(1.0), 0.0)]
-            state += [m.select(is_own, x, 0.0) for x in value]
-        return state
-
     def _tile(self, number: Any, count: Any, state: list[Any]) -> list[Any]:
-        """The state after the slots of a tile."""
+        """The state after the slots of a tile, 8 a warp: of lane 4 g + t query g's maximum and part of the sum of its
+        weights, and of all queries sums of the lane's numbers of values.
+        """
         m, s = self.m, self.shape
-        lanes, size = s.H // 8, TILE * s.H * 2
-        together, slots = 32 // lanes, TILE // WARPS
-        rows = [m.warp * slots + begin + m.lane // lanes for begin in range(0, slots, together)]
-        biases = [m.as_float(m.load(m.address(self.given.bias) + m.wide((number * TILE + x) * 4))) for x in rows]
+        slots = [number * TILE + m.warp * 8 + m.lane % 4 * 2 + i for i in range(2)]
+        biases = [m.as_float(m.load(m.address(self.given.bias) + m.wide(x * 4))) for x in slots]
         place, barrier, turn = self._place(count)
         m.wait(barrier + self.at["ready"], turn % 2)
-        for row, bias in zip(rows, biases, strict=True):
-            at = place + row * (s.H * 2) + (m.lane % lanes) * 16
-            key, value = (self._halves(m.shared_four(at + x)) for x in (0, size))
-            slot, zone = number * TILE + row, m.integer(0)
-            for end in s.ends:
-                zone = zone + m.select(slot < end, m.integer(0), 1)
-            scores = [x + bias for x in self._dots(zone, key, lanes)]
-            state = [x for g, score in enumerate(scores) for x in self._seen(state[10 * g : 10 * g + 10], score, value)]
+        scores = [a * self._scale + b for a, b in zip(self._scores(place, slots), biases, strict=True)]
+        top, total, *sums = state
+        new = m.larger(scores[0], scores[1])
+        for distance in (1, 2):
+            new = m.larger(new, m.from_lane_xor(new, distance))
+        new = m.larger(new, top)
+        shrink, weights = m.exp2(top - new), [m.exp2(x - new) for x in scores]
+        total = m.fma(total, shrink, weights[0] + weights[1])
+        mine = m.warp * WEIGHTS + self.at["weights"]
+        for i, x in enumerate(weights):
+            m.keep(mine + (m.lane % 4 * 2 + i) * 32 + m.lane // 4 * 4, x)
+        m.when(m.same(m.lane % 4, 0), lambda: m.keep(mine + m.lane // 4 * 4 + 256, shrink))
+        m.meet_warp()
+        sums = self._weighed(mine, place, sums)
         m.arrive_warp(barrier + self.at["free"])
-        return state
+        return [new, total, *sums]
 
-    def _halves(self, words: list[Any]) -> list[Any]:
-        return [x for word in words for x in (self.m.low_half(word), self.m.high_half(word))]
+    def _scores(self, place: Any, slots: list[Any]) -> list[Any]:
+        """Products of query lane // 4 with the keys of two slots, as their zone has it."""
+        m, s = self.m, self.shape
+        key = place + (m.warp * 8 + m.lane // 4) * (s.H * 2) + m.lane % 4 * 16
+        keys = [m.shared_four(key + 64 * i) for i in range(s.H // 32)]
+        found: list[Any] = []
+        for zone in range(s.zones):
+            query = (m.lane // 4 + zone * 8) * (s.H * 2) + m.lane % 4 * 16 + self.at["queries"]
+            of_zone = [m.float(0.0)] * 4
+            for i, b in enumerate(keys):
+                a, none = m.shared_four(query + 64 * i), m.integer(0)
+                for j in (0, 2):
+                    of_zone = m.products((a[j], none, a[j + 1], none), b[j : j + 2], of_zone)
+            if found:
+                end = s.ends[zone - 1]
+                found = [m.select(x < end, a, b) for x, a, b in zip(slots, found, of_zone[:2], strict=True)]
+            else:
+                found = of_zone[:2]
+        return found
 
-    def _seen(self, state: list[Any], score: Any, value: list[Any]) -> list[Any]:
-        m, (top, total, *sums) = self.m, state
-        new = m.larger(top, score)
-        shrink, weight = m.exp2(top - new), m.exp2(score - new)
-        return [new, m.fma(total, shrink, weight), *(m.fma(weight, v, x * shrink) for x, v in zip(sums, value, strict=True))]
+    def _weighed(self, mine: Any, place: Any, sums: list[Any]) -> list[Any]:
+        """The sums of values, of which a lane has H / 32 numbers, after 8 more slots."""
+        m, s = self.m, self.shape
+        each, fours = s.H // 32, -(-s.G // 4)
+
+        def of_queries(row: int) -> list[Any]:
+            return [m.as_float(x) for i in range(fours) for x in m.shared_four(mine + (row * 32 + 16 * i))][: s.G]
+
+        value = place + m.warp * (8 * s.H * 2) + m.lane * (2 * each) + TILE * s.H * 2
+        sums = [x * y for y, g in zip(of_queries(8), range(s.G), strict=True) for x in sums[each * g : each * (g + 1)]]
+        for row in range(8):
+            words = [m.shared(value + (row * s.H * 2 + 4 * i)) for i in range(each // 2)]
+            values = [x for word in words for x in (m.low_half(word), m.high_half(word))]
+            weights = of_queries(row)
+            sums = [m.fma(weights[i // each], values[i % each], x) for i, x in enumerate(sums)]
+        return sums
 
     def _send_shares(self, state: list[Any], head: Any, share: Any, flag: Any) -> None:
-        """Joins what the lanes and warps of a block have seen, and sends it: H sums, maximum and total of a query."""
+        """Joins what the warps of a block have seen, and sends it: H sums, maximum and total of a query."""
         m, s = self.m, self.shape
-        lanes, width = s.H // 8, s.H + 2
-        queries = [state[10 * g : 10 * g + 10] for g in range(s.G)]
-        distance = lanes
-        while distance < 32:
-            queries = [self._joined(x, [m.from_lane_xor(y, distance) for y in x]) for x in queries]
-            distance *= 2
-        first = self.at["features"]
+        each, width, first = s.H // 32, s.H + 2, self.at["features"]
+        top, total, *sums = state
+        for distance in (1, 2):
+            total = total + m.from_lane_xor(total, distance)
+        for i, x in enumerate(sums):
+            m.keep((m.warp * s.G + i // each) * (4 * width) + m.lane * (4 * each) + (first + i % each * 4), x)
 
         def keep() -> None:
-            for g, (top, total, *sums) in enumerate(queries):
-                at = (m.warp * s.G + g) * (4 * width) + first
-                for i, x in enumerate(sums):
-                    m.keep(at + m.lane * 32 + 4 * i, x)
-                for i, x in enumerate((top, total)):
-                    m.when(m.same(m.lane, 0), lambda at=at, i=i, x=x: m.keep(at + (s.H + i) * 4, x))
+            at = (m.warp * s.G + m.lane // 4) * (4 * width) + (first + s.H * 4)
+            m.keep(at, top)
+            m.keep(at + 4, total)
 
-        m.when(m.lane < lanes, keep)
+        m.when(m.both(m.same(m.lane % 4, 0), m.lane < 4 * s.G), keep)
         m.meet(1, THREADS)
         number = s.G * width
         for begin in range(0, number, THREADS):
             i = m.thread + begin
+            m.when(i < number, lambda i=i: self._send_share(head, share, flag, i // width, i % width))
 
-            def send(i: Any = i) -> None:
-                query, x = i // width, i % width
-                places = [(query + w * s.G) * (4 * width) + first for w in range(WARPS)]
-                tops = [m.shared_float(at + s.H * 4) for at in places]
-                top = tops[0]
-                for other in tops[1:]:
-                    top = m.larger(top, other)
-                # The place after the sums has the maximum itself.
-                found = self._added(
-                    [m.shared_float(at + x * 4) * m.exp2(other - top) for at, other in zip(places, tops, strict=True)]
-                )
-                found = m.select(m.same(x, s.H), top, found)
-                packet = ((head * s.splits + share) * s.G + query) * width + x
-                self._send("shares", packet, m.as_bits(found), flag)
-
-            m.when(i < number, send)
+    def _send_share(self, head: Any, share: Any, flag: Any, query: Any, x: Any) -> None:
+        m, s = self.m, self.shape
+        width, first = s.H + 2, self.at["features"]
+        places = [(query + w * s.G) * (4 * width) + first for w in range(WARPS)]
+        own = m.select(m.same(share, 0), m.shared_float(query * 4 + self.at["own_scores"]), _LOWEST)
+        tops = [m.shared_float(at + s.H * 4) for at in places]
+        top = own
+        for other in tops:
+            top = m.larger(top, other)
+        sums = [m.shared_float(at + x * 4) * m.exp2(other - top) for at, other in zip(places, tops, strict=True)]
+        in_value = m.select(x < s.H, x, 0)
+        word = m.shared(in_value // 2 * 4 + (self.at["own"] + s.H * 2))
+        value = m.select(m.same(in_value % 2, 0), m.low_half(word), m.high_half(word))
+        weight = m.select(m.same(share, 0), m.exp2(own - top), 0.0)
+        found = m.fma(weight, m.select(x < s.H, value, 1.0), self._added(sums))
+        found = m.select(m.same(x, s.H), top, found)
+        packet = ((head * s.splits + share) * s.G + query) * width + x
+        self._send("shares", packet, m.as_bits(found), flag)
 
     def _joined(self, a: list[Any], b: list[Any]) -> list[Any]:
         m, top = self.m, self.m.larger(a[0], b[0])

@@ -10,10 +10,10 @@ TILE = 64  # slots of a cache that are copied at a time
 SPLITS = 64  # blocks that share a key head's slots, at most: half a warp joins what they found
 STAGE = 32 * 1024  # bytes of a place in the ring, at most
 SHARED = 226 * 1024  # bytes of shared memory that a block may have
-COPIES = 4  # of packets that all blocks read: they ask for the same few lines of the L2 again and again
-_ALONE = 2048  # numbers of a row that a warp may have to itself
+WEIGHTS = 9 * 32  # bytes of a warp's weights: of 8 slots for 8 queries, and what sums shrink by
+COLUMNS = 32  # of a matrix, that a warp multiplies at a time
 _LEAST_STAGES = 3
-_MOST_QUERIES = 8  # of a key head: ten registers each
+_MOST_QUERIES = 8  # of a key head
 _MOST_UNITS = 4 * THREADS
 ENTRIES = 10  # addresses of a layer: four matrices, two norms, keys and values, and where the new ones are written
 
@@ -49,14 +49,9 @@ class Product:
         return self.inputs // self.parts
 
     @property
-    def splits(self) -> int:
-        """Warps that share a unit's columns."""
-        splits = 1
-        if self.parts == 1 and self.chunks <= self.blocks and self.columns <= _ALONE:
-            return splits  # a warp by itself is done sooner than several that wait for each other
-        while self.units * splits * 2 <= WARPS and self.columns // 8 % (splits * 2) == 0:
-            splits *= 2
-        return splits
+    def of_chunk(self) -> int:
+        """Rows of a chunk."""
+        return self.units * self.rows
 
     @property
     def bytes(self) -> int:
@@ -111,7 +106,7 @@ class Shape:
     def _chunk(self, U: int, rows: int, inputs: int) -> tuple[int, int]:
         """Units of a chunk, and parts of a unit: no more than are needed for as many chunks as blocks."""
         size, parts = rows * inputs * 2, 1
-        while size // parts > STAGE or inputs % parts:
+        while size // parts > STAGE or inputs % (parts * 8):
             parts += 1
         if parts > 1:
             return 1, parts
@@ -124,31 +119,28 @@ class Shape:
         """Packets of each vector that blocks hand to each other: pairs of bfloat16, of "shares" floats."""
         N, K, H, D, F = self.N, self.K, self.H, self.D, self.F
         shares = N * self.splits * (H + 2)
-        read_by_all = {"x": D // 2, "attended": N * H // 2, "y": D // 2, "hidden": F // 2}
-        return {"qkv": (N + 2 * K) * H // 2, "shares": shares} | read_by_all
-
-    @property
-    def copies(self) -> dict[str, int]:
-        """How often each vector is sent, one copy after the other."""
-        return {name: 1 if name in ("qkv", "shares") else COPIES for name in self.packets}
+        return {
+            "x": D // 2, "qkv": (N + 2 * K) * H // 2, "shares": shares, "attended": N * H // 2, "y": D // 2,
+            "hidden": F // 2,
+        }  # fmt: skip
 
     @functools.cached_property
     def packets_at(self) -> dict[str, int]:
         """Where they begin, in bytes, and "end"."""
-        sizes = {name: size * self.copies[name] for name, size in self.packets.items()}
-        return _one_after_another({"x": sizes.pop("x")} | sizes, PACKET, 128)
+        return _one_after_another(self.packets, PACKET, 128)
 
     @functools.cached_property
     def shared_at(self) -> dict[str, int]:
         """Where everything lies in shared memory but the ring, which begins at "end"."""
-        of_splits = max(x.most * x.rows * x.splits for x in self.products.values()) * 4
+        sums = max(-(-x.most // x.units) * x.of_chunk for x in self.products.values()) * 4 * WARPS
         of_warps = WARPS * self.G * (self.H + 2) * 4
         sizes = {
             "ready": 8 * 16, "free": 8 * 16, "addresses": 8 * ENTRIES * self.L, "squares": 2 * 4 * WARPS,
-            "residual": self.products["out"].most * 8, "sums": of_splits, 
+            "residual": self.products["out"].most * 8, "sums": sums,
             # Two, in turns: while some warps still read one, others write the other.
             "features": max(2 * self.D, of_warps), "others": 2 * max(self.N * self.H, self.F),
-            "turns": 4 * self.zones * self.H, "projected": (self.G + 2) * self.H * 2, "queries": (self.zones * self.G + 2) * self.H * 4,
+            "turns": 4 * self.zones * self.H, "queries": 16 * self.zones * self.H, "own": 4 * self.H,
+            "own_scores": 4 * _MOST_QUERIES, "weights": WARPS * WEIGHTS,
         }  # fmt: skip
         return _one_after_another(sizes, 1, 128)
 
@@ -168,8 +160,8 @@ class Shape:
             return f"it serves heads of 64 and 128, got {self.H}"
         if self.C % TILE or not self.C:
             return f"it reads {TILE} slots at a time, the cache has {self.C}"
-        if self.D % 16 or self.F % 16:
-            return f"it reads 8 numbers of a row at a time and makes 2, the model is {self.D} wide, its MLP {self.F}"
+        if any(x.columns % COLUMNS for x in self.products.values()):
+            return f"it reads {COLUMNS} numbers of a row at a time, the model is {self.D} wide, its MLP {self.F}"
         if self.K > self.blocks:
             return f"it gives a block to each of {self.K} key heads, the GPU has {self.blocks} SMs"
         if self.G > _MOST_QUERIES:

@@ -142,7 +142,10 @@ class Warps:
     def both(self, a: Number, b: Number) -> Number:
         return Number(arith.andi(a.value, b.value))
 
-    def _ptx(self, text: str, given: Sequence[Number], results: Sequence[Any] = (), *, volatile: bool = True) -> Any:
+    def _ptx(
+        self, text: str, given: Sequence[Number], results: Sequence[Any] = (), *, volatile: bool = True,
+        convergent: bool | None = None,
+    ) -> Any:  # fmt: skip
         letters = {"i32": "r", "i64": "l", "f32": "f"}
         names = [f"={letters[str(t)]}" for t in results] + [letters[str(x.value.type)] for x in given]
         kind = ir.Type.parse("!llvm.void") if not results else results[0]
@@ -150,7 +153,7 @@ class Warps:
             kind = llvm.StructType.get_literal(list(results))
         found = llvm.inline_asm(
             kind, [x.value for x in given], text, ",".join(names + (["~{memory}"] if volatile else [])),
-            has_side_effects=volatile, convergent=volatile,
+            has_side_effects=volatile, convergent=volatile if convergent is None else convergent,
         )  # fmt: skip
         if len(results) > 1:
             return [Number(llvm.extractvalue(t, found, [i])) for i, t in enumerate(results)]
@@ -187,6 +190,18 @@ class Warps:
         if x.is_float:
             return self.as_float(self.from_lane_xor(self.as_bits(x), distance))
         return self._ptx(f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;", [x], [self.i32])
+
+    def products(self, a: Sequence[Number], b: Sequence[Number], c: Sequence[Number]) -> list[Number]:
+        """c + a b of a warp's tensor core, of pairs of bfloat16: c float32[16, 8], a [16, 16], b [16, 8].
+
+        Lane 4 g + t has c[g, 2 t], c[g, 2 t + 1] and the same of g + 8; a[g, 2 t : 2 t + 2], of g + 8, and both of
+        columns 8 on; and b[2 t : 2 t + 2, g] and [8 + 2 t : 10 + 2 t, g].
+        """
+        text = (
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+            "{$10, $11, $12, $13};"
+        )
+        return self._ptx(text, [*a, *b, *c], [self.f32] * 4, volatile=False, convergent=True)
 
     # -- what is done -----------------------------------------------------------------------------------------------
 
@@ -290,9 +305,13 @@ class Warps:
     def arrive(self, at: Any) -> None:
         self._ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", [self._at(at)])
 
+    def meet_warp(self) -> None:
+        """What a warp's lanes have written to shared memory is there for all of them."""
+        self._ptx("bar.warp.sync 0xffffffff;", [])
+
     def arrive_warp(self, at: Any) -> None:
         """Once for all lanes of the warp, after all of them."""
-        self._ptx("bar.warp.sync 0xffffffff;", [])
+        self.meet_warp()
         self.when(self.same(self.lane, 0), lambda: self.arrive(at))
 
     def expect(self, at: Any, size: Any) -> None:

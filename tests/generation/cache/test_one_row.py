@@ -24,7 +24,7 @@ from tests.model import simulated_warps
 from tests.models import random_split
 
 MODEL = ModelConfig(
-    vocab_size=64, num_layers=2, embed_dim=48, num_heads=3, num_kv_heads=1, head_dim=64, mlp_dim=48, dtype="bfloat16"
+    vocab_size=64, num_layers=2, embed_dim=32, num_heads=3, num_kv_heads=1, head_dim=64, mlp_dim=64, dtype="bfloat16"
 )
 PATTERN = AttentionConfig(num_sinks=2, max_separators=30, window_size=40, cache_size=90)
 TABLE = np.arange(64) < 16
@@ -41,8 +41,7 @@ def simulated(shape, layers, x, told, k, v):
         entries = zip(layers, k, v, *new, strict=True)
         arrays = [y for layer, *entry in entries for y in (*map(np.asarray, layer), *entry)]
         packets = np.zeros((shape.packets_at["end"] // 8, 2), np.uint32)
-        first = np.stack([np.array(x).view(np.uint32), np.ones(x.size // 2, np.uint32)], axis=1)
-        packets[: len(first) * shape.copies["x"]] = np.tile(first, (shape.copies["x"], 1))
+        packets[: x.size // 2] = np.stack([np.array(x).view(np.uint32), np.ones(x.size // 2, np.uint32)], axis=1)
         out = np.zeros(x.size // 2, np.uint32)
         arrays += [*map(np.asarray, told), packets, out]
         strides = (shape.H, 0) if shape.stacked else (shape.C * shape.H, shape.H)
