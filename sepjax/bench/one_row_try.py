@@ -152,6 +152,8 @@ def profile(name):
     for i, n in enumerate(names):
         y = d[:, 2:, i]
         print(f"{name} {n}: mean {y.mean():.0f}, of blocks least {y.mean(1).min():.0f} most {y.mean(1).max():.0f}", flush=True)
+    for b in (0, 1, 17, 18, 41, 42, 95, 100, 119, 125, 131):
+        print(name, "block", b, *(f"{n} {y:.0f}" for n, y in zip(names, d[b, 2:].mean(0))), flush=True)
     print(name, "layer", d.sum(2)[:, 2:].mean(), flush=True)
 
 
