@@ -325,7 +325,9 @@ class Kernel:
         m, size = self.m, self.shape.packets[source]
         places = [m.thread + (begin + i * THREADS) for i in range(number)]
         inside = [x < size for x in places]
-        at = [m.select(there, x, size - 1) for x, there in zip(places, inside, strict=True)]
+        # Who has none left asks for its first again, and not all of them for the same one: that would hold up the L2.
+        other = m.thread if size >= THREADS else m.thread % size
+        at = [m.select(there, x, other) for x, there in zip(places, inside, strict=True)]
         factors: list[Any] = [None] * number
         if weights is not None:
             factors = [[m.as_float(m.load(weights + m.wide(x * 8 + 4 * i))) for i in range(2)] for x in at]
@@ -335,7 +337,7 @@ class Kernel:
                 low, high = m.low_half(pair), m.high_half(pair)
                 total = total + m.select(there, low * low + high * high, 0.0)
                 pair = m.pair(low * factor[0], high * factor[1])
-            m.keep(x * 4 + self.at[_FEATURES[source]], pair)  # of the last place from several threads, the same bits
+            m.keep(x * 4 + self.at[_FEATURES[source]], pair)  # of a place twice, the same bits
         return total
 
     def _chunk(self, product: Product, i: Any, count: Any, features: int) -> Any:
