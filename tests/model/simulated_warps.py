@@ -280,7 +280,7 @@ class SimulatedWarps:
 
 def run(
     body: Callable[[SimulatedWarps], None], arrays: Sequence[np.ndarray], blocks: int, warps: int, shared: int,
-    seconds: float = 120.0,
+    seconds: float = 60.0,
 ) -> None:  # fmt: skip
     """Runs a kernel, which changes `arrays` (each contiguous) in place."""
     flat = [x.reshape(-1).view(np.uint8) for x in arrays]

@@ -113,9 +113,10 @@ class Kernel:
                     if product.parts == 1:
                         m.copy(to + half * of_rows, begin, of_rows, barrier)
                         continue
-                    for r in range(2):
+                    for r in range(2 * product.units):
                         source = begin + m.wide(r * row + part * product.columns * 2)
-                        m.copy(to + (2 * half + r) * product.columns * 2, source, product.columns * 2, barrier)
+                        place = to + (2 * product.units * half + r) * (product.columns * 2)
+                        m.copy(place, source, product.columns * 2, barrier)
                 count = count + 1
             return [count]
 
@@ -343,8 +344,10 @@ class Kernel:
     def _chunk(self, product: Product, i: Any, count: Any, features: int) -> Any:
         """A chunk's rows times the features, into "sums": every warp has some of the columns.
 
-        Rows are those of the left factor of a tensor core, all columns of the right one the features. Which numbers of
-        a row are its k-th is free, if the features' are the same: a lane takes 8 in a row.
+        Rows are those of the left factor of a tensor core, the features columns of the right one. Which numbers of a row
+        are its k-th is free, if the features' are the same: a lane takes 8 in a row. Of 64 numbers even rows take the
+        first 32 first and odd rows the others, so that lanes read from different banks; even columns of the right
+        factor have the features in the order of even rows, odd ones in that of odd rows, and of each row one counts.
         """
         m = self.m
         lane, row = m.lane // 4, product.columns * 2
@@ -357,18 +360,22 @@ class Kernel:
             begins = [place + x * row for x in rows]
 
             def block(number: Any, *sums: Any, begins: Any = begins, part: int = part) -> list[Any]:
+                found, number_of = list(sums), product.columns // COLUMNS
                 at = number * (2 * COLUMNS) + m.lane % 4 * 16
-                x, found = m.shared_four(at + (features + part * row)), []
-                number_of = product.columns // COLUMNS
                 if number_of % WARPS:
-                    x = [m.select(number < number_of, y, 0) for y in x]
                     at = m.select(number < number_of, at, 0)
-                for n, _ in enumerate(tiles):
-                    both = [m.shared_four(begin + at) for begin in begins[2 * n : 2 * n + 2]]
-                    first, second = both if len(both) > 1 else (both[0], [m.integer(0)] * 4)
-                    for j in range(2):
-                        a = first[2 * j], second[2 * j], first[2 * j + 1], second[2 * j + 1]
-                        found += m.products(a, x[2 * j : 2 * j + 2], sums[8 * n + 4 * j : 8 * n + 4 * j + 4])
+                for half in range(2):
+                    to = at + (lane + half) % 2 * COLUMNS
+                    x = m.shared_four(to + (features + part * row))
+                    if number_of % WARPS:
+                        x = [m.select(number < number_of, y, 0) for y in x]
+                    for n, _ in enumerate(tiles):
+                        both = [m.shared_four(begin + to) for begin in begins[2 * n : 2 * n + 2]]
+                        first, second = both if len(both) > 1 else (both[0], [m.integer(0)] * 4)
+                        for j in range(2):
+                            a = first[2 * j], second[2 * j], first[2 * j + 1], second[2 * j + 1]
+                            of = slice(8 * n + 4 * j, 8 * n + 4 * j + 4)
+                            found[of] = m.products(a, x[2 * j : 2 * j + 2], found[of])
                 return found
 
             sums = self._over_blocks(product, block, sums)
@@ -376,7 +383,8 @@ class Kernel:
             count = count + 1
         for n, first in enumerate(tiles):
             for half in range(2 if first + 8 < product.of_chunk else 1):
-                found = sums[8 * n + 2 * half] + sums[8 * n + 4 + 2 * half]
+                columns = [sums[8 * n + 2 * half + j] + sums[8 * n + 4 + 2 * half + j] for j in range(2)]
+                found = m.select(m.same(lane % 2, 0), *columns)
                 of_row = lane + (first + 8 * half)
                 at = ((i * product.of_chunk + of_row) * WARPS + m.warp) * 4 + self.at["sums"]
                 writes = m.both(m.same(m.lane % 4, 0), of_row < product.of_chunk)

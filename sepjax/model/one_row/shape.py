@@ -11,7 +11,7 @@ SPLITS = 64  # blocks that share a key head's slots, at most: half a warp joins 
 STAGE = 32 * 1024  # bytes of a place in the ring, at most
 SHARED = 226 * 1024  # bytes of shared memory that a block may have
 WEIGHTS = 9 * 32  # bytes of a warp's weights: of 8 slots for 8 queries, and what sums shrink by
-COLUMNS = 32  # of a matrix, that a warp multiplies at a time
+ROWS, COLUMNS = 8, 64  # of a matrix, that a warp multiplies at a time
 _LEAST_STAGES = 3
 _MOST_QUERIES = 8  # of a key head
 _MOST_UNITS = 4 * THREADS
@@ -96,23 +96,12 @@ class Shape:
         sizes = {"qkv": ((N + 2 * K) * H // 2, 2, D), "out": (D // 2, 2, N * H), "into": (F // 2, 4, D)}
         sizes["down"] = D // 2, 2, F
         for name, (U, rows, inputs) in sizes.items():
-            units, parts = self._chunk(U, rows, max(inputs, N * H, F) if name in ("out", "down") else inputs)
-            parts = parts if name == "down" else self._chunk(U, rows, inputs)[1]
+            units = _units(U, rows, max(inputs, N * H, F) if name in ("out", "down") else inputs, self.blocks)
             start = found["out"].first if name == "down" else first
+            parts = _parts(units * rows * 2, inputs)
             found[name] = Product(U, rows, inputs, units, parts, start % self.blocks, self.blocks)
             first += found[name].chunks
         return found
-
-    def _chunk(self, U: int, rows: int, inputs: int) -> tuple[int, int]:
-        """Units of a chunk, and parts of a unit: no more than are needed for as many chunks as blocks."""
-        size, parts = rows * inputs * 2, 1
-        while size // parts > STAGE or inputs % (parts * 8):
-            parts += 1
-        if parts > 1:
-            return 1, parts
-        divisors = [n for n in range(1, min(STAGE // size, WARPS) + 1) if U % n == 0]
-        enough = [n for n in divisors if U // n <= self.blocks]
-        return (min(enough) if enough else max(divisors)), 1
 
     @property
     def packets(self) -> dict[str, int]:
@@ -171,6 +160,22 @@ class Shape:
         if max(x.most for x in self.products.values()) > _MOST_UNITS:
             return f"its blocks would have more than {_MOST_UNITS} rows each"
         return None
+
+
+def _units(U: int, rows: int, inputs: int, blocks: int) -> int:
+    """Units of a chunk: no more than are needed for as many chunks as blocks; of large matrices 8 rows, whole or not."""
+    fit = max(STAGE // (rows * inputs * 2), ROWS // rows)
+    divisors = [n for n in range(1, min(fit, WARPS) + 1) if U % n == 0]
+    enough = [n for n in divisors if U // n <= blocks]
+    return min(enough) if enough else max(divisors)
+
+
+def _parts(height: int, inputs: int) -> int:
+    """Of columns of so many bytes."""
+    parts = 1
+    while parts < inputs and (height * inputs > STAGE * parts or inputs % (parts * COLUMNS)):
+        parts += 1
+    return parts
 
 
 def _one_after_another(sizes: dict[str, int], width: int, alignment: int) -> dict[str, int]:

@@ -17,6 +17,7 @@ from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.one_row_pass import shape_of_one_row
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.model import one_row
+from sepjax.model.one_row import shape
 from sepjax.model.one_row.kernel import Kernel
 from sepjax.model.one_row.shape import THREADS
 from sepjax.model.unrolled import by_layer, runner
@@ -24,36 +25,36 @@ from tests.model import simulated_warps
 from tests.models import random_split
 
 MODEL = ModelConfig(
-    vocab_size=64, num_layers=2, embed_dim=32, num_heads=3, num_kv_heads=1, head_dim=64, mlp_dim=64, dtype="bfloat16"
+    vocab_size=64, num_layers=2, embed_dim=64, num_heads=3, num_kv_heads=1, head_dim=64, mlp_dim=128, dtype="bfloat16"
 )
 PATTERN = AttentionConfig(num_sinks=2, max_separators=30, window_size=40, cache_size=90)
 TABLE = np.arange(64) < 16
 FIRST, STEPS = 90, 2  # tokens before, and those of the kernel: the row compacts among them
 
 
-def simulated(shape, layers, x, told, k, v):
+def simulated(s, layers, x, told, k, v):
     """`sepjax.model.one_row.call.run` by simulated warps."""
-    news = jax.ShapeDtypeStruct((shape.L, shape.K, shape.H), x.dtype)
+    news = jax.ShapeDtypeStruct((s.L, s.K, s.H), x.dtype)
 
     def run(layers, x, told, k, v):
-        k, v = ([np.array(y) for y in (ys[0] if shape.stacked else ys)] for ys in (k, v))
-        new = [np.zeros(news.shape, x.dtype) for _ in range(2)] if shape.stacked else (k, v)
+        k, v = ([np.array(y) for y in (ys[0] if s.stacked else ys)] for ys in (k, v))
+        new = [np.zeros(news.shape, x.dtype) for _ in range(2)] if s.stacked else (k, v)
         entries = zip(layers, k, v, *new, strict=True)
         arrays = [y for layer, *entry in entries for y in (*map(np.asarray, layer), *entry)]
-        packets = np.zeros((shape.packets_at["end"] // 8, 2), np.uint32)
+        packets = np.zeros((s.packets_at["end"] // 8, 2), np.uint32)
         packets[: x.size // 2] = np.stack([np.array(x).view(np.uint32), np.ones(x.size // 2, np.uint32)], axis=1)
         out = np.zeros(x.size // 2, np.uint32)
         arrays += [*map(np.asarray, told), packets, out]
-        strides = (shape.H, 0) if shape.stacked else (shape.C * shape.H, shape.H)
-        body = lambda m: Kernel(shape, m, strides).run()  # noqa: E731
-        size = shape.shared_at["end"] + shape.stages * shape.stage
-        simulated_warps.run(body, arrays, shape.blocks, THREADS // 32 + 1, size)
+        strides = (s.H, 0) if s.stacked else (s.C * s.H, s.H)
+        body = lambda m: Kernel(s, m, strides).run()  # noqa: E731
+        size = s.shared_at["end"] + s.stages * s.stage
+        simulated_warps.run(body, arrays, s.blocks, THREADS // 32 + 1, size)
         return out.view(jnp.bfloat16), *new_of(new)
 
     def new_of(new):
-        return [(y,) for y in new] if shape.stacked else [tuple(y) for y in new]
+        return [(y,) for y in new] if s.stacked else [tuple(y) for y in new]
 
-    result = (x, (news,), (news,)) if shape.stacked else (x, k, v)
+    result = (x, (news,), (news,)) if s.stacked else (x, k, v)
     return jax.pure_callback(run, result, layers, x, told, k, v)
 
 
@@ -61,9 +62,9 @@ def simulated(shape, layers, x, told, k, v):
 def on_three_sms(monkeypatch):
     calls = []
 
-    def run(shape, *given):
-        calls.append(shape)
-        return simulated(shape, *given)
+    def run(s, *given):
+        calls.append(s)
+        return simulated(s, *given)
 
     monkeypatch.setattr(one_row, "target", lambda: Target("gpu", "NVIDIA H100 80GB HBM3", 3, "9.0"))
     monkeypatch.setitem(sys.modules, "sepjax.model.one_row.call", types.SimpleNamespace(run=run))
@@ -94,15 +95,17 @@ def steps(dtype, attention, tokens):
 
 
 @pytest.mark.parametrize(
-    ("changes", "zones"),
+    ("changes", "zones", "stage"),
     [
-        ({}, 3),
-        ({"cache_size": 0}, 1),
-        pytest.param({"stream_positions": "absolute"}, 1, marks=pytest.mark.soak),  # its zones as those of growing ones
+        ({}, 3, shape.STAGE),
+        ({"cache_size": 0}, 1, 1024),  # rows in parts, as those of large matrices
+        # Its zones as those of growing ones.
+        pytest.param({"stream_positions": "absolute"}, 1, shape.STAGE, marks=pytest.mark.soak),
     ],
     ids=["bounded", "growing", "positions of the text"],
 )
-def test_the_kernel_steps_as_xla(on_three_sms, changes, zones):
+def test_the_kernel_steps_as_xla(on_three_sms, monkeypatch, changes, zones, stage):
+    monkeypatch.setattr(shape, "STAGE", stage)
     attention = dataclasses.replace(PATTERN, **changes)
     tokens = np.random.default_rng(0).integers(0, 64, (1, FIRST + STEPS))
     plain = dataclasses.replace(attention, implementation="xla")
@@ -139,15 +142,15 @@ def test_who_is_served(on_three_sms, monkeypatch):
 
 
 def test_rows_and_caches_that_it_does_not_serve(on_three_sms):
-    def shape(attention=PATTERN, rows=1, **changes):
+    def served(attention=PATTERN, rows=1, **changes):
         config = dataclasses.replace(MODEL, **changes)
         cache = StreamingCache.create(config, rows, StreamSizes.create(config, attention), by_layer=True)
         model = types.SimpleNamespace(by_output={}, config=config)
         return shape_of_one_row(model, cache, attention)
 
-    assert shape().ends == (2, 32)
-    assert shape(rows=2) is None
-    assert shape(dataclasses.replace(PATTERN, cache_dtype="int8")) is None
-    assert shape(dataclasses.replace(PATTERN, pattern="watched")) is None
-    assert shape(dataclasses.replace(PATTERN, kept_layers=(1,))) is None
-    assert shape(sliding_window=70, full_layers=(1,)) is None
+    assert served().ends == (2, 32)
+    assert served(rows=2) is None
+    assert served(dataclasses.replace(PATTERN, cache_dtype="int8")) is None
+    assert served(dataclasses.replace(PATTERN, pattern="watched")) is None
+    assert served(dataclasses.replace(PATTERN, kept_layers=(1,))) is None
+    assert served(sliding_window=70, full_layers=(1,)) is None
