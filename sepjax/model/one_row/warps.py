@@ -259,7 +259,9 @@ class Warps:
         letters = {"i32": "r", "i64": "l", "f32": "f"}
         names = [f"=&{letters[str(t)]}" for t in results] + [letters[str(x.value.type)] for x in given] + ["~{memory}"]
         kind = results[0] if len(results) == 1 else llvm.StructType.get_literal(list(results))
-        found = llvm.inline_asm(kind, [x.value for x in given], text, ",".join(names), has_side_effects=True, convergent=True)
+        found = llvm.inline_asm(
+            kind, [x.value for x in given], text, ",".join(names), has_side_effects=True, convergent=True
+        )
         if len(results) == 1:
             return Number(found)
         return [Number(llvm.extractvalue(t, found, [i])) for i, t in enumerate(results)]
@@ -323,7 +325,11 @@ class Warps:
         """Waits until the phase of this parity is complete."""
         label = "L${:uid}"
         text = (
-            "{ .reg .pred q; " + label + ": mbarrier.try_wait.parity.shared::cta.b64 q, [$0], $1; @!q bra " + label + "; }"
+            "{ .reg .pred q; "
+            + label
+            + ": mbarrier.try_wait.parity.shared::cta.b64 q, [$0], $1; @!q bra "
+            + label
+            + "; }"
         )
         self._ptx(text, [self._at(at), parity])
 
