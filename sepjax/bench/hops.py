@@ -39,7 +39,7 @@ def by_flags(size: int, hops: int, m: Warps) -> None:
 def _read_all(m: Warps, size: int, at: Number, flag: Number, last: Number) -> Number:
     for first in range(0, size, 4 * THREADS):
         four = [m.thread + (first + j * THREADS) for j in range(min(4, -(-(size - first) // THREADS)))]
-        places = [at + m.wide(m.select(x < size, x, size - 1) * 8) for x in four]
+        places = [at + m.wide(m.select(x < size, x, m.thread % size) * 8) for x in four]
         for x, found in zip(four, m.receive(places, flag), strict=True):
             m.when(x < size, lambda x=x, found=found: m.keep(x * 4, found))
     m.meet(1, THREADS)
@@ -134,7 +134,7 @@ CHUNKS = 200
 
 def cases() -> dict:
     found = {"counter, nothing read": (by_counter, (0,), (), (s(2), s(1)), 1024)}
-    for size in (288, 576, 2048, 4096, 7168):
+    for size in (96, 256, 288, 768, 2048, 7168):
         found[f"counter, {size} x 4 bytes"] = by_counter, (size,), (), (s(2 * size), s(1)), 4 * size + 1024
         found[f"flags, {size} x 4 bytes"] = by_flags, (size,), (), (s(4 * size),), 4 * size + 1024
     sizes = (2, 32), (3, 32), (4, 32), (3, 16), (4, 16), (6, 16), (8, 8), (12, 8), (3, 48), (2, 64), (3, 64), (2, 96), (4, 48)

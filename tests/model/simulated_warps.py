@@ -291,7 +291,7 @@ def run(
         try:
             with np.errstate(invalid="ignore"):
                 body(SimulatedWarps(flat, all_blocks[block], block, warp))
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             faults.append(error)
             for x in all_blocks:
                 x.failed.set()

@@ -10,8 +10,8 @@ from sepjax.config import AttentionConfig, layer_reaches, layer_windows, sees_ke
 from sepjax.generation.cache.bounded_run import tables_of
 from sepjax.model import one_row
 from sepjax.model.layers import once
-from sepjax.model.rope import layer_ropes, rope_tables
 from sepjax.model.one_row.shape import Shape
+from sepjax.model.rope import layer_ropes, rope_tables
 
 if TYPE_CHECKING:
     from sepjax.generation.cache.bounded import StreamingCache

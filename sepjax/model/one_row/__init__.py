@@ -105,4 +105,4 @@ def step(
         hidden, k, v = call.run(shape, flat, x[0, 0], told, (k[:, 0],), (v[:, 0],))
         return hidden[None, None], k[0][:, None], v[0][:, None]
     hidden, k, v = call.run(shape, flat, x[0, 0], told, *(tuple(y[0] for y in ys) for ys in (k, v)))
-    return hidden[None, None], *(tuple(y[None] for y in ys) for ys in (k, v))
+    return hidden[None, None], tuple(y[None] for y in k), tuple(y[None] for y in v)

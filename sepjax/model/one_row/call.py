@@ -11,7 +11,7 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
 from sepjax.model.one_row.kernel import Kernel
-from sepjax.model.one_row.shape import ENTRIES, THREADS, Shape
+from sepjax.model.one_row.shape import THREADS, Shape
 from sepjax.model.one_row.warps import Warps
 
 type Layer = tuple[Any, ...]  # matrices of q, k, v; output; gate with up; down; both norms' weights
@@ -36,17 +36,19 @@ def _kernel(shape: Shape, *, timed: bool = False) -> Any:
 
     def body(_: Any, *refs: Any) -> None:
         *refs, (memory,) = refs
+        rest: Any
         given, told, rest = refs[: 6 * L], refs[6 * L : 6 * L + 5], refs[6 * L + 5 :]
         if shape.stacked:
             stamps: Any = []
-            (k, v, packets, out, *new), of_layer = rest, K * C * H * 2
-            entries = [
+            (k, v, packets, out), new = rest[:4], rest[4:]
+            of_layer = K * C * H * 2
+            entries: list[Any] = [
                 ((k, i * of_layer), (v, i * of_layer), *((x, i * K * H * 2) for x in new)) for i in range(L)
             ]  # fmt: skip
         else:
             stamps = rest[-1:] if timed else []
             *caches, packets, out = rest[:-1] if timed else rest
-            entries = [(caches[i], caches[L + i]) * 2 for i in range(L)]
+            entries = [(caches[i], caches[L + i], caches[i], caches[L + i]) for i in range(L)]
         arrays = [x for i in range(L) for x in (*given[6 * i : 6 * i + 6], *entries[i])]
         strides = (H, 0) if shape.stacked else (C * H, H)
         kernel = Kernel(shape, Warps([*arrays, *told, packets, out, *stamps], memory), strides)

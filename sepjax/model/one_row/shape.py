@@ -77,10 +77,12 @@ class Shape:
 
     @property
     def G(self) -> int:
+        """Query heads of a key head."""
         return self.N // self.K
 
     @property
     def zones(self) -> int:
+        """Z."""
         return len(self.ends) + 1
 
     @property
@@ -141,6 +143,7 @@ class Shape:
 
     @property
     def stages(self) -> int:
+        """Places in the ring."""
         return min(16, (SHARED - self.shared_at["end"]) // self.stage)
 
     def fault(self) -> str | None:
@@ -151,7 +154,7 @@ class Shape:
             return f"it reads {TILE} slots at a time, the cache has {self.C}"
         if any(x.columns % COLUMNS for x in self.products.values()):
             return f"it reads {COLUMNS} numbers of a row at a time, the model is {self.D} wide, its MLP {self.F}"
-        if self.K > self.blocks:
+        if self.blocks < self.K:
             return f"it gives a block to each of {self.K} key heads, the GPU has {self.blocks} SMs"
         if self.G > _MOST_QUERIES:
             return f"it serves {_MOST_QUERIES} query heads a key head, got {self.G}"
@@ -163,7 +166,7 @@ class Shape:
 
 
 def _units(U: int, rows: int, inputs: int, blocks: int) -> int:
-    """Units of a chunk: no more than are needed for as many chunks as blocks; of large matrices 8 rows, whole or not."""
+    """Units of a chunk: no more than for as many chunks as blocks; of large matrices 8 rows or parts of them."""
     fit = max(STAGE // (rows * inputs * 2), ROWS // rows)
     divisors = [n for n in range(1, min(fit, WARPS) + 1) if U % n == 0]
     enough = [n for n in divisors if U // n <= blocks]

@@ -23,6 +23,7 @@ class Number:
 
     @property
     def is_float(self) -> bool:
+        """Whether it is one."""
         return isinstance(self.value.type, ir.F32Type)
 
     def _with(self, other: Any) -> tuple[Any, Any]:
@@ -81,6 +82,7 @@ class Number:
         return self._compared(other, arith.CmpFPredicate.OGE, arith.CmpIPredicate.sge)
 
     def same(self, other: Any) -> "Number":
+        """Whether they are equal."""
         return self._compared(other, arith.CmpFPredicate.OEQ, arith.CmpIPredicate.eq)
 
 
@@ -117,9 +119,11 @@ class Warps:
     # -- numbers ----------------------------------------------------------------------------------------------------
 
     def integer(self, x: int) -> Number:
+        """A number as 32 bits."""
         return Number(_of(x, self.i32))
 
     def float(self, x: float) -> Number:
+        """A number as a float."""
         return Number(_of(x, self.f32))
 
     def wide(self, x: Any) -> Number:
@@ -127,19 +131,24 @@ class Warps:
         return Number(arith.extui(self.i64, x.value)) if isinstance(x, Number) else Number(_of(x, self.i64))
 
     def as_bits(self, x: Number) -> Number:
+        """A float as the integer of its bits."""
         return Number(arith.bitcast(self.i32, x.value))
 
     def as_float(self, x: Number) -> Number:
+        """An integer as the float of its bits."""
         return Number(arith.bitcast(self.f32, x.value))
 
     def select(self, condition: Number, a: Any, b: Any) -> Number:
+        """a where the condition holds, else b."""
         of_type = (a if isinstance(a, Number) else b).value.type
         return Number(arith.select(condition.value, _of(a, of_type), _of(b, of_type)))
 
     def same(self, a: Number, b: Any) -> Number:
+        """Whether they are equal."""
         return a.same(b)
 
     def both(self, a: Number, b: Number) -> Number:
+        """Whether both hold."""
         return Number(arith.andi(a.value, b.value))
 
     def _ptx(
@@ -160,18 +169,23 @@ class Warps:
         return Number(found) if results else None
 
     def fma(self, a: Number, b: Number, c: Number) -> Number:
+        """a b + c, rounded once."""
         return Number(self._ptx("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], [self.f32], volatile=False).value)
 
     def larger(self, a: Number, b: Number) -> Number:
+        """The larger of two floats."""
         return self._ptx("max.f32 $0, $1, $2;", [a, b], [self.f32], volatile=False)
 
     def exp2(self, x: Number) -> Number:
+        """Two to the power of x, to 22 bits."""
         return self._ptx("ex2.approx.ftz.f32 $0, $1;", [x], [self.f32], volatile=False)
 
     def rsqrt(self, x: Number) -> Number:
+        """1 / the root of x, to 22 bits."""
         return self._ptx("rsqrt.approx.f32 $0, $1;", [x], [self.f32], volatile=False)
 
     def reciprocal(self, x: Number) -> Number:
+        """1 / x, to 23 bits."""
         return self._ptx("rcp.approx.ftz.f32 $0, $1;", [x], [self.f32], volatile=False)
 
     def low_half(self, pair: Number) -> Number:
@@ -179,6 +193,7 @@ class Warps:
         return self.as_float(pair << 16)
 
     def high_half(self, pair: Number) -> Number:
+        """The second of two bfloat16, as a float."""
         return self.as_float(pair & -65536)
 
     def pair(self, low: Number, high: Number) -> Number:
@@ -215,7 +230,8 @@ class Warps:
     def loop(self, begin: Any, end: Any, step: int, body: Callable[..., Any], *carried: Number) -> list[Number]:
         """body(i, *carried) for each number, the same for all threads of a warp; it returns what is carried on."""
         bounds = [_of(x, self.i32) for x in (begin, end, step)]
-        op = scf.ForOp(*bounds, [x.value for x in carried])
+        begin, end, step = bounds
+        op = scf.ForOp(begin, end, step, [x.value for x in carried])
         with ir.InsertionPoint(op.body):
             found = body(Number(op.induction_variable), *(Number(x) for x in op.inner_iter_args))
             scf.yield_([x.value for x in (found or ())])
@@ -232,6 +248,7 @@ class Warps:
         return self._ptx("ld.global.b32 $0, [$1];", [at], [self.i32])
 
     def store(self, at: Number, x: Number) -> None:
+        """Writes 32 bits."""
         self._ptx("st.global.b32 [$0], $1;", [at, x])
 
     def store_half(self, at: Number, x: Number) -> None:
@@ -272,18 +289,23 @@ class Warps:
         return self._shared + at
 
     def shared(self, at: Any) -> Number:
+        """32 bits of shared memory."""
         return self._ptx("ld.shared.b32 $0, [$1];", [self._at(at)], [self.i32])
 
     def shared_float(self, at: Any) -> Number:
+        """A float of shared memory."""
         return self._ptx("ld.shared.f32 $0, [$1];", [self._at(at)], [self.f32])
 
     def shared_four(self, at: Any) -> list[Number]:
+        """Four times 32 bits in a row."""
         return self._ptx("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", [self._at(at)], [self.i32] * 4)
 
     def shared_wide(self, at: Any) -> Number:
+        """64 bits of shared memory."""
         return self._ptx("ld.shared.b64 $0, [$1];", [self._at(at)], [self.i64])
 
     def keep(self, at: Any, x: Number) -> None:
+        """Writes a number to shared memory."""
         kind = "b64" if x.value.type == self.i64 else "f32" if x.is_float else "b32"
         self._ptx(f"st.shared.{kind} [$0], $1;", [self._at(at), x])
 
@@ -298,13 +320,16 @@ class Warps:
         self._ptx(f"bar.sync {number}, {threads};", [])
 
     def make_barrier(self, at: Any, arrivals: int) -> None:
+        """A barrier at a place in shared memory, by one thread."""
         self._ptx(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", [self._at(at)])
 
     def made_barriers(self) -> None:
+        """Makes barriers known to copies, by the thread that made them."""
         self._ptx("fence.mbarrier_init.release.cluster;", [])
         self._ptx("fence.proxy.async.shared::cta;", [])
 
     def arrive(self, at: Any) -> None:
+        """Arrives at a barrier."""
         self._ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", [self._at(at)])
 
     def meet_warp(self) -> None:
