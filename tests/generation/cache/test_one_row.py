@@ -71,9 +71,9 @@ def on_three_sms(monkeypatch):
     return calls
 
 
-def steps(dtype, attention, tokens):
+def steps(dtype, attention, tokens, model=MODEL):
     """Hidden states of the last steps, and the cache after them; of a pattern without a bound a growing one."""
-    config = dataclasses.replace(MODEL, dtype=dtype)
+    config = dataclasses.replace(model, dtype=dtype)
     graph, params = random_split(config, attention, 1, scale=8)
     params = by_layer(params, config, by_output=True)
     if attention.cache_size:
@@ -154,3 +154,28 @@ def test_rows_and_caches_that_it_does_not_serve(on_three_sms):
     assert served(dataclasses.replace(PATTERN, pattern="watched")) is None
     assert served(dataclasses.replace(PATTERN, kept_layers=(1,))) is None
     assert served(sliding_window=70, full_layers=(1,)) is None
+
+
+ON_A_GPU = {
+    "SmolLM2-135M's shape": (ModelConfig(64, 3, 576, 9, 3, 64, 1536), {}),
+    "rows in parts, heads of 128": (ModelConfig(64, 2, 1024, 16, 4, 128, 14336), {}),
+    "growing": (ModelConfig(64, 3, 576, 9, 3, 64, 1536), {"cache_size": 0}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_the_kernel_on_a_gpu(case, monkeypatch):
+    """The 2x rule, and the same bits again."""
+    model, changes = ON_A_GPU[case]
+    attention = dataclasses.replace(PATTERN, **changes)
+    tokens = np.random.default_rng(0).integers(0, 64, (1, FIRST + STEPS))
+    with jax.default_matmul_precision("highest"):
+        exact, _ = steps("float32", dataclasses.replace(attention, implementation="xla"), tokens, model)
+    got, again = (steps("bfloat16", attention, tokens, model)[0] for _ in range(2))
+    np.testing.assert_array_equal(got, again)
+    monkeypatch.setenv("SEPJAX_ONE_ROW", "0")
+    rough, _ = steps("bfloat16", attention, tokens, model)
+    assert (got != rough).any(), "two programs"
+    error, allowed = (np.sqrt(np.mean((x - exact) ** 2)) for x in (got, rough))
+    assert error <= 2 * allowed
