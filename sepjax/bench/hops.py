@@ -18,19 +18,19 @@ from sepjax.model.one_row.warps import Number, Warps
 BLOCKS, THREADS, HOPS = 132, 256, 200
 
 
-def by_flags(size: int, hops: int, m: Warps) -> None:
+def by_flags(size: int, copies: int, hops: int, m: Warps) -> None:
     """Each block writes its part as packets of 32 bits and a flag; all read all of them."""
     packets, out = m.address(0), m.address(1)
     part = -(-size // BLOCKS)
 
     def hop(i: Number, last: Number) -> list[Number]:
-        flag, at = i + 1, packets + m.wide((i % 2) * (8 * size))
+        flag, at = i + 1, packets + m.wide((i % 2) * (8 * size * copies))
         mine = m.block * part + m.thread
-        m.when(
-            m.both(m.thread < part, mine < size),
-            lambda: m.send(at + m.wide(mine * 8), mine + last, flag),
-        )
-        return [_read_all(m, size, at, flag, last)]
+        def send() -> None:
+            for c in range(copies):
+                m.send(at + m.wide(mine * 8 + 8 * size * c), mine + last, flag)
+        m.when(m.both(m.thread < part, mine < size), send)
+        return [_read_all(m, size, at + m.wide(m.block % copies * (8 * size)), flag, last)]
 
     (last,) = m.loop(0, hops, 1, hop, m.integer(0))
     m.when(m.thread.same(0), lambda: m.store(out + m.wide(m.block * 4), last))
@@ -134,9 +134,10 @@ CHUNKS = 200
 
 def cases() -> dict:
     found = {"counter, nothing read": (by_counter, (0,), (), (s(2), s(1)), 1024)}
-    for size in (96, 256, 288, 768, 2048, 7168):
+    for size in (288, 768, 2048):
         found[f"counter, {size} x 4 bytes"] = by_counter, (size,), (), (s(2 * size), s(1)), 4 * size + 1024
-        found[f"flags, {size} x 4 bytes"] = by_flags, (size,), (), (s(4 * size),), 4 * size + 1024
+        for copies in (1, 2, 4, 8):
+            found[f"flags, {size} x 4 bytes, {copies} copies"] = by_flags, (size, copies), (), (s(4 * size * copies),), 4 * size + 1024
     sizes = (2, 32), (3, 32), (4, 32), (3, 16), (4, 16), (6, 16), (8, 8), (12, 8), (3, 48), (2, 64), (3, 64), (2, 96), (4, 48)
     for stages, size in sizes:
         for apart in (False, True):

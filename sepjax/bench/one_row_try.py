@@ -9,6 +9,12 @@ SH = {"smol2": Shape(2, 576, 9, 3, 64, 1536, 896, (4, 68), 1e-5, 132), "smol": S
       "8b1": Shape(1, 4096, 32, 8, 128, 14336, 896, (4, 68), 1e-5, 132), "8b": Shape(32, 4096, 32, 8, 128, 14336, 896, (4, 68), 1e-5, 132)}
 
 
+def shape_of(name):
+    import dataclasses
+    name, *more = name.split("@")
+    return dataclasses.replace(SH[name], **({"blocks": int(more[0]), "copies": int(more[1])} if more else {}))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def make(s, key):
     ks = iter(jax.random.split(key, 12))
@@ -53,7 +59,7 @@ def plain(s, f, layers, x, told, k, v, visible):
 
 
 def check(name):
-    s = SH[name]
+    s = shape_of(name)
     told, visible = told_of(s)
     made = [make(s, jax.random.key(i)) for i in range(s.L)]
     layers, k, v = (tuple(m[j] for m in made) for j in range(3))
@@ -67,7 +73,7 @@ def check(name):
 
 
 def timing(name, steps=50):
-    s = SH[name]
+    s = shape_of(name)
     told, _ = told_of(s)
     made = [make(s, jax.random.key(i)) for i in range(s.L)]
     layers, k, v = (tuple(m[j] for m in made) for j in range(3))
@@ -140,7 +146,7 @@ def steps(name):
 
 def profile(name):
     """Cycles of each part of a layer, by stamps of each block."""
-    s = SH[name]
+    s = shape_of(name)
     told, _ = told_of(s)
     made = [make(s, jax.random.key(i)) for i in range(s.L)]
     layers, k, v = (tuple(m[j] for m in made) for j in range(3))

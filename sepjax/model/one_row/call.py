@@ -84,7 +84,7 @@ def run(
     """
     L = shape.L
     pairs = jax.lax.bitcast_convert_type(x.reshape(-1, 2), jnp.int32)
-    first = jnp.stack([pairs, jnp.ones_like(pairs)], axis=1).reshape(-1)
+    first = jnp.tile(jnp.stack([pairs, jnp.ones_like(pairs)], axis=1).reshape(-1), shape.copies)
     packets = jnp.pad(first, (0, shape.packets_at["end"] // 4 - first.size))
     out, *found = (kernel or _kernel(shape))(*(y for layer in layers for y in layer), *told, *k, *v, packets)
     hidden = jax.lax.bitcast_convert_type(out, jnp.bfloat16).reshape(-1)

@@ -42,7 +42,8 @@ def simulated(s, layers, x, told, k, v):
         entries = zip(layers, k, v, *new, strict=True)
         arrays = [y for layer, *entry in entries for y in (*map(np.asarray, layer), *entry)]
         packets = np.zeros((s.packets_at["end"] // 8, 2), np.uint32)
-        packets[: x.size // 2] = np.stack([np.array(x).view(np.uint32), np.ones(x.size // 2, np.uint32)], axis=1)
+        first = np.stack([np.array(x).view(np.uint32), np.ones(x.size // 2, np.uint32)], axis=1)
+        packets[: len(first) * s.copies] = np.tile(first, (s.copies, 1))
         out = np.zeros(x.size // 2, np.uint32)
         arrays += [*map(np.asarray, told), packets, out]
         strides = (s.H, 0) if s.stacked else (s.C * s.H, s.H)
