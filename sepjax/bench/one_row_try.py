@@ -165,7 +165,52 @@ def profile(name):
     print(name, "layer", d.sum(2)[:, 2:].mean(), flush=True)
 
 
+def rest(name):
+    """What the step takes around the kernel: with parts of it left out."""
+    import dataclasses, os, types
+    from sepjax.config import AttentionConfig, ModelConfig
+    from sepjax.bench.steps import full_cache, random_params
+    from sepjax.generation import device_loop
+    from sepjax.generation.cache.bounded import StreamingCache
+    from sepjax.generation.cache.sizes import StreamSizes
+    from sepjax.generation.device_loop import DecodeState, Request, make_advance
+    from sepjax.generation.sampling import Sampling
+    from sepjax.model.transformer import abstract
+    from sepjax.model.unrolled import by_layer
+    m = ModelConfig(49152, 30, 576, 9, 3, 64, 1536, dtype="bfloat16")
+    a = AttentionConfig(num_sinks=4, max_separators=64, window_size=256, cache_size=800)
+    graph, shapes = abstract(m, a)
+    params = random_params(jax.eval_shape(lambda x: by_layer(x, m), shapes))
+    sizes = StreamSizes.create(m, a)
+    table = jax.random.uniform(jax.random.key(1), (m.vocab_size,)) < 0.12
+    request = Request(table, Sampling.create(), jnp.full(1, -1), jnp.int32(-1))
+    real_run, real_compact, real_draw = call.run, StreamingCache.compact, device_loop.draw
+    fake = lambda shape, layers, x, told, k, v: (x * told[0][0, 0].astype(x.dtype) + told[2][0].astype(x.dtype), k, v)
+    def simple(logits, state, request):
+        drawn = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return dataclasses.replace(state, token=drawn, count=state.count + 1), device_loop._nothing(logits, drawn)
+    runs = {}
+    for kind in ("all", "rest", "rest, no compaction", "rest, simple draw", "rest, neither", "all, neither", "rest, graphs off"):
+        call.run = real_run if kind.startswith("all") else fake
+        StreamingCache.compact = (lambda self: self) if "no compaction" in kind or "neither" in kind else real_compact
+        device_loop.draw = simple if "simple" in kind or "neither" in kind else real_draw
+        os.environ["SEPJAX_GRAPHS"] = "0" if "off" in kind else "1"
+        advance = make_advance.__wrapped__(graph, a, 32)
+        state = DecodeState.create(full_cache(types.SimpleNamespace(model=m), sizes, 1), jax.random.split(jax.random.key(0), 1), m.vocab_size)
+        state, out = advance(params, state, np.zeros(1, bool), request)
+        runs[kind] = [advance, state, []]
+    for _ in range(5):
+        for kind, run in runs.items():
+            t = time.perf_counter()
+            for _ in range(4):
+                run[1], out = run[0](params, run[1], np.zeros(1, bool), request)
+            out.token.block_until_ready()
+            run[2].append((time.perf_counter() - t) / 128 * 1e6)
+    for kind, run in runs.items():
+        print(f"{kind}: best {min(run[2]):.1f} us a step, median {sorted(run[2])[2]:.1f}", flush=True)
+
+
 if __name__ == "__main__":
     for what in sys.argv[1:]:
         kind, name = what.split(":")
-        {"check": check, "time": timing, "steps": steps, "profile": profile}[kind](name)
+        {"check": check, "time": timing, "steps": steps, "profile": profile, "rest": rest}[kind](name)
