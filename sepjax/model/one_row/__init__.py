@@ -38,7 +38,7 @@ def shape_of(config: ModelConfig, slots: int, ends: tuple[int, ...] = (), *, sta
     """
     return Shape(
         config.num_layers, config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim,
-        slots, ends, config.norm_epsilon, target().num_cores or _H100_SMS, stacked,
+        slots, ends, config.norm_epsilon, target().num_cores or _H100_SMS, stacked=stacked,
     )  # fmt: skip
 
 
