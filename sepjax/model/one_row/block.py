@@ -43,16 +43,11 @@ class Block:
         number = (m.integer(s.C // TILE + s.splits - 1) - share) // s.splits
         return head, share, m.select(m.block < s.K * s.splits, number, 0)
 
-    def _packet(self, name: str, i: Any, copy: Any = None) -> Any:
-        """Where a packet is: in the block's own copy, or in another."""
-        m, s = self.m, self.shape
-        if s.copies_of(name) > 1:
-            i = i + (m.block % s.copies_of(name) if copy is None else copy) * s.packets[name]
-        return m.address(self.given.packets) + m.wide(i * PACKET + s.packets_at[name])
+    def _packet(self, name: str, i: Any) -> Any:
+        return self.m.address(self.given.packets) + self.m.wide(i * PACKET + self.shape.packets_at[name])
 
     def _send(self, name: str, i: Any, bits: Any, flag: Any) -> None:
-        for copy in range(self.shape.copies_of(name)):
-            self.m.send(self._packet(name, i, copy), bits, flag)
+        self.m.send(self._packet(name, i), bits, flag)
 
     def _each_unit(self, name: str, body: Callable[[Any, Any], None]) -> None:
         """body(unit, its number among the block's) of each of the block's units, a thread each."""

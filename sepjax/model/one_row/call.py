@@ -18,7 +18,7 @@ type Layer = tuple[Any, ...]  # matrices of q, k, v; output; gate with up; down;
 
 
 @functools.lru_cache(maxsize=8)
-def _kernel(shape: Shape, *, timed: bool = False) -> Any:
+def _kernel(shape: Shape) -> Any:
     L, D, K, C, H = shape.L, shape.D, shape.K, shape.C, shape.H
 
     def s(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -35,33 +35,25 @@ def _kernel(shape: Shape, *, timed: bool = False) -> Any:
     out: Any = s(D // 2, dtype=jnp.int32)
 
     def body(_: Any, *refs: Any) -> None:
-        *refs, (memory,) = refs
-        rest: Any
-        given, told, rest = refs[: 6 * L], refs[6 * L : 6 * L + 5], refs[6 * L + 5 :]
+        *given, (memory,) = refs
+        given, told, rest = given[: 6 * L], given[6 * L : 6 * L + 5], given[6 * L + 5 :]
         if shape.stacked:
-            stamps: Any = []
             (k, v, packets, out), new = rest[:4], rest[4:]
             of_layer = K * C * H * 2
             entries: list[Any] = [
                 ((k, i * of_layer), (v, i * of_layer), *((x, i * K * H * 2) for x in new)) for i in range(L)
             ]  # fmt: skip
         else:
-            stamps = rest[-1:] if timed else []
-            *caches, packets, out = rest[:-1] if timed else rest
+            *caches, packets, out = rest
             entries = [(caches[i], caches[L + i], caches[i], caches[L + i]) for i in range(L)]
         arrays = [x for i in range(L) for x in (*given[6 * i : 6 * i + 6], *entries[i])]
         strides = (H, 0) if shape.stacked else (C * H, H)
-        kernel = Kernel(shape, Warps([*arrays, *told, packets, out, *stamps], memory), strides)
-        if timed:
-            kernel.stamps = kernel.given.out + 1
-        kernel.run()
+        Kernel(shape, Warps([*arrays, *told, packets, out], memory), strides).run()
 
     size = shape.shared_at["end"] + shape.stages * shape.stage
     ins, inouts, outs = (*layer * L, *told), (*entries, packets), out
     if shape.stacked:
         ins, inouts, outs = (*ins, *entries), (packets,), (out, *(s(L, K, H),) * 2)
-    if timed:
-        outs = (out, s(shape.blocks * L * 16, dtype=jnp.int32))
     with mlir.make_ir_context(), ir.Location.unknown():
         return mosaic_gpu.as_gpu_kernel(
             body, (shape.blocks, 1, 1), (THREADS + 32, 1, 1), ins, outs, (jax.ShapeDtypeStruct((size,), jnp.int8),),
@@ -71,7 +63,7 @@ def _kernel(shape: Shape, *, timed: bool = False) -> Any:
 
 def run(
     shape: Shape, layers: Sequence[Layer], x: jax.Array, told: Sequence[jax.Array], k: Sequence[jax.Array],
-    v: Sequence[jax.Array], kernel: Any = None,
+    v: Sequence[jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:  # fmt: skip
     """What leaves the last norm, and the caches with the token; of `shape.stacked` its own keys and values [L, K, H].
 
@@ -84,9 +76,9 @@ def run(
     """
     L = shape.L
     pairs = jax.lax.bitcast_convert_type(x.reshape(-1, 2), jnp.int32)
-    first = jnp.tile(jnp.stack([pairs, jnp.ones_like(pairs)], axis=1).reshape(-1), shape.copies)
+    first = jnp.stack([pairs, jnp.ones_like(pairs)], axis=1).reshape(-1)
     packets = jnp.pad(first, (0, shape.packets_at["end"] // 4 - first.size))
-    out, *found = (kernel or _kernel(shape))(*(y for layer in layers for y in layer), *told, *k, *v, packets)
+    out, *found = _kernel(shape)(*(y for layer in layers for y in layer), *told, *k, *v, packets)
     hidden = jax.lax.bitcast_convert_type(out, jnp.bfloat16).reshape(-1)
     if shape.stacked:
         return hidden, tuple(found[:1]), tuple(found[1:2])

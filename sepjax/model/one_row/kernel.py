@@ -60,31 +60,17 @@ class Kernel(Copies, Products, Attention):
 
         def layer(i: Any, count: Any) -> list[Any]:
             flag = i + 1
-            self._stamp(i, 0)
             count = self._product("qkv", "x", i, count, NORM, self._send_pair("qkv", flag))
-            self._stamp(i, 1)
             count = self._attend(i, count, flag)
-            self._stamp(i, 2)
             self._join(flag)
-            self._stamp(i, 3)
             count = self._product("out", "attended", i, count, None, self._add("y", flag))
-            self._stamp(i, 4)
             count = self._product("into", "y", i, count, MLP_NORM, self._activated(flag))
-            self._stamp(i, 5)
             count = self._product("down", "hidden", i, count, None, self._add("x", flag + 1))
             return [count]
 
         m.loop(0, s.L, 1, layer, m.integer(0))
         _, chunks = self._chunks_of(s.products["out"])
         m.when(chunks >= 1, self._end)
-
-    stamps: int | None = None  # number of an array for times
-
-    def _stamp(self, layer: Any, which: int) -> None:
-        m = self.m
-        if self.stamps is not None:
-            at = m.address(self.stamps) + m.wide(((m.block * self.shape.L + layer) * 16 + which) * 4)
-            m.when(m.same(m.thread, 0), lambda: m.store(at, m.clock()))
 
     def _begin_residual(self, unit: Any, local: Any) -> None:
         m = self.m

@@ -73,7 +73,6 @@ class Shape:
     ends: tuple[int, ...]  # where the zones but the last end
     epsilon: float
     blocks: int
-    copies: int = 1  # of what all blocks read
     stacked: bool = False  # whether the caches of all layers are one array, which stays as it is
 
     @property
@@ -119,12 +118,7 @@ class Shape:
     @functools.cached_property
     def packets_at(self) -> dict[str, int]:
         """Where they begin, in bytes, and "end"."""
-        sizes = {name: size * self.copies_of(name) for name, size in self.packets.items()}
-        return _one_after_another(sizes, PACKET, 128)
-
-    def copies_of(self, name: str) -> int:
-        """How often a vector is sent: fewer blocks then ask for the same lines of the L2."""
-        return 1 if name in ("qkv", "shares") else self.copies
+        return _one_after_another(self.packets, PACKET, 128)
 
     @functools.cached_property
     def shared_at(self) -> dict[str, int]:

@@ -274,14 +274,18 @@ class Warps:
             predicate = ""
             if asks is not None and asks[i] is not None:
                 predicate = f"@w{i} "
-                begin += f".reg .pred w{i}; setp.ne.b32 w{i}, ${next(numbers)}, 0; mov.b64 t{i}, {{${2 * n}, ${2 * n}}}; "
+                begin += (
+                    f".reg .pred w{i}; setp.ne.b32 w{i}, ${next(numbers)}, 0; mov.b64 t{i}, {{${2 * n}, ${2 * n}}}; "
+                )
             asked += f"{predicate}ld.relaxed.gpu.global.b64 t{i}, [${n + i}]; "
         split = " ".join(f"mov.b64 {{${i}, f{i}}}, t{i};" for i in range(n))
         looked = " ".join(f"xor.b32 f{i}, f{i}, ${2 * n};" for i in range(n))
         joined = " ".join(f"or.b32 f0, f0, f{i};" for i in range(1, n))
         names = f".reg .b64 t<{n}>; .reg .b32 f<{n}>; .reg .pred q;"
         text = f"{{ {names} {begin}{label}: {asked}{split} {looked} {joined} setp.ne.b32 q, f0, 0; @q bra {label}; }}"
-        found = self._early(text, [*places, flag, *(self.select(x, self.integer(1), 0) for x in wanted)], [self.i32] * n)
+        found = self._early(
+            text, [*places, flag, *(self.select(x, self.integer(1), 0) for x in wanted)], [self.i32] * n
+        )
         return found if n > 1 else [found]
 
     def _early(self, text: str, given: Sequence[Number], results: Sequence[Any]) -> Any:
@@ -321,10 +325,6 @@ class Warps:
         """Writes a number to shared memory."""
         kind = "b64" if x.value.type == self.i64 else "f32" if x.is_float else "b32"
         self._ptx(f"st.shared.{kind} [$0], $1;", [self._at(at), x])
-
-    def clock(self) -> Number:
-        """Of the SM, in cycles."""
-        return self._ptx("mov.u32 $0, %clock;", [], [self.i32])
 
     # -- who waits for whom -----------------------------------------------------------------------------------------
 

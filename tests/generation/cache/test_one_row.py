@@ -42,8 +42,7 @@ def simulated(s, layers, x, told, k, v):
         entries = zip(layers, k, v, *new, strict=True)
         arrays = [y for layer, *entry in entries for y in (*map(np.asarray, layer), *entry)]
         packets = np.zeros((s.packets_at["end"] // 8, 2), np.uint32)
-        first = np.stack([np.array(x).view(np.uint32), np.ones(x.size // 2, np.uint32)], axis=1)
-        packets[: len(first) * s.copies] = np.tile(first, (s.copies, 1))
+        packets[: x.size // 2] = np.stack([np.array(x).view(np.uint32), np.ones(x.size // 2, np.uint32)], axis=1)
         out = np.zeros(x.size // 2, np.uint32)
         arrays += [*map(np.asarray, told), packets, out]
         strides = (s.H, 0) if s.stacked else (s.C * s.H, s.H)
@@ -127,13 +126,13 @@ def test_the_kernel_steps_as_xla(on_three_sms, monkeypatch, changes, zones, stag
 def test_who_is_served(on_three_sms, monkeypatch):
     def reason(implementation=None, **changes):
         config = dataclasses.replace(MODEL, **changes)
-        return one_row.unsupported(config, one_row.shape_of(config, 128, (2, 32)), implementation)
+        return one_row.unsupported(config, one_row.shape_of(config, 128, (2, 32)), implementation) or ""
 
-    assert reason() is None
+    assert not reason()
     assert "qk_norm='none', got 'head'" in reason(qk_norm="head")
     assert "bfloat16" in reason(dtype="float16")
     assert "heads of 64 and 128, got 32" in reason(head_dim=32)
-    assert "16 wide" not in (reason(embed_dim=64) or "")
+    assert "64 numbers of a row at a time, the model is 48 wide" in reason(embed_dim=48)
     assert "asks for plain XLA" in reason("xla")
     monkeypatch.setenv("SEPJAX_ONE_ROW", "0")
     assert "SEPJAX_ONE_ROW=0" in reason()
@@ -149,7 +148,7 @@ def test_rows_and_caches_that_it_does_not_serve(on_three_sms):
         model = types.SimpleNamespace(by_output={}, config=config)
         return shape_of_one_row(model, cache, attention)
 
-    assert served().ends == (2, 32)
+    assert served() is not None
     assert served(rows=2) is None
     assert served(dataclasses.replace(PATTERN, cache_dtype="int8")) is None
     assert served(dataclasses.replace(PATTERN, pattern="watched")) is None
