@@ -175,29 +175,20 @@ class SimulatedWarps:
         flags = np.broadcast_to(flag, WARP)[self.mask].astype(np.uint64)
         array[places] = (x[self.mask] & 0xFFFFFFFF).astype(np.uint64) | (flags << np.uint64(32))
 
-    def receive(
-        self, places: Sequence[np.ndarray], flag: np.ndarray, asks: Sequence[np.ndarray | None] | None = None
-    ) -> list[np.ndarray]:  # fmt: skip
-        found, before = [np.zeros(WARP, np.int64) for _ in places], self.mask
-        for i, at in enumerate(places):
-            ask = None if asks is None else asks[i]
-            self.mask = before if ask is None else before & ask
-            if self.mask.any():
-                found[i] = self._received(at, flag)
-        self.mask = before
+    def receive(self, places: Sequence[np.ndarray], flag: np.ndarray) -> list[np.ndarray]:
+        found = []
+        for at in places:
+            array, numbers = self._found(at, np.uint64)
+            flags = np.broadcast_to(flag, WARP)[self.mask].astype(np.uint64)
+            taken = [np.zeros(0, np.uint64)]
+
+            def is_there(array: Any = array, numbers: Any = numbers, flags: Any = flags, taken: Any = taken) -> bool:
+                taken[0] = array[numbers].copy()
+                return bool((taken[0] >> np.uint64(32) == flags).all())
+
+            self._until(is_there)
+            found.append(self._spread((taken[0] & np.uint64(0xFFFFFFFF)).astype(np.int64)))
         return found
-
-    def _received(self, at: np.ndarray, flag: np.ndarray) -> np.ndarray:
-        array, numbers = self._found(at, np.uint64)
-        flags = np.broadcast_to(flag, WARP)[self.mask].astype(np.uint64)
-        taken = array[numbers].copy()
-
-        def is_there() -> bool:
-            taken[:] = array[numbers]
-            return bool((taken >> np.uint64(32) == flags).all())
-
-        self._until(is_there)
-        return self._spread((taken & np.uint64(0xFFFFFFFF)).astype(np.int64))
 
     # -- shared memory
 

@@ -56,39 +56,36 @@ class Products(Block):
         together = _TOGETHER * THREADS
 
         def whole(begin: Any, total: Any) -> list[Any]:
-            return [self._take(source, flag, weights, begin, _TOGETHER, total, True)]
+            return [self._take(source, flag, weights, begin, _TOGETHER, total)]
 
         (total,) = m.loop(0, size // together * together, together, whole, m.float(0.0))
         if size % together:
             begin = m.integer(size // together * together)
-            total = self._take(source, flag, weights, begin, -(-(size % together) // THREADS), total, False)
+            total = self._take(source, flag, weights, begin, -(-(size % together) // THREADS), total)
         if squares is not None:
             for distance in (16, 8, 4, 2, 1):
                 total = total + m.from_lane_xor(total, distance)
             m.when(m.same(m.lane, 0), lambda: m.keep(m.warp * 4 + squares, total))
         m.meet(1, THREADS)
 
-    def _take(self, source: str, flag: Any, weights: Any, begin: Any, number: int, total: Any, whole: bool) -> Any:
-        """So many packets of each thread, `whole`: all of them are there; returns the sum of squares."""
+    def _take(self, source: str, flag: Any, weights: Any, begin: Any, number: int, total: Any) -> Any:
+        """So many packets of each thread; returns the sum of squares."""
         m, size = self.m, self.shape.packets[source]
         places = [m.thread + (begin + i * THREADS) for i in range(number)]
-        # Whoever has none left asks for none: all asks for a line of the L2 wait for each other.
-        inside = [None if whole else x < size for x in places]
-        at = [x if there is None else m.select(there, x, 0) for x, there in zip(places, inside, strict=True)]
+        inside = [x < size for x in places]
+        # Who has none left asks for its first again, and not all of them for the same one: that would hold up the L2.
+        other = m.thread if size >= THREADS else m.thread % size
+        at = [m.select(there, x, other) for x, there in zip(places, inside, strict=True)]
         factors: list[Any] = [None] * number
         if weights is not None:
             factors = [[m.as_float(m.load(weights + m.wide(x * 8 + 4 * i))) for i in range(2)] for x in at]
-        found = m.receive([self._packet(source, x) for x in at], flag, inside)
+        found = m.receive([self._packet(source, x) for x in at], flag)
         for pair, x, there, factor in zip(found, at, inside, factors, strict=True):
             if factor is not None:
                 low, high = m.low_half(pair), m.high_half(pair)
-                square = low * low + high * high
-                total = total + (square if there is None else m.select(there, square, 0.0))
+                total = total + m.select(there, low * low + high * high, 0.0)
                 pair = m.pair(low * factor[0], high * factor[1])
-            m.when(
-                m.same(m.integer(0), 0) if there is None else there,
-                lambda x=x, pair=pair: m.keep(x * 4 + self.at[_FEATURES[source]], pair),
-            )
+            m.keep(x * 4 + self.at[_FEATURES[source]], pair)  # of a place twice, the same bits
         return total
 
     def _chunk(self, product: Product, i: Any, count: Any, features: int) -> Any:

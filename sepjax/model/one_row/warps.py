@@ -259,33 +259,16 @@ class Warps:
         """Writes 32 bits and a flag as one: whoever sees the flag has the bits."""
         self._ptx("{ .reg .b64 t; mov.b64 t, {$1, $2}; st.relaxed.gpu.global.b64 [$0], t; }", [at, x, flag])
 
-    def receive(
-        self, places: Sequence[Number], flag: Number, asks: Sequence[Number | None] | None = None
-    ) -> list[Number]:  # fmt: skip
-        """The bits of every place, once all have this flag.
-
-        asks: of each place whether the thread wants it at all, None: it does. Of others the bits mean nothing.
-        """
+    def receive(self, places: Sequence[Number], flag: Number) -> list[Number]:
+        """The bits of every place, once all have this flag."""
         n, label = len(places), "L${:uid}"
-        wanted = [] if asks is None else [x for x in asks if x is not None]
-        numbers = iter(range(2 * n + 1, 2 * n + 1 + len(wanted)))
-        asked, begin = "", ""
-        for i in range(n):
-            predicate = ""
-            if asks is not None and asks[i] is not None:
-                predicate = f"@w{i} "
-                begin += (
-                    f".reg .pred w{i}; setp.ne.b32 w{i}, ${next(numbers)}, 0; mov.b64 t{i}, {{${2 * n}, ${2 * n}}}; "
-                )
-            asked += f"{predicate}ld.relaxed.gpu.global.b64 t{i}, [${n + i}]; "
+        asked = " ".join(f"ld.relaxed.gpu.global.b64 t{i}, [${n + i}];" for i in range(n))
         split = " ".join(f"mov.b64 {{${i}, f{i}}}, t{i};" for i in range(n))
         looked = " ".join(f"xor.b32 f{i}, f{i}, ${2 * n};" for i in range(n))
         joined = " ".join(f"or.b32 f0, f0, f{i};" for i in range(1, n))
         names = f".reg .b64 t<{n}>; .reg .b32 f<{n}>; .reg .pred q;"
-        text = f"{{ {names} {begin}{label}: {asked}{split} {looked} {joined} setp.ne.b32 q, f0, 0; @q bra {label}; }}"
-        found = self._early(
-            text, [*places, flag, *(self.select(x, self.integer(1), 0) for x in wanted)], [self.i32] * n
-        )
+        text = f"{{ {names} {label}: {asked} {split} {looked} {joined} setp.ne.b32 q, f0, 0; @q bra {label}; }}"
+        found = self._early(text, [*places, flag], [self.i32] * n)
         return found if n > 1 else [found]
 
     def _early(self, text: str, given: Sequence[Number], results: Sequence[Any]) -> Any:
