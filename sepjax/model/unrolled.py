@@ -163,7 +163,7 @@ class Layerwise:
 
         scan: for passes over many tokens, whose compilation counts and whose copies of matrices do not.
         """
-        self._layers, self._scan = params["layers"], scan
+        self._params, self._layers, self._scan = params, params["layers"], scan
         self._model: Transformer = merge(graph, params | {"layers": _stand_in(self._layers[0])})
         self._graph, _ = split(self._model.layers)
         self.config = self._model.config
@@ -199,6 +199,11 @@ class Layerwise:
             x, output = self._block(self._layers[i], x, attend, _of_layer(layer_inputs, i))
             outputs.append(output)
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs) if outputs else None
+
+    @property
+    def by_output(self) -> Params | None:
+        """The parameters, if matrices of all layers are joined and lie by their outputs; else None."""
+        return self._params if "rows" in self._layers[0]["mlp"]["down"] else None
 
     def _scan_layers(self, x: jax.Array, attend: Attend, layer_inputs: Any, numbers: range) -> tuple[jax.Array, Any]:
         # A branch for each layer; of no layers, one that is never taken.

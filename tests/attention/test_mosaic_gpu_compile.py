@@ -13,6 +13,8 @@ from sepjax.attention.kernels_ahead import kernels_of
 from sepjax.attention.op import choose
 from sepjax.config import ModelConfig
 from sepjax.layout import build_layout
+from sepjax.model.one_row import call
+from sepjax.model.one_row.shape import Shape
 from sepjax.model.transformer import abstract
 from sepjax.model.unrolled import Layerwise, by_layer
 from sepjax.training.plan import topology_devices
@@ -252,3 +254,29 @@ def test_inside_shard_map(h100):
     assert "mosaic_gpu" in lowered(h100, (2, 128, 2, 1, 64), jnp.bfloat16, mapped, forward).as_text()
     with pytest.raises(NotImplementedError, match="pass check_vma=False to"):
         lowered(h100, (2, 128, 2, 1, 64), jnp.bfloat16, jax.shard_map(KERNEL, mesh=h100, **specs))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(2, 576, 9, 3, 64, 1536, 896, (4, 68), 1e-5, 132),
+        pytest.param(Shape(2, 4096, 32, 8, 128, 14336, 896, (4, 68), 1e-5, 132), marks=pytest.mark.soak),
+        pytest.param(Shape(2, 576, 9, 3, 64, 1536, 512, (), 1e-5, 132, stacked=True), marks=pytest.mark.soak),
+    ],
+    ids=["SmolLM2-135M", "Llama-3-8B", "a growing cache"],
+)
+def test_a_step_of_one_row_compiles_for_an_h100(h100, shape):
+    s, placed = shape, jax.NamedSharding(h100, jax.P())
+
+    def struct(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    vector, table = struct(s.D, dtype=jnp.float32), struct(s.zones, s.H // 2, dtype=jnp.float32)
+    layer = struct((s.N + 2 * s.K) * s.H, s.D), struct(s.D, s.N * s.H), struct(2 * s.F, s.D), struct(s.D, s.F)
+    told = table, table, struct(s.C, dtype=jnp.float32), struct(1, dtype=jnp.int32), vector
+    cache = (struct(s.L, s.K, s.C, s.H),) if s.stacked else (struct(s.K, s.C, s.H),) * s.L
+    run = jax.jit(functools.partial(call.run, s), donate_argnums=() if s.stacked else (3, 4))
+    with jax.set_mesh(h100):
+        compiled = run.lower(((*layer, vector, vector),) * s.L, struct(s.D), told, cache, cache).compile()
+    assert "mosaic_gpu" in compiled.as_text()
+    assert s.fault() is None

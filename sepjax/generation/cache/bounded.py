@@ -311,8 +311,8 @@ class StreamingCache(Shown):
 
     def append(
         self,
-        k: Float[Array, "L B T K H"] | Quantised,
-        v: Float[Array, "L B T K H"] | Quantised,
+        k: Float[Array, "L B T K H"] | Quantised | tuple[()],
+        v: Float[Array, "L B T K H"] | Quantised | tuple[()],
         is_separator: Bool[Array, "B T"],
         counts: Int32[Array, "B"],
         looks: Float[Array, "L B K S"] | None = None,
@@ -322,7 +322,7 @@ class StreamingCache(Shown):
         """Takes up the next tokens of every row. `compact` the rows before their next.
 
         Args:
-          k: their keys in every layer, rotated by `turning.own_positions`.
+          k: their keys in every layer, rotated by `turning.own_positions`; of a `bare` cache none.
           v: their values.
           is_separator: which of them are separators.
           counts: how many of the T tokens each row takes up, 0 to `room(T)`.

@@ -20,6 +20,7 @@ from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.bounded_run import attend_many
 from sepjax.generation.cache.bounded_step import attend_one
+from sepjax.generation.cache.one_row_pass import one_row_pass, shape_of_one_row
 from sepjax.generation.cache.rows import InPlace
 from sepjax.model.gate import run_with_gate
 from sepjax.model.layers import Attend
@@ -55,6 +56,9 @@ def stream_pass(
     T = tokens.shape[1]
     offsets = cache.seen_low[:, None] + jnp.arange(T, dtype=jnp.int32)
     is_separator = flag_separators(tokens, offsets, table, attention)
+    shape = shape_of_one_row(model, cache, attention) if tokens.size == 1 else None
+    if shape is not None:
+        return one_row_pass(shape, model, cache, tokens, counts, is_separator)
     in_place = InPlace()
     attend = attend_run(cache, T, counts, attention.implementation, in_place)
     inputs = pass_inputs(cache)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.attention import decode, runs
 from sepjax.config import AttentionConfig, ModelConfig, layer_reaches, layer_windows, sees_kept, with_own_window
+from sepjax.generation.cache.one_row_pass import one_token_pass, shape_of_one_token
 from sepjax.generation.cache.stored import for_products, like, plain
 from sepjax.model.gate import run_with_gate
 from sepjax.model.layers import once
@@ -69,6 +70,9 @@ def _one_token(
     positions = cache.length[:, None]
     inputs = (*_what_layers_see(attention, model.config, cache.window_size), cache.k, cache.v)
     is_global, score = is_global_token(tokens[:, 0], cache.length, table, attention), None
+    shape = shape_of_one_token(model, cache, attention)
+    if shape is not None:
+        return one_token_pass(shape, model, cache, tokens, active, is_global, attention)
     attend = _attend_cache(model.config, cache, attention.implementation)
     if attention.pattern == "gated":
         hidden, (k, v), scores = run_with_gate(model, tokens, positions, attend, inputs, attention)
