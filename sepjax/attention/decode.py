@@ -206,6 +206,14 @@ def attend(
     return out, jnp.max(weights, axis=2) if looks else None
 
 
+def can_write() -> bool:
+    """Whether the kernel can write the token into the cache (`attend_and_write`) on the device that is traced for.
+
+    A thread stores two bytes, which JAX 0.12 refuses to compile for a GPU.
+    """
+    return jax.__version_info__ < (0, 12) or target().platform != "gpu"
+
+
 def attend_and_write(
     queries: Float[Array, "B K 1 G H"],
     k: Float[Array, "B K H"],

@@ -41,7 +41,7 @@ def attend_one(
     own = OWN_ZONE if sizes.turned_by_slot else -1  # whose queries fit the token's own key, so have its rotation
     tables, codes = once(tables_of(cache, positions)), sizes.cache_dtype != "model"
     seen_in = _who_is_seen(cache, active, implementation)
-    writes = in_place is not None and isinstance(cache.k, tuple)  # and where layers are not scanned
+    writes = in_place is not None and isinstance(cache.k, tuple) and decode.can_write()  # and no layers are scanned
     to = once(next_slots(cache, 1)[2][:, 0]) if writes else None
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
