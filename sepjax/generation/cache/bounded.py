@@ -234,7 +234,8 @@ class StreamingCache(Shown):
 
     def reset(self, rows: Bool[Array, "B"]) -> "StreamingCache":
         """The same with `rows` empty, as for a new document: their counts begin at 0, all else stays unseen."""
-        counts = {name: x for name, x in vars(self).items() if getattr(x, "ndim", 0) == 1}  # arrays [B]
+        arrays = vars(self).items()  # those of one axis, [B], count, but for which rows they are of
+        counts = {name: x for name, x in arrays if name != "through" and getattr(x, "ndim", 0) == 1}
         return dataclasses.replace(self, **{name: jnp.where(rows, 0, x) for name, x in counts.items()})
 
     @property

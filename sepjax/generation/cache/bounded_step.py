@@ -33,7 +33,7 @@ def attend_one(
     Rows that are not `active` see nothing but their token: a kernel then reads nothing of what they hold.
     """
     sizes, positions = cache.sizes, cache.query_positions(1)
-    ends = (sizes.num_sinks, sizes.num_sinks + sizes.max_separators) if sizes.turns_in_place else ()
+    ends: Any = sizes.turned_ends
     if not sizes.turns_in_place:
         positions = positions[-1:]  # at positions of the text all zones have one
     if sizes.turned_by_slot:
@@ -87,8 +87,7 @@ def _who_is_seen(
     """The function (reach of the layer, whether it sees the second zone) -> what its token sees."""
     sizes = cache.sizes
     reason = decode.unsupported(cache.k[0].dtype, cache.head_dim, sizes.slots, implementation)
-    recent = cache.recent_positions() >= cache.first_recent(1)
-    visible = jnp.concatenate([cache.visible_old(), recent], axis=1) & jnp.asarray(active)[:, None]
+    visible = visible_slots(cache, active)
     within, is_kept = within_reach(cache, 1), kept_ones(cache, 0)
     blocks = len(cache.num_sinks) * cache.k[0].shape[-3]
     part = decode.part_of(blocks, codes=sizes.cache_dtype != "model")
@@ -103,6 +102,12 @@ def _who_is_seen(
         return told(seen if sees_kept is None else seen & ((sees_kept > 0) | ~is_kept))
 
     return seen_in
+
+
+def visible_slots(cache: "StreamingCache", active: Bool[Array, "B"]) -> Bool[jax.Array, "B C"]:
+    """The slots whose entries the next token of each row sees, where a layer hides none; none of rows not `active`."""
+    recent = cache.recent_positions() >= cache.first_recent(1)
+    return jnp.concatenate([cache.visible_old(), recent], axis=1) & jnp.asarray(active)[:, None]
 
 
 def counts_looks(watched: Any) -> bool:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
 from sepjax.config import AttentionConfig, layer_reaches, layer_windows, sees_kept
 from sepjax.generation.cache.bounded_run import tables_of
+from sepjax.generation.cache.bounded_step import visible_slots
+from sepjax.generation.cache.rows import next_slots
 from sepjax.model import one_row
 from sepjax.model.layers import once
 from sepjax.model.one_row.shape import Shape
@@ -30,8 +32,7 @@ def shape_of_one_row(model: Any, cache: "StreamingCache", attention: AttentionCo
     differ = sizes.reach or sizes.sees_kept or sizes.layer_ropes or sizes.keeps_best or sizes.turned_by_slot
     if differ or cache.layer_axis or cache.is_in_place or len(cache.num_sinks) > 1 or sizes.cache_dtype != "model":
         return None
-    ends = (sizes.num_sinks, sizes.num_sinks + sizes.max_separators) if sizes.turns_in_place else ()
-    return _served(model, one_row.shape_of(model.config, sizes.slots, ends), attention)
+    return _served(model, one_row.shape_of(model.config, sizes.slots, sizes.turned_ends), attention)
 
 
 def _served(model: Any, shape: Shape, attention: AttentionConfig) -> Shape | None:
@@ -51,11 +52,8 @@ def one_row_pass(
     """`stream_pass` of one token, of `shape_of_one_row`."""
     positions = cache.query_positions(1)[-shape.zones :]
     cos, sin = (x.reshape(shape.zones, -1) for x in tables_of(cache, positions))
-    recent = cache.recent_positions() >= cache.first_recent(1)
-    visible = jnp.concatenate([cache.visible_old(), recent], axis=1) & (jnp.asarray(counts) > 0)[:, None]
-    is_sink, recent_slot = cache.num_sinks < cache.sizes.num_sinks, cache.next_recent % cache.sizes.ring
-    slot = jnp.where(is_sink, cache.num_sinks, cache.sizes.slots - cache.sizes.ring + recent_slot)
-    told = once((cos, sin, _bias(visible), slot))
+    _, _, slots = next_slots(cache, 1)
+    told = once((cos, sin, _bias(visible_slots(cache, jnp.asarray(counts) > 0)), slots[:, 0]))
     x = model.embed(tokens, cache.seen_low[:, None])
     hidden, k, v = one_row.step(shape, model.by_output, x, told, cache.k, cache.v)
     grown = cache.bare().append((), (), is_separator, counts)

@@ -115,6 +115,11 @@ class StreamSizes:
         return not self.absolute and not self.turned_by_slot
 
     @property
+    def turned_ends(self) -> tuple[int, ...]:
+        """Where zones of slots end whose keys lie rotated each in its own way, all but the last; none: all in one."""
+        return (self.num_sinks, self.num_sinks + self.max_separators) if self.turns_in_place else ()
+
+    @property
     def slots(self) -> int:
         """C: sinks, separators, and a ring for the rest of c + 1 entries; if the best stay, for `ring_limit` of them.
 

@@ -260,6 +260,8 @@ def test_reset_rows_begin_again_and_the_others_do_not_notice():
     after = cache.reset(jnp.array([False, True, False]))
     assert after.held().tolist() == [cache.held()[0], 0, cache.held()[2]]
     assert seen(after) == [50, 0, 50]
+    lying = dataclasses.replace(cache, through=jnp.array([2, 0, 1])).reset(jnp.array([False, True, True]))
+    assert lying.through.tolist() == [2, 0, 1], "rows stay where they lie"
     fresh = StreamingCache.create(CONFIG, ROWS, sizes)
     for _ in range(2):
         counts = np.array([0, RUN, 0], np.int32)
