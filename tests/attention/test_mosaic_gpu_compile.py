@@ -11,7 +11,10 @@ import pytest
 from sepjax.attention import decode, mosaic_gpu, runs, separator_attention, xla
 from sepjax.attention.kernels_ahead import kernels_of
 from sepjax.attention.op import choose
-from sepjax.config import ModelConfig
+from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.bounded_pass import stream_pass
+from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.layout import build_layout
 from sepjax.model.one_row import call
 from sepjax.model.one_row.shape import Shape
@@ -157,6 +160,32 @@ def test_writing_compiles_for_an_h100(h100, shape, part, looks):
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 2 * B * K * C * H, "no copy of keys or values"
+
+
+def test_a_step_of_many_rows_compiles_for_an_h100(h100):
+    """Whatever the version of JAX: what it cannot compile is left to XLA (`decode.can_write`)."""
+    config = ModelConfig(
+        vocab_size=64, num_layers=1, embed_dim=64, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=64,
+        dtype="bfloat16",
+    )  # fmt: skip
+    attention = AttentionConfig(num_sinks=4, max_separators=64, window_size=256, cache_size=800)
+    sizes, rows = StreamSizes.create(config, attention), 256
+    graph, shapes = abstract(config, attention)
+    axes = ("data", "fsdp", "tensor", "context")
+    mesh = jax.sharding.Mesh(h100.devices.reshape(1, 1, 1, 1), axes, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    placed = jax.NamedSharding(mesh, jax.P())
+
+    def run(params, cache, tokens, counts, table):
+        return stream_pass(Layerwise(graph, params), cache, tokens, counts, table, attention)
+
+    with jax.set_mesh(mesh):
+        params = jax.eval_shape(lambda x: by_layer(x, config), shapes)
+        cache = jax.eval_shape(lambda: StreamingCache.create(config, rows, sizes, by_layer=True))
+        of_rows = jax.ShapeDtypeStruct((rows, 1), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+        given = params, cache, *of_rows, jax.ShapeDtypeStruct((64,), bool)
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), given)
+        program = jax.jit(run, donate_argnums=1).lower(*given).compile()
+    assert "mosaic_gpu" in program.as_text()
 
 
 @pytest.mark.parametrize(
