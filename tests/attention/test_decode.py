@@ -99,7 +99,9 @@ def test_the_kernel_equals_the_definition(case, monkeypatch):
 
 
 def turned_by(q, k, v, Z):
-    """Queries [B, K, 1, G, H] turned at random for each of Z zones, the key [B, K, H] by the last; what turns them."""
+    """Queries [B, K, 1, G, H] turned at random for each of Z zones, the key [B, K, H] by the last; both before they are
+    rounded; and what turns them.
+    """
     B, _, _, _, H = q.shape
     angles = np.random.default_rng(3).uniform(0, 2 * np.pi, (Z, B, H // 2)).astype(np.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -107,10 +109,11 @@ def turned_by(q, k, v, Z):
     def turned(x):  # [B, K, any, G, H] for each zone
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         c, s = (jnp.swapaxes(x, 0, 1)[:, None, :, None] for x in (cos, sin))
-        return jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1).astype(q.dtype)
+        return jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1)
 
     flat = jnp.concatenate([q.reshape(B, -1, H), k, v], axis=1)
-    return turned(q), turned(k[:, :, None, None])[:, :, -1, 0], decode.Turn(cos, sin, flat)
+    exact = turned(q), turned(k[:, :, None, None])[:, :, -1, 0]
+    return *(x.astype(q.dtype) for x in exact), exact, decode.Turn(cos, sin, flat)
 
 
 @pytest.mark.parametrize("H", [64, pytest.param(128, marks=pytest.mark.soak)])
@@ -119,7 +122,7 @@ def test_the_kernel_turns_queries_and_key_and_writes_the_token(H, monkeypatch):
     K, G = (2, 3) if H == 64 else (1, 6)
     tensor, seen, ends = tensors(3, K, 1, G, 128, H), visible_slots(3, 192)[:, 64:], (4, 68)
     (q, k, v), cache = tensor[:3], tensor[3:]
-    turned, key, turn = turned_by(q, k, v, len(ends) + 1)
+    turned, key, _, turn = turned_by(q, k, v, len(ends) + 1)
     told = seen_slots(seen, kernel=False)
     given = turned, key, v, *cache
     plain = given_of(told, decode.attend(*given, told, ends, looks=True))
@@ -274,7 +277,7 @@ def test_a_mesh_of_several_devices_is_not_served(monkeypatch):
 
 # (B, K, G, C, H), ends, looks, codes: many rows, a block each; few, whose blocks share a row.
 ON_A_GPU = {
-    "760 rows, heads of 64": ((760, 3, 3, 896, 64), (4, 68), True, False),
+    "400 rows, heads of 64": ((400, 3, 3, 896, 64), (4, 68), True, False),
     "600 rows, heads of 128": ((600, 2, 4, 896, 128), (4, 68), False, False),
     "two rows, heads of 128": ((2, 8, 4, 896, 128), (4, 68), False, False),
     "two rows, heads of 64, looks": ((2, 3, 3, 832, 64), (4, 68), True, False),
@@ -285,7 +288,7 @@ ON_A_GPU = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ON_A_GPU)
 def test_the_kernel_on_a_gpu(case):
-    """The 2x rule, and the same bits again."""
+    """The 2x rule, and the same bits again. What the kernel turns it may round the other way than XLA does."""
     (B, K, G, C, H), zones, looks, of_codes = ON_A_GPU[case]
     seen, own = visible_slots(B, C), -1
     given: Any = tensors(B, K, len(zones) + 1, G, C, H)
@@ -299,11 +302,12 @@ def test_the_kernel_on_a_gpu(case):
             for x, y in zip(given[3:], scales, strict=True)
         ]
     turns, projected = B * K > 264 and not of_codes, (given[0][:, :, :1], given[1], given[2])
+    unrounded = given[:2]
     if turns:
-        q, key, how = turned_by(*projected, Z=len(zones) + 1)
+        q, key, unrounded, how = turned_by(*projected, Z=len(zones) + 1)
         given = q, key, *given[2:]
     to = jnp.argmin(seen, axis=1).astype(jnp.int32) if turns else None
-    from_slots: Any = (*given[:3], *numbers, seen, ends, own)
+    from_slots: Any = (*unrounded, given[2], *numbers, seen, ends, own)
     exact = textbook(*from_slots)
 
     def run(kernel):
