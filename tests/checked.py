@@ -19,9 +19,25 @@ def when_called(function: Callable[..., Any]) -> Callable[..., Any]:
         if checked is None and sys.is_finalizing():  # of what is only now forgotten, when nothing can be imported
             return function(*args, **kwargs)
         if checked is None:
-            from beartype import beartype
-
-            checked = beartype(function)
+            checked = _checked(function)
         return checked(*args, **kwargs)
 
     return late
+
+
+_NESTED: dict[tuple[Any, ...], tuple[dict[str, Any], Callable[..., Any]]] = {}
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Functions within functions are made anew at each call of the outer one: while their types are the same, so is
+    the check, which calls nothing of theirs."""
+    from beartype import beartype
+
+    if "<locals>" not in function.__qualname__:
+        return beartype(function)
+    key = function.__module__, function.__qualname__, function.__code__.co_varnames
+    types, checked = _NESTED.get(key, (None, None))
+    if checked is None or types != function.__annotations__:
+        checked = beartype(function)
+        _NESTED[key] = function.__annotations__, checked
+    return checked

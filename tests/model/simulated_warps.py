@@ -95,19 +95,12 @@ class SimulatedWarps:
 
     def products(self, a: Sequence[Any], b: Sequence[Any], c: Sequence[Any]) -> list[np.ndarray]:
         assert self.mask.all(), "whole warps"
-        g, t = self.lane // 4, self.lane % 4
-        left, right, sums = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
-        for i, x in enumerate(a):
-            for j, half in enumerate((self.low_half(x), self.high_half(x))):
-                left[g + 8 * (i % 2), 2 * t + j + 8 * (i // 2)] = half
-        for i, x in enumerate(b):
-            for j, half in enumerate((self.low_half(x), self.high_half(x))):
-                right[2 * t + j + 8 * i, g] = half
-        for i, x in enumerate(c):
-            sums[g + 8 * (i // 2), 2 * t + i % 2] = x
         with np.errstate(all="ignore"):
-            sums += left @ right
-        return [sums[g + 8 * (i // 2), 2 * t + i % 2].astype(np.float32) for i in range(4)]
+            # Of which register, half, group of four lanes and lane of it each number is.
+            left = _halves(a).reshape(2, 2, 2, 8, 4).transpose(1, 3, 0, 4, 2).reshape(16, 16)
+            right = _halves(b).reshape(2, 2, 8, 4).transpose(0, 3, 1, 2).reshape(16, 8)
+            products = (left @ right).reshape(2, 8, 4, 2).transpose(0, 3, 1, 2).reshape(4, WARP)
+            return list((np.array(c, np.float64) + products).astype(np.float32))
 
     # -- what is done
 
@@ -134,9 +127,11 @@ class SimulatedWarps:
             raise Stuck
 
     def _until(self, is_so: Callable[[], bool]) -> None:
+        wait = 1e-4
         while not is_so():
             self._goes_on()
-            time.sleep(1e-4)
+            time.sleep(wait)
+            wait = min(2 * wait, 2e-3)  # two dozen that ask all the time take half of it
 
     # -- global memory
 
@@ -276,6 +271,13 @@ class SimulatedWarps:
         assert places[0] + size <= len(array)
         self.shared_block.memory[to : to + size] = array[places[0] : places[0] + size]
         self._arrived(self._barrier(barrier), 0, -size)
+
+
+def _halves(pairs: Sequence[np.ndarray]) -> np.ndarray:
+    """float64[len(pairs), 2, 32]: two numbers of each register."""
+    bits = np.array(pairs)
+    halves = np.stack([bits << 16, bits & 0xFFFF0000], axis=1)
+    return (halves & 0xFFFFFFFF).astype(np.uint32).view(np.float32).astype(np.float64)
 
 
 def run(
