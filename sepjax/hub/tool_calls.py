@@ -79,7 +79,22 @@ def calls_of(text: str) -> list[Call]:
     arguments = [x.get("arguments", x.get("parameters", {})) for x in each]
     if not all(isinstance(x, dict) for x in arguments):
         return []
-    return [Call(x["name"], json.dumps(a, ensure_ascii=False)) for x, a in zip(each, arguments, strict=True)]
+    try:
+        # Escaped, where they have halves of surrogate pairs: those are JSON, and no UTF-8. NaN is no JSON.
+        return [
+            Call(x["name"].encode().decode(), json.dumps(a, ensure_ascii=not _is_utf8(a), allow_nan=False))
+            for x, a in zip(each, arguments, strict=True)
+        ]
+    except ValueError:
+        return []
+
+
+def _is_utf8(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Written(NamedTuple):

@@ -38,7 +38,7 @@ from sepjax.serve.view import find
 
 log = logging.getLogger("sepjax.serve")
 _UNREAD = 512  # tokens of each choice that wait for a slow client before its row is put aside
-_PATIENCE = 0.5  # seconds between two looks at the clock while nothing happens
+_PATIENCE = 0.5  # seconds between two looks at the clock, or at the keeper, while nothing happens
 
 
 class Worker:
@@ -256,12 +256,12 @@ class Worker:
         return self._open > 0 and time.monotonic() < self._stop_at
 
     def _take_orders(self, *, wait: bool) -> None:
-        try:
-            self._orders.get(timeout=_PATIENCE if self._stop_at is not None else None)() if wait else None
+        # Those in the queue may wait for the keeper, not all of whose tasks tell that they are done.
+        patience = _PATIENCE if self._stop_at is not None or len(self._queue) else None
+        with contextlib.suppress(queue.Empty):
+            self._orders.get(timeout=patience)() if wait else None
             while True:
                 self._orders.get_nowait()()
-        except queue.Empty:
-            pass
 
     @property
     def _may_begin(self) -> bool:

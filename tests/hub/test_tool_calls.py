@@ -50,6 +50,20 @@ def test_calls_are_found_however_the_text_is_cut(text, said, calls):
         assert heard(text, cuts) == (said, calls)
 
 
+@pytest.mark.parametrize("value", ["NaN", "1e999", "[-Infinity]"])
+def test_what_no_client_could_read_is_no_call(value):
+    text = f'<tool_call>{{"name": "f", "arguments": {{"a": {value}}}}}</tool_call>'
+    assert heard(text, []) == (text, [])
+
+
+def test_halves_of_surrogate_pairs_are_sent_as_json_escapes():
+    told = r'{"name": "f", "arguments": {"a": "Ü\ud800"}}'
+    _, (call,) = CallFinder().take(f"<tool_call>{told}</tool_call>", ends=True)
+    assert json.loads(call.arguments.encode()) == {"a": "Ü\ud800"}
+    named = r'<tool_call>{"name": "\ud800", "arguments": {}}</tool_call>'
+    assert heard(named, []) == (named, [])
+
+
 def test_what_never_ends_is_no_call():
     finder = CallFinder()
     assert finder.take("<tool_call>", ends=False) == ("", [])

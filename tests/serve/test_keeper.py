@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+import types
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,9 +15,13 @@ from sepjax.clocks import Clocks
 from sepjax.generation.packed import Form, PackedState
 from sepjax.generation.saved_row import SavedRow
 from sepjax.generation.slot_pool import Pool, PooledState
+from sepjax.generation.slots import SlotRequest
 from sepjax.serve.conversations import Conversations
+from sepjax.serve.jobs import Inbox, Job
 from sepjax.serve.keeper import Keeper
+from sepjax.serve.metrics import Metrics
 from sepjax.serve.state import StateFolder
+from sepjax.serve.worker import Worker
 from tests.generation.test_packed import empty_state
 from tests.generation.tiny import ATTENTION, ROWS, tiny_tokenizer
 from tests.serve.tiny import client, random_request, running, tiny_served, wanted_of
@@ -259,3 +264,14 @@ def test_a_row_that_is_being_saved_when_the_server_stops_is_saved_and_told_of(tm
     ends = [entry.ids for entry in folder.entries() if entry.ids[:2].tolist() == [5, 6]]
     assert [len(ids) for ids in ends] == [3 + 5 - 1] * 4
     folder.close()
+
+
+def test_who_waits_for_the_keeper_waits_for_nobody_else():
+    """Not all of its tasks tell the worker that they are done."""
+    worker = Worker(lambda: None, lambda _: None, rows=1, max_waiting=1, metrics=Metrics())  # pyright: ignore[reportArgumentType]
+    loop: Any = types.SimpleNamespace(call_soon_threadsafe=print)
+    worker._queue.put(Job(Inbox(loop), 0, np.array([5], np.int32), SlotRequest(None), "", 0.0))
+    looks = threading.Thread(target=lambda: worker._take_orders(wait=True), daemon=True)
+    looks.start()
+    looks.join(30.0)
+    assert not looks.is_alive()
