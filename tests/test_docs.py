@@ -184,6 +184,15 @@ def test_every_block_is_right_or_says_what_it_needs(page, folder):
     assert found == []
 
 
+def test_every_shell_takes_the_commands():
+    """zsh, as on macOS, looks for files where a word has one of these outside of quotes, and ends the command."""
+    for page in PAGES:
+        for block in blocks(page.read_text()):
+            script = re.sub(r"(^|\s)#.*$", "", block.text, flags=re.MULTILINE) if block.language == "bash" else ""
+            bare = re.sub(r"\"[^\"]*\"|'[^']*'", "", script)
+            assert re.findall(r"\S*[\[\]*?]\S*", bare) == [], f"{page.name}:{block.line}"
+
+
 # Written like settings: keys of GGUF files, a file's name, a placeholder.
 NOT_OURS = {"attention.scale", "model.safetensors", "x.y"}
 FIELDS = {path.removeprefix("config.") for path, _ in config_flags()}
