@@ -50,7 +50,8 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("docs")
     (path / "configs").symlink_to(ROOT / "configs")
     (path / "kept.json").write_text("[13, 15]")
-    np.save(path / "rare.npy", np.array([13, 15]))
+    for name in ("rare.npy", "capitals.npy"):
+        np.save(path / name, np.array([13, 15]))
     with contextlib.chdir(path), pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEPJAX_API_KEY", "as a unit's EnvironmentFile or docker gives it")
         yield path

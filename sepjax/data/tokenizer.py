@@ -131,7 +131,7 @@ class Tokenizer:
         unknown = model.vocabulary.unk_id()
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": unknown if unknown >= 0 else None}
         names = {key: None if i is None else model.vocabulary.id_to_piece(i) for key, i in ids.items()}
-        special = dataclasses.replace(model.special, names=names | model.special.names, adds_bos=self.adds_bos)
+        special = dataclasses.replace(model.special, names=names | dict(model.special.names), adds_bos=self.adds_bos)
         return Tokenizer(SentencePieceModel(model.vocabulary.serialized_model_proto(), special))
 
     def encode(self, text: str, *, bos: bool = False, control_tokens: bool = True) -> list[int]:

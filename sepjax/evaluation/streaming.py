@@ -140,6 +140,14 @@ def score_streams(
         streams = [made(arm, each, rules.get(arm.name)) for arm, each in zip(arms, sizes, strict=True)]
         scored = _scored(model, streams, lanes, num_bytes, consume)
         tokens = told.result()
+    return _with_slices(scored, arms, tokens, first, near, far)
+
+
+def _with_slices(
+    scored: Sequence[tuple[StreamScore, np.ndarray]], arms: Sequence[Arm], tokens: ScoredTokens, first: int, near: int,
+    far: int,
+) -> list[StreamScore]:  # fmt: skip
+    """The scores with their arms' losses by slice and position, beside those of the arm `first`."""
     losses = [nll for _, nll in scored]
     refer = references(arms, [score.slots_held for score, _ in scored], first)
     beside = {"baseline": arms[first].name, "near": near, "far": far}
