@@ -116,7 +116,7 @@ def load(settings: Settings) -> "Served":
 
     mesh = mesh_of(settings.tensor)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        model, tokenizer = load(settings.path, **settings.loading, mesh=mesh)
+        model, tokenizer = load(settings.path, **settings.loading, param_dtype="working", mesh=mesh)
         if mesh is not None:
             check_heads(mesh, model.config.num_heads)
         where = locate(settings.path)

@@ -31,6 +31,7 @@ from sepjax.hub.remote import fetch
 from sepjax.hub.safetensors_file import Planned, SafetensorsFile, write_safetensors
 from sepjax.loading import LoadError, load_shape
 from sepjax.model.transformer import split
+from sepjax.model.unrolled import working_copy
 from sepjax.run.checkpoint import load_params
 from sepjax.sharding import make_mesh, parameter_shardings
 from tests.models import random_model
@@ -118,6 +119,19 @@ def test_our_settings_come_back(make, tmp_path):
     assert again.attention == model.attention
     assert again.config.dtype == "bfloat16"
     assert {x.dtype for x in leaves(again)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_parameters_as_generation_uses_them_are_read_as_such(make, name):
+    """No matrix of float32 lies on a device that computes in bfloat16: those of GGUF files would take twice the room."""
+    folder, _ = make(name, dtype=np.float32)
+    found, own = (sepjax.load(folder, dtype="bfloat16", param_dtype=x)[0] for x in ("working", None))
+    expected = jax.tree.leaves(working_copy(split(own)[1], own.config))
+    for x, y in zip(leaves(found), expected, strict=True):
+        assert (x.dtype, np.asarray(x).tobytes()) == (y.dtype, np.asarray(y).tobytes())
+    assert {x.dtype.name for x in expected} == {"bfloat16", "float32"}
+    smaller = sepjax.load(make(name, "small", dtype=ml_dtypes.bfloat16)[0], dtype="float32", param_dtype="working")[0]
+    assert {x.dtype.name for x in leaves(smaller)} == {"bfloat16"}
 
 
 def test_what_other_programs_look_for_is_written(tmp_path):
