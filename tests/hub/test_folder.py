@@ -123,7 +123,7 @@ def test_our_settings_come_back(make, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_parameters_as_generation_uses_them_are_read_as_such(make, name):
-    """No matrix of float32 lies on a device that computes in bfloat16: those of GGUF files would take twice the room."""
+    """No matrix of float32 lies on a device that computes in bfloat16: a GGUF file would take twice the room."""
     folder, _ = make(name, dtype=np.float32)
     found, own = (sepjax.load(folder, dtype="bfloat16", param_dtype=x)[0] for x in ("working", None))
     expected = jax.tree.leaves(working_copy(split(own)[1], own.config))
