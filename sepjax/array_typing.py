@@ -26,6 +26,7 @@ Tokens = Int32[Array, "B T"]
 Positions = Int32[Array, "B T"]
 SegmentIds = Int32[Array, "B T"]
 SeparatorFlags = Bool[Array, "B T"]
+SeparatorTable = Bool[Array, "..."]  # of every token id, [V], or the flags of tokens themselves, [B, T]
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B T K H"]
 Logits = Float[Array, "B T V"]
@@ -61,6 +62,7 @@ __all__ = [
     "Queries",
     "SegmentIds",
     "SeparatorFlags",
+    "SeparatorTable",
     "Tokens",
     "UInt8",
     "UInt16",

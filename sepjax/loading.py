@@ -10,6 +10,7 @@ from sepjax import kept
 from sepjax.config import ConfigError, ModelConfig, UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.adapter import add_adapter, origin_family
+from sepjax.hub.assemble import WORKING
 from sepjax.hub.folder import config_shape, folder_shape, is_folder, load_folder
 from sepjax.hub.gguf_file import gguf_config, gguf_shape, load_gguf
 from sepjax.hub.packaged import packaged_file
@@ -44,7 +45,8 @@ def load(
       step: checkpoint of a run; None: the newest.
       dtype: dtype of a pretrained model's activations and matmuls; None: bfloat16 on an accelerator, float32 on a CPU.
         A run has its own.
-      param_dtype: dtype of a pretrained model's parameters; None: the files' own (float32 for GGUF).
+      param_dtype: dtype of a pretrained model's parameters; None: the files' own (float32 for GGUF); "working": the
+        same, but matrices of more bytes than `dtype` has in that, as generation uses them.
       mesh: devices for the parameters, each of which reads its own shard; None: the first device.
       adapter: a PEFT folder, whose low-rank adapters are merged into the model.
       download: whether a hub id may be downloaded; otherwise it must be in the hub's local cache.
@@ -81,7 +83,7 @@ def _load(
     param_dtype: str | None,
     mesh: Mesh | None,
 ) -> tuple[Transformer, Tokenizer]:
-    for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+    for name, value in (("dtype", dtype), ("param_dtype", None if param_dtype == WORKING else param_dtype)):
         if value not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"{name}={value!r} must be float32, bfloat16 or float16")
     if step is not None and (source.is_file() or is_folder(source)):

@@ -78,13 +78,14 @@ def separator_table(tokenizer: Any, policy: str | Sequence[int] = "punctuation")
 
 def configured_table(tokenizer: Any, attention: AttentionConfig) -> np.ndarray:
     """Returns the bool[V] table that an attention config asks for; all False for patterns without separators."""
-    if not _has_separators(attention):
+    if not has_separators(attention):
         return np.zeros(len(token_texts(tokenizer)), bool)
     policy = attention.separator_ids if attention.separators == "ids" else attention.separators
     return separator_table(tokenizer, policy)
 
 
-def _has_separators(attention: AttentionConfig) -> bool:
+def has_separators(attention: AttentionConfig) -> bool:
+    """Whether a pattern keeps separators, all of them or before other tokens."""
     return attention.pattern == "separator" or (attention.pattern == "watched" and attention.separators_first)
 
 
@@ -131,14 +132,17 @@ def flag_separators(tokens: Any, positions: Any, table: Any, attention: Attentio
     Args:
       tokens: int32[...] token ids.
       positions: int32[...] positions within the document, from 0.
-      table: bool[V] from `configured_table`. Ids outside 0 ... V - 1 are no separators.
+      table: bool[V] from `configured_table`. Ids outside 0 ... V - 1 are no separators. Or the flags themselves, shaped
+        like `tokens`, for two axes and more.
       attention: its `pattern` decides; "fixed_interval" flags every `interval`-th token and needs no table.
     """
     if attention.pattern == "fixed_interval":
         return (positions + 1) % attention.interval == 0
     inside = (tokens >= 0) & (tokens < len(table))
-    if not _has_separators(attention):
+    if not has_separators(attention):
         return inside & False
+    if table.ndim > 1:
+        return table
     if isinstance(tokens, jax.Array):  # a tracer cannot index a NumPy table
         table = jnp.asarray(table)
     return inside & table[tokens * inside]

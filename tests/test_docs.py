@@ -50,7 +50,8 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("docs")
     (path / "configs").symlink_to(ROOT / "configs")
     (path / "kept.json").write_text("[13, 15]")
-    np.save(path / "rare.npy", np.array([13, 15]))
+    for name in ("rare.npy", "capitals.npy"):
+        np.save(path / name, np.array([13, 15]))
     with contextlib.chdir(path), pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEPJAX_API_KEY", "as a unit's EnvironmentFile or docker gives it")
         yield path
@@ -182,6 +183,15 @@ def test_every_block_is_right_or_says_what_it_needs(page, folder):
     for block in blocks(page.read_text()):
         found += [f"{page.name}:{block.line}: {problem}" for problem in checked(block, names, known)]
     assert found == []
+
+
+def test_every_shell_takes_the_commands():
+    """zsh, as on macOS, looks for files where a word has one of these outside of quotes, and ends the command."""
+    for page in PAGES:
+        for block in blocks(page.read_text()):
+            script = re.sub(r"(^|\s)#.*$", "", block.text, flags=re.MULTILINE) if block.language == "bash" else ""
+            bare = re.sub(r"\"[^\"]*\"|'[^']*'", "", script)
+            assert re.findall(r"\S*[\[\]*?]\S*", bare) == [], f"{page.name}:{block.line}"
 
 
 # Written like settings: keys of GGUF files, a file's name, a placeholder.

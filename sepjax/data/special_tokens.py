@@ -31,6 +31,7 @@ ORDER = (
 _MORE = ("extra_special_tokens", "additional_special_tokens")  # the newer key and the older one
 OLDER = "of added_tokens.json"  # marks a token whose flags count only where a tokenizer.json has none for it
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of generation_config.json
+POINTER = b"version https://git-lfs"  # how a file begins that Git has left in the place of a large one
 _MOST = 2**28  # bytes of a tokenizer's file; the largest known ones have 40 million
 # Names that a class of transformers gives where no file does: BOS, EOS, unknown, padding.
 _CLASS_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -163,7 +164,8 @@ def read_regular(path: Any, most: int = _MOST) -> bytes:
     """A file's content.
 
     Raises:
-      SpecialTokenError: it is not a regular file (a pipe or a device may have no end), or larger than `most` bytes.
+      SpecialTokenError: it is not a regular file (a pipe or a device may have no end), larger than `most` bytes, or a
+        pointer of Git LFS.
       FileNotFoundError: it is not there.
     """
     try:
@@ -176,7 +178,10 @@ def read_regular(path: Any, most: int = _MOST) -> bytes:
             raise SpecialTokenError(f"{Path(path).name} is a pipe, a device or a folder, expected a file")
         if about.st_size > most:
             raise SpecialTokenError(f"{Path(path).name} has {about.st_size:,} bytes, more than {most:,}")
-    return path.read_bytes()
+    content = path.read_bytes()
+    if content.startswith(POINTER):
+        raise SpecialTokenError(f"{Path(path).name} is a pointer of Git LFS, not the file: git lfs pull fetches that")
+    return content
 
 
 def _parse(name: str, content: bytes) -> dict[str, Any]:

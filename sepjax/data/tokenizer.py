@@ -5,6 +5,7 @@ newlines are kept, and characters outside the vocabulary are spelt in bytes.
 """
 
 import codecs
+import dataclasses
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -118,6 +119,20 @@ class Tokenizer:
             partial = target / f"{name}.{os.getpid()}.partial"
             partial.write_bytes(content)
             partial.replace(target / name)
+
+    def spelled_out(self) -> "Tokenizer":
+        """The same with what a SentencePiece model knows in files of its own, too, where transformers looks for it.
+
+        These are the names of BOS, EOS and the unknown token, and whether texts begin with BOS.
+        """
+        model = self._model
+        if not isinstance(model, SentencePieceModel):
+            return self
+        unknown = model.vocabulary.unk_id()
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": unknown if unknown >= 0 else None}
+        names = {key: None if i is None else model.vocabulary.id_to_piece(i) for key, i in ids.items()}
+        special = dataclasses.replace(model.special, names=names | dict(model.special.names), adds_bos=self.adds_bos)
+        return Tokenizer(SentencePieceModel(model.vocabulary.serialized_model_proto(), special))
 
     def encode(self, text: str, *, bos: bool = False, control_tokens: bool = True) -> list[int]:
         """The ids of `text`; no EOS.

@@ -9,17 +9,21 @@ import dataclasses
 import errno
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from sepjax.array_typing import Array, Int32
+from sepjax.array_typing import Array, Bool, Int32
 from sepjax.config import UserError
 from sepjax.data.corpora.files import kind_of_file
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.progress import counted
+
+# Which of a document's tokens, int32[N], are kept when they leave the window: bool[N].
+Rule = Callable[[np.ndarray], Any]
 
 
 class StreamError(UserError, ValueError):
@@ -205,6 +209,21 @@ class Lanes:
             ends[b] = sizes[b]
             ends[b, : len(lane)] = np.cumsum([len(document.inputs) for document in lane])
         return cls(inputs, targets, ends, numbers)
+
+    def flags(self, rule: Rule, name: str) -> Bool[np.ndarray, "B N"]:
+        """What a rule says of every token, document by document. Raises StreamError for what is no bool of each."""
+        found = np.zeros(self.inputs.shape, bool)
+        for b, row in enumerate(np.asarray(self.numbers)):
+            for start, end, number in zip([0, *self.ends[b]], self.ends[b], row, strict=False):
+                if number >= 0:
+                    said = np.asarray(rule(np.asarray(self.inputs[b, start:end])))
+                    if said.dtype != bool or said.shape != (end - start,):
+                        raise StreamError(
+                            f"keep[{name!r}] gave {said.dtype}{list(said.shape)} for document {number}; expected "
+                            f"bool[{end - start}]: of each token whether it is kept"
+                        )
+                    found[b, start:end] = said
+        return found
 
     def of_documents(self, values: np.ndarray) -> np.ndarray:
         """[N] of all documents in their own order, from values [B, N] of the tokens of the lanes."""

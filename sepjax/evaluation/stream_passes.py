@@ -62,7 +62,7 @@ def passes(
     *,
     scan: bool = False,
 ) -> tuple[State, Sums]:
-    """Up to `limit` passes, fewer when all lanes are through. `scan`: see `Layerwise`."""
+    """Up to `limit` passes, fewer when all lanes are through. `scan`: see `Layerwise`; `table`: or flags of `lanes`."""
     model = runner(graph, params, scan=scan)
 
     def body(carry: tuple[jax.Array, State, Sums]) -> tuple[jax.Array, State, Sums]:
@@ -92,6 +92,8 @@ def _one_pass(
     i = jnp.arange(chunk, dtype=jnp.int32)
     index = jnp.minimum(state.at[:, None] + i, lanes.inputs.shape[1] - 1)
     tokens, targets = (jnp.take_along_axis(x, index, axis=1) for x in (lanes.inputs, lanes.targets))
+    if table.ndim > 1:  # what is flagged, token by token
+        table = jnp.take_along_axis(table, index, axis=1)
     held = state.cache.held_before(chunk)
     hidden, cache = state.cache.take_up(model, tokens, counts, table, attention)
     scored = i < counts[:, None]

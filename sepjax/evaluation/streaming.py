@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax import interrupt
-from sepjax.config import AttentionConfig
+from sepjax.config import AttentionConfig, ConfigError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.arms import Arm, distances, plain_arms
 from sepjax.evaluation.compare import baseline_index, references
-from sepjax.evaluation.documents import Document, Lanes, StreamError
+from sepjax.evaluation.documents import Document, Lanes, Rule, StreamError
 from sepjax.evaluation.slices import EDGES, ScoredTokens, Slice, by_position, sliced
 from sepjax.evaluation.stream_passes import State, Sums, passes
 from sepjax.generation.cache.bounded_run import unsupported
@@ -37,7 +37,7 @@ from sepjax.measure import counted_compilations
 from sepjax.model.transformer import Transformer, split
 from sepjax.model.unrolled import working_copy
 from sepjax.progress import working
-from sepjax.separators import configured_table, warn_of_few_in
+from sepjax.separators import configured_table, has_separators, warn_of_few_in
 from sepjax.sharding import placed_like, shapes_placed_like
 
 _SHORT = 64  # tokens of a row in a pass, up to which layers are not scanned
@@ -101,6 +101,7 @@ def score_streams(
     near: int = 0,
     far: int = 0,
     consume: bool = False,
+    keep: Mapping[str, Rule] | None = None,
 ) -> list[StreamScore]:
     """Streams the same documents through the bounded cache of each attention config or arm.
 
@@ -115,14 +116,18 @@ def score_streams(
       near: tokens, the end of the slice `near`; 0: the smallest window.
       far: tokens, where the slice `far` begins; 0: the size of the largest cache.
       consume: whether the model is given up, as `Generator` has it, where any pass runs layers one by one.
+      keep: rules of your own, by arm: a function from a document's token ids, int32[N] with BOS, to bool[N], which of
+        them the arm keeps in place of its separators. It sees the whole document, so it may know what comes later.
 
     Raises:
-      StreamError: there is no text to score.
-      ConfigError: sizes that no bounded cache can have, near exceeds far, or `keep_all_separators` has no room for all.
+      StreamError: there is no text to score, or a rule gives no bool for each token.
+      ConfigError: sizes that no bounded cache can have, near exceeds far, `keep_all_separators` has no room for all, or
+        a rule is for no arm, or for one without separators.
     """
     if not documents:
         raise StreamError("no text to score: every document is empty")
     arms = _arms(attentions)
+    rules = _checked_rules(keep or {}, arms)
     sizes = _checked_sizes(model, arms)
     far = far or max(x.cache_size for x in sizes)
     near, far = distances([arm.attention for arm in arms], model.config.num_layers, near=near, far=far)
@@ -132,9 +137,17 @@ def score_streams(
     with ThreadPoolExecutor(1) as pool:
         told = pool.submit(_told, documents)  # sorting, beside what the device does
         made = functools.partial(_Stream.create, model, tokenizer, lanes, chunk)
-        streams = [made(arm.attention, each) for arm, each in zip(arms, sizes, strict=True)]
+        streams = [made(arm, each, rules.get(arm.name)) for arm, each in zip(arms, sizes, strict=True)]
         scored = _scored(model, streams, lanes, num_bytes, consume)
         tokens = told.result()
+    return _with_slices(scored, arms, tokens, first, near, far)
+
+
+def _with_slices(
+    scored: Sequence[tuple[StreamScore, np.ndarray]], arms: Sequence[Arm], tokens: ScoredTokens, first: int, near: int,
+    far: int,
+) -> list[StreamScore]:  # fmt: skip
+    """The scores with their arms' losses by slice and position, beside those of the arm `first`."""
     losses = [nll for _, nll in scored]
     refer = references(arms, [score.slots_held for score, _ in scored], first)
     beside = {"baseline": arms[first].name, "near": near, "far": far}
@@ -162,6 +175,19 @@ def _checked_sizes(model: Transformer, arms: Sequence[Arm]) -> list[BoundedSizes
     return sizes
 
 
+def _checked_rules(keep: Mapping[str, Rule], arms: Sequence[Arm]) -> Mapping[str, Rule]:
+    patterns = {arm.name: arm.attention for arm in arms}
+    for name in keep:
+        if name not in patterns:
+            raise ConfigError(f"keep has a rule for {name!r}, and arms are {', '.join(map(repr, patterns))}")
+        if not has_separators(patterns[name]):
+            raise ConfigError(
+                f"keep[{name!r}] does nothing for pattern={patterns[name].pattern!r}, which has no separators: a "
+                'rule takes their place in pattern="separator" (or in "watched" with separators_first)'
+            )
+    return keep
+
+
 def _arms(attentions: Sequence[AttentionConfig | Arm]) -> list[Arm]:
     plain = iter(plain_arms([x for x in attentions if isinstance(x, AttentionConfig)]))
     return [x if isinstance(x, Arm) else next(plain) for x in attentions]
@@ -180,19 +206,20 @@ class _Stream:
     sizes: BoundedSizes
     chunk: int
     one_by_one: bool  # see `_layers_one_by_one`
-    table: jax.Array
+    table: jax.Array  # over the vocabulary; with a rule, of every token of the lanes
     program: Any  # `stream_passes.passes`, jitted
 
     @classmethod
     def create(
-        cls, model: Transformer, tokenizer: Tokenizer, lanes: Lanes, chunk: int, attention: AttentionConfig,
-        sizes: BoundedSizes,
+        cls, model: Transformer, tokenizer: Tokenizer, lanes: Lanes, chunk: int, arm: Arm, sizes: BoundedSizes,
+        rule: Rule | None,
     ) -> "_Stream":  # fmt: skip
         """Warns of few separators."""
-        chunk = _length(sizes, lanes, chunk)
-        table = jnp.asarray(configured_table(tokenizer, attention))
-        is_token = np.arange(lanes.inputs.shape[1]) < lanes.ends[:, -1, None]
-        warn_of_few_in(np.asarray(lanes.inputs)[is_token], table, attention, "the text to stream")
+        attention, chunk = arm.attention, _length(sizes, lanes, chunk)
+        table = jnp.asarray(configured_table(tokenizer, attention) if rule is None else lanes.flags(rule, arm.name))
+        if rule is None:
+            is_token = np.arange(lanes.inputs.shape[1]) < lanes.ends[:, -1, None]
+            warn_of_few_in(np.asarray(lanes.inputs)[is_token], table, attention, "the text to stream")
         one_by_one = _layers_one_by_one(model, sizes, attention, chunk)
         run = functools.partial(passes, split(model)[0], attention, chunk, scan=not one_by_one)
         program = jax.jit(run, donate_argnums=1, compiler_options=compiler_options())

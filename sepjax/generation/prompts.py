@@ -119,6 +119,12 @@ def choose_sampling(tokenizer: Tokenizer, sampling_defaults: bool, **given: Any)
     return sampling
 
 
+def recommended_sampling(tokenizer: Tokenizer) -> dict[str, float]:
+    """What generation_config.json says, by name: `choose_sampling` where nothing else is given. Raises as that does."""
+    choose_sampling(tokenizer, True)
+    return _PLAIN | {"repetition_penalty": 1.0} | _theirs(tokenizer.special.sampling)
+
+
 def _theirs(said: Mapping[str, Any]) -> dict[str, Any]:
     """What a generation_config.json says."""
     if not said:

@@ -13,8 +13,11 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.families import rows_of, shapes_of
 from sepjax.hub.tables import Family, Row, Shape
 from sepjax.model.transformer import Params, abstract
+from sepjax.model.unrolled import is_matmuls
 from sepjax.progress import working
 from sepjax.sharding import parameter_shardings
+
+WORKING = "working"  # in place of a dtype: see `assemble`
 
 
 @runtime_checkable
@@ -45,7 +48,8 @@ def assemble(
       source: the tensors.
       family: the table of their names.
       config: the shape that they must have.
-      param_dtype: of the parameters; None: the source's own.
+      param_dtype: of the parameters; None: the source's own; "working": the same, but matrices of more bytes than
+        `config.dtype` has in that, as `sepjax.model.unrolled.working_copy` would convert them.
       mesh: where they go (`sepjax.sharding.parameter_shardings`); None: the first device.
 
     Raises:
@@ -58,6 +62,11 @@ def assemble(
     shardings = parameter_shardings(tree, mesh) if mesh else jax.tree.map(lambda _: _first_device(), tree)
     where = {name: (row, i) for row in rows for i, name in enumerate(row.ours)}
     dtypes = {name: _dtype(source, row, config, param_dtype) for name, (row, _) in where.items()}
+    if param_dtype == WORKING:
+        used = np.dtype(jax.numpy.dtype(config.dtype))
+        for name, own in dtypes.items():
+            is_larger = own.itemsize > used.itemsize and is_matmuls(name.split("/"), len(shapes[name]))
+            dtypes[name] = used if is_larger else own
     sizes = {
         name: math.prod(shape) * dtypes[name].itemsize * (config.num_layers if where[name][0].in_layers else 1)
         for name, shape in shapes.items()
@@ -134,7 +143,7 @@ def _dtype(source: Source, row: Row, config: ModelConfig, wanted: str | None) ->
             f"{str(source.path)!r}: tensor {row.theirs.format(0)!r} holds {strange[0]} numbers; quantised checkpoints "
             "are not supported: take one in float32, float16 or bfloat16, or a GGUF file"
         )
-    if wanted:
+    if wanted not in (None, WORKING):
         return np.dtype(jax.numpy.dtype(wanted))
     return found.pop() if len(found) == 1 and found != {np.dtype(np.float64)} else np.dtype(np.float32)
 

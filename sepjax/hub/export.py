@@ -14,6 +14,7 @@ import numpy as np
 
 import sepjax
 from sepjax.config import ConfigError, ModelConfig
+from sepjax.data.special_tokens import GENERATION
 from sepjax.data.tokenizer import FILES, Tokenizer
 from sepjax.files import write_text
 from sepjax.hub.errors import HubError
@@ -56,7 +57,7 @@ def save_folder(
     folder = Path(folder)
     if any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
         raise HubError(f"{str(folder)!r} holds a model already; choose another folder")
-    family, keys = _config(model, like)
+    family, keys = _config(model, tokenizer, like)
     dtype = dtype or next((keys[name] for name in _DTYPE_KEYS if keys.get(name)), None)
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype={dtype!r} must be float32, bfloat16 or float16")
@@ -72,12 +73,12 @@ def save_folder(
     write_text(folder / "config.json", json.dumps(keys, indent=2) + "\n")  # last: without it the folder is no model
 
 
-def _config(model: Transformer, like: Path | None) -> tuple[Family, dict[str, Any]]:
+def _config(model: Transformer, tokenizer: Tokenizer, like: Path | None) -> tuple[Family, dict[str, Any]]:
     """The family, and the keys of config.json: those of the model's origin if that is known."""
     if like is None or not (like / "config.json").is_file():
         family, keys = family_for(model.config)
         about = {"architectures": [family.architecture], "model_type": family.model_types[0]}
-        return family, about | keys | {"sepjax_version": sepjax.__version__}
+        return family, about | keys | _ids(tokenizer) | {"sepjax_version": sepjax.__version__}
     fields = Fields.read(like / "config.json")
     family = family_of(fields)
     tied = model.config.tie_embeddings  # the origin's config may have been wrong about that
@@ -141,10 +142,24 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Planned], shard_bytes: in
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, like: Path | None) -> None:
-    """The origin's files byte for byte, or ours."""
+    """The origin's files byte for byte, or ours and what transformers takes from no tokenizer's file."""
     if like is None or not any((like / name).is_file() for name in FILES):
-        tokenizer.save(folder)
+        tokenizer.spelled_out().save(folder)
+        _write_generation_config(tokenizer, folder)
     there = [name for name in TOKENIZER_FILES if like is not None and (like / name).is_file()]
     for name in there:
         assert like is not None
         shutil.copyfile(like / name, folder / name)
+
+
+def _write_generation_config(tokenizer: Tokenizer, folder: Path) -> None:
+    """Adds the ids of BOS and EOS to generation_config.json: without it no answer ends in transformers."""
+    file = folder / GENERATION
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    write_text(file, json.dumps(_ids(tokenizer) | said, indent=2) + "\n")
+
+
+def _ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What config.json and generation_config.json call the tokens that begin a text and end an answer; null: none."""
+    ends = list(tokenizer.end_ids)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}

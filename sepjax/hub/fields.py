@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sepjax.data.special_tokens import POINTER
 from sepjax.hub.errors import HubError
 
 _MOST = 100_000_000  # bytes of a JSON file; the index of a model of 600 GB has 10 million
@@ -121,6 +122,9 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def check_file(path: Path) -> None:
-    """Raises HubError for a path that is no ordinary file: reading a pipe or a device may never end."""
+    """Raises HubError for a path that is no ordinary file (reading a pipe or a device may never end), or a pointer."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise HubError(f"{str(path)!r} is not an ordinary file; put the file itself there")
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise HubError(f"{str(path)!r} is a pointer of Git LFS, not the file itself: git lfs pull fetches that")

@@ -84,12 +84,16 @@ def _convert(params: Params, dtype: jnp.dtype) -> Params:
 
 def _converted(params: Params, dtype: jnp.dtype) -> Params:
     def convert(path: tuple, x: jax.Array) -> jax.Array:
-        stacked = any(getattr(key, "key", None) == "layers" for key in path)
-        is_vector = x.ndim - stacked < 2 or getattr(path[-1], "key", None) == "bias"
-        is_gate = getattr(path[0], "key", None) == "gate"  # small, and half of it computes in float32
-        return x if is_vector or is_gate else x.astype(dtype)
+        names = [getattr(key, "key", None) for key in path]
+        return x.astype(dtype) if is_matmuls(names, x.ndim - ("layers" in names)) else x
 
     return jax.tree_util.tree_map_with_path(convert, params)
+
+
+def is_matmuls(path: Sequence[str | None], ndim: int) -> bool:
+    """Whether `working_copy` converts the parameter of a path that has so many axes, that of the layers aside."""
+    is_gate = path[0] == "gate"  # small, and half of it computes in float32
+    return ndim >= 2 and path[-1] != "bias" and not is_gate
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "join", "turn"))

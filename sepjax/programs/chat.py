@@ -45,7 +45,7 @@ def main(settings: Settings) -> None:
     from sepjax.loading import load
 
     settings.check_resume()
-    model, tokenizer = load(settings.path, **settings.loading)
+    model, tokenizer = load(settings.path, **settings.loading, param_dtype="working")
     template, control = settings.template(tokenizer), settings.control_tokens is True
     new = settings.max_new_tokens
     settings.warn(model, tokenizer, [], new)

@@ -119,7 +119,7 @@ def main(settings: Settings) -> None:
     if settings.save:
         saved.check_place(settings.save)
     settings.check_resume()
-    model, tokenizer = load(settings.path, **settings.loading)
+    model, tokenizer = load(settings.path, **settings.loading, param_dtype="working")
     control = settings.control_tokens is not False
     many, form = _encoded(settings, tokenizer, lines) if lines else None, None
     if many is not None:

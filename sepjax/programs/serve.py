@@ -41,6 +41,8 @@ class Settings(Conversing):
     max_prompt_tokens: Annotated[int, AtLeast(0)] = 0  # maximum tokens of a prompt; 0: limited by --max_body_bytes only
     max_body_bytes: Annotated[int, AtLeast(1024)] = 16 << 20  # maximum bytes of a request
     max_new_tokens: Annotated[int, AtLeast(1)] = 4096  # maximum tokens of a chat answer without max_tokens
+    # use the sampling settings that the model's own files recommend, where a request gives none
+    sampling_defaults: bool = False
     cache_memory: Annotated[int, AtLeast(0)] = 4096  # MiB of host memory for conversations that may continue; 0: none
     # MiB of device memory for those that may continue soon; default: half of what an accelerator has left
     device_memory: Annotated[int | None, AtLeast(0)] = None
@@ -114,7 +116,7 @@ def load(settings: Settings) -> "Served":
 
     mesh = mesh_of(settings.tensor)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        model, tokenizer = load(settings.path, **settings.loading, mesh=mesh)
+        model, tokenizer = load(settings.path, **settings.loading, param_dtype="working", mesh=mesh)
         if mesh is not None:
             check_heads(mesh, model.config.num_heads)
         where = locate(settings.path)
@@ -127,8 +129,9 @@ def load(settings: Settings) -> "Served":
         name = settings.name or settings.path.name or "model"
         alias = None if settings.name else settings.model  # a hub's name whole, as other servers have it
         return Served.create(
-            name, engine, settings.template(tokenizer), max_prompt_tokens=settings.max_prompt_tokens, alias=alias
-        )
+            name, engine, settings.template(tokenizer), max_prompt_tokens=settings.max_prompt_tokens, alias=alias,
+            sampling_defaults=settings.sampling_defaults,
+        )  # fmt: skip
 
 
 def mesh_of(tensor: int) -> Any:

@@ -82,11 +82,11 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        return await self._answer(request, lambda body: chat_request(load_json(body)))
+        return await self._answer(request, chat_request)
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
-        return await self._answer(request, lambda body: completion_request(load_json(body)))
+        return await self._answer(request, completion_request)
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -135,14 +135,15 @@ class Api:
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
-    async def _answer(self, request: Request, read: Callable[[bytes], ChatRequest | CompletionRequest]) -> Response:
+    async def _answer(self, request: Request, read: Callable[[Any], ChatRequest | CompletionRequest]) -> Response:
         came, served = time.perf_counter(), self._worker.ready()
         inbox, client = self._worker.inbox(), request.client.host if request.client else ""
         found = [await self._body(request)]  # taken out of it: nobody needs it while the answer is made
 
         def prepare() -> tuple[Answer, Wanted, list[Job]]:
             with self._worker.clocks("http: read a request (in threads)"):
-                return self._prepare(served, read(found.pop()), inbox, client, came)
+                asked = read(served.filled(load_json(found.pop())))
+                return self._prepare(served, asked, inbox, client, came)
 
         answer, wanted, jobs = await _in_thread(prepare)
         self._worker.submit(jobs)
@@ -346,7 +347,8 @@ async def _api_error(request: Request, error: ApiError) -> Response:
         "code": error.code,
         "path": request.url.path[:80],
     }  # the message may quote contents
-    log.info("refused", extra=about)
+    asks_whether_it_is_up = request.url.path == "/health"  # every second, by whoever waits for it
+    log.log(logging.DEBUG if asks_whether_it_is_up else logging.INFO, "refused", extra=about)
     return _respond(error)
 
 

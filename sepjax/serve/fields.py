@@ -14,6 +14,15 @@ from sepjax.serve.errors import ApiError
 
 _SHOWN = 80  # characters of a wrong value that an error repeats
 
+_JSON = "no answer is held to a form, so ask for JSON in the messages, and check what comes"
+# What serves the purpose of a field that is refused.
+INSTEAD = {
+    "response_format": _JSON, "structured_outputs": _JSON, "guided_json": _JSON, "functions": "tools has them",
+    "function_call": "tool_choice says that of tools", "chat_template": "the model's own is used",
+    "reasoning_effort": "what the model's template knows of that goes into chat_template_kwargs",
+    "echo": "tokens of the prompt come from /tokenize", "best_of": "n makes as many answers",
+}  # fmt: skip
+
 Check = Callable[[str, Any], Any]
 
 
@@ -152,8 +161,10 @@ def read(
             continue
         what = f"{where}{name[:_SHOWN]}"
         if name in refused:
-            asks = json.dumps(value)[:_SHOWN]
-            raise ApiError(400, f"{what}={asks} is not supported by this server", param=what, code="unsupported")
+            asks, or_idle = json.dumps(value)[:_SHOWN], f", or give {json.dumps(nothing[0])}" if nothing else ""
+            instead = f": {INSTEAD[name]}" if name in INSTEAD else ""
+            message = f"{what}={asks} is not supported by this server; leave it out{or_idle}{instead}"
+            raise ApiError(400, message, param=what, code="unsupported")
         meant = nearest(name[:_SHOWN], list(known))
         raise ApiError(400, f"unknown field {what!r}{meant}", param=what, code="unknown_field")
     given = {name: value for name, value in body.items() if name in known and value is not None}

@@ -18,7 +18,7 @@ from sepjax.generation.cache.mixed import BoundedSizes, bounded_sizes
 from sepjax.generation.conversation import ChatFormat, TurnEnds, conversation_of
 from sepjax.generation.engine import Generator
 from sepjax.generation.prepared import marks_of
-from sepjax.generation.prompts import encode_prompts
+from sepjax.generation.prompts import encode_prompts, recommended_sampling
 from sepjax.generation.readers import BoundedReader
 from sepjax.generation.row import CacheUse, Ends, RowSettings
 from sepjax.generation.sampling import Sampling
@@ -64,6 +64,7 @@ class Served:
     sizes: BoundedSizes | Elsewhere  # of a row's cache
     mesh: Any  # that it was made under; empty: one device
     alias: str | None = None  # what they may call it too
+    defaults: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of requests that do not say otherwise
     encoded: EncodedTexts = dataclasses.field(default_factory=EncodedTexts)  # conversations so far
 
     @classmethod
@@ -75,6 +76,7 @@ class Served:
         *,
         max_prompt_tokens: int = 0,
         alias: str | None = None,
+        sampling_defaults: bool = False,
     ) -> "Served":
         """Looks at the model's tokens and weights once.
 
@@ -84,6 +86,10 @@ class Served:
           template: of conversations; None: one of the known forms (`ChatFormat.of`).
           max_prompt_tokens: of one prompt; 0: no limit.
           alias: another name that clients may say.
+          sampling_defaults: whether requests that do not say how to draw are answered as generation_config.json says.
+
+        Raises:
+          ConfigError: there is no such file, or it has values of another kind.
         """
         tokenizer = engine.tokenizer
         names = {i: text for text in tokenizer.control_tokens() if (i := tokenizer.control_id(text)) is not None}
@@ -93,7 +99,7 @@ class Served:
         return cls(
             name, engine, template, ChatFormat.of(tokenizer), conversation_of(tokenizer, template).turn_ends,
             max_prompt_tokens, fingerprint(engine), names, bounded_sizes(engine.prepared.config, engine.kept),
-            jax.sharding.get_mesh(), alias,
+            jax.sharding.get_mesh(), alias, recommended_sampling(tokenizer) if sampling_defaults else {},
         )  # fmt: skip
 
     def told(self) -> dict[str, Any]:
@@ -103,6 +109,7 @@ class Served:
             "name": self.name, "turn_ends": dataclasses.asdict(self.turn_ends), "names": names,
             "max_prompt_tokens": self.max_prompt_tokens, "fingerprint": self.fingerprint,
             "cache_size": self.sizes.cache_size, "num_sinks": self.sizes.num_sinks, "alias": self.alias,
+            "defaults": dict(self.defaults),
         }  # fmt: skip
 
     @classmethod
@@ -113,8 +120,14 @@ class Served:
         ends = TurnEnds(**{name: tuple(found) for name, found in told["turn_ends"].items()})
         return cls(
             told["name"], elsewhere, template, ChatFormat.of(tokenizer), ends, told["max_prompt_tokens"],
-            told["fingerprint"], names, elsewhere, None, told["alias"],
+            told["fingerprint"], names, elsewhere, None, told["alias"], told["defaults"],
         )  # fmt: skip
+
+    def filled(self, body: Any) -> Any:
+        """A request's JSON with the model's own settings where it says nothing."""
+        if not self.defaults or not isinstance(body, dict):
+            return body
+        return {**self.defaults, **{name: value for name, value in body.items() if value is not None}}
 
     @property
     def tokenizer(self) -> Tokenizer:

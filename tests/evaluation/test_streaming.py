@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepjax.config import AttentionConfig, ConfigError, ModelConfig
+from sepjax.config import AttentionConfig, ConfigError, ModelConfig, UserError
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.arms import Arm
 from sepjax.evaluation.documents import Document, Lanes, StreamError, documents_of, read_documents, whole_documents
@@ -124,6 +124,31 @@ def test_equals_a_loop_over_tokens_one_at_a_time(model, attention, monkeypatch):
             far = [pair in pairs[: max(0, i - 14)] and pair not in pairs[i - 14 : i] for i, pair in enumerate(pairs)]
             assert found["far"].document_tokens[number] == sum(far)
             assert found["far"].document_nll[number] == pytest.approx(losses[far].sum(), rel=1e-4)
+
+
+def test_a_rule_of_ones_own_decides_what_is_kept(model):
+    """Told by a function, every second token is what is kept by position; the function sees a document with its BOS."""
+    documents = documents_of(Bytes(), TEXTS)
+    by_position = dataclasses.replace(ATTENTION, pattern="fixed_interval", interval=2)
+    arms, seen = [Arm("position", by_position), Arm("mine", ATTENTION)], []
+
+    def second(ids):
+        seen.append(ids)
+        return np.arange(len(ids)) % 2 == 1
+
+    expected, score = score_streams(model, Bytes(), documents, arms, rows=2, keep={"mine": second})
+    assert score.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+    assert score.slots_held == expected.slots_held
+    assert score.slices[0].document_nll == pytest.approx(expected.slices[0].document_nll, rel=1e-5)
+    assert sorted(map(tuple, seen)) == sorted(tuple(document.inputs) for document in documents)
+    for keep, message in (
+        ({"other": second}, "keep has a rule for 'other', and arms are 'position', 'mine'"),
+        ({"position": second}, "does nothing for pattern='fixed_interval', which has no separators"),
+        ({"mine": lambda ids: ids[1:] > 0}, r"keep\['mine'\] gave bool\[\d+\] for document \d; expected bool\["),
+        ({"mine": lambda ids: ids}, r"keep\['mine'\] gave int32\["),
+    ):
+        with pytest.raises(UserError, match=message):
+            score_streams(model, Bytes(), documents, arms, keep=keep)
 
 
 def test_bytes_are_one_rows_part_of_the_arrays(model, monkeypatch):

@@ -18,7 +18,8 @@ import pytest
 
 import sepjax
 from sepjax import kept
-from sepjax.config import MeshConfig, UserError
+from sepjax.config import MeshConfig, ModelConfig, UserError
+from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
 from sepjax.hub import assemble
 from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
@@ -30,8 +31,10 @@ from sepjax.hub.remote import fetch
 from sepjax.hub.safetensors_file import Planned, SafetensorsFile, write_safetensors
 from sepjax.loading import LoadError, load_shape
 from sepjax.model.transformer import split
+from sepjax.model.unrolled import working_copy
 from sepjax.run.checkpoint import load_params
 from sepjax.sharding import make_mesh, parameter_shardings
+from tests.models import random_model
 
 spec = importlib.util.spec_from_file_location("tiny_checkpoints_2", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(spec)
@@ -116,6 +119,34 @@ def test_our_settings_come_back(make, tmp_path):
     assert again.attention == model.attention
     assert again.config.dtype == "bfloat16"
     assert {x.dtype for x in leaves(again)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_parameters_as_generation_uses_them_are_read_as_such(make, name):
+    """No matrix of float32 lies on a device that computes in bfloat16: a GGUF file would take twice the room."""
+    folder, _ = make(name, dtype=np.float32)
+    found, own = (sepjax.load(folder, dtype="bfloat16", param_dtype=x)[0] for x in ("working", None))
+    expected = jax.tree.leaves(working_copy(split(own)[1], own.config))
+    for x, y in zip(leaves(found), expected, strict=True):
+        assert (x.dtype, np.asarray(x).tobytes()) == (y.dtype, np.asarray(y).tobytes())
+    assert {x.dtype.name for x in expected} == {"bfloat16", "float32"}
+    smaller = sepjax.load(make(name, "small", dtype=ml_dtypes.bfloat16)[0], dtype="float32", param_dtype="working")[0]
+    assert {x.dtype.name for x in leaves(smaller)} == {"bfloat16"}
+
+
+def test_what_other_programs_look_for_is_written(tmp_path):
+    """Of a model trained here: without these files transformers puts no BOS before a text, and ends no answer."""
+    tokenizer = train_sentencepiece(["the ant ran in.\n"] * 9, 300)
+    model = random_model(ModelConfig(tokenizer.vocab_size, 1, 16, 2, head_dim=8, mlp_dim=16))
+    save_folder(model, tokenizer, tmp_path / "out")
+    names = ("tokenizer_config.json", "generation_config.json", "config.json")
+    said, generation, config = (json.loads((tmp_path / "out" / name).read_text()) for name in names)
+    assert said == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    assert generation == {"bos_token_id": 1, "eos_token_id": 2} == {name: config[name] for name in generation}
+    again = Tokenizer.load(tmp_path / "out")
+    assert (again.prefix, again.end_ids) == (tokenizer.prefix, tokenizer.end_ids)
+    for text in ("an ant", "<s> \n", " ran"):
+        assert again.encode(text) == tokenizer.encode(text)
 
 
 def test_each_device_reads_its_own_part(make, monkeypatch):
@@ -304,6 +335,7 @@ def stale_index(folder, written):
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(written, "model-00001-of-00001.safetensors")}))
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -350,6 +382,10 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         (write("config.json", b"[]"), r"config.json' holds a list"),
         (write("tokenizer.json", b"{}"), r"cannot read tokenizer"),
         (write("model.safetensors", b"\x80\x04K\x01."), r"not a complete safetensors file"),
+        *(
+            (write(name, POINTER), f"{name}'? is a pointer of Git LFS")
+            for name in ("tokenizer.json", "model.safetensors")
+        ),
         (spoil_tensors(lambda w: {k: x for k, x in w.items() if k != Q}), f"lacks tensor {Q!r};"),
         (spoil_tensors(lambda w: w | {Q: w[Q].T[:16]}), r"q_proj.weight' has shape \[16, 32\], expected \[32, 32\]"),
         (spoil_tensors(lambda w: w | {Q: np.ones((32, 32), np.uint8)}), r"q_proj.weight' holds uint8 numbers; quant"),

@@ -1,5 +1,6 @@
 """What the openai client gets, field by field, against the engine alone."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -12,12 +13,15 @@ import numpy as np
 import openai
 import pytest
 
+from sepjax.config import ConfigError
+from sepjax.generation.prompts import recommended_sampling
 from sepjax.generation.row import CacheUse, StreamEvent
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.measure import counted_compilations
 from sepjax.serve.messages import Message
 from sepjax.serve.protocol import chat_request
 from sepjax.serve.responses import DONE, Answer
+from sepjax.serve.served import Served
 from tests.generation.tiny import LONG
 from tests.hub.test_tool_calls import QWEN
 from tests.serve.test_protocol import CALL, TOOLS
@@ -90,6 +94,20 @@ def test_settings_are_the_engine_s(api, served, fields, settings):
     assert got.choices[0].finish_reason == REASONS[expected[-1].finish_reason]
     assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (len(IDS), len(expected))
     assert got.usage.total_tokens == len(IDS) + len(expected)
+
+
+def test_what_a_request_does_not_say_the_model_s_files_say(served):
+    tokenizer = copy.copy(served.tokenizer)
+    said = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.1}
+    tokenizer.special = dataclasses.replace(tokenizer.special, sampling=said)
+    given = dataclasses.replace(served, defaults=recommended_sampling(tokenizer))
+    body = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "top_p": None, "min_p": 0.5}
+    asked = chat_request(given.filled(body)).wanted
+    found = asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.repetition_penalty
+    assert found == (0, 0.8, 50, 0.5, 1.1)
+    assert given.filled([1]) == [1]
+    with pytest.raises(ConfigError, match=r"no generation_config\.json"):
+        Served.create("tiny", served.engine, None, sampling_defaults=True)
 
 
 def test_what_ends_an_answer(api, served):

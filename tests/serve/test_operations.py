@@ -299,6 +299,7 @@ def test_no_setting_is_lost_on_its_way(monkeypatch, capfd):
         "state_size",
         "name",
         "max_prompt_tokens",
+        "sampling_defaults",
         "template_variables",
         "window_size",
         "num_sinks",

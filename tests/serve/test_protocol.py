@@ -50,8 +50,13 @@ def refusal(read, body):
         ("temprature", 1, "unknown field 'temprature'; did you mean 'temperature'"),
         ("a" * 500, 1, "unknown field 'aaaa"),
         ("user", 5, "user=5 must be a string"),
-        ("response_format", {"type": "json_object"}, "response_format=.*json_object.* is not supported"),
+        (
+            "response_format",
+            {"type": "json_object"},
+            "response_format=.*json_object.* is not supported.*: .*in the mess",
+        ),
         ("include_stop_str_in_output", True, "include_stop_str_in_output=true is not supported"),
+        ("service_tier", "flex", 'service_tier="flex" is not supported by this server; leave it out, or give "auto"$'),
         ("guided_json", {}, "guided_json={} is not supported"),  # any JSON, which not every text is
         ("metadata", "a", 'metadata="a" must be an object'),
     ],

@@ -33,7 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.array_typing import Array, Bool, Float, Int32, SeparatorTable, Tokens
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.generation.cache import rows as rows_of
 from sepjax.generation.cache.bounded_pass import stream_pass
@@ -192,7 +192,7 @@ class StreamingCache(Shown):
         )
 
     def take_up(
-        self, model: Any, tokens: Tokens, counts: Int32[Array, "B"], table: Bool[Array, "_"], attention: AttentionConfig
+        self, model: Any, tokens: Tokens, counts: Int32[Array, "B"], table: SeparatorTable, attention: AttentionConfig
     ) -> tuple[Float[jax.Array, "B T D"], "StreamingCache"]:
         """See `sepjax.generation.cache.protocol.Cache.take_up` and `stream_pass`."""
         return stream_pass(model, self, tokens, counts, table, attention)

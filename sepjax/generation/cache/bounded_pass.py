@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.array_typing import Array, Float, Int32, SeparatorTable, Tokens
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.bounded_run import attend_many
 from sepjax.generation.cache.bounded_step import attend_one
@@ -36,7 +36,7 @@ def stream_pass(
     cache: "StreamingCache",
     tokens: Tokens,
     counts: Int32[Array, "B"],
-    table: Bool[Array, "_"],
+    table: SeparatorTable,
     attention: AttentionConfig,
 ) -> tuple[Float[jax.Array, "B T D"], "StreamingCache"]:
     """Runs the next tokens of every row and takes them up.
@@ -47,7 +47,7 @@ def stream_pass(
       cache: what came before; no row is due for a compaction. Donate it where this is jitted.
       tokens: int32[B, T], any ids at and beyond a row's count.
       counts: tokens that each row takes up, 0 to `cache.room(T)`. Hidden states beyond mean nothing.
-      table: bool over the vocabulary, from `sepjax.separators.configured_table`.
+      table: as `sepjax.separators.flag_separators` has it.
       attention: the pattern that `cache.sizes` were made for.
 
     Returns:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sepjax.array_typing import Array, Bool, Float, Int32, Tokens
+from sepjax.array_typing import Array, Bool, Float, Int32, SeparatorTable, Tokens
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig, sees_kept, under
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.bounded_pass import attend_run, pass_inputs
@@ -215,7 +215,7 @@ class MixedCache(Shown):
         return self._each(StreamingCache.compact)
 
     def take_up(
-        self, model: Any, tokens: Tokens, counts: Int32[Array, "B"], table: Bool[Array, "_"], attention: AttentionConfig
+        self, model: Any, tokens: Tokens, counts: Int32[Array, "B"], table: SeparatorTable, attention: AttentionConfig
     ) -> tuple[Float[jax.Array, "B T D"], "MixedCache"]:
         """See `Cache`. `model` is a `Layerwise`."""
         T, g = tokens.shape[1], attention.gate_layer if attention.pattern == "gated" else -1
