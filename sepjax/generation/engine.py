@@ -136,6 +136,7 @@ class Generator:
         Raises:
           ConfigError: settings out of range or incompatible, or caches larger than the memory.
           PromptError, TypeError: an empty prompt, or ids outside the vocabulary; a prompt that is not text or ids.
+          NotNumbers: the model's scores are NaN or infinite.
         """
         if max_new_tokens is None:
             raise ConfigError("generate needs max_new_tokens, got None; give a number, or use stream for no end")

@@ -202,7 +202,7 @@ class Slots:
         """Runs of prompts, and a token of every row that is generating, or several (`steps`). Returns their events.
 
         An event is the number of its request and what `Stream` gives. The last has a `finish_reason`: those of a
-        stream, or "full" where the cache of `keep_all_separators` has no room for another separator. After Ctrl-C the
+        stream, "full" where the cache of `keep_all_separators` has no room for a separator, "error" (`lost.WORDS`). After Ctrl-C the
         next call has the events of this one too. Raises SlotError where a step has not ended (`interrupt.check`).
         """
         interrupt.check("these slots", self._is_stepping, SlotError)
@@ -344,8 +344,8 @@ class Slots:
         if not slot.pending:
             return self._given(i, slot, [numbers.event(slot.row, j, 0, self._row_bytes)])
         if numbers.is_stuck[j][0]:  # the rest would push separators out
-            return self._given(i, slot, [slot.row.end_full(
-                taken=taken, held=numbers.held[j][0], nbytes=self._row_bytes, kept=numbers.kept[j][0]
+            return self._given(i, slot, [slot.row.end_without(
+                "full", taken=taken, held=numbers.held[j][0], nbytes=self._row_bytes, kept=numbers.kept[j][0]
             )])  # fmt: skip
         slot.row.seen += taken
         return []
