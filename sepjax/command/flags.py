@@ -63,6 +63,9 @@ def run_program(
             with one_line_errors():
                 begin()
                 compile_cache.keep()
+                from sepjax import promotion  # here, for JAX comes with it
+
+                promotion.of_this_process()
                 main(settings)
         except SystemExit as end:
             if end.code == _BROKEN_PIPE:

@@ -29,12 +29,14 @@ from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import Slots
 from sepjax.generation.stream import Stream
 from sepjax.model.transformer import Transformer
+from sepjax.promotion import methods_as_usual
 from sepjax.separators import warn_of_few_among
 
 _STEPS_BETWEEN_STOP_CHECKS = 32
 _MOST_ENGINES = 16  # of one model, kept for `engine_of`: they share its weights
 
 
+@methods_as_usual("__init__", "generate", "stream", "slots")
 class Generator:
     """Generates text with one model, tokenizer and attention pattern: whole answers, streams, continuous batching.
 

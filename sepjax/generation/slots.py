@@ -52,10 +52,12 @@ from sepjax.generation.slot_device import Coming, SlotDevice
 from sepjax.generation.slot_pace import Pace
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
 from sepjax.generation.slot_turns import Turns, ending, steps_of
+from sepjax.promotion import methods_as_usual
 
 _AT_A_TIME = 128  # rows
 
 
+@methods_as_usual("__init__", "submit", "step", "save", "view", "alone")
 class Slots:
     """Continuous batching: requests that come and go over a fixed number of rows. Made by `Generator.slots`."""
 
@@ -76,9 +78,7 @@ class Slots:
           ahead: additional rows, prefilled while `rows` others generate.
         """
         rows, steps = whole_number("rows", rows, 1), whole_number("steps", steps, 1)
-        together, pool, ahead = (
-            whole_number(*x) for x in (("together", together), ("pool", pool), ("ahead", ahead))
-        )  # fmt: skip
+        together, pool, ahead = (whole_number(*x) for x in (("together", together), ("pool", pool), ("ahead", ahead)))
         self._of, self._reader, self._at_once = prepared, reader, rows
         rows += ahead
         self.clocks, self.pace = clocks or Clocks(), Pace()

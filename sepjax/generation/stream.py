@@ -32,9 +32,11 @@ from sepjax.generation.row import CacheUse, Row, RowSettings, StreamEvent
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.saved import StreamStateError
 from sepjax.generation.saved_row import SavedRow
+from sepjax.promotion import methods_as_usual
 from sepjax.separators import warn_of_few_in
 
 
+@methods_as_usual("__init__", "__next__", "feed", "view", "saved", "resume", "save", "restore")
 class Stream(Iterator[StreamEvent]):
     """An iterator of `StreamEvent`: one text, or the turns of a conversation. Made by `Generator.stream`."""
 
