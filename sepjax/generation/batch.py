@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from sepjax.config import ConfigError
-from sepjax.generation.device_loop import Request, Steps, make_advance
 from sepjax.generation import lost
+from sepjax.generation.device_loop import Request, Steps, make_advance
 from sepjax.generation.limits import CacheTooLarge
 from sepjax.generation.lost import LOST
 from sepjax.generation.prepared import Prepared

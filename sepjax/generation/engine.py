@@ -137,7 +137,7 @@ class Generator:
 
         Raises:
           ConfigError: settings out of range or incompatible, or caches larger than the memory.
-          PromptError, TypeError: an empty prompt, or ids outside the vocabulary; a prompt that is not text or ids.
+          PromptError, TypeError: a prompt that is empty, no text or ids, or has ids outside the vocabulary.
           NotNumbers: the model's scores are NaN or infinite.
         """
         if max_new_tokens is None:

@@ -202,7 +202,7 @@ class Slots:
         """Runs of prompts, and a token of every row that is generating, or several (`steps`). Returns their events.
 
         An event is the number of its request and what `Stream` gives. The last has a `finish_reason`: those of a
-        stream, "full" where the cache of `keep_all_separators` has no room for a separator, "error" (`lost.WORDS`). After Ctrl-C the
+        stream, "full" where the cache of `keep_all_separators` has no room, or "error" (`lost.WORDS`). After Ctrl-C the
         next call has the events of this one too. Raises SlotError where a step has not ended (`interrupt.check`).
         """
         interrupt.check("these slots", self._is_stepping, SlotError)

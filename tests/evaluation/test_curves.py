@@ -99,7 +99,7 @@ def test_scores_that_are_no_numbers_are_named(tmp_path):
     assert "no picture: no perplexity is a number" in jobs.write_files(tmp_path / "out.json", curves, [score])
     assert (tmp_path / "out.csv").exists()
     check_numbers([SCORE])
-    with pytest.raises(UserError, match="^separator: the model's scores are not numbers"):
+    with pytest.raises(UserError, match=r"^separator: the model's scores are not numbers"):
         check_numbers([SCORE, score])
 
 

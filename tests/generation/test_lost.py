@@ -1,4 +1,4 @@
-"""A model whose scores are no numbers: every way to a token says so, and nothing else is told."""
+"""A model whose scores are no numbers: every way to a token says so, under a user's strict settings of JAX too."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from tests.generation.tiny import ROWS, tiny_engine, tiny_model, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def engine():
-    """One whose numbers are lost after the token of "a"."""
+    """One whose numbers are lost after the last token of "The cat"."""
     graph, params = split(tiny_model())
     table = np.array(params["embedding"]["embedding"])
     table[tiny_tokenizer().encode("The cat")[-1]] = np.nan
@@ -24,6 +24,18 @@ def engine():
     return Generator(merge(graph, params), tiny_tokenizer(), tiny_engine().attention)
 
 
+@pytest.fixture
+def strict():
+    """Settings of JAX that a user may have: what this package does is as usual (`sepjax.promotion`)."""
+    usual = {"jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow"}
+    for name, value in zip(usual, ("strict", "raise"), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in usual.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("strict")
 def test_answers_and_streams_raise(engine):
     for sampling in (Sampling.create(), Sampling.create(1.0, top_k=3)):
         with pytest.raises(NotNumbers, match=r"after \d+ tokens the model's scores .* not numbers"):
@@ -34,6 +46,7 @@ def test_answers_and_streams_raise(engine):
     assert stream.finish_reason == "error"
 
 
+@pytest.mark.usefixtures("strict")
 def test_a_request_of_slots_ends_and_its_row_is_free(engine):
     slots = Slots(engine.prepared, BoundedReader(engine.prepared), ROWS, steps=3, together=3, pool=3)
     number = slots.submit(SlotRequest("The cat", max_new_tokens=4))
