@@ -27,7 +27,7 @@ class LoadError(UserError, ValueError):
     """A path that no model can be read from."""
 
 
-@as_usual
+@as_usual()
 def load(
     path: str | os.PathLike[str],
     *,

@@ -4,27 +4,24 @@
 They hold for a whole process, and would refuse what is meant here.
 """
 
-import functools
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
 _USUAL = {"JAX_NUMPY_DTYPE_PROMOTION": "standard", "JAX_NUMPY_RANK_PROMOTION": "allow"}
 
 
-def as_usual[**P, T](function: Callable[P, T]) -> Callable[P, T]:
-    """The function under JAX's own promotion. It costs a look at two settings where they are as usual."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        found = jax.config
-        if found.jax_numpy_dtype_promotion == "standard" and found.jax_numpy_rank_promotion == "allow":
-            return function(*args, **kwargs)
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return function(*args, **kwargs)
-
-    return run
+@contextlib.contextmanager
+def as_usual() -> Iterator[None]:
+    """Inside, or in a function with this decorator, JAX's own promotion holds, in this thread."""
+    found = jax.config
+    if found.jax_numpy_dtype_promotion == "standard" and found.jax_numpy_rank_promotion == "allow":
+        yield
+        return
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def methods_as_usual[C](*names: str) -> Callable[[type[C]], type[C]]:
@@ -32,7 +29,7 @@ def methods_as_usual[C](*names: str) -> Callable[[type[C]], type[C]]:
 
     def change(cls: type[C]) -> type[C]:
         for name in names:
-            setattr(cls, name, as_usual(getattr(cls, name)))
+            setattr(cls, name, as_usual()(getattr(cls, name)))
         return cls
 
     return change

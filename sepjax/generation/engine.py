@@ -126,7 +126,7 @@ class Generator:
           bounded: whether caches have a fixed size, `kept.cache_size`; None: only if the pattern needs it ("watched").
           max_repeats: end an answer ("repetition") that repeats a sequence of tokens more often in a row; 0: never.
           min_new_tokens: minimum tokens before an end token is sampled or a stop text ends the answer.
-          logprobs: return the tokens' log-probabilities by the model's own logits (before bias, penalties, temperature).
+          logprobs: return the tokens' log-probabilities by the model's logits (before bias, penalties, temperature).
           top_logprobs: also return those of this many most probable tokens at each step, at most 20.
           batch_size: maximum prompts per batch, grouped by length, longest first. None: all in one.
           answered: called after each batch with its answers, keyed by the index of their prompts.
