@@ -6,22 +6,33 @@ They hold for a whole process, and would refuse what is meant here.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 
 _USUAL = {"JAX_NUMPY_DTYPE_PROMOTION": "standard", "JAX_NUMPY_RANK_PROMOTION": "allow"}
 
 
-@contextlib.contextmanager
-def as_usual() -> Iterator[None]:
+class as_usual(contextlib.ContextDecorator):
     """Inside, or in a function with this decorator, JAX's own promotion holds, in this thread."""
-    found = jax.config
-    if found.jax_numpy_dtype_promotion == "standard" and found.jax_numpy_rank_promotion == "allow":
-        yield
-        return
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+
+    def __init__(self) -> None:
+        self._set: contextlib.ExitStack | None = None
+
+    def _recreate_cm(self) -> "as_usual":
+        """One for each call of a decorated function, as `contextlib.contextmanager` has it."""
+        return as_usual()
+
+    def __enter__(self) -> None:
+        found = jax.config
+        if found.jax_numpy_dtype_promotion != "standard" or found.jax_numpy_rank_promotion != "allow":
+            self._set = contextlib.ExitStack()
+            self._set.enter_context(jax.numpy_dtype_promotion("standard"))
+            self._set.enter_context(jax.numpy_rank_promotion("allow"))
+
+    def __exit__(self, *_: object) -> None:
+        if self._set is not None:
+            self._set.close()
 
 
 def methods_as_usual[C](*names: str) -> Callable[[type[C]], type[C]]:
