@@ -16,6 +16,7 @@ from sepjax.hub.gguf_file import gguf_config, gguf_shape, load_gguf
 from sepjax.hub.packaged import packaged_file
 from sepjax.hub.remote import HUB_ID, fetch
 from sepjax.model.transformer import Transformer, abstract, merge, split
+from sepjax.promotion import as_usual
 
 _KINDS = (
     "the --workdir of a run of train.py, a Hugging Face folder, a GGUF file, smollm2-135m, or the id of a model on the "
@@ -27,6 +28,7 @@ class LoadError(UserError, ValueError):
     """A path that no model can be read from."""
 
 
+@as_usual()
 def load(
     path: str | os.PathLike[str],
     *,

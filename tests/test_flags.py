@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from absl import flags
 
 import evaluate
 from sepjax import interrupt
+from sepjax.command import flags as our_flags
 from sepjax.command.flags import one_line_errors, parse
 from sepjax.command.settings import Settings
 from sepjax.config import ConfigError
@@ -62,6 +64,30 @@ def test_a_flag_given_again_with_another_value_is_told(capsys: pytest.CaptureFix
         parse(["program", "--config=configs/sep_tiny.py", *words.split()], values, with_config=True)
         said = capsys.readouterr().err
         assert told in said if told else not said, (words, said)
+
+
+def test_a_flag_of_a_file_that_is_given_again_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_integer("rows", 1, "", flag_values=values)
+    (tmp_path / "mine").write_text("# kept\n--rows=3\n")
+    parse(["program", f"--flagfile={tmp_path / 'mine'}", "--rows=4"], values, with_config=False)
+    assert "--rows is given 2 times; the last one counts, --rows=4: " in capsys.readouterr().err
+    assert values["rows"].value == 4
+    (tmp_path / "mine").write_text("--row=3\n")
+    with pytest.raises(ConfigError, match="unknown flag --row; did you mean '--rows'"):
+        parse(["program", f"--flagfile={tmp_path / 'mine'}"], values, with_config=False)
+
+
+def test_variables_that_nothing_reads_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [path.read_text() for path in (ROOT / "sepjax").rglob("*.py") if path.name != "flags.py"]
+    assert set(our_flags.VARIABLES) == {name for text in sources for name in re.findall(r"SEPJAX_[A-Z_]+", text)}
+    monkeypatch.setenv("SEPJAX_CACHE", "/tmp")
+    monkeypatch.setenv("SEPJAX_APIKEY", "secret")
+    our_flags._tell_unknown_variables()
+    said = capsys.readouterr().err
+    assert said == ("warning: the environment has SEPJAX_APIKEY, which nothing reads; did you mean 'SEPJAX_API_KEY'?\n")
 
 
 def test_flags_that_jobs_of_evaluate_ignored_are_refused() -> None:

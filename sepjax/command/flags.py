@@ -28,6 +28,9 @@ from sepjax.config.attention import TABLES
 from sepjax.console import say
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
+# Of the environment; tests/test_flags.py holds this against what the code reads.
+VARIABLES = ("SEPJAX_API_KEY", "SEPJAX_CACHE", "SEPJAX_GRAPHS", "SEPJAX_ONE_ROW")
+_OF_TESTS = ("SEPJAX_FUZZ_", "SEPJAX_SMOLLM", "SEPJAX_TEST_", "SEPJAX_TORCH_PYTHON")
 FLAG = re.compile(r"--?([A-Za-z_][\w.-]*)")
 
 
@@ -62,7 +65,11 @@ def run_program(
         try:
             with one_line_errors():
                 begin()
+                _tell_unknown_variables()
                 compile_cache.keep()
+                from sepjax import promotion  # here, for JAX comes with it
+
+                promotion.of_this_process()
                 main(settings)
         except SystemExit as end:
             if end.code == _BROKEN_PIPE:
@@ -126,7 +133,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, *, with_config: bo
       flags.Error: the command line is wrong in another way.
     """
     asks_help = any(re.match(r"--?help", argument) for argument in argv[1:])
-    argv = _config_first(argv)
+    argv = _config_first([*argv[:1], *flag_values.read_flags_from_files(argv[1:])])
     check_flags(argv, [*flag_values, *flags.FLAGS], with_config=with_config)
     if with_config and not asks_help and not any(re.match(r"--?config(=|$)", argument) for argument in argv[1:]):
         raise ConfigError("flag --config is required: a config file, for example --config=configs/sep_tiny.py")
@@ -141,6 +148,13 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues, *, with_config: bo
     if not asks_help:
         _tell_repeats(argv, flag_values)
     return [validate(_with_table(_divided(holder.value))) for holder in holders]
+
+
+def _tell_unknown_variables() -> None:
+    """Names what is set in the environment for sepjax, and nothing reads."""
+    for name in sorted(os.environ):
+        if name.startswith("SEPJAX_") and name not in VARIABLES and not name.startswith(_OF_TESTS):
+            say(f"warning: the environment has {name}, which nothing reads{nearest(name, VARIABLES)}")
 
 
 def _tell_repeats(argv: Sequence[str], flag_values: flags.FlagValues) -> None:

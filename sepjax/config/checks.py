@@ -84,6 +84,16 @@ def whole_numbers(flag: str, values: Sequence[str], *, least: int = 1) -> tuple[
     return tuple(map(int, values))
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(object_pairs_hook=...)`: raises ValueError for a name that an object has twice."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:40]!r} is there twice in one object")
+    return values
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """ "; did you mean ...?" with the one of `names` that `name` resembles most, or nothing when none does."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 
 from sepjax.config import ConfigError
+from sepjax.generation import lost
 from sepjax.generation.device_loop import Request, Steps, make_advance
 from sepjax.generation.limits import CacheTooLarge
+from sepjax.generation.lost import LOST
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.readers import Reader
 from sepjax.generation.row import CacheUse, Row, RowSettings, StreamEvent
@@ -120,6 +122,7 @@ def _answers(prompts: Sequence[Sequence[int]], events: Iterator[tuple[int, Strea
     """What the events of a batch come to."""
     of_rows: list[list[StreamEvent]] = [[] for _ in prompts]
     for row, event in events:
+        lost.check(event.finish_reason, event.cache.seen)
         of_rows[row].append(event)
     return [Generation.join(prompt, of_row) for prompt, of_row in zip(prompts, of_rows, strict=True)]
 
@@ -165,8 +168,8 @@ def _events(rows: Sequence[Row], taken: Sequence[int], steps: Steps, nbytes: int
     for b, row in enumerate(rows):
         if row.finish_reason is not None:
             continue
-        found = [token for token in tokens[b] if token >= 0]
-        if found and row.joins and taken[b] == 1:
+        found = [token for token in tokens[b] if token != -1]
+        if found and row.joins and taken[b] == 1 and LOST not in found:
             found = row.up_to_end(found)
             yield b, row.take_all(found, held=held[b][len(found) - 1], nbytes=nbytes)
             continue

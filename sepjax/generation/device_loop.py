@@ -12,6 +12,7 @@ from sepjax.array_typing import Array, Bool, Float, InShapes, Int32, Tokens, UIn
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.protocol import Cache
 from sepjax.generation.graphs import compiler_options
+from sepjax.generation.lost import LOST, is_lost
 from sepjax.generation.penalties import after_drawing, after_reading, biased, no_uses, penalised, without
 from sepjax.generation.sampling import Sampling, best_of, sample
 from sepjax.generation.step import decode_step, prefill, take_up_run
@@ -66,7 +67,7 @@ class DecodeState(InShapes):
 class Steps(InShapes):
     """A record of M steps, one column a step, for the host."""
 
-    token: Int32[jax.Array, "B M"]  # drawn; -1 where the row had ended or no step was made
+    token: Int32[jax.Array, "B M"]  # drawn; -1 where the row had ended or no step was made; see also `LOST`
     held: Int32[jax.Array, "B M"]  # tokens in the row's cache at that step
     logprob: Float[jax.Array, "B M"]  # of the token, before temperature and the like; 0 where nobody asks
     top_tokens: Int32[jax.Array, "B M E"]  # the most probable ones; 0 where nobody asks
@@ -79,8 +80,9 @@ class Steps(InShapes):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """How probable the tokens of one draw were by the model's scores, before bias, penalties, temperature and all."""
+    """What one draw came to, and how probable it was by the model's scores, before bias, penalties and all."""
 
+    token: Int32[jax.Array, "B"]  # `LOST` where the scores are no numbers; of rows that had ended it means nothing
     logprob: Float[jax.Array, "B"]
     top_tokens: Int32[jax.Array, "B E"]
     top_logprobs: Float[jax.Array, "B E"]
@@ -111,7 +113,7 @@ def start(
 
 def _first(state: DecodeState, logits: jax.Array, request: Request) -> tuple[DecodeState, Steps]:
     state, drawn = draw(logits, state, request)
-    record = state.token, state.cache.held(), drawn.logprob, drawn.top_tokens, drawn.top_logprobs
+    record = drawn.token, state.cache.held(), drawn.logprob, drawn.top_tokens, drawn.top_logprobs
     return state, Steps(*(x[:, None] for x in record), is_stuck=_is_stuck(state))
 
 
@@ -147,7 +149,7 @@ def advance(
         logits, cache = decode_step(graph, params, state.cache, state.token, request.table, attention, active)
         state, drawn = draw(logits, dataclasses.replace(state, cache=cache), request)
         steps = Steps(
-            token=steps.token.at[:, i].set(jnp.where(active, state.token, -1)),
+            token=steps.token.at[:, i].set(jnp.where(active, drawn.token, -1)),
             held=steps.held.at[:, i].set(cache.held()),
             logprob=steps.logprob.at[:, i].set(drawn.logprob),
             top_tokens=steps.top_tokens.at[:, i].set(drawn.top_tokens),
@@ -247,7 +249,8 @@ def draw(logits: jax.Array, state: DecodeState, request: Request) -> tuple[Decod
 
     drawn, probabilities = jax.lax.cond(asked | _asks(request, active), told, untold)
     count = state.count + ~state.done
-    is_end = jnp.any(drawn[:, None] == request.end_tokens, axis=-1)
+    lost = is_lost(logits, drawn)
+    is_end = lost | jnp.any(drawn[:, None] == request.end_tokens, axis=-1)
     ends = is_end | ((count >= request.max_new_tokens) & (request.max_new_tokens >= 0))
     wraps = count >= COUNT_WRAP
     other = jax.vmap(jax.random.fold_in)(state.key, jnp.full_like(count, COUNT_WRAP))
@@ -259,7 +262,7 @@ def draw(logits: jax.Array, state: DecodeState, request: Request) -> tuple[Decod
         key=jnp.where(wraps, other, state.key),
         uses=after_drawing(state.uses, drawn, active),
     )
-    return new, probabilities
+    return new, dataclasses.replace(probabilities, token=jnp.where(lost, LOST, drawn))
 
 
 def _asks(request: Request, active: jax.Array) -> jax.Array:
@@ -270,7 +273,7 @@ def _asks(request: Request, active: jax.Array) -> jax.Array:
 def _nothing(logits: jax.Array, drawn: jax.Array) -> Drawn:
     """What is told where nobody asks."""
     top = jnp.zeros((len(drawn), min(MOST_TOP, logits.shape[1])), jnp.int32)
-    return Drawn(jnp.zeros(drawn.shape, logits.dtype), top, top.astype(logits.dtype))
+    return Drawn(drawn, jnp.zeros(drawn.shape, logits.dtype), top, top.astype(logits.dtype))
 
 
 def _probabilities(logits: jax.Array, drawn: jax.Array, request: Request, active: jax.Array) -> Drawn:
@@ -282,7 +285,7 @@ def _probabilities(logits: jax.Array, drawn: jax.Array, request: Request, active
         of_drawn = jnp.take_along_axis(logprobs, drawn[:, None], axis=1)[:, 0]
         asks_top = jnp.any(jnp.asarray(request.top_logprobs) & active)
         nothing, number = (none.top_tokens, none.top_logprobs), none.top_tokens.shape[1]
-        return Drawn(of_drawn, *jax.lax.cond(asks_top, lambda: best_of(logprobs, number), lambda: nothing))
+        return Drawn(drawn, of_drawn, *jax.lax.cond(asks_top, lambda: best_of(logprobs, number), lambda: nothing))
 
     return jax.lax.cond(_asks(request, active), asked, lambda: none)
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from sepjax import interrupt
+from sepjax.promotion import as_usual
 
 log = logging.getLogger("sepjax.slots")
 
@@ -56,6 +57,7 @@ class DeviceThread:
         """Runs a job after those before it. Its result raises what it raised."""
         return self._pool.submit(self._run, job, *args)
 
+    @as_usual()
     def _run(self, job: Callable[..., Any], *args: Any) -> Any:
         with contextlib.nullcontext() if self._mesh.empty else jax.set_mesh(self._mesh):
             return job(*args)

@@ -29,12 +29,14 @@ from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import Slots
 from sepjax.generation.stream import Stream
 from sepjax.model.transformer import Transformer
+from sepjax.promotion import methods_as_usual
 from sepjax.separators import warn_of_few_among
 
 _STEPS_BETWEEN_STOP_CHECKS = 32
 _MOST_ENGINES = 16  # of one model, kept for `engine_of`: they share its weights
 
 
+@methods_as_usual("__init__", "generate", "stream", "slots")
 class Generator:
     """Generates text with one model, tokenizer and attention pattern: whole answers, streams, continuous batching.
 
@@ -124,8 +126,7 @@ class Generator:
           bounded: whether caches have a fixed size, `kept.cache_size`; None: only if the pattern needs it ("watched").
           max_repeats: end an answer ("repetition") that repeats a sequence of tokens more often in a row; 0: never.
           min_new_tokens: minimum tokens before an end token is sampled or a stop text ends the answer.
-          logprobs: return the log-probabilities of the generated tokens, by the model's own logits, before bias,
-            penalties and temperature.
+          logprobs: return the tokens' log-probabilities by the model's logits (before bias, penalties, temperature).
           top_logprobs: also return those of this many most probable tokens at each step, at most 20.
           batch_size: maximum prompts per batch, grouped by length, longest first. None: all in one.
           answered: called after each batch with its answers, keyed by the index of their prompts.
@@ -135,7 +136,8 @@ class Generator:
 
         Raises:
           ConfigError: settings out of range or incompatible, or caches larger than the memory.
-          PromptError, TypeError: an empty prompt, or ids outside the vocabulary; a prompt that is not text or ids.
+          PromptError, TypeError: a prompt is empty, has ids outside the vocabulary, or is neither text nor ids.
+          NotNumbers: the model's scores are NaN or infinite.
         """
         if max_new_tokens is None:
             raise ConfigError("generate needs max_new_tokens, got None; give a number, or use stream for no end")

@@ -14,6 +14,7 @@ from sepjax.array_typing import Int32
 from sepjax.config import ConfigError, whole_number
 from sepjax.data.tokenizer import IncrementalDecoder, Tokenizer
 from sepjax.generation.cache.sizes import bucket
+from sepjax.generation.lost import LOST
 
 _FEW_ENDS = 16  # end tokens for which all programs are the same
 _MOST_TOP = 20  # as many as the device finds
@@ -40,7 +41,8 @@ class StreamEvent(NamedTuple):
     text: str  # the text that is now certain: whole characters, nothing of a stop string; may be empty
     token_ids: tuple[int, ...]
     # None: goes on; "stop": a stop string or token; "eos": the model's end token; "length"; "repetition"; "full": the
-    # cache of `keep_all_separators` has no room for another separator (of slots; without a token if a prompt fills it)
+    # cache of `keep_all_separators` has no room for another separator (of slots; without a token if a prompt fills it);
+    # "error": the model's scores are no numbers (of slots, without a token; all else raises `lost.NotNumbers`)
     finish_reason: str | None
     cache: CacheUse
     # log-probability of the token by the model's own logits, before bias, penalties, temperature; None: not requested
@@ -206,6 +208,8 @@ class Row:
           kept: of those that it holds, as `CacheUse` has it.
           is_full: whether the row must end here, whatever else: its cache has no room.
         """
+        if token == LOST:
+            return self.end_without("error", taken=taken, held=held, nbytes=nbytes, kept=kept)
         self.seen += taken
         self._left -= 1
         ends = self._settings.ends.reason(token)
@@ -262,10 +266,10 @@ class Row:
             text += self._text.flush()
         return StreamEvent(text, tuple(tokens), self.finish_reason, CacheUse(held, self.seen, nbytes, kept))
 
-    def end_full(self, *, taken: int, held: int, nbytes: int, kept: int) -> StreamEvent:
-        """The event of an end without a token: the cache has no room for the rest of what is to be read."""
+    def end_without(self, reason: str, *, taken: int, held: int, nbytes: int, kept: int | None) -> StreamEvent:
+        """The event of an end without a token: "full" (no room for the rest of what is to be read), "error"."""
         self.seen += taken
-        self.finish_reason = "full"
+        self.finish_reason = reason
         return StreamEvent(self._text.flush(), (), self.finish_reason, CacheUse(held, self.seen, nbytes, kept))
 
     def state(self) -> dict[str, Any]:

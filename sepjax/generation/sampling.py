@@ -176,8 +176,9 @@ def sample(
     def draw() -> jax.Array:
         hot = dataclasses.replace(sampling, temperature=jnp.where(is_hot, sampling.temperature, 1.0))
         scores = filter_logits(change(jnp.asarray(logits)), hot)
-        drawn = jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
-        return jnp.where(is_hot, drawn, greedy())
+        drawn, best = jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32), greedy()
+        top = jnp.take_along_axis(jnp.asarray(logits), best[:, None], axis=1)[:, 0]
+        return jnp.where(is_hot & jnp.isfinite(top), drawn, best)  # of scores that are no numbers, the place of one
 
     return jax.lax.cond(jnp.any(is_hot), draw, greedy)
 

@@ -152,7 +152,7 @@ def _read(
     state = dataclasses.replace(row, cache=cache.compact(), done=~draws, uses=uses)
     state, drawn = draw(logits, state, wishes.request(table))
     now: Any = state.cache
-    record = Record.of(jnp.where(draws, state.token, -1), now.held(), drawn, now.is_stuck(), counts, kept_of(now))
+    record = Record.of(jnp.where(draws, drawn.token, -1), now.held(), drawn, now.is_stuck(), counts, kept_of(now))
     return kept_there(rows.with_states(which, state)), record
 
 
@@ -182,7 +182,9 @@ def _steps(
         new, drawn = draw(logits, dataclasses.replace(state, cache=now, done=~active), request)
         new = dataclasses.replace(new, done=jnp.where(active, new.done, state.done))
         held, stuck, kept = after_compaction(cast_cache(now))
-        mine = Record.of(jnp.where(active, new.token, -1), held, drawn, stuck & active, active.astype(jnp.int32), kept)
+        mine = Record.of(
+            jnp.where(active, drawn.token, -1), held, drawn, stuck & active, active.astype(jnp.int32), kept
+        )
         record = jax.tree.map(lambda x, y: x.at[i].set(y.astype(x.dtype)), record, mine)
         return jnp.maximum(i + 1, next_of(new)), new, Before.of(state, new.token, active), record
 

@@ -10,6 +10,7 @@ import numpy as np
 from sepjax.array_typing import Int32, UInt8
 from sepjax.config import ConfigError, UserError
 from sepjax.data.tokenizer import Tokenizer
+from sepjax.generation.lost import LOST
 from sepjax.generation.packed import PackedState
 from sepjax.generation.prompts import Prompt, encode_prompts
 from sepjax.generation.row import Row, StreamEvent
@@ -174,7 +175,7 @@ class Numbers:
     def events(self, row: Row, i: int, nbytes: int, *, joined: bool) -> list[StreamEvent]:
         """Those of all steps, up to the row's end; `joined`: as one, if it may be."""
         tokens = self.token[i]
-        if joined and row.joins and i not in self.stuck_rows:
+        if joined and row.joins and i not in self.stuck_rows and LOST not in tokens:
             first = next((step for step, token in enumerate(tokens) if token >= 0), len(tokens))
             found = row.up_to_end([token for token in tokens[first:] if token >= 0])
             if not found:
@@ -183,7 +184,7 @@ class Numbers:
             return [row.take_all(found, held=self.held[i][last], nbytes=nbytes, kept=self.kept[i][last])]
         events = []
         for step, token in enumerate(tokens):
-            if token >= 0:
+            if token != -1:
                 events.append(self.event(row, i, step, nbytes))
                 if row.finish_reason is not None:
                     break

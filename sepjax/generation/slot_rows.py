@@ -199,8 +199,8 @@ class Arrival:
 class Record:
     """For the host: what each of S steps came to in every row, or a read in its own (B of them, without S)."""
 
-    # token, -1: none was drawn; entries held; bits of the log-probability; whether the cache is stuck; tokens taken
-    # up; entries kept between the sinks and the newest
+    # token, -1: none was drawn (see also `LOST`); entries held; bits of the log-probability; whether the cache is
+    # stuck; tokens taken up; entries kept between the sinks and the newest
     numbers: Int32[jax.Array, "*S 6 B"]
     top_tokens: Int32[jax.Array, "*S B E"]
     top_logprobs: Float[jax.Array, "*S B E"]

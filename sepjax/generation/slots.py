@@ -52,10 +52,12 @@ from sepjax.generation.slot_device import Coming, SlotDevice
 from sepjax.generation.slot_pace import Pace
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
 from sepjax.generation.slot_turns import Turns, ending, steps_of
+from sepjax.promotion import methods_as_usual
 
 _AT_A_TIME = 128  # rows
 
 
+@methods_as_usual("__init__", "submit", "step", "save", "view", "alone")
 class Slots:
     """Continuous batching: requests that come and go over a fixed number of rows. Made by `Generator.slots`."""
 
@@ -76,9 +78,7 @@ class Slots:
           ahead: additional rows, prefilled while `rows` others generate.
         """
         rows, steps = whole_number("rows", rows, 1), whole_number("steps", steps, 1)
-        together, pool, ahead = (
-            whole_number(*x) for x in (("together", together), ("pool", pool), ("ahead", ahead))
-        )  # fmt: skip
+        together, pool, ahead = (whole_number(*x) for x in (("together", together), ("pool", pool), ("ahead", ahead)))
         self._of, self._reader, self._at_once = prepared, reader, rows
         rows += ahead
         self.clocks, self.pace = clocks or Clocks(), Pace()
@@ -202,7 +202,7 @@ class Slots:
         """Runs of prompts, and a token of every row that is generating, or several (`steps`). Returns their events.
 
         An event is the number of its request and what `Stream` gives. The last has a `finish_reason`: those of a
-        stream, or "full" where the cache of `keep_all_separators` has no room for another separator. After Ctrl-C the
+        stream, "full" where the cache of `keep_all_separators` has no room, or "error" (`lost.WORDS`). After Ctrl-C the
         next call has the events of this one too. Raises SlotError where a step has not ended (`interrupt.check`).
         """
         interrupt.check("these slots", self._is_stepping, SlotError)
@@ -344,8 +344,8 @@ class Slots:
         if not slot.pending:
             return self._given(i, slot, [numbers.event(slot.row, j, 0, self._row_bytes)])
         if numbers.is_stuck[j][0]:  # the rest would push separators out
-            return self._given(i, slot, [slot.row.end_full(
-                taken=taken, held=numbers.held[j][0], nbytes=self._row_bytes, kept=numbers.kept[j][0]
+            return self._given(i, slot, [slot.row.end_without(
+                "full", taken=taken, held=numbers.held[j][0], nbytes=self._row_bytes, kept=numbers.kept[j][0]
             )])  # fmt: skip
         slot.row.seen += taken
         return []

@@ -21,6 +21,7 @@ import numpy as np
 from sepjax import interrupt
 from sepjax.array_typing import Int32
 from sepjax.config import UserError
+from sepjax.generation import lost
 from sepjax.generation.batch import request_of
 from sepjax.generation.cache.view import CacheView
 from sepjax.generation.device_loop import DecodeState, Steps, make_advance
@@ -31,9 +32,11 @@ from sepjax.generation.row import CacheUse, Row, RowSettings, StreamEvent
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.saved import StreamStateError
 from sepjax.generation.saved_row import SavedRow
+from sepjax.promotion import methods_as_usual
 from sepjax.separators import warn_of_few_in
 
 
+@methods_as_usual("__init__", "__next__", "feed", "view", "saved", "resume", "save", "restore")
 class Stream(Iterator[StreamEvent]):
     """An iterator of `StreamEvent`: one text, or the turns of a conversation. Made by `Generator.stream`."""
 
@@ -143,6 +146,7 @@ class Stream(Iterator[StreamEvent]):
         Raises:
           StreamStateError: such an exception was raised earlier, or another thread is taking a token.
           ConfigError: a full cache with `keep_all_separators`.
+          NotNumbers: the model's scores are NaN or infinite.
         """
         if self._event is None:
             if self._is_closed or self._row.finish_reason is not None or not (self._has_drawn or self._pending):
@@ -151,6 +155,7 @@ class Stream(Iterator[StreamEvent]):
             with interrupt.Deferred() as deferred:
                 self._event = self._step(deferred)
         event, self._event = self._event, None  # without a call in between, nothing interrupts
+        lost.check(event.finish_reason, event.cache.seen)
         return event
 
     def _check_is_whole(self) -> None:

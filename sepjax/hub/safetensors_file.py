@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from sepjax.config.checks import once
 from sepjax.files import replacing
 from sepjax.hub.errors import HubError
 from sepjax.hub.fields import check_file
@@ -94,14 +95,6 @@ class SafetensorsFile:
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in values:
-                raise ValueError(f"{key!r} is there twice")
-            values[key] = value
-        return values
-
     try:
         header = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:

@@ -12,9 +12,10 @@ What stands between the tags and is no such JSON stays text.
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sepjax.config import ConfigError
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.errors import HubError
 
@@ -109,6 +110,24 @@ class Written(NamedTuple):
 def written(template: ChatTemplate) -> Written:
     """Tried out, once a template. What refuses to be tried counts as written: it refuses a request by itself."""
     return _written(template.key)
+
+
+def check_written(
+    template: ChatTemplate, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> None:  # fmt: skip
+    """Raises ConfigError where a conversation has something of tools that the template leaves out."""
+    has_calls = any(message.get("tool_calls") for message in messages)
+    has_results = any(message["role"] == "tool" for message in messages)
+    if not (tools or has_calls or has_results):  # nothing is tried out
+        return
+    does = written(template)
+    for given, is_written, name in (
+        (tools, does.tools, "'tools'"),
+        (has_calls, does.calls, "'tool_calls'"),
+        (has_results, does.results, "messages of the role 'tool'"),
+    ):
+        if given and not is_written:
+            raise ConfigError(f"the model's chat template leaves {name} out; say in a message what they are")
 
 
 @functools.lru_cache(maxsize=16)

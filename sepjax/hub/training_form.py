@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from sepjax.config import DataConfig
+from sepjax.config import ConfigError, DataConfig
 from sepjax.data.conversations import Message
 from sepjax.data.errors import DataError
 from sepjax.data.scored import marked
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.errors import HubError
+from sepjax.hub.tool_calls import check_written
 
 _NOT_THE_LAST = ("otherwise once others follow", "cannot write a prompt before it")  # what ails earlier answers alone
 
@@ -34,14 +36,16 @@ class TrainingForm:
         """See `Form`."""
         return json.dumps([self.template.key, self.train_on, self.ends])
 
-    def __call__(self, messages: Sequence[Message]) -> str:
+    def __call__(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """See `Form`."""
         try:
+            check_written(self.template, messages, tools)
+            template = self.template.with_variables({"tools": list(tools)} if tools else {})
             if self.train_on == "all":
-                text = self.template.render(messages, add_generation_prompt=False)
+                text = template.render(messages, add_generation_prompt=False)
                 return marked(text, [(0, len(text))])
-            text, spans = self.template.answers(messages, only_last=self.train_on == "last")
-        except HubError as error:
+            text, spans = template.answers(messages, only_last=self.train_on == "last")
+        except (ConfigError, HubError) as error:
             hint = ""
             if self.train_on != "last" and any(reason in str(error) for reason in _NOT_THE_LAST):
                 hint = "; with data.train_on='last' the last answer alone is scored"

@@ -9,7 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from sepjax.config import ConfigError, UserError, nearest
-from sepjax.data.conversations import RecordError, messages_of, text_of, value_of
+from sepjax.data.conversations import RecordError, messages_of, text_of, tools_of, value_of
 from sepjax.data.corpora.files import kind_of_file, root_of
 from sepjax.data.corpora.rows import records
 from sepjax.data.errors import DataError
@@ -29,7 +29,7 @@ class Line:
     place: str  # "FILE:LINE"
     id: str | int | None
     text: str
-    messages: tuple[dict[str, str], ...] = ()  # none: it is a text
+    messages: tuple[dict[str, Any], ...] = ()  # none: it is a text
     tools: tuple[dict[str, Any], ...] = ()
 
 
@@ -76,11 +76,8 @@ def _line(place: str, value: Any) -> Line:
         if "tools" in value:
             raise RecordError("it has 'tools' beside 'prompt', which no template puts in; give 'messages'")
         return Line(place, name, text_of(value, "prompt"))
-    tools = value.get("tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RecordError(f"'tools' is {str(tools)[:40]!r}, expected a list of objects")
     messages = messages_of({"messages": value["messages"]}, answers=False)
-    return Line(place, name, "", tuple(messages), tuple(tools))
+    return Line(place, name, "", tuple(messages), tuple(tools_of(value)))
 
 
 def encoded(
@@ -105,7 +102,7 @@ def encoded(
     Raises DataError for a prompt that the model cannot be given, with its line.
     """
     from sepjax.generation.prompts import encode_prompts
-    from sepjax.hub.tool_calls import written
+    from sepjax.hub.tool_calls import check_written
 
     control = not line.messages if control_tokens is None else control_tokens
     try:
@@ -113,12 +110,13 @@ def encoded(
             return encode_prompts(tokenizer, [line.text], control_tokens=control)[0]
         messages = line.messages or ({"role": "user", "content": line.text},)
         if template is not None:
-            if line.tools and not written(template).tools:
-                raise ConfigError("the model's chat template leaves 'tools' out; say in a message what they are")
+            check_written(template, messages, line.tools)
             template = template.with_variables({"tools": list(line.tools)} if line.tools else {})
             return template.encode(tokenizer, messages, control_tokens=control)
         if line.tools:
             raise ConfigError("'tools' are for a chat template, which the model has none of; take them out")
+        if any(message.get("tool_calls") for message in messages):
+            raise ConfigError("'tool_calls' are for a chat template, which the model has none of; take them out")
         said = [(message["role"], message["content"]) for message in messages]
         return form.whole(tokenizer, said, control_tokens=control)
     except UserError as error:

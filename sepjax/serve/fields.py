@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sepjax.config import nearest
+from sepjax.config.checks import once
 from sepjax.serve.errors import ApiError
 
 _SHOWN = 80  # characters of a wrong value that an error repeats
@@ -45,12 +46,14 @@ def wrong(name: str, value: Any, expected: str) -> ApiError:
 
 
 def strict_json(source: bytes | str) -> Any:
-    """What JSON says; raises ValueError for what is none (NaN is not), RecursionError where it is too deep."""
+    """What JSON says; raises ValueError for what is none (NaN is not) and for a name that an object has twice,
+    RecursionError where it is too deep.
+    """
 
     def no_number(name: str) -> None:
         raise ValueError(f"{name} is not a JSON number")
 
-    return json.loads(source, parse_constant=no_number)
+    return json.loads(source, parse_constant=no_number, object_pairs_hook=once)
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False) -> Check:

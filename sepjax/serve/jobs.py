@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from sepjax.array_typing import Int32
+from sepjax.generation import lost
 from sepjax.generation.row import CacheUse, StreamEvent
 from sepjax.generation.saved_row import SavedRow
 from sepjax.generation.slots import SlotRequest
@@ -35,6 +36,13 @@ class Paused:
 
 
 Item = Begun | StreamEvent | Paused | Failed
+
+
+def failed_or(event: StreamEvent) -> StreamEvent | Failed:
+    """The last event of a choice, or the error that it tells."""
+    if event.finish_reason != "error":
+        return event
+    return Failed(ApiError(500, f"after {event.cache.seen} tokens {lost.WORDS}", code="not_numbers"))
 
 
 @runtime_checkable

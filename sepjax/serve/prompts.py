@@ -14,7 +14,7 @@ from sepjax.generation.sampling import Sampling
 from sepjax.generation.slots import SlotRequest, Slots
 from sepjax.serve.conversations import BLOCK, Conversations, Plan
 from sepjax.serve.errors import refused
-from sepjax.serve.jobs import Begun, Failed, FairQueue, Item, Job, Share
+from sepjax.serve.jobs import Begun, Failed, FairQueue, Item, Job, Share, failed_or
 from sepjax.serve.keeper import Keeper
 from sepjax.serve.metrics import Metrics
 
@@ -101,6 +101,10 @@ class Prompts:
     def beginning_read(self, number: int, job: Job, event: StreamEvent) -> None:
         """The beginning that was read by itself is there: it is kept, and gone on from."""
         del self.running[number]
+        if isinstance(failed := failed_or(event), Failed):
+            self.slots.cancel(number)
+            self.end(job, failed)
+            return
         row = None if event.finish_reason == "full" else self.slots.save(number)
         if row is None or row.is_full:  # a cache that must not lose separators: nothing can go on from it
             self.slots.cancel(number)

@@ -28,7 +28,7 @@ from sepjax.generation.slots import Slots
 from sepjax.serve.bounds import ahead_of, steps_of
 from sepjax.serve.conversations import Conversations, chain
 from sepjax.serve.errors import ApiError
-from sepjax.serve.jobs import Failed, FairQueue, Inbox, Item, Job, Paused
+from sepjax.serve.jobs import Failed, FairQueue, Inbox, Item, Job, Paused, failed_or
 from sepjax.serve.keeper import Keeper
 from sepjax.serve.metrics import Metrics
 from sepjax.serve.outbox import Outbox
@@ -307,9 +307,9 @@ class Worker:
         assert self.conversations is not None
         assert self._keeper is not None
         del self._running[number]
-        if not self.conversations.is_on or event.finish_reason == "full":
+        if not self.conversations.is_on or event.finish_reason in ("full", "error"):
             slots.cancel(number)  # what was kept of it
-            self._end(job, event)
+            self._end(job, failed_or(event))
             return
         row = slots.save(number)
         if row.is_full:  # whatever it ended by: whoever went on from it would be refused

@@ -46,7 +46,7 @@ class Plain:
 
     train_on, key = "assistant", "plain"
 
-    def __call__(self, messages):
+    def __call__(self, messages, tools=()):
         return " ".join(f"{message['role']}: {message['content']}" for message in messages)
 
 

@@ -9,12 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-from sepjax.config import AttentionConfig, ConfigError
+from sepjax.config import AttentionConfig, ConfigError, UserError
 from sepjax.evaluation import curves, jobs
 from sepjax.evaluation.arms import stream_attention
 from sepjax.evaluation.documents import StreamError, read_documents
 from sepjax.evaluation.streaming import Bucket, StreamScore
-from sepjax.programs.evaluate.common import warn_of_no_numbers
+from sepjax.programs.evaluate.common import check_numbers
 from tests.evaluation.test_streaming import Bytes
 
 SCORE = StreamScore(
@@ -93,13 +93,14 @@ def test_without_matplotlib_the_csv_is_written_and_the_picture_explained(tmp_pat
     assert not (tmp_path / "out.png").exists()
 
 
-def test_scores_that_are_no_numbers_are_named(tmp_path, capsys):
+def test_scores_that_are_no_numbers_are_named(tmp_path):
     """The picture could not be drawn, and ended the program before the JSON was written."""
     score = dataclasses.replace(SCORE, perplexity=float("nan"), buckets=(Bucket(1, 16, float("nan"), 15),))
     assert "no picture: no perplexity is a number" in jobs.write_files(tmp_path / "out.json", curves, [score])
     assert (tmp_path / "out.csv").exists()
-    warn_of_no_numbers([SCORE, score])
-    assert capsys.readouterr().err.count("warning: separator: the model's scores are not numbers") == 1
+    check_numbers([SCORE])
+    with pytest.raises(UserError, match=r"^separator: the model's scores are not numbers"):
+        check_numbers([SCORE, score])
 
 
 def test_budgets_give_the_window_what_separators_do_not_take():

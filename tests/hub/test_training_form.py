@@ -14,7 +14,7 @@ from sepjax.begin import conversation_form
 from sepjax.bench.data import measure
 from sepjax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig, validate
 from sepjax.data import reader
-from sepjax.data.conversations import messages_of
+from sepjax.data.conversations import RecordError, messages_of, tools_of
 from sepjax.data.errors import DataError
 from sepjax.data.packing import TokenStream, WholeRows, fitting
 from sepjax.data.pipeline import evaluation_batches, training_batches
@@ -29,6 +29,7 @@ from sepjax.hub.chat_template import ChatTemplate
 from sepjax.hub.training_form import training_form
 from tests.hub import tiny
 from tests.hub.conftest import tokenizer_json
+from tests.hub.test_tool_calls import QWEN
 
 pytest.importorskip("jinja2")
 TORCH = os.environ.get("SEPJAX_TORCH_PYTHON")
@@ -158,6 +159,31 @@ def test_the_mask_is_that_of_transformers(tmp_path):
     assert sum(mask) > 10
 
 
+def test_calls_are_learned_and_what_they_gave_is_not(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "t", QWEN)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1]}'}}
+    turns = [
+        {"role": "user", "content": "Who ran?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "an ant", "tool_call_id": "1"},
+        {"role": "assistant", "content": "An ant."},
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "description": "who <|im_end|>"}}]
+    record = {"messages": turns, "tools": json.dumps(tools)}
+    called = '<tool_call>\n{"name": "f", "arguments": {"a": [1]}}\n</tool_call>'
+    for train_on, scored in (
+        ("assistant", [f"{called}<|im_end|>", "An ant.<|im_end|>"]),
+        ("last", ["An ant.<|im_end|>"]),
+    ):
+        form = training_form(DataConfig(train_on=train_on), tokenizer)
+        text, spans = unmarked(form(messages_of(record, answers=True), tools_of(record)))
+        assert [text[first:last] for first, last in spans] == scored
+    assert text.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "f"')
+    assert "<|im_start|>tool\nan ant<|im_end|>" in text
+    with pytest.raises(RecordError, match="'tools' has U\\+FDD2"):
+        tools_of({"tools": [{"name": "\ufdd2"}]})
+
+
 def test_notes_and_empty_fields_change_nothing():
     record = {"messages": [{**turn, "tool_calls": None, "name": "x"} for turn in TURNS], "id": 3, "tools": []}
     record["messages"][2]["tool_calls"] = []
@@ -263,6 +289,7 @@ def test_what_is_too_long_is_counted_and_told(tokenizer, tmp_path, caplog):
     ("line", "message"),
     [
         ('{"messages": [', r":2: it is not JSON"),
+        ('{"prompt": "a", "prompt": "b"}', r":2: it is not JSON: 'prompt' is there twice in one object"),
         ("[1]", r":2: it is '\[1\]', expected a JSON object"),
         ('{"messages": []}', r":2: 'messages' is '\[\]', expected a list of messages"),
         ('{"messages": [{"role": "user"}]}', r":2: messages\[0\] has no 'content'"),
@@ -271,18 +298,31 @@ def test_what_is_too_long_is_counted_and_told(tokenizer, tmp_path, caplog):
             r":2: messages\[0\] has the role 'bot', expected one of system",
         ),
         ('{"messages": [{"role": "user", "content": ["a"]}]}', r":2: 'messages\[0\].content' is .*, expected a text"),
-        ('{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}', r":2: 'tools' is not read, and would change"),
+        ('{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}', r":2: the model's .* leaves 'tools' out"),
+        ('{"prompt": "a", "completion": "b", "tools": "f"}', r":2: 'tools' is 'f', expected a list of objects"),
         (
             '{"prompt": "a", "completion": "b", "chat_template_kwargs": {"x": 1}}',
             r":2: 'chat_template_kwargs' is not read",
         ),
         (
             '{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}]}',
-            r":2: messages\[0\] has 'tool_calls'; tool calls are not read",
+            r":2: messages\[0\].tool_calls\[0\] is \"{'id': '1'}\", expected an object with 'function'",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]}',
+            r":2: messages\[0\] has 'tool_calls', which an assistant's message has, and this is 'user'",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "1"}}]}]}',
+            r":2: messages\[0\].tool_calls\[0\].function.arguments is '1', expected an object",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}',
+            r":2: the model's chat template leaves 'tool_calls' out",
         ),
         (
             '{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}',
-            r":2: messages\[0\] has null for 'content', .*; tool calls are not read",
+            r":2: messages\[0\] has null for 'content', expected a text, or 'tool_calls'",
         ),
         ('{"messages": [{"role": "user", "content": "a"}]}', r":2: no message is an assistant's"),
         ('{"prompt": 1, "completion": "a"}', r":2: 'prompt' is '1', expected a text or a list of messages"),

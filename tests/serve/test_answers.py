@@ -9,20 +9,23 @@ import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
 
+from sepjax import Generator
 from sepjax.config import ConfigError
 from sepjax.generation.prompts import recommended_sampling
 from sepjax.generation.row import CacheUse, StreamEvent
 from sepjax.hub.chat_template import ChatTemplate
 from sepjax.measure import counted_compilations
+from sepjax.model.transformer import merge, split
 from sepjax.serve.messages import Message
 from sepjax.serve.protocol import chat_request
 from sepjax.serve.responses import DONE, Answer
 from sepjax.serve.served import Served
-from tests.generation.tiny import LONG
+from tests.generation.tiny import LONG, tiny_engine, tiny_model
 from tests.hub.test_tool_calls import QWEN
 from tests.serve.test_protocol import CALL, TOOLS
 from tests.serve.tiny import alone, client, random_request, running, settled, text_of, tiny_served, wanted_of
@@ -357,3 +360,18 @@ def test_64_clients_some_of_whom_go_away_leave_nothing_behind(server, api, serve
     for number, (text, wanted) in enumerate(zip(got, asked, strict=True)):
         expected = wanted_of(served, wanted)
         assert text == expected or (number in leaves and expected.startswith(text)), number
+
+
+def test_scores_that_are_no_numbers_are_a_servers_error_and_the_server_goes_on():
+    graph, params = split(tiny_model())
+    table = np.array(params["embedding"]["embedding"])
+    table[7] = np.nan
+    params["embedding"]["embedding"] = jnp.asarray(table)
+    engine = Generator(merge(graph, params), tiny_engine().tokenizer, tiny_engine().attention)
+    with running(Served.create("tiny", engine, None, max_prompt_tokens=0)) as server:
+        api = client(server)
+        for prompt, n in (([5, 7], 1), ([*range(20, 90), 7, 8], 2)):
+            with pytest.raises(openai.InternalServerError, match="scores of the next token are not numbers"):
+                complete(api, prompt=prompt, n=n)
+        assert settled(server)
+        assert urllib.request.urlopen(f"{server.url}/health").status == 200

@@ -4,13 +4,12 @@ import dataclasses
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from sepjax.command.settings import AtLeast, Settings
-from sepjax.config import ConfigError
+from sepjax.config import ConfigError, UserError
 from sepjax.data.corpora.files import root_of
 from sepjax.files import check_file, write_text
 from sepjax.programs.common import Loading, refuse_window
@@ -156,23 +155,23 @@ def write(settings: Job, output: Path, job: str, scores: Sequence[Any]) -> None:
     result = {"job": job, "workdir": str(settings.path), "step": settings.step}
     result |= {"text": getattr(settings, "text", ""), "settings": _what(settings)}
     result |= {"scores": [dataclasses.asdict(score) for score in scores]}
-    warn_of_no_numbers(scores)
     output.parent.mkdir(exist_ok=True)
     write_text(output, json.dumps(plain(provenance() | result), indent=2, allow_nan=False) + "\n")
     print(f"written to {output}")
 
 
-def warn_of_no_numbers(scores: Sequence[Any]) -> None:
-    """Names the arms whose perplexity is none: their table has nan, their JSON null."""
-    for score in scores:
-        perplexity = getattr(score, "perplexity", 1.0)
-        if perplexity is not None and not perplexity < _NO_PERPLEXITY:
-            of = getattr(score, "arm", "") or score.pattern
-            print(
-                f"warning: {of}: the model's scores are not numbers (nan) or without bounds; its weights are damaged, "
-                f"or --dtype has too small a range for it (float32 and bfloat16 have the same)",
-                file=sys.stderr,
-            )
+def check_numbers(scores: Sequence[Any]) -> None:
+    """Once all is written: raises UserError with the arms whose perplexity is none (nan in the table, null in JSON)."""
+    lost = [
+        getattr(score, "arm", "") or score.pattern
+        for score in scores
+        if score.perplexity is not None and not score.perplexity < _NO_PERPLEXITY
+    ]
+    if lost:
+        raise UserError(
+            f"{', '.join(lost)}: the model's scores are not numbers (nan) or without bounds; its weights are damaged, "
+            "or --dtype has too small a range for it (float32 and bfloat16 have the same)"
+        )
 
 
 def print_slices(scores: Sequence[Any]) -> None:

@@ -31,3 +31,4 @@ def main(settings: Settings) -> None:
     print(report.table(scores))
     common.print_slices(scores)
     common.write(settings, output, _JOB, scores)
+    common.check_numbers(scores)

@@ -52,3 +52,4 @@ def main(settings: Settings) -> None:
     common.print_slices(scores)
     common.write(settings, output, _JOB, scores)
     print(f"curve by position: {jobs.write_files(output, curves, scores)}")
+    common.check_numbers(scores)

@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from sepjax.data.conversations import Form, RecordError, kind_of, messages_of, no_form, text_of
+from sepjax.data.conversations import Form, RecordError, kind_of, messages_of, no_form, text_of, tools_of
 from sepjax.data.corpora.bad_records import BadRecords, check_bad
 from sepjax.data.corpora.files import key_of
 from sepjax.data.corpora.rows import Raw, Rows, record_digest, record_of, side_of_rows
@@ -107,7 +107,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             if self.key == "text":
                 return text_of(record, self.text_key)
             assert self._form is not None
-            return self._form(messages_of(record, answers=self._form.train_on != "all"))
+            return self._form(messages_of(record, answers=self._form.train_on != "all"), tools_of(record))
         except (RecordError, DataError) as error:
             self._bad.note(f"{place}: {error}")
             metadata: Any = self.info.metadata
