@@ -9,6 +9,8 @@ from sepjax.config.checks import at_least as _at_least
 from sepjax.config.checks import one_of as _one_of
 from sepjax.config.rope import SCALINGS, RopeConfig, same_rope
 
+WEIGHT_DTYPES = ("model", "int8")
+
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
@@ -48,6 +50,8 @@ class ModelConfig:
     final_softcap: float = 0.0  # logits s become cap * tanh(s / cap); 0: unchanged
     tie_embeddings: bool = True  # the output head is the embedding
     dtype: str = "float32"  # dtype of activations and matmul inputs; parameters, norms and softmax stay float32
+    # of matrices: "model" (`dtype`) | "int8" (half the bytes of 16 bits; inference only: sepjax.model.quantised)
+    weight_dtype: str = "model"
     # True: one compiled block for all layers, so compile time does not grow with depth. False: one block per layer,
     # which saves copies between the two passes (160M shape on an H100: 16 % less time per step, compiled in 12 s
     # instead of 8; narrower models gain more: docs/kernels_training.md)
@@ -57,7 +61,8 @@ class ModelConfig:
     def in_words(self) -> str:
         """The size, for people."""
         heads = f"{self.num_heads} heads on {self.num_kv_heads} of keys"
-        return f"{self.num_layers} layers, {self.embed_dim} wide, {heads}, {self.vocab_size} tokens, {self.dtype}"
+        types = self.dtype if self.weight_dtype == "model" else f"{self.dtype}, weights {self.weight_dtype}"
+        return f"{self.num_layers} layers, {self.embed_dim} wide, {heads}, {self.vocab_size} tokens, {types}"
 
 
 def validate_model(model: ModelConfig) -> ModelConfig:
@@ -70,6 +75,7 @@ def validate_model(model: ModelConfig) -> ModelConfig:
     _one_of("model.activation", model.activation, ("silu", "gelu", "gelu_tanh"))
     _one_of("model.position_embedding", model.position_embedding, ("rope", "learned"))
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16", "float16"))
+    _one_of("model.weight_dtype", model.weight_dtype, WEIGHT_DTYPES)
     _one_of("model.remat", model.remat, ("none", "dots", "full"))
     _one_of("model.rope.scaling", model.rope.scaling, SCALINGS)
     _at_least("model.max_positions", model.max_positions, 1)
