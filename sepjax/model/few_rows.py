@@ -38,7 +38,7 @@ def products(
     Of few rows and an RMS norm its division comes after the sums. `dtype`: of the results; None: the matrix's, of a
     quantised one that of x.
     """
-    x, matrix = jnp.asarray(x), jnp.asarray(matrix)
+    x, matrix = jnp.asarray(x), matrix if isinstance(matrix, QuantisedMatrix) else jnp.asarray(matrix)
     kind = x.dtype if isinstance(matrix, QuantisedMatrix) else matrix.dtype
     dtype = dtype or kind
     few = are_few(x, matrix)
