@@ -42,8 +42,7 @@ class OfCaches(_Settings):
     budget: str = "4/64/256/800"  # sizes of the bounded caches: sinks/separators/window/cache
     patterns: tuple[str, ...] = ("separator",)  # patterns of the bounded caches
     cache_dtypes: Annotated[tuple[str, ...], OneOf(CACHE_DTYPES)] = ()  # dtypes of all caches; default: the config's
-    # dtypes of the matrices, each measured; default: the config's
-    weight_dtypes: Annotated[tuple[str, ...], OneOf(WEIGHT_DTYPES)] = ()
+    weight_dtypes: Annotated[tuple[str, ...], OneOf(WEIGHT_DTYPES)] = ("model",)  # dtypes of the matrices
 
     def caches(self, dense_context: int = 0) -> dict[str, AttentionConfig]:
         """By name; `dense_context`: as `caches_of` has it."""
@@ -54,7 +53,7 @@ class OfCaches(_Settings):
     def configs(self) -> dict[str, Config]:
         """The config with matrices of each of `weight_dtypes`, by what the name of a cache is followed by."""
         found = {}
-        for kind in self.weight_dtypes or (self.config.model.weight_dtype,):
+        for kind in self.weight_dtypes:
             model = dataclasses.replace(self.config.model, weight_dtype=kind)
             found["" if kind == "model" else f", {kind} weights"] = dataclasses.replace(self.config, model=model)
         return found
@@ -269,7 +268,7 @@ def main(settings: Settings) -> None:
     source, s = provenance(), settings
     print(heading(source))
     columns = f"{'ms/step':>10}{'tokens/s':>12}{'weights':>10}{'all':>8}{'cache bytes':>18}"
-    print(f"{'cache':<28}{'rows':>6}{columns}   (weights, all: time to read them once over the step's)")
+    print(f"{'cache':<38}{'rows':>6}{columns}   (weights, all: time to read them once over the step's)")
     figures = []
     measured = (
         dataclasses.replace(x, name=x.name + kind)
@@ -278,7 +277,7 @@ def main(settings: Settings) -> None:
     )
     for x in measured:
         shares = f"{x.share_of_weights:>10.1%}{x.share_of_bandwidth:>8.1%}{x.cache_bytes:>18,}"
-        print(f"{x.name:<28}{x.rows:>6}{x.milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}{shares}", flush=True)
+        print(f"{x.name:<38}{x.rows:>6}{x.milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}{shares}", flush=True)
         figures.append(x)
     for line in times_of_dense(figures):
         print(line)

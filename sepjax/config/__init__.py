@@ -251,7 +251,7 @@ def _from_dict(cls: Any, values: Any, path: str) -> Any:
 def field_types(cls: Any = Config, prefix: str = "") -> dict[str, str]:
     """Dotted name -> type of every single setting: {"model.vocab_size": "int", ...}."""
     types = {}
-    for field in dataclasses.fields(cls):
+    for field in (field for field in dataclasses.fields(cls) if field.metadata.get("setting", True)):
         name = prefix + field.name
         types |= field_types(field.type, f"{name}.") if dataclasses.is_dataclass(field.type) else {name: field.type}
     return {name: _type_name(kind) for name, kind in types.items()}

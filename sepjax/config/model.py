@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 from sepjax.config.attention import EVERYTHING, AttentionConfig, under
 from sepjax.config.checks import ConfigError
@@ -10,6 +11,7 @@ from sepjax.config.checks import one_of as _one_of
 from sepjax.config.rope import SCALINGS, RopeConfig, same_rope
 
 WEIGHT_DTYPES = ("model", "int8")
+NO_SETTING = types.MappingProxyType({"setting": False})  # of a field that runs have at its default
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -50,13 +52,13 @@ class ModelConfig:
     final_softcap: float = 0.0  # logits s become cap * tanh(s / cap); 0: unchanged
     tie_embeddings: bool = True  # the output head is the embedding
     dtype: str = "float32"  # dtype of activations and matmul inputs; parameters, norms and softmax stay float32
-    # of matrices: "model" (`dtype`) | "int8" (half the bytes of 16 bits; inference only: sepjax.model.quantised)
-    weight_dtype: str = "model"
     # True: one compiled block for all layers, so compile time does not grow with depth. False: one block per layer,
     # which saves copies between the two passes (160M shape on an H100: 16 % less time per step, compiled in 12 s
     # instead of 8; narrower models gain more: docs/kernels_training.md)
     scan_layers: bool = True
     remat: str = "none"  # "none" | "dots" (keep matmul outputs) | "full" (keep layer inputs only)
+    # of matrices: "model" (`dtype`) | "int8" (sepjax.model.quantised). Of loaded models: no setting of a run
+    weight_dtype: str = dataclasses.field(default="model", metadata=NO_SETTING)
 
     def in_words(self) -> str:
         """The size, for people."""

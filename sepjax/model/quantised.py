@@ -86,9 +86,9 @@ def inputs_of(path: str, in_layers: bool, tied: bool) -> tuple[int, ...] | None:
 
 
 def in_8_bits(params: Params, *, tied: bool) -> Params:
-    """Parameters with codes and scales for matrices, which they have in 16 bits or more; traced or not.
+    """Parameters with codes and scales for matrices, which they have in 16 bits or more.
 
-    `params` is used up: one matrix after the other is let go, and deleted if it can be.
+    `params` is used up: one matrix after the other is deleted.
     """
 
     def convert(params: Params, path: tuple[str, ...]) -> Params:
@@ -104,9 +104,8 @@ def in_8_bits(params: Params, *, tied: bool) -> Params:
                 made[name] = x
                 continue
             made[name], made["scales"] = _quantise(x, inputs)
-            if not isinstance(x, jax.core.Tracer):
-                jax.block_until_ready(made["scales"])
-                x.delete()
+            jax.block_until_ready(made["scales"])
+            x.delete()
         return made
 
     return convert(params, ())
