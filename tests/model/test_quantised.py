@@ -17,6 +17,7 @@ from sepjax.model import few_rows
 from sepjax.model.quantised import QuantisedMatrix, numbers, quantise, quantise_on_host
 from sepjax.model.transformer import abstract, in_8_bits, merge, split
 from sepjax.model.unrolled import by_layer
+from sepjax.serve.served import fingerprint
 from tests.generation.tiny import ATTENTION, ROWS, SHAPE, TEXTS, tiny_engine, tiny_model, tiny_tokenizer
 from tests.model.test_unrolled import MODELS, run
 from tests.models import random_split
@@ -119,6 +120,7 @@ def test_a_stream_goes_on_under_the_same_weights_alone(tmp_path):
     assert next(ours.stream(resume=tmp_path / "saved")) == next(stream)
     with pytest.raises(StreamStateError, match=r"saved with model\.weight_dtype='int8', expected 'model'"):
         tiny_engine().stream(resume=tmp_path / "saved")
+    assert fingerprint(ours) != fingerprint(tiny_engine()), "nor does a server go on with the other's state"
 
 
 @pytest.mark.soak  # of logits the test above says so; whole ways to a token are slow to compile
