@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sepjax
-from sepjax.config import Config, ConfigError, validate
+from sepjax.config import Config, ConfigError, MeshConfig, validate
 from sepjax.generation.saved import StreamStateError
 from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
@@ -18,6 +18,7 @@ from sepjax.model.quantised import QuantisedMatrix, numbers, quantise, quantise_
 from sepjax.model.transformer import abstract, in_8_bits, merge, split
 from sepjax.model.unrolled import by_layer
 from sepjax.serve.served import fingerprint
+from sepjax.sharding import make_mesh, parameter_shardings
 from tests.generation.tiny import ATTENTION, ROWS, SHAPE, TEXTS, tiny_engine, tiny_model, tiny_tokenizer
 from tests.model.test_unrolled import MODELS, run
 from tests.models import random_split
@@ -131,6 +132,13 @@ def test_text_is_that_of_the_plain_copy():
     for bounded in (False, True):
         found = [x.generate(TEXTS[:ROWS], max_new_tokens=12, bounded=bounded, stop_at_eos=False) for x in engines]
         assert [x.token_ids for x in found[0]] == [x.token_ids for x in found[1]]
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    graph, params = split(in_8_bits(tiny_model()))
+    with jax.set_mesh(mesh):
+        over = merge(graph, jax.device_put(params, parameter_shardings(params, mesh)))
+        split_up = sepjax.Generator(over, tokenizer, ATTENTION)
+        again = split_up.generate(TEXTS[:ROWS], max_new_tokens=12, bounded=True, stop_at_eos=False)
+    assert [x.token_ids for x in again] == [x.token_ids for x in found[0]], "nor do devices matter"
 
 
 def test_what_needs_numbers_is_refused(tmp_path):
