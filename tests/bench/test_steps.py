@@ -1,7 +1,6 @@
 """The benchmark of single steps on a shape that takes no time."""
 
 import dataclasses
-
 from typing import Any
 
 import jax
@@ -85,7 +84,7 @@ def test_random_parameters_have_the_shapes_and_scales_they_should():
     params = random_params(shapes)
     assert np.std(params["a"]) == pytest.approx(0.02, rel=0.1)
     assert (params["b"] == 1).all()
-    matrix: Any = QuantisedMatrix(jnp.zeros((64, 64), np.int8), jnp.zeros(64))
+    matrix: Any = jax.eval_shape(lambda: QuantisedMatrix(jnp.zeros((64, 64), np.int8), jnp.zeros(64)))
     params = random_params({"rows": matrix})
     assert np.std(params["rows"].numbers(np.float32)) == pytest.approx(0.02, rel=0.1)
 
