@@ -137,7 +137,8 @@ def pretrained_state(
     """
     source = locate(config.training.init_from, download=download)
     is_base = bool(config.lora.rank)  # it is held in model.dtype: widened first, it would need twice the memory
-    model, _ = load(source, param_dtype=None if is_base else "float32", mesh=mesh)
+    dtype = config.model.dtype if source.suffix == ".gguf" else None  # which such a file's matrices are read in
+    model, _ = load(source, dtype=dtype, param_dtype=None if is_base else "float32", mesh=mesh)
     if (found := _computed_alike(model.config, config.model)) != config.model:
         raise ConfigError(
             f"training.init_from={config.training.init_from!r} has another shape than when this run began: {found}, "

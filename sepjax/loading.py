@@ -7,7 +7,8 @@ import jax
 from jax.sharding import Mesh
 
 from sepjax import kept
-from sepjax.config import ConfigError, ModelConfig, UserError
+from sepjax.config import WEIGHT_DTYPES, ConfigError, ModelConfig, UserError
+from sepjax.config.checks import one_of
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.adapter import add_adapter, origin_family
 from sepjax.hub.assemble import WORKING
@@ -15,7 +16,7 @@ from sepjax.hub.folder import config_shape, folder_shape, is_folder, load_folder
 from sepjax.hub.gguf_file import gguf_config, gguf_shape, load_gguf
 from sepjax.hub.packaged import packaged_file
 from sepjax.hub.remote import HUB_ID, fetch
-from sepjax.model.transformer import Transformer, abstract, merge, split
+from sepjax.model.transformer import Transformer, abstract, in_8_bits, merge, split
 from sepjax.promotion import as_usual
 
 _KINDS = (
@@ -34,6 +35,7 @@ def load(
     *,
     step: int | None = None,
     dtype: str | None = None,
+    weight_dtype: str = "model",
     param_dtype: str | None = None,
     mesh: Mesh | None = None,
     adapter: str | os.PathLike[str] | None = None,
@@ -47,8 +49,12 @@ def load(
       step: checkpoint of a run; None: the newest.
       dtype: dtype of a pretrained model's activations and matmuls; None: bfloat16 on an accelerator, float32 on a CPU.
         A run has its own.
-      param_dtype: dtype of a pretrained model's parameters; None: the files' own (float32 for GGUF); "working": the
-        same, but matrices of more bytes than `dtype` has in that, as generation uses them.
+      weight_dtype: dtype of the matrices: "model", or "int8" for inference in half the memory of bfloat16 (a scale per
+        output: `sepjax.model.quantised`). Files are read into it a layer at a time; a run and a model with `adapter`
+        are read whole, and converted matrix by matrix.
+      param_dtype: dtype of a pretrained model's parameters; None: the files' own; of GGUF float32, of its
+        matrices `dtype`; "working": the same, but matrices of more bytes than `dtype` has in that, as generation uses
+        them (not with an `adapter`, whose sum is rounded once).
       mesh: devices for the parameters, each of which reads its own shard; None: the first device.
       adapter: a PEFT folder, whose low-rank adapters are merged into the model.
       download: whether a hub id may be downloaded; otherwise it must be in the hub's local cache.
@@ -65,13 +71,22 @@ def load(
       sepjax.data.errors.DataError: the tokenizer's file is damaged.
     """
     source = locate(path, download=download)
-    model, tokenizer = _load(path, source, step, dtype, param_dtype, mesh)
+    _check_types(dtype, weight_dtype, param_dtype)
+    if adapter is not None:  # the sum is rounded, not what is added
+        param_dtype = None if param_dtype == WORKING else param_dtype
+        param_dtype = param_dtype or ("float32" if source.suffix == ".gguf" else None)
+    is_late = adapter is not None or _is_run(source)
+    of_files = {"weight_dtype": "model" if is_late else weight_dtype, "param_dtype": param_dtype, "mesh": mesh}
+    model, tokenizer = _load(path, source, step, dtype, **of_files)
     if adapter is not None:
         graph, params = split(model)
         shape = model.config
         del model  # its parameters are changed where they are
         family = origin_family(shape, source if is_folder(source) else source / "hub")
         model = merge(graph, add_adapter(params, Path(adapter), shape, family))
+        del params
+    if is_late and weight_dtype == "int8":
+        model = in_8_bits(model, mesh)
     if (file := kept.find(path, source)) is not None:
         model.kept = kept.read(file, model.attention, model.config.num_layers)
     return model, tokenizer
@@ -82,19 +97,18 @@ def _load(
     source: Path,
     step: int | None,
     dtype: str | None,
+    *,
+    weight_dtype: str,
     param_dtype: str | None,
     mesh: Mesh | None,
 ) -> tuple[Transformer, Tokenizer]:
-    for name, value in (("dtype", dtype), ("param_dtype", None if param_dtype == WORKING else param_dtype)):
-        if value not in (None, "float32", "bfloat16", "float16"):
-            raise ConfigError(f"{name}={value!r} must be float32, bfloat16 or float16")
     if step is not None and (source.is_file() or is_folder(source)):
         raise ConfigError(f"step={step} chooses a checkpoint of a run; {os.fspath(path)!r} is a pretrained model")
     compute = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if source.is_file() and source.suffix == ".gguf":
-        return load_gguf(source, dtype=compute, param_dtype=param_dtype, mesh=mesh)
+        return load_gguf(source, dtype=compute, weight_dtype=weight_dtype, param_dtype=param_dtype, mesh=mesh)
     if is_folder(source):
-        return load_folder(source, dtype=compute, param_dtype=param_dtype, mesh=mesh)
+        return load_folder(source, dtype=compute, weight_dtype=weight_dtype, param_dtype=param_dtype, mesh=mesh)
     _check_is_run(path, source)
     if dtype is not None:
         raise ConfigError(f"dtype={dtype!r} is for pretrained models; a run computes in its own, model.dtype")
@@ -103,6 +117,13 @@ def _load(
     config, params, _ = load_params(source, step, mesh)
     graph, _ = abstract(config.model, config.attention)
     return merge(graph, params), Tokenizer.load(source / "tokenizer")
+
+
+def _check_types(dtype: str | None, weight_dtype: str, param_dtype: str | None) -> None:
+    for name, value in (("dtype", dtype), ("param_dtype", None if param_dtype == WORKING else param_dtype)):
+        if value not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"{name}={value!r} must be float32, bfloat16 or float16")
+    one_of("weight_dtype", weight_dtype, WEIGHT_DTYPES)
 
 
 def load_shape(path: str | os.PathLike[str], *, download: bool = False) -> tuple[ModelConfig, Tokenizer]:

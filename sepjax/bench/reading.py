@@ -139,13 +139,16 @@ def main(settings: Settings) -> None:
     source, s = provenance(), settings
     print(heading(source))
     caches = s.caches()
-    print(f"{'cache':<32}{'pass':>10}{'ms/pass':>10}{'tokens':>10}{'tokens/s':>12}")
+    print(f"{'cache':<38}{'pass':>10}{'ms/pass':>10}{'tokens':>10}{'tokens/s':>12}")
     figures = []
-    found = [measure(s.config, caches, s.shapes, s.slots, s.seconds)]
-    found += [stream(s.config, caches, s.stream_tokens, s.books)] if s.stream_tokens else []
+    found = []
+    for kind, config in s.configs().items():
+        named = {name + kind: attention for name, attention in caches.items()}
+        found.append(measure(config, named, s.shapes, s.slots, s.seconds))
+        found += [stream(config, named, s.stream_tokens, s.books)] if s.stream_tokens else []
     for x in (x for figures_of in found for x in figures_of):
         print(
-            f"{x.name:<32}{x.shape:>10}{x.milliseconds:>10.3f}{x.tokens:>10.0f}{x.tokens_per_second:>12,.0f}",
+            f"{x.name:<38}{x.shape:>10}{x.milliseconds:>10.3f}{x.tokens:>10.0f}{x.tokens_per_second:>12,.0f}",
             flush=True,
         )
         figures.append(dataclasses.asdict(x))

@@ -4,14 +4,15 @@
 
 A step at batch 1 reads every weight once; the lower bound is the time that this takes at the memory bandwidth,
 measured here on a large array. "auto" is the largest batch that fits. `--patterns=separator,watched` measures caches
-of several patterns at that budget, `--cache_dtypes=model,int8` each in both dtypes, `--dense_context=32768` a dense
-cache of that many tokens, with the ratio of tokens per second, each at its best batch. The last line is JSON.
+of several patterns at that budget, `--cache_dtypes=model,int8` each in both dtypes, `--weight_dtypes=model,int8` also
+with matrices in both, `--dense_context=32768` a dense cache of that many tokens, with the ratio of tokens per second,
+each at its best batch. The last line is JSON.
 """
 
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ import numpy as np
 from sepjax.command.flags import run_settings
 from sepjax.command.settings import AtLeast, OneOf
 from sepjax.command.settings import Settings as _Settings
-from sepjax.config import CACHE_DTYPES, AttentionConfig, Config, ConfigError, under, validate_attention
+from sepjax.config import CACHE_DTYPES, WEIGHT_DTYPES, AttentionConfig, Config, ConfigError, under, validate_attention
 from sepjax.generation.cache.bounded import StreamingCache
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.device_loop import DecodeState, Request, make_advance
@@ -41,12 +42,21 @@ class OfCaches(_Settings):
     budget: str = "4/64/256/800"  # sizes of the bounded caches: sinks/separators/window/cache
     patterns: tuple[str, ...] = ("separator",)  # patterns of the bounded caches
     cache_dtypes: Annotated[tuple[str, ...], OneOf(CACHE_DTYPES)] = ()  # dtypes of all caches; default: the config's
+    weight_dtypes: Annotated[tuple[str, ...], OneOf(WEIGHT_DTYPES)] = ("model",)  # dtypes of the matrices
 
     def caches(self, dense_context: int = 0) -> dict[str, AttentionConfig]:
         """By name; `dense_context`: as `caches_of` has it."""
         config = self.config
         caches = caches_of(config.attention, config.model.num_layers, self.budget, dense_context, self.patterns)
         return in_types(caches, self.cache_dtypes)
+
+    def configs(self) -> dict[str, Config]:
+        """The config with matrices of each of `weight_dtypes`, by what the name of a cache is followed by."""
+        found = {}
+        for kind in self.weight_dtypes:
+            model = dataclasses.replace(self.config.model, weight_dtype=kind)
+            found["" if kind == "model" else f", {kind} weights"] = dataclasses.replace(self.config, model=model)
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,15 +102,27 @@ def measure(
 
 
 def random_params(shapes: Params) -> Params:
-    """Arrays of these shapes: ones where vectors, else normal with deviation 0.02."""
+    """Arrays of these shapes: ones where vectors, else normal with deviation 0.02, or codes of such a deviation."""
 
-    def make(x: jax.ShapeDtypeStruct) -> jax.Array:
+    def make(x: jax.ShapeDtypeStruct, are_scales: bool) -> jax.Array:
+        if are_scales:
+            return jnp.full(x.shape, 0.02 / 73, x.dtype)
         if x.ndim == 1:
             return jnp.ones(x.shape, x.dtype)
+        if x.dtype == jnp.int8:
+            return jax.random.randint(jax.random.key(0), x.shape, -127, 128, jnp.int8)
         return 0.02 * jax.random.normal(jax.random.key(0), x.shape, x.dtype)
 
-    made = {x: jax.jit(lambda x=x: make(x)) for x in set(jax.tree.leaves(shapes))}
-    return jax.tree.map(lambda x: made[x](), shapes)
+    def of(path: Any, x: jax.ShapeDtypeStruct) -> tuple[jax.ShapeDtypeStruct, bool]:
+        return x, getattr(path[-1], "key", getattr(path[-1], "name", "")) == "scales"
+
+    kinds = jax.tree_util.tree_map_with_path(of, shapes)
+    made = {kind: jax.jit(lambda kind=kind: make(*kind)) for kind in {*jax.tree.leaves(kinds, is_leaf=_is_kind)}}
+    return jax.tree.map(lambda kind: made[kind](), kinds, is_leaf=_is_kind)
+
+
+def _is_kind(x: object) -> bool:
+    return isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], bool)
 
 
 def memory_bandwidth() -> float:
@@ -246,11 +268,16 @@ def main(settings: Settings) -> None:
     source, s = provenance(), settings
     print(heading(source))
     columns = f"{'ms/step':>10}{'tokens/s':>12}{'weights':>10}{'all':>8}{'cache bytes':>18}"
-    print(f"{'cache':<28}{'rows':>6}{columns}   (weights, all: time to read them once over the step's)")
+    print(f"{'cache':<38}{'rows':>6}{columns}   (weights, all: time to read them once over the step's)")
     figures = []
-    for x in measure(s.config, s.caches(s.dense_context), s.batch_sizes, s.seconds):
+    measured = (
+        dataclasses.replace(x, name=x.name + kind)
+        for kind, config in s.configs().items()
+        for x in measure(config, s.caches(s.dense_context), s.batch_sizes, s.seconds)
+    )
+    for x in measured:
         shares = f"{x.share_of_weights:>10.1%}{x.share_of_bandwidth:>8.1%}{x.cache_bytes:>18,}"
-        print(f"{x.name:<28}{x.rows:>6}{x.milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}{shares}", flush=True)
+        print(f"{x.name:<38}{x.rows:>6}{x.milliseconds:>10.3f}{x.tokens_per_second:>12,.0f}{shares}", flush=True)
         figures.append(x)
     for line in times_of_dense(figures):
         print(line)

@@ -33,7 +33,7 @@ from sepjax.config.checks import check_types as _check_types
 from sepjax.config.checks import one_of as _one_of
 from sepjax.config.checks import type_name as _type_name
 from sepjax.config.lora import LoraConfig, validate_lora
-from sepjax.config.model import ModelConfig, validate_model, with_own_window
+from sepjax.config.model import WEIGHT_DTYPES, ModelConfig, validate_model, with_own_window
 from sepjax.config.rope import RopeConfig
 
 __all__ = [  # of other files, for whoever reads a config
@@ -41,6 +41,7 @@ __all__ = [  # of other files, for whoever reads a config
     "CACHE_DTYPES",
     "EVERYTHING",
     "PATTERNS",
+    "WEIGHT_DTYPES",
     "AttentionConfig",
     "ConfigError",
     "LoraConfig",
@@ -145,6 +146,11 @@ def validate(config: Config) -> Config:
     """Returns `config` unchanged, or raises `ConfigError` naming the first setting that cannot work."""
     _check_types(config, "")
     validate_model(config.model)
+    if config.model.weight_dtype != "model":
+        raise ConfigError(
+            f'model.weight_dtype={config.model.weight_dtype!r} is for inference, a run trains with "model"; '
+            'load what it has learned with weight_dtype="int8"'
+        )
     layers = config.model.num_layers
     if config.training.init_from and layers == ModelConfig().num_layers:  # it may stand for another: see `adopt_shape`
         layers = layers_meant(config.attention, layers)
@@ -245,7 +251,7 @@ def _from_dict(cls: Any, values: Any, path: str) -> Any:
 def field_types(cls: Any = Config, prefix: str = "") -> dict[str, str]:
     """Dotted name -> type of every single setting: {"model.vocab_size": "int", ...}."""
     types = {}
-    for field in dataclasses.fields(cls):
+    for field in (field for field in dataclasses.fields(cls) if field.metadata.get("setting", True)):
         name = prefix + field.name
         types |= field_types(field.type, f"{name}.") if dataclasses.is_dataclass(field.type) else {name: field.type}
     return {name: _type_name(kind) for name, kind in types.items()}

@@ -2,12 +2,16 @@
 
 import dataclasses
 import math
+import types
 
 from sepjax.config.attention import EVERYTHING, AttentionConfig, under
 from sepjax.config.checks import ConfigError
 from sepjax.config.checks import at_least as _at_least
 from sepjax.config.checks import one_of as _one_of
 from sepjax.config.rope import SCALINGS, RopeConfig, same_rope
+
+WEIGHT_DTYPES = ("model", "int8")
+NO_SETTING = types.MappingProxyType({"setting": False})  # of a field that runs have at its default
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -53,11 +57,14 @@ class ModelConfig:
     # instead of 8; narrower models gain more: docs/kernels_training.md)
     scan_layers: bool = True
     remat: str = "none"  # "none" | "dots" (keep matmul outputs) | "full" (keep layer inputs only)
+    # of matrices: "model" (`dtype`) | "int8" (sepjax.model.quantised). Of loaded models: no setting of a run
+    weight_dtype: str = dataclasses.field(default="model", metadata=NO_SETTING)
 
     def in_words(self) -> str:
         """The size, for people."""
         heads = f"{self.num_heads} heads on {self.num_kv_heads} of keys"
-        return f"{self.num_layers} layers, {self.embed_dim} wide, {heads}, {self.vocab_size} tokens, {self.dtype}"
+        types = self.dtype if self.weight_dtype == "model" else f"{self.dtype}, weights {self.weight_dtype}"
+        return f"{self.num_layers} layers, {self.embed_dim} wide, {heads}, {self.vocab_size} tokens, {types}"
 
 
 def validate_model(model: ModelConfig) -> ModelConfig:
@@ -70,6 +77,7 @@ def validate_model(model: ModelConfig) -> ModelConfig:
     _one_of("model.activation", model.activation, ("silu", "gelu", "gelu_tanh"))
     _one_of("model.position_embedding", model.position_embedding, ("rope", "learned"))
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16", "float16"))
+    _one_of("model.weight_dtype", model.weight_dtype, WEIGHT_DTYPES)
     _one_of("model.remat", model.remat, ("none", "dots", "full"))
     _one_of("model.rope.scaling", model.rope.scaling, SCALINGS)
     _at_least("model.max_positions", model.max_positions, 1)

@@ -173,7 +173,7 @@ def run_tasks(
 ) -> list[tasks.TaskScore]:
     """Runs tasks of lm-eval; `options` are those of `sepjax.evaluation.tasks.run_tasks` and `sepjax.load`."""
     tasks.require_lm_eval()
-    loading = {name: options.pop(name) for name in ("step", "dtype", "download") if name in options}
+    loading = {name: options.pop(name) for name in ("step", "dtype", "weight_dtype", "download") if name in options}
     model, tokenizer = load(path, **loading)
     attentions = [
         dataclasses.replace(with_pattern(config_of(path, model), pattern, window_size), cache_size=0)

@@ -57,6 +57,11 @@ def save_folder(
     folder = Path(folder)
     if any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
         raise HubError(f"{str(folder)!r} holds a model already; choose another folder")
+    if model.config.weight_dtype != "model":
+        raise HubError(
+            f"a model of weight_dtype={model.config.weight_dtype!r} has rounded weights, which no file of safetensors "
+            'here can hold; load it with weight_dtype="model" to write it'
+        )
     family, keys = _config(model, tokenizer, like)
     dtype = dtype or next((keys[name] for name in _DTYPE_KEYS if keys.get(name)), None)
     if dtype not in (None, "float32", "bfloat16", "float16"):

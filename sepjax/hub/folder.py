@@ -34,13 +34,14 @@ def is_folder(path: Path) -> bool:
 
 
 def load_folder(
-    path: Path, *, dtype: str, param_dtype: str | None = None, mesh: Mesh | None = None
+    path: Path, *, dtype: str, weight_dtype: str = "model", param_dtype: str | None = None, mesh: Mesh | None = None
 ) -> tuple[Transformer, Tokenizer]:
     """Reads a model and its tokenizer.
 
     Args:
       path: the folder.
       dtype: of activations and matmuls.
+      weight_dtype: as `ModelConfig` has it.
       param_dtype: of the parameters; None: the file's own.
       mesh: where the parameters go; None: the first device.
 
@@ -53,6 +54,7 @@ def load_folder(
     family = family_of(fields)
     weights = Weights(path, family)
     config, tokenizer = _shape(path, fields, family, weights, dtype)
+    config = dataclasses.replace(config, weight_dtype=weight_dtype)
     attention = read_attention(fields, config.num_layers)
     params = assemble(weights, family, config, param_dtype=param_dtype, mesh=mesh)
     graph, _ = abstract(config, attention)

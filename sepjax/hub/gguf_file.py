@@ -1,9 +1,11 @@
 """GGUF files: weights, shape and tokenizer in one file, as llama.cpp writes them.
 
-Quantised weights are read as float32. Some architectures store the rows of Q and K for interleaved rotary embedding
-(pairs 2i, 2i+1); ours is half-split (pairs i, i + H/2), so they are put back in order. Needs the package `gguf`.
+Quantised weights are read as float32, a tensor at a time. Some architectures store the rows of Q and K for interleaved
+rotary embedding (pairs 2i, 2i+1); ours is half-split (pairs i, i + H/2), so they are put back in order. Needs the
+package `gguf`.
 """
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -31,14 +33,15 @@ _PIECE = 1 << 16  # numbers dequantised at a time: what a piece needs besides st
 
 
 def load_gguf(
-    path: Path, *, dtype: str, param_dtype: str | None = None, mesh: Mesh | None = None
+    path: Path, *, dtype: str, weight_dtype: str = "model", param_dtype: str | None = None, mesh: Mesh | None = None
 ) -> tuple[Transformer, Tokenizer]:
     """Reads a model and its tokenizer.
 
     Args:
       path: the file.
       dtype: of activations and matmuls.
-      param_dtype: of the parameters; None: float32.
+      weight_dtype: as `ModelConfig` has it.
+      param_dtype: of the parameters; None: `dtype` of matrices, in which they are used, and float32 of all else.
       mesh: where the parameters go; None: the first device.
 
     Raises:
@@ -47,10 +50,10 @@ def load_gguf(
     """
     header = _open(path)
     config, tokenizer = _shape(path, header, dtype)
+    config = dataclasses.replace(config, weight_dtype=weight_dtype)
     graph, _ = abstract(config, validate_attention(ATTENTION, config.num_layers))
-    params = assemble(
-        _Tensors(header, config), family(architecture(header)), config, param_dtype=param_dtype, mesh=mesh
-    )
+    types = {"param_dtype": param_dtype, "matrix_dtype": dtype}
+    params = assemble(_Tensors(header, config), family(architecture(header)), config, **types, mesh=mesh)
     return merge(graph, params), tokenizer
 
 

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from sepjax.array_typing import Array, Float
 from sepjax.model.layers import RMSNorm
+from sepjax.model.quantised import QuantisedMatrix, product
 
 # Rows of x that sums are made for, and of matrices of so many numbers; more are rows of one product of matrices.
 MOST_ROWS, MOST_OF_ROWS = 4, 2**23
@@ -27,41 +28,48 @@ MOST_WITH_NORM = 2**24
 
 def products(
     x: Float[Array, "*B I"],
-    matrix: Float[Array, "O I"],
+    matrix: Float[Array, "O I"] | QuantisedMatrix,
     norm: Any = None,
     parts: int = 1,
     dtype: DTypeLike | None = None,
 ) -> list[Float[jax.Array, "*B _"]]:
     """norm(x) @ matrix.T in so many parts of as many outputs, summed in float32.
 
-    Of few rows and an RMS norm its division comes after the sums. `dtype`: of the results; None: the matrix's.
+    Of few rows and an RMS norm its division comes after the sums. `dtype`: of the results; None: the matrix's, of a
+    quantised one that of x.
     """
-    x, matrix = jnp.asarray(x), jnp.asarray(matrix)
-    dtype = dtype or matrix.dtype
+    x, matrix = jnp.asarray(x), matrix if isinstance(matrix, QuantisedMatrix) else jnp.asarray(matrix)
+    kind = x.dtype if isinstance(matrix, QuantisedMatrix) else matrix.dtype
+    dtype = dtype or kind
     few = are_few(x, matrix)
     fused = norm if isinstance(norm, RMSNorm) and few else None
     if fused is None:
-        x = (x if norm is None else norm(x)).astype(matrix.dtype)
+        x = (x if norm is None else norm(x)).astype(kind)
+    if not few and isinstance(matrix, QuantisedMatrix):
+        return jnp.split(product(x, matrix.codes.T, matrix.scales, dtype), parts, axis=-1)
     if not few:
         return jnp.split(jnp.einsum("...i,oi->...o", x, matrix, preferred_element_type=dtype), parts, axis=-1)
-    matrices, flat = jnp.split(matrix, parts), jnp.asarray(x).reshape(-1, x.shape[-1])
-    rows = [_sums(row, matrices, fused) for row in flat]
+    numbers = matrix.codes if isinstance(matrix, QuantisedMatrix) else matrix
+    matrices, flat = jnp.split(numbers, parts), jnp.asarray(x).reshape(-1, x.shape[-1])
+    rows = [_sums(row, matrices, fused, kind) for row in flat]
+    if isinstance(matrix, QuantisedMatrix):
+        rows = [[y * s for y, s in zip(sums, jnp.split(matrix.scales, parts), strict=True)] for sums in rows]
     return [jnp.stack(sums).reshape(*x.shape[:-1], -1).astype(dtype) for sums in zip(*rows, strict=True)]
 
 
-def are_few(x: Float[Array, "*B I"], matrix: Float[Array, "O I"]) -> bool:
+def are_few(x: Float[Array, "*B I"], matrix: Float[Array, "O I"] | QuantisedMatrix) -> bool:
     """Whether the rows of x are so few that sums are made."""
     rows = x.size // x.shape[-1]
     return rows == 1 or (rows <= MOST_ROWS and matrix.size <= MOST_OF_ROWS)
 
 
-def _sums(x: jax.Array, matrices: Sequence[jax.Array], norm: RMSNorm | None) -> list[jax.Array]:
-    """float32[O] for each matrix."""
+def _sums(x: jax.Array, matrices: Sequence[jax.Array], norm: RMSNorm | None, kind: Any) -> list[jax.Array]:
+    """float32[O] for each matrix; `kind`: the type of products of more rows."""
     wide = x.astype(jnp.float32)
     features = wide if norm is None else wide * jnp.asarray(norm.factor(), jnp.float32)
     squares, is_small = wide * wide, sum(matrix.size for matrix in matrices) <= MOST_WITH_NORM
     if norm is not None and not is_small:  # made once, and rounded where 16 bits reach as far, as every output reads it
-        kept = features.astype(jnp.bfloat16) if matrices[0].dtype == jnp.bfloat16 else features
+        kept = features.astype(jnp.bfloat16) if kind == jnp.bfloat16 else features
         features = jax.lax.optimization_barrier(kept).astype(jnp.float32)
     terms = [matrix.astype(jnp.float32) * features for matrix in matrices]
     if norm is None:

@@ -16,6 +16,7 @@ from flax import nnx
 
 from sepjax.attention.target import target
 from sepjax.config import ModelConfig
+from sepjax.model import quantised
 from sepjax.sharding import constrain, ways
 
 # attend(q[B,T,N,H], k[B,T,K,H], v[B,T,K,H], layer_input) -> (out[B,T,N,H], layer_output). Queries and keys arrive
@@ -87,12 +88,14 @@ class Linear(nnx.LinearGeneral):
       is_frozen: whether no gradient of the kernel is asked for (`sepjax.model.lora` sets these four).
       lora_a, lora_b: a low-rank adapter, [*inputs, R] and [R, *outputs]; None: there is none.
       lora_scale: what it adds is multiplied by.
+      scales: of the outputs, [*outputs], where the kernel is codes (`sepjax.model.quantised`); None: it is numbers.
     """
 
     is_frozen = False
     lora_a: nnx.Param[jax.Array] | None = None
     lora_b: nnx.Param[jax.Array] | None = None
     lora_scale = 1.0
+    scales: nnx.Param[jax.Array] | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x[..., *inputs] to [..., *outputs]."""
@@ -101,6 +104,9 @@ class Linear(nnx.LinearGeneral):
     def product(self, x: jax.Array) -> jax.Array:
         """The mapping without its bias."""
         lead = x.shape[: x.ndim - len(self.in_features)]
+        if self.scales is not None:
+            flat = x.astype(self.dtype).reshape(*lead, -1)
+            return quantised.product(flat, self.kernel[...], self.scales[...]).reshape(*lead, *self.out_features)
         x, kernel = x.astype(self.dtype).reshape(*lead, -1), self.flat_kernel()
         # A kernel without a gradient needs none of `_matmul`'s care for it, and x is not kept for its sake.
         y = x @ kernel if self.is_frozen else _matmul(x, kernel)
@@ -115,7 +121,12 @@ class Linear(nnx.LinearGeneral):
 
     def flat_kernel(self) -> jax.Array:
         """The kernel of flat features, [I, O], in the dtype of the product."""
-        return self.kernel[...].astype(self.dtype).reshape(math.prod(self.in_features), -1)
+        return self.numbers().reshape(math.prod(self.in_features), -1)
+
+    def numbers(self) -> jax.Array:
+        """The kernel [*inputs, *outputs], in the dtype of the product."""
+        kernel = self.kernel[...]
+        return (kernel if self.scales is None else quantised.numbers(kernel, self.scales[...])).astype(self.dtype)
 
     def add_bias(self, y: jax.Array) -> jax.Array:
         """`product(x)` with the bias, if there is one."""
@@ -165,7 +176,8 @@ def products_of(linears: Sequence[Linear], x: jax.Array, axis: str) -> list[jax.
     Together they have two backward products in place of two each: the gradient of x is one sum over all features,
     which is rounded once and written once, and x is read once for the kernels'.
     """
-    if ways(axis) > 1 or linears[0].is_frozen:  # side by side, the features of a device would not be
+    # Side by side, the features of a device would not be; and what is no number has no gradient.
+    if ways(axis) > 1 or linears[0].is_frozen or linears[0].scales is not None:
         return [f.product(x) for f in linears]
     flat = _matmuls(x.astype(linears[0].dtype), tuple(f.flat_kernel() for f in linears))
     return [y.reshape(*x.shape[:-1], *f.out_features) for f, y in zip(linears, flat, strict=True)]
@@ -180,7 +192,7 @@ def _linear(
     rngs: nnx.Rngs,
 ) -> Linear:
     axis = tuple(range(-len(inputs), 0)) if isinstance(inputs, tuple) else -1
-    return Linear(
+    linear = Linear(
         inputs,
         outputs,
         axis=axis,
@@ -189,6 +201,11 @@ def _linear(
         kernel_init=nnx.initializers.normal(std),
         rngs=rngs,
     )
+    if config.weight_dtype == "int8":
+        codes, scales = quantised.quantise(linear.kernel.get_value(), tuple(range(len(linear.in_features))))
+        linear.kernel.set_value(codes)
+        linear.scales = nnx.Param(scales)
+    return linear
 
 
 class Attention(nnx.Module):
@@ -234,7 +251,7 @@ class Attention(nnx.Module):
         if self.value.bias is None or self.out.bias is None:
             return None
         value = self.value.bias[...]
-        bias = output_bias(value, self.out.kernel[...].astype(self.out.dtype), self.out.bias[...])
+        bias = output_bias(value, self.out.numbers(), self.out.bias[...])
         if self.out.lora_a is None:
             return bias
         flat = jnp.repeat(value, self.out.in_features[0] // value.shape[0], axis=0).reshape(-1)

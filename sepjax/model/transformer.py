@@ -4,6 +4,7 @@ Flax NNX modules behind a functional boundary: `split` a model once into a hasha
 dict of arrays, hand the dict through `jax.jit` and `jax.grad`, and `merge` inside.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,18 +12,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from sepjax.array_typing import Array, Float, Int32, Positions, Tokens
 from sepjax.config import AttentionConfig, ModelConfig
+from sepjax.model import quantised
 from sepjax.model.gate import Gate
 from sepjax.model.layers import Attend, Block, make_norm
-from sepjax.sharding import constrain
+from sepjax.model.quantised import QuantisedMatrix
+from sepjax.sharding import constrain, parameter_shardings
 
 type Params = dict[str, Any]
 
 
 class Embedding(nnx.Embed):
-    """`nnx.Embed` that reads rows before it converts them, so that tokens add up their gradients in float32."""
+    """`nnx.Embed` that reads rows before it converts them, so that tokens add up their gradients in float32.
+
+    Attributes:
+      scales: of the rows, [V], where they are codes (`sepjax.model.quantised`); None: they are numbers.
+    """
+
+    scales: nnx.Param[jax.Array] | None = None
 
     def __call__(self, ids: Int32[Array, "B T"]) -> Float[jax.Array, "B T D"]:
         """The rows of ids[B, T], [B, T, D] in the activations' dtype.
@@ -31,8 +41,15 @@ class Embedding(nnx.Embed):
         each its own tokens. The table, far larger than the activations, stays where it is; so does its gradient.
         """
         ids = constrain(jnp.asarray(ids), "rows of fsdp", "length")
-        x = jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
+        x = jnp.take(self.embedding[...], ids, axis=0)
+        if self.scales is not None:
+            x = x.astype(jnp.float32) * jnp.take(self.scales[...], ids)[..., None]
+        x = x.astype(self.dtype)
         return constrain(constrain(x, "rows of fsdp", "length", "embed"), "batch", "length", "hidden")
+
+    def matrix(self) -> Float[jax.Array, "V D"] | QuantisedMatrix:
+        """All rows, as they are."""
+        return self.embedding[...] if self.scales is None else QuantisedMatrix(self.embedding[...], self.scales[...])
 
 
 class Transformer(nnx.Module):
@@ -50,12 +67,12 @@ class Transformer(nnx.Module):
         self.config = config
         self.attention = attention or AttentionConfig()
         self.kept: AttentionConfig | None = None
-        self.embedding = _embedding(config.vocab_size, config, rngs)
+        self.embedding = _embedding(config.vocab_size, config, rngs, is_output=config.tie_embeddings)
         learned = config.position_embedding == "learned"
         self.position_embedding = _embedding(config.max_positions, config, rngs) if learned else None
         self.layers = _stack(config, rngs)
         self.final_norm = make_norm(config, rngs)
-        self.head = None if config.tie_embeddings else _embedding(config.vocab_size, config, rngs)
+        self.head = None if config.tie_embeddings else _embedding(config.vocab_size, config, rngs, is_output=True)
         # The last: with and without it, the other parameters are drawn alike.
         self.gate = Gate(config, rngs=rngs) if self.attention.pattern == "gated" else None
 
@@ -118,17 +135,27 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[jax.Array, "*B D"]) -> Float[jax.Array, "*B V"]:
         """Scores of the next token, float32[..., V], from hidden states [..., D]."""
-        dtype = jnp.dtype(self.config.dtype)
-        kernel = self.output_embedding().astype(dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden.astype(dtype), kernel, preferred_element_type=jnp.float32)
-        return scaled_logits(logits, self.config)
+        return scaled_logits(self.output_products(hidden), self.config)
+
+    def output_products(self, hidden: Float[jax.Array, "*B D"]) -> Float[jax.Array, "*B V"]:
+        """Products of hidden states and `output_matrix`, float32."""
+        dtype, matrix = jnp.dtype(self.config.dtype), self.output_matrix()
+        if isinstance(matrix, QuantisedMatrix):
+            return quantised.product(hidden.astype(dtype), matrix.codes.T, matrix.scales, jnp.float32)
+        kernel = matrix.astype(dtype)
+        return jnp.einsum("...d,vd->...v", hidden.astype(dtype), kernel, preferred_element_type=jnp.float32)
 
     def output_embedding(self) -> Float[jax.Array, "V D"]:
-        """A row for each token: the head's, or the tied embedding's.
+        """A row for each token: the head's, or the tied embedding's; those of 8 bits as numbers of the matmuls' type.
 
         Its product with a hidden state is the token's logit but for `scaled_logits`, which callers are to apply.
         """
-        return (self.head or self.embedding).embedding[...]
+        matrix = self.output_matrix()
+        return matrix.numbers(self.config.dtype) if isinstance(matrix, QuantisedMatrix) else matrix
+
+    def output_matrix(self) -> Float[jax.Array, "V D"] | QuantisedMatrix:
+        """`output_embedding` as it is."""
+        return (self.head or self.embedding).matrix()
 
 
 def scaled_logits(logits: jax.Array, config: ModelConfig) -> jax.Array:
@@ -141,6 +168,19 @@ def scaled_logits(logits: jax.Array, config: ModelConfig) -> jax.Array:
 def create(config: ModelConfig, attention: AttentionConfig | None, key: jax.Array) -> Transformer:
     """A new model with random parameters."""
     return Transformer(config, attention, rngs=nnx.Rngs(params=key))
+
+
+def in_8_bits(model: Transformer, mesh: Mesh | None = None) -> Transformer:
+    """A model with codes and scales for the matrices of `model` (`sepjax.model.quantised`), which is used up.
+
+    `mesh`: where the parameters lie; None: on one device.
+    """
+    config = dataclasses.replace(model.config, weight_dtype="int8")
+    graph, _ = abstract(config, model.attention)
+    params = quantised.in_8_bits(split(model)[1], tied=config.tie_embeddings)
+    made = merge(graph, params if mesh is None else jax.device_put(params, parameter_shardings(params, mesh)))
+    made.kept = model.kept
+    return made
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
@@ -189,9 +229,14 @@ def _traced(config: ModelConfig, gated: bool, _: jax.sharding.AbstractMesh) -> t
     return split(nnx.eval_shape(lambda: create(config, attention, jax.random.key(0))))
 
 
-def _embedding(rows: int, config: ModelConfig, rngs: nnx.Rngs) -> Embedding:
+def _embedding(rows: int, config: ModelConfig, rngs: nnx.Rngs, *, is_output: bool = False) -> Embedding:
     init = nnx.initializers.normal(0.02)
-    return Embedding(rows, config.embed_dim, embedding_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
+    table = Embedding(rows, config.embed_dim, embedding_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
+    if is_output and config.weight_dtype == "int8":
+        codes, scales = quantised.quantise(table.embedding.get_value(), (1,))
+        table.embedding.set_value(codes)
+        table.scales = nnx.Param(scales)
+    return table
 
 
 def _stack(config: ModelConfig, rngs: nnx.Rngs) -> Block:

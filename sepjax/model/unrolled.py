@@ -23,8 +23,9 @@ from flax import nnx
 from sepjax.array_typing import Float, Positions, Tokens
 from sepjax.attention.target import target
 from sepjax.config import ModelConfig
-from sepjax.model import few_rows
+from sepjax.model import few_rows, quantised
 from sepjax.model.layers import ACTIVATIONS, Attend, Block, output_bias
+from sepjax.model.quantised import QuantisedMatrix
 from sepjax.model.transformer import Params, Transformer, merge, scaled_logits, split
 from sepjax.sharding import on_one_device
 
@@ -70,6 +71,8 @@ def _part(stack: jax.Array, i: jax.Array) -> jax.Array:
 def working_copy(params: Params, config: ModelConfig) -> Params:
     """The matrices in the type of the matmuls; vectors (norms and biases) and a gate stay float32, as they are used.
 
+    Matrices of 8 bits stay that, and their scales float32.
+
     The results are those of the parameters themselves, bit for bit: layers convert a matrix before they use it.
     Parameters that have their type already are returned as they are.
     """
@@ -85,7 +88,8 @@ def _convert(params: Params, dtype: jnp.dtype) -> Params:
 def _converted(params: Params, dtype: jnp.dtype) -> Params:
     def convert(path: tuple, x: jax.Array) -> jax.Array:
         names = [getattr(key, "key", None) for key in path]
-        return x.astype(dtype) if is_matmuls(names, x.ndim - ("layers" in names)) else x
+        is_code = x.dtype == jnp.int8 or names[-1] == "scales"
+        return x.astype(dtype) if is_matmuls(names, x.ndim - ("layers" in names)) and not is_code else x
 
     return jax.tree_util.tree_map_with_path(convert, params)
 
@@ -116,8 +120,9 @@ def _by_output(matrices: Params) -> Params:
     def turned(x: Params) -> Params:
         if "kernel" not in x:
             return x
-        kernel = x["kernel"].reshape(-1, x["kernel"].shape[-1])
-        return {name: y for name, y in x.items() if name != "kernel"} | {"rows": kernel.T}
+        rows = x["kernel"].reshape(-1, x["kernel"].shape[-1]).T
+        rows = QuantisedMatrix(rows, x["scales"]) if "scales" in x else rows
+        return {name: y for name, y in x.items() if name not in ("kernel", "scales")} | {"rows": rows}
 
     return {name: turned(x) for name, x in matrices.items()}
 
@@ -127,7 +132,8 @@ def _one_bias(attention: Params) -> Params:
     value, out = attention["value"], attention["out"]
     if "bias" not in value or "bias" not in out:
         return attention
-    bias = output_bias(value["bias"], out["kernel"], out["bias"])
+    kernel = quantised.numbers(out["kernel"], out["scales"]) if "scales" in out else out["kernel"]
+    bias = output_bias(value["bias"], kernel, out["bias"])
     return attention | {"value": value | {"bias": jnp.zeros_like(value["bias"])}, "out": out | {"bias": bias}}
 
 
@@ -136,8 +142,9 @@ def _join(matrices: Params, names: Sequence[str]) -> Params:
     names = [name for name in names if name in matrices]
     parts = [matrices[name] for name in names]
     joined = {"kernel": jnp.concatenate([x["kernel"].reshape(x["kernel"].shape[0], -1) for x in parts], axis=1)}
-    if "bias" in parts[0]:
-        joined["bias"] = jnp.concatenate([x["bias"].reshape(-1) for x in parts])
+    for vector in ("bias", "scales"):
+        if vector in parts[0]:
+            joined[vector] = jnp.concatenate([x[vector].reshape(-1) for x in parts])
     return {name: x for name, x in matrices.items() if name not in names} | {_name(names): joined}
 
 
@@ -154,6 +161,8 @@ def _stand_ins(matrices: Params) -> Params:
     """`matrices` with every name of a joined one: modules want their arrays, but nobody calls those."""
 
     def kernels(x: Params) -> Params:
+        if isinstance(rows := x.get("rows"), QuantisedMatrix):
+            return {name: y for name, y in x.items() if name != "rows"} | {"kernel": rows.codes, "scales": rows.scales}
         return {"kernel" if name == "rows" else name: y for name, y in x.items()}
 
     return {name: kernels(x) for names, x in matrices.items() for name in names.split("+")}
@@ -176,6 +185,7 @@ class Layerwise:
         self.embed = self._model.embed
         self.final_norm = self._model.final_norm
         self.output_embedding = self._model.output_embedding
+        self.output_matrix = self._model.output_matrix
 
     def __call__(
         self, tokens: Tokens, positions: Positions, attend: Attend, layer_inputs: Any
@@ -188,7 +198,9 @@ class Layerwise:
         """See `Transformer.logits`."""
         if "rows" not in self._layers[0]["mlp"]["down"]:
             return self._model.logits(hidden)
-        matrix = self.output_embedding().astype(self.config.dtype)
+        matrix = self.output_matrix()
+        if not isinstance(matrix, QuantisedMatrix):
+            matrix = matrix.astype(self.config.dtype)
         return scaled_logits(few_rows.products(hidden, matrix, dtype=jnp.float32)[0], self.config)
 
     def run_layers(
@@ -252,7 +264,10 @@ class Layerwise:
 def _products(given: tuple[Any, jax.Array], matrix: Params, parts: int = 1) -> list[jax.Array]:
     """norm(x) @ matrix of a norm (or None) and x, with its bias, in so many parts of as many outputs."""
     norm, x = given
-    if "rows" in matrix:
+    if "scales" in matrix:
+        x = x if norm is None else norm(x)
+        outs = jnp.split(quantised.product(x, matrix["kernel"], matrix["scales"]), parts, axis=-1)
+    elif "rows" in matrix:
         outs = few_rows.products(x, matrix["rows"], norm, parts)
     else:
         kernel = matrix["kernel"].reshape(x.shape[-1], -1)

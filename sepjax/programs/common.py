@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sepjax.command.flags import one_of_two
 from sepjax.command.settings import OneOf, Settings
-from sepjax.config import ConfigError
+from sepjax.config import WEIGHT_DTYPES, ConfigError
 
 if TYPE_CHECKING:
     from sepjax.config import AttentionConfig
@@ -23,6 +23,8 @@ class Loading(Settings):
     download: bool = False  # with --model=OWNER/NAME: download it from the Hugging Face hub
     # with --model: dtype of activations and matmuls; default: bfloat16, on a CPU float32
     dtype: Annotated[str, OneOf(DTYPES)] | None = None
+    # dtype of matrices: the model's, or int8 in half the bytes of bfloat16, for inference; default: the model's
+    weight_dtype: Annotated[str, OneOf(WEIGHT_DTYPES)] | None = None
     step: int | None = None  # checkpoint of --workdir to use; default: the newest
 
     def __post_init__(self) -> None:
@@ -39,7 +41,8 @@ class Loading(Settings):
     @property
     def loading(self) -> dict[str, Any]:
         """The settings of `sepjax.load`."""
-        return {"step": self.step, "dtype": self.dtype, "download": self.download}
+        found = {"step": self.step, "dtype": self.dtype, "download": self.download}
+        return found if self.weight_dtype is None else found | {"weight_dtype": self.weight_dtype}
 
 
 def one_arm(text: str, base: "AttentionConfig", num_layers: int, *, cached: bool = True) -> "AttentionConfig":

@@ -65,6 +65,12 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "norm/scale": (None,),  # the gate's
     "norm/bias": (None,),
 }
+# The scales of matrices of 8 bits lie as the outputs that they are of.
+PARAMETER_AXES |= {f"{_name}/scales": ("vocab",) for _name in ("embedding", "head")}
+PARAMETER_AXES |= {
+    f"{_name}/scales": PARAMETER_AXES[f"{_name}/bias"]
+    for _name in ("query", "key", "value", "out", "gate", "up", "down")
+}
 # Low-rank adapters lie as the matrix does that they are added to: A as its inputs, B as its outputs.
 for _name, _inputs in {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}.items():
     _axes = PARAMETER_AXES[f"{_name}/kernel"]

@@ -275,6 +275,32 @@ def test_a_layer_of_one_row_is_few_kernels(h100):
     assert any("bf16[3072,576]" in line for line in entry.splitlines()), "by their outputs"
 
 
+@pytest.mark.parametrize("rows", [1, 256])
+def test_matrices_of_8_bits_are_never_written_in_16(h100, rows):
+    """A product reads codes, and its scales are part of what comes after the sums."""
+    config = ModelConfig(
+        vocab_size=64, num_layers=1, embed_dim=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
+        dtype="bfloat16", weight_dtype="int8",
+    )  # fmt: skip
+    graph, shapes = abstract(config)
+    placed = jax.NamedSharding(h100, jax.P())
+
+    def layers(params, x):
+        attend = lambda q, k, v, _: (q + jnp.repeat(k + v, 3, axis=2), None)  # noqa: E731
+        return Layerwise(graph, params).run_layers(x, attend, None)[0]
+
+    with jax.set_mesh(h100):
+        given = (
+            jax.eval_shape(lambda x: by_layer(x, config), shapes),
+            jax.ShapeDtypeStruct((rows, 1, 576), jnp.bfloat16),
+        )
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), given)
+        compiled = jax.jit(layers).lower(*given).compile()
+    _, _, entry = compiled.as_text().partition("\nENTRY ")
+    assert "s8[3072,576]" in entry, "the codes of gate and up, by their outputs"
+    assert not re.search(r"= (bf16|f32)\[(3072,576|960,576|576,576|576,1536)\]", entry)
+
+
 def test_inside_shard_map(h100):
     heads, rows = jax.P("data", None, None, None), jax.P("data")
     specs = {"in_specs": (heads, heads, heads, rows), "out_specs": (heads, jax.P("data", None, None))}

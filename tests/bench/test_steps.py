@@ -1,8 +1,10 @@
 """The benchmark of single steps on a shape that takes no time."""
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ from sepjax.bench.steps import (
 from sepjax.config import Config, ConfigError, DataConfig, ModelConfig
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.measure import counted_compilations
+from sepjax.model.quantised import QuantisedMatrix
 
 MODEL = ModelConfig(
     vocab_size=300, num_layers=1, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48,
@@ -81,6 +84,16 @@ def test_random_parameters_have_the_shapes_and_scales_they_should():
     params = random_params(shapes)
     assert np.std(params["a"]) == pytest.approx(0.02, rel=0.1)
     assert (params["b"] == 1).all()
+    matrix: Any = jax.eval_shape(lambda: QuantisedMatrix(jnp.zeros((64, 64), np.int8), jnp.zeros(64)))
+    params = random_params({"rows": matrix})
+    assert np.std(params["rows"].numbers(np.float32)) == pytest.approx(0.02, rel=0.1)
+
+
+def test_matrices_of_each_type_are_measured():
+    settings = steps.Settings(config=CONFIG, weight_dtypes=("model", "int8"))
+    found = settings.configs()
+    assert found == {"": CONFIG, ", int8 weights": found[", int8 weights"]}
+    assert found[", int8 weights"].model == dataclasses.replace(MODEL, weight_dtype="int8")
 
 
 def test_settings_that_cannot_work_are_named():

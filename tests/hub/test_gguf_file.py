@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 import sepjax
-from sepjax.config import AttentionConfig, ModelConfig, RopeConfig
+from sepjax.config import AttentionConfig, MeshConfig, ModelConfig, RopeConfig
 from sepjax.data.special_tokens import SpecialTokens, read_beside
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.hub.chat_template import ChatTemplate
@@ -20,7 +20,8 @@ from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
 from sepjax.hub.gguf_file import GGUFError, gguf_shape, load_gguf
 from sepjax.model.rope import rope_frequencies
-from sepjax.model.transformer import merge, split
+from sepjax.model.transformer import in_8_bits, merge, split
+from sepjax.sharding import make_mesh
 from tests.models import random_split
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abc.,Ġ1", "Ġa", "bc", "ab", "abc"]
@@ -513,3 +514,21 @@ def test_special_tokens_and_the_chat_template_survive(tmp_path):
     write(tmp_path / "m.gguf", eot=len(TOKENS))
     with pytest.raises(GGUFError, match=r"eot_token_id=.*, but there are"):
         load_gguf(tmp_path / "m.gguf", dtype="float32")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_matrices_are_read_in_the_type_that_they_are_used_in(tmp_path, tied):
+    """Never all of them in a wider one; those of 8 bits have the codes of a model that is loaded whole."""
+    _, params = write(tmp_path / "m.gguf", dataclasses.replace(CONFIG, tie_embeddings=tied))
+    model, _ = sepjax.load(tmp_path / "m.gguf", dtype="bfloat16")
+    read = split(model)[1]
+    assert {x.dtype for x in jax.tree.leaves(read) if x.ndim > 2} == {jnp.dtype(jnp.bfloat16)}
+    assert read["layers"]["mlp_norm"]["scale"].dtype == read["final_norm"]["scale"].dtype == jnp.float32
+    jax.tree.map(np.testing.assert_array_equal, read, jax.tree.map(lambda x, y: x.astype(y.dtype), params, read))
+    rounded = in_8_bits(sepjax.load(tmp_path / "m.gguf")[0])
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    for where in (None, mesh):
+        model, _ = sepjax.load(tmp_path / "m.gguf", weight_dtype="int8", mesh=where)
+        assert model.config == rounded.config
+        jax.tree.map(np.testing.assert_array_equal, split(model)[1], split(rounded)[1])
+    assert split(model)[1]["layers"]["mlp"]["up"]["scales"].sharding.spec == jax.P(None, "tensor")

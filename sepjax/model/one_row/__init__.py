@@ -26,7 +26,7 @@ _GRANTED = {
     "norm": "rmsnorm", "norm_offset": False, "norm_position": "pre", "qk_norm": "none", "activation": "silu",
     "gated_mlp": True, "attention_bias": False, "qkv_bias": False, "mlp_bias": False, "parallel_residual": False,
     "position_embedding": "rope", "no_rope_layers": (), "residual_scale": 1.0, "attention_scale": 0.0,
-    "dtype": "bfloat16",
+    "dtype": "bfloat16", "weight_dtype": "model",
 }  # fmt: skip
 
 

@@ -1,0 +1,129 @@
+"""Matrices as whole numbers of 8 bits with scales: half the bytes of 16 bits, for inference alone.
+
+`ModelConfig.weight_dtype="int8"` keeps row o of a matrix [O, I], the weights of one output, as codes from -127 to 127
+and one scale, its largest number / 127: w[o, i] = codes[o, i] * scales[o]. A scale is of an output, so it leaves the
+sum, and no number of the matrix is made for a product:
+
+    y[o] = scales[o] * sum_i codes[o, i] x[i]
+
+Codes are exact in bfloat16 (8 bits of precision), so products of 16 bits are rounded where those of 16-bit weights are.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float32, Int8
+
+from sepjax.array_typing import Float
+
+type Params = dict[str, Any]
+
+MOST = 127  # the largest code: -128 is left out, so that a row and its negative have the same ones
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantisedMatrix:
+    """Matrices [O, I] by their outputs, each row `codes * scale`."""
+
+    codes: Int8[jax.Array, "*S O I"]
+    scales: Float32[jax.Array, "*S O"]
+
+    # JAX rebuilds pytrees around leaves that are no arrays (shapes, shardings): jaxtyping must not check __init__.
+    __no_type_check__ = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers."""
+        return self.codes.shape
+
+    @property
+    def size(self) -> int:
+        """How many numbers."""
+        return self.codes.size
+
+    def numbers(self, dtype: DTypeLike) -> Float[jax.Array, "*S O I"]:
+        """The matrices themselves."""
+        return (self.codes.astype(jnp.float32) * self.scales[..., None]).astype(dtype)
+
+
+def quantise(x: jax.Array, inputs: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Codes of x and scales, float32 without the axes `inputs`, over which a scale is shared.
+
+    No number is off by more than half a scale, a 254th of the largest that shares it.
+    """
+    wide = x.astype(jnp.float32)
+    # Products: compilers make them of divisions of a matrix, too, which round otherwise.
+    scales = jnp.max(jnp.abs(wide), axis=inputs, keepdims=True) * jnp.float32(1 / MOST)
+    codes = jnp.round(wide * (1 / jnp.where(scales > 0, scales, 1)))
+    return jnp.clip(codes, -MOST, MOST).astype(jnp.int8), jnp.squeeze(scales, inputs)
+
+
+def quantise_on_host(x: np.ndarray, inputs: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """`quantise` of NumPy's float32, bit for bit; x is used up, and needs no more memory than its codes."""
+    scales = np.maximum(x.max(inputs, keepdims=True), -x.min(inputs, keepdims=True)) * np.float32(1 / MOST)
+    x *= np.float32(1) / np.where(scales > 0, scales, np.float32(1))
+    np.clip(np.rint(x, out=x), -MOST, MOST, out=x)
+    return x.astype(np.int8), np.squeeze(scales, inputs)
+
+
+def inputs_of(path: str, in_layers: bool, tied: bool) -> tuple[int, ...] | None:
+    """The axes of a parameter's inputs, if it is a matrix that has 8 bits; else None.
+
+    Args:
+      path: like "attention/query/kernel", as `sepjax.hub.families.flat` has it.
+      in_layers: whether it is stacked, with an axis of layers in front.
+      tied: whether the embedding is the head, too. One that is not is read by rows, and stays as it is.
+    """
+    *_, module, name = ("", *path.split("/"))
+    if in_layers and name == "kernel":
+        return (1, 2) if module == "out" else (1,)
+    return (1,) if path == ("embedding/embedding" if tied else "head/embedding") else None
+
+
+def in_8_bits(params: Params, *, tied: bool) -> Params:
+    """Parameters with codes and scales for matrices, which they have in 16 bits or more.
+
+    `params` is used up: one matrix after the other is deleted.
+    """
+
+    def convert(params: Params, path: tuple[str, ...]) -> Params:
+        made = {}
+        for name in [*params]:
+            x, here = params.pop(name), (*path, name)
+            if isinstance(x, dict):
+                made[name] = convert(x, here)
+                continue
+            in_layers = here[0] == "layers"
+            inputs = inputs_of("/".join(here[in_layers:]), in_layers, tied)
+            if inputs is None:
+                made[name] = x
+                continue
+            made[name], made["scales"] = _quantise(x, inputs)
+            jax.block_until_ready(made["scales"])
+            x.delete()
+        return made
+
+    return convert(params, ())
+
+
+_quantise = jax.jit(quantise, static_argnums=1)
+
+
+def numbers(codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """float32[*inputs, *outputs] of codes as `Linear` has them, and of scales [*outputs]."""
+    return codes.astype(jnp.float32) * scales
+
+
+def product(x: jax.Array, codes: jax.Array, scales: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    """x[..., I] @ (codes[I, *O] * scales[*O]), [..., flat O] in `dtype`, by default that of x.
+
+    Summed in float32, whatever x is: sums of codes are 127 times as large, which float16 has no room for.
+    """
+    flat = codes.reshape(x.shape[-1], -1).astype(x.dtype)
+    y = jnp.matmul(x, flat, preferred_element_type=jnp.float32) * scales.reshape(-1)
+    return y.astype(dtype or x.dtype)
