@@ -17,6 +17,7 @@ from flax import nnx
 from sepjax.attention.target import target
 from sepjax.config import ModelConfig
 from sepjax.model import quantised
+from sepjax.model.folded import normalised
 from sepjax.sharding import constrain, ways
 
 # attend(q[B,T,N,H], k[B,T,K,H], v[B,T,K,H], layer_input) -> (out[B,T,N,H], layer_output). Queries and keys arrive
@@ -321,6 +322,7 @@ class Block(nnx.Module):
         self.parallel, self.shares_norm = config.parallel_residual, config.shared_norm
         self.residual_scale = config.residual_scale
         self.scanned = config.scan_layers
+        self.folds = False  # whether the matrices have the weights of the norms before them (`sepjax.model.folded`)
 
     def __call__(self, x: jax.Array, attend: Attend, layer_input: Any) -> tuple[jax.Array, Any]:
         """Maps the residual stream x[B, T, D] to [B, T, D] and what `attend` returned for this layer."""
@@ -338,13 +340,18 @@ class Block(nnx.Module):
 
         before: what these get, made of the norm before them (or None) and its input; None: the normalised input.
         """
-        before = before or self._normed
+        before = before or (self._plain if self.folds else self._normed)
         normed = before(self.attention_norm, x)
         attended, layer_output = attention(normed)
         attended = self._added(self.attention_out_norm, attended)
         if not self.parallel:
             x = x + attended
-        out = self._added(self.mlp_out_norm, mlp(normed if self.shares_norm else before(self.mlp_norm, x)))
+        if self.parallel and self.folds:
+            # Behind the barrier: XLA would merge a product with one of the attention's, and take them apart by copies.
+            mlp_input = jax.lax.optimization_barrier(normed)
+        else:
+            mlp_input = normed if self.shares_norm else before(self.mlp_norm, x)
+        out = self._added(self.mlp_out_norm, mlp(mlp_input))
         # Adding to `attended`, which nobody else needs, a matmul can do in place; x must live on.
         return x + (attended + out if self.parallel else out), layer_output
 
@@ -354,6 +361,10 @@ class Block(nnx.Module):
 
     def _normed(self, norm: nnx.RMSNorm | nnx.LayerNorm | None, x: jax.Array) -> jax.Array:
         return x if norm is None else _keep_inputs(norm, self.scanned)(x)
+
+    def _plain(self, norm: nnx.RMSNorm | nnx.LayerNorm | None, x: jax.Array) -> jax.Array:
+        """Without the weights."""
+        return x if norm is None else normalised(x, norm.epsilon, isinstance(norm, nnx.LayerNorm))
 
 
 def _keep_inputs(f: Callable[..., jax.Array], scanned: bool) -> Callable[..., jax.Array]:

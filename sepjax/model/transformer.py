@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from sepjax.array_typing import Array, Float, Int32, Positions, Tokens
 from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.model import quantised
+from sepjax.model.folded import folded
 from sepjax.model.gate import Gate
 from sepjax.model.layers import Attend, Block, make_norm
 from sepjax.model.quantised import QuantisedMatrix
@@ -59,6 +60,7 @@ class Transformer(nnx.Module):
       config: the shape.
       attention: who attends to whom, by default; callers may pass another attention config to what uses it.
       kept: what bounded caches have in its place, if something was measured for the model (`sepjax.kept`); else None.
+      folds: whether norms' weights are multiplied into the matrices that read them (`sepjax.model.folded`).
       layers: one `Block` whose parameters have a leading axis L.
       gate: what scores tokens for pattern="gated"; None where `attention` has another.
     """
@@ -67,6 +69,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.attention = attention or AttentionConfig()
         self.kept: AttentionConfig | None = None
+        self.folds = False
         self.embedding = _embedding(config.vocab_size, config, rngs, is_output=config.tie_embeddings)
         learned = config.position_embedding == "learned"
         self.position_embedding = _embedding(config.max_positions, config, rngs) if learned else None
@@ -128,7 +131,9 @@ class Transformer(nnx.Module):
 
         def layer(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
             params, layer_input = inputs
-            return merge(graph, params)(x, attend, layer_input)
+            block = merge(graph, folded(params, self.config) if self.folds else params)
+            block.folds = self.folds
+            return block(x, attend, layer_input)
 
         unroll = 1 if self.config.scan_layers else self.config.num_layers
         return jax.lax.scan(_rematerialised(layer, self.config), x, inputs, unroll=unroll)

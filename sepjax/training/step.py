@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from sepjax.array_typing import Array, Bool, Float, InShapes, Int32
 from sepjax.config import Config, TrainingConfig, with_own_window
 from sepjax.data.batch import Batch
+from sepjax.model import folded
 from sepjax.model.attend import in_context_order, layer_layouts, run_rows
 from sepjax.model.gate import exploring
 from sepjax.model.lora import abstract_adapted, create_adapted, divided, joined
@@ -212,6 +213,7 @@ def _loss(
 ) -> tuple[jax.Array, Any]:
     """The objective, summed, and (itself, negative log-likelihood, who was kept)."""
     model = merge(graph, joined(frozen, params))
+    model.folds = folded.pays(config)
     inputs = batch.tokens, batch.positions, batch.is_separator, batch.segment_ids
     rows = run_rows(model, *inputs, config.attention, context_order=True, gate_noise=gate_noise)
     targets, loss_mask = in_context_order(batch.targets), in_context_order(batch.loss_mask)
