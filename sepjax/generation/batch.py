@@ -147,8 +147,9 @@ def run(
         for ids in prompts
     ]
     request, taken = request_of(of, settings, sampling, len(rows)), [len(ids) for ids in prompts]
-    state, steps = reader.read(reader.empty(keys), prompts, request, 0, settings.max_new_tokens)
     advance = make_advance(of.graph, of.attention, num_steps)
+    new = settings.max_new_tokens
+    state, steps = reader.read(reader.empty(keys), prompts, request, 0, new, advance=advance)
     while True:
         steps = jax.device_get(steps)
         yield from _events(rows, taken, steps, state.cache.nbytes // len(rows))

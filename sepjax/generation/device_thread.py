@@ -1,17 +1,20 @@
-"""A thread that asks a device for one thing after another, so that nobody else is held up by it; and one that frees.
+"""Programs compiled side by side; a thread that asks a device for one thing after another; and one that frees.
 
 Whoever starts a program with branches in it may wait until the device has come to them, and the device then waits for
-whoever has waited. Jobs run in their order, under the mesh of the thread that made this one.
+whoever has waited: a thread that asks holds nobody else up. Jobs run in their order, under the mesh of the thread that
+made this one.
 """
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from sepjax import interrupt
 from sepjax.promotion import as_usual
@@ -44,6 +47,26 @@ def compile_all(programs: Mapping[str, tuple[Any, ...]]) -> None:
             done.result()
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
+
+
+_ready: set[Hashable] = set()  # keys of what `make_ready` has compiled
+
+
+def make_ready(key: Hashable, programs: Callable[[], Mapping[str, tuple[Any, ...]]]) -> None:
+    """`compile_all` of the programs that a text will need, once for each key: so nobody waits for one after the other.
+
+    Over a mesh of several devices nothing is done: programs are compiled when they are called, as ever. A wrong guess
+    of what they will be given costs time, and never a result.
+    """
+    if key in _ready or jax.config.jax_disable_jit or jax.sharding.get_abstract_mesh().size > 1:
+        return
+    compile_all(programs())
+    _ready.add(key)
+
+
+def shapes_of(tree: Any) -> tuple[Any, ...]:
+    """Shapes and types of all arrays, for a key."""
+    return tuple((np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree))
 
 
 class DeviceThread:

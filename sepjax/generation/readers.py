@@ -4,7 +4,9 @@ Which cache a text has is decided once, by the reader; everything else asks only
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,10 +20,12 @@ from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.mixed import BOUNDED, BoundedCache, bounded_sizes, empty_cache
 from sepjax.generation.cache.sizes import bucket
 from sepjax.generation.device_loop import DecodeState, Request, Steps, begin, make_consume, mark_read, start
+from sepjax.generation.device_thread import make_ready, shapes_of
 from sepjax.generation.limits import check_cache
 from sepjax.generation.packed import Form
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import cache_sizes, check_length, count_global, pad_prompts
+from sepjax.sharding import shapes_placed_like
 
 _RUN = 256  # tokens of a pass into a growing cache
 # What of an attention config a growing cache does not depend on.
@@ -88,7 +92,7 @@ class Reader(Protocol):
 
     def read(
         self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None,
-        noted: Noted | None = None,
+        noted: Noted | None = None, advance: Any = None,
     ) -> tuple[DecodeState, Steps]:  # fmt: skip
         """Reads the next tokens of every row and draws the token after them.
 
@@ -100,6 +104,7 @@ class Reader(Protocol):
           new: tokens that may follow; None: without end.
           noted: called after each part of what is read but the last, from where `read` may go on: an exception that it
             raises loses nothing.
+          advance: the program of `make_advance` that goes on from there: it is compiled beside those that read.
         """
         ...
 
@@ -182,17 +187,18 @@ class GrowingReader(_OfOne):
 
     def read(
         self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None,
-        noted: Noted | None = None,
+        noted: Noted | None = None, advance: Any = None,
     ) -> tuple[DecodeState, Steps]:  # fmt: skip
         """See `Reader`."""
         of = self._of
         if not seen:
             sizes = cache_sizes(rows, new, of.table, of.attention, of.config.num_layers)
-            tokens, lengths = pad_prompts(rows)
-            return start(of.graph, of.params, tokens, lengths, state.key, request, of.attention, **sizes)
+            given = of.graph, of.params, *pad_prompts(rows), state.key, request, of.attention
+            _make_start_ready(of, given, sizes, advance)
+            return start(*given, **sizes)
         cache: Any = state.cache
         state = dataclasses.replace(state, cache=cache.reserve(*self._room(rows, seen, new)))
-        return begin(*_read_runs(of, state, rows, request, _RUN, noted), request)
+        return begin(*_read_runs(of, state, rows, request, _RUN, noted, advance), request)
 
 
 class BoundedReader(_OfOne):
@@ -254,22 +260,49 @@ class BoundedReader(_OfOne):
 
     def read(
         self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None,
-        noted: Noted | None = None,
+        noted: Noted | None = None, advance: Any = None,
     ) -> tuple[DecodeState, Steps]:  # fmt: skip
         """See `Reader`. Raises ConfigError where the cache of `keep_all_separators` is full before all is read."""
-        return begin(*_read_runs(self._of, state, rows, request, self.sizes.chunk, noted), request)
+        return begin(*_read_runs(self._of, state, rows, request, self.sizes.chunk, noted, advance), request)
+
+
+def _make_start_ready(of: Prepared, given: tuple[Any, ...], sizes: Mapping[str, int], advance: Any) -> None:
+    """Compiles `start` with what it is given, and the steps after it."""
+
+    def programs() -> dict[str, tuple[Any, ...]]:
+        state = shapes_placed_like(of.params, start.eval_shape(*given, **sizes)[0])
+        reading = SimpleNamespace(lower=functools.partial(start.lower, **sizes))
+        return {
+            "start": (reading, *given),
+            "steps": (advance, of.params, state, np.zeros(len(given[3]), bool), given[5]),
+        }
+
+    if advance is not None:
+        make_ready((advance, shapes_of(given[2:6]), *sizes.items()), programs)
 
 
 def _read_runs(
-    of: Prepared, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, most: int, noted: Noted | None
-) -> tuple[DecodeState, jax.Array]:
+    of: Prepared, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, most: int, noted: Noted | None,
+    advance: Any,
+) -> tuple[DecodeState, jax.Array]:  # fmt: skip
     """The state after the tokens of every row, read up to `most` at a time, and the scores of what follows them."""
     consume = make_consume(of.graph, of.attention)
     cache, uses = state.cache, state.uses
     logits = of.placed(jnp.zeros((len(rows), of.config.vocab_size), jnp.float32))
     at, lengths = np.zeros(len(rows), np.int32), np.array([len(ids) for ids in rows], np.int32)
+    width = functools.partial(_width, int(lengths.max()), most, alone=len(rows) == 1)
+
+    def programs() -> dict[str, tuple[Any, ...]]:
+        tokens, none = np.zeros((len(rows), width(int(lengths.max()))), np.int32), np.zeros(len(rows), np.int32)
+        found: dict[str, tuple[Any, ...]] = {}
+        found["read"] = (consume, of.params, cache, logits, tokens, none, request.table)
+        if advance is not None:
+            found["steps"] = (advance, of.params, state, none > 0, request)
+        return found | {"begin": (begin, state, logits, request), "mark": (mark_read, uses, tokens, state.token)}
+
+    make_ready((consume, advance, width(int(lengths.max())), shapes_of((state, request))), programs)
     while (left := lengths - at).any():
-        tokens = np.zeros((len(rows), min(most, bucket(int(left.max())))), np.int32)
+        tokens = np.zeros((len(rows), width(int(left.max()))), np.int32)
         left = np.minimum(left, tokens.shape[1])
         for b, ids in enumerate(rows):
             tokens[b, : left[b]] = ids[at[b] : at[b] + left[b]]
@@ -281,3 +314,18 @@ def _read_runs(
         if cache.ends_when_stuck and (np.asarray(cache.is_stuck()) & (at < lengths)).any():
             cache.make_room()
     return dataclasses.replace(state, cache=cache, uses=uses), logits
+
+
+def _width(longest: int, most: int, left: int, *, alone: bool) -> int:
+    """Tokens of a row in a pass: of all passes that read rows of up to `longest` tokens, `left` of which are left.
+
+    A CPU computes no more than it must. On an accelerator each width is a program to be compiled, which takes far
+    longer than what it would save: all passes of a batch have one width, and all turns of a text that goes on.
+    """
+    if _counts_padding():
+        return min(most, bucket(left))
+    return most if alone else min(most, bucket(-(-longest // -(-longest // most))))
+
+
+def _counts_padding() -> bool:
+    return jax.default_backend() == "cpu"

@@ -170,10 +170,9 @@ class Stream(Iterator[StreamEvent]):
             if self._is_stuck or self._pending:
                 self._nbytes = None
             if self._pending:
-                new, noted = self._settings.max_new_tokens, functools.partial(self._note, deferred)
-                self._state, steps = self._reader.read(
-                    self._state, [self._pending], request, self._row.seen, new, noted
-                )  # fmt: skip
+                given = self._state, [self._pending], request, self._row.seen, self._settings.max_new_tokens
+                noted = functools.partial(self._note, deferred)
+                self._state, steps = self._reader.read(*given, noted, advance=self._advance)
             else:
                 if not self._reader.ends_with_positions:
                     self._reader.check(self._row.seen, [[0]], None)

@@ -41,7 +41,7 @@ from sepjax.generation.cache.bounded_run import unsupported
 from sepjax.generation.cache.newest import keep_newest
 from sepjax.generation.cache.shown import Shown
 from sepjax.generation.cache.sizes import StreamSizes
-from sepjax.generation.cache.stored import Layers, Quantised, Vectors, in_each_layer, of_each_layer
+from sepjax.generation.cache.stored import Layers, Quantised, Vectors, in_each_layer, of_few_layers
 from sepjax.generation.cache.turning import last_at, start_again, turn_table
 from sepjax.generation.cache.watched import keep_best, scores_after
 from sepjax.model.layers import once
@@ -390,10 +390,13 @@ class StreamingCache(Shown):
     def turned(self, f: Callable[[Any, Table], Vectors], by: jax.Array) -> Layers:
         """`f` of keys and the cosine and sine, [(L,) ..., R/2], that turn them by so many positions more."""
         cos, sin = once(self.angles(by))
-        if not self.sizes.layer_ropes:
-            return of_each_layer(lambda k: f(k, (cos, sin)), self.k)
-        number = jnp.array(self.sizes.layer_ropes)
-        return of_each_layer(lambda k, cos, sin: f(k, (cos, sin)), self.k, cos[number], sin[number])
+        kinds = self.sizes.layer_ropes
+        if not kinds:
+            return of_few_layers(lambda k, _, table: f(k, table), self.k, (cos, sin))
+        if isinstance(self.k, tuple):
+            return of_few_layers(lambda k, i, table: f(k, (table[0][kinds[i]], table[1][kinds[i]])), self.k, (cos, sin))
+        number = jnp.array(kinds)
+        return f(self.k, (cos[number], sin[number]))
 
     def angles(self, by: jax.Array) -> Table:
         """`turn_table` of this cache's layers."""
