@@ -35,6 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sepjax.attention import mosaic_gpu_kernels as kernels
 
 _AT_ONCE = 4  # tiles of which looks are made side by side: each waits for its scores, and for others of its row
+_VALUE_STAGES = 1  # of values where scores are kept for looks: a fourth block shares an SM then
 _LOWEST = -1e30  # below every score; finite, so that what sees nothing gives exp2(-inf - _LOWEST) = 0 and not NaN
 
 
@@ -57,6 +58,11 @@ class Shape:
     looks: bool  # whether the largest weights are asked for, too
     turns: bool  # whether queries and the token's own key are turned here
     writes: bool  # whether the token is written into the cache, too
+
+    @property
+    def value_stages(self) -> int:
+        """Tiles of values in shared memory, of `stages` of keys."""
+        return _VALUE_STAGES if self.looks and self.splits == 1 and self.H == 64 else self.stages
 
     @property
     def columns(self) -> int:
@@ -135,7 +141,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
     scores [B, K, C, columns]; anything beyond the last tile.
     """
     H, M, tile, stages, scale = shape.H, shape.columns, shape.tile, shape.stages, shape.scale * kernels.LOG2E
-    whole = shape.splits == 1
+    whole, value_stages = shape.splits == 1, shape.value_stages
 
     num_outs = len(_outs(shape))
 
@@ -148,6 +154,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         q_smem, k_smem, v_smem, bias_smem, p_smem, *rest = scratch
         plain_smem, rest = (rest[0], rest[1:]) if shape.turns else (None, rest)
         kept_smem, o_smem = (rest[0], rest[1:]) if shape.looks and whole else (None, rest)
+        o_smem = tuple(o_smem) or (p_smem,)  # which is as large, and free by then
         task = lax.axis_index("task")
         split, rest = lax.rem(task, shape.splits), lax.div(task, shape.splits)
         head, b = lax.rem(rest, shape.K), lax.div(rest, shape.K)
@@ -175,13 +182,14 @@ def attend(shape: Shape) -> Callable[..., Any]:
             plgpu.copy_gmem_to_smem(bias_ref.at[b, in_order(i)], bias_smem.at[slot], k_ready.at[slot])
 
         def load_values(i, begins):
-            slot = lax.rem(i, stages)
+            slot = lax.rem(i, value_stages)
             load_parts(v_ref, v_smem.at[slot], v_ready.at[slot], begins)
 
-        def load_both(i):
-            begins = begins_of(i)
-            load_keys(i, begins)
-            load_values(i, begins)
+        def load_first(i):
+            begins = begins_of(jnp.int32(i))
+            load_keys(jnp.int32(i), begins)
+            if i < value_stages:
+                load_values(jnp.int32(i), begins)
 
         def start():
             for rows, place in _projected(shape, plain_smem, head) if shape.turns else ():
@@ -189,11 +197,12 @@ def attend(shape: Shape) -> Callable[..., Any]:
             for z in range(0 if shape.turns else shape.zones):
                 plgpu.copy_gmem_to_smem(q_ref.at[b, head, z, _all_columns(shape, head)], q_smem.at[z], ready)
             for i in range(stages):
-                pl.when(i < count)(lambda i=i: load_both(jnp.int32(i)))
+                pl.when(i < count)(lambda i=i: load_first(i))
 
         def ahead(i):
             pl.when(i + stages < count)(lambda: load_keys(i + stages, begins_of(i + stages)))
-            pl.when((i > 0) & (i - 1 + stages < count))(lambda: load_values(i - 1 + stages, begins_of(i - 1 + stages)))
+            more = i - 1 + value_stages
+            pl.when((i > 0) & (more < count))(lambda: load_values(more, begins_of(more)))
 
         def product(z, slot):
             def scores(acc):
@@ -237,10 +246,11 @@ def attend(shape: Shape) -> Callable[..., Any]:
                 scores_to[...] = s
             plgpu.commit_smem()
             kernels._in_one_warp(lambda: ahead(i))
-            plgpu.barrier_wait(v_ready.at[slot])
+            value_slot = lax.rem(i, value_stages)
+            plgpu.barrier_wait(v_ready.at[value_slot])
 
             def weigh(acc):
-                plgpu.wgmma(acc, v_smem.at[slot].transpose((1, 0)), p_smem.transpose((1, 0)))
+                plgpu.wgmma(acc, v_smem.at[value_slot].transpose((1, 0)), p_smem.transpose((1, 0)))
 
             (acc,) = kernels.accumulate(weigh, acc)
             return acc, new_top, total
@@ -270,20 +280,20 @@ def attend(shape: Shape) -> Callable[..., Any]:
         if to_ref is not None:  # when this block, which has the row's key head to itself, has read all of it
             for ref, own_vector in ((k_ref, key), (v_ref, value)):
                 ref.at[b, head, to_ref[b]][...] = own_vector.astype(shape.dtype)
-        _store(shape, (acc, total, top), tuple(o_smem), outs, (b, head, split))
+        _store(shape, (acc, total, top), o_smem, outs, (b, head, split))
 
     scratch = (
         _tiled(shape.zones, M, H, dtype=shape.dtype),
         _tiled(stages, tile, H, dtype=shape.dtype),
-        _tiled(stages, tile, H, dtype=shape.dtype),
+        _tiled(value_stages, tile, H, dtype=shape.dtype),
         plgpu.SMEM((stages, tile), jnp.float32),
         _tiled(M, tile, dtype=shape.dtype),
         *((_projected_scratch(shape),) if shape.turns else ()),
         *_kept(shape),
-        *_out_scratch(shape),
+        *(() if whole and shape.tile == H else _out_scratch(shape)),
         plgpu.Barrier(num_arrivals=len(_projected(shape)) if shape.turns else shape.zones),
         plgpu.Barrier(num_arrivals=shape.parts + 1, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=shape.parts, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=shape.parts, num_barriers=value_stages),
     )
     return plgpu.kernel(
         kernel,
@@ -420,15 +430,15 @@ def _store_looks(shape: Shape, kept: Any, stats: tuple[Any, Any], count: Any, ou
     """Writes a row's looks by their scores: out(i) [tile] of tile i, of so many. stats: weights' sum and maximum."""
     size, layout = (shape.tile, shape.columns), plgpu.Layout.WGMMA
     total, top = stats
-    share, top = _along_columns(1 / total, size), _along_columns(top, size)
-    is_query = plgpu.broadcasted_iota(jnp.int32, size, 1, layout=layout) < shape.G
+    # A slot's largest weight is that of its largest score less the query's own: one exponential, not one a column.
+    less = _along_columns(top + jnp.log2(total), size)
+    less = jnp.where(plgpu.broadcasted_iota(jnp.int32, size, 1, layout=layout) < shape.G, less, -_LOWEST)
 
     def look(group, _):
         numbers = [jnp.minimum(group * _AT_ONCE + i, count - 1) for i in range(_AT_ONCE)]  # the last again and again
         scores = [plgpu.load(kept.at[i], layout=layout, optimized=False) for i in numbers]
-        weights = [jnp.exp2(x - top) * share for x in scores]
-        for i, weight in zip(numbers, [jnp.where(is_query, x, 0.0).max(axis=1) for x in weights], strict=True):
-            out(i)[...] = weight
+        for i, highest in zip(numbers, [(x - less).max(axis=1) for x in scores], strict=True):
+            out(i)[...] = jnp.exp2(highest)
 
     lax.fori_loop(0, pl.cdiv(count, _AT_ONCE), look, None)
 

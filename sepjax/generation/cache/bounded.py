@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, SeparatorTable, Tokens
+from sepjax.attention.decode import Looks
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.generation.cache import rows as rows_of
 from sepjax.generation.cache.bounded_pass import stream_pass
@@ -316,7 +317,7 @@ class StreamingCache(Shown):
         v: Float[Array, "L B T K H"] | Quantised | tuple[()],
         is_separator: Bool[Array, "B T"],
         counts: Int32[Array, "B"],
-        looks: Float[Array, "L B K S"] | None = None,
+        looks: Float[Array, "L B K S"] | Looks | None = None,
         gate_scores: Float[Array, "B T"] | None = None,
         in_place: rows_of.InPlace | None = None,
     ) -> "StreamingCache":
@@ -327,7 +328,7 @@ class StreamingCache(Shown):
           v: their values.
           is_separator: which of them are separators.
           counts: how many of the T tokens each row takes up, 0 to `room(T)`.
-          looks: of watched tokens, of `looks_of_many` in every layer; of one token at its slots, [L, B, K, C].
+          looks: of watched tokens, of `looks_of_many` in every layer; of one token at its slots, as they were found.
           gate_scores: of a gate, of the tokens.
           in_place: what kernels have written already.
         """
