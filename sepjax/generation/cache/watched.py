@@ -30,7 +30,7 @@ from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.attention.decode import Looks
 from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.generation.cache import gated
-from sepjax.generation.cache.stored import Vectors, changed, in_each_array, of_each_layer
+from sepjax.generation.cache.stored import Vectors, changed, in_each_array, of_few_layers
 from sepjax.generation.cache.turning import turn_of_moves
 from sepjax.model.rope import rotate
 
@@ -245,15 +245,13 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
             found = changed(lambda k: rotate(k[..., None, :], (turn[0], turn[1]))[..., 0, :], found)
         return in_each_array(put, x, found)
 
-    def everywhere(x: jax.Array) -> jax.Array:  # one set for all layers is each layer's
-        return jnp.broadcast_to(x, (len(best.layers), *x.shape[1:]))
+    def move_all(x: Vectors, number: int | None, given: tuple[jax.Array, ...]) -> Vectors:
+        if number is not None:
+            return move(x, *(y[number % len(y)] for y in given))  # one set for all layers is each layer's
+        return jax.vmap(move)(x, *(jnp.broadcast_to(y, (len(best.layers), *y.shape[1:])) for y in given))
 
-    move_all = jax.vmap(move) if cache.layer_axis else move
-    where = everywhere(choice.comes), everywhere(choice.source)
-    turns = ()
-    if turn is not None and not cache.sizes.layer_ropes:
-        turns = tuple(everywhere(x) for x in turn)
-    elif turn is not None:  # [Z, G, ...], of every kind of layer
+    where, turns = (choice.comes, choice.source), turn or ()
+    if turn is not None and cache.sizes.layer_ropes:  # [Z, G, ...], of every kind of layer
         kinds, sets = np.array(cache.sizes.layer_ropes), np.arange(len(best.layers)) % turn[0].shape[1]
         turns = tuple(x[kinds, sets] for x in turn)
     restarts = few.clock // _CLOCK * _CLOCK  # a cycle of a large cache may be longer
@@ -269,8 +267,8 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
             dropped=jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30),
             kept_at=jnp.where(choice.comes, place, few.kept_at),
         ),
-        k=of_each_layer(move_all, cache.k, *where, *turns),
-        v=of_each_layer(move_all, cache.v, *where),
+        k=of_few_layers(move_all, cache.k, (*where, *turns)),
+        v=of_few_layers(move_all, cache.v, where),
     )
 
 
@@ -306,9 +304,9 @@ def _choose(cache: "StreamingCache") -> _Choice:
     stays, comes = jnp.split(_marked(best, ranked.shape[-1]) & there, [s], axis=-1)
     # The entries that come, in their order, into the slots that are free, in theirs.
     rank, free = (jnp.cumsum(x, axis=-1, dtype=jnp.int32) - 1 for x in (comes, ~stays))
-    order = jnp.argsort(~comes, axis=-1, stable=True)  # those that come first, each kind in its order
-    order = jnp.pad(order, [(0, 0)] * 3 + [(0, max(0, s - width))])
-    source = jnp.take_along_axis(order, jnp.minimum(free, order.shape[-1] - 1), axis=-1)
+    i = jnp.arange(width, dtype=jnp.int32)
+    order = _put_at(jnp.where(comes, rank, s + i), i, s)  # those that come, in their order: s at most
+    source = jnp.take_along_axis(order, free, axis=-1)
     source = jnp.where(stays, 0, source)
     filled = ~stays & (free <= rank[..., -1:])
     new = jnp.take_along_axis(candidates, jnp.minimum(source, width - 1), axis=-1)
@@ -338,9 +336,14 @@ def _watched_candidates(cache: "StreamingCache", p: Int32[jax.Array, "B M"]) -> 
 
 def _marked(index: jax.Array, size: int) -> jax.Array:
     """bool[..., size], true at `index`[..., s]."""
+    return _put_at(index, jnp.array(True), size)
+
+
+def _put_at(index: jax.Array, x: jax.Array, size: int) -> jax.Array:
+    """[..., size] with `x` at `index`[..., s], where it is below `size`; zeros elsewhere."""
     flat = index.reshape(-1, index.shape[-1])
-    marks = jnp.zeros((len(flat), size), bool).at[jnp.arange(len(flat))[:, None], flat].set(True, unique_indices=True)
-    return marks.reshape(*index.shape[:-1], size)
+    at = jnp.zeros((len(flat), size), x.dtype).at[jnp.arange(len(flat))[:, None], flat]
+    return at.set(x, mode="drop", unique_indices=True).reshape(*index.shape[:-1], size)
 
 
 def _restarted(cache: "StreamingCache", scores: jax.Array, restarts: Int32[jax.Array, "B"]) -> jax.Array:
