@@ -5,8 +5,7 @@ Which cache a text has is decided once, by the reader; everything else asks only
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -266,19 +265,30 @@ class BoundedReader(_OfOne):
         return begin(*_read_runs(self._of, state, rows, request, self.sizes.chunk, noted, advance), request)
 
 
-def _make_start_ready(of: Prepared, given: tuple[Any, ...], sizes: Mapping[str, int], advance: Any) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """`start` for prompts of a model and a pattern, into a cache of these sizes."""
+
+    graph: Any
+    attention: AttentionConfig
+    sizes: tuple[tuple[str, int], ...]
+
+    def lower(self, params: Any, tokens: Any, lengths: Any, keys: Any, request: Request) -> jax.stages.Lowered:
+        given = self.graph, params, tokens, lengths, keys, request, self.attention
+        return start.lower(*given, **dict(self.sizes))
+
+
+def _make_start_ready(of: Prepared, given: tuple[Any, ...], sizes: dict[str, int], advance: Any) -> None:
     """Compiles `start` with what it is given, and the steps after it."""
+    graph, *inputs, attention = given
 
     def programs() -> dict[str, tuple[Any, ...]]:
         state = shapes_placed_like(of.params, start.eval_shape(*given, **sizes)[0])
-        reading = SimpleNamespace(lower=functools.partial(start.lower, **sizes))
-        return {
-            "start": (reading, *given),
-            "steps": (advance, of.params, state, np.zeros(len(given[3]), bool), given[5]),
-        }
+        prompts = _Start(graph, attention, tuple(sizes.items())), *inputs
+        return {"prompts": prompts, "steps": (advance, of.params, state, np.zeros(len(inputs[2]), bool), inputs[-1])}
 
     if advance is not None:
-        make_ready((advance, shapes_of(given[2:6]), *sizes.items()), programs)
+        make_ready((advance, shapes_of(inputs[1:]), *sizes.items()), programs)
 
 
 def _read_runs(
