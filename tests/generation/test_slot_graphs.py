@@ -14,8 +14,7 @@ import pytest
 
 from sepjax import interrupt
 from sepjax.config import UserError
-from sepjax.generation.device_loop import Request, draw
-from sepjax.generation.device_thread import compile_all
+from sepjax.generation.device_loop import Request, compile_all, draw
 from sepjax.generation.graphs import _WHOLE
 from sepjax.generation.prompts import row_keys
 from sepjax.generation.readers import BoundedReader

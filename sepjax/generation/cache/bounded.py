@@ -390,14 +390,10 @@ class StreamingCache(Shown):
 
     def turned(self, f: Callable[[Any, Table], Vectors], by: jax.Array) -> Layers:
         """`f` of keys and the cosine and sine, [(L,) ..., R/2], that turn them by so many positions more."""
-        cos, sin = once(self.angles(by))
-        kinds = self.sizes.layer_ropes
-        if not kinds:
-            return of_few_layers(lambda k, _, table: f(k, table), self.k, (cos, sin))
-        if isinstance(self.k, tuple):
-            return of_few_layers(lambda k, i, table: f(k, (table[0][kinds[i]], table[1][kinds[i]])), self.k, (cos, sin))
-        number = jnp.array(kinds)
-        return f(self.k, (cos[number], sin[number]))
+        (cos, sin), kinds = once(self.angles(by)), self.sizes.layer_ropes
+        if kinds and self.layer_axis:
+            return f(self.k, (cos[jnp.array(kinds)], sin[jnp.array(kinds)]))
+        return of_few_layers(lambda k, i, t: f(k, (t[0][kinds[i]], t[1][kinds[i]]) if kinds else t), self.k, (cos, sin))
 
     def angles(self, by: jax.Array) -> Table:
         """`turn_table` of this cache's layers."""
