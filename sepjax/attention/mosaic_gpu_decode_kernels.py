@@ -243,7 +243,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
             p_smem.transpose((1, 0))[...] = _wgmma_layout(p.astype(shape.dtype))
             if shape.looks:
                 scores_to = outs[-1].at[b, head, in_order(i)] if kept_smem is None else kept_smem.at[i]
-                scores_to[...] = s
+                scores_to[...] = s.astype(scores_to.dtype)
             plgpu.commit_smem()
             kernels._in_one_warp(lambda: ahead(i))
             value_slot = lax.rem(i, value_stages)
@@ -436,7 +436,7 @@ def _store_looks(shape: Shape, kept: Any, stats: tuple[Any, Any], count: Any, ou
 
     def look(group, _):
         numbers = [jnp.minimum(group * _AT_ONCE + i, count - 1) for i in range(_AT_ONCE)]  # the last again and again
-        scores = [plgpu.load(kept.at[i], layout=layout, optimized=False) for i in numbers]
+        scores = [plgpu.load(kept.at[i], layout=layout, optimized=False).astype(jnp.float32) for i in numbers]
         for i, highest in zip(numbers, [(x - less).max(axis=1) for x in scores], strict=True):
             out(i)[...] = jnp.exp2(highest)
 
