@@ -35,7 +35,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sepjax.attention import mosaic_gpu_kernels as kernels
 
 _AT_ONCE = 4  # tiles of which looks are made side by side: each waits for its scores, and for others of its row
-_VALUE_STAGES = 1  # of values where scores are kept for looks: a fourth block shares an SM then
 _LOWEST = -1e30  # below every score; finite, so that what sees nothing gives exp2(-inf - _LOWEST) = 0 and not NaN
 
 
@@ -58,11 +57,6 @@ class Shape:
     looks: bool  # whether the largest weights are asked for, too
     turns: bool  # whether queries and the token's own key are turned here
     writes: bool  # whether the token is written into the cache, too
-
-    @property
-    def value_stages(self) -> int:
-        """Tiles of values in shared memory, of `stages` of keys."""
-        return _VALUE_STAGES if self.looks and self.splits == 1 and self.H == 64 else self.stages
 
     @property
     def columns(self) -> int:
@@ -141,7 +135,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
     scores [B, K, C, columns]; anything beyond the last tile.
     """
     H, M, tile, stages, scale = shape.H, shape.columns, shape.tile, shape.stages, shape.scale * kernels.LOG2E
-    whole, value_stages = shape.splits == 1, shape.value_stages
+    whole = shape.splits == 1
 
     num_outs = len(_outs(shape))
 
@@ -182,14 +176,13 @@ def attend(shape: Shape) -> Callable[..., Any]:
             plgpu.copy_gmem_to_smem(bias_ref.at[b, in_order(i)], bias_smem.at[slot], k_ready.at[slot])
 
         def load_values(i, begins):
-            slot = lax.rem(i, value_stages)
+            slot = lax.rem(i, stages)
             load_parts(v_ref, v_smem.at[slot], v_ready.at[slot], begins)
 
-        def load_first(i):
-            begins = begins_of(jnp.int32(i))
-            load_keys(jnp.int32(i), begins)
-            if i < value_stages:
-                load_values(jnp.int32(i), begins)
+        def load_both(i):
+            begins = begins_of(i)
+            load_keys(i, begins)
+            load_values(i, begins)
 
         def start():
             for rows, place in _projected(shape, plain_smem, head) if shape.turns else ():
@@ -197,12 +190,11 @@ def attend(shape: Shape) -> Callable[..., Any]:
             for z in range(0 if shape.turns else shape.zones):
                 plgpu.copy_gmem_to_smem(q_ref.at[b, head, z, _all_columns(shape, head)], q_smem.at[z], ready)
             for i in range(stages):
-                pl.when(i < count)(lambda i=i: load_first(i))
+                pl.when(i < count)(lambda i=i: load_both(jnp.int32(i)))
 
         def ahead(i):
             pl.when(i + stages < count)(lambda: load_keys(i + stages, begins_of(i + stages)))
-            more = i - 1 + value_stages
-            pl.when((i > 0) & (more < count))(lambda: load_values(more, begins_of(more)))
+            pl.when((i > 0) & (i - 1 + stages < count))(lambda: load_values(i - 1 + stages, begins_of(i - 1 + stages)))
 
         def product(z, slot):
             def scores(acc):
@@ -243,14 +235,13 @@ def attend(shape: Shape) -> Callable[..., Any]:
             p_smem.transpose((1, 0))[...] = _wgmma_layout(p.astype(shape.dtype))
             if shape.looks:
                 scores_to = outs[-1].at[b, head, in_order(i)] if kept_smem is None else kept_smem.at[i]
-                scores_to[...] = s.astype(scores_to.dtype)
+                scores_to[...] = s
             plgpu.commit_smem()
             kernels._in_one_warp(lambda: ahead(i))
-            value_slot = lax.rem(i, value_stages)
-            plgpu.barrier_wait(v_ready.at[value_slot])
+            plgpu.barrier_wait(v_ready.at[slot])
 
             def weigh(acc):
-                plgpu.wgmma(acc, v_smem.at[value_slot].transpose((1, 0)), p_smem.transpose((1, 0)))
+                plgpu.wgmma(acc, v_smem.at[slot].transpose((1, 0)), p_smem.transpose((1, 0)))
 
             (acc,) = kernels.accumulate(weigh, acc)
             return acc, new_top, total
@@ -285,7 +276,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
     scratch = (
         _tiled(shape.zones, M, H, dtype=shape.dtype),
         _tiled(stages, tile, H, dtype=shape.dtype),
-        _tiled(value_stages, tile, H, dtype=shape.dtype),
+        _tiled(stages, tile, H, dtype=shape.dtype),
         plgpu.SMEM((stages, tile), jnp.float32),
         _tiled(M, tile, dtype=shape.dtype),
         *((_projected_scratch(shape),) if shape.turns else ()),
@@ -293,7 +284,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         *(() if whole and shape.tile == H else _out_scratch(shape)),
         plgpu.Barrier(num_arrivals=len(_projected(shape)) if shape.turns else shape.zones),
         plgpu.Barrier(num_arrivals=shape.parts + 1, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=shape.parts, num_barriers=value_stages),
+        plgpu.Barrier(num_arrivals=shape.parts, num_barriers=stages),
     )
     return plgpu.kernel(
         kernel,
@@ -436,7 +427,7 @@ def _store_looks(shape: Shape, kept: Any, stats: tuple[Any, Any], count: Any, ou
 
     def look(group, _):
         numbers = [jnp.minimum(group * _AT_ONCE + i, count - 1) for i in range(_AT_ONCE)]  # the last again and again
-        scores = [plgpu.load(kept.at[i], layout=layout, optimized=False).astype(jnp.float32) for i in numbers]
+        scores = [plgpu.load(kept.at[i], layout=layout, optimized=False) for i in numbers]
         for i, highest in zip(numbers, [(x - less).max(axis=1) for x in scores], strict=True):
             out(i)[...] = jnp.exp2(highest)
 
