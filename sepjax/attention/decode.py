@@ -64,13 +64,7 @@ class Seen:
 
         Where they are read: they are read in any order as fast, and a copy of them is as much as the reading.
         """
-        looks = jnp.asarray(looks)
-        if self.place is None:
-            return looks
-        X = self.place.shape[1]
-        parts, at = looks.reshape(*looks.shape[:2], X, -1), self.place[:, None, :, None]
-        found = jnp.take_along_axis(parts, jnp.minimum(at, X - 1), axis=2, mode="promise_in_bounds")
-        return jnp.where(at < X, found, 0.0).reshape(looks.shape)
+        return Looks(jnp.asarray(looks), self.place).in_slots()
 
     def told_to(self, shape: tuple[int, ...], dtype: DTypeLike, *, codes: bool) -> "Seen":
         """For queries [B, K, Z, G, H] of this type, which codes do not tell, and of heads that a cache does not tell.
@@ -91,6 +85,29 @@ class Seen:
         if not self.kernel or rotated != H or (G > 8 if H < 128 else G % 8 == 0 and 2 * K % 8):
             return False
         return _stages_and_splits((*shape, C), _STAGES[H], codes=False, looks=looks)[1] == 1
+
+
+class Looks(NamedTuple):
+    """What a step's tokens looked at: looks of `attend`, and where the parts of their slots are among them.
+
+    Of all layers one behind the other, or of one. place: None where they are in the order of slots.
+    """
+
+    found: Float32[jax.Array, "*L B K C"]
+    place: Int32[jax.Array, "*L B X"] | None
+
+    def of_layer(self, i: int) -> "Looks":
+        """Those of one layer, of all."""
+        return Looks(self.found[i], None if self.place is None else self.place[i])
+
+    def in_slots(self) -> Float32[jax.Array, "B K C"]:
+        """Those of one layer in the order of slots."""
+        if self.place is None:
+            return self.found
+        X = self.place.shape[1]
+        parts, at = self.found.reshape(*self.found.shape[:2], X, -1), self.place[:, None, :, None]
+        found = jnp.take_along_axis(parts, jnp.minimum(at, X - 1), axis=2, mode="promise_in_bounds")
+        return jnp.where(at < X, found, 0.0).reshape(self.found.shape)
 
 
 class Turn(NamedTuple):

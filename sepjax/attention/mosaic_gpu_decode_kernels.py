@@ -148,6 +148,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         q_smem, k_smem, v_smem, bias_smem, p_smem, *rest = scratch
         plain_smem, rest = (rest[0], rest[1:]) if shape.turns else (None, rest)
         kept_smem, o_smem = (rest[0], rest[1:]) if shape.looks and whole else (None, rest)
+        o_smem = tuple(o_smem) or (p_smem,)  # which is as large, and free by then
         task = lax.axis_index("task")
         split, rest = lax.rem(task, shape.splits), lax.div(task, shape.splits)
         head, b = lax.rem(rest, shape.K), lax.div(rest, shape.K)
@@ -270,7 +271,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         if to_ref is not None:  # when this block, which has the row's key head to itself, has read all of it
             for ref, own_vector in ((k_ref, key), (v_ref, value)):
                 ref.at[b, head, to_ref[b]][...] = own_vector.astype(shape.dtype)
-        _store(shape, (acc, total, top), tuple(o_smem), outs, (b, head, split))
+        _store(shape, (acc, total, top), o_smem, outs, (b, head, split))
 
     scratch = (
         _tiled(shape.zones, M, H, dtype=shape.dtype),
@@ -280,7 +281,7 @@ def attend(shape: Shape) -> Callable[..., Any]:
         _tiled(M, tile, dtype=shape.dtype),
         *((_projected_scratch(shape),) if shape.turns else ()),
         *_kept(shape),
-        *_out_scratch(shape),
+        *(() if whole and shape.tile == H else _out_scratch(shape)),
         plgpu.Barrier(num_arrivals=len(_projected(shape)) if shape.turns else shape.zones),
         plgpu.Barrier(num_arrivals=shape.parts + 1, num_barriers=stages),
         plgpu.Barrier(num_arrivals=shape.parts, num_barriers=stages),
@@ -420,15 +421,15 @@ def _store_looks(shape: Shape, kept: Any, stats: tuple[Any, Any], count: Any, ou
     """Writes a row's looks by their scores: out(i) [tile] of tile i, of so many. stats: weights' sum and maximum."""
     size, layout = (shape.tile, shape.columns), plgpu.Layout.WGMMA
     total, top = stats
-    share, top = _along_columns(1 / total, size), _along_columns(top, size)
-    is_query = plgpu.broadcasted_iota(jnp.int32, size, 1, layout=layout) < shape.G
+    # A slot's largest weight is that of its largest score less the query's own: one exponential, not one a column.
+    less = _along_columns(top + jnp.log2(total), size)
+    less = jnp.where(plgpu.broadcasted_iota(jnp.int32, size, 1, layout=layout) < shape.G, less, -_LOWEST)
 
     def look(group, _):
         numbers = [jnp.minimum(group * _AT_ONCE + i, count - 1) for i in range(_AT_ONCE)]  # the last again and again
         scores = [plgpu.load(kept.at[i], layout=layout, optimized=False) for i in numbers]
-        weights = [jnp.exp2(x - top) * share for x in scores]
-        for i, weight in zip(numbers, [jnp.where(is_query, x, 0.0).max(axis=1) for x in weights], strict=True):
-            out(i)[...] = weight
+        for i, highest in zip(numbers, [(x - less).max(axis=1) for x in scores], strict=True):
+            out(i)[...] = jnp.exp2(highest)
 
     lax.fori_loop(0, pl.cdiv(count, _AT_ONCE), look, None)
 

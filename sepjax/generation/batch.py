@@ -9,7 +9,7 @@ import numpy as np
 
 from sepjax.config import ConfigError
 from sepjax.generation import lost
-from sepjax.generation.device_loop import Request, Steps, make_advance
+from sepjax.generation.device_loop import Request, Steps, make_advance, make_ready
 from sepjax.generation.limits import CacheTooLarge
 from sepjax.generation.lost import LOST
 from sepjax.generation.prepared import Prepared
@@ -147,8 +147,10 @@ def run(
         for ids in prompts
     ]
     request, taken = request_of(of, settings, sampling, len(rows)), [len(ids) for ids in prompts]
-    state, steps = reader.read(reader.empty(keys), prompts, request, 0, settings.max_new_tokens)
     advance = make_advance(of.graph, of.attention, num_steps)
+    given = reader.empty(keys), prompts, request, 0, settings.max_new_tokens
+    ready(of, reader, advance, given)
+    state, steps = reader.read(*given)
     while True:
         steps = jax.device_get(steps)
         yield from _events(rows, taken, steps, state.cache.nbytes // len(rows))
@@ -159,6 +161,20 @@ def run(
         if (steps.is_stuck & ~ended).any():
             state = dataclasses.replace(state, cache=state.cache.make_room())
         state, steps = advance(of.params, state, ended, request)
+
+
+def ready(of: Prepared, reader: Reader, advance: Any, given: tuple[Any, ...]) -> None:
+    """Compiles what `reader` reads with what it is given, beside the steps that follow: the first token waits for all.
+
+    So nothing waits after it: a text does not stop behind its first token.
+    """
+    key, reading = reader.to_compile(*given)
+
+    def programs() -> dict[str, tuple[Any, ...]]:
+        found, state = reading()
+        return {"steps": (advance, of.params, state, np.zeros(len(given[1]), bool), given[2])} | found
+
+    make_ready((advance, key), programs)
 
 
 def _events(rows: Sequence[Row], taken: Sequence[int], steps: Steps, nbytes: int) -> Iterator[tuple[int, StreamEvent]]:

@@ -1,13 +1,23 @@
-"""The loop over decode steps on the device: what to do, where every row stands, and what happened."""
+"""The loop over decode steps on the device: what to do, where every row stands, and what happened.
 
+And how programs, of the loop and of what comes before it, are compiled: side by side, before the first of them runs.
+"""
+
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from sepjax import interrupt
 from sepjax.array_typing import Array, Bool, Float, InShapes, Int32, Tokens, UInt16
 from sepjax.config import AttentionConfig
 from sepjax.generation.cache.protocol import Cache
@@ -18,6 +28,8 @@ from sepjax.generation.sampling import Sampling, best_of, sample
 from sepjax.generation.step import decode_step, prefill, take_up_run
 from sepjax.model.transformer import Params
 from sepjax.sharding import whole
+
+log = logging.getLogger("sepjax.slots")
 
 COUNT_WRAP = 2**30
 MOST_TOP = 20  # tokens whose log-probabilities a request may ask for at each step
@@ -292,3 +304,53 @@ def _probabilities(logits: jax.Array, drawn: jax.Array, request: Request, active
 
 def _is_stuck(state: DecodeState) -> jax.Array:
     return state.cache.is_stuck() & ~state.done
+
+
+def compile_all(programs: Mapping[str, tuple[Any, ...]]) -> None:
+    """Compiles programs of `jax.jit` side by side, by name, each for what it is given behind it; runs none.
+
+    Those that take longest should come first. `jit` keeps what is compiled so: the first call finds it. The first error
+    is raised at once; what compiles beside it is not waited for, nor by the end of the program.
+    """
+    mesh, begin = jax.sharding.get_mesh(), time.perf_counter()
+
+    def make(name: str, lowered: Any, traced: float) -> None:
+        with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
+            lowered.compile()
+        log.info("compiled: %s, after %.1f s (traced after %.1f)", name, time.perf_counter() - begin, traced)
+
+    threads = ThreadPoolExecutor(len(programs), "sepjax-compile")
+    begun = []
+    try:
+        for name, (program, *given) in programs.items():
+            # One after another: Python traces one at a time, and the first is compiled while the next is traced.
+            lowered = program.lower(*given)
+            begun.append(threads.submit(make, name, lowered, time.perf_counter() - begin))
+            interrupt.need_not_wait_for(begun[-1].done)
+        for done in as_completed(begun):
+            done.result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+_ready: set[Hashable] = set()  # keys of what `make_ready` has compiled
+
+
+def make_ready(key: Hashable, programs: Callable[[], Mapping[str, tuple[Any, ...]]]) -> None:
+    """`compile_all` of the programs that a text will need, once for each key: nobody waits for one after the other.
+
+    Over a mesh of several devices nothing is done: programs are compiled when they are called, as ever. A wrong guess
+    of what they will be given costs time, and never a result.
+    """
+    if key in _ready or jax.config.jax_disable_jit or jax.sharding.get_abstract_mesh().size > 1:
+        return
+    found = {(program, *shapes_of(given)): (name, program, *given) for name, (program, *given) in programs().items()}
+    more = {name: tuple(of) for each, (name, *of) in found.items() if each not in _ready}
+    if len(more) > 1:  # one by itself its call compiles
+        compile_all(more)
+    _ready.update(found, [key])
+
+
+def shapes_of(tree: Any) -> tuple[Any, ...]:
+    """Shapes and types of all arrays, for a key."""
+    return tuple((np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree))

@@ -5,45 +5,13 @@ whoever has waited. Jobs run in their order, under the mesh of the thread that m
 """
 
 import contextlib
-import logging
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 
-from sepjax import interrupt
 from sepjax.promotion import as_usual
-
-log = logging.getLogger("sepjax.slots")
-
-
-def compile_all(programs: Mapping[str, tuple[Any, ...]]) -> None:
-    """Compiles programs of `jax.jit` side by side, by name, each for what it is given behind it; runs none.
-
-    Those that take longest should come first. `jit` keeps what is compiled so: the first call finds it. The first error
-    is raised at once; what compiles beside it is not waited for, nor by the end of the program.
-    """
-    mesh, begin = jax.sharding.get_mesh(), time.perf_counter()
-
-    def make(name: str, lowered: Any, traced: float) -> None:
-        with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
-            lowered.compile()
-        log.info("compiled: %s, after %.1f s (traced after %.1f)", name, time.perf_counter() - begin, traced)
-
-    threads = ThreadPoolExecutor(len(programs), "sepjax-compile")
-    begun = []
-    try:
-        for name, (program, *given) in programs.items():
-            # One after another: Python traces one at a time, and the first is compiled while the next is traced.
-            lowered = program.lower(*given)
-            begun.append(threads.submit(make, name, lowered, time.perf_counter() - begin))
-            interrupt.need_not_wait_for(begun[-1].done)
-        for done in as_completed(begun):
-            done.result()
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
 
 
 class DeviceThread:

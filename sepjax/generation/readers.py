@@ -4,7 +4,7 @@ Which cache a text has is decided once, by the reader; everything else asks only
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -17,11 +17,12 @@ from sepjax.config.versions import completed
 from sepjax.generation.cache.growing import SeparatorCache
 from sepjax.generation.cache.mixed import BOUNDED, BoundedCache, bounded_sizes, empty_cache
 from sepjax.generation.cache.sizes import bucket
-from sepjax.generation.device_loop import DecodeState, Request, Steps, begin, make_consume, mark_read, start
+from sepjax.generation.device_loop import DecodeState, Request, Steps, begin, make_consume, mark_read, shapes_of, start
 from sepjax.generation.limits import check_cache
 from sepjax.generation.packed import Form
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import cache_sizes, check_length, count_global, pad_prompts
+from sepjax.sharding import shapes_placed_like
 
 _RUN = 256  # tokens of a pass into a growing cache
 # What of an attention config a growing cache does not depend on.
@@ -32,6 +33,9 @@ _NOT_SEEN = (
 # What decides which tokens a bounded cache keeps, beside its sizes, by the pattern that reads it.
 _SEPARATORS = ("separators", "separator_ids")
 _KEPT_BY = {"separator": _SEPARATORS, "watched": _SEPARATORS, "fixed_interval": ("interval",)}
+
+# A key, and programs by their names, each with what it is given; and where rows stand when they have run.
+type ToCompile = tuple[Hashable, Callable[[], tuple[dict[str, tuple[Any, ...]], DecodeState]]]
 
 # Is told where rows stand, and how many tokens each has just read.
 type Noted = Callable[[DecodeState, Int32[np.ndarray, "B"]], None]
@@ -86,6 +90,16 @@ class Reader(Protocol):
         """The cache, ready for a text of `seen` tokens to get `new` more than were planned when it began."""
         ...
 
+    def with_room(self, state: DecodeState, rows: Sequence[Sequence[int]], seen: int, new: int | None) -> DecodeState:
+        """The state that `read` takes: its cache has room for these rows and what may follow."""
+        ...
+
+    def to_compile(
+        self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None
+    ) -> ToCompile:
+        """What `read` of the same compiles."""
+        ...
+
     def read(
         self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None,
         noted: Noted | None = None,
@@ -93,7 +107,7 @@ class Reader(Protocol):
         """Reads the next tokens of every row and draws the token after them.
 
         Args:
-          state: from `empty`, or where rows stand; used up.
+          state: from `with_room`; used up.
           rows: token ids, one at least a row.
           request: what is wanted of the rows.
           seen: the most tokens that a row has seen so far; 0: nothing was read.
@@ -180,6 +194,28 @@ class GrowingReader(_OfOne):
         leaving = max(count_global(ids, of.table, of.attention) for ids in rows) + max(1, of.attention.gate_keep)
         return leaving, window_size
 
+    def with_room(self, state: DecodeState, rows: Sequence[Sequence[int]], seen: int, new: int | None) -> DecodeState:
+        """See `Reader`. Of an empty one `read` makes a cache that fits."""
+        cache: Any = state.cache
+        return dataclasses.replace(state, cache=cache.reserve(*self._room(rows, seen, new))) if seen else state
+
+    def to_compile(
+        self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None
+    ) -> ToCompile:
+        """See `Reader`."""
+        of = self._of
+        if seen:
+            return _to_read(of, state, rows, request, _RUN)
+        sizes = cache_sizes(rows, new, of.table, of.attention, of.config.num_layers)
+        inputs = of.params, *pad_prompts(rows), state.key, request
+        reading = _Start(of.graph, of.attention, tuple(sizes.items()))
+
+        def programs() -> tuple[dict[str, tuple[Any, ...]], DecodeState]:
+            after = start.eval_shape(of.graph, *inputs, of.attention, **sizes)[0]
+            return {"prompts": (reading, *inputs)}, shapes_placed_like(of.params, after)
+
+        return (reading, shapes_of(inputs[1:])), programs
+
     def read(
         self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None,
         noted: Noted | None = None,
@@ -190,8 +226,6 @@ class GrowingReader(_OfOne):
             sizes = cache_sizes(rows, new, of.table, of.attention, of.config.num_layers)
             tokens, lengths = pad_prompts(rows)
             return start(of.graph, of.params, tokens, lengths, state.key, request, of.attention, **sizes)
-        cache: Any = state.cache
-        state = dataclasses.replace(state, cache=cache.reserve(*self._room(rows, seen, new)))
         return begin(*_read_runs(of, state, rows, request, _RUN, noted), request)
 
 
@@ -252,12 +286,35 @@ class BoundedReader(_OfOne):
         """See `Reader`."""
         return cache
 
+    def with_room(self, state: DecodeState, rows: Sequence[Sequence[int]], seen: int, new: int | None) -> DecodeState:
+        """See `Reader`."""
+        return state
+
+    def to_compile(
+        self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None
+    ) -> ToCompile:
+        """See `Reader`."""
+        return _to_read(self._of, state, rows, request, self.sizes.chunk)
+
     def read(
         self, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, seen: int, new: int | None,
         noted: Noted | None = None,
     ) -> tuple[DecodeState, Steps]:  # fmt: skip
         """See `Reader`. Raises ConfigError where the cache of `keep_all_separators` is full before all is read."""
         return begin(*_read_runs(self._of, state, rows, request, self.sizes.chunk, noted), request)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """`start` for prompts of a model and a pattern, into a cache of these sizes."""
+
+    graph: Any
+    attention: AttentionConfig
+    sizes: tuple[tuple[str, int], ...]
+
+    def lower(self, params: Any, tokens: Any, lengths: Any, keys: Any, request: Request) -> jax.stages.Lowered:
+        given = self.graph, params, tokens, lengths, keys, request, self.attention
+        return start.lower(*given, **dict(self.sizes))
 
 
 def _read_runs(
@@ -268,8 +325,9 @@ def _read_runs(
     cache, uses = state.cache, state.uses
     logits = of.placed(jnp.zeros((len(rows), of.config.vocab_size), jnp.float32))
     at, lengths = np.zeros(len(rows), np.int32), np.array([len(ids) for ids in rows], np.int32)
+    longest = int(lengths.max())
     while (left := lengths - at).any():
-        tokens = np.zeros((len(rows), min(most, bucket(int(left.max())))), np.int32)
+        tokens = np.zeros((len(rows), _width(len(rows), longest, int(left.max()), most)), np.int32)
         left = np.minimum(left, tokens.shape[1])
         for b, ids in enumerate(rows):
             tokens[b, : left[b]] = ids[at[b] : at[b] + left[b]]
@@ -281,3 +339,37 @@ def _read_runs(
         if cache.ends_when_stuck and (np.asarray(cache.is_stuck()) & (at < lengths)).any():
             cache.make_room()
     return dataclasses.replace(state, cache=cache, uses=uses), logits
+
+
+def _to_read(of: Prepared, state: DecodeState, rows: Sequence[Sequence[int]], request: Request, most: int) -> ToCompile:
+    """What `_read_runs` compiles, and `begin`."""
+    B, longest = len(rows), max(map(len, rows))
+    width = _width(B, longest, longest, most)
+    consume = make_consume(of.graph, of.attention)
+
+    def programs() -> tuple[dict[str, tuple[Any, ...]], DecodeState]:
+        none, tokens = np.zeros(B, np.int32), np.zeros((B, width), np.int32)
+        scores = jax.ShapeDtypeStruct((B, of.config.vocab_size), jnp.float32)
+        logits = shapes_placed_like(of.params, scores)
+        return {
+            "read": (consume, of.params, state.cache, logits, tokens, none, request.table),
+            "begin": (begin, state, logits, request),
+            "mark": (mark_read, state.uses, tokens, state.token),
+        }, state
+
+    return (consume, width, shapes_of((state, request))), programs
+
+
+def _width(rows: int, longest: int, left: int, most: int) -> int:
+    """Tokens of a row in a pass: of all passes that read rows of up to `longest` tokens, `left` of which are left.
+
+    A CPU computes no more than it must. On an accelerator each width is a program to be compiled, which takes far
+    longer than what it would save: all passes of a batch have one width, and all turns of a text that goes on.
+    """
+    if _counts_padding():
+        return min(most, bucket(left))
+    return most if rows == 1 else min(most, bucket(-(-longest // -(-longest // most))))
+
+
+def _counts_padding() -> bool:
+    return jax.default_backend() == "cpu"

@@ -18,7 +18,8 @@ import numpy as np
 
 from sepjax.array_typing import Bool, Int32
 from sepjax.clocks import Clocks
-from sepjax.generation.device_thread import DeviceThread, Sweeper, compile_all
+from sepjax.generation.device_loop import compile_all
+from sepjax.generation.device_thread import DeviceThread, Sweeper
 from sepjax.generation.packed import COPIES, Bytes, Copying, Packed, PackedState
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import row_keys

@@ -22,7 +22,7 @@ from sepjax import interrupt
 from sepjax.array_typing import Int32
 from sepjax.config import UserError
 from sepjax.generation import lost
-from sepjax.generation.batch import request_of
+from sepjax.generation.batch import ready, request_of
 from sepjax.generation.cache.view import CacheView
 from sepjax.generation.device_loop import DecodeState, Steps, make_advance
 from sepjax.generation.prepared import Prepared
@@ -170,10 +170,11 @@ class Stream(Iterator[StreamEvent]):
             if self._is_stuck or self._pending:
                 self._nbytes = None
             if self._pending:
-                new, noted = self._settings.max_new_tokens, functools.partial(self._note, deferred)
-                self._state, steps = self._reader.read(
-                    self._state, [self._pending], request, self._row.seen, new, noted
-                )  # fmt: skip
+                rows, seen, new = [self._pending], self._row.seen, self._settings.max_new_tokens
+                given = self._reader.with_room(self._state, rows, seen, new), rows, request, seen, new
+                noted = functools.partial(self._note, deferred)
+                ready(self._of, self._reader, self._advance, given)
+                self._state, steps = self._reader.read(*given, noted)
             else:
                 if not self._reader.ends_with_positions:
                     self._reader.check(self._row.seen, [[0]], None)

@@ -14,7 +14,7 @@ import pytest
 import sepjax
 from sepjax import Generator, Sampling
 from sepjax.config import ConfigError
-from sepjax.generation import prepared
+from sepjax.generation import device_loop, prepared, readers
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.engine import engine_of
 from sepjax.generation.saved import StreamStateError
@@ -273,3 +273,32 @@ def test_log_probabilities_are_there_where_they_are_asked_for(tokenizer):
     assert all(x >= -np.log(tokenizer.vocab_size) for x in both[1].logprobs)
     with pytest.raises(ConfigError, match="got 2 for 1 prompts"):
         engine.generate("The cat", sampling=[hot, cold], **NEW)
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["growing", "bounded"])
+def test_what_an_answer_needs_is_compiled_before_it_and_nothing_after(tokenizer, bounded, monkeypatch):
+    """Side by side, in the very form in which it is called: else the call compiles it once more."""
+    model, compile_all, compiled_by_then = tiny_model(), device_loop.compile_all, []
+    sepjax.generate(model, tokenizer, CATS, **NEW, bounded=bounded)
+    monkeypatch.setattr(device_loop, "_ready", set())
+    with counted_compilations() as compiled:
+
+        def noted(programs):
+            compile_all(programs)
+            assert "steps" in programs
+            compiled_by_then.append(len(compiled))
+
+        monkeypatch.setattr(device_loop, "compile_all", noted)
+        # As many steps as nobody else asks for, so the program is a new one.
+        sepjax.generate(model, tokenizer, CATS, max_new_tokens=300, bounded=bounded)
+    assert compiled_by_then == [len(compiled)]
+
+
+def test_passes_of_a_batch_have_one_width_where_each_is_a_program(monkeypatch):
+    widths = lambda rows, longest, lefts: [readers._width(rows, longest, left, 480) for left in lefts]  # noqa: E731
+    assert widths(64, 512, (512, 32)) == [480, 64], "a CPU computes no padding that it need not"
+    monkeypatch.setattr(readers, "_counts_padding", lambda: False)
+    assert widths(64, 512, (512, 256)) == [256, 256]
+    assert widths(64, 100, (100,)) == [128]
+    assert widths(64, 1400, (1400, 50)) == [480, 480]
+    assert widths(1, 30, (30,)) == widths(1, 2000, (7,)) == [480], "turns of any length"

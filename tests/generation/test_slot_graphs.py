@@ -14,8 +14,8 @@ import pytest
 
 from sepjax import interrupt
 from sepjax.config import UserError
-from sepjax.generation.device_loop import Request, draw
-from sepjax.generation.device_thread import compile_all
+from sepjax.generation import device_loop
+from sepjax.generation.device_loop import Request, compile_all, draw, make_ready
 from sepjax.generation.graphs import _WHOLE
 from sepjax.generation.prompts import row_keys
 from sepjax.generation.readers import BoundedReader
@@ -91,6 +91,17 @@ def test_what_is_compiled_side_by_side_is_found_by_the_first_call():
     assert not after
     with pytest.raises(TypeError, match="dot_general"):
         compile_all({"wrong": (wrong, x)})
+
+
+def test_what_a_text_needs_is_compiled_together_once(monkeypatch):
+    x, asked = np.ones(3, np.float32), []
+    double, half = jax.jit(lambda x: x * 2), jax.jit(lambda x: x / 2)
+    monkeypatch.setattr(device_loop, "_ready", set())
+    monkeypatch.setattr(device_loop, "compile_all", lambda programs: asked.append(list(programs)))
+    for _ in range(2):
+        make_ready("a text", lambda: {"double": (double, x), "half": (half, x)})
+    make_ready("a longer one", lambda: {"double": (double, x), "half": (half, np.ones(4))})  # which its call compiles
+    assert asked == [["double", "half"]]
 
 
 def test_an_error_need_not_wait_for_what_compiles_beside_it(monkeypatch):

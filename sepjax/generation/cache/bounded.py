@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from sepjax.array_typing import Array, Bool, Float, Int32, SeparatorTable, Tokens
+from sepjax.attention.decode import Looks
 from sepjax.config import AttentionConfig, ConfigError, ModelConfig
 from sepjax.generation.cache import rows as rows_of
 from sepjax.generation.cache.bounded_pass import stream_pass
@@ -41,7 +42,7 @@ from sepjax.generation.cache.bounded_run import unsupported
 from sepjax.generation.cache.newest import keep_newest
 from sepjax.generation.cache.shown import Shown
 from sepjax.generation.cache.sizes import StreamSizes
-from sepjax.generation.cache.stored import Layers, Quantised, Vectors, in_each_layer, of_each_layer
+from sepjax.generation.cache.stored import Layers, Quantised, Vectors, in_each_layer, of_few_layers
 from sepjax.generation.cache.turning import last_at, start_again, turn_table
 from sepjax.generation.cache.watched import keep_best, scores_after
 from sepjax.model.layers import once
@@ -316,7 +317,7 @@ class StreamingCache(Shown):
         v: Float[Array, "L B T K H"] | Quantised | tuple[()],
         is_separator: Bool[Array, "B T"],
         counts: Int32[Array, "B"],
-        looks: Float[Array, "L B K S"] | None = None,
+        looks: Float[Array, "L B K S"] | Looks | None = None,
         gate_scores: Float[Array, "B T"] | None = None,
         in_place: rows_of.InPlace | None = None,
     ) -> "StreamingCache":
@@ -327,7 +328,7 @@ class StreamingCache(Shown):
           v: their values.
           is_separator: which of them are separators.
           counts: how many of the T tokens each row takes up, 0 to `room(T)`.
-          looks: of watched tokens, of `looks_of_many` in every layer; of one token at its slots, [L, B, K, C].
+          looks: of watched tokens, of `looks_of_many` in every layer; of one token at its slots, as they were found.
           gate_scores: of a gate, of the tokens.
           in_place: what kernels have written already.
         """
@@ -389,11 +390,10 @@ class StreamingCache(Shown):
 
     def turned(self, f: Callable[[Any, Table], Vectors], by: jax.Array) -> Layers:
         """`f` of keys and the cosine and sine, [(L,) ..., R/2], that turn them by so many positions more."""
-        cos, sin = once(self.angles(by))
-        if not self.sizes.layer_ropes:
-            return of_each_layer(lambda k: f(k, (cos, sin)), self.k)
-        number = jnp.array(self.sizes.layer_ropes)
-        return of_each_layer(lambda k, cos, sin: f(k, (cos, sin)), self.k, cos[number], sin[number])
+        (cos, sin), kinds = once(self.angles(by)), self.sizes.layer_ropes
+        if kinds and self.layer_axis:
+            return f(self.k, (cos[jnp.array(kinds)], sin[jnp.array(kinds)]))
+        return of_few_layers(lambda k, i, t: f(k, (t[0][kinds[i]], t[1][kinds[i]]) if kinds else t), self.k, (cos, sin))
 
     def angles(self, by: jax.Array) -> Table:
         """`turn_table` of this cache's layers."""

@@ -55,10 +55,10 @@ def attend_one(
         turned_there = not codes and seen.turns(shape, 2 * cos.shape[-1], looks=is_looked_at)
         queries, turn = _queries(projected, shape, (cos[:, :, 0], sin[:, :, 0]), turned_there)
 
-        def told_of(looks: jax.Array | None) -> tuple[jax.Array, ...]:
-            if looks is not None:
-                return (seen.in_slots(looks),)
-            return () if watched is None else (jnp.zeros((B, shape[1], sizes.slots)),)  # which would not count
+        def told_of(looks: jax.Array | None) -> tuple[Any, ...]:
+            if looks is None and watched is not None:
+                looks = jnp.zeros((B, shape[1], sizes.slots))  # which would not count
+            return () if looks is None else (decode.Looks(looks, seen.place),)
 
         if turn is not None and to is not None and isinstance(number, np.integer):
             assert in_place is not None

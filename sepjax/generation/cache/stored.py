@@ -21,6 +21,7 @@ from sepjax.config import ModelConfig
 from sepjax.model.rope import Table, rotate
 
 _MOST = 127  # the largest code: -128 is left out, so that a vector and its negative have the same ones
+_TOGETHER = 6  # layers whose keys one kernel rotates
 _SCALE = jnp.dtype(jnp.bfloat16)  # the codes are of the rounded scale, so that its 8 bits cost nothing
 
 
@@ -133,6 +134,22 @@ def of_each_layer(f: Callable[..., Vectors], x: Layers, *others: Any) -> Layers:
     if not isinstance(x, tuple):
         return f(x, *others)
     return tuple(f(layer, *(other[i] for other in others)) for i, layer in enumerate(x))
+
+
+def of_few_layers(f: Callable[..., Vectors], x: Layers, given: Any) -> Layers:
+    """`of_each_layer` of f(layer, number, given), for what rotates: a few layers at a time, each few after the last.
+
+    Of layers of one array each XLA would make one kernel of all, as all read what is `given`. Of 30 layers it took
+    longer to compile than the rest of a step together; of a few, XLA compiles one kernel for all.
+    """
+    if not isinstance(x, tuple):
+        return f(x, None, given)
+    done: list[Any] = []
+    for i, layer in enumerate(x):
+        if i and i % _TOGETHER == 0:
+            given, done[-1] = jax.lax.optimization_barrier((given, done[-1]))
+        done.append(f(layer, i, given))
+    return tuple(done)
 
 
 def in_each_layer(f: Callable[..., jax.Array], x: Layers, *others: Any) -> Layers:

@@ -19,6 +19,7 @@ is worth keeping (docs/keeping.md).
 """
 
 import dataclasses
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32
+from sepjax.attention.decode import Looks
 from sepjax.config import AttentionConfig, ModelConfig
 from sepjax.generation.cache import gated
-from sepjax.generation.cache.stored import Vectors, changed, in_each_array, of_each_layer
+from sepjax.generation.cache.stored import Vectors, changed, in_each_array, of_few_layers
 from sepjax.generation.cache.turning import turn_of_moves
 from sepjax.model.rope import rotate
 
@@ -74,15 +76,16 @@ class Watch:
         return jnp.array(newest)[:, None, None, None]
 
 
-def looks_of_one(cache: "StreamingCache", looks: Float[Array, "L B K C"]) -> Float[jax.Array, "L B K S"]:
+def looks_of_one(cache: "StreamingCache", looks: Looks) -> Float[jax.Array, "L B K S"]:
     """The sharpest look of one token at each entry of kept zone and ring, and at itself: 0 where none counts.
 
     Args:
       cache: before it.
-      looks: at the C slots in every layer (`sepjax.attention.decode.attend`). A look at itself never counts.
+      looks: at the C slots in every layer. A look at itself never counts.
     """
     counts = _is_kept_or_old(cache, cache.next_recent[:, None])
-    counted = jnp.where(counts, looks[..., cache.sizes.num_sinks :], 0.0)
+    found = jnp.stack([looks.of_layer(i).in_slots() for i in range(len(looks.found))])
+    counted = jnp.where(counts, found[..., cache.sizes.num_sinks :], 0.0)
     return jnp.pad(counted, [(0, 0)] * (counted.ndim - 1) + [(0, 1)])
 
 
@@ -138,14 +141,14 @@ def seen_by(
         value = jnp.log2(jnp.maximum(look, _LEAST)) + last
         return jnp.where(taken & counted, value, -jnp.inf)
 
-    def raised(old: jax.Array, value: jax.Array) -> jax.Array:
+    def higher(old: jax.Array, value: jax.Array) -> jax.Array:
         first = jnp.where(old > _FIRST / 2, _FIRST, 0.0) if watch.separators_first else 0.0
         return jnp.maximum(old, value + first)
 
     if not watch.per_head:
         value = value_of(looks, jnp.array(watch.layers)[:, None, None, None])
         value = jnp.max(value, axis=(0, 2), keepdims=True)
-        return raised(scores, value[..., :-T]), value[..., -T:]
+        return higher(scores, value[..., :-T]), value[..., -T:]
     # Layer by layer: in one piece XLA asks at every number which layer's array it is of. In place, without a copy of
     # what it reads, XLA updates only where it sees that both are at one index, and sees so only of one it cannot fold.
     own = []
@@ -154,26 +157,50 @@ def seen_by(
         own.append(value[..., -T:])
         if counted:
             at = jax.lax.optimization_barrier(jnp.int32(i))
-            new = raised(jax.lax.dynamic_slice_in_dim(scores, at, 1), value[..., :-T])
+            new = higher(jax.lax.dynamic_slice_in_dim(scores, at, 1), value[..., :-T])
             scores = jax.lax.dynamic_update_slice_in_dim(scores, new, at, axis=0)
     return scores, jnp.concatenate(own)
 
 
+def _raised_by_kernel(
+    cache: "StreamingCache", looks: Looks, counts: Int32[Array, "B"]
+) -> tuple[Float[jax.Array, "G B N M"], Float[jax.Array, "G B N 1"]]:
+    """What `seen_by` gives for `looks_of_one`, but that scores of empty slots stay."""
+    watch, scores = cache.sizes.watch, cache.scores
+    assert watch is not None
+    assert scores is not None
+    time = jnp.where(counts > 0, cache.clock.astype(jnp.float32) / watch.half_life, -jnp.inf)
+    counted = _is_kept_or_old(cache, cache.next_recent[:, None])[:, 0]
+    layers = {i: looks.of_layer(i) for i, watched in enumerate(watch.layers) if watched}
+    if not (cache.sizes.reach or cache.sizes.sees_kept):  # all see the same
+        place = looks.of_layer(0).place
+        layers = {i: looks._replace(place=place) for i, looks in layers.items()}
+    first = _FIRST if watch.separators_first else None
+    own = jnp.where(jnp.array(watch.layers)[:, None], jnp.log2(_LEAST) + time, -jnp.inf)
+    own = jnp.broadcast_to(own[..., None, None], (*scores.shape[:3], 1))
+    kernel = importlib.import_module("sepjax.generation.cache.raising")  # a second, that only a GPU needs
+    return kernel.raised(scores, layers, counted, time, _LEAST, first), own
+
+
 def scores_after(
     cache: "StreamingCache",
-    looks: Array | None,
+    looks: Array | Looks | None,
     gate_scores: Array | None,
     counts: Int32[Array, "B"],
     in_ring: Int32[Array, "B T"],
 ) -> jax.Array | None:
     """A cache's scores once the tokens of `StreamingCache.append` are in these slots of the ring; looks as there."""
-    scores, rows, T = cache.scores, jnp.arange(len(counts))[:, None], in_ring.shape[1]
+    scores, rows = cache.scores, jnp.arange(len(counts))[:, None]
     at = cache.sizes.max_separators + in_ring
     if scores is None:
         return None
     if looks is not None:
-        looks = looks_of_one(cache, looks) if T == 1 else jnp.asarray(looks)
-        scores, own = seen_by(cache, looks, counts)
+        watch = cache.sizes.watch
+        if isinstance(looks, Looks) and looks.place is not None and watch is not None and watch.per_head:
+            scores, own = _raised_by_kernel(cache, looks, counts)
+        else:
+            looks = looks_of_one(cache, looks) if isinstance(looks, Looks) else jnp.asarray(looks)
+            scores, own = seen_by(cache, looks, counts)
         own = jnp.moveaxis(own, (1, 3), (0, 1))
         return scores.at[:, rows, :, at].set(own, mode="drop", unique_indices=True)
     if gate_scores is not None:
@@ -218,15 +245,13 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
             found = changed(lambda k: rotate(k[..., None, :], (turn[0], turn[1]))[..., 0, :], found)
         return in_each_array(put, x, found)
 
-    def everywhere(x: jax.Array) -> jax.Array:  # one set for all layers is each layer's
-        return jnp.broadcast_to(x, (len(best.layers), *x.shape[1:]))
+    def move_all(x: Vectors, number: int | None, given: tuple[jax.Array, ...]) -> Vectors:
+        if number is not None:
+            return move(x, *(y[number % len(y)] for y in given))  # one set for all layers is each layer's
+        return jax.vmap(move)(x, *(jnp.broadcast_to(y, (len(best.layers), *y.shape[1:])) for y in given))
 
-    move_all = jax.vmap(move) if cache.layer_axis else move
-    where = everywhere(choice.comes), everywhere(choice.source)
-    turns = ()
-    if turn is not None and not cache.sizes.layer_ropes:
-        turns = tuple(everywhere(x) for x in turn)
-    elif turn is not None:  # [Z, G, ...], of every kind of layer
+    where, turns = (choice.comes, choice.source), turn or ()
+    if turn is not None and cache.sizes.layer_ropes:  # [Z, G, ...], of every kind of layer
         kinds, sets = np.array(cache.sizes.layer_ropes), np.arange(len(best.layers)) % turn[0].shape[1]
         turns = tuple(x[kinds, sets] for x in turn)
     restarts = few.clock // _CLOCK * _CLOCK  # a cycle of a large cache may be longer
@@ -242,8 +267,8 @@ def keep_best(cache: "StreamingCache") -> "StreamingCache":
             dropped=jnp.minimum(few.dropped + jnp.maximum(kept - s, 0), 2**30),
             kept_at=jnp.where(choice.comes, place, few.kept_at),
         ),
-        k=of_each_layer(move_all, cache.k, *where, *turns),
-        v=of_each_layer(move_all, cache.v, *where),
+        k=of_few_layers(move_all, cache.k, (*where, *turns)),
+        v=of_few_layers(move_all, cache.v, where),
     )
 
 
@@ -279,9 +304,9 @@ def _choose(cache: "StreamingCache") -> _Choice:
     stays, comes = jnp.split(_marked(best, ranked.shape[-1]) & there, [s], axis=-1)
     # The entries that come, in their order, into the slots that are free, in theirs.
     rank, free = (jnp.cumsum(x, axis=-1, dtype=jnp.int32) - 1 for x in (comes, ~stays))
-    order = jnp.argsort(~comes, axis=-1, stable=True)  # those that come first, each kind in its order
-    order = jnp.pad(order, [(0, 0)] * 3 + [(0, max(0, s - width))])
-    source = jnp.take_along_axis(order, jnp.minimum(free, order.shape[-1] - 1), axis=-1)
+    i = jnp.arange(width, dtype=jnp.int32)
+    order = _put_at(jnp.where(comes, rank, s + i), i, s)  # those that come, in their order: s at most
+    source = jnp.take_along_axis(order, free, axis=-1)
     source = jnp.where(stays, 0, source)
     filled = ~stays & (free <= rank[..., -1:])
     new = jnp.take_along_axis(candidates, jnp.minimum(source, width - 1), axis=-1)
@@ -311,9 +336,14 @@ def _watched_candidates(cache: "StreamingCache", p: Int32[jax.Array, "B M"]) -> 
 
 def _marked(index: jax.Array, size: int) -> jax.Array:
     """bool[..., size], true at `index`[..., s]."""
+    return _put_at(index, jnp.array(True), size)
+
+
+def _put_at(index: jax.Array, x: jax.Array, size: int) -> jax.Array:
+    """[..., size] with `x` at `index`[..., s], where it is below `size`; zeros elsewhere."""
     flat = index.reshape(-1, index.shape[-1])
-    marks = jnp.zeros((len(flat), size), bool).at[jnp.arange(len(flat))[:, None], flat].set(True, unique_indices=True)
-    return marks.reshape(*index.shape[:-1], size)
+    at = jnp.zeros((len(flat), size), x.dtype).at[jnp.arange(len(flat))[:, None], flat]
+    return at.set(x, mode="drop", unique_indices=True).reshape(*index.shape[:-1], size)
 
 
 def _restarted(cache: "StreamingCache", scores: jax.Array, restarts: Int32[jax.Array, "B"]) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sepjax.attention import decode
 from sepjax.config import (
     AttentionConfig,
     ConfigError,
@@ -20,6 +21,7 @@ from sepjax.config import (
 from sepjax.config import Config as RunConfig
 from sepjax.generation.cache import watched
 from sepjax.generation.cache.bounded import StreamingCache
+from sepjax.generation.cache.raising import raised
 from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.generation.cache.view import of_row
 from sepjax.model.rope import rope_table, rotate
@@ -253,3 +255,28 @@ def test_whole_rows_are_refused():
 def test_without_a_cache_size_it_is_compacted_often():
     sizes = StreamSizes.create(LLAMA, dataclasses.replace(WATCHED, cache_size=0, window_size=400, max_separators=300))
     assert sizes.cache_size == 702 + 43
+
+
+@pytest.mark.parametrize("first", [None, 1024.0])
+def test_the_kernel_raises_scores_of_visible_parts(first):
+    """In place, and as the definition does; what no token sees stays."""
+    (L, B, K, C, before), rng = (3, 3, 2, 192, 4), np.random.default_rng(0)
+    visible = rng.random((B, C)) < 0.5
+    visible[:, 32:80] = False
+    seen = [decode.seen_slots(visible, kernel=True, part=16), decode.seen_slots(visible[::-1], kernel=True, part=16)]
+    scores = rng.normal(size=(L, B, K, C - before)).astype(np.float32)
+    scores[0, 0, 0, :50] += 1024
+    looks = {
+        i: decode.Looks(jnp.array(rng.random((B, K, C)), jnp.float32), x.place)
+        for i, x in zip((0, 2), seen, strict=True)
+    }
+    counts, time = rng.random((B, C - before)) < 0.7, np.array([1, -np.inf, 0.5], np.float32)
+    got, expected = np.asarray(raised(scores, looks, counts, time, 1e-30, first)), scores.copy()
+    for i, x in looks.items():
+        look = np.where(counts[:, None], np.asarray(x.in_slots())[..., before:], 0)
+        value = np.log2(np.maximum(look, np.float32(1e-30))) + time[:, None, None]
+        value += 1024 * ((scores[i] > 512) & (first is not None))
+        live = np.repeat(np.asarray(x.place) < C // 16, 16, axis=1)[:, None, before:]
+        expected[i] = np.where(live, np.maximum(scores[i], value), scores[i])
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)  # an ulp of the terms, below 16
+    assert ((got > scores).any(axis=(2, 3)) == [[True, False, True], [False] * 3, [True, False, True]]).all()
