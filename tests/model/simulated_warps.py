@@ -102,6 +102,30 @@ class SimulatedWarps:
             products = (left @ right).reshape(2, 8, 4, 2).transpose(0, 3, 1, 2).reshape(4, WARP)
             return list((np.array(c, np.float64) + products).astype(np.float32))
 
+    def code_products(self, a: Sequence[Any], b: Sequence[Any], c: Sequence[Any]) -> list[np.ndarray]:
+        assert self.mask.all(), "whole warps"
+        g, t = self.lane // 4, self.lane % 4
+        left, right, sums = (np.zeros(x, np.int64) for x in ((16, 32), (32, 8), (16, 8)))
+        for i, x in enumerate(a):
+            left[(g + 8 * (i % 2))[:, None], (4 * t + 16 * (i // 2))[:, None] + np.arange(4)] = self._codes(x)
+        for i, x in enumerate(b):
+            right[(4 * t + 16 * i)[:, None] + np.arange(4), g[:, None]] = self._codes(x)
+        for i, x in enumerate(c):
+            sums[g + 8 * (i // 2), 2 * t + i % 2] = x
+        sums += left @ right
+        assert (abs(sums) < 2**31).all()
+        return [sums[g + 8 * (i // 2), 2 * t + i % 2] for i in range(4)]
+
+    def _codes(self, x: Any) -> np.ndarray:
+        return (np.broadcast_to(x, WARP) & 0xFFFFFFFF).astype(np.uint32)[:, None].view(np.int8)
+
+    def bytes_of(self, a: np.ndarray, b: np.ndarray, chosen: int) -> np.ndarray:
+        both = (a & 0xFFFFFFFF) | ((b & 0xFFFFFFFF) << 32)
+        return sum(((both >> (8 * (chosen >> (4 * i) & 7))) & 0xFF) << (8 * i) for i in range(4))
+
+    def as_number(self, x: np.ndarray) -> np.ndarray:
+        return x.astype(np.float32)
+
     # -- what is done
 
     def when(self, condition: Any, body: Callable[[], None]) -> None:

@@ -26,7 +26,7 @@ _GRANTED = {
     "norm": "rmsnorm", "norm_offset": False, "norm_position": "pre", "qk_norm": "none", "activation": "silu",
     "gated_mlp": True, "attention_bias": False, "qkv_bias": False, "mlp_bias": False, "parallel_residual": False,
     "position_embedding": "rope", "no_rope_layers": (), "residual_scale": 1.0, "attention_scale": 0.0,
-    "dtype": "bfloat16", "weight_dtype": "model",
+    "dtype": "bfloat16",
 }  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def shape_of(config: ModelConfig, slots: int, ends: tuple[int, ...] = (), *, sta
     return Shape(
         config.num_layers, config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim,
         slots, ends, config.norm_epsilon, target().num_cores or _H100_SMS, stacked=stacked,
+        codes=config.weight_dtype == "int8",
     )  # fmt: skip
 
 
@@ -92,17 +93,20 @@ def step(
     if fault := shape.fault():
         raise NotImplementedError(f"a step of one row as one kernel: {fault}")
     call = importlib.import_module("sepjax.model.one_row.call")
-    flat = [
-        (
-            layer["attention"]["query+key+value"]["rows"], layer["attention"]["out"]["rows"],
-            layer["mlp"]["gate+up"]["rows"], layer["mlp"]["down"]["rows"],
-            layer["attention_norm"]["scale"], layer["mlp_norm"]["scale"],
-        )
-        for layer in params["layers"]
-    ]  # fmt: skip
+    flat = [_arrays(shape, layer) for layer in params["layers"]]
     told = *told, params["final_norm"]["scale"]
     if shape.stacked:
         hidden, k, v = call.run(shape, flat, x[0, 0], told, (k[:, 0],), (v[:, 0],))
         return hidden[None, None], k[0][:, None], v[0][:, None]
     hidden, k, v = call.run(shape, flat, x[0, 0], told, *(tuple(y[0] for y in ys) for ys in (k, v)))
     return hidden[None, None], tuple(y[None] for y in k), tuple(y[None] for y in v)
+
+
+def _arrays(shape: Shape, layer: Params) -> tuple[Any, ...]:
+    """As `sepjax.model.one_row.call.arrays_of` has them."""
+    attention, mlp = layer["attention"], layer["mlp"]
+    matrices = [x["rows"] for x in (attention["query+key+value"], attention["out"], mlp["gate+up"], mlp["down"])]
+    norms = layer["attention_norm"]["scale"], layer["mlp_norm"]["scale"]
+    if not shape.codes:
+        return *matrices, *norms
+    return *(x.codes for x in matrices), *norms, *(x.scales for x in matrices)

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from sepjax.model.one_row.block import K_NEW, V_NEW, Block
+from sepjax.model.one_row.block import Block
 from sepjax.model.one_row.shape import THREADS, TILE, WARPS, WEIGHTS
 
 _LOG2E = math.log2(math.e)
@@ -81,7 +81,7 @@ class Attention(Block):
             for zone in range(s.zones):
                 keep((which + zone * 8) * (s.H * 2) + self.at["queries"], turned(zone))
 
-        def new(words: Any, number: int, entry: int) -> None:
+        def new(words: Any, number: int, entry: str) -> None:
             keep(m.integer(self.at["own"] + number * s.H * 2), words)
             place = head * self.new_strides[0] + self.slot * self.new_strides[1]
             address = self._entry(layer, entry) + m.wide(place * 2)
@@ -90,8 +90,8 @@ class Attention(Block):
                 m.when(m.same(share, 0), lambda to=to, word=word: m.store(to, word))
 
         m.when(which < s.G, query)
-        m.when(m.same(which, s.G), lambda: new(turned(s.zones - 1), 0, K_NEW))
-        m.when(m.same(which, s.G + 1), lambda: new(pairs, 1, V_NEW))
+        m.when(m.same(which, s.G), lambda: new(turned(s.zones - 1), 0, "new k"))
+        m.when(m.same(which, s.G + 1), lambda: new(pairs, 1, "new v"))
 
     def _tile(self, number: Any, count: Any, state: list[Any]) -> list[Any]:
         """The state after the slots of a tile, 8 a warp: of lane 4 g + t query g's maximum and part of the sum of its
@@ -159,7 +159,7 @@ class Attention(Block):
     def _send_shares(self, state: list[Any], head: Any, share: Any, flag: Any) -> None:
         """Joins what the warps of a block have seen, and sends it: H sums, maximum and total of a query."""
         m, s = self.m, self.shape
-        each, width, first = s.H // 32, s.H + 2, self.at["features"]
+        each, width, first = s.H // 32, s.H + 2, self.at["of_warps"]
         top, total, *sums = state
         for distance in (1, 2):
             total = total + m.from_lane_xor(total, distance)
@@ -180,7 +180,7 @@ class Attention(Block):
 
     def _send_share(self, head: Any, share: Any, flag: Any, query: Any, x: Any) -> None:
         m, s = self.m, self.shape
-        width, first = s.H + 2, self.at["features"]
+        width, first = s.H + 2, self.at["of_warps"]
         places = [(query + w * s.G) * (4 * width) + first for w in range(WARPS)]
         own = m.select(m.same(share, 0), m.shared_float(query * 4 + self.at["own_scores"]), _LOWEST)
         tops = [m.shared_float(at + s.H * 4) for at in places]

@@ -1,18 +1,16 @@
 """What all warps of the kernel know: where things are, and which of them are their block's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from sepjax.model.one_row.shape import ENTRIES, PACKET, THREADS, TILE, Product, Shape
-
-QKV, OUT, INTO, DOWN, NORM, MLP_NORM, K_CACHE, V_CACHE, K_NEW, V_NEW = range(ENTRIES)
+from sepjax.model.one_row.shape import PACKET, THREADS, TILE, Product, Shape
 
 
 class Given:
-    """Numbers of the arrays that a kernel is given: those of layers first, ENTRIES each, then these."""
+    """Numbers of the arrays that a kernel is given: those of layers first, `Shape.entries` of each, then these."""
 
     def __init__(self, shape: Shape):
-        first = ENTRIES * shape.L
+        first = len(shape.entries) * shape.L
         self.cos, self.sin, self.bias, self.slot, self.final_norm, self.packets, self.out = range(first, first + 7)
 
 
@@ -23,8 +21,9 @@ class Block:
         self.shape, self.m, self.given = shape, m, Given(shape)
         self.at, self.new_strides = shape.shared_at, strides
 
-    def _entry(self, layer: Any, which: int) -> Any:
-        return self.m.shared_wide(layer * (8 * ENTRIES) + (self.at["addresses"] + 8 * which))
+    def _entry(self, layer: Any, name: str) -> Any:
+        entries = self.shape.entries
+        return self.m.shared_wide(layer * (8 * len(entries)) + (self.at["addresses"] + 8 * entries.index(name)))
 
     def _place(self, count: Any) -> tuple[Any, Any, Any]:
         """Of a chunk's number: its place in the ring, its barrier's offset, and how often the ring has gone round."""
@@ -49,15 +48,19 @@ class Block:
     def _send(self, name: str, i: Any, bits: Any, flag: Any) -> None:
         self.m.send(self._packet(name, i), bits, flag)
 
-    def _each_unit(self, name: str, body: Callable[[Any, Any], None]) -> None:
-        """body(unit, its number among the block's) of each of the block's units, a thread each."""
+    def _units(self, name: str) -> Iterator[tuple[Any, Any, Any]]:
+        """Of each of the block's units, a thread each: whether the thread has one, which, and its number among them."""
         m, product = self.m, self.shape.products[name]
         first, chunks = self._chunks_of(product)
         for begin in range(0, product.most, THREADS):
             local = m.thread + begin
             unit = (first + local // product.units * product.blocks) * product.units + local % product.units
-            there = m.both(local < chunks * product.units, unit < product.U)
-            m.when(there, lambda local=local, unit=unit: body(unit, local))
+            yield m.both(local < chunks * product.units, unit < product.U), unit, local
+
+    def _each_unit(self, name: str, body: Callable[[Any, Any], None]) -> None:
+        """body(unit, its number among the block's) of each of the block's units, a thread each."""
+        for there, unit, local in self._units(name):
+            self.m.when(there, lambda local=local, unit=unit: body(unit, local))
 
     def _added(self, numbers: list[Any]) -> Any:
         while len(numbers) > 1:

@@ -14,7 +14,16 @@ from sepjax.model.one_row.kernel import Kernel
 from sepjax.model.one_row.shape import THREADS, Shape
 from sepjax.model.one_row.warps import Warps
 
-type Layer = tuple[Any, ...]  # matrices of q, k, v; output; gate with up; down; both norms' weights
+type Layer = tuple[Any, ...]
+
+
+def arrays_of(shape: Shape) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """A layer's: matrices of q, k, v; output; gate with up; down; both norms' weights; the matrices' scales, of codes."""
+    D, F, outputs = shape.D, shape.F, (shape.N + 2 * shape.K) * shape.H
+    sizes = (outputs, D), (D, shape.N * shape.H), (2 * F, D), (D, F)
+    matrices = [jax.ShapeDtypeStruct(x, jnp.int8 if shape.codes else jnp.bfloat16) for x in sizes]
+    vectors = [D, D, *([x[0] for x in sizes] if shape.codes else [])]
+    return *matrices, *(jax.ShapeDtypeStruct((x,), jnp.float32) for x in vectors)
 
 
 @functools.lru_cache(maxsize=8)
@@ -25,9 +34,7 @@ def _kernel(shape: Shape) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     numbers = functools.partial(s, dtype=jnp.float32)
-    layer = (
-        s((shape.N + 2 * K) * H, D), s(D, shape.N * H), s(2 * shape.F, D), s(D, shape.F), numbers(D), numbers(D),
-    )  # fmt: skip
+    layer = arrays_of(shape)
     table = numbers(shape.zones, H // 2)
     told = table, table, numbers(C), s(1, dtype=jnp.int32), numbers(D)
     entries = (s(L, K, C, H),) * 2 if shape.stacked else (s(K, C, H),) * (2 * L)
@@ -36,7 +43,8 @@ def _kernel(shape: Shape) -> Any:
 
     def body(_: Any, *refs: Any) -> None:
         *given, (memory,) = refs
-        given, told, rest = given[: 6 * L], given[6 * L : 6 * L + 5], given[6 * L + 5 :]
+        each = len(layer)
+        given, told, rest = given[: each * L], given[each * L : each * L + 5], given[each * L + 5 :]
         if shape.stacked:
             (k, v, packets, out), new = rest[:4], rest[4:]
             of_layer = K * C * H * 2
@@ -46,7 +54,7 @@ def _kernel(shape: Shape) -> Any:
         else:
             *caches, packets, out = rest
             entries = [(caches[i], caches[L + i], caches[i], caches[L + i]) for i in range(L)]
-        arrays = [x for i in range(L) for x in (*given[6 * i : 6 * i + 6], *entries[i])]
+        arrays = [x for i in range(L) for x in (*given[each * i : each * (i + 1)], *entries[i])]
         strides = (H, 0) if shape.stacked else (C * H, H)
         Kernel(shape, Warps([*arrays, *told, packets, out], memory), strides).run()
 
@@ -69,7 +77,7 @@ def run(
 
     Args:
       shape: what it is made for.
-      layers: of each layer its six arrays.
+      layers: of each layer its arrays, as `arrays_of` has them.
       x: bfloat16[D], what enters the first.
       told: cosine and sine [Z, H/2] of the zones, the slots' bias [C], the token's slot, and the last norm's weights.
       k: of each layer [K, C, H], or one of all [L, K, C, H]; v: the same.

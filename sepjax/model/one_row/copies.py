@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from sepjax.model.one_row.block import DOWN, INTO, K_CACHE, OUT, QKV, V_CACHE, Block
+from sepjax.model.one_row.block import Block
 from sepjax.model.one_row.shape import TILE
-
-_MATRICES = {"qkv": QKV, "out": OUT, "into": INTO, "down": DOWN}
 
 
 class Copies(Block):
@@ -31,9 +29,10 @@ class Copies(Block):
 
     def _copy_matrix(self, name: str, layer: Any, count: Any) -> Any:
         m, product = self.m, self.shape.products[name]
-        matrix = self._entry(layer, _MATRICES[name])
+        matrix = self._entry(layer, name)
         first, number = self._chunks_of(product)
-        row, of_rows = product.inputs * 2, product.units * 2 * product.columns * 2
+        row, of_part = product.inputs * product.width, product.columns * product.width
+        of_rows = product.units * 2 * of_part
         halves = product.rows // 2  # of "into" rows of the gate, and as many of up
 
         def chunk(i: Any, count: Any) -> list[Any]:
@@ -46,9 +45,9 @@ class Copies(Block):
                         m.copy(to + half * of_rows, begin, of_rows, barrier)
                         continue
                     for r in range(2 * product.units):
-                        source = begin + m.wide(r * row + part * product.columns * 2)
-                        place = to + (2 * product.units * half + r) * (product.columns * 2)
-                        m.copy(place, source, product.columns * 2, barrier)
+                        source = begin + m.wide(r * row + part * of_part)
+                        place = to + (2 * product.units * half + r) * of_part
+                        m.copy(place, source, of_part, barrier)
                 count = count + 1
             return [count]
 
@@ -57,7 +56,7 @@ class Copies(Block):
     def _copy_tiles(self, layer: Any, count: Any) -> Any:
         m, s = self.m, self.shape
         head, share, number = self._tiles()
-        keys, values = self._entry(layer, K_CACHE), self._entry(layer, V_CACHE)
+        keys, values = self._entry(layer, "k"), self._entry(layer, "v")
         size = TILE * s.H * 2
 
         def tile(i: Any, count: Any) -> list[Any]:

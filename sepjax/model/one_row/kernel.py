@@ -24,10 +24,9 @@ from collections.abc import Callable
 from typing import Any
 
 from sepjax.model.one_row.attention import Attention
-from sepjax.model.one_row.block import MLP_NORM, NORM
 from sepjax.model.one_row.copies import Copies
 from sepjax.model.one_row.products import Products
-from sepjax.model.one_row.shape import ENTRIES, THREADS, WARPS
+from sepjax.model.one_row.shape import THREADS, WARPS
 
 _LOG2E = math.log2(math.e)
 
@@ -48,7 +47,7 @@ class Kernel(Copies, Products, Attention):
         for i in range(s.stages):
             m.make_barrier(self.at["ready"] + 8 * i, 1)
             m.make_barrier(self.at["free"] + 8 * i, WARPS)
-        for i in range(ENTRIES * s.L):
+        for i in range(len(s.entries) * s.L):
             m.keep(self.at["addresses"] + 8 * i, m.address(i))
         m.made_barriers()
 
@@ -60,11 +59,11 @@ class Kernel(Copies, Products, Attention):
 
         def layer(i: Any, count: Any) -> list[Any]:
             flag = i + 1
-            count = self._product("qkv", "x", i, count, NORM, self._send_pair("qkv", flag))
+            count = self._product("qkv", "x", i, count, "norm", self._send_pair("qkv", flag))
             count = self._attend(i, count, flag)
             self._join(flag)
             count = self._product("out", "attended", i, count, None, self._add("y", flag))
-            count = self._product("into", "y", i, count, MLP_NORM, self._activated(flag))
+            count = self._product("into", "y", i, count, "mlp norm", self._activated(flag))
             count = self._product("down", "hidden", i, count, None, self._add("x", flag + 1))
             return [count]
 
@@ -85,7 +84,7 @@ class Kernel(Copies, Products, Attention):
         """The last norm, of what the block keeps."""
         m, s = self.m, self.shape
         weights = m.address(self.given.final_norm)
-        self._gather("x", m.integer(s.L + 1), weights, self.at["squares"])
+        self._gather("x", m.integer(s.L + 1), weights, self.at["squares"], None)
         factor = self._root(self.at["squares"])
 
         def unit(unit: Any, local: Any) -> None:

@@ -3,40 +3,64 @@
 from collections.abc import Callable
 from typing import Any
 
-from sepjax.model.one_row.block import NORM, Block
-from sepjax.model.one_row.shape import COLUMNS, THREADS, WARPS, Product
+from sepjax.model.one_row.block import Block
+from sepjax.model.one_row.digits import Digits
+from sepjax.model.one_row.shape import BLOCK, DIGITS, THREADS, WARPS, Product
 
 _FEATURES = {"x": "features", "attended": "others", "y": "features", "hidden": "others"}  # where vectors are kept
 _UNROLLED = 4  # blocks of columns
 _TOGETHER = 4  # packets that a thread asks for at a time
 
 
-class Products(Block):
+class Products(Digits):
     """The products of the warps that compute."""
 
     def _product(
-        self, name: str, source: str, layer: Any, count: Any, norm: int | None, finish: Callable[..., None]
+        self, name: str, source: str, layer: Any, count: Any, norm: str | None, finish: Callable[..., None]
     ) -> Any:
         """matrix @ norm(source), of the block's units; `finish` gets a unit's sums. Returns the ring's count."""
-        m, product = self.m, self.shape.products[name]
+        m, product, codes = self.m, self.shape.products[name], self.shape.codes
         _, chunks = self._chunks_of(product)
-        squares = None if norm is None else self.at["squares"] + (norm - NORM) * 4 * WARPS
-        flag = layer + 1
+        squares = None if norm is None else self.at["squares"] + (norm != "norm") * 4 * WARPS
+        tops = self.at["tops"] + (name in ("out", "down")) * 4 * WARPS if codes else None
+        flag, kept = layer + 1, self.at["digits" if codes else _FEATURES[source]]
         weights = None if norm is None else self._entry(layer, norm)
-        m.when(chunks >= 1, lambda: self._gather(source, flag, weights, squares))
+        # Read ahead, while results are on their way.
+        scales = [self._scales(name, layer, m.select(x, unit, 0)) for x, unit, _ in self._units(name)]
+
+        def begin() -> None:
+            self._gather(source, flag, weights, squares, tops)
+            if tops is not None:
+                self._make_digits(product, self.at[_FEATURES[source]], tops)
+
+        m.when(chunks >= 1, begin)
 
         def chunk(i: Any, count: Any) -> list[Any]:
-            return [self._chunk(product, i, count, self.at[_FEATURES[source]])]
+            return [self._chunk(product, i, count, kept)]
 
         (count,) = m.loop(0, chunks, 1, chunk, count)
         m.when(chunks >= 1, lambda: m.meet(1, THREADS))
 
-        def unit(unit: Any, local: Any) -> None:
-            sums, factor = self._sums(product, local), None if squares is None else self._root(squares)
+        def unit(unit: Any, local: Any, scales: list[Any]) -> None:
+            sums = self._sums(product, local)
+            if tops is not None:
+                factor = self._of_digits(tops)[1]
+                sums = [x * (factor * y) for x, y in zip(sums, scales, strict=True)]
+            factor = None if squares is None else self._root(squares)
             finish(unit, local, sums if factor is None else [x * factor for x in sums])
 
-        self._each_unit(name, unit)
+        for (there, i, local), of_unit in zip(self._units(name), scales, strict=True):
+            m.when(there, lambda i=i, local=local, of_unit=of_unit: unit(i, local, of_unit))
         return count
+
+    def _scales(self, name: str, layer: Any, unit: Any) -> list[Any]:
+        """Of a unit's rows, where matrices have some."""
+        m, product = self.m, self.shape.products[name]
+        if not self.shape.codes:
+            return []
+        begin = self._entry(layer, f"{name} scales") + m.wide(unit * 8)
+        places = [half * product.U * 8 + i * 4 for half in range(product.rows // 2) for i in range(2)]
+        return [m.as_float(m.load(begin + x)) for x in places]
 
     def _sums(self, product: Product, local: Any) -> list[Any]:
         """Of a unit's rows, over all warps."""
@@ -50,27 +74,34 @@ class Products(Block):
         total = self._added(self._eight(squares))
         return self.m.rsqrt(total * (1.0 / self.shape.D) + self.shape.epsilon)
 
-    def _gather(self, source: str, flag: Any, weights: Any, squares: int | None) -> None:
-        """A vector from packets into shared memory, of a norm times its weights; and the sums of its squares."""
+    def _gather(self, source: str, flag: Any, weights: Any, squares: int | None, tops: int | None) -> None:
+        """A vector from packets into shared memory, of a norm times its weights; the sums of its squares; and what is
+        largest among the bits of the results without their signs.
+        """
         m, size = self.m, self.shape.packets[source]
         together = _TOGETHER * THREADS
 
-        def whole(begin: Any, total: Any) -> list[Any]:
-            return [self._take(source, flag, weights, begin, _TOGETHER, total)]
+        def whole(begin: Any, *found: Any) -> list[Any]:
+            return self._take(source, flag, weights, begin, _TOGETHER, list(found))
 
-        (total,) = m.loop(0, size // together * together, together, whole, m.float(0.0))
+        found = [m.float(0.0), *([] if tops is None else [m.integer(0)])]
+        found = m.loop(0, size // together * together, together, whole, *found)
         if size % together:
             begin = m.integer(size // together * together)
-            total = self._take(source, flag, weights, begin, -(-(size % together) // THREADS), total)
+            found = self._take(source, flag, weights, begin, -(-(size % together) // THREADS), found)
+        total, *top = found
+        if tops is not None:
+            self._keep_top(top[0], tops)
         if squares is not None:
             for distance in (16, 8, 4, 2, 1):
                 total = total + m.from_lane_xor(total, distance)
             m.when(m.same(m.lane, 0), lambda: m.keep(m.warp * 4 + squares, total))
         m.meet(1, THREADS)
 
-    def _take(self, source: str, flag: Any, weights: Any, begin: Any, number: int, total: Any) -> Any:
-        """So many packets of each thread; returns the sum of squares."""
+    def _take(self, source: str, flag: Any, weights: Any, begin: Any, number: int, state: list[Any]) -> list[Any]:
+        """So many packets of each thread; returns the sum of squares, and what is largest if it was given."""
         m, size = self.m, self.shape.packets[source]
+        total, *top = state
         places = [m.thread + (begin + i * THREADS) for i in range(number)]
         inside = [x < size for x in places]
         # Who has none left asks for its first again, and not all of them for the same one: that would hold up the L2.
@@ -86,20 +117,27 @@ class Products(Block):
                 total = total + m.select(there, low * low + high * high, 0.0)
                 pair = m.pair(low * factor[0], high * factor[1])
             m.keep(x * 4 + self.at[_FEATURES[source]], pair)  # of a place twice, the same bits
-        return total
+            top = [self._larger_of_bits(x, pair) for x in top]
+        return [total, *top]
 
-    def _chunk(self, product: Product, i: Any, count: Any, features: int) -> Any:
+    def _chunk(self, product: Product, i: Any, count: Any, features: Any) -> Any:
         """A chunk's rows times the features, into "sums": every warp has some of the columns.
 
         Rows are those of the left factor of a tensor core, the features columns of the right one. Which numbers of a
         row are its k-th is free, if the features' are the same: a lane takes 8 in a row. Of 64 numbers even rows take
         the first 32 first and odd rows the others, so that lanes read from different banks; even columns of the right
         factor have the features in the order of even rows, odd ones in that of odd rows, and of each row one counts.
+
+        Of codes a lane takes 16 in a row, and columns 2 i and 2 i + 1 have digit i of the features (`Digits`).
         """
-        m = self.m
-        lane, row = m.lane // 4, product.columns * 2
+        m, codes = self.m, self.shape.codes
+        lane, row = m.lane // 4, product.columns * product.width
         tiles = range(0, product.of_chunk, 16)
-        sums = [m.float(0.0) for _ in tiles for _ in range(8)]
+        sums = [m.integer(0) if codes else m.float(0.0) for _ in tiles for _ in range(8)]
+        number_of, ragged, multiply = -(-row // BLOCK), row % BLOCK > 0, m.code_products if codes else m.products
+        features = m.integer(features)
+        if codes:
+            features = features + m.select(lane // 2 < DIGITS, lane // 2, DIGITS - 1) * product.inputs
         for part in range(product.parts):
             place, barrier, turn = self._place(count)
             m.wait(barrier + self.at["ready"], turn % 2)
@@ -107,22 +145,26 @@ class Products(Block):
             begins = [place + x * row for x in rows]
 
             def block(number: Any, *sums: Any, begins: Any = begins, part: int = part) -> list[Any]:
-                found, number_of = list(sums), product.columns // COLUMNS
-                at = number * (2 * COLUMNS) + m.lane % 4 * 16
+                found, inside = list(sums), number < number_of
+                at = number * BLOCK + m.lane % 4 * 16
                 if number_of % WARPS:
-                    at = m.select(number < number_of, at, 0)
+                    at = m.select(inside, at, 0)
                 for half in range(2):
-                    to = at + (lane + half) % 2 * COLUMNS
-                    x = m.shared_four(to + (features + part * row))
-                    if number_of % WARPS:
-                        x = [m.select(number < number_of, y, 0) for y in x]
+                    # Rows of half a block more begin in different banks by themselves.
+                    to = at + (half * (BLOCK // 2) if ragged else (lane + half) % 2 * (BLOCK // 2))
+                    if ragged and half:
+                        inside = m.both(inside, to < row)
+                        to = m.select(inside, to, 0)
+                    x = m.shared_four(features + (to + part * row))
+                    if number_of % WARPS or ragged and half:
+                        x = [m.select(inside, y, 0) for y in x]
                     for n, _ in enumerate(tiles):
                         both = [m.shared_four(begin + to) for begin in begins[2 * n : 2 * n + 2]]
                         first, second = both if len(both) > 1 else (both[0], [m.integer(0)] * 4)
                         for j in range(2):
                             a = first[2 * j], second[2 * j], first[2 * j + 1], second[2 * j + 1]
                             of = slice(8 * n + 4 * j, 8 * n + 4 * j + 4)
-                            found[of] = m.products(a, x[2 * j : 2 * j + 2], found[of])
+                            found[of] = multiply(a, x[2 * j : 2 * j + 2], found[of])
                 return found
 
             sums = self._over_blocks(product, block, sums)
@@ -132,6 +174,7 @@ class Products(Block):
             for half in range(2 if first + 8 < product.of_chunk else 1):
                 columns = [sums[8 * n + 2 * half + j] + sums[8 * n + 4 + 2 * half + j] for j in range(2)]
                 found = m.select(m.same(lane % 2, 0), *columns)
+                found = self._number_of_digits(found) if codes else found
                 of_row = lane + (first + 8 * half)
                 at = ((i * product.of_chunk + of_row) * WARPS + m.warp) * 4 + self.at["sums"]
                 writes = m.both(m.same(m.lane % 4, 0), of_row < product.of_chunk)
@@ -143,7 +186,7 @@ class Products(Block):
 
     def _over_blocks(self, product: Product, block: Callable[..., Any], sums: list[Any]) -> list[Any]:
         """block(number, *sums) of all of a warp's columns."""
-        m, number = self.m, -(-product.columns // COLUMNS // WARPS)
+        m, number = self.m, product.rounds
         whole = number // _UNROLLED * _UNROLLED if number > 2 * _UNROLLED else 0
 
         def several(begin: Any, *sums: Any) -> list[Any]:

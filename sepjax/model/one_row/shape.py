@@ -11,11 +11,12 @@ SPLITS = 64  # blocks that share a key head's slots, at most: half a warp joins 
 STAGE = 32 * 1024  # bytes of a place in the ring, at most
 SHARED = 226 * 1024  # bytes of shared memory that a block may have
 WEIGHTS = 9 * 32  # bytes of a warp's weights: of 8 slots for 8 queries, and what sums shrink by
-ROWS, COLUMNS = 8, 64  # of a matrix, that a warp multiplies at a time
+ROWS, COLUMNS = 8, 64  # of a matrix, that a warp multiplies at a time, at least
+BLOCK = 128  # bytes of a row that it reads at a time
 _LEAST_STAGES = 3
 _MOST_QUERIES = 8  # of a key head
 _MOST_UNITS = 4 * THREADS
-ENTRIES = 10  # addresses of a layer: four matrices, two norms, keys and values, and where the new ones are written
+DIGITS = 3  # of a feature that meets codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Product:
     parts: int
     first: int  # the block that has the first chunk
     blocks: int
+    width: int = 2  # bytes of a number
 
     @property
     def chunks(self) -> int:
@@ -49,6 +51,11 @@ class Product:
         return self.inputs // self.parts
 
     @property
+    def rounds(self) -> int:
+        """Blocks of a warp's columns."""
+        return -(-self.columns * self.width // (BLOCK * WARPS))
+
+    @property
     def of_chunk(self) -> int:
         """Rows of a chunk."""
         return self.units * self.rows
@@ -56,7 +63,7 @@ class Product:
     @property
     def bytes(self) -> int:
         """Of a chunk."""
-        return self.units * self.rows * self.columns * 2
+        return self.units * self.rows * self.columns * self.width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +81,13 @@ class Shape:
     epsilon: float
     blocks: int
     stacked: bool = False  # whether the caches of all layers are one array, which stays as it is
+    codes: bool = False  # whether matrices have 8 bits, and scales
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """What a layer has an address of: its arrays as they are given, then its cache and where new ones are written."""
+        scales = ("qkv scales", "out scales", "into scales", "down scales") if self.codes else ()
+        return "qkv", "out", "into", "down", "norm", "mlp norm", *scales, "k", "v", "new k", "new v"
 
     @property
     def G(self) -> int:
@@ -93,15 +107,16 @@ class Shape:
     @functools.cached_property
     def products(self) -> dict[str, Product]:
         """By name; "out" and "down" have their units in the same blocks, which keep the residual stream."""
-        N, K, H, D, F = self.N, self.K, self.H, self.D, self.F
+        N, K, H, D, F, width = self.N, self.K, self.H, self.D, self.F, 1 if self.codes else 2
         found, first = {}, 0
         sizes = {"qkv": ((N + 2 * K) * H // 2, 2, D), "out": (D // 2, 2, N * H), "into": (F // 2, 4, D)}
         sizes["down"] = D // 2, 2, F
         for name, (U, rows, inputs) in sizes.items():
-            units = _units(U, rows, max(inputs, N * H, F) if name in ("out", "down") else inputs, self.blocks)
+            longest = max(inputs, N * H, F) if name in ("out", "down") else inputs
+            units = _units(U, rows, longest * width, self.blocks)
             start = found["out"].first if name == "down" else first
-            parts = _parts(units * rows * 2, inputs)
-            found[name] = Product(U, rows, inputs, units, parts, start % self.blocks, self.blocks)
+            parts = _parts(units * rows * width, inputs)
+            found[name] = Product(U, rows, inputs, units, parts, start % self.blocks, self.blocks, width)
             first += found[name].chunks
         return found
 
@@ -124,16 +139,21 @@ class Shape:
     def shared_at(self) -> dict[str, int]:
         """Where everything lies in shared memory but the ring, which begins at "end"."""
         sums = max(-(-x.most // x.units) * x.of_chunk for x in self.products.values()) * 4 * WARPS
-        of_warps = WARPS * self.G * (self.H + 2) * 4
+        of_warps, longest = WARPS * self.G * (self.H + 2) * 4, max(self.D, self.N * self.H, self.F)
+        # Two, in turns: while some warps still read one, others write the other.
+        vectors = {"features": max(2 * self.D, of_warps), "others": 2 * max(self.N * self.H, self.F)}
+        if self.codes:  # one: all have read it before products begin, which read digits, a warp its own
+            vectors = {"features": 2 * longest, "digits": max(DIGITS * longest, of_warps), "tops": 2 * 4 * WARPS}
         sizes = {
-            "ready": 8 * 16, "free": 8 * 16, "addresses": 8 * ENTRIES * self.L, "squares": 2 * 4 * WARPS,
-            "residual": self.products["out"].most * 8, "sums": sums,
-            # Two, in turns: while some warps still read one, others write the other.
-            "features": max(2 * self.D, of_warps), "others": 2 * max(self.N * self.H, self.F),
+            "ready": 8 * 16, "free": 8 * 16, "addresses": 8 * len(self.entries) * self.L, "squares": 2 * 4 * WARPS,
+            "residual": self.products["out"].most * 8, "sums": sums, **vectors,
             "turns": 4 * self.zones * self.H, "queries": 16 * self.zones * self.H, "own": 4 * self.H,
             "own_scores": 4 * _MOST_QUERIES, "weights": WARPS * WEIGHTS,
         }  # fmt: skip
-        return _one_after_another(sizes, 1, 128)
+        at = _one_after_another(sizes, 1, 128)
+        if self.codes:
+            at["others"] = at["features"]
+        return at | {"of_warps": at["digits" if self.codes else "features"]}
 
     @property
     def stage(self) -> int:
@@ -165,9 +185,9 @@ class Shape:
         return None
 
 
-def _units(U: int, rows: int, inputs: int, blocks: int) -> int:
+def _units(U: int, rows: int, row: int, blocks: int) -> int:
     """Units of a chunk: no more than for as many chunks as blocks; of large matrices 8 rows or parts of them."""
-    fit = max(STAGE // (rows * inputs * 2), ROWS // rows)
+    fit = max(STAGE // (rows * row), ROWS // rows)
     divisors = [n for n in range(1, min(fit, WARPS) + 1) if U % n == 0]
     enough = [n for n in divisors if U // n <= blocks]
     return min(enough) if enough else max(divisors)

@@ -218,6 +218,26 @@ class Warps:
         )
         return self._ptx(text, [*a, *b, *c], [self.f32] * 4, volatile=False, convergent=True)
 
+    def code_products(self, a: Sequence[Number], b: Sequence[Number], c: Sequence[Number]) -> list[Number]:
+        """c + a b of whole numbers, four of 8 bits in 32: c int32[16, 8], a [16, 32], b [32, 8].
+
+        As `products`: lane 4 g + t has a[g, 4 t : 4 t + 4], of g + 8, and both of columns 16 on; and b[4 t : 4 t + 4, g]
+        and [16 + 4 t : 20 + 4 t, g].
+        """
+        text = (
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+            "{$10, $11, $12, $13};"
+        )
+        return self._ptx(text, [*a, *b, *c], [self.i32] * 4, volatile=False, convergent=True)
+
+    def bytes_of(self, a: Number, b: Number, chosen: int) -> Number:
+        """Four bytes of a's (0 to 3) and b's (4 to 7), which `chosen` has a digit each of, the first one last."""
+        return self._ptx(f"prmt.b32 $0, $1, $2, {chosen};", [a, b], [self.i32], volatile=False)
+
+    def as_number(self, x: Number) -> Number:
+        """A whole number with its sign as a float."""
+        return Number(arith.sitofp(self.f32, x.value))
+
     # -- what is done -----------------------------------------------------------------------------------------------
 
     def when(self, condition: Number, body: Callable[[], None]) -> None:

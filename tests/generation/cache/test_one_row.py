@@ -20,6 +20,8 @@ from sepjax.model import one_row
 from sepjax.model.one_row import shape
 from sepjax.model.one_row.kernel import Kernel
 from sepjax.model.one_row.shape import THREADS
+from sepjax.model.quantised import in_8_bits
+from sepjax.model.transformer import abstract
 from sepjax.model.unrolled import by_layer, runner
 from tests.model import simulated_warps
 from tests.models import random_split
@@ -74,7 +76,10 @@ def on_three_sms(monkeypatch):
 def steps(dtype, attention, tokens, model=MODEL):
     """Hidden states of the last steps, and the cache after them; of a pattern without a bound a growing one."""
     config = dataclasses.replace(model, dtype=dtype)
-    graph, params = random_split(config, attention, 1, scale=8)
+    graph, params = random_split(dataclasses.replace(config, weight_dtype="model"), attention, 1, scale=8)
+    if config.weight_dtype == "int8":
+        graph, _ = abstract(config, attention)
+        params = in_8_bits(params, tied=config.tie_embeddings)
     params = by_layer(params, config, by_output=True)
     if attention.cache_size:
         cache = StreamingCache.create(config, 1, StreamSizes.create(config, attention), by_layer=True)
@@ -95,24 +100,27 @@ def steps(dtype, attention, tokens, model=MODEL):
 
 
 @pytest.mark.parametrize(
-    ("changes", "zones", "stage"),
+    ("changes", "zones", "stage", "form"),
     [
-        ({}, 3, shape.STAGE),
-        ({"cache_size": 0}, 1, 1024),  # rows in parts, as those of large matrices
+        ({}, 3, shape.STAGE, {}),
+        ({"cache_size": 0}, 1, 1024, {}),  # rows in parts, as those of large matrices
         # Its zones as those of growing ones.
-        pytest.param({"stream_positions": "absolute"}, 1, shape.STAGE, marks=pytest.mark.soak),
+        pytest.param({"stream_positions": "absolute"}, 1, shape.STAGE, {}, marks=pytest.mark.soak),
+        ({}, 3, 1024, {"weight_dtype": "int8"}),  # rows in parts, and whole ones of half a block of columns
+        pytest.param({}, 3, shape.STAGE, {"weight_dtype": "int8"}, marks=pytest.mark.soak),
     ],
-    ids=["bounded", "growing", "positions of the text"],
+    ids=["bounded", "growing", "positions of the text", "8 bits in parts", "8 bits"],
 )
-def test_the_kernel_steps_as_xla(on_three_sms, monkeypatch, changes, zones, stage):
+def test_the_kernel_steps_as_xla(on_three_sms, monkeypatch, changes, zones, stage, form):
     monkeypatch.setattr(shape, "STAGE", stage)
+    model = dataclasses.replace(MODEL, **form)
     attention = dataclasses.replace(PATTERN, **changes)
     tokens = np.random.default_rng(0).integers(0, 64, (1, FIRST + STEPS))
     plain = dataclasses.replace(attention, implementation="xla")
-    exact, _ = steps("float32", plain, tokens)
-    rough, plain_cache = steps("bfloat16", plain, tokens)
+    exact, _ = steps("float32", plain, tokens, model)
+    rough, plain_cache = steps("bfloat16", plain, tokens, model)
     assert not on_three_sms, "asked for by its name, plain XLA runs"
-    got, cache = steps("bfloat16", attention, tokens)
+    got, cache = steps("bfloat16", attention, tokens, model)
     assert on_three_sms
     assert on_three_sms[0].zones == zones
     error, allowed = (np.sqrt(np.mean((x - exact) ** 2)) for x in (got, rough))
@@ -160,6 +168,7 @@ ON_A_GPU = {
     "SmolLM2-135M's shape": (ModelConfig(64, 3, 576, 9, 3, 64, 1536), {}),
     "rows in parts, heads of 128": (ModelConfig(64, 2, 1024, 16, 4, 128, 14336), {}),
     "growing": (ModelConfig(64, 3, 576, 9, 3, 64, 1536), {"cache_size": 0}),
+    "8 bits": (ModelConfig(64, 3, 576, 9, 3, 64, 1536, weight_dtype="int8"), {}),
 }
 
 
