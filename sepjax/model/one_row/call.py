@@ -18,7 +18,7 @@ type Layer = tuple[Any, ...]
 
 
 def arrays_of(shape: Shape) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """A layer's: matrices of q, k, v; output; gate with up; down; both norms' weights; the matrices' scales, of codes."""
+    """A layer's: matrices of q, k, v; output; gate with up; down; both norms' weights; of codes also their scales."""
     D, F, outputs = shape.D, shape.F, (shape.N + 2 * shape.K) * shape.H
     sizes = (outputs, D), (D, shape.N * shape.H), (2 * F, D), (D, F)
     matrices = [jax.ShapeDtypeStruct(x, jnp.int8 if shape.codes else jnp.bfloat16) for x in sizes]

@@ -1,10 +1,10 @@
 """Features as whole numbers of three digits, so that the tensor cores multiply them with codes as these are.
 
 Codes of 8 bits would have to become bfloat16 first, at 1.75 instructions each and more than the memory leaves time for.
-Features are few, so they change instead: x = (d0 + 256 d1 + 65536 d2) unit, digits from -128 to 127 and the unit a power
-of two, of which the largest feature has at least 2^21. So a feature has all its 8 bits unless it is 2^14 times smaller
-than the largest, and else it is off by half a unit at most: sums of codes are those of float32. A digit has two of the
-eight columns of the right factor that were alike, so it costs no more products. Sums of digits are exact:
+Features are few, so they change instead: x = (d0 + 256 d1 + 65536 d2) unit, digits from -128 to 127 and the unit a
+power of two, of which the largest feature has at least 2^21. So a feature has all its 8 bits unless it is 2^14 times
+smaller than the largest, and else it is off by half a unit at most: sums of codes are those of float32. A digit has two
+of the eight columns of the right factor that were alike, so it costs no more products. Sums of digits are exact:
 128 * 127 * inputs is below 2^31 up to 132,000 inputs.
 """
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from sepjax.model.one_row.block import Block
 from sepjax.model.one_row.digits import Digits
 from sepjax.model.one_row.shape import BLOCK, DIGITS, THREADS, WARPS, Product
 
@@ -156,7 +155,7 @@ class Products(Digits):
                         inside = m.both(inside, to < row)
                         to = m.select(inside, to, 0)
                     x = m.shared_four(features + (to + part * row))
-                    if number_of % WARPS or ragged and half:
+                    if number_of % WARPS or (ragged and half):
                         x = [m.select(inside, y, 0) for y in x]
                     for n, _ in enumerate(tiles):
                         both = [m.shared_four(begin + to) for begin in begins[2 * n : 2 * n + 2]]

@@ -85,7 +85,7 @@ class Shape:
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """What a layer has an address of: its arrays as they are given, then its cache and where new ones are written."""
+        """What a layer has an address of: its arrays as given, then its cache and where new entries are written."""
         scales = ("qkv scales", "out scales", "into scales", "down scales") if self.codes else ()
         return "qkv", "out", "into", "down", "norm", "mlp norm", *scales, "k", "v", "new k", "new v"
 

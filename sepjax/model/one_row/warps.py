@@ -221,8 +221,8 @@ class Warps:
     def code_products(self, a: Sequence[Number], b: Sequence[Number], c: Sequence[Number]) -> list[Number]:
         """c + a b of whole numbers, four of 8 bits in 32: c int32[16, 8], a [16, 32], b [32, 8].
 
-        As `products`: lane 4 g + t has a[g, 4 t : 4 t + 4], of g + 8, and both of columns 16 on; and b[4 t : 4 t + 4, g]
-        and [16 + 4 t : 20 + 4 t, g].
+        As `products`: lane 4 g + t has a[g, 4 t : 4 t + 4], of g + 8, and both of columns 16 on; and
+        b[4 t : 4 t + 4, g] and [16 + 4 t : 20 + 4 t, g].
         """
         text = (
             "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
