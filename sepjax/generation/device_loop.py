@@ -20,13 +20,16 @@ from flax import nnx
 from sepjax import interrupt
 from sepjax.array_typing import Array, Bool, Float, InShapes, Int32, Tokens, UInt16
 from sepjax.config import AttentionConfig
+from sepjax.generation.cache.one_row_numbers import numbers_of_one_row
 from sepjax.generation.cache.protocol import Cache
 from sepjax.generation.graphs import compiler_options
 from sepjax.generation.lost import LOST, is_lost
+from sepjax.generation.one_row_steps import MOST_ENDS, RowSteps
 from sepjax.generation.penalties import after_drawing, after_reading, biased, no_uses, penalised, without
 from sepjax.generation.sampling import Sampling, best_of, sample
 from sepjax.generation.step import decode_step, prefill, take_up_run
 from sepjax.model.transformer import Params
+from sepjax.model.unrolled import runner
 from sepjax.sharding import whole
 
 log = logging.getLogger("sepjax.slots")
@@ -178,9 +181,38 @@ def advance(
     none = jnp.full((len(ended), num_steps), -1, jnp.int32)
     top = jnp.zeros((*none.shape, min(MOST_TOP, len(request.table))), jnp.int32)
     record = Steps(none, none, jnp.zeros(none.shape), top, top.astype(jnp.float32), _is_stuck(state))
-    carry = (jnp.int32(0), state, record)
-    _, state, steps = jax.lax.while_loop(goes_on, body, carry)
+    carry = jnp.int32(0), state, record
+    alone = _steps_of_one_row(graph, attention, params, state, request, num_steps)
+    _, state, steps = _looped(goes_on, body, carry, alone)
     return dataclasses.replace(state, uses=whole(state.uses)), steps
+
+
+type _Carry = tuple[jax.Array, DecodeState, Steps]
+
+
+def _looped(
+    goes_on: Callable[[_Carry], jax.Array], body: Callable[[_Carry], _Carry], carry: _Carry, alone: RowSteps | None
+) -> _Carry:
+    """`jax.lax.while_loop(goes_on, body, carry)`, of which `alone` makes the steps that it serves."""
+    if alone is None:
+        return jax.lax.while_loop(goes_on, body, carry)
+
+    def turn(carry: _Carry) -> _Carry:
+        i, state, steps = carry
+        i, state, tokens, held = alone.run(jnp.where(goes_on(carry), i, alone.most), state, steps.token, steps.held)
+        carry = i, state, dataclasses.replace(steps, token=tokens, held=held, is_stuck=_is_stuck(state))
+        return jax.lax.while_loop(lambda x: goes_on(x) & ~alone.serves(*x[:2]), body, carry)
+
+    return turn(carry) if alone.most == 1 else jax.lax.while_loop(goes_on, turn, carry)
+
+
+def _steps_of_one_row(
+    graph: nnx.GraphDef, attention: AttentionConfig, params: Params, state: DecodeState, request: Request, most: int
+) -> RowSteps | None:
+    row = numbers_of_one_row(runner(graph, params), state.cache, attention)
+    if row is None or jnp.shape(request.end_tokens)[-1] > MOST_ENDS:
+        return None
+    return RowSteps(row, request, most, COUNT_WRAP)
 
 
 @functools.cache

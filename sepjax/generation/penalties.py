@@ -46,6 +46,14 @@ def after_drawing(
     return uses.at[rows, drawn].set(before + counted.astype(jnp.uint16), unique_indices=True)
 
 
+def after_drawing_all(uses: UInt16[jax.Array, "1 V"], drawn: Int32[jax.Array, "1 M"]) -> UInt16[jax.Array, "1 V"]:
+    """`after_drawing` of the only row's tokens one after the other; -1: none."""
+    at = jnp.where(drawn < 0, uses.shape[1], drawn)
+    times = jnp.zeros(uses.shape[1], jnp.int32).at[at[0]].add(1, mode="drop")
+    count = jnp.minimum((uses & _MOST).astype(jnp.int32) + times, _MOST)
+    return (uses & jnp.uint16(_READ)) | count.astype(jnp.uint16)
+
+
 def biased(logits: Float[jax.Array, "B V"], sampling: Sampling) -> Float[jax.Array, "B V"]:
     """The scores with every row's bias."""
     sampling = sampling.for_rows(len(logits))

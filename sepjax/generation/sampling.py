@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32
+from sepjax.attention.target import target
 from sepjax.config import ConfigError, number, whole_number
 
 MOST_BIASED = 300  # tokens that a request may give a bias
 _INFINITE = 0x7F800000  # bits of float32's infinity
+_PARTS, _FEW = 32, 4  # in which a search parts the numbers of so many rows at most; of more rows it halves them
 
 
 @jax.tree_util.register_dataclass
@@ -175,12 +177,23 @@ def sample(
 
     def draw() -> jax.Array:
         hot = dataclasses.replace(sampling, temperature=jnp.where(is_hot, sampling.temperature, 1.0))
-        scores = filter_logits(change(jnp.asarray(logits)), hot)
-        drawn, best = jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32), greedy()
-        top = jnp.take_along_axis(jnp.asarray(logits), best[:, None], axis=1)[:, 0]
-        return jnp.where(is_hot & jnp.isfinite(top), drawn, best)  # of scores that are no numbers, the place of one
+        return jnp.where(is_hot, drawn_hot(logits, keys, hot, change), greedy())
 
     return jax.lax.cond(jnp.any(is_hot), draw, greedy)
+
+
+def drawn_hot(
+    logits: Float[Array, "B V"],
+    keys: jax.Array,
+    sampling: Sampling,
+    change: Callable[[jax.Array], jax.Array] = lambda scores: scores,
+) -> Int32[jax.Array, "B"]:
+    """`sample` of rows all of which have a temperature above 0."""
+    scores = change(jnp.asarray(logits))
+    drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(scores, sampling)).astype(jnp.int32)
+    best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    top = jnp.take_along_axis(jnp.asarray(logits), best[:, None], axis=1)[:, 0]
+    return jnp.where(jnp.isfinite(top), drawn, best)  # of scores that are no numbers, the place of one
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[jax.Array, "B V"]:
@@ -195,40 +208,42 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[jax.
 
 def _least_of_top(logits: Array, sampling: Sampling) -> jax.Array:
     """The lowest score, [B, 1], that top_k and top_p leave; `logits` are 0 at most. Nothing is sorted."""
-    V = logits.shape[1]
-    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)
-    least = _least(logits, lambda better: jnp.sum(better, axis=-1, keepdims=True) < k)
+    k = sampling.top_k
+    least = _least(logits, lambda better: jnp.sum(better, axis=-1) < k, k > 0)
     weight = jnp.where(logits >= least, jnp.exp(logits), 0.0)
     total = jnp.sum(weight, axis=-1, keepdims=True)
 
-    def in_top_p(better: jax.Array) -> jax.Array:  # `better`: tokens before this one; rounding may reach 1
-        share = jnp.sum(jnp.where(better, weight, 0.0), axis=-1, keepdims=True) / total
-        return (share < sampling.top_p) | (sampling.top_p >= 1)
+    def in_top_p(better: jax.Array) -> jax.Array:  # `better`: tokens before this one
+        return jnp.sum(jnp.where(better, weight[:, None], 0.0), axis=-1) / total < sampling.top_p
 
-    return jnp.maximum(least, _least(logits, in_top_p))
+    return jnp.maximum(least, _least(logits, in_top_p, sampling.top_p < 1))
 
 
-def _least(logits: Array, stays: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The least number, [B, 1], that as a score would stay; `stays` is told, [B, V], which scores are better.
+def _least(logits: Array, stay: Callable[[jax.Array], jax.Array], wanted: jax.Array) -> jax.Array:
+    """The least number, [B, 1], that as a score would stay; of rows not `wanted`, [B, 1], -inf.
 
-    What is better than a higher score is less, and the best stays. So halving finds it, among all that float32 has
-    from -inf to 0: these lie in the order of their bits, downwards. A sort of many rows takes longer, and XLA gives it
-    to a library that cannot be part of a CUDA graph.
+    `stay` is told, [B, W, V], which scores are better than each of W numbers. What is better than a higher score is
+    less, and the best stays. So parting finds it, among all that float32 has from -inf to 0: these lie in the order of
+    their bits, downwards. A sort of many rows takes longer, and XLA gives it to a library that cannot be part of a CUDA
+    graph. Of few rows a round takes as long as it takes to start, so there the numbers are parted in more than halves.
     """
+    parts = _PARTS if len(logits) <= _FEW and target().platform != "cpu" else 2
     one = jnp.zeros_like(logits[:, :1], jnp.int32)
 
     def number(bits: jax.Array) -> jax.Array:
         return -jax.lax.bitcast_convert_type(bits, jnp.float32)
 
-    def halved(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def parted(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         good, bad = bounds  # the first stays, and the second does not or is beyond -inf
-        middle = good + (bad - good) // 2
-        fits = stays(jnp.asarray(logits) > number(middle))
-        return jnp.where(fits, middle, good), jnp.where(fits, bad, middle)
+        size = (bad - good + parts - 1) // parts
+        between = jax.lax.optimization_barrier(good + size * jnp.arange(1, parts))
+        fits = (between < bad) & stay(jnp.asarray(logits)[:, None] > number(between)[..., None])
+        good = good + size * jnp.sum(fits, axis=1, keepdims=True, dtype=jnp.int32)
+        return good, jnp.minimum(good + size, bad)
 
-    bounds = one, one + (_INFINITE + 1)
-    good, _ = jax.lax.while_loop(lambda bounds: jnp.any(bounds[1] - bounds[0] > 1), halved, bounds)
-    return number(good)
+    bounds = one, jnp.where(wanted, one + (_INFINITE + 1), one)
+    good, _ = jax.lax.while_loop(lambda bounds: jnp.any(bounds[1] - bounds[0] > 1), parted, bounds)
+    return jnp.where(wanted, number(good), -jnp.inf)
 
 
 def best_of(scores: Float[Array, "B V"], number: int) -> tuple[Int32[jax.Array, "B N"], Float[jax.Array, "B N"]]:

@@ -103,13 +103,17 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Tokens, positions: Positions) -> Float[jax.Array, "B T D"]:
         """What enters the first layer; arguments as in `__call__`."""
+        # Behind the barrier the rows are written once, in 16 bits; without, every use of x would gather them again.
+        return jax.lax.optimization_barrier(self.embedded(tokens, positions))
+
+    def embedded(self, tokens: Tokens, positions: Positions) -> Float[jax.Array, "B T D"]:
+        """`embed` as a part of whatever kernel reads it."""
         x = self.embedding(tokens)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
-        # Behind the barrier the rows are written once, in 16 bits; without, every use of x would gather them again.
-        return jax.lax.optimization_barrier(constrain(x, "batch", "length", "hidden"))
+        return constrain(x, "batch", "length", "hidden")
 
     def run_layers(
         self,

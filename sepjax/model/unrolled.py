@@ -182,7 +182,7 @@ class Layerwise:
         self.config = self._model.config
         self.attention = self._model.attention
         self.gate = self._model.gate
-        self.embed = self._model.embed
+        self.embed, self.embedded = self._model.embed, self._model.embedded
         self.final_norm = self._model.final_norm
         self.output_embedding = self._model.output_embedding
         self.output_matrix = self._model.output_matrix

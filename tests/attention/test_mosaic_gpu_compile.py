@@ -313,17 +313,28 @@ def test_inside_shard_map(h100):
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "in_place"),
     [
-        Shape(2, 576, 9, 3, 64, 1536, 896, (4, 68), 1e-5, 132),
-        pytest.param(Shape(2, 4096, 32, 8, 128, 14336, 896, (4, 68), 1e-5, 132), marks=pytest.mark.soak),
-        pytest.param(Shape(2, 576, 9, 3, 64, 1536, 512, (), 1e-5, 132, stacked=True), marks=pytest.mark.soak),
-        Shape(2, 576, 9, 3, 64, 1536, 896, (4, 68), 1e-5, 132, codes=True),  # half a block of columns in each row
-        pytest.param(Shape(32, 4096, 32, 8, 128, 14336, 896, (), 1e-5, 132, codes=True), marks=pytest.mark.soak),
+        (Shape(2, 576, 9, 3, 64, 1536, 896, (4, 68), 1e-5, 132), True),
+        pytest.param(Shape(2, 4096, 32, 8, 128, 14336, 896, (4, 68), 1e-5, 132), True, marks=pytest.mark.soak),
+        pytest.param(Shape(2, 576, 9, 3, 64, 1536, 512, (), 1e-5, 132, stacked=True), False, marks=pytest.mark.soak),
+        pytest.param(Shape(2, 576, 9, 3, 64, 1536, 512, (), 1e-5, 132, stacked=True), True, marks=pytest.mark.soak),
+        (
+            Shape(2, 576, 9, 3, 64, 1536, 896, (4, 68), 1e-5, 132, codes=True),
+            True,
+        ),  # half a block of columns in each row
+        pytest.param(Shape(32, 4096, 32, 8, 128, 14336, 896, (), 1e-5, 132, codes=True), True, marks=pytest.mark.soak),
     ],
-    ids=["SmolLM2-135M", "Llama-3-8B", "a growing cache", "SmolLM2-135M, 8 bits", "Llama-3-8B, 8 bits"],
+    ids=[
+        "SmolLM2-135M",
+        "Llama-3-8B",
+        "a growing cache, read",
+        "a growing cache",
+        "SmolLM2-135M, 8 bits",
+        "Llama-3-8B, 8 bits",
+    ],
 )
-def test_a_step_of_one_row_compiles_for_an_h100(h100, shape):
+def test_a_step_of_one_row_compiles_for_an_h100(h100, shape, in_place):
     s, placed = shape, jax.NamedSharding(h100, jax.P())
 
     def struct(*shape, dtype=jnp.bfloat16):
@@ -333,7 +344,7 @@ def test_a_step_of_one_row_compiles_for_an_h100(h100, shape):
     layer = tuple(struct(*x.shape, dtype=x.dtype) for x in call.arrays_of(s))
     told = table, table, struct(s.C, dtype=jnp.float32), struct(1, dtype=jnp.int32), vector
     cache = (struct(s.L, s.K, s.C, s.H),) if s.stacked else (struct(s.K, s.C, s.H),) * s.L
-    run = jax.jit(functools.partial(call.run, s), donate_argnums=() if s.stacked else (3, 4))
+    run = jax.jit(functools.partial(call.run, s, in_place=in_place), donate_argnums=(3, 4) if in_place else ())
     with jax.set_mesh(h100):
         compiled = run.lower((layer,) * s.L, struct(s.D), told, cache, cache).compile()
     assert "mosaic_gpu" in compiled.as_text()

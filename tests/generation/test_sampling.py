@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from sepjax.attention.target import Target
 from sepjax.config import ConfigError
 from sepjax.generation import penalties
 from sepjax.generation import sampling as module
@@ -101,6 +102,17 @@ def test_a_row_draws_what_it_would_draw_alone(rows, seed):
     together = drawn(jnp.array(rows), keys(3, seed), sampling)
     alone = [drawn(jnp.array([row]), keys(3, seed)[i : i + 1], sampling)[0] for i, row in enumerate(rows)]
     assert together.tolist() == alone
+
+
+def test_a_search_in_more_than_halves_finds_the_same(monkeypatch):
+    """As few rows are searched on an accelerator."""
+    logits = 3 * jax.random.normal(jax.random.key(0), (2, V)).at[1].set(0.5)
+    settings = [Sampling.create(1.5, k, p) for k in (0, 1, 5, V, 2 * V) for p in (1e-9, 0.3, 0.9, 1.0)]
+    halves = [filtered(logits, x) for x in settings]
+    monkeypatch.setattr(module, "target", lambda: Target("gpu", "any"))
+    in_parts = jax.jit(lambda *given: filter_logits(*given))
+    for x, expected in zip(settings, halves, strict=True):
+        np.testing.assert_array_equal(in_parts(logits, x), expected)
 
 
 def test_top_p_keeps_at_least_the_best_and_top_p_one_keeps_the_tail():

@@ -11,7 +11,6 @@ from sepjax.generation.cache.bounded_run import tables_of
 from sepjax.generation.cache.bounded_step import visible_slots
 from sepjax.generation.cache.rows import next_slots
 from sepjax.model import one_row
-from sepjax.model.layers import once
 from sepjax.model.one_row.shape import Shape
 from sepjax.model.rope import layer_ropes, rope_tables
 
@@ -50,14 +49,22 @@ def one_row_pass(
     is_separator: Bool[Array, "1 1"],
 ) -> tuple[Float[jax.Array, "1 1 D"], "StreamingCache"]:
     """`stream_pass` of one token, of `shape_of_one_row`."""
+    hidden, entries = hidden_of_one_row(shape, model, cache, tokens, jnp.asarray(counts) > 0)
+    grown = cache.bare().append((), (), is_separator, counts)
+    return hidden, grown.with_entries(entries)
+
+
+def hidden_of_one_row(
+    shape: Shape, model: Any, cache: "StreamingCache", tokens: Tokens, active: Bool[Array, "1"]
+) -> tuple[Float[jax.Array, "1 1 D"], tuple[jax.Array, ...]]:
+    """Hidden states of `one_row_pass`, and the cache's `entries` with the token's."""
     positions = cache.query_positions(1)[-shape.zones :]
     cos, sin = (x.reshape(shape.zones, -1) for x in tables_of(cache, positions))
     _, _, slots = next_slots(cache, 1)
-    told = once((cos, sin, _bias(visible_slots(cache, jnp.asarray(counts) > 0)), slots[:, 0]))
-    x = model.embed(tokens, cache.seen_low[:, None])
+    told = cos, sin, _bias(visible_slots(cache, active)), slots[:, 0]
+    x = model.embedded(tokens, cache.seen_low[:, None])
     hidden, k, v = one_row.step(shape, model.by_output, x, told, cache.k, cache.v)
-    grown = cache.bare().append((), (), is_separator, counts)
-    return hidden, grown.with_entries((*k, *v))
+    return hidden, (*k, *v)
 
 
 def shape_of_one_token(model: Any, cache: "SeparatorCache", attention: AttentionConfig) -> Shape | None:
@@ -83,13 +90,25 @@ def one_token_pass(
     attention: AttentionConfig,
 ) -> tuple[Float[jax.Array, "1 1 D"], "SeparatorCache"]:
     """`growing_pass` of one token, of `shape_of_one_token`."""
+    told = told_of_one_token(shape, model, cache, attention)
+    x = model.embedded(tokens, cache.length[:, None])
+    hidden, k, v = one_row.step(shape, model.by_output, x, told, cache.k, cache.v, in_place=False)
+    return hidden, cache.append(k, v, is_global, active)
+
+
+def told_of_one_token(
+    shape: Shape, model: Any, cache: "SeparatorCache", attention: AttentionConfig
+) -> tuple[jax.Array, ...]:
+    """What `one_row.step` is told."""
     tables = rope_tables(cache.length[:, None], layer_ropes(model.config)[0], shape.H)
     assert tables is not None  # `one_row.unsupported` refuses learned positions
     window = layer_windows(attention, shape.L, cache.window_size)[0]
-    told = once((*(x[0] for x in tables), _bias(cache.visible(window)), jnp.zeros(1, jnp.int32)))
-    x = model.embed(tokens, cache.length[:, None])
-    hidden, k, v = one_row.step(shape, model.by_output, x, told, cache.k, cache.v)
-    return hidden, cache.append(k, v, is_global, active)
+    return *(x[0] for x in tables), _bias(cache.visible(window)), next_slot(cache)
+
+
+def next_slot(cache: "SeparatorCache") -> Int32[jax.Array, "B"]:
+    """Where the next token of a growing cache goes, in its ring."""
+    return cache.capacity + cache.length % cache.window_size
 
 
 def _bias(visible: Bool[Array, "1 C"]) -> jax.Array:

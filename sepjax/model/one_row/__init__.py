@@ -72,10 +72,12 @@ def step(
     told: tuple[Any, ...],
     k: Any,
     v: Any,
+    *,
+    in_place: bool = True,
 ) -> tuple[Float[jax.Array, "1 1 D"], Any, Any]:
     """Runs all layers and the last norm on one token. Returns its result, and keys and values with the token's own.
 
-    Of `shape.stacked` these are the token's alone, [L, 1, K, H]: whoever has such a cache appends them.
+    Not `in_place`, of `shape.stacked`, these are the token's alone, [L, 1, K, H], for whoever appends them.
 
     Args:
       shape: of `shape_of`, which `unsupported` has nothing against.
@@ -84,8 +86,9 @@ def step(
       told: cosine and sine [Z, H/2] of the query's position in each zone, the last of which has the token's own key;
         bias float32[C], 0 for a slot that is seen and -inf for others; and the token's slot, int32[1], which nobody
         sees yet.
-      k: keys of each layer, bfloat16[1, K, C, H], to be donated; or of all, [L, 1, K, C, H], which stay as they are.
+      k: keys of each layer, bfloat16[1, K, C, H], to be donated; or of all, [L, 1, K, C, H].
       v: values.
+      in_place: whether the kernel writes the token's into these arrays; else they stay as they are.
 
     Raises:
       NotImplementedError: the shape is not served.
@@ -96,9 +99,10 @@ def step(
     flat = [_arrays(shape, layer) for layer in params["layers"]]
     told = *told, params["final_norm"]["scale"]
     if shape.stacked:
-        hidden, k, v = call.run(shape, flat, x[0, 0], told, (k[:, 0],), (v[:, 0],))
+        hidden, k, v = call.run(shape, flat, x[0, 0], told, (k[:, 0],), (v[:, 0],), in_place=in_place)
         return hidden[None, None], k[0][:, None], v[0][:, None]
-    hidden, k, v = call.run(shape, flat, x[0, 0], told, *(tuple(y[0] for y in ys) for ys in (k, v)))
+    given = (tuple(y[0] for y in ys) for ys in (k, v))
+    hidden, k, v = call.run(shape, flat, x[0, 0], told, *given, in_place=in_place)
     return hidden[None, None], tuple(y[None] for y in k), tuple(y[None] for y in v)
 
 

@@ -1,6 +1,7 @@
 """The kernel as an operation of JAX."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,8 +27,28 @@ def arrays_of(shape: Shape) -> tuple[jax.ShapeDtypeStruct, ...]:
     return *matrices, *(jax.ShapeDtypeStruct((x,), jnp.float32) for x in vectors)
 
 
+def _told_at(shape: Shape) -> tuple[list[int], int]:
+    """Where cosine, sine, bias and slot lie behind the packets, and where that ends, in numbers of 4 bytes."""
+    table, begin = shape.zones * shape.H // 2, shape.packets_at["end"] // 4
+    *at, end = itertools.accumulate((table, table, shape.C, 1), initial=begin)
+    return at, end
+
+
+def _packets(shape: Shape, x: jax.Array, told: Sequence[jax.Array]) -> jax.Array:
+    """What enters the first layer as packets, room for the others, and what the kernel is told: int32[...].
+
+    Number by number, so that XLA makes one kernel of all that a step needs to know; a kernel costs more than its work.
+    """
+    halves = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32).reshape(-1, 2)
+    pairs = halves[:, 0] | (halves[:, 1] << 16)
+    first = jnp.stack([pairs, jnp.ones_like(pairs)], axis=1).reshape(-1)
+    rest = jnp.zeros(shape.packets_at["end"] // 4 - first.size, jnp.int32)
+    bits = [jax.lax.bitcast_convert_type(y.reshape(-1), jnp.int32) for y in told]
+    return jnp.concatenate([first, rest, *bits])
+
+
 @functools.lru_cache(maxsize=8)
-def _kernel(shape: Shape) -> Any:
+def _kernel(shape: Shape, in_place: bool) -> Any:
     L, D, K, C, H = shape.L, shape.D, shape.K, shape.C, shape.H
 
     def s(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -35,32 +56,28 @@ def _kernel(shape: Shape) -> Any:
 
     numbers = functools.partial(s, dtype=jnp.float32)
     layer = arrays_of(shape)
-    table = numbers(shape.zones, H // 2)
-    told = table, table, numbers(C), s(1, dtype=jnp.int32), numbers(D)
     entries = (s(L, K, C, H),) * 2 if shape.stacked else (s(K, C, H),) * (2 * L)
-    packets = s(shape.packets_at["end"] // 4, dtype=jnp.int32)
+    at, end = _told_at(shape)
+    packets = s(end, dtype=jnp.int32)
     out: Any = s(D // 2, dtype=jnp.int32)
 
     def body(_: Any, *refs: Any) -> None:
         *given, (memory,) = refs
         each = len(layer)
-        given, told, rest = given[: each * L], given[each * L : each * L + 5], given[each * L + 5 :]
+        given, final_norm, rest = given[: each * L], given[each * L], given[each * L + 1 :]
+        *caches, packets, out = rest if in_place else rest[:4]
         if shape.stacked:
-            (k, v, packets, out), new = rest[:4], rest[4:]
-            of_layer = K * C * H * 2
-            entries: list[Any] = [
-                ((k, i * of_layer), (v, i * of_layer), *((x, i * K * H * 2) for x in new)) for i in range(L)
-            ]  # fmt: skip
-        else:
-            *caches, packets, out = rest
-            entries = [(caches[i], caches[L + i], caches[i], caches[L + i]) for i in range(L)]
+            caches = [(x, i * K * C * H * 2) for x in caches for i in range(L)]
+        new = caches if in_place else [(x, i * K * H * 2) for x in rest[4:] for i in range(L)]
+        entries = [(*caches[i::L], *new[i::L]) for i in range(L)]
         arrays = [x for i in range(L) for x in (*given[each * i : each * (i + 1)], *entries[i])]
-        strides = (H, 0) if shape.stacked else (C * H, H)
+        told = *((packets, 4 * i) for i in at), final_norm
+        strides = (C * H, H) if in_place else (H, 0)
         Kernel(shape, Warps([*arrays, *told, packets, out], memory), strides).run()
 
     size = shape.shared_at["end"] + shape.stages * shape.stage
-    ins, inouts, outs = (*layer * L, *told), (*entries, packets), out
-    if shape.stacked:
+    ins, inouts, outs = (*layer * L, numbers(D)), (*entries, packets), out
+    if not in_place:
         ins, inouts, outs = (*ins, *entries), (packets,), (out, *(s(L, K, H),) * 2)
     with mlir.make_ir_context(), ir.Location.unknown():
         return mosaic_gpu.as_gpu_kernel(
@@ -71,9 +88,9 @@ def _kernel(shape: Shape) -> Any:
 
 def run(
     shape: Shape, layers: Sequence[Layer], x: jax.Array, told: Sequence[jax.Array], k: Sequence[jax.Array],
-    v: Sequence[jax.Array],
+    v: Sequence[jax.Array], *, in_place: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:  # fmt: skip
-    """What leaves the last norm, and the caches with the token; of `shape.stacked` its own keys and values [L, K, H].
+    """What leaves the last norm, and the caches with the token; or, not `in_place`, its own keys and values [L, K, H].
 
     Args:
       shape: what it is made for.
@@ -82,12 +99,9 @@ def run(
       told: cosine and sine [Z, H/2] of the zones, the slots' bias [C], the token's slot, and the last norm's weights.
       k: of each layer [K, C, H], or one of all [L, K, C, H]; v: the same.
     """
-    L = shape.L
-    pairs = jax.lax.bitcast_convert_type(x.reshape(-1, 2), jnp.int32)
-    first = jnp.stack([pairs, jnp.ones_like(pairs)], axis=1).reshape(-1)
-    packets = jnp.pad(first, (0, shape.packets_at["end"] // 4 - first.size))
-    out, *found = _kernel(shape)(*(y for layer in layers for y in layer), *told, *k, *v, packets)
+    packets = _packets(shape, x, told[:-1])
+    out, *found = _kernel(shape, in_place)(*(y for layer in layers for y in layer), told[-1], *k, *v, packets)
     hidden = jax.lax.bitcast_convert_type(out, jnp.bfloat16).reshape(-1)
-    if shape.stacked:
-        return hidden, tuple(found[:1]), tuple(found[1:2])
-    return hidden, tuple(found[:L]), tuple(found[L : 2 * L])
+    if in_place:
+        return hidden, tuple(found[: len(k)]), tuple(found[len(k) : 2 * len(k)])
+    return hidden, tuple(found[:1]), tuple(found[1:2])

@@ -34,20 +34,20 @@ TABLE = np.arange(64) < 16
 FIRST, STEPS = 90, 2  # tokens before, and those of the kernel: the row compacts among them
 
 
-def simulated(s, layers, x, told, k, v):
+def simulated(s, layers, x, told, k, v, *, in_place):
     """`sepjax.model.one_row.call.run` by simulated warps."""
     news = jax.ShapeDtypeStruct((s.L, s.K, s.H), x.dtype)
 
     def run(layers, x, told, k, v):
         k, v = ([np.array(y) for y in (ys[0] if s.stacked else ys)] for ys in (k, v))
-        new = [np.zeros(news.shape, x.dtype) for _ in range(2)] if s.stacked else (k, v)
+        new = [np.zeros(news.shape, x.dtype) for _ in range(2)] if not in_place else (k, v)
         entries = zip(layers, k, v, *new, strict=True)
         arrays = [y for layer, *entry in entries for y in (*map(np.asarray, layer), *entry)]
         packets = np.zeros((s.packets_at["end"] // 8, 2), np.uint32)
         packets[: x.size // 2] = np.stack([np.array(x).view(np.uint32), np.ones(x.size // 2, np.uint32)], axis=1)
         out = np.zeros(x.size // 2, np.uint32)
         arrays += [*map(np.asarray, told), packets, out]
-        strides = (s.H, 0) if s.stacked else (s.C * s.H, s.H)
+        strides = (s.H, 0) if not in_place else (s.C * s.H, s.H)
         body = lambda m: Kernel(s, m, strides).run()  # noqa: E731
         size = s.shared_at["end"] + s.stages * s.stage
         simulated_warps.run(body, arrays, s.blocks, THREADS // 32 + 1, size)
@@ -56,7 +56,7 @@ def simulated(s, layers, x, told, k, v):
     def new_of(new):
         return [(y,) for y in new] if s.stacked else [tuple(y) for y in new]
 
-    result = (x, (news,), (news,)) if s.stacked else (x, k, v)
+    result = (x, k, v) if in_place else (x, (news,), (news,))
     return jax.pure_callback(run, result, layers, x, told, k, v)
 
 
@@ -64,9 +64,9 @@ def simulated(s, layers, x, told, k, v):
 def on_three_sms(monkeypatch):
     calls = []
 
-    def run(s, *given):
+    def run(s, *given, **how):
         calls.append(s)
-        return simulated(s, *given)
+        return simulated(s, *given, **how)
 
     monkeypatch.setattr(one_row, "target", lambda: Target("gpu", "NVIDIA H100 80GB HBM3", 3, "9.0"))
     monkeypatch.setitem(sys.modules, "sepjax.model.one_row.call", types.SimpleNamespace(run=run))
