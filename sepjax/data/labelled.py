@@ -10,7 +10,9 @@ when a place was reached, each reads the old shares that its rows are of, and ta
 So the batches are what they would have been. A run that moved goes on with the old shares.
 """
 
+import atexit
 import json
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, override
@@ -55,6 +57,7 @@ class LabelledIterator(grain.DatasetIterator[Batch]):
         self._of = self._count  # shares that batches are read in
         self._shares = {self._index: iter(make(self._index, self._count))}
         super().__init__(list(self._shares.values()))
+        _OPEN.add(self)
 
     @override
     def __next__(self) -> Batch:
@@ -151,6 +154,17 @@ class LabelledIterator(grain.DatasetIterator[Batch]):
                 f"the checkpoint's place in the data was reached with {'; '.join(differ)}; resume with what it was, or "
                 "start a new workdir"
             )
+
+
+_OPEN: weakref.WeakSet[LabelledIterator] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Closes what a program leaves open at its end: a thread that still reads then would abort the process."""
+    for each in list(_OPEN):
+        each.close()
+        each._shares, each._parents = {}, ()  # gone while there is a Python to close them in
 
 
 def _the_way_back(before: str, now: str) -> str:

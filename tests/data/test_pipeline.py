@@ -234,6 +234,27 @@ if __name__ == "__main__":
 """
 
 
+LEFT_OPEN = """
+import grain
+from sepjax.data.labelled import Labelled
+
+def share(index, count):
+    numbers = grain.MapDataset.range(10**9).to_iter_dataset()
+    return grain.experimental.ThreadPrefetchIterDataset(numbers, prefetch_buffer_size=4)
+
+batches = iter(Labelled(share, {"process_index": 0, "process_count": 1}))
+print(next(batches))
+"""
+
+
+def test_a_program_may_leave_batches_open():
+    """The thread that reads ahead used to abort the process at its end, or to fill its log."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", LEFT_OPEN]
+    done = subprocess.run(command, env=environment, timeout=240, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
 # Each process imports for three seconds, those of a restored iterator too.
 @pytest.mark.parametrize(
     ("kind", "num_workers"), [("lines", 1), *(pytest.param(x, 2, marks=pytest.mark.soak) for x in ("lines", "hub"))]
