@@ -88,10 +88,10 @@ class Settings:
 
 @functools.cache
 def flags_of(cls: type) -> tuple[Flag, ...]:
-    """The fields of a settings class."""
+    """The fields of a settings class, but those that are no settings (`sepjax.config.model.NO_SETTING`)."""
     hints, told = typing.get_type_hints(cls, include_extras=True), meanings(cls)
     found = []
-    for field in dataclasses.fields(cls):
+    for field in (field for field in dataclasses.fields(cls) if field.metadata.get("setting", True)):
         kind, optional, marks = _read_hint(hints[field.name])
         found.append(Flag(field.name, kind, field.default, optional, marks, told.get(field.name, "")))
     return tuple(found)

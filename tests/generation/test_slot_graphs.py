@@ -130,3 +130,6 @@ def test_an_error_need_not_wait_for_what_compiles_beside_it(monkeypatch):
         assert left == [2], "the program ends without it, too"
     finally:
         ends.set()
+        for thread in threading.enumerate():  # which tells that it has compiled, to a log that is open now
+            if thread.name.startswith("sepjax-compile"):
+                thread.join(60)
