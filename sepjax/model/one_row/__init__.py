@@ -24,7 +24,7 @@ _PLAIN = ("xla", "reference", "tpu")  # implementations by whose names a step is
 # What the kernel does not compute, by field of `ModelConfig`: the value that it takes for granted.
 _GRANTED = {
     "norm": "rmsnorm", "norm_offset": False, "norm_position": "pre", "qk_norm": "none", "activation": "silu",
-    "gated_mlp": True, "attention_bias": False, "qkv_bias": False, "mlp_bias": False, "parallel_residual": False,
+    "gated_mlp": True, "attention_bias": False, "mlp_bias": False, "parallel_residual": False,
     "position_embedding": "rope", "no_rope_layers": (), "residual_scale": 1.0, "attention_scale": 0.0,
     "dtype": "bfloat16",
 }  # fmt: skip
@@ -39,7 +39,7 @@ def shape_of(config: ModelConfig, slots: int, ends: tuple[int, ...] = (), *, sta
     return Shape(
         config.num_layers, config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim,
         slots, ends, config.norm_epsilon, target().num_cores or _H100_SMS, stacked=stacked,
-        codes=config.weight_dtype == "int8",
+        codes=config.weight_dtype == "int8", biased=config.qkv_bias,
     )  # fmt: skip
 
 
@@ -111,6 +111,7 @@ def _arrays(shape: Shape, layer: Params) -> tuple[Any, ...]:
     attention, mlp = layer["attention"], layer["mlp"]
     matrices = [x["rows"] for x in (attention["query+key+value"], attention["out"], mlp["gate+up"], mlp["down"])]
     norms = layer["attention_norm"]["scale"], layer["mlp_norm"]["scale"]
+    biases = [attention["query+key+value"]["bias"]] if shape.biased else []
     if not shape.codes:
-        return *matrices, *norms
-    return *(x.codes for x in matrices), *norms, *(x.scales for x in matrices)
+        return *matrices, *norms, *biases
+    return *(x.codes for x in matrices), *norms, *(x.scales for x in matrices), *biases

@@ -25,7 +25,10 @@ class Products(Digits):
         flag, kept = layer + 1, self.at["digits" if codes else _FEATURES[source]]
         weights = None if norm is None else self._entry(layer, norm)
         # Read ahead, while results are on their way.
-        scales = [self._scales(name, layer, m.select(x, unit, 0)) for x, unit, _ in self._units(name)]
+        ahead = [
+            [self._of_rows(name, f"{name} {vector}", layer, m.select(there, unit, 0)) for vector in ("scales", "bias")]
+            for there, unit, _ in self._units(name)
+        ]
 
         def begin() -> None:
             self._gather(source, flag, weights, squares, tops)
@@ -40,24 +43,26 @@ class Products(Digits):
         (count,) = m.loop(0, chunks, 1, chunk, count)
         m.when(chunks >= 1, lambda: m.meet(1, THREADS))
 
-        def unit(unit: Any, local: Any, scales: list[Any]) -> None:
+        def unit(unit: Any, local: Any, scales: list[Any], biases: list[Any]) -> None:
             sums = self._sums(product, local)
             if tops is not None:
                 factor = self._of_digits(tops)[1]
                 sums = [x * (factor * y) for x, y in zip(sums, scales, strict=True)]
-            factor = None if squares is None else self._root(squares)
-            finish(unit, local, sums if factor is None else [x * factor for x in sums])
+            if squares is not None:
+                factor = self._root(squares)
+                sums = [x * factor for x in sums]
+            finish(unit, local, [x + y for x, y in zip(sums, biases, strict=True)] if biases else sums)
 
-        for (there, i, local), of_unit in zip(self._units(name), scales, strict=True):
-            m.when(there, lambda i=i, local=local, of_unit=of_unit: unit(i, local, of_unit))
+        for (there, i, local), of_unit in zip(self._units(name), ahead, strict=True):
+            m.when(there, lambda i=i, local=local, of_unit=of_unit: unit(i, local, *of_unit))
         return count
 
-    def _scales(self, name: str, layer: Any, unit: Any) -> list[Any]:
-        """Of a unit's rows, where matrices have some."""
+    def _of_rows(self, name: str, vector: str, layer: Any, unit: Any) -> list[Any]:
+        """What a vector has for a unit's rows, where layers have it."""
         m, product = self.m, self.shape.products[name]
-        if not self.shape.codes:
+        if vector not in self.shape.entries:
             return []
-        begin = self._entry(layer, f"{name} scales") + m.wide(unit * 8)
+        begin = self._entry(layer, vector) + m.wide(unit * 8)
         places = [half * product.U * 8 + i * 4 for half in range(product.rows // 2) for i in range(2)]
         return [m.as_float(m.load(begin + x)) for x in places]
 

@@ -103,13 +103,13 @@ def steps(dtype, attention, tokens, model=MODEL):
     ("changes", "zones", "stage", "form"),
     [
         ({}, 3, shape.STAGE, {}),
-        ({"cache_size": 0}, 1, 1024, {}),  # rows in parts, as those of large matrices
+        ({"cache_size": 0}, 1, 1024, {"qkv_bias": True}),  # rows in parts, as those of large matrices
         # Its zones as those of growing ones.
         pytest.param({"stream_positions": "absolute"}, 1, shape.STAGE, {}, marks=pytest.mark.soak),
         ({}, 3, 1024, {"weight_dtype": "int8"}),  # rows in parts, and whole ones of half a block of columns
         pytest.param({}, 3, shape.STAGE, {"weight_dtype": "int8"}, marks=pytest.mark.soak),
     ],
-    ids=["bounded", "growing", "positions of the text", "8 bits in parts", "8 bits"],
+    ids=["bounded", "growing, biases", "positions of the text", "8 bits in parts", "8 bits"],
 )
 def test_the_kernel_steps_as_xla(on_three_sms, monkeypatch, changes, zones, stage, form):
     monkeypatch.setattr(shape, "STAGE", stage)
@@ -169,6 +169,7 @@ ON_A_GPU = {
     "rows in parts, heads of 128": (ModelConfig(64, 2, 1024, 16, 4, 128, 14336), {}),
     "growing": (ModelConfig(64, 3, 576, 9, 3, 64, 1536), {"cache_size": 0}),
     "8 bits": (ModelConfig(64, 3, 576, 9, 3, 64, 1536, weight_dtype="int8"), {}),
+    "Qwen2.5-0.5B's shape": (ModelConfig(64, 3, 896, 14, 2, 64, 4864, qkv_bias=True), {}),
 }
 
 
