@@ -320,7 +320,7 @@ def test_inside_shard_map(h100):
         pytest.param(Shape(2, 576, 9, 3, 64, 1536, 512, (), 1e-5, 132, stacked=True), False, marks=pytest.mark.soak),
         pytest.param(Shape(2, 576, 9, 3, 64, 1536, 512, (), 1e-5, 132, stacked=True), True, marks=pytest.mark.soak),
         (
-            Shape(2, 576, 9, 3, 64, 1536, 896, (4, 68), 1e-5, 132, codes=True, biased=True),
+            Shape(2, 576, 9, 3, 64, 1536, 896, (4, 68), 1e-5, 132, codes=True, biased=True, head_norms=True),
             True,
         ),  # half a block of columns in each row
         pytest.param(Shape(32, 4096, 32, 8, 128, 14336, 896, (), 1e-5, 132, codes=True), True, marks=pytest.mark.soak),
@@ -330,7 +330,7 @@ def test_inside_shard_map(h100):
         "Llama-3-8B",
         "a growing cache, read",
         "a growing cache",
-        "8 bits, biases",
+        "8 bits, biases, norms of heads",
         "Llama-3-8B, 8 bits",
     ],
 )

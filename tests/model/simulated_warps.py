@@ -178,8 +178,13 @@ class SimulatedWarps:
         return found
 
     def load(self, at: np.ndarray) -> np.ndarray:
-        array, places = self._found(at, np.uint32)
-        return self._spread(array[places].astype(np.int64))
+        found, before = np.zeros(WARP, np.int64), self.mask
+        for number in np.unique(at[before] >> _SHIFT):  # lanes may read different arrays
+            self.mask = before & (at >> _SHIFT == number)
+            array, places = self._found(at, np.uint32)
+            found += self._spread(array[places].astype(np.int64))
+        self.mask = before
+        return found
 
     def store(self, at: np.ndarray, x: np.ndarray) -> None:
         array, places = self._found(at, np.uint32)

@@ -23,7 +23,7 @@ _H100_SMS = 132  # where the device does not tell
 _PLAIN = ("xla", "reference", "tpu")  # implementations by whose names a step is plain XLA
 # What the kernel does not compute, by field of `ModelConfig`: the value that it takes for granted.
 _GRANTED = {
-    "norm": "rmsnorm", "norm_offset": False, "norm_position": "pre", "qk_norm": "none", "activation": "silu",
+    "norm": "rmsnorm", "norm_offset": False, "norm_position": "pre", "activation": "silu",
     "gated_mlp": True, "attention_bias": False, "mlp_bias": False, "parallel_residual": False,
     "position_embedding": "rope", "no_rope_layers": (), "residual_scale": 1.0, "attention_scale": 0.0,
     "dtype": "bfloat16",
@@ -40,6 +40,7 @@ def shape_of(config: ModelConfig, slots: int, ends: tuple[int, ...] = (), *, sta
         config.num_layers, config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim,
         slots, ends, config.norm_epsilon, target().num_cores or _H100_SMS, stacked=stacked,
         codes=config.weight_dtype == "int8", biased=config.qkv_bias,
+        head_norms=config.qk_norm == "head",
     )  # fmt: skip
 
 
@@ -57,6 +58,8 @@ def unsupported(config: ModelConfig, shape: Shape, implementation: str | None = 
         return f"it needs an NVIDIA Hopper GPU (compute capability 9.0), the device is {device}"
     if jax.sharding.get_abstract_mesh().size > 1:
         return "it runs on one device, the mesh has several"
+    if config.qk_norm == "width":
+        return "it computes norms of heads, model.qk_norm='width' is one of all heads"
     other = [name for name, value in _GRANTED.items() if getattr(config, name) != value]
     if other:
         return f"it computes model.{other[0]}={_GRANTED[other[0]]!r}, got {getattr(config, other[0])!r}"
@@ -111,7 +114,8 @@ def _arrays(shape: Shape, layer: Params) -> tuple[Any, ...]:
     attention, mlp = layer["attention"], layer["mlp"]
     matrices = [x["rows"] for x in (attention["query+key+value"], attention["out"], mlp["gate+up"], mlp["down"])]
     norms = layer["attention_norm"]["scale"], layer["mlp_norm"]["scale"]
-    biases = [attention["query+key+value"]["bias"]] if shape.biased else []
+    others = [attention["query+key+value"]["bias"]] if shape.biased else []
+    others += [attention[name]["scale"] for name in ("query_norm", "key_norm")] if shape.head_norms else []
     if not shape.codes:
-        return *matrices, *norms, *biases
-    return *(x.codes for x in matrices), *norms, *(x.scales for x in matrices), *biases
+        return *matrices, *norms, *others
+    return *(x.codes for x in matrices), *norms, *(x.scales for x in matrices), *others

@@ -37,7 +37,12 @@ class Attention(Block):
         total = (s.G + 2) * quarter
         for begin in range(0, total, THREADS):
             i = m.thread + begin
-            m.when(i < total, lambda i=i: self._turn(layer, head, share, flag, i // quarter, i % quarter))
+            there = i < total
+            # Where there are norms of heads, threads of a warp add up: all of one that has a vector come.
+            here, i = (m.warp * 32 + begin < total, m.select(there, i, 0)) if s.head_norms else (there, i)
+            m.when(
+                here, lambda i=i, there=there: self._turn(layer, head, share, flag, i // quarter, i % quarter, there)
+            )
         m.meet(1, THREADS)
 
         def own_score() -> None:
@@ -57,13 +62,19 @@ class Attention(Block):
     def _scale(self) -> float:
         return self.shape.H**-0.5 * _LOG2E
 
-    def _turn(self, layer: Any, head: Any, share: Any, flag: Any, which: Any, j: Any) -> None:
-        """Packets j and H / 4 + j of a vector: of a query, the key behind them or the value behind that."""
+    def _turn(self, layer: Any, head: Any, share: Any, flag: Any, which: Any, j: Any, there: Any) -> None:
+        """Packets j and H / 4 + j of a vector: of a query, the key behind them or the value behind that; written where
+        the thread is `there`.
+        """
         m, s, quarter, half = self.m, self.shape, self.shape.H // 4, self.shape.H // 2
         of_new = head + (s.N - s.K) + (which - (s.G - 1)) * s.K  # keys stand after all queries, then values
         packet = m.select(which < s.G, head * s.G + which, of_new) * half + j
+        weights = self._head_weights(layer, which, j) if s.head_norms else []
         pairs = m.receive([self._packet("qkv", packet + x) for x in (0, quarter)], flag)
         (a, b), (c, d) = ((m.low_half(x), m.high_half(x)) for x in pairs)
+        if weights:
+            factor = self._head_factor(a * a + b * b + (c * c + d * d))
+            a, b, c, d = (x * factor * y for x, y in zip((a, b, c, d), weights, strict=True))
 
         def turned(zone: int) -> tuple[Any, Any]:
             at = j * 8 + (zone * half * 4 + self.at["turns"])
@@ -89,9 +100,22 @@ class Attention(Block):
                 to = address + m.wide((j + i * quarter) * 4)
                 m.when(m.same(share, 0), lambda to=to, word=word: m.store(to, word))
 
-        m.when(which < s.G, query)
-        m.when(m.same(which, s.G), lambda: new(turned(s.zones - 1), 0, "new k"))
-        m.when(m.same(which, s.G + 1), lambda: new(pairs, 1, "new v"))
+        m.when(m.both(there, which < s.G), query)
+        m.when(m.both(there, m.same(which, s.G)), lambda: new(turned(s.zones - 1), 0, "new k"))
+        m.when(m.both(there, m.same(which, s.G + 1)), lambda: new(pairs, 1, "new v"))
+
+    def _head_weights(self, layer: Any, which: Any, j: Any) -> list[Any]:
+        """Of the norm of a head's query or key: those of the four numbers of two packets."""
+        m, s = self.m, self.shape
+        begin = m.select(which < s.G, self._entry(layer, "query norm"), self._entry(layer, "key norm"))
+        return [m.as_float(m.load(begin + m.wide((j * 2 + x) * 4))) for x in (0, 1, s.H // 2, s.H // 2 + 1)]
+
+    def _head_factor(self, squares: Any) -> Any:
+        """What a head's norm multiplies by, of the squares of all threads that have its vector."""
+        m, distance = self.m, self.shape.H // 8
+        while distance:
+            squares, distance = squares + m.from_lane_xor(squares, distance), distance // 2
+        return m.rsqrt(squares * (1.0 / self.shape.H) + self.shape.epsilon)
 
     def _tile(self, number: Any, count: Any, state: list[Any]) -> list[Any]:
         """The state after the slots of a tile, 8 a warp: of lane 4 g + t query g's maximum and part of the sum of its

@@ -19,11 +19,12 @@ type Layer = tuple[Any, ...]
 
 
 def arrays_of(shape: Shape) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """A layer's: matrices of q, k, v; output; gate with up; down; both norms' weights; if any, scales, and biases."""
+    """A layer's: matrices of q, k, v; output; gate with up; down; both norms' weights; and what `Shape.entries` has."""
     D, F, outputs = shape.D, shape.F, (shape.N + 2 * shape.K) * shape.H
     sizes = (outputs, D), (D, shape.N * shape.H), (2 * F, D), (D, F)
     matrices = [jax.ShapeDtypeStruct(x, jnp.int8 if shape.codes else jnp.bfloat16) for x in sizes]
     vectors = [D, D, *([x[0] for x in sizes] if shape.codes else []), *([outputs] if shape.biased else [])]
+    vectors += [shape.H, shape.H] if shape.head_norms else []
     return *matrices, *(jax.ShapeDtypeStruct((x,), jnp.float32) for x in vectors)
 
 

@@ -83,13 +83,14 @@ class Shape:
     stacked: bool = False  # whether the caches of all layers are one array, which stays as it is
     codes: bool = False  # whether matrices have 8 bits, and scales
     biased: bool = False  # whether queries, keys and values have biases
+    head_norms: bool = False  # whether each head's query and key have an RMS norm
 
     @property
     def entries(self) -> tuple[str, ...]:
         """What a layer has an address of: its arrays as given, then its cache and where new entries are written."""
         scales = ("qkv scales", "out scales", "into scales", "down scales") if self.codes else ()
-        biases = ("qkv bias",) if self.biased else ()
-        return "qkv", "out", "into", "down", "norm", "mlp norm", *scales, *biases, "k", "v", "new k", "new v"
+        others = [*(["qkv bias"] if self.biased else []), *(["query norm", "key norm"] if self.head_norms else [])]
+        return "qkv", "out", "into", "down", "norm", "mlp norm", *scales, *others, "k", "v", "new k", "new v"
 
     @property
     def G(self) -> int:

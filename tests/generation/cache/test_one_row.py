@@ -102,14 +102,14 @@ def steps(dtype, attention, tokens, model=MODEL):
 @pytest.mark.parametrize(
     ("changes", "zones", "stage", "form"),
     [
-        ({}, 3, shape.STAGE, {}),
+        ({}, 3, shape.STAGE, {"qk_norm": "head"}),
         ({"cache_size": 0}, 1, 1024, {"qkv_bias": True}),  # rows in parts, as those of large matrices
         # Its zones as those of growing ones.
         pytest.param({"stream_positions": "absolute"}, 1, shape.STAGE, {}, marks=pytest.mark.soak),
         ({}, 3, 1024, {"weight_dtype": "int8"}),  # rows in parts, and whole ones of half a block of columns
         pytest.param({}, 3, shape.STAGE, {"weight_dtype": "int8"}, marks=pytest.mark.soak),
     ],
-    ids=["bounded", "growing, biases", "positions of the text", "8 bits in parts", "8 bits"],
+    ids=["bounded, norms of heads", "growing, biases", "positions of the text", "8 bits in parts", "8 bits"],
 )
 def test_the_kernel_steps_as_xla(on_three_sms, monkeypatch, changes, zones, stage, form):
     monkeypatch.setattr(shape, "STAGE", stage)
@@ -137,7 +137,9 @@ def test_who_is_served(on_three_sms, monkeypatch):
         return one_row.unsupported(config, one_row.shape_of(config, 128, (2, 32)), implementation) or ""
 
     assert not reason()
-    assert "qk_norm='none', got 'head'" in reason(qk_norm="head")
+    assert not reason(qk_norm="head", qkv_bias=True)
+    assert "model.qk_norm='width' is one of all heads" in reason(qk_norm="width")
+    assert "norm_offset=False, got True" in reason(norm_offset=True)
     assert "bfloat16" in reason(dtype="float16")
     assert "heads of 64 and 128, got 32" in reason(head_dim=32)
     assert "64 numbers of a row at a time, the model is 48 wide" in reason(embed_dim=48)
@@ -169,6 +171,7 @@ ON_A_GPU = {
     "rows in parts, heads of 128": (ModelConfig(64, 2, 1024, 16, 4, 128, 14336), {}),
     "growing": (ModelConfig(64, 3, 576, 9, 3, 64, 1536), {"cache_size": 0}),
     "8 bits": (ModelConfig(64, 3, 576, 9, 3, 64, 1536, weight_dtype="int8"), {}),
+    "Qwen3-0.6B's shape": (ModelConfig(64, 3, 1024, 16, 8, 128, 3072, qk_norm="head"), {}),
     "Qwen2.5-0.5B's shape": (ModelConfig(64, 3, 896, 14, 2, 64, 4864, qkv_bias=True), {}),
 }
 
