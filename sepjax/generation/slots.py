@@ -52,12 +52,12 @@ from sepjax.generation.slot_device import Coming, SlotDevice
 from sepjax.generation.slot_pace import Pace
 from sepjax.generation.slot_request import Flight, Numbers, Run, Slot, SlotError, SlotRequest
 from sepjax.generation.slot_turns import Turns, ending, steps_of
-from sepjax.promotion import methods_as_usual
+from sepjax.promotion import as_usual, methods_as_usual
 
 _AT_A_TIME = 128  # rows
 
 
-@methods_as_usual("__init__", "submit", "step", "save", "view", "alone")
+@methods_as_usual("__init__", "submit", "save", "view", "alone")
 class Slots:
     """Continuous batching: requests that come and go over a fixed number of rows. Made by `Generator.slots`."""
 
@@ -206,7 +206,7 @@ class Slots:
         next call has the events of this one too. Raises SlotError where a step has not ended (`interrupt.check`).
         """
         interrupt.check("these slots", self._is_stepping, SlotError)
-        with interrupt.Deferred():
+        with interrupt.Deferred(), as_usual():
             self._is_stepping = True
             self._settled = [event for part in self.parts(joined=False) for event in part]
             self._is_stepping = False

@@ -32,11 +32,11 @@ from sepjax.generation.row import CacheUse, Row, RowSettings, StreamEvent
 from sepjax.generation.sampling import Sampling
 from sepjax.generation.saved import StreamStateError
 from sepjax.generation.saved_row import SavedRow
-from sepjax.promotion import methods_as_usual
+from sepjax.promotion import as_usual, methods_as_usual
 from sepjax.separators import warn_of_few_in
 
 
-@methods_as_usual("__init__", "__next__", "feed", "view", "saved", "resume", "save", "restore")
+@methods_as_usual("__init__", "feed", "view", "saved", "resume", "save", "restore")
 class Stream(Iterator[StreamEvent]):
     """An iterator of `StreamEvent`: one text, or the turns of a conversation. Made by `Generator.stream`."""
 
@@ -152,10 +152,12 @@ class Stream(Iterator[StreamEvent]):
             if self._is_closed or self._row.finish_reason is not None or not (self._has_drawn or self._pending):
                 raise StopIteration
             self._check_is_whole()
-            with interrupt.Deferred() as deferred:
+            with interrupt.Deferred() as deferred, as_usual():
                 self._event = self._step(deferred)
+        if self._event.finish_reason == "error":
+            event, self._event = self._event, None
+            lost.check(event.finish_reason, event.cache.seen)
         event, self._event = self._event, None  # without a call in between, nothing interrupts
-        lost.check(event.finish_reason, event.cache.seen)
         return event
 
     def _check_is_whole(self) -> None:

@@ -11,6 +11,7 @@ from sepjax.generation.saved import StreamStateError
 from sepjax.generation.slot_request import SlotError
 from sepjax.generation.slots import Slots
 from sepjax.generation.stream import Stream
+from sepjax.promotion import as_usual
 from tests.generation.tiny import LONG, ROWS, tiny_engine
 
 
@@ -60,6 +61,17 @@ def test_a_stream_loses_nothing_to_ctrl_c(monkeypatch, tmp_path):
     event = next(after)
     assert event.token_ids == expected[4].token_ids
     assert event.text == expected[3].text + expected[4].text
+
+
+def test_nothing_is_lost_where_promotion_is_put_back(monkeypatch):
+    """Which is done after every step."""
+    events = tiny_engine().stream("One", stop_at_eos=False)
+    expected = [next(events) for _ in range(3)]
+    events = tiny_engine().stream("One", stop_at_eos=False)
+    pressing(monkeypatch, as_usual, "__exit__", {0, 2})
+    found = [stubborn(lambda: next(events)) for _ in range(3)]
+    assert [event for event, _ in found] == expected
+    assert [presses for _, presses in found] == [1, 0, 1]
 
 
 def test_a_stream_that_was_broken_says_so(monkeypatch):
