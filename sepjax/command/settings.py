@@ -28,7 +28,7 @@ from typing import Any
 from absl import flags
 
 from sepjax.config import Config
-from sepjax.config.checks import ConfigError, at_least, at_most, check_type, one_of, whole_numbers
+from sepjax.config.checks import ConfigError, at_least, at_most, check_type, one_of, settings_of, whole_numbers
 
 _WIDTH, _COLUMN = 120, 32  # of --help: where lines end, and where meanings begin
 
@@ -88,10 +88,10 @@ class Settings:
 
 @functools.cache
 def flags_of(cls: type) -> tuple[Flag, ...]:
-    """The fields of a settings class, but those that are no settings (`sepjax.config.model.NO_SETTING`)."""
+    """The fields of a settings class, but those that are no settings (`sepjax.config.checks.NO_SETTING`)."""
     hints, told = typing.get_type_hints(cls, include_extras=True), meanings(cls)
     found = []
-    for field in (field for field in dataclasses.fields(cls) if field.metadata.get("setting", True)):
+    for field in settings_of(cls):
         kind, optional, marks = _read_hint(hints[field.name])
         found.append(Flag(field.name, kind, field.default, optional, marks, told.get(field.name, "")))
     return tuple(found)

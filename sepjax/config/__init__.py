@@ -31,6 +31,7 @@ from sepjax.config.checks import at_least as _at_least
 from sepjax.config.checks import check_type as _check_type
 from sepjax.config.checks import check_types as _check_types
 from sepjax.config.checks import one_of as _one_of
+from sepjax.config.checks import settings_of as _settings_of
 from sepjax.config.checks import type_name as _type_name
 from sepjax.config.lora import LoraConfig, validate_lora
 from sepjax.config.model import WEIGHT_DTYPES, ModelConfig, validate_model, with_own_window
@@ -251,7 +252,7 @@ def _from_dict(cls: Any, values: Any, path: str) -> Any:
 def field_types(cls: Any = Config, prefix: str = "") -> dict[str, str]:
     """Dotted name -> type of every single setting: {"model.vocab_size": "int", ...}."""
     types = {}
-    for field in (field for field in dataclasses.fields(cls) if field.metadata.get("setting", True)):
+    for field in _settings_of(cls):
         name = prefix + field.name
         types |= field_types(field.type, f"{name}.") if dataclasses.is_dataclass(field.type) else {name: field.type}
     return {name: _type_name(kind) for name, kind in types.items()}

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import operator
+import types
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -82,6 +83,14 @@ def whole_numbers(flag: str, values: Sequence[str], *, least: int = 1) -> tuple[
             f"--{flag} takes whole numbers of {least} or more with commas between them, got {','.join(values)!r}"
         )
     return tuple(map(int, values))
+
+
+NO_SETTING = types.MappingProxyType({"setting": False})  # metadata of a field that runs have at its default
+
+
+def settings_of(cls: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass, but those of `NO_SETTING`."""
+    return [field for field in dataclasses.fields(cls) if field.metadata.get("setting", True)]
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 import dataclasses
 import math
-import types
 
 from sepjax.config.attention import EVERYTHING, AttentionConfig, under
-from sepjax.config.checks import ConfigError
+from sepjax.config.checks import NO_SETTING, ConfigError
 from sepjax.config.checks import at_least as _at_least
 from sepjax.config.checks import one_of as _one_of
 from sepjax.config.rope import SCALINGS, RopeConfig, same_rope
 
 WEIGHT_DTYPES = ("model", "int8")
-NO_SETTING = types.MappingProxyType({"setting": False})  # of a field that runs have at its default
 
 
 @dataclasses.dataclass(unsafe_hash=True)

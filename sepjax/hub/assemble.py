@@ -75,10 +75,10 @@ def assemble(
     for name, in_layers, leaf in flat(tree):
         row, part = where[name]
         inputs = inputs_of(name, in_layers, config.tie_embeddings) if config.weight_dtype == "int8" else None
-        is_matrix = leaf.ndim - in_layers > 1 and not name.endswith("/bias")
+        is_matrix = is_matmuls(name.split("/"), leaf.ndim - in_layers)
         wanted = "float32" if inputs else of_all or (matrix_dtype if is_matrix else None)
         dtype = _dtype(source, row, config, wanted)
-        if param_dtype == WORKING and not inputs and is_matmuls(name.split("/"), leaf.ndim - in_layers):
+        if param_dtype == WORKING and is_matrix and not inputs:
             dtype = min(dtype, used, key=lambda x: x.itemsize)
         read = _reader(source, row, part, [shapes[ours] for ours in row.ours], leaf.shape, dtype)
         key = tuple(f"{'layers/' * in_layers}{name}".split("/"))

@@ -245,6 +245,24 @@ def test_decoding_from_codes_compiles_for_an_h100(h100, shape, several, dtype, l
     assert "mosaic_gpu" in compiled.as_text()
 
 
+def compiled_layers(h100, config, rows):
+    """The main computation of all layers of so many rows, compiled: a token each, and next to no attention."""
+    graph, shapes = abstract(config)
+    placed = jax.NamedSharding(h100, jax.P())
+
+    def layers(params, x):
+        attend = lambda q, k, v, _: (q + jnp.repeat(k + v, 3, axis=2), None)  # noqa: E731
+        return Layerwise(graph, params).run_layers(x, attend, None)[0]
+
+    with jax.set_mesh(h100):
+        given = (
+            jax.eval_shape(lambda x: by_layer(x, config), shapes),
+            jax.ShapeDtypeStruct((rows, 1, config.embed_dim), jnp.bfloat16),
+        )
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), given)
+        return jax.jit(layers).lower(*given).compile().as_text().partition("\nENTRY ")[2]
+
+
 def test_a_layer_of_one_row_is_few_kernels(h100):
     """A norm and the products after it are one; so are a product and the sum after it.
 
@@ -254,21 +272,7 @@ def test_a_layer_of_one_row_is_few_kernels(h100):
         vocab_size=64, num_layers=3, embed_dim=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
         dtype="bfloat16",
     )  # fmt: skip
-    graph, shapes = abstract(config)
-    placed = jax.NamedSharding(h100, jax.P())
-
-    def layers(params, x):
-        attend = lambda q, k, v, _: (q + jnp.repeat(k + v, 3, axis=2), None)  # noqa: E731
-        return Layerwise(graph, params).run_layers(x, attend, None)[0]
-
-    with jax.set_mesh(h100):
-        params, x = (
-            jax.eval_shape(lambda x: by_layer(x, config), shapes),
-            jax.ShapeDtypeStruct((1, 1, 576), jnp.bfloat16),
-        )
-        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), (params, x))
-        text = jax.jit(layers).lower(*given).compile().as_text()
-    _, _, entry = text.partition("\nENTRY ")
+    entry = compiled_layers(h100, config, 1)
     kernels = [line for line in entry.splitlines() if " fusion(" in line or " custom-call(" in line]
     # Of a layer QKV, what stands for attention (one or two), its projection, gate with up, their activation, down.
     assert len(kernels) <= 7 * config.num_layers, kernels
@@ -282,21 +286,7 @@ def test_matrices_of_8_bits_are_never_written_in_16(h100, rows):
         vocab_size=64, num_layers=1, embed_dim=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536,
         dtype="bfloat16", weight_dtype="int8",
     )  # fmt: skip
-    graph, shapes = abstract(config)
-    placed = jax.NamedSharding(h100, jax.P())
-
-    def layers(params, x):
-        attend = lambda q, k, v, _: (q + jnp.repeat(k + v, 3, axis=2), None)  # noqa: E731
-        return Layerwise(graph, params).run_layers(x, attend, None)[0]
-
-    with jax.set_mesh(h100):
-        given = (
-            jax.eval_shape(lambda x: by_layer(x, config), shapes),
-            jax.ShapeDtypeStruct((rows, 1, 576), jnp.bfloat16),
-        )
-        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), given)
-        compiled = jax.jit(layers).lower(*given).compile()
-    _, _, entry = compiled.as_text().partition("\nENTRY ")
+    entry = compiled_layers(h100, config, rows)
     assert "s8[3072,576]" in entry, "the codes of gate and up, by their outputs"
     assert not re.search(r"= (bf16|f32)\[(3072,576|960,576|576,576|576,1536)\]", entry)
 
