@@ -154,10 +154,11 @@ class Stream(Iterator[StreamEvent]):
             self._check_is_whole()
             with interrupt.Deferred() as deferred, as_usual():
                 self._event = self._step(deferred)
-        if self._event.finish_reason == "error":
-            event, self._event = self._event, None
+        event = self._event
+        if event.finish_reason == "error":
+            self._event = None
             lost.check(event.finish_reason, event.cache.seen)
-        event, self._event = self._event, None  # without a call in between, nothing interrupts
+        self._event = None  # without a call before it is given, nothing interrupts
         return event
 
     def _check_is_whole(self) -> None:
