@@ -1,7 +1,7 @@
 """Steps of a stream that are made before they are asked for: several in one call of the device.
 
 A call takes the host a millisecond or more, several times as long as a step of a small model takes a GPU. So a stream
-makes up to 16 steps a call, and hands their tokens out one by one. They are what steps one by one would have drawn, bit
+makes up to 32 steps a call, and hands their tokens out one by one. They are what steps one by one would have drawn, bit
 for bit. A stream that is saved, fed or looked at between two of them must stand there: a copy of its state from before
 the call is kept, from which as many steps as were handed out are made again.
 
@@ -20,7 +20,7 @@ import numpy as np
 from sepjax.generation.device_loop import DecodeState, Request, make_advance
 from sepjax.generation.prepared import Prepared
 
-MOST = 16  # steps a call
+MOST = 32  # steps a call
 _SECONDS = 0.02  # that a call should take at most: nobody sees that tokens come together
 _MOST_BYTES = 2**28  # of a state that is copied, which takes some of the device's time and memory
 
@@ -72,9 +72,13 @@ class Ahead:
         """
         if len(self):
             self.column += 1
-            if not len(self):
-                self._before = None
-            return state
+        else:
+            state = self._called(state, request, most, told)
+        if not len(self):
+            self._before = None  # which nobody needs any more
+        return state
+
+    def _called(self, state: DecodeState, request: Request, most: int, told: bool) -> DecodeState:
         size = max(1, min(self._size, most))
         size = size if _is_small(state) else 1
         began, self._first = time.perf_counter(), MOST - size
@@ -103,8 +107,7 @@ class Ahead:
 
     def settled(self, state: DecodeState) -> DecodeState:
         """The state behind the step that was handed out last, where `state` is that behind all; forgets the others."""
-        if len(self):
-            assert self._before is not None and self._request is not None  # of several steps
+        if self._before is not None and self._request is not None:
             self._size = self.column - self._first + 1  # as many as were wanted
             state, _ = self.program(*self._given(self._before, self._request, self._size))
         self._clear()

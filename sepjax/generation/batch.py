@@ -169,8 +169,8 @@ def ready(
 ) -> None:
     """Compiles what `reader` reads with what it is given, beside the steps that follow: the first token waits for all.
 
-    So nothing waits after it: a text does not stop behind its first token. `steps` are programs by their names, each with
-    what it is given where rows stand then; `key` is of all of them.
+    So nothing waits after it: a text does not stop behind its first token. `steps` are programs by their names, each
+    with what it is given where rows stand then; `key` is of all of them.
     """
     of_reading, reading = reader.to_compile(*given)
 
