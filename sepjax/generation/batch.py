@@ -1,7 +1,7 @@
 """Answers to prompts, in one batch or several: each is driven on the device until every row has ended."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from sepjax.config import ConfigError
 from sepjax.generation import lost
-from sepjax.generation.device_loop import Request, Steps, make_advance, make_ready
+from sepjax.generation.device_loop import DecodeState, Request, Steps, make_advance, make_ready
 from sepjax.generation.limits import CacheTooLarge
 from sepjax.generation.lost import LOST
 from sepjax.generation.prepared import Prepared
@@ -149,7 +149,8 @@ def run(
     request, taken = request_of(of, settings, sampling, len(rows)), [len(ids) for ids in prompts]
     advance = make_advance(of.graph, of.attention, num_steps)
     given = reader.empty(keys), prompts, request, 0, settings.max_new_tokens
-    ready(of, reader, advance, given)
+    going = np.zeros(len(rows), bool)
+    ready(advance, reader, given, lambda state: {"steps": (advance, of.params, state, going, request)})
     state, steps = reader.read(*given)
     while True:
         steps = jax.device_get(steps)
@@ -163,18 +164,21 @@ def run(
         state, steps = advance(of.params, state, ended, request)
 
 
-def ready(of: Prepared, reader: Reader, advance: Any, given: tuple[Any, ...]) -> None:
+def ready(
+    key: Hashable, reader: Reader, given: tuple[Any, ...], steps: Callable[[DecodeState], dict[str, tuple[Any, ...]]]
+) -> None:
     """Compiles what `reader` reads with what it is given, beside the steps that follow: the first token waits for all.
 
-    So nothing waits after it: a text does not stop behind its first token.
+    So nothing waits after it: a text does not stop behind its first token. `steps` are programs by their names, each
+    with what it is given where rows stand then; `key` is of all of them.
     """
-    key, reading = reader.to_compile(*given)
+    of_reading, reading = reader.to_compile(*given)
 
     def programs() -> dict[str, tuple[Any, ...]]:
         found, state = reading()
-        return {"steps": (advance, of.params, state, np.zeros(len(given[1]), bool), given[2])} | found
+        return steps(state) | found
 
-    make_ready((advance, key), programs)
+    make_ready((key, of_reading), programs)
 
 
 def _events(rows: Sequence[Row], taken: Sequence[int], steps: Steps, nbytes: int) -> Iterator[tuple[int, StreamEvent]]:

@@ -135,7 +135,7 @@ def _first(state: DecodeState, logits: jax.Array, request: Request) -> tuple[Dec
 @functools.cache
 def make_advance(
     graph: nnx.GraphDef, attention: AttentionConfig, num_steps: int
-) -> Callable[[Params, DecodeState, Array, Request], tuple[DecodeState, Steps]]:
+) -> Callable[..., tuple[DecodeState, Steps]]:
     """`advance` compiled for one model and pattern, its state donated: the arrays of the argument are used up.
 
     Fetched once a job: to hash a graph for every call takes longer than a step of a small model.
@@ -152,10 +152,12 @@ def advance(
     state: DecodeState,
     ended: Bool[Array, "B"],
     request: Request,
+    first: Int32[Array, ""] | int = 0,
 ) -> tuple[DecodeState, Steps]:
     """Decodes and draws up to `num_steps` tokens a row; fewer when all rows have ended or the cache must grow.
 
-    `ended` are rows that the host has ended since.
+    `ended` are rows that the host has ended since. Steps are counted from `first` on, and so are their columns of the
+    record: `num_steps - first` of them at most, by one program for any number.
     """
 
     def body(carry: tuple[jax.Array, DecodeState, Steps]) -> tuple[jax.Array, DecodeState, Steps]:
@@ -181,7 +183,7 @@ def advance(
     none = jnp.full((len(ended), num_steps), -1, jnp.int32)
     top = jnp.zeros((*none.shape, min(MOST_TOP, len(request.table))), jnp.int32)
     record = Steps(none, none, jnp.zeros(none.shape), top, top.astype(jnp.float32), _is_stuck(state))
-    carry = jnp.int32(0), state, record
+    carry = jnp.asarray(first, jnp.int32), state, record
     alone = _steps_of_one_row(graph, attention, params, state, request, num_steps)
     _, state, steps = _looped(goes_on, body, carry, alone)
     return dataclasses.replace(state, uses=whole(state.uses)), steps

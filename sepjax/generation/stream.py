@@ -22,9 +22,10 @@ from sepjax import interrupt
 from sepjax.array_typing import Int32
 from sepjax.config import UserError
 from sepjax.generation import lost
+from sepjax.generation.ahead import MOST, Ahead
 from sepjax.generation.batch import ready, request_of
 from sepjax.generation.cache.view import CacheView
-from sepjax.generation.device_loop import DecodeState, Steps, make_advance
+from sepjax.generation.device_loop import DecodeState, Request
 from sepjax.generation.prepared import Prepared
 from sepjax.generation.prompts import Prompt, encode_prompts, row_keys
 from sepjax.generation.readers import Reader
@@ -58,8 +59,8 @@ class Stream(Iterator[StreamEvent]):
             request_of(prepared, settings, sampling, 1), max_new_tokens=np.int32(-1), min_new_tokens=np.int32(0)
         )
         self._early = dataclasses.replace(self._later, min_new_tokens=np.int32(2**31 - 1))
-        self._advance = make_advance(prepared.graph, prepared.attention, 1)
-        self._state = reader.empty(row_keys(seed, 1))
+        self._ahead = Ahead(prepared)
+        self._state = reader.empty(row_keys(seed, 1))  # behind what `_ahead` holds; see `_settle`
         self._pending: list[int] = []
         self._has_drawn = self._is_stuck = self._is_closed = self._is_stepping = False
         self._event: StreamEvent | None = None  # that an interruption has held back
@@ -74,8 +75,10 @@ class Stream(Iterator[StreamEvent]):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Stream":
         """Another stream, which goes on from here by itself; they share the model."""
         self._check_is_whole()
+        self._settle()
         other = object.__new__(Stream)
         other.__dict__.update(self.__dict__)
+        other._ahead = Ahead(self._of)
         other._state = jax.tree.map(lambda x: x.copy(), self._state)
         other._row = copy.deepcopy(self._row, memo | {id(self._of.tokenizer): self._of.tokenizer})
         return other
@@ -104,6 +107,7 @@ class Stream(Iterator[StreamEvent]):
         if isinstance(prompt, str) and (self._row.seen or self._pending):
             prompt = tokenizer.encode(prompt, control_tokens=self._control_tokens)
         (ids,) = encode_prompts(tokenizer, [prompt], control_tokens=self._control_tokens)
+        self._settle()
         pending = list(self._pending)
         if self._has_drawn and not pending:  # the last token drawn has not been taken up yet
             pending.append(int(self._state.token[0]))
@@ -121,7 +125,9 @@ class Stream(Iterator[StreamEvent]):
     @property
     def cache(self) -> CacheUse:
         """What the cache holds now."""
-        return CacheUse(int(self._state.cache.held()[0]), self._row.seen, self._state.cache.nbytes)
+        ahead = self._ahead
+        held = ahead.record.held[0, ahead.column] if len(ahead) else self._state.cache.held()[0]
+        return CacheUse(int(held), self._row.seen, self._state.cache.nbytes)
 
     @property
     def cache_size(self) -> int | None:
@@ -130,12 +136,16 @@ class Stream(Iterator[StreamEvent]):
 
     def view(self) -> CacheView:
         """The entries of a bounded cache by zone, with their positions in the text. Others raise StreamStateError."""
+        self._settle()
         return SavedRow(self._state, (), self._has_drawn, self._row.state()).view()
 
     @property
     def last_token(self) -> int | None:
         """The last sampled token; None before the first."""
-        return int(self._state.token[0]) if self._has_drawn else None
+        if not self._has_drawn:
+            return None
+        ahead = self._ahead
+        return int(ahead.record.token[0, ahead.column] if len(ahead) else self._state.token[0])
 
     def __next__(self) -> StreamEvent:
         """Generates the next token.
@@ -173,24 +183,42 @@ class Stream(Iterator[StreamEvent]):
             if self._is_stuck or self._pending:
                 self._nbytes = None
             if self._pending:
-                rows, seen, new = [self._pending], self._row.seen, self._settings.max_new_tokens
-                given = self._reader.with_room(self._state, rows, seen, new), rows, request, seen, new
-                noted = functools.partial(self._note, deferred)
-                ready(self._of, self._reader, self._advance, given)
-                self._state, steps = self._reader.read(*given, noted)
+                record, column = self._read(request, deferred), 0
             else:
-                if not self._reader.ends_with_positions:
-                    self._reader.check(self._row.seen, [[0]], None)
-                self._state, steps = self._advance(self._of.params, self._state, np.zeros(1, bool), request)
+                record, column = self._made(request)
         except UserError:
             self._is_stepping = False  # the state is that of before, or after a part of the prompt
             raise
         taken, self._pending, self._has_drawn = len(self._pending) or 1, [], True
-        if not self._settings.logprobs:  # each array that is fetched takes some of a small model's time
-            steps = dataclasses.replace(steps, logprob=None, top_tokens=None, top_logprobs=None)
-        event = self._event_of(jax.device_get(steps), taken)
+        event = self._event_of(record, column, taken)
         self._is_stepping = False
         return event
+
+    def _read(self, request: Request, deferred: interrupt.Deferred) -> Any:
+        """Takes up what was fed and draws a token; returns the record."""
+        rows, seen, new = [self._pending], self._row.seen, self._settings.max_new_tokens
+        given = self._reader.with_room(self._state, rows, seen, new), rows, request, seen, new
+        ready(self._ahead.program, self._reader, given, functools.partial(self._ahead.programs, request))
+        self._state, steps = self._reader.read(*given, functools.partial(self._note, deferred))
+        if not self._settings.logprobs:
+            steps = dataclasses.replace(steps, logprob=None, top_tokens=None, top_logprobs=None)
+        return jax.device_get(steps)
+
+    def _made(self, request: Request) -> tuple[Any, int]:
+        """Draws the next token, or takes one that is there; returns the record, and the token's column of it."""
+        row, ahead = self._row, self._ahead
+        if not len(ahead) and not self._reader.ends_with_positions:
+            self._reader.check(row.seen, [[0]], None)
+        most = MOST if row.left < 0 else row.left
+        most = 1 if row.is_early else min(most, Row.LAST_POSITION - row.seen)
+        self._state = ahead.step(self._state, request, most, told=self._settings.logprobs)
+        return ahead.record, ahead.column
+
+    def _settle(self) -> None:
+        """Puts `_state` behind the last token, where it may be behind tokens that nobody has asked for yet."""
+        if len(self._ahead):
+            self._is_stuck = False
+            self._state = self._ahead.settled(self._state)
 
     def _note(self, deferred: interrupt.Deferred, state: DecodeState, read: Int32[np.ndarray, "B"]) -> None:
         """Keeps where the stream stands after a part of a prompt: the arrays of before are used up."""
@@ -204,21 +232,22 @@ class Stream(Iterator[StreamEvent]):
         """Ends the iteration, as of a generator, until `feed` or `resume`. The stream can still be saved."""
         self._is_closed = True
 
-    def _event_of(self, steps: Steps, taken: int) -> StreamEvent:
-        self._is_stuck = bool(steps.is_stuck[0])
+    def _event_of(self, steps: Any, column: int, taken: int) -> StreamEvent:
+        self._is_stuck = bool(steps.is_stuck[0]) and not len(self._ahead)
         if self._nbytes is None:
             self._nbytes = self._state.cache.nbytes
-        counts: dict[str, Any] = {"taken": taken, "held": int(steps.held[0, 0]), "nbytes": self._nbytes}
+        counts: dict[str, Any] = {"taken": taken, "held": int(steps.held[0, column]), "nbytes": self._nbytes}
         if not self._settings.logprobs:
-            return self._row.take(int(steps.token[0, 0]), **counts)
-        top = steps.top_tokens[0, 0], steps.top_logprobs[0, 0]
-        return self._row.take(int(steps.token[0, 0]), **counts, logprob=float(steps.logprob[0, 0]), top=top)
+            return self._row.take(int(steps.token[0, column]), **counts)
+        top = steps.top_tokens[0, column], steps.top_logprobs[0, column]
+        return self._row.take(int(steps.token[0, column]), **counts, logprob=float(steps.logprob[0, column]), top=top)
 
     # -- saved and resumed ------------------------------------------------------------------------------------------
 
     def saved(self) -> SavedRow:
         """The state of the stream, for `resume`, here or in `Slots`. Its arrays are copies."""
         self._check_is_whole()
+        self._settle()
         return self._saved(jax.tree.map(lambda x: x.copy(), self._state))
 
     def _saved(self, state: DecodeState) -> SavedRow:
@@ -245,6 +274,7 @@ class Stream(Iterator[StreamEvent]):
         # A row of slots that ended by its number of tokens is done, as its device sees it.
         done = self._of.placed(np.zeros(1, bool))  # as what a step gives, whose program it then has
         state = dataclasses.replace(state, cache=cache, done=done)
+        self._ahead = Ahead(self._of)
         self._state = jax.tree.map(lambda x: jnp.asarray(x).copy(), state)
         self._pending, self._has_drawn, self._is_closed = list(row.pending), row.has_drawn, False
         self._is_stepping, self._event = False, None
@@ -260,6 +290,7 @@ class Stream(Iterator[StreamEvent]):
           sepjax.files.WriteError: it cannot be written.
         """
         self._check_is_whole()
+        self._settle()
         self._saved(self._state).write(folder, self._reader, self._of.config)
 
     def restore(self, folder: str | os.PathLike[str]) -> None:

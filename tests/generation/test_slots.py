@@ -504,6 +504,7 @@ def test_a_cache_that_keeps_every_separator_ends_its_own_row_only():
     assert kept.row["finish_reason"] == "full"
     next(stream)
     while not stream._is_stuck:
+        stream._settle()
         stream._state = dataclasses.replace(stream._state, token=stream._state.token.at[0].set(dots[-1]))
         next(stream)
     for row in (kept, stream.saved()):

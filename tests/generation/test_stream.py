@@ -295,13 +295,16 @@ def live_bytes():
 def test_nothing_is_compiled_and_nothing_grows_after_the_first_tokens(model, tokenizer):
     events = stream(model, tokenizer, PROMPT, **HOT)
     take(events, 50)
+    events._settle()
     before = live_bytes()
     with counted_compilations() as compiled:
         for _ in range(4):
             take(events, 50)
+            events._settle()
             assert live_bytes() == before
         events.feed(PROMPT)
         take(events, 3)
+        events._settle()
     assert compiled == []
     assert live_bytes() == before
 
@@ -312,6 +315,7 @@ def test_draws_go_on_when_their_counter_starts_again(model, tokenizer):
     events._state = dataclasses.replace(events._state, count=events._state.count + COUNT_WRAP - 3)
     key = np.array(jax.random.key_data(events._state.key))
     drawn = take(events, 10)
+    events._settle()
     assert len(drawn) == 10
     assert 0 <= int(events._state.count[0]) < 10
     assert (jax.random.key_data(events._state.key) != key).any()
