@@ -156,10 +156,11 @@ class Stream(Iterator[StreamEvent]):
         Raises:
           StreamStateError: such an exception was raised earlier, or another thread is taking a token.
           ConfigError: a full cache with `keep_all_separators`.
-          NotNumbers: the model's scores are NaN or infinite.
+          NotNumbers: the model's scores are NaN or infinite; at each call until there is other input.
         """
         if self._event is None:
             if self._is_closed or self._row.finish_reason is not None or not (self._has_drawn or self._pending):
+                lost.check(self._row.finish_reason, self._row.seen)
                 raise StopIteration
             self._check_is_whole()
             with interrupt.Deferred() as deferred, as_usual():
