@@ -199,7 +199,8 @@ class Stream(Iterator[StreamEvent]):
         """Takes up what was fed and draws a token; returns the record."""
         rows, seen, new = [self._pending], self._row.seen, self._settings.max_new_tokens
         given = self._reader.with_room(self._state, rows, seen, new), rows, request, seen, new
-        ready(self._ahead.program, self._reader, given, functools.partial(self._ahead.programs, request))
+        if new != 1:  # else the first token is the last
+            ready(self._ahead.program, self._reader, given, functools.partial(self._ahead.programs, request))
         self._state, steps = self._reader.read(*given, functools.partial(self._note, deferred))
         if not self._settings.logprobs:
             steps = dataclasses.replace(steps, logprob=None, top_tokens=None, top_logprobs=None)
