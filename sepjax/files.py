@@ -115,6 +115,32 @@ def replacing_folder(folder: str | os.PathLike[str], what: str, is_one: Callable
         shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def adding_to(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
+    """An empty folder to fill within `folder`, whose files move into that at the end, the one named `last` after all
+    others; an error or a kill before leaves what was there, and nothing that keeps the next one out.
+
+    Raises WriteError where it cannot be written, or another process is writing it.
+    """
+    place = Path(folder).resolve()
+    partial = place / ".partial"
+    with _naming(place):
+        made = _make(partial)
+        with _held(partial, place):
+            try:
+                _empty(partial)
+                yield partial
+                _flush_all(partial)
+                for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
+                    path.replace(place / path.name)
+                _flush(place)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                _unmake(made)
+                raise
+        partial.rmdir()
+
+
 def check_folder(folder: str | os.PathLike[str], what: str, is_one: Callable[[Path], bool]) -> None:
     """Raises as `replacing_folder` would, before the work is done. Leaves nothing there."""
     place = Path(folder).resolve()

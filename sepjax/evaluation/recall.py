@@ -20,6 +20,7 @@ from sepjax.data.sources import text_source
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.arms import Arm, fixed_arms, plain_arms
 from sepjax.evaluation.perplexity import TextWindows, score_windows, token_windows
+from sepjax.generation import lost
 from sepjax.loading import load as load_model
 from sepjax.model.transformer import Transformer
 from sepjax.run.checkpoint import load_config
@@ -87,13 +88,19 @@ def score_recall(
     length: int,
     batch_size: int = 8,
 ) -> list[Recalled]:
-    """Scores the answers of rows of the recall task under each arm; raises `RecallError` where there are none."""
+    """Scores the answers of rows of the recall task under each arm.
+
+    Raises:
+      RecallError: there are no answers.
+      NotNumbers: the model's scores are NaN or infinite.
+    """
     found: list[Recalled] = []
     answers = Answers.find(tokenizer, windows)
     for arm in arms:
         attention = validate_attention(arm.attention, model.config.num_layers)
         scores = score_windows(model, tokenizer, windows, attention, length=length, batch_size=batch_size)
         nll = scores.nll[answers.at].astype(np.float64)
+        lost.check_scores(nll, f"recall with {arm.name}")
         for kind, mask in answers.kinds():
             share, count = float(np.mean(nll[mask] < math.log(2))), int(mask.sum())
             error = math.sqrt(share * (1 - share) / max(count - 1, 1))

@@ -20,6 +20,7 @@ import numpy as np
 from sepjax.config import AttentionConfig, UserError, validate_attention, with_own_window
 from sepjax.data.tokenizer import Tokenizer
 from sepjax.evaluation.passes import rows_of_pass
+from sepjax.generation import lost
 from sepjax.generation.cache.sizes import bucket
 from sepjax.generation.prepared import to_read_rows
 from sepjax.generation.prompts import check_vocabulary
@@ -78,6 +79,7 @@ def score_continuations(
     Raises:
       ScoringError: an empty context or continuation, or a continuation that alone is too long.
       ConfigError: settings that do not fit the model.
+      NotNumbers: the model's scores are NaN or infinite.
     """
     attention = with_own_window(attention or model.attention, model.config)
     validate_attention(attention, model.config.num_layers)
@@ -95,6 +97,7 @@ def score_continuations(
     batches, passes = _batches(packed, length, rows, table, attention), -(-len(packed) // rows)
     for batch in counted(batches, f"scoring {attention.pattern}", passes, "passes"):
         values, best, kept = (np.asarray(x) for x in step(params, *batch.arrays))
+        lost.check_scores(values[: len(batch.request)], f"scoring with attention.pattern={attention.pattern!r}")
         np.add.at(logprob, batch.request, values[: len(batch.request)].astype(np.float64))
         np.logical_and.at(greedy, batch.request, best[: len(batch.request)])
         for request, row, last in batch.places:

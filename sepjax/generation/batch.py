@@ -150,7 +150,8 @@ def run(
     advance = make_advance(of.graph, of.attention, num_steps)
     given = reader.empty(keys), prompts, request, 0, settings.max_new_tokens
     going = np.zeros(len(rows), bool)
-    ready(advance, reader, given, lambda state: {"steps": (advance, of.params, state, going, request)})
+    if settings.max_new_tokens != 1:  # else the first token is the last
+        ready(advance, reader, given, lambda state: {"steps": (advance, of.params, state, going, request)})
     state, steps = reader.read(*given)
     while True:
         steps = jax.device_get(steps)

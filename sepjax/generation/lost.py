@@ -5,6 +5,7 @@ The device puts `LOST` in the place of the token, so nothing more is fetched and
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sepjax.array_typing import Array, Bool, Float, Int32
 from sepjax.config import UserError
@@ -26,6 +27,12 @@ def is_lost(logits: Float[Array, "B V"], drawn: Int32[Array, "B"]) -> Bool[jax.A
     Looks at one score a row.
     """
     return ~jnp.isfinite(jnp.take_along_axis(jnp.asarray(logits), drawn[:, None], axis=1)[:, 0])
+
+
+def check_scores(values: np.ndarray, what: str) -> None:
+    """Raises NotNumbers where a score of `what` is NaN or infinite: comparisons with NaN only look like answers."""
+    if not np.isfinite(values).all():
+        raise NotNumbers(f"{what}: {WORDS}")
 
 
 def check(reason: str | None, tokens: int) -> None:

@@ -156,10 +156,11 @@ class Stream(Iterator[StreamEvent]):
         Raises:
           StreamStateError: such an exception was raised earlier, or another thread is taking a token.
           ConfigError: a full cache with `keep_all_separators`.
-          NotNumbers: the model's scores are NaN or infinite.
+          NotNumbers: the model's scores are NaN or infinite; at each call until there is other input.
         """
         if self._event is None:
             if self._is_closed or self._row.finish_reason is not None or not (self._has_drawn or self._pending):
+                lost.check(self._row.finish_reason, self._row.seen)
                 raise StopIteration
             self._check_is_whole()
             with interrupt.Deferred() as deferred, as_usual():
@@ -198,7 +199,8 @@ class Stream(Iterator[StreamEvent]):
         """Takes up what was fed and draws a token; returns the record."""
         rows, seen, new = [self._pending], self._row.seen, self._settings.max_new_tokens
         given = self._reader.with_room(self._state, rows, seen, new), rows, request, seen, new
-        ready(self._ahead.program, self._reader, given, functools.partial(self._ahead.programs, request))
+        if new != 1:  # else the first token is the last
+            ready(self._ahead.program, self._reader, given, functools.partial(self._ahead.programs, request))
         self._state, steps = self._reader.read(*given, functools.partial(self._note, deferred))
         if not self._settings.logprobs:
             steps = dataclasses.replace(steps, logprob=None, top_tokens=None, top_logprobs=None)

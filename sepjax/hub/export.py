@@ -16,7 +16,7 @@ import sepjax
 from sepjax.config import ConfigError, ModelConfig
 from sepjax.data.special_tokens import GENERATION
 from sepjax.data.tokenizer import FILES, Tokenizer
-from sepjax.files import write_text
+from sepjax.files import adding_to, write_text
 from sepjax.hub.errors import HubError
 from sepjax.hub.families import KEY, family_for, family_of, flat, flat_shapes, rows_of
 from sepjax.hub.fields import Fields
@@ -46,13 +46,14 @@ def save_folder(
     Args:
       model: from `sepjax.load`.
       tokenizer: the model's.
-      folder: where to; made if missing. It must hold no model yet.
+      folder: where to; made if missing. It must hold no model yet, and holds none if this fails.
       dtype: of the tensors; None: what `like` says, else the parameters' own.
       like: a Hugging Face folder that the model came from: its other keys and tokenizer files are kept.
       shard_bytes: of a file, at most; more than one get an index.
 
     Raises:
       HubError: no architecture of transformers has this shape, or `like` is of another; there is a model already.
+      sepjax.files.WriteError: it cannot be written.
     """
     folder = Path(folder)
     if any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
@@ -71,11 +72,11 @@ def save_folder(
     found = next(iter(tensors.values())).dtype.name
     keys |= {name: found for name in _DTYPE_KEYS if name in keys} or {_DTYPE_KEYS[0]: found}
     keys[KEY] = dataclasses.asdict(model.attention)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(tokenizer, folder, like)
-    _write_tensors(folder, tensors, shard_bytes)
-    write_gate(folder, params)
-    write_text(folder / "config.json", json.dumps(keys, indent=2) + "\n")  # last: without it the folder is no model
+    with adding_to(folder, "config.json") as partial:  # last: without it the folder is no model
+        _write_tokenizer(tokenizer, partial, like)
+        _write_tensors(partial, tensors, shard_bytes)
+        write_gate(partial, params)
+        write_text(partial / "config.json", json.dumps(keys, indent=2) + "\n")
 
 
 def _config(model: Transformer, tokenizer: Tokenizer, like: Path | None) -> tuple[Family, dict[str, Any]]:

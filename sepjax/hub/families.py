@@ -61,6 +61,14 @@ _NOT_SUPPORTED = {
     "transformers_weights": ("model.safetensors", "weights of another name are not read; rename the file"),
 }
 
+# Keys of architectures that are of another kind than any here, and what they are.
+_OTHER_KINDS = (
+    (("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), "a mixture of experts"),
+    (("is_encoder_decoder",), "an encoder with a decoder"),
+    (("vision_config", "audio_config", "text_config"), "a multimodal model"),
+    (("ssm_cfg", "state_size", "mamba_d_state", "linear_num_key_heads"), "a model with recurrent layers"),
+)
+
 # What a pretrained model is used with unless told otherwise: the paper's training-free window and streaming cache.
 ATTENTION = AttentionConfig(num_sinks=4, window_size=256, max_separators=64, cache_size=800)
 
@@ -70,8 +78,9 @@ def family_of(fields: Fields) -> Family:
     kinds = {kind: family for family in FAMILIES for kind in family.model_types}
     kind = fields.values.get("model_type")
     if not isinstance(kind, str) or kind not in kinds:
-        hint = nearest(kind, kinds) if isinstance(kind, str) else ""
-        fields.refuse("model_type", f"supported architectures are {', '.join(kinds)}{hint}")
+        why = next((f"{why}; " for names, why in _OTHER_KINDS if any(fields.values.get(name) for name in names)), "")
+        hint = nearest(kind, kinds) if isinstance(kind, str) and not why else ""
+        fields.refuse("model_type", f"{why}supported architectures are {', '.join(kinds)}{hint}")
     if kind == "mistral" and "layer_types" in fields.values:
         return mistral.MINISTRAL  # transformers reads it as that
     return kinds[str(kind)]

@@ -46,14 +46,19 @@ def wrong(name: str, value: Any, expected: str) -> ApiError:
 
 
 def strict_json(source: bytes | str) -> Any:
-    """What JSON says; raises ValueError for what is none (NaN is not) and for a name that an object has twice,
-    RecursionError where it is too deep.
+    """What JSON says; raises ValueError for what is none (NaN is not), for numbers that are infinite as floats (1e999)
+    and for a name that an object has twice, RecursionError where it is too deep.
     """
 
     def no_number(name: str) -> None:
         raise ValueError(f"{name} is not a JSON number")
 
-    return json.loads(source, parse_constant=no_number, object_pairs_hook=once)
+    def finite(digits: str) -> float:
+        if math.isinf(found := float(digits)):
+            raise ValueError(f"{digits[:_SHOWN]} is larger than any float")
+        return found
+
+    return json.loads(source, parse_constant=no_number, parse_float=finite, object_pairs_hook=once)
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False) -> Check:

@@ -166,7 +166,11 @@ class Keeper:
         return task.entry.disk_bytes > 0 and not task.saves
 
     def _copying(self, task: _Task) -> Copying | None:
-        return None if self._is_to_be_lost(task) else task.row.copying()
+        if self._is_to_be_lost(task):
+            return None
+        with contextlib.suppress(Exception):  # `_finish` asks once more, and says what is wrong
+            return task.row.copying()
+        return None
 
     def _do(self, task: _Task, copying: Copying | None) -> None:
         try:

@@ -14,6 +14,7 @@ from sepjax.data.sources import text_source
 from sepjax.evaluation import recall
 from sepjax.evaluation.arms import plain_arms
 from sepjax.evaluation.perplexity import token_windows
+from sepjax.generation.lost import NotNumbers
 
 
 def test_documents_ask_for_their_facts_out_of_sight():
@@ -65,6 +66,9 @@ def test_answers_are_found_and_judged(byte_model, monkeypatch):
     assert cells["all"].loss == pytest.approx(nll[answers.at].mean())
     assert (cells["place 2"].recalled, cells["place 0"].recalled) == (0, 1)
     assert sum(x.answers for kind, x in cells.items() if kind.startswith("ago")) == 3
+    nll[answers.at[1]] = np.nan
+    with pytest.raises(NotNumbers, match=r"recall with .*: the model's scores"):
+        recall.score_recall(byte_model, tokenizer, windows, arms, length=64)
     assert "chance: 3.8%, 3.258 nats" in recall.table(list(cells.values()))
     with pytest.raises(recall.RecallError, match="no questions"):
         recall.Answers.find(tokenizer, token_windows(tokenizer, ["Kq-?."], 64))

@@ -12,6 +12,7 @@ from sepjax.evaluation import scoring
 from sepjax.evaluation.equal import kept_keys, window_of_equal_kept
 from sepjax.evaluation.passes import rows_of_pass
 from sepjax.evaluation.scoring import ScoringError, score_continuations
+from sepjax.generation.lost import NotNumbers
 from sepjax.layout import build_layout
 from sepjax.model.attend import forward
 from sepjax.model.transformer import merge, split
@@ -115,6 +116,14 @@ def test_impossible_requests_are_named(byte_model, byte_tokenizer, request_, mes
     with pytest.raises(ScoringError, match=f"request 1.+{message}"):
         score_continuations(byte_model, byte_tokenizer, [([1], [2]), request_], max_length=40)
     assert score_continuations(byte_model, byte_tokenizer, []) == []
+
+
+def test_scores_that_are_no_numbers_are_no_answers(byte_model, byte_tokenizer):
+    """Of two answers NaN chooses one, and an accuracy would come of it."""
+    graph, params = split(byte_model)
+    damaged = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), params)
+    with pytest.raises(NotNumbers, match=r"scoring with attention.pattern='dense': the model's scores .* not numbers"):
+        score_continuations(merge(graph, damaged), byte_tokenizer, REQUESTS[:2], PATTERNS["dense"])
 
 
 @pytest.mark.parametrize("pattern", ["sink_window", "fixed_interval"])

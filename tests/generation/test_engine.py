@@ -292,6 +292,9 @@ def test_what_an_answer_needs_is_compiled_before_it_and_nothing_after(tokenizer,
         # As many steps as nobody else asks for, so the program is a new one.
         sepjax.generate(model, tokenizer, CATS, max_new_tokens=300, bounded=bounded)
     assert compiled_by_then == [len(compiled)]
+    monkeypatch.setattr(device_loop, "_ready", set())
+    sepjax.generate(model, tokenizer, CATS, max_new_tokens=1, bounded=bounded)
+    assert len(compiled_by_then) == 1, "an answer of one token needs no steps"
 
 
 def test_passes_of_a_batch_have_one_width_where_each_is_a_program(monkeypatch):

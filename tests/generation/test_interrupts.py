@@ -3,6 +3,7 @@
 import copy
 import pickle
 import signal
+import threading
 
 import pytest
 
@@ -23,11 +24,11 @@ def python_handles_signals():
 
 
 def pressing(monkeypatch, kind, method, calls):
-    """Has a Ctrl-C come within those of the calls of a method."""
+    """Has a Ctrl-C come within those of the calls of a method, of the thread that Python interrupts."""
     original, made = getattr(kind, method), iter(range(10**6))
 
     def pressed(*args, **kwargs):
-        if next(made) in calls:
+        if threading.current_thread() is threading.main_thread() and next(made) in calls:
             signal.raise_signal(signal.SIGINT)
         return original(*args, **kwargs)
 
@@ -103,8 +104,9 @@ def test_copies_of_a_stream_go_on_by_themselves():
 def test_slots_lose_nothing_to_ctrl_c(monkeypatch):
     slots = tiny_engine().slots(ROWS)
 
-    def texts():
+    def texts(once_submitted=lambda: None):
         numbers = [slots.submit(SlotRequest(x, max_new_tokens=5, stop_at_eos=False)) for x in ("One", LONG)]
+        once_submitted()
         ids, presses = {}, 0
         while not slots.is_idle:
             events, pressed = stubborn(slots.step)
@@ -114,6 +116,8 @@ def test_slots_lose_nothing_to_ctrl_c(monkeypatch):
         return [ids[number] for number in numbers], presses
 
     expected, _ = texts()
+    with monkeypatch.context() as patch:
+        assert texts(lambda: pressing(patch, as_usual, "__exit__", {0, 2})) == (expected, 2)
     pressing(monkeypatch, Slots, "_events_of_steps", {0, 3})
     assert texts() == (expected, 2)
     monkeypatch.setattr(Slots, "_ask", lambda _: 1 / 0)

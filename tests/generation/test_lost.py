@@ -44,6 +44,9 @@ def test_answers_and_streams_raise(engine):
     with pytest.raises(NotNumbers, match="not numbers"):
         next(stream)
     assert stream.finish_reason == "error"
+    with pytest.raises(NotNumbers, match=r"after \d+ tokens"):
+        next(stream)  # a loop that goes on after the error would take what there is for the whole text
+    stream.feed("One")
 
 
 @pytest.mark.usefixtures("strict")

@@ -151,7 +151,7 @@ def test_rotary_embeddings_are_those_of_transformers(name):
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "type='longrope': rope type"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True: layer norms of each head's own"),
         ("gemma2", {}, "model_type='gemma2': supported architectures are .*did you mean 'gemma3_text'"),
-        ("qwen3_moe", {}, "model_type='qwen3_moe': supported architectures are .*did you mean 'qwen3'"),
+        ("qwen3_moe", {"num_experts": 8}, "model_type='qwen3_moe': a mixture of experts; supported architectures are "),
         ("llama", {"num_key_value_heads": 3}, "num_heads=4 is not a multiple of model.num_kv_heads=3"),
         ("llama", {"num_attention_heads": 5}, "hidden_size=32: not a multiple of num_attention_heads=5"),
         ("llama", {"num_attention_heads": 0}, "num_attention_heads=0: expected a whole number"),

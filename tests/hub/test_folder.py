@@ -20,7 +20,7 @@ import sepjax
 from sepjax import kept
 from sepjax.config import MeshConfig, ModelConfig, UserError
 from sepjax.data.tokenizer import Tokenizer, train_sentencepiece
-from sepjax.hub import assemble
+from sepjax.hub import assemble, export
 from sepjax.hub.convert import convert
 from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
@@ -426,6 +426,22 @@ def test_shapes_that_no_family_has_are_not_written(make, tmp_path):
         save_folder(model, tokenizer, tmp_path / "out", like=make("llama", "o", config={"hidden_size": 64})[0])
     with pytest.raises(HubError, match="holds a model already"):
         save_folder(model, tokenizer, tmp_path / "l")
+
+
+def test_a_folder_that_could_not_be_written_can_be_written_again(make, tmp_path, monkeypatch):
+    model, tokenizer = sepjax.load(make("llama")[0])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "write_gate", lambda *_: 1 / 0)
+        for folder in ("out", "new/one"):
+            with pytest.raises(ZeroDivisionError):
+                save_folder(model, tokenizer, tmp_path / folder)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and "out" in path.parts] == ["README.md"]
+    assert not (tmp_path / "new").exists()
+    save_folder(model, tokenizer, tmp_path / "out")
+    assert sepjax.load(tmp_path / "out")[0].config == model.config
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
 
 
 def test_a_mistral_that_says_the_kinds_of_its_layers_is_a_ministral(make):

@@ -110,6 +110,28 @@ def test_the_newest_rows_stay_on_the_device_and_no_more_than_have_room(has_disk)
     assert conversations.nbytes == before
 
 
+def test_a_row_that_cannot_be_asked_for_ends_neither_the_keeper_nor_others(monkeypatch):
+    state = empty_state(ATTENTION, "float32")
+    form = Form(state)
+    packed, own, broken = jax.jit(form.pack)(state), SavedRow.copying, [True]
+
+    def copying(row: SavedRow):
+        if broken.pop() if broken else False:
+            raise RuntimeError("no memory for a copy")
+        return own(row)
+
+    monkeypatch.setattr(SavedRow, "copying", copying)
+    conversations = Conversations(tiny_tokenizer(), 100 * form.nbytes)
+    keeper = Keeper(conversations, Clocks())
+    entries = []
+    for number in range(2):
+        row = SavedRow(PackedState(form, packed), (), False, {"seen": 2})
+        entries.append(conversations.add(np.array([number, 5], np.int32), (), 9, row))
+        keeper.put(entries[-1])
+    keeper.close()
+    assert all(entry.row is not None and entry.row.standing.is_on_host for entry in entries)
+
+
 def test_nobody_waits_for_rows_that_leave_the_device():
     """Where they come faster than they can be copied, the oldest are forgotten."""
     state = empty_state(ATTENTION, "float32")

@@ -213,7 +213,7 @@ def test_names_of_those_who_speak_are_for_the_template():
 
 
 def test_bodies_that_are_not_json():
-    for body in (b"", b"{", b'{"a": NaN}', b"\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"):
+    for body in (b"", b"{", b'{"a": NaN}', b'{"a": [-1e999]}', b"\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"):
         assert "the body is not valid JSON" in refusal(load_json, body).message
     said = refusal(load_json, b'{"n": 1, "x": {"stop": 1, "stop": 2}}').message
     assert said == "the body is not valid JSON: 'stop' is there twice in one object"
