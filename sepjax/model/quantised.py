@@ -20,6 +20,7 @@ from jaxtyping import Float32, Int8
 
 from sepjax.array_typing import Float
 from sepjax.attention.target import target
+from sepjax.model import digits_product
 
 type Params = dict[str, Any]
 
@@ -151,14 +152,33 @@ def product_of_digits(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike | 
     largest number has 2^14 to 2^15. Numbers of 16 bits are exact down to a 128th of the largest, and what is smaller is
     off by half a unit at most. Sums of digits and codes are exact. A row that is not finite gives no finite numbers.
     """
-    wide = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    flat = x.reshape(-1, x.shape[-1])
+    y = _kernel_product(flat, matrix, dtype or x.dtype)
+    if y is None:
+        high, low, unit = digits_of(flat)
+        sums = jnp.einsum("bi,oi->bo", jnp.concatenate([high, low]), matrix.codes, preferred_element_type=jnp.int32)
+        high, low = jnp.split(sums.astype(jnp.float32), 2)
+        y = (256 * high + low) * (unit[:, None] * matrix.scales)
+    return y.reshape(*x.shape[:-1], -1).astype(dtype or x.dtype)
+
+
+def _kernel_product(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike) -> jax.Array | None:
+    """x[B, I] by the kernel for Hopper GPUs, or None."""
+    found, (outputs, inputs) = target(), matrix.shape
+    rows = -(-len(x) // 64) * 64
+    if found.capability != "9.0" or digits_product.fault(rows, inputs, outputs):
+        return None
+    tiling = digits_product.Tiling.of(rows, outputs, found.num_cores)
+    given = digits_of(jnp.pad(x, ((0, rows - len(x)), (0, 0))))
+    return digits_product.product(*given, matrix.codes, matrix.scales, dtype, tiling)[: len(x)]
+
+
+def digits_of(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """int8[B, I] high and low digits of x[B, I], and float32[B] units: see `product_of_digits`."""
+    wide = x.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(jnp.abs(wide), jnp.int32)  # in the order of the numbers, NaN above all
     top = jnp.maximum(jnp.max(bits, axis=-1, keepdims=True), _LEAST_TOP)
     unit = jax.lax.bitcast_convert_type(top & 0x7F800000, jnp.float32) * jnp.float32(2.0**-14)
     number = jnp.clip(jnp.round(wide * (1 / unit)), -_MOST_NUMBER, _MOST_NUMBER).astype(jnp.int32)
     high = (number + 128) >> 8
-    digits = jnp.concatenate([high, number - 256 * high]).astype(jnp.int8)
-    sums = jnp.einsum("bi,oi->bo", digits, matrix.codes, preferred_element_type=jnp.int32).astype(jnp.float32)
-    high, low = jnp.split(sums, 2)
-    y = (256 * high + low) * (unit * matrix.scales)
-    return y.reshape(*x.shape[:-1], -1).astype(dtype or x.dtype)
+    return high.astype(jnp.int8), (number - 256 * high).astype(jnp.int8), unit[:, 0]
