@@ -21,7 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 DEPTH = 128  # features of a step: as many bytes as shared memory is swizzled by
+OUTPUTS = 128  # of a block
 _WARPGROUP = 64  # rows of a product of a warpgroup
+_MANY = 1024  # rows from which on a block has two warpgroups' of them
 _SHARED = 200 * 1024  # bytes for copies
 
 
@@ -36,20 +38,25 @@ class Tiling:
 
     @classmethod
     def of(cls, rows: int, outputs: int, sms: int) -> "Tiling":
-        """For a product of so many rows (a multiple of 64) and outputs."""
-        tall = 2 * _WARPGROUP if rows % (2 * _WARPGROUP) == 0 else _WARPGROUP
-        fit = [n for n in (128, 64, 32) if outputs % n == 0 and (tall > _WARPGROUP or n > 32)]
-        busy = [n for n in fit if (rows // tall) * (outputs // n) >= sms]
-        wide = busy[0] if busy else fit[-1]
-        step = (2 * tall + wide) * DEPTH
-        return cls(tall, wide, min(8, _SHARED // step), min(sms, (rows // tall) * (outputs // wide)))
+        """For a product of so many rows (a multiple of 64) and outputs (of 128)."""
+        tall = 2 * _WARPGROUP if rows >= _MANY and rows % (2 * _WARPGROUP) == 0 else _WARPGROUP
+        step = (2 * tall + OUTPUTS) * DEPTH
+        return cls(tall, OUTPUTS, _SHARED // step, min(sms, (rows // tall) * (outputs // OUTPUTS)))
 
 
 def fault(rows: int, inputs: int, outputs: int) -> str | None:
     """Why there is no kernel for such a product, or None."""
-    if rows % _WARPGROUP or inputs % DEPTH or outputs % 64:
-        return f"it serves rows and outputs by 64, features by {DEPTH}; got {rows}, {outputs} and {inputs}"
+    if rows % _WARPGROUP or inputs % DEPTH or outputs % OUTPUTS:
+        return (
+            f"it serves rows by {_WARPGROUP}, features by {DEPTH} and outputs by {OUTPUTS}; got {rows}, {inputs} and "
+            f"{outputs}"
+        )
     return None
+
+
+def blocks(rows: int, outputs: int) -> int:
+    """The most blocks that a product of so many rows and outputs can be shared among."""
+    return -(-rows // _WARPGROUP) * (outputs // OUTPUTS)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "tiling"))
@@ -85,12 +92,16 @@ def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, 
     mine = (_WARPGROUP, t.outputs if tall else t.outputs // 2)  # rows and outputs of a warpgroup
     across = t.rows // _WARPGROUP, t.outputs // mine[1]  # warpgroups
     cut = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(DEPTH))
-    spec = lambda rows: plgpu.BlockSpec((rows, DEPTH), lambda k: (0, k), transforms=cut, memory_space=plgpu.SMEM)  # noqa: E731
+
+    def spec(rows: int) -> Any:  # read by products that end in the next step
+        place = {"transforms": cut, "memory_space": plgpu.SMEM, "delay_release": 1}
+        return plgpu.BlockSpec((rows, DEPTH), lambda k: (0, k), **place)
 
     def pipeline(body: Any, around: Any) -> Any:
         return plgpu.emit_pipeline_warp_specialized(
-            body, grid=(high.shape[1] // DEPTH,), memory_registers=40, in_specs=[spec(t.rows), spec(t.rows), spec(t.outputs)],
-            wg_axis="warpgroup", num_compute_wgs=2, max_concurrent_steps=t.stages, compute_context=around,
+            body, grid=(high.shape[1] // DEPTH,), in_specs=[spec(t.rows), spec(t.rows), spec(t.outputs)],
+            memory_registers=40, wg_axis="warpgroup", num_compute_wgs=2, max_concurrent_steps=t.stages,
+            compute_context=around,
         )  # fmt: skip
 
     nothing = lambda *_, **__: None  # noqa: E731
@@ -124,7 +135,7 @@ def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, 
                 right = codes_tile.at[outputs].transpose((1, 0))
                 for sums, digit in zip(carry, (high_tile, low_tile), strict=True):
                     plgpu.wgmma(sums, digit.at[rows], right)
-                plgpu.wgmma_wait(0)
+                plgpu.wgmma_wait(2)  # all but the two of this step
                 return carry
 
             row_of, output_of = pl.ds(row, t.rows), pl.ds(output, t.outputs)

@@ -25,8 +25,9 @@ from sepjax.model import digits_product
 type Params = dict[str, Any]
 
 MOST = 127  # the largest code: -128 is left out, so that a row and its negative have the same ones
-# Where digits are faster than codes that are converted (docs/kernels_decode.md): rows of x, numbers of the matrix.
-_LEAST_ROWS, _MOST_ROWS, _LEAST_OF_DIGITS = 5, 512, 2**22
+# Where digits are faster than codes that are converted (docs/kernels_decode.md): on such GPUs, from so many rows on, if
+# this share of all SMs has something to do.
+_HOPPER, _LEAST_ROWS, _LEAST_BUSY = "9.0", 32, 0.9
 _MOST_INPUTS = 2**17  # sums of so many digits, of up to 128, and codes are below 2^31
 _MOST_NUMBER = 127 * 256 + 127  # of two digits
 _LEAST_TOP = 32 << 23  # 2^-95 as bits: below it, units would be denormal numbers
@@ -138,10 +139,11 @@ def product(x: jax.Array, codes: jax.Array, scales: jax.Array, dtype: DTypeLike 
 
 def product_by_outputs(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike | None = None) -> jax.Array:
     """`product` of x[..., I] and a matrix [O, I]: by digits where that is faster."""
-    rows = x.size // x.shape[-1]
-    multiplies = _LEAST_ROWS <= rows <= _MOST_ROWS and matrix.size >= _LEAST_OF_DIGITS and x.shape[-1] <= _MOST_INPUTS
-    if multiplies and x.dtype.itemsize == 2 and target().capability:  # of an NVIDIA GPU
-        return product_of_digits(x, matrix, dtype)
+    rows, (outputs, inputs), device = x.size // x.shape[-1], matrix.shape, target()
+    if device.capability == _HOPPER and x.dtype.itemsize == 2 and rows >= _LEAST_ROWS and inputs <= _MOST_INPUTS:
+        blocks = digits_product.blocks(rows, outputs)
+        if blocks >= _LEAST_BUSY * device.num_cores and not digits_product.fault(64, inputs, outputs):
+            return product_of_digits(x, matrix, dtype)
     return product(x, matrix.codes.T, matrix.scales, dtype)
 
 
@@ -152,25 +154,18 @@ def product_of_digits(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike | 
     largest number has 2^14 to 2^15. Numbers of 16 bits are exact down to a 128th of the largest, and what is smaller is
     off by half a unit at most. Sums of digits and codes are exact. A row that is not finite gives no finite numbers.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    y = _kernel_product(flat, matrix, dtype or x.dtype)
-    if y is None:
+    flat, (outputs, inputs), dtype = x.reshape(-1, x.shape[-1]), matrix.shape, dtype or x.dtype
+    rows = -(-len(flat) // 64) * 64
+    if target().capability == _HOPPER and not digits_product.fault(rows, inputs, outputs):
+        tiling = digits_product.Tiling.of(rows, outputs, target().num_cores)
+        given = digits_of(jnp.pad(flat, ((0, rows - len(flat)), (0, 0))))
+        y = digits_product.product(*given, matrix.codes, matrix.scales, dtype, tiling)[: len(flat)]
+    else:
         high, low, unit = digits_of(flat)
         sums = jnp.einsum("bi,oi->bo", jnp.concatenate([high, low]), matrix.codes, preferred_element_type=jnp.int32)
         high, low = jnp.split(sums.astype(jnp.float32), 2)
         y = (256 * high + low) * (unit[:, None] * matrix.scales)
-    return y.reshape(*x.shape[:-1], -1).astype(dtype or x.dtype)
-
-
-def _kernel_product(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike) -> jax.Array | None:
-    """x[B, I] by the kernel for Hopper GPUs, or None."""
-    found, (outputs, inputs) = target(), matrix.shape
-    rows = -(-len(x) // 64) * 64
-    if found.capability != "9.0" or digits_product.fault(rows, inputs, outputs):
-        return None
-    tiling = digits_product.Tiling.of(rows, outputs, found.num_cores)
-    given = digits_of(jnp.pad(x, ((0, rows - len(x)), (0, 0))))
-    return digits_product.product(*given, matrix.codes, matrix.scales, dtype, tiling)[: len(x)]
+    return y.reshape(*x.shape[:-1], -1).astype(dtype)
 
 
 def digits_of(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

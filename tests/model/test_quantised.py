@@ -106,16 +106,16 @@ def rms(x):
 
 
 def test_digits_are_for_many_rows_of_16_bits_on_a_gpu(monkeypatch):
-    x, codes = jnp.ones((8, 16), jnp.bfloat16), jnp.ones((32, 16), jnp.int8)
-    matrix, asked = QuantisedMatrix(codes, jnp.ones(32)), []
+    matrix, asked = QuantisedMatrix(jnp.ones((256, 128), jnp.int8), jnp.ones(256)), []
     monkeypatch.setattr(quantised, "product_of_digits", lambda x, *_: asked.append(x.shape) or x)
-    monkeypatch.setattr(quantised, "_LEAST_OF_DIGITS", matrix.size)
-    few_rows.products(x, matrix)
+    few_rows.products(jnp.ones((100, 128), jnp.bfloat16), matrix)
     assert not asked, "on a CPU"
-    monkeypatch.setattr(quantised, "target", lambda: Target("gpu", "NVIDIA H200", 132, "9.0"))
-    for rows, kind in ((8, "bfloat16"), (4, "bfloat16"), (513, "bfloat16"), (8, "float32")):
-        few_rows.products(jnp.ones((rows, 16), kind), matrix)
-    assert asked == [(8, 16)]
+    monkeypatch.setattr(quantised, "target", lambda: Target("gpu", "NVIDIA H200", 4, "9.0"))
+    for rows, kind in ((100, "bfloat16"), (64, "bfloat16"), (100, "float32"), (129, "float16")):
+        few_rows.products(jnp.ones((rows, 128), kind), matrix)
+    assert asked == [(100, 128), (129, 128)], "64 rows would leave half of the SMs idle"
+    few_rows.products(jnp.ones((200, 100), jnp.bfloat16), QuantisedMatrix(matrix.codes[:, :100], matrix.scales))
+    assert len(asked) == 2, "features by 128"
 
 
 @pytest.mark.parametrize(
