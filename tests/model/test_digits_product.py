@@ -35,8 +35,8 @@ def test_products_on_a_gpu(rows):
     """As near to float64 as those of converted codes, within twice; the same bits twice."""
     random = np.random.default_rng(4)
     x = jnp.asarray(random.standard_normal((rows, 1408)) * np.exp(random.standard_normal((rows, 1408))), jnp.bfloat16)
-    codes = jnp.asarray(random.integers(-127, 128, (9216, 1408)), jnp.int8)
-    matrix = QuantisedMatrix(codes, jnp.asarray(random.uniform(0.001, 0.1, 9216), jnp.float32))
+    codes = jnp.asarray(random.integers(-127, 128, (15_360, 1408)), jnp.int8)
+    matrix = QuantisedMatrix(codes, jnp.asarray(random.uniform(0.001, 0.1, 15_360), jnp.float32))
     exact = np.asarray(x, np.float64) @ np.asarray(matrix.numbers(jnp.float32), np.float64).T
     first, second = (np.asarray(jax.jit(product_by_outputs)(x, matrix), np.float64) for _ in range(2))
     converted = np.asarray(jax.jit(product)(x, codes.T, matrix.scales), np.float64)
