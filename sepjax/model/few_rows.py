@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from sepjax.array_typing import Array, Float
 from sepjax.model.layers import RMSNorm
-from sepjax.model.quantised import QuantisedMatrix, product
+from sepjax.model.quantised import QuantisedMatrix, product_by_outputs
 
 # Rows of x that sums are made for, and of matrices of so many numbers; more are rows of one product of matrices.
 MOST_ROWS, MOST_OF_ROWS = 4, 2**23
@@ -46,7 +46,7 @@ def products(
     if fused is None:
         x = (x if norm is None else norm(x)).astype(kind)
     if not few and isinstance(matrix, QuantisedMatrix):
-        return jnp.split(product(jnp.asarray(x), matrix.codes.T, matrix.scales, dtype), parts, axis=-1)
+        return jnp.split(product_by_outputs(x, matrix, dtype), parts, axis=-1)
     if not few:
         return jnp.split(jnp.einsum("...i,oi->...o", x, matrix, preferred_element_type=dtype), parts, axis=-1)
     numbers = matrix.codes if isinstance(matrix, QuantisedMatrix) else matrix

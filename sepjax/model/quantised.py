@@ -19,10 +19,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Float32, Int8
 
 from sepjax.array_typing import Float
+from sepjax.attention.target import target
+from sepjax.model import digits_product
 
 type Params = dict[str, Any]
 
 MOST = 127  # the largest code: -128 is left out, so that a row and its negative have the same ones
+# Where digits are faster than codes that are converted (docs/kernels_decode.md): on such GPUs, from so many rows on, if
+# this share of all SMs has something to do.
+_HOPPER, _LEAST_ROWS, _LEAST_BUSY = "9.0", 32, 0.9
+_MOST_INPUTS = 2**17  # sums of so many digits, of up to 128, and codes are below 2^31
+_MOST_NUMBER = 127 * 256 + 127  # of two digits
+_LEAST_TOP = 32 << 23  # 2^-95 as bits: below it, units would be denormal numbers
 
 
 @jax.tree_util.register_dataclass
@@ -127,3 +135,45 @@ def product(x: jax.Array, codes: jax.Array, scales: jax.Array, dtype: DTypeLike 
     flat = codes.reshape(x.shape[-1], -1).astype(x.dtype)
     y = jnp.matmul(x, flat, preferred_element_type=jnp.float32) * scales.reshape(-1)
     return y.astype(dtype or x.dtype)
+
+
+def product_by_outputs(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike | None = None) -> jax.Array:
+    """`product` of x[..., I] and a matrix [O, I]: by digits where that is faster."""
+    rows, (outputs, inputs), device = x.size // x.shape[-1], matrix.shape, target()
+    if device.capability == _HOPPER and x.dtype.itemsize == 2 and rows >= _LEAST_ROWS and inputs <= _MOST_INPUTS:
+        blocks = digits_product.blocks(rows, outputs)
+        if blocks >= _LEAST_BUSY * device.num_cores and not digits_product.fault(64, inputs, outputs):
+            return product_of_digits(x, matrix, dtype)
+    return product(x, matrix.codes.T, matrix.scales, dtype)
+
+
+def product_of_digits(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike | None = None) -> jax.Array:
+    """`product` of x[..., I] and a matrix [O, I], multiplied as whole numbers of 8 bits.
+
+    A row of x becomes whole numbers of two digits, x = (256 high + low) unit, in units of a power of two of which its
+    largest number has 2^14 to 2^15. Numbers of 16 bits are exact down to a 128th of the largest, and what is smaller is
+    off by half a unit at most. Sums of digits and codes are exact. A row that is not finite gives no finite numbers.
+    """
+    flat, (outputs, inputs), dtype = x.reshape(-1, x.shape[-1]), matrix.shape, dtype or x.dtype
+    rows = -(-len(flat) // 64) * 64
+    if target().capability == _HOPPER and not digits_product.fault(rows, inputs, outputs):
+        tiling = digits_product.Tiling.of(rows, outputs, target().num_cores)
+        given = digits_of(jnp.pad(flat, ((0, rows - len(flat)), (0, 0))))
+        y = digits_product.product(*given, matrix.codes, matrix.scales, dtype, tiling)[: len(flat)]
+    else:
+        high, low, unit = digits_of(flat)
+        sums = jnp.einsum("bi,oi->bo", jnp.concatenate([high, low]), matrix.codes, preferred_element_type=jnp.int32)
+        high, low = jnp.split(sums.astype(jnp.float32), 2)
+        y = (256 * high + low) * (unit[:, None] * matrix.scales)
+    return y.reshape(*x.shape[:-1], -1).astype(dtype)
+
+
+def digits_of(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """int8[B, I] high and low digits of x[B, I], and float32[B] units: see `product_of_digits`."""
+    wide = x.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(jnp.abs(wide), jnp.int32)  # in the order of the numbers, NaN above all
+    top = jnp.maximum(jnp.max(bits, axis=-1, keepdims=True), _LEAST_TOP)
+    unit = jax.lax.bitcast_convert_type(top & 0x7F800000, jnp.float32) * jnp.float32(2.0**-14)
+    number = jnp.clip(jnp.round(wide * (1 / unit)), -_MOST_NUMBER, _MOST_NUMBER).astype(jnp.int32)
+    high = (number + 128) >> 8
+    return high.astype(jnp.int8), (number - 256 * high).astype(jnp.int8), unit[:, 0]

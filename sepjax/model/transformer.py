@@ -150,7 +150,7 @@ class Transformer(nnx.Module):
         """Products of hidden states and `output_matrix`, float32."""
         dtype, matrix = jnp.dtype(self.config.dtype), self.output_matrix()
         if isinstance(matrix, QuantisedMatrix):
-            return quantised.product(hidden.astype(dtype), matrix.codes.T, matrix.scales, jnp.float32)
+            return quantised.product_by_outputs(hidden.astype(dtype), matrix, jnp.float32)
         kernel = matrix.astype(dtype)
         return jnp.einsum("...d,vd->...v", hidden.astype(dtype), kernel, preferred_element_type=jnp.float32)
 

@@ -18,6 +18,7 @@ from sepjax.generation.cache.sizes import StreamSizes
 from sepjax.layout import build_layout
 from sepjax.model.one_row import call
 from sepjax.model.one_row.shape import Shape
+from sepjax.model.quantised import QuantisedMatrix, product_by_outputs
 from sepjax.model.transformer import abstract
 from sepjax.model.unrolled import Layerwise, by_layer
 from sepjax.training.plan import topology_devices
@@ -289,6 +290,18 @@ def test_matrices_of_8_bits_are_never_written_in_16(h100, rows):
     entry = compiled_layers(h100, config, rows)
     assert "s8[3072,576]" in entry, "the codes of gate and up, by their outputs"
     assert not re.search(r"= (bf16|f32)\[(3072,576|960,576|576,576|576,1536)\]", entry)
+
+
+def test_products_of_digits_compile_for_an_h100(h100):
+    """In a model's own program: what is large enough is one kernel, which reads codes as they lie."""
+    placed = jax.NamedSharding(h100, jax.P())
+    codes = jax.ShapeDtypeStruct((4096, 256), jnp.int8, sharding=placed)
+    x = jax.ShapeDtypeStruct((250, 256), jnp.bfloat16, sharding=placed)
+    scales = jax.ShapeDtypeStruct((4096,), jnp.float32, sharding=placed)
+    with jax.set_mesh(h100):
+        compiled = jax.jit(product_by_outputs).lower(x, QuantisedMatrix(codes, scales)).compile().as_text()
+    assert "mosaic_gpu" in compiled
+    assert not re.search(r"s32\[(250|256|500),4096\]", compiled), "no sums are written"
 
 
 def test_inside_shard_map(h100):

@@ -9,12 +9,20 @@ import numpy as np
 import pytest
 
 import sepjax
+from sepjax.attention.target import Target
 from sepjax.config import Config, ConfigError, MeshConfig, validate
 from sepjax.generation.saved import StreamStateError
 from sepjax.hub.errors import HubError
 from sepjax.hub.export import save_folder
-from sepjax.model import few_rows
-from sepjax.model.quantised import QuantisedMatrix, numbers, quantise, quantise_on_host
+from sepjax.model import few_rows, quantised
+from sepjax.model.quantised import (
+    QuantisedMatrix,
+    numbers,
+    product,
+    product_of_digits,
+    quantise,
+    quantise_on_host,
+)
 from sepjax.model.transformer import abstract, in_8_bits, merge, split
 from sepjax.model.unrolled import by_layer
 from sepjax.serve.served import fingerprint
@@ -74,6 +82,40 @@ def test_products_are_of_what_the_codes_stand_for(rows, dtype):
     # Codes and features are exact; a sum in float32, of terms in any order, and a rounding.
     bound = np.abs(wide) @ np.abs(exact).T * 512 * EPSILON + np.abs(wide @ exact.T) * float(jnp.finfo(dtype).eps)
     assert (np.abs(np.asarray(got, np.float64) - wide @ exact.T) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_products_of_digits_are_as_near_as_products_of_converted_codes(dtype):
+    """Rows of any size, with one number far above the others; zeros; and what is not finite stays so."""
+    random = np.random.default_rng(2)
+    x = random.standard_normal((9, 4, 512)) * 2.0 ** random.integers(-12, 12, (9, 4, 1))
+    x[3, :, 7], x[5] = 60_000, 0
+    x, codes = jnp.asarray(x, dtype), jnp.asarray(random.integers(-127, 128, (64, 512)), jnp.int8)
+    matrix = QuantisedMatrix(codes, jnp.asarray(random.uniform(0.001, 0.1, 64), jnp.float32))
+    exact = np.asarray(x, np.float64) @ np.asarray(matrix.numbers(jnp.float32), np.float64).T
+    for result in (jnp.dtype(dtype), jnp.float32):
+        got = np.asarray(product_of_digits(x, matrix, result), np.float64)
+        rounded = np.asarray(product(x, codes.T, matrix.scales, dtype), np.float64)  # as results of 16 bits are
+        assert (rms(got - exact) <= 2 * rms(rounded - exact)).all()
+    assert not np.isfinite(np.asarray(product_of_digits(x.at[1, 2, 3].set(jnp.inf), matrix), np.float64))[1, 2].any()
+    assert not np.isfinite(np.asarray(product_of_digits(x.at[1, 2, 3].set(jnp.nan), matrix), np.float64))[1, 2].any()
+
+
+def rms(x):
+    return np.sqrt((x**2).mean(-1))
+
+
+def test_digits_are_for_many_rows_of_16_bits_on_a_gpu(monkeypatch):
+    matrix, asked = QuantisedMatrix(jnp.ones((256, 128), jnp.int8), jnp.ones(256)), []
+    monkeypatch.setattr(quantised, "product_of_digits", lambda x, *_: asked.append(x.shape) or x)
+    few_rows.products(jnp.ones((100, 128), jnp.bfloat16), matrix)
+    assert not asked, "on a CPU"
+    monkeypatch.setattr(quantised, "target", lambda: Target("gpu", "NVIDIA H200", 4, "9.0"))
+    for rows, kind in ((100, "bfloat16"), (64, "bfloat16"), (100, "float32"), (129, "float16")):
+        few_rows.products(jnp.ones((rows, 128), kind), matrix)
+    assert asked == [(100, 128), (129, 128)], "64 rows would leave half of the SMs idle"
+    few_rows.products(jnp.ones((200, 100), jnp.bfloat16), QuantisedMatrix(matrix.codes[:, :100], matrix.scales))
+    assert len(asked) == 2, "features by 128"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""Products of digits and codes on Hopper GPUs: int8 tensor cores, both digits of a row in one block, scales at the end.
+
+    y[b, o] = (256 high[b] . codes[o] + low[b] . codes[o]) units[b] scales[o]
+
+XLA makes a matrix product of the digits of all rows side by side, which writes its sums, 8 bytes for each result, and
+reads them again. Here a thread block has the sums of both digits of its rows in registers, and writes 2 bytes.
+
+    block    128 rows (or 64) x `outputs` outputs; two warpgroups share the rows (or the outputs)
+    copies   `DEPTH` features of the rows' digits and of the outputs' codes at a time, `stages` ahead, by a third one
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+DEPTH = 128  # features of a step: as many bytes as shared memory is swizzled by
+OUTPUTS = 128  # of a block
+_WARPGROUP = 64  # rows of a product of a warpgroup
+_MANY = 1024  # rows from which on a block has two warpgroups' of them
+_SHARED = 200 * 1024  # bytes for copies
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a product is cut."""
+
+    rows: int  # of a block: 64 or 128
+    outputs: int  # of a block
+    stages: int
+    blocks: int  # of rows and of outputs together, at most one on each SM
+
+    @classmethod
+    def of(cls, rows: int, outputs: int, sms: int) -> "Tiling":
+        """For a product of so many rows (a multiple of 64) and outputs (of 128)."""
+        tall = 2 * _WARPGROUP if rows >= _MANY and rows % (2 * _WARPGROUP) == 0 else _WARPGROUP
+        step = (2 * tall + OUTPUTS) * DEPTH
+        return cls(tall, OUTPUTS, _SHARED // step, min(sms, (rows // tall) * (outputs // OUTPUTS)))
+
+
+def fault(rows: int, inputs: int, outputs: int) -> str | None:
+    """Why there is no kernel for such a product, or None."""
+    if rows % _WARPGROUP or inputs % DEPTH or outputs % OUTPUTS:
+        return (
+            f"it serves rows by {_WARPGROUP}, features by {DEPTH} and outputs by {OUTPUTS}; got {rows}, {inputs} and "
+            f"{outputs}"
+        )
+    return None
+
+
+def blocks(rows: int, outputs: int) -> int:
+    """The most blocks that a product of so many rows and outputs can be shared among."""
+    return -(-rows // _WARPGROUP) * (outputs // OUTPUTS)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "tiling"))
+def product(
+    high: jax.Array, low: jax.Array, units: jax.Array, codes: jax.Array, scales: jax.Array, dtype: DTypeLike,
+    tiling: Tiling,
+) -> jax.Array:  # fmt: skip
+    """The results [B, O] in `dtype`.
+
+    Args:
+      high, low: int8[B, I], digits.
+      units: float32[B].
+      codes: int8[O, I].
+      scales: float32[O].
+      dtype: of the results.
+      tiling: of the product.
+    """
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, tiling=tiling),
+        out_type=jax.ShapeDtypeStruct((len(high), len(codes)), dtype),
+        grid=(tiling.blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=False),
+    )
+    return kernel(high, low, units, codes, scales)
+
+
+def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, *, tiling: Tiling) -> None:
+    t = tiling
+    tall = t.rows > _WARPGROUP
+    mine = (_WARPGROUP, t.outputs if tall else t.outputs // 2)  # rows and outputs of a warpgroup
+    across = t.rows // _WARPGROUP, t.outputs // mine[1]  # warpgroups
+    cut = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(DEPTH))
+
+    def spec(rows: int) -> Any:  # read by products that end in the next step
+        place = {"transforms": cut, "memory_space": plgpu.SMEM, "delay_release": 1}
+        return plgpu.BlockSpec((rows, DEPTH), lambda k: (0, k), **place)
+
+    def pipeline(body: Any, around: Any) -> Any:
+        return plgpu.emit_pipeline_warp_specialized(
+            body, grid=(high.shape[1] // DEPTH,), in_specs=[spec(t.rows), spec(t.rows), spec(t.outputs)],
+            memory_registers=40, wg_axis="warpgroup", num_compute_wgs=2, max_concurrent_steps=t.stages,
+            compute_context=around,
+        )  # fmt: skip
+
+    nothing = lambda *_, **__: None  # noqa: E731
+
+    def with_memory(memory: Any) -> None:
+        group = lax.axis_index("warpgroup")
+        row_tiles = high.shape[0] // t.rows
+
+        @plgpu.nd_loop((row_tiles * (codes.shape[0] // t.outputs),), collective_axes="block")
+        def _each(loop: Any) -> None:
+            # Blocks side by side share codes, which are more than digits.
+            (number,) = loop.index
+            row, output = number % row_tiles * t.rows, number // row_tiles * t.outputs
+            first = (group * _WARPGROUP, 0) if across[0] > 1 else (0, group * mine[1])
+
+            def around(run: Any) -> None:
+                def scope(sums: Any, others: Any) -> None:
+                    run((sums, others))
+                    place = pl.ds(row + first[0], mine[0]), pl.ds(output + first[1], mine[1])
+                    layout = plgpu.Layout.WGMMA
+                    unit = plgpu.load(units.at[place[0]], layout=layout.reduce(1), optimized=False)
+                    scale = plgpu.load(scales.at[place[1]], layout=layout.reduce(0), optimized=False)
+                    factor = lax.broadcast_in_dim(unit, mine, (0,)) * lax.broadcast_in_dim(scale, mine, (1,))
+                    both = sums[...].astype(jnp.float32) * 256.0 + others[...].astype(jnp.float32)
+                    out[place] = (both * factor).astype(out.dtype)
+
+                pl.run_scoped(scope, plgpu.ACC(mine, jnp.int32), plgpu.ACC(mine, jnp.int32))
+
+            def multiply(_: Any, high_tile: Any, low_tile: Any, codes_tile: Any, carry: Any) -> Any:
+                rows, outputs = pl.ds(first[0], mine[0]), pl.ds(first[1], mine[1])
+                right = codes_tile.at[outputs].transpose((1, 0))
+                for sums, digit in zip(carry, (high_tile, low_tile), strict=True):
+                    plgpu.wgmma(sums, digit.at[rows], right)
+                plgpu.wgmma_wait(2)  # all but the two of this step
+                return carry
+
+            row_of, output_of = pl.ds(row, t.rows), pl.ds(output, t.outputs)
+            pipeline(multiply, around)(high.at[row_of], low.at[row_of], codes.at[output_of], allocations=memory)
+
+    allocations = pipeline(nothing, nothing).get_allocations(high, low, codes)
+    pl.run_scoped(lambda memory: with_memory(memory), memory=allocations, collective_axes="warpgroup")
