@@ -25,6 +25,7 @@ OUTPUTS = 128  # of a block
 _WARPGROUP = 64  # rows of a product of a warpgroup
 _MANY = 1024  # rows from which on a block has two warpgroups' of them
 _SHARED = 200 * 1024  # bytes for copies
+_ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +91,8 @@ def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, 
     t = tiling
     tall = t.rows > _WARPGROUP
     mine = (_WARPGROUP, t.outputs if tall else t.outputs // 2)  # rows and outputs of a warpgroup
-    across = t.rows // _WARPGROUP, t.outputs // mine[1]  # warpgroups
-    cut = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(DEPTH))
+    tiles = plgpu.TilingTransform((8, DEPTH))  # pyright: ignore[reportAbstractUsage]
+    cut = (tiles, plgpu.SwizzleTransform(DEPTH))  # pyright: ignore[reportAbstractUsage]
 
     def spec(rows: int) -> Any:  # read by products that end in the next step
         place = {"transforms": cut, "memory_space": plgpu.SMEM, "delay_release": 1}
@@ -115,7 +116,7 @@ def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, 
             # Blocks side by side share codes, which are more than digits.
             (number,) = loop.index
             row, output = number % row_tiles * t.rows, number // row_tiles * t.outputs
-            first = (group * _WARPGROUP, 0) if across[0] > 1 else (0, group * mine[1])
+            first = (group * _WARPGROUP, 0) if tall else (0, group * mine[1])
 
             def around(run: Any) -> None:
                 def scope(sums: Any, others: Any) -> None:
@@ -128,7 +129,7 @@ def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, 
                     both = sums[...].astype(jnp.float32) * 256.0 + others[...].astype(jnp.float32)
                     out[place] = (both * factor).astype(out.dtype)
 
-                pl.run_scoped(scope, plgpu.ACC(mine, jnp.int32), plgpu.ACC(mine, jnp.int32))
+                pl.run_scoped(scope, _ACC(mine, jnp.int32), _ACC(mine, jnp.int32))
 
             def multiply(_: Any, high_tile: Any, low_tile: Any, codes_tile: Any, carry: Any) -> Any:
                 rows, outputs = pl.ds(first[0], mine[0]), pl.ds(first[1], mine[1])

@@ -46,7 +46,7 @@ def products(
     if fused is None:
         x = (x if norm is None else norm(x)).astype(kind)
     if not few and isinstance(matrix, QuantisedMatrix):
-        return jnp.split(product_by_outputs(x, matrix, dtype), parts, axis=-1)
+        return jnp.split(product_by_outputs(jnp.asarray(x), matrix, dtype), parts, axis=-1)
     if not few:
         return jnp.split(jnp.einsum("...i,oi->...o", x, matrix, preferred_element_type=dtype), parts, axis=-1)
     numbers = matrix.codes if isinstance(matrix, QuantisedMatrix) else matrix
