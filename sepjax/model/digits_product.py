@@ -5,8 +5,9 @@
 XLA makes a matrix product of the digits of all rows side by side, which writes its sums, 8 bytes for each result, and
 reads them again. Here a thread block has the sums of both digits of its rows in registers, and writes 2 bytes.
 
-    block    128 rows (or 64) x `outputs` outputs; two warpgroups share the rows (or the outputs)
-    copies   `DEPTH` features of the rows' digits and of the outputs' codes at a time, `stages` ahead, by a third one
+    block    128 rows (or 64) x 128 outputs; two warpgroups share the rows (or the outputs)
+    copies   128 features of the rows' digits and of the outputs' codes at a time, `stages` ahead, by a third one
+    splits   of few rows and outputs there are not enough blocks: several share the features, and their sums are added
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from jax.typing import DTypeLike
 DEPTH = 128  # features of a step: as many bytes as shared memory is swizzled by
 OUTPUTS = 128  # of a block
 _WARPGROUP = 64  # rows of a product of a warpgroup
+_LEAST_STEPS = 4  # of a block
 _MANY = 1024  # rows from which on a block has two warpgroups' of them
 _SHARED = 200 * 1024  # bytes for copies
 _ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
@@ -33,16 +35,19 @@ class Tiling:
     """How a product is cut."""
 
     rows: int  # of a block: 64 or 128
-    outputs: int  # of a block
     stages: int
-    blocks: int  # of rows and of outputs together, at most one on each SM
+    splits: int  # blocks that share the features of the same rows and outputs
+    tasks: int  # of blocks
+    blocks: int  # that run, at most one on each SM
 
     @classmethod
-    def of(cls, rows: int, outputs: int, sms: int) -> "Tiling":
-        """For a product of so many rows (a multiple of 64) and outputs (of 128)."""
+    def of(cls, rows: int, inputs: int, outputs: int, sms: int) -> "Tiling":
+        """For a product of so many rows (a multiple of 64), features and outputs (of 128)."""
         tall = 2 * _WARPGROUP if rows >= _MANY and rows % (2 * _WARPGROUP) == 0 else _WARPGROUP
-        step = (2 * tall + OUTPUTS) * DEPTH
-        return cls(tall, OUTPUTS, _SHARED // step, min(sms, (rows // tall) * (outputs // OUTPUTS)))
+        tiles, steps = (rows // tall) * (outputs // OUTPUTS), inputs // DEPTH
+        splits = max(n for n in range(1, max(1, min(sms // tiles, steps // _LEAST_STEPS)) + 1) if steps % n == 0)
+        stages = _SHARED // ((2 * tall + OUTPUTS) * DEPTH)
+        return cls(tall, min(stages, steps // splits), splits, tiles * splits, min(sms, tiles * splits))
 
 
 def fault(rows: int, inputs: int, outputs: int) -> str | None:
@@ -53,11 +58,6 @@ def fault(rows: int, inputs: int, outputs: int) -> str | None:
             f"{outputs}"
         )
     return None
-
-
-def blocks(rows: int, outputs: int) -> int:
-    """The most blocks that a product of so many rows and outputs can be shared among."""
-    return -(-rows // _WARPGROUP) * (outputs // OUTPUTS)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "tiling"))
@@ -75,22 +75,25 @@ def product(
       dtype: of the results.
       tiling: of the product.
     """
+    split = tiling.splits > 1
     kernel = plgpu.kernel(
         functools.partial(_kernel, tiling=tiling),
-        out_type=jax.ShapeDtypeStruct((len(high), len(codes)), dtype),
+        out_type=jax.ShapeDtypeStruct((tiling.splits, len(high), len(codes)), jnp.float32 if split else dtype),
         grid=(tiling.blocks,),
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=False),
     )
-    return kernel(high, low, units, codes, scales)
+    found = kernel(high, low, units, codes, scales)
+    return jnp.sum(found, axis=0).astype(dtype) if split else found[0]
 
 
 def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, *, tiling: Tiling) -> None:
     t = tiling
     tall = t.rows > _WARPGROUP
-    mine = (_WARPGROUP, t.outputs if tall else t.outputs // 2)  # rows and outputs of a warpgroup
+    mine = (_WARPGROUP, OUTPUTS if tall else OUTPUTS // 2)  # rows and outputs of a warpgroup
+    inputs = high.shape[1] // t.splits
     tiles = plgpu.TilingTransform((8, DEPTH))  # pyright: ignore[reportAbstractUsage]
     cut = (tiles, plgpu.SwizzleTransform(DEPTH))  # pyright: ignore[reportAbstractUsage]
 
@@ -100,7 +103,7 @@ def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, 
 
     def pipeline(body: Any, around: Any) -> Any:
         return plgpu.emit_pipeline_warp_specialized(
-            body, grid=(high.shape[1] // DEPTH,), in_specs=[spec(t.rows), spec(t.rows), spec(t.outputs)],
+            body, grid=(inputs // DEPTH,), in_specs=[spec(t.rows), spec(t.rows), spec(OUTPUTS)],
             memory_registers=40, wg_axis="warpgroup", num_compute_wgs=2, max_concurrent_steps=t.stages,
             compute_context=around,
         )  # fmt: skip
@@ -111,11 +114,12 @@ def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, 
         group = lax.axis_index("warpgroup")
         row_tiles = high.shape[0] // t.rows
 
-        @plgpu.nd_loop((row_tiles * (codes.shape[0] // t.outputs),), collective_axes="block")
+        @plgpu.nd_loop((t.tasks,), collective_axes="block")
         def _each(loop: Any) -> None:
             # Blocks side by side share codes, which are more than digits.
             (number,) = loop.index
-            row, output = number % row_tiles * t.rows, number // row_tiles * t.outputs
+            tile, split = number // t.splits, number % t.splits
+            row, output = tile % row_tiles * t.rows, tile // row_tiles * OUTPUTS
             first = (group * _WARPGROUP, 0) if tall else (0, group * mine[1])
 
             def around(run: Any) -> None:
@@ -127,7 +131,7 @@ def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, 
                     scale = plgpu.load(scales.at[place[1]], layout=layout.reduce(0), optimized=False)
                     factor = lax.broadcast_in_dim(unit, mine, (0,)) * lax.broadcast_in_dim(scale, mine, (1,))
                     both = sums[...].astype(jnp.float32) * 256.0 + others[...].astype(jnp.float32)
-                    out[place] = (both * factor).astype(out.dtype)
+                    out[split, *place] = (both * factor).astype(out.dtype)
 
                 pl.run_scoped(scope, _ACC(mine, jnp.int32), _ACC(mine, jnp.int32))
 
@@ -139,8 +143,11 @@ def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, 
                 plgpu.wgmma_wait(2)  # all but the two of this step
                 return carry
 
-            row_of, output_of = pl.ds(row, t.rows), pl.ds(output, t.outputs)
-            pipeline(multiply, around)(high.at[row_of], low.at[row_of], codes.at[output_of], allocations=memory)
+            features = pl.ds(split * inputs, inputs)
+            digits = pl.ds(row, t.rows), features
+            pipeline(multiply, around)(
+                high.at[digits], low.at[digits], codes.at[pl.ds(output, OUTPUTS), features], allocations=memory
+            )
 
     allocations = pipeline(nothing, nothing).get_allocations(high, low, codes)
     pl.run_scoped(lambda memory: with_memory(memory), memory=allocations, collective_axes="warpgroup")

@@ -25,9 +25,9 @@ from sepjax.model import digits_product
 type Params = dict[str, Any]
 
 MOST = 127  # the largest code: -128 is left out, so that a row and its negative have the same ones
-# Where digits are faster than codes that are converted (docs/kernels_decode.md): on such GPUs, from so many rows on, if
-# this share of all SMs has something to do.
-_HOPPER, _LEAST_ROWS, _LEAST_BUSY = "9.0", 32, 0.9
+# Where digits are faster than codes that are converted (docs/kernels_decode.md): on such GPUs, from so many rows and
+# numbers of a matrix on, if this share of all SMs has something to do.
+_HOPPER, _LEAST_ROWS, _LEAST_SIZE, _LEAST_BUSY = "9.0", 32, 2**23, 0.7
 _MOST_INPUTS = 2**17  # sums of so many digits, of up to 128, and codes are below 2^31
 _MOST_NUMBER = 127 * 256 + 127  # of two digits
 _LEAST_TOP = 32 << 23  # 2^-95 as bits: below it, units would be denormal numbers
@@ -140,9 +140,15 @@ def product(x: jax.Array, codes: jax.Array, scales: jax.Array, dtype: DTypeLike 
 def product_by_outputs(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike | None = None) -> jax.Array:
     """`product` of x[..., I] and a matrix [O, I]: by digits where that is faster."""
     rows, (outputs, inputs), device = x.size // x.shape[-1], matrix.shape, target()
-    if device.capability == _HOPPER and x.dtype.itemsize == 2 and rows >= _LEAST_ROWS and inputs <= _MOST_INPUTS:
-        blocks = digits_product.blocks(rows, outputs)
-        if blocks >= _LEAST_BUSY * device.num_cores and not digits_product.fault(64, inputs, outputs):
+    pays = rows >= _LEAST_ROWS and matrix.size >= _LEAST_SIZE and inputs <= _MOST_INPUTS
+    if (
+        device.capability == _HOPPER
+        and x.dtype.itemsize == 2
+        and pays
+        and not digits_product.fault(64, inputs, outputs)
+    ):
+        tiling = _tiling(rows, inputs, outputs)
+        if tiling.tasks >= _LEAST_BUSY * device.num_cores:
             return product_of_digits(x, matrix, dtype)
     return product(x, matrix.codes.T, matrix.scales, dtype)
 
@@ -155,10 +161,9 @@ def product_of_digits(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike | 
     off by half a unit at most. Sums of digits and codes are exact. A row that is not finite gives no finite numbers.
     """
     flat, (outputs, inputs), dtype = x.reshape(-1, x.shape[-1]), matrix.shape, dtype or x.dtype
-    rows = -(-len(flat) // 64) * 64
-    if target().capability == _HOPPER and not digits_product.fault(rows, inputs, outputs):
-        tiling = digits_product.Tiling.of(rows, outputs, target().num_cores)
-        given = digits_of(jnp.pad(flat, ((0, rows - len(flat)), (0, 0))))
+    if target().capability == _HOPPER and not digits_product.fault(64, inputs, outputs):
+        tiling = _tiling(len(flat), inputs, outputs)
+        given = digits_of(jnp.pad(flat, ((0, -len(flat) % 64), (0, 0))))
         y = digits_product.product(*given, matrix.codes, matrix.scales, dtype, tiling)[: len(flat)]
     else:
         high, low, unit = digits_of(flat)
@@ -166,6 +171,10 @@ def product_of_digits(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike | 
         high, low = jnp.split(sums.astype(jnp.float32), 2)
         y = (256 * high + low) * (unit[:, None] * matrix.scales)
     return y.reshape(*x.shape[:-1], -1).astype(dtype)
+
+
+def _tiling(rows: int, inputs: int, outputs: int) -> digits_product.Tiling:
+    return digits_product.Tiling.of(rows + -rows % 64, inputs, outputs, target().num_cores)
 
 
 def digits_of(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -295,8 +295,8 @@ def test_matrices_of_8_bits_are_never_written_in_16(h100, rows):
 def test_products_of_digits_compile_for_an_h100(h100):
     """In a model's own program: what is large enough is one kernel, which reads codes as they lie."""
     placed = jax.NamedSharding(h100, jax.P())
-    codes = jax.ShapeDtypeStruct((4096, 256), jnp.int8, sharding=placed)
-    x = jax.ShapeDtypeStruct((250, 256), jnp.bfloat16, sharding=placed)
+    codes = jax.ShapeDtypeStruct((4096, 2048), jnp.int8, sharding=placed)
+    x = jax.ShapeDtypeStruct((250, 2048), jnp.bfloat16, sharding=placed)
     scales = jax.ShapeDtypeStruct((4096,), jnp.float32, sharding=placed)
     with jax.set_mesh(h100):
         compiled = jax.jit(product_by_outputs).lower(x, QuantisedMatrix(codes, scales)).compile().as_text()

@@ -11,7 +11,11 @@ from sepjax.model.quantised import QuantisedMatrix, product, product_by_outputs
 from tests.attention.simulator import assert_no_races, simulate
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(64, 384, 256), (128, 256, 128)], ids=["low", "tall"])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [(64, 384, 256), (128, 256, 128), (64, 1024, 128)],
+    ids=["low", "tall", "two blocks a sum"],
+)
 def test_sums_of_both_digits_are_exact(monkeypatch, rows, inputs, outputs):
     simulate(monkeypatch)
     monkeypatch.setattr(digits_product, "_MANY", 128)
@@ -19,7 +23,8 @@ def test_sums_of_both_digits_are_exact(monkeypatch, rows, inputs, outputs):
     high, low = (random.integers(-128, 128, (rows, inputs)) for _ in range(2))
     codes = random.integers(-127, 128, (outputs, inputs))
     units, scales = 2.0 ** random.integers(-9, 9, rows), random.uniform(0.001, 0.1, outputs).astype(np.float32)
-    tiling = Tiling.of(rows, outputs, 2)
+    tiling = Tiling.of(rows, inputs, outputs, 2)
+    assert tiling.splits == (2 if inputs == 1024 else 1)
     given = (jnp.asarray(x, jnp.int8) for x in (high, low))
     got = digits_product.product(
         *given, jnp.asarray(units, jnp.float32), jnp.asarray(codes, jnp.int8), jnp.asarray(scales), jnp.float32, tiling

@@ -111,6 +111,9 @@ def test_digits_are_for_many_rows_of_16_bits_on_a_gpu(monkeypatch):
     few_rows.products(jnp.ones((100, 128), jnp.bfloat16), matrix)
     assert not asked, "on a CPU"
     monkeypatch.setattr(quantised, "target", lambda: Target("gpu", "NVIDIA H200", 4, "9.0"))
+    few_rows.products(jnp.ones((100, 128), jnp.bfloat16), matrix)
+    assert not asked, "a small matrix"
+    monkeypatch.setattr(quantised, "_LEAST_SIZE", 0)
     for rows, kind in ((100, "bfloat16"), (64, "bfloat16"), (100, "float32"), (129, "float16")):
         few_rows.products(jnp.ones((rows, 128), kind), matrix)
     assert asked == [(100, 128), (129, 128)], "64 rows would leave half of the SMs idle"
