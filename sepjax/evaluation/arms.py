@@ -23,7 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sepjax.config import AttentionConfig, ConfigError, nearest, under, validate_attention
+from sepjax.config import (
+    BOUNDED_PATTERNS,
+    AttentionConfig,
+    ConfigError,
+    nearest,
+    under,
+    validate_attention,
+)
 from sepjax.config.checkout import root
 from sepjax.separators import read_ids
 
@@ -144,13 +151,50 @@ def fixed_arms(text: str, base: AttentionConfig, num_layers: int, *, cached: boo
     """`parse_arms` where arms have one model and windows of their own; raises `ConfigError` for other ones."""
     arms = parse_arms(text, base, num_layers, cached=cached)
     for arm in arms:
-        if arm.model or arm.equal[0]:
-            word = f"model={arm.model}" if arm.model else f"n={arm.equal[0]}:{arm.equal[1]}"
-            raise ConfigError(f"arm {arm.name!r}: {word} is for windows of text; write the number, or leave it out")
+        _refuse_windows_of_text(arm.name, arm.model, arm.equal)
     return arms
 
 
+def check_words(text: str) -> int:
+    """How many arms there are. Raises what `fixed_arms` raises for words that are wrong whatever the model is."""
+    names: list[str] = []
+    for part in _parts(spelled_out(text)):
+        try:
+            told = _told(part, names)
+            if told.pattern not in (known := sorted(BOUNDED_PATTERNS)):
+                hint = nearest(told.pattern, known) or f"; expected one of {', '.join(known)}"
+                raise ConfigError(f"unknown pattern {told.pattern!r}{hint}")
+        except (ConfigError, OSError) as error:
+            raise ConfigError(f"arm {len(names) + 1}, {part!r}: {error}") from error
+        _refuse_windows_of_text(told.name, told.model, told.equal)
+        names.append(told.name)
+    return len(names)
+
+
+def _refuse_windows_of_text(name: str, model: str, equal: tuple[str, str]) -> None:
+    if model or equal[0]:
+        word = f"model={model}" if model else f"n={equal[0]}:{equal[1]}"
+        raise ConfigError(f"arm {name!r}: {word} is for windows of text; write the number, or leave it out")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """What an arm's words say."""
+
+    name: str
+    pattern: str
+    changes: dict[str, Any]
+    model: str
+    equal: tuple[str, str]
+
+
 def _arm(text: str, base: AttentionConfig, num_layers: int, before: Sequence[str]) -> Arm:
+    told = _told(text, before)
+    attention = validate_attention(under(base, told.pattern, **told.changes), num_layers)
+    return Arm(told.name, attention, told.model, told.equal)
+
+
+def _told(text: str, before: Sequence[str]) -> _Told:
     named = _NAMED.match(text)
     name, words = (named[1], text[named.end() :].split()) if named else (text, text.split())
     if name in before:
@@ -182,7 +226,7 @@ def _arm(text: str, base: AttentionConfig, num_layers: int, before: Sequence[str
         changes.setdefault("layer_windows", ())
     if "separator_ids" in changes:
         changes.setdefault("separators", "ids")
-    return Arm(name, validate_attention(under(base, words[0], **changes), num_layers), model, equal)
+    return _Told(name, words[0], changes, model, equal)
 
 
 def _earlier(name: str, before: Sequence[str]) -> str:

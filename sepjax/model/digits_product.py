@@ -89,21 +89,23 @@ def product(
     return jnp.sum(found, axis=0).astype(dtype) if split else found[0]
 
 
+def _spec(rows: int) -> Any:
+    """Of rows of digits or codes, a step at a time; products that end in the next step still read them."""
+    tiles = plgpu.TilingTransform((8, DEPTH))  # pyright: ignore[reportAbstractUsage]
+    cut = (tiles, plgpu.SwizzleTransform(DEPTH))  # pyright: ignore[reportAbstractUsage]
+    place = {"transforms": cut, "memory_space": plgpu.SMEM, "delay_release": 1}
+    return plgpu.BlockSpec((rows, DEPTH), lambda k: (0, k), **place)
+
+
 def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, *, tiling: Tiling) -> None:
     t = tiling
     tall = t.rows > _WARPGROUP
     mine = (_WARPGROUP, OUTPUTS if tall else OUTPUTS // 2)  # rows and outputs of a warpgroup
     inputs = high.shape[1] // t.splits
-    tiles = plgpu.TilingTransform((8, DEPTH))  # pyright: ignore[reportAbstractUsage]
-    cut = (tiles, plgpu.SwizzleTransform(DEPTH))  # pyright: ignore[reportAbstractUsage]
-
-    def spec(rows: int) -> Any:  # read by products that end in the next step
-        place = {"transforms": cut, "memory_space": plgpu.SMEM, "delay_release": 1}
-        return plgpu.BlockSpec((rows, DEPTH), lambda k: (0, k), **place)
 
     def pipeline(body: Any, around: Any) -> Any:
         return plgpu.emit_pipeline_warp_specialized(
-            body, grid=(inputs // DEPTH,), in_specs=[spec(t.rows), spec(t.rows), spec(OUTPUTS)],
+            body, grid=(inputs // DEPTH,), in_specs=[_spec(t.rows), _spec(t.rows), _spec(OUTPUTS)],
             memory_registers=40, wg_axis="warpgroup", num_compute_wgs=2, max_concurrent_steps=t.stages,
             compute_context=around,
         )  # fmt: skip

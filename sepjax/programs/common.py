@@ -45,6 +45,14 @@ class Loading(Settings):
         return found if self.weight_dtype is None else found | {"weight_dtype": self.weight_dtype}
 
 
+def check_arm(text: str) -> None:
+    """Raises ConfigError for an --arm that is wrong whatever the model is: large ones take minutes to load."""
+    from sepjax.evaluation.arms import check_words
+
+    if text and (number := check_words(text)) != 1:
+        raise ConfigError(f"--arm={text!r} names {number} arms; give one")
+
+
 def one_arm(text: str, base: "AttentionConfig", num_layers: int, *, cached: bool = True) -> "AttentionConfig":
     """The settings that `--arm` names (`sepjax.evaluation.arms`), of one arm.
 

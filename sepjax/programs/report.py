@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from sepjax.command.settings import AtLeast, Repeated
 from sepjax.command.settings import Settings as _Settings
 from sepjax.config import ConfigError
+from sepjax.programs.common import check_arm
 
 if TYPE_CHECKING:
     from sepjax.pictures.kept import KeptText
@@ -47,6 +48,7 @@ class Settings(_Settings):
             raise ConfigError("--apply_chat_template does nothing without --prompt; add one, or leave it out")
         if self.arm and not self.kept:
             raise ConfigError("--arm does nothing without --kept; add --kept=FILE, or leave it out")
+        check_arm(self.arm)
 
     @property
     def paths(self) -> list[Path]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sepjax.command.settings import AtLeast, OneOf, Repeated
 from sepjax.config import BOUNDED_PATTERNS, CACHE_DTYPES, ConfigError, under
-from sepjax.programs.common import Loading, one_arm, refuse_separators, refuse_window
+from sepjax.programs.common import Loading, check_arm, one_arm, refuse_separators, refuse_window
 
 if TYPE_CHECKING:
     from sepjax.config import AttentionConfig
@@ -39,6 +39,7 @@ class Bounded(Loading):
         super().__post_init__()
         if self.arm and len(self.told) > 1:
             raise ConfigError(f"--{self.told[0]} and --arm both say what is kept; give one of them")
+        check_arm(self.arm)
         refuse_window(self.pattern, self.sizes)
         refuse_separators(self.pattern, self.max_separators)
 

@@ -235,6 +235,21 @@ def test_mistakes_about_files_of_prompts_are_one_line(flags, message, tmp_path, 
 
 
 @pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("separator n=8 q=3", "arm 1, 'separator n=8 q=3': unknown field 'q'"),
+        ("seperator n=8", "unknown pattern 'seperator'; did you mean 'separator'"),
+        ("separator n=many", "expected a whole number"),
+        ("dense; separator n=8", "names 2 arms; give one"),
+        ("separator n=8 model=x", "model=x is for windows of text"),
+        ("@none", "cannot read 'none'"),
+    ],
+)
+def test_mistakes_in_an_arm_are_told_before_a_model_is_loaded(arm, message, capfd):
+    assert message in refusal(capfd, "generate", "--model=/nowhere", "--prompt=a", f"--arm={arm}")
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--prompt=a --seed=3", "--seed does nothing where the best token is always taken"),

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from sepjax.command.settings import AtLeast
 from sepjax.config import ConfigError
-from sepjax.programs.common import Loading, one_arm, one_text
+from sepjax.programs.common import Loading, check_arm, one_arm, one_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Settings(Loading):
         super().__post_init__()
         if self.output and Path(self.output).suffix != ".html":
             raise ConfigError(f"--output={self.output} is to end in .html; leave it out for the terminal")
+        check_arm(self.arm)
 
 
 def main(settings: Settings) -> None:

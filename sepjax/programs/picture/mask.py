@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from sepjax.command.settings import AtLeast, AtMost
-from sepjax.programs.common import Loading, one_arm, one_text
+from sepjax.programs.common import Loading, check_arm, one_arm, one_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,10 @@ class Settings(Loading):
     layer: Annotated[int, AtLeast(0)] = 0  # layer to draw, if layers differ
     max_tokens: Annotated[int, AtLeast(1), AtMost(512)] = 48  # maximum tokens of the text; up to 64 are labelled
     output: str = "mask.png"  # a .png, .svg or .pdf file
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_arm(self.arm)
 
 
 def main(settings: Settings) -> None:
