@@ -37,7 +37,7 @@ from sepjax.promotion import as_usual, methods_as_usual
 from sepjax.separators import warn_of_few_in
 
 
-@methods_as_usual("__init__", "feed", "view", "saved", "resume", "save", "restore")
+@methods_as_usual("__init__", "__deepcopy__", "feed", "view", "saved", "resume", "save", "restore")
 class Stream(Iterator[StreamEvent]):
     """An iterator of `StreamEvent`: one text, or the turns of a conversation. Made by `Generator.stream`."""
 
@@ -219,8 +219,9 @@ class Stream(Iterator[StreamEvent]):
     def _settle(self) -> None:
         """Puts `_state` behind the last token, where it may be behind tokens that nobody has asked for yet."""
         if len(self._ahead):
-            self._is_stuck = False
-            self._state = self._ahead.settled(self._state)
+            with interrupt.Deferred():  # or the state of before would be used up, and the one after it nowhere
+                self._is_stuck = False
+                self._state = self._ahead.settled(self._state)
 
     def _note(self, deferred: interrupt.Deferred, state: DecodeState, read: Int32[np.ndarray, "B"]) -> None:
         """Keeps where the stream stands after a part of a prompt: the arrays of before are used up."""

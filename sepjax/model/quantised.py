@@ -139,17 +139,10 @@ def product(x: jax.Array, codes: jax.Array, scales: jax.Array, dtype: DTypeLike 
 
 def product_by_outputs(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike | None = None) -> jax.Array:
     """`product` of x[..., I] and a matrix [O, I]: by digits where that is faster."""
-    rows, (outputs, inputs), device = x.size // x.shape[-1], matrix.shape, target()
-    pays = rows >= _LEAST_ROWS and matrix.size >= _LEAST_SIZE and inputs <= _MOST_INPUTS
-    if (
-        device.capability == _HOPPER
-        and x.dtype.itemsize == 2
-        and pays
-        and not digits_product.fault(64, inputs, outputs)
-    ):
-        tiling = _tiling(rows, inputs, outputs)
-        if tiling.tasks >= _LEAST_BUSY * device.num_cores:
-            return product_of_digits(x, matrix, dtype)
+    rows, inputs = x.size // x.shape[-1], x.shape[-1]
+    may_pay = rows >= _LEAST_ROWS and matrix.size >= _LEAST_SIZE and inputs <= _MOST_INPUTS and x.dtype.itemsize == 2
+    if may_pay and _has_kernel(matrix) and _tiling(rows, matrix).tasks >= _LEAST_BUSY * target().num_cores:
+        return product_of_digits(x, matrix, dtype)
     return product(x, matrix.codes.T, matrix.scales, dtype)
 
 
@@ -160,10 +153,10 @@ def product_of_digits(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike | 
     largest number has 2^14 to 2^15. Numbers of 16 bits are exact down to a 128th of the largest, and what is smaller is
     off by half a unit at most. Sums of digits and codes are exact. A row that is not finite gives no finite numbers.
     """
-    flat, (outputs, inputs), dtype = x.reshape(-1, x.shape[-1]), matrix.shape, dtype or x.dtype
-    if target().capability == _HOPPER and not digits_product.fault(64, inputs, outputs):
-        tiling = _tiling(len(flat), inputs, outputs)
+    flat, dtype = x.reshape(-1, x.shape[-1]), dtype or x.dtype
+    if _has_kernel(matrix):
         given = digits_of(jnp.pad(flat, ((0, -len(flat) % 64), (0, 0))))
+        tiling = _tiling(len(flat), matrix)
         y = digits_product.product(*given, matrix.codes, matrix.scales, dtype, tiling)[: len(flat)]
     else:
         high, low, unit = digits_of(flat)
@@ -173,7 +166,14 @@ def product_of_digits(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike | 
     return y.reshape(*x.shape[:-1], -1).astype(dtype)
 
 
-def _tiling(rows: int, inputs: int, outputs: int) -> digits_product.Tiling:
+def _has_kernel(matrix: QuantisedMatrix) -> bool:
+    """On a Hopper GPU, of a matrix that is on one device whole."""
+    alone = jax.sharding.get_abstract_mesh().size <= 1
+    return alone and target().capability == _HOPPER and not digits_product.fault(64, *matrix.shape[::-1])
+
+
+def _tiling(rows: int, matrix: QuantisedMatrix) -> digits_product.Tiling:
+    outputs, inputs = matrix.shape
     return digits_product.Tiling.of(rows + -rows % 64, inputs, outputs, target().num_cores)
 
 

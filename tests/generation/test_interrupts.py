@@ -7,7 +7,9 @@ import threading
 
 import pytest
 
-from sepjax import SlotRequest
+from sepjax import Sampling, SlotRequest
+from sepjax.generation import ahead
+from sepjax.generation.ahead import Ahead
 from sepjax.generation.saved import StreamStateError
 from sepjax.generation.slot_request import SlotError
 from sepjax.generation.slots import Slots
@@ -62,6 +64,25 @@ def test_a_stream_loses_nothing_to_ctrl_c(monkeypatch, tmp_path):
     event = next(after)
     assert event.token_ids == expected[4].token_ids
     assert event.text == expected[3].text + expected[4].text
+
+
+def test_a_stream_that_is_fed_ahead_of_its_device_loses_nothing(monkeypatch):
+    """Steps that nobody has asked for yet are taken back."""
+    monkeypatch.setattr(ahead, "_SECONDS", 1e9)
+
+    def turns(stop):
+        events = tiny_engine().stream("One", stop_at_eos=False, seed=2, sampling=Sampling.create(1.0))
+        found = [next(events) for _ in range(5)]
+        assert len(events._ahead)
+        with monkeypatch.context() as patch:
+            if stop:
+                pressing(patch, Ahead, "_clear", {0})
+                with pytest.raises(KeyboardInterrupt):
+                    events.feed(" two")
+            events.feed(" two")
+        return found + [next(events) for _ in range(3)]
+
+    assert turns(True) == turns(False)
 
 
 def test_nothing_is_lost_where_promotion_is_put_back(monkeypatch):

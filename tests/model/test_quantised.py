@@ -117,6 +117,9 @@ def test_digits_are_for_many_rows_of_16_bits_on_a_gpu(monkeypatch):
     for rows, kind in ((100, "bfloat16"), (64, "bfloat16"), (100, "float32"), (129, "float16")):
         few_rows.products(jnp.ones((rows, 128), kind), matrix)
     assert asked == [(100, 128), (129, 128)], "64 rows would leave half of the SMs idle"
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])):
+        few_rows.products(jnp.ones((100, 128), jnp.bfloat16), matrix)
+    assert len(asked) == 2, "over several devices"
     few_rows.products(jnp.ones((200, 100), jnp.bfloat16), QuantisedMatrix(matrix.codes[:, :100], matrix.scales))
     assert len(asked) == 2, "features by 128"
 
