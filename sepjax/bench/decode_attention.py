@@ -4,7 +4,8 @@
                                             [--cache_dtypes=model,int8]
 
 A call is the attention of so many layers that the device's own caches do not hold their keys, each reading what the one
-before gave, rotation of queries included; a figure is a layer's share of it. Caches are as after a long text, rows at
+before gave, rotation of queries included; a figure is a layer's share of it. The token's own key and value are not
+written: where the kernel of a step does that too, `bench steps` has it. Caches are as after a long text, rows at
 different distances from their next compaction. The share of bandwidth is the time to read the keys and values that rows
 *hold* once, at the memory's own speed, over the time taken; errors are the largest, against float32, of the first rows
 of a layer. The last line is JSON.
