@@ -47,9 +47,11 @@ class Loading(Settings):
 
 def check_arm(text: str) -> None:
     """Raises ConfigError for an --arm that is wrong whatever the model is: large ones take minutes to load."""
+    if not text:
+        return
     from sepjax.evaluation.arms import check_words
 
-    if text and (number := check_words(text)) != 1:
+    if (number := check_words(text)) != 1:
         raise ConfigError(f"--arm={text!r} names {number} arms; give one")
 
 
