@@ -93,7 +93,7 @@ def steps(dtype, attention, tokens, model=MODEL):
 
     _, cache = take_up(params, cache, tokens[:, :FIRST], FIRST)
     found = []
-    for i in range(FIRST, FIRST + STEPS):
+    for i in range(FIRST, tokens.shape[1]):
         hidden, cache = take_up(params, cache, tokens[:, i : i + 1], 1)
         found.append(np.asarray(hidden, np.float32))
     return np.stack(found), cache
@@ -106,7 +106,8 @@ def steps(dtype, attention, tokens, model=MODEL):
         ({"cache_size": 0}, 1, 1024, {"qkv_bias": True}),  # rows in parts, as those of large matrices
         # Its zones as those of growing ones.
         pytest.param({"stream_positions": "absolute"}, 1, shape.STAGE, {}, marks=pytest.mark.soak),
-        ({}, 3, 1024, {"weight_dtype": "int8"}),  # rows in parts, and whole ones of half a block of columns
+        # Rows in parts, and whole ones of half a block of columns. One step: compaction does not look at the weights.
+        ({}, 3, 1024, {"weight_dtype": "int8"}),
         pytest.param({}, 3, shape.STAGE, {"weight_dtype": "int8"}, marks=pytest.mark.soak),
     ],
     ids=["bounded, norms of heads", "growing, biases", "positions of the text", "8 bits in parts", "8 bits"],
@@ -115,7 +116,8 @@ def test_the_kernel_steps_as_xla(on_three_sms, monkeypatch, changes, zones, stag
     monkeypatch.setattr(shape, "STAGE", stage)
     model = dataclasses.replace(MODEL, **form)
     attention = dataclasses.replace(PATTERN, **changes)
-    tokens = np.random.default_rng(0).integers(0, 64, (1, FIRST + STEPS))
+    number = 1 if form.get("weight_dtype") == "int8" and stage == 1024 else STEPS
+    tokens = np.random.default_rng(0).integers(0, 64, (1, FIRST + STEPS))[:, : FIRST + number]
     plain = dataclasses.replace(attention, implementation="xla")
     exact, _ = steps("float32", plain, tokens, model)
     rough, plain_cache = steps("bfloat16", plain, tokens, model)
