@@ -66,6 +66,8 @@ def test_no_number_is_off_by_more_than_half_a_scale():
         assert np.array_equal(np.abs(codes).max(inputs), np.where(scales > 0, 127, 0))
         for got, expected in zip(quantise_on_host(x.copy(), inputs), (codes, scales), strict=True):
             assert np.array_equal(got, expected)
+    x[1, 2, 3, 4] = np.nan
+    assert np.isnan(quantise_on_host(x, (1,))[1]).sum() == 1, "and no warning of NumPy's"
 
 
 @pytest.mark.parametrize("rows", [1, 3, 9])
