@@ -76,9 +76,7 @@ def quantise_on_host(x: np.ndarray, inputs: tuple[int, ...]) -> tuple[np.ndarray
     scales = np.maximum(x.max(inputs, keepdims=True), -x.min(inputs, keepdims=True)) * np.float32(1 / MOST)
     x *= np.float32(1) / np.where(scales > 0, scales, np.float32(1))
     np.clip(np.rint(x, out=x), -MOST, MOST, out=x)
-    with np.errstate(
-        invalid="ignore"
-    ):  # NaN has no code; its scale is NaN, and so are the model's scores, which is told
+    with np.errstate(invalid="ignore"):  # NaN has no code; its scale is NaN, and so are the model's scores
         return x.astype(np.int8), np.squeeze(scales, inputs)
 
 
