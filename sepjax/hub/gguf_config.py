@@ -77,8 +77,10 @@ def architecture(header: Header) -> str:
     """The name of a file's architecture. Raises GGUFError for one that is not supported."""
     name = header.fields["general.architecture"].value if "general.architecture" in header.fields else None
     if not isinstance(name, str) or name not in ARCHITECTURES:
+        of_experts = ", a mixture of experts" if f"{name}.expert_count" in header.fields else ""
         raise GGUFError(
-            f"{str(header.path)!r} has the architecture {repr(name)[:80]}; supported are {', '.join(ARCHITECTURES)}"
+            f"{str(header.path)!r} has the architecture {repr(name)[:80]}{of_experts}; supported are "
+            f"{', '.join(ARCHITECTURES)}"
         )
     return name
 

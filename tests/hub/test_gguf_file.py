@@ -445,6 +445,14 @@ def field(name, kind, value):
         (b"", "is empty"),
         (b"GGUF", "4 bytes are to follow byte 4, but it has 4"),
         (header(), "has the architecture None"),
+        (
+            header(
+                fields=2,
+                rest=field(b"general.architecture", 8, struct.pack("<Q", 8) + b"qwen3moe")
+                + field(b"qwen3moe.expert_count", 4, struct.pack("<I", 8)),
+            ),
+            "the architecture 'qwen3moe', a mixture of experts; supported are",
+        ),
         (header(version=0x03000000), "version 0x3000000, whose bytes are in the other order"),
         (header(version=1), "version 0x1; versions 2 and 3"),
         (header(tensors=2**60), "1152921504606846976 tensors"),
