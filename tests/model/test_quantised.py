@@ -107,7 +107,7 @@ def rms(x):
     return np.sqrt((x**2).mean(-1))
 
 
-def test_digits_are_for_many_rows_of_16_bits_on_a_gpu(monkeypatch):
+def test_digits_are_for_many_rows_of_bfloat16_on_a_gpu(monkeypatch):
     matrix, asked = QuantisedMatrix(jnp.ones((256, 128), jnp.int8), jnp.ones(256)), []
     monkeypatch.setattr(quantised, "product_of_digits", lambda x, *_: asked.append(x.shape) or x)
     few_rows.products(jnp.ones((100, 128), jnp.bfloat16), matrix)
@@ -116,7 +116,7 @@ def test_digits_are_for_many_rows_of_16_bits_on_a_gpu(monkeypatch):
     few_rows.products(jnp.ones((100, 128), jnp.bfloat16), matrix)
     assert not asked, "a small matrix"
     monkeypatch.setattr(quantised, "_LEAST_SIZE", 0)
-    for rows, kind in ((100, "bfloat16"), (64, "bfloat16"), (100, "float32"), (129, "float16")):
+    for rows, kind in ((100, "bfloat16"), (64, "bfloat16"), (100, "float32"), (100, "float16"), (129, "bfloat16")):
         few_rows.products(jnp.ones((rows, 128), kind), matrix)
     assert asked == [(100, 128), (129, 128)], "64 rows would leave half of the SMs idle"
     with jax.set_mesh(make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])):
