@@ -99,19 +99,8 @@ def replacing_folder(folder: str | os.PathLike[str], what: str, is_one: Callable
     partial, old = _beside(place, "partial"), _beside(place, "old")
     with _naming(place):
         _check_place(place, what, is_one)
-        made = _make(partial)
-        with _held(partial, place):
-            try:
-                _empty(partial)
-                yield partial
-                _flush_all(partial)
-                _put(partial, place, old)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    _recover(place, old)
-                shutil.rmtree(partial, ignore_errors=True)
-                _unmake(made)
-                raise
+        with _filled(partial, place, lambda: _put(partial, place, old), lambda: _recover(place, old)):
+            yield partial
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -124,21 +113,36 @@ def adding_to(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
     """
     place = Path(folder).resolve()
     partial = place / ".partial"
+
+    def put() -> None:
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
+            path.replace(place / path.name)
+        _flush(place)
+
     with _naming(place):
-        made = _make(partial)
-        with _held(partial, place):
-            try:
-                _empty(partial)
-                yield partial
-                _flush_all(partial)
-                for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
-                    path.replace(place / path.name)
-                _flush(place)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                _unmake(made)
-                raise
+        with _filled(partial, place, put):
+            yield partial
         partial.rmdir()
+
+
+@contextlib.contextmanager
+def _filled(
+    partial: Path, place: Path, put: Callable[[], None], recover: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """`partial`, empty and locked, is filled inside, then `put` moves what is in it to `place`; an error removes it."""
+    made = _make(partial)
+    with _held(partial, place):
+        try:
+            _empty(partial)
+            yield
+            _flush_all(partial)
+            put()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                recover()
+            shutil.rmtree(partial, ignore_errors=True)
+            _unmake(made)
+            raise
 
 
 def check_folder(folder: str | os.PathLike[str], what: str, is_one: Callable[[Path], bool]) -> None:

@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +88,28 @@ def parse_arms(text: str, base: AttentionConfig, num_layers: int, *, cached: boo
     Raises:
       ConfigError: names the arm and what is wrong with it, or a file that cannot be read.
     """
-    arms: list[Arm] = []
+
+    def read(part: str, before: Sequence[str]) -> Arm:
+        told = _told(part, before)
+        attention = validate_attention(under(base, told.pattern, **told.changes), num_layers)
+        if not cached:
+            _refuse_caches(attention, base)
+        return Arm(told.name, attention, told.model, told.equal)
+
+    return _one_by_one(text, read)
+
+
+def _one_by_one[A: (Arm, _Told)](text: str, read: Callable[[str, Sequence[str]], A]) -> list[A]:
+    """What `read` makes of each arm's words and the names before it; errors get the arm they are about."""
+    found: list[A] = []
     for part in _parts(spelled_out(text)):
         try:
-            arm = _arm(part, base, num_layers, [arm.name for arm in arms])
-            if not cached:
-                _refuse_caches(arm.attention, base)
-            arms.append(arm)
+            found.append(read(part, [each.name for each in found]))
         except (ConfigError, OSError) as error:
-            raise ConfigError(f"arm {len(arms) + 1}, {part!r}: {error}") from error
-    if not arms:
+            raise ConfigError(f"arm {len(found) + 1}, {part!r}: {error}") from error
+    if not found:
         raise ConfigError('--arms has no arm; expected for example --arms="dense; sink_window n=657"')
-    return arms
+    return found
 
 
 def spelled_out(text: str) -> str:
@@ -149,32 +159,32 @@ def _refuse_caches(attention: AttentionConfig, base: AttentionConfig) -> None:
 
 def fixed_arms(text: str, base: AttentionConfig, num_layers: int, *, cached: bool = False) -> list[Arm]:
     """`parse_arms` where arms have one model and windows of their own; raises `ConfigError` for other ones."""
-    arms = parse_arms(text, base, num_layers, cached=cached)
+    return _without_windows_of_text(parse_arms(text, base, num_layers, cached=cached))
+
+
+def check_words(text: str, *, fixed: bool = True) -> int:
+    """How many arms there are; raises `ConfigError` for words that are wrong whatever the model is.
+
+    Those of `fixed_arms`, or, not `fixed`, of `parse_arms`: for programs that load a model, which takes minutes.
+    """
+
+    def read(part: str, before: Sequence[str]) -> _Told:
+        told = _told(part, before)
+        if told.pattern not in (known := sorted(BOUNDED_PATTERNS)):
+            hint = nearest(told.pattern, known) or f"; expected one of {', '.join(known)}"
+            raise ConfigError(f"unknown pattern {told.pattern!r}{hint}")
+        return told
+
+    told = _one_by_one(text, read)
+    return len(_without_windows_of_text(told) if fixed else told)
+
+
+def _without_windows_of_text[A: (Arm, _Told)](arms: list[A]) -> list[A]:
     for arm in arms:
-        _refuse_windows_of_text(arm.name, arm.model, arm.equal)
+        if arm.model or arm.equal[0]:
+            word = f"model={arm.model}" if arm.model else f"n={arm.equal[0]}:{arm.equal[1]}"
+            raise ConfigError(f"arm {arm.name!r}: {word} is for windows of text; write the number, or leave it out")
     return arms
-
-
-def check_words(text: str) -> int:
-    """How many arms there are. Raises what `fixed_arms` raises for words that are wrong whatever the model is."""
-    names: list[str] = []
-    for part in _parts(spelled_out(text)):
-        try:
-            told = _told(part, names)
-            if told.pattern not in (known := sorted(BOUNDED_PATTERNS)):
-                hint = nearest(told.pattern, known) or f"; expected one of {', '.join(known)}"
-                raise ConfigError(f"unknown pattern {told.pattern!r}{hint}")
-        except (ConfigError, OSError) as error:
-            raise ConfigError(f"arm {len(names) + 1}, {part!r}: {error}") from error
-        _refuse_windows_of_text(told.name, told.model, told.equal)
-        names.append(told.name)
-    return len(names)
-
-
-def _refuse_windows_of_text(name: str, model: str, equal: tuple[str, str]) -> None:
-    if model or equal[0]:
-        word = f"model={model}" if model else f"n={equal[0]}:{equal[1]}"
-        raise ConfigError(f"arm {name!r}: {word} is for windows of text; write the number, or leave it out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,12 +196,6 @@ class _Told:
     changes: dict[str, Any]
     model: str
     equal: tuple[str, str]
-
-
-def _arm(text: str, base: AttentionConfig, num_layers: int, before: Sequence[str]) -> Arm:
-    told = _told(text, before)
-    attention = validate_attention(under(base, told.pattern, **told.changes), num_layers)
-    return Arm(told.name, attention, told.model, told.equal)
 
 
 def _told(text: str, before: Sequence[str]) -> _Told:

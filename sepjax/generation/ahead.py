@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepjax.generation.device_loop import DecodeState, Request, make_advance
+from sepjax.generation.device_loop import DecodeState, Request, Steps, make_advance
 from sepjax.generation.prepared import Prepared
 
 MOST = 32  # steps a call
@@ -34,12 +34,21 @@ def _is_small(state: DecodeState) -> bool:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) <= _MOST_BYTES
 
 
+def fetched(steps: Steps, *, told: bool) -> Any:
+    """A record as NumPy arrays; what is told of probabilities only if `told`: each array takes some of a small model's
+    time.
+    """
+    if not told:
+        steps = dataclasses.replace(steps, logprob=None, top_tokens=None, top_logprobs=None)
+    return jax.device_get(steps)
+
+
 class Ahead:
     """The steps of one stream.
 
     Attributes:
       program: `advance`, of up to `MOST` steps.
-      record: `Steps` of the last call as NumPy arrays; without what is told of probabilities where nobody asks.
+      record: `Steps` of the last call, `fetched`.
       column: of the record, of the step that was handed out last.
     """
 
@@ -68,7 +77,7 @@ class Ahead:
           state: that it returned last; used up.
           request: what is wanted of the row; the same as before while there are steps left.
           most: steps that may be made, 1 at least.
-          told: whether anyone asks how probable tokens are: each array that is fetched takes some of the host's time.
+          told: whether anyone asks how probable tokens are (`fetched`).
         """
         if len(self):
             self.column += 1
@@ -80,13 +89,12 @@ class Ahead:
 
     def _called(self, state: DecodeState, request: Request, most: int, told: bool) -> DecodeState:
         size = max(1, min(self._size, most))
-        size = size if _is_small(state) else 1
+        if size > 1 and not _is_small(state):
+            size = 1
         began, self._first = time.perf_counter(), MOST - size
         self._before, self._request = (_copied(state), request) if size > 1 else (None, None)
         state, steps = self.program(*self._given(state, request, size))
-        if not told:
-            steps = dataclasses.replace(steps, logprob=None, top_tokens=None, top_logprobs=None)
-        self.record = jax.device_get(steps)
+        self.record = fetched(steps, told=told)
         self.column, self._end = self._first, self._first + int((self.record.token[0] != -1).sum())
         self._resize(size, time.perf_counter() - began)
         return state

@@ -22,7 +22,7 @@ from sepjax import interrupt
 from sepjax.array_typing import Int32
 from sepjax.config import UserError
 from sepjax.generation import lost
-from sepjax.generation.ahead import MOST, Ahead
+from sepjax.generation.ahead import MOST, Ahead, fetched
 from sepjax.generation.batch import ready, request_of
 from sepjax.generation.cache.view import CacheView
 from sepjax.generation.device_loop import DecodeState, Request
@@ -202,9 +202,7 @@ class Stream(Iterator[StreamEvent]):
         if new != 1:  # else the first token is the last
             ready(self._ahead.program, self._reader, given, functools.partial(self._ahead.programs, request))
         self._state, steps = self._reader.read(*given, functools.partial(self._note, deferred))
-        if not self._settings.logprobs:
-            steps = dataclasses.replace(steps, logprob=None, top_tokens=None, top_logprobs=None)
-        return jax.device_get(steps)
+        return fetched(steps, told=self._settings.logprobs)
 
     def _made(self, request: Request) -> tuple[Any, int]:
         """Draws the next token, or takes one that is there; returns the record, and the token's column of it."""

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 DEPTH = 128  # features of a step: as many bytes as shared memory is swizzled by
 OUTPUTS = 128  # of a block
-_WARPGROUP = 64  # rows of a product of a warpgroup
+ROWS = 64  # of a product of a warpgroup
 _LEAST_STEPS = 4  # of a block
 _MANY = 1024  # rows from which on a block has two warpgroups' of them
 _SHARED = 200 * 1024  # bytes for copies
@@ -42,22 +42,18 @@ class Tiling:
 
     @classmethod
     def of(cls, rows: int, inputs: int, outputs: int, sms: int) -> "Tiling":
-        """For a product of so many rows (a multiple of 64), features and outputs (of 128)."""
-        tall = 2 * _WARPGROUP if rows >= _MANY and rows % (2 * _WARPGROUP) == 0 else _WARPGROUP
+        """For a product of so many rows, filled up to a multiple of `ROWS`, features and outputs (of 128)."""
+        rows += -rows % ROWS
+        tall = 2 * ROWS if rows >= _MANY and rows % (2 * ROWS) == 0 else ROWS
         tiles, steps = (rows // tall) * (outputs // OUTPUTS), inputs // DEPTH
         splits = max(n for n in range(1, max(1, min(sms // tiles, steps // _LEAST_STEPS)) + 1) if steps % n == 0)
         stages = _SHARED // ((2 * tall + OUTPUTS) * DEPTH)
         return cls(tall, min(stages, steps // splits), splits, tiles * splits, min(sms, tiles * splits))
 
 
-def fault(rows: int, inputs: int, outputs: int) -> str | None:
-    """Why there is no kernel for such a product, or None."""
-    if rows % _WARPGROUP or inputs % DEPTH or outputs % OUTPUTS:
-        return (
-            f"it serves rows by {_WARPGROUP}, features by {DEPTH} and outputs by {OUTPUTS}; got {rows}, {inputs} and "
-            f"{outputs}"
-        )
-    return None
+def serves(inputs: int, outputs: int) -> bool:
+    """Whether there is a kernel for matrices of this size."""
+    return inputs % DEPTH == 0 and outputs % OUTPUTS == 0
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "tiling"))
@@ -68,7 +64,7 @@ def product(
     """The results [B, O] in `dtype`.
 
     Args:
-      high, low: int8[B, I], digits.
+      high, low: int8[B, I], digits of a multiple of `ROWS` rows.
       units: float32[B].
       codes: int8[O, I].
       scales: float32[O].
@@ -107,8 +103,8 @@ def _store(place: Any, value: Any) -> None:
 
 def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, *, tiling: Tiling) -> None:
     t = tiling
-    tall = t.rows > _WARPGROUP
-    mine = (_WARPGROUP, OUTPUTS if tall else OUTPUTS // 2)  # rows and outputs of a warpgroup
+    tall = t.rows > ROWS
+    mine = (ROWS, OUTPUTS if tall else OUTPUTS // 2)  # rows and outputs of a warpgroup
     inputs = high.shape[1] // t.splits
 
     def pipeline(body: Any, around: Any) -> Any:
@@ -130,7 +126,7 @@ def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, 
             (number,) = loop.index
             tile, split = number // t.splits, number % t.splits
             row, output = tile % row_tiles * t.rows, tile // row_tiles * OUTPUTS
-            first = (group * _WARPGROUP, 0) if tall else (0, group * mine[1])
+            first = (group * ROWS, 0) if tall else (0, group * mine[1])
 
             def around(run: Any) -> None:
                 def scope(sums: Any, others: Any) -> None:
@@ -160,4 +156,4 @@ def _kernel(high: Any, low: Any, units: Any, codes: Any, scales: Any, out: Any, 
             )
 
     allocations = pipeline(nothing, nothing).get_allocations(high, low, codes)
-    pl.run_scoped(lambda memory: with_memory(memory), memory=allocations, collective_axes="warpgroup")
+    pl.run_scoped(with_memory, memory=allocations, collective_axes="warpgroup")

@@ -158,7 +158,7 @@ def product_of_digits(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike | 
     """
     flat, dtype = x.reshape(-1, x.shape[-1]), dtype or x.dtype
     if _has_kernel(matrix):
-        given = digits_of(jnp.pad(flat, ((0, -len(flat) % 64), (0, 0))))
+        given = digits_of(jnp.pad(flat, ((0, -len(flat) % digits_product.ROWS), (0, 0))))
         tiling = _tiling(len(flat), matrix)
         y = digits_product.product(*given, matrix.codes, matrix.scales, dtype, tiling)[: len(flat)]
     else:
@@ -172,12 +172,12 @@ def product_of_digits(x: jax.Array, matrix: QuantisedMatrix, dtype: DTypeLike | 
 def _has_kernel(matrix: QuantisedMatrix) -> bool:
     """On a Hopper GPU, of a matrix that is on one device whole."""
     alone = jax.sharding.get_abstract_mesh().size <= 1
-    return alone and target().capability == _HOPPER and not digits_product.fault(64, *matrix.shape[::-1])
+    return alone and target().capability == _HOPPER and digits_product.serves(*matrix.shape[::-1])
 
 
 def _tiling(rows: int, matrix: QuantisedMatrix) -> digits_product.Tiling:
     outputs, inputs = matrix.shape
-    return digits_product.Tiling.of(rows + -rows % 64, inputs, outputs, target().num_cores)
+    return digits_product.Tiling.of(rows, inputs, outputs, target().num_cores)
 
 
 def digits_of(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -51,8 +51,7 @@ def check_arm(text: str) -> None:
         return
     from sepjax.evaluation.arms import check_words
 
-    if (number := check_words(text)) != 1:
-        raise ConfigError(f"--arm={text!r} names {number} arms; give one")
+    _check_one(text, check_words(text))
 
 
 def one_arm(text: str, base: "AttentionConfig", num_layers: int, *, cached: bool = True) -> "AttentionConfig":
@@ -63,9 +62,13 @@ def one_arm(text: str, base: "AttentionConfig", num_layers: int, *, cached: bool
     from sepjax.evaluation.arms import fixed_arms
 
     arms = fixed_arms(text, base, num_layers, cached=cached)
-    if len(arms) != 1:
-        raise ConfigError(f"--arm={text!r} names {len(arms)} arms; give one")
+    _check_one(text, len(arms))
     return arms[0].attention
+
+
+def _check_one(text: str, number: int) -> None:
+    if number != 1:
+        raise ConfigError(f"--arm={text!r} names {number} arms; give one")
 
 
 def one_text(flag: str, path: str) -> str:

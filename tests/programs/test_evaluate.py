@@ -41,6 +41,8 @@ def test_no_setting_is_lost_on_its_way(job, monkeypatch, tmp_path):
         monkeypatch.setattr(jobs, CALLS[job], spy)
     values = {flag.name: unlike(flag, i) for i, flag in enumerate(own_flags(module.Settings))}
     values["output"] = str(tmp_path / "scores.json")
+    if "arms" in values:  # whose words are read before a model is
+        values["arms"] = "sink_window n=8"
     ways = [{"model": None, "download": False}, {"workdir": None}]
     ways = [way | other for way in ways for other in ({"arms": ""}, {"patterns": None, "budgets": None})]
     found: set[str] = set()
@@ -110,7 +112,13 @@ def test_results_are_named_by_what_was_scored(tmp_path, monkeypatch):
     assert not (tmp_path / "evaluations").exists()  # nothing is scored yet
     same = [{"batch_size": 3}, {"model": f"{tmp_path}/a/SmolLM2-1.7B"}, {"text": "../" + tmp_path.name + "/books/"}]
     assert {name("windows", **settings) for settings in same} == {first}
-    others = [{"model": "b/SmolLM2-1.7B"}, {"text": "a"}, {"length": 9}, {"arms": "dense; dense n=3"}, {"bos": False}]
+    others = [
+        {"model": "b/SmolLM2-1.7B"},
+        {"text": "a"},
+        {"length": 9},
+        {"arms": "dense; sink_window n=3"},
+        {"bos": False},
+    ]
     others += [{"text": "/elsewhere/books"}, {"patterns": ("dense",)}, {"dtype": "bfloat16"}]
     names = {first, name("compare"), name("stream"), *(name("windows", **settings) for settings in others)}
     assert len(names) == 3 + len(others)

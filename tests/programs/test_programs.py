@@ -124,6 +124,8 @@ def test_what_there_is(capfd):
         ("evaluate stream --model=m --arms=dense --budgets=1/2/3/9", "--budgets does nothing beside --arms"),
         ("picture kinds --model=m --text=t --length=9 --window_size=9", "--length=9 is not more than --window_size=9"),
         *((f"picture {x} --model=m --text=t --output=x.txt", "--output=x.txt is to end in") for x in DRAWN),
+        ("evaluate stream --model=/no --text=t --arms=seperator", "unknown pattern 'seperator'; did you mean"),
+        ("evaluate windows --model=/no --text=t --arms=dense;seperator", "arm 2, 'seperator': unknown pattern"),
         ("evaluate recall --workdir=w --arms=dense --patterns=dense", "--patterns does nothing beside --arms"),
         ("evaluate windows --model=m --patterns=dense --window_size=64", "--window_size does nothing for the dense"),
         ("evaluate needle --model=m --patterns=dense --window_size=64", "--window_size does nothing for the dense"),

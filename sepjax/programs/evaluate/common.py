@@ -93,11 +93,12 @@ def begin[S: Job](settings: S, job: str) -> tuple[S, Path]:
 
     Raises before hours of scoring where it cannot be written or would replace a table.
     """
-    settings = dataclasses.replace(settings, step=_step(settings))
-    if isinstance(settings, Compared):
-        from sepjax.evaluation.arms import spelled_out
+    if isinstance(settings, Compared) and settings.arms:
+        from sepjax.evaluation.arms import check_words, spelled_out
 
+        check_words(settings.arms, fixed=job != "windows")
         settings = dataclasses.replace(settings, arms=spelled_out(settings.arms))
+    settings = dataclasses.replace(settings, step=_step(settings))
     path = Path(settings.output or _named_by_what_is_scored(settings, job))
     if path.suffix in (".csv", ".png"):
         raise ConfigError(f"--output={path} is where the table or the picture goes; give a .json file")

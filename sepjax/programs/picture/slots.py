@@ -24,12 +24,14 @@ class Settings(Loading):
 
 def main(settings: Settings) -> None:
     """Writes the figure, and says what each holds at most and at the end."""
-    from sepjax.evaluation.arms import fixed_arms
+    from sepjax.evaluation.arms import check_words, fixed_arms
     from sepjax.loading import load
     from sepjax.pictures import draw_slots, slots_held
     from sepjax.pictures.figures import check_output
 
     check_output(Path(settings.output))
+    if settings.arms:
+        check_words(settings.arms)
     text = one_text("text", settings.text)
     model, tokenizer = load(settings.path, **settings.loading)
     own = model.kept or model.attention
